@@ -1,0 +1,56 @@
+"""Settings of quantization, graph building and parity, as frozen records."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+Variant = Literal["float32", "int8", "int4"]
+Bits = Literal[4, 8]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Record(BaseModel):
+    """Frozen and strict: unknown keys and values of another type are refused."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+
+class QuantizeConfig(Record):
+    """Weight-only quantization of the int8 and int4 variants; routers and norms always stay in float32."""
+
+    block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
+    attention_bits: Literal["variant", 8, 16] = Field("variant", description="Bits of attention's weights in int4; 'variant' follows the variant.")
+    embedding_bits: Literal["variant", 8, 16] = Field(
+        8, description="Bits of the embedding and the output head; 16 leaves them in float32; 'variant' follows the variant."
+    )
+
+
+class OnnxConfig(Record):
+    """The ONNX graph."""
+
+    lowering: Literal["auto", "fused", "unrolled"] = Field(
+        "auto",
+        description="How experts are written: 'fused' is the MoE or QMoE operator, 'unrolled' a subgraph an expert; "
+        "'auto' takes the fused one where it can express the routing and the widths.",
+    )
+    activation_bits: Literal[8, 32] = Field(32, description="Precision in which quantized matrix products read activations; 8 is faster and rounds.")
+
+
+class ParityConfig(Record):
+    """How closely each ONNX variant must agree, or the run fails."""
+
+    max_relative_error: NonNegative = Field(
+        1e-3, description="float32: largest logit difference from the torch model, relative to the largest logit."
+    )
+    max_kl: NonNegative = Field(1e-3, description="Quantized: mean KL divergence in nats from the torch model with the same integers.")
+    min_routing_agreement: Share = Field(
+        0.97, description="Share of tokens whose top-k experts equal those of the torch model with the same integers, worst layer."
+    )
+    max_perplexity_increase: dict[Variant, NonNegative] = Field(
+        {"float32": 1e-4, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
+    )
+    num_blocks: PositiveInt = Field(24, description="Held-out blocks on which logits, routing and perplexity are compared.")
+    decode_steps: PositiveInt = Field(16, description="Decode steps chained after a prefill, teacher-forced.")

@@ -1,0 +1,39 @@
+"""What a lowering is given: one mixture-of-experts layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from export.routing import Routing
+from export.twin import QuantizedWeight, Weight
+
+
+@dataclass(frozen=True)
+class Expert:
+    """The three matrices of one SiLU-gated expert: gate and up [I, H], down [H, I]."""
+
+    gate: Weight
+    up: Weight
+    down: Weight
+
+
+@dataclass(frozen=True)
+class MoeLayer:
+    """One layer: its name in the graph, the routing's meaning, its experts, and the precision in which products read activations."""
+
+    name: str
+    routing: Routing
+    experts: tuple[Expert, ...]
+    activation_bits: int
+
+    @property
+    def hidden_size(self) -> int:
+        return self.experts[0].gate.shape[1]
+
+    @property
+    def intermediate_size(self) -> int:
+        return self.experts[0].gate.shape[0]
+
+    @property
+    def quantized(self) -> bool:
+        return isinstance(self.experts[0].gate, QuantizedWeight)

@@ -1,0 +1,74 @@
+"""The `MoE` operator of onnxruntime: float experts, one node a layer.
+
+fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU the plain SiLU gate.
+The operator takes raw router logits and does softmax, top-k and renormalization itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from export.graph import MICROSOFT, GraphWriter
+from export.lowering.layer import MoeLayer
+from export.routing import Routing
+from export.twin import FloatWeight
+
+NAME = "moe"
+MIN_ONNXRUNTIME = "1.23"
+
+
+def refusal(layer: MoeLayer) -> str | None:
+    """Why this lowering cannot express the layer, or None."""
+    if layer.quantized:
+        return "the MoE operator takes float weights"
+    return routing_refusal(layer.routing)
+
+
+def routing_refusal(routing: Routing) -> str | None:
+    """Why the operators' built-in routing cannot express `routing`, or None.
+
+    Without renormalization the operator computes wrong values before onnxruntime 1.32 when it stands between other nodes.
+    """
+    if routing.score != "softmax":
+        return f"the operator scores by softmax, not {routing.score}"
+    if not routing.renormalize:
+        return "normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"
+    if routing.scale != 1.0:
+        return "the operator has no factor on the weights"
+    return None
+
+
+def swiglu_attributes(routing: Routing) -> dict[str, Any]:
+    """Attributes that `MoE` and `QMoE` share."""
+    return {
+        "k": routing.num_experts_per_tok,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "normalize_routing_weights": 1,
+    }
+
+
+def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
+    """hidden [B, S, H] and router_logits [B * S, E] to the layer's output [B, S, H]."""
+    num_experts, height, width = layer.routing.num_experts, layer.intermediate_size, layer.hidden_size
+
+    def fc1() -> torch.Tensor:
+        return torch.stack([torch.stack([_read(e.gate), _read(e.up)], dim=1).flatten(0, 1) for e in layer.experts])
+
+    def fc2() -> torch.Tensor:
+        return torch.stack([_read(e.down) for e in layer.experts])
+
+    fc1_value = graph.weight(f"{layer.name}.fc1", ir.DataType.FLOAT, (num_experts, 2 * height, width), fc1)
+    fc2_value = graph.weight(f"{layer.name}.fc2", ir.DataType.FLOAT, (num_experts, width, height), fc2)
+    inputs = [hidden, router_logits, fc1_value, None, fc2_value]
+    return graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT)
+
+
+def _read(weight: object) -> torch.Tensor:
+    assert isinstance(weight, FloatWeight)
+    return weight.read()

@@ -1,0 +1,83 @@
+"""The `QMoE` operator of onnxruntime: quantized experts, one node a layer.
+
+The integers are those of `export.quantization`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up rows interleaved, fc2 [E, H, I * bits / 8], and
+block-wise scales. Where the block does not divide the FFN's width I, the width is padded with neurons whose weights are exactly zero; they
+add nothing. The hidden size cannot be padded, since the operator's input has it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+
+from export.graph import MICROSOFT, GraphWriter
+from export.lowering.layer import MoeLayer
+from export.lowering.moe import routing_refusal, swiglu_attributes
+from export.quantization import Quantized
+from export.twin import QuantizedWeight, Weight
+
+NAME = "qmoe"
+MIN_ONNXRUNTIME = "1.23"
+MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"
+
+
+def refusal(layer: MoeLayer) -> str | None:
+    """Why this lowering cannot express the layer, or None."""
+    gate = layer.experts[0].gate
+    if not isinstance(gate, QuantizedWeight):
+        return "the QMoE operator takes quantized weights"
+    if layer.hidden_size % gate.block_size:
+        return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
+    if gate.bits == 8 and layer.activation_bits != 8:
+        return "with 8-bit weights the operator reads activations in 8 bits"
+    return routing_refusal(layer.routing)
+
+
+def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
+    """hidden [B, S, H] and router_logits [B * S, E] to the layer's output [B, S, H]."""
+    down = _quantized(layer.experts[0].down)
+    bits, block = down.bits, down.block_size
+    width, height = layer.hidden_size, down.num_blocks * block
+    num_experts = layer.routing.num_experts
+
+    def fc1() -> Quantized:
+        experts = [_interleave(_quantized(e.gate).read(), _quantized(e.up).read(), height) for e in layer.experts]
+        return _stack(experts)
+
+    def fc2() -> Quantized:
+        return _stack([_quantized(e.down).read() for e in layer.experts])
+
+    def add(name: str, rows: int, columns: int, read: object) -> tuple[ir.Value, ir.Value]:
+        assert callable(read)
+        codes = graph.weight(
+            f"{layer.name}.{name}.codes", ir.DataType.UINT8, (num_experts, rows, columns * bits // 8), lambda: read().codes.flatten(2)
+        )
+        scales = graph.weight(f"{layer.name}.{name}.scales", ir.DataType.FLOAT, (num_experts, rows, columns // block), lambda: read().scales)
+        return codes, scales
+
+    fc1_codes, fc1_scales = add("fc1", 2 * height, width, fc1)
+    fc2_codes, fc2_scales = add("fc2", width, height, fc2)
+    attributes = {**swiglu_attributes(layer.routing), "expert_weight_bits": bits, "block_size": block}
+    if bits == 4 and layer.activation_bits == 8:
+        attributes["accuracy_level"] = 4
+    inputs = [hidden, router_logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    return graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT)
+
+
+def _quantized(weight: Weight) -> QuantizedWeight:
+    assert isinstance(weight, QuantizedWeight)
+    return weight
+
+
+def _interleave(gate: Quantized, up: Quantized, height: int) -> Quantized:
+    """Rows g0, u0, g1, u1, …, then zero rows up to 2 * height: codes at the zero point, scale 0."""
+    codes = torch.stack([gate.codes, up.codes], dim=1).flatten(0, 1)
+    scales = torch.stack([gate.scales, up.scales], dim=1).flatten(0, 1)
+    missing = 2 * height - len(codes)
+    return Quantized(
+        torch.cat([codes, torch.zeros(missing, *codes.shape[1:], dtype=torch.uint8)]), torch.cat([scales, torch.zeros(missing, scales.shape[1])])
+    )
+
+
+def _stack(experts: list[Quantized]) -> Quantized:
+    return Quantized(torch.stack([e.codes for e in experts]), torch.stack([e.scales for e in experts]))

@@ -1,0 +1,59 @@
+"""A subgraph an expert: standard operators, any width, any provider.
+
+Each expert gathers its tokens, computes them by ordinary matrix products (float or `MatMulNBits`) and adds the weighted result into place;
+an expert without tokens multiplies empty matrices.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph import GraphWriter, int64
+from export.linear import add_linear
+from export.lowering.layer import MoeLayer
+
+NAME = "unrolled"
+MIN_ONNXRUNTIME = "1.20"
+
+
+def refusal(layer: MoeLayer) -> str | None:
+    """Why this lowering cannot express the layer, or None."""
+    if layer.routing.score != "softmax":
+        return f"scores by {layer.routing.score} are not written yet"
+    return None
+
+
+def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
+    """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]."""
+    name, routing = layer.name, layer.routing
+    last = graph.constant("axis_last", int64(-1))
+    top_k = graph.constant("num_experts_per_tok", int64(routing.num_experts_per_tok))
+    x_TH = graph.op("Reshape", [hidden, graph.constant("flat_hidden", int64(-1, layer.hidden_size))], f"{name}.tokens")
+    scores_TE = graph.op("Softmax", [router_logits], f"{name}.scores", {"axis": -1})
+    weights_TK, chosen_TK = graph.op_multi("TopK", [scores_TE, top_k], [f"{name}.top_k", f"{name}.chosen"], {"axis": -1})
+    if routing.renormalize:
+        total = graph.op("ReduceSum", [weights_TK, last], f"{name}.total", {"keepdims": 1})
+        weights_TK = graph.op("Div", [weights_TK, total], f"{name}.weights")
+    if routing.scale != 1.0:
+        factor = graph.constant("routing_scale", np.array(routing.scale, np.float32))
+        weights_TK = graph.op("Mul", [weights_TK, factor], f"{name}.scaled_weights")
+    sum_TH = graph.op("ConstantOfShape", [graph.op("Shape", [x_TH], f"{name}.shape")], f"{name}.zeros")
+    for number, expert in enumerate(layer.experts):
+        own = f"{name}.expert.{number}"
+        is_chosen = graph.op("Equal", [chosen_TK, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen")
+        pairs = graph.op("NonZero", [is_chosen], f"{own}.pairs")
+        pairs_N2 = graph.op("Transpose", [pairs], f"{own}.pairs_t", {"perm": [1, 0]})
+        weight_N = graph.op("GatherND", [weights_TK, pairs_N2], f"{own}.weight")
+        weight_N1 = graph.op("Unsqueeze", [weight_N, last], f"{own}.weight_column")
+        token_N1, _ = graph.op_multi("Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2})
+        x_NH = graph.op("GatherND", [x_TH, token_N1], f"{own}.input")
+        gate_NI = add_linear(graph, x_NH, expert.gate, f"{own}.gate", layer.activation_bits)
+        up_NI = add_linear(graph, x_NH, expert.up, f"{own}.up", layer.activation_bits)
+        sigmoid_NI = graph.op("Sigmoid", [gate_NI], f"{own}.sigmoid")
+        silu_NI = graph.op("Mul", [gate_NI, sigmoid_NI], f"{own}.silu")
+        inner_NI = graph.op("Mul", [silu_NI, up_NI], f"{own}.inner")
+        down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
+        weighted_NH = graph.op("Mul", [down_NH, weight_N1], f"{own}.weighted")
+        sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})
+    return graph.op("Reshape", [sum_TH, graph.op("Shape", [hidden], f"{name}.full_shape")], f"{name}.output")

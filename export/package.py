@@ -1,0 +1,97 @@
+"""The ONNX package: graph, external weights, tokenizer, and the configs that runtimes read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from optimum.utils import NormalizedConfigManager, NormalizedTextConfigWithGQA
+from transformers import PreTrainedConfig
+
+from export.config import OnnxConfig
+from export.decoder import build_decoder
+from export.progress import Progress
+from export.twin import Twin
+from upcycle.surgery import copy_companions
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+MIN_ONNXRUNTIME_KEY = "dense2moe.min_onnxruntime"
+LOWERING_KEY = "dense2moe.lowering"
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What was written."""
+
+    lowering: str
+    min_onnxruntime: str
+    num_nodes: int
+    package_bytes: int
+
+
+def write_package(source: Path, output: Path, config: OnnxConfig, progress: Progress) -> OnnxFacts:
+    """Write the package of the (quantized) checkpoint in `source` into `output`; weights go to disk one initializer at a time.
+
+    Raises:
+        ExportError: the architecture or the lowering asked for is not covered.
+    """
+    twin = Twin(source)
+    graph = build_decoder(twin, config)
+    graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
+    done = 0
+    total = len(graph.model.graph.initializers)
+
+    def report(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        progress("writing weights", min(done, total), total)
+
+    ir.save(graph.model, output / MODEL_NAME, external_data=DATA_NAME, callback=report, max_workers=1)
+    progress("writing weights", total, total)
+    copy_companions(source, output)
+    twin.checkpoint.config.save_pretrained(output)
+    (output / "genai_config.json").write_text(json.dumps(genai_config(twin.checkpoint.config), indent=2) + "\n", encoding="utf-8")
+    size = sum((output / name).stat().st_size for name in (MODEL_NAME, DATA_NAME))
+    return OnnxFacts(graph.lowering, graph.min_onnxruntime, len(graph.model.graph), size)
+
+
+def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
+    """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names."""
+    normalized = NormalizedConfigManager._conf.get(config.model_type, NormalizedTextConfigWithGQA)(config)
+    heads = normalized.num_attention_heads
+    eos = config.eos_token_id if config.eos_token_id is not None else 0
+    first_eos = eos[0] if isinstance(eos, list) else eos
+    bos = config.bos_token_id if config.bos_token_id is not None else first_eos
+    pad = config.pad_token_id if config.pad_token_id is not None else first_eos
+    context = config.max_position_embeddings
+    return {
+        "model": {
+            "type": "decoder",
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "context_length": context,
+            "vocab_size": normalized.vocab_size,
+            "decoder": {
+                "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
+                "filename": MODEL_NAME,
+                "head_size": getattr(config, "head_dim", None) or normalized.hidden_size // heads,
+                "hidden_size": normalized.hidden_size,
+                "num_attention_heads": heads,
+                "num_hidden_layers": normalized.num_layers,
+                "num_key_value_heads": normalized.num_key_value_heads,
+                "inputs": {
+                    "input_ids": "input_ids",
+                    "attention_mask": "attention_mask",
+                    "past_key_names": "past_key_values.%d.key",
+                    "past_value_names": "past_key_values.%d.value",
+                },
+                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+            },
+        },
+        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": True},
+    }

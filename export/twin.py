@@ -1,0 +1,188 @@
+"""The quantized checkpoint: integers and scales, and the torch model that computes with the same values.
+
+The output directory is a plain Hugging Face checkpoint in float32 whose weights are the dequantized ones, so transformers alone can run exactly
+what the ONNX file will hold: the *twin*. Beside it `quantized.safetensors` keeps the integers and scales that the graph packs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from export.config import QuantizeConfig, Variant
+from export.errors import ExportError
+from export.family import DecoderFamily, TensorClass, find_decoder_family
+from export.progress import Progress
+from export.quantization import Quantized, dequantize, num_blocks, quantize
+from upcycle.checkpoint import Checkpoint, TensorEntry, TensorSpec, index_tensors, open_checkpoint, read_tensor, write_tensors
+from upcycle.surgery import copy_companions
+
+SCHEME_NAME = "quantization.json"
+_STEM = "quantized"
+_SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class QuantizeFacts:
+    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized."""
+
+    bits: dict[TensorClass, int]
+    block_size: int
+    expert_bytes: int
+    quantized_expert_share: float
+    quantized_bytes: int
+    num_quantized_tensors: int
+
+
+def class_bits(variant: Variant, config: QuantizeConfig) -> dict[TensorClass, int]:
+    """Bits of each tensor class; 32 is not quantized. Routers and norms always are 32."""
+    if variant == "float32":
+        return {"experts": 32, "attention": 32, "embedding": 32, "router": 32, "norm": 32}
+    own = 8 if variant == "int8" else 4
+
+    def choose(setting: str | int) -> int:
+        return own if setting == "variant" else 32 if setting == 16 else max(own, int(setting))
+
+    return {"experts": own, "attention": choose(config.attention_bits), "embedding": choose(config.embedding_bits), "router": 32, "norm": 32}
+
+
+def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress) -> QuantizeFacts:
+    """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time.
+
+    Raises:
+        ExportError: the architecture is not covered, or an expert would stay unquantized.
+    """
+    checkpoint = open_checkpoint(source)
+    family = find_decoder_family(checkpoint.config)
+    bits = class_bits(variant, config)
+    plan = {name: bits[family.classify(name)] for name in checkpoint.entries}
+    checkpoint.config.dtype = torch.float32
+    checkpoint.config.save_pretrained(output)
+    copy_companions(source, output)
+    integer_specs = [spec for name, width in plan.items() if width < 32 for spec in _integer_specs(name, checkpoint, width, config.block_size)]
+    if integer_specs:
+        write_tensors(output, integer_specs, _integer_tensors(checkpoint, plan, config.block_size, progress), _SHARD_BYTES, stem=_STEM)
+    integers = index_tensors(output, _STEM) if integer_specs else {}
+    specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
+    write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
+    experts = [name for name in plan if family.classify(name) == "experts"]
+    sizes = {name: checkpoint.entries[name].num_elements for name in experts}
+    share = sum(sizes[name] for name in experts if plan[name] < 32) / max(1, sum(sizes.values()))
+    if variant != "float32" and share < 1:
+        raise ExportError(f"{source}: only {share:.1%} of the expert weights could be quantized; all of them must be")
+    facts = QuantizeFacts(
+        bits=bits,
+        block_size=config.block_size,
+        expert_bytes=_stored_bytes(experts, checkpoint, plan, config.block_size),
+        quantized_expert_share=share,
+        quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
+        num_quantized_tensors=len(integer_specs) // 2,
+    )
+    scheme = {"variant": variant, "tensors": {name: width for name, width in plan.items() if width < 32}, **asdict(facts)}
+    (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def _integer_specs(name: str, checkpoint: Checkpoint, bits: int, block_size: int) -> tuple[TensorSpec, TensorSpec]:
+    rows, width = checkpoint.entries[name].shape
+    blocks = num_blocks(width, block_size)
+    return (
+        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
+        TensorSpec(f"{name}.scales", torch.float32, (rows, blocks)),
+    )
+
+
+def _integer_tensors(checkpoint: Checkpoint, plan: dict[str, int], block_size: int, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, (name, bits) in enumerate(plan.items(), 1):
+        if bits < 32:
+            quantized = quantize(checkpoint.read(name).to(torch.float32), bits, block_size)
+            yield f"{name}.codes", quantized.codes
+            yield f"{name}.scales", quantized.scales
+        progress("quantizing", number, len(plan))
+
+
+def _twin_tensors(
+    checkpoint: Checkpoint, integers: Mapping[str, TensorEntry], plan: dict[str, int], progress: Progress
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for number, (name, bits) in enumerate(plan.items(), 1):
+        if bits < 32:
+            yield name, dequantize(_read_quantized(name, integers), checkpoint.entries[name].shape[1], bits)
+        else:
+            yield name, checkpoint.read(name).to(torch.float32)
+        progress("writing the twin", number, len(plan))
+
+
+def _read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized:
+    return Quantized(read_tensor(integers[f"{name}.codes"]), read_tensor(integers[f"{name}.scales"]))
+
+
+def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], block_size: int) -> int:
+    total = 0
+    for name in names:
+        if plan[name] < 32:
+            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint, plan[name], block_size))
+        else:
+            total += checkpoint.entries[name].num_elements * 4
+    return total
+
+
+@dataclass(frozen=True)
+class FloatWeight:
+    """A float32 matrix [rows, width] in the twin."""
+
+    name: str
+    checkpoint: Checkpoint
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, width = self.checkpoint.entries[self.name].shape
+        return rows, width
+
+    def read(self) -> torch.Tensor:
+        """The matrix, float32 [rows, width]."""
+        return self.checkpoint.read(self.name).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A quantized matrix [rows, width] in the twin: where its integers are."""
+
+    name: str
+    integers: Mapping[str, TensorEntry]
+    shape: tuple[int, int]
+    bits: int
+    block_size: int
+
+    @property
+    def num_blocks(self) -> int:
+        return num_blocks(self.shape[1], self.block_size)
+
+    def read(self) -> Quantized:
+        """Codes and scales; see `Quantized`."""
+        return _read_quantized(self.name, self.integers)
+
+
+Weight = FloatWeight | QuantizedWeight
+
+
+class Twin:
+    """A directory that `quantize_checkpoint` wrote, opened for the graph builder."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.checkpoint = open_checkpoint(directory)
+        self.family: DecoderFamily = find_decoder_family(self.checkpoint.config)
+        self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
+        self.integers = index_tensors(directory, _STEM) if self.scheme["tensors"] else {}
+
+    def weight(self, name: str) -> Weight:
+        """The matrix `name`, quantized or not."""
+        bits = self.scheme["tensors"].get(name)
+        if bits is None:
+            return FloatWeight(name, self.checkpoint)
+        rows, width = self.checkpoint.entries[name].shape
+        return QuantizedWeight(name, self.integers, (rows, width), bits, self.scheme["block_size"])

@@ -1,0 +1,318 @@
+"""Hugging Face checkpoints on disk: read tensor by tensor, written by shard.
+
+The safetensors layout is read here from its own header (8 bytes of little-endian length, a JSON object, then the data), because three things are
+asked of it that the library does not promise: memory that does not grow with the model (no mapped pages), one clear line for every way in which
+a file can be wrong, and a writer that knows the plan first and never holds more than one tensor. Format: huggingface/safetensors, README "Format".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+
+from upcycle.errors import UpcycleError
+
+DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_READABLE = {**DTYPES, "U8": torch.uint8, "I32": torch.int32}
+_DTYPE_NAMES = {dtype: name for name, dtype in _READABLE.items()}
+CONFIG_NAME = "config.json"
+STEM = "model"
+INDEX_NAME = f"{STEM}.safetensors.index.json"
+SINGLE_NAME = f"{STEM}.safetensors"
+# What makes a checkpoint usable beside its weights; copied along unchanged wherever a checkpoint is written.
+TOKENIZER_NAMES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+GENERATION_CONFIG_NAME = "generation_config.json"
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: its file, safetensors dtype name, shape, and byte range in the file."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint directory: its loaded config and where every tensor lies. Holds no tensor."""
+
+    directory: Path
+    config: PreTrainedConfig
+    entries: Mapping[str, TensorEntry]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(entry.num_elements for entry in self.entries.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(entry.num_bytes for entry in self.entries.values())
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read one tensor into fresh memory, with the dtype it is stored in."""
+        return read_tensor(self.entries[name])
+
+
+def read_tensor(entry: TensorEntry) -> torch.Tensor:
+    """Read one tensor into fresh memory, with the dtype it is stored in; no page of the file stays mapped."""
+    buffer = bytearray(entry.num_bytes)
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(entry.start)
+        view = memoryview(buffer)
+        while view:
+            count = file.readinto(view[:_CHUNK_BYTES])
+            if not count:
+                raise UpcycleError(f"{entry.file}: ended inside tensor '{entry.name}'; the file changed while it was read; run again")
+            view = view[count:]
+    if not buffer:
+        return torch.empty(entry.shape, dtype=_READABLE[entry.dtype])
+    return torch.frombuffer(buffer, dtype=_READABLE[entry.dtype]).reshape(entry.shape)
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open a checkpoint directory and check everything that can be checked without reading the weights.
+
+    Raises:
+        UpcycleError: the directory, its config, its index or a header is missing, truncated, inconsistent, hostile or of an unsupported kind.
+    """
+    if not directory.exists():
+        raise UpcycleError(f"{directory}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
+    if not directory.is_dir():
+        raise UpcycleError(f"{directory}: is a file; it must be a checkpoint directory with config.json and *.safetensors")
+    return Checkpoint(directory, _read_config(directory), index_tensors(directory))
+
+
+def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
+    """Where every tensor lies in `stem`.safetensors or in the shards that `stem`.safetensors.index.json lists.
+
+    Raises:
+        UpcycleError: the index or a header is missing, truncated, inconsistent, hostile or of an unsupported kind.
+    """
+    entries: dict[str, TensorEntry] = {}
+    for file, expected in _weight_files(directory, stem).items():
+        for entry in read_header(file):
+            if entry.name in entries:
+                raise UpcycleError(f"{file}: tensor '{entry.name}' is also in {entries[entry.name].file.name}; each must be stored once")
+            if expected is not None and entry.name not in expected:
+                raise UpcycleError(f"{file}: tensor '{entry.name}' is not listed for this file in the index; mend the index")
+            entries[entry.name] = entry
+        if expected is not None and (missing := sorted(expected - entries.keys())):
+            raise UpcycleError(f"{file}: tensor '{missing[0]}' must be here by the index but is not; download this file again")
+    return entries
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise UpcycleError(f"{directory}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UpcycleError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise UpcycleError(f"{path}: no 'model_type'; it must be the config of a transformers model")
+    if "auto_map" in raw:
+        raise UpcycleError(f"{path}: 'auto_map' asks for code from the checkpoint, which is never run; use a model that transformers itself knows")
+    if "quantization_config" in raw:
+        method = raw["quantization_config"].get("quant_method", "unknown") if isinstance(raw["quantization_config"], dict) else "unknown"
+        raise UpcycleError(f"{path}: the weights are quantized ({method}); upcycling needs float32, float16 or bfloat16 weights")
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds here, strict dataclass errors among them; each is the file's fault
+        reason = " ".join(str(error).split())
+        raise UpcycleError(f"{path}: transformers cannot read this config: {reason[:300]}") from error
+
+
+def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
+    """The safetensors files, each with the names that the index gives it (None without an index)."""
+    index_path = directory / f"{stem}.safetensors.index.json"
+    if index_path.is_file():
+        try:
+            weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)["weight_map"]
+            pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UpcycleError(f"{index_path}: not a safetensors index ({error}); it must hold a 'weight_map' object of name to file") from error
+        files: dict[Path, set[str] | None] = {}
+        for name, file_name in pairs:
+            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
+                raise UpcycleError(f"{index_path}: '{name}' is said to be in '{file_name}'; it must be a *.safetensors file beside the index")
+            expected = files.setdefault(directory / file_name, set())
+            assert expected is not None
+            expected.add(name)
+        for file in files:
+            if not file.is_file():
+                raise UpcycleError(f"{index_path}: names {file.name}, which is not there; download it")
+        return files
+    single = directory / f"{stem}.safetensors"
+    if single.is_file():
+        return {single: None}
+    if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
+        pickle = next(p for pattern in _PICKLES for p in directory.glob(pattern))
+        raise UpcycleError(f"{pickle}: pickled weights can run code and are never loaded; convert them to {SINGLE_NAME} first")
+    raise UpcycleError(f"{directory}: no {SINGLE_NAME} and no {INDEX_NAME}; the weights must be in safetensors")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the name '{next(n for n in names if names.count(n) > 1)}' occurs twice")
+    return result
+
+
+def read_header(file: Path) -> list[TensorEntry]:
+    """Read and check the header of one safetensors file, without reading its data.
+
+    Raises:
+        UpcycleError: truncated, oversized or malformed header; overlapping, missing or leftover bytes; duplicate names; unsupported dtype.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or length < 2:
+            raise UpcycleError(f"{file}: not a safetensors file ({size} bytes, no header); download it again")
+        if length > _MAX_HEADER_BYTES or 8 + length > size:
+            raise UpcycleError(f"{file}: header says {length} bytes in a file of {size}; truncated or not safetensors; download it again")
+        try:
+            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+            if not isinstance(header, dict):
+                raise ValueError("the header is no JSON object")
+            header.pop("__metadata__", None)
+            spans = [_span(name, value) for name, value in header.items()]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise UpcycleError(f"{file}: malformed safetensors header ({error}); download it again") from error
+    position = 0
+    entries = []
+    for name, dtype, shape, begin, end in sorted(spans, key=lambda s: (s[3], s[4])):
+        if begin != position:
+            kind = "overlaps another tensor" if begin < position else "leaves a gap before it"
+            raise UpcycleError(f"{file}: tensor '{name}' {kind} at byte {begin} (expected {position}); the file is corrupt; download it again")
+        if dtype not in _ITEM_BYTES:
+            raise UpcycleError(f"{file}: tensor '{name}' has dtype {dtype}; it must be one of {', '.join(DTYPES)}")
+        needed = math.prod(shape) * _ITEM_BYTES[dtype]
+        if end - begin != needed:
+            raise UpcycleError(f"{file}: tensor '{name}' of shape {list(shape)} {dtype} has {end - begin} bytes; it must have {needed}")
+        position = end
+        entries.append(TensorEntry(name, file, dtype, shape, 8 + length + begin, needed))
+    if 8 + length + position != size:
+        raise UpcycleError(f"{file}: {size} bytes; by its header it must have {8 + length + position}; truncated or corrupt; download it again")
+    return entries
+
+
+def _span(name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
+    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or not isinstance(shape, list):
+        raise ValueError(f"tensor '{name}' has no dtype and shape")
+    for number in (*shape, begin, end):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"tensor '{name}' has {number!r} where a count must be")
+    return name, dtype, tuple(shape), begin, end
+
+
+def check_values(checkpoint: Checkpoint) -> Iterator[str]:
+    """Read every tensor once and refuse NaN and infinite values; yields each name when it is done, for progress.
+
+    Raises:
+        UpcycleError: a tensor has a dtype that is not supported, or a value that is not finite.
+    """
+    for name, entry in checkpoint.entries.items():
+        if entry.dtype not in DTYPES:
+            hint = "; dequantize it first" if entry.dtype.startswith("F8") else ""
+            raise UpcycleError(f"{entry.file}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}")
+        finite = torch.isfinite(checkpoint.read(name))
+        if not finite.all():
+            count = int((~finite).sum())
+            raise UpcycleError(f"{entry.file}: tensor '{name}' holds {count} NaN or infinite values; the checkpoint is broken; use another")
+        yield name
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: name, dtype and shape."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_tensors(
+    directory: Path, specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int, stem: str = STEM
+) -> None:
+    """Write tensors in the order of `specs` into size-limited shards and, when there are several, an index.
+
+    `tensors` must yield exactly the names of `specs`, in their order, with their dtypes and shapes; one tensor is held at a time.
+
+    Raises:
+        ValueError: `tensors` does not follow `specs` (a mistake of the caller, not of the user).
+        OSError: the disk is full or not writable.
+    """
+    shards = _divide(list(specs), shard_bytes)
+    source = iter(tensors)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (directory / name).open("wb", buffering=_CHUNK_BYTES) as file:
+            _write_header(file, shard)
+            for spec in shard:
+                written, tensor = next(source, ("nothing", torch.empty(0)))
+                if written != spec.name or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
+                    raise ValueError(f"planned {spec}, was given {written} {tensor.dtype} {tuple(tensor.shape)}")
+                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                weight_map[spec.name] = name
+    if (extra := next(source, None)) is not None:
+        raise ValueError(f"tensor {extra[0]} was not planned")
+    if len(shards) > 1:
+        total = sum(spec.num_bytes for shard in shards for spec in shard)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _divide(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    shards: list[list[TensorSpec]] = [[]]
+    used = 0
+    for spec in specs:
+        if shards[-1] and used + spec.num_bytes > shard_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(spec)
+        used += spec.num_bytes
+    return shards
+
+
+def _write_header(file: IO[bytes], shard: list[TensorSpec]) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for spec in shard:
+        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, position + spec.num_bytes]}
+        position += spec.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)

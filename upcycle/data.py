@@ -1,0 +1,183 @@
+"""Text to blocks of tokens: read, split, tokenize, pack."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, assert_never, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
+from upcycle.errors import UpcycleError
+from upcycle.python_docs import SPLITS, Split, read_python_docs
+from upcycle.surgery import Progress
+
+_HELD_OUT_PER_MILLE = 50
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents a split, and where they come from in words and digests."""
+
+    documents: dict[Split, tuple[str, ...]]
+    facts: dict[str, str]
+
+
+def read_texts(source: PythonDocsData | TextData | HubData, base: Path) -> Texts:
+    """Read the documents; relative paths of files start at `base`.
+
+    Raises:
+        UpcycleError: a file or data set is missing, not UTF-8 or empty.
+    """
+    match source:
+        case PythonDocsData():
+            docs = read_python_docs()
+            documents = {split: tuple(d.text for d in docs.documents[split]) for split in SPLITS}
+            return Texts(documents, {"interpreter": f"CPython {docs.version}", "digest": docs.digest})
+        case TextData():
+            return _read_files(source, base)
+        case HubData():
+            return _read_hub(source)
+        case _:
+            assert_never(source)
+
+
+def text_files(source: TextData, base: Path) -> dict[Split, list[Path]]:
+    """The files of each split, globs resolved, in the order given.
+
+    Raises:
+        UpcycleError: a path or glob matches no file.
+    """
+    given: dict[Split, tuple[str, ...]] = {"train": source.train, "validation": source.validation, "test": source.test}
+    files: dict[Split, list[Path]] = {}
+    for split, patterns in given.items():
+        files[split] = []
+        for pattern in patterns:
+            found = [Path(p) for p in sorted(glob.glob(str(base / pattern), recursive=True)) if Path(p).is_file()]
+            if not found:
+                raise UpcycleError(f"data.source.{split}: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files")
+            files[split] += found
+    return files
+
+
+def _read_files(source: TextData, base: Path) -> Texts:
+    documents: dict[Split, list[str]] = {split: [] for split in SPLITS}
+    held_out = [split for split in ("test", "validation") if not getattr(source, split)]
+    for split, files in text_files(source, base).items():
+        for file in files:
+            try:
+                text = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UpcycleError(f"{file}: not UTF-8 at byte {error.start}; convert it") from error
+            for document in text.split(source.separator) if source.separator else [text]:
+                if document := document.strip():
+                    documents[_hashed_split(document, cast("list[Split]", held_out)) if split == "train" else split].append(document)
+    for split in SPLITS:
+        if not documents[split]:
+            raise UpcycleError(
+                f"data.source: no document falls into the {split} split; give `{split}:` files, or a `separator` that makes more documents"
+            )
+    return Texts({s: tuple(d) for s, d in documents.items()}, {"digest": digest_texts(documents)})
+
+
+def _hashed_split(document: str, held_out: list[Split]) -> Split:
+    number = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 1000
+    for split in held_out:
+        if number < _HELD_OUT_PER_MILLE:
+            return split
+        number -= _HELD_OUT_PER_MILLE
+    return "train"
+
+
+def _read_hub(source: HubData) -> Texts:
+    import datasets  # slow to import, and only this needs it
+
+    where = f"data.source: data set '{source.path}'"
+    documents: dict[Split, list[str]] = {}
+    for split in SPLITS:
+        name = getattr(source, split)
+        try:
+            rows = datasets.load_dataset(source.path, source.name, revision=source.revision, split=name)
+        except Exception as error:  # datasets raises many kinds for a missing set, split, revision or network
+            raise UpcycleError(f"{where}, split '{name}': {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+        if source.text_column not in rows.column_names:
+            raise UpcycleError(f"{where}: no column '{source.text_column}'; it has {', '.join(rows.column_names)}")
+        documents[split] = [text for text in rows[source.text_column] if text.strip()]
+        if not documents[split]:
+            raise UpcycleError(f"{where}: split '{name}' has no text in column '{source.text_column}'")
+    return Texts({s: tuple(d) for s, d in documents.items()}, {"data set": source.path, "digest": digest_texts(documents)})
+
+
+def digest_texts(documents: dict[Split, list[str]]) -> str:
+    """SHA-256 of all documents with their splits, in order."""
+    digest = hashlib.sha256()
+    for split in SPLITS:
+        for text in documents[split]:
+            digest.update(f"{split}\0{text}\0".encode())
+    return digest.hexdigest()
+
+
+def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, progress: Progress) -> dict[str, Any]:
+    """Tokenize with the tokenizer in `source` and write `train`, `validation` and `test` as safetensors with `input_ids` int32 [blocks, block_size].
+
+    Returns the facts of the data: tokens a split, digest, interpreter.
+
+    Raises:
+        UpcycleError: no tokenizer, no text, or too little text for one block a split.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UpcycleError(f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there") from error
+    texts = read_texts(config.source, base)
+    limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens, "test": config.max_test_tokens}
+    num_tokens = {}
+    for number, split in enumerate(SPLITS):
+        progress("tokenizing", number, len(SPLITS))
+        blocks = _pack(tokenizer, texts.documents[split], config.block_size)
+        if len(blocks) == 0:
+            raise UpcycleError(f"data: the {split} split has fewer tokens than one block of {config.block_size}; give more text or a smaller block_size")
+        blocks = _thin(blocks, limits[split])
+        num_tokens[split] = blocks.numel()
+        save_file({"input_ids": blocks}, output / f"{split}.safetensors")
+    progress("tokenizing", len(SPLITS), len(SPLITS))
+    facts = {"block_size": config.block_size, "num_tokens": num_tokens, **texts.facts}
+    (output / "data.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def read_blocks(directory: Path, split: Split) -> torch.Tensor:
+    """The blocks that `prepare_data` wrote; int64 [blocks, block_size]."""
+    return load_file(directory / f"{split}.safetensors")["input_ids"].to(torch.int64)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
+    """Token ids of all documents. Where the tokenizer itself marks no start, the end-of-text token divides them, and opens the stream."""
+    marks_start = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    divider = None if marks_start else tokenizer.eos_token_id
+    if divider is not None:
+        yield divider
+    for document in documents:
+        yield from tokenizer(document, verbose=False)["input_ids"]
+        if divider is not None:
+            yield divider
+
+
+def _pack(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], block_size: int) -> torch.Tensor:
+    stream = torch.tensor(list(_encode(tokenizer, documents)), dtype=torch.int32)
+    return stream[: len(stream) // block_size * block_size].view(-1, block_size)
+
+
+def _thin(blocks: torch.Tensor, max_tokens: int | None) -> torch.Tensor:
+    """At most `max_tokens` tokens (at least one block), as blocks taken evenly from the whole."""
+    wanted = len(blocks) if max_tokens is None else max(1, max_tokens // blocks.shape[1])
+    if wanted >= len(blocks):
+        return blocks.clone()
+    return blocks[torch.linspace(0, len(blocks) - 1, wanted).round().long()].clone()

@@ -1,0 +1,72 @@
+"""Held-out loss and speed of a torch model."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel
+
+from upcycle.receipt import load_model
+from upcycle.surgery import Progress
+
+_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A torch model on held-out text: mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding."""
+
+    loss: float
+    perplexity: float
+    num_parameters: int
+    weight_bytes: int
+    decode_tokens_per_second: float
+
+
+@torch.inference_mode()
+def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
+    """Mean next-token loss in nats over blocks of token ids [blocks, block_size]; no position sees another block."""
+    total = 0.0
+    for batch in blocks.split(_BATCH):
+        batch = batch.to(model.device)
+        logits = model(input_ids=batch, use_cache=False).logits
+        total += float(next_token_loss(logits, batch)) * len(batch)
+    return total / len(blocks)
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of logits [B, S, vocabulary] against the ids [B, S] that follow; a scalar."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@torch.inference_mode()
+def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int = 24, repeats: int = 3) -> float:
+    """Tokens per second of greedy decoding with a KV cache at batch 1 after `prompt` [S]; the median of `repeats`."""
+    speeds = []
+    for _ in range(repeats):
+        output = model(input_ids=prompt[None].to(model.device), use_cache=True)
+        token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        started = time.perf_counter()
+        for _ in range(num_tokens):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        token.item()
+        speeds.append(num_tokens / (time.perf_counter() - started))
+    return sorted(speeds)[repeats // 2]
+
+
+def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progress) -> Evaluation:
+    """Load a checkpoint in float32 and measure it on held-out blocks [blocks, block_size]."""
+    progress(f"evaluating {name}", 0, 1)
+    model = load_model(directory, torch.float32)
+    loss = held_out_loss(model, blocks)
+    weights = sum(p.numel() for p in model.parameters())
+    speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    progress(f"evaluating {name}", 1, 1)
+    return Evaluation(loss, math.exp(min(loss, 700.0)), weights, size, speed)
