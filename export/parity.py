@@ -1,0 +1,325 @@
+"""Parity: does the package compute what the torch model computes?
+
+Two questions, two numbers. Against the *twin*, the torch model with the very integers of the package: is the export right? Against the fine-tuned
+model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts, one full forward without a cache, so
+that chained decoding is checked against something that has no cache at all.
+
+A router can tie to the last bit, and then two right computations may choose different experts. Such a flip (the reference's margin below `_TIE_MARGIN`)
+is counted and reported apart; the tokens from there on in that row are left out of the largest error, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+from export.config import ParityConfig, Variant
+from export.progress import Progress
+from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder
+
+_TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6, so a flip above this margin is a fault and not a tie
+_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """Logits of one way of feeding the package, against one full forward of the twin."""
+
+    name: str
+    num_tokens: int
+    max_error: float
+    mean_error: float
+    relative_error: float
+    top1_agreement: float
+    num_tie_flips: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The package against one torch model on held-out text; per layer: top-k set agreement, and relative error of the residual stream."""
+
+    max_error: float
+    mean_error: float
+    kl: float
+    top1_agreement: float
+    routing_agreement: tuple[float, ...]
+    hidden_error: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class ProviderParity:
+    """All figures of one execution provider; losses and perplexities over the same held-out tokens, speeds at batch 1."""
+
+    onnxruntime: str
+    checks: tuple[Check, ...]
+    twin: Agreement
+    finetuned: Agreement
+    perplexity: float
+    twin_perplexity: float
+    finetuned_perplexity: float
+    worst_layer: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The outcome: figures by provider (or why it was not run), and every broken threshold in words."""
+
+    providers: dict[str, ProviderParity | str]
+    breaches: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.breaches
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What one computation of ids [B, S] gave: logits [B, S, V], by layer router logits [B, S, E] and residual stream [B, S, H]; and k."""
+
+    logits: torch.Tensor
+    routers: tuple[torch.Tensor, ...]
+    hiddens: tuple[torch.Tensor, ...]
+    top_k: int
+
+
+Reference = Callable[[torch.Tensor, torch.Tensor], _Forward]
+
+
+def check_parity(
+    package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds_activations: bool, config: ParityConfig,
+    progress: Progress,
+) -> Parity:  # fmt: skip
+    """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
+
+    `rounds_activations`: the graph computes with 8-bit activations, so its logits are held to `max_kl` and not to `max_relative_error`.
+    """
+    step = max(1, len(blocks) // config.num_blocks)
+    blocks = blocks[::step][: config.num_blocks]
+    providers: dict[str, ProviderParity | str] = {}
+    breaches: list[str] = []
+    for provider in (CPU, CUDA):
+        if provider == CUDA and not (provider in ort.get_available_providers() and torch.cuda.is_available()):
+            providers[provider] = "not run: no CUDA device"
+            continue
+        result = _measure(package, twin, finetuned, blocks, config, provider, progress)
+        providers[provider] = result
+        breaches += [f"{provider}: {breach}" for breach in find_breaches(result, variant, rounds_activations, config)]
+    return Parity(providers, tuple(breaches))
+
+
+def find_breaches(result: ProviderParity, variant: Variant, rounds_activations: bool, config: ParityConfig) -> list[str]:
+    """Every threshold that the figures break, each in one line that names the worst layer."""
+    worst = f"worst layer {result.worst_layer}: routing agreement {result.twin.routing_agreement[result.worst_layer]:.4f}, "
+    worst += f"hidden error {result.twin.hidden_error[result.worst_layer]:.1e}"
+    breaches = []
+    for check in result.checks:
+        if not rounds_activations and not check.relative_error <= config.max_relative_error:
+            breaches.append(f"{check.name}: relative error {check.relative_error:.1e} > {config.max_relative_error:.0e} ({worst})")
+    if not result.twin.kl <= config.max_kl:
+        breaches.append(f"KL from the twin {result.twin.kl:.1e} > {config.max_kl:.0e} ({worst})")
+    if not min(result.twin.routing_agreement) >= config.min_routing_agreement:
+        breaches.append(f"routing agreement with the twin {min(result.twin.routing_agreement):.4f} < {config.min_routing_agreement} ({worst})")
+    increase = result.perplexity / result.finetuned_perplexity - 1
+    limit = config.max_perplexity_increase.get(variant, math.inf)
+    if not increase <= limit:
+        breaches.append(f"perplexity {result.perplexity:.4f} is {increase:+.2%} of the fine-tuned model's; at most {limit:+.2%} ({worst})")
+    return breaches
+
+
+def _measure(
+    package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, config: ParityConfig, provider: str, progress: Progress
+) -> ProviderParity:
+    decoder = Decoder(package, provider, taps=True)
+    num_parts = 3
+    progress("checking logits", 0, num_parts)
+    with _reference(twin) as reference:
+        checks = _check_logits(decoder, reference, blocks, config)
+        progress("comparing with the twin", 1, num_parts)
+        against_twin, onnx_loss, twin_loss = _compare(decoder, reference, blocks)
+    progress("comparing with the fine-tuned model", 2, num_parts)
+    with _reference(finetuned) as reference:
+        against_finetuned, _, finetuned_loss = _compare(decoder, reference, blocks)
+    prefill, decode = measure_speed(Decoder(package, provider), blocks[0])
+    progress("comparing with the fine-tuned model", num_parts, num_parts)
+    layers = range(len(against_twin.routing_agreement))
+    worst = min(layers, key=lambda n: (against_twin.routing_agreement[n], -against_twin.hidden_error[n]))
+    return ProviderParity(
+        ort.__version__, tuple(checks), against_twin, against_finetuned, math.exp(onnx_loss), math.exp(twin_loss), math.exp(finetuned_loss),
+        worst, prefill, decode,
+    )  # fmt: skip
+
+
+@contextmanager
+def _reference(directory: Path) -> Any:
+    """The torch model as a function of ids and mask [B, S], with router logits and residual streams caught by hooks on whole layers."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager", local_files_only=True).eval()
+    caught: dict[str, list[torch.Tensor]] = {}
+
+    def catch(kind: str) -> Callable[..., None]:
+        return lambda module, inputs, output: caught[kind].append(output[0] if isinstance(output, tuple) else output)
+
+    for layer in model.get_decoder().layers:
+        layer.register_forward_hook(catch("hidden"))
+    for module in model.modules():
+        if hasattr(module, "experts") and hasattr(module, "gate"):
+            module.gate.register_forward_hook(catch("router"))
+
+    @torch.inference_mode()
+    def forward(ids: torch.Tensor, mask: torch.Tensor) -> _Forward:
+        caught.update(hidden=[], router=[])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        routers = tuple(r.reshape(*ids.shape, -1) for r in caught["router"])
+        return _Forward(logits, routers, tuple(caught["hidden"]), model.config.num_experts_per_tok)
+
+    yield forward
+
+
+def _run(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> _Forward:
+    """The package over ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time."""
+    cache = decoder.new_cache(len(ids), ids.shape[1])
+    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy())]
+    parts += [decoder.run(cache, ids[:, n : n + 1].numpy()) for n in range(num_prefill, ids.shape[1])]
+
+    def joined(name: str) -> torch.Tensor:
+        pieces = [part[name].reshape(len(ids), -1, part[name].shape[-1]) for part in parts]
+        return torch.from_numpy(np.concatenate(pieces, axis=1))
+
+    def by_layer(prefix: str) -> tuple[torch.Tensor, ...]:
+        return tuple(joined(name) for name in decoder.taps if name.startswith(prefix))
+
+    return _Forward(joined("logits"), by_layer(ROUTER_LOGITS), by_layer(HIDDEN), decoder.config["num_experts_per_tok"])
+
+
+def _check_logits(decoder: Decoder, reference: Reference, blocks: torch.Tensor, config: ParityConfig) -> list[Check]:
+    size = min(blocks.shape[1], decoder.context_length)
+    short, steps = max(2, size // 7), min(config.decode_steps, size - 1)
+    start = size - steps
+    batch = blocks[: min(3, len(blocks)), :size]
+    ones = torch.ones_like(batch)
+    padded = ones.clone()
+    for row in range(1, len(batch)):
+        padded[row, : start * row // len(batch)] = 0
+    cases = [
+        ("prefill, batch 1, 1 token", batch[:1, :1], ones[:1, :1], 1),
+        (f"prefill, batch 1, {short} tokens", batch[:1, :short], ones[:1, :short], short),
+        (f"prefill, batch 1, {size} tokens", batch[:1], ones[:1], size),
+        (f"prefill, batch {len(batch)}, {size} tokens, left padding", batch, padded, size),
+        (f"{steps} decode steps after {start} tokens, batch 1", batch[:1], ones[:1], start),
+        (f"{steps} decode steps after {start} tokens, batch {len(batch)}, left padding", batch, padded, start),
+    ]
+    return [_check(name, _run(decoder, ids, mask, prefill), reference(ids, mask), mask) for name, ids, mask, prefill in cases]
+
+
+def _check(name: str, found: _Forward, expected: _Forward, mask: torch.Tensor) -> Check:
+    real = mask.bool()
+    flips = torch.zeros_like(real)
+    for ours, theirs in zip(found.routers, expected.routers, strict=False):
+        flips |= ~same_experts(ours, theirs, expected.top_k) & (_margin(theirs, expected.top_k) < _TIE_MARGIN) & real
+    judged = real & (flips.cumsum(1) == 0)
+    error = (found.logits - expected.logits).abs().amax(-1)
+    top1 = found.logits.argmax(-1) == expected.logits.argmax(-1)
+    largest = float(error[judged].max()) if judged.any() else 0.0
+    scale = float(expected.logits[real].abs().max())
+    mean = float((found.logits - expected.logits)[real].abs().mean())
+    return Check(name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()))
+
+
+def same_experts(ours: torch.Tensor, theirs: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Whether two router logits [..., E] choose the same set of top-k experts; bool [...]."""
+    a = ours.topk(top_k, dim=-1).indices.sort(-1).values
+    b = theirs.topk(top_k, dim=-1).indices.sort(-1).values
+    return (a == b).all(-1)
+
+
+def _margin(routers: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Router logit of the last chosen expert minus that of the first one left out; infinite where all are chosen."""
+    if top_k == routers.shape[-1]:
+        return torch.full(routers.shape[:-1], math.inf)
+    top = routers.topk(top_k + 1, dim=-1).values
+    return top[..., -2] - top[..., -1]
+
+
+@dataclass
+class _Sums:
+    """Running sums of a comparison, so that no more than one batch of logits is held."""
+
+    tokens: int = 0
+    predictions: int = 0
+    max_error: float = 0.0
+    mean_error: float = 0.0
+    kl: float = 0.0
+    top1: float = 0.0
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    same_routing: list[float] = field(default_factory=list)
+    squares: list[list[float]] = field(default_factory=list)
+
+    def add(self, found: _Forward, expected: _Forward, ids: torch.Tensor) -> None:
+        count = ids.numel()
+        error = (found.logits - expected.logits).abs()
+        self.tokens += count
+        self.max_error = max(self.max_error, float(error.max()))
+        self.mean_error += float(error.mean()) * count
+        log_p, log_q = expected.logits.log_softmax(-1), found.logits.log_softmax(-1)
+        self.kl += float((log_p.exp() * (log_p - log_q)).sum())
+        self.top1 += float((found.logits.argmax(-1) == expected.logits.argmax(-1)).sum())
+        targets = ids[:, 1:].flatten()
+        self.predictions += len(targets)
+        for n, log_probabilities in enumerate((log_q, log_p)):
+            self.losses[n] += float(F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), targets, reduction="sum"))
+        same = [float(same_experts(a, b, expected.top_k).sum()) for a, b in zip(found.routers, expected.routers, strict=True)]
+        squares = [[float((a - b).square().sum()), float(b.square().sum())] for a, b in zip(found.hiddens, expected.hiddens, strict=True)]
+        self.same_routing = [old + new for old, new in zip(self.same_routing or [0.0] * len(same), same, strict=True)]
+        old_squares = self.squares or [[0.0, 0.0] for _ in squares]
+        self.squares = [[a + c, b + d] for (a, b), (c, d) in zip(old_squares, squares, strict=True)]
+
+    def agreement(self) -> Agreement:
+        return Agreement(
+            max_error=self.max_error,
+            mean_error=self.mean_error / self.tokens,
+            kl=max(0.0, self.kl / self.tokens),
+            top1_agreement=self.top1 / self.tokens,
+            routing_agreement=tuple(same / self.tokens for same in self.same_routing),
+            hidden_error=tuple(math.sqrt(difference / max(size, 1e-30)) for difference, size in self.squares),
+        )
+
+
+def _compare(decoder: Decoder, reference: Reference, blocks: torch.Tensor) -> tuple[Agreement, float, float]:
+    """Agreement over all blocks, and the mean next-token losses of the package and of the reference."""
+    sums = _Sums()
+    for ids in blocks.split(_BATCH):
+        mask = torch.ones_like(ids)
+        sums.add(_run(decoder, ids, mask, ids.shape[1]), reference(ids, mask), ids)
+    found, expected = (total / sums.predictions for total in sums.losses)
+    return sums.agreement(), found, expected
+
+
+def measure_speed(decoder: Decoder, ids: torch.Tensor, num_tokens: int = 32, repeats: int = 3) -> tuple[float, float]:
+    """Tokens per second of a prefill of `ids` [S] and of decoding after it, at batch 1; medians of `repeats` after one warm-up."""
+    num_prefill = max(1, min(len(ids), decoder.context_length - num_tokens))
+    num_tokens = min(num_tokens, decoder.context_length - num_prefill)
+    prompt = ids[None, :num_prefill].numpy()
+    prefills, decodes = [], []
+    for _ in range(repeats + 1):
+        cache = decoder.new_cache(1, num_prefill + num_tokens)
+        started = time.perf_counter()
+        decoder.run(cache, prompt)
+        middle = time.perf_counter()
+        for _ in range(num_tokens):
+            decoder.run(cache, prompt[:, :1])
+        prefills.append(num_prefill / (middle - started))
+        decodes.append(num_tokens / (time.perf_counter() - middle) if num_tokens else 0.0)
+    return sorted(prefills[1:])[repeats // 2], sorted(decodes[1:])[repeats // 2]
