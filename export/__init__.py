@@ -1,0 +1,1 @@
+"""From a mixture of experts to a quantized ONNX package, shown to agree with torch."""

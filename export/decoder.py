@@ -11,17 +11,22 @@ Values that parity reads carry stable names: `router_logits.N` [B * S, E] and `h
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from transformers import PreTrainedConfig
 
-from export.config import OnnxConfig
+from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.family import DecoderFamily, find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input, int64
 from export.linear import add_linear
 from export.lowering import Expert, MoeLayer, choose_lowering
-from export.twin import FloatWeight, QuantizedWeight, Twin
+from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
+from upcycle.checkpoint import TensorEntry
 
 _MASKED = -1e30  # finite: a row of nothing but padding then averages instead of dividing zero by zero
 _ROTARY_HEAD_MULTIPLE = 16  # GroupQueryAttention refuses to rotate other head sizes on the CPU; RotaryEmbedding takes any
@@ -107,7 +112,7 @@ def build_decoder(twin: Twin, config: OnnxConfig) -> DecoderGraph:
         ffn_norm = norm_weight(family.ffn_norm.format(layer=n))
         normed, residual = _add_skip_norm(graph, residual, output, ffn_norm, f"{prefix}.ffn_normed", f"{prefix}.attended", eps)
         router = add_linear(graph, normed, twin.weight(family.router.format(layer=n)), f"{prefix}.router", 32)
-        layer = _moe_layer(twin, n, config)
+        layer = moe_layer(family, c, n, twin.weight, config)
         flat = graph.constant("flat_experts", int64(-1, layer.routing.num_experts))
         router_logits = graph.op("Reshape", [router, flat], f"router_logits.{n}")
         chosen = choose_lowering(layer, config.lowering)
@@ -141,14 +146,32 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
 
 
-def _moe_layer(twin: Twin, n: int, config: OnnxConfig) -> MoeLayer:
-    family = twin.family
-    routing = family.routing(twin.checkpoint.config)
+def moe_layer(family: DecoderFamily, c: PreTrainedConfig, n: int, weight: Callable[[str], Weight], config: OnnxConfig) -> MoeLayer:
+    """Layer `n` as the lowerings see it; `weight` finds a matrix by name."""
+    routing = family.routing(c)
     experts = tuple(
-        Expert(*(twin.weight(pattern.format(layer=n, expert=e)) for pattern in (family.expert_gate, family.expert_up, family.expert_down)))
+        Expert(*(weight(pattern.format(layer=n, expert=e)) for pattern in (family.expert_gate, family.expert_up, family.expert_down)))
         for e in range(routing.num_experts)
     )
     return MoeLayer(f"layers.{n}.moe", routing, experts, config.activation_bits)
+
+
+def plan_lowering(c: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, quantize: QuantizeConfig, config: OnnxConfig) -> str:
+    """The lowering that `build_decoder` would choose for a variant, from names and shapes alone.
+
+    Raises:
+        ExportError: the architecture or the lowering asked for is not covered.
+    """
+    family = find_decoder_family(c)
+    bits = class_bits(variant, quantize)["experts"]
+
+    def weight(name: str) -> Weight:
+        rows, width = shapes[name]
+        if bits == 32:
+            return FloatWeight(TensorEntry(name, Path(), "F32", (rows, width), 0, 4 * rows * width))
+        return QuantizedWeight(name, {}, (rows, width), bits, quantize.block_size)
+
+    return choose_lowering(moe_layer(family, c, 0, weight, config), config.lowering).name
 
 
 def _add_skip_norm(
@@ -207,7 +230,6 @@ def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids
 
 def _add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention_mask: ir.Value) -> _Positions:
     """Row lengths, rotary tables, positions and the padding mask, from the attention mask [B, T] alone."""
-    c = twin.checkpoint.config
     one, zero = graph.constant("one", int64(1)), graph.constant("zero", int64(0))
     shape = graph.op("Shape", [attention_mask], "mask_shape")
     batch = graph.op("Gather", [shape, zero], "batch")

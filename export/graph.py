@@ -43,7 +43,7 @@ class GraphWriter:
     def constant(self, name: str, value: Array) -> ir.Value:
         """A small initializer; asked for again by the same name, it is the same one."""
         if name not in self.initializers:
-            self.initializers[name] = _initializer(name, ir.tensor(value, name=name))
+            self.initializers[name] = _initializer(name, ir.tensor(value, name=name), value.shape)
         return self.initializers[name]
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
@@ -58,12 +58,12 @@ class GraphWriter:
         if name in self.initializers:
             raise ValueError(f"weight {name} is written twice")
         lazy = ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name)
-        self.initializers[name] = _initializer(name, lazy)
+        self.initializers[name] = _initializer(name, lazy, shape)
         return self.initializers[name]
 
 
-def _initializer(name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+def _initializer(name: str, tensor: ir.TensorProtocol, shape: Sequence[int]) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
 
 
 def _attribute_type(value: Any) -> ir.AttributeType:

@@ -26,4 +26,3 @@ def add_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str, activ
             attributes = {"K": width, "N": rows, "bits": weight.bits, "block_size": weight.block_size}
             attributes["accuracy_level"] = _ACCURACY_LEVELS[activation_bits]
             return graph.op("MatMulNBits", [x, codes, scales], name, attributes, MICROSOFT)
-

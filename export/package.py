@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from optimum.utils import NormalizedConfigManager, NormalizedTextConfigWithGQA
+from optimum.utils import NormalizedConfigManager
 from transformers import PreTrainedConfig
 
 from export.config import OnnxConfig
 from export.decoder import build_decoder
 from export.progress import Progress
 from export.twin import Twin
-from upcycle.surgery import copy_companions
+from upcycle.checkpoint import copy_companions
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -61,7 +61,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
 
 def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names."""
-    normalized = NormalizedConfigManager._conf.get(config.model_type, NormalizedTextConfigWithGQA)(config)
+    normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
     heads = normalized.num_attention_heads
     eos = config.eos_token_id if config.eos_token_id is not None else 0
     first_eos = eos[0] if isinstance(eos, list) else eos

@@ -1,11 +1,11 @@
 """Parity: does the package compute what the torch model computes?
 
-Two questions, two numbers. Against the *twin*, the torch model with the very integers of the package: is the export right? Against the fine-tuned
-model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts, one full forward without a cache, so
-that chained decoding is checked against something that has no cache at all.
+Two questions, two numbers. Against the *twin*, the torch model with the very integers of the package: is the export right? Against the
+fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts, one full forward without
+a cache, so that chained decoding is checked against something that has no cache at all.
 
-A router can tie to the last bit, and then two right computations may choose different experts. Such a flip (the reference's margin below `_TIE_MARGIN`)
-is counted and reported apart; the tokens from there on in that row are left out of the largest error, and nothing else is.
+A router can tie to the last bit, and then two right computations may choose different experts. Such a flip (the reference's margin below
+`_TIE_MARGIN`) is counted and reported apart; the tokens from there on in that row are left out of the largest error, and nothing else is.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnxruntime as ort
@@ -82,6 +82,7 @@ class Parity:
 
     @property
     def passed(self) -> bool:
+        """Whether no threshold was broken."""
         return not self.breaches
 
 
@@ -165,17 +166,18 @@ def _measure(
 @contextmanager
 def _reference(directory: Path) -> Any:
     """The torch model as a function of ids and mask [B, S], with router logits and residual streams caught by hooks on whole layers."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager", local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager", local_files_only=True)
+    model.eval()
     caught: dict[str, list[torch.Tensor]] = {}
 
     def catch(kind: str) -> Callable[..., None]:
-        return lambda module, inputs, output: caught[kind].append(output[0] if isinstance(output, tuple) else output)
+        return lambda _module, _inputs, output: caught[kind].append(output[0] if isinstance(output, tuple) else output)
 
     for layer in model.get_decoder().layers:
         layer.register_forward_hook(catch("hidden"))
     for module in model.modules():
         if hasattr(module, "experts") and hasattr(module, "gate"):
-            module.gate.register_forward_hook(catch("router"))
+            cast(torch.nn.Module, module.gate).register_forward_hook(catch("router"))
 
     @torch.inference_mode()
     def forward(ids: torch.Tensor, mask: torch.Tensor) -> _Forward:

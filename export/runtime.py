@@ -88,6 +88,7 @@ class Decoder:
 
     @property
     def context_length(self) -> int:
+        """Tokens that the model can see at once."""
         return int(self.config["max_position_embeddings"])
 
     def new_cache(self, batch_size: int, capacity: int) -> Cache:

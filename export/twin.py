@@ -7,6 +7,7 @@ what the ONNX file will hold: the *twin*. Beside it `quantized.safetensors` keep
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,8 +19,7 @@ from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, num_blocks, quantize
-from upcycle.checkpoint import Checkpoint, TensorEntry, TensorSpec, index_tensors, open_checkpoint, read_tensor, write_tensors
-from upcycle.surgery import copy_companions
+from upcycle.checkpoint import Checkpoint, TensorEntry, TensorSpec, copy_companions, index_tensors, open_checkpoint, read_tensor, write_tensors
 
 SCHEME_NAME = "quantization.json"
 _STEM = "quantized"
@@ -63,7 +63,9 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
     checkpoint.config.dtype = torch.float32
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
-    integer_specs = [spec for name, width in plan.items() if width < 32 for spec in _integer_specs(name, checkpoint, width, config.block_size)]
+    integer_specs = [
+        spec for name, width in plan.items() if width < 32 for spec in _integer_specs(name, checkpoint.entries[name].shape, width, config.block_size)
+    ]
     if integer_specs:
         write_tensors(output, integer_specs, _integer_tensors(checkpoint, plan, config.block_size, progress), _SHARD_BYTES, stem=_STEM)
     integers = index_tensors(output, _STEM) if integer_specs else {}
@@ -87,8 +89,27 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
     return facts
 
 
-def _integer_specs(name: str, checkpoint: Checkpoint, bits: int, block_size: int) -> tuple[TensorSpec, TensorSpec]:
-    rows, width = checkpoint.entries[name].shape
+def estimate_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, variant: Variant, config: QuantizeConfig) -> tuple[int, int]:
+    """Weight bytes of a variant's ONNX package and of its quantize artifact (twin and integers), from names and shapes alone."""
+    bits = class_bits(variant, config)
+    floats = sum(4 * math.prod(shape) for shape in shapes.values())
+    package = integers = 0
+    for name, shape in shapes.items():
+        width = bits[family.classify(name)]
+        size = 4 * math.prod(shape)
+        if width < 32:
+            size = sum(spec.num_bytes for spec in _integer_specs(name, shape, width, config.block_size))
+            integers += size
+        package += size
+    if family.head not in shapes:  # a tied head is written a second time, as a matrix to multiply with
+        width = bits["embedding"]
+        shape = shapes[family.embedding]
+        package += 4 * math.prod(shape) if width == 32 else sum(s.num_bytes for s in _integer_specs("", shape, width, config.block_size))
+    return package, floats + integers
+
+
+def _integer_specs(name: str, shape: tuple[int, ...], bits: int, block_size: int) -> tuple[TensorSpec, TensorSpec]:
+    rows, width = shape
     blocks = num_blocks(width, block_size)
     return (
         TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
@@ -124,7 +145,7 @@ def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int]
     total = 0
     for name in names:
         if plan[name] < 32:
-            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint, plan[name], block_size))
+            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], block_size))
         else:
             total += checkpoint.entries[name].num_elements * 4
     return total
@@ -132,19 +153,19 @@ def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int]
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A float32 matrix [rows, width] in the twin."""
+    """A matrix [rows, width] in the twin, as it is."""
 
-    name: str
-    checkpoint: Checkpoint
+    entry: TensorEntry
 
     @property
     def shape(self) -> tuple[int, int]:
-        rows, width = self.checkpoint.entries[self.name].shape
+        """Rows and width."""
+        rows, width = self.entry.shape
         return rows, width
 
     def read(self) -> torch.Tensor:
         """The matrix, float32 [rows, width]."""
-        return self.checkpoint.read(self.name).to(torch.float32)
+        return read_tensor(self.entry).to(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -159,6 +180,7 @@ class QuantizedWeight:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks along the width."""
         return num_blocks(self.shape[1], self.block_size)
 
     def read(self) -> Quantized:
@@ -183,6 +205,6 @@ class Twin:
         """The matrix `name`, quantized or not."""
         bits = self.scheme["tensors"].get(name)
         if bits is None:
-            return FloatWeight(name, self.checkpoint)
+            return FloatWeight(self.checkpoint.entries[name])
         rows, width = self.checkpoint.entries[name].shape
         return QuantizedWeight(name, self.integers, (rows, width), bits, self.scheme["block_size"])

@@ -1,0 +1,1 @@
+"""From dense checkpoints to a fine-tuned mixture of experts."""

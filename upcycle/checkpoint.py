@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,7 @@ class TensorEntry:
 
     @property
     def num_elements(self) -> int:
+        """Values, of whatever size."""
         return math.prod(self.shape)
 
 
@@ -65,10 +67,12 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
+        """Values of all tensors."""
         return sum(entry.num_elements for entry in self.entries.values())
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.entries.values())
 
     def read(self, name: str) -> torch.Tensor:
@@ -140,10 +144,11 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         method = raw["quantization_config"].get("quant_method", "unknown") if isinstance(raw["quantization_config"], dict) else "unknown"
         raise UpcycleError(f"{path}: the weights are quantized ({method}); upcycling needs float32, float16 or bfloat16 weights")
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here, strict dataclass errors among them; each is the file's fault
         reason = " ".join(str(error).split())
         raise UpcycleError(f"{path}: transformers cannot read this config: {reason[:300]}") from error
+    return config
 
 
 def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
@@ -250,6 +255,13 @@ def check_values(checkpoint: Checkpoint) -> Iterator[str]:
         yield name
 
 
+def copy_companions(source: Path, output: Path) -> None:
+    """Copy the tokenizer and the generation config along, unchanged."""
+    for name in (*TOKENIZER_NAMES, GENERATION_CONFIG_NAME):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, output / name)
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor to be written: name, dtype and shape."""
@@ -260,6 +272,7 @@ class TensorSpec:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes on disk."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -285,7 +298,7 @@ def write_tensors(
                 written, tensor = next(source, ("nothing", torch.empty(0)))
                 if written != spec.name or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
                     raise ValueError(f"planned {spec}, was given {written} {tensor.dtype} {tuple(tensor.shape)}")
-                file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                 weight_map[spec.name] = name
     if (extra := next(source, None)) is not None:
         raise ValueError(f"tensor {extra[0]} was not planned")

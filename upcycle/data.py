@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
 from upcycle.errors import UpcycleError
+from upcycle.progress import Progress
 from upcycle.python_docs import SPLITS, Split, read_python_docs
-from upcycle.surgery import Progress
 
 _HELD_OUT_PER_MILLE = 50
 
@@ -135,7 +135,9 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UpcycleError(f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there") from error
+        raise UpcycleError(
+            f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there"
+        ) from error
     texts = read_texts(config.source, base)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens, "test": config.max_test_tokens}
     num_tokens = {}
@@ -143,7 +145,9 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
         progress("tokenizing", number, len(SPLITS))
         blocks = _pack(tokenizer, texts.documents[split], config.block_size)
         if len(blocks) == 0:
-            raise UpcycleError(f"data: the {split} split has fewer tokens than one block of {config.block_size}; give more text or a smaller block_size")
+            raise UpcycleError(
+                f"data: the {split} split has fewer tokens than one block of {config.block_size}; give more text or a smaller block_size"
+            )
         blocks = _thin(blocks, limits[split])
         num_tokens[split] = blocks.numel()
         save_file({"input_ids": blocks}, output / f"{split}.safetensors")

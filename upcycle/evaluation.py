@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from upcycle.progress import Progress
 from upcycle.receipt import load_model
-from upcycle.surgery import Progress
 
 _BATCH = 8
 

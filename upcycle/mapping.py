@@ -63,10 +63,12 @@ class UpcyclePlan:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all weights written."""
         return sum(write.spec.num_bytes for write in self.writes)
 
     @property
     def num_parameters(self) -> int:
+        """Parameters of the mixture."""
         return sum(torch.Size(write.spec.shape).numel() for write in self.writes)
 
     @property
@@ -131,7 +133,9 @@ def _target_config(checkpoint: Checkpoint, family: Family, config: UpcycleConfig
     defaults = type(source)()
     for name, value in _declared_fields(source).items():
         if name not in known and value != getattr(defaults, name, None):
-            raise UpcycleError(f"{where}: {name} is {value}, and what it does is not known to {family.target_architecture}; remove it or set its default")
+            raise UpcycleError(
+                f"{where}: {name} is {value}, and what it does is not known to {family.target_architecture}; remove it or set its default"
+            )
     fields: dict[str, Any] = {name: getattr(source, name) for name in family.carried}
     fields |= dict(family.target_defaults)
     fields |= {family.expert_count_field: config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}

@@ -8,17 +8,20 @@ experts with exactly one half, and the sum is bitwise the dense FFN; every other
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from optimum.exporters.tasks import TasksManager
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from upcycle.checkpoint import TOKENIZER_NAMES
 from upcycle.errors import UpcycleError
-from upcycle.surgery import Progress
+from upcycle.progress import Progress
 
 ROUNDING_LIMIT = 1e-5
 """Largest rel in float32 of a router that weighs experts unequally: measured 5e-7 to 1e-6 on 4 to 32 layers, times ten."""
@@ -75,13 +78,14 @@ def _check(comparisons: list[Comparison], num_experts_per_tok: int, output: Path
             raise UpcycleError(f"{output}: {c.router} router, {c.text}: differs from the dense model by {c.rel:.1e}; at most {ROUNDING_LIMIT:.0e}")
 
 
-def load_model(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal model by transformers alone and refuse what it would only warn about.
+def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
+    """Load a model by transformers alone and refuse what it would only warn about; `task` names the head as Hugging Face names tasks.
 
     Raises:
         UpcycleError: weights are missing, left over or of another shape.
     """
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, local_files_only=True, output_loading_info=True)
+    auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
+    model, info = auto_class.from_pretrained(directory, dtype=dtype, local_files_only=True, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[kind]:
             raise UpcycleError(f"{directory}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
@@ -93,29 +97,25 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> to
     return cast(torch.Tensor, model(input_ids=ids, attention_mask=mask, use_cache=False).logits).to(torch.float32)
 
 
-class _router:
+@contextmanager
+def _router(model: PreTrainedModel, router: str) -> Iterator[None]:
     """For the length of a `with`: the model with its routers as they are ("shipped") or all zero."""
-
-    def __init__(self, model: PreTrainedModel, router: str) -> None:
-        self.weights = [] if router == "shipped" else list(router_weights(model))
-        self.saved = [weight.detach().clone() for weight in self.weights]
-
-    def __enter__(self) -> None:
-        with torch.no_grad():
-            for weight in self.weights:
-                weight.zero_()
-
-    def __exit__(self, *_: Any) -> None:
-        with torch.no_grad():
-            for weight, saved in zip(self.weights, self.saved, strict=True):
-                weight.copy_(saved)
+    weights = [] if router == "shipped" else list(router_weights(model))
+    saved = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.zero_()
+    yield
+    with torch.no_grad():
+        for weight, old in zip(weights, saved, strict=True):
+            weight.copy_(old)
 
 
 def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """The router weight [num_experts, hidden] of each layer, in order: the parameter `gate.weight` beside stacked experts."""
     for module in model.modules():
         if hasattr(module, "experts") and hasattr(module, "gate"):
-            yield cast(torch.nn.Parameter, module.gate.weight)
+            yield cast(torch.nn.Parameter, cast(torch.nn.Module, module.gate).weight)
 
 
 def _texts(source: Path, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,10 +124,10 @@ def _texts(source: Path, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     The text is this package's own documentation: at hand on every machine, and tokens that follow each other as in real text. A checkpoint
     without a tokenizer gets seeded random ids instead.
     """
-    config = AutoModelForCausalLM.from_pretrained(source, local_files_only=True).config
+    config = AutoConfig.from_pretrained(source, local_files_only=True)
     length = max(16, min(_MAX_TOKENS, block_size + block_size // 4, config.max_position_embeddings))
     if any((source / name).is_file() for name in TOKENIZER_NAMES):
-        text = inspect.getsource(inspect.getmodule(_texts) or type(None))
+        text = inspect.getsource(sys.modules[__name__])
         stream = torch.tensor(AutoTokenizer.from_pretrained(source, local_files_only=True)(text * 4, verbose=False)["input_ids"])
     else:
         stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0))

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from upcycle.checkpoint import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, open_checkpoint, write_tensors
+from upcycle.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_tensors
 from upcycle.config import UpcycleConfig
 from upcycle.experts import add_noise, seeded_generator
 from upcycle.mapping import CopyExpert, DrawRouter, Keep, UpcyclePlan, plan_upcycle
+from upcycle.progress import Progress
 from upcycle.router import draw_router
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how much is done, and how much there is in all."""
 
 
 def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progress: Progress) -> UpcyclePlan:
@@ -34,13 +31,6 @@ def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progre
     specs = [write.spec for write in plan.writes]
     write_tensors(output, specs, _make_tensors(checkpoint, plan, config, seed, progress), config.shard_bytes)
     return plan
-
-
-def copy_companions(source: Path, output: Path) -> None:
-    """Copy the tokenizer and the generation config along, unchanged."""
-    for name in (*TOKENIZER_NAMES, GENERATION_CONFIG_NAME):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
 
 
 def _make_tensors(

@@ -10,8 +10,8 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,13 @@ import transformers
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from upcycle.balance import LayerRouting, balance_loss, describe_routing
+from upcycle.checkpoint import copy_companions
 from upcycle.config import FinetuneConfig
 from upcycle.data import read_blocks
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import Evaluation, evaluate, held_out_loss, next_token_loss
+from upcycle.progress import Progress
 from upcycle.receipt import load_model, router_weights
-from upcycle.surgery import Progress, copy_companions
 
 CONTROL_DIRECTORY = "control"
 HISTORY_NAME = "history.jsonl"
@@ -58,9 +59,7 @@ class FinetuneFacts:
     warnings: tuple[str, ...] = field(default=())
 
 
-def finetune(
-    dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress
-) -> FinetuneFacts:
+def finetune(dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress) -> FinetuneFacts:
     """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output` in float32.
 
     With `config.control` the checkpoint in `dense` is continued on the same batches in the same order and written to `output/control`.
@@ -161,17 +160,16 @@ def _train(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
     )
-    with _quiet_transformers():
-        trainer = _MixtureTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=_Blocks(train),
-            eval_dataset=_Blocks(validation),
-            callbacks=[EarlyStoppingCallback(early_stopping_patience=config.patience)],
-            settings=config,
-        )
-        trainer.add_callback(_Watch(trainer, name, history, progress))
-        trainer.train()
+    trainer = _MixtureTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Blocks(train),
+        eval_dataset=_Blocks(validation),
+        callbacks=[EarlyStoppingCallback(early_stopping_patience=config.patience)],
+        settings=config,
+    )
+    trainer.add_callback(_Watch(trainer, name, history, progress))
+    trainer.train()
     best = trainer.state.best_model_checkpoint
     kept_step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
     model.config.use_cache = True
@@ -180,17 +178,6 @@ def _train(
         copy_companions(source, target)
         shutil.rmtree(scratch, ignore_errors=True)
     return kept_step
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """The Trainer prints its metrics to the terminal through a callback and a logger; ours go to the history instead."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(before)
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -210,7 +197,8 @@ class _MixtureTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, *, settings: FinetuneConfig, **trainer_arguments: Any) -> None:
-        self.routers = {id(p) for p in router_weights(trainer_arguments["model"])}
+        self.mixture: PreTrainedModel = trainer_arguments["model"]
+        self.routers = {id(p) for p in router_weights(self.mixture)}
         self.settings = settings
         self.balance: list[float] = []
         self.routing: tuple[torch.Tensor, ...] = ()
@@ -227,14 +215,14 @@ class _MixtureTrainer(Trainer):
             return next_token_loss(model(input_ids=ids).logits, ids)
         outputs = model(input_ids=ids, output_router_logits=True)
         self.routing = tuple(logits.detach() for logits in outputs.router_logits)
-        top_k = self.model.config.num_experts_per_tok
+        top_k = self.mixture.config.num_experts_per_tok
         balance = torch.stack([balance_loss(logits, top_k) for logits in outputs.router_logits]).mean()
         self.balance.append(float(balance.detach()))
         return next_token_loss(outputs.logits, ids) + self.settings.balance_coefficient * balance
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The plain next-token loss on the validation blocks, without the balance loss."""
-        model = cast(PreTrainedModel, self.accelerator.unwrap_model(self.model))
+        model = self.mixture
         model.eval()
         metrics = {f"{metric_key_prefix}_loss": held_out_loss(model, cast(_Blocks, self.eval_dataset).blocks)}
         model.train()
@@ -252,7 +240,7 @@ class _MixtureTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with three groups: routers (own rate, no decay), matrices, and norms (no decay)."""
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        parameters = [p for p in self.mixture.parameters() if p.requires_grad]
         rest = [p for p in parameters if id(p) not in self.routers]
         groups = [
             {"params": [p for p in parameters if id(p) in self.routers], "lr": self.settings.router_learning_rate, "weight_decay": 0.0},
@@ -264,7 +252,8 @@ class _MixtureTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """Linear warm-up and cosine for all; everything but the routers waits for the router warm-up to end."""
-        settings, optimizer = self.settings, optimizer or self.optimizer
+        settings = self.settings
+        optimizer = optimizer or cast(torch.optim.Optimizer, self.optimizer)
         wait = settings.router_warmup_steps if self.routers else 0
 
         def rate(delay: int, step: int) -> float:
@@ -278,7 +267,7 @@ class _MixtureTrainer(Trainer):
 
         router_group = bool(self.routers)
         delays = [0 if router_group and number == 0 else wait for number in range(len(optimizer.param_groups))]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step, d=d: rate(d, step) for d in delays])
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(rate, delay) for delay in delays])
         return self.lr_scheduler
 
 
@@ -287,6 +276,7 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: _MixtureTrainer, name: str, history: list[Step], progress: Progress) -> None:
         self.trainer, self.name, self.history, self.progress = trainer, name, history, progress
+        self.block_size = cast(_Blocks, trainer.train_dataset).blocks.shape[1]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress(f"training {self.name}", state.global_step, state.max_steps)
@@ -299,9 +289,7 @@ class _Watch(TrainerCallback):
         for value in (loss, validation):
             if value is not None and not math.isfinite(value):
                 raise UpcycleError(f"finetune: the loss of {self.name} is {value} at step {state.global_step}; lower finetune.learning_rate")
-        tokens = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * len(self.trainer.train_dataset[0]["input_ids"])
+        tokens = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * self.block_size
         routing = self.trainer.routing if loss is not None else ()
         layers = describe_routing(routing, model.config.num_experts_per_tok) if routing else ()
-        self.history.append(
-            Step(self.name, state.global_step, tokens, loss, logs.get("balance_loss"), validation, logs.get("learning_rate"), layers)
-        )
+        self.history.append(Step(self.name, state.global_step, tokens, loss, logs.get("balance_loss"), validation, logs.get("learning_rate"), layers))

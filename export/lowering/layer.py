@@ -28,12 +28,15 @@ class MoeLayer:
 
     @property
     def hidden_size(self) -> int:
+        """H, the width of the residual stream."""
         return self.experts[0].gate.shape[1]
 
     @property
     def intermediate_size(self) -> int:
+        """I, the width of one expert."""
         return self.experts[0].gate.shape[0]
 
     @property
     def quantized(self) -> bool:
+        """Whether the experts are integers."""
         return isinstance(self.experts[0].gate, QuantizedWeight)

@@ -1,0 +1,1 @@
+"""From a recipe to artifacts: stages, command line, report."""

@@ -1,0 +1,427 @@
+"""Artifacts: sealed stage outputs in a work directory.
+
+A work directory holds one directory an artifact, `<label>-<first 12 hex digits of its key>`. While a stage writes, the name ends in `.partial`;
+sealing records every file in `manifest.json`, forces everything to disk and renames once. So a directory without `.partial` is whole, whenever
+the power went, and another setting, input or version of the code is another key and another directory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rich.filesize import decimal
+
+if TYPE_CHECKING:  # only the type: importing it would load torch, and this module also serves commands that must answer at once
+    from upcycle.progress import Progress
+
+JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
+
+FORMAT = 1
+"""Version of the manifest's layout; part of every key, so a new layout never meets an old directory."""
+MANIFEST_NAME = "manifest.json"
+LOCK_NAME = ".lock"
+
+_FIELDS = {"label": str, "key": str, "inputs": dict, "settings": dict, "facts": dict, "versions": dict, "seed": int, "files": dict, "created": str}
+_SOURCE_SUFFIXES = (".py", ".j2")
+_CHUNK_BYTES = 1 << 20
+_REMAKE = "move the directory away, and it will be made again"
+
+
+class ArtifactError(ValueError):
+    """Something about a work directory or an artifact that the user can mend; its text is one line."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed directory and its manifest."""
+
+    directory: Path
+    manifest: dict[str, Any]
+
+    @property
+    def key(self) -> str:
+        return str(self.manifest["key"])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        facts: dict[str, Any] = self.manifest["facts"]
+        return facts
+
+
+@dataclass
+class Draft:
+    """An artifact being made: write into `directory`, then call `seal`."""
+
+    directory: Path
+    final: Path
+    label: str
+    key: str
+    artifact: Artifact | None = None
+
+    def seal(
+        self,
+        *,
+        inputs: Mapping[str, str],
+        settings: Mapping[str, JSON],
+        facts: Mapping[str, JSON],
+        versions: Mapping[str, str],
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Artifact:
+        """Hash and record every file, force it all to disk, and give the directory its final name.
+
+        Raises:
+            ArtifactError: the disk is full, or a link leads nowhere.
+            ValueError: a setting or fact is not JSON (NaN and infinities are not).
+        """
+        assert self.artifact is None, f"{self.final}: sealed twice"
+        assert not (self.directory / MANIFEST_NAME).exists(), f"{self.directory}: a stage wrote {MANIFEST_NAME}, the name of the manifest"
+        manifest = {
+            "dense2moe": FORMAT,
+            "label": self.label,
+            "key": self.key,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "inputs": dict(inputs),
+            "settings": dict(settings),
+            "facts": dict(facts),
+            "versions": dict(versions),
+            "seed": seed,
+        }
+        with _one_line_errors(self.directory):
+            manifest["files"] = _record_files(self.directory, progress)
+            fault = _find_fault(manifest)
+            assert not fault, fault
+            text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
+            (self.directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+            _sync(self.directory / MANIFEST_NAME)
+            for parent, _, _ in os.walk(self.directory):
+                _sync(Path(parent))
+            os.rename(self.directory, self.final)
+            _sync(self.final.parent)
+        self.artifact = Artifact(self.final, json.loads(text))
+        return self.artifact
+
+
+def artifact_key(inputs: Mapping[str, str], settings: Mapping[str, JSON], code: str) -> str:
+    """The key, 64 hex digits, of what a stage makes from inputs (their keys), settings, and code (its digest)."""
+    return _digest_json({"dense2moe": FORMAT, "inputs": dict(inputs), "settings": dict(settings), "code": code})
+
+
+def code_digest(*packages: str) -> str:
+    """SHA-256 of our version and of every source file in the named import packages; the order of the names does not matter."""
+    sources: dict[str, str] = {}
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None and spec.submodule_search_locations, f"{package}: not an import package"
+        for root in map(Path, spec.submodule_search_locations):
+            for path in _walk(root):
+                if path.suffix in _SOURCE_SUFFIXES:
+                    sources[f"{package}/{path.relative_to(root).as_posix()}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        version = importlib.metadata.version("dense2moe")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed: the sources say it all
+        version = ""
+    return _digest_json({"version": version, "sources": sources})
+
+
+@contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+    """Make the work directory if need be, and hold it for this process alone; the kernel lets go when the process dies, however it dies.
+
+    Raises:
+        ArtifactError: another run holds it, or it is not a directory that we can write.
+    """
+    with _one_line_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        file = os.open(workdir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with _one_line_errors(workdir):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                process = os.pread(file, 20, 0).decode("ascii", "replace")
+                holder = f"another run (process {process})" if process.isdigit() else "another run"
+                raise ArtifactError(f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir") from None
+            os.ftruncate(file, 0)
+            os.pwrite(file, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        os.close(file)
+
+
+def find(workdir: Path, label: str, key: str) -> Artifact | None:
+    """The sealed artifact of this key, or None. Files are checked by size, which costs nothing; `verify` also reads them.
+
+    Raises:
+        ArtifactError: something else has the artifact's name, or a file of it is gone; nothing is ever deleted for that.
+    """
+    final = _name_directory(workdir, label, key)
+    if not os.path.lexists(final):
+        return None
+    artifact = _open(final, _REMAKE)
+    if artifact.key != key or artifact.manifest["label"] != label:
+        raise ArtifactError(f"{final}: holds {artifact.manifest['label']!r} of key {artifact.key}; must be {label!r} of key {key}; {_REMAKE}")
+    for mismatch in _mismatches(artifact, None):
+        raise ArtifactError(f"{final}: {mismatch}; {_REMAKE}")
+    return artifact
+
+
+@contextmanager
+def build(workdir: Path, label: str, key: str) -> Iterator[Draft]:
+    """A fresh directory to make an artifact in; the caller holds the lock and has asked `find`, and must call the draft's `seal`.
+
+    An exception in the block deletes the directory and goes on unchanged. What a killed run left behind is deleted first.
+
+    Raises:
+        ArtifactError: the directory cannot be made.
+    """
+    final = _name_directory(workdir, label, key)
+    assert find(workdir, label, key) is None, f"{final}: already made"
+    draft = Draft(final.with_name(f"{final.name}.partial"), final, label, key)
+    with _one_line_errors(draft.directory):
+        _delete(draft.directory)
+        draft.directory.mkdir()
+    try:
+        yield draft
+        assert draft.artifact is not None, f"{final}: never sealed"
+    except BaseException as error:
+        try:
+            _delete(draft.directory)
+        except OSError as second:
+            error.add_note(f"{draft.directory}: could not be deleted ({second.strerror}); the next run will try again")
+        raise
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """The artifact in a directory, wherever that lies and whatever its name.
+
+    Raises:
+        ArtifactError: there is none, or its manifest is malformed or names a path outside the directory.
+    """
+    return _open(directory, "give the directory of a sealed artifact")
+
+
+def verify(directory: Path, progress: Progress | None = None) -> list[str]:
+    """Every way in which the files differ from the manifest, a line each; empty when all is well.
+
+    Raises:
+        ArtifactError: as `open_artifact`, or a folder cannot be listed.
+    """
+    artifact = open_artifact(directory)
+    files: dict[str, dict[str, Any]] = artifact.manifest["files"]
+    advance = _count_bytes("verifying files", sum(record["size"] for record in files.values()), progress)
+    with _one_line_errors(directory):
+        names = {path.relative_to(directory).as_posix() for path in _walk(directory)}
+        extra = sorted(names - files.keys() - {MANIFEST_NAME})
+        return [*_mismatches(artifact, lambda path: _hash(path, advance)), *(f"{repr(name)[1:-1]}: extra; not in the manifest" for name in extra)]
+
+
+def check_space(directory: Path, needed_bytes: int) -> None:
+    """Refuse to begin what cannot end.
+
+    Raises:
+        ArtifactError: the file system that holds the directory, or will hold it, has fewer bytes free.
+    """
+    with _one_line_errors(directory):
+        existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        needed, free = decimal(needed_bytes), decimal(free_bytes)
+        raise ArtifactError(f"{directory}: {free} free on this disk; {needed} needed; free some space, or give another --workdir")
+
+
+def describe_os_error(error: OSError, directory: Path) -> str:
+    """One line on where (the error's own path, or else `directory`), what happened, and how to mend it."""
+    match error.errno:
+        case errno.ENOSPC:
+            what, mend = "the disk is full", "free some space, or give another --workdir"
+        case errno.EDQUOT:
+            what, mend = "your disk quota is used up", "free some space, or give another --workdir"
+        case errno.EFBIG:
+            what, mend = "a file grew past the largest size allowed", "raise the limit (ulimit -f), or give a --workdir on another file system"
+        case errno.EACCES | errno.EPERM:
+            what, mend = "no permission; must be yours to read and write", "change its owner or mode, or give another --workdir"
+        case errno.EROFS:
+            what, mend = "no write permission: the file system is read-only", "give another --workdir"
+        case errno.ENOTDIR | errno.EEXIST:
+            what, mend = "a file is in the way; must be a directory", "move it away, or give another --workdir"
+        case _:
+            what, mend = error.strerror or " ".join(str(error).split()) or type(error).__name__, "mend that, or give another --workdir, and run again"
+    return f"{error.filename if isinstance(error.filename, str) else directory}: {what}; {mend}"
+
+
+@contextmanager
+def _one_line_errors(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(describe_os_error(error, directory)) from error
+
+
+def _name_directory(workdir: Path, label: str, key: str) -> Path:
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label) and not label.endswith(".partial"), f"label {label!r}"
+    assert _is_digest(key), f"key {key!r}"
+    return workdir / f"{label}-{key[:12]}"
+
+
+def _open(directory: Path, mend: str) -> Artifact:
+    path = directory / MANIFEST_NAME
+    with _one_line_errors(directory):
+        if not directory.is_dir():
+            raise ArtifactError(f"{directory}: {'not a' if os.path.lexists(directory) else 'no such'} directory; {mend}")
+        if not path.is_file():
+            raise ArtifactError(f"{directory}: no {MANIFEST_NAME}, so not a sealed artifact; {mend}")
+        text = path.read_bytes()
+    try:
+        manifest = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path}: not JSON ({error}); {mend}") from error
+    fault = _find_fault(manifest)
+    if fault:
+        raise ArtifactError(f"{path}: {fault}; {mend}")
+    return Artifact(directory, manifest)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not allowed")
+
+
+def _find_fault(manifest: object) -> str | None:
+    """What is wrong with a manifest: its layout, or a path that leaves the directory or would spoil a line of text."""
+    if not isinstance(manifest, dict):
+        return f"is a {type(manifest).__name__}; must be an object"
+    if manifest.get("dense2moe") != FORMAT:
+        return f"'dense2moe' is {manifest.get('dense2moe')!r:.40}; must be {FORMAT}"
+    for field, kind in _FIELDS.items():
+        if not isinstance(manifest.get(field), kind):
+            return f"'{field}' is {manifest.get(field)!r:.40}; must be of type {kind.__name__}"
+    if not _is_digest(manifest["key"]):
+        return f"'key' is {manifest['key']!r:.80}; must be 64 hex digits"
+    for name, record in manifest["files"].items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST_NAME) or not name.isprintable():
+            return f"path {name!r:.80} in 'files'; must be a plain path inside the artifact"
+        if not isinstance(record, dict) or not isinstance(record.get("size"), int) or record["size"] < 0:
+            return f"'files' has {record!r:.80} for {name}; must be an object with a size in bytes"
+        if not _is_digest(record.get("sha256")) or not isinstance(record.get("link", ""), str):
+            return f"'files' has {record!r:.80} for {name}; must have 64 hex digits as sha256, and text as link if any"
+    return None
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[str, JSON]]:
+    """Name to size, digest and link target of every file, each forced to disk."""
+    paths = list(_walk(directory))
+    for path in paths:
+        if not path.is_file():
+            kind = f"{_describe_link(os.readlink(path))}, which is no file" if path.is_symlink() else "not a file"
+            raise ArtifactError(f"{path}: {kind}; an artifact may hold only files and links to files")
+    advance = _count_bytes("hashing files", sum(path.stat().st_size for path in paths), progress)
+    files: dict[str, dict[str, JSON]] = {}
+    for path in paths:
+        record: dict[str, JSON] = {"size": path.stat().st_size, "sha256": _hash(path, advance)}
+        if path.is_symlink():
+            record["link"] = os.readlink(path)
+            assert directory.name not in Path(os.readlink(path)).parts, f"{path}: names the directory, which is about to be renamed"
+        else:
+            _sync(path)
+        files[path.relative_to(directory).as_posix()] = record
+    return files
+
+
+def _mismatches(artifact: Artifact, digest: Callable[[Path], str] | None) -> Iterator[str]:
+    """A line for each recorded file that is not as recorded; without `digest`, as far as can be told without reading it."""
+    for name, record in artifact.manifest["files"].items():
+        try:
+            mismatch = _compare(artifact.directory, name, record, digest)
+        except OSError as error:
+            mismatch = f"cannot be read ({error.strerror})"
+        if mismatch:
+            yield f"{name}: {mismatch}"
+
+
+def _compare(directory: Path, name: str, record: dict[str, Any], digest: Callable[[Path], str] | None) -> str | None:
+    path, expected_link = directory / name, record.get("link")
+    parents = list(PurePosixPath(name).parents)[:-1]
+    if not os.path.lexists(path) or any((directory / parent).is_symlink() for parent in parents):
+        return "missing"
+    link = os.readlink(path) if path.is_symlink() else None
+    if link != expected_link:
+        return f"{_describe_link(link)}; must be {_describe_link(expected_link)}"
+    if not path.is_file():
+        return "not a file" if link is None else f"broken {_describe_link(link)}"
+    if path.stat().st_size != record["size"]:
+        return f"{path.stat().st_size} bytes; must be {record['size']}"
+    if digest and (found := digest(path)) != record["sha256"]:
+        return f"SHA-256 {found[:12]}...; must be {record['sha256'][:12]}..."
+    return None
+
+
+def _describe_link(target: str | None) -> str:
+    return "no link" if target is None else f"link to {target!r}"
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    """All that is not a directory, sorted; links are not followed. Unlike `Path.rglob`, a folder that cannot be listed is an error."""
+    for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def _delete(directory: Path) -> None:
+    if directory.exists():
+        shutil.rmtree(directory)
+
+
+def _sync(path: Path) -> None:
+    """Force a file's contents, or a directory's entries, to disk."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _hash(path: Path, advance: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
+
+
+def _count_bytes(what: str, total_bytes: int, progress: Progress | None) -> Callable[[int], None]:
+    done_bytes = 0
+
+    def advance(num_bytes: int) -> None:
+        nonlocal done_bytes
+        done_bytes += num_bytes
+        if progress:
+            progress(what, done_bytes, total_bytes)
+
+    return advance
+
+
+def _digest_json(value: Mapping[str, JSON]) -> str:
+    """SHA-256 of the one way to write a value: sorted keys, no spaces, ASCII."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")).hexdigest()

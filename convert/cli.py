@@ -1,0 +1,279 @@
+"""The command line: check, plan, run, show, verify, generate, schema."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import click
+
+if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
+    from convert.stages import Preparation
+
+_STAGES = ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report")
+_RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _mendable(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """What the user can mend ends in one line and exit code 1; a bug keeps its traceback."""
+
+    @wraps(function)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        from convert.artifact import ArtifactError, describe_os_error
+        from convert.errors import RecipeError
+
+        try:
+            return function(*args, **kwargs)
+        except (RecipeError, ArtifactError) as error:
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
+            sys.exit(130)
+        except Exception as error:
+            if type(error).__name__ in ("UpcycleError", "ExportError"):
+                raise click.ClickException(str(error)) from error
+            if (cause := _disk_error(error)) is not None:
+                workdir = kwargs.get("workdir")
+                where = workdir if isinstance(workdir, Path) else Path("the work directory")
+                raise click.ClickException(describe_os_error(cause, where)) from error
+            raise
+
+    return wrapped
+
+
+def _disk_error(error: BaseException | None) -> OSError | None:
+    """The disk's or the file system's refusal behind an exception; libraries written in Rust only quote its number."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+            if f"(os error {number})" in str(error):
+                return OSError(number, os.strerror(number))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="dense2moe", prog_name="dense2moe")
+def main() -> None:
+    """Turn a pretrained dense transformer into a Mixture of Experts in ONNX, and show that it is the same model."""
+
+
+@main.command()
+@_RECIPE
+@_mendable
+def check(recipe: Path) -> None:
+    """Read RECIPE and everything it names, and say whether a run could start."""
+    preparation = _prepare(recipe)
+    plan = preparation.plan
+    click.echo(f"{recipe}: good. {plan.family.architecture} to {plan.family.target_architecture}, {', '.join(preparation.lowerings)}")
+
+
+@main.command()
+@_RECIPE
+@click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
+@_mendable
+def plan(recipe: Path, workdir: Path | None) -> None:
+    """Show what RECIPE would make: sizes, parameters, disk and memory, before any work."""
+    from convert.planning import plan_tables
+
+    preparation = _prepare(recipe)
+    console = _console()
+    for table in plan_tables(preparation, workdir or _default_workdir(preparation)):
+        console.print(table)
+
+
+@main.command()
+@_RECIPE
+@click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
+@click.option("--until", type=click.Choice(_STAGES), default="report", show_default=True, help="Last stage to run.")
+@_mendable
+def run(recipe: Path, workdir: Path | None, until: Any) -> None:
+    """Run RECIPE: upcycle, fine-tune, quantize, export, check parity, report.
+
+    Finished artifacts are reused, so a second run costs seconds, and a killed one goes on at the stage it was in. Another setting makes
+    new artifacts beside the old. A broken parity threshold ends in exit code 1, after the report is written.
+    """
+    from convert.pipeline import run_pipeline
+    from convert.progress import ProgressDisplay
+    from convert.report import HTML_NAME, summary_table, verdict_lines
+
+    preparation = _prepare(recipe)
+    workdir = workdir or _default_workdir(preparation)
+    with ProgressDisplay() as display:
+        outcome = run_pipeline(preparation, workdir, until, display)
+    if (facts := outcome.facts) is not None:
+        _console().print(summary_table(facts))
+        for line in verdict_lines(facts):
+            click.echo(line)
+        click.echo(f"report: {outcome.artifacts['report'].directory / HTML_NAME}")
+    else:
+        for label, artifact in outcome.artifacts.items():
+            click.echo(f"{label}: {artifact.directory}")
+    if outcome.breaches:
+        raise click.ClickException("\n".join(["parity was broken:", *outcome.breaches]))
+
+
+@main.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@_mendable
+def show(directory: Path) -> None:
+    """Show the results of RUN, a work directory: its summary table, or how far it came."""
+    from convert.artifact import open_artifact
+    from convert.report import HTML_NAME, summary_table, verdict_lines
+
+    state = _read_run(directory)
+    click.echo(f"{state['name']}: {state['status']} ({state['recipe']})")
+    if "report" in state["artifacts"]:
+        report = open_artifact(directory / state["artifacts"]["report"])
+        _console().print(summary_table(report.facts))
+        for line in verdict_lines(report.facts):
+            click.echo(line)
+        click.echo(f"report: {report.directory / HTML_NAME}")
+    else:
+        for label, name in state["artifacts"].items():
+            click.echo(f"{label}: {directory / name}")
+
+
+@main.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@_mendable
+def verify(directory: Path) -> None:
+    """Check every file of ARTIFACT against the digests in its manifest; a work directory stands for all of its run's artifacts."""
+    from convert.artifact import verify as find_mismatches
+    from convert.pipeline import RUN_NAME
+
+    directories = [directory]
+    if (directory / RUN_NAME).is_file():
+        directories = [directory / name for name in _read_run(directory)["artifacts"].values()]
+    mismatches = [f"{one}: {line}" for one in directories for line in find_mismatches(one)]
+    if mismatches:
+        raise click.ClickException("\n".join(mismatches))
+    click.echo(f"{directory}: {len(directories)} {'artifact' if len(directories) == 1 else 'artifacts'}, every file as its manifest says")
+
+
+@main.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to go on from; - reads standard input.")
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to write at most.")
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Draw from the k likeliest tokens; 0 from all.")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True, help="Draw from this much of the mass.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
+@_mendable
+def generate(
+    directory: Path, prompt: str, variant: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int, cuda: bool
+) -> None:
+    """Go on from a prompt with the ONNX model in ARTIFACT, a package or a work directory, and print it as it comes."""
+    from export.runtime import CPU, CUDA, Decoder, Sampling
+
+    package = _find_package(directory, variant)
+    decoder = Decoder(package, CUDA if cuda else CPU)
+    tokenizer = _load_tokenizer(package)
+    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    ids: list[int] = tokenizer(text)["input_ids"]
+    marks_start = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
+    if not marks_start and tokenizer.bos_token_id is not None:
+        ids = [tokenizer.bos_token_id, *ids]
+    room = decoder.context_length - len(ids)
+    if room < 1:
+        raise click.ClickException(f"--prompt: has {len(ids)} tokens; the model's context holds {decoder.context_length}; shorten it")
+    stop = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
+    tokens = decoder.generate(ids, min(max_new_tokens, room), Sampling(temperature, top_k, top_p, seed), tuple(stop))
+    click.echo(text, nl=False)
+    for piece in _decode_stream(tokenizer, ids, (token for token in tokens if token not in stop)):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from convert.recipe import schema as recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def _prepare(recipe: Path) -> Preparation:
+    from convert.recipe import load_recipe
+
+    loaded = load_recipe(recipe)  # a misspelt key is told in a moment, before the slow imports
+    from transformers.utils import logging
+
+    from convert.stages import prepare
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return prepare(loaded, lambda *_: None)
+
+
+def _default_workdir(preparation: Preparation) -> Path:
+    return Path("runs") / preparation.loaded.name
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=100, force_terminal=False)
+
+
+def _read_run(directory: Path) -> dict[str, Any]:
+    from convert.pipeline import RUN_NAME
+
+    path = directory / RUN_NAME
+    if not path.is_file():
+        raise click.ClickException(f"{directory}: no {RUN_NAME}; it must be the work directory of a run, such as runs/quickstart")
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = state["name"], state["status"], state["recipe"], state["artifacts"].items()
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise click.ClickException(f"{path}: not the state of a run ({error}); run the recipe again") from error
+    return state
+
+
+def _find_package(directory: Path, variant: str | None) -> Path:
+    from convert.pipeline import RUN_NAME
+
+    if not (directory / RUN_NAME).is_file():
+        return directory
+    packages = {label.removeprefix("onnx-"): name for label, name in _read_run(directory)["artifacts"].items() if label.startswith("onnx-")}
+    if not packages:
+        raise click.ClickException(f"{directory}: the run has made no ONNX package yet; finish it with `dense2moe run`")
+    if variant is not None and variant not in packages:
+        raise click.ClickException(f"{directory}: no variant '{variant}'; it has {', '.join(packages)}")
+    return directory / str(packages[variant or next(iter(packages))])
+
+
+def _load_tokenizer(package: Path) -> Any:
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    try:
+        return AutoTokenizer.from_pretrained(package, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"{package}: no tokenizer that transformers can load; put tokenizer.json there") from error
+
+
+def _decode_stream(tokenizer: Any, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
+    """Text as tokens come: what a longer sequence decodes to, less what a shorter one did, and nothing of a character still incomplete."""
+    ids = list(prompt)
+    shown = tokenizer.decode(ids, skip_special_tokens=True)
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if text.endswith("\ufffd"):
+            continue
+        yield text[len(shown) :]
+        shown = text

@@ -1,0 +1,316 @@
+"""The stages: plain functions of directories, bound to the recipe's settings."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+from convert.errors import RecipeError
+from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
+from convert.report import write_report
+from export.config import Variant
+from export.decoder import plan_lowering
+from export.family import find_decoder_family
+from export.package import write_package
+from export.parity import check_parity
+from export.twin import estimate_bytes, quantize_checkpoint
+from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.config import TextData
+from upcycle.data import prepare_data, read_blocks, text_files
+from upcycle.mapping import UpcyclePlan, plan_upcycle
+from upcycle.progress import Progress
+from upcycle.receipt import write_receipt
+from upcycle.surgery import upcycle
+from upcycle.training import finetune
+
+Facts = dict[str, Any]
+RECEIPT_NAME = "receipt.json"
+_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan."""
+
+    loaded: LoadedRecipe
+    origin: str
+    checkpoint: Checkpoint
+    plan: UpcyclePlan
+    source_files: Mapping[str, str]
+    data_files: Mapping[str, str]
+    lowerings: Mapping[Variant, str]
+    artifact_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one stage: the directories that it reads and writes, and what was known before."""
+
+    preparation: Preparation
+    variant: Variant | None
+    inputs: Mapping[str, Path]
+    input_facts: Mapping[str, Facts]
+    keys: Mapping[str, str]
+    output: Path
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings."""
+        return self.preparation.loaded.recipe
+
+
+def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
+    """Read and cross-check everything that a run will use: checkpoint, plan, export, data files. Writes nothing.
+
+    Raises:
+        RecipeError, UpcycleError, ExportError: in one line each, what is wrong and how to mend it.
+    """
+    recipe = loaded.recipe
+    directory, origin = _locate_source(loaded)
+    checkpoint = open_checkpoint(directory)
+    plan = plan_upcycle(checkpoint, recipe.upcycle)
+    context = checkpoint.config.max_position_embeddings
+    if recipe.data.block_size > context:
+        raise RecipeError(f"{loaded.path}: data.block_size: is {recipe.data.block_size}; must be at most the model's context, which is {context}")
+    shapes = {write.spec.name: write.spec.shape for write in plan.writes}
+    lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
+    data_files = {}
+    if isinstance(recipe.data.source, TextData):
+        found = text_files(recipe.data.source, _data_base(loaded))
+        data_files = {f"{split}/{file}": _digest(file) for split, files in found.items() for file in files}
+    names = [CONFIG_NAME, *TOKENIZER_NAMES, GENERATION_CONFIG_NAME]
+    companions = [directory / name for name in names if (directory / name).is_file()]
+    weights = sorted({entry.file for entry in checkpoint.entries.values()} | set(directory.glob("*.safetensors.index.json")))
+    source_files = {}
+    for number, file in enumerate([*companions, *weights]):
+        progress("reading the dense checkpoint", number, len(companions) + len(weights))
+        source_files[file.name] = _digest(file)
+    sizes = _artifact_bytes(checkpoint, plan, shapes, loaded)
+    return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, lowerings, sizes)
+
+
+def _locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
+    match loaded.recipe.source:
+        case LocalSource(path=path):
+            return resolve_path(path, loaded.path).resolve(), path
+        case HubSource(hub=hub, revision=revision):
+            return _download(hub, revision), f"{hub}@{revision}"
+
+
+def _download(hub: str, revision: str) -> Path:
+    from huggingface_hub import snapshot_download  # only a hub source needs it
+
+    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, *TOKENIZER_NAMES]
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # huggingface_hub raises many kinds for no network, no such model, no access
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise RecipeError(
+            f"source: {hub} at revision '{revision}' cannot be fetched from the hub ({reason}); check the id, or give a path"
+        ) from error
+
+
+def _data_base(loaded: LoadedRecipe) -> Path:
+    """Data files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
+    source = loaded.recipe.data.source
+    assert isinstance(source, TextData)
+    beside = loaded.path.absolute().parent
+    return beside if any(beside.glob(source.train[0])) or Path(source.train[0]).is_absolute() else Path.cwd()
+
+
+def _artifact_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe) -> dict[str, int]:
+    recipe = loaded.recipe
+    floats = 4 * plan.num_parameters
+    control = 4 * checkpoint.num_parameters if recipe.finetune.control else 0
+    sizes = {"upcycle": plan.num_bytes, "finetune": floats + control}
+    family = find_decoder_family(plan.target_config)
+    for variant in recipe.variants:
+        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(shapes, family, variant, recipe.quantize)
+    return sizes
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+# Settings: what of the recipe, and of the world, decides a stage's output.
+
+
+def source_settings(preparation: Preparation, _: Variant | None) -> Facts:
+    """What is in the dense checkpoint, and where it is."""
+    return {"directory": str(preparation.checkpoint.directory), "files": dict(preparation.source_files)}
+
+
+def data_settings(preparation: Preparation, _: Variant | None) -> Facts:
+    """The text that is meant, down to the digests of its files."""
+    data = preparation.loaded.recipe.data
+    interpreter = platform.python_version() if data.source.kind == "python-docs" else None
+    return {**data.model_dump(mode="json"), "files": dict(preparation.data_files), "interpreter": interpreter}
+
+
+def upcycle_settings(preparation: Preparation, _: Variant | None) -> Facts:
+    """Experts, router and seed."""
+    recipe = preparation.loaded.recipe
+    return {**recipe.upcycle.model_dump(mode="json"), "block_size": recipe.data.block_size, "seed": recipe.seed}
+
+
+def finetune_settings(preparation: Preparation, _: Variant | None) -> Facts:
+    """The training recipe."""
+    recipe = preparation.loaded.recipe
+    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed}
+
+
+def quantize_settings(preparation: Preparation, variant: Variant | None) -> Facts:
+    """Bits and blocks of one variant."""
+    settings = {} if variant == "float32" else preparation.loaded.recipe.quantize.model_dump(mode="json")
+    return {"variant": variant, **settings}
+
+
+def onnx_settings(preparation: Preparation, _: Variant | None) -> Facts:
+    """The graph."""
+    return preparation.loaded.recipe.export.model_dump(mode="json")
+
+
+def parity_settings(preparation: Preparation, variant: Variant | None) -> Facts:
+    """Thresholds, and what they are applied to."""
+    recipe = preparation.loaded.recipe
+    return {**recipe.parity.model_dump(mode="json"), "variant": variant, "activation_bits": recipe.export.activation_bits}
+
+
+def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
+    """The recipe as it was written."""
+    return {"name": preparation.loaded.name, "recipe": preparation.loaded.text}
+
+
+# Stages
+
+
+def run_source(job: Job) -> Facts:
+    """Links to the dense checkpoint's files, every value read once and found finite."""
+    checkpoint = job.preparation.checkpoint
+    for number, _ in enumerate(check_values(checkpoint), 1):
+        job.progress("checking values", number, len(checkpoint.entries))
+    for name in job.preparation.source_files:
+        (job.output / name).symlink_to((checkpoint.directory / name).resolve())
+    return {
+        "origin": job.preparation.origin,
+        "architecture": (checkpoint.config.architectures or ["?"])[0],
+        "num_parameters": checkpoint.num_parameters,
+        "num_bytes": checkpoint.num_bytes,
+        "dtype": ", ".join(sorted({entry.dtype for entry in checkpoint.entries.values()})),
+    }
+
+
+def run_data(job: Job) -> Facts:
+    """Held-out and training text as blocks of tokens."""
+    base = _data_base(job.preparation.loaded) if isinstance(job.recipe.data.source, TextData) else Path.cwd()
+    return prepare_data(job.inputs["source"], job.output, job.recipe.data, base, job.progress)
+
+
+def run_upcycle(job: Job) -> Facts:
+    """The mixture of experts, and the receipt that it computes what the dense model does."""
+    config = job.recipe.upcycle
+    plan = upcycle(job.inputs["source"], job.output, config, job.recipe.seed, job.progress)
+    copied = config.experts.noise == 0
+    receipt = write_receipt(job.inputs["source"], job.output, copied, config.num_experts_per_tok, job.recipe.data.block_size, job.progress)
+    (job.output / RECEIPT_NAME).write_text(json.dumps([asdict(line) for line in receipt], indent=2) + "\n", encoding="utf-8")
+    return {
+        "target": plan.family.target_architecture,
+        "num_experts": plan.num_experts,
+        "num_experts_per_tok": plan.num_experts_per_tok,
+        "num_parameters": plan.num_parameters,
+        "num_active_parameters": plan.num_active_parameters,
+        "num_bytes": plan.num_bytes,
+        "dropped": list(plan.dropped),
+        "receipt": [asdict(line) for line in receipt],
+    }
+
+
+def run_finetune(job: Job) -> Facts:
+    """The fine-tuned mixture, and the dense control."""
+    inputs = job.inputs
+    return _jsonable(finetune(inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress))
+
+
+def run_quantize(job: Job) -> Facts:
+    """Integers and scales, and the torch twin that computes with them."""
+    assert job.variant is not None
+    return _jsonable(quantize_checkpoint(job.inputs["finetune"], job.output, job.variant, job.recipe.quantize, job.progress))
+
+
+def run_onnx(job: Job) -> Facts:
+    """The ONNX package."""
+    return _jsonable(write_package(job.inputs["quantize"], job.output, job.recipe.export, job.progress))
+
+
+def run_parity(job: Job) -> Facts:
+    """The package against its twin and against the fine-tuned model; thresholds are judged after the report is written."""
+    assert job.variant is not None
+    parity = check_parity(
+        job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
+        job.variant != "float32" and job.recipe.export.activation_bits == 8, job.recipe.parity, job.progress,
+    )  # fmt: skip
+    facts = {**_jsonable(parity), "passed": parity.passed}
+    (job.output / "parity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def run_report(job: Job) -> Facts:
+    """The page and the same facts as JSON."""
+    facts: Facts = {
+        "dense2moe": version("dense2moe"),
+        "name": job.preparation.loaded.name,
+        "seed": job.recipe.seed,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "recipe": job.preparation.loaded.text,
+        "keys": dict(job.keys),
+        "variants": {},
+    }
+    for label, stage_facts in job.input_facts.items():
+        stage, _, variant = label.partition("-")
+        if variant:
+            facts["variants"].setdefault(variant, {})[stage] = stage_facts
+        else:
+            facts[stage] = stage_facts
+    write_report(facts, job.output)
+    return facts
+
+
+def _processor() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the interpreter and of every package that bears on the figures."""
+    found = {"python": platform.python_version(), "dense2moe": version("dense2moe")}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _jsonable(facts: Any) -> Facts:
+    assert is_dataclass(facts)
+    assert not isinstance(facts, type)
+    return cast(Facts, json.loads(json.dumps(asdict(facts))))
+
+
+StageFunction = Callable[[Job], Facts]
