@@ -9,6 +9,7 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
+from glob import glob
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, cast
@@ -124,7 +125,7 @@ def _data_base(loaded: LoadedRecipe) -> Path:
     source = loaded.recipe.data.source
     assert isinstance(source, TextData)
     beside = loaded.path.absolute().parent
-    return beside if any(beside.glob(source.train[0])) or Path(source.train[0]).is_absolute() else Path.cwd()
+    return beside if glob(str(beside / source.train[0]), recursive=True) else Path.cwd()
 
 
 def _artifact_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe) -> dict[str, int]:

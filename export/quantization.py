@@ -56,6 +56,9 @@ def _quantize_rows(weight: torch.Tensor, bits: int, block_size: int, blocks: int
     w = padded.view(rows, blocks, block_size)
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+    # In units of a power of two near the extreme weight, exactly: no square overflows, and none vanishes.
+    unit = torch.ldexp(torch.ones_like(extreme), torch.frexp(extreme).exponent - 1)
+    w, extreme = w / unit, extreme / unit
     # The larger side of the integer range is the negative one: a scale of the opposite sign puts the extreme weight there.
     candidates = [extreme / low * factor for factor in _CANDIDATES[bits]] + [extreme / high]
     best_error = torch.full((rows, blocks, 1), math.inf)
@@ -70,7 +73,7 @@ def _quantize_rows(weight: torch.Tensor, bits: int, block_size: int, blocks: int
     codes = (_round(w, best_scale, low, high) - low).to(torch.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes, best_scale.squeeze(-1)
+    return codes, (best_scale * unit).squeeze(-1)
 
 
 def _round(w: torch.Tensor, scale: torch.Tensor, low: int, high: int) -> torch.Tensor:

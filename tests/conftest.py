@@ -1,0 +1,79 @@
+"""Fixtures for every package: tiny checkpoints, made here by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from upcycle.surgery import upcycle
+
+MakeDense = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens that starts every text with `<s>`, as Llama's does; `</s>` is its end of text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    assert tokenizer.get_vocab_size() == 300
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def make_dense(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> MakeDense:
+    """Make a tiny Llama checkpoint with a tokenizer; keywords override its config, `dtype` and `max_shard_size` its file."""
+
+    def make(dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **overrides: Any) -> Path:
+        fields = {
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.2,  # at .02 and two layers, attention and FFN would hardly show in the logits
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+        }
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = LlamaForCausalLM(LlamaConfig(**fields | overrides))
+            for name, parameter in model.named_parameters():
+                if "norm" in name:  # a norm of ones would hide a norm that is lost or swapped
+                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
+        directory = tmp_path_factory.mktemp("dense")
+        model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+        tiny_tokenizer.save_pretrained(directory)
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense_checkpoint(make_dense: MakeDense) -> Path:
+    """A tiny Llama with tied embeddings in float32. Shared: read only."""
+    return make_dense()
+
+
+@pytest.fixture(scope="session")
+def mixture_checkpoint(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The mixture made from `dense_checkpoint`: 4 experts that differ, top-2. Shared: read only."""
+    output = tmp_path_factory.mktemp("mixture")
+    config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
+    upcycle(dense_checkpoint, output, config, 0, lambda what, done, total: None)
+    return output

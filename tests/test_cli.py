@@ -1,0 +1,136 @@
+"""The command line: what it prints, and how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from convert.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+RECIPE = """\
+source: {source}
+data:
+  source: {{kind: text, train: [{text}], separator: "\\n\\n"}}
+  block_size: 32
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, dense_checkpoint):
+    """A function that writes a recipe for the tiny dense checkpoint and some text of ours, with lines added."""
+    text = tmp_path / "text.txt"
+    text.write_text((ROOT / "upcycle" / "checkpoint.py").read_text(encoding="utf-8"), encoding="utf-8")
+
+    def write(*lines: str, source: Path = dense_checkpoint) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(RECIPE.format(source=source, text=text) + "\n".join(lines) + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="dense2moe")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def test_the_commands_are_these():
+    assert sorted(main.commands) == ["check", "generate", "plan", "run", "schema", "show", "verify"]
+
+
+def test_python_m_convert_is_the_same_program():
+    finished = subprocess.run([sys.executable, "-m", "convert", "--version"], capture_output=True, text=True, check=True)
+    assert finished.stdout == "dense2moe, version 0.1.0\n"
+
+
+def test_help_needs_no_torch():
+    code = "import sys, convert.cli; convert.cli.main(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_schema_is_the_json_schema_that_the_recipes_name():
+    code, output = invoke("schema")
+    assert code == 0
+    assert json.loads(output) == json.loads((ROOT / "recipes" / "recipe.schema.json").read_text(encoding="utf-8"))
+
+
+def test_check_says_what_becomes_what(recipe):
+    path = recipe()
+    assert invoke("check", path) == (0, f"{path}: good. LlamaForCausalLM to MixtralForCausalLM, float32, int8, int4\n")
+
+
+def test_plan_writes_nothing_and_shows_sizes(recipe, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    path = recipe()
+    code, output = invoke("plan", path, "--workdir", tmp_path / "work")
+    assert code == 0
+    assert "LlamaForCausalLM to MixtralForCausalLM" in output
+    assert "active a token" in output
+    assert sorted(tmp_path.iterdir()) == sorted([*before, path])
+
+
+@pytest.mark.parametrize("command", ["check", "plan", "run"])
+def test_a_misspelt_key_is_one_line(recipe, command):
+    path = recipe("upcycle: {topk: 2}")
+    code, output = invoke(command, path)
+    assert code == 1
+    assert output == f"Error: {path}:5: upcycle.topk: unknown key; did you mean 'num_experts_per_tok'?\n"
+
+
+def test_more_chosen_experts_than_experts_is_refused(recipe):
+    path = recipe("upcycle: {num_experts: 2, num_experts_per_tok: 3}")
+    code, output = invoke("check", path)
+    assert code == 1
+    assert "num_experts_per_tok is 3; it must be at most num_experts, which is 2" in output
+
+
+def test_an_unsupported_architecture_is_named_with_what_is_supported(recipe, tmp_path):
+    source = tmp_path / "gpt2"
+    source.mkdir()
+    (source / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', encoding="utf-8")
+    (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    code, output = invoke("check", recipe(source=source))
+    assert code == 1
+    assert output == "Error: config.json: GPT2LMHeadModel (gpt2) cannot be upcycled; supported: LlamaForCausalLM\n"
+
+
+def test_a_missing_source_names_the_places_tried(recipe, tmp_path):
+    path = recipe(source="nowhere")
+    code, output = invoke("check", path)
+    assert code == 1
+    assert output == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; correct the path\n"
+
+
+def test_a_refused_run_leaves_nothing(recipe, tmp_path):
+    workdir = tmp_path / "work"
+    code, _ = invoke("run", recipe("upcycle: {num_experts: 0}"), "--workdir", workdir)
+    assert code == 1
+    assert not workdir.exists()
+
+
+def test_a_disk_that_is_too_small_is_refused_before_any_work(recipe, tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+    workdir = tmp_path / "work"
+    code, output = invoke("run", recipe(), "--workdir", workdir)
+    assert code == 1
+    assert output.startswith(f"Error: {workdir}: 1.0 kB free on this disk; ")
+    assert output.endswith("needed; free some space, or give another --workdir\n")
+    assert {path.name for path in workdir.iterdir()} == {".lock"}
+
+
+def test_show_of_no_run_says_what_to_give(tmp_path):
+    assert invoke("show", tmp_path) == (1, f"Error: {tmp_path}: no run.json; it must be the work directory of a run, such as runs/quickstart\n")
+
+
+def test_generate_of_no_package_says_what_to_give(tmp_path):
+    code, output = invoke("generate", tmp_path, "--prompt", "x")
+    assert code == 1
+    assert output == f"Error: {tmp_path}: no model.onnx; it must be an ONNX package, as `dense2moe run` writes it\n"

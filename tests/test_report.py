@@ -1,0 +1,418 @@
+"""Claims about the report: complete, self-contained, and honest when a run lost."""
+
+import copy
+import io
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from convert.report import Row, summarize, summary_table, verdict_lines, write_report
+
+VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nupcycle:\n  num_experts: 4\n"
+
+
+def evaluation(loss: float, perplexity: float, parameters: int, size: int, speed: float) -> dict[str, Any]:
+    return {"loss": loss, "perplexity": perplexity, "num_parameters": parameters, "weight_bytes": size, "decode_tokens_per_second": speed}
+
+
+def history() -> list[dict[str, Any]]:
+    lines = []
+    for model, train, validation in (
+        ("fine-tuned", (2.90, 2.55, 2.41, 2.33), (2.71, 2.52, 2.44, 2.43)),
+        ("dense continued", (2.9, 2.6, 2.5, 2.4), (2.74, 2.6, 2.52, 2.54)),
+    ):
+        for number, (t, v) in enumerate(zip(train, validation, strict=True), start=1):
+            step = {"model": model, "step": 20 * number, "num_tokens": 20 * number * 2048, "learning_rate": 3e-4 / number}
+            high = 0.25 + 0.2 / number
+            rest = (1 - high) / 3
+            layers = [{"load": [rest, high, rest + 0.01, rest - 0.01], "entropy": 1.2}, {"load": [0.25, 0.26, 0.24, 0.25], "entropy": 1.3}] * 2
+            lines.append(
+                {**step, "train_loss": t, "balance_loss": 1.1 if model == "fine-tuned" else None, "validation_loss": None}
+                | {"layers": layers if model == "fine-tuned" else []}
+            )
+            lines.append({**step, "train_loss": None, "balance_loss": None, "validation_loss": v, "layers": []})
+    return lines
+
+
+def agreement(scale: float, top1: float, routing: list[float]) -> dict[str, Any]:
+    return {
+        "max_error": 8 * scale,
+        "mean_error": scale,
+        "kl": scale * scale,
+        "top1_agreement": top1,
+        "routing_agreement": routing,
+        "hidden_error": [scale * (1 + layer / 2) for layer in range(4)],
+    }
+
+
+def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, routing: list[float], speed: float) -> dict[str, Any]:
+    names = ("prefill, batch 1, 64 tokens", "prefill, batch 3, left padding", "decode, 24 steps after 40 tokens")
+    checks = [{"name": name, "max_error": 3e-6, "mean_error": 4e-7, "relative_error": 2.5e-6, "top1_agreement": 1.0} for name in names]
+    figures = {
+        "onnxruntime": "1.32.0",
+        "checks": checks,
+        "twin": agreement(4e-7, 1.0, [1.0, 1.0, 1.0, 0.99998]),
+        "finetuned": agreement(scale, top1, routing),
+        "perplexity": perplexity,
+        "twin_perplexity": perplexity,
+        "finetuned_perplexity": 11.2345,
+        "worst_layer": 2,
+        "prefill_tokens_per_second": 20 * speed,
+        "decode_tokens_per_second": speed,
+    }
+    return {
+        "quantize": {"bits": {"experts": bits, "attention": bits}, "expert_bytes": size // 2, "quantized_expert_share": 1.0 if bits < 32 else 0.0},
+        "onnx": {"lowering": "moe" if bits == 32 else "qmoe", "package_bytes": size, "min_onnxruntime": "1.23"},
+        "parity": {
+            "providers": {"CPUExecutionProvider": figures, "CUDAExecutionProvider": "not run: no CUDA device"},
+            "passed": True,
+            "breaches": [],
+        },
+    }
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    return {
+        "dense2moe": "0.1.0",
+        "name": "quickstart",
+        "seed": 0,
+        "created": "2026-11-23T05:00:00Z",
+        "versions": {"python": "3.11.2", "torch": "2.10.0", "transformers": "5.3.0", "onnxruntime": "1.32.0"},
+        "machine": {"processor": "x86_64", "cores": 2, "system": "Linux"},
+        "recipe": HOSTILE,
+        "keys": {"source": "3f9ad2c09b41", "upcycle": "8c1177e0aa52", "finetune": "d04c55b1a9e7"},
+        "source": {
+            "architecture": "LlamaForCausalLM",
+            "num_parameters": 4_131_072,
+            "num_bytes": 8_262_144,
+            "dtype": "bfloat16",
+            "origin": "recipes/models/python-docs-4m",
+        },
+        "data": {"block_size": 256, "num_tokens": {"train": 2_104_320, "validation": 110_592, "test": 113_408}, "digest": "sha256:5d0c" + "9a" * 28},
+        "upcycle": {
+            "target": "MixtralForCausalLM",
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_parameters": 10_430_208,
+            "num_active_parameters": 6_231_808,
+            "num_bytes": 20_860_416,
+            "receipt": [
+                {"router": "shipped", "dtype": "float32", "text": "one long text", "num_tokens": 320, "rel": 6.1e-7, "bitwise": False},
+                {"router": "zero", "dtype": "float32", "text": "one long text", "num_tokens": 320, "rel": 0.0, "bitwise": True},
+                {"router": "shipped", "dtype": "bfloat16", "text": "padded batch", "num_tokens": 320, "rel": 7.3e-3, "bitwise": False},
+                {"router": "zero", "dtype": "bfloat16", "text": "padded batch", "num_tokens": 320, "rel": 0.0, "bitwise": True},
+            ],
+        },
+        "finetune": {
+            "evaluations": {
+                "dense": evaluation(2.7, 14.8797, 4_131_072, 8_262_144, 210.0),
+                "upcycled": evaluation(2.7, 14.8798, 10_430_208, 20_860_416, 96.0),
+                "fine-tuned": evaluation(2.419, 11.2345, 10_430_208, 41_720_832, 97.0),
+                "dense continued": evaluation(2.51, 12.3049, 4_131_072, 16_524_288, 208.0),
+            },
+            "history": history(),
+            "best_steps": {"fine-tuned": 80, "dense continued": 60},
+            "precision": "bfloat16",
+            "router_task_gradient": 1e-9,
+            "warnings": ["the routers' task gradient was 1e-09 of the whole at the start; set upcycle.experts.noise to start them apart"],
+        },
+        "variants": {
+            "float32": variant(32, 41_900_000, 11.2346, 5e-7, 1.0, [1.0, 1.0, 1.0, 0.99999], 431.0),
+            "int8": variant(8, 12_300_000, 11.2411, 6e-4, 0.9961, [0.999, 0.998, 0.9973, 0.9969], 622.0),
+            "int4": variant(4, 7_810_000, 11.5123, 9e-3, 0.9512, [0.991, 0.982, 0.9731, 0.9689], 655.0),
+        },
+    }
+
+
+class Outline(HTMLParser):
+    """Collects start tags and complains about an element that is not closed where it should be."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open[-1:] == [tag], f"</{tag}> at {self.getpos()} closes something else"
+        self.open.pop()
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(facts: dict[str, Any]) -> str:
+        write_report(facts, tmp_path)
+        return (tmp_path / "report.html").read_text(encoding="utf-8")
+
+    return write
+
+
+def test_the_page_refers_to_nothing_outside_itself(facts, written):
+    page = written(facts)
+    tags = Outline(page).tags
+    assert not {tag for tag, _ in tags} & {"script", "link", "img", "image", "iframe", "object", "use:href"}
+    targets = [value for _, attributes in tags for name, value in attributes.items() if name in ("href", "src", "xlink:href", "srcset", "action")]
+    assert targets
+    assert all(value.startswith("#") for value in targets)
+    assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", page))
+    assert "@import" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_every_id_is_unique_and_every_reference_is_met(facts, written):
+    page = written(facts)
+    tags = Outline(page).tags
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    references = {attributes["href"][1:] for _, attributes in tags if "href" in attributes} | set(re.findall(r"url\(#(.*?)\)", page))
+    assert len(ids) == len(set(ids))
+    assert references <= set(ids)
+
+
+def test_the_page_is_balanced_html_with_six_described_pictures(facts, written):
+    tags = Outline(written(facts)).tags
+    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 6
+    assert all(attributes["aria-label"] for _, attributes in tags if attributes.get("role") == "img")
+
+
+def test_the_page_holds_the_perplexity_of_every_model_and_variant(facts, written):
+    text = " ".join(Outline(written(facts)).text)
+    for perplexity in ("14.88", "12.30", "11.23", "11.24", "11.51"):
+        assert perplexity in text
+
+
+def test_text_from_the_recipe_is_escaped(facts, written):
+    facts["finetune"]["warnings"] = ["<b>layer</b> & co"]
+    facts["source"]["origin"] = "<img src=x>"
+    page = written(facts)
+    assert "<script" not in page
+    assert "<b>" not in page
+    assert "<img" not in page
+    assert "&lt;script&gt;alert(" in page
+    assert HOSTILE in "".join(Outline(page).text)
+
+
+def test_the_same_facts_write_the_same_page(facts, written):
+    assert written(facts) == written(copy.deepcopy(facts))
+
+
+def test_writing_leaves_the_facts_and_matplotlib_as_they_were(facts, written):
+    import matplotlib
+
+    before, settings = copy.deepcopy(facts), dict(matplotlib.rcParams)
+    written(facts)
+    assert facts == before
+    assert dict(matplotlib.rcParams) == settings
+
+
+def test_the_json_is_the_facts_and_the_summary(facts, tmp_path):
+    write_report(facts, tmp_path)
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    summary = found.pop("summary")
+    assert found == facts
+    assert [Row(**row) for row in summary] == summarize(facts)
+
+
+def test_the_json_is_sorted_and_has_no_nan(facts, tmp_path):
+    facts["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["kl"] = float("nan")
+    facts["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["perplexity"] = float("inf")
+    write_report(facts, tmp_path)
+    text = (tmp_path / "report.json").read_text(encoding="utf-8")
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    found = json.loads(text, parse_constant=refuse)
+    assert list(found) == sorted(found)
+    assert found["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["kl"] == "NaN"
+    assert found["summary"][-1]["perplexity"] == "Infinity"
+
+
+def test_rows_come_in_the_order_in_which_the_models_came_to_be(facts):
+    names = [row.name for row in summarize(facts)]
+    assert names == ["dense", "upcycled", "dense continued", "fine-tuned", "ONNX float32", "ONNX int8", "ONNX int4"]
+
+
+def test_a_variant_row_takes_its_worst_layer_and_its_agreement_with_the_fine_tuned_model(facts):
+    assert summarize(facts)[-1] == Row("ONNX int4", 11.5123, 7_810_000, 0.9512, 0.9689, 655.0, 13100.0, True)
+    assert summarize(facts)[0] == Row("dense", 14.8797, 8_262_144, None, None, 210.0, None, None)
+
+
+def test_the_terminal_table_fits_in_100_columns(facts):
+    facts["variants"]["int4"]["parity"]["passed"] = False
+    facts["variants"]["float16"] = facts["variants"]["int8"]
+    facts["finetune"]["evaluations"]["dense"].update(perplexity=123456.7, weight_bytes=698_000_000_000, decode_tokens_per_second=123456.7)
+    stream = io.StringIO()
+    Console(file=stream, width=100).print(summary_table(facts))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    assert not any("…" in line for line in lines)
+    assert sum(re.match(r"(dense|upcycled|dense continued|fine-tuned|ONNX \w+)  ", line) is not None for line in lines) == len(summarize(facts))
+    assert "FAILED" in stream.getvalue()
+    assert "698 GB" in stream.getvalue()
+    assert "123,457" in stream.getvalue()
+
+
+def test_the_verdict_says_that_upcycling_kept_the_perplexity(facts):
+    assert verdict_lines(facts)[0] == "Upcycling kept the perplexity to 4 digits: 14.880 dense, 14.880 upcycled, before any training."
+
+
+def test_the_verdict_says_that_upcycling_changed_the_perplexity(facts):
+    facts["finetune"]["evaluations"]["upcycled"]["perplexity"] = 14.8903
+    assert verdict_lines(facts)[0] == "Upcycling did NOT keep the perplexity to 4 digits: 14.880 dense, 14.890 upcycled, before any training."
+
+
+def test_the_verdict_says_by_how_much_the_control_was_beaten(facts):
+    line = verdict_lines(facts)[1]
+    assert f"lower by {100 * (12.3049 - 11.2345) / 12.3049:.2f} %" in line
+    assert "11.23 against 12.30" in line
+    assert "NOT" not in line
+
+
+@pytest.mark.parametrize(("tuned", "change"), [(12.5510, "2.00 % above"), (12.3049, "equal to"), (float("nan"), "not comparable with")])
+def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned, change):
+    facts["finetune"]["evaluations"]["fine-tuned"]["perplexity"] = tuned
+    line = verdict_lines(facts)[1]
+    assert line.startswith("NOT lower: ")
+    assert change in line
+    assert line in "".join(Outline(written(facts)).text)
+
+
+def test_the_verdict_compares_each_variant_with_float32_onnx(facts):
+    lines = verdict_lines(facts)[2:]
+    assert lines[0] == "ONNX float32: perplexity 11.23, less than 0.01 % above the fine-tuned torch model's; parity passed."
+    assert lines[2] == f"ONNX int4: perplexity 11.51, {100 * (11.5123 / 11.2346 - 1):.2f} % above float32 ONNX's; parity passed."
+
+
+def test_without_a_float32_variant_each_is_compared_with_torch(facts):
+    del facts["variants"]["float32"]
+    assert verdict_lines(facts)[2] == "ONNX int8: perplexity 11.24, 0.06 % above the fine-tuned torch model's; parity passed."
+
+
+def test_a_run_that_agrees_passes(facts, written):
+    page = written(facts)
+    assert '<span class="badge pass">PASS</span>' in page
+    assert ">FAIL<" not in page
+    assert "3 of 3 ONNX variants agree" in page
+
+
+def test_a_failed_parity_shows_its_breach_and_a_fail_badge(facts, written):
+    breach = "CPUExecutionProvider: top-1 agreement is 0.91; it must be at least 0.95"
+    facts["variants"]["int4"]["parity"].update(passed=False, breaches=[breach])
+    page = written(facts)
+    assert '<span class="badge fail">FAIL</span>' in page
+    assert "2 of 3 ONNX variants agree" in page
+    assert verdict_lines(facts)[-1].endswith(f"parity FAILED: {breach}.")
+    assert "".join(Outline(page).text).count(breach) == 2  # in the verdict and at the variant
+
+
+def test_a_control_that_was_not_trained_is_missing_and_said_to_be(facts, written):
+    del facts["finetune"]["evaluations"]["dense continued"]
+    facts["finetune"]["history"] = [step for step in facts["finetune"]["history"] if step["model"] == "fine-tuned"]
+    facts["finetune"]["best_steps"] = {"fine-tuned": 80}
+    text = "".join(Outline(written(facts)).text)
+    assert "without a dense control" in text
+    assert "dense continued" not in text
+    assert [row.name for row in summarize(facts)][:3] == ["dense", "upcycled", "fine-tuned"]
+
+
+def test_a_run_without_variants_claims_no_parity(facts, written):
+    facts["variants"] = {}
+    page = written(facts)
+    assert "NO PARITY" in page
+    assert ">PASS<" not in page
+    assert "nothing was exported" in verdict_lines(facts)[-1]
+
+
+def test_a_provider_that_did_not_run_says_why(facts, written):
+    assert "not run: no CUDA device" in written(facts)
+
+
+def test_a_variant_measured_nowhere_has_a_row_without_figures(facts, written):
+    facts["variants"]["int4"]["parity"] = {"providers": {"CPUExecutionProvider": "not run: onnxruntime is too old"}, "passed": False, "breaches": []}
+    assert summarize(facts)[-1] == Row("ONNX int4", None, 7_810_000, None, None, None, None, False)
+    assert "too old" in written(facts)
+
+
+def test_figures_that_are_no_numbers_still_make_a_page(facts, written):
+    figures = facts["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]
+    figures["finetuned"].update(max_error=float("inf"), kl=float("nan"), hidden_error=[float("nan")] * 4)
+    figures["perplexity"] = float("nan")
+    facts["variants"]["int4"]["parity"].update(passed=False, breaches=["the logits are not finite"])
+    text = "".join(Outline(written(facts)).text)
+    assert "∞" in text
+    assert "NaN" in text
+
+
+def test_perplexity_on_other_text_is_pointed_out(facts, written):
+    assert "text of its own" not in written(facts)
+    for variant in facts["variants"].values():
+        variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned_perplexity"] = 10.9
+    assert "text of its own" in written(facts)
+
+
+def test_unknown_facts_are_shown_in_the_provenance(facts, written):
+    facts["source"]["licence"] = "Apache-2.0"
+    facts["data"]["interpreter"] = {"implementation": "CPython", "modules": list(range(100))}
+    text = "".join(Outline(written(facts)).text)
+    assert "licence" in text
+    assert "Apache-2.0" in text
+    assert "interpreter.implementation" in text
+    assert "100 entries, in report.json" in text
+
+
+def test_one_step_of_one_layer_makes_a_page(facts, written):
+    facts["finetune"]["history"] = facts["finetune"]["history"][:2]
+    facts["finetune"]["history"][0]["layers"] = [{"load": [1.0], "entropy": 0.0}]
+    for variant in facts["variants"].values():
+        variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"].update(routing_agreement=[1.0], hidden_error=[0.0])
+    assert "got 1.00 times its fair share" in written(facts)
+
+
+def test_a_run_without_history_makes_a_page(facts, written):
+    facts["finetune"]["history"] = []
+    Outline(written(facts))
+
+
+def test_a_large_model_makes_a_page(facts, written):
+    load = [1 / 64] * 64
+    for step in facts["finetune"]["history"]:
+        step["layers"] = [{"load": load, "entropy": 4.1}] * 48 if step["layers"] else []
+    Outline(written(facts))
+
+
+def test_nothing_is_wider_than_a_phone(facts, written):
+    page = written(facts)
+    style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
+    widths = re.findall(r"(?<![-\w])(?:min-)?width:\s*([^;}]+)", style)
+    assert widths
+    assert set(widths) == {"100%"}
+    assert "overflow-x: auto" in style
+    assert 'content="width=device-width' in page
+    assert all("width" not in attributes for tag, attributes in Outline(page).tags if tag == "svg")
+
+
+def test_light_dark_and_paper_each_have_their_colours(facts, written):
+    page = written(facts)
+    assert "prefers-color-scheme: dark" in page
+    assert "@media print" in page
