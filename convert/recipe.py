@@ -26,7 +26,7 @@ from convert.errors import RecipeError
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig
 
-_MAX_BYTES: Final = 1_000_000
+_MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000
 _MAX_DEPTH: Final = 20
 

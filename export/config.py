@@ -22,7 +22,7 @@ class QuantizeConfig(Record):
     """Weight-only quantization of the int8 and int4 variants; routers and norms always stay in float32."""
 
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
-    attention_bits: Literal["variant", 8, 16] = Field("variant", description="Bits of attention's weights in int4; 'variant' follows the variant.")
+    attention_bits: Literal["variant", 8, 16] = Field(8, description="Bits of attention's weights; 16 leaves them in float32; 'variant' follows the variant.")
     embedding_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of the embedding and the output head; 16 leaves them in float32; 'variant' follows the variant."
     )
@@ -52,5 +52,5 @@ class ParityConfig(Record):
     max_perplexity_increase: dict[Variant, NonNegative] = Field(
         {"float32": 1e-4, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
     )
-    num_blocks: PositiveInt = Field(24, description="Held-out blocks on which logits, routing and perplexity are compared.")
+    num_blocks: PositiveInt | None = Field(None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it.")
     decode_steps: PositiveInt = Field(16, description="Decode steps chained after a prefill, teacher-forced.")

@@ -81,7 +81,7 @@ class DataConfig(Record):
     block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block.")
     max_train_tokens: PositiveInt | None = Field(None, description="Use at most this many tokens, taken evenly from the whole.")
     max_validation_tokens: PositiveInt = Field(32_768, description="Tokens of the validation split that are used, taken evenly from the whole.")
-    max_test_tokens: PositiveInt = Field(65_536, description="Tokens of the test split that are used, taken evenly from the whole.")
+    max_test_tokens: PositiveInt = Field(32_768, description="Tokens of the test split that are used, taken evenly from the whole.")
 
 
 class FinetuneConfig(Record):

@@ -53,4 +53,5 @@ def choose_lowering(layer: MoeLayer, wish: Literal["auto", "fused", "unrolled"])
         if reason is None:
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
-    raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({'; '.join(reasons)}); use 'auto'")
+    remedy = "use 'auto'" if any(other.refusal(layer) is None for other in (fused, UNROLLED)) else "no other lowering can"
+    raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({'; '.join(reasons)}); {remedy}")

@@ -56,4 +56,5 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
         weighted_NH = graph.op("Mul", [down_NH, weight_N1], f"{own}.weighted")
         sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})
-    return graph.op("Reshape", [sum_TH, graph.op("Shape", [hidden], f"{name}.full_shape")], f"{name}.output")
+    full_shape = graph.op("Shape", [hidden], f"{name}.full_shape")
+    return graph.op("Reshape", [sum_TH, full_shape], f"{name}.output", {"allowzero": 1})  # a length of zero is no wish to copy a dimension

@@ -1,0 +1,513 @@
+"""The recipe: what it accepts, and every mistake in the words that the user reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from convert.errors import RecipeError
+from convert.recipe import _ALIASES, HubSource, LocalSource, Recipe, _records, load_recipe, resolve_path, schema
+from export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from upcycle.config import DataConfig, FinetuneConfig, PythonDocsData, TextData, UpcycleConfig
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
+GOOD = "source: dense\ndata: {source: {kind: python-docs}}\n"  # what is added after it starts at line 3
+
+
+@pytest.fixture(autouse=True)
+def _inside_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load(text: str | bytes):
+    path = Path("r.yaml")
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return load_recipe(path)
+
+
+def mistakes(text: str | bytes) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load(text)
+    return str(caught.value).split("\n")
+
+
+# What a recipe holds
+
+
+def test_settings_left_out_are_those_of_the_stages():
+    assert load(GOOD).recipe == Recipe(
+        name=None,
+        seed=0,
+        source=LocalSource(path="dense"),
+        data=DataConfig(source=PythonDocsData(kind="python-docs")),
+        upcycle=UpcycleConfig(),
+        finetune=FinetuneConfig(),
+        variants=("float32", "int8", "int4"),
+        quantize=QuantizeConfig(),
+        export=OnnxConfig(),
+        parity=ParityConfig(),
+    )
+
+
+def test_given_settings_reach_their_records():
+    text = """\
+source: dense
+seed: 7
+data:
+  source:
+    kind: text
+    train: [a.txt, "b/*.txt"]
+upcycle: {num_experts: 4, router: {logit_std: 0.5}}
+variants: [int4]
+parity: {max_perplexity_increase: {int4: 0.1}}
+"""
+    recipe = load(text).recipe
+    assert recipe.seed == 7
+    assert recipe.data.source == TextData(kind="text", train=("a.txt", "b/*.txt"))
+    assert (recipe.upcycle.num_experts, recipe.upcycle.router.logit_std) == (4, 0.5)
+    assert recipe.variants == ("int4",)
+    assert recipe.parity.max_perplexity_increase == {"int4": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("written", "source"),
+    [
+        ("a/b", LocalSource(path="a/b")),
+        ("{path: a/b}", LocalSource(path="a/b")),
+        ("{hub: org/name}", HubSource(hub="org/name", revision="main")),
+        ("{hub: gpt2, revision: v1.0}", HubSource(hub="gpt2", revision="v1.0")),
+    ],
+)
+def test_a_source_is_a_path_or_a_hub_id(written, source):
+    assert load(f"source: {written}\ndata: {{source: {{kind: python-docs}}}}\n").recipe.source == source
+
+
+def test_the_shorthand_works_in_python_as_in_yaml():
+    data = DataConfig(source=PythonDocsData(kind="python-docs"))
+    assert Recipe(source="dense", data=data) == Recipe(source=LocalSource(path="dense"), data=data)
+
+
+def test_a_dumped_recipe_is_the_same_recipe():
+    recipe = load("source: {hub: o/n}\n" + GOOD.split("\n")[1]).recipe
+    assert Recipe.model_validate(recipe.model_dump()) == recipe
+
+
+def test_the_name_is_the_files_unless_it_is_given():
+    assert load(GOOD).name == "r"
+    assert load(GOOD + "name: mine\n").name == "mine"
+
+
+def test_the_text_and_path_are_kept():
+    loaded = load(GOOD)
+    assert (loaded.text, loaded.path) == (GOOD, Path("r.yaml"))
+
+
+def test_records_are_frozen():
+    loaded = load(GOOD)
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.recipe.seed = 1
+    with pytest.raises(ValidationError, match="frozen"):
+        loaded.recipe.source.path = "other"
+    with pytest.raises(AttributeError):
+        loaded.name = "other"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_published_recipe_loads(path):
+    assert load_recipe(path).name == path.stem
+
+
+# YAML
+
+
+@pytest.mark.parametrize("written", ["1e-5", "1e-05", "1E-5", "1.0e-5", ".1e-4", "0.00001", "+1e-5"])
+def test_numbers_with_exponents_are_floats(written):
+    assert load(GOOD + f"finetune: {{learning_rate: {written}}}\n").recipe.finetune.learning_rate == 1 / 100_000
+
+
+@pytest.mark.parametrize("written", ["on", "yes", "No", "y", "1_000", "1x30", "0b11", "2024-01-01"])
+def test_what_yaml_1_1_would_convert_stays_a_string(written):
+    assert load(GOOD + f"name: {written}\n").recipe.name == written
+
+
+def test_a_version_directive_changes_nothing():
+    assert load("%YAML 1.1\n---\n" + GOOD + "name: on\n").recipe.name == "on"
+
+
+@pytest.mark.parametrize(("written", "number"), [("012", 12), ("0x1F", 31), ("0o17", 15), ("+3", 3)])
+def test_integers_are_those_of_yaml_1_2(written, number):
+    assert load(GOOD + f"seed: {written}\n").recipe.seed == number
+
+
+def test_quotes_make_a_string():
+    assert load(GOOD + "name: '12'\n").recipe.name == "12"
+    assert mistakes(GOOD + "seed: '12'\n") == ["r.yaml:3: seed: is '12' (a string); must be an integer"]
+
+
+def test_an_alias_repeats_its_anchor():
+    recipe = load("source: dense\ndata: {source: {kind: python-docs}, max_test_tokens: &n 4096, max_validation_tokens: *n}\n").recipe
+    assert (recipe.data.max_test_tokens, recipe.data.max_validation_tokens) == (4096, 4096)
+
+
+def test_an_anchor_may_be_reused():
+    assert load(GOOD + "seed: &a 1\nname: &a mine\n").recipe.seed == 1
+
+
+def test_a_byte_order_mark_is_no_mistake():
+    assert load(b"\xef\xbb\xbf" + GOOD.encode()).recipe == load(GOOD).recipe
+
+
+BOMB = "b0: &b0 [x, x]\n" + "".join(f"b{i}: &b{i} [*b{i - 1}, *b{i - 1}]\n" for i in range(1, 64))
+TOO_LARGE = "r.yaml: has more than 10000 values or 20 levels, aliases counted; must be a smaller recipe"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "r.yaml: is empty; must have the keys source and data"),
+        ("# nothing\n", "r.yaml: is empty; must have the keys source and data"),
+        ("# a list\n- 1\n", "r.yaml:2: is a list at the top level; must be a mapping with the keys source and data"),
+        ("words\n", "r.yaml:1: is a single value at the top level; must be a mapping with the keys source and data"),
+        ("a: b: c\n", "r.yaml:1: column 5: is not YAML: mapping values are not allowed here"),
+        ("a:\n\tb: 1\n", r"r.yaml:2: column 1: is not YAML: while scanning for the next token, found character '\t' that cannot start any token"),
+        ("a: 1\n---\nb: 1\n", "r.yaml:2: column 1: is not YAML: expected a single document in the stream, but found another document"),
+        ("a: *b\n", "r.yaml:1: column 4: is not YAML: found undefined alias 'b'"),
+        ("a: 1\nb: \a\n", "r.yaml:2: has the character 0x7; YAML allows no such character"),
+        (b"a: 1\nb: \xff\n", "r.yaml:2: is not UTF-8 (byte 0xff); save it as UTF-8"),
+        ("a: 1\n? [1]\n: 2\n", "r.yaml:2: has a key that is no word; must have words for keys"),
+        ("a: !python/name:os.system x\n", "r.yaml:1: has the tag '!python/name:os.system', which does not fit; remove the tag"),
+        ("a: !!int x\n", "r.yaml:1: has the tag 'tag:yaml.org,2002:int', which does not fit; remove the tag"),
+        ("a: !!set {b}\n", "r.yaml:1: has the tag 'tag:yaml.org,2002:set', which does not fit; remove the tag"),
+        (BOMB, TOO_LARGE),
+        ("a: &a [*a]\n", TOO_LARGE),
+        ("[" * 100_000, TOO_LARGE),
+        ("#" * 100_001, "r.yaml: is larger than 100000 bytes; must be a recipe"),
+    ],
+    ids=lambda value: "" if isinstance(value, bytes) or len(value) > 40 else None,
+)
+def test_what_is_no_recipe_at_all_is_one_line(text, message):
+    assert mistakes(text) == [message]
+
+
+def test_a_file_that_cannot_be_read_is_one_line():
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(Path("absent.yaml"))
+    assert str(caught.value) == "absent.yaml: cannot be read: No such file or directory; give the path of a recipe"
+
+
+def test_a_key_given_twice_is_refused_with_both_lines():
+    assert mistakes(GOOD + "seed: 1\nname: a\nseed: 2\n") == ["r.yaml:3: seed: is given again at line 5; must be given once"]
+
+
+def test_a_key_given_twice_in_a_section_is_refused():
+    text = GOOD + "finetune:\n  steps: 30\n  steps: 30\n"
+    assert mistakes(text) == ["r.yaml:4: finetune.steps: is given again at line 5; must be given once"]
+
+
+# Unknown and missing keys
+
+
+@pytest.mark.parametrize(
+    ("section", "given", "meant"),
+    [
+        ("upcycle", "topk", "num_experts_per_tok"),
+        ("upcycle", "top_k", "num_experts_per_tok"),
+        ("upcycle", "top-k", "num_experts_per_tok"),
+        ("upcycle", "k", "num_experts_per_tok"),
+        ("upcycle", "num_experts_per_token", "num_experts_per_tok"),
+        ("upcycle", "E", "num_experts"),
+        ("upcycle", "num_expert", "num_experts"),
+        ("upcycle", "n_experts", "num_experts"),
+        ("finetune", "lr", "learning_rate"),
+        ("finetune", "learning-rate", "learning_rate"),
+        ("finetune", "epochs", "steps"),
+        ("finetune", "stpes", "steps"),
+        ("quantize", "group_size", "block_size"),
+        ("parity", "max_KL", "max_kl"),
+    ],
+)
+def test_an_unknown_key_names_the_one_that_was_meant(section, given, meant):
+    assert mistakes(GOOD + f"{section}:\n  {given}: 1\n") == [f"r.yaml:4: {section}.{given}: unknown key; did you mean '{meant}'?"]
+
+
+def test_an_unknown_section_names_the_one_that_was_meant():
+    assert mistakes(GOOD + "training: {}\n") == ["r.yaml:3: training: unknown key; did you mean 'finetune'?"]
+
+
+def test_a_key_like_no_other_lists_the_keys():
+    assert mistakes(GOOD + "export: {zzz: 1}\n") == ["r.yaml:3: export.zzz: unknown key; the keys here are lowering, activation_bits"]
+
+
+def test_a_number_of_experts_under_experts_names_num_experts():
+    message = "r.yaml:3: upcycle.experts: is 8 (an integer); must be a mapping of the keys noise; did you mean 'num_experts'?"
+    assert mistakes(GOOD + "upcycle: {experts: 8}\n") == [message]
+
+
+def test_every_key_in_the_table_of_aliases_exists():
+    def all_keys(record: type[BaseModel]) -> set[str]:
+        below = [all_keys(inner) for field in record.model_fields.values() for inner in _records(field.annotation)]
+        return set(record.model_fields).union(*below)
+
+    assert set(_ALIASES) - all_keys(Recipe) == set()
+
+
+def test_a_strange_key_stays_on_one_line():
+    keys = "name, seed, source, data, upcycle, finetune, variants, quantize, export, parity"
+    assert mistakes(GOOD + '"a\\nb": 1\n<<: {seed: 1}\n') == [
+        rf"r.yaml:3: 'a\nb': unknown key; the keys here are {keys}",
+        f"r.yaml:4: '<<': unknown key; the keys here are {keys}",
+    ]
+
+
+def test_missing_sections_say_what_they_hold():
+    assert mistakes("seed: 1\n") == [
+        "r.yaml: source: missing; must be a directory, or a mapping with 'path' or 'hub'",
+        "r.yaml: data: missing; must be a mapping of the keys source, block_size, max_train_tokens, max_validation_tokens, max_test_tokens",
+    ]
+
+
+def test_a_missing_setting_is_placed_at_its_section():
+    text = "source: dense\ndata:\n  block_size: 64\n"
+    assert mistakes(text) == ["r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'text' or 'hub'"]
+
+
+def test_a_missing_setting_is_described():
+    text = "source: dense\ndata:\n  source: {kind: text}\n"
+    assert mistakes(text) == ["r.yaml:3: data.source.train: missing; must be given: Files or globs, UTF-8."]
+
+
+def test_an_empty_section_is_refused():
+    assert mistakes(GOOD + "quantize:\n") == [
+        "r.yaml:3: quantize: is empty; must be a mapping of the keys block_size, attention_bits, embedding_bits"
+    ]
+
+
+# Types and ranges
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("finetune: {steps: many}", "finetune.steps: is 'many' (a string); must be an integer"),
+        ("finetune: {steps: 20.0}", "finetune.steps: is 20.0 (a number); must be an integer"),
+        ("finetune: {steps: true}", "finetune.steps: is true (a boolean); must be an integer"),
+        ("finetune: {steps: }", "finetune.steps: is empty; must be an integer"),
+        ("finetune: {learning_rate: [1]}", "finetune.learning_rate: is a list; must be a number"),
+        ("finetune: {control: yes}", "finetune.control: is 'yes' (a string); must be true or false"),
+        ("finetune: {precision: fp16}", "finetune.precision: is 'fp16'; must be 'auto', 'float32' or 'bfloat16'"),
+        ("finetune: {learning_rate: 0}", "finetune.learning_rate: is 0; must be greater than 0.0"),
+        ("finetune: {learning_rate: .inf}", "finetune.learning_rate: is inf; must be finite"),
+        ("finetune: {weight_decay: .nan}", "finetune.weight_decay: is nan; must be finite"),
+        ("finetune: {weight_decay: 1e999}", "finetune.weight_decay: is inf; must be finite"),
+        ("name: 5", "name: is 5 (an integer); must be a string"),
+        ("name: a/b", "name: is 'a/b'; must be of the form ^[A-Za-z0-9_][A-Za-z0-9_.-]*$"),
+        ("seed: -1", "seed: is -1; must be at least 0"),
+        ("seed: 4294967296", "seed: is 4294967296; must be less than 4294967296"),
+        ("upcycle: {num_experts: 0}", "upcycle.num_experts: is 0; must be greater than 0"),
+        ("upcycle: {num_experts: {a: 1}}", "upcycle.num_experts: is a mapping; must be an integer"),
+        ("parity: {min_routing_agreement: 2}", "parity.min_routing_agreement: is 2; must be at most 1.0"),
+        ("parity: {max_perplexity_increase: 1}", "parity.max_perplexity_increase: is 1 (an integer); must be a mapping"),
+        ("quantize: {block_size: 33}", "quantize.block_size: is 33; must be 16, 32, 64 or 128"),
+        ("quantize: {attention_bits: 4}", "quantize.attention_bits: is 4; must be 'variant', 8 or 16"),
+        ("export: [fused]", "export: is a list; must be a mapping of the keys lowering, activation_bits"),
+        ("variants: int8", "variants: is 'int8' (a string); must be a list"),
+        ("variants: []", "variants: is an empty list; must be a list of at least 1 item"),
+        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'int8' or 'int4'"),
+        ("variants: [int8, int4, int8]", "variants: has 'int8' more than once; must have each once"),
+    ],
+)
+def test_a_wrong_value_says_what_it_is_and_must_be(line, message):
+    assert mistakes(GOOD + line + "\n") == [f"r.yaml:3: {message}"]
+
+
+def test_a_long_value_is_shortened():
+    assert mistakes(GOOD + f"seed: {'x' * 1000}\n") == ["r.yaml:3: seed: is 'xxxxxxxxxxxx...xxxxxxxxxxxxx' (a string); must be an integer"]
+
+
+def test_a_message_of_a_stages_own_check_is_passed_on():
+    text = GOOD + "upcycle: {num_experts: 2, num_experts_per_tok: 3}\nfinetune: {steps: 5}\n"
+    assert mistakes(text) == [
+        "r.yaml:3: upcycle: num_experts_per_tok is 3; it must be at most num_experts, which is 2",
+        "r.yaml:4: finetune: warmup_steps and router_warmup_steps are 10 together; they must be fewer than steps, which is 5",
+    ]
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_the_file():
+    text = """\
+source: {hub: org/name, rev: main}
+data: {source: {kind: python-docs}, block_size: 4}
+parity:
+  max_perplexity_increase: {int3: 1, int8: low}
+upcycle:
+  topk: 2
+  num_experts: 0
+seed: 1
+seed: 2
+"""
+    assert mistakes(text) == [
+        "r.yaml:1: source.rev: unknown key; did you mean 'revision'?",
+        "r.yaml:2: data.block_size: is 4; must be at least 8",
+        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'int8' or 'int4'",
+        "r.yaml:4: parity.max_perplexity_increase.int8: is 'low' (a string); must be a number",
+        "r.yaml:6: upcycle.topk: unknown key; did you mean 'num_experts_per_tok'?",
+        "r.yaml:7: upcycle.num_experts: is 0; must be greater than 0",
+        "r.yaml:8: seed: is given again at line 9; must be given once",
+    ]
+
+
+# Sources: no branch of a union shows in a key
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("5", "source: is 5 (an integer); must be a directory, or a mapping with 'path' or 'hub'"),
+        ("[a, b]", "source: is a list; must be a directory, or a mapping with 'path' or 'hub'"),
+        ("{}", "source: has neither path nor hub; must have one of them"),
+        ("{path: a, hub: b}", "source: has both path and hub; must have one of them"),
+        ("''", "source.path: is ''; must be a string of at least 1 character"),
+        ("{path: 5}", "source.path: is 5 (an integer); must be a string"),
+        ("{path: a, revision: b}", "source.revision: unknown key; the keys here are path"),
+        ("{hub: a b}", "source.hub: is 'a b'; must be of the form ^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$"),
+        ("{hub: a/b, commit: c}", "source.commit: unknown key; did you mean 'revision'?"),
+    ],
+)
+def test_a_wrong_checkpoint_is_told_by_its_key(source, message):
+    assert mistakes(f"source: {source}\ndata: {{source: {{kind: python-docs}}}}\n") == [f"r.yaml:1: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("text", "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text' or 'hub'"),
+        ("{train: [a.txt]}", "data.source.kind: missing; must be 'python-docs', 'text' or 'hub'"),
+        ("{kind: txt}", "data.source.kind: is 'txt'; must be 'python-docs', 'text' or 'hub'"),
+        ("{kind: [text]}", "data.source.kind: is a list; must be 'python-docs', 'text' or 'hub'"),
+        ("{kind: text, train: a.txt}", "data.source.train: is 'a.txt' (a string); must be a list"),
+        ("{kind: text, train: []}", "data.source.train: is an empty list; must be a list of at least 1 item"),
+        ("{kind: text, train: [5]}", "data.source.train[0]: is 5 (an integer); must be a string"),
+        ("{kind: text, train: [a], separator: ''}", "data.source.separator: is ''; must be a string of at least 1 character"),
+        ("{kind: text, train: [a], text: b}", "data.source.text: unknown key; did you mean 'test'?"),
+        ("{kind: hub, path: o/n, column: c}", "data.source.column: unknown key; did you mean 'text_column'?"),
+    ],
+)
+def test_a_wrong_data_source_is_told_by_its_key(source, message):
+    assert mistakes(f"source: dense\ndata:\n  source: {source}\n") == [f"r.yaml:3: {message}"]
+
+
+# Checks across records
+
+
+def test_every_split_must_have_room_for_one_block():
+    text = "source: dense\ndata:\n  source: {kind: python-docs}\n  block_size: 64\n"
+    limits = ("max_train_tokens", "max_validation_tokens", "max_test_tokens")
+    assert mistakes(text + "".join(f"  {limit}: 63\n" for limit in limits)) == [
+        f"r.yaml:{line}: data.{limit}: is 63; must be at least data.block_size, which is 64, to hold one block"
+        for line, limit in enumerate(limits, 5)
+    ]
+    assert load(text + "".join(f"  {limit}: 64\n" for limit in limits)).recipe.data.max_train_tokens == 64
+
+
+def test_decode_steps_must_leave_a_prompt_in_a_block():
+    text = "source: dense\ndata: {source: {kind: python-docs}, block_size: 16}\nparity:\n  decode_steps: "
+    assert mistakes(text + "16\n") == ["r.yaml:4: parity.decode_steps: is 16; must be less than data.block_size, which is 16, to leave a prompt"]
+    assert load(text + "15\n").recipe.parity.decode_steps == 15
+
+
+def test_every_variant_must_have_a_perplexity_limit():
+    text = GOOD + "parity:\n  max_perplexity_increase: {int4: 0.1}\n"
+    message = "r.yaml:4: parity.max_perplexity_increase: lacks 'float32' and 'int8'; must have a limit for each of the variants"
+    assert mistakes(text) == [message]
+    assert load(text + "variants: [int4]\n").recipe.variants == ("int4",)
+
+
+def test_checks_across_records_hold_in_python_too():
+    data = DataConfig(source=PythonDocsData(kind="python-docs"), max_test_tokens=8)
+    with pytest.raises(ValidationError, match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256, to hold one block"):
+        Recipe(source="dense", data=data)
+
+
+# Paths
+
+
+def test_a_path_is_looked_up_beside_the_recipe_before_the_current_directory(tmp_path):
+    recipe = tmp_path / "recipes" / "r.yaml"
+    (tmp_path / "dense").mkdir()
+    recipe.parent.mkdir()
+    assert resolve_path("dense", recipe) == tmp_path / "dense"
+    (recipe.parent / "dense").mkdir()
+    assert resolve_path("dense", recipe) == recipe.parent / "dense"
+
+
+def test_an_absolute_path_is_itself(tmp_path):
+    assert resolve_path(str(tmp_path), Path("elsewhere/r.yaml")) == tmp_path
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "dense").mkdir()
+    assert resolve_path("~/dense", Path("r.yaml")) == tmp_path / "dense"
+
+
+def test_a_path_that_is_nowhere_names_each_place_tried_once(tmp_path):
+    places = {
+        "recipes/r.yaml": f"{tmp_path}/recipes/nowhere and {tmp_path}/nowhere",
+        "r.yaml": f"{tmp_path}/nowhere",
+    }
+    for recipe, tried in places.items():
+        with pytest.raises(RecipeError) as caught:
+            resolve_path("nowhere", Path(recipe))
+        assert str(caught.value) == f"{recipe}: 'nowhere' is not there; looked for {tried}; correct the path"
+
+
+def test_an_unknown_user_is_one_line():
+    with pytest.raises(RecipeError) as caught:
+        resolve_path("~no-such-user/dense", Path("r.yaml"))
+    assert str(caught.value) == "r.yaml: '~no-such-user/dense' names no home directory; give the path in full"
+
+
+# The schema for editors
+
+
+def test_the_schema_describes_every_setting_of_the_recipe():
+    written = json.loads(json.dumps(schema()))
+    assert written["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    assert written["title"] == "Recipe of dense2moe"
+    assert list(written["properties"]) == list(Recipe.model_fields)
+    assert written["required"] == ["source", "data"]
+    assert written["additionalProperties"] is False
+    for name in ("LocalSource", "HubSource"):
+        assert all(setting["description"] for setting in written["$defs"][name]["properties"].values())
+    assert all(setting["description"] for setting in written["properties"].values())
+
+
+def test_the_schema_knows_the_shorthand_and_the_defaults_of_the_stages():
+    properties = schema()["properties"]
+    branches = properties["source"]["anyOf"]
+    assert branches == [{"type": "string"}, {"$ref": "#/$defs/LocalSource"}, {"$ref": "#/$defs/HubSource"}]
+    assert properties["finetune"]["default"] == FinetuneConfig().model_dump()
+    assert properties["variants"]["uniqueItems"] is True
+
+
+def test_the_schema_agrees_with_the_loader():
+    jsonschema = pytest.importorskip("jsonschema")
+    jsonschema.Draft202012Validator.check_schema(schema())
+    validator = jsonschema.Draft202012Validator(schema())
+    data = {"source": {"kind": "python-docs"}}
+    good = [{"source": source, "data": data} for source in ("dense", {"path": "dense"}, {"hub": "o/n", "revision": "v1"})]
+    bad = [
+        {"data": data},
+        {"source": {"path": "a", "hub": "b"}, "data": data},
+        {"source": "dense", "data": {"source": {"kind": "txt"}}},
+        {"source": "dense", "data": data, "seed": "1"},
+        {"source": "dense", "data": data, "upcycle": {"topk": 2}},
+        {"source": "dense", "data": data, "variants": ["int8", "int8"]},
+    ]
+    for values in good:
+        assert validator.is_valid(values)
+        Recipe.model_validate(values)
+    for values in bad:
+        assert not validator.is_valid(values)
+        with pytest.raises(ValidationError):
+            Recipe.model_validate(values)
