@@ -54,10 +54,12 @@ class Artifact:
 
     @property
     def key(self) -> str:
+        """What it was made from, in 64 hex digits."""
         return str(self.manifest["key"])
 
     @property
     def facts(self) -> dict[str, Any]:
+        """What its stage found."""
         facts: dict[str, Any] = self.manifest["facts"]
         return facts
 
@@ -126,7 +128,8 @@ def code_digest(*packages: str) -> str:
     sources: dict[str, str] = {}
     for package in packages:
         spec = importlib.util.find_spec(package)
-        assert spec is not None and spec.submodule_search_locations, f"{package}: not an import package"
+        assert spec is not None, f"{package}: not installed"
+        assert spec.submodule_search_locations, f"{package}: not an import package"
         for root in map(Path, spec.submodule_search_locations):
             for path in _walk(root):
                 if path.suffix in _SOURCE_SUFFIXES:
@@ -273,7 +276,8 @@ def _one_line_errors(directory: Path) -> Iterator[None]:
 
 
 def _name_directory(workdir: Path, label: str, key: str) -> Path:
-    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label) and not label.endswith(".partial"), f"label {label!r}"
+    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label), f"label {label!r}"
+    assert not label.endswith(".partial"), f"label {label!r}"
     assert _is_digest(key), f"key {key!r}"
     return workdir / f"{label}-{key[:12]}"
 

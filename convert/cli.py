@@ -180,7 +180,7 @@ def generate(
     package = _find_package(directory, variant)
     decoder = Decoder(package, CUDA if cuda else CPU)
     tokenizer = _load_tokenizer(package)
-    text = click.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = sys.stdin.read() if prompt == "-" else prompt
     ids: list[int] = tokenizer(text)["input_ids"]
     marks_start = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     if not marks_start and tokenizer.bos_token_id is not None:

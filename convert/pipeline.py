@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -64,6 +64,38 @@ class Outcome:
         return self.artifacts["report"].facts if "report" in self.artifacts else None
 
 
+@dataclass(frozen=True)
+class Task:
+    """One artifact to be made: its stage and variant, the labels that it reads by stage name, its settings and its key."""
+
+    stage: Stage
+    variant: Variant | None
+    inputs: dict[str, str]
+    input_keys: dict[str, str]
+    settings: Facts
+    key: str
+
+    @property
+    def label(self) -> str:
+        """What the artifact is called."""
+        return _label(self.stage.name, self.variant)
+
+
+def plan_tasks(preparation: Preparation, until: StageName) -> tuple[Task, ...]:
+    """Every artifact up to `until`, in order, with its key: keys follow from settings and the keys of inputs, so all are known before any work."""
+    tasks: dict[str, Task] = {}
+    for stage, variant in _walk(preparation, until):
+        if stage.name == "report":
+            inputs = {label: label for label in tasks}
+        else:
+            inputs = {name: _label(name, variant if name in _EACH_VARIANT else None) for name in stage.reads}
+        keys = {name: tasks[label].key for name, label in inputs.items()}
+        settings = stage.settings(preparation, variant)
+        task = Task(stage, variant, inputs, keys, settings, artifact_key(keys, settings, code_digest(*stage.code)))
+        tasks[task.label] = task
+    return tuple(tasks.values())
+
+
 def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, display: ProgressDisplay) -> Outcome:
     """Run every stage up to `until`; finished artifacts are reused, and an unfinished one is begun again.
 
@@ -73,25 +105,25 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
         ArtifactError: the work directory is in use or not writable, or the disk too small.
         UpcycleError, ExportError: a stage refused its input.
     """
+    tasks = plan_tasks(preparation, until)
     with lock(workdir):
-        artifacts: dict[str, Artifact] = {}
-        _check_space(preparation, workdir, until)
-        _record(workdir, preparation, artifacts, "running")
+        artifacts = {task.label: artifact for task in tasks if (artifact := find(workdir, task.label, task.key))}
+        _check_space(preparation, workdir, tasks, artifacts)
+        _record(workdir, preparation, tasks, artifacts, "running")
         try:
-            for stage, variant in _walk(preparation, until):
-                label = _label(stage.name, variant)
-                artifacts[label] = _make(stage, variant, preparation, artifacts, workdir, display)
-                _record(workdir, preparation, artifacts, "running")
+            for task in tasks:
+                if task.label in artifacts:
+                    display.reuse(task.label)
+                else:
+                    artifacts[task.label] = _make(task, preparation, artifacts, workdir, display)
+                    _record(workdir, preparation, tasks, artifacts, "running")
         except BaseException:
-            _record(workdir, preparation, artifacts, "stopped")
+            _record(workdir, preparation, tasks, artifacts, "stopped")
             raise
         breaches = tuple(
-            f"{label.removeprefix('parity-')}: {breach}"
-            for label, artifact in artifacts.items()
-            if label.startswith("parity-")
-            for breach in artifact.facts["breaches"]
+            f"{task.variant}: {breach}" for task in tasks if task.stage.name == "parity" for breach in artifacts[task.label].facts["breaches"]
         )
-        _record(workdir, preparation, artifacts, "breached" if breaches else "finished")
+        _record(workdir, preparation, tasks, artifacts, "breached" if breaches else "finished")
         return Outcome(artifacts, breaches)
 
 
@@ -108,51 +140,37 @@ def _label(name: StageName, variant: Variant | None) -> str:
     return f"{name}-{variant}" if variant else name
 
 
-def _make(
-    stage: Stage, variant: Variant | None, preparation: Preparation, artifacts: dict[str, Artifact], workdir: Path, display: ProgressDisplay
-) -> Artifact:
-    label = _label(stage.name, variant)
-    if stage.name == "report":
-        inputs = dict(artifacts)
-    else:
-        inputs = {name: artifacts[_label(name, variant if name in _EACH_VARIANT else None)] for name in stage.reads}
-    keys = {name: artifact.key for name, artifact in inputs.items()}
-    settings = stage.settings(preparation, variant)
-    key = artifact_key(keys, settings, code_digest(*stage.code))
-    if artifact := find(workdir, label, key):
-        display.reuse(label)
-        return artifact
-    progress = display.stage(label)
-    with build(workdir, label, key) as draft:
-        job = Job(
-            preparation, variant, {name: a.directory for name, a in inputs.items()}, {name: a.facts for name, a in inputs.items()}, keys,
-            draft.directory, progress,
+def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], workdir: Path, display: ProgressDisplay) -> Artifact:
+    inputs = {name: artifacts[label] for name, label in task.inputs.items()}
+    progress = display.stage(task.label)
+    with build(workdir, task.label, task.key) as draft:
+        directories = {name: artifact.directory for name, artifact in inputs.items()}
+        facts = {name: artifact.facts for name, artifact in inputs.items()}
+        made = task.stage.run(Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, progress))
+        artifact = draft.seal(
+            inputs=task.input_keys, settings=task.settings, facts=made, versions=stages.versions(), seed=preparation.loaded.recipe.seed,
+            progress=progress,
         )  # fmt: skip
-        facts = stage.run(job)
-        seed = preparation.loaded.recipe.seed
-        artifact = draft.seal(inputs=keys, settings=settings, facts=facts, versions=stages.versions(), seed=seed, progress=progress)
-    display.finish(label)
+    display.finish(task.label)
     return artifact
 
 
-def _check_space(preparation: Preparation, workdir: Path, until: StageName) -> None:
-    """Refuse a run whose missing artifacts cannot fit; the last gibibyte is for everything else on the disk."""
-    wanted = {_label(stage.name, variant) for stage, variant in _walk(preparation, until)}
-    present = {path.name.rsplit("-", 1)[0] for path in workdir.iterdir() if path.is_dir() and not path.name.endswith(".partial")}
-    needed = sum(size for label, size in preparation.artifact_bytes.items() if label in wanted and label not in present)
-    # While training, two more copies of the mixture lie on the disk: the best checkpoint and the latest.
-    if "finetune" in wanted and "finetune" not in present:
+def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task], artifacts: Mapping[str, Artifact]) -> None:
+    """Refuse a run whose missing artifacts cannot fit on the disk."""
+    missing = {task.label for task in tasks if task.label not in artifacts}
+    needed = sum(size for label, size in preparation.artifact_bytes.items() if label in missing)
+    if "finetune" in missing:  # while training, the best checkpoint and the latest lie beside each other
         needed += 2 * preparation.artifact_bytes["finetune"]
     check_space(workdir, needed)
 
 
-def _record(workdir: Path, preparation: Preparation, artifacts: dict[str, Artifact], status: str) -> None:
+def _record(workdir: Path, preparation: Preparation, tasks: Sequence[Task], artifacts: Mapping[str, Artifact], status: str) -> None:
     """Write the run's state beside its artifacts, whole or not at all."""
     state: dict[str, Any] = {
         "name": preparation.loaded.name,
         "recipe": str(preparation.loaded.path.absolute()),
         "status": status,
-        "artifacts": {label: artifact.directory.name for label, artifact in artifacts.items()},
+        "artifacts": {task.label: artifacts[task.label].directory.name for task in tasks if task.label in artifacts},
     }
     fresh = workdir / f"{RUN_NAME}.partial"
     fresh.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")

@@ -22,7 +22,9 @@ class QuantizeConfig(Record):
     """Weight-only quantization of the int8 and int4 variants; routers and norms always stay in float32."""
 
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
-    attention_bits: Literal["variant", 8, 16] = Field(8, description="Bits of attention's weights; 16 leaves them in float32; 'variant' follows the variant.")
+    attention_bits: Literal["variant", 8, 16] = Field(
+        8, description="Bits of attention's weights; 16 leaves them in float32; 'variant' follows the variant."
+    )
     embedding_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of the embedding and the output head; 16 leaves them in float32; 'variant' follows the variant."
     )
@@ -36,7 +38,9 @@ class OnnxConfig(Record):
         description="How experts are written: 'fused' is the MoE or QMoE operator, 'unrolled' a subgraph an expert; "
         "'auto' takes the fused one where it can express the routing and the widths.",
     )
-    activation_bits: Literal[8, 32] = Field(32, description="Precision in which quantized matrix products read activations; 8 is faster and rounds.")
+    activation_bits: Literal[8, 32] = Field(
+        8, description="Precision in which quantized matrix products read activations; 8 rounds them, as other engines do; 32 is exact and slower."
+    )
 
 
 class ParityConfig(Record):
@@ -52,5 +56,7 @@ class ParityConfig(Record):
     max_perplexity_increase: dict[Variant, NonNegative] = Field(
         {"float32": 1e-4, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
     )
-    num_blocks: PositiveInt | None = Field(None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it.")
+    num_blocks: PositiveInt | None = Field(
+        None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it."
+    )
     decode_steps: PositiveInt = Field(16, description="Decode steps chained after a prefill, teacher-forced.")

@@ -30,7 +30,7 @@ from upcycle.checkpoint import TensorEntry
 
 _MASKED = -1e30  # finite: a row of nothing but padding then averages instead of dividing zero by zero
 _ROTARY_HEAD_MULTIPLE = 16  # GroupQueryAttention refuses to rotate other head sizes on the CPU; RotaryEmbedding takes any
-_MIN_ONNXRUNTIME = "1.22"  # GroupQueryAttention with attention_bias and position_ids
+_MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits of any width; float32 alone would run on 1.22
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def build_decoder(twin: Twin, config: OnnxConfig) -> DecoderGraph:
     attributes = {"axis": -1, "epsilon": eps, "stash_type": 1}
     normed = graph.op("SimplifiedLayerNormalization", [residual, norm_weight(family.attention_norm.format(layer=0))], "layers.0.normed", attributes)
     presents: list[ir.Value] = []
-    chosen = None
+    chosen = layer = None
     for n in range(c.num_hidden_layers):
         prefix = f"layers.{n}"
         projections = [
@@ -127,12 +127,13 @@ def build_decoder(twin: Twin, config: OnnxConfig) -> DecoderGraph:
     for present_value in presents:
         _declare(present_value, ir.DataType.FLOAT, present_shape)
     assert chosen is not None
+    assert layer is not None
     onnx_graph = ir.Graph(
         [input_ids, attention_mask, *past], [logits, *presents], nodes=graph.nodes, initializers=list(graph.initializers.values()),
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    oldest = max(_MIN_ONNXRUNTIME, chosen.min_onnxruntime, key=lambda version: tuple(map(int, version.split("."))))
+    oldest = max(_MIN_ONNXRUNTIME, chosen.min_onnxruntime(layer), key=lambda version: tuple(map(int, version.split("."))))
     return DecoderGraph(model, chosen.name, oldest)
 
 

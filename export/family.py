@@ -94,4 +94,9 @@ def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in STATIC_ROPE_TYPES:
         raise ExportError(f"config.json: rope_type is {rope_type}; the builder covers {', '.join(STATIC_ROPE_TYPES)}")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ExportError(
+            f"config.json: sliding_window is {window} in a context of {config.max_position_embeddings}; the builder covers full attention alone"
+        )
     return family

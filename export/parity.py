@@ -108,7 +108,8 @@ def check_parity(
     `rounds_activations`: the graph computes with 8-bit activations, so its logits are held to `max_kl` and not to `max_relative_error`.
     """
     if config.num_blocks is not None:
-        blocks = blocks[:: max(1, len(blocks) // config.num_blocks)][: config.num_blocks]
+        count = min(config.num_blocks, len(blocks))
+        blocks = blocks[torch.arange(count) * len(blocks) // count]
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
     for provider in (CPU, CUDA):
@@ -273,7 +274,7 @@ class _Sums:
         count = ids.numel()
         error = (found.logits - expected.logits).abs()
         self.tokens += count
-        self.max_error = max(self.max_error, float(error.max()))
+        self.max_error = float(error.max().clamp(min=self.max_error))  # NaN stays NaN
         self.mean_error += float(error.mean()) * count
         log_p, log_q = expected.logits.log_softmax(-1), found.logits.log_softmax(-1)
         self.kl += float((log_p.exp() * (log_p - log_q)).sum())
@@ -292,7 +293,7 @@ class _Sums:
         return Agreement(
             max_error=self.max_error,
             mean_error=self.mean_error / self.tokens,
-            kl=max(0.0, self.kl / self.tokens),
+            kl=max(self.kl / self.tokens, 0.0),  # rounding may leave less than nothing; NaN stays NaN
             top1_agreement=self.top1 / self.tokens,
             routing_agreement=tuple(same / self.tokens for same in self.same_routing),
             hidden_error=tuple(math.sqrt(difference / max(size, 1e-30)) for difference, size in self.squares),

@@ -110,18 +110,19 @@ class Decoder:
 
         More than one token after a prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
         """
-        cache.mask = np.concatenate([cache.mask, np.ones_like(ids) if mask is None else mask.astype(np.int64)], axis=1)
-        if cache.mask.shape[1] > cache.capacity:
-            raise ExportError(f"{cache.mask.shape[1]} tokens in a cache of {cache.capacity}; ask for a larger one")
+        mask_BT = np.concatenate([cache.mask, np.ones_like(ids) if mask is None else mask.astype(np.int64)], axis=1)
+        if mask_BT.shape[1] > cache.capacity:
+            raise ExportError(f"{mask_BT.shape[1]} tokens in a cache of {cache.capacity}; ask for a larger one")
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
-        binding.bind_cpu_input("attention_mask", cache.mask)
+        binding.bind_cpu_input("attention_mask", mask_BT)
         for name in self._read:
             binding.bind_output(name)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_input(name, buffer)
             binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
         self.session.run_with_iobinding(binding)
+        cache.mask = mask_BT
         # Outputs come in the order in which they were bound.
         return {name: value.numpy() for name, value in zip(self._read, binding.get_outputs(), strict=False)}
 

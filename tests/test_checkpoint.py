@@ -77,9 +77,7 @@ def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
-    assert refusal(open_checkpoint, tmp_path) == (
-        f"{tmp_path}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
-    )
+    assert refusal(open_checkpoint, tmp_path) == (f"{tmp_path}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
 
 
 @pytest.mark.parametrize(
@@ -188,9 +186,7 @@ def test_an_index_of_another_form_is_refused(text: str, reason: str, tmp_path: P
 def test_a_tensor_that_the_index_does_not_list_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.safetensors")
     write_index(tmp_path, {"a": "x.safetensors"})
-    assert refusal(index_tensors, tmp_path) == (
-        f"{tmp_path / 'x.safetensors'}: tensor 'b' is not listed for this file in the index; mend the index"
-    )
+    assert refusal(index_tensors, tmp_path) == (f"{tmp_path / 'x.safetensors'}: tensor 'b' is not listed for this file in the index; mend the index")
 
 
 def test_a_tensor_that_its_shard_lacks_is_refused(tmp_path: Path) -> None:
@@ -238,7 +234,11 @@ def test_a_malformed_header_is_refused(header: Any, reason: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     "header",
-    [b"[" * 100_000, b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}', {"a": entry(0, 4, []) | {"data_offsets": [0]}}],
+    [
+        b"[" * 100_000,
+        b'{"a": {"dtype": "F32", "shape": [' + b"9" * 5000 + b'], "data_offsets": [0, 4]}}',
+        {"a": entry(0, 4, []) | {"data_offsets": [0]}},
+    ],
     ids=["deep", "long number", "one offset"],
 )
 def test_a_malformed_header_is_refused_in_whatever_words_of_python(header: Any, tmp_path: Path) -> None:
@@ -286,9 +286,7 @@ def test_a_truncated_file_and_one_with_trailing_bytes_are_refused(extra: int, tm
     save_file({"a": torch.ones(3)}, file)
     size = file.stat().st_size
     os.truncate(file, size + extra)
-    assert refusal(read_header, file) == (
-        f"{file}: {size + extra} bytes; by its header it must have {size}; truncated or corrupt; download it again"
-    )
+    assert refusal(read_header, file) == (f"{file}: {size + extra} bytes; by its header it must have {size}; truncated or corrupt; download it again")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0", b"\0" * 8, b"\x01" + b"\0" * 7 + b"{"])
@@ -371,7 +369,8 @@ def test_a_tensor_reads_as_safetensors_loads_it(dtype: torch.dtype, tmp_path: Pa
     assert checkpoint.entries.keys() == expected.keys()
     for name, tensor in expected.items():
         found = checkpoint.read(name)
-        assert found.dtype == tensor.dtype and found.shape == tensor.shape
+        assert found.dtype == tensor.dtype
+        assert found.shape == tensor.shape
         assert torch.equal(found, tensor)
 
 
@@ -424,9 +423,7 @@ def test_written_shards_are_read_by_safetensors_and_obey_the_limit(dtype: torch.
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     item = dtype.itemsize
     write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=7 * item)
-    assert sizes(tmp_path) == {
-        f"model-0000{number}-of-00004.safetensors": elements * item for number, elements in enumerate((7, 10, 6, 5), start=1)
-    }
+    assert sizes(tmp_path) == {f"model-0000{number}-of-00004.safetensors": elements * item for number, elements in enumerate((7, 10, 6, 5), start=1)}
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 28 * item}
     stored: dict[str, str] = {}
@@ -436,8 +433,10 @@ def test_written_shards_are_read_by_safetensors_and_obey_the_limit(dtype: torch.
             for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
                 stored[name] = file.name
                 tensor = opened.get_tensor(name)
-                assert tensor.dtype == dtype and torch.equal(tensor, tensors[name])
-    assert index["weight_map"] == stored and stored.keys() == tensors.keys()
+                assert tensor.dtype == dtype
+                assert torch.equal(tensor, tensors[name])
+    assert index["weight_map"] == stored
+    assert stored.keys() == tensors.keys()
     assert list(index_tensors(tmp_path)) == list(tensors)
 
 
@@ -453,7 +452,8 @@ def test_what_fits_into_one_file_has_no_index(tmp_path: Path) -> None:
     write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=18)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     with safe_open(tmp_path / "model.safetensors", "pt") as opened:
         assert opened.offset_keys() == list(tensors)
 
@@ -482,7 +482,8 @@ def test_a_transposed_view_is_written_in_its_own_order(tmp_path: Path) -> None:
 def test_tensors_that_do_not_follow_the_plan_are_our_own_mistake(given: list[tuple[str, torch.Tensor]], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError) as excinfo:  # noqa: PT011 - the whole message is compared
         write_tensors(tmp_path, [TensorSpec("a", torch.float32, (1,))], given, shard_bytes=100)
-    assert str(excinfo.value) == message and not isinstance(excinfo.value, UpcycleError)
+    assert str(excinfo.value) == message
+    assert not isinstance(excinfo.value, UpcycleError)
 
 
 def test_companions_are_copied_unchanged_and_nothing_else_is(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise UpcycleError(f"{directory}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UpcycleError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UpcycleError(f"{path}: no 'model_type'; it must be the config of a transformers model")
@@ -158,7 +158,7 @@ def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
         try:
             weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)["weight_map"]
             pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UpcycleError(f"{index_path}: not a safetensors index ({error}); it must hold a 'weight_map' object of name to file") from error
         files: dict[Path, set[str] | None] = {}
         for name, file_name in pairs:

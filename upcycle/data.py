@@ -53,17 +53,23 @@ def text_files(source: TextData, base: Path) -> dict[Split, list[Path]]:
     """The files of each split, globs resolved, in the order given.
 
     Raises:
-        UpcycleError: a path or glob matches no file.
+        UpcycleError: a path or glob matches no file, or a held-out file is also trained on.
     """
     given: dict[Split, tuple[str, ...]] = {"train": source.train, "validation": source.validation, "test": source.test}
     files: dict[Split, list[Path]] = {}
     for split, patterns in given.items():
         files[split] = []
         for pattern in patterns:
-            found = [Path(p) for p in sorted(glob.glob(str(base / pattern), recursive=True)) if Path(p).is_file()]
+            literal = (base / pattern).is_file()  # a name may hold brackets
+            names = [pattern] if literal else sorted(glob.glob(pattern, root_dir=base, recursive=True))
+            found = [base / name for name in names if (base / name).is_file()]
             if not found:
                 raise UpcycleError(f"data.source.{split}: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files")
             files[split] += found
+    trained = {file.resolve() for file in files["train"]}
+    for split in ("validation", "test"):
+        if shared := next((file for file in files[split] if file.resolve() in trained), None):
+            raise UpcycleError(f"data.source.{split}: {shared} is also a train file; held-out text must not be trained on; give each file one split")
     return files
 
 
@@ -109,7 +115,9 @@ def _read_hub(source: HubData) -> Texts:
             raise UpcycleError(f"{where}, split '{name}': {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
         if source.text_column not in rows.column_names:
             raise UpcycleError(f"{where}: no column '{source.text_column}'; it has {', '.join(rows.column_names)}")
-        documents[split] = [text for text in rows[source.text_column] if text.strip()]
+        if other := {type(text).__name__ for text in rows[source.text_column]} - {"str", "NoneType"}:
+            raise UpcycleError(f"{where}: column '{source.text_column}' of split '{name}' holds {', '.join(sorted(other))}; it must hold text")
+        documents[split] = [text for text in rows[source.text_column] if text and text.strip()]
         if not documents[split]:
             raise UpcycleError(f"{where}: split '{name}' has no text in column '{source.text_column}'")
     return Texts({s: tuple(d) for s, d in documents.items()}, {"data set": source.path, "digest": digest_texts(documents)})
@@ -134,7 +142,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers and tokenizers raise many kinds here, plain Exception among them; each is the file's fault
         raise UpcycleError(
             f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there"
         ) from error
@@ -184,4 +192,5 @@ def _thin(blocks: torch.Tensor, max_tokens: int | None) -> torch.Tensor:
     wanted = len(blocks) if max_tokens is None else max(1, max_tokens // blocks.shape[1])
     if wanted >= len(blocks):
         return blocks.clone()
-    return blocks[torch.linspace(0, len(blocks) - 1, wanted).round().long()].clone()
+    places = torch.linspace(0, len(blocks) - 1, wanted, dtype=torch.float64)  # float32 would take some blocks twice from 10 000 on
+    return blocks[places.round().long()].clone()

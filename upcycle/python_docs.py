@@ -128,7 +128,8 @@ def _builtin_docs() -> Iterator[Document]:
         module = importlib.import_module(name)
         parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
         for attribute in sorted(vars(module)):
-            value = getattr(module, attribute, None)
+            # Of a hook the interpreter's own (`sys.__excepthook__`), not what a debugger, pytest or rich has put in its place.
+            value = vars(module).get(f"__{attribute}__") or getattr(module, attribute, None)
             if attribute.startswith("_") or not callable(value):
                 continue
             parts.append(_entry(attribute, inspect.getdoc(value)))

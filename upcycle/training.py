@@ -158,6 +158,7 @@ def _train(
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
+        include_num_input_tokens_seen="all",  # the last batch of an epoch may be smaller
         dataloader_pin_memory=False,
     )
     trainer = _MixtureTrainer(
@@ -230,6 +231,15 @@ class _MixtureTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _load_best_model(self) -> None:
+        """Take over every weight of the best checkpoint.
+
+        The Trainer's own way keeps the last step's experts and routers, with a warning: it looks for the names in memory, where experts are stacked,
+        and the file has one tensor an expert.
+        """
+        best = load_model(Path(cast(str, self.state.best_model_checkpoint)), torch.float32)
+        self.mixture.load_state_dict(best.state_dict())
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the balance loss and the routing to what the Trainer logs."""
         if "loss" in logs and self.balance:
@@ -276,7 +286,6 @@ class _Watch(TrainerCallback):
 
     def __init__(self, trainer: _MixtureTrainer, name: str, history: list[Step], progress: Progress) -> None:
         self.trainer, self.name, self.history, self.progress = trainer, name, history, progress
-        self.block_size = cast(_Blocks, trainer.train_dataset).blocks.shape[1]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.progress(f"training {self.name}", state.global_step, state.max_steps)
@@ -289,7 +298,7 @@ class _Watch(TrainerCallback):
         for value in (loss, validation):
             if value is not None and not math.isfinite(value):
                 raise UpcycleError(f"finetune: the loss of {self.name} is {value} at step {state.global_step}; lower finetune.learning_rate")
-        tokens = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size * self.block_size
         routing = self.trainer.routing if loss is not None else ()
         layers = describe_routing(routing, model.config.num_experts_per_tok) if routing else ()
-        self.history.append(Step(self.name, state.global_step, tokens, loss, logs.get("balance_loss"), validation, logs.get("learning_rate"), layers))
+        tokens, rate = state.num_input_tokens_seen, logs.get("learning_rate")
+        self.history.append(Step(self.name, state.global_step, tokens, loss, logs.get("balance_loss"), validation, rate, layers))

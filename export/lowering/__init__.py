@@ -21,14 +21,14 @@ class Lowering:
     """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly."""
 
     name: str
-    min_onnxruntime: str
+    min_onnxruntime: Callable[[MoeLayer], str]
     refusal: Callable[[MoeLayer], str | None]
     lower: Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value], ir.Value]
 
 
-MOE = Lowering(moe.NAME, moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
-QMOE = Lowering(qmoe.NAME, qmoe.MIN_ONNXRUNTIME, qmoe.refusal, qmoe.lower)
-UNROLLED = Lowering(unrolled.NAME, unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower)
+MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
+QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
+UNROLLED = Lowering(unrolled.NAME, lambda _: unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower)
 
 
 def choose_lowering(layer: MoeLayer, wish: Literal["auto", "fused", "unrolled"]) -> Lowering:
@@ -53,5 +53,5 @@ def choose_lowering(layer: MoeLayer, wish: Literal["auto", "fused", "unrolled"])
         if reason is None:
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
-    remedy = "use 'auto'" if any(other.refusal(layer) is None for other in (fused, UNROLLED)) else "no other lowering can"
+    remedy = "use 'auto'" if any(other.refusal(layer) is None for other in (fused, UNROLLED)) else "no lowering can"
     raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({'; '.join(reasons)}); {remedy}")

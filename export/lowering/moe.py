@@ -17,7 +17,7 @@ from export.routing import Routing
 from export.twin import FloatWeight
 
 NAME = "moe"
-MIN_ONNXRUNTIME = "1.23"
+MIN_ONNXRUNTIME = "1.23.1"  # 1.23.0 has no kernel for the CPU
 
 
 def refusal(layer: MoeLayer) -> str | None:

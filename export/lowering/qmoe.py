@@ -17,8 +17,10 @@ from export.quantization import Quantized
 from export.twin import QuantizedWeight, Weight
 
 NAME = "qmoe"
-MIN_ONNXRUNTIME = "1.23"
-MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"
+MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size
+MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compute wrong values, without a word
+MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, a single block along the hidden size is taken for a scale a row
+MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
 
 
 def refusal(layer: MoeLayer) -> str | None:
@@ -31,6 +33,16 @@ def refusal(layer: MoeLayer) -> str | None:
     if gate.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
     return routing_refusal(layer.routing)
+
+
+def min_onnxruntime(layer: MoeLayer) -> str:
+    """The oldest onnxruntime that computes the layer rightly; each release from 1.22 to 1.32 was tried on the CPU."""
+    gate = _quantized(layer.experts[0].gate)
+    if gate.bits == 4 and layer.activation_bits == 8:
+        return MIN_ONNXRUNTIME_INT8_ACTIVATIONS
+    if gate.num_blocks == 1:
+        return MIN_ONNXRUNTIME_ONE_BLOCK
+    return MIN_ONNXRUNTIME_WIDE_BLOCKS if gate.bits == 4 and gate.block_size > 32 else MIN_ONNXRUNTIME
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:

@@ -1,0 +1,119 @@
+"""The balance loss and what is watched of routing, by hand and by a second formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from upcycle.balance import LayerRouting, balance_loss, describe_routing, expert_load, router_entropy
+
+THREE_TO_ONE = [math.log(3.0), 0.0]  # logits of probabilities 3/4 and 1/4
+ONE_TO_THREE = [0.0, math.log(3.0)]
+
+
+@pytest.mark.parametrize(
+    ("logits", "loss"),
+    [
+        # Each expert gets half of the tokens and mean probability (3/4 + 1/4) / 2: 2 * (1/2 * 1/2 + 1/2 * 1/2) = 1.
+        ([THREE_TO_ONE, ONE_TO_THREE], 1.0),
+        # All tokens to the first: load (1, 0), probability (3/4, 1/4): 2 * (1 * 3/4 + 0 * 1/4) = 3/2.
+        ([THREE_TO_ONE, THREE_TO_ONE], 1.5),
+        # Certain and all to the first: 2 * (1 * 1 + 0 * 0) = 2, the worst of two experts.
+        ([[100.0, 0.0], [100.0, 0.0]], 2.0),
+        # Certain and one each: 2 * (1/2 * 1/2 + 1/2 * 1/2) = 1, the best.
+        ([[100.0, 0.0], [0.0, 100.0]], 1.0),
+    ],
+)
+def test_the_loss_of_two_tokens_and_two_experts_is_as_by_hand(logits: list[list[float]], loss: float) -> None:
+    assert float(balance_loss(torch.tensor(logits), top_k=1)) == pytest.approx(loss, abs=1e-6)
+
+
+def test_both_of_two_experts_chosen_are_balanced_whatever_the_router_says() -> None:
+    # Load (1/2, 1/2): 2 * (1/2 * p + 1/2 * (1 - p)) = 1.
+    assert float(balance_loss(torch.tensor([THREE_TO_ONE, THREE_TO_ONE]), top_k=2)) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_layers_that_collapse_onto_different_experts_look_balanced_only_when_pooled() -> None:
+    """Four layers of four experts, layer n sends everything to expert n."""
+    layers = [torch.full((16, 4), -50.0).index_fill_(1, torch.tensor([layer]), 50.0) for layer in range(4)]
+    pooled = float(load_balancing_loss_func(tuple(layers), num_experts=4, top_k=1))
+    assert pooled == pytest.approx(1.0, abs=1e-6)  # transformers sees nothing wrong
+    assert float(balance_loss(torch.cat(layers), top_k=1)) == pytest.approx(1.0, abs=1e-6)
+    assert [float(balance_loss(layer, top_k=1)) for layer in layers] == pytest.approx([4.0] * 4, abs=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_one_layer_scores_what_transformers_gives_it_over_top_k(top_k: int) -> None:
+    logits = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * 2
+    theirs = float(load_balancing_loss_func((logits,), num_experts=6, top_k=top_k))  # sums the load over slots where ours takes the mean
+    assert float(balance_loss(logits, top_k)) == pytest.approx(theirs / top_k, rel=1e-5)
+
+
+def test_gradients_flow_through_the_probabilities_alone() -> None:
+    logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float().requires_grad_()
+    balance_loss(logits, top_k=2).backward()
+    # By hand, with the load as a constant c: L = E/T * sum_t sum_e c_e p_te, so dL/dz_tj = E/T * p_tj * (c_j - sum_e c_e p_te).
+    counts = torch.zeros(5)
+    for row in logits.tolist():
+        for expert in sorted(range(5), key=lambda e: -row[e])[:2]:
+            counts[expert] += 1
+    c = counts / counts.sum()
+    p = torch.exp(logits.detach()) / torch.exp(logits.detach()).sum(-1, keepdim=True)
+    expected = 5 / 50 * p * (c - (p * c).sum(-1, keepdim=True))
+    assert logits.grad is not None
+    assert torch.allclose(logits.grad, expected, atol=1e-7)  # float32 of values around .01
+    assert float(expected.abs().max()) > 1e-3
+
+
+def test_a_step_down_the_gradient_lowers_the_loss() -> None:
+    logits = (torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0.0, 0.0, 0.0])).requires_grad_()
+    before = balance_loss(logits, top_k=1)
+    before.backward()
+    assert logits.grad is not None
+    assert float(balance_loss(logits.detach() - 10 * logits.grad, top_k=1)) < float(before.detach())
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_load_is_counted_over_tokens_and_slots(top_k: int) -> None:
+    logits = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    counts = [0] * 4
+    for row in logits.tolist():
+        for expert in sorted(range(4), key=lambda e: -row[e])[:top_k]:
+            counts[expert] += 1
+    load = expert_load(logits, top_k)
+    assert load.tolist() == pytest.approx([count / (100 * top_k) for count in counts], abs=1e-6)
+    assert float(load.sum()) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_entropy_is_zero_when_certain_and_the_logarithm_when_uniform() -> None:
+    assert float(router_entropy(torch.tensor([[1000.0, 0.0, 0.0, 0.0]]))) == 0.0
+    assert float(router_entropy(torch.zeros(7, 4))) == pytest.approx(math.log(4), rel=1e-6)
+    # (3/4, 1/4): 3/4 log(4/3) + 1/4 log 4.
+    assert float(router_entropy(torch.tensor([THREE_TO_ONE]))) == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4), rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 10.0, 1000.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_entropy_lies_between_its_bounds(scale: float, dtype: torch.dtype) -> None:
+    logits = (torch.randn(64, 8, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+    entropy = float(router_entropy(logits))
+    assert 0.0 <= entropy <= math.log(8) * (1 + 1e-6)  # float32
+    expected = torch.distributions.Categorical(logits=logits.float()).entropy().mean()
+    assert entropy == pytest.approx(float(expected), rel=1e-4, abs=1e-6)
+
+
+def test_a_layers_routing_is_its_load_and_entropy() -> None:
+    first, second = torch.tensor([THREE_TO_ONE, THREE_TO_ONE]), torch.tensor([[100.0, 0.0], [0.0, 100.0]])
+    found = describe_routing((first, second), top_k=1)
+    assert [layer.load for layer in found] == [(1.0, 0.0), (0.5, 0.5)]
+    assert [layer.entropy for layer in found] == pytest.approx([float(router_entropy(first)), 0.0], abs=1e-6)
+    assert all(isinstance(layer, LayerRouting) and isinstance(layer.load[0], float) for layer in found)
+
+
+def test_watching_leaves_no_gradient() -> None:
+    logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    assert not expert_load(logits, 1).requires_grad
+    assert not router_entropy(logits).requires_grad

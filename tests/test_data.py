@@ -1,0 +1,391 @@
+"""Text is split, tokenized and packed without a token lost, and every mistake in what was given is named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
+from upcycle.data import digest_texts, prepare_data, read_blocks, read_texts, text_files
+from upcycle.errors import UpcycleError
+from upcycle.python_docs import SPLITS, Document, PythonDocs
+
+BOS, EOS = 0, 1  # of the tiny tokenizer
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def refusal(call: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(UpcycleError) as excinfo:
+        call(*arguments)
+    message = str(excinfo.value)
+    assert "\n" not in message
+    return message
+
+
+def text_data(**fields: Any) -> TextData:
+    return TextData(kind="text", **fields)
+
+
+def write(directory: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (directory / f"{name}.txt").write_text(text, encoding="utf-8")
+    return directory
+
+
+def sentences(num: int, start: int = 0) -> list[str]:
+    """Documents that differ in almost every word."""
+    digests = [hashlib.sha256(f"{number}".encode()).hexdigest() for number in range(start, start + num)]
+    return [" ".join(digest[i : i + 7] for i in range(0, 49, 7)) for digest in digests]
+
+
+# Text files
+
+
+def test_given_files_are_the_splits(tmp_path: Path) -> None:
+    write(tmp_path, a="  one \n", b="two", c="drei ß")
+    found = read_texts(text_data(train=("a.txt",), validation=("b.txt",), test=("c.txt",)), tmp_path)
+    assert found.documents == {"train": ("one",), "validation": ("two",), "test": ("drei ß",)}
+    digest = hashlib.sha256("train\0one\0validation\0two\0test\0drei ß\0".encode()).hexdigest()
+    assert found.facts == {"digest": digest}
+
+
+def test_a_separator_divides_files_and_empty_documents_vanish(tmp_path: Path) -> None:
+    write(tmp_path, a="<|x|>one<|x|>\n  <|x|>two\n\nstill two<|x|>", b="three<|x|>four", c="five")
+    found = read_texts(text_data(train=("a.txt", "b.txt"), validation=("c.txt",), test=("c.txt",), separator="<|x|>"), tmp_path)
+    assert found.documents["train"] == ("one", "two\n\nstill two", "three", "four")
+
+
+def test_globs_are_resolved_in_order_below_the_base(tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    write(tmp_path, b="", a="", held_out="")
+    write(tmp_path / "deep", c="")
+    write(tmp_path / "deep" / "er", d="")
+    (tmp_path / "folder.txt").mkdir()  # matches, and is no file
+    found = text_files(text_data(train=("deep/**/*.txt", "[ab].txt"), validation=(str(tmp_path / "held*.txt"),)), tmp_path)
+    assert [file.relative_to(tmp_path).as_posix() for file in found["train"]] == ["deep/c.txt", "deep/er/d.txt", "a.txt", "b.txt"]
+    assert found["validation"] == [tmp_path / "held_out.txt"]
+    assert found["test"] == []
+
+
+def test_brackets_in_a_folder_or_in_a_files_own_name_are_no_glob(tmp_path: Path) -> None:
+    base = tmp_path / "runs [old]"
+    base.mkdir()
+    write(base, **{"a[1]": "one", "b": "two"})
+    found = text_files(text_data(train=("a[1].txt", "b*.txt")), base)
+    assert found["train"] == [base / "a[1].txt", base / "b.txt"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_pattern_without_a_file_is_refused(split: str, tmp_path: Path) -> None:
+    write(tmp_path, a="text")
+    fields = {"train": ("a.txt",), split: ("a.txt", "b*.txt") if split == "train" else ("b*.txt",)}
+    assert refusal(text_files, text_data(**fields), tmp_path) == (
+        f"data.source.{split}: 'b*.txt' matches no file below {tmp_path}; give a path or glob of UTF-8 text files"
+    )
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_held_out_file_that_is_also_trained_on_is_refused(split: str, tmp_path: Path) -> None:
+    write(tmp_path, a="one", b="two")
+    assert refusal(text_files, text_data(train=("*.txt",), **{split: ("b.txt",)}), tmp_path) == (
+        f"data.source.{split}: {tmp_path / 'b.txt'} is also a train file; held-out text must not be trained on; give each file one split"
+    )
+
+
+def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
+    assert refusal(read_texts, text_data(train=("a.txt",)), tmp_path) == f"{tmp_path / 'a.txt'}: not UTF-8 at byte 3; convert it"
+
+
+def test_a_split_without_a_document_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, a="one document alone", blank=" \n ")
+    message = "data.source: no document falls into the {} split; give `{}:` files, or a `separator` that makes more documents"
+    assert refusal(read_texts, text_data(train=("a.txt",)), tmp_path) == message.format("validation", "validation")
+    assert refusal(read_texts, text_data(train=("blank.txt",)), tmp_path) == message.format("train", "train")
+    fields = {"train": ("a.txt",), "validation": ("blank.txt",), "test": ("a.txt",)}
+    write(tmp_path, c="other")
+    assert refusal(read_texts, text_data(**fields | {"test": ("c.txt",)}), tmp_path) == message.format("validation", "validation")
+
+
+def hash_number(document: str) -> int:
+    return int(hashlib.sha256(document.encode()).hexdigest()[:16], 16) % 1000
+
+
+def test_without_held_out_files_the_hash_of_a_document_decides(tmp_path: Path) -> None:
+    documents = sentences(600)
+    write(tmp_path, a="|".join(documents))
+    found = read_texts(text_data(train=("a.txt",), separator="|"), tmp_path).documents
+    assert found["test"] == tuple(d for d in documents if hash_number(d) < 50)
+    assert found["validation"] == tuple(d for d in documents if 50 <= hash_number(d) < 100)
+    assert found["train"] == tuple(d for d in documents if hash_number(d) >= 100)
+    assert all(10 <= len(found[split]) <= 60 for split in ("validation", "test"))  # thirty expected of each
+
+
+def test_with_one_held_out_split_given_only_the_other_is_drawn(tmp_path: Path) -> None:
+    documents = sentences(300)
+    write(tmp_path, a="|".join(documents), v="validation text")
+    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), separator="|"), tmp_path).documents
+    assert found["validation"] == ("validation text",)
+    assert found["test"] == tuple(d for d in documents if hash_number(d) < 50)
+    assert set(found["train"]) == set(documents) - set(found["test"])
+
+
+def test_a_document_keeps_its_split_when_others_come_and_go_and_copies_stay_together(tmp_path: Path) -> None:
+    documents = sentences(300)
+    write(tmp_path, a="|".join(documents), b="|".join(reversed(documents[100:] + sentences(200, start=300) + documents[:50])))
+    first, second = (read_texts(text_data(train=(name,), separator="|"), tmp_path).documents for name in ("a.txt", "b.txt"))
+    for found in (first, second):
+        assert not set(found["train"]) & set(found["validation"])
+        assert not set(found["train"]) & set(found["test"])
+        assert not set(found["validation"]) & set(found["test"])
+    split_of = {document: split for split in SPLITS for document in first[split]}
+    assert all(split_of.get(document, split) == split for split in SPLITS for document in second[split])
+
+
+def test_the_digest_changes_with_every_document_and_its_split() -> None:
+    base = {"train": ["a", "b"], "validation": ["c"], "test": ["d"]}
+    others = [base | {"train": ["b", "a"]}, base | {"train": ["ab"]}, base | {"train": ["a"], "validation": ["b", "c"]}, base | {"test": ["e"]}]
+    digests = [digest_texts(documents) for documents in (base, *others)]  # type: ignore[arg-type]
+    assert len(set(digests)) == len(digests)
+    assert digest_texts(dict(base)) == digests[0]  # type: ignore[arg-type]
+
+
+def test_python_docs_are_read_from_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    documents = {split: (Document("m", "prose", f"{split} prose"), Document("m", "code", f"{split} code")) for split in SPLITS}
+    monkeypatch.setattr("upcycle.data.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64))
+    found = read_texts(PythonDocsData(kind="python-docs"), tmp_path)
+    assert found.documents == {split: (f"{split} prose", f"{split} code") for split in SPLITS}
+    assert found.facts == {"interpreter": "CPython 3.99.0", "digest": "f" * 64}
+
+
+# Data sets of the hub, here from a local folder
+
+
+@pytest.fixture
+def data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    directory = tmp_path / "set"
+    directory.mkdir()
+    for split in SPLITS:
+        rows = [{"text": f"{split} one", "label": 1}, {"text": " \n", "label": 2}, {"text": f"{split} two", "label": 3}]
+        (directory / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return directory
+
+
+def hub(path: Path, **fields: Any) -> HubData:
+    return HubData(kind="hub", path=str(path), **fields)
+
+
+def test_a_data_set_is_read_by_split_and_column_and_blank_rows_vanish(data_set: Path, tmp_path: Path) -> None:
+    found = read_texts(hub(data_set), tmp_path)
+    assert found.documents == {split: (f"{split} one", f"{split} two") for split in SPLITS}
+    assert found.facts == {"data set": str(data_set), "digest": digest_texts({s: list(d) for s, d in found.documents.items()})}
+
+
+def test_splits_may_be_renamed_and_sliced(data_set: Path, tmp_path: Path) -> None:
+    found = read_texts(hub(data_set, train="test[:1]", validation="train[2:]", test="validation"), tmp_path)
+    assert found.documents == {"train": ("test one",), "validation": ("train two",), "test": ("validation one", "validation two")}
+
+
+def test_name_and_revision_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = []
+
+    def load_dataset(path: str, name: str | None, **options: Any) -> datasets.Dataset:
+        asked.append((path, name, options))
+        return datasets.Dataset.from_dict({"body": ["some text"]})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = HubData(kind="hub", path="owner/set", name="large", revision="abc", text_column="body", validation="dev")
+    assert read_texts(source, tmp_path).documents["validation"] == ("some text",)
+    assert asked == [("owner/set", "large", {"revision": "abc", "split": split}) for split in ("train", "dev", "test")]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"validation": "dev"}, ", split 'dev': ValueError: Unknown split \"dev\". Should be one of ['train', 'validation', 'test']."),
+        ({"name": "large"}, ", split 'train': ValueError: BuilderConfig 'large' not found. Available: ['default']"),
+        ({"text_column": "body"}, ": no column 'body'; it has text, label"),
+        ({"train": "train[1:2]"}, ": split 'train[1:2]' has no text in column 'text'"),
+        ({"text_column": "label"}, ": column 'label' of split 'train' holds int; it must hold text"),
+    ],
+)
+def test_what_a_data_set_lacks_is_named(fields: dict[str, Any], message: str, data_set: Path, tmp_path: Path) -> None:
+    assert refusal(read_texts, hub(data_set, **fields), tmp_path) == f"data.source: data set '{data_set}'{message}"
+
+
+def test_rows_without_text_are_left_out_as_blank_ones_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_dict({"text": [None, "some text", None]}))
+    assert read_texts(HubData(kind="hub", path="owner/set"), tmp_path).documents["train"] == ("some text",)
+
+
+def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "absent"
+    assert refusal(read_texts, hub(path), tmp_path) == (
+        f"data.source: data set '{path}', split 'train': FileNotFoundError: Couldn't find any data file at {path}."
+    )
+
+
+def test_a_failing_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load_dataset(*arguments: Any, **options: Any) -> None:
+        raise ConnectionError("Couldn't reach\n  'owner/set' " + "x" * 1000)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    message = refusal(read_texts, HubData(kind="hub", path="owner/set"), tmp_path)
+    assert message.startswith("data.source: data set 'owner/set', split 'train': ConnectionError: Couldn't reach 'owner/set' xxx")
+    assert len(message) < 400
+
+
+# Tokens and blocks
+
+
+@pytest.fixture
+def without_bos(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A directory with the tiny tokenizer, marking no start, as GPT-2's."""
+    tiny_tokenizer.save_pretrained(tmp_path / "tokenizer")
+    path = tmp_path / "tokenizer" / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))
+    return path.parent
+
+
+def settings(source: TextData, **fields: Any) -> DataConfig:
+    return DataConfig(source=source, **{"block_size": 16} | fields)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> tuple[TextData, Path]:
+    documents = {"a": sentences(20), "v": sentences(9, start=100), "t": sentences(11, start=200)}
+    write(tmp_path, **{name: "|".join(texts) for name, texts in documents.items()})
+    return text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator="|"), tmp_path
+
+
+def raw_ids(directory: Path, text: str) -> list[int]:
+    """Tokens by the `tokenizers` library, without marks."""
+    return PreTrainedTokenizerFast.from_pretrained(directory).backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("marks_start", [True, False])
+def test_blocks_hold_every_token_in_order(
+    marks_start: bool, corpus: tuple[TextData, Path], dense_checkpoint: Path, without_bos: Path, tmp_path: Path
+) -> None:
+    source, base = corpus
+    directory = dense_checkpoint if marks_start else without_bos
+    facts = prepare_data(directory, tmp_path, settings(source), base, quiet)
+    for split, documents in read_texts(source, base).documents.items():
+        # Llama's tokenizer opens each document with <s>; where none is set, </s> opens the stream and closes each document.
+        stream = [] if marks_start else [EOS]
+        for document in documents:
+            stream += [BOS, *raw_ids(directory, document)] if marks_start else [*raw_ids(directory, document), EOS]
+        blocks = read_blocks(tmp_path, split)
+        assert blocks.dtype == torch.int64
+        assert blocks.shape == (len(stream) // 16, 16)
+        assert blocks.flatten().tolist() == stream[: blocks.numel()]
+        assert len(stream) - blocks.numel() < 16
+        assert facts["num_tokens"][split] == blocks.numel()
+        assert load_file(tmp_path / f"{split}.safetensors")["input_ids"].dtype == torch.int32
+    assert facts["block_size"] == 16
+    assert facts["digest"] == read_texts(source, base).facts["digest"]
+    assert json.loads((tmp_path / "data.json").read_text()) == facts
+
+
+def test_a_tokenizer_without_any_mark_gets_none(corpus: tuple[TextData, Path], without_bos: Path, tmp_path: Path) -> None:
+    path = without_bos / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("bos_token", "eos_token")}))
+    source, base = corpus
+    prepare_data(without_bos, tmp_path, settings(source), base, quiet)
+    stream = [number for document in read_texts(source, base).documents["train"] for number in raw_ids(without_bos, document)]
+    blocks = read_blocks(tmp_path, "train")
+    assert blocks.flatten().tolist() == stream[: blocks.numel()]
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "num_blocks"),
+    [(5 * 16, 5), (5 * 16 + 15, 5), (16, 1), (3, 1), (10**9, None), (None, None)],
+)
+def test_a_limit_keeps_blocks_from_the_whole_evenly(
+    max_tokens: int | None, num_blocks: int | None, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    source, base = corpus
+    for name, limit in (("all", None), ("some", max_tokens)):
+        (tmp_path / name).mkdir()
+        prepare_data(dense_checkpoint, tmp_path / name, settings(source, max_train_tokens=limit), base, quiet)
+    everything, found = (read_blocks(tmp_path / name, "train").tolist() for name in ("all", "some"))
+    assert len(found) == (num_blocks or len(everything))
+    places = [everything.index(block) for block in found]
+    steps = {later - earlier for earlier, later in pairwise(places)}
+    assert not steps or max(steps) - min(steps) <= 1
+    assert places[0] == 0
+    assert len(places) == 1 or places[-1] == len(everything) - 1
+
+
+@pytest.mark.parametrize(("field", "split"), [("max_validation_tokens", "validation"), ("max_test_tokens", "test")])
+def test_each_split_has_a_limit_of_its_own(field: str, split: str, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path) -> None:
+    source, base = corpus
+    full = prepare_data(dense_checkpoint, tmp_path, settings(source), base, quiet)["num_tokens"]
+    assert prepare_data(dense_checkpoint, tmp_path, settings(source, **{field: 32}), base, quiet)["num_tokens"] == full | {split: 32}
+
+
+@pytest.mark.parametrize("num_blocks", [10_000, 30_000])
+def test_no_block_is_taken_twice_from_a_large_set(num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upcycle.data import _thin
+
+    blocks = torch.arange(num_blocks)[:, None]
+    for wanted in (num_blocks - 1, num_blocks - 2, num_blocks - 7, num_blocks // 2 + 1):
+        assert len(_thin(blocks, wanted).unique()) == wanted
+
+
+def test_progress_counts_the_splits(corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    prepare_data(dense_checkpoint, tmp_path, settings(corpus[0]), corpus[1], lambda *report: seen.append(report))
+    assert seen == [("tokenizing", done, 3) for done in range(4)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_less_text_than_a_block_is_refused(split: str, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path) -> None:
+    source, base = corpus
+    short = source.model_copy(update={split: ("short.txt",)})
+    write(base, short="two words")
+    assert refusal(prepare_data, dense_checkpoint, tmp_path, settings(short, block_size=64), base, quiet) == (
+        f"data: the {split} split has fewer tokens than one block of 64; give more text or a smaller block_size"
+    )
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"version": "1.0", "added_tokens": []}'])
+def test_a_source_without_a_usable_tokenizer_is_refused(content: str | None, corpus: tuple[TextData, Path], tmp_path: Path) -> None:
+    directory = tmp_path / "source"
+    directory.mkdir()
+    (directory / "config.json").write_text('{"model_type": "llama"}')
+    if content is not None:
+        (directory / "tokenizer.json").write_text(content)
+    message = refusal(prepare_data, directory, tmp_path, settings(corpus[0]), corpus[1], quiet)
+    assert message.startswith(f"{directory}: no tokenizer that transformers can load (")
+    assert message.endswith("); put tokenizer.json there")
+
+
+def test_relative_paths_start_at_the_base_and_not_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, a="text")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert text_files(text_data(train=("a.txt",)), tmp_path)["train"] == [tmp_path / "a.txt"]
+    assert [os.path.samefile(file, tmp_path / "a.txt") for file in text_files(text_data(train=("a.txt",)), Path(".."))["train"]] == [True]
+
+
+@pytest.mark.parametrize("fields", [{"train": ()}, {"train": ("a",), "separator": ""}, {"train": ("a",), "seperator": "x"}, {"train": "a.txt"}])
+def test_settings_of_another_form_are_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        text_data(**fields)

@@ -1,0 +1,373 @@
+"""The graph of a decoder computes the logits of transformers' Mixtral, however it is fed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto
+from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
+
+from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.decoder import plan_lowering
+from export.errors import ExportError
+from export.family import find_decoder_family
+from export.package import MODEL_NAME, write_package
+from export.runtime import HIDDEN, ROUTER_LOGITS, Decoder
+from export.twin import Twin, quantize_checkpoint
+from upcycle.checkpoint import open_checkpoint
+
+VOCABULARY = 96
+PREFILL, STEPS = 20, 64
+EXACT_PRODUCTS = {"activation_bits": 32}  # 8 rounds; what it costs is measured apart
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+Padding = Literal["left", "right", "none"]
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Export:
+    """A tiny mixture exported: its twin in torch, and its package in onnxruntime."""
+
+    def __init__(self, source: Path, directory: Path, variant: Variant, quantize: QuantizeConfig, config: OnnxConfig) -> None:
+        self.twin, self.package = directory / "twin", directory / "package"
+        for path in (self.twin, self.package):
+            path.mkdir()
+        quantize_checkpoint(source, self.twin, variant, quantize, silent)
+        self.facts = write_package(self.twin, self.package, config, silent)
+        self.decoder = Decoder(self.package, taps=True, num_threads=1)
+        self.torch = MixtralForCausalLM.from_pretrained(self.twin, dtype=torch.float32, experts_implementation="eager").eval()
+
+    @property
+    def proto(self) -> onnx.ModelProto:
+        return onnx.load(self.package / MODEL_NAME)
+
+    def expect(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """Logits of one forward over all tokens, without a cache."""
+        mask_BT = torch.from_numpy(mask)
+        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            return self.torch(torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False).logits.numpy()
+
+    def run(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> np.ndarray:
+        """Logits of the package, fed in pieces of so many tokens."""
+        cache = self.decoder.new_cache(*ids.shape)
+        ends = np.cumsum(pieces)
+        assert ends[-1] == ids.shape[1]
+        parts = [self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"] for n, end in zip(pieces, ends, strict=True)]
+        return np.concatenate(parts, axis=1)
+
+    def error(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> float:
+        """Largest difference at real tokens, relative to the largest logit."""
+        found, expected = self.run(ids, mask, pieces), self.expect(ids, mask)
+        real = mask.astype(bool)
+        return float(np.abs(found - expected)[real].max() / np.abs(expected[real]).max())
+
+
+Make = Callable[..., Export]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    """Make a tiny mixture of the given config, quantize it and export it."""
+
+    def build(
+        variant: Variant = "float32", quantize: dict[str, Any] | None = None, onnx_config: dict[str, Any] | None = None, **fields: Any
+    ) -> Export:
+        source = tmp_path / "source"
+        make_mixture(source, **fields)
+        return Export(source, tmp_path, variant, QuantizeConfig(**quantize or {}), OnnxConfig(**EXACT_PRODUCTS | (onnx_config or {})))
+
+    return build
+
+
+def make_mixture(directory: Path, **fields: Any) -> None:
+    """A random Mixtral whose attention, experts and norms all show in the logits."""
+    small = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
+        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**small | fields))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    model.save_pretrained(directory)
+
+
+def draw_ids(batch: int, length: int = PREFILL + STEPS) -> np.ndarray:
+    return np.random.default_rng(0).integers(2, VOCABULARY, (batch, length))
+
+
+def pad(batch: int, padding: Padding) -> np.ndarray:
+    """A mask over a padded prompt and the tokens after it; row n of the batch lacks 6 n tokens."""
+    mask = np.ones((batch, PREFILL + STEPS), np.int64)
+    for row in range(batch):
+        if padding == "left":
+            mask[row, : 6 * row] = 0
+        if padding == "right":
+            mask[row, PREFILL - 6 * row : PREFILL] = 0
+    return mask
+
+
+# Float32 sums in another order, through two layers: 3e-6 measured over all tests of this file.
+EXACT = 5e-6
+
+
+def assert_same_logits(export: Export, limit: float = EXACT) -> None:
+    """Prefill and chained decode steps, one row and three, padded on either side."""
+    for batch, padding in ((1, "none"), (3, "left"), (3, "right")):
+        ids, mask = draw_ids(batch), pad(batch, padding)
+        assert export.error(ids[:, :PREFILL], mask[:, :PREFILL], [PREFILL]) < limit, (batch, padding, "prefill")
+        assert export.error(ids, mask, [PREFILL] + [1] * STEPS) < limit, (batch, padding, "decode")
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"),
+    [(4, 1, 8), (4, 2, 8), (4, 4, 8), (2, 1, 16), (2, 2, 16), (4, 2, 16), (4, 2, 24), (1, 1, 32), (4, 1, 32), (4, 2, 32), (4, 4, 32)],
+)
+def test_every_shape_of_attention_equals_transformers(make: Make, heads: int, kv_heads: int, head_dim: int) -> None:
+    export = make(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
+    rotations = [node for node in export.proto.graph.node if node.op_type == "RotaryEmbedding"]
+    assert len(rotations) == (0 if head_dim % 16 == 0 else 4)  # queries and keys of two layers
+    assert_same_logits(export)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+@pytest.mark.parametrize("pieces", [[5, 7, 3, 1, 1, 20], [1] * 37, [1, 36]])
+def test_a_prompt_may_come_in_pieces(make: Make, head_dim: int, pieces: list[int]) -> None:
+    export = make(head_dim=head_dim)
+    ids = draw_ids(1, 37)
+    assert export.error(ids, np.ones_like(ids), pieces) < EXACT
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_the_whole_context_is_usable(make: Make, head_dim: int) -> None:
+    export = make(head_dim=head_dim)
+    ids = draw_ids(2, 128)
+    assert export.error(ids, np.ones_like(ids), [128]) < EXACT
+    assert export.error(ids, np.ones_like(ids), [120] + [1] * 8) < EXACT
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(2, 1), (2, 2), (8, 2), (8, 3)])
+def test_any_number_of_experts_equals_transformers(make: Make, num_experts: int, k: int) -> None:
+    assert_same_logits(make(num_local_experts=num_experts, num_experts_per_tok=k))
+
+
+@pytest.mark.parametrize("lowering", ["fused", "unrolled"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_heads_tied_or_not_equal_transformers(make: Make, tied: bool, lowering: str) -> None:
+    assert_same_logits(make(tie_word_embeddings=tied, onnx_config={"lowering": lowering}))
+
+
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-6])
+def test_the_epsilon_of_every_norm_is_the_configs(make: Make, epsilon: float) -> None:
+    export = make(rms_norm_eps=epsilon, initializer_range=0.05)
+    assert_same_logits(export)
+    norms = [node for node in export.proto.graph.node if "LayerNormalization" in node.op_type]
+    assert len(norms) == 5
+    assert all({a.name: a.f for a in node.attribute}["epsilon"] == np.float32(epsilon) for node in norms)
+
+
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        "rope_theta": 10000.0,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0},
+    "theta": {"rope_type": "default", "rope_theta": 500.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+@pytest.mark.parametrize("name", ROPES)
+def test_every_static_rotary_variant_equals_transformers(make: Make, name: str, head_dim: int) -> None:
+    export = make(rope_parameters=ROPES[name], head_dim=head_dim)
+    assert_same_logits(export)
+    ids = draw_ids(1)
+    scaled = export.expect(ids, np.ones_like(ids))
+    export.torch.model.rotary_emb = type(export.torch.model.rotary_emb)(MixtralConfig(head_dim=head_dim))
+    plain = export.expect(ids, np.ones_like(ids))
+    assert np.abs(scaled - plain).max() > 100 * EXACT * np.abs(plain).max()  # else the case would say nothing
+
+
+@pytest.mark.parametrize("embedding_bits", [8, "variant", 16])
+@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_quantized_packages_equal_their_twin(make: Make, variant: Variant, lowering: str, embedding_bits: Any) -> None:
+    export = make(variant, {"embedding_bits": embedding_bits}, {"lowering": lowering})
+    assert_same_logits(export)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_widths_that_no_block_divides_equal_their_twin(make: Make, variant: Variant, block_size: int, tied: bool) -> None:
+    export = make(
+        variant, {"embedding_bits": "variant", "block_size": block_size}, hidden_size=40, num_attention_heads=5, num_key_value_heads=1,
+        intermediate_size=172, tie_word_embeddings=tied,
+    )  # fmt: skip
+    assert export.facts.lowering == "unrolled"
+    assert_same_logits(export)
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_an_embedding_that_blocks_divide_is_gathered_in_integers(make: Make, variant: Variant, block_size: int) -> None:
+    export = make(variant, {"embedding_bits": "variant", "block_size": block_size})
+    assert [node.op_type for node in export.proto.graph.node if "embedded" in node.output] == ["GatherBlockQuantized"]
+    assert_same_logits(export)
+
+
+@pytest.mark.parametrize("attention_bits", ["variant", 8, 16])
+def test_attention_may_have_bits_of_its_own(make: Make, attention_bits: Any) -> None:
+    export = make("int4", {"attention_bits": attention_bits})
+    kinds = {node.op_type for node in export.proto.graph.node if "layers.0.query" in node.output}
+    assert kinds == {"MatMul" if attention_bits == 16 else "MatMulNBits"}
+    assert_same_logits(export)
+
+
+@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+def test_8_bit_activations_cost_little(make: Make, variant: Variant, lowering: str) -> None:
+    export = make(variant, None, {"lowering": lowering, "activation_bits": 8})
+    assert export.facts.lowering == ("qmoe" if lowering == "auto" else "unrolled")
+    ids = draw_ids(3)
+    found = torch.from_numpy(export.run(ids, np.ones_like(ids), [PREFILL] + [1] * STEPS)).log_softmax(-1)
+    expected = torch.from_numpy(export.expect(ids, np.ones_like(ids))).log_softmax(-1)
+    kl = (expected.exp() * (expected - found)).sum(-1).mean()
+    # 1/254 of the largest activation at each of some twenty products, and the routers' flips: 8e-3 nats measured.
+    assert 0 < kl < 0.02
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_taps_are_router_logits_and_residual_streams(make: Make, variant: Variant) -> None:
+    export = make(variant)
+    assert export.decoder.taps == [f"{HIDDEN}0", f"{HIDDEN}1", f"{ROUTER_LOGITS}0", f"{ROUTER_LOGITS}1"]
+    ids = draw_ids(2, 30)
+    caught: dict[str, torch.Tensor] = {}
+    for n, layer in enumerate(export.torch.model.layers):
+        layer.register_forward_hook(lambda _module, _inputs, output, n=n: caught.update({f"{HIDDEN}{n}": output}))
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda _module, _inputs, output, n=n, layer=layer: caught.update(
+                {f"{ROUTER_LOGITS}{n}": (output @ layer.mlp.gate.weight.T).flatten(0, 1)}
+            )
+        )
+    export.expect(ids, np.ones_like(ids))
+    found = export.decoder.run(export.decoder.new_cache(2, 30), ids)
+    for name, expected in caught.items():
+        limit = EXACT * float(expected.abs().max())
+        np.testing.assert_allclose(found[name], expected.numpy(), rtol=0, atol=limit, err_msg=name)
+    assert len(caught) == 4
+
+
+@pytest.mark.parametrize("activation_bits", [8, 32])
+@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, lowering: str, activation_bits: int) -> None:
+    export = make(variant, None, {"lowering": lowering, "activation_bits": activation_bits})
+    graph = export.proto.graph
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    for n in range(2):
+        (node,) = [node for node in graph.node if f"layers.{n}.router" in node.output]
+        assert node.op_type == "MatMul"
+        router = tensors[node.input[1]]
+        assert router.data_type == TensorProto.FLOAT
+        expected = Twin(export.twin).checkpoint.read(f"model.layers.{n}.block_sparse_moe.gate.weight").T
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(router), expected)
+    experts = {name: tensor.data_type for name, tensor in tensors.items() if ".moe." in name}
+    assert len(experts) >= 4
+    if variant == "float32":
+        assert set(experts.values()) == {TensorProto.FLOAT}
+    else:
+        assert {name.rsplit(".", 1)[1]: kind for name, kind in experts.items()} == {"codes": TensorProto.UINT8, "scales": TensorProto.FLOAT}
+
+
+@pytest.mark.parametrize("width", [32, 40])
+@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_model_is_well_formed(make: Make, variant: Variant, lowering: str, width: int) -> None:
+    export = make(variant, {"embedding_bits": "variant"}, {"lowering": lowering}, hidden_size=width, head_dim=8)
+    proto = export.proto
+    read = {name for node in proto.graph.node for name in node.input if name}
+    initializers = [tensor.name for tensor in proto.graph.initializer]
+    assert len(set(initializers)) == len(initializers)
+    assert set(initializers) <= read
+    produced = [name for node in proto.graph.node for name in node.output if name]
+    assert len(set(produced)) == len(produced)
+    assert {value.name for value in proto.graph.input} <= read
+    unread = set(produced) - read - {value.name for value in proto.graph.output}
+    assert {name.rsplit(".", 1)[-1] for name in unread} <= {"slot", f"{HIDDEN}1".rsplit(".", 1)[-1]}  # a second half; the last residual, for parity
+    names = [node.name for node in proto.graph.node]
+    assert len(set(names)) == len(names)
+    assert (proto.ir_version, {o.domain: o.version for o in proto.opset_import}) == (10, {"": 21, "com.microsoft": 1})
+    for node in proto.graph.node:
+        if node.op_type == "SimplifiedLayerNormalization":  # onnxruntime registers it in the standard domain; the standard does not know it
+            node.domain = "com.microsoft"
+    onnx.checker.check_model(proto, full_check=True)
+
+
+@pytest.mark.parametrize(
+    ("variant", "fields", "config", "name"),
+    [
+        ("float32", {}, {}, "moe"),
+        ("float32", {}, {"lowering": "unrolled"}, "unrolled"),
+        ("int8", {}, {}, "unrolled"),
+        ("int8", {}, {"activation_bits": 8}, "qmoe"),
+        ("int4", {}, {}, "qmoe"),
+        ("int4", {"hidden_size": 40, "head_dim": 8}, {}, "unrolled"),
+    ],
+)
+def test_the_planned_lowering_is_the_one_built(make: Make, variant: Variant, fields: dict[str, Any], config: dict[str, Any], name: str) -> None:
+    export = make(variant, None, config, **fields)
+    checkpoint = open_checkpoint(export.twin)
+    shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
+    assert plan_lowering(checkpoint.config, shapes, variant, QuantizeConfig(), OnnxConfig(**EXACT_PRODUCTS | config)) == name
+    assert export.facts.lowering == name
+    assert export.facts.num_nodes == len(export.proto.graph.node)
+
+
+def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
+    checkpoint = open_checkpoint(make().twin)
+    shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
+    message = (
+        "export.lowering 'fused' cannot express layers.0.moe "
+        "(qmoe: the hidden size 32 is not a multiple of the block size 64); use 'auto'"
+    )  # fmt: skip
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        plan_lowering(checkpoint.config, shapes, "int4", QuantizeConfig(block_size=64), OnnxConfig(lowering="fused"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (LlamaConfig(), "config.json: model_type llama has no ONNX builder yet; supported: mixtral"),
+        (MixtralConfig(hidden_act="gelu"), "config.json: hidden_act is gelu; the builder covers silu"),
+        (
+            MixtralConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
+            "config.json: rope_type is dynamic; the builder covers default, linear, llama3, yarn",
+        ),
+        (
+            MixtralConfig(sliding_window=64, max_position_embeddings=128),
+            "config.json: sliding_window is 64 in a context of 128; the builder covers full attention alone",
+        ),
+    ],
+)
+def test_models_that_are_not_covered_are_refused(config: Any, message: str) -> None:
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        find_decoder_family(config)
+
+
+def test_a_window_of_the_whole_context_is_full_attention(make: Make) -> None:
+    assert_same_logits(make(sliding_window=128))

@@ -1,0 +1,298 @@
+"""Every way to write a mixture-of-experts layer computes the same layer, or refuses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from export.errors import ExportError
+from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input
+from export.lowering import MOE, QMOE, UNROLLED, Expert, Lowering, MoeLayer, choose_lowering
+from export.quantization import dequantize, quantize
+from export.routing import Routing
+from export.twin import FloatWeight, QuantizedWeight
+from upcycle.checkpoint import index_tensors
+
+
+class Way(NamedTuple):
+    """A lowering, the bits of its weights and activations, and the error allowed relative to the largest output."""
+
+    lowering: Lowering
+    bits: int
+    activation_bits: int
+    tolerance: float
+
+
+# Float32 sums of at most 172 products, twice: 7e-7 measured. Activations rounded to 8 bits: 1/254 of the largest a factor, 2e-2 measured.
+WAYS = {
+    "moe": Way(MOE, 32, 32, 2e-6),
+    "qmoe_4": Way(QMOE, 4, 32, 2e-6),
+    "qmoe_4_rounding": Way(QMOE, 4, 8, 3e-2),
+    "qmoe_8_rounding": Way(QMOE, 8, 8, 3e-2),
+    "unrolled": Way(UNROLLED, 32, 32, 2e-6),
+    "unrolled_4": Way(UNROLLED, 4, 32, 2e-6),
+    "unrolled_4_rounding": Way(UNROLLED, 4, 8, 3e-2),
+    "unrolled_8": Way(UNROLLED, 8, 32, 2e-6),
+    "unrolled_8_rounding": Way(UNROLLED, 8, 8, 3e-2),
+}
+WIDE = {"moe", "unrolled", "unrolled_4", "unrolled_8"}  # those that take any hidden size
+ROUTINGS = [(num_experts, k) for num_experts in (2, 4, 8) for k in sorted({1, 2, num_experts})]
+
+Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> Way:
+    return WAYS[request.param]
+
+
+def make_layer(
+    directory: Path, way: Way, routing: Routing, hidden: int = 64, inner: int = 96, block: int = 32, equal: bool = False
+) -> tuple[MoeLayer, list[Matrices]]:
+    """A layer whose weights lie in `directory`, and the values that they stand for."""
+    tensors: dict[str, torch.Tensor] = {}
+    values: list[list[np.ndarray]] = []
+    for number in range(routing.num_experts):
+        generator = torch.Generator().manual_seed(0 if equal else number)
+        values.append([])
+        for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
+            weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+            if way.bits == 32:
+                tensors[f"{number}.{name}"] = weight
+            else:
+                quantized = quantize(weight, way.bits, block)
+                tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
+                weight = dequantize(quantized, shape[1], way.bits)
+            values[-1].append(weight.double().numpy())
+    save_file(tensors, directory / "layer.safetensors")
+    entries = index_tensors(directory, "layer")
+
+    def weight_of(number: int, name: str, shape: tuple[int, int]) -> FloatWeight | QuantizedWeight:
+        key = f"{number}.{name}"
+        return FloatWeight(entries[key]) if way.bits == 32 else QuantizedWeight(key, entries, shape, way.bits, block)
+
+    experts = tuple(
+        Expert(weight_of(n, "gate", (inner, hidden)), weight_of(n, "up", (inner, hidden)), weight_of(n, "down", (hidden, inner)))
+        for n in range(routing.num_experts)
+    )
+    return MoeLayer("layer", routing, experts, way.activation_bits), [(gate, up, down) for gate, up, down in values]
+
+
+def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
+    """-layer(-x): the layer between two other nodes, which is where the operators went wrong."""
+    graph = GraphWriter()
+    x = graph_input("x", ir.DataType.FLOAT, ["batch", "length", layer.hidden_size])
+    router_logits = graph_input("router_logits", ir.DataType.FLOAT, ["tokens", layer.routing.num_experts])
+    y = graph.op("Neg", [lowering.lower(graph, layer, graph.op("Neg", [x], "hidden"), router_logits)], "y")
+    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "length", layer.hidden_size])
+    initializers = list(graph.initializers.values())
+    written = ir.Graph([x, router_logits], [y], nodes=graph.nodes, initializers=initializers, opset_imports=OPSETS, name="layer")
+    return ir.to_proto(ir.Model(written, ir_version=IR_VERSION))
+
+
+def load(layer: MoeLayer, lowering: Lowering) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    return ort.InferenceSession(build(layer, lowering).SerializeToString(), options)
+
+
+def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    return -session.run(None, {"x": -x, "router_logits": logits})[0]
+
+
+def compute(values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """The layer, a token and an expert at a time, in float64."""
+    tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
+    result = np.zeros_like(tokens)
+    for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
+        scores = np.exp(row - row.max())
+        scores /= scores.sum()
+        chosen = sorted(range(len(row)), key=lambda e: -scores[e])[: routing.num_experts_per_tok]
+        total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
+        for e in chosen:
+            gate, up, down = values[e]
+            inner = gate @ token
+            result[n] += routing.scale * scores[e] / total * (down @ (inner / (1 + np.exp(-inner)) * (up @ token)))
+    return result.reshape(x.shape)
+
+
+def draw(batch: int, length: int, hidden: int, num_experts: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    return random.standard_normal((batch, length, hidden), np.float32), random.standard_normal((batch * length, num_experts), np.float32)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, way: Way) -> None:
+    np.testing.assert_allclose(found, expected, rtol=0, atol=way.tolerance * np.abs(expected).max())
+
+
+def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1.0) -> Routing:
+    return Routing(num_experts, k, "softmax", renormalize, scale)
+
+
+@pytest.mark.parametrize(("num_experts", "k"), ROUTINGS)
+def test_the_layer_is_computed(way: Way, num_experts: int, k: int, tmp_path: Path) -> None:
+    layer, values = make_layer(tmp_path, way, softmax(num_experts, k))
+    session = load(layer, way.lowering)
+    for batch, length in ((1, 1), (1, 5), (4, 16)):
+        x, logits = draw(batch, length, 64, num_experts, seed=length)
+        assert_close(run(session, x, logits), compute(values, layer.routing, x, logits), way)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_no_tokens_give_no_output(way: Way, batch: int, tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, way, softmax(4, 2))
+    assert run(load(layer, way.lowering), *draw(batch, 0, 64, 4)).shape == (batch, 0, 64)
+
+
+@pytest.mark.parametrize("chosen", [[0, 1], [2, 3]])
+def test_an_expert_may_get_no_token(way: Way, chosen: list[int], tmp_path: Path) -> None:
+    layer, values = make_layer(tmp_path, way, softmax(4, 2))
+    x, logits = draw(2, 8, 64, 4)
+    logits[:, chosen] += 50
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+def test_an_expert_may_get_every_token_with_the_whole_weight(way: Way, tmp_path: Path) -> None:
+    layer, values = make_layer(tmp_path, way, softmax(4, 2))
+    x, logits = draw(2, 8, 64, 4)
+    logits[:, 3] = 200  # in float32 the other scores are exactly zero
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values[3:], softmax(1, 1), x, np.zeros((16, 1))), way)
+
+
+def test_equal_experts_equal_one_ffn_even_when_the_router_ties(way: Way, tmp_path: Path) -> None:
+    layer, values = make_layer(tmp_path, way, softmax(4, 2), equal=True)
+    x, logits = draw(2, 8, 64, 4)
+    logits[:8] = 0
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values[:1], softmax(1, 1), x, np.zeros((16, 1))), way)
+
+
+def test_an_ffn_width_that_no_block_divides_is_computed(way: Way, tmp_path: Path) -> None:
+    layer, values = make_layer(tmp_path, way, softmax(4, 2), inner=172, block=32)
+    x, logits = draw(2, 8, 64, 4)
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+@pytest.mark.parametrize("block", [16, 64, 128])
+@pytest.mark.parametrize("name", ["qmoe_4", "qmoe_4_rounding", "qmoe_8_rounding", "unrolled_4", "unrolled_8"])
+def test_every_block_size_is_computed(name: str, block: int, tmp_path: Path) -> None:
+    way = WAYS[name]
+    layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=128, inner=172, block=block)
+    x, logits = draw(2, 8, 128, 4)
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+@pytest.mark.parametrize("name", sorted(WIDE))
+def test_a_hidden_size_that_no_block_divides_is_computed(name: str, tmp_path: Path) -> None:
+    way = WAYS[name]
+    layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=40, inner=50, block=32)
+    assert choose_lowering(layer, "auto") is (MOE if way.bits == 32 else UNROLLED)
+    x, logits = draw(2, 8, 40, 4)
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+@pytest.mark.parametrize(("renormalize", "scale"), [(False, 1.0), (True, 2.5), (False, 0.5)])
+@pytest.mark.parametrize("name", ["unrolled", "unrolled_4", "unrolled_8"])
+def test_unrolled_computes_routings_that_no_operator_expresses(name: str, renormalize: bool, scale: float, tmp_path: Path) -> None:
+    way = WAYS[name]
+    layer, values = make_layer(tmp_path, way, softmax(4, 2, renormalize, scale))
+    assert choose_lowering(layer, "auto") is UNROLLED
+    x, logits = draw(2, 8, 64, 4)
+    assert_close(run(load(layer, UNROLLED), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+def test_every_fused_node_renormalizes(way: Way, tmp_path: Path) -> None:
+    """normalize_routing_weights=0 computes wrong values before onnxruntime 1.32, and QMoE ignores it: it must never be written."""
+    layer, _ = make_layer(tmp_path, way, softmax(4, 2))
+    for node in build(layer, way.lowering).graph.node:
+        if node.op_type in ("MoE", "QMoE"):
+            assert {a.name: a.i for a in node.attribute}["normalize_routing_weights"] == 1
+    unnormalized, _ = make_layer(tmp_path, way, softmax(4, 2, renormalize=False))
+    assert choose_lowering(unnormalized, "auto") is UNROLLED
+    with pytest.raises(ExportError, match=r"^export\.lowering 'fused' cannot express layer \("):
+        choose_lowering(unnormalized, "fused")
+
+
+def test_auto_takes_the_operator_where_it_can_express_the_layer(tmp_path: Path) -> None:
+    chosen = {}
+    for name, way in WAYS.items():
+        layer, _ = make_layer(tmp_path, way, softmax(4, 2))
+        assert choose_lowering(layer, "unrolled") is UNROLLED
+        chosen[name] = choose_lowering(layer, "auto").name
+    assert chosen == {
+        "moe": "moe", "qmoe_4": "qmoe", "qmoe_4_rounding": "qmoe", "qmoe_8_rounding": "qmoe",
+        "unrolled": "moe", "unrolled_4": "qmoe", "unrolled_4_rounding": "qmoe", "unrolled_8": "unrolled", "unrolled_8_rounding": "qmoe",
+    }  # fmt: skip
+
+
+def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Routing:
+    return Routing(4, 2, score, renormalize, scale)
+
+
+@pytest.mark.parametrize(
+    ("name", "routing", "hidden", "reason"),
+    [
+        ("moe", routed(renormalize=False), 64, "moe: normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"),
+        ("moe", routed(scale=2.0), 64, "moe: the operator has no factor on the weights"),
+        ("qmoe_4", routed(), 40, "qmoe: the hidden size 40 is not a multiple of the block size 32"),
+        ("unrolled_8", routed(), 64, "qmoe: with 8-bit weights the operator reads activations in 8 bits"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden: int, reason: str, tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, WAYS[name], routing, hidden=hidden)
+    message = f"export.lowering 'fused' cannot express layer ({reason}); use 'auto'"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        choose_lowering(layer, "fused")
+
+
+@pytest.mark.parametrize(
+    ("wish", "reasons"),
+    [
+        ("fused", "moe: the operator scores by softmax, not sigmoid"),
+        ("unrolled", "unrolled: scores by sigmoid are not written yet"),
+        ("auto", "moe: the operator scores by softmax, not sigmoid; unrolled: scores by sigmoid are not written yet"),
+    ],
+)
+def test_a_layer_that_no_lowering_expresses_names_every_reason(wish: Any, reasons: str, tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, WAYS["moe"], routed(score="sigmoid"))
+    message = f"export.lowering '{wish}' cannot express layer ({reasons}); no lowering can"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        choose_lowering(layer, wish)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "block", "version"),
+    [
+        ("moe", 64, 32, "1.23.1"),
+        ("unrolled", 64, 32, "1.20"),
+        ("unrolled_4_rounding", 64, 64, "1.20"),
+        ("qmoe_4", 64, 16, "1.23.2"),
+        ("qmoe_4", 64, 32, "1.23.2"),
+        ("qmoe_4", 128, 64, "1.24.3"),
+        ("qmoe_4", 256, 128, "1.24.3"),
+        ("qmoe_4", 64, 64, "1.31"),
+        ("qmoe_4_rounding", 64, 32, "1.31"),
+        ("qmoe_8_rounding", 64, 32, "1.23.2"),
+        ("qmoe_8_rounding", 128, 64, "1.23.2"),
+        ("qmoe_8_rounding", 32, 32, "1.31"),
+    ],
+)
+def test_each_layer_knows_the_oldest_runtime_that_computes_it(name: str, hidden: int, block: int, version: str, tmp_path: Path) -> None:
+    """Found by running these very layers on every release from 1.22 on: older ones refuse them or compute something else."""
+    layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, block=block)
+    assert WAYS[name].lowering.min_onnxruntime(layer) == version
+
+
+def test_each_operator_refuses_the_weights_of_the_other(tmp_path: Path) -> None:
+    floats, _ = make_layer(tmp_path, WAYS["moe"], routed())
+    assert QMOE.refusal(floats) == "the QMoE operator takes quantized weights"
+    integers, _ = make_layer(tmp_path, WAYS["qmoe_4"], routed())
+    assert MOE.refusal(integers) == "the MoE operator takes float weights"

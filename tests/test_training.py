@@ -1,0 +1,347 @@
+"""Fine-tuning does what a plain loop in torch does, keeps the best weights, and trains its control on the same tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from upcycle.balance import LayerRouting
+from upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
+from upcycle.data import prepare_data, read_blocks
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import held_out_loss, next_token_loss
+from upcycle.receipt import load_model
+from upcycle.surgery import upcycle
+from upcycle.training import FinetuneFacts, Step, _warnings, finetune
+
+BLOCK = 32
+NUM_TRAIN_BLOCKS = 21  # six batches of four and one of one: no step is sure of eight blocks
+CONFIG = FinetuneConfig(
+    steps=9,
+    batch_size=4,
+    gradient_accumulation_steps=2,
+    learning_rate=3e-3,
+    router_learning_rate=1e-2,
+    weight_decay=0.1,
+    warmup_steps=2,
+    router_warmup_steps=2,
+    max_grad_norm=0.5,
+    balance_coefficient=0.05,
+    eval_steps=3,
+    patience=10,
+    precision="float32",
+)
+SHORT = CONFIG.model_copy(update={"gradient_accumulation_steps": 1, "warmup_steps": 0, "router_warmup_steps": 0, "control": False})
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tuning: what it returned, where it wrote, the batches it trained on in order, and its progress."""
+
+    facts: FinetuneFacts
+    output: Path
+    batches: tuple[torch.Tensor, ...]
+    progress: tuple[tuple[str, int, int], ...]
+
+
+@pytest.fixture(scope="module")
+def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences of a tiny grammar, in blocks."""
+    directory = tmp_path_factory.mktemp("data")
+    draw = random.Random(0)
+    words = [["the", "one", "some"], ["small", "old", "red"], ["cat", "dog", "bird"], ["sees", "finds", "likes"], ["milk.", "trees.", "us."]]
+    for name, num in (("train", 400), ("validation", 150), ("test", 200)):
+        (directory / f"{name}.txt").write_text("\n".join(" ".join(draw.choice(choices) for choices in words) for _ in range(num)))
+    source = TextData(kind="text", train=("train.txt",), validation=("validation.txt",), test=("test.txt",), separator="\n")
+    config = DataConfig(source=source, block_size=BLOCK, max_train_tokens=NUM_TRAIN_BLOCKS * BLOCK)
+    prepare_data(dense_checkpoint, directory, config, directory, quiet)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+    def start(config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint) -> Run:
+        output = tmp_path_factory.mktemp("finetuned")
+        batches: list[torch.Tensor] = []
+        seen: list[tuple[str, int, int]] = []
+
+        def recorded_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            batches.append(ids.clone())
+            return next_token_loss(logits, ids)
+
+        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+            patch.setattr("upcycle.training.next_token_loss", recorded_loss)
+            facts = finetune(dense_checkpoint, mixture, data, output, config, seed, lambda *report: seen.append(report))
+        return Run(facts, output, tuple(batches[1:]), tuple(seen))  # the first is for the routers' task gradient
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def run(start: Callable[..., Run]) -> Run:
+    return start(CONFIG)
+
+
+def of(run: Run, model: str) -> list[Step]:
+    return [step for step in run.facts.history if step.model == model]
+
+
+# The loop
+
+
+def rate(step: int, delay: int) -> float:
+    """Share of the peak learning rate at a step counted from zero: two steps of warm-up, then a cosine to a tenth."""
+    if step < delay:
+        return 0.0
+    if step - delay < CONFIG.warmup_steps:
+        return (step - delay + 1) / CONFIG.warmup_steps
+    share = (step - delay - CONFIG.warmup_steps) / (CONFIG.steps - delay - CONFIG.warmup_steps)
+    return 0.1 + 0.9 * (1 + math.cos(math.pi * share)) / 2
+
+
+def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Iterator[tuple[float, float]]:
+    """The recipe of `CONFIG` without a Trainer: yields each step's next-token loss and balance loss."""
+    routers = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
+    delay = CONFIG.router_warmup_steps if routers else 0
+    peaks = {name: CONFIG.router_learning_rate if name in routers else CONFIG.learning_rate for name, _ in model.named_parameters()}
+    decays = {name: CONFIG.weight_decay if p.ndim == 2 or p.ndim == 3 else 0.0 for name, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p], "name": name, "weight_decay": 0.0 if name in routers else decays[name]} for name, p in model.named_parameters()],
+        betas=(0.9, 0.95),
+    )
+    model.train()
+    for step in range(CONFIG.steps):
+        losses, balances = [], []
+        for ids in batches[2 * step : 2 * step + 2]:
+            outputs = model(ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {}))
+            loss = outputs.loss - (model.config.router_aux_loss_coef * outputs.aux_loss if routers else 0.0)
+            balance = torch.tensor(0.0)
+            if routers:
+                balance = torch.stack([load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]).mean()
+            ((loss + CONFIG.balance_coefficient * balance) / 2).backward()
+            losses.append(float(loss.detach()))
+            balances.append(float(balance.detach()))
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = peaks[group["name"]] * rate(step, 0 if group["name"] in routers else delay)
+        optimizer.step()
+        optimizer.zero_grad()
+        yield sum(losses) / 2, sum(balances) / 2
+
+
+@pytest.mark.parametrize(("model", "fixture", "first"), [("fine-tuned", "mixture_checkpoint", 0), ("dense continued", "dense_checkpoint", 18)])
+def test_training_is_a_plain_loop_over_the_same_batches(model: str, fixture: str, first: int, run: Run, request: pytest.FixtureRequest) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(fixture), dtype=torch.float32)
+    expected = list(plain_loop(plain, run.batches[first : first + 18]))
+    steps = [step for step in of(run, model) if step.train_loss is not None]
+    assert [step.step for step in steps] == list(range(1, 10))
+    # The Trainer sums in another order, and AdamW magnifies rounding where gradients are near zero.
+    assert [step.train_loss for step in steps] == pytest.approx([loss for loss, _ in expected], rel=1e-4)
+    if model == "fine-tuned":
+        assert [step.balance_loss for step in steps] == pytest.approx([balance for _, balance in expected], rel=1e-3)
+    else:
+        assert all(step.balance_loss is None and step.layers == () for step in steps)
+
+
+def test_the_control_trains_on_the_same_batches_in_the_same_order(run: Run) -> None:
+    assert len(run.batches) == 2 * 18
+    assert all(torch.equal(ours, control) for ours, control in zip(run.batches[:18], run.batches[18:], strict=True))
+
+
+def test_every_block_is_met_once_an_epoch(run: Run, data: Path) -> None:
+    epoch = torch.cat(run.batches[:6])
+    assert sorted(epoch.tolist()) == sorted(read_blocks(data, "train").tolist())
+    assert not torch.equal(epoch, read_blocks(data, "train"))
+
+
+def test_tokens_are_counted_as_they_are_fed(run: Run) -> None:
+    for first, model in ((0, "fine-tuned"), (18, "dense continued")):
+        fed = [sum(ids.numel() for ids in run.batches[first : first + 2 * step]) for step in range(10)]
+        assert all(step.num_tokens == fed[step.step] for step in of(run, model))
+
+
+def test_the_loss_falls(run: Run) -> None:
+    for model, before in (("fine-tuned", "upcycled"), ("dense continued", "dense")):
+        losses = [step.train_loss for step in of(run, model) if step.train_loss is not None]
+        assert losses[-1] < losses[0] - 0.5
+        assert run.facts.evaluations[model].loss < run.facts.evaluations[before].loss - 0.5
+
+
+def test_every_layer_is_watched(run: Run) -> None:
+    steps = [step for step in of(run, "fine-tuned") if step.train_loss is not None]
+    for step in steps:
+        assert len(step.layers) == 2
+        for layer in step.layers:
+            assert len(layer.load) == 4
+            assert sum(layer.load) == pytest.approx(1.0, abs=1e-6)
+            assert 0 <= layer.entropy <= math.log(4)
+
+
+def test_the_history_on_disk_is_the_history(run: Run) -> None:
+    lines = [json.loads(line) for line in (run.output / "history.jsonl").read_text().splitlines()]
+    assert lines == json.loads(json.dumps([asdict(step) for step in run.facts.history]))
+    assert [(step.model, step.step) for step in run.facts.history if step.validation_loss is not None] == [
+        (model, step) for model in ("fine-tuned", "dense continued") for step in (3, 6, 9)
+    ]
+
+
+def test_progress_counts_the_steps_of_both_models(run: Run) -> None:
+    for model in ("fine-tuned", "dense continued"):
+        assert [report[1:] for report in run.progress if report[0] == f"training {model}"] == [(step, 9) for step in range(1, 10)]
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    ("model", "folder", "architecture"), [("fine-tuned", ".", "MixtralForCausalLM"), ("dense continued", "control", "LlamaForCausalLM")]
+)
+def test_the_best_step_is_saved_and_loads_in_plain_transformers(model: str, folder: str, architecture: str, run: Run, data: Path) -> None:
+    directory = run.output / folder
+    looks = {step.step: step.validation_loss for step in of(run, model) if step.validation_loss is not None}
+    best = min(looks, key=looks.__getitem__)
+    assert run.facts.best_steps[model] == best
+    loaded, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values())
+    assert type(loaded).__name__ == architecture
+    assert loaded.dtype == torch.float32
+    assert loaded.config.use_cache
+    # The same weights through another experts implementation.
+    assert held_out_loss(loaded.eval(), read_blocks(data, "validation")) == pytest.approx(looks[best], rel=1e-5)
+    evaluation = run.facts.evaluations[model]
+    assert evaluation.loss == pytest.approx(held_out_loss(loaded, read_blocks(data, "test")), rel=1e-5)
+    assert evaluation.num_parameters == sum(p.numel() for p in loaded.parameters())
+    assert AutoTokenizer.from_pretrained(directory)("a cat")["input_ids"][0] == 0
+
+
+def test_only_checkpoints_and_the_history_are_left(run: Run) -> None:
+    checkpoint = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in run.output.iterdir()} == checkpoint | {"control", "history.jsonl"}
+    assert {path.name for path in (run.output / "control").iterdir()} == checkpoint
+    assert run.facts.evaluations.keys() == {"dense", "upcycled", "fine-tuned", "dense continued"}
+    assert run.facts.precision == "float32"
+
+
+def test_two_runs_with_one_seed_are_equal_bit_for_bit(run: Run, start: Callable[..., Run]) -> None:
+    again = start(CONFIG)
+    for name in ("model.safetensors", "control/model.safetensors", "history.jsonl"):
+        assert (again.output / name).read_bytes() == (run.output / name).read_bytes()
+
+
+def test_another_seed_draws_other_batches(run: Run, start: Callable[..., Run]) -> None:
+    other = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 2}), seed=1)
+    assert not torch.equal(other.batches[0], run.batches[0])
+
+
+def test_without_control_there_is_none(start: Callable[..., Run]) -> None:
+    run = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 50}))  # more than there are steps: the last is looked at
+    assert not (run.output / "control").exists()
+    assert run.facts.evaluations.keys() == {"dense", "upcycled", "fine-tuned"}
+    assert run.facts.best_steps == {"fine-tuned": 2}
+    assert len(run.batches) == 2
+
+
+def test_only_the_routers_learn_in_their_warm_up(mixture_checkpoint: Path, start: Callable[..., Run]) -> None:
+    # The fourth step, of everything and with an absurd rate, is so much worse that the third is kept.
+    changes = {"steps": 4, "router_warmup_steps": 3, "eval_steps": 3, "learning_rate": 10.0}
+    run = start(SHORT.model_copy(update=changes))
+    assert run.facts.best_steps == {"fine-tuned": 3}
+    before, after = load_file(mixture_checkpoint / "model.safetensors"), load_file(run.output / "model.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
+    assert changed == {f"model.layers.{layer}.block_sparse_moe.gate.weight" for layer in (0, 1)}
+
+
+def test_the_best_weights_are_kept_whole_when_later_ones_are_worse(start: Callable[..., Run], data: Path) -> None:
+    """The Trainer by itself restores all but the experts and the routers, whose names on disk are not those in memory."""
+    run = start(SHORT.model_copy(update={"steps": 3, "eval_steps": 1, "learning_rate": 1.0, "control": True}))  # the first step helps, the next harm
+    for model, folder in (("fine-tuned", "."), ("dense continued", "control")):
+        looks = {step.step: step.validation_loss for step in of(run, model) if step.validation_loss is not None}
+        best = min(looks, key=looks.__getitem__)
+        assert best < 3
+        assert run.facts.best_steps[model] == best
+        assert held_out_loss(load_model(run.output / folder, torch.float32), read_blocks(data, "validation")) == looks[best]
+
+
+def test_training_stops_when_the_validation_loss_no_longer_falls(mixture_checkpoint: Path, start: Callable[..., Run]) -> None:
+    # Rates too small to change a weight: no look is better than the first.
+    changes = {"steps": 9, "eval_steps": 1, "patience": 2, "learning_rate": 1e-20, "router_learning_rate": 1e-20}
+    run = start(SHORT.model_copy(update=changes))
+    assert run.facts.best_steps == {"fine-tuned": 1}
+    assert max(step.step for step in run.facts.history) == 3
+    before, after = load_file(mixture_checkpoint / "model.safetensors"), load_file(run.output / "model.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_bfloat16_autocast_still_saves_float32(start: Callable[..., Run]) -> None:
+    run = start(SHORT.model_copy(update={"steps": 3, "eval_steps": 3, "precision": "bfloat16"}))
+    assert run.facts.precision == "bfloat16"
+    assert {tensor.dtype for tensor in load_file(run.output / "model.safetensors").values()} == {torch.float32}
+
+
+def test_a_loss_that_is_no_number_is_one_line(start: Callable[..., Run]) -> None:
+    with pytest.raises(UpcycleError) as excinfo:
+        start(SHORT.model_copy(update={"learning_rate": 1e30, "router_learning_rate": 1e30}))
+    assert re.fullmatch(r"finetune: the loss of fine-tuned is (nan|inf) at step \d; lower finetune\.learning_rate", str(excinfo.value))
+
+
+# What is told
+
+
+def test_equal_experts_give_the_routers_no_task_gradient_and_a_warning(dense_checkpoint: Path, start: Callable[..., Run], tmp_path: Path) -> None:
+    upcycle(dense_checkpoint, tmp_path, UpcycleConfig(num_experts=4, router=RouterConfig(logit_std=1.0)), 0, quiet)
+    facts = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 2}), mixture=tmp_path).facts
+    assert facts.router_task_gradient < 1e-6
+    assert facts.warnings[0] == (
+        f"the routers' task gradient was {facts.router_task_gradient:.0e} of the whole at the start: equal experts give a renormalizing router "
+        "nothing to learn from; it followed the balance loss until the experts came apart; set upcycle.experts.noise to start them apart"
+    )
+
+
+def test_the_task_gradient_is_the_routers_share_of_the_whole(run: Run, mixture_checkpoint: Path, data: Path) -> None:
+    model = load_model(mixture_checkpoint, torch.float32)
+    ids = read_blocks(data, "train")[:4]
+    model(ids, labels=ids).loss.backward()
+    routers = [p.grad.flatten() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]  # type: ignore[union-attr]
+    everything = [p.grad.flatten() for p in model.parameters()]  # type: ignore[union-attr]
+    assert len(routers) == 2
+    assert run.facts.router_task_gradient == pytest.approx(float(torch.cat(routers).norm() / torch.cat(everything).norm()), rel=1e-4)
+    assert run.facts.router_task_gradient > 1e-4
+    assert not [warning for warning in run.facts.warnings if "task gradient" in warning]
+
+
+def test_dead_experts_of_the_last_step_are_named() -> None:
+    def step(number: int, *loads: tuple[float, ...]) -> Step:
+        return Step("fine-tuned", number, 0, layers=tuple(LayerRouting(load, 1.0) for load in loads))
+
+    # A tenth of the share of one of four is .025.
+    history = [step(1, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4), step(2, (0.25,) * 4, (0.024, 0.9, 0.026, 0.0)), Step("dense continued", 2, 0)]
+    assert list(_warnings(history, 1.0)) == [
+        "layer 1: experts [0, 3] get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
+    ]
+    assert list(_warnings([Step("dense continued", 2, 0)], 1.0)) == []
+
+
+@pytest.mark.parametrize(
+    "fields", [{"warmup_steps": 5}, {"warmup_steps": 0, "router_warmup_steps": 5}, {"warmup_steps": 3, "router_warmup_steps": 2}]
+)
+def test_a_warm_up_as_long_as_the_training_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="warmup_steps and router_warmup_steps are 5 together; they must be fewer than steps, which is 5"):
+        FinetuneConfig(steps=5, **fields)

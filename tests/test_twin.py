@@ -1,0 +1,255 @@
+"""The quantized checkpoint: its integers, its twin in torch, and what was promised about both."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.errors import ExportError
+from export.family import DECODER_FAMILIES
+from export.package import write_package
+from export.quantization import dequantize, quantize
+from export.twin import FloatWeight, QuantizedWeight, QuantizeFacts, Twin, class_bits, estimate_bytes, quantize_checkpoint
+from upcycle.checkpoint import Checkpoint, open_checkpoint
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+QUANTIZED: tuple[Variant, ...] = ("int8", "int4")
+WIDE = QuantizeConfig(block_size=16)
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def make_mixture(directory: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
+    small = {
+        "vocab_size": 96, "hidden_size": 40, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**small | fields))
+    model.to(dtype).save_pretrained(directory)
+    return directory
+
+
+def make_twin(source: Path, output: Path, variant: Variant, config: QuantizeConfig = WIDE) -> QuantizeFacts:
+    output.mkdir()
+    return quantize_checkpoint(source, output, variant, config, silent)
+
+
+def data_bytes(path: Path) -> int:
+    """Bytes of a safetensors file after its header."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def shapes_of(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    return {name: entry.shape for name, entry in checkpoint.entries.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float32_twin_equals_its_source_bitwise(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = make_mixture(tmp_path / "source", dtype)
+    facts = make_twin(source, tmp_path / "twin", "float32")
+    expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == torch.float32
+        assert torch.equal(found[name], tensor.to(torch.float32)), name  # every half-precision number is a float32
+    assert not (tmp_path / "twin" / "quantized.safetensors").exists()
+    assert (facts.quantized_expert_share, facts.quantized_bytes, facts.num_quantized_tensors) == (0.0, 0, 0)
+    assert facts.expert_bytes == 2 * 4 * 3 * 40 * 44 * 4  # layers, experts, matrices, sizes, bytes
+
+
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_every_expert_is_quantized_and_routers_and_norms_are_not(tmp_path: Path, variant: Variant) -> None:
+    source = make_mixture(tmp_path / "source")
+    facts = make_twin(source, tmp_path / "twin", variant)
+    assert facts.quantized_expert_share == 1.0
+    expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
+    integers = load_file(tmp_path / "twin" / "quantized.safetensors")
+    assert found.keys() == expected.keys()
+    untouched = {name for name in expected if torch.equal(found[name], expected[name])}
+    assert untouched == {name for name in expected if "norm" in name or name.endswith("block_sparse_moe.gate.weight")}
+    assert integers.keys() == {f"{name}.{part}" for name in expected.keys() - untouched for part in ("codes", "scales")}
+    assert facts.num_quantized_tensors == len(expected) - len(untouched)
+    assert sum("experts" in name for name in integers) == 2 * 2 * 4 * 3  # codes and scales, layers, experts, matrices
+
+
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_the_twin_holds_what_the_integers_stand_for(tmp_path: Path, variant: Variant, block_size: Any) -> None:
+    source = make_mixture(tmp_path / "source")
+    config = QuantizeConfig(block_size=block_size, attention_bits="variant", embedding_bits=8)
+    make_twin(source, tmp_path / "twin", variant, config)
+    expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
+    twin = Twin(tmp_path / "twin")
+    own = 8 if variant == "int8" else 4
+    for name in twin.scheme["tensors"]:
+        bits = 8 if "embed" in name else own
+        direct = quantize(expected[name], bits, block_size)
+        weight = twin.weight(name)
+        assert isinstance(weight, QuantizedWeight)
+        assert (weight.bits, weight.block_size, weight.shape) == (bits, block_size, tuple(expected[name].shape))
+        assert torch.equal(weight.read().codes, direct.codes)
+        assert torch.equal(weight.read().scales, direct.scales)
+        assert torch.equal(found[name], dequantize(direct, expected[name].shape[1], bits))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_alone_loads_the_twin(tmp_path: Path, mixture_checkpoint: Path, variant: Variant) -> None:
+    make_twin(mixture_checkpoint, tmp_path / "twin", variant)
+    model, report = MixtralForCausalLM.from_pretrained(tmp_path / "twin", output_loading_info=True)
+    assert not any(report.values())  # no missing, unexpected or mismatched key
+    assert model.dtype == torch.float32
+    first_gate = load_file(tmp_path / "twin" / "model.safetensors")["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj[0][: len(first_gate)], first_gate)
+    texts = [AutoTokenizer.from_pretrained(path)("def f(x): return x").input_ids for path in (mixture_checkpoint, tmp_path / "twin")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_the_bytes_of_the_integers_follow_from_the_shapes(tmp_path: Path, variant: Variant, block_size: Any) -> None:
+    source = make_mixture(tmp_path / "source")
+    config = QuantizeConfig(block_size=block_size, attention_bits="variant", embedding_bits="variant")
+    facts = make_twin(source, tmp_path / "twin", variant, config)
+    block_bytes = block_size * (8 if variant == "int8" else 4) // 8 + 4  # codes and a float32 scale
+
+    def stored(rows: int, width: int) -> int:
+        return rows * -(-width // block_size) * block_bytes
+
+    experts = 2 * 4 * (2 * stored(44, 40) + stored(40, 44))
+    attention = 2 * (2 * stored(40, 40) + 2 * stored(8, 40))
+    assert facts.expert_bytes == experts
+    assert facts.quantized_bytes == experts + attention + stored(96, 40)
+    assert data_bytes(tmp_path / "twin" / "quantized.safetensors") == facts.quantized_bytes
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("lowering", ["fused", "unrolled"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_estimated_bytes_are_the_bytes_written(tmp_path: Path, variant: Variant, lowering: Any, tied: bool) -> None:
+    # Weights dominate: 0.5 M of them, against a graph of some 30 kB when it is unrolled.
+    source = make_mixture(
+        tmp_path / "source", hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
+        max_position_embeddings=16, tie_word_embeddings=tied,
+    )  # fmt: skip
+    config = QuantizeConfig(block_size=32)
+    make_twin(source, tmp_path / "twin", variant, config)
+    (tmp_path / "package").mkdir()
+    facts = write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(lowering=lowering, activation_bits=8), silent)
+    package, artifact = estimate_bytes(shapes_of(open_checkpoint(source)), DECODER_FAMILIES[0], variant, config)
+    weights = sum(data_bytes(path) for path in (tmp_path / "twin").glob("*.safetensors"))
+    assert artifact == weights
+    data = (tmp_path / "package" / "model.onnx.data").stat().st_size
+    # Beside the weights lie rotary tables of 2 kB, and every tensor starts at a multiple of a page or so.
+    assert package == pytest.approx(data, rel=0.03)
+    if lowering == "fused":  # an unrolled graph has a dozen nodes an expert, which count only in a toy
+        assert package == pytest.approx(facts.package_bytes, rel=0.03)
+    assert facts.package_bytes == data + (tmp_path / "package" / "model.onnx").stat().st_size
+
+
+def test_a_tensor_that_the_family_does_not_know_is_refused(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source")
+    tensors = {name: tensor.clone() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(40)}, source / "model.safetensors", {"format": "pt"})
+    message = "tensor 'model.layers.0.self_attn.q_proj.bias' is not known to the mixtral family; it can be neither quantized nor exported"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        make_twin(source, tmp_path / "twin", "int8")
+    assert list((tmp_path / "twin").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.embed_tokens.weight", "embedding"),
+        ("lm_head.weight", "embedding"),
+        ("model.norm.weight", "norm"),
+        ("model.layers.11.input_layernorm.weight", "norm"),
+        ("model.layers.0.post_attention_layernorm.weight", "norm"),
+        ("model.layers.0.self_attn.q_proj.weight", "attention"),
+        ("model.layers.0.self_attn.k_proj.weight", "attention"),
+        ("model.layers.0.self_attn.v_proj.weight", "attention"),
+        ("model.layers.0.self_attn.o_proj.weight", "attention"),
+        ("model.layers.3.block_sparse_moe.gate.weight", "router"),
+        ("model.layers.0.block_sparse_moe.experts.10.w1.weight", "experts"),
+        ("model.layers.0.block_sparse_moe.experts.0.w2.weight", "experts"),
+        ("model.layers.0.block_sparse_moe.experts.0.w3.weight", "experts"),
+    ],
+)
+def test_every_tensor_has_one_class(name: str, kind: str) -> None:
+    assert DECODER_FAMILIES[0].classify(name) == kind
+
+
+@pytest.mark.parametrize(
+    "name", ["", "model.norm", "model.layers.x.input_layernorm.weight", "model.layers.0.block_sparse_moe.experts.w1.weight", "x.lm_head.weight"]
+)
+def test_names_that_only_look_alike_have_none(name: str) -> None:
+    message = f"tensor '{name}' is not known to the mixtral family; it can be neither quantized nor exported"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        DECODER_FAMILIES[0].classify(name)
+
+
+@pytest.mark.parametrize(
+    ("variant", "attention", "embedding", "expected"),
+    [
+        ("float32", "variant", "variant", (32, 32, 32)),
+        ("float32", 8, 8, (32, 32, 32)),
+        ("int8", "variant", "variant", (8, 8, 8)),
+        ("int8", 8, 16, (8, 8, 32)),
+        ("int8", 16, 8, (8, 32, 8)),
+        ("int4", "variant", "variant", (4, 4, 4)),
+        ("int4", "variant", 8, (4, 4, 8)),
+        ("int4", 8, 16, (4, 8, 32)),
+        ("int4", 16, "variant", (4, 32, 4)),
+    ],
+)
+def test_bits_of_every_class(variant: Variant, attention: Any, embedding: Any, expected: tuple[int, int, int]) -> None:
+    bits = class_bits(variant, QuantizeConfig(attention_bits=attention, embedding_bits=embedding))
+    assert bits == {"experts": expected[0], "attention": expected[1], "embedding": expected[2], "router": 32, "norm": 32}
+
+
+def test_the_scheme_beside_the_twin_says_what_was_done(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source")
+    facts = make_twin(source, tmp_path / "twin", "int4")
+    scheme = json.loads((tmp_path / "twin" / "quantization.json").read_text())
+    assert scheme["variant"] == "int4"
+    assert scheme["bits"] == facts.bits
+    assert scheme["quantized_bytes"] == facts.quantized_bytes
+    assert len(scheme["tensors"]) == facts.num_quantized_tensors
+    with safe_open(tmp_path / "twin" / "quantized.safetensors", "pt") as file:
+        for name, bits in scheme["tensors"].items():
+            rows, blocks, block_bytes = file.get_slice(f"{name}.codes").get_shape()
+            assert block_bytes == 16 * bits // 8
+            assert file.get_slice(f"{name}.scales").get_shape() == [rows, blocks]
+
+
+def test_a_float_weight_is_read_as_it_is(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source")
+    make_twin(source, tmp_path / "twin", "int4")
+    name = "model.layers.1.block_sparse_moe.gate.weight"
+    weight = Twin(tmp_path / "twin").weight(name)
+    assert isinstance(weight, FloatWeight)
+    assert weight.shape == (4, 40)
+    np.testing.assert_array_equal(weight.read(), load_file(source / "model.safetensors")[name])
+
+
+def test_progress_counts_to_the_end_of_both_passes(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source")
+    (tmp_path / "twin").mkdir()
+    seen: list[tuple[str, int, int]] = []
+    quantize_checkpoint(source, tmp_path / "twin", "int8", WIDE, lambda *step: seen.append(step))
+    count = len(open_checkpoint(source).entries)
+    assert seen == [(what, n, count) for what in ("quantizing", "writing the twin") for n in range(1, count + 1)]
