@@ -28,7 +28,7 @@ from upcycle.config import TextData
 from upcycle.data import prepare_data, read_blocks, text_files
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
-from upcycle.receipt import write_receipt
+from upcycle.receipt import check_copies, write_receipt
 from upcycle.surgery import upcycle
 from upcycle.training import finetune
 
@@ -223,6 +223,7 @@ def run_upcycle(job: Job) -> Facts:
     config = job.recipe.upcycle
     plan = upcycle(job.inputs["source"], job.output, config, job.recipe.seed, job.progress)
     copied = config.experts.noise == 0
+    num_copies = check_copies(job.inputs["source"], job.output, plan, job.progress) if copied else 0
     receipt = write_receipt(job.inputs["source"], job.output, copied, config.num_experts_per_tok, job.recipe.data.block_size, job.progress)
     (job.output / RECEIPT_NAME).write_text(json.dumps([asdict(line) for line in receipt], indent=2) + "\n", encoding="utf-8")
     return {
@@ -233,6 +234,7 @@ def run_upcycle(job: Job) -> Facts:
         "num_active_parameters": plan.num_active_parameters,
         "num_bytes": plan.num_bytes,
         "dropped": list(plan.dropped),
+        "num_tensors_compared": num_copies,
         "receipt": [asdict(line) for line in receipt],
     }
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
-from upcycle.data import digest_texts, prepare_data, read_blocks, read_texts, text_files
+from upcycle.data import _thin, digest_texts, prepare_data, read_blocks, read_texts, text_files
 from upcycle.errors import UpcycleError
 from upcycle.python_docs import SPLITS, Document, PythonDocs
 
@@ -341,9 +341,7 @@ def test_each_split_has_a_limit_of_its_own(field: str, split: str, corpus: tuple
 
 
 @pytest.mark.parametrize("num_blocks", [10_000, 30_000])
-def test_no_block_is_taken_twice_from_a_large_set(num_blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle.data import _thin
-
+def test_no_block_is_taken_twice_from_a_large_set(num_blocks: int) -> None:
     blocks = torch.arange(num_blocks)[:, None]
     for wanted in (num_blocks - 1, num_blocks - 2, num_blocks - 7, num_blocks // 2 + 1):
         assert len(_thin(blocks, wanted).unique()) == wanted

@@ -1,6 +1,7 @@
 """The whole road: a run, its reuse, its resumption after kill -9 in every stage, and the embedded model through every variant."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from convert.artifact import lock
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "recipes" / "models" / "python-docs-4m"
@@ -110,16 +113,14 @@ def test_a_changed_recipe_makes_new_artifacts_beside_the_old(killed_run, tiny_re
     assert before < {path.name for path in workdir.iterdir()}
 
 
-def test_a_second_run_in_one_work_directory_is_refused(tiny_recipe):
-    workdir = tiny_recipe.parent / "two"
-    first = subprocess.Popen([sys.executable, "-m", "convert", "run", str(tiny_recipe), "--workdir", str(workdir)], stderr=subprocess.DEVNULL)
-    while not (workdir / "run.json").exists():
-        time.sleep(0.01)
-    second = dense2moe("run", tiny_recipe, "--workdir", workdir)
+def test_a_second_run_in_one_work_directory_is_refused(tiny_recipe, tmp_path):
+    workdir = tmp_path / "two"
+    with lock(workdir):
+        second = dense2moe("run", tiny_recipe, "--workdir", workdir)
     assert second.returncode == 1
-    expected = f"Error: {workdir}: another run (process {first.pid}) is using this work directory; wait for it to end, or give another --workdir\n"
+    expected = f"Error: {workdir}: another run (process {os.getpid()}) is using this work directory; wait for it to end, or give another --workdir\n"
     assert second.stderr == expected
-    assert first.wait() == 0
+    assert {path.name for path in workdir.iterdir()} == {".lock"}
 
 
 def test_a_broken_threshold_fails_the_run_after_the_report(killed_run, tiny_recipe, tmp_path):

@@ -69,7 +69,9 @@ def plan(directory: Path, num_experts: int = 4, num_experts_per_tok: int = 2) ->
     return plan_upcycle(open_checkpoint(directory), UpcycleConfig(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok))
 
 
-def edited(source: Path, target: Path, config: dict[str, Any] | None = None, tensors: Callable[[dict[str, torch.Tensor]], None] = len) -> Path:  # type: ignore[assignment]
+def edited(
+    source: Path, target: Path, config: dict[str, Any] | None = None, tensors: Callable[[dict[str, torch.Tensor]], Any] = lambda state: None
+) -> Path:
     """A copy of a checkpoint with other config fields and other tensors."""
     shutil.copytree(source, target, dirs_exist_ok=True)
     path = target / "config.json"

@@ -286,7 +286,7 @@ def test_a_layer_that_no_lowering_expresses_names_every_reason(wish: Any, reason
     ],
 )
 def test_each_layer_knows_the_oldest_runtime_that_computes_it(name: str, hidden: int, block: int, version: str, tmp_path: Path) -> None:
-    """Found by running these very layers on every release from 1.22 on: older ones refuse them or compute something else."""
+    """Found by running such layers on every minor release from 1.22 on: older ones refuse them or compute something else."""
     layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, block=block)
     assert WAYS[name].lowering.min_onnxruntime(layer) == version
 

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from upcycle.checkpoint import open_checkpoint
 from upcycle.config import RouterConfig, UpcycleConfig
 from upcycle.errors import UpcycleError
-from upcycle.receipt import ROUNDING_LIMIT, load_model, router_weights, write_receipt
+from upcycle.mapping import plan_upcycle
+from upcycle.receipt import ROUNDING_LIMIT, check_copies, load_model, router_weights, write_receipt
 from upcycle.surgery import upcycle
 
 MakeDense = Callable[..., Path]
@@ -191,3 +193,27 @@ def test_router_weights_are_found_in_order(dense_checkpoint: Path, mixture_check
     assert len(found) == 2
     assert all(torch.equal(weight, state[f"model.layers.{layer}.block_sparse_moe.gate.weight"]) for layer, weight in enumerate(found))
     assert list(router_weights(load_model(dense_checkpoint, torch.float32))) == []
+
+
+def test_every_kept_tensor_and_every_expert_is_read_back(dense_checkpoint: Path, tmp_path: Path) -> None:
+    mixture = make_mixture(dense_checkpoint, tmp_path / "mixture")
+    plan = plan_upcycle(open_checkpoint(dense_checkpoint), UpcycleConfig(num_experts=4))
+    num_layers = 2
+    num_routers = num_layers  # drawn, not copied
+    assert check_copies(dense_checkpoint, mixture, plan, quiet) == len(plan.writes) - num_routers
+
+
+@pytest.mark.parametrize("expert", range(4))
+def test_one_bit_of_any_expert_is_found(expert: int, dense_checkpoint: Path, tmp_path: Path) -> None:
+    mixture = make_mixture(dense_checkpoint, tmp_path / "mixture")
+    plan = plan_upcycle(open_checkpoint(dense_checkpoint), UpcycleConfig(num_experts=4))
+    name = EXPERT.format(layer=1, expert=expert, matrix="w2")
+
+    def flip(state: dict[str, torch.Tensor]) -> None:
+        state[name].view(torch.uint8)[0, 0] ^= 1
+
+    rewrite(mixture, flip)
+    with pytest.raises(UpcycleError) as caught:
+        check_copies(dense_checkpoint, mixture, plan, quiet)
+    source = "model.layers.1.mlp.down_proj.weight"
+    assert str(caught.value) == f"{mixture}: tensor '{name}' on disk differs from '{source}', of which it is a copy; check the disk"

@@ -133,6 +133,14 @@ def test_a_call_refused_leaves_the_cache_as_it_was(decoder: Decoder) -> None:
     np.testing.assert_array_equal(*(decoder.run(each, np.array([[5]]))["logits"] for each in (cache, other)))
 
 
+def test_onnxruntime_refuses_a_second_piece_of_several_rows(decoder: Decoder) -> None:
+    """Should it ever take one, `Decoder.run` may say so."""
+    cache = decoder.new_cache(2, 8)
+    decoder.run(cache, np.full((2, 3), 9))
+    with pytest.raises(RuntimeError, match="batch_size must be 1 when sequence_length > 1 and past context is given"):
+        decoder.run(cache, np.full((2, 3), 9))
+
+
 def test_an_empty_prompt_is_refused(decoder: Decoder) -> None:
     with pytest.raises(ExportError, match=r"^the prompt has no tokens; give some text$"):
         generate(decoder, [], 3)

@@ -25,8 +25,9 @@ from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from upcycle.checkpoint import TOKENIZER_NAMES
+from upcycle.checkpoint import TOKENIZER_NAMES, open_checkpoint
 from upcycle.errors import UpcycleError
+from upcycle.mapping import CopyExpert, Keep, UpcyclePlan
 from upcycle.progress import Progress
 
 ROUNDING_LIMIT = 1e-5
@@ -76,6 +77,27 @@ def write_receipt(source: Path, output: Path, copied: bool, num_experts_per_tok:
     if copied:
         _check(comparisons, num_experts_per_tok, output)
     return tuple(comparisons)
+
+
+def check_copies(source: Path, output: Path, plan: UpcyclePlan, progress: Progress) -> int:
+    """Read every kept tensor and every copied expert back and compare it with the dense one, bit by bit; returns how many there are.
+
+    The logits of a zero router show only the experts that a tie falls on; this shows all of them.
+
+    Raises:
+        UpcycleError: a tensor on disk is not the one that it was copied from.
+    """
+    dense, mixture = open_checkpoint(source), open_checkpoint(output)
+    copies = [write for write in plan.writes if isinstance(write.rule, Keep | CopyExpert)]
+    held_name, held = "", torch.empty(0)
+    for number, write in enumerate(copies, 1):
+        assert isinstance(write.rule, Keep | CopyExpert)
+        if write.rule.source != held_name:
+            held_name, held = write.rule.source, dense.read(write.rule.source)
+        if not torch.equal(mixture.read(write.spec.name).view(torch.uint8), held.view(torch.uint8)):
+            raise UpcycleError(f"{output}: tensor '{write.spec.name}' on disk differs from '{held_name}', of which it is a copy; check the disk")
+        progress("reading copies back", number, len(copies))
+    return len(copies)
 
 
 def _check(comparisons: list[Comparison], num_experts_per_tok: int, output: Path) -> None:

@@ -36,7 +36,7 @@ def refusal(layer: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly; each release from 1.22 to 1.32 was tried on the CPU."""
+    """The oldest onnxruntime that computes the layer rightly; every minor release from 1.22 to 1.32 was tried on the CPU."""
     gate = _quantized(layer.experts[0].gate)
     if gate.bits == 4 and layer.activation_bits == 8:
         return MIN_ONNXRUNTIME_INT8_ACTIVATIONS

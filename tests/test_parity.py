@@ -1,0 +1,393 @@
+"""Parity passes what is right, and catches and names what is not."""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
+
+from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from export.package import DATA_NAME, MODEL_NAME, write_package
+from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, measure_speed, same_experts
+from export.runtime import CPU, CUDA, Decoder
+from export.twin import quantize_checkpoint
+
+VARIANTS: tuple[Variant, ...] = get_args(Variant)
+BLOCKS = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(0))
+# Random weights lose more to quantization than trained ones; that question is not asked here.
+LIMITS = ParityConfig(max_perplexity_increase={"float32": 1e-4})
+ROUNDING = 5e-6  # float32 sums in another order: 1.5e-6 measured
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Exported(NamedTuple):
+    """A fine-tuned mixture, its twin, and its package."""
+
+    finetuned: Path
+    twin: Path
+    package: Path
+
+
+def export(finetuned: Path, directory: Path, variant: Variant, **config: Any) -> Exported:
+    twin, package = directory / "twin", directory / "package"
+    for path in (twin, package):
+        path.mkdir(parents=True)
+    quantize_checkpoint(finetuned, twin, variant, QuantizeConfig(), silent)
+    write_package(twin, package, OnnxConfig(**{"activation_bits": 32} | config), silent)
+    return Exported(finetuned, twin, package)
+
+
+@pytest.fixture(scope="module")
+def exports(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, Exported]:
+    """The mixture exported in every variant: float32 by MoE, int4 by QMoE, int8 unrolled. Shared: read only."""
+    return {variant: export(mixture_checkpoint, tmp_path_factory.mktemp(variant), variant) for variant in VARIANTS}
+
+
+def check(exported: Exported, variant: Variant, config: ParityConfig = LIMITS, rounds: bool = False) -> tuple[Parity, ProviderParity]:
+    parity = check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS, variant, rounds, config, silent)
+    result = parity.providers[CPU]
+    assert isinstance(result, ProviderParity)
+    return parity, result
+
+
+@torch.inference_mode()
+def logits_of(directory: Path, ids: torch.Tensor = BLOCKS) -> torch.Tensor:
+    return MixtralForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()(ids).logits.double()
+
+
+def perplexity(logits: torch.Tensor, ids: torch.Tensor = BLOCKS) -> float:
+    log_p = logits.log_softmax(-1)
+    return math.exp(-float(log_p[:, :-1].gather(-1, ids[:, 1:, None]).mean()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_right_export_passes(exports: dict[Variant, Exported], variant: Variant) -> None:
+    parity, result = check(exports[variant], variant)
+    assert parity.passed
+    assert parity.breaches == ()
+    if not torch.cuda.is_available():
+        assert parity.providers[CUDA] == "not run: no CUDA device"
+    assert [(check.name, check.num_tokens) for check in result.checks] == [
+        ("prefill, batch 1, 1 token", 1),
+        ("prefill, batch 1, 6 tokens", 6),
+        ("prefill, batch 1, 48 tokens", 48),
+        ("prefill, batch 3, 48 tokens, left padding", 48 + 38 + 27),  # a third and two thirds of the prompt's 32 are padding
+        ("16 decode steps after 32 tokens, batch 1", 48),
+        ("16 decode steps after 32 tokens, batch 3, left padding", 48 + 38 + 27),
+    ]
+    for each in result.checks:
+        assert each.relative_error < ROUNDING
+        assert each.top1_agreement == 1.0
+        assert each.num_tie_flips == 0
+        assert each.mean_error <= each.max_error
+    assert result.twin.routing_agreement == (1.0, 1.0)
+    assert max(result.twin.hidden_error) < ROUNDING
+    assert result.twin.kl < 1e-7  # the rounding of sums of 300 probabilities
+    assert min(result.prefill_tokens_per_second, result.decode_tokens_per_second) > 0
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_figures_equal_those_of_transformers(exports: dict[Variant, Exported], variant: Variant) -> None:
+    """The package computes what its twin does, so the twin's logits in torch give every figure a second time."""
+    exported = exports[variant]
+    _, result = check(exported, variant)
+    twin, finetuned = logits_of(exported.twin), logits_of(exported.finetuned)
+    # Losses are means of float32 logarithms.
+    assert result.perplexity == pytest.approx(perplexity(twin), rel=1e-6)
+    assert result.twin_perplexity == pytest.approx(perplexity(twin), rel=1e-6)
+    assert result.finetuned_perplexity == pytest.approx(perplexity(finetuned), rel=1e-6)
+    log_p, log_q = finetuned.log_softmax(-1), twin.log_softmax(-1)
+    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert result.finetuned.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)  # float32 logarithms that cancel
+    assert result.finetuned.max_error == pytest.approx(float((twin - finetuned).abs().max()), abs=1e-4)  # of logits up to 10
+    assert result.finetuned.mean_error == pytest.approx(float((twin - finetuned).abs().mean()), abs=1e-5)
+    assert result.finetuned.top1_agreement == pytest.approx(float((twin.argmax(-1) == finetuned.argmax(-1)).double().mean()))
+    if variant != "float32":
+        assert 0 < result.finetuned.hidden_error[0] < result.finetuned.hidden_error[1]  # errors grow by depth
+
+
+def test_rounded_activations_are_held_to_kl_alone(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    exported = export(mixture_checkpoint, tmp_path, "int8", activation_bits=8)
+    loose = LIMITS.model_copy(update={"max_kl": 0.1, "min_routing_agreement": 0.5})
+    assert check(exported, "int8", loose, rounds=True)[0].passed
+    breaches = check(exported, "int8", loose, rounds=False)[0].breaches
+    assert len(breaches) > 0
+    assert all("relative error" in breach for breach in breaches)
+
+
+def test_fewer_blocks_are_taken_evenly(exports: dict[Variant, Exported]) -> None:
+    _, result = check(exports["float32"], "float32", LIMITS.model_copy(update={"num_blocks": 4}))
+    kept = BLOCKS[[0, 1, 3, 4]]
+    assert result.finetuned_perplexity == pytest.approx(perplexity(logits_of(exports["float32"].finetuned, kept), kept), rel=1e-6)
+    _, result = check(exports["float32"], "float32", LIMITS.model_copy(update={"num_blocks": 100}))
+    assert result.finetuned_perplexity == pytest.approx(perplexity(logits_of(exports["float32"].finetuned)), rel=1e-6)
+
+
+# Planted faults, all in the last of two layers. A fault changes the package's weights by name.
+
+Weights = dict[str, np.ndarray]
+FUSED, UNROLLED = "layers.1.moe.fc", "layers.1.moe.expert."
+
+
+def swap_two_experts(weights: Weights) -> None:
+    for name in list(weights):
+        if name.startswith(FUSED):
+            weights[name] = weights[name][[1, 0, 2, 3]]
+        if name.startswith(f"{UNROLLED}0."):
+            other = name.replace(f"{UNROLLED}0.", f"{UNROLLED}1.")
+            weights[name], weights[other] = weights[other], weights[name]
+
+
+def swap_gate_and_up(weights: Weights) -> None:
+    for name in list(weights):
+        if name.startswith(f"{FUSED}1"):
+            interleaved = weights[name]
+            weights[name] = np.stack([interleaved[:, 1::2], interleaved[:, 0::2]], axis=2).reshape(interleaved.shape)
+        if name.startswith(UNROLLED) and ".gate." in name:
+            other = name.replace(".gate.", ".up.")
+            weights[name], weights[other] = weights[other], weights[name]
+
+
+def perturb_the_router(weights: Weights) -> None:
+    router = weights["layers.1.router.weight"]
+    weights["layers.1.router.weight"] = router + np.float32(0.2 * router.std()) * np.random.default_rng(0).standard_normal(router.shape, np.float32)
+
+
+def scale_one_expert_by_2_percent(weights: Weights) -> None:
+    for name in list(weights):
+        if name in (f"{FUSED}2.scales", f"{FUSED}2"):
+            weights[name] = weights[name] * np.float32([1, 1, 1.02, 1])[:, None, None]
+        if name == f"{UNROLLED}2.down.scales":
+            weights[name] = weights[name] * np.float32(1.02)
+
+
+def lose_a_head_to_nan(weights: Weights) -> None:
+    name = next(name for name in ("logits.weight", "logits.scales") if name in weights)
+    weights[name] = np.full_like(weights[name], np.nan)
+
+
+Fault = Callable[[Weights], None]
+FAULTS: tuple[Fault, ...] = (swap_two_experts, swap_gate_and_up, perturb_the_router, scale_one_expert_by_2_percent)
+
+
+def plant(exported: Exported, directory: Path, fault: Fault | None = None, epsilon: float | None = None) -> Exported:
+    """A copy of the package with the fault in it; `epsilon` is set in the norm before layer 1's attention."""
+    package = directory / "faulty"
+    shutil.copytree(exported.package, package)
+    proto = onnx.load(package / MODEL_NAME)
+    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
+    after = dict(before)
+    if fault is not None:
+        fault(after)
+        assert any(not np.array_equal(before[name], after[name]) for name in before)
+    for tensor in proto.graph.initializer:
+        assert after[tensor.name].dtype == before[tensor.name].dtype
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(after[tensor.name]), tensor.name))
+    for node in proto.graph.node:
+        if epsilon is not None and "layers.1.normed" in node.output:
+            next(attribute for attribute in node.attribute if attribute.name == "epsilon").f = epsilon
+    (package / DATA_NAME).unlink()
+    onnx.save(proto, package / MODEL_NAME)
+    return exported._replace(package=package)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_package_written_anew_without_a_fault_passes(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant) -> None:
+    assert check(plant(exports[variant], tmp_path), variant)[0].breaches == ()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_planted_fault_is_caught_and_its_layer_named(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Fault) -> None:
+    parity, result = check(plant(exports[variant], tmp_path, fault), variant)
+    assert not parity.passed
+    assert sum(each.num_tie_flips for each in result.checks) == 0  # a fault that changes the routing is no tie
+    assert result.worst_layer == 1
+    assert result.twin.routing_agreement[0] == 1.0
+    assert result.twin.hidden_error[0] < ROUNDING
+    assert result.twin.hidden_error[1] > 1e-3
+    named = re.compile(rf"^{CPU}: .* \(worst layer 1: routing agreement [01]\.\d{{4}}, hidden error \d\.\de-0\d\)$")
+    assert all(named.match(breach) for breach in parity.breaches)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_another_epsilon_is_caught(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant) -> None:
+    parity, result = check(plant(exports[variant], tmp_path, epsilon=1e-2), variant)
+    assert any("relative error" in breach for breach in parity.breaches)
+    assert result.worst_layer == 1
+
+
+def test_a_perturbed_router_shows_in_the_routing_and_swapped_experts_do_not(exports: dict[Variant, Exported], tmp_path: Path) -> None:
+    for fault, agrees in ((perturb_the_router, False), (swap_two_experts, True)):
+        _, result = check(plant(exports["float32"], tmp_path / fault.__name__, fault), "float32")
+        assert (result.twin.routing_agreement[1] == 1.0) is agrees
+
+
+def test_nan_is_caught_and_stays_nan(exports: dict[Variant, Exported], tmp_path: Path) -> None:
+    parity, result = check(plant(exports["float32"], tmp_path, lose_a_head_to_nan), "float32")
+    worst = f"(worst layer 1: routing agreement 1.0000, hidden error {result.twin.hidden_error[1]:.1e})"
+    assert parity.breaches == (
+        *(f"{CPU}: {each.name}: relative error nan > 1e-03 {worst}" for each in result.checks),
+        f"{CPU}: KL from the twin nan > 1e-03 {worst}",
+        f"{CPU}: perplexity nan is +nan% of the fine-tuned model's; at most +0.01% {worst}",
+    )
+    assert math.isnan(result.twin.max_error)
+
+
+def enlarge_the_head(weights: Weights) -> None:
+    name = next(name for name in ("logits.weight", "logits.scales") if name in weights)
+    weights[name] = weights[name] * np.float32(1e4)
+
+
+def test_a_perplexity_beyond_all_numbers_is_a_breach(exports: dict[Variant, Exported], tmp_path: Path) -> None:
+    parity, result = check(plant(exports["float32"], tmp_path, enlarge_the_head), "float32")
+    assert result.perplexity == math.inf
+    assert parity.breaches[-1].startswith(f"{CPU}: perplexity inf is +inf% of the fine-tuned model's; at most +0.01% (worst layer ")
+
+
+def tie(source: Path, directory: Path, layer: int, difference: float) -> Path:
+    """A checkpoint whose router of `layer` has two rows that are equal, but for a noise of size `difference`."""
+    shutil.copytree(source, directory)
+    tensors = {name: tensor.clone() for name, tensor in load_file(directory / "model.safetensors").items()}
+    router = tensors[f"model.layers.{layer}.block_sparse_moe.gate.weight"]
+    router[2] = router[1] + difference * torch.randn(router.shape[1], generator=torch.Generator().manual_seed(0))
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return directory
+
+
+@pytest.mark.parametrize("difference", [0.0, 1e-7])
+@pytest.mark.parametrize("lowering", ["fused", "unrolled"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_flips_of_ties_are_counted_apart(mixture_checkpoint: Path, tmp_path: Path, layer: int, lowering: str, difference: float) -> None:
+    finetuned = tie(mixture_checkpoint, tmp_path / "tied", layer, difference)
+    exported = export(finetuned, tmp_path, "float32", lowering=lowering)
+    parity, result = check(exported, "float32")
+    assert sum(each.num_tie_flips for each in result.checks) > 0
+    assert all(each.relative_error < ROUNDING for each in result.checks)
+    assert not any("relative error" in breach for breach in parity.breaches)
+    assert result.twin.max_error > 0.1  # the flips are real: another expert computed
+
+
+def test_a_fault_is_no_tie(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    finetuned = tie(mixture_checkpoint, tmp_path / "tied", 1, 0.0)
+    exported = plant(export(finetuned, tmp_path, "float32"), tmp_path, perturb_the_router)
+    parity, _ = check(exported, "float32")
+    assert any("relative error" in breach for breach in parity.breaches)
+
+
+def test_ties_between_equal_experts_are_no_flips(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    finetuned = tie(mixture_checkpoint, tmp_path / "tied", 1, 0.0)
+    tensors = {name: tensor.clone() for name, tensor in load_file(finetuned / "model.safetensors").items()}
+    for name in tensors:
+        if ".layers.1.block_sparse_moe.experts.2." in name:
+            tensors[name] = tensors[name.replace("experts.2.", "experts.1.")].clone()
+    save_file(tensors, finetuned / "model.safetensors", {"format": "pt"})
+    parity, result = check(export(finetuned, tmp_path, "float32"), "float32")
+    assert parity.passed
+    assert sum(each.num_tie_flips for each in result.checks) == 0
+    assert all(each.relative_error < ROUNDING for each in result.checks)
+
+
+# Thresholds, on figures made by hand.
+
+SAME = Agreement(max_error=0.0, mean_error=0.0, kl=0.0, top1_agreement=1.0, routing_agreement=(1.0, 1.0, 1.0), hidden_error=(0.0, 1e-6, 2e-6))
+FIGURES = ProviderParity(
+    onnxruntime="1.32.0",
+    checks=(Check("prefill", 8, 0.0, 0.0, 1e-6, 1.0, 0), Check("decode", 8, 0.0, 0.0, 1e-6, 1.0, 0)),
+    twin=SAME,
+    finetuned=SAME,
+    perplexity=10.0,
+    twin_perplexity=10.0,
+    finetuned_perplexity=10.0,
+    worst_layer=2,
+    prefill_tokens_per_second=1.0,
+    decode_tokens_per_second=1.0,
+)
+WORST = "(worst layer 2: routing agreement 1.0000, hidden error 2.0e-06)"
+
+
+def test_figures_within_every_threshold_break_none() -> None:
+    assert find_breaches(FIGURES, "float32", False, ParityConfig()) == []
+
+
+def test_figures_at_a_threshold_do_not_break_it() -> None:
+    config = ParityConfig(max_relative_error=1e-6, max_kl=0.0, min_routing_agreement=1.0, max_perplexity_increase={"float32": 0.0})
+    assert find_breaches(FIGURES, "float32", False, config) == []
+
+
+def test_every_breach_is_one_line_that_names_the_worst_layer() -> None:
+    result = replace(
+        FIGURES,
+        checks=(FIGURES.checks[0], replace(FIGURES.checks[1], relative_error=0.25)),
+        twin=replace(SAME, kl=0.03, routing_agreement=(1.0, 0.5, 0.25), hidden_error=(0.0, 0.5, 0.75)),
+        perplexity=10.5,
+    )
+    worst = "(worst layer 2: routing agreement 0.2500, hidden error 7.5e-01)"
+    assert find_breaches(result, "int8", False, ParityConfig()) == [
+        f"decode: relative error 2.5e-01 > 1e-03 {worst}",
+        f"KL from the twin 3.0e-02 > 1e-03 {worst}",
+        f"routing agreement with the twin 0.2500 < 0.97 {worst}",
+        f"perplexity 10.5000 is +5.00% of the fine-tuned model's; at most +0.50% {worst}",
+    ]
+    assert find_breaches(result, "int8", True, ParityConfig()) == find_breaches(result, "int8", False, ParityConfig())[1:]
+
+
+def test_perplexity_is_held_to_the_variants_own_limit() -> None:
+    result = replace(FIGURES, perplexity=10.2)
+    config = ParityConfig(max_perplexity_increase={"int8": 0.01, "int4": 0.03})
+    breach = f"perplexity 10.2000 is +2.00% of the fine-tuned model's; at most +1.00% {WORST}"
+    assert {variant: find_breaches(result, variant, False, config) for variant in VARIANTS} == {"float32": [], "int8": [breach], "int4": []}
+    assert find_breaches(replace(FIGURES, perplexity=9.0), "int8", False, config) == []  # better is no breach
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"checks": (replace(FIGURES.checks[0], relative_error=math.nan),)}, "prefill: relative error nan > 1e-03"),
+        ({"twin": replace(SAME, kl=math.nan)}, "KL from the twin nan > 1e-03"),
+        ({"perplexity": math.nan}, "perplexity nan is +nan% of the fine-tuned model's; at most +0.01%"),
+        ({"perplexity": math.inf}, "perplexity inf is +inf% of the fine-tuned model's; at most +0.01%"),
+    ],
+)
+def test_what_is_not_a_number_breaks_its_threshold(changes: dict[str, Any], start: str) -> None:
+    assert find_breaches(replace(FIGURES, **changes), "float32", False, ParityConfig()) == [f"{start} {WORST}"]
+
+
+def test_the_same_experts_in_another_order_are_the_same() -> None:
+    ours = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
+    theirs = torch.tensor([[2.0, 3.0, 1.0, 0.0], [3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
+    assert same_experts(ours, theirs, 2).tolist() == [True, False, False]
+    assert same_experts(ours, theirs, 4).tolist() == [True, True, True]
+    assert same_experts(ours, theirs, 1).tolist() == [False, True, False]
+
+
+def test_speed_is_measured_within_the_context(exports: dict[Variant, Exported]) -> None:
+    decoder = Decoder(exports["float32"].package, num_threads=1)
+    for length in (1, 48, 256):  # the last leaves no room for decoding, unless the prompt is cut
+        prefill, decode = measure_speed(decoder, torch.full((length,), 5), num_tokens=4, repeats=1)
+        assert prefill > 0
+        assert decode > 0
+
+
+def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
+    seen: list[tuple[str, int, int]] = []
+    exported = exports["float32"]
+    check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:2], "float32", False, LIMITS, lambda *step: seen.append(step))
+    assert seen[0] == ("checking logits", 0, 3)
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+    assert seen[-1] == ("comparing with the fine-tuned model", 3, 3)
