@@ -298,6 +298,13 @@ def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned,
     assert line in "".join(Outline(written(facts)).text)
 
 
+def test_a_win_by_less_than_the_digits_shown_is_no_win(facts):
+    facts["finetune"]["evaluations"]["fine-tuned"]["perplexity"] = 12.3049 - 1e-5
+    line = verdict_lines(facts)[1]
+    assert line.startswith("NOT lower by more than rounding: ")
+    assert "12.30 against 12.30" in line
+
+
 def test_the_verdict_compares_each_variant_with_float32_onnx(facts):
     lines = verdict_lines(facts)[2:]
     assert lines[0] == "ONNX float32: perplexity 11.23, less than 0.01 % above the fine-tuned torch model's; parity passed."
