@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; only the com
 
 _STAGES = ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report")
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
@@ -52,9 +53,9 @@ def _mendable(function: Callable[_P, _R]) -> Callable[_P, _R]:
 def _disk_error(error: BaseException | None) -> OSError | None:
     """The disk's or the file system's refusal behind an exception; libraries written in Rust only quote its number."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             return error
-        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        for number in _DISK_ERRORS:
             if f"(os error {number})" in str(error):
                 return OSError(number, os.strerror(number))
         error = error.__cause__ or error.__context__
@@ -180,7 +181,7 @@ def generate(
     package = _find_package(directory, variant)
     decoder = Decoder(package, CUDA if cuda else CPU)
     tokenizer = _load_tokenizer(package)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
     ids: list[int] = tokenizer(text)["input_ids"]
     marks_start = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
     if not marks_start and tokenizer.bos_token_id is not None:

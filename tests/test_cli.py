@@ -134,3 +134,20 @@ def test_generate_of_no_package_says_what_to_give(tmp_path):
     code, output = invoke("generate", tmp_path, "--prompt", "x")
     assert code == 1
     assert output == f"Error: {tmp_path}: no model.onnx; it must be an ONNX package, as `dense2moe run` writes it\n"
+
+
+def test_a_reader_that_goes_away_is_no_error(recipe, tmp_path):
+    """`dense2moe schema | head -1`: the pipe breaks, and nothing is said of it."""
+    command = f'"{sys.executable}" -m convert schema | head -1'
+    finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert finished.stdout == "{\n"
+    assert finished.stderr == ""
+
+
+def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
+    def fail(*_):
+        raise FileNotFoundError(2, "planted")
+
+    monkeypatch.setattr("convert.stages.prepare", fail)
+    with pytest.raises(FileNotFoundError, match="planted"):
+        invoke("check", recipe())

@@ -31,6 +31,7 @@ data:
 upcycle: {{num_experts: {num_experts}}}
 finetune: {{steps: {steps}, eval_steps: {steps}, warmup_steps: 1, batch_size: 4}}
 variants: [{variants}]
+quantize: {{block_size: 16}}
 parity: {{num_blocks: 4, decode_steps: 8}}
 """
 
