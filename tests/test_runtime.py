@@ -220,3 +220,21 @@ def test_the_first_of_equal_logits_is_the_greedy_one() -> None:
 
 def test_large_logits_overflow_nothing() -> None:
     assert draw([-1e30, 1e30, 3e38], Sampling(temperature=0.7), 10) == {2: 1.0}
+
+
+@pytest.mark.gpu
+def test_cuda_computes_what_the_cpu_does(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    """Float32 on both sides; 1e-3 relative, since CUDA's products may use TF32."""
+    if "CUDAExecutionProvider" not in ort.get_available_providers() or not torch.cuda.is_available():
+        pytest.skip("no CUDA device, or no onnxruntime-gpu")
+    twin, package = tmp_path / "twin", tmp_path / "package"
+    twin.mkdir()
+    package.mkdir()
+    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(), lambda *_: None)
+    write_package(twin, package, OnnxConfig(), lambda *_: None)
+    ids = np.arange(2, 34, dtype=np.int64)[None]
+    logits = [
+        (decoder := Decoder(package, provider)).run(decoder.new_cache(1, 32), ids)["logits"]
+        for provider in ("CPUExecutionProvider", "CUDAExecutionProvider")
+    ]
+    assert np.abs(logits[0] - logits[1]).max() / np.abs(logits[0]).max() < 1e-3

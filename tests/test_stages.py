@@ -1,0 +1,57 @@
+"""Stages: what is known before any work, and sources on the hub."""
+
+import pytest
+
+from convert.errors import RecipeError
+from convert.recipe import load_recipe
+from convert.stages import prepare
+
+HUB = """\
+source: {hub: nobody/tiny-llama, revision: abc123}
+data:
+  source: {kind: python-docs}
+  block_size: 32
+"""
+
+
+@pytest.fixture
+def hub_recipe(tmp_path):
+    path = tmp_path / "hub.yaml"
+    path.write_text(HUB, encoding="utf-8")
+    return load_recipe(path)
+
+
+def test_a_hub_source_is_fetched_at_its_revision_without_pickles(hub_recipe, dense_checkpoint, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo_id, revision, allow_patterns):
+        asked.update(repo_id=repo_id, revision=revision, allow_patterns=allow_patterns)
+        return str(dense_checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    preparation = prepare(hub_recipe, lambda *_: None)
+    assert (asked["repo_id"], asked["revision"]) == ("nobody/tiny-llama", "abc123")
+    assert not any(pattern.endswith((".bin", ".pt", ".py")) or pattern == "*" for pattern in asked["allow_patterns"])
+    assert preparation.origin == "nobody/tiny-llama@abc123"
+    assert preparation.checkpoint.directory == dense_checkpoint
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(hub_recipe, monkeypatch):
+    def snapshot_download(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(RecipeError) as caught:
+        prepare(hub_recipe, lambda *_: None)
+    assert str(caught.value) == (
+        "source: nobody/tiny-llama at revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); "
+        "check the id, or give a path"
+    )
+
+
+def test_a_block_longer_than_the_context_is_refused(tmp_path, dense_checkpoint):
+    path = tmp_path / "long.yaml"
+    path.write_text(f"source: {dense_checkpoint}\ndata: {{source: {{kind: python-docs}}, block_size: 1024}}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        prepare(load_recipe(path), lambda *_: None)
+    assert str(caught.value) == f"{path}: data.block_size: is 1024; must be at most the model's context, which is 256"
