@@ -105,7 +105,8 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     """
     from convert.pipeline import run_pipeline
     from convert.progress import ProgressDisplay
-    from convert.report import HTML_NAME, summary_table, verdict_lines
+    from convert.report import HTML_NAME
+    from convert.summary import summary_table, verdict_lines
 
     preparation = _prepare(recipe)
     workdir = workdir or _default_workdir(preparation)
@@ -129,7 +130,8 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
 def show(directory: Path) -> None:
     """Show the results of RUN, a work directory: its summary table, or how far it came."""
     from convert.artifact import open_artifact
-    from convert.report import HTML_NAME, summary_table, verdict_lines
+    from convert.report import HTML_NAME
+    from convert.summary import summary_table, verdict_lines
 
     state = _read_run(directory)
     click.echo(f"{state['name']}: {state['status']} ({state['recipe']})")

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from convert.report import Row, summarize, summary_table, verdict_lines, write_report
+from convert.report import write_report
+from convert.summary import Row, summarize, summary_table, verdict_lines
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nupcycle:\n  num_experts: 4\n"

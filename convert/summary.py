@@ -1,0 +1,167 @@
+"""The summary: a row for each model, and what the numbers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from convert.numerals import NONE, agree, describe_change, format_agreement, format_perplexity, format_rounded, format_share, format_size
+
+TORCH_MODELS = ("dense", "upcycled", "dense continued", "fine-tuned")
+COLUMNS = ("Model", "Perplexity", "Size", "Top-1 agreement", "Routing agreement", "Decode tokens/s", "Prefill tokens/s", "Parity")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model in the summary; agreement is with the fine-tuned torch model, routing agreement that of the worst layer, both shares."""
+
+    name: str
+    perplexity: float | None
+    size_bytes: int
+    top1_agreement: float | None
+    routing_agreement: float | None
+    decode_tokens_per_second: float | None
+    prefill_tokens_per_second: float | None
+    passed: bool | None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One finding in a sentence: good, bad, or neither."""
+
+    text: str
+    good: bool | None
+
+
+def summarize(facts: dict[str, Any]) -> list[Row]:
+    """One row for each torch model and each ONNX variant, in the order in which they came to be.
+
+    A variant's figures are those of the CPU, which parity always runs on, or else of the first provider that ran.
+    """
+    evaluations = facts["finetune"]["evaluations"]
+    rows = []
+    for name in TORCH_MODELS:
+        if name in evaluations:
+            e = evaluations[name]
+            rows.append(Row(name, e["perplexity"], e["weight_bytes"], None, None, e["decode_tokens_per_second"], None, None))
+    for name, variant in facts["variants"].items():
+        measured, size, passed = find_measured(variant), variant["onnx"]["package_bytes"], variant["parity"]["passed"]
+        if measured is None:
+            rows.append(Row(f"ONNX {name}", None, size, None, None, None, None, passed))
+            continue
+        agreement = measured["finetuned"]
+        routing, decode = min(agreement["routing_agreement"], default=None), measured["decode_tokens_per_second"]
+        prefill, perplexity = measured["prefill_tokens_per_second"], measured["perplexity"]
+        rows.append(Row(f"ONNX {name}", perplexity, size, agreement["top1_agreement"], routing, decode, prefill, passed))
+    return rows
+
+
+def summary_table(facts: dict[str, Any]) -> Table:
+    """The summary for the terminal; fits in 100 columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for number, header in enumerate(COLUMNS):
+        justify: Literal["left", "right"] = "left" if number in (0, len(COLUMNS) - 1) else "right"
+        table.add_column(header.replace(" ", "\n"), justify=justify, vertical="bottom", no_wrap=True)
+    rows = summarize(facts)
+    for number, row in enumerate(rows):
+        *cells, parity = (Text(cell) for cell in row_cells(row))
+        parity.stylize({True: "green", False: "bold red", None: "dim"}[row.passed])
+        following = rows[number + 1] if number + 1 < len(rows) else row
+        table.add_row(*cells, parity, end_section=row.passed is None and following.passed is not None)
+    return table
+
+
+def verdict_lines(facts: dict[str, Any]) -> list[str]:
+    """What the numbers say, in plain sentences: upcycling, fine-tuning, and each variant."""
+    return [verdict.text for verdict in judge(facts)]
+
+
+def judge(facts: dict[str, Any]) -> Iterator[Verdict]:
+    """What the numbers say, in order: upcycling, fine-tuning, each variant."""
+    evaluations = facts["finetune"]["evaluations"]
+    yield _upcycling_verdict(evaluations["dense"]["perplexity"], evaluations["upcycled"]["perplexity"])
+    yield _finetuning_verdict(facts)
+    variants = facts["variants"]
+    reference = find_measured(variants["float32"]) if "float32" in variants else None
+    for name, variant in variants.items():
+        yield _variant_verdict(name, variant, reference)
+    if not variants:
+        yield Verdict("No ONNX variant was asked for, so nothing was exported and no parity was checked.", None)
+
+
+def _upcycling_verdict(dense: float, upcycled: float) -> Verdict:
+    figures = f"{format_perplexity(dense, 5)} dense, {format_perplexity(upcycled, 5)} upcycled"
+    if agree(dense, upcycled, 4):
+        return Verdict(f"Upcycling kept the perplexity to 4 digits: {figures}, before any training.", True)
+    return Verdict(f"Upcycling did NOT keep the perplexity to 4 digits: {figures}, before any training.", False)
+
+
+def _finetuning_verdict(facts: dict[str, Any]) -> Verdict:
+    evaluations = facts["finetune"]["evaluations"]
+    tuned = evaluations["fine-tuned"]["perplexity"]
+    if "dense continued" not in evaluations:
+        dense = evaluations["dense"]["perplexity"]
+        return Verdict(
+            f"Fine-tuning took the perplexity from {format_perplexity(dense)} to {format_perplexity(tuned)}; "
+            "without a dense control (finetune.control) the report cannot say whether the mixture helped or the tokens did.",
+            None,
+        )
+    control = evaluations["dense continued"]["perplexity"]
+    figures = f"{format_perplexity(tuned)} against {format_perplexity(control)}"
+    if tuned < control and agree(tuned, control, 4):
+        return Verdict(
+            f"NOT lower by more than rounding: the fine-tuned mixture and the dense model continued on the same tokens agree to 4 digits; "
+            f"perplexity {figures}.",
+            None,
+        )
+    if tuned < control:
+        return Verdict(
+            "The fine-tuned mixture beats the dense model continued on the same tokens: "
+            f"perplexity lower by {format_share(1 - tuned / control)}, {figures}.",
+            True,
+        )
+    return Verdict(
+        f"NOT lower: the fine-tuned mixture does not beat the dense model continued on the same tokens; perplexity {figures}, "
+        f"{describe_change(tuned, control)} the control's.",
+        False,
+    )
+
+
+def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, Any] | None) -> Verdict:
+    measured, parity = find_measured(variant), variant["parity"]
+    if measured is None:
+        text = "perplexity not measured"
+    elif reference is None or name == "float32":
+        change = describe_change(measured["perplexity"], measured["finetuned_perplexity"])
+        text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} the fine-tuned torch model's"
+    else:
+        change = describe_change(measured["perplexity"], reference["perplexity"])
+        text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} float32 ONNX's"
+    if parity["passed"]:
+        return Verdict(f"ONNX {name}: {text}; parity passed.", True)
+    return Verdict(f"ONNX {name}: {text}; parity FAILED: {'; '.join(parity['breaches']) or 'no reason given'}.", False)
+
+
+def find_measured(variant: dict[str, Any]) -> dict[str, Any] | None:
+    """The figures of the CPU provider, or of the first that ran; a provider that did not run is a sentence."""
+    ran = {name: found for name, found in variant["parity"]["providers"].items() if isinstance(found, dict)}
+    return ran.get("CPUExecutionProvider") or next(iter(ran.values()), None)
+
+
+def row_cells(row: Row) -> tuple[str, ...]:
+    """A row as the texts of `COLUMNS`."""
+    return (
+        row.name,
+        format_perplexity(row.perplexity),
+        format_size(row.size_bytes),
+        format_agreement(row.top1_agreement),
+        format_agreement(row.routing_agreement),
+        format_rounded(row.decode_tokens_per_second),
+        format_rounded(row.prefill_tokens_per_second),
+        {True: "passed", False: "FAILED", None: NONE}[row.passed],
+    )
