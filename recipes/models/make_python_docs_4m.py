@@ -9,6 +9,7 @@ writes a Hugging Face checkpoint in bfloat16 with its tokenizer and a model card
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import platform
@@ -47,6 +48,14 @@ def train_tokenizer(docs: PythonDocs) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
     )
+
+
+def name_tokenizer_class(path: Path) -> None:
+    """Name the class as transformers 4 and other readers know it; transformers 5 writes a name of its own."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings.pop("backend", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
@@ -158,6 +167,7 @@ def main() -> None:
     minutes = (time.monotonic() - started) / 60
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
+    name_tokenizer_class(arguments.output / "tokenizer_config.json")
     GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=1).save_pretrained(arguments.output)
     model = LlamaForCausalLM.from_pretrained(arguments.output, dtype=torch.float32)
     losses = {split: held_out_loss(model, streams[split]) for split in ("validation", "test")}
