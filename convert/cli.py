@@ -74,8 +74,12 @@ def main() -> None:
 def check(recipe: Path) -> None:
     """Read RECIPE and everything it names, and say whether a run could start."""
     preparation = _prepare(recipe)
-    plan = preparation.plan
-    click.echo(f"{recipe}: good. {plan.family.architecture} to {plan.family.target_architecture}, {', '.join(preparation.lowerings)}")
+    conversion = preparation.plan.conversion
+    exports = ", ".join(preparation.lowerings) or "no ONNX yet"
+    click.echo(f"{recipe}: good. {conversion.family.architecture} to {conversion.target.architecture}, {exports}")
+    if preparation.last_stage is not None:
+        last, reason = preparation.last_stage
+        click.echo(f"{reason}; run it with --until {last}")
 
 
 @main.command()

@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from convert import stages
 from convert.artifact import Artifact, artifact_key, build, check_space, code_digest, find, lock
+from convert.errors import RecipeError
 from convert.progress import ProgressDisplay
 from convert.stages import Facts, Job, Preparation, StageFunction
 from export.config import Variant
@@ -34,7 +35,7 @@ class Stage:
 PIPELINE: tuple[Stage, ...] = (
     Stage("source", (), stages.source_settings, stages.run_source, ("upcycle",)),
     Stage("data", ("source",), stages.data_settings, stages.run_data, ("upcycle",)),
-    Stage("upcycle", ("source",), stages.upcycle_settings, stages.run_upcycle, ("upcycle",)),
+    Stage("upcycle", ("source", "data"), stages.upcycle_settings, stages.run_upcycle, ("upcycle",)),
     Stage("finetune", ("source", "data", "upcycle"), stages.finetune_settings, stages.run_finetune, ("upcycle",)),
     Stage("quantize", ("finetune",), stages.quantize_settings, stages.run_quantize, ("upcycle", "export"), each_variant=True),
     Stage("onnx", ("quantize",), stages.onnx_settings, stages.run_onnx, ("upcycle", "export"), each_variant=True),
@@ -105,6 +106,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
         ArtifactError: the work directory is in use or not writable, or the disk too small.
         UpcycleError, ExportError: a stage refused its input.
     """
+    refuse_beyond_last_stage(preparation, until)
     tasks = plan_tasks(preparation, until)
     with lock(workdir):
         artifacts = {task.label: artifact for task in tasks if (artifact := find(workdir, task.label, task.key))}
@@ -125,6 +127,19 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
         )
         _record(workdir, preparation, tasks, artifacts, "breached" if breaches else "finished")
         return Outcome(artifacts, breaches)
+
+
+def refuse_beyond_last_stage(preparation: Preparation, until: StageName) -> None:
+    """Refuse a run that goes on beyond what there is for its target, before any work.
+
+    Raises:
+        RecipeError: the reason, and how far it can be run.
+    """
+    if preparation.last_stage is None:
+        return
+    last, reason = preparation.last_stage
+    if STAGE_NAMES.index(until) > STAGE_NAMES.index(cast(StageName, last)):
+        raise RecipeError(f"{preparation.loaded.path}: {reason}; run it with --until {last}")
 
 
 def _walk(preparation: Preparation, until: StageName) -> Iterator[tuple[Stage, Variant | None]]:

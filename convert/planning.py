@@ -2,29 +2,117 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import assert_never
 
 from rich.filesize import decimal
 from rich.table import Table
 
 from convert.stages import Preparation
+from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, UpcyclePlan, Write, Zeros
 
 _ADAM_BYTES = 16  # float32 weight, gradient and two moments a parameter
 
 
 def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
-    """Two tables: the models with their parameters, and the artifacts with their bytes against the disk and the memory that a run needs."""
-    plan, dense, recipe = preparation.plan, preparation.checkpoint, preparation.loaded.recipe
-    models = Table(title=f"{preparation.loaded.name}: {plan.family.architecture} to {plan.family.target_architecture}", title_justify="left")
+    """The models with their parameters, where every tensor comes from, the config's values, and the artifacts with what they need of the machine."""
+    return _models(preparation), _tensors(preparation.plan), _fields(preparation.plan), _artifacts(preparation, workdir)
+
+
+def _models(preparation: Preparation) -> Table:
+    plan, dense = preparation.plan, preparation.checkpoint
+    conversion, settings = plan.conversion, plan.settings
+    models = Table(title=f"{preparation.loaded.name}: {conversion.family.architecture} to {conversion.target.architecture}", title_justify="left")
     for heading in ("", "dense", "mixture of experts"):
         models.add_column(heading, justify="left" if not heading else "right")
     models.add_row("parameters", f"{dense.num_parameters:,}", f"{plan.num_parameters:,}")
     models.add_row("active a token", f"{dense.num_parameters:,}", f"{plan.num_active_parameters:,}")
-    models.add_row("experts a layer, chosen", "—", f"{plan.num_experts}, {plan.num_experts_per_tok}")
+    models.add_row("layers, with experts", f"{plan.num_layers}", f"{len(plan.sites)}")
+    models.add_row("experts a layer, chosen", "—", f"{settings.num_experts}, {settings.num_experts_per_tok}")
     models.add_row("tensors", f"{len(dense.entries)}", f"{len(plan.writes)}")
     models.add_row("bytes", decimal(dense.num_bytes), decimal(plan.num_bytes))
     models.add_row("source tensors dropped", ", ".join(plan.dropped) or "none", "")
+    models.add_row("computes what the dense one does", "", _function(plan))
+    return models
+
+
+def _function(plan: UpcyclePlan) -> str:
+    if plan.keeps_function:
+        return "yes"
+    return "with a zero router alone" if plan.keeps_function_at_zero else "no"
+
+
+def _tensors(plan: UpcyclePlan) -> Table:
+    """A row for tensors that are alike but for their numbers."""
+    table = Table(title="tensors; N stands for the numbers of layers, {0-3} for those of experts", title_justify="left")
+    for heading in ("to", "shape", "dtype", "number", "from"):
+        table.add_column(heading, justify="right" if heading == "number" else "left", overflow="fold")
+    alike: dict[tuple[str, str, str, str], list[str]] = {}
+    for write in plan.writes:
+        key = (_pattern(write.spec.name, plan), str(list(write.spec.shape)), str(write.spec.dtype).removeprefix("torch."), _origin(write))
+        alike.setdefault(key, []).append(write.spec.name)
+    for (pattern, shape, dtype, origin), names in alike.items():
+        table.add_row(pattern, shape, dtype, f"{len(names)}", origin)
+    return table
+
+
+def _pattern(name: str, plan: UpcyclePlan) -> str:
+    """The name with its numbers taken out: the first is the layer's, a second the expert's. (T5 has the place of the FFN between them.)"""
+    experts = f"{{0-{plan.settings.num_experts - 1}}}"
+    name = re.sub(r"(layers|block)\.\d+\.", r"\1.N.", name, count=1)
+    return re.sub(r"(experts\.(?:expert_)?)\d+\.", rf"\g<1>{experts}.", name)
+
+
+def _origin(write: Write) -> str:
+    """What a tensor is made of, in words."""
+    words = list(dict.fromkeys(_describe(piece) for piece in write.pieces))
+    return re.sub(r"(layers|block)\.\d+\.", r"\1.N.", " and ".join(words))
+
+
+def _describe(piece: Piece) -> str:
+    match piece:
+        case Keep(rows=rows, fold=fold):
+            return f"{rows.source}{f' ({type(fold).__name__})' if fold else ''}"
+        case ExpertPart():
+            return f"{piece.matrix.source}{''.join(f', {change}' for change in _changes(piece))}"
+        case Zeros():
+            return "zeros"
+        case RouterRows():
+            return "a new router"
+        case _:
+            assert_never(piece)
+
+
+def _changes(part: ExpertPart) -> Iterator[str]:
+    if part.drop:
+        yield f"{part.drop:g} of the neurons drawn anew"
+    if part.noise:
+        yield f"noise of {part.noise:g}"
+    if part.scale != 1:
+        yield f"× {part.scale:g}"
+
+
+def _fields(plan: UpcyclePlan) -> Table:
+    """The config's values: what was carried over, and what the target has of its own."""
+    conversion, made = plan.conversion, plan.target_config
+    table = Table(title="config", title_justify="left")
+    for heading in ("field", "value", ""):
+        table.add_column(heading, overflow="fold")
+    carried = [name for name in (*conversion.carried, *conversion.optional) if hasattr(made, name)]
+    own = [name for name in type(made).__dataclass_fields__ if name not in carried and name in made.to_diff_dict()]
+    for name in sorted(carried):
+        table.add_row(name, str(getattr(made, name)), "carried over")
+    for name in sorted(own):
+        if hasattr(made, name) and name not in ("architectures", "transformers_version", "model_type", "dtype"):
+            table.add_row(name, str(getattr(made, name)), "set")
+    return table
+
+
+def _artifacts(preparation: Preparation, workdir: Path) -> Table:
+    recipe = preparation.loaded.recipe
     artifacts = Table(title=f"artifacts in {workdir}", title_justify="left")
     artifacts.add_column("artifact")
     artifacts.add_column("size", justify="right")
@@ -35,5 +123,9 @@ def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
     existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     artifacts.add_section()
     artifacts.add_row("disk in all", decimal(sum(preparation.artifact_bytes.values())), f"{decimal(shutil.disk_usage(existing).free)} free")
-    artifacts.add_row("memory to fine-tune", decimal(_ADAM_BYTES * plan.num_parameters), "and activations")
-    return models, artifacts
+    artifacts.add_row("memory to fine-tune", decimal(_ADAM_BYTES * preparation.plan.num_parameters), "and activations")
+    if preparation.last_stage is not None:
+        last, reason = preparation.last_stage
+        artifacts.add_section()
+        artifacts.add_row(f"runs up to {last}", "", reason)
+    return artifacts

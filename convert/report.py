@@ -115,7 +115,7 @@ def _page(facts: dict[str, Any]) -> str:
         first_onnx_row=next((n for n, row in enumerate(rows) if row.passed is not None), None),
         perplexity_note=_perplexity_note(facts),
         pictures=draw_pictures(facts, rows),
-        receipt=_records(facts["upcycle"]["receipt"]),
+        receipt=_receipt(facts["upcycle"]["receipt"]),
         parity=list(_parity_sections(facts)),
         builds=_builds(facts),
         provenance=list(_provenance(facts)),
@@ -170,6 +170,18 @@ def _records(records: Sequence[dict[str, Any]]) -> _Grid:
     return _Grid(tuple(_words(n) for n in names), tuple(tuple(_value(n, r.get(n)) for n in names) for r in records))
 
 
+def _receipt(comparisons: Sequence[dict[str, Any]]) -> _Grid:
+    """The receipt: a row for each router, text and experts implementation, a column for each dtype."""
+    dtypes = tuple(dict.fromkeys(c["dtype"] for c in comparisons))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for c in comparisons:
+        row = (f"{c['router']} router", c["text"], c["experts"], f"{c['num_tokens']:,}")
+        cells.setdefault(row, {})[c["dtype"]] = "bitwise equal" if c["bitwise"] else format_error(c["rel"])
+    return _Grid(
+        ("router", "text", "experts", "tokens", *dtypes), tuple((*row, *(found.get(d, NONE) for d in dtypes)) for row, found in cells.items())
+    )
+
+
 def _words(name: str) -> str:
     known = {"rel": "relative error", "num_tokens": "tokens", "kl": "KL, nats", "top1_agreement": "top-1 agreement", "name": "check"}
     return known.get(name, name.replace("_", " "))
@@ -217,7 +229,7 @@ def _builds(facts: dict[str, Any]) -> _Grid:
 
 
 def _provenance(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    shown = {"finetune": ("evaluations", "history", "warnings"), "upcycle": ("receipt",)}
+    shown = {"finetune": ("evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
     elsewhere = {"name", "recipe", "variants"}
     sections = {key: value for key, value in facts.items() if key not in elsewhere}
     yield "run", [pair for key, value in sections.items() if not isinstance(value, dict) for pair in _pairs(value, key)]

@@ -19,17 +19,19 @@ from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve
 from convert.report import write_report
 from export.config import Variant
 from export.decoder import plan_lowering
+from export.errors import ExportError
 from export.family import find_decoder_family
 from export.package import write_package
 from export.parity import check_parity
 from export.twin import estimate_bytes, quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import TextData
-from upcycle.data import prepare_data, read_blocks, text_files
+from upcycle.data import match_files, prepare_data, read_blocks, text_files
+from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
-from upcycle.receipt import check_copies, write_receipt
-from upcycle.surgery import upcycle
+from upcycle.receipt import write_receipt
+from upcycle.surgery import check_written, upcycle
 from upcycle.training import finetune
 
 Facts = dict[str, Any]
@@ -39,7 +41,10 @@ _PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "o
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan."""
+    """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
+
+    `last_stage` is the last that can be run for this target, with the reason; None where all can.
+    """
 
     loaded: LoadedRecipe
     origin: str
@@ -47,8 +52,10 @@ class Preparation:
     plan: UpcyclePlan
     source_files: Mapping[str, str]
     data_files: Mapping[str, str]
+    domain_files: Mapping[str, str]
     lowerings: Mapping[Variant, str]
     artifact_bytes: Mapping[str, int]
+    last_stage: tuple[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -79,15 +86,22 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     directory, origin = _locate_source(loaded)
     checkpoint = open_checkpoint(directory)
     plan = plan_upcycle(checkpoint, recipe.upcycle)
-    context = checkpoint.config.max_position_embeddings
+    context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
         raise RecipeError(f"{loaded.path}: data.block_size: is {recipe.data.block_size}; must be at most the model's context, which is {context}")
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
-    lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
+    last_stage = _find_last_stage(plan)
+    lowerings = {}
+    if last_stage is None:
+        lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
     data_files = {}
     if isinstance(recipe.data.source, TextData):
         found = text_files(recipe.data.source, _data_base(loaded))
         data_files = {f"{split}/{file}": _digest(file) for split, files in found.items() for file in files}
+    domain_files: dict[str, str] = {}
+    for number, domain in enumerate(recipe.upcycle.router.domains):
+        files = match_files(domain.files, _router_base(loaded), f"{loaded.path}: upcycle.router.domains[{number}].files")
+        domain_files |= {f"{number}/{file}": _digest(file) for file in files}
     names = [CONFIG_NAME, *TOKENIZER_NAMES, GENERATION_CONFIG_NAME]
     companions = [directory / name for name in names if (directory / name).is_file()]
     weights = sorted({entry.file for entry in checkpoint.entries.values()} | set(directory.glob("*.safetensors.index.json")))
@@ -95,8 +109,19 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     for number, file in enumerate([*companions, *weights]):
         progress("reading the dense checkpoint", number, len(companions) + len(weights))
         source_files[file.name] = _digest(file)
-    sizes = _artifact_bytes(checkpoint, plan, shapes, loaded)
-    return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, lowerings, sizes)
+    sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
+    return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, last_stage)
+
+
+def _find_last_stage(plan: UpcyclePlan) -> tuple[str, str] | None:
+    """The last stage that can be run for a target, and why the next cannot."""
+    if plan.conversion.family.task != "text-generation":
+        return "upcycle", f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come"
+    try:
+        find_decoder_family(plan.target_config)
+    except ExportError as error:
+        return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
+    return None
 
 
 def _locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
@@ -121,18 +146,31 @@ def _download(hub: str, revision: str) -> Path:
 
 
 def _data_base(loaded: LoadedRecipe) -> Path:
-    """Data files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
     source = loaded.recipe.data.source
     assert isinstance(source, TextData)
+    return _text_base(loaded, source.train[0])
+
+
+def _router_base(loaded: LoadedRecipe) -> Path:
+    files = [file for domain in loaded.recipe.upcycle.router.domains for file in domain.files]
+    return _text_base(loaded, files[0]) if files else Path.cwd()
+
+
+def _text_base(loaded: LoadedRecipe, first: str) -> Path:
+    """Text files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
     beside = loaded.path.absolute().parent
-    return beside if glob(str(beside / source.train[0]), recursive=True) else Path.cwd()
+    return beside if glob(str(beside / first), recursive=True) else Path.cwd()
 
 
-def _artifact_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe) -> dict[str, int]:
+def _artifact_bytes(
+    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, exported: bool
+) -> dict[str, int]:
     recipe = loaded.recipe
     floats = 4 * plan.num_parameters
     control = 4 * checkpoint.num_parameters if recipe.finetune.control else 0
     sizes = {"upcycle": plan.num_bytes, "finetune": floats + control}
+    if not exported:
+        return sizes
     family = find_decoder_family(plan.target_config)
     for variant in recipe.variants:
         sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(shapes, family, variant, recipe.quantize)
@@ -162,7 +200,8 @@ def data_settings(preparation: Preparation, _: Variant | None) -> Facts:
 def upcycle_settings(preparation: Preparation, _: Variant | None) -> Facts:
     """Experts, router and seed."""
     recipe = preparation.loaded.recipe
-    return {**recipe.upcycle.model_dump(mode="json"), "block_size": recipe.data.block_size, "seed": recipe.seed}
+    settings = recipe.upcycle.model_dump(mode="json")
+    return {**settings, "domain_files": dict(preparation.domain_files), "block_size": recipe.data.block_size, "seed": recipe.seed}
 
 
 def finetune_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -220,22 +259,31 @@ def run_data(job: Job) -> Facts:
 
 def run_upcycle(job: Job) -> Facts:
     """The mixture of experts, and the receipt that it computes what the dense model does."""
-    config = job.recipe.upcycle
-    plan = upcycle(job.inputs["source"], job.output, config, job.recipe.seed, job.progress)
-    copied = config.experts.noise == 0
-    num_copies = check_copies(job.inputs["source"], job.output, plan, job.progress) if copied else 0
-    receipt = write_receipt(job.inputs["source"], job.output, copied, config.num_experts_per_tok, job.recipe.data.block_size, job.progress)
-    (job.output / RECEIPT_NAME).write_text(json.dumps([asdict(line) for line in receipt], indent=2) + "\n", encoding="utf-8")
+    config, seed, source = job.recipe.upcycle, job.recipe.seed, job.inputs["source"]
+    blocks = read_blocks(job.inputs["data"], "train")
+    reading = read_routers(source, config, blocks, _router_base(job.preparation.loaded), seed, job.progress)
+    routers = reading.routers if reading else None
+    plan = upcycle(source, job.output, config, seed, job.progress, routers)
+    num_written = check_written(source, job.output, plan, seed, job.progress, routers)
+    receipt = write_receipt(source, job.output, plan, job.recipe.data.block_size, job.progress)
+    (job.output / RECEIPT_NAME).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
     return {
-        "target": plan.family.target_architecture,
-        "num_experts": plan.num_experts,
-        "num_experts_per_tok": plan.num_experts_per_tok,
+        "target": plan.conversion.target.architecture,
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "num_layers": plan.num_layers,
+        "num_sparse_layers": len(plan.sites),
         "num_parameters": plan.num_parameters,
         "num_active_parameters": plan.num_active_parameters,
         "num_bytes": plan.num_bytes,
         "dropped": list(plan.dropped),
-        "num_tensors_compared": num_copies,
-        "receipt": [asdict(line) for line in receipt],
+        "keeps_function": plan.keeps_function,
+        "num_tensors_compared": num_written,
+        "router_text_tokens": list(reading.num_tokens) if reading else [],
+        "router_loads": {str(site): load for site, load in reading.loads.items()} if reading else {},
+        "receipt_mode": receipt.mode,
+        "receipt_notes": list(receipt.notes),
+        "receipt": [asdict(line) for line in receipt.comparisons],
     }
 
 

@@ -19,7 +19,8 @@ from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, num_blocks, quantize
-from upcycle.checkpoint import Checkpoint, TensorEntry, TensorSpec, copy_companions, index_tensors, open_checkpoint, read_tensor, write_tensors
+from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_tensor
+from upcycle.shards import TensorSpec, write_tensors
 
 SCHEME_NAME = "quantization.json"
 _STEM = "quantized"

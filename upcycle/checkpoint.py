@@ -1,8 +1,8 @@
-"""Hugging Face checkpoints on disk: read tensor by tensor, written by shard.
+"""Hugging Face checkpoints on disk, read tensor by tensor or by rows.
 
-The safetensors layout is read here from its own header (8 bytes of little-endian length, a JSON object, then the data), because three things are
-asked of it that the library does not promise: memory that does not grow with the model (no mapped pages), one clear line for every way in which
-a file can be wrong, and a writer that knows the plan first and never holds more than one tensor. Format: huggingface/safetensors, README "Format".
+The safetensors layout is read here from its own header (8 bytes of little-endian length, a JSON object, then the data), because two things are
+asked of it that the library does not promise: memory that does not grow with the model (no mapped pages), and one clear line for every way in which
+a file can be wrong. Format: huggingface/safetensors, README "Format".
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
@@ -21,15 +21,14 @@ from transformers import AutoConfig, PreTrainedConfig
 from upcycle.errors import UpcycleError
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_READABLE = {**DTYPES, "U8": torch.uint8, "I32": torch.int32}
-_DTYPE_NAMES = {dtype: name for name, dtype in _READABLE.items()}
+READABLE = {**DTYPES, "U8": torch.uint8, "I32": torch.int32}
 CONFIG_NAME = "config.json"
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
 SINGLE_NAME = f"{STEM}.safetensors"
 # What makes a checkpoint usable beside its weights; copied along unchanged wherever a checkpoint is written.
 TOKENIZER_NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt",
     "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 GENERATION_CONFIG_NAME = "generation_config.json"
@@ -38,6 +37,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CHUNK_BYTES = 1 << 24
+CHUNK_ELEMENTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,37 @@ class Checkpoint:
         """Read one tensor into fresh memory, with the dtype it is stored in."""
         return read_tensor(self.entries[name])
 
+    def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read some rows of one tensor into fresh memory, with the dtype it is stored in."""
+        return read_rows(self.entries[name], start, stop)
+
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor into fresh memory, with the dtype it is stored in; no page of the file stays mapped."""
-    buffer = bytearray(entry.num_bytes)
+    return _read(entry, entry.start, entry.shape)
+
+
+def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
+    """Read rows `start` to `stop` of one tensor (elements, where it has one dimension) into fresh memory, with the dtype it is stored in."""
+    row_bytes = entry.num_bytes // max(1, entry.shape[0])
+    return _read(entry, entry.start + start * row_bytes, (stop - start, *entry.shape[1:]))
+
+
+def read_chunks(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+    """Read rows `start` to `stop` (all) of one tensor in pieces of about 4 million elements: memory does not grow with the tensor."""
+    if entry.num_elements == 0 or not entry.shape:
+        yield read_tensor(entry)
+        return
+    stop = entry.shape[0] if stop is None else stop
+    step = max(1, CHUNK_ELEMENTS * entry.shape[0] // entry.num_elements)
+    for first in range(start, stop, step):
+        yield read_rows(entry, first, min(stop, first + step))
+
+
+def _read(entry: TensorEntry, position: int, shape: tuple[int, ...]) -> torch.Tensor:
+    buffer = bytearray(math.prod(shape) * READABLE[entry.dtype].itemsize)
     with entry.file.open("rb", buffering=0) as file:
-        file.seek(entry.start)
+        file.seek(position)
         view = memoryview(buffer)
         while view:
             count = file.readinto(view[:_CHUNK_BYTES])
@@ -92,8 +117,8 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
                 raise UpcycleError(f"{entry.file}: ended inside tensor '{entry.name}'; the file changed while it was read; run again")
             view = view[count:]
     if not buffer:
-        return torch.empty(entry.shape, dtype=_READABLE[entry.dtype])
-    return torch.frombuffer(buffer, dtype=_READABLE[entry.dtype]).reshape(entry.shape)
+        return torch.empty(shape, dtype=READABLE[entry.dtype])
+    return torch.frombuffer(buffer, dtype=READABLE[entry.dtype]).reshape(shape)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -248,9 +273,8 @@ def check_values(checkpoint: Checkpoint) -> Iterator[str]:
         if entry.dtype not in DTYPES:
             hint = "; dequantize it first" if entry.dtype.startswith("F8") else ""
             raise UpcycleError(f"{entry.file}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}")
-        finite = torch.isfinite(checkpoint.read(name))
-        if not finite.all():
-            count = int((~finite).sum())
+        count = sum(int((~torch.isfinite(chunk)).sum()) for chunk in read_chunks(entry))
+        if count:
             raise UpcycleError(f"{entry.file}: tensor '{name}' holds {count} NaN or infinite values; the checkpoint is broken; use another")
         yield name
 
@@ -260,72 +284,3 @@ def copy_companions(source: Path, output: Path) -> None:
     for name in (*TOKENIZER_NAMES, GENERATION_CONFIG_NAME):
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """A tensor to be written: name, dtype and shape."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes on disk."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_tensors(
-    directory: Path, specs: Iterable[TensorSpec], tensors: Iterable[tuple[str, torch.Tensor]], shard_bytes: int, stem: str = STEM
-) -> None:
-    """Write tensors in the order of `specs` into size-limited shards and, when there are several, an index.
-
-    `tensors` must yield exactly the names of `specs`, in their order, with their dtypes and shapes; one tensor is held at a time.
-
-    Raises:
-        ValueError: `tensors` does not follow `specs` (a mistake of the caller, not of the user).
-        OSError: the disk is full or not writable.
-    """
-    shards = _divide(list(specs), shard_bytes)
-    source = iter(tensors)
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (directory / name).open("wb", buffering=_CHUNK_BYTES) as file:
-            _write_header(file, shard)
-            for spec in shard:
-                written, tensor = next(source, ("nothing", torch.empty(0)))
-                if written != spec.name or tensor.dtype != spec.dtype or tuple(tensor.shape) != spec.shape:
-                    raise ValueError(f"planned {spec}, was given {written} {tensor.dtype} {tuple(tensor.shape)}")
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-                weight_map[spec.name] = name
-    if (extra := next(source, None)) is not None:
-        raise ValueError(f"tensor {extra[0]} was not planned")
-    if len(shards) > 1:
-        total = sum(spec.num_bytes for shard in shards for spec in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _divide(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    shards: list[list[TensorSpec]] = [[]]
-    used = 0
-    for spec in specs:
-        if shards[-1] and used + spec.num_bytes > shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(spec)
-        used += spec.num_bytes
-    return shards
-
-
-def _write_header(file: IO[bytes], shard: list[TensorSpec]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for spec in shard:
-        header[spec.name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [position, position + spec.num_bytes]}
-        position += spec.num_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)

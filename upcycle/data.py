@@ -58,18 +58,28 @@ def text_files(source: TextData, base: Path) -> dict[Split, list[Path]]:
     given: dict[Split, tuple[str, ...]] = {"train": source.train, "validation": source.validation, "test": source.test}
     files: dict[Split, list[Path]] = {}
     for split, patterns in given.items():
-        files[split] = []
-        for pattern in patterns:
-            literal = (base / pattern).is_file()  # a name may hold brackets
-            names = [pattern] if literal else sorted(glob.glob(pattern, root_dir=base, recursive=True))
-            found = [base / name for name in names if (base / name).is_file()]
-            if not found:
-                raise UpcycleError(f"data.source.{split}: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files")
-            files[split] += found
+        files[split] = match_files(patterns, base, f"data.source.{split}")
     trained = {file.resolve() for file in files["train"]}
     for split in ("validation", "test"):
         if shared := next((file for file in files[split] if file.resolve() in trained), None):
             raise UpcycleError(f"data.source.{split}: {shared} is also a train file; held-out text must not be trained on; give each file one split")
+    return files
+
+
+def match_files(patterns: Iterable[str], base: Path, where: str) -> list[Path]:
+    """The files that paths and globs below `base` mean, in the order given; `where` names them in a refusal.
+
+    Raises:
+        UpcycleError: a path or glob matches no file.
+    """
+    files: list[Path] = []
+    for pattern in patterns:
+        literal = (base / pattern).is_file()  # a name may hold brackets
+        names = [pattern] if literal else sorted(glob.glob(pattern, root_dir=base, recursive=True))
+        found = [base / name for name in names if (base / name).is_file()]
+        if not found:
+            raise UpcycleError(f"{where}: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files")
+        files += found
     return files
 
 

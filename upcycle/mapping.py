@@ -1,65 +1,120 @@
 """The plan of an upcycling: from names and shapes alone.
 
-Complete and exclusive: every source tensor is used or listed as dropped, every target tensor is written once. Nothing here reads a weight.
+Complete and exclusive: every row of every source tensor is used or its tensor listed as dropped, every target tensor is written once. Nothing here
+reads a weight. A target tensor is a run of pieces, one after the other in the order of its bytes, so that a piece that changes nothing is a copy of
+bytes from one file to another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+import transformers
+from transformers import AutoConfig, PreTrainedConfig
 
-from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry, TensorSpec
+from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry
 from upcycle.config import UpcycleConfig
+from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion
 from upcycle.errors import UpcycleError
-from upcycle.family import COMMON_NEUTRAL, Family, find_family
+from upcycle.family import DenseFamily, Ffn, Fold, Matrix
+from upcycle.shards import TensorSpec
+from upcycle.target import ExpertNames, MoeTarget, SharedNames
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `start` to `stop` of a stored tensor; elements, where it has one dimension."""
+
+    source: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
 class Keep:
-    """Write the source tensor as it is."""
+    """The slice as it is, or with arithmetic of the dense model folded in."""
 
-    source: str
-
-
-@dataclass(frozen=True)
-class CopyExpert:
-    """Write one expert's copy of an FFN matrix, with the noise of the settings."""
-
-    source: str
+    rows: Slice
+    fold: Fold | None = None
 
 
 @dataclass(frozen=True)
-class DrawRouter:
-    """Write a fresh router, scaled to the norm that it reads."""
+class ExpertPart:
+    """Some neurons of one FFN matrix, as one expert has them.
 
-    norm: str
+    `neuron_axis` is 0 in gate and up, whose rows are neurons, and 1 in down. `expert` names the expert over all layers: the neurons that are drawn
+    anew are the same in its gate, up and down. `routed` is false of a shared expert.
+    """
+
+    matrix: Slice
+    neuron_axis: int
+    neurons: tuple[int, int]
+    expert: str
+    drop: float = 0.0
+    noise: float = 0.0
+    scale: float = 1.0
+    routed: bool = True
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of the expert."""
+        return self.neurons[1] - self.neurons[0]
 
 
-Rule = Keep | CopyExpert | DrawRouter
+@dataclass(frozen=True)
+class Zeros:
+    """Nothing but zeros: a shared expert that is silent, or its gate, whose sigmoid is then one half."""
+
+    num_elements: int
+
+
+@dataclass(frozen=True)
+class RouterRows:
+    """A router's rows, each repeated `repeat` times, for the FFN number `site` of the model.
+
+    `norms` and `embedding` say how long the vectors are that it reads; see `RouterInput`.
+    """
+
+    site: int
+    num_rows: int
+    repeat: int
+    norms: tuple[str, ...]
+    embedding: str | None
+
+
+Piece = Keep | ExpertPart | Zeros | RouterRows
 
 
 @dataclass(frozen=True)
 class Write:
-    """One target tensor and the rule that makes it."""
+    """One target tensor and the pieces that make it."""
 
     spec: TensorSpec
-    rule: Rule
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One FFN that becomes experts: the stack of layers that it is in, and its layer there."""
+
+    stack: int
+    layer: int
 
 
 @dataclass(frozen=True)
 class UpcyclePlan:
-    """What will be written. Writes with one source follow each other, so each source tensor is read once."""
+    """What will be written, in this order."""
 
-    family: Family
+    conversion: Conversion
+    settings: UpcycleConfig
     target_config: PreTrainedConfig
     writes: tuple[Write, ...]
     dropped: tuple[str, ...]
-    num_experts: int
-    num_experts_per_tok: int
+    sites: tuple[Site, ...]
+    num_layers: int
 
     @property
     def num_bytes(self) -> int:
@@ -69,97 +124,292 @@ class UpcyclePlan:
     @property
     def num_parameters(self) -> int:
         """Parameters of the mixture."""
-        return sum(torch.Size(write.spec.shape).numel() for write in self.writes)
+        return sum(_count(write) for write in self.writes)
 
     @property
     def num_active_parameters(self) -> int:
         """Parameters that one token meets: everything but the experts that it does not visit."""
-        experts = sum(torch.Size(write.spec.shape).numel() for write in self.writes if isinstance(write.rule, CopyExpert))
-        return self.num_parameters - experts + experts * self.num_experts_per_tok // self.num_experts
+        experts = sum(_count(write) for write in self.writes if isinstance(piece := write.pieces[0], ExpertPart) and piece.routed)
+        return self.num_parameters - experts + experts * self.settings.num_experts_per_tok // self.settings.num_experts
+
+    @property
+    def keeps_function(self) -> bool:
+        """Whether the mixture computes what the dense model does, whatever its router says, up to rounding."""
+        experts = self.settings.experts
+        return experts.kept and experts.kind != "split" and not self.conversion.target.top_1
+
+    @property
+    def keeps_function_at_zero(self) -> bool:
+        """Whether it does with a zero router: parts of one FFN must all be chosen then, and a tie of all must not mix parts of several copies."""
+        experts, k = self.settings.experts, self.settings.num_experts_per_tok
+        return experts.kept and (experts.kind == "copies" or k == self.settings.num_experts)
+
+    @property
+    def bitwise_at_zero(self) -> bool:
+        """Whether it does so bit for bit, where torch's activation allows it: one half of one number and one half of it again are the number."""
+        plain = self.settings.experts.kind == "copies" and self.settings.shared_expert != "half"
+        return self.keeps_function_at_zero and plain and self.settings.num_experts_per_tok <= 2 and self.conversion.zero_router == "bitwise"
+
+
+def _count(write: Write) -> int:
+    return torch.Size(write.spec.shape).numel()
 
 
 def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
     """Plan the mixture of experts that a dense checkpoint becomes.
 
     Raises:
-        UpcycleError: the architecture or a config value has no place in the target; tensors are missing, unknown or of another shape than
-            the config says.
+        UpcycleError: the architecture, a config value or a setting has no place in the target; a number does not divide; tensors are missing,
+            unknown or of another shape than the config says.
     """
-    family = find_family(checkpoint.config.model_type, checkpoint.config.architectures)
-    target_config = _target_config(checkpoint, family, config)
+    where = str(checkpoint.directory / "config.json")
+    conversion = choose_conversion(checkpoint.config, config, where)
+    family, target = conversion.family, conversion.target
+    _refuse_unknown_fields(checkpoint.config, conversion, where)
     dropped = _check_tensors(checkpoint, family)
-    num_layers: int = checkpoint.config.num_hidden_layers
-    writes: list[Write] = []
-    used = set(dropped)
-
-    def keep(name: str) -> None:
-        if name in checkpoint.entries and name not in used:
-            writes.append(Write(_spec_like(checkpoint.entries[name], name), Keep(name)))
-            used.add(name)
-
-    for pattern in family.kept:
-        if "{layer}" not in pattern:
-            keep(pattern)
-    for layer in range(num_layers):
-        for pattern in family.kept:
-            if "{layer}" in pattern:
-                keep(pattern.format(layer=layer))
-        ffn = family.ffn
-        norm = checkpoint.entries[ffn.router_norm.format(layer=layer)]
-        router_shape = (config.num_experts, norm.num_elements)
-        writes.append(Write(TensorSpec(ffn.router.format(layer=layer), DTYPES[norm.dtype], router_shape), DrawRouter(norm.name)))
-        for source, target in ((ffn.gate, ffn.expert_gate), (ffn.up, ffn.expert_up), (ffn.down, ffn.expert_down)):
-            entry = checkpoint.entries[source.format(layer=layer)]
-            used.add(entry.name)
-            for expert in range(config.num_experts):
-                writes.append(Write(_spec_like(entry, target.format(layer=layer, expert=expert)), CopyExpert(entry.name)))
-    assert used == set(checkpoint.entries), f"the family table leaves out {sorted(set(checkpoint.entries) - used)}"
+    planner = _Planner(checkpoint, conversion, config)
+    sites = planner.sites()
+    writes = tuple(planner.writes(sites))
+    _check_use(checkpoint, writes, dropped)
+    num_layers = sum(getattr(checkpoint.config, ffn.num_layers) for ffn in family.ffns)
+    target_config = _target_config(checkpoint, conversion, config, sites, planner.width)
     assert len({write.spec.name for write in writes}) == len(writes)
-    return UpcyclePlan(family, target_config, tuple(writes), dropped, config.num_experts, config.num_experts_per_tok)
+    assert target.count_field in target_config.to_dict()
+    return UpcyclePlan(conversion, config, target_config, writes, dropped, sites, num_layers)
 
 
-def _spec_like(entry: TensorEntry, name: str) -> TensorSpec:
-    return TensorSpec(name, DTYPES[entry.dtype], entry.shape)
+def resolve_layers(layers: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The numbers of the layers that get experts.
+
+    Raises:
+        UpcycleError: a number is beyond the last layer, or none is left.
+    """
+    match layers:
+        case "all":
+            return tuple(range(num_layers))
+        case "last-half":
+            return tuple(range(num_layers // 2, num_layers))
+        case str():
+            step = int(layers.removeprefix("every-"))
+            chosen = tuple(range(step - 1, num_layers, step))
+        case _:
+            chosen = tuple(sorted(layers))
+    if not chosen or chosen[-1] >= num_layers:
+        named = layers if isinstance(layers, str) else f"layer {chosen[-1]}"
+        raise UpcycleError(f"upcycle.layers: {named} is not in a model of {num_layers} layers; must be of 0 to {num_layers - 1}")
+    return chosen
 
 
-def _target_config(checkpoint: Checkpoint, family: Family, config: UpcycleConfig) -> PreTrainedConfig:
-    """Carry the config over from the *loaded* object: the two architectures' defaults differ, so absent json keys must not stay absent."""
-    source = checkpoint.config
-    where = f"{checkpoint.directory / 'config.json'}"
-    for name, required in family.required.items():
-        if (value := getattr(source, name, required.value)) != required.value:
-            raise UpcycleError(f"{where}: {name} is {value}; {family.target_architecture} needs {required.value}: {required.reason}")
-    known = {*family.carried, *family.required, *family.neutral, *COMMON_NEUTRAL}
-    defaults = type(source)()
-    for name, value in _declared_fields(source).items():
-        if name not in known and value != getattr(defaults, name, None):
+class _Planner:
+    """The writes of one conversion."""
+
+    def __init__(self, checkpoint: Checkpoint, conversion: Conversion, config: UpcycleConfig) -> None:
+        self.entries = checkpoint.entries
+        self.source = checkpoint.config
+        self.family, self.target, self.config = conversion.family, conversion.target, config
+        ffn = self.family.ffns[0]
+        rows = self._slice(ffn.up, 0)
+        self.ffn_width = rows.stop - rows.start
+        if self.ffn_width % config.num_parts:
             raise UpcycleError(
-                f"{where}: {name} is {value}, and what it does is not known to {family.target_architecture}; remove it or set its default"
+                f"{checkpoint.directory}: the FFN's width is {self.ffn_width}; it must be a multiple of {config.num_parts} to be cut into so many "
+                f"{config.experts.kind} experts"
             )
-    fields: dict[str, Any] = {name: getattr(source, name) for name in family.carried}
-    fields |= dict(family.target_defaults)
-    fields |= {family.expert_count_field: config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+        self.width = self.ffn_width // config.num_parts
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every FFN that becomes experts, in the order of the model."""
+        return tuple(
+            Site(stack, layer)
+            for stack, ffn in enumerate(self.family.ffns)
+            for layer in resolve_layers(self.config.layers, getattr(self.source, ffn.num_layers))
+        )
+
+    def writes(self, sites: tuple[Site, ...]) -> Iterator[Write]:
+        """All writes: what is outside the layers first, then layer by layer."""
+        yield from (self._move(name, name, matrix, None) for name, matrix in self.family.moves.items() if "{layer}" not in name and self._has(matrix))
+        numbers = {site: number for number, site in enumerate(sites)}
+        for stack, (ffn, names) in enumerate(zip(self.family.ffns, self.target.experts, strict=True)):
+            prefix = ffn.up.name.split("{layer}")[0]
+            for layer in range(getattr(self.source, ffn.num_layers)):
+                for pattern, matrix in self.family.moves.items():
+                    if pattern.startswith(prefix) and "{layer}" in pattern and self._has(matrix, layer):
+                        yield self._move(pattern.format(layer=layer), pattern, matrix, layer)
+                if (number := numbers.get(Site(stack, layer))) is None:
+                    yield from self._dense(ffn, names, layer)
+                else:
+                    yield from self._sparse(ffn, names, layer, number)
+
+    def _has(self, matrix: Matrix, layer: int | None = None) -> bool:
+        return matrix.name.format(layer=layer) in self.entries
+
+    def _slice(self, matrix: Matrix, layer: int | None) -> Slice:
+        entry = self.entries[matrix.name.format(layer=layer)]
+        start, stop = matrix.rows(self.source) if matrix.rows else (0, entry.shape[0])
+        return Slice(entry.name, start, stop)
+
+    def _move(self, name: str, pattern: str, matrix: Matrix, layer: int | None) -> Write:
+        rows = self._slice(matrix, layer)
+        entry = self.entries[rows.source]
+        dtype = torch.float32 if matrix.fold else DTYPES[entry.dtype]
+        return Write(TensorSpec(name, dtype, (rows.stop - rows.start, *entry.shape[1:])), (Keep(rows, matrix.fold),))
+
+    def _dense(self, ffn: Ffn, names: ExpertNames, layer: int) -> Iterator[Write]:
+        for matrix, name in ((ffn.gate, names.dense_gate), (ffn.up, names.dense_up), (ffn.down, names.dense_down)):
+            if matrix is not None:
+                assert name is not None, "a target without dense layers was given some"
+                yield self._move(name.format(layer=layer), name, matrix, layer)
+
+    def _sparse(self, ffn: Ffn, names: ExpertNames, layer: int, site: int) -> Iterator[Write]:
+        yield self._router(ffn, names, layer, site)
+        count = self.config.num_experts
+        if names.stacked:
+            assert ffn.gate is not None
+            pairs = [self._part(matrix, 0, layer, site, expert) for expert in range(count) for matrix in (ffn.gate, ffn.up)]
+            downs = [self._part(ffn.down, 1, layer, site, expert) for expert in range(count)]
+            hidden = self._hidden(ffn.up, layer)
+            yield self._write(names.up, layer, (count, 2 * self.width, hidden), pairs)
+            yield self._write(names.down, layer, (count, hidden, self.width), downs)
+        else:
+            for matrix, name, axis in ((ffn.gate, names.gate, 0), (ffn.up, names.up, 0), (ffn.down, names.down, 1)):
+                if matrix is not None:
+                    assert name is not None, "a gated FFN was given to a target without gates"
+                    hidden = self._hidden(ffn.up, layer)
+                    shape = (self.width, hidden) if axis == 0 else (hidden, self.width)
+                    for expert in range(count):
+                        yield self._write(name.format(layer=layer, expert=expert), layer, shape, [self._part(matrix, axis, layer, site, expert)])
+        if self.target.shared is not None:
+            yield from self._shared(ffn, self.target.shared, layer, site)
+
+    def _hidden(self, up: Matrix, layer: int) -> int:
+        return self.entries[self._slice(up, layer).source].shape[1]
+
+    def _write(self, name: str, layer: int, shape: tuple[int, ...], pieces: list[ExpertPart]) -> Write:
+        dtype = DTYPES[self.entries[pieces[0].matrix.source].dtype]
+        return Write(TensorSpec(name.format(layer=layer), dtype, shape), tuple(pieces))
+
+    def _part(self, matrix: Matrix, axis: int, layer: int, site: int, expert: int) -> ExpertPart:
+        part = expert % self.config.num_parts
+        neurons = (part * self.width, (part + 1) * self.width)
+        experts = self.config.experts
+        scale = self._down_scale() if axis == 1 else 1.0
+        return ExpertPart(self._slice(matrix, layer), axis, neurons, f"{site}.{expert}", experts.drop, experts.noise, scale)
+
+    def _down_scale(self) -> float:
+        """Factor of the experts' down projections.
+
+        The chosen weights sum to one, so of `num_parts` parts each has its share of the weight of the whole, and is multiplied back. A top-1 router
+        weighs by the probability itself, 1 / num_experts in a tie. A shared expert that gives one half leaves one half.
+        """
+        scale = float(self.config.num_experts if self.target.top_1 else self.config.num_parts)
+        return scale / 2 if self.config.shared_expert == "half" else scale
+
+    def _router(self, ffn: Ffn, names: ExpertNames, layer: int, site: int) -> Write:
+        router_input = ffn.router_input
+        norms = [name.format(layer=layer) for name in router_input.norms]
+        norms += [name.format(layer=n) for n in range(layer) for name in router_input.earlier]
+        entry = self.entries[norms[0]]
+        rows = RouterRows(site, self.config.num_router_rows, self.config.group_size, tuple(norms), router_input.embedding)
+        spec = TensorSpec(names.router.format(layer=layer), DTYPES[entry.dtype], (self.config.num_experts, entry.num_elements))
+        return Write(spec, (rows,))
+
+    def _shared(self, ffn: Ffn, names: SharedNames, layer: int, site: int) -> Iterator[Write]:
+        """The shared expert: none (width 0 where the architecture always builds one), half of the output, or silent."""
+        kind = self.config.shared_expert
+        if kind == "none" and not names.required:
+            return
+        assert ffn.gate is not None
+        hidden = self._hidden(ffn.up, layer)
+        width = 0 if kind == "none" else self.ffn_width
+        dtype = DTYPES[self.entries[self._slice(ffn.up, layer).source].dtype]
+
+        def part(matrix: Matrix, axis: int, scale: float = 1.0) -> ExpertPart:
+            return ExpertPart(self._slice(matrix, layer), axis, (0, width), f"{site}.shared", scale=scale, routed=False)
+
+        gate, up = part(ffn.gate, 0), part(ffn.up, 0)
+        # A sigmoid of zero is the one half; without such a gate the weights themselves are halved.
+        down: Piece = part(ffn.down, 1, 1.0 if names.scale else 0.5)
+        if kind == "zero":
+            down = Zeros(hidden * width)
+        if names.gate is None:
+            yield Write(TensorSpec(names.up.format(layer=layer), dtype, (2 * width, hidden)), (gate, up))
+        else:
+            yield Write(TensorSpec(names.gate.format(layer=layer), dtype, (width, hidden)), (gate,))
+            yield Write(TensorSpec(names.up.format(layer=layer), dtype, (width, hidden)), (up,))
+        yield Write(TensorSpec(names.down.format(layer=layer), dtype, (hidden, width)), (down,))
+        if names.scale is not None:
+            yield Write(TensorSpec(names.scale.format(layer=layer), dtype, (1, hidden)), (Zeros(hidden),))
+
+
+def _refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> None:
+    """Refuse a value other than the default of a field that no table knows: a newer transformers may have given it a meaning."""
+    known = {
+        *conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional, *conversion.neutral, *COMMON_NEUTRAL,
+    }  # fmt: skip
+    defaults = type(source)()
+    for name in type(source).__dataclass_fields__:
+        if name not in known and hasattr(source, name) and (value := getattr(source, name)) != getattr(defaults, name, None):
+            raise UpcycleError(
+                f"{where}: {name} is {value}, and what it does is not known to {conversion.target.architecture}; remove it or set its default"
+            )
+
+
+def _target_config(checkpoint: Checkpoint, conversion: Conversion, config: UpcycleConfig, sites: tuple[Site, ...], width: int) -> PreTrainedConfig:
+    """Carry the config over from the *loaded* object: the two architectures' defaults differ, so absent json keys must not stay absent."""
+    source, target = checkpoint.config, conversion.target
+    fields: dict[str, Any] = {name: getattr(source, name) for name in conversion.carried}
+    fields |= {name: getattr(source, name) for name in conversion.optional if hasattr(source, name)}
+    fields |= dict(target.fixed)
+    fields[target.count_field] = config.num_experts
+    if target.top_k_field:
+        fields[target.top_k_field] = config.num_experts_per_tok
+    fields[target.width_field] = width
+    fields |= conversion.derived(source)
+    fields |= _layer_fields(checkpoint, target, sites, width)
+    if target.shared is not None:
+        fields[target.shared.width_field] = 0 if config.shared_expert == "none" else width * config.num_parts
+    where = str(checkpoint.directory / "config.json")
     try:
-        target = AutoConfig.for_model(family.target_model_type, **fields)
+        made: PreTrainedConfig = AutoConfig.for_model(target.model_type, **fields)
     except Exception as error:  # the target's own validation: transformers raises strict dataclass errors of several kinds
-        raise UpcycleError(f"{where}: {family.target_architecture} refuses these values: {' '.join(str(error).split())[:300]}") from error
-    target.architectures = [family.target_architecture]
-    target.dtype = source.dtype
-    return target
+        raise UpcycleError(f"{where}: {target.architecture} refuses these values: {' '.join(str(error).split())[:300]}") from error
+    made.architectures = [target.architecture]
+    made.dtype = source.dtype
+    return made
 
 
-def _declared_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields that the config's class declares: what its model can read. Foreign keys in the json reach no forward pass."""
-    return {name: getattr(config, name) for name in type(config).__dataclass_fields__ if hasattr(config, name)}
+def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, ...], width: int) -> dict[str, Any]:
+    """How the target says which layers have experts, and how wide the others are."""
+    source = checkpoint.config
+    match target.partial_layers:
+        case "none":
+            return {}
+        case "list":
+            sparse = {site.layer for site in sites}
+            dense = [layer for layer in range(source.num_hidden_layers) if layer not in sparse]
+            return {"mlp_only_layers": dense, "intermediate_size": source.intermediate_size}
+        case "step":
+            # Layers 1, 1 + step, …, or all for step 1, where step = layers // sparse layers (its config class, 5.23).
+            fields = {}
+            for stack, (name, count) in enumerate((("encoder", source.num_layers), ("decoder", source.num_decoder_layers))):
+                chosen = [site.layer for site in sites if site.stack == stack]
+                step = count // len(chosen)
+                if chosen != [n for n in range(count) if step == 1 or n % step == 1]:
+                    raise UpcycleError(
+                        f"upcycle.layers: {target.architecture} cannot have experts in the {name}'s layers {chosen} alone; use all, or every-2 "
+                        "where the number of layers is even"
+                    )
+                fields[f"num_sparse_{name}_layers"] = len(chosen)
+            return fields
 
 
-def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
+def _check_tensors(checkpoint: Checkpoint, family: DenseFamily) -> tuple[str, ...]:
     """Compare the stored tensors with those of transformers' own model of this config; returns the names that are dropped."""
-    expected = expected_shapes(checkpoint.config)
-    layers = range(checkpoint.config.num_hidden_layers)
-    droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in layers}
-    if checkpoint.config.tie_word_embeddings:
-        droppable.add("lm_head.weight")  # transformers ties it to the embedding whatever is stored
+    _check_depth(checkpoint, family)
+    expected, tied = _expected(checkpoint.config, family.architecture)
+    num_layers = max(getattr(checkpoint.config, ffn.num_layers) for ffn in family.ffns)
+    droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
+    droppable |= tied  # transformers ties it to the embedding whatever is stored
     dropped = tuple(sorted(droppable & set(checkpoint.entries)))
     for name, shape in expected.items():
         if name not in checkpoint.entries:
@@ -171,13 +421,55 @@ def _check_tensors(checkpoint: Checkpoint, family: Family) -> tuple[str, ...]:
         if name not in expected and name not in dropped:
             raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' has no place in {family.architecture}; it would be lost; remove it")
         if name not in dropped and entry.dtype not in DTYPES:
-            raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}")
+            hint = "; dequantize it first" if entry.dtype.startswith("F8") else ""
+            raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}")
     return dropped
 
 
-def expected_shapes(config: PreTrainedConfig) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of transformers' own causal model of this config, tied copies left out; allocates nothing."""
+def _check_depth(checkpoint: Checkpoint, family: DenseFamily) -> None:
+    """Refuse a config that says more layers than the files can hold, before a model of it is built."""
+    for ffn in family.ffns:
+        count = getattr(checkpoint.config, ffn.num_layers)
+        if count > len(checkpoint.entries):
+            raise UpcycleError(
+                f"{checkpoint.directory / 'config.json'}: {ffn.num_layers} is {count}; the files hold {len(checkpoint.entries)} tensors, too few for that"
+            )
+
+
+def expected_shapes(config: PreTrainedConfig, architecture: str) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing."""
+    return _expected(config, architecture)[0]
+
+
+def _expected(config: PreTrainedConfig, architecture: str) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, architecture)(config)
     tied = set(model.all_tied_weights_keys)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
+
+
+def _check_use(checkpoint: Checkpoint, writes: tuple[Write, ...], dropped: tuple[str, ...]) -> None:
+    """Every row of every source tensor goes somewhere, and what the FFN's experts do not share goes to one place alone."""
+    used: dict[str, set[tuple[int, int]]] = {}
+    kept: list[tuple[str, int, int, bool]] = []
+    for write in writes:
+        for piece in write.pieces:
+            match piece:
+                case Keep(rows=rows):
+                    kept.append((rows.source, rows.start, rows.stop, piece.fold is None))
+                    used.setdefault(rows.source, set()).add((rows.start, rows.stop))
+                case ExpertPart(matrix=rows):
+                    used.setdefault(rows.source, set()).add((rows.start, rows.stop))
+                case Zeros() | RouterRows():
+                    pass
+    assert len(kept) == len(set(kept)), "the tables move one slice to two places"
+    for name, entry in checkpoint.entries.items():
+        position = 0
+        for start, stop in sorted(used.get(name, ())):
+            assert start == position, f"the tables leave out rows {position} to {start} of {name}"
+            position = stop
+        assert name in dropped or position == _num_rows(entry), f"the tables leave out rows of {name}"
+
+
+def _num_rows(entry: TensorEntry) -> int:
+    return entry.shape[0]

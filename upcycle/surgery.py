@@ -1,24 +1,34 @@
-"""Surgery: a dense checkpoint in, a mixture of experts out, one tensor at a time."""
+"""Surgery: a dense checkpoint in, a mixture of experts out, a piece of a tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import assert_never
 
 import torch
 
-from upcycle.checkpoint import Checkpoint, copy_companions, open_checkpoint, write_tensors
+from upcycle.checkpoint import CONFIG_NAME, Checkpoint, copy_companions, open_checkpoint, read_chunks
 from upcycle.config import UpcycleConfig
-from upcycle.experts import add_noise, seeded_generator
-from upcycle.mapping import CopyExpert, DrawRouter, Keep, UpcyclePlan, plan_upcycle
+from upcycle.errors import UpcycleError
+from upcycle.experts import Moments, add_noise, choose_neurons, measure_moments, redraw_neurons, seeded_generator
+from upcycle.family import AddOne, MultiplyByRootOfWidth
+from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, Slice, UpcyclePlan, Write, Zeros, plan_upcycle
 from upcycle.progress import Progress
 from upcycle.router import draw_router
+from upcycle.shards import Content, Span, read_span, write_tensors
+
+GivenRouters = Mapping[int, torch.Tensor]
+"""Router rows read from hidden states, float32 [rows, hidden] for each FFN that becomes experts, by its number."""
 
 
-def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progress: Progress) -> UpcyclePlan:
+def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progress: Progress, routers: GivenRouters | None = None) -> UpcyclePlan:
     """Write the mixture of experts of the checkpoint in `source` into the empty directory `output`; returns the plan that was carried out.
 
-    Memory: one tensor, and one more where noise is added, whatever the model's size.
+    `routers` are the rows of routers that are not drawn. Memory does not grow with the model: what changes nothing is copied by the kernel, and the
+    rest passes in chunks of a few million weights.
 
     Raises:
         UpcycleError: the source cannot be upcycled (nothing is written then).
@@ -26,29 +36,150 @@ def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progre
     """
     checkpoint = open_checkpoint(source)
     plan = plan_upcycle(checkpoint, config)
+    surgeon = _Surgeon(checkpoint, config, seed, routers or {})
     plan.target_config.save_pretrained(output)
+    _add_alias_fields(output / CONFIG_NAME, plan.conversion.target.alias_fields)
     copy_companions(source, output)
     specs = [write.spec for write in plan.writes]
-    write_tensors(output, specs, _make_tensors(checkpoint, plan, config, seed, progress), config.shard_bytes)
+    write_tensors(output, specs, _make_all(surgeon, plan, progress), config.shard_bytes)
     return plan
 
 
-def _make_tensors(
-    checkpoint: Checkpoint, plan: UpcyclePlan, config: UpcycleConfig, seed: int, progress: Progress
-) -> Iterator[tuple[str, torch.Tensor]]:
-    held_name, held = "", torch.empty(0)
+def _add_alias_fields(path: Path, aliases: Mapping[str, str]) -> None:
+    """Write a config's value under the keys that other readers look for too."""
+    if aliases:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values |= {alias: values[name] for alias, name in aliases.items()}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _make_all(surgeon: _Surgeon, plan: UpcyclePlan, progress: Progress) -> Iterator[tuple[str, Iterator[Content]]]:
     for number, write in enumerate(plan.writes):
-        match write.rule:
-            case Keep(source) | CopyExpert(source) | DrawRouter(norm=source):
-                if source != held_name:
-                    held_name, held = source, checkpoint.read(source)
-        name = write.spec.name
-        match write.rule:
-            case Keep():
-                tensor = held
-            case CopyExpert():
-                tensor = add_noise(held, config.experts.noise, seeded_generator(seed, name))
-            case DrawRouter():
-                tensor = draw_router(config.num_experts, held, config.router.logit_std, seeded_generator(seed, name))
-        yield name, tensor
+        yield write.spec.name, surgeon.make(write)
         progress("writing tensors", number + 1, len(plan.writes))
+
+
+class _Surgeon:
+    """Makes the contents of target tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, config: UpcycleConfig, seed: int, routers: GivenRouters) -> None:
+        self.checkpoint, self.config, self.seed, self.routers = checkpoint, config, seed, routers
+        self._moments: dict[Slice, Moments] = {}
+
+    def make(self, write: Write) -> Iterator[Content]:
+        """The contents of one target tensor, in the order of its bytes."""
+        for number, piece in enumerate(write.pieces):
+            key = f"{write.spec.name}.{number}" if len(write.pieces) > 1 else write.spec.name
+            yield from self._make_piece(piece, write, key)
+
+    def _make_piece(self, piece: Piece, write: Write, key: str) -> Iterator[Content]:
+        dtype = write.spec.dtype
+        match piece:
+            case Keep(rows=rows, fold=None):
+                yield self._span(rows)
+            case Keep(rows=rows):
+                for chunk in self._chunks(rows):
+                    yield self._fold(chunk.to(torch.float32), piece, write).to(dtype)
+            case ExpertPart():
+                yield from self._make_part(piece, dtype, key)
+            case Zeros(num_elements=count):
+                for start in range(0, count, 1 << 22):
+                    yield torch.zeros(min(1 << 22, count - start), dtype=dtype)
+            case RouterRows():
+                yield self._make_router(piece, write.spec.shape[1], key).to(dtype)
+            case _:
+                assert_never(piece)
+
+    def _fold(self, weight: torch.Tensor, piece: Keep, write: Write) -> torch.Tensor:
+        match piece.fold:
+            case AddOne():
+                return weight + 1.0
+            case MultiplyByRootOfWidth():
+                return weight * float(write.spec.shape[-1] ** 0.5)
+            case None:
+                return weight
+
+    def _make_part(self, part: ExpertPart, dtype: torch.dtype, key: str) -> Iterator[Content]:
+        matrix, (first, last) = part.matrix, part.neurons
+        changed = part.drop > 0 or part.noise > 0 or part.scale != 1.0
+        whole = part.neuron_axis == 0 or (first, last) == (0, self._width(matrix))
+        rows = Slice(matrix.source, matrix.start + first, matrix.start + last) if part.neuron_axis == 0 else matrix
+        if not changed and whole:
+            yield self._span(rows)
+            return
+        moments = self._measure(matrix) if part.drop > 0 or part.noise > 0 else Moments(0.0, 0.0)
+        mask = choose_neurons(part.num_neurons, part.drop, seeded_generator(self.seed, f"neurons {part.expert}"))
+        generator = seeded_generator(self.seed, key)
+        position = 0
+        for chunk in self._chunks(rows):
+            exact = chunk.to(torch.float32)
+            here = mask
+            if part.neuron_axis == 0:
+                here = mask[position : position + len(exact)]
+                position += len(exact)
+            else:
+                exact = exact[:, first:last]
+            exact = redraw_neurons(exact, here, part.neuron_axis, moments, generator)
+            exact = add_noise(exact, part.noise, moments.std, generator)
+            yield (exact * part.scale if part.scale != 1.0 else exact).to(dtype)
+
+    def _make_router(self, router: RouterRows, hidden_size: int, key: str) -> torch.Tensor:
+        if router.site in self.routers:
+            rows = self.routers[router.site]
+            assert rows.shape == (router.num_rows, hidden_size)
+        else:
+            std, generator = self.config.router.logit_std, seeded_generator(self.seed, key)
+            rows = draw_router(router.num_rows, hidden_size, self._input_length(router), std, generator)
+        return rows.repeat_interleave(router.repeat, dim=0)
+
+    def _input_length(self, router: RouterRows) -> float:
+        """Root of the mean squared length of what the router reads, taking the parts of a residual stream as independent."""
+        squares = sum(self._row_square(name) for name in router.norms)
+        if router.embedding is not None:
+            squares += self._row_square(router.embedding)
+        return math.sqrt(squares)
+
+    def _row_square(self, name: str) -> float:
+        """Mean squared length of the rows of a matrix; the squared length of a vector."""
+        entry = self.checkpoint.entries[name]
+        moments = self._measure(Slice(name, 0, entry.shape[0]))
+        return (moments.mean**2 + moments.std**2) * entry.shape[-1]
+
+    def _measure(self, matrix: Slice) -> Moments:
+        if matrix not in self._moments:
+            self._moments[matrix] = measure_moments(self._chunks(matrix))
+        return self._moments[matrix]
+
+    def _width(self, matrix: Slice) -> int:
+        return self.checkpoint.entries[matrix.source].shape[1]
+
+    def _chunks(self, rows: Slice) -> Iterator[torch.Tensor]:
+        return read_chunks(self.checkpoint.entries[rows.source], rows.start, rows.stop)
+
+    def _span(self, rows: Slice) -> Span:
+        entry = self.checkpoint.entries[rows.source]
+        row_bytes = entry.num_bytes // entry.shape[0]
+        return Span(entry.file, entry.start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
+
+
+def check_written(source: Path, output: Path, plan: UpcyclePlan, seed: int, progress: Progress, routers: GivenRouters | None = None) -> int:
+    """Make every tensor of `plan` once more and compare it with what is on the disk, bit by bit; returns how many there are.
+
+    The logits of a router show only the experts that it chooses; this shows all of them.
+
+    Raises:
+        UpcycleError: a tensor on disk is not the one that was written.
+    """
+    surgeon = _Surgeon(open_checkpoint(source), plan.settings, seed, routers or {})
+    written = open_checkpoint(output)
+    for number, write in enumerate(plan.writes, 1):
+        entry = written.entries[write.spec.name]
+        position = entry.start
+        for content in surgeon.make(write):
+            for expected in read_span(content) if isinstance(content, Span) else (content.contiguous().reshape(-1).view(torch.uint8),):
+                found = next(read_span(Span(entry.file, position, expected.numel())), expected)
+                if not torch.equal(found, expected):
+                    raise UpcycleError(f"{output}: tensor '{write.spec.name}' on disk is not what was written there; check the disk and run again")
+                position += expected.numel()
+        progress("reading tensors back", number, len(plan.writes))
+    return len(plan.writes)

@@ -1,0 +1,270 @@
+"""Time and memory of upcycling: dense2moe, mergekit-moe and `cp`.
+
+    python benchmarks/upcycle.py [--mergekit PATH/TO/mergekit-moe] [--workdir DIRECTORY]
+
+Makes a bfloat16 checkpoint of random weights in the shape of TinyLlama 1.1B and turns it into 4 experts: plain copies and a random router. The least
+that this can cost is the writing, and that is what `cp -r` of the finished output measures. The contenders take turns; medians of 3 rounds and their
+ratios are printed. It needs 18 GB of free disk, 8 times the checkpoint, and an idle machine. Smaller shapes only try it out: imports fill their time.
+
+What is measured. Each contender is a fresh process, so its start and its imports count. The clock stops when the data is on the disk: a `sync` before
+it starts, and another inside the span. What a contender reads (for `cp` the mixture, for the others the dense checkpoint) is read once just before,
+so that all find it in the page cache, as far as memory allows. On a file system that shares blocks between copies, `cp` writes nothing and its ratio
+says nothing. Memory is the kernel's count of the process's peak, mapped file pages included, the largest of the rounds. A process starts with the
+peak of the one that started it, which is why this one imports nothing but the standard library, and why `cp` shows a few MB more than it takes.
+
+mergekit-moe runs from its own environment (`pip install mergekit==0.1.5`), with its own settings; it demands a tokenizer, so the checkpoint has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+# Running a script puts its folder first on the path, and there this file has the name of the package `upcycle`. With the package's folder as its own,
+# it stands in for it, for itself and for every script beside it.
+__path__ = [str(Path(__file__).parent.parent / "upcycle")]
+
+NUM_EXPERTS, NUM_HEADS, NUM_KV_HEADS = 4, 32, 4
+SHARD_BYTES = 1_000_000_000
+MB, GB = 1e6, 1e9
+MOST_AGAINST_CP, MOST_AGAINST_MERGEKIT, MOST_MEGABYTES = 1.3, 1 / 3, 600
+CP, COPIES, MERGEKIT, NOISE, DROP = "cp -r", "dense2moe", "mergekit-moe", "dense2moe, noise 0.01", "dense2moe, drop 0.5"
+EXPERTS = {COPIES: {}, NOISE: {"noise": 0.01}, DROP: {"drop": 0.5}}
+"""Contender to its ExpertsConfig."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one contender took in one round."""
+
+    seconds: float
+    peak_bytes: int
+    written_bytes: int
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A command that ends with the directory to write, and the directory that it reads."""
+
+    command: tuple[str, ...]
+    source: Path
+
+
+def make_checkpoint(directory: Path, layers: int, hidden: int, intermediate: int, vocabulary: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS, max_position_embeddings=2048, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )  # fmt: skip
+    config.save_pretrained(directory)
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, shape in shapes.items():
+        used += 2 * shape.numel()
+        if shards[-1] and used > SHARD_BYTES:
+            shards.append([])
+            used = 2 * shape.numel()
+        shards[-1].append(name)
+    generator = torch.Generator().manual_seed(0)
+    weight_map = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        # A norm's weights lie around 1, a matrix's around 0.
+        tensors = {
+            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(float(len(shapes[name]) == 1), 0.02, generator=generator) for name in names
+        }
+        save_file(tensors, directory / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def run_upcycle(experts: str, source: Path, output: Path) -> None:
+    from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
+    from upcycle.surgery import upcycle
+
+    config = UpcycleConfig(
+        num_experts=NUM_EXPERTS, num_experts_per_tok=2, experts=ExpertsConfig.model_validate_json(experts), router=RouterConfig(logit_std=1.0)
+    )
+    output.mkdir()
+    upcycle(source, output, config, 0, lambda *_: None)
+
+
+def this_script(command: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, str(Path(__file__).resolve()), f"--{command}", *map(str, arguments))
+
+
+def contenders(folder: Path, source: Path, mixture: Path, mergekit: Path | None, initializations: bool) -> dict[str, Contender]:
+    result = {CP: Contender(("cp", "-r", str(mixture)), mixture)}
+    for name, experts in EXPERTS.items():
+        if name == COPIES or initializations:
+            result[name] = Contender(this_script("run-upcycle", json.dumps(experts), source), source)
+        if name == COPIES and mergekit:
+            config = folder / "mergekit.yml"  # JSON is YAML
+            experts_of_copies = [{"source_model": str(source)}] * NUM_EXPERTS
+            fields = {"base_model": str(source), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": 2, "experts": experts_of_copies}
+            config.write_text(json.dumps(fields))
+            result[MERGEKIT] = Contender((str(mergekit), str(config)), source)
+    return result
+
+
+def start(command: Iterable[str], log: Path) -> int:
+    """Run a command to its end; returns its peak resident bytes."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(list(command), stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def measure(contender: Contender, folder: Path) -> Run:
+    output = folder / "output"
+    read_through(contender.source)
+    os.sync()
+    started = time.perf_counter()
+    peak_bytes = start((*contender.command, str(output)), folder / "log")
+    os.sync()
+    seconds = time.perf_counter() - started
+    run = Run(seconds, peak_bytes, sum(file.stat().st_size for file in output.iterdir()))
+    shutil.rmtree(output)
+    return run
+
+
+def read_through(directory: Path) -> None:
+    buffer = bytearray(1 << 20)
+    for path in directory.iterdir():
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def race(entries: dict[str, Contender], folder: Path, rounds: int) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {name: [] for name in entries}
+    for number in range(rounds):
+        for name, contender in entries.items():
+            runs[name].append(measure(contender, folder))
+            print(f"round {number + 1} of {rounds}, {name}: {runs[name][-1].seconds:.1f} s", file=sys.stderr)
+    return runs
+
+
+def print_machine(folder: Path, mergekit: Path | None) -> None:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    file_system = subprocess.run(["df", "--output=fstype", folder], capture_output=True, text=True, check=False).stdout.split()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("dense2moe", "torch", "transformers", "safetensors")]
+    if mergekit:
+        question = "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in ('mergekit', 'torch', 'transformers')])"
+        answer = subprocess.run([mergekit.parent / "python", "-c", question], capture_output=True, text=True, check=False).stdout.strip()
+        versions.append(answer or "mergekit of an unknown version")
+    print(f"{date.today()}, {processor}, {os.cpu_count()} cores, {memory / GB:.0f} GB memory,")
+    print(f"{file_system[-1] if file_system else 'unknown'} file system, Python {platform.python_version()}, {', '.join(versions)}\n")
+
+
+def print_table(runs: dict[str, list[Run]], mergekit: Path | None) -> None:
+    medians = {name: statistics.median(run.seconds for run in of) for name, of in runs.items()}
+    print("| contender | seconds, median (min–max) | against cp | against mergekit-moe | against plain copies | GB written | peak resident MB |")
+    print("|---|--:|--:|--:|--:|--:|--:|")
+    for name, of in runs.items():
+        seconds = [run.seconds for run in of]
+        cells = [name, f"{medians[name]:.1f} ({min(seconds):.1f}–{max(seconds):.1f})"]
+        cells += [f"{medians[name] / medians[rival]:.2f}×" if rival in medians else "" for rival in (CP, MERGEKIT, COPIES)]
+        cells += [f"{of[-1].written_bytes / GB:.2f}", f"{peak_megabytes(of):.0f}"]
+        print(f"| {' | '.join(cells)} |")
+    if not mergekit:
+        print(f"| {MERGEKIT} | not run: no --mergekit | | | | | |")
+    print()
+    judge("time against cp", medians[COPIES] / medians[CP], MOST_AGAINST_CP, "×")
+    if mergekit:
+        judge("time against mergekit-moe", medians[COPIES] / medians[MERGEKIT], MOST_AGAINST_MERGEKIT, "×")
+    judge("peak resident", peak_megabytes(runs[COPIES]), MOST_MEGABYTES, " MB")
+
+
+def peak_megabytes(runs: Iterable[Run]) -> float:
+    return max(run.peak_bytes for run in runs) / MB
+
+
+def judge(what: str, value: float, most: float, unit: str) -> None:
+    digits = 0 if unit == " MB" else 2
+    print(f"- {what}: {value:.{digits}f}{unit}, at most {most:.{digits}f}{unit}: {'met' if value <= most else 'MISSED'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--hidden", type=int, default=2048, help=f"hidden size, a multiple of {2 * NUM_HEADS}")
+    parser.add_argument("--intermediate", type=int, default=5632, help="width of the FFN")
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--workdir", type=Path, help="directory on the disk to measure (default: the one for temporary files); left as it was")
+    parser.add_argument("--mergekit", type=Path, help="the executable mergekit-moe of another environment")
+    parser.add_argument("--initializations", action=argparse.BooleanOptionalAction, default=True, help="also noise and dropped neurons")
+    parser.add_argument("--double", action=argparse.BooleanOptionalAction, default=True, help="also the peak memory with twice the layers")
+    # The parts that this script runs as processes of their own.
+    parser.add_argument("--make-checkpoint", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--run-upcycle", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.make_checkpoint:
+        make_checkpoint(arguments.make_checkpoint, arguments.layers, arguments.hidden, arguments.intermediate, arguments.vocabulary)
+    elif arguments.run_upcycle:
+        experts, source, output = arguments.run_upcycle
+        run_upcycle(experts, Path(source), Path(output))
+    else:
+        with tempfile.TemporaryDirectory(dir=arguments.workdir) as name:
+            run_benchmark(arguments, Path(name).resolve())
+
+
+def run_benchmark(arguments: argparse.Namespace, folder: Path) -> None:
+    source, mixture = folder / "dense", folder / "mixture"
+    mergekit = arguments.mergekit.absolute() if arguments.mergekit else None
+    if mergekit and not os.access(mergekit, os.X_OK):
+        raise SystemExit(f"{mergekit}: not an executable; --mergekit must be the path of mergekit-moe")
+
+    def make(layers: int) -> None:
+        shape = ("--layers", layers, "--hidden", arguments.hidden, "--intermediate", arguments.intermediate, "--vocabulary", arguments.vocabulary)
+        start(this_script("make-checkpoint", source, *shape), folder / "log")
+
+    make(arguments.layers)
+    entries = contenders(folder, source, mixture, mergekit, arguments.initializations)
+    # Both programs are started once before the rounds, so that neither is read from the disk inside the span; ours leaves what cp copies.
+    start((*entries[COPIES].command, str(mixture)), folder / "log")
+    if mergekit:
+        start((str(mergekit), "--help"), folder / "log")
+    runs = race(entries, folder, arguments.rounds)
+    print(f"Upcycling {arguments.layers} layers, hidden {arguments.hidden}, FFN {arguments.intermediate}, to {NUM_EXPERTS} experts,", end=" ")
+    print(f"medians of {arguments.rounds}; what is read is in the page cache;")
+    print_machine(folder, mergekit)
+    print_table(runs, mergekit)
+    if arguments.double:
+        shutil.rmtree(source)
+        shutil.rmtree(mixture)
+        make(2 * arguments.layers)
+        judge(f"peak resident with {2 * arguments.layers} layers", peak_megabytes([measure(entries[COPIES], folder)]), MOST_MEGABYTES, " MB")
+
+
+if __name__ == "__main__":
+    main()

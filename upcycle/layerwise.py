@@ -1,0 +1,118 @@
+"""One decoder layer of a checkpoint at a time, run by plain transformers.
+
+A model too large to be held is run layer after layer: each is built as a model of one layer of the same class, from the tensors of that layer alone,
+with the embedding and the final norm taken out of it. Memory is one layer and the hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from transformers import AutoModel, PreTrainedModel
+
+from upcycle.checkpoint import Checkpoint
+from upcycle.errors import UpcycleError
+
+_BLOCKS = "model.layers.{layer}."
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, experts_implementation: str = "eager") -> PreTrainedModel:
+    """A model of one layer, `layer` of the checkpoint, in `dtype`: `inputs_embeds` in, hidden states after the layer out.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    config = _config_of_layer(checkpoint.config, layer)
+    prefix = _BLOCKS.format(layer=layer)
+    state = {name.replace(prefix, "layers.0.", 1): checkpoint.read(name) for name in checkpoint.entries if name.startswith(prefix)}
+    state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
+    state["norm.weight"] = torch.zeros(config.hidden_size)
+    model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := [key for key in info[kind] if "inv_freq" not in str(key)]:
+            where = f"{checkpoint.directory}: layer {layer}"
+            raise UpcycleError(f"{where}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, found))[:3]}")
+    model.norm = torch.nn.Identity()
+    if any(hasattr(module, "experts") for module in model.modules()):
+        model.set_experts_implementation(experts_implementation)
+    return cast(PreTrainedModel, model.eval())
+
+
+def _model_class(config: Any) -> Any:
+    return AutoModel._model_mapping[type(config)]
+
+
+def _config_of_layer(config: Any, layer: int) -> Any:
+    """The config of a model that is this one layer."""
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    one.vocab_size = 1
+    one.pad_token_id = None
+    if getattr(one, "layer_types", None):
+        one.layer_types = [config.layer_types[layer]]
+    if hasattr(one, "mlp_only_layers"):
+        one.mlp_only_layers = [0] if layer in config.mlp_only_layers else []
+    if hasattr(one, "embedding_multiplier"):
+        one.embedding_multiplier = 1.0  # what comes in is hidden states, multiplied already
+    return one
+
+
+def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the first layer reads, [B, S, H] in `dtype`, for token ids [B, S]: a model of the ids' own rows of the embedding, and no layer.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    rows, places = ids.unique(return_inverse=True)
+    config = copy.deepcopy(checkpoint.config)
+    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 0, len(rows), None
+    if getattr(config, "layer_types", None):
+        config.layer_types = []
+    table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
+    state = {"embed_tokens.weight": table, "norm.weight": torch.zeros(config.hidden_size)}
+    model = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    states = model.embed_tokens(places)
+    return cast(torch.Tensor, states * getattr(config, "embedding_multiplier", 1.0))
+
+
+@torch.no_grad()
+def run_layers(
+    checkpoint: Checkpoint, ids: torch.Tensor, mask: torch.Tensor, dtype: torch.dtype, ffn_module: str, batch_rows: int = 8
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a dense decoder on token ids and mask [B, S], layer by layer.
+
+    Yields the layer's number, what it read, what its FFN read and what it gave, each [B, S, H]. `ffn_module` is the FFN's place below the base model,
+    with `{layer}`; `batch_rows` of the B rows are run at once.
+    """
+    states = embed(checkpoint, ids, dtype)
+    for layer in range(checkpoint.config.num_hidden_layers):
+        model = load_layer(checkpoint, layer, dtype)
+        read: list[torch.Tensor] = []
+        module = model.get_submodule(ffn_module.format(layer=0))
+        module.register_forward_pre_hook(lambda _, arguments, into=read: into.append(arguments[0]))
+        after = torch.cat([
+            model(inputs_embeds=part, attention_mask=part_mask, use_cache=False).last_hidden_state
+            for part, part_mask in zip(states.split(batch_rows), mask.split(batch_rows), strict=True)
+        ])  # fmt: skip
+        yield layer, states, torch.cat(read), after
+        states = after
+
+
+def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The hidden states [tokens, H] in float32 of the real tokens of [B, S, H]; pads never count."""
+    return states[mask.bool()].to(torch.float32)
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, int64 [B, S], of rows of different lengths, padded on the left with the first token there is."""
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), rows[0][0])
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :] = torch.tensor(row)
+        mask[number, length - len(row) :] = 1
+    return ids, mask
