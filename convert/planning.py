@@ -60,7 +60,7 @@ def _tensors(plan: UpcyclePlan) -> Table:
 
 
 def _pattern(name: str, plan: UpcyclePlan) -> str:
-    """The name with its numbers taken out: the first is the layer's, a second the expert's. (T5 has the place of the FFN between them.)"""
+    """The name with its layer's and its expert's number taken out; what else T5 numbers stays."""
     experts = f"{{0-{plan.settings.num_experts - 1}}}"
     name = re.sub(r"(layers|block)\.\d+\.", r"\1.N.", name, count=1)
     return re.sub(r"(experts\.(?:expert_)?)\d+\.", rf"\g<1>{experts}.", name)

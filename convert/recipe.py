@@ -343,6 +343,13 @@ _ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "separator": ("delimiter", "split"),
     "text_column": ("column", "field", "text"),
     "block_size": ("seq_len", "sequence_length", "context_length", "max_length", "group_size"),
+    "target": ("target_model_type", "target_architecture", "architecture", "moe_type"),
+    "layers": ("layer", "moe_layers", "sparse_layers", "mlp_only_layers", "decoder_sparse_step"),
+    "shared_expert": ("shared", "shared_experts", "n_shared_experts"),
+    "drop": ("drop_ratio", "drop_rate", "dropout", "ratio", "reinit"),
+    "granularity": ("shards", "virtual_groups", "fine_grained"),
+    "domains": ("experts", "prompts", "positive_prompts"),
+    "penalty": ("ridge", "lambda", "alpha", "l2"),
     "num_experts": ("e", "experts", "n_experts", "num_local_experts", "n_routed_experts"),
     "num_experts_per_tok": ("k", "topk", "top_k", "router_topk", "num_selected_experts"),
     "noise": ("jitter", "std"),
@@ -407,6 +414,8 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, tu
     for part in loc:
         if len(records) > 1:  # the tag of a union's branch, which no file has
             records = tuple(record for record in records if part == _record_tag(record))
+        elif isinstance(part, int):  # an item of a list, whose record is the list's
+            key = (*key, part)
         elif part != "[key]":
             parent = records[0] if records else None
             field = parent.model_fields.get(str(part)) if parent else None

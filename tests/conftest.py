@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from upcycle.surgery import upcycle
@@ -32,30 +33,40 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
+TINY_DECODER = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.2,  # at .02 and two layers, attention and FFN would hardly show in the logits
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+TINY_T5 = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 2, "num_heads": 4}
+
+
 @pytest.fixture(scope="session")
 def make_dense(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> MakeDense:
-    """Make a tiny Llama checkpoint with a tokenizer; keywords override its config, `dtype` and `max_shard_size` its file."""
+    """Make a tiny checkpoint with a tokenizer, a Llama unless `architecture` names another class of transformers.
 
-    def make(dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", **overrides: Any) -> Path:
-        fields = {
-            "vocab_size": 300,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": True,
-            "initializer_range": 0.2,  # at .02 and two layers, attention and FFN would hardly show in the logits
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-        }
+    Keywords override its config, `dtype` and `max_shard_size` its file.
+    """
+
+    def make(dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", architecture: str = "LlamaForCausalLM", **overrides: Any) -> Path:
+        model_class = getattr(transformers, architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = LlamaForCausalLM(LlamaConfig(**fields | overrides))
+            model = model_class(model_class.config_class(**(TINY_T5 if architecture.startswith("T5") else TINY_DECODER) | overrides))
             for name, parameter in model.named_parameters():
-                if "norm" in name:  # a norm of ones would hide a norm that is lost or swapped
-                    torch.nn.init.uniform_(parameter, 0.5, 1.5)
+                if "norm" in name:  # a norm of ones would hide a norm that is lost or swapped; Gemma adds the one itself
+                    torch.nn.init.uniform_(parameter, *((-0.5, 0.5) if architecture.startswith("Gemma") else (0.5, 1.5)))
+                elif name.endswith(".bias"):  # and biases start at zero
+                    torch.nn.init.normal_(parameter, std=0.5)
         directory = tmp_path_factory.mktemp("dense")
         model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
         tiny_tokenizer.save_pretrained(directory)

@@ -91,14 +91,15 @@ def test_more_chosen_experts_than_experts_is_refused(recipe):
     assert "num_experts_per_tok is 3; it must be at most num_experts, which is 2" in output
 
 
-def test_an_unsupported_architecture_is_named_with_what_is_supported(recipe, tmp_path):
+def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_path):
     source = tmp_path / "gpt2"
     source.mkdir()
     (source / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', encoding="utf-8")
     (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     code, output = invoke("check", recipe(source=source))
     assert code == 1
-    assert output == "Error: config.json: GPT2LMHeadModel (gpt2) cannot be upcycled; supported: LlamaForCausalLM\n"
+    reason = "has LayerNorm, and an FFN with biases and without a gate; no mixture-of-experts architecture of transformers holds that"
+    assert output == f"Error: config.json: GPT2LMHeadModel (gpt2) {reason}\n"
 
 
 def test_a_missing_source_names_the_places_tried(recipe, tmp_path):

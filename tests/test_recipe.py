@@ -240,8 +240,43 @@ def test_a_key_like_no_other_lists_the_keys():
 
 
 def test_a_number_of_experts_under_experts_names_num_experts():
-    message = "r.yaml:3: upcycle.experts: is 8 (an integer); must be a mapping of the keys noise; did you mean 'num_experts'?"
+    message = (
+        "r.yaml:3: upcycle.experts: is 8 (an integer); must be a mapping of the keys kind, granularity, noise, drop; did you mean 'num_experts'?"
+    )
     assert mistakes(GOOD + "upcycle: {experts: 8}\n") == [message]
+
+
+def test_mistakes_in_a_list_of_domains_are_placed_at_their_item():
+    text = "upcycle:\n  router:\n    kind: prototypes\n    domains:\n      - {prompts: []}\n      - {file: a}\n"
+    assert mistakes(GOOD + text) == [
+        "r.yaml:7: upcycle.router.domains[0]: has no text; must have prompts or files",
+        "r.yaml:8: upcycle.router.domains[1].file: unknown key; did you mean 'files'?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("upcycle", "mistake"),
+    [
+        ("{layers: every2}", "layers: is 'every2'; must be all, last-half, every-N, or a list of layer numbers from 0"),
+        ("{layers: [0, x]}", "layers: is [0, 'x']; must be all, last-half, every-N, or a list of layer numbers from 0"),
+        ("{layers: [1, 1]}", "layers: names a layer twice; must name each once"),
+        (
+            "{target: bert}",
+            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', 'granitemoeshared', 'flex_olmo' or "
+            "'switch_transformers'",
+        ),
+        ("{experts: {kind: granular}}", "experts: kind 'granular' has no granularity; must say how many experts one copy of the FFN is cut into"),
+        ("{experts: {granularity: 2}}", "experts: kind 'copies' has a granularity; must be kind 'granular' to have one"),
+        ("{experts: {drop: 1}}", "experts.drop: is 1; must be less than 1.0"),
+        (
+            "{num_experts: 6, num_experts_per_tok: 4, experts: {kind: granular, granularity: 4}}",
+            ": num_experts is 6; it must be a multiple of experts.granularity, which is 4",
+        ),
+        ("{router: {kind: ridge}}", "router: kind 'ridge' has 0 domains; must have one for each expert"),
+    ],
+)
+def test_a_setting_of_upcycling_that_cannot_be_is_one_line(upcycle, mistake):
+    assert mistakes(GOOD + f"upcycle: {upcycle}\n") == [f"r.yaml:3: upcycle.{mistake}".replace(".:", ":")]
 
 
 def test_every_key_in_the_table_of_aliases_exists():

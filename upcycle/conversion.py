@@ -405,5 +405,5 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
     if fitting is not None:
         return fitting
     nearest, reasons = min(refused, key=lambda pair: len(pair[1]))
-    others = f" (the nearest of {', '.join(row.target.model_type for row in rows)})" if len(rows) > 1 else ""
+    others = f" (the nearest target is {nearest.target.model_type})" if len(rows) > 1 else ""
     raise UpcycleError(f"{where}: {'; '.join(reasons)}{others}")

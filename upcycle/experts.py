@@ -54,7 +54,7 @@ def choose_neurons(num_neurons: int, share: float, generator: torch.Generator) -
 
 
 def redraw_neurons(weight: torch.Tensor, mask: torch.Tensor, neuron_axis: int, moments: Moments, generator: torch.Generator) -> torch.Tensor:
-    """Return float32 `weight` [rows, columns] with the masked rows (axis 0) or columns (axis 1) drawn from N(mean, std) of the weight that it is of."""
+    """Return float32 `weight` [rows, columns] with the masked rows (axis 0) or columns (axis 1) drawn from N(mean, std) of the whole weight."""
     count = int(mask.sum())
     if count == 0:
         return weight

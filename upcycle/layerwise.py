@@ -20,8 +20,8 @@ _BLOCKS = "model.layers.{layer}."
 _EMBEDDING = "model.embed_tokens.weight"
 
 
-def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, experts_implementation: str = "eager") -> PreTrainedModel:
-    """A model of one layer, `layer` of the checkpoint, in `dtype`: `inputs_embeds` in, hidden states after the layer out.
+def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of one layer, `layer` of the checkpoint, in `dtype`: `inputs_embeds` in, hidden states after the layer out; experts run `eager`.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -38,7 +38,7 @@ def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, experts_i
             raise UpcycleError(f"{where}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, found))[:3]}")
     model.norm = torch.nn.Identity()
     if any(hasattr(module, "experts") for module in model.modules()):
-        model.set_experts_implementation(experts_implementation)
+        model.set_experts_implementation("eager")
     return cast(PreTrainedModel, model.eval())
 
 

@@ -365,7 +365,7 @@ def _target_config(checkpoint: Checkpoint, conversion: Conversion, config: Upcyc
         fields[target.top_k_field] = config.num_experts_per_tok
     fields[target.width_field] = width
     fields |= conversion.derived(source)
-    fields |= _layer_fields(checkpoint, target, sites, width)
+    fields |= _layer_fields(checkpoint, target, sites)
     if target.shared is not None:
         fields[target.shared.width_field] = 0 if config.shared_expert == "none" else width * config.num_parts
     where = str(checkpoint.directory / "config.json")
@@ -378,7 +378,7 @@ def _target_config(checkpoint: Checkpoint, conversion: Conversion, config: Upcyc
     return made
 
 
-def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, ...], width: int) -> dict[str, Any]:
+def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, ...]) -> dict[str, Any]:
     """How the target says which layers have experts, and how wide the others are."""
     source = checkpoint.config
     match target.partial_layers:
@@ -432,7 +432,7 @@ def _check_depth(checkpoint: Checkpoint, family: DenseFamily) -> None:
         count = getattr(checkpoint.config, ffn.num_layers)
         if count > len(checkpoint.entries):
             raise UpcycleError(
-                f"{checkpoint.directory / 'config.json'}: {ffn.num_layers} is {count}; the files hold {len(checkpoint.entries)} tensors, too few for that"
+                f"{checkpoint.directory / 'config.json'}: {ffn.num_layers} is {count}; the files hold {len(checkpoint.entries)} tensors, too few"
             )
 
 

@@ -90,6 +90,8 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
     mode = choose_mode(plan, open_checkpoint(source))
     text = _read_text(source, block_size)
     notes = list(text.notes)
+    if mode == "layers":
+        notes.append("compared layer by layer: decoding with a cache and float16 were not run")
     comparisons: list[Comparison] = []
     for number, dtype in enumerate(_DTYPES):
         progress("comparing with the dense model", number, len(_DTYPES))
@@ -98,7 +100,7 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
         if mode == "whole":
             comparisons += _compare_models(source, output, plan, read, dtype, experts)
         elif dtype != "float16":  # a layer's arithmetic shows in two dtypes, and every dtype is one more pass over the disk
-            comparisons += _compare_layers(source, output, plan, read, dtype, experts[0])
+            comparisons += _compare_layers(source, output, plan, read, dtype, experts)
     progress("comparing with the dense model", len(_DTYPES), len(_DTYPES))
     for comparison in comparisons:
         _check(comparison, output)
@@ -159,19 +161,22 @@ def _compare_models(source: Path, output: Path, plan: UpcyclePlan, text: _Text, 
                 yield _judge(found[real], reference[real], router, dtype, name, implementation, ids.shape[1], plan, bitwise_due, coverage)
 
 
-def _compare_layers(source: Path, output: Path, plan: UpcyclePlan, text: _Text, dtype: str, experts: str) -> Iterator[Comparison]:
+def _compare_layers(source: Path, output: Path, plan: UpcyclePlan, text: _Text, dtype: str, experts: tuple[str, ...]) -> Iterator[Comparison]:
     dense, sparse = open_checkpoint(source), open_checkpoint(output)
     bitwise_due = plan.bitwise_at_zero and _can_be_bitwise(dense.config, dtype)
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None
     real = text.mask.bool()
     for layer, before, _, after in run_layers(dense, text.ids, text.mask, _DTYPES[dtype], ffn_module):
-        model = load_layer(sparse, layer, _DTYPES[dtype], experts)
-        for router in ("shipped", "zero"):
-            with _router(model, router), _watch_groups(model, plan) as coverage, torch.no_grad():
-                found = model(inputs_embeds=before, attention_mask=text.mask, use_cache=False).last_hidden_state
-            pair = (found[real].to(torch.float32), after[real].to(torch.float32))
-            yield _judge(*pair, router, dtype, f"layer {layer}", experts, text.ids.shape[1], plan, bitwise_due, coverage)
+        model = load_layer(sparse, layer, _DTYPES[dtype])
+        for implementation in experts:
+            if next(router_modules(model), None) is not None:
+                model.set_experts_implementation(implementation)
+            for router in ("shipped", "zero"):
+                with _router(model, router), _watch_groups(model, plan) as coverage, torch.no_grad():
+                    found = model(inputs_embeds=before, attention_mask=text.mask, use_cache=False).last_hidden_state
+                pair = (found[real].to(torch.float32), after[real].to(torch.float32))
+                yield _judge(*pair, router, dtype, f"layer {layer}", implementation, text.ids.shape[1], plan, bitwise_due, coverage)
 
 
 def _judge(

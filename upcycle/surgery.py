@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import assert_never
 
 import torch
 
-from upcycle.checkpoint import CONFIG_NAME, Checkpoint, copy_companions, open_checkpoint, read_chunks
+from upcycle.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_chunks
 from upcycle.config import UpcycleConfig
 from upcycle.errors import UpcycleError
 from upcycle.experts import Moments, add_noise, choose_neurons, measure_moments, redraw_neurons, seeded_generator
@@ -19,6 +18,7 @@ from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, Slice, UpcycleP
 from upcycle.progress import Progress
 from upcycle.router import draw_router
 from upcycle.shards import Content, Span, read_span, write_tensors
+from upcycle.target import add_alias_fields
 
 GivenRouters = Mapping[int, torch.Tensor]
 """Router rows read from hidden states, float32 [rows, hidden] for each FFN that becomes experts, by its number."""
@@ -38,19 +38,11 @@ def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progre
     plan = plan_upcycle(checkpoint, config)
     surgeon = _Surgeon(checkpoint, config, seed, routers or {})
     plan.target_config.save_pretrained(output)
-    _add_alias_fields(output / CONFIG_NAME, plan.conversion.target.alias_fields)
+    add_alias_fields(output)
     copy_companions(source, output)
     specs = [write.spec for write in plan.writes]
     write_tensors(output, specs, _make_all(surgeon, plan, progress), config.shard_bytes)
     return plan
-
-
-def _add_alias_fields(path: Path, aliases: Mapping[str, str]) -> None:
-    """Write a config's value under the keys that other readers look for too."""
-    if aliases:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        values |= {alias: values[name] for alias, name in aliases.items()}
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _make_all(surgeon: _Surgeon, plan: UpcyclePlan, progress: Progress) -> Iterator[tuple[str, Iterator[Content]]]:

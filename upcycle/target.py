@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
+
+from upcycle.checkpoint import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -187,3 +191,15 @@ SWITCH_TRANSFORMERS = MoeTarget(
     partial_layers="step",
     top_1=True,
 )
+
+TARGETS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, GRANITE_MOE_SHARED, FLEX_OLMO, SWITCH_TRANSFORMERS)
+
+
+def add_alias_fields(directory: Path) -> None:
+    """Write values of the config.json that transformers saved in `directory` under the keys that other readers look for too; see `alias_fields`."""
+    path = directory / CONFIG_NAME
+    values = json.loads(path.read_text(encoding="utf-8"))
+    aliases = next((target.alias_fields for target in TARGETS if target.model_type == values["model_type"]), {})
+    if aliases:
+        values |= {alias: values[name] for alias, name in aliases.items()}
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation import Evaluation, evaluate, held_out_loss, next_token_loss
 from upcycle.progress import Progress
 from upcycle.receipt import load_model, router_weights
+from upcycle.target import add_alias_fields
 
 CONTROL_DIRECTORY = "control"
 HISTORY_NAME = "history.jsonl"
@@ -176,6 +177,7 @@ def _train(
     model.config.use_cache = True
     if trainer.is_world_process_zero():
         model.save_pretrained(target)
+        add_alias_fields(target)
         copy_companions(source, target)
         shutil.rmtree(scratch, ignore_errors=True)
     return kept_step
