@@ -14,6 +14,7 @@ from rich.table import Table
 from convert.stages import Preparation
 from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, UpcyclePlan, Write, Zeros
 
+_BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 _ADAM_BYTES = 16  # float32 weight, gradient and two moments a parameter
 
 
@@ -47,15 +48,17 @@ def _function(plan: UpcyclePlan) -> str:
 
 def _tensors(plan: UpcyclePlan) -> Table:
     """A row for tensors that are alike but for their numbers."""
-    table = Table(title="tensors; N stands for the numbers of layers, {0-3} for those of experts", title_justify="left")
-    for heading in ("to", "shape", "dtype", "number", "from"):
+    table = Table(title="tensors, N for the number of a layer", title_justify="left")
+    for heading in ("number", "to", "shape", "from"):
         table.add_column(heading, justify="right" if heading == "number" else "left", overflow="fold")
-    alike: dict[tuple[str, str, str, str], list[str]] = {}
+    alike: dict[tuple[str, str, str], int] = {}
     for write in plan.writes:
-        key = (_pattern(write.spec.name, plan), str(list(write.spec.shape)), str(write.spec.dtype).removeprefix("torch."), _origin(write))
-        alike.setdefault(key, []).append(write.spec.name)
-    for (pattern, shape, dtype, origin), names in alike.items():
-        table.add_row(pattern, shape, dtype, f"{len(names)}", origin)
+        pattern, origin = _pattern(write.spec.name, plan), _origin(write)
+        shape = f"{' × '.join(map(str, write.spec.shape))} {str(write.spec.dtype).removeprefix('torch.')}"
+        key = (pattern, shape, "as it is" if origin == pattern else origin)
+        alike[key] = alike.get(key, 0) + 1
+    for key, number in alike.items():
+        table.add_row(f"{number}", *key)
     return table
 
 
@@ -102,12 +105,11 @@ def _fields(plan: UpcyclePlan) -> Table:
     for heading in ("field", "value", ""):
         table.add_column(heading, overflow="fold")
     carried = [name for name in (*conversion.carried, *conversion.optional) if hasattr(made, name)]
-    own = [name for name in type(made).__dataclass_fields__ if name not in carried and name in made.to_diff_dict()]
+    own = [name for name in made.to_diff_dict() if name not in carried and name not in _BOOKKEEPING]
     for name in sorted(carried):
         table.add_row(name, str(getattr(made, name)), "carried over")
     for name in sorted(own):
-        if hasattr(made, name) and name not in ("architectures", "transformers_version", "model_type", "dtype"):
-            table.add_row(name, str(getattr(made, name)), "set")
+        table.add_row(name, str(getattr(made, name)), "set")
     return table
 
 

@@ -1,52 +1,125 @@
-"""Facts about mixture-of-experts decoders: names of tensors and of routing, for the graph builder."""
+"""Facts about mixture-of-experts decoders: names of tensors, routing, norms and multipliers, for the graph builder."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
+from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
+from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeRotaryEmbedding
+from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from export.errors import ExportError
+from export.gating import Activation
 from export.routing import Routing
 
-TensorClass = Literal["experts", "router", "attention", "embedding", "norm"]
+TensorClass = Literal["experts", "router", "attention", "embedding", "norm", "bias"]
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Projections of one layer's attention, and those of them that may have a bias, by its matrix's name. Norms of query and key are optional.
+
+    `norm_per_head`: the norms of query and key are of each head by itself, and not of the whole row.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    query_norm: str | None = None
+    key_norm: str | None = None
+    biased: tuple[str, ...] = ()
+    norm_per_head: bool = True
+
+
+@dataclass(frozen=True)
+class GatedFfn:
+    """Matrices of one gated FFN. Without `gate`, `up` holds the rows of the gate and then those of up."""
+
+    gate: str | None
+    up: str
+    down: str
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """An expert that every token visits; `scale` is a vector whose sigmoid with the token gates its output."""
+
+    ffn: GatedFfn
+    scale: str | None = None
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors of the forward pass; `attention` None is one over the root of the head size. Logits are divided."""
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
 
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    """One decoder architecture: Llama's shape (pre-norm, rotary, grouped-query attention) with experts in the FFN's place."""
+    """One decoder architecture with rotary grouped-query attention and experts in the FFN's place.
+
+    A norm that an architecture does not have is None: Llama's shape has `attention_norm` and `ffn_norm` before the blocks, OLMo's has
+    `attention_post_norm` and `ffn_post_norm` after them. `experts` have `{expert}` in their names, or are stacked in one tensor [E, rows, columns].
+    A layer without a router has the FFN `dense`.
+    """
 
     model_type: str
-    embedding: str
-    head: str
-    final_norm: str
-    attention_norm: str
-    query: str
-    key: str
-    value: str
-    attention_output: str
-    ffn_norm: str
+    attention: AttentionNames
     router: str
-    expert_gate: str
-    expert_up: str
-    expert_down: str
+    experts: GatedFfn
     routing: Callable[[Any], Routing]
     rotary: Callable[[Any], Any]
+    attention_norm: str | None = "model.layers.{layer}.input_layernorm.weight"
+    ffn_norm: str | None = "model.layers.{layer}.post_attention_layernorm.weight"
+    attention_post_norm: str | None = None
+    ffn_post_norm: str | None = None
+    dense: GatedFfn | None = None
+    shared: SharedExpert | None = None
+    multipliers: Callable[[Any], Multipliers] = lambda _: Multipliers()
+    window: Callable[[Any, int], int | None] = lambda _, __: None
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    final_norm: str = "model.norm.weight"
+    kinds: tuple[tuple[TensorClass, tuple[str, ...]], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Which patterns are of which class."""
+        a = self.attention
+        ffns = (self.experts, self.dense, self.shared.ffn if self.shared else None)
+        norms = (
+            self.final_norm, self.attention_norm, self.ffn_norm, self.attention_post_norm, self.ffn_post_norm, a.query_norm, a.key_norm,
+        )  # fmt: skip
+        matrices = (a.query, a.key, a.value, a.output)
+        kinds: tuple[tuple[TensorClass, tuple[str | None, ...]], ...] = (
+            ("experts", tuple(name for ffn in ffns if ffn for name in (ffn.gate, ffn.up, ffn.down))),
+            ("router", (self.router, self.shared.scale if self.shared else None)),
+            ("attention", matrices),
+            ("bias", tuple(bias_name(name) for name in a.biased)),
+            ("embedding", (self.embedding, self.head)),
+            ("norm", norms),
+        )
+        object.__setattr__(self, "kinds", tuple((kind, tuple(name for name in names if name)) for kind, names in kinds))
+
+    @property
+    def stacked(self) -> bool:
+        """Whether all experts of a layer lie in one tensor."""
+        return "{expert}" not in self.experts.up
 
     def classify(self, name: str) -> TensorClass:
         """The class of a tensor by its name; unknown names are an error, so that nothing is quantized or kept by accident."""
-        kinds: tuple[tuple[TensorClass, tuple[str, ...]], ...] = (
-            ("experts", (self.expert_gate, self.expert_up, self.expert_down)),
-            ("router", (self.router,)),
-            ("attention", (self.query, self.key, self.value, self.attention_output)),
-            ("embedding", (self.embedding, self.head)),
-            ("norm", (self.final_norm, self.attention_norm, self.ffn_norm)),
-        )
         parts = name.split(".")
-        for kind, patterns in kinds:
+        for kind, patterns in self.kinds:
             for pattern in patterns:
                 pieces = pattern.split(".")
                 if len(parts) == len(pieces) and all(a == b or (b.startswith("{") and a.isdigit()) for a, b in zip(parts, pieces, strict=True)):
@@ -54,26 +127,109 @@ class DecoderFamily:
         raise ExportError(f"tensor '{name}' is not known to the {self.model_type} family; it can be neither quantized nor exported")
 
 
+def bias_name(matrix: str) -> str:
+    """The name of a matrix's bias."""
+    return matrix.removesuffix(".weight") + ".bias"
+
+
+_LAYER = "model.layers.{layer}."
+_MLP = f"{_LAYER}mlp."
+_SPARSE = f"{_LAYER}block_sparse_moe."
+_QUERY, _KEY, _VALUE, _OUTPUT = (f"{_LAYER}self_attn.{letter}_proj.weight" for letter in "qkvo")
+_PLAIN = AttentionNames(_QUERY, _KEY, _VALUE, _OUTPUT)
+_BIASED = replace(_PLAIN, biased=(_QUERY, _KEY, _VALUE, _OUTPUT))
+_NORMED = replace(_BIASED, query_norm=f"{_LAYER}self_attn.q_norm.weight", key_norm=f"{_LAYER}self_attn.k_norm.weight")
+_QWEN_EXPERTS = GatedFfn(*(f"{_MLP}experts.{{expert}}.{matrix}_proj.weight" for matrix in ("gate", "up", "down")))
+_QWEN_DENSE = GatedFfn(*(f"{_MLP}{matrix}_proj.weight" for matrix in ("gate", "up", "down")))
+
+
+def _renormalized(config: Any) -> Routing:
+    return Routing(config.num_local_experts, config.num_experts_per_tok, "softmax", renormalize=True)
+
+
+def _as_configured(config: Any) -> Routing:
+    return Routing(config.num_experts, config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
+
+
+def _one_window(config: Any, _: int) -> int | None:
+    window: int | None = config.sliding_window
+    return window
+
+
+def _window_by_layer(config: Any, layer: int) -> int | None:
+    return int(config.sliding_window) if config.layer_types[layer] == "sliding_attention" else None
+
+
+def _granite_multipliers(config: Any) -> Multipliers:
+    return Multipliers(config.embedding_multiplier, config.attention_multiplier, config.residual_multiplier, config.logits_scaling)
+
+
 _MIXTRAL = DecoderFamily(
     model_type="mixtral",
-    embedding="model.embed_tokens.weight",
-    head="lm_head.weight",
-    final_norm="model.norm.weight",
-    attention_norm="model.layers.{layer}.input_layernorm.weight",
-    query="model.layers.{layer}.self_attn.q_proj.weight",
-    key="model.layers.{layer}.self_attn.k_proj.weight",
-    value="model.layers.{layer}.self_attn.v_proj.weight",
-    attention_output="model.layers.{layer}.self_attn.o_proj.weight",
-    ffn_norm="model.layers.{layer}.post_attention_layernorm.weight",
-    router="model.layers.{layer}.block_sparse_moe.gate.weight",
-    expert_gate="model.layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
-    expert_up="model.layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
-    expert_down="model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
-    routing=lambda config: Routing(config.num_local_experts, config.num_experts_per_tok, "softmax", renormalize=True),
+    attention=_PLAIN,
+    router=f"{_SPARSE}gate.weight",
+    experts=GatedFfn(*(f"{_SPARSE}experts.{{expert}}.{matrix}.weight" for matrix in ("w1", "w3", "w2"))),
+    routing=_renormalized,
     rotary=MixtralRotaryEmbedding,
+    window=_one_window,
+)
+_QWEN2_MOE = DecoderFamily(
+    model_type="qwen2_moe",
+    attention=replace(_PLAIN, biased=(_QUERY, _KEY, _VALUE)),
+    router=f"{_MLP}gate.weight",
+    experts=_QWEN_EXPERTS,
+    dense=_QWEN_DENSE,
+    shared=SharedExpert(
+        GatedFfn(*(f"{_MLP}shared_expert.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))), f"{_MLP}shared_expert_gate.weight"
+    ),
+    routing=_as_configured,
+    rotary=Qwen2MoeRotaryEmbedding,
+    window=_window_by_layer,
+)
+_QWEN3_MOE = DecoderFamily(
+    model_type="qwen3_moe",
+    attention=_NORMED,
+    router=f"{_MLP}gate.weight",
+    experts=_QWEN_EXPERTS,
+    dense=_QWEN_DENSE,
+    routing=_as_configured,
+    rotary=Qwen3MoeRotaryEmbedding,
+    window=_one_window,
+)
+_GRANITE_EXPERTS = GatedFfn(None, f"{_SPARSE}input_linear.weight", f"{_SPARSE}output_linear.weight")
+_GRANITE_MOE = DecoderFamily(
+    model_type="granitemoe",
+    attention=_BIASED,
+    router=f"{_SPARSE}router.layer.weight",
+    experts=_GRANITE_EXPERTS,
+    routing=_renormalized,
+    rotary=GraniteMoeRotaryEmbedding,
+    multipliers=_granite_multipliers,
+)
+_GRANITE_MOE_SHARED = DecoderFamily(
+    model_type="granitemoeshared",
+    attention=_BIASED,
+    router=f"{_SPARSE}router.layer.weight",
+    experts=_GRANITE_EXPERTS,
+    shared=SharedExpert(GatedFfn(None, f"{_LAYER}shared_mlp.input_linear.weight", f"{_LAYER}shared_mlp.output_linear.weight")),
+    routing=_renormalized,
+    rotary=GraniteMoeSharedRotaryEmbedding,
+    multipliers=_granite_multipliers,
+)
+_FLEX_OLMO = DecoderFamily(
+    model_type="flex_olmo",
+    attention=replace(_NORMED, norm_per_head=False),
+    router=f"{_MLP}gate.weight",
+    experts=_QWEN_EXPERTS,
+    routing=_as_configured,
+    rotary=FlexOlmoRotaryEmbedding,
+    attention_norm=None,
+    ffn_norm=None,
+    attention_post_norm=f"{_LAYER}post_attention_layernorm.weight",
+    ffn_post_norm=f"{_LAYER}post_feedforward_layernorm.weight",
 )
 
-DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL,)
+DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _FLEX_OLMO)
 
 # Rotary variants whose tables depend on positions alone; the others change with the length of each request.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -83,20 +239,15 @@ def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
     """The family of a mixture-of-experts config, its values checked.
 
     Raises:
-        ExportError: the architecture, activation, rotary variant or window is not covered.
+        ExportError: the architecture, activation or rotary variant is not covered.
     """
     family = next((f for f in DECODER_FAMILIES if f.model_type == config.model_type), None)
     if family is None:
         supported = ", ".join(f.model_type for f in DECODER_FAMILIES)
         raise ExportError(f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}")
-    if config.hidden_act != "silu":
-        raise ExportError(f"config.json: hidden_act is {config.hidden_act}; the builder covers silu")
+    if config.hidden_act not in get_args(Activation):
+        raise ExportError(f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in STATIC_ROPE_TYPES:
         raise ExportError(f"config.json: rope_type is {rope_type}; the builder covers {', '.join(STATIC_ROPE_TYPES)}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        raise ExportError(
-            f"config.json: sliding_window is {window} in a context of {config.max_position_embeddings}; the builder covers full attention alone"
-        )
     return family

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-from optimum.utils import NormalizedConfigManager
 from transformers import PreTrainedConfig
 
 from export.config import OnnxConfig
@@ -61,8 +60,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
 
 def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
     """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names."""
-    normalized = NormalizedConfigManager.get_normalized_config_class(config.model_type)(config)
-    heads = normalized.num_attention_heads
+    heads = config.num_attention_heads
     eos = config.eos_token_id if config.eos_token_id is not None else 0
     first_eos = eos[0] if isinstance(eos, list) else eos
     bos = config.bos_token_id if config.bos_token_id is not None else first_eos
@@ -75,15 +73,15 @@ def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
             "eos_token_id": eos,
             "pad_token_id": pad,
             "context_length": context,
-            "vocab_size": normalized.vocab_size,
+            "vocab_size": config.vocab_size,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": MODEL_NAME,
-                "head_size": getattr(config, "head_dim", None) or normalized.hidden_size // heads,
-                "hidden_size": normalized.hidden_size,
+                "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+                "hidden_size": config.hidden_size,
                 "num_attention_heads": heads,
-                "num_hidden_layers": normalized.num_layers,
-                "num_key_value_heads": normalized.num_key_value_heads,
+                "num_hidden_layers": config.num_hidden_layers,
+                "num_key_value_heads": config.num_key_value_heads,
                 "inputs": {
                     "input_ids": "input_ids",
                     "attention_mask": "attention_mask",

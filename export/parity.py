@@ -50,7 +50,10 @@ class Check:
 
 @dataclass(frozen=True)
 class Agreement:
-    """The package against one torch model on held-out text; per layer: top-k set agreement, and relative error of the residual stream."""
+    """The package against one torch model on held-out text.
+
+    By layer: agreement of the sets of top-k experts, 1 in a layer without experts, and the relative error of the residual stream.
+    """
 
     max_error: float
     mean_error: float
@@ -91,10 +94,13 @@ class Parity:
 
 @dataclass(frozen=True)
 class _Forward:
-    """What one computation of ids [B, S] gave: logits [B, S, V], by layer router logits [B, S, E] and residual stream [B, S, H]; and k."""
+    """What one computation of ids [B, S] gave: logits [B, S, V], by layer router logits [B, S, E] and residual stream [B, S, H]; and k.
+
+    A layer without experts has None for router logits.
+    """
 
     logits: torch.Tensor
-    routers: tuple[torch.Tensor, ...]
+    routers: tuple[torch.Tensor | None, ...]
     hiddens: tuple[torch.Tensor, ...]
     top_k: int
 
@@ -177,24 +183,26 @@ def _reference(directory: Path) -> Any:
     """The torch model as a function of ids and mask [B, S], with router logits and residual streams caught by hooks on whole layers."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager", local_files_only=True)
     model.eval()
-    caught: dict[str, list[torch.Tensor]] = {}
+    layers = model.get_decoder().layers
+    hiddens: dict[int, torch.Tensor] = {}
+    routers: dict[int, torch.Tensor] = {}
 
-    def catch(kind: str) -> Callable[..., None]:
-        return lambda _module, _inputs, output: caught[kind].append(output[0] if isinstance(output, tuple) else output)
+    def catch(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+        return lambda _module, _inputs, output: caught.update({layer: output[0] if isinstance(output, tuple) else output})
 
-    for layer in model.get_decoder().layers:
-        layer.register_forward_hook(catch("hidden"))
-    for module in model.modules():
-        if hasattr(module, "experts") and hasattr(module, "gate"):
-            cast(torch.nn.Module, module.gate).register_forward_hook(catch("router"))
+    for n, layer in enumerate(layers):
+        layer.register_forward_hook(catch(hiddens, n))
+        for module in layer.modules():
+            if hasattr(module, "experts"):
+                router = getattr(module, "gate", None) or module.router
+                cast(torch.nn.Module, router).register_forward_hook(catch(routers, n))
 
     @torch.inference_mode()
     def forward(ids: torch.Tensor, mask: torch.Tensor) -> _Forward:
-        caught.update(hidden=[], router=[])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        routers = tuple(r.reshape(*ids.shape, -1) for r in caught["router"])
-        return _Forward(logits, routers, tuple(caught["hidden"]), model.config.num_experts_per_tok)
+        by_layer = tuple(routers[n].reshape(*ids.shape, -1) if n in routers else None for n in range(len(layers)))
+        return _Forward(logits, by_layer, tuple(hiddens[n] for n in range(len(layers))), model.config.num_experts_per_tok)
 
     yield forward
 
@@ -209,10 +217,9 @@ def _run(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: i
         pieces = [part[name].reshape(len(ids), -1, part[name].shape[-1]) for part in parts]
         return torch.from_numpy(np.concatenate(pieces, axis=1))
 
-    def by_layer(prefix: str) -> tuple[torch.Tensor, ...]:
-        return tuple(joined(name) for name in decoder.taps if name.startswith(prefix))
-
-    return _Forward(joined("logits"), by_layer(ROUTER_LOGITS), by_layer(HIDDEN), decoder.config["num_experts_per_tok"])
+    layers = range(sum(name.startswith(HIDDEN) for name in decoder.taps))
+    routers = tuple(joined(name) if (name := f"{ROUTER_LOGITS}{n}") in decoder.taps else None for n in layers)
+    return _Forward(joined("logits"), routers, tuple(joined(f"{HIDDEN}{n}") for n in layers), decoder.config["num_experts_per_tok"])
 
 
 def _check_logits(decoder: Decoder, reference: Reference, blocks: torch.Tensor, config: ParityConfig) -> list[Check]:
@@ -238,7 +245,9 @@ def _check_logits(decoder: Decoder, reference: Reference, blocks: torch.Tensor, 
 def _check(name: str, found: _Forward, expected: _Forward, mask: torch.Tensor) -> Check:
     real = mask.bool()
     flips = torch.zeros_like(real)
-    for ours, theirs, stream, true_stream in zip(found.routers, expected.routers, found.hiddens, expected.hiddens, strict=False):
+    for ours, theirs, stream, true_stream in zip(found.routers, expected.routers, found.hiddens, expected.hiddens, strict=True):
+        if ours is None or theirs is None:
+            continue
         margin, own_margin = (_margin(routers, expected.top_k) for routers in (theirs, ours))
         tied = torch.minimum(margin, own_margin) < _EXACT_TIE
         moved = (stream - true_stream).norm(dim=-1) > _MOVED * true_stream.norm(dim=-1)
@@ -294,7 +303,8 @@ class _Sums:
         self.predictions += len(targets)
         for n, log_probabilities in enumerate((log_q, log_p)):
             self.losses[n] += float(F.nll_loss(log_probabilities[:, :-1].flatten(0, 1), targets, reduction="sum"))
-        same = [float(same_experts(a, b, expected.top_k).sum()) for a, b in zip(found.routers, expected.routers, strict=True)]
+        pairs = zip(found.routers, expected.routers, strict=True)
+        same = [float(count) if a is None or b is None else float(same_experts(a, b, expected.top_k).sum()) for a, b in pairs]
         squares = [[float((a - b).square().sum()), float(b.square().sum())] for a, b in zip(found.hiddens, expected.hiddens, strict=True)]
         self.same_routing = [old + new for old, new in zip(self.same_routing or [0.0] * len(same), same, strict=True)]
         old_squares = self.squares or [[0.0, 0.0] for _ in squares]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, num_blocks, quantize
-from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_tensor
+from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
 from upcycle.shards import TensorSpec, write_tensors
 
 SCHEME_NAME = "quantization.json"
@@ -40,15 +40,21 @@ class QuantizeFacts:
 
 
 def class_bits(variant: Variant, config: QuantizeConfig) -> dict[TensorClass, int]:
-    """Bits of each tensor class; 32 is not quantized. Routers and norms always are 32."""
+    """Bits of each tensor class; 32 is not quantized. Routers, norms and biases always are 32."""
     if variant == "float32":
-        return {"experts": 32, "attention": 32, "embedding": 32, "router": 32, "norm": 32}
+        return {"experts": 32, "attention": 32, "embedding": 32, "router": 32, "norm": 32, "bias": 32}
     own = 8 if variant == "int8" else 4
 
     def choose(setting: str | int) -> int:
         return own if setting == "variant" else 32 if setting == 16 else max(own, int(setting))
 
-    return {"experts": own, "attention": choose(config.attention_bits), "embedding": choose(config.embedding_bits), "router": 32, "norm": 32}
+    attention, embedding = choose(config.attention_bits), choose(config.embedding_bits)
+    return {"experts": own, "attention": attention, "embedding": embedding, "router": 32, "norm": 32, "bias": 32}
+
+
+def plan_bits(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, bits: Mapping[TensorClass, int]) -> dict[str, int]:
+    """Bits of every tensor by name; 32 is not quantized. A tensor without elements, as of a shared expert of width 0, has nothing to quantize."""
+    return {name: bits[family.classify(name)] if math.prod(shape) else 32 for name, shape in shapes.items()}
 
 
 def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress) -> QuantizeFacts:
@@ -60,7 +66,7 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
     checkpoint = open_checkpoint(source)
     family = find_decoder_family(checkpoint.config)
     bits = class_bits(variant, config)
-    plan = {name: bits[family.classify(name)] for name in checkpoint.entries}
+    plan = plan_bits({name: entry.shape for name, entry in checkpoint.entries.items()}, family, bits)
     checkpoint.config.dtype = torch.float32
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
@@ -72,7 +78,7 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
     integers = index_tensors(output, _STEM) if integer_specs else {}
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
     write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
-    experts = [name for name in plan if family.classify(name) == "experts"]
+    experts = [name for name in plan if family.classify(name) == "experts" and checkpoint.entries[name].num_elements]
     sizes = {name: checkpoint.entries[name].num_elements for name in experts}
     share = sum(sizes[name] for name in experts if plan[name] < 32) / max(1, sum(sizes.values()))
     if variant != "float32" and share < 1:
@@ -95,8 +101,8 @@ def estimate_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily,
     bits = class_bits(variant, config)
     floats = sum(4 * math.prod(shape) for shape in shapes.values())
     package = integers = 0
-    for name, shape in shapes.items():
-        width = bits[family.classify(name)]
+    for name, width in plan_bits(shapes, family, bits).items():
+        shape = shapes[name]
         size = 4 * math.prod(shape)
         if width < 32:
             size = sum(spec.num_bytes for spec in _integer_specs(name, shape, width, config.block_size))
@@ -110,7 +116,7 @@ def estimate_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily,
 
 
 def _integer_specs(name: str, shape: tuple[int, ...], bits: int, block_size: int) -> tuple[TensorSpec, TensorSpec]:
-    rows, width = shape
+    rows, width = math.prod(shape[:-1]), shape[-1]  # stacked experts lie one below the other
     blocks = num_blocks(width, block_size)
     return (
         TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
@@ -121,7 +127,7 @@ def _integer_specs(name: str, shape: tuple[int, ...], bits: int, block_size: int
 def _integer_tensors(checkpoint: Checkpoint, plan: dict[str, int], block_size: int, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
     for number, (name, bits) in enumerate(plan.items(), 1):
         if bits < 32:
-            quantized = quantize(checkpoint.read(name).to(torch.float32), bits, block_size)
+            quantized = quantize(checkpoint.read(name).to(torch.float32).flatten(0, -2), bits, block_size)
             yield f"{name}.codes", quantized.codes
             yield f"{name}.scales", quantized.scales
         progress("quantizing", number, len(plan))
@@ -132,7 +138,8 @@ def _twin_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for number, (name, bits) in enumerate(plan.items(), 1):
         if bits < 32:
-            yield name, dequantize(_read_quantized(name, integers), checkpoint.entries[name].shape[1], bits)
+            shape = checkpoint.entries[name].shape
+            yield name, dequantize(_read_quantized(name, integers), shape[-1], bits).reshape(shape)
         else:
             yield name, checkpoint.read(name).to(torch.float32)
         progress("writing the twin", number, len(plan))
@@ -154,30 +161,33 @@ def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int]
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A matrix [rows, width] in the twin, as it is."""
+    """A matrix [rows, width] in the twin, as it is: all or some rows of a tensor, whose dimensions but the last count as one."""
 
     entry: TensorEntry
+    rows: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and width."""
-        rows, width = self.entry.shape
-        return rows, width
+        start, stop = self.rows or (0, math.prod(self.entry.shape[:-1]))
+        return stop - start, self.entry.shape[-1]
 
     def read(self) -> torch.Tensor:
         """The matrix, float32 [rows, width]."""
-        return read_tensor(self.entry).to(torch.float32)
+        flat = replace(self.entry, shape=(math.prod(self.entry.shape[:-1]), self.entry.shape[-1]))
+        return read_rows(flat, *(self.rows or (0, flat.shape[0]))).to(torch.float32)
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized matrix [rows, width] in the twin: where its integers are."""
+    """A quantized matrix [rows, width] in the twin: where its integers are, and the first of its rows there."""
 
     name: str
     integers: Mapping[str, TensorEntry]
     shape: tuple[int, int]
     bits: int
     block_size: int
+    start: int = 0
 
     @property
     def num_blocks(self) -> int:
@@ -186,7 +196,9 @@ class QuantizedWeight:
 
     def read(self) -> Quantized:
         """Codes and scales; see `Quantized`."""
-        return _read_quantized(self.name, self.integers)
+        rows = (self.start, self.start + self.shape[0])
+        codes, scales = (read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in ("codes", "scales"))
+        return Quantized(codes, scales)
 
 
 Weight = FloatWeight | QuantizedWeight
@@ -202,10 +214,11 @@ class Twin:
         self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
         self.integers = index_tensors(directory, _STEM) if self.scheme["tensors"] else {}
 
-    def weight(self, name: str) -> Weight:
-        """The matrix `name`, quantized or not."""
+    def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:
+        """The matrix `name`, quantized or not, or some of its rows; all dimensions but the last count as rows."""
+        shape = self.checkpoint.entries[name].shape
         bits = self.scheme["tensors"].get(name)
         if bits is None:
-            return FloatWeight(self.checkpoint.entries[name])
-        rows, width = self.checkpoint.entries[name].shape
-        return QuantizedWeight(name, self.integers, (rows, width), bits, self.scheme["block_size"])
+            return FloatWeight(self.checkpoint.entries[name], rows)
+        start, stop = rows or (0, math.prod(shape[:-1]))
+        return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, self.scheme["block_size"], start)

@@ -218,7 +218,7 @@ def test_names_that_only_look_alike_have_none(name: str) -> None:
 )
 def test_bits_of_every_class(variant: Variant, attention: Any, embedding: Any, expected: tuple[int, int, int]) -> None:
     bits = class_bits(variant, QuantizeConfig(attention_bits=attention, embedding_bits=embedding))
-    assert bits == {"experts": expected[0], "attention": expected[1], "embedding": expected[2], "router": 32, "norm": 32}
+    assert bits == {"experts": expected[0], "attention": expected[1], "embedding": expected[2], "router": 32, "norm": 32, "bias": 32}
 
 
 def test_the_scheme_beside_the_twin_says_what_was_done(tmp_path: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from export.gating import Activation
 from export.routing import Routing
 from export.twin import QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
 class Expert:
-    """The three matrices of one SiLU-gated expert: gate and up [I, H], down [H, I]."""
+    """The three matrices of one gated expert: gate and up [I, H], down [H, I]."""
 
     gate: Weight
     up: Weight
@@ -19,12 +20,13 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer: its name in the graph, the routing's meaning, its experts, and the precision in which products read activations."""
+    """One layer: its name in the graph, the routing's meaning, its experts with the function of their gate, and the bits of products' activations."""
 
     name: str
     routing: Routing
     experts: tuple[Expert, ...]
     activation_bits: int
+    activation: Activation = "silu"
 
     @property
     def hidden_size(self) -> int:

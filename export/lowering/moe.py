@@ -24,7 +24,7 @@ def refusal(layer: MoeLayer) -> str | None:
     """Why this lowering cannot express the layer, or None."""
     if layer.quantized:
         return "the MoE operator takes float weights"
-    return routing_refusal(layer.routing)
+    return routing_refusal(layer.routing) or activation_refusal(layer)
 
 
 def routing_refusal(routing: Routing) -> str | None:
@@ -39,6 +39,11 @@ def routing_refusal(routing: Routing) -> str | None:
     if routing.scale != 1.0:
         return "the operator has no factor on the weights"
     return None
+
+
+def activation_refusal(layer: MoeLayer) -> str | None:
+    """Why the operators' gate cannot express the layer's, or None."""
+    return None if layer.activation == "silu" else f"the operator's gate is SiLU, not {layer.activation}"
 
 
 def swiglu_attributes(routing: Routing) -> dict[str, Any]:

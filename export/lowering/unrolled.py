@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from export.gating import add_gate
 from export.graph import GraphWriter, int64
 from export.linear import add_linear
 from export.lowering.layer import MoeLayer
@@ -50,9 +51,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
         x_NH = graph.op("GatherND", [x_TH, token_N1], f"{own}.input")
         gate_NI = add_linear(graph, x_NH, expert.gate, f"{own}.gate", layer.activation_bits)
         up_NI = add_linear(graph, x_NH, expert.up, f"{own}.up", layer.activation_bits)
-        sigmoid_NI = graph.op("Sigmoid", [gate_NI], f"{own}.sigmoid")
-        silu_NI = graph.op("Mul", [gate_NI, sigmoid_NI], f"{own}.silu")
-        inner_NI = graph.op("Mul", [silu_NI, up_NI], f"{own}.inner")
+        inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
         weighted_NH = graph.op("Mul", [down_NH, weight_N1], f"{own}.weighted")
         sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})

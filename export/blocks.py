@@ -1,0 +1,186 @@
+"""The blocks of a decoder layer: attention, and the FFN, sparse or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import onnx_ir as ir
+import torch
+from transformers import PreTrainedConfig
+
+from export.family import DecoderFamily, GatedFfn, bias_name
+from export.gating import add_gate
+from export.graph import MICROSOFT, GraphWriter, int64
+from export.linear import add_linear
+from export.lowering import Expert, Lowering, MoeLayer, choose_lowering
+from export.positions import Positions, effective_window
+from export.twin import Twin, Weight
+
+FindWeight = Callable[[str, tuple[int, int] | None], Weight]
+"""A matrix by its name, or some of its rows."""
+
+_ROTARY_HEAD_MULTIPLE = 16  # GroupQueryAttention refuses to rotate other head sizes on the CPU; RotaryEmbedding takes any
+
+
+class BlockWriter:
+    """Writes the blocks of one decoder into a graph, and knows which of its tensors were read."""
+
+    def __init__(self, graph: GraphWriter, twin: Twin, activation_bits: int) -> None:
+        self.graph, self.twin, self.activation_bits = graph, twin, activation_bits
+        self.config, self.family = twin.checkpoint.config, twin.family
+        self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
+        self.used: set[str] = set()
+        self.lowering: Lowering | None = None
+        self.moe_layer: MoeLayer | None = None
+
+    def has(self, name: str | None) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return name is not None and name in self.twin.checkpoint.entries
+
+    def vector(self, name: str) -> ir.Value:
+        """A norm's scale or a bias, float32."""
+        self.used.add(name)
+        shape = self.twin.checkpoint.entries[name].shape
+        return self.graph.weight(name, ir.DataType.FLOAT, shape, lambda: self.twin.checkpoint.read(name).to(torch.float32))
+
+    def linear(self, x: ir.Value, name: str, output: str) -> ir.Value:
+        """x [B, S, K] times the matrix `name` [N, K] transposed, plus its bias where there is one; called `output`."""
+        self.used.add(name)
+        bias = bias_name(name)
+        product = f"{output}_product" if self.has(bias) else output
+        y = add_linear(self.graph, x, self.twin.weight(name), product, self.activation_bits)
+        return self.graph.op("Add", [y, self.vector(bias)], output) if self.has(bias) else y
+
+    def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
+        """RMS norm of x over its last dimension, by the scale `name`."""
+        attributes = {"axis": -1, "epsilon": float(self.config.rms_norm_eps), "stash_type": 1}
+        return self.graph.op("SimplifiedLayerNormalization", [x, self.vector(name)], output, attributes)
+
+    def multiply(self, x: ir.Value, factor: float, output: str) -> ir.Value:
+        """x times a number; x itself, where that is one."""
+        if factor == 1.0:
+            return x
+        constant = self.graph.constant(f"factor_{factor:.9g}", torch.tensor(factor, dtype=torch.float32).numpy())
+        return self.graph.op("Mul", [x, constant], output)
+
+    def attention(self, x: ir.Value, layer: int, positions: Positions, past: tuple[ir.Value, ir.Value]) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        """Attention over x [B, S, H] and the past; returns its output [B, S, H] and the present keys and values."""
+        names, c, prefix = self.family.attention, self.config, f"layers.{layer}"
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        query, key, value = (
+            self.linear(x, pattern.format(layer=layer), f"{prefix}.{short}")
+            for short, pattern in (("query", names.query), ("key", names.key), ("value", names.value))
+        )
+        if names.query_norm is not None and names.key_norm is not None:
+            query = self._norm_projection(query, names.query_norm.format(layer=layer), heads)
+            key = self._norm_projection(key, names.key_norm.format(layer=layer), kv_heads)
+        rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0
+        if not rotary_inside:
+            query, key = (self._rotate(y, positions, count) for y, count in ((query, heads), (key, kv_heads)))
+        scale = self.family.multipliers(c).attention
+        tables = (positions.cos, positions.sin, positions.position_ids) if rotary_inside else (None, None, None)
+        bias = positions.attention_bias[effective_window(self.twin, layer)]
+        attended, present_key, present_value = self.graph.op_multi(
+            "GroupQueryAttention",
+            [query, key, value, *past, positions.seqlens_k, positions.total_length, *tables, bias],
+            [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
+            {
+                "num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotary_inside), "rotary_interleaved": 0,
+                "scale": float(self.head_dim**-0.5 if scale is None else scale),
+            },
+            MICROSOFT,
+        )  # fmt: skip
+        return self.linear(attended, names.output.format(layer=layer), f"{prefix}.attention_output"), (present_key, present_value)
+
+    def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """RMS norm of a projection [B, S, heads * head_dim]: of each head by itself, or of the whole row."""
+        if not self.family.attention.norm_per_head:
+            return self.norm(x, name, f"{x.name}_normed")
+        split = self.graph.constant(f"split_{heads}_heads", int64(0, 0, heads, self.head_dim))
+        joined = self.graph.constant(f"join_{heads}_heads", int64(0, 0, heads * self.head_dim))
+        by_head = self.graph.op("Reshape", [x, split], f"{x.name}_heads")
+        return self.graph.op("Reshape", [self.norm(by_head, name, f"{x.name}_normed_heads"), joined], f"{x.name}_normed")
+
+    def _rotate(self, x: ir.Value, positions: Positions, num_heads: int) -> ir.Value:
+        """Rotate x [B, S, num_heads * head_dim] by a node of its own."""
+        inputs = [x, positions.position_ids, positions.cos, positions.sin]
+        return self.graph.op("RotaryEmbedding", inputs, f"{x.name}_rotated", {"interleaved": 0, "num_heads": num_heads}, MICROSOFT)
+
+    def ffn(self, x: ir.Value, layer: int, wish: Literal["auto", "fused", "unrolled"]) -> ir.Value:
+        """The layer's FFN over x [B, S, H]: its experts where it has a router, with a shared one where there is one, or else one FFN."""
+        router = self.family.router.format(layer=layer)
+        if not self.has(router):
+            assert self.family.dense is not None, f"layer {layer} has neither a router nor an FFN"
+            return self._gated(x, self.family.dense, layer, f"layers.{layer}.ffn")
+        self.used.add(router)
+        logits = add_linear(self.graph, x, self.twin.weight(router), f"layers.{layer}.router", 32)
+        moe = self.layer(layer)
+        flat = self.graph.constant("flat_experts", int64(-1, moe.routing.num_experts))
+        router_logits = self.graph.op("Reshape", [logits, flat], f"router_logits.{layer}")
+        self.lowering, self.moe_layer = choose_lowering(moe, wish), moe
+        mixed = self.lowering.lower(self.graph, moe, x, router_logits)
+        shared = self._shared(x, layer)
+        return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
+
+    def layer(self, layer: int) -> MoeLayer:
+        """The experts of a layer as the lowerings see them."""
+        names = expert_names(self.family, layer, self.family.routing(self.config).num_experts)
+        self.used.update(names)
+        shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
+        return moe_layer(self.family, self.config, layer, shapes, self.twin.weight, self.activation_bits)
+
+    def _shared(self, x: ir.Value, layer: int) -> ir.Value | None:
+        """What the expert adds that every token visits; None where there is none, or one of width 0."""
+        shared = self.family.shared
+        if shared is None or not self.has(shared.ffn.up.format(layer=layer)):
+            return None
+        prefix = f"layers.{layer}.shared_expert"
+        scale = shared.scale.format(layer=layer) if shared.scale else None
+        if self.twin.checkpoint.entries[shared.ffn.up.format(layer=layer)].num_elements == 0:
+            self.used.update(name.format(layer=layer) for name in (shared.ffn.gate, shared.ffn.up, shared.ffn.down, shared.scale) if name)
+            return None
+        y = self._gated(x, shared.ffn, layer, prefix)
+        if scale is None:
+            return y
+        self.used.add(scale)
+        gate = add_linear(self.graph, x, self.twin.weight(scale), f"{prefix}.scale_logit", 32)
+        return self.graph.op("Mul", [y, self.graph.op("Sigmoid", [gate], f"{prefix}.scale")], f"{prefix}.scaled")
+
+    def _gated(self, x: ir.Value, ffn: GatedFfn, layer: int, prefix: str) -> ir.Value:
+        """One gated FFN over x [B, S, H]."""
+        if ffn.gate is None:
+            both = self.linear(x, ffn.up.format(layer=layer), f"{prefix}.gate_up")
+            gate, up = self.graph.op_multi("Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2})
+        else:
+            gate, up = (self.linear(x, name.format(layer=layer), f"{prefix}.{short}") for short, name in (("gate", ffn.gate), ("up", ffn.up)))
+        inner = add_gate(self.graph, gate, up, prefix, self.config.hidden_act)
+        return self.linear(inner, ffn.down.format(layer=layer), f"{prefix}.down")
+
+
+def expert_names(family: DecoderFamily, layer: int, num_experts: int) -> set[str]:
+    """Every tensor of a layer's experts."""
+    patterns = [name for name in (family.experts.gate, family.experts.up, family.experts.down) if name]
+    return {pattern.format(layer=layer, expert=expert) for pattern in patterns for expert in range(num_experts)}
+
+
+def moe_layer(
+    family: DecoderFamily, config: PreTrainedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], weight: FindWeight, activation_bits: int
+) -> MoeLayer:
+    """Layer `layer` as the lowerings see it: each expert's matrices, which are rows of one tensor where experts are stacked."""
+    routing = family.routing(config)
+    names = family.experts
+
+    def expert(number: int) -> Expert:
+        if names.gate is not None:
+            return Expert(*(weight(name.format(layer=layer, expert=number), None) for name in (names.gate, names.up, names.down)))
+        up, down = names.up.format(layer=layer), names.down.format(layer=layer)
+        width, hidden = shapes[up][1] // 2, shapes[down][1]
+        first = 2 * width * number
+        return Expert(
+            weight(up, (first, first + width)), weight(up, (first + width, first + 2 * width)), weight(down, (hidden * number, hidden * (number + 1)))
+        )
+
+    return MoeLayer(
+        f"layers.{layer}.moe", routing, tuple(expert(number) for number in range(routing.num_experts)), activation_bits, config.hidden_act
+    )

@@ -1,0 +1,54 @@
+"""The embedding of a graph: rows gathered from a table, float or quantized."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from export.graph import MICROSOFT, GraphWriter, int64
+from export.twin import FloatWeight, QuantizedWeight, Weight
+
+
+def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir.Value:
+    """The rows [B, S, H] of the table `weight` for input_ids [B, S], called `embedded`."""
+    match weight:
+        case FloatWeight():
+            table = graph.weight("embedding.weight", ir.DataType.FLOAT, weight.shape, weight.read)
+            return graph.op("Gather", [table, input_ids], "embedded")
+        case QuantizedWeight():
+            # The same integers as the tied head's, flat along the hidden dimension, as this operator reads them.
+            rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
+            if columns != weight.shape[1]:
+                return _add_padded_embedding(graph, weight, input_ids)
+            codes_shape = (rows, columns * weight.bits // 8)
+            codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1))
+            scales = graph.weight("embedding.scales", ir.DataType.FLOAT, (rows, weight.num_blocks), lambda: weight.read().scales)
+            attributes = {"bits": weight.bits, "block_size": weight.block_size, "gather_axis": 0, "quantize_axis": 1}
+            return graph.op("GatherBlockQuantized", [codes, input_ids, scales], "embedded", attributes, MICROSOFT)
+
+
+def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value) -> ir.Value:
+    """A width that the block does not divide: gather codes and scales of the rows, dequantize them, and cut the padding off."""
+    codes_shape = (weight.shape[0], weight.num_blocks, weight.block_size * weight.bits // 8)
+    codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes)
+    scales_shape = (weight.shape[0], weight.num_blocks)
+    scales = graph.weight("embedding.scales", ir.DataType.FLOAT, scales_shape, lambda: weight.read().scales)
+    rows = graph.op("Gather", [codes, input_ids], "embedding.row_codes")
+    row_scales = graph.op("Gather", [scales, input_ids], "embedding.row_scales")
+    if weight.bits == 4:
+        sixteen = graph.constant("sixteen", np.array(16, np.uint8))
+        high = graph.op("Div", [rows, sixteen], "embedding.high")
+        low = graph.op("Sub", [rows, graph.op("Mul", [high, sixteen], "embedding.high_part")], "embedding.low")
+        last = graph.constant("axis_last", int64(-1))
+        pair = [graph.op("Unsqueeze", [value, last], f"embedding.{name}_column") for name, value in (("low", low), ("high", high))]
+        joined = graph.op("Concat", pair, "embedding.nibbles", {"axis": -1})
+        blocked = graph.constant("embedding.blocked", int64(0, 0, weight.num_blocks, weight.block_size))
+        rows = graph.op("Reshape", [joined, blocked], "embedding.integers")
+    values = graph.op("Cast", [rows], "embedding.unsigned", {"to": int(ir.DataType.FLOAT)})
+    zero_point = graph.constant("embedding.zero_point", np.array(1 << (weight.bits - 1), np.float32))
+    signed = graph.op("Sub", [values, zero_point], "embedding.signed")
+    column = graph.op("Unsqueeze", [row_scales, graph.constant("axis_last", int64(-1))], "embedding.scale_column")
+    scaled = graph.op("Mul", [signed, column], "embedding.scaled")
+    flat = graph.op("Reshape", [scaled, graph.constant("embedding.flat", int64(0, 0, -1))], "embedding.padded")
+    bounds = [graph.constant(f"embedding.{name}", int64(value)) for name, value in (("start", 0), ("end", weight.shape[1]), ("axis", 2))]
+    return graph.op("Slice", [flat, *bounds], "embedded")

@@ -1,0 +1,100 @@
+"""Positions, masks and rotary tables: what all layers of attention share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from export.graph import GraphWriter, int64
+from export.twin import Twin
+
+_MASKED = -1e30  # finite: a row of nothing but padding then averages instead of dividing zero by zero
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Inputs that attention layers share; the bias by the layer's window, None being full attention."""
+
+    seqlens_k: ir.Value
+    total_length: ir.Value
+    cos: ir.Value
+    sin: ir.Value
+    position_ids: ir.Value
+    attention_bias: Mapping[int | None, ir.Value]
+
+
+def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention_mask: ir.Value) -> Positions:
+    """Row lengths, rotary tables, positions and the masks of padding and windows, from the attention mask [B, T] alone."""
+    one, zero = graph.constant("one", int64(1)), graph.constant("zero", int64(0))
+    shape = graph.op("Shape", [attention_mask], "mask_shape")
+    batch = graph.op("Gather", [shape, zero], "batch")
+    total = graph.op("Gather", [shape, one], "total")
+    length = graph.op("Gather", [graph.op("Shape", [input_ids], "input_shape"), one], "length")
+    total_length = graph.op("Squeeze", [graph.op("Cast", [total], "total_int32", {"to": int(ir.DataType.INT32)})], "total_length")
+    last_slot = graph.op("Cast", [graph.op("Sub", [total, one], "last_slot")], "last_slot_int32", {"to": int(ir.DataType.INT32)})
+    seqlens_k = graph.op("Expand", [last_slot, batch], "seqlens_k")
+    # Position of a token: slot of the row's first real token, plus real tokens before it.
+    count = graph.op("CumSum", [attention_mask, graph.constant("axis_one", np.array(1, np.int64))], "count")
+    first = graph.op("ArgMax", [attention_mask], "first_slot", {"axis": 1, "keepdims": 1})
+    slots = graph.op("Sub", [graph.op("Add", [count, first], "slot_after"), one], "slots")
+    slots = graph.op("Max", [slots, zero], "slots_positive")
+    begin = graph.op("Sub", [total, length], "begin")
+    position_ids = graph.op("Slice", [slots, begin, total, one], "position_ids")
+    is_padding = graph.op("Equal", [attention_mask, zero], "is_padding")
+    masked, open_ = graph.constant("masked", np.array(_MASKED, np.float32)), graph.constant("open", np.array(0, np.float32))
+    bias_BT = graph.op("Where", [is_padding, masked, open_], "bias_row")
+    bias_B11T = graph.op("Unsqueeze", [bias_BT, graph.constant("axes_one_two", int64(1, 2))], "bias_column")
+    full = graph.op("Concat", [one, one, length, one], "bias_shape", {"axis": 0})
+    c = twin.checkpoint.config
+    windows = dict.fromkeys(_effective(twin.family.window(c, n), c.max_position_embeddings) for n in range(c.num_hidden_layers))
+    biases: dict[int | None, ir.Value] = {}
+    for window in windows:
+        if window is None:
+            biases[None] = graph.op("Expand", [bias_B11T, full], "attention_bias")
+        else:
+            biases[window] = _add_window(graph, window, bias_B11T, begin, total)
+    cos, sin = rotary_tables(twin)
+    return Positions(
+        seqlens_k, total_length, graph.weight("cos", ir.DataType.FLOAT, tuple(cos.shape), lambda: cos),
+        graph.weight("sin", ir.DataType.FLOAT, tuple(sin.shape), lambda: sin), position_ids, biases,
+    )  # fmt: skip
+
+
+def effective_window(twin: Twin, layer: int) -> int | None:
+    """The window of a layer; None where it is as wide as the context."""
+    c = twin.checkpoint.config
+    return _effective(twin.family.window(c, layer), c.max_position_embeddings)
+
+
+def _effective(window: int | None, context: int) -> int | None:
+    return None if window is None or window >= context else window
+
+
+def _add_window(graph: GraphWriter, window: int, padding: ir.Value, begin: ir.Value, total: ir.Value) -> ir.Value:
+    """The bias [B, 1, S, T] that hides `padding` [B, 1, 1, T] and keys `window` slots and more before the query, padding counted, as torch has it.
+
+    A mask and not the operator's own window: that one counts from the end of the row, wherever its padding is.
+    """
+    name = f"window_{window}"
+    last, step = graph.constant("axis_last", int64(-1)), graph.constant("step", np.array(1, np.int64))
+    start = graph.constant("slot_zero", np.array(0, np.int64))
+    begin_scalar, total_scalar = (graph.op("Squeeze", [value], f"{name}.{which}") for which, value in (("begin", begin), ("total", total)))
+    query_S = graph.op("Range", [begin_scalar, total_scalar, step], f"{name}.query_slots")
+    key_T = graph.op("Range", [start, total_scalar, step], f"{name}.key_slots")
+    distance_ST = graph.op("Sub", [graph.op("Unsqueeze", [query_S, last], f"{name}.query_column"), key_T], f"{name}.distance")
+    beyond_ST = graph.op("GreaterOrEqual", [distance_ST, graph.constant(name, np.array(window, np.int64))], f"{name}.beyond")
+    masked = graph.constant("masked", np.array(_MASKED, np.float32))
+    return graph.op("Where", [beyond_ST, masked, padding], f"{name}.attention_bias")
+
+
+def rotary_tables(twin: Twin) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines [max_position_embeddings, head_dim / 2] in float32, from transformers' own rotary embedding of this config."""
+    c = twin.checkpoint.config
+    positions = torch.arange(c.max_position_embeddings)[None]
+    cos, sin = twin.family.rotary(c)(torch.zeros(1, dtype=torch.float32), positions)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()

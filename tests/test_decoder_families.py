@@ -1,0 +1,183 @@
+"""Every family that upcycling makes is exported: its package computes the logits of transformers, however it is fed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.family import DECODER_FAMILIES
+from export.package import MODEL_NAME, write_package
+from export.runtime import Decoder
+from export.twin import quantize_checkpoint
+from upcycle.config import ExpertsConfig, UpcycleConfig
+from upcycle.surgery import upcycle
+
+PREFILL, STEPS = 20, 64
+# Float32 sums in another order, through four layers: 3e-6 measured at most over the tests of this file.
+EXACT = 1e-5
+WINDOW = 12  # crossed in the prompt and again in decoding
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
+
+MakeDense = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A dense model, how it is upcycled, and the target that this makes."""
+
+    architecture: str
+    overrides: dict[str, Any]
+    upcycle: dict[str, Any]
+    target: str
+
+
+CASES = {
+    "mistral, window": Case("MistralForCausalLM", {"sliding_window": WINDOW, "head_dim": 16}, {}, "mixtral"),
+    "gemma, tanh GELU": Case("GemmaForCausalLM", {"head_dim": 16}, {}, "mixtral"),
+    "phi3": Case("Phi3ForCausalLM", {"sliding_window": WINDOW}, {}, "mixtral"),
+    "llama, some layers": Case("LlamaForCausalLM", {"num_hidden_layers": 4}, {"layers": "every-2"}, "qwen2_moe"),
+    "llama, half shared": Case("LlamaForCausalLM", {"tie_word_embeddings": False}, {"shared_expert": "half"}, "qwen2_moe"),
+    "qwen2, biases": Case("Qwen2ForCausalLM", {}, {}, "qwen2_moe"),
+    "qwen2, windows by layer": Case(
+        "Qwen2ForCausalLM",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "num_hidden_layers": 4},
+        {"layers": [1, 3], "shared_expert": "half"},
+        "qwen2_moe",
+    ),
+    "qwen3, q and k norms, some layers": Case("Qwen3ForCausalLM", {"head_dim": 16, "num_hidden_layers": 4}, {"layers": "last-half"}, "qwen3_moe"),
+    "qwen3, biases and window": Case(
+        "Qwen3ForCausalLM", {"head_dim": 24, "attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
+        {}, "qwen3_moe",
+    ),
+    "llama, attention bias": Case("LlamaForCausalLM", {"attention_bias": True, "head_dim": 16}, {}, "granitemoe"),
+    "granite, multipliers": Case(
+        "GraniteForCausalLM",
+        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "attention_bias": True},
+        {}, "granitemoe",
+    ),
+    "granite, shared": Case("GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}, "granitemoeshared"),
+    "olmo2, norms after": Case("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
+}  # fmt: skip
+
+
+class Export:
+    """A tiny mixture, upcycled with noise so that its experts differ, exported: its twin in torch, and its package in onnxruntime."""
+
+    def __init__(self, dense: Path, directory: Path, case: Case, variant: Variant, config: OnnxConfig) -> None:
+        mixture, twin, package = (directory / name for name in ("mixture", "twin", "package"))
+        for path in (mixture, twin, package):
+            path.mkdir()
+        settings = UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **case.upcycle)
+        self.plan = upcycle(dense, mixture, settings, 0, lambda *_: None)
+        self.quantized = quantize_checkpoint(mixture, twin, variant, QuantizeConfig(block_size=16), lambda *_: None)
+        self.facts = write_package(twin, package, config, lambda *_: None)
+        self.package = package
+        self.decoder = Decoder(package, num_threads=1)
+        self.torch = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32, experts_implementation="eager").eval()
+
+    def error(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> float:
+        """Largest difference at real tokens, relative to the largest logit, between the package fed in pieces and one forward of transformers."""
+        cache = self.decoder.new_cache(*ids.shape)
+        ends = np.cumsum(pieces)
+        found = np.concatenate(
+            [self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"] for n, end in zip(pieces, ends, strict=True)], axis=1
+        )
+        mask_BT = torch.from_numpy(mask)
+        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
+        with torch.inference_mode():
+            expected = self.torch(torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False).logits.numpy()
+        real = mask.astype(bool)
+        return float(np.abs(found - expected)[real].max() / np.abs(expected[real]).max())
+
+
+def draw(batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a prompt and the tokens after it; row n of the batch lacks 6 n tokens on the left."""
+    ids = np.random.default_rng(0).integers(2, 300, (batch, PREFILL + STEPS))
+    mask = np.ones_like(ids)
+    for row in range(batch):
+        mask[row, : 6 * row] = 0
+    return ids, mask
+
+
+def assert_same_logits(export: Export) -> None:
+    """Prefill and 64 chained decode steps, one row and three with padding."""
+    for batch in (1, 3):
+        ids, mask = draw(batch)
+        assert export.error(ids[:, :PREFILL], mask[:, :PREFILL], [PREFILL]) < EXACT, (batch, "prefill")
+        assert export.error(ids, mask, [PREFILL] + [1] * STEPS) < EXACT, (batch, "decode")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    case = CASES[name]
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    assert export.torch.config.model_type == case.target
+    assert_same_logits(export)
+
+
+@pytest.mark.parametrize("variant", ["int8", "int4"])
+@pytest.mark.parametrize(
+    "name", ["llama, half shared", "qwen2, biases", "qwen3, q and k norms, some layers", "granite, shared", "olmo2, norms after"]
+)
+def test_a_quantized_package_equals_its_twin(name: str, variant: Variant, make_dense: MakeDense, tmp_path: Path) -> None:
+    case = CASES[name]
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, variant, OnnxConfig(activation_bits=32))
+    assert export.quantized.quantized_expert_share == 1.0
+    assert_same_logits(export)
+
+
+def test_every_family_has_a_case() -> None:
+    assert {case.target for case in CASES.values()} | {"mixtral"} == {family.model_type for family in DECODER_FAMILIES}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("mistral, window", "sliding_window", None),
+        ("qwen2, windows by layer", "layer_types", ["full_attention"] * 4),
+        ("qwen3, biases and window", "sliding_window", None),
+        ("granite, multipliers", "residual_multiplier", 1.0),
+        ("granite, multipliers", "attention_multiplier", 1.0),
+        ("granite, multipliers", "embedding_multiplier", 1.0),
+        ("granite, multipliers", "logits_scaling", 1.0),
+        ("gemma, tanh GELU", "hidden_act", "silu"),
+    ],
+)
+def test_what_a_case_is_about_shows_in_its_logits(name: str, field: str, value: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+    """Else the equality above would say nothing: with the field changed in the torch model, the two differ by far."""
+    case = CASES[name]
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    config = export.torch.config
+    setattr(config, field, value)
+    changed = type(export.torch)(config).eval()
+    changed.load_state_dict(export.torch.state_dict())
+    changed.set_experts_implementation("eager")
+    export.torch = changed
+    ids, mask = draw(1)
+    assert export.error(ids, mask, [PREFILL] + [1] * STEPS) > 100 * EXACT
+
+
+def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no_node(make_dense: MakeDense, tmp_path: Path) -> None:
+    case = CASES["llama, some layers"]
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    outputs = {name for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node for name in node.output}
+    assert {name for name in outputs if name.startswith("router_logits.")} == {"router_logits.1", "router_logits.3"}
+    assert not any("shared_expert" in name for name in outputs)
+    assert {name for name in outputs if name.endswith(".ffn.down")} == {"layers.0.ffn.down", "layers.2.ffn.down"}
+
+
+@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+def test_a_gate_other_than_silu_is_unrolled(lowering: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+    case = CASES["gemma, tanh GELU"]
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering=lowering))
+    assert export.facts.lowering == "unrolled"
