@@ -138,6 +138,7 @@ def _size_picture(rows: Sequence[Row]) -> Picture:
 
 def _load_picture(step: dict[str, Any]) -> Picture:
     shares = _fair_shares(step)
+    names = [layer["number"] for layer in step["layers"]]
     num_layers, num_experts = len(shares), max(map(len, shares))
     figure, axes = _axes("expert", "layer")
     axes.grid(visible=False)
@@ -145,9 +146,9 @@ def _load_picture(step: dict[str, Any]) -> Picture:
     colors = matplotlib.colormaps["PuOr_r"].resampled(41)  # under 50 levels the colour bar stays a drawing
     mesh = axes.pcolormesh(shares, cmap=colors, norm=TwoSlopeNorm(1.0, 0.0, largest), edgecolors="white", linewidth=1.0 if num_experts <= 32 else 0)
     axes.set_ylim(num_layers, 0)
-    for axis, number in ((axes.xaxis, num_experts), (axes.yaxis, num_layers)):
-        stride = math.ceil(number / 16)
-        axis.set_ticks([n + 0.5 for n in range(0, number, stride)], [str(n) for n in range(0, number, stride)])
+    for axis, labels in ((axes.xaxis, range(num_experts)), (axes.yaxis, names)):
+        stride = math.ceil(len(labels) / 16)
+        axis.set_ticks([n + 0.5 for n in range(0, len(labels), stride)], [str(label) for label in labels[::stride]])
         axis.set_tick_params(length=0)
     if num_experts <= 8 and num_layers <= 16:
         for y, layer in enumerate(shares):
@@ -166,8 +167,8 @@ def _load_picture(step: dict[str, Any]) -> Picture:
         "Expert load",
         _svg(figure, "load"),
         "Heat map: load of each expert in each layer, relative to its fair share.",
-        f"At step {step['step']} the busiest expert ({x} of layer {y}) got {high:.2f} times its fair share of the tokens "
-        f"and the idlest ({low[2]} of layer {low[1]}) {low[0]:.2f} times.",
+        f"At step {step['step']} the busiest expert ({x} of layer {names[y]}) got {high:.2f} times its fair share of the tokens "
+        f"and the idlest ({low[2]} of layer {names[low[1]]}) {low[0]:.2f} times.",
     )
 
 

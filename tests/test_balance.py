@@ -107,7 +107,8 @@ def test_entropy_lies_between_its_bounds(scale: float, dtype: torch.dtype) -> No
 
 def test_a_layers_routing_is_its_load_and_entropy() -> None:
     first, second = torch.tensor([THREE_TO_ONE, THREE_TO_ONE]), torch.tensor([[100.0, 0.0], [0.0, 100.0]])
-    found = describe_routing((first, second), top_k=1)
+    found = describe_routing((1, 3), (first, second), top_k=1)
+    assert [layer.number for layer in found] == [1, 3]
     assert [layer.load for layer in found] == [(1.0, 0.0), (0.5, 0.5)]
     assert [layer.entropy for layer in found] == pytest.approx([float(router_entropy(first)), 0.0], abs=1e-6)
     assert all(isinstance(layer, LayerRouting) and isinstance(layer.load[0], float) for layer in found)

@@ -31,7 +31,8 @@ def history() -> list[dict[str, Any]]:
             step = {"model": model, "step": 20 * number, "num_tokens": 20 * number * 2048, "learning_rate": 3e-4 / number}
             high = 0.25 + 0.2 / number
             rest = (1 - high) / 3
-            layers = [{"load": [rest, high, rest + 0.01, rest - 0.01], "entropy": 1.2}, {"load": [0.25, 0.26, 0.24, 0.25], "entropy": 1.3}] * 2
+            routings = [{"load": [rest, high, rest + 0.01, rest - 0.01], "entropy": 1.2}, {"load": [0.25, 0.26, 0.24, 0.25], "entropy": 1.3}] * 2
+            layers = [{"number": n, **routing} for n, routing in enumerate(routings)]
             lines.append(
                 {**step, "train_loss": t, "balance_loss": 1.1 if model == "fine-tuned" else None, "validation_loss": None}
                 | {"layers": layers if model == "fine-tuned" else []}
@@ -408,7 +409,7 @@ def test_unknown_facts_are_shown_in_the_provenance(facts, written):
 
 def test_one_step_of_one_layer_makes_a_page(facts, written):
     facts["finetune"]["history"] = facts["finetune"]["history"][:2]
-    facts["finetune"]["history"][0]["layers"] = [{"load": [1.0], "entropy": 0.0}]
+    facts["finetune"]["history"][0]["layers"] = [{"number": 0, "load": [1.0], "entropy": 0.0}]
     for variant in facts["variants"].values():
         variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"].update(routing_agreement=[1.0], hidden_error=[0.0])
     assert "got 1.00 times its fair share" in written(facts)
@@ -422,7 +423,7 @@ def test_a_run_without_history_makes_a_page(facts, written):
 def test_a_large_model_makes_a_page(facts, written):
     load = [1 / 64] * 64
     for step in facts["finetune"]["history"]:
-        step["layers"] = [{"load": load, "entropy": 4.1}] * 48 if step["layers"] else []
+        step["layers"] = [{"number": n, "load": load, "entropy": 4.1} for n in range(48)] if step["layers"] else []
     Outline(written(facts))
 
 

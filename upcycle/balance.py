@@ -35,12 +35,16 @@ def router_entropy(router_logits: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """How one layer routes: the load of each expert (shares that sum to 1) and the router's mean entropy in nats."""
+    """How a layer routes: its number in the model, the load of each expert (shares that sum to 1), the router's mean entropy in nats."""
 
+    number: int
     load: tuple[float, ...]
     entropy: float
 
 
-def describe_routing(router_logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[LayerRouting, ...]:
-    """Load and entropy of every layer, from each layer's logits [tokens, num_experts]."""
-    return tuple(LayerRouting(tuple(expert_load(logits, top_k).tolist()), float(router_entropy(logits))) for logits in router_logits)
+def describe_routing(numbers: tuple[int, ...], router_logits: tuple[torch.Tensor, ...], top_k: int) -> tuple[LayerRouting, ...]:
+    """Load and entropy of every layer with experts, from its number and its logits [tokens, num_experts]."""
+    return tuple(
+        LayerRouting(number, tuple(expert_load(logits, top_k).tolist()), float(router_entropy(logits)))
+        for number, logits in zip(numbers, router_logits, strict=True)
+    )

@@ -26,7 +26,7 @@ from upcycle.data import read_blocks
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import Evaluation, evaluate, held_out_loss, next_token_loss
 from upcycle.progress import Progress
-from upcycle.receipt import load_model, router_weights
+from upcycle.receipt import load_model, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
 
 CONTROL_DIRECTORY = "control"
@@ -117,10 +117,10 @@ def _warnings(history: list[Step], gradient: float) -> Iterator[str]:
             "from; it followed the balance loss until the experts came apart; set upcycle.experts.noise to start them apart"
         )
     last = next((step for step in reversed(history) if step.layers), None)
-    for number, layer in enumerate(last.layers if last else ()):
+    for layer in last.layers if last else ():
         dead = [expert for expert, load in enumerate(layer.load) if load < 0.1 / len(layer.load)]
         if dead:
-            yield f"layer {number}: experts {dead} get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
+            yield f"layer {layer.number}: experts {dead} get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
 
 
 def _train(
@@ -202,6 +202,7 @@ class _MixtureTrainer(Trainer):
     def __init__(self, *, settings: FinetuneConfig, **trainer_arguments: Any) -> None:
         self.mixture: PreTrainedModel = trainer_arguments["model"]
         self.routers = {id(p) for p in router_weights(self.mixture)}
+        self.sparse_layers = sparse_layers(self.mixture)
         self.settings = settings
         self.balance: list[float] = []
         self.routing: tuple[torch.Tensor, ...] = ()
@@ -301,6 +302,6 @@ class _Watch(TrainerCallback):
             if value is not None and not math.isfinite(value):
                 raise UpcycleError(f"finetune: the loss of {self.name} is {value} at step {state.global_step}; lower finetune.learning_rate")
         routing = self.trainer.routing if loss is not None else ()
-        layers = describe_routing(routing, model.config.num_experts_per_tok) if routing else ()
+        layers = describe_routing(self.trainer.sparse_layers, routing, model.config.num_experts_per_tok) if routing else ()
         tokens, rate = state.num_input_tokens_seen, logs.get("learning_rate")
         self.history.append(Step(self.name, state.global_step, tokens, loss, logs.get("balance_loss"), validation, rate, layers))
