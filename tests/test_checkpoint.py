@@ -1,4 +1,4 @@
-"""The reader refuses every broken or hostile file in one clear line, and reads and writes what safetensors does."""
+"""The reader refuses every broken or hostile file in one clear line, and reads what safetensors does, whole, by rows and in chunks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from upcycle.checkpoint import (
+    CHUNK_ELEMENTS,
     GENERATION_CONFIG_NAME,
     TOKENIZER_NAMES,
     Checkpoint,
-    TensorSpec,
     check_values,
     copy_companions,
     index_tensors,
     open_checkpoint,
+    read_chunks,
     read_header,
-    write_tensors,
 )
 from upcycle.errors import UpcycleError
 
@@ -402,88 +401,64 @@ def test_a_file_that_shrinks_under_the_reader_is_refused(tmp_path: Path) -> None
     assert refusal(checkpoint.read, "a") == f"{file}: ended inside tensor 'a'; the file changed while it was read; run again"
 
 
-# Writing
-
-
-def sizes(directory: Path) -> dict[str, int]:
-    """Bytes of tensor data in each weight file, in order."""
-    files = sorted(directory.glob("*.safetensors"))
-    return {file.name: file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files}
-
-
-def specs_of(tensors: dict[str, torch.Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_written_shards_are_read_by_safetensors_and_obey_the_limit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
-    # In float32 12, 12, 4, 0, 40, 24 and 20 bytes; the 40 are more than the limit and lie alone.
-    shapes = {"a": (3,), "b": (1, 3), "c": (), "d": (0,), "e": (5, 2), "f": (2, 3), "g": (5,)}
-    tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
-    item = dtype.itemsize
-    write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=7 * item)
-    assert sizes(tmp_path) == {f"model-0000{number}-of-00004.safetensors": elements * item for number, elements in enumerate((7, 10, 6, 5), start=1)}
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
-    assert index["metadata"] == {"total_size": 28 * item}
-    stored: dict[str, str] = {}
-    for file in tmp_path.glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            assert opened.metadata() == {"format": "pt"}
-            for name in opened.keys():  # noqa: SIM118 - safe_open is no mapping
-                stored[name] = file.name
-                tensor = opened.get_tensor(name)
-                assert tensor.dtype == dtype
-                assert torch.equal(tensor, tensors[name])
-    assert index["weight_map"] == stored
-    assert stored.keys() == tensors.keys()
-    assert list(index_tensors(tmp_path)) == list(tensors)
+    shapes = {"matrix": (5, 3), "vector": (5,), "stack": (5, 2, 3), "flat": (5, 0)}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        checkpoint = checkpoint_of(tmp_path, {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()})
+        for name in shapes:
+            whole = checkpoint.read(name)
+            for start, stop in ((0, 5), (1, 4), (4, 5), (2, 2)):
+                found = checkpoint.read_rows(name, start, stop)
+                assert found.dtype == dtype
+                assert found.shape == whole[start:stop].shape
+                assert torch.equal(found, whole[start:stop])
 
 
-@pytest.mark.parametrize("limit", [11, 12])
-def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own(limit: int, tmp_path: Path) -> None:
-    tensors = {"big": torch.ones(3), "small": torch.ones(1)}
-    write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=limit)
-    assert list(sizes(tmp_path).values()) == [12, 4]
-
-
-def test_what_fits_into_one_file_has_no_index(tmp_path: Path) -> None:
-    tensors = {"a": torch.ones(3), "b": torch.ones(1, 2, dtype=torch.bfloat16), "c": torch.tensor([1, 2], dtype=torch.uint8)}
-    write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=18)
-    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
-    found = load_file(tmp_path / "model.safetensors")
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
-    with safe_open(tmp_path / "model.safetensors", "pt") as opened:
-        assert opened.offset_keys() == list(tensors)
-
-
-def test_no_tensors_at_all_are_a_file_with_an_empty_header(tmp_path: Path) -> None:
-    write_tensors(tmp_path, [], [], shard_bytes=1)
-    assert load_file(tmp_path / "model.safetensors") == index_tensors(tmp_path) == {}
-
-
-def test_a_transposed_view_is_written_in_its_own_order(tmp_path: Path) -> None:
-    tensor = torch.arange(6.0).reshape(2, 3).T
-    write_tensors(tmp_path, specs_of({"a": tensor}), [("a", tensor)], shard_bytes=100, stem="quantized")
-    assert load_file(tmp_path / "quantized.safetensors")["a"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+def test_rows_of_a_file_that_shrank_are_refused_where_they_are_gone(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, {"a": torch.arange(8.0).reshape(4, 2)})
+    file = tmp_path / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    assert checkpoint.read_rows("a", 1, 3).tolist() == [[2.0, 3.0], [4.0, 5.0]]
+    assert refusal(checkpoint.read_rows, "a", 2, 4) == f"{file}: ended inside tensor 'a'; the file changed while it was read; run again"
 
 
 @pytest.mark.parametrize(
-    ("given", "message"),
+    ("shape", "start", "stop", "lengths"),
     [
-        ([], "planned TensorSpec(name='a', dtype=torch.float32, shape=(1,)), was given nothing torch.float32 (0,)"),
-        ([("b", torch.ones(1))], "planned TensorSpec(name='a', dtype=torch.float32, shape=(1,)), was given b torch.float32 (1,)"),
-        ([("a", torch.ones(2))], "planned TensorSpec(name='a', dtype=torch.float32, shape=(1,)), was given a torch.float32 (2,)"),
-        ([("a", torch.ones(1).half())], "planned TensorSpec(name='a', dtype=torch.float32, shape=(1,)), was given a torch.float16 (1,)"),
-        ([("a", torch.ones(1)), ("b", torch.ones(1))], "tensor b was not planned"),
+        ((7, 4), 0, None, [2, 2, 2, 1]),  # two rows of four are at most ten elements
+        ((7, 4), 3, 6, [2, 1]),
+        ((7, 4), 6, 7, [1]),
+        ((3, 40), 0, None, [1, 1, 1]),  # a row is never cut
+        ((23,), 0, None, [10, 10, 3]),
+        ((4, 2, 3), 1, 4, [1, 1, 1]),
+        ((2, 3), 0, None, [2]),
     ],
 )
-def test_tensors_that_do_not_follow_the_plan_are_our_own_mistake(given: list[tuple[str, torch.Tensor]], message: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as excinfo:
-        write_tensors(tmp_path, [TensorSpec("a", torch.float32, (1,))], given, shard_bytes=100)
-    assert str(excinfo.value) == message
-    assert not isinstance(excinfo.value, UpcycleError)
+def test_chunks_follow_each_other_and_are_as_small_as_rows_allow(
+    shape: tuple[int, ...], start: int, stop: int | None, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upcycle.checkpoint.CHUNK_ELEMENTS", 10)
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    checkpoint = checkpoint_of(tmp_path, {"before": torch.ones(3), "tensor": whole})
+    chunks = list(read_chunks(checkpoint.entries["tensor"], start, stop))
+    assert [len(chunk) for chunk in chunks] == lengths
+    assert torch.equal(torch.cat(chunks), whole[start:stop])
+
+
+@pytest.mark.parametrize("shape", [(), (0, 4), (3, 0)])
+def test_a_tensor_without_rows_or_elements_is_one_chunk(shape: tuple[int, ...], tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, {"tensor": torch.ones(shape)})
+    (chunk,) = read_chunks(checkpoint.entries["tensor"])
+    assert torch.equal(chunk, torch.ones(shape))
+
+
+def test_a_chunk_of_a_large_tensor_is_a_small_part_of_it(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, {"tensor": torch.zeros(3, CHUNK_ELEMENTS // 2, dtype=torch.float16)})
+    assert [tuple(chunk.shape) for chunk in read_chunks(checkpoint.entries["tensor"])] == [(2, CHUNK_ELEMENTS // 2), (1, CHUNK_ELEMENTS // 2)]
+
+
+# Copying
 
 
 def test_companions_are_copied_unchanged_and_nothing_else_is(tmp_path: Path) -> None:

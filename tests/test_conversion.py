@@ -1,60 +1,65 @@
-"""The table of families is complete, and the plan made from it is what transformers itself would write."""
+"""Every config field has a fate, every dense model the first target that holds it, and what none can hold is refused in words."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
+import inspect
+import sys
 from collections.abc import Callable
-from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
-import torch
-from pydantic import ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, LlamaConfig, MixtralConfig
+import transformers
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import UpcycleConfig
+from upcycle.config import ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
+from upcycle.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
 from upcycle.errors import UpcycleError
-from upcycle.family import COMMON_NEUTRAL, FAMILIES, Family, find_family
-from upcycle.mapping import DrawRouter, expected_shapes, plan_upcycle
-from upcycle.surgery import upcycle
+from upcycle.family import DENSE_FAMILIES, NO_TWIN
 
-MakeDense = Callable[..., Path]
+every_conversion = pytest.mark.parametrize("row", CONVERSIONS, ids=lambda row: f"{row.family.model_type}->{row.target.model_type}")
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-
-# Sources that differ in what a config can say. Bounds of transformers' validation are kept.
-SOURCES: dict[str, dict[str, Any]] = {
-    "tied": {},
-    "untied": {"tie_word_embeddings": False},
-    "wide heads": {"head_dim": 16},
-    "llama3 rope": {"rope_parameters": LLAMA3_ROPE},
-    "many values": {
-        "hidden_act": "gelu",
-        "rms_norm_eps": 1e-3,
-        "num_key_value_heads": 4,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 99,
-        "attention_dropout": 0.25,
-        "initializer_range": 0.1,
-        "pad_token_id": 2,
-        "eos_token_id": [1, 3],
-        "use_cache": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0},
+# What no conversion decides, by the kind of model, with the reason why it need not.
+UNDECIDED = {
+    "text-generation": {
+        "output_router_logits": "what is returned beside the logits",
+        "router_aux_loss_coef": "a loss",
+    },
+    "text2text-generation": {
+        "add_router_probs": "what is returned beside the logits",
+        "router_aux_loss_coef": "a loss",
+        "router_z_loss_coef": "a loss",
+        "bos_token_id": "T5 has none, and no forward pass of its target reads it",
+        "is_decoder": "each of the two stacks sets its own",
     },
 }
+
+
+def declared(model_type: str) -> set[str]:
+    """Fields of a config class, by the names under which it stores them."""
+    config_class = CONFIG_MAPPING[model_type]
+    return {config_class.attribute_map.get(field.name, field.name) for field in dataclasses.fields(config_class)}
+
+
+def source_of(architecture: str, **fields: Any) -> PreTrainedConfig:
+    return getattr(transformers, architecture).config_class(architectures=[architecture], **fields)
+
+
+def derived_names(row: Conversion) -> set[str]:
+    return set(row.derived(source_of(row.family.architecture)))
+
+
+def structural_names(row: Conversion) -> list[str]:
+    """Fields that the settings decide: experts, their width, and which layers have them."""
+    names = [row.target.count_field, row.target.width_field]
+    names += [row.target.top_k_field] if row.target.top_k_field else []
+    names += [row.target.shared.width_field] if row.target.shared else []
+    return (
+        names
+        + {"none": [], "list": ["mlp_only_layers", "intermediate_size"], "step": ["num_sparse_encoder_layers", "num_sparse_decoder_layers"]}[
+            row.target.partial_layers
+        ]
+    )
 
 
 def refusal(call: Callable[..., Any], *arguments: Any) -> str:
@@ -65,238 +70,349 @@ def refusal(call: Callable[..., Any], *arguments: Any) -> str:
     return message
 
 
-def plan(directory: Path, num_experts: int = 4, num_experts_per_tok: int = 2) -> Any:
-    return plan_upcycle(open_checkpoint(directory), UpcycleConfig(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok))
+# The tables
 
 
-def edited(
-    source: Path, target: Path, config: dict[str, Any] | None = None, tensors: Callable[[dict[str, torch.Tensor]], Any] = lambda state: None
-) -> Path:
-    """A copy of a checkpoint with other config fields and other tensors."""
-    shutil.copytree(source, target, dirs_exist_ok=True)
-    path = target / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | (config or {})))
-    state = load_file(source / "model.safetensors")
-    tensors(state)
-    save_file(state, target / "model.safetensors")
-    return target
+@every_conversion
+def test_every_config_field_of_the_source_is_classified_once(row: Conversion) -> None:
+    classes = (row.carried, row.required, row.consumed, row.optional, row.neutral, COMMON_NEUTRAL)
+    classified = [name for names in classes for name in names]
+    assert declared(row.family.model_type) <= set(classified), "a new transformers has new fields: classify them in upcycle/conversion.py"
+    assert len(classified) == len(set(classified))
+    assert set(classified) - COMMON_NEUTRAL - declared(row.family.model_type) == set(row.optional)
 
 
-# The table
+@every_conversion
+def test_no_field_of_a_familys_own_passes_as_neutral_for_all(row: Conversion) -> None:
+    of_all = {field.name for field in dataclasses.fields(PreTrainedConfig)}
+    assert COMMON_NEUTRAL & (declared(row.family.model_type) - of_all) == set()
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
-def test_every_config_field_of_transformers_is_classified_once(family: Family) -> None:
-    declared = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}
-    classes = [set(family.carried), set(family.required), set(family.neutral), set(COMMON_NEUTRAL)]
-    assert declared <= set.union(*classes), "a new transformers has new fields: classify them in upcycle/family.py"
-    assert sum(map(len, classes)) == len(set.union(*classes))
-    assert len(family.carried) == len(set(family.carried))
+@every_conversion
+def test_every_field_that_is_set_is_one_that_the_target_reads_and_is_set_by_one_rule(row: Conversion) -> None:
+    names = [*row.carried, *row.optional, *row.target.fixed, *derived_names(row), *structural_names(row)]
+    assert len(names) == len(set(names))
+    modeling = inspect.getsource(sys.modules[getattr(transformers, row.target.architecture).__module__])
+    for name in set(names) - declared(row.target.model_type):
+        assert f'getattr(config, "{name}"' in modeling or f"config.{name}" in modeling
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
-def test_what_is_carried_or_set_is_a_field_of_both_sides(family: Family) -> None:
-    source = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.model_type])}
-    target = {field.name for field in dataclasses.fields(CONFIG_MAPPING[family.target_model_type])}
-    assert {*family.carried, *family.required} <= source
-    assert {*family.carried, *family.target_defaults, family.expert_count_field, "num_experts_per_tok"} <= target
+@every_conversion
+def test_every_field_of_the_target_is_decided(row: Conversion) -> None:
+    decided = {*row.carried, *row.target.fixed, *derived_names(row), *structural_names(row), *COMMON_NEUTRAL}
+    assert declared(row.target.model_type) - decided == set(UNDECIDED[row.family.task])
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_type)
-def test_every_field_that_only_the_target_has_is_decided(family: Family) -> None:
-    only_target = {f.name for f in dataclasses.fields(CONFIG_MAPPING[family.target_model_type])} - {
-        f.name for f in dataclasses.fields(CONFIG_MAPPING[family.model_type])
-    }
-    training_only = {"output_router_logits", "router_aux_loss_coef"}  # what is returned, and a loss: neither changes the logits
-    assert only_target - training_only == {*family.target_defaults, family.expert_count_field, "num_experts_per_tok"}
+@every_conversion
+def test_families_and_targets_are_those_of_transformers(row: Conversion) -> None:
+    for side in (row.family, row.target):
+        assert getattr(transformers, side.architecture).config_class is CONFIG_MAPPING[side.model_type]
 
 
-def test_a_family_is_found_by_type_and_architecture() -> None:
-    assert find_family("llama", ["LlamaForCausalLM"]) is find_family("llama", None) is FAMILIES[0]
+def test_the_targets_that_a_recipe_can_ask_for_are_those_of_the_table() -> None:
+    assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS)}
+
+
+def test_each_pair_stands_once_and_every_family_has_one() -> None:
+    pairs = [(row.family.model_type, row.target.model_type) for row in CONVERSIONS]
+    assert len(pairs) == len(set(pairs))
+    assert {row.family.model_type for row in CONVERSIONS} == {family.model_type for family in DENSE_FAMILIES}
+
+
+# Families
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES, ids=lambda family: family.model_type)
+def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
+    assert find_family(family.model_type, [family.architecture]) is find_family(family.model_type, None) is family
 
 
 @pytest.mark.parametrize(
     ("model_type", "architectures", "named"),
     [
-        ("gpt2", ["GPT2LMHeadModel"], "GPT2LMHeadModel (gpt2)"),
         ("llama", ["LlamaForSequenceClassification"], "LlamaForSequenceClassification (llama)"),
-        ("bert", None, "bert"),
+        ("t5", ["T5EncoderModel"], "T5EncoderModel (t5)"),
         ("mixtral", ["MixtralForCausalLM"], "MixtralForCausalLM (mixtral)"),
+        ("mamba", None, "mamba"),
     ],
 )
 def test_an_unknown_architecture_is_refused_by_name(model_type: str, architectures: list[str] | None, named: str) -> None:
-    assert refusal(find_family, model_type, architectures) == f"config.json: {named} cannot be upcycled; supported: LlamaForCausalLM"
-
-
-# The config
-
-
-@pytest.mark.parametrize("source", SOURCES)
-def test_every_carried_value_survives_to_the_reloaded_target(source: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    directory = make_dense(**SOURCES[source])
-    dense = LlamaConfig.from_pretrained(directory)
-    plan(directory, num_experts=6, num_experts_per_tok=3).target_config.save_pretrained(tmp_path)
-    found = MixtralConfig.from_pretrained(tmp_path)
-    assert {name: getattr(found, name) for name in FAMILIES[0].carried} == {name: getattr(dense, name) for name in FAMILIES[0].carried}
-    for name, value in SOURCES[source].items():  # and none of them is a default that was never carried
-        assert getattr(found, name) == value
-    assert (found.num_local_experts, found.num_experts_per_tok) == (6, 3)
-    assert (found.sliding_window, found.router_jitter_noise) == (None, 0.0)
-    assert found.architectures == ["MixtralForCausalLM"]
-    assert found.dtype == dense.dtype == torch.float32
-
-
-def test_keys_that_an_old_config_leaves_out_take_llamas_defaults_and_not_mixtrals(dense_checkpoint: Path, tmp_path: Path) -> None:
-    edited(dense_checkpoint, tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    for name in ("rms_norm_eps", "rope_parameters", "num_key_value_heads", "head_dim", "tie_word_embeddings"):
-        del config[name]
-    path.write_text(json.dumps(config | {"num_key_value_heads": 2, "tie_word_embeddings": True}))
-    target = plan(tmp_path).target_config
-    assert target.rms_norm_eps == LlamaConfig().rms_norm_eps != MixtralConfig().rms_norm_eps
-    assert target.rope_parameters["rope_theta"] == LlamaConfig().rope_parameters["rope_theta"] != MixtralConfig().rope_parameters["rope_theta"]
-    assert target.head_dim == 32 // 4
-
-
-def test_rope_fields_of_the_old_form_are_carried(dense_checkpoint: Path, tmp_path: Path) -> None:
-    edited(dense_checkpoint, tmp_path)
-    path = tmp_path / "config.json"
-    config = json.loads(path.read_text())
-    del config["rope_parameters"]
-    scaling = {name: value for name, value in LLAMA3_ROPE.items() if name != "rope_theta"}
-    path.write_text(json.dumps(config | {"rope_theta": LLAMA3_ROPE["rope_theta"], "rope_scaling": scaling}))
-    assert plan(tmp_path).target_config.rope_parameters == LLAMA3_ROPE
+    assert refusal(find_family, model_type, architectures) == (
+        f"config.json: {named} cannot be upcycled; supported: LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, "
+        "Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, GraniteForCausalLM, T5ForConditionalGeneration"
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "message"),
+    ("model_type", "architectures", "message"),
     [
-        ("attention_bias", True, "attention_bias is True; MixtralForCausalLM needs False: Mixtral's attention has no biases"),
         (
-            "mlp_bias",
-            True,
-            "mlp_bias is True; MixtralForCausalLM needs False: no mixture-of-experts architecture of transformers has expert biases with Llama's FFN",
+            "gemma2",
+            ["Gemma2ForCausalLM"],
+            "config.json: Gemma2ForCausalLM (gemma2) has soft caps on attention scores and logits, and norms on both sides of the FFN; "
+            "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral",
         ),
-        ("pretraining_tp", 2, "pretraining_tp is 2; MixtralForCausalLM needs 1: tensor-parallel slices change the order of sums"),
+        (
+            "gemma3_text",
+            ["Gemma3ForCausalLM"],
+            "config.json: Gemma3ForCausalLM (gemma3_text) has norms on both sides of the FFN, and another rotary base in every sixth layer; "
+            "no mixture-of-experts architecture of transformers holds that; the nearest target is qwen3_moe",
+        ),
+        (
+            "gpt_neox",
+            ["GPTNeoXForCausalLM"],
+            "config.json: GPTNeoXForCausalLM (gpt_neox) has attention and FFN in parallel, LayerNorm, and an FFN with biases and without a gate; "
+            "no mixture-of-experts architecture of transformers holds that",
+        ),
+        (
+            "cohere",
+            None,
+            "config.json: cohere has attention and FFN in parallel, LayerNorm, and scaled logits; "
+            "no mixture-of-experts architecture of transformers holds that; the nearest target is granitemoe",
+        ),
+        (
+            "gpt2",
+            ["GPT2LMHeadModel"],
+            "config.json: GPT2LMHeadModel (gpt2) has LayerNorm, and an FFN with biases and without a gate; "
+            "no mixture-of-experts architecture of transformers holds that",
+        ),
+        (
+            "bert",
+            ["BertForMaskedLM"],
+            "config.json: BertForMaskedLM (bert) has a bidirectional encoder with an ungated FFN with biases; "
+            "no mixture-of-experts architecture of transformers holds that",
+        ),
+        (
+            "mt5",
+            ["MT5ForConditionalGeneration"],
+            "config.json: MT5ForConditionalGeneration (mt5) has a gated FFN, where the only encoder-decoder target has none; "
+            "no mixture-of-experts architecture of transformers holds that; the nearest target is switch_transformers",
+        ),
     ],
 )
-def test_a_value_that_the_target_cannot_hold_is_refused(name: str, value: Any, message: str, make_dense: MakeDense) -> None:
-    directory = make_dense(**{name: value})
-    assert refusal(plan, directory) == f"{directory / 'config.json'}: {message}"
+def test_a_family_without_a_twin_is_refused_with_the_reason(model_type: str, architectures: list[str] | None, message: str) -> None:
+    assert refusal(find_family, model_type, architectures) == message
 
 
-def test_a_field_that_nobody_classified_is_refused_unless_it_has_its_default(make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch) -> None:
-    without = tuple(name for name in FAMILIES[0].carried if name != "rms_norm_eps")
-    monkeypatch.setattr("upcycle.family.FAMILIES", (dataclasses.replace(FAMILIES[0], carried=without),))
-    assert plan(make_dense(rms_norm_eps=LlamaConfig().rms_norm_eps)).num_experts == 4
-    directory = make_dense(rms_norm_eps=0.5)
-    assert refusal(plan, directory) == (
-        f"{directory / 'config.json'}: rms_norm_eps is 0.5, and what it does is not known to MixtralForCausalLM; remove it or set its default"
-    )
+@pytest.mark.parametrize("model_type", NO_TWIN)
+def test_families_without_a_twin_are_known_to_transformers_and_to_no_conversion(model_type: str) -> None:
+    assert model_type in CONFIG_MAPPING
+    assert model_type not in {family.model_type for family in DENSE_FAMILIES}
+    assert NO_TWIN[model_type].nearest in {None, *(row.target.model_type for row in CONVERSIONS)}
+    assert refusal(find_family, model_type, None).startswith(f"config.json: {model_type} has {NO_TWIN[model_type].reason}; ")
 
 
-def test_more_experts_per_token_than_experts_are_refused() -> None:
-    with pytest.raises(ValidationError, match="num_experts_per_tok is 3; it must be at most num_experts, which is 2"):
-        UpcycleConfig(num_experts=2, num_experts_per_tok=3)
+# The choice
+
+MIXED_LAYERS = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 20}
+T5_SETTINGS: dict[str, Any] = {"num_experts_per_tok": 1}
 
 
-# The tensors
+@pytest.mark.parametrize(
+    ("architecture", "fields", "settings", "target"),
+    [
+        ("LlamaForCausalLM", {}, {}, "mixtral"),
+        ("LlamaForCausalLM", {}, {"experts": ExpertsConfig(kind="granular", granularity=2)}, "mixtral"),
+        ("LlamaForCausalLM", {}, {"layers": "last-half"}, "qwen2_moe"),
+        ("LlamaForCausalLM", {}, {"layers": (0, 3)}, "qwen2_moe"),
+        ("LlamaForCausalLM", {}, {"shared_expert": "half"}, "qwen2_moe"),
+        ("LlamaForCausalLM", {}, {"shared_expert": "zero", "layers": "every-2"}, "qwen2_moe"),
+        ("LlamaForCausalLM", {"attention_bias": True}, {}, "granitemoe"),
+        ("LlamaForCausalLM", {"attention_bias": True}, {"shared_expert": "half"}, "granitemoeshared"),
+        ("MistralForCausalLM", {"sliding_window": 16}, {}, "mixtral"),
+        ("MistralForCausalLM", {"sliding_window": 16}, {"layers": "every-2"}, "qwen2_moe"),
+        ("Phi3ForCausalLM", {}, {}, "mixtral"),
+        ("Phi3ForCausalLM", {}, {"shared_expert": "zero"}, "qwen2_moe"),
+        ("GemmaForCausalLM", {}, {}, "mixtral"),
+        ("GemmaForCausalLM", {}, {"layers": "last-half"}, "qwen2_moe"),
+        ("Qwen2ForCausalLM", MIXED_LAYERS, {}, "qwen2_moe"),
+        ("Qwen2ForCausalLM", {}, {"shared_expert": "half", "layers": "last-half"}, "qwen2_moe"),
+        ("Qwen3ForCausalLM", {}, {"layers": "every-4"}, "qwen3_moe"),
+        ("Qwen3ForCausalLM", {"attention_bias": True}, {}, "qwen3_moe"),
+        ("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
+        ("GraniteForCausalLM", {"attention_bias": True}, {}, "granitemoe"),
+        ("GraniteForCausalLM", {}, {"shared_expert": "half"}, "granitemoeshared"),
+        ("T5ForConditionalGeneration", {}, T5_SETTINGS, "switch_transformers"),
+    ],
+)
+def test_the_first_target_that_holds_the_model_is_taken(architecture: str, fields: dict[str, Any], settings: dict[str, Any], target: str) -> None:
+    found = choose_conversion(source_of(architecture, **fields), UpcycleConfig(**settings), "config.json")
+    assert found.family.architecture == architecture
+    assert found.target.model_type == target
 
 
-def test_a_missing_tensor_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
-    edited(dense_checkpoint, tmp_path, tensors=lambda state: state.pop("model.layers.1.mlp.up_proj.weight"))
-    assert refusal(plan, tmp_path) == (
-        f"{tmp_path}: tensor 'model.layers.1.mlp.up_proj.weight' is missing; by config.json it must be there with shape [48, 32]"
-    )
+@every_conversion
+def test_a_target_asked_for_by_name_is_taken(row: Conversion) -> None:
+    config = UpcycleConfig(target=row.target.model_type, **(T5_SETTINGS if row.target.top_1 else {}))  # type: ignore[arg-type]
+    assert choose_conversion(source_of(row.family.architecture), config, "config.json") is row
 
 
-def test_a_missing_head_is_refused_where_the_config_does_not_tie_it(dense_checkpoint: Path, tmp_path: Path) -> None:
-    edited(dense_checkpoint, tmp_path, config={"tie_word_embeddings": False})
-    assert refusal(plan, tmp_path) == f"{tmp_path}: tensor 'lm_head.weight' is missing; by config.json it must be there with shape [300, 32]"
+# Refusals
+
+NO_MLP_BIAS = "no mixture-of-experts architecture of transformers has expert biases with this FFN"
+NO_CLOSER = "the nearest target is mixtral"
 
 
-@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.bias", "model.layers.2.mlp.up_proj.weight", "vision.weight"])
-def test_a_tensor_that_would_be_lost_is_refused(name: str, dense_checkpoint: Path, tmp_path: Path) -> None:
-    edited(dense_checkpoint, tmp_path, tensors=lambda state: state.update({name: torch.ones(1)}))
-    assert refusal(plan, tmp_path) == f"{tmp_path}: tensor '{name}' has no place in LlamaForCausalLM; it would be lost; remove it"
-
-
-def test_a_tensor_of_another_shape_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.down_proj.weight"
-    edited(dense_checkpoint, tmp_path, tensors=lambda state: state.update({name: state[name].T.contiguous()}))
-    assert refusal(plan, tmp_path) == f"{tmp_path}: tensor '{name}' has shape [48, 32]; by config.json it must be [32, 48]"
-
-
-@pytest.mark.parametrize(("dtype", "stored"), [(torch.float64, "F64"), (torch.int32, "I32"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_a_tensor_of_another_dtype_is_refused(dtype: torch.dtype, stored: str, dense_checkpoint: Path, tmp_path: Path) -> None:
-    edited(dense_checkpoint, tmp_path, tensors=lambda state: state.update({"model.norm.weight": state["model.norm.weight"].to(dtype)}))
-    assert refusal(plan, tmp_path) == f"{tmp_path}: tensor 'model.norm.weight' is stored as {stored}; it must be one of F32, F16, BF16"
-
-
-def test_tensors_that_no_forward_pass_reads_are_listed_as_dropped(dense_checkpoint: Path, tmp_path: Path) -> None:
-    def add(state: dict[str, torch.Tensor]) -> None:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-        for layer in range(2):
-            state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
-
-    edited(dense_checkpoint, tmp_path, tensors=add)
-    found = plan(tmp_path)
-    assert found.dropped == (
-        "lm_head.weight",
-        "model.layers.0.self_attn.rotary_emb.inv_freq",
-        "model.layers.1.self_attn.rotary_emb.inv_freq",
-    )
-    assert found.writes == plan(dense_checkpoint).writes
-    assert plan(dense_checkpoint).dropped == ()
-
-
-# The plan
-
-
-@pytest.mark.parametrize("source", SOURCES)
-@pytest.mark.parametrize("num_experts", [1, 4])
-def test_the_plan_is_what_transformers_own_mixtral_saves(source: str, num_experts: int, make_dense: MakeDense, tmp_path: Path) -> None:
-    found = plan(make_dense(**SOURCES[source]), num_experts, 1)
-    AutoModelForCausalLM.from_config(found.target_config).save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as saved:
-        expected = {(name, tuple(saved.get_slice(name).get_shape())) for name in saved.keys()}  # noqa: SIM118 - safe_open is no mapping
-    assert {(write.spec.name, write.spec.shape) for write in found.writes} == expected
-    assert len(found.writes) == len(expected)
-
-
-@pytest.mark.parametrize("source", ["tied", "untied"])
-def test_every_source_tensor_is_read_once(source: str, make_dense: MakeDense) -> None:
-    directory = make_dense(**SOURCES[source])
-    read = [write.rule.norm if isinstance(write.rule, DrawRouter) else write.rule.source for write in plan(directory).writes]
-    runs = [name for name, _ in groupby(read)]
-    assert len(runs) == len(set(runs))
-    assert set(runs) == set(open_checkpoint(directory).entries)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_target_keeps_the_sources_dtype(dtype: torch.dtype, make_dense: MakeDense) -> None:
-    found = plan(make_dense(dtype))
-    assert {write.spec.dtype for write in found.writes} == {found.target_config.dtype} == {dtype}
-
-
-@pytest.mark.parametrize("source", ["tied", "untied"])
-def test_counts_are_those_of_the_loaded_model(source: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    found = upcycle(make_dense(**SOURCES[source]), tmp_path, UpcycleConfig(num_experts=4), 0, lambda what, done, total: None)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert found.num_parameters == sum(p.numel() for p in model.parameters())
-    assert found.num_bytes == sum(p.numel() * p.itemsize for p in model.parameters())
-    assert len(expected_shapes(model.config)) == len(list(model.parameters()))
-
-
-@pytest.mark.parametrize("num_experts_per_tok", [1, 2, 5])
-def test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit(num_experts_per_tok: int, dense_checkpoint: Path) -> None:
-    # Hidden 32, FFN 48, two layers, four heads of 8, two of them for keys and values, 300 tokens, tied; 5 experts.
-    outside = 300 * 32 + 32
-    attention = 32 * 32 + 32 * 16 + 32 * 16 + 32 * 32
-    norms = 32 + 32
-    router = 5 * 32
-    expert = 3 * 32 * 48
-    found = plan(dense_checkpoint, 5, num_experts_per_tok)
-    assert found.num_active_parameters == outside + 2 * (attention + norms + router + num_experts_per_tok * expert)
-    assert found.num_parameters == outside + 2 * (attention + norms + router + 5 * expert)
+@pytest.mark.parametrize(
+    ("architecture", "fields", "settings", "message"),
+    [
+        ("LlamaForCausalLM", {"mlp_bias": True}, {}, f"mlp_bias is True; MixtralForCausalLM needs False: {NO_MLP_BIAS} ({NO_CLOSER})"),
+        (
+            "LlamaForCausalLM",
+            {"pretraining_tp": 2},
+            {},
+            f"pretraining_tp is 2; MixtralForCausalLM needs 1: tensor-parallel slices change the order of sums ({NO_CLOSER})",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {},
+            f"partial_rotary_factor is 0.5; it must be 1: the targets rotate whole heads ({NO_CLOSER})",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"attention_bias": True},
+            {"layers": "last-half"},
+            "attention_bias is True; Qwen2MoeForCausalLM needs False: its attention has no bias after the output projection "
+            "(the nearest target is qwen2_moe)",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"attention_bias": True, "mlp_bias": True},
+            {"target": "mixtral", "layers": (0, 3), "shared_expert": "half"},
+            "attention_bias is True; MixtralForCausalLM needs False: Mixtral's attention has no biases; "
+            f"mlp_bias is True; MixtralForCausalLM needs False: {NO_MLP_BIAS}; "
+            "upcycle.layers is [0, 3]; MixtralForCausalLM needs all: it has experts in every layer; "
+            "upcycle.shared_expert is half; MixtralForCausalLM needs none: it has no shared expert",
+        ),
+        (
+            "LlamaForCausalLM",
+            {},
+            {"target": "mixtral", "shared_expert": "zero"},
+            "upcycle.shared_expert is zero; MixtralForCausalLM needs none: it has no shared expert",
+        ),
+        (
+            "LlamaForCausalLM",
+            {},
+            {"target": "qwen3_moe"},
+            "upcycle.target is qwen3_moe; LlamaForCausalLM can become mixtral, qwen2_moe, granitemoe, granitemoeshared",
+        ),
+        ("Olmo2ForCausalLM", {}, {"target": "mixtral"}, "upcycle.target is mixtral; Olmo2ForCausalLM can become flex_olmo"),
+        (
+            "MistralForCausalLM",
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            {},
+            f"partial_rotary_factor is 0.25; it must be 1: the targets rotate whole heads ({NO_CLOSER})",
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"resid_pdrop": 0.1},
+            {},
+            f"resid_pdrop is 0.1; MixtralForCausalLM needs 0.0: it has no dropout after a block ({NO_CLOSER})",
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"embd_pdrop": 0.1},
+            {},
+            f"embd_pdrop is 0.1; MixtralForCausalLM needs 0.0: it has no dropout after the embedding ({NO_CLOSER})",
+        ),
+        (
+            "Phi3ForCausalLM",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+            {},
+            f"partial_rotary_factor is 0.75; it must be 1: the targets rotate whole heads ({NO_CLOSER})",
+        ),
+        (
+            "GemmaForCausalLM",
+            {"use_bidirectional_attention": True},
+            {},
+            f"use_bidirectional_attention is True; it must be False: the targets are causal decoders ({NO_CLOSER})",
+        ),
+        (
+            "GemmaForCausalLM",
+            {"tie_word_embeddings": False},
+            {},
+            f"tie_word_embeddings is False; it must be True: Gemma's head is its embedding ({NO_CLOSER})",
+        ),
+        (
+            "GemmaForCausalLM",
+            {"attention_bias": True},
+            {},
+            f"attention_bias is True; MixtralForCausalLM needs False: its attention has no biases ({NO_CLOSER})",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            MIXED_LAYERS,
+            {},
+            "layer_types has 12 layers with a window and others without; Qwen3MoeForCausalLM needs one kind: it has one window for all layers",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {},
+            {"shared_expert": "half"},
+            "upcycle.shared_expert is half; Qwen3MoeForCausalLM needs none: it has no shared expert",
+        ),
+        (
+            "Olmo2ForCausalLM",
+            {},
+            {"layers": "every-2", "shared_expert": "half"},
+            "upcycle.layers is every-2; FlexOlmoForCausalLM needs all: it has experts in every layer; "
+            "upcycle.shared_expert is half; FlexOlmoForCausalLM needs none: it has no shared expert",
+        ),
+        (
+            "GraniteForCausalLM",
+            {},
+            {"layers": "last-half"},
+            "upcycle.layers is last-half; GraniteMoeForCausalLM needs all: it has experts in every layer (the nearest target is granitemoe)",
+        ),
+        (
+            "GraniteForCausalLM",
+            {"mlp_bias": True},
+            {},
+            f"mlp_bias is True; GraniteMoeForCausalLM needs False: {NO_MLP_BIAS} (the nearest target is granitemoe)",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {"feed_forward_proj": "gated-gelu"},
+            T5_SETTINGS,
+            "feed_forward_proj is gated-gelu; SwitchTransformersForConditionalGeneration needs one without a gate",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {"tie_word_embeddings": False},
+            T5_SETTINGS,
+            "tie_word_embeddings is False; SwitchTransformersForConditionalGeneration needs True: it scales what a tied head reads",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {},
+            {},
+            "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits one expert",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {},
+            {"experts": ExpertsConfig(kind="granular", granularity=2)},
+            "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits one expert; "
+            "upcycle.experts.kind is granular; SwitchTransformersForConditionalGeneration needs copies: one expert a token must be the whole FFN",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {},
+            T5_SETTINGS | {"experts": ExpertsConfig(kind="split"), "shared_expert": "half"},
+            "upcycle.shared_expert is half; SwitchTransformersForConditionalGeneration needs none: it has no shared expert; "
+            "upcycle.experts.kind is split; SwitchTransformersForConditionalGeneration needs copies: one expert a token must be the whole FFN",
+        ),
+        (
+            "T5ForConditionalGeneration",
+            {},
+            T5_SETTINGS | {"router": RouterConfig(kind="kmeans")},
+            "upcycle.router.kind is kmeans; SwitchTransformersForConditionalGeneration needs normal: it is exact with a zero router alone",
+        ),
+    ],
+)
+def test_what_no_target_can_hold_is_refused_with_every_reason(
+    architecture: str, fields: dict[str, Any], settings: dict[str, Any], message: str
+) -> None:
+    source = source_of(architecture, **fields)
+    assert refusal(choose_conversion, source, UpcycleConfig(**settings), "here/config.json") == f"here/config.json: {message}"

@@ -184,6 +184,7 @@ _GEMMA_REQUIRED = {"attention_bias": Required(False, "its attention has no biase
 _GEMMA_CAUSAL = Condition(
     lambda c: not c.use_bidirectional_attention, lambda c: "use_bidirectional_attention is True; it must be False: the targets are causal decoders"
 )
+_GEMMA_TIED = Condition(lambda c: c.tie_word_embeddings, lambda c: "tie_word_embeddings is False; it must be True: Gemma's head is its embedding")
 _PHI3_REQUIRED = {
     "resid_pdrop": Required(0.0, "it has no dropout after a block"),
     "embd_pdrop": Required(0.0, "it has no dropout after the embedding"),
@@ -192,7 +193,7 @@ _WITHOUT_ROPE = tuple(name for name in _DECODER_FIELDS if name != "rope_paramete
 _UNTIED = tuple(name for name in _DECODER_FIELDS if name != "tie_word_embeddings")
 _T5_FIELDS = (
     "vocab_size", "d_model", "d_kv", "num_layers", "num_decoder_layers", "num_heads", "relative_attention_num_buckets",
-    "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon", "initializer_factor", "is_encoder_decoder", "use_cache",
+    "relative_attention_max_distance", "dropout_rate", "layer_norm_epsilon", "initializer_factor", "use_cache",
     "pad_token_id", "eos_token_id",
 )  # fmt: skip
 
@@ -279,7 +280,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
         MIXTRAL,
         carried=(*_UNTIED, "head_dim"),
         required=_GEMMA_REQUIRED,
-        conditions=(_WHOLE_ROTARY, _GEMMA_CAUSAL),
+        conditions=(_WHOLE_ROTARY, _GEMMA_CAUSAL, _GEMMA_TIED),
         derived=lambda _: {"sliding_window": None, "tie_word_embeddings": False},
         consumed=(*_WIDTH, "tie_word_embeddings", "use_bidirectional_attention"),
         zero_router="rounding",
@@ -289,7 +290,7 @@ CONVERSIONS: tuple[Conversion, ...] = (
         QWEN2_MOE,
         carried=_UNTIED,
         required=_GEMMA_REQUIRED,
-        conditions=(_WHOLE_ROTARY, _GEMMA_CAUSAL),
+        conditions=(_WHOLE_ROTARY, _GEMMA_CAUSAL, _GEMMA_TIED),
         derived=lambda c: {**_qwen2_moe_of_llama(c), "tie_word_embeddings": False},
         consumed=(*_WIDTH, "head_dim", "tie_word_embeddings", "use_bidirectional_attention"),
         zero_router="rounding",

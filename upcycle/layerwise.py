@@ -7,6 +7,7 @@ with the embedding and the final norm taken out of it. Memory is one layer and t
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -31,7 +32,9 @@ def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> PreTra
     state = {name.replace(prefix, "layers.0.", 1): checkpoint.read(name) for name in checkpoint.entries if name.startswith(prefix)}
     state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
     state["norm.weight"] = torch.zeros(config.hidden_size)
-    model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
+        model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if found := [key for key in info[kind] if "inv_freq" not in str(key)]:
             where = f"{checkpoint.directory}: layer {layer}"

@@ -167,7 +167,7 @@ def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
     family, target = conversion.family, conversion.target
     _refuse_unknown_fields(checkpoint.config, conversion, where)
     dropped = _check_tensors(checkpoint, family)
-    planner = _Planner(checkpoint, conversion, config)
+    planner = _Planner(checkpoint, conversion, config, dropped)
     sites = planner.sites()
     writes = tuple(planner.writes(sites))
     _check_use(checkpoint, writes, dropped)
@@ -203,8 +203,8 @@ def resolve_layers(layers: str | tuple[int, ...], num_layers: int) -> tuple[int,
 class _Planner:
     """The writes of one conversion."""
 
-    def __init__(self, checkpoint: Checkpoint, conversion: Conversion, config: UpcycleConfig) -> None:
-        self.entries = checkpoint.entries
+    def __init__(self, checkpoint: Checkpoint, conversion: Conversion, config: UpcycleConfig, dropped: tuple[str, ...]) -> None:
+        self.entries = {name: entry for name, entry in checkpoint.entries.items() if name not in dropped}
         self.source = checkpoint.config
         self.family, self.target, self.config = conversion.family, conversion.target, config
         ffn = self.family.ffns[0]
@@ -396,8 +396,7 @@ def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, 
                 step = count // len(chosen)
                 if chosen != [n for n in range(count) if step == 1 or n % step == 1]:
                     raise UpcycleError(
-                        f"upcycle.layers: {target.architecture} cannot have experts in the {name}'s layers {chosen} alone; use all, or every-2 "
-                        "where the number of layers is even"
+                        f"upcycle.layers: {target.architecture} cannot have experts in the {name}'s layers {chosen} alone; use all or every-2"
                     )
                 fields[f"num_sparse_{name}_layers"] = len(chosen)
             return fields
@@ -427,9 +426,11 @@ def _check_tensors(checkpoint: Checkpoint, family: DenseFamily) -> tuple[str, ..
 
 
 def _check_depth(checkpoint: Checkpoint, family: DenseFamily) -> None:
-    """Refuse a config that says more layers than the files can hold, before a model of it is built."""
+    """Refuse a config that says no layers, or more than the files can hold, before a model of it is built."""
     for ffn in family.ffns:
         count = getattr(checkpoint.config, ffn.num_layers)
+        if count < 1:
+            raise UpcycleError(f"{checkpoint.directory / 'config.json'}: {ffn.num_layers} is {count}; it must be at least 1")
         if count > len(checkpoint.entries):
             raise UpcycleError(
                 f"{checkpoint.directory / 'config.json'}: {ffn.num_layers} is {count}; the files hold {len(checkpoint.entries)} tensors, too few"

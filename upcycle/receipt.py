@@ -257,8 +257,9 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache
     An encoder-decoder reads the ids twice, as its input and as what it is to say.
     """
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    if model.config.is_encoder_decoder:
-        given = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": ids}
+    if model.config.is_encoder_decoder:  # the encoder by itself: Switch refuses `use_cache` in a call that encodes too
+        encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
+        given = {"encoder_outputs": encoded, "attention_mask": mask, "decoder_input_ids": ids}
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     if not cached:
         return cast(torch.Tensor, model(**given, use_cache=False).logits).to(torch.float32)
@@ -316,6 +317,12 @@ def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield cast(torch.nn.Module, router)
 
 
+def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """The numbers of a decoder's layers that have experts."""
+    layers = cast(torch.nn.ModuleList, model.get_decoder().layers)
+    return tuple(number for number, layer in enumerate(layers) if next(router_modules(layer), None) is not None)
+
+
 def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
     """The router weight [num_experts, hidden] of each layer, in order."""
     for router in router_modules(model):
@@ -331,7 +338,8 @@ def _read_text(source: Path, block_size: int) -> _Text:
     config = AutoConfig.from_pretrained(source, local_files_only=True)
     context = getattr(config, "max_position_embeddings", _MAX_TOKENS)
     window = getattr(config, "sliding_window", None) or 0
-    wanted = max(min(_MAX_TOKENS, block_size + block_size // 4), min(_MAX_WINDOW_TOKENS, window + 4 * _DECODE_STEPS))
+    beyond = window + 4 * _DECODE_STEPS
+    wanted = max(min(_MAX_TOKENS, block_size + block_size // 4), beyond if beyond <= _MAX_WINDOW_TOKENS else 0)
     length = max(2 * _DECODE_STEPS, min(wanted, context))
     notes: tuple[str, ...] = ()
     if length <= window < context:

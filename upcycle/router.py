@@ -1,7 +1,8 @@
 """Routers at the start: pure tensor functions.
 
-Routers read from hidden states are centred over their rows: a softmax, and a top-k, see only differences between logits, and hidden states of real
-text share one large mean, of which every raw prototype would be a copy. They are scaled so that these differences have the deviation asked for.
+Routers read from hidden states are centred over their rows: a softmax, and a top-k, see only differences between logits. They are orthogonal to the
+mean of the hidden states: those of real text share one large mean, a router has no bias to take its part of the logits out again, and it would send
+tokens to the expert whose row lies nearest to the mean, whatever else they hold. And they are scaled so that logits have the deviation asked for.
 """
 
 from __future__ import annotations
@@ -30,15 +31,21 @@ def prototype_rows(states: Sequence[torch.Tensor], logit_std: float) -> torch.Te
     `states` holds one float32 [tokens, hidden] a domain, of real tokens alone; returns float32 [domains, hidden].
     """
     rows = torch.stack([domain.mean(0) for domain in states])
-    return scale_rows(rows, torch.cat(list(states)), logit_std)
+    return scale_rows(_take_out(rows.mean(0), rows), torch.cat(list(states)), logit_std)
+
+
+def _take_out(direction: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """`vectors` [count, hidden] less what of each lies along `direction` [hidden]."""
+    unit = torch.nn.functional.normalize(direction, dim=0)
+    return vectors - (vectors @ unit)[:, None] * unit
 
 
 def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float) -> torch.Tensor:
     """Router rows from a ridge regression of each token's domain on its hidden state.
 
     Minimizes sum |x W^T - y|^2 + λ |W|^2 over float32 `states` [tokens, hidden] a domain, y being one at the domain and zero elsewhere, each domain
-    weighing the same; λ is `penalty` times the trace of the weighted second moment over hidden. Solved in float64 on states less their mean, whose
-    part of the logits is the same for all tokens. Returns float32 [domains, hidden].
+    weighing the same; λ is `penalty` times the trace of the weighted second moment over hidden. Solved in float64 on states without what lies along
+    their mean, so that no row does. Returns float32 [domains, hidden].
     """
     num_domains = len(states)
     domains = [domain.to(torch.float64) for domain in states]
@@ -46,7 +53,7 @@ def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float)
     hidden = mean.numel()
     gram, cross = torch.zeros(hidden, hidden, dtype=torch.float64), torch.zeros(num_domains, hidden, dtype=torch.float64)
     for number, domain in enumerate(domains):
-        centred = domain - mean
+        centred = _take_out(mean, domain)
         gram += centred.T @ centred / (len(domain) * num_domains)
         cross[number] = centred.mean(0) / num_domains
     ridge = penalty * float(gram.diagonal().mean()) + 1e-30
@@ -57,15 +64,15 @@ def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float)
 def kmeans_rows(states: torch.Tensor, num_rows: int, logit_std: float, generator: torch.Generator, num_rounds: int = 25) -> torch.Tensor:
     """Router rows from the centres of clusters of hidden states: spherical k-means (Dhillon and Modha 2001), whose rule is a router's top-1.
 
-    States float32 [tokens, hidden] are taken less their mean and at unit length. Starts from k-means++ (Arthur and Vassilvitskii 2007); a cluster
-    that loses all its tokens restarts at the token that its centre serves worst. Returns float32 [num_rows, hidden].
+    States float32 [tokens, hidden] are taken without what lies along their mean, and at unit length. Starts from k-means++ (Arthur and Vassilvitskii
+    2007); a cluster that loses all its tokens restarts at the token that its centre serves worst. Returns float32 [num_rows, hidden].
 
     Raises:
         ValueError: there are fewer tokens than rows.
     """
     if len(states) < num_rows:
         raise ValueError(f"{len(states)} tokens for {num_rows} clusters")
-    points = torch.nn.functional.normalize(states - states.mean(0), dim=-1)
+    points = torch.nn.functional.normalize(_take_out(states.mean(0), states), dim=-1)
     centres = _spread_start(points, num_rows, generator)
     nearest = torch.full((len(points),), -1)
     for _ in range(num_rounds):

@@ -36,7 +36,7 @@ def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progre
     """
     checkpoint = open_checkpoint(source)
     plan = plan_upcycle(checkpoint, config)
-    surgeon = _Surgeon(checkpoint, config, seed, routers or {})
+    surgeon = _Surgeon(checkpoint, plan, seed, routers or {})
     plan.target_config.save_pretrained(output)
     add_alias_fields(output)
     copy_companions(source, output)
@@ -54,8 +54,10 @@ def _make_all(surgeon: _Surgeon, plan: UpcyclePlan, progress: Progress) -> Itera
 class _Surgeon:
     """Makes the contents of target tensors."""
 
-    def __init__(self, checkpoint: Checkpoint, config: UpcycleConfig, seed: int, routers: GivenRouters) -> None:
-        self.checkpoint, self.config, self.seed, self.routers = checkpoint, config, seed, routers
+    def __init__(self, checkpoint: Checkpoint, plan: UpcyclePlan, seed: int, routers: GivenRouters) -> None:
+        self.checkpoint, self.config, self.seed, self.routers = checkpoint, plan.settings, seed, routers
+        kept = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep)]
+        self._folds = {piece.rows.source: piece.fold for piece in kept if piece.fold is not None}
         self._moments: dict[Slice, Moments] = {}
 
     def make(self, write: Write) -> Iterator[Content]:
@@ -132,10 +134,11 @@ class _Surgeon:
         return math.sqrt(squares)
 
     def _row_square(self, name: str) -> float:
-        """Mean squared length of the rows of a matrix; the squared length of a vector."""
+        """Mean squared length of the rows of a matrix, the squared length of a vector; of a norm, as it multiplies."""
         entry = self.checkpoint.entries[name]
         moments = self._measure(Slice(name, 0, entry.shape[0]))
-        return (moments.mean**2 + moments.std**2) * entry.shape[-1]
+        mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
+        return (mean**2 + moments.std**2) * entry.shape[-1]
 
     def _measure(self, matrix: Slice) -> Moments:
         if matrix not in self._moments:
@@ -162,14 +165,14 @@ def check_written(source: Path, output: Path, plan: UpcyclePlan, seed: int, prog
     Raises:
         UpcycleError: a tensor on disk is not the one that was written.
     """
-    surgeon = _Surgeon(open_checkpoint(source), plan.settings, seed, routers or {})
+    surgeon = _Surgeon(open_checkpoint(source), plan, seed, routers or {})
     written = open_checkpoint(output)
     for number, write in enumerate(plan.writes, 1):
         entry = written.entries[write.spec.name]
         position = entry.start
         for content in surgeon.make(write):
             for expected in read_span(content) if isinstance(content, Span) else (content.contiguous().reshape(-1).view(torch.uint8),):
-                found = next(read_span(Span(entry.file, position, expected.numel())), expected)
+                found = torch.cat([*read_span(Span(entry.file, position, expected.numel())), expected[:0]])
                 if not torch.equal(found, expected):
                     raise UpcycleError(f"{output}: tensor '{write.spec.name}' on disk is not what was written there; check the disk and run again")
                 position += expected.numel()

@@ -1,0 +1,199 @@
+"""The plan as tables says what would be made: every tensor, every config value, and what it costs."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from convert.planning import plan_tables
+from convert.recipe import load_recipe
+from convert.stages import Preparation, prepare
+
+MakeDense = Callable[..., Path]
+
+RECIPE = """\
+source: {source}
+data:
+  source: {{kind: text, train: [text.txt]}}
+  block_size: 32
+upcycle: {upcycle}
+variants: [float32, int8]
+quantize: {{block_size: 16}}
+parity: {{decode_steps: 8}}
+"""
+
+
+def prepared(source: Path, tmp_path: Path, upcycle: str) -> Preparation:
+    (tmp_path / "text.txt").write_text("a line of text\n" * 100)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(source=source, upcycle=upcycle))
+    return prepare(load_recipe(path), lambda what, done, total: None)
+
+
+def rendered(table: Table) -> list[tuple[str, ...]]:
+    """The rows of a table, as they are on a terminal of 200 columns."""
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(table)
+    lines = console.export_text().splitlines()
+    return [tuple(cell.strip() for cell in line.split("│")[1:-1]) for line in lines if line.startswith("│")]
+
+
+def shown(source: Path, tmp_path: Path, upcycle: str) -> list[list[tuple[str, ...]]]:
+    """Rows of the four tables: models, tensors, config, artifacts."""
+    return [rendered(table) for table in plan_tables(prepared(source, tmp_path, upcycle), tmp_path / "run")]
+
+
+# Hidden 32, FFN 48, two layers, four heads of 8, two of them for keys and values, 300 tokens, tied.
+DENSE = 300 * 32 + 32 + 2 * (32 * 32 + 16 * 32 + 16 * 32 + 32 * 32 + 32 + 32 + 3 * 32 * 48)
+EXPERT, ROUTER = 3 * 32 * 48, 4 * 32
+
+
+def test_a_llamas_plan_has_its_models(dense_checkpoint: Path, tmp_path: Path) -> None:
+    preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
+    table = plan_tables(preparation, tmp_path)[0]
+    mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
+    assert table.title == "tiny: LlamaForCausalLM to MixtralForCausalLM"
+    assert rendered(table) == [
+        ("parameters", f"{DENSE:,}", f"{mixture:,}"),
+        ("active a token", f"{DENSE:,}", f"{mixture - 2 * 2 * EXPERT:,}"),
+        ("layers, with experts", "2", "2"),
+        ("experts a layer, chosen", "—", "4, 2"),
+        ("tensors", "20", "40"),
+        ("bytes", decimal(4 * DENSE), decimal(4 * mixture)),
+        ("source tensors dropped", "none", ""),
+        ("computes what the dense one does", "", "yes"),
+    ]
+
+
+def test_a_llamas_plan_has_every_tensor_by_its_pattern(dense_checkpoint: Path, tmp_path: Path) -> None:
+    _, tensors, _, _ = shown(dense_checkpoint, tmp_path, "{num_experts: 4}")
+    layer, ffn = "model.layers.N.", "model.layers.N.mlp.{}_proj.weight"
+    assert sorted(tensors) == sorted([
+        ("1", "model.embed_tokens.weight", "300 × 32 float32", "as it is"),
+        ("1", "model.norm.weight", "32 float32", "as it is"),
+        ("2", f"{layer}input_layernorm.weight", "32 float32", "as it is"),
+        ("2", f"{layer}self_attn.q_proj.weight", "32 × 32 float32", "as it is"),
+        ("2", f"{layer}self_attn.k_proj.weight", "16 × 32 float32", "as it is"),
+        ("2", f"{layer}self_attn.v_proj.weight", "16 × 32 float32", "as it is"),
+        ("2", f"{layer}self_attn.o_proj.weight", "32 × 32 float32", "as it is"),
+        ("2", f"{layer}post_attention_layernorm.weight", "32 float32", "as it is"),
+        ("2", f"{layer}block_sparse_moe.gate.weight", "4 × 32 float32", "a new router"),
+        ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w1.weight", "48 × 32 float32", ffn.format("gate")),
+        ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w3.weight", "48 × 32 float32", ffn.format("up")),
+        ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w2.weight", "32 × 48 float32", ffn.format("down")),
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("architecture", "upcycle", "expected"),
+    [
+        (
+            "LlamaForCausalLM",
+            "{num_experts: 4}",
+            {
+                "rms_norm_eps": ("1e-06", "carried over"),
+                "rope_parameters": ("{'rope_theta': 10000.0, 'rope_type': 'default'}", "carried over"),
+                "num_local_experts": ("4", "set"),
+                "num_experts_per_tok": ("2", "set"),
+                "intermediate_size": ("48", "set"),
+                "sliding_window": ("None", "set"),
+            },
+        ),
+        (
+            "Qwen3ForCausalLM",
+            "{num_experts: 4, layers: [1], experts: {kind: split}}",
+            {
+                "attention_bias": ("False", "carried over"),
+                "head_dim": ("128", "set"),
+                "num_local_experts": ("4", "set"),
+                "moe_intermediate_size": ("12", "set"),
+                "intermediate_size": ("48", "set"),
+                "mlp_only_layers": ("[0]", "set"),
+                "norm_topk_prob": ("True", "set"),
+            },
+        ),
+    ],
+)
+def test_the_plan_has_every_value_of_the_config_that_will_be_written(
+    architecture: str, upcycle: str, expected: dict[str, tuple[str, str]], make_dense: MakeDense, tmp_path: Path
+) -> None:
+    preparation = prepared(make_dense(architecture=architecture), tmp_path, upcycle)
+    found = {field: (value, origin) for field, value, origin in rendered(plan_tables(preparation, tmp_path)[2])}
+    assert {field: found[field] for field in expected} == expected
+    preparation.plan.target_config.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name in ("architectures", "dtype", "model_type", "transformers_version"):
+        del written[name]
+    assert {name: str(value) for name, value in written.items()} == {name: found[name][0] for name in written}
+
+
+def test_a_qwen3_with_experts_in_one_layer_shows_which_layers_have_what(make_dense: MakeDense, tmp_path: Path) -> None:
+    source = make_dense(architecture="Qwen3ForCausalLM", head_dim=8, num_hidden_layers=3, tie_word_embeddings=False)
+    models, tensors, _, _ = shown(source, tmp_path, "{num_experts: 4, layers: [1], experts: {kind: granular, granularity: 2, drop: 0.5, noise: 0.1}}")
+    assert ("layers, with experts", "3", "1") in models
+    assert ("computes what the dense one does", "", "no") in models
+    layer, change = "model.layers.N.", ", 0.5 of the neurons drawn anew, noise of 0.1"
+    assert {row for row in tensors if "mlp" in row[1] or "lm_head" in row[1]} == {
+        ("1", "lm_head.weight", "300 × 32 float32", "as it is"),
+        ("2", f"{layer}mlp.gate_proj.weight", "48 × 32 float32", "as it is"),
+        ("2", f"{layer}mlp.up_proj.weight", "48 × 32 float32", "as it is"),
+        ("2", f"{layer}mlp.down_proj.weight", "32 × 48 float32", "as it is"),
+        ("1", f"{layer}mlp.gate.weight", "4 × 32 float32", "a new router"),
+        ("4", f"{layer}mlp.experts.{{0-3}}.gate_proj.weight", "24 × 32 float32", f"{layer}mlp.gate_proj.weight{change}"),
+        ("4", f"{layer}mlp.experts.{{0-3}}.up_proj.weight", "24 × 32 float32", f"{layer}mlp.up_proj.weight{change}"),
+        ("4", f"{layer}mlp.experts.{{0-3}}.down_proj.weight", "32 × 24 float32", f"{layer}mlp.down_proj.weight{change}, × 2"),
+    }
+    assert sum(int(number) for number, *_ in tensors) == 3 + 3 * 8 + 2 * 3 + 1 + 3 * 4
+
+
+def test_what_becomes_one_tensor_and_what_is_folded_is_said(make_dense: MakeDense, tmp_path: Path) -> None:
+    _, granite, _, _ = shown(make_dense(architecture="GraniteForCausalLM"), tmp_path, "{num_experts: 4, shared_expert: zero}")
+    layer = "model.layers.N."
+    both = f"{layer}mlp.gate_proj.weight and {layer}mlp.up_proj.weight"
+    assert ("2", f"{layer}block_sparse_moe.input_linear.weight", "4 × 96 × 32 float32", both) in granite
+    assert ("2", f"{layer}shared_mlp.output_linear.weight", "32 × 48 float32", "zeros") in granite
+    _, gemma, _, _ = shown(make_dense(architecture="GemmaForCausalLM"), tmp_path, "{num_experts: 4}")
+    assert ("1", "model.embed_tokens.weight", "300 × 32 float32", "model.embed_tokens.weight (MultiplyByRootOfWidth)") in gemma
+    assert ("1", "lm_head.weight", "300 × 32 float32", "model.embed_tokens.weight") in gemma
+    assert ("1", "model.norm.weight", "32 float32", "model.norm.weight (AddOne)") in gemma
+
+
+def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: Path) -> None:
+    models, tensors, _, artifacts = shown(
+        make_dense(architecture="T5ForConditionalGeneration"), tmp_path, "{num_experts: 4, num_experts_per_tok: 1, layers: every-2}"
+    )
+    assert ("layers, with experts", "6", "3") in models
+    assert ("computes what the dense one does", "", "with a zero router alone") in models
+    wi, block = "encoder.block.N.layer.1.DenseReluDense.wi.weight", "encoder.block.N.layer.1.mlp."
+    assert ("8", f"{block}experts.expert_{{0-3}}.wi.weight", "64 × 32 float32", wi) in tensors
+    assert ("2", f"{block}wi.weight", "64 × 32 float32", wi) in tensors
+    assert ("1", "encoder.block.N.layer.0.SelfAttention.relative_attention_bias.weight", "32 × 4 float32", "as it is") in tensors
+    assert artifacts[-1] == (
+        "runs up to upcycle",
+        "",
+        "SwitchTransformersForConditionalGeneration is no decoder, and fine-tuning and export of others are to come",
+    )
+    assert not any(label.startswith("onnx") for label, *_ in artifacts)
+
+
+def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path: Path) -> None:
+    preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
+    table = plan_tables(preparation, tmp_path / "run")[3]
+    mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
+    assert table.title == f"artifacts in {tmp_path / 'run'}"
+    found = {label: (size, note) for label, size, note in rendered(table)}
+    assert list(found) == [
+        "upcycle", "finetune", "onnx-float32", "quantize-float32", "onnx-int8", "quantize-int8", "disk in all", "memory to fine-tune",
+    ]  # fmt: skip
+    assert found["upcycle"] == (decimal(4 * mixture), "")
+    assert found["finetune"] == (decimal(4 * mixture + 4 * DENSE), "")
+    assert (found["onnx-float32"][1], found["onnx-int8"][1]) == ("lowering moe", "lowering qmoe")
+    assert found["disk in all"][0] == decimal(sum(preparation.artifact_bytes.values()))
+    assert found["memory to fine-tune"] == (decimal(16 * mixture), "and activations")
