@@ -125,7 +125,8 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
     existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     artifacts.add_section()
     artifacts.add_row("disk in all", decimal(sum(preparation.artifact_bytes.values())), f"{decimal(shutil.disk_usage(existing).free)} free")
-    artifacts.add_row("memory to fine-tune", decimal(_ADAM_BYTES * preparation.plan.num_parameters), "and activations")
+    if "finetune" in preparation.artifact_bytes:
+        artifacts.add_row("memory to fine-tune", decimal(_ADAM_BYTES * preparation.plan.num_parameters), "and activations")
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage
         artifacts.add_section()

@@ -168,7 +168,9 @@ def _artifact_bytes(
     recipe = loaded.recipe
     floats = 4 * plan.num_parameters
     control = 4 * checkpoint.num_parameters if recipe.finetune.control else 0
-    sizes = {"upcycle": plan.num_bytes, "finetune": floats + control}
+    sizes = {"upcycle": plan.num_bytes}
+    if plan.conversion.family.task == "text-generation":
+        sizes["finetune"] = floats + control
     if not exported:
         return sizes
     family = find_decoder_family(plan.target_config)

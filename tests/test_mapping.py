@@ -741,11 +741,13 @@ def test_values_that_the_targets_own_config_refuses_are_refused_with_its_reason(
 @pytest.mark.parametrize(
     ("architecture", "name", "number", "message"),
     [
-        ("LlamaForCausalLM", "num_hidden_layers", 10**9, "is 1000000000; the files hold 20 tensors, too few"),
+        ("LlamaForCausalLM", "num_hidden_layers", 10**9, "is 1000000000; it must be at most 100000; the file is corrupt"),
+        ("Qwen2ForCausalLM", "num_hidden_layers", 10**9, "is 1000000000; it must be at most 100000; the file is corrupt"),
+        ("LlamaForCausalLM", "num_hidden_layers", 1000, "is 1000; the files hold 20 tensors, too few"),
         ("LlamaForCausalLM", "num_hidden_layers", 0, "is 0; it must be at least 1"),
         ("LlamaForCausalLM", "num_hidden_layers", -1, "is -1; it must be at least 1"),
-        (T5, "num_layers", 10**9, "is 1000000000; the files hold 63 tensors, too few"),
-        (T5, "num_decoder_layers", 10**9, "is 1000000000; the files hold 63 tensors, too few"),
+        (T5, "num_layers", 1000, "is 1000; the files hold 63 tensors, too few"),
+        (T5, "num_decoder_layers", 10**9, "is 1000000000; it must be at most 100000; the file is corrupt"),
         (T5, "num_decoder_layers", 0, "is 0; it must be at least 1"),
     ],
 )

@@ -37,6 +37,7 @@ _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CHUNK_BYTES = 1 << 24
+_MAX_LAYERS = 100_000  # a hundred times the deepest model there is
 CHUNK_ELEMENTS = 1 << 22
 
 
@@ -163,6 +164,9 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise UpcycleError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UpcycleError(f"{path}: no 'model_type'; it must be the config of a transformers model")
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
+        if isinstance(count := raw.get(name), int) and count > _MAX_LAYERS:  # config classes build lists of this length
+            raise UpcycleError(f"{path}: {name} is {count}; it must be at most {_MAX_LAYERS}; the file is corrupt")
     if "auto_map" in raw:
         raise UpcycleError(f"{path}: 'auto_map' asks for code from the checkpoint, which is never run; use a model that transformers itself knows")
     if "quantization_config" in raw:
