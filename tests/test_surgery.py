@@ -241,6 +241,30 @@ def test_gemmas_norms_and_embedding_are_folded_in_float32_and_its_head_is_not(dt
     assert all(torch.equal(found[name], 1.0 + source[name].float()) for name in norms)
 
 
+@pytest.mark.parametrize(
+    ("dense_fields", "overrides"),
+    [({"attention_bias": True}, {}), ({"attention_bias": True}, {"shared_expert": "half"}), ({}, {"layers": [1], "shared_expert": "half"})],
+    ids=["stacked", "stacked and shared", "shared"],
+)
+def test_matrices_of_several_dtypes_are_converted_where_the_target_has_one(
+    dense_fields: dict[str, Any], overrides: dict[str, Any], make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Gate and up share a tensor, or a shared expert's dtype, with what is stored otherwise. All are bfloat16 numbers, so nothing is rounded."""
+    source, output = make_dense(torch.bfloat16, **EXACT, **dense_fields), tmp_path / "mixture"
+    kinds = {"gate_proj": torch.float32, "up_proj": torch.bfloat16 if dense_fields else torch.float32}
+    stored = load_file(source / "model.safetensors")
+    state = {name: tensor.to(next((kind for part, kind in kinds.items() if part in name), tensor.dtype)) for name, tensor in stored.items()}
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    output.mkdir()
+    plan = upcycle(source, output, settings(logit_std=1.0, **overrides), 0, quiet)
+    assert check_written(source, output, plan, 0, quiet) == len(plan.writes)
+    ffn = dense_ffn(source, LAYER)
+    for expert in experts(output, LAYER):
+        assert torch.equal(expert.gate.float(), ffn.gate.float())
+        assert torch.equal(expert.up.float(), ffn.up.float())
+    assert rel(logits(output), logits(source)) <= ROUNDING_LIMIT
+
+
 def test_both_names_of_the_number_of_experts_are_in_the_config_of_qwen3_moe(make_dense: MakeDense, tmp_path: Path) -> None:
     make("qwen3_moe", make_dense, tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -657,6 +681,9 @@ def test_logits_of_a_drawn_router_have_the_deviation_asked_for_on_real_hidden_st
     name: str, logit_std: float, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     dense = make_dense(**EXACT | {"hidden_size": 64, "num_hidden_layers": 3} | ROUTED[name])
+    state = load_file(dense / "model.safetensors")
+    state["model.embed_tokens.weight"] *= 5.0  # as long as what a layer adds; otherwise a residual stream would be as long without it
+    save_file(state, dense / "model.safetensors", metadata={"format": "pt"})
     upcycle(dense, tmp_path, settings(32, 2, logit_std), 0, quiet)
     found = logit_deviations(tmp_path)
     assert len(found) == 3
@@ -897,7 +924,8 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "integer weights": (tensors(lambda state: state.update({UP: state[UP].to(torch.int8)})), "is stored as I8; it must be one of"),
     "a config of another width": (configure(intermediate_size=64), "has shape [48, 32]; by config.json it must be [64, 32]"),
     "a config of a vast vocabulary": (configure(vocab_size=10**12), "has shape [300, 32]; by config.json it must be [1000000000000, 32]"),
-    "a config of many layers": (configure(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; the files hold"),
+    "a config of absurdly many layers": (configure(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; it must be at most 100000"),
+    "a config of more layers than tensors": (configure(num_hidden_layers=1000), "num_hidden_layers is 1000; the files hold"),
     "a config with code": (configure(auto_map={"AutoModel": "evil.Model"}), "asks for code from the checkpoint, which is never run"),
     "biases that the target cannot hold": (configure(mlp_bias=True), "mlp_bias is True"),
 }

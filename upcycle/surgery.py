@@ -9,7 +9,7 @@ from typing import assert_never
 
 import torch
 
-from upcycle.checkpoint import Checkpoint, copy_companions, open_checkpoint, read_chunks
+from upcycle.checkpoint import DTYPES, Checkpoint, copy_companions, open_checkpoint, read_chunks
 from upcycle.config import UpcycleConfig
 from upcycle.errors import UpcycleError
 from upcycle.experts import Moments, add_noise, choose_neurons, measure_moments, redraw_neurons, seeded_generator
@@ -95,7 +95,8 @@ class _Surgeon:
 
     def _make_part(self, part: ExpertPart, dtype: torch.dtype, key: str) -> Iterator[Content]:
         matrix, (first, last) = part.matrix, part.neurons
-        changed = part.drop > 0 or part.noise > 0 or part.scale != 1.0
+        stored = DTYPES[self.checkpoint.entries[matrix.source].dtype]
+        changed = part.drop > 0 or part.noise > 0 or part.scale != 1.0 or stored != dtype
         whole = part.neuron_axis == 0 or (first, last) == (0, self._width(matrix))
         rows = Slice(matrix.source, matrix.start + first, matrix.start + last) if part.neuron_axis == 0 else matrix
         if not changed and whole:
