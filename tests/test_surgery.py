@@ -147,13 +147,20 @@ def make(name: str, make_dense: MakeDense, output: Path, dtype: torch.dtype = to
 
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("logit_std", [0.0, 1.0])
 def test_one_copy_alone_has_the_weight_one_and_is_the_dense_model_bit_for_bit(
-    source: str, dtype: torch.dtype, logit_std: float, make_dense: MakeDense, tmp_path: Path
+    source: str, dtype: torch.dtype, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     dense = make_dense(dtype, **EXACT, **SOURCES[source])
-    upcycle(dense, tmp_path, settings(k=1, logit_std=logit_std), 0, quiet)
+    upcycle(dense, tmp_path, settings(k=1), 0, quiet)
     assert torch.equal(logits(tmp_path, dtype), logits(dense, dtype))
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_one_copy_of_several_in_use_is_the_dense_model_within_rounding(source: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    """Not bit for bit: with two threads torch's product of 1 to 10 rows, as few tokens as an expert may get, sums in another order than of many."""
+    dense = make_dense(**EXACT, **SOURCES[source])
+    upcycle(dense, tmp_path, settings(k=1, logit_std=1.0), 0, quiet)
+    assert rel(logits(tmp_path), logits(dense)) <= ROUNDING_LIMIT
 
 
 @pytest.mark.parametrize("source", SOURCES)
