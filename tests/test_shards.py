@@ -60,6 +60,24 @@ def test_written_shards_are_read_by_safetensors_and_obey_the_limit(dtype: torch.
     assert list(index_tensors(tmp_path)) == list(tensors)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "limit", "expected"),
+    [
+        ([1] * 10, 8, [5, 5]),  # and not 8 and 2
+        ([1] * 10, 4, [4, 4, 2]),  # 3, 3, 3 and 1 would be one shard more
+        ([6, 1, 1, 1, 1], 8, [6, 4]),
+        ([1, 1, 9, 1], 4, [2, 9, 1]),
+        ([5], 8, [5]),
+    ],
+)
+def test_shards_are_as_few_as_the_limit_allows_and_then_as_even_as_can_be(
+    lengths: list[int], limit: int, expected: list[int], tmp_path: Path
+) -> None:
+    tensors = {str(n): torch.zeros(length, dtype=torch.uint8) for n, length in enumerate(lengths)}
+    write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=limit)
+    assert list(sizes(tmp_path).values()) == expected
+
+
 @pytest.mark.parametrize("limit", [11, 12])
 def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own(limit: int, tmp_path: Path) -> None:
     tensors = {"big": torch.ones(3), "small": torch.ones(1)}
@@ -207,7 +225,7 @@ def test_spans_are_copied_byte_for_byte(way: Callable[[pytest.MonkeyPatch], None
     output = tmp_path / "output"
     output.mkdir()
     write_tensors(output, specs, contents.items(), shard_bytes=501)
-    assert sizes(output) == {"model-00001-of-00002.safetensors": 501, "model-00002-of-00002.safetensors": 86}
+    assert sizes(output) == {"model-00001-of-00002.safetensors": 500, "model-00002-of-00002.safetensors": 87}
     found = {name: bytes_of(tensor) for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()}
     assert found == expected
     assert (source.read_bytes(), other.read_bytes()) == (data, data[::-1])
@@ -268,6 +286,31 @@ def test_a_long_span_is_copied_without_the_kernel_too(tmp_path: Path, monkeypatc
     spec = TensorSpec("a", torch.int32, (len(data) - 1,))
     write_tensors(tmp_path, [spec], [("a", [Span(tmp_path / "source", 4, spec.num_bytes)])], shard_bytes=1 << 30)
     assert torch.equal(load_file(tmp_path / "model.safetensors")["a"], data[1:])
+
+
+def test_many_shards_are_copied_side_by_side_and_every_tensor_is_reported_once(tmp_path: Path) -> None:
+    data = torch.randint(256, (1000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    (tmp_path / "source").write_bytes(bytes_of(data))
+    specs = [TensorSpec(f"t{n}", torch.uint8, (20,)) for n in range(90)]
+    made = {n: torch.full((20,), n, dtype=torch.uint8) for n in range(0, 90, 7)}  # and copies between them
+    contents = [(spec.name, made[n] if n in made else [Span(tmp_path / "source", 11 * n, 20)]) for n, spec in enumerate(specs)]
+    seen: list[tuple[int, int]] = []
+    output = tmp_path / "output"
+    output.mkdir()
+    write_tensors(output, specs, contents, shard_bytes=100, report=lambda done, total: seen.append((done, total)))
+    found = {name: tensor for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    assert all(torch.equal(found[f"t{n}"], made.get(n, data[11 * n : 11 * n + 20])) for n in range(90))
+    assert seen == [(done, 90) for done in range(1, 91)]
+
+
+def test_a_copy_that_fails_in_one_of_many_shards_is_told(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 30)
+    specs = [TensorSpec(f"t{n}", torch.uint8, (10,)) for n in range(6)]
+    contents = [(spec.name, [Span(tmp_path / "source", 25 if n == 3 else 0, 10)]) for n, spec in enumerate(specs)]
+    with pytest.raises(UpcycleError) as excinfo:
+        write_tensors(tmp_path, specs, contents, shard_bytes=10)
+    assert str(excinfo.value) == f"{tmp_path / 'source'}: ended while it was copied; the file changed while it was read; run again"
+    assert not list(tmp_path.glob("*.index.json"))
 
 
 # Reading spans

@@ -1,7 +1,8 @@
 """Weights written by shard: the plan first, then bytes, never a whole model.
 
 A tensor is given as a run of contents: tensors, or spans of other files, which the kernel copies without any of it passing through this process
-(`copy_file_range`; a plain read and write where the file system cannot). So copies cost what `cp` costs, in time and in memory.
+(`copy_file_range`; a plain read and write where the file system cannot). The plan knows every offset, so spans are copied by threads, each shard's by
+one: a file system takes one writer to a file at a time, and several to several files.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ from upcycle.checkpoint import READABLE, STEM
 from upcycle.errors import UpcycleError
 
 _CHUNK_BYTES = 1 << 24
+_MAX_LANES = 4  # the kernel copies a gigabyte or two a second in each; more would keep no disk busier
 _DTYPE_NAMES = {dtype: name for name, dtype in READABLE.items()}
 # What `copy_file_range` says where it cannot serve: other file systems, old kernels, special files.
 _UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY)
@@ -59,11 +61,12 @@ def write_tensors(
     tensors: Iterable[tuple[str, torch.Tensor | Iterable[Content]]],
     shard_bytes: int,
     stem: str = STEM,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write tensors in the order of `specs` into size-limited shards and, when there are several, an index.
+    """Write tensors in the order of `specs` into size-limited shards of about one size and, when there are several, an index.
 
     `tensors` must yield exactly the names of `specs`, in their order: each with the tensor itself, of its dtype and shape, or with contents that
-    follow each other and add up to its bytes. One content is held at a time.
+    follow each other and add up to its bytes. One content is held at a time. `report` is called with how many tensors are written, and of how many.
 
     Raises:
         ValueError: `tensors` does not follow `specs` (a mistake of the caller, not of the user).
@@ -73,44 +76,60 @@ def write_tensors(
     shards = _divide(list(specs), shard_bytes)
     source = iter(tensors)
     weight_map: dict[str, str] = {}
-    with ExitStack() as stack:
-        copier = _Copier(stack)
+    done, total = 0, sum(map(len, shards))
+    with _Lanes(len(shards)) as lanes:
         for number, shard in enumerate(shards, 1):
             name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            with (directory / name).open("wb", buffering=0) as file:
-                _write_all(file, _header(shard))
+            path = directory / name
+            with path.open("wb", buffering=0) as file:
+                header = _header(shard)
+                _write_all(file, header)
+                position = len(header)
                 for spec in shard:
                     written, content = next(source, ("nothing", torch.empty(0)))
                     if written != spec.name:
                         raise ValueError(f"planned {spec}, was given {written}")
-                    _write_tensor(file, spec, content, copier)
+                    copies = _write_tensor(file, position, spec, content)
+                    position += spec.num_bytes
                     weight_map[spec.name] = name
-    if (extra := next(source, None)) is not None:
-        raise ValueError(f"tensor {extra[0]} was not planned")
+                    if copies:
+                        lanes.submit(number, path, copies)
+                    else:
+                        done += 1
+                        report(done, total)
+        if (extra := next(source, None)) is not None:
+            raise ValueError(f"tensor {extra[0]} was not planned")
+        for copied in lanes.finish():
+            report(done + copied, total)
     if len(shards) > 1:
-        total = sum(spec.num_bytes for shard in shards for spec in shard)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        total_bytes = sum(spec.num_bytes for shard in shards for spec in shard)
+        index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tensor(file: IO[bytes], spec: TensorSpec, content: torch.Tensor | Iterable[Content], copier: _Copier) -> None:
+def _write_tensor(file: IO[bytes], position: int, spec: TensorSpec, content: torch.Tensor | Iterable[Content]) -> list[tuple[Span, int]]:
+    """Write the tensors of one content at their places; returns its spans and the places where they belong."""
     if isinstance(content, torch.Tensor):
         if tuple(content.shape) != spec.shape:
             raise ValueError(f"planned {spec}, was given the shape {tuple(content.shape)}")
         content = (content,)
+    copies: list[tuple[Span, int]] = []
     written = 0
     for part in content:
         if isinstance(part, Span):
-            copier.copy(part, file)
+            if part.num_bytes:
+                copies.append((part, position + written))
             written += part.num_bytes
         else:
             if part.dtype != spec.dtype:
                 raise ValueError(f"planned {spec}, was given {part.dtype}")
             data = part.contiguous().reshape(-1).view(torch.uint8).numpy().data
+            file.seek(position + written)
             _write_all(file, data)
             written += len(data)
     if written != spec.num_bytes:
         raise ValueError(f"planned {spec}, was given {written} bytes and not {spec.num_bytes}")
+    return copies
 
 
 def _write_all(file: IO[bytes], data: Any) -> None:
@@ -120,25 +139,48 @@ def _write_all(file: IO[bytes], data: Any) -> None:
         view = view[file.write(view[:_CHUNK_BYTES]) :]
 
 
-class _Copier:
-    """Copies spans, each file opened once."""
+class _Lanes:
+    """Threads that copy spans: a shard always has the same one, so that what belongs into one file is copied in order."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._files: dict[Path, IO[bytes]] = {}
+    def __init__(self, num_shards: int) -> None:
+        self._pools = [ThreadPoolExecutor(1) for _ in range(min(num_shards, _MAX_LANES))]
+        self._copies: list[Future[None]] = []
         self._in_kernel = hasattr(os, "copy_file_range")
 
-    def copy(self, span: Span, target: IO[bytes]) -> None:
-        """Append a span to `target`."""
-        if span.file not in self._files:
-            self._files[span.file] = self._stack.enter_context(span.file.open("rb", buffering=0))
-        source = self._files[span.file]
-        done = 0
-        while done < span.num_bytes:
-            count = self._step(source, target, span.start + done, span.num_bytes - done)
-            if count == 0:
-                raise UpcycleError(f"{span.file}: ended while it was copied; the file changed while it was read; run again")
-            done += count
+    def __enter__(self) -> _Lanes:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pool in self._pools:
+            pool.shutdown(cancel_futures=True)
+
+    def submit(self, shard: int, target: Path, copies: list[tuple[Span, int]]) -> None:
+        """Copy the spans of one tensor into `target`, each to its place, some time later."""
+        self._copies.append(self._pools[shard % len(self._pools)].submit(self._copy_all, target, copies))
+
+    def finish(self) -> Iterator[int]:
+        """Wait for every tensor that was submitted; yields how many are copied, one after the other.
+
+        Raises what the first copy that failed raised.
+        """
+        for number, future in enumerate(as_completed(self._copies), 1):
+            future.result()
+            yield number
+
+    def _copy_all(self, target: Path, copies: list[tuple[Span, int]]) -> None:
+        with target.open("r+b", buffering=0) as file:
+            for span, place in copies:
+                file.seek(place)
+                self._copy(span, file)
+
+    def _copy(self, span: Span, target: IO[bytes]) -> None:
+        with span.file.open("rb", buffering=0) as source:
+            done = 0
+            while done < span.num_bytes:
+                count = self._step(source, target, span.start + done, span.num_bytes - done)
+                if count == 0:
+                    raise UpcycleError(f"{span.file}: ended while it was copied; the file changed while it was read; run again")
+                done += count
 
     def _step(self, source: IO[bytes], target: IO[bytes], position: int, num_bytes: int) -> int:
         if self._in_kernel:
@@ -169,10 +211,24 @@ def read_span(span: Span) -> Iterator[torch.Tensor]:
 
 
 def _divide(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
+    """As few shards as the limit allows, and then the smallest limit that needs no more: threads that share the work end together."""
+    shards = _fill(specs, shard_bytes)
+    too_small, enough = 0, shard_bytes
+    while enough - too_small > 1:
+        limit = (too_small + enough) // 2
+        if len(even := _fill(specs, limit)) > len(shards):
+            too_small = limit
+        else:
+            shards, enough = even, limit
+    return shards
+
+
+def _fill(specs: list[TensorSpec], limit: int) -> list[list[TensorSpec]]:
+    """Shards filled one after the other, in order."""
     shards: list[list[TensorSpec]] = [[]]
     used = 0
     for spec in specs:
-        if shards[-1] and used + spec.num_bytes > shard_bytes:
+        if shards[-1] and used + spec.num_bytes > limit:
             shards.append([])
             used = 0
         shards[-1].append(spec)

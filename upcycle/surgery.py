@@ -41,14 +41,9 @@ def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progre
     add_alias_fields(output)
     copy_companions(source, output)
     specs = [write.spec for write in plan.writes]
-    write_tensors(output, specs, _make_all(surgeon, plan, progress), config.shard_bytes)
+    contents = ((write.spec.name, surgeon.make(write)) for write in plan.writes)
+    write_tensors(output, specs, contents, config.shard_bytes, report=lambda done, total: progress("writing tensors", done, total))
     return plan
-
-
-def _make_all(surgeon: _Surgeon, plan: UpcyclePlan, progress: Progress) -> Iterator[tuple[str, Iterator[Content]]]:
-    for number, write in enumerate(plan.writes):
-        yield write.spec.name, surgeon.make(write)
-        progress("writing tensors", number + 1, len(plan.writes))
 
 
 class _Surgeon:
