@@ -6,11 +6,12 @@ Makes a bfloat16 checkpoint of random weights in the shape of TinyLlama 1.1B and
 that this can cost is the writing, and that is what `cp -r` of the finished output measures. The contenders take turns; medians of 3 rounds and their
 ratios are printed. It needs 18 GB of free disk, 8 times the checkpoint, and an idle machine. Smaller shapes only try it out: imports fill their time.
 
-What is measured. Each contender is a fresh process, so its start and its imports count. The clock stops when the data is on the disk: a `sync` before
-it starts, and another inside the span. What a contender reads (for `cp` the mixture, for the others the dense checkpoint) is read once just before,
-so that all find it in the page cache, as far as memory allows. On a file system that shares blocks between copies, `cp` writes nothing and its ratio
-says nothing. Memory is the kernel's count of the process's peak, mapped file pages included, the largest of the rounds. A process starts with the
-peak of the one that started it, which is why this one imports nothing but the standard library, and why `cp` shows a few MB more than it takes.
+What is measured. Each contender is a fresh process, so its start and its imports count; a row shows what they are alone. The contenders take turns,
+each round from the next one on. The clock stops when the data is on the disk: a `sync` before it starts, and another inside the span. What one
+reads (for `cp` the mixture, for the others the dense checkpoint) is read once just before, so that all find it in the page cache, as far as memory
+allows. On a file system that shares blocks between copies, `cp` writes nothing and its ratio says nothing. Memory is the kernel's count of the
+process's peak, mapped file pages included, the largest of the rounds. A process starts with the peak of the one that started it, which is why this
+one imports nothing but the standard library, and why `cp` shows a few MB more than it takes.
 
 mergekit-moe runs from its own environment (`pip install mergekit==0.1.5`), with its own settings; it demands a tokenizer, so the checkpoint has one.
 """
@@ -42,6 +43,7 @@ SHARD_BYTES = 1_000_000_000
 MB, GB = 1e6, 1e9
 MOST_AGAINST_CP, MOST_AGAINST_MERGEKIT, MOST_MEGABYTES = 1.3, 1 / 3, 600
 CP, COPIES, MERGEKIT, NOISE, DROP = "cp -r", "dense2moe", "mergekit-moe", "dense2moe, noise 0.01", "dense2moe, drop 0.5"
+START = "dense2moe, start and plan alone"
 EXPERTS = {COPIES: {}, NOISE: {"noise": 0.01}, DROP: {"drop": 0.5}}
 """Contender to its ExpertsConfig."""
 
@@ -111,6 +113,17 @@ def run_upcycle(experts: str, source: Path, output: Path) -> None:
     upcycle(source, output, config, 0, lambda *_: None)
 
 
+def run_plan(source: Path, output: Path) -> None:
+    """What comes before the first byte: the interpreter, the imports and the plan."""
+    from upcycle.checkpoint import open_checkpoint
+    from upcycle.config import UpcycleConfig
+    from upcycle.mapping import plan_upcycle
+    from upcycle.surgery import upcycle  # noqa: F401 (imported for its time)
+
+    plan_upcycle(open_checkpoint(source), UpcycleConfig(num_experts=NUM_EXPERTS))
+    output.mkdir()
+
+
 def this_script(command: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, str(Path(__file__).resolve()), f"--{command}", *map(str, arguments))
 
@@ -120,6 +133,8 @@ def contenders(folder: Path, source: Path, mixture: Path, mergekit: Path | None,
     for name, experts in EXPERTS.items():
         if name == COPIES or initializations:
             result[name] = Contender(this_script("run-upcycle", json.dumps(experts), source), source)
+        if name == COPIES:
+            result[START] = Contender(this_script("run-plan", source), source)
         if name == COPIES and mergekit:
             config = folder / "mergekit.yml"  # JSON is YAML
             experts_of_copies = [{"source_model": str(source)}] * NUM_EXPERTS
@@ -163,9 +178,10 @@ def read_through(directory: Path) -> None:
 
 def race(entries: dict[str, Contender], folder: Path, rounds: int) -> dict[str, list[Run]]:
     runs: dict[str, list[Run]] = {name: [] for name in entries}
+    names = list(entries)
     for number in range(rounds):
-        for name, contender in entries.items():
-            runs[name].append(measure(contender, folder))
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # no contender always meets the cache that one other leaves
+            runs[name].append(measure(entries[name], folder))
             print(f"round {number + 1} of {rounds}, {name}: {runs[name][-1].seconds:.1f} s", file=sys.stderr)
     return runs
 
@@ -227,12 +243,15 @@ def main() -> None:
     # The parts that this script runs as processes of their own.
     parser.add_argument("--make-checkpoint", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run-upcycle", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--run-plan", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make_checkpoint:
         make_checkpoint(arguments.make_checkpoint, arguments.layers, arguments.hidden, arguments.intermediate, arguments.vocabulary)
     elif arguments.run_upcycle:
         experts, source, output = arguments.run_upcycle
         run_upcycle(experts, Path(source), Path(output))
+    elif arguments.run_plan:
+        run_plan(*arguments.run_plan)
     else:
         with tempfile.TemporaryDirectory(dir=arguments.workdir) as name:
             run_benchmark(arguments, Path(name).resolve())
