@@ -275,6 +275,12 @@ def _one_line_errors(directory: Path) -> Iterator[None]:
         raise ArtifactError(describe_os_error(error, directory)) from error
 
 
+def resume_directory(workdir: Path, label: str, key: str) -> Path:
+    """Where a stage that can be taken up again keeps what it needs for that; it outlives a killed run, and goes when the artifact is sealed."""
+    final = _name_directory(workdir, label, key)
+    return final.with_name(f"{final.name}.resume")
+
+
 def _name_directory(workdir: Path, label: str, key: str) -> Path:
     assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label), f"label {label!r}"
     assert not label.endswith(".partial"), f"label {label!r}"

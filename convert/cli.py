@@ -104,8 +104,8 @@ def plan(recipe: Path, workdir: Path | None) -> None:
 def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     """Run RECIPE: upcycle, fine-tune, quantize, export, check parity, report.
 
-    Finished artifacts are reused, so a second run costs seconds, and a killed one goes on at the stage it was in. Another setting makes
-    new artifacts beside the old. A broken parity threshold ends in exit code 1, after the report is written.
+    Finished artifacts are reused, so a second run costs seconds, and a killed one goes on at the stage it was in, fine-tuning at its last
+    checkpoint. Another setting makes new artifacts beside the old. A broken parity threshold ends in exit code 1, after the report is written.
     """
     from convert.pipeline import run_pipeline
     from convert.progress import ProgressDisplay
@@ -116,6 +116,8 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     workdir = workdir or _default_workdir(preparation)
     with ProgressDisplay() as display:
         outcome = run_pipeline(preparation, workdir, until, display)
+    if outcome is None:
+        return  # the first process of several tells what came out
     if (facts := outcome.facts) is not None:
         _console().print(summary_table(facts))
         for line in verdict_lines(facts):

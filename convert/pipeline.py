@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from convert import stages
-from convert.artifact import Artifact, artifact_key, build, check_space, code_digest, find, lock
+from convert.artifact import Artifact, artifact_key, build, check_space, code_digest, find, lock, resume_directory
 from convert.errors import RecipeError
 from convert.progress import ProgressDisplay
 from convert.stages import Facts, Job, Preparation, StageFunction
 from export.config import Variant
+from upcycle.processes import join_processes, tell
 
 RUN_NAME = "run.json"
 StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report"]
@@ -22,7 +24,10 @@ StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx",
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of the pipeline. A stage that runs for each variant reads the same variant of the stages that do too."""
+    """One row of the pipeline. A stage that runs for each variant reads the same variant of the stages that do too.
+
+    Under `accelerate launch` the first process runs every stage, and the others help in those of `all_processes`.
+    """
 
     name: StageName
     reads: tuple[StageName, ...]
@@ -30,13 +35,14 @@ class Stage:
     run: StageFunction
     code: tuple[str, ...]
     each_variant: bool = False
+    all_processes: bool = False
 
 
 PIPELINE: tuple[Stage, ...] = (
     Stage("source", (), stages.source_settings, stages.run_source, ("upcycle",)),
     Stage("data", ("source",), stages.data_settings, stages.run_data, ("upcycle",)),
     Stage("upcycle", ("source", "data"), stages.upcycle_settings, stages.run_upcycle, ("upcycle",)),
-    Stage("finetune", ("source", "data", "upcycle"), stages.finetune_settings, stages.run_finetune, ("upcycle",)),
+    Stage("finetune", ("source", "data", "upcycle"), stages.finetune_settings, stages.run_finetune, ("upcycle",), all_processes=True),
     Stage("quantize", ("finetune",), stages.quantize_settings, stages.run_quantize, ("upcycle", "export"), each_variant=True),
     Stage("onnx", ("quantize",), stages.onnx_settings, stages.run_onnx, ("upcycle", "export"), each_variant=True),
     Stage(
@@ -97,10 +103,11 @@ def plan_tasks(preparation: Preparation, until: StageName) -> tuple[Task, ...]:
     return tuple(tasks.values())
 
 
-def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, display: ProgressDisplay) -> Outcome:
-    """Run every stage up to `until`; finished artifacts are reused, and an unfinished one is begun again.
+def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, display: ProgressDisplay) -> Outcome | None:
+    """Run every stage up to `until`; finished artifacts are reused, and an unfinished one is begun again, or taken up where its stage can be.
 
-    A broken parity threshold does not stop the walk: the report shows it, and the caller fails the run.
+    Under `accelerate launch` the processes but the first help where they can, and return none. A broken parity threshold does not stop the walk: the
+    report shows it, and the caller fails the run.
 
     Raises:
         ArtifactError: the work directory is in use or not writable, or the disk too small.
@@ -108,6 +115,9 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
     """
     refuse_beyond_last_stage(preparation, until)
     tasks = plan_tasks(preparation, until)
+    if not join_processes().is_main_process:
+        _help(preparation, {task.label: task for task in tasks})
+        return None
     with lock(workdir):
         artifacts = {task.label: artifact for task in tasks if (artifact := find(workdir, task.label, task.key))}
         _check_space(preparation, workdir, tasks, artifacts)
@@ -122,6 +132,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
         except BaseException:
             _record(workdir, preparation, tasks, artifacts, "stopped")
             raise
+        tell(_NO_MORE_WORK)
         breaches = tuple(
             f"{task.variant}: {breach}" for task in tasks if task.stage.name == "parity" for breach in artifacts[task.label].facts["breaches"]
         )
@@ -158,24 +169,49 @@ def _label(name: StageName, variant: Variant | None) -> str:
 def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], workdir: Path, display: ProgressDisplay) -> Artifact:
     inputs = {name: artifacts[label] for name, label in task.inputs.items()}
     progress = display.stage(task.label)
+    scratch = resume_directory(workdir, task.label, task.key)
     with build(workdir, task.label, task.key) as draft:
         directories = {name: artifact.directory for name, artifact in inputs.items()}
         facts = {name: artifact.facts for name, artifact in inputs.items()}
-        made = task.stage.run(Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, progress))
+        if task.stage.all_processes:
+            tell(_Work(task.label, directories, facts, draft.directory, scratch))
+        made = task.stage.run(Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, scratch, progress))
         artifact = draft.seal(
             inputs=task.input_keys, settings=task.settings, facts=made, versions=stages.versions(), seed=preparation.loaded.recipe.seed,
             progress=progress,
         )  # fmt: skip
+    shutil.rmtree(scratch, ignore_errors=True)
     display.finish(task.label)
     return artifact
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the first process tells the others to help with; the empty label ends it."""
+
+    label: str
+    directories: dict[str, Path]
+    facts: dict[str, Facts]
+    output: Path
+    scratch: Path
+
+
+_NO_MORE_WORK = _Work("", {}, {}, Path(), Path())
+
+
+def _help(preparation: Preparation, tasks: Mapping[str, Task]) -> None:
+    """Do what the first process says, until it has no more work."""
+    while (work := tell(cast("_Work | None", None))) != _NO_MORE_WORK:
+        task = tasks[work.label]
+        task.stage.run(Job(preparation, task.variant, work.directories, work.facts, task.input_keys, work.output, work.scratch, lambda *_: None))
 
 
 def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task], artifacts: Mapping[str, Artifact]) -> None:
     """Refuse a run whose missing artifacts cannot fit on the disk."""
     missing = {task.label for task in tasks if task.label not in artifacts}
     needed = sum(size for label, size in preparation.artifact_bytes.items() if label in missing)
-    if "finetune" in missing:  # while training, the best checkpoint and the latest lie beside each other
-        needed += 2 * preparation.artifact_bytes["finetune"]
+    if "finetune" in missing:  # while training: the best checkpoint, the latest and the one before, each with AdamW's two moments, and the result
+        needed += 10 * preparation.artifact_bytes["finetune"]
     check_space(workdir, needed)
 
 

@@ -25,8 +25,7 @@ from export.package import write_package
 from export.parity import check_parity
 from export.twin import estimate_bytes, quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
-from upcycle.config import TextData
-from upcycle.data import match_files, prepare_data, read_blocks, text_files
+from upcycle.data import match_files, prepare_data, read_blocks, text_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
@@ -60,7 +59,10 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one stage: the directories that it reads and writes, and what was known before."""
+    """One run of one stage: the directories that it reads and writes, and what was known before.
+
+    `scratch` outlives a killed run; it may not exist yet, and goes when the artifact is sealed.
+    """
 
     preparation: Preparation
     variant: Variant | None
@@ -68,6 +70,7 @@ class Job:
     input_facts: Mapping[str, Facts]
     keys: Mapping[str, str]
     output: Path
+    scratch: Path
     progress: Progress
 
     @property
@@ -94,10 +97,10 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     lowerings = {}
     if last_stage is None:
         lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
-    data_files = {}
-    if isinstance(recipe.data.source, TextData):
-        found = text_files(recipe.data.source, _data_base(loaded))
-        data_files = {f"{split}/{file}": _digest(file) for split, files in found.items() for file in files}
+    data_files: dict[str, str] = {}
+    for where, text in text_sources(recipe.data.source).items():
+        for split, files in text_files(text, _data_base(loaded), where).items():
+            data_files |= {f"{where}.{split}/{file}": _digest(file) for file in files}
     domain_files: dict[str, str] = {}
     for number, domain in enumerate(recipe.upcycle.router.domains):
         files = match_files(domain.files, _router_base(loaded), f"{loaded.path}: upcycle.router.domains[{number}].files")
@@ -146,9 +149,8 @@ def _download(hub: str, revision: str) -> Path:
 
 
 def _data_base(loaded: LoadedRecipe) -> Path:
-    source = loaded.recipe.data.source
-    assert isinstance(source, TextData)
-    return _text_base(loaded, source.train[0])
+    sources = text_sources(loaded.recipe.data.source)
+    return _text_base(loaded, next(iter(sources.values())).train[0]) if sources else Path.cwd()
 
 
 def _router_base(loaded: LoadedRecipe) -> Path:
@@ -167,7 +169,7 @@ def _artifact_bytes(
 ) -> dict[str, int]:
     recipe = loaded.recipe
     floats = 4 * plan.num_parameters
-    control = 4 * checkpoint.num_parameters if recipe.finetune.control else 0
+    control = 2 * 4 * checkpoint.num_parameters if recipe.finetune.control else 0
     sizes = {"upcycle": plan.num_bytes}
     if plan.conversion.family.task == "text-generation":
         sizes["finetune"] = floats + control
@@ -255,8 +257,7 @@ def run_source(job: Job) -> Facts:
 
 def run_data(job: Job) -> Facts:
     """Held-out and training text as blocks of tokens."""
-    base = _data_base(job.preparation.loaded) if isinstance(job.recipe.data.source, TextData) else Path.cwd()
-    return prepare_data(job.inputs["source"], job.output, job.recipe.data, base, job.progress)
+    return prepare_data(job.inputs["source"], job.output, job.recipe.data, _data_base(job.preparation.loaded), job.progress)
 
 
 def run_upcycle(job: Job) -> Facts:
@@ -292,7 +293,11 @@ def run_upcycle(job: Job) -> Facts:
 def run_finetune(job: Job) -> Facts:
     """The fine-tuned mixture, and the dense control."""
     inputs = job.inputs
-    return _jsonable(finetune(inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress))
+    return _jsonable(
+        finetune(
+            inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress, job.scratch
+        )
+    )  # fmt: skip
 
 
 def run_quantize(job: Job) -> Facts:

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from convert.numerals import NONE, agree, describe_change, format_agreement, format_perplexity, format_rounded, format_share, format_size
 
-TORCH_MODELS = ("dense", "upcycled", "dense continued", "fine-tuned")
+TORCH_MODELS = ("dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned")
 COLUMNS = ("Model", "Perplexity", "Size", "Top-1 agreement", "Routing agreement", "Decode tokens/s", "Prefill tokens/s", "Parity")
 
 

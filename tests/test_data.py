@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
-from upcycle.data import _thin, digest_texts, prepare_data, read_blocks, read_texts, text_files
+from upcycle.data import _choose_evenly, digest_texts, prepare_data, read_blocks, read_texts, text_files
 from upcycle.errors import UpcycleError
 from upcycle.python_docs import SPLITS, Document, PythonDocs
 
@@ -59,7 +59,7 @@ def sentences(num: int, start: int = 0) -> list[str]:
 def test_given_files_are_the_splits(tmp_path: Path) -> None:
     write(tmp_path, a="  one \n", b="two", c="drei ß")
     found = read_texts(text_data(train=("a.txt",), validation=("b.txt",), test=("c.txt",)), tmp_path)
-    assert found.documents == {"train": ("one",), "validation": ("two",), "test": ("drei ß",)}
+    assert found.domains["text"] == {"train": ("one",), "validation": ("two",), "test": ("drei ß",)}
     digest = hashlib.sha256("train\0one\0validation\0two\0test\0drei ß\0".encode()).hexdigest()
     assert found.facts == {"digest": digest}
 
@@ -67,7 +67,7 @@ def test_given_files_are_the_splits(tmp_path: Path) -> None:
 def test_a_separator_divides_files_and_empty_documents_vanish(tmp_path: Path) -> None:
     write(tmp_path, a="<|x|>one<|x|>\n  <|x|>two\n\nstill two<|x|>", b="three<|x|>four", c="five")
     found = read_texts(text_data(train=("a.txt", "b.txt"), validation=("c.txt",), test=("c.txt",), separator="<|x|>"), tmp_path)
-    assert found.documents["train"] == ("one", "two\n\nstill two", "three", "four")
+    assert found.domains["text"]["train"] == ("one", "two\n\nstill two", "three", "four")
 
 
 def test_globs_are_resolved_in_order_below_the_base(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def hash_number(document: str) -> int:
 def test_without_held_out_files_the_hash_of_a_document_decides(tmp_path: Path) -> None:
     documents = sentences(600)
     write(tmp_path, a="|".join(documents))
-    found = read_texts(text_data(train=("a.txt",), separator="|"), tmp_path).documents
+    found = read_texts(text_data(train=("a.txt",), separator="|"), tmp_path).domains["text"]
     assert found["test"] == tuple(d for d in documents if hash_number(d) < 50)
     assert found["validation"] == tuple(d for d in documents if 50 <= hash_number(d) < 100)
     assert found["train"] == tuple(d for d in documents if hash_number(d) >= 100)
@@ -139,7 +139,7 @@ def test_without_held_out_files_the_hash_of_a_document_decides(tmp_path: Path) -
 def test_with_one_held_out_split_given_only_the_other_is_drawn(tmp_path: Path) -> None:
     documents = sentences(300)
     write(tmp_path, a="|".join(documents), v="validation text")
-    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), separator="|"), tmp_path).documents
+    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), separator="|"), tmp_path).domains["text"]
     assert found["validation"] == ("validation text",)
     assert found["test"] == tuple(d for d in documents if hash_number(d) < 50)
     assert set(found["train"]) == set(documents) - set(found["test"])
@@ -148,7 +148,7 @@ def test_with_one_held_out_split_given_only_the_other_is_drawn(tmp_path: Path) -
 def test_a_document_keeps_its_split_when_others_come_and_go_and_copies_stay_together(tmp_path: Path) -> None:
     documents = sentences(300)
     write(tmp_path, a="|".join(documents), b="|".join(reversed(documents[100:] + sentences(200, start=300) + documents[:50])))
-    first, second = (read_texts(text_data(train=(name,), separator="|"), tmp_path).documents for name in ("a.txt", "b.txt"))
+    first, second = (read_texts(text_data(train=(name,), separator="|"), tmp_path).domains["text"] for name in ("a.txt", "b.txt"))
     for found in (first, second):
         assert not set(found["train"]) & set(found["validation"])
         assert not set(found["train"]) & set(found["test"])
@@ -169,7 +169,7 @@ def test_python_docs_are_read_from_the_interpreter(monkeypatch: pytest.MonkeyPat
     documents = {split: (Document("m", "prose", f"{split} prose"), Document("m", "code", f"{split} code")) for split in SPLITS}
     monkeypatch.setattr("upcycle.data.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64))
     found = read_texts(PythonDocsData(kind="python-docs"), tmp_path)
-    assert found.documents == {split: (f"{split} prose", f"{split} code") for split in SPLITS}
+    assert found.domains == {domain: {split: (f"{split} {domain}",) for split in SPLITS} for domain in ("prose", "code")}
     assert found.facts == {"interpreter": "CPython 3.99.0", "digest": "f" * 64}
 
 
@@ -193,13 +193,13 @@ def hub(path: Path, **fields: Any) -> HubData:
 
 def test_a_data_set_is_read_by_split_and_column_and_blank_rows_vanish(data_set: Path, tmp_path: Path) -> None:
     found = read_texts(hub(data_set), tmp_path)
-    assert found.documents == {split: (f"{split} one", f"{split} two") for split in SPLITS}
-    assert found.facts == {"data set": str(data_set), "digest": digest_texts({s: list(d) for s, d in found.documents.items()})}
+    assert found.domains["text"] == {split: (f"{split} one", f"{split} two") for split in SPLITS}
+    assert found.facts == {"data set": str(data_set), "digest": digest_texts({s: list(d) for s, d in found.domains["text"].items()})}
 
 
 def test_splits_may_be_renamed_and_sliced(data_set: Path, tmp_path: Path) -> None:
     found = read_texts(hub(data_set, train="test[:1]", validation="train[2:]", test="validation"), tmp_path)
-    assert found.documents == {"train": ("test one",), "validation": ("train two",), "test": ("validation one", "validation two")}
+    assert found.domains["text"] == {"train": ("test one",), "validation": ("train two",), "test": ("validation one", "validation two")}
 
 
 def test_name_and_revision_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_name_and_revision_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = HubData(kind="hub", path="owner/set", name="large", revision="abc", text_column="body", validation="dev")
-    assert read_texts(source, tmp_path).documents["validation"] == ("some text",)
+    assert read_texts(source, tmp_path).domains["text"]["validation"] == ("some text",)
     assert asked == [("owner/set", "large", {"revision": "abc", "split": split}) for split in ("train", "dev", "test")]
 
 
@@ -231,7 +231,7 @@ def test_what_a_data_set_lacks_is_named(fields: dict[str, Any], message: str, da
 
 def test_rows_without_text_are_left_out_as_blank_ones_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_dict({"text": [None, "some text", None]}))
-    assert read_texts(HubData(kind="hub", path="owner/set"), tmp_path).documents["train"] == ("some text",)
+    assert read_texts(HubData(kind="hub", path="owner/set"), tmp_path).domains["text"]["train"] == ("some text",)
 
 
 def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_blocks_hold_every_token_in_order(
     source, base = corpus
     directory = dense_checkpoint if marks_start else without_bos
     facts = prepare_data(directory, tmp_path, settings(source), base, quiet)
-    for split, documents in read_texts(source, base).documents.items():
+    for split, documents in read_texts(source, base).domains["text"].items():
         # Llama's tokenizer opens each document with <s>; where none is set, </s> opens the stream and closes each document.
         stream = [] if marks_start else [EOS]
         for document in documents:
@@ -308,7 +308,7 @@ def test_a_tokenizer_without_any_mark_gets_none(corpus: tuple[TextData, Path], w
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("bos_token", "eos_token")}))
     source, base = corpus
     prepare_data(without_bos, tmp_path, settings(source), base, quiet)
-    stream = [number for document in read_texts(source, base).documents["train"] for number in raw_ids(without_bos, document)]
+    stream = [number for document in read_texts(source, base).domains["text"]["train"] for number in raw_ids(without_bos, document)]
     blocks = read_blocks(tmp_path, "train")
     assert blocks.flatten().tolist() == stream[: blocks.numel()]
 
@@ -342,9 +342,8 @@ def test_each_split_has_a_limit_of_its_own(field: str, split: str, corpus: tuple
 
 @pytest.mark.parametrize("num_blocks", [10_000, 30_000])
 def test_no_block_is_taken_twice_from_a_large_set(num_blocks: int) -> None:
-    blocks = torch.arange(num_blocks)[:, None]
     for wanted in (num_blocks - 1, num_blocks - 2, num_blocks - 7, num_blocks // 2 + 1):
-        assert len(_thin(blocks, wanted).unique()) == wanted
+        assert len(_choose_evenly(num_blocks, wanted).unique()) == wanted
 
 
 def test_progress_counts_the_splits(corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path) -> None:

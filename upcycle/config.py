@@ -185,39 +185,111 @@ class HubData(Record):
     test: str = Field("test", description="Split held out for the reported figures.")
 
 
+class DomainsData(Record):
+    """Text of several domains, each a source of its own. A block holds text of one domain."""
+
+    kind: Literal["domains"]
+    domains: Annotated[dict[str, Annotated[TextData | HubData, Field(discriminator="kind")]], Field(min_length=2)] = Field(
+        description="Name of each domain to its text."
+    )
+
+
+DataSource = PythonDocsData | TextData | HubData | DomainsData
+
+
 class DataConfig(Record):
     """Text, cut into blocks of tokens."""
 
-    source: Annotated[PythonDocsData | TextData | HubData, Field(discriminator="kind")]
+    source: Annotated[DataSource, Field(discriminator="kind")]
     block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block.")
     max_train_tokens: PositiveInt | None = Field(None, description="Use at most this many tokens, taken evenly from the whole.")
     max_validation_tokens: PositiveInt = Field(32_768, description="Tokens of the validation split that are used, taken evenly from the whole.")
     max_test_tokens: PositiveInt = Field(32_768, description="Tokens of the test split that are used, taken evenly from the whole.")
 
 
-class FinetuneConfig(Record):
-    """A brief fine-tune of every weight, with a balance loss a layer, and the dense model continued on the same tokens as the control."""
+class Distillation(Record):
+    """Learning from the dense parent's whole distribution besides the next token (Hinton et al. 2015)."""
 
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="Share of the loss that is distillation; the rest is the next token's.")
+    temperature: PositiveFloat = Field(1.0, description="Both distributions are softened by it, and the divergence is multiplied by its square.")
+
+
+_TRAINED = re.compile(r"all|experts|router|lora|last-[1-9][0-9]{0,3}")
+Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
+
+
+class TrainingStage(Record):
+    """One stage of training: what differs in it from the settings around the list."""
+
+    train: str | None = Field(None, description="As `finetune.train`.")
+    steps: PositiveInt | None = Field(None, description="As `finetune.steps`.")
+    routing: Literal["learned", "by-domain"] | None = Field(None, description="As `finetune.routing`.")
+    learning_rate: PositiveFloat | None = Field(None, description="As `finetune.learning_rate`.")
+    expert_learning_rate: PositiveFloat | None = Field(None, description="As `finetune.expert_learning_rate`.")
+    router_learning_rate: PositiveFloat | None = Field(None, description="As `finetune.router_learning_rate`.")
+    schedule: Schedule | None = Field(None, description="As `finetune.schedule`.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="As `finetune.warmup_steps`.")
+    balance_coefficient: NonNegative | None = Field(None, description="As `finetune.balance_coefficient`.")
+
+
+class FinetuneConfig(Record):
+    """A brief fine-tune with a balance loss a layer, and the dense model continued on the same tokens as the control."""
+
+    train: str = Field(
+        "all",
+        description="What learns: 'all', 'experts' (and routers), 'router' (all routers), 'last-N' (the last N layers), or 'lora' (low-rank updates "
+        "of attention and experts, merged at the end, and the routers whole).",
+    )
+    stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
+        (), description="Stages that follow each other, each with what differs in it from the settings here; one stage without the list."
+    )
     steps: PositiveInt = Field(200, description="Optimizer steps at most.")
-    batch_size: PositiveInt = Field(8, description="Blocks a step on each device.")
-    gradient_accumulation_steps: PositiveInt = Field(1, description="Batches a step.")
-    learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate of AdamW, for experts and everything else.")
+    batch_size: PositiveInt = Field(8, description="Blocks a step, over all devices and parts of a step.")
+    gradient_accumulation_steps: PositiveInt = Field(1, description="Parts that a step is computed in, one after the other, to save memory.")
+    gradient_checkpointing: bool = Field(False, description="Compute the layers' inner values twice instead of keeping them, to save memory.")
+    routing: Literal["learned", "by-domain"] = Field(
+        "learned", description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the router says."
+    )
+    learning_rate: PositiveFloat = Field(3e-4, description="Peak learning rate of AdamW, for everything but what has a rate of its own.")
+    expert_learning_rate: PositiveFloat | None = Field(None, description="Peak learning rate of the experts; the common one if not given.")
     router_learning_rate: PositiveFloat = Field(1e-3, description="Peak learning rate of the routers.")
+    schedule: Schedule = Field("cosine", description="Shape of the rate after the warm-up; 'cosine' and 'linear' end at a tenth of the peak.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW; routers and norms have none.")
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up, counted after the router's.")
-    router_warmup_steps: Annotated[int, Field(ge=0)] = Field(0, description="Steps at the start in which only the routers learn.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
     balance_coefficient: NonNegative = Field(1e-2, description="Weight of the load-balance loss, computed for each layer by itself.")
-    eval_steps: PositiveInt = Field(50, description="Steps between two looks at the validation split.")
-    patience: PositiveInt = Field(3, description="Stop after this many looks without a better validation loss; the best weights are kept.")
+    z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
+    distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")
+    expert_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the experts' inner activations that is dropped.")
+    lora_rank: PositiveInt = Field(8, description="Rank of the updates with train 'lora'.")
+    lora_alpha: PositiveInt = Field(16, description="The updates are multiplied by lora_alpha / lora_rank.")
+    eval_steps: PositiveInt = Field(50, description="Steps between two looks at the validation split, and between two checkpoints.")
+    patience: PositiveInt = Field(3, description="End a stage after this many looks without a better validation loss; the best weights are kept.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Autocast precision of training; 'auto' takes bfloat16 where the device computes in it natively."
     )
-    control: bool = Field(True, description="Also continue the dense model on the same tokens for the same steps.")
+    control: bool = Field(
+        True, description="Also continue the dense model: on the same tokens for the same steps, and for as long as the mixture took to train."
+    )
+    tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")
 
     @model_validator(mode="after")
-    def _check_warmup(self) -> FinetuneConfig:
-        if self.warmup_steps + self.router_warmup_steps >= self.steps:
-            total = self.warmup_steps + self.router_warmup_steps
-            raise ValueError(f"warmup_steps and router_warmup_steps are {total} together; they must be fewer than steps, which is {self.steps}")
+    def _check_stages(self) -> FinetuneConfig:
+        for number, stage in enumerate(self.resolve_stages()):
+            where = f"stages[{number}]: " if self.stages else ""
+            if not _TRAINED.fullmatch(stage.train):
+                raise ValueError(f"{where}train is '{stage.train}'; must be all, experts, router, lora or last-N")
+            if stage.warmup_steps >= stage.steps:
+                raise ValueError(f"{where}warmup_steps is {stage.warmup_steps}; it must be fewer than steps, which is {stage.steps}")
+            if stage.routing == "by-domain" and stage.train != "experts":
+                raise ValueError(f"{where}routing is by-domain and train is '{stage.train}'; must be experts: routers cannot learn from it")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of gradient_accumulation_steps, which is {self.gradient_accumulation_steps}"
+            )
         return self
+
+    def resolve_stages(self) -> tuple[FinetuneConfig, ...]:
+        """Every stage with all of its settings, and no list in it."""
+        whole = self.model_copy(update={"stages": ()})
+        return tuple(whole.model_copy(update=stage.model_dump(exclude_none=True)) for stage in self.stages) or (whole,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, assert_never, cast
@@ -14,23 +14,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
+from upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
 from upcycle.errors import UpcycleError
 from upcycle.progress import Progress
-from upcycle.python_docs import SPLITS, Split, read_python_docs
+from upcycle.python_docs import DOMAINS, SPLITS, Split, read_python_docs
 
+FACTS_NAME = "data.json"
 _HELD_OUT_PER_MILLE = 50
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents a split, and where they come from in words and digests."""
+    """Documents of each domain, a split each, and where they come from in words and digests."""
 
-    documents: dict[Split, tuple[str, ...]]
+    domains: dict[str, dict[Split, tuple[str, ...]]]
     facts: dict[str, str]
 
 
-def read_texts(source: PythonDocsData | TextData | HubData, base: Path) -> Texts:
+def read_texts(source: DataSource, base: Path) -> Texts:
     """Read the documents; relative paths of files start at `base`.
 
     Raises:
@@ -39,18 +40,42 @@ def read_texts(source: PythonDocsData | TextData | HubData, base: Path) -> Texts
     match source:
         case PythonDocsData():
             docs = read_python_docs()
-            documents = {split: tuple(d.text for d in docs.documents[split]) for split in SPLITS}
-            return Texts(documents, {"interpreter": f"CPython {docs.version}", "digest": docs.digest})
+            domains = {domain: {split: tuple(d.text for d in docs.documents[split] if d.domain == domain) for split in SPLITS} for domain in DOMAINS}
+            return Texts(dict(domains), {"interpreter": f"CPython {docs.version}", "digest": docs.digest})
         case TextData():
-            return _read_files(source, base)
+            documents = _read_files(source, base, "data.source")
+            return Texts({"text": documents}, {"digest": digest_texts(documents)})
         case HubData():
-            return _read_hub(source)
+            documents = _read_hub(source, "data.source")
+            return Texts({"text": documents}, {"data set": source.path, "digest": digest_texts(documents)})
+        case DomainsData():
+            named = {
+                name: _read_files(part, base, domain_place(name)) if isinstance(part, TextData) else _read_hub(part, domain_place(name))
+                for name, part in source.domains.items()
+            }
+            return Texts(named, {f"digest of {name}": digest_texts(documents) for name, documents in named.items()})
         case _:
             assert_never(source)
 
 
-def text_files(source: TextData, base: Path) -> dict[Split, list[Path]]:
-    """The files of each split, globs resolved, in the order given.
+def domain_place(name: str) -> str:
+    """Where in a recipe one domain's source is, as messages name it."""
+    return f"data.source.domains.{name}"
+
+
+def text_sources(source: DataSource) -> dict[str, TextData]:
+    """Every source of text files, by its place in the recipe."""
+    match source:
+        case TextData():
+            return {"data.source": source}
+        case DomainsData():
+            return {domain_place(name): part for name, part in source.domains.items() if isinstance(part, TextData)}
+        case _:
+            return {}
+
+
+def text_files(source: TextData, base: Path, where: str = "data.source") -> dict[Split, list[Path]]:
+    """The files of each split, globs resolved, in the order given; `where` names the source in a refusal.
 
     Raises:
         UpcycleError: a path or glob matches no file, or a held-out file is also trained on.
@@ -58,11 +83,11 @@ def text_files(source: TextData, base: Path) -> dict[Split, list[Path]]:
     given: dict[Split, tuple[str, ...]] = {"train": source.train, "validation": source.validation, "test": source.test}
     files: dict[Split, list[Path]] = {}
     for split, patterns in given.items():
-        files[split] = match_files(patterns, base, f"data.source.{split}")
+        files[split] = match_files(patterns, base, f"{where}.{split}")
     trained = {file.resolve() for file in files["train"]}
     for split in ("validation", "test"):
         if shared := next((file for file in files[split] if file.resolve() in trained), None):
-            raise UpcycleError(f"data.source.{split}: {shared} is also a train file; held-out text must not be trained on; give each file one split")
+            raise UpcycleError(f"{where}.{split}: {shared} is also a train file; held-out text must not be trained on; give each file one split")
     return files
 
 
@@ -83,10 +108,10 @@ def match_files(patterns: Iterable[str], base: Path, where: str) -> list[Path]:
     return files
 
 
-def _read_files(source: TextData, base: Path) -> Texts:
+def _read_files(source: TextData, base: Path, where: str) -> dict[Split, tuple[str, ...]]:
     documents: dict[Split, list[str]] = {split: [] for split in SPLITS}
     held_out = [split for split in ("test", "validation") if not getattr(source, split)]
-    for split, files in text_files(source, base).items():
+    for split, files in text_files(source, base, where).items():
         for file in files:
             try:
                 text = file.read_text(encoding="utf-8")
@@ -98,9 +123,9 @@ def _read_files(source: TextData, base: Path) -> Texts:
     for split in SPLITS:
         if not documents[split]:
             raise UpcycleError(
-                f"data.source: no document falls into the {split} split; give `{split}:` files, or a `separator` that makes more documents"
+                f"{where}: no document falls into the {split} split; give `{split}:` files, or a `separator` that makes more documents"
             )
-    return Texts({s: tuple(d) for s, d in documents.items()}, {"digest": digest_texts(documents)})
+    return {s: tuple(d) for s, d in documents.items()}
 
 
 def _hashed_split(document: str, held_out: list[Split]) -> Split:
@@ -112,10 +137,10 @@ def _hashed_split(document: str, held_out: list[Split]) -> Split:
     return "train"
 
 
-def _read_hub(source: HubData) -> Texts:
+def _read_hub(source: HubData, place: str) -> dict[Split, tuple[str, ...]]:
     import datasets  # slow to import, and only this needs it
 
-    where = f"data.source: data set '{source.path}'"
+    where = f"{place}: data set '{source.path}'"
     documents: dict[Split, list[str]] = {}
     for split in SPLITS:
         name = getattr(source, split)
@@ -130,10 +155,10 @@ def _read_hub(source: HubData) -> Texts:
         documents[split] = [text for text in rows[source.text_column] if text and text.strip()]
         if not documents[split]:
             raise UpcycleError(f"{where}: split '{name}' has no text in column '{source.text_column}'")
-    return Texts({s: tuple(d) for s, d in documents.items()}, {"data set": source.path, "digest": digest_texts(documents)})
+    return {s: tuple(d) for s, d in documents.items()}
 
 
-def digest_texts(documents: dict[Split, list[str]]) -> str:
+def digest_texts(documents: Mapping[Split, Sequence[str]]) -> str:
     """SHA-256 of all documents with their splits, in order."""
     digest = hashlib.sha256()
     for split in SPLITS:
@@ -145,7 +170,8 @@ def digest_texts(documents: dict[Split, list[str]]) -> str:
 def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, progress: Progress) -> dict[str, Any]:
     """Tokenize with the tokenizer in `source` and write `train`, `validation` and `test` as safetensors with `input_ids` int32 [blocks, block_size].
 
-    Returns the facts of the data: tokens a split, digest, interpreter.
+    A block holds text of one domain, whose number is in `domains`, int32 [blocks]. Returns the facts of the data: tokens a split, the domains'
+    names in the order of their numbers, digest, interpreter.
 
     Raises:
         UpcycleError: no tokenizer, no text, or too little text for one block a split.
@@ -161,23 +187,33 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     num_tokens = {}
     for number, split in enumerate(SPLITS):
         progress("tokenizing", number, len(SPLITS))
-        blocks = _pack(tokenizer, texts.documents[split], config.block_size)
-        if len(blocks) == 0:
-            raise UpcycleError(
-                f"data: the {split} split has fewer tokens than one block of {config.block_size}; give more text or a smaller block_size"
-            )
-        blocks = _thin(blocks, limits[split])
+        packed = [_pack(tokenizer, documents[split], config.block_size) for documents in texts.domains.values()]
+        for name, blocks in zip(texts.domains, packed, strict=True):
+            if len(blocks) == 0:
+                whose = f"of domain '{name}' " if len(packed) > 1 else ""
+                raise UpcycleError(
+                    f"data: the {split} split {whose}has fewer tokens than one block of {config.block_size}; give more text or a smaller block_size"
+                )
+        domains = torch.cat([torch.full((len(blocks),), number, dtype=torch.int32) for number, blocks in enumerate(packed)])
+        places = _choose_evenly(len(domains), None if (limit := limits[split]) is None else max(1, limit // config.block_size))
+        blocks = torch.cat(packed)[places]
         num_tokens[split] = blocks.numel()
-        save_file({"input_ids": blocks}, output / f"{split}.safetensors")
+        save_file({"input_ids": blocks, "domains": domains[places]}, output / f"{split}.safetensors")
     progress("tokenizing", len(SPLITS), len(SPLITS))
-    facts = {"block_size": config.block_size, "num_tokens": num_tokens, **texts.facts}
-    (output / "data.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    facts = {"block_size": config.block_size, "num_tokens": num_tokens, "domains": list(texts.domains), **texts.facts}
+    (output / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 
 
 def read_blocks(directory: Path, split: Split) -> torch.Tensor:
     """The blocks that `prepare_data` wrote; int64 [blocks, block_size]."""
     return load_file(directory / f"{split}.safetensors")["input_ids"].to(torch.int64)
+
+
+def read_domains(directory: Path, split: Split) -> tuple[tuple[str, ...], torch.Tensor]:
+    """The names of the domains, and the number of each block's; int64 [blocks]."""
+    names = json.loads((directory / FACTS_NAME).read_text(encoding="utf-8"))["domains"]
+    return tuple(names), load_file(directory / f"{split}.safetensors")["domains"].to(torch.int64)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
@@ -197,10 +233,9 @@ def _pack(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], block_si
     return stream[: len(stream) // block_size * block_size].view(-1, block_size)
 
 
-def _thin(blocks: torch.Tensor, max_tokens: int | None) -> torch.Tensor:
-    """At most `max_tokens` tokens (at least one block), as blocks taken evenly from the whole."""
-    wanted = len(blocks) if max_tokens is None else max(1, max_tokens // blocks.shape[1])
-    if wanted >= len(blocks):
-        return blocks.clone()
-    places = torch.linspace(0, len(blocks) - 1, wanted, dtype=torch.float64)  # float32 would take some blocks twice from 10 000 on
-    return blocks[places.round().long()].clone()
+def _choose_evenly(count: int, wanted: int | None) -> torch.Tensor:
+    """The places of at most `wanted` of `count` things, taken evenly from the whole; int64."""
+    if wanted is None or wanted >= count:
+        return torch.arange(count)
+    places = torch.linspace(0, count - 1, wanted, dtype=torch.float64)  # float32 would take some twice from 10 000 on
+    return places.round().long()

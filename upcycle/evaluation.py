@@ -6,11 +6,12 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from upcycle.objective import next_token_loss
 from upcycle.progress import Progress
 from upcycle.receipt import load_model
 
@@ -39,11 +40,6 @@ def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
     return total / len(blocks)
 
 
-def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of logits [B, S, vocabulary] against the ids [B, S] that follow; a scalar."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
-
-
 @torch.inference_mode()
 def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int = 24, repeats: int = 3) -> float:
     """Tokens per second of greedy decoding with a KV cache at batch 1 after `prompt` [S]; the median of `repeats`."""
@@ -64,6 +60,7 @@ def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progres
     """Load a checkpoint in float32 and measure it on held-out blocks [blocks, block_size]."""
     progress(f"evaluating {name}", 0, 1)
     model = load_model(directory, torch.float32)
+    cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     loss = held_out_loss(model, blocks)
     weights = sum(p.numel() for p in model.parameters())
     speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])

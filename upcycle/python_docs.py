@@ -33,6 +33,7 @@ Split = Literal["train", "validation", "test"]
 Domain = Literal["prose", "code"]
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+DOMAINS: tuple[Domain, ...] = ("prose", "code")
 
 _HELD_OUT_PER_MILLE: dict[Split, int] = {"test": 50, "validation": 50}
 _MIN_SHARED_CHARS = 40

@@ -1,7 +1,7 @@
-"""A brief fine-tune of the mixture, and of the dense model as its control.
+"""A brief fine-tune of the mixture, stage by stage, and of the dense model as its control.
 
-The Trainer of transformers, on accelerate, runs the loop, so that one process and many are the same code. What is ours: the per-layer balance
-loss, a learning rate of its own for the routers with a warm-up in which only they learn, and the routing statistics in the history.
+A killed run is taken up from its last checkpoint: a finished stage leaves its weights and its history in the scratch directory, an unfinished one its
+checkpoints. The weights that come out are the same, bit for bit on one machine's CPU.
 """
 
 from __future__ import annotations
@@ -9,84 +9,138 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel
 
-from upcycle.balance import LayerRouting, balance_loss, describe_routing
+from upcycle.balance import expert_load
 from upcycle.checkpoint import copy_companions
 from upcycle.config import FinetuneConfig
-from upcycle.data import read_blocks
+from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import Evaluation, evaluate, held_out_loss, next_token_loss
+from upcycle.evaluation import Evaluation, evaluate
+from upcycle.history import Step, read_history, write_history
+from upcycle.objective import next_token_loss
+from upcycle.processes import join_processes, on_main
 from upcycle.progress import Progress
-from upcycle.receipt import load_model, router_weights, sparse_layers
+from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
+from upcycle.trainer import Stage, run_stage
 
 CONTROL_DIRECTORY = "control"
+EQUAL_TIME_DIRECTORY = "control-equal-time"
+EVENTS_DIRECTORY = "tensorboard"
 HISTORY_NAME = "history.jsonl"
-_MIN_LR_SHARE = 0.1  # the cosine ends here, as in Llama's and OLMoE's recipes
+_STAGE_NAME = "stage.json"  # written last: a stage without it is not finished
+_EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
-class Step:
-    """One line of the history; losses in nats a token, the balance loss is 1 when balanced."""
+class DomainRouting:
+    """Which experts the text of each domain goes to, on held-out blocks.
 
-    model: str
-    step: int
-    num_tokens: int
-    train_loss: float | None = None
-    balance_loss: float | None = None
-    validation_loss: float | None = None
-    learning_rate: float | None = None
-    layers: tuple[LayerRouting, ...] = ()
+    loads: domain, then layer, then the share of the (token, slot) pairs of each expert. between: for each layer, half the sum of absolute
+    differences of two domains' loads, the mean over pairs of domains. within: the same between two halves of one domain, the mean over domains.
+    """
+
+    loads: dict[str, tuple[tuple[float, ...], ...]]
+    between: tuple[float, ...]
+    within: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class FinetuneFacts:
-    """What fine-tuning did: held-out figures of each model, the history, and which step was kept."""
+    """What fine-tuning did: held-out figures of each model, the history, which step was kept, and the steps and seconds of training."""
 
     evaluations: dict[str, Evaluation]
     history: tuple[Step, ...]
     best_steps: dict[str, int]
+    num_steps: dict[str, int]
+    seconds: dict[str, float]
     precision: str
     router_task_gradient: float
+    domains: DomainRouting | None = None
+    sparse_layers: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
 
 
-def finetune(dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress) -> FinetuneFacts:
+@dataclass(frozen=True)
+class _Job:
+    """One model to be trained: its name, where it comes from and goes to, and its stages."""
+
+    name: str
+    source: Path
+    target: Path
+    stages: tuple[FinetuneConfig, ...]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    history: tuple[Step, ...]
+    best_step: int
+    last_step: int
+    seconds: float
+
+
+def finetune(
+    dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress, scratch: Path
+) -> FinetuneFacts:
     """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output` in float32.
 
-    With `config.control` the checkpoint in `dense` is continued on the same batches in the same order and written to `output/control`.
-    The history goes to `output/history.jsonl`.
+    With `config.control` the checkpoint in `dense` is continued twice, on the same batches in the same order: for the same steps, into
+    `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The history goes to `output/history.jsonl`. What a
+    killed run needs to go on is kept in `scratch`, which the caller deletes when all is well.
+
+    Under `accelerate launch` every process calls this; the first one writes, and all of them return the same facts.
 
     Raises:
-        UpcycleError: the loss became NaN or infinite.
+        UpcycleError: the loss became NaN or infinite, memory ran out, or the settings do not fit the model, the data or the number of processes.
         OSError: the disk is full or not writable.
     """
-    train, validation, test = (read_blocks(data, split) for split in ("train", "validation", "test"))
-    evaluations = {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)}
+    if config.tensorboard:
+        _need_tensorboard()
     precision = _precision(config)
-    history: list[Step] = []
-    best_steps = {}
-    jobs = [("fine-tuned", mixture, output)]
+    test = read_blocks(data, "test")
+    evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
+    train = read_blocks(data, "train")
+    gradient = on_main(lambda: _router_task_gradient(mixture, train[: min(8, config.batch_size)]))
+    trained: dict[str, _Trained] = {}
+    stages = config.resolve_stages()
+    jobs: list[Callable[[], _Job]] = [lambda: _Job("fine-tuned", mixture, output, stages)]
     if config.control:
-        (output / CONTROL_DIRECTORY).mkdir()
-        jobs.append(("dense continued", dense, output / CONTROL_DIRECTORY))
-    gradient = _router_task_gradient(mixture, train[: config.batch_size])
-    for name, source, target in jobs:
-        best_steps[name] = _train(name, source, target, train, validation, config, precision, seed, history, progress)
-        evaluations[name] = evaluate(target, test, name, progress)
-    with (output / HISTORY_NAME).open("w", encoding="utf-8") as file:
-        for step in history:
-            file.write(json.dumps(asdict(step)) + "\n")
-    return FinetuneFacts(evaluations, tuple(history), best_steps, precision, gradient, tuple(_warnings(history, gradient)))
+        jobs.append(lambda: _Job("dense continued", dense, output / CONTROL_DIRECTORY, stages))
+        jobs.append(lambda: _Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(stages, trained)))
+    for make_job in jobs:
+        job = make_job()
+        trained[job.name] = _train(job, mixture, data, output, precision, seed, scratch, dense if config.distillation else None, progress)
+        evaluations[job.name] = on_main(partial(evaluate, job.target, test, job.name, progress))
+    history = tuple(step for each in trained.values() for step in each.history)
+    if join_processes().is_main_process:
+        write_history(output / HISTORY_NAME, history)
+    return FinetuneFacts(
+        evaluations,
+        history,
+        {name: each.best_step for name, each in trained.items()},
+        {name: each.last_step for name, each in trained.items()},
+        {name: each.seconds for name, each in trained.items()},
+        precision,
+        gradient,
+        on_main(lambda: measure_domains(output, data)),
+        on_main(lambda: sparse_layers(load_model(output, torch.float32))),
+        tuple(_warnings(history, gradient)),
+    )
+
+
+def _need_tensorboard() -> None:
+    from transformers.integrations.integration_utils import is_tensorboard_available  # only this needs it
+
+    if not is_tensorboard_available():
+        raise UpcycleError("finetune.tensorboard is true and TensorBoard is not installed; install it (pip install tensorboard), or set it to false")
 
 
 def _precision(config: FinetuneConfig) -> str:
@@ -110,7 +164,7 @@ def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
     return math.sqrt(routers / max(sum(squares.values()), 1e-30))
 
 
-def _warnings(history: list[Step], gradient: float) -> Iterator[str]:
+def _warnings(history: tuple[Step, ...], gradient: float) -> Iterator[str]:
     if gradient < 1e-6:
         yield (
             f"the routers' task gradient was {gradient:.0e} of the whole at the start: equal experts give a renormalizing router nothing to learn "
@@ -123,185 +177,118 @@ def _warnings(history: list[Step], gradient: float) -> Iterator[str]:
             yield f"layer {layer.number}: experts {dead} get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
 
 
+def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, _Trained]) -> tuple[FinetuneConfig, ...]:
+    """The stages with as many steps as the dense model does while the mixture trains, by the seconds that both have taken."""
+    mixture, control = trained["fine-tuned"], trained["dense continued"]
+    ratio = (mixture.seconds / mixture.last_step) / (control.seconds / control.last_step)
+    return tuple(stage.model_copy(update={"steps": max(stage.warmup_steps + 1, round(stage.steps * ratio))}) for stage in stages)
+
+
 def _train(
-    name: str, source: Path, target: Path, train: torch.Tensor, validation: torch.Tensor, config: FinetuneConfig, precision: str, seed: int,
-    history: list[Step], progress: Progress,
-) -> int:  # fmt: skip
-    """Train one model and save its best weights; returns the step that they come from."""
-    model = load_model(source, torch.float32)
-    model.config.use_cache = False
-    scratch = target / "trainer"
-    eval_steps = min(config.eval_steps, config.steps)
-    arguments = TrainingArguments(
-        output_dir=str(scratch),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        adam_beta2=0.95,
-        max_grad_norm=config.max_grad_norm,
-        bf16=precision == "bfloat16",
-        use_cpu=not torch.cuda.is_available(),
-        seed=seed,
-        data_seed=seed,
-        logging_steps=max(1, config.steps // 50),
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=eval_steps,
-        save_strategy="steps",
-        save_steps=eval_steps,
-        save_total_limit=1,
-        save_only_model=True,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        disable_tqdm=True,
-        report_to=[],
-        remove_unused_columns=False,
-        include_num_input_tokens_seen="all",  # the last batch of an epoch may be smaller
-        dataloader_pin_memory=False,
+    job: _Job, mixture: Path, data: Path, output: Path, precision: str, seed: int, scratch: Path, teacher: Path | None, progress: Progress
+) -> _Trained:
+    """Train one model through its stages and save it; a stage that an earlier run finished is not run again."""
+    folder = scratch / job.name.replace(",", "").replace(" ", "-")
+    job = _settle(job, folder)
+    train, validation = read_blocks(data, "train"), read_blocks(data, "validation")
+    names, domains = read_domains(data, "train")
+    order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
+    parent = _load_teacher(teacher) if teacher and job.name == "fine-tuned" else None
+    mixture_layers = sparse_layers(load_model(mixture, torch.float32))
+    source, first_step, seconds, best_step = job.source, 0, 0.0, 0
+    history: list[Step] = []
+    taken = 0
+    total = sum(stage.steps for stage in job.stages)
+    for number, settings in enumerate(job.stages):
+        place = folder / f"stage-{number}"
+        blocks = order[taken : taken + settings.steps * settings.batch_size]
+        taken += len(blocks)
+        if not (place / _STAGE_NAME).is_file():
+            stage = Stage(
+                job.name, number, settings, train[blocks], domains[blocks], len(names), validation, first_step, total, mixture_layers, precision, seed
+            )  # fmt: skip
+            events = output / EVENTS_DIRECTORY / folder.name if settings.tensorboard else None
+            model = load_model(source, torch.float32)
+            result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
+            if join_processes().is_main_process:
+                _save(model, job.source, place)
+                write_history(place / HISTORY_NAME, result.history)
+                facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
+                (place / _STAGE_NAME).write_text(json.dumps(facts), encoding="utf-8")
+                shutil.rmtree(place / "checkpoints")
+            join_processes().wait_for_everyone()
+        facts = json.loads((place / _STAGE_NAME).read_text(encoding="utf-8"))
+        history += read_history(place / HISTORY_NAME)
+        source, best_step, first_step, seconds = place, facts["best_step"], facts["last_step"], seconds + facts["seconds"]
+    if join_processes().is_main_process:
+        shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
+    join_processes().wait_for_everyone()
+    return _Trained(tuple(history), best_step, first_step, seconds)
+
+
+def _settle(job: _Job, folder: Path) -> _Job:
+    """The job with the steps that it was begun with: measured seconds decide them, and would be others on the next start."""
+    path = folder / "steps.json"
+    if join_processes().is_main_process and not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps([stage.steps for stage in job.stages]), encoding="utf-8")
+    join_processes().wait_for_everyone()
+    steps = json.loads(path.read_text(encoding="utf-8"))
+    stages = tuple(stage.model_copy(update={"steps": count}) for stage, count in zip(job.stages, steps, strict=True))
+    return _Job(job.name, job.source, job.target, stages)
+
+
+def draw_order(num_blocks: int, count: int, seed: int) -> torch.Tensor:
+    """The places of `count` blocks in the order in which training meets them, epoch after epoch; int64. Each epoch is shuffled anew."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([torch.randperm(num_blocks, generator=generator) for _ in range(math.ceil(count / num_blocks))])[:count]
+
+
+def _load_teacher(dense: Path) -> PreTrainedModel:
+    model = load_model(dense, torch.float32)
+    return cast(PreTrainedModel, cast(Any, model).to(join_processes().device).requires_grad_(False))
+
+
+def _save(model: PreTrainedModel, source: Path, target: Path) -> None:
+    model.save_pretrained(target)
+    add_alias_fields(target)
+    copy_companions(source, target)
+
+
+@torch.inference_mode()
+def measure_domains(mixture: Path, data: Path) -> DomainRouting | None:
+    """How the held-out text of each domain is routed by a mixture; none where there are fewer than two domains with two blocks."""
+    names, domains = read_domains(data, "test")
+    blocks = read_blocks(data, "test")
+    parts = {name: blocks[domains == number] for number, name in enumerate(names)}
+    if len(parts) < 2 or min(map(len, parts.values())) < 2:
+        return None
+    model = load_model(mixture, torch.float32)
+    cast(Any, model).to(join_processes().device)
+    halves = {name: [_loads(model, part[half::2]) for half in (0, 1)] for name, part in parts.items()}
+    wholes = {name: _loads(model, part) for name, part in parts.items()}
+    pairs = [(wholes[a], wholes[b]) for place, a in enumerate(names) for b in names[place + 1 :]]
+    return DomainRouting(
+        {name: tuple(map(tuple, load.tolist())) for name, load in wholes.items()},
+        _mean_distance(pairs),
+        _mean_distance([(first, second) for first, second in halves.values()]),
     )
-    trainer = _MixtureTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Blocks(train),
-        eval_dataset=_Blocks(validation),
-        callbacks=[EarlyStoppingCallback(early_stopping_patience=config.patience)],
-        settings=config,
-    )
-    trainer.add_callback(_Watch(trainer, name, history, progress))
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    kept_step = int(best.rsplit("-", 1)[1]) if best else trainer.state.global_step
-    model.config.use_cache = True
-    if trainer.is_world_process_zero():
-        model.save_pretrained(target)
-        add_alias_fields(target)
-        copy_companions(source, target)
-        shutil.rmtree(scratch, ignore_errors=True)
-    return kept_step
 
 
-class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, blocks: torch.Tensor) -> None:
-        self.blocks = blocks
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[index]}
-
-
-class _MixtureTrainer(Trainer):
-    """The Trainer with a per-layer balance loss and two learning-rate schedules; a model without routers trains as it is."""
-
-    loss_is_scaled_for_ga = False
-
-    def __init__(self, *, settings: FinetuneConfig, **trainer_arguments: Any) -> None:
-        self.mixture: PreTrainedModel = trainer_arguments["model"]
-        self.routers = {id(p) for p in router_weights(self.mixture)}
-        self.sparse_layers = sparse_layers(self.mixture)
-        self.settings = settings
-        self.balance: list[float] = []
-        self.routing: tuple[torch.Tensor, ...] = ()
-        super().__init__(**trainer_arguments)
-        self.model_accepts_loss_kwargs = False
-        self.remove_callback(transformers.PrinterCallback)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> Any:
-        """Next-token loss plus, for a mixture, the mean over layers of each layer's balance loss."""
-        ids = inputs["input_ids"]
-        if not self.routers:
-            return next_token_loss(model(input_ids=ids).logits, ids)
-        outputs = model(input_ids=ids, output_router_logits=True)
-        self.routing = tuple(logits.detach() for logits in outputs.router_logits)
-        top_k = self.mixture.config.num_experts_per_tok
-        balance = torch.stack([balance_loss(logits, top_k) for logits in outputs.router_logits]).mean()
-        self.balance.append(float(balance.detach()))
-        return next_token_loss(outputs.logits, ids) + self.settings.balance_coefficient * balance
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The plain next-token loss on the validation blocks, without the balance loss."""
-        model = self.mixture
-        model.eval()
-        metrics = {f"{metric_key_prefix}_loss": held_out_loss(model, cast(_Blocks, self.eval_dataset).blocks)}
-        model.train()
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _load_best_model(self) -> None:
-        """Take over every weight of the best checkpoint.
-
-        The Trainer's own way keeps the last step's experts and routers, with a warning: it looks for the names in memory, where experts are stacked,
-        and the file has one tensor an expert.
-        """
-        best = load_model(Path(cast(str, self.state.best_model_checkpoint)), torch.float32)
-        self.mixture.load_state_dict(best.state_dict())
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the balance loss and the routing to what the Trainer logs."""
-        if "loss" in logs and self.balance:
-            mean = sum(self.balance) / len(self.balance)
-            logs = {**logs, "balance_loss": mean, "loss": logs["loss"] - self.settings.balance_coefficient * mean}
-            self.balance = []
-        super().log(logs, start_time)
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW with three groups: routers (own rate, no decay), matrices, and norms (no decay)."""
-        parameters = [p for p in self.mixture.parameters() if p.requires_grad]
-        rest = [p for p in parameters if id(p) not in self.routers]
-        groups = [
-            {"params": [p for p in parameters if id(p) in self.routers], "lr": self.settings.router_learning_rate, "weight_decay": 0.0},
-            {"params": [p for p in rest if p.ndim >= 2], "lr": self.settings.learning_rate, "weight_decay": self.settings.weight_decay},
-            {"params": [p for p in rest if p.ndim < 2], "lr": self.settings.learning_rate, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95))
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Linear warm-up and cosine for all; everything but the routers waits for the router warm-up to end."""
-        settings = self.settings
-        optimizer = optimizer or cast(torch.optim.Optimizer, self.optimizer)
-        wait = settings.router_warmup_steps if self.routers else 0
-
-        def rate(delay: int, step: int) -> float:
-            step -= delay
-            if step < 0:
-                return 0.0
-            if step < settings.warmup_steps:
-                return (step + 1) / settings.warmup_steps
-            share = (step - settings.warmup_steps) / max(1, num_training_steps - delay - settings.warmup_steps)
-            return _MIN_LR_SHARE + (1 - _MIN_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
-
-        router_group = bool(self.routers)
-        delays = [0 if router_group and number == 0 else wait for number in range(len(optimizer.param_groups))]
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [partial(rate, delay) for delay in delays])
-        return self.lr_scheduler
+def _loads(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
+    """Load of each expert of each layer over blocks of token ids; float32 [layers, num_experts]."""
+    logits: list[torch.Tensor] = []
+    handles = [router.register_forward_hook(lambda _, __, output: logits.append(output[0])) for router in router_modules(model)]
+    found = []
+    for batch in blocks.split(_EVALUATION_BATCH):
+        logits.clear()
+        model(input_ids=batch.to(model.device), use_cache=False)
+        found.append(torch.stack([expert_load(z, model.config.num_experts_per_tok) for z in logits]).cpu() * len(batch))
+    for handle in handles:
+        handle.remove()
+    return torch.stack(found).sum(0) / len(blocks)
 
 
-class _Watch(TrainerCallback):
-    """Moves what the Trainer logs into our history, and stops on a loss that is no number."""
-
-    def __init__(self, trainer: _MixtureTrainer, name: str, history: list[Step], progress: Progress) -> None:
-        self.trainer, self.name, self.history, self.progress = trainer, name, history, progress
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.progress(f"training {self.name}", state.global_step, state.max_steps)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, model: Any = None, **_: Any) -> None:
-        logs = logs or {}
-        loss, validation = logs.get("loss"), logs.get("eval_loss")
-        if loss is None and validation is None:
-            return
-        for value in (loss, validation):
-            if value is not None and not math.isfinite(value):
-                raise UpcycleError(f"finetune: the loss of {self.name} is {value} at step {state.global_step}; lower finetune.learning_rate")
-        routing = self.trainer.routing if loss is not None else ()
-        layers = describe_routing(self.trainer.sparse_layers, routing, model.config.num_experts_per_tok) if routing else ()
-        tokens, rate = state.num_input_tokens_seen, logs.get("learning_rate")
-        self.history.append(Step(self.name, state.global_step, tokens, loss, logs.get("balance_loss"), validation, rate, layers))
+def _mean_distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
+    """For each layer, half the sum of absolute differences of two loads [layers, num_experts], the mean over pairs."""
+    return tuple((torch.stack([(a - b).abs().sum(-1) for a, b in pairs]).mean(0) / 2).tolist())

@@ -1,0 +1,437 @@
+"""One stage of training: the Trainer of transformers, with the losses, rates and checkpoints of a mixture.
+
+The Trainer, on accelerate, runs the loop, so that one process and many are the same code. What is ours:
+
+1. The order of the blocks is one list for the whole stage, drawn from the seed, so that it depends neither on the number of processes nor on where
+   a killed run is taken up.
+2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it.
+3. A checkpoint holds what learns, by its name in memory. The Trainer's own loses experts and routers when it is loaded: it looks for the names in
+   memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written last.
+4. Whatever ends a stage early is one line that says where its last checkpoint is.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import distributed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from upcycle.balance import balance_loss, describe_routing, expert_load, z_loss
+from upcycle.config import FinetuneConfig
+from upcycle.errors import UpcycleError
+from upcycle.evaluation import held_out_loss
+from upcycle.expert_forward import use_sorted_experts
+from upcycle.history import Step, read_history, write_history
+from upcycle.objective import distillation_loss, next_token_loss
+from upcycle.processes import join_processes
+from upcycle.progress import Progress
+from upcycle.receipt import router_modules, router_weights, sparse_layers
+from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups
+
+# What transformers calls it, before 5.23 and since.
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+_MIN_LR_SHARE = 0.1  # the cosine ends here, as in Llama's and OLMoE's recipes
+_WEIGHTS_NAME = "learning.safetensors"
+_SECONDS_NAME = "seconds.json"
+_HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut off
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
+
+    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size].
+    """
+
+    model: str
+    number: int
+    settings: FinetuneConfig
+    blocks: torch.Tensor
+    domains: torch.Tensor
+    num_domains: int
+    validation: torch.Tensor
+    first_step: int
+    total_steps: int
+    sparse_layers: tuple[int, ...]
+    precision: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage left in the model: the history, the step whose weights were kept, the last step, and the seconds in steps."""
+
+    history: tuple[Step, ...]
+    best_step: int
+    last_step: int
+    seconds: float
+
+
+def run_stage(
+    model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, events: Path | None, progress: Progress
+) -> StageResult:
+    """Train `model` through one stage and leave its best weights in it. Checkpoints go to `scratch`, where a killed run is taken up again.
+
+    Raises:
+        UpcycleError: the loss is no number, memory or disk ran out, the batch does not divide by the number of processes, or there are more domains
+            than experts.
+    """
+    _check(model, stage)
+    settings = stage.settings
+    remove_dropout = add_expert_dropout(model, settings.expert_dropout)
+    finish = choose_trainable(model, settings, stage.sparse_layers)
+    if next(router_modules(model), None) is not None and not torch.cuda.is_available():
+        use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; on CUDA transformers chooses
+    trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
+    last = _last_checkpoint(scratch.absolute())
+    if last is not None:
+        trainer.watch.take_up(last)
+    with _one_line_errors(stage, scratch), _routing(trainer):
+        if trainer.watch.patience_is_over:  # it was killed between its last checkpoint and its end
+            trainer.load_best()
+        else:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    finish()
+    remove_dropout()
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    watch = trainer.watch
+    return StageResult(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
+
+
+def _check(model: PreTrainedModel, stage: Stage) -> None:
+    settings, processes = stage.settings, join_processes().num_processes
+    if settings.batch_size % (settings.gradient_accumulation_steps * processes):
+        raise UpcycleError(
+            f"finetune.batch_size is {settings.batch_size}; it must be a multiple of gradient_accumulation_steps × processes, "
+            f"which is {settings.gradient_accumulation_steps} × {processes}"
+        )
+    num_experts = _num_experts(model)
+    if settings.routing == "by-domain" and num_experts and (stage.num_domains < 2 or num_experts % stage.num_domains):
+        raise UpcycleError(
+            f"finetune: routing is by-domain, the data has {stage.num_domains} domains and a layer {num_experts} experts; the domains must be 2 or "
+            "more and divide the experts evenly; give data.source of kind 'domains'"
+        )
+
+
+def _num_experts(model: PreTrainedModel) -> int:
+    first = next(router_weights(model), None)
+    return 0 if first is None else first.shape[0]
+
+
+def _last_checkpoint(scratch: Path) -> Path | None:
+    """The newest whole checkpoint; what was cut off is deleted."""
+    whole = []
+    for folder in scratch.glob("checkpoint-*"):
+        if (folder / _HISTORY_NAME).is_file():
+            whole.append(folder)
+        elif join_processes().is_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
+    return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+
+
+@contextmanager
+def _one_line_errors(stage: Stage, scratch: Path) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, RuntimeError, SafetensorError) as error:  # torch's own out-of-memory error is a RuntimeError
+        text = str(error)
+        if "PytorchStreamWriter" in text or "No space left" in text:  # how torch and safetensors say that a file could not be written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch)) from error
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+            raise
+        raise UpcycleError(
+            f"finetune: out of memory while training {stage.model}; raise finetune.gradient_accumulation_steps, set "
+            f"finetune.gradient_checkpointing, or lower data.block_size{_where_kept(scratch)}"
+        ) from error
+
+
+def _where_kept(scratch: Path) -> str:
+    last = _last_checkpoint(scratch)
+    return f"; the last good checkpoint is {last}" if last else ""
+
+
+@contextmanager
+def _routing(trainer: _StageTrainer) -> Iterator[None]:
+    """For the length of a `with`: the trainer sees every router's logits, and overrules the routers where domains have experts of their own."""
+
+    def watch(_: Any, __: Any, output: tuple[torch.Tensor, ...]) -> Any:
+        trainer.router_logits.append(output[0])
+        if trainer.forced is None:
+            return None
+        return output[0], torch.full_like(trainer.forced, 1 / trainer.forced.shape[1], dtype=output[1].dtype), trainer.forced
+
+    handles = [router.register_forward_hook(watch) for router in router_modules(trainer.mixture)]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self, blocks: torch.Tensor, domains: torch.Tensor) -> None:
+        self.blocks, self.domains = blocks, domains
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.blocks[index], "domains": self.domains[index]}
+
+
+class _StageTrainer(Trainer):
+    """The Trainer with a mixture's losses, rates and checkpoints; a model without routers trains with the same tokens and rates."""
+
+    def __init__(
+        self, model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, events: Path | None, progress: Progress
+    ) -> None:
+        self.mixture, self.teacher, self.stage = model, teacher, stage
+        self.num_experts = _num_experts(model)
+        self.router_logits: list[torch.Tensor] = []
+        self.forced: torch.Tensor | None = None
+        self.parts: dict[str, list[torch.Tensor]] = {}
+        settings = stage.settings
+        super().__init__(
+            model=model,
+            args=_arguments(stage, scratch, events),
+            train_dataset=_Blocks(stage.blocks, stage.domains),
+            eval_dataset=_Blocks(stage.validation, torch.zeros(len(stage.validation), dtype=torch.int64)),
+        )
+        self.model_accepts_loss_kwargs = False
+        self.remove_callback(transformers.PrinterCallback)
+        self.watch = _Watch(self, scratch, progress, settings.patience)
+        self.add_callback(self.watch)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> Any:
+        """The next token's loss and the divergence from the teacher, mixed; plus each layer's balance loss and z-loss, as means over layers."""
+        ids, settings = inputs["input_ids"], self.stage.settings
+        self.router_logits.clear()
+        if self.num_experts and settings.routing == "by-domain":
+            top_k = self.mixture.config.num_experts_per_tok
+            self.forced = domain_experts(inputs["domains"], ids.shape[1], self.stage.num_domains, self.num_experts, top_k)
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = self._note("train_loss", next_token_loss(logits, ids))
+        if self.teacher is not None and settings.distillation is not None:
+            with torch.inference_mode():
+                given = self.teacher(input_ids=ids, use_cache=False).logits
+            share = settings.distillation.weight
+            divergence = self._note("distillation_loss", distillation_loss(logits, given.clone(), settings.distillation.temperature))
+            loss = (1 - share) * loss + share * divergence
+        if self.router_logits and self.forced is None:
+            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
+            if settings.z_coefficient:
+                loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.router_logits]).mean())
+        return loss
+
+    def _balance(self) -> torch.Tensor:
+        """Mean over layers of each layer's balance loss, with the load of all processes."""
+        top_k = self.mixture.config.num_experts_per_tok
+        loads = torch.stack([expert_load(z, top_k) for z in self.router_logits])
+        if join_processes().num_processes > 1:
+            distributed.all_reduce(loads)
+            loads /= join_processes().num_processes
+        return torch.stack([balance_loss(z, top_k, load) for z, load in zip(self.router_logits, loads, strict=True)]).mean()
+
+    def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        self.parts.setdefault(name, []).append(value.detach().float())
+        return value
+
+    def take_parts(self) -> dict[str, float]:
+        """The mean of every part of the loss since the last call, over all processes."""
+        found = {}
+        for name, values in self.parts.items():
+            mean = torch.stack(values).mean()
+            if join_processes().num_processes > 1:
+                distributed.all_reduce(mean)
+                mean /= join_processes().num_processes
+            found[name] = float(mean)
+        self.parts = {}
+        return found
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The plain next-token loss on the validation blocks, by every process; domains decide nothing here."""
+        self.forced = None
+        self.mixture.eval()
+        metrics = {f"{metric_key_prefix}_loss": held_out_loss(self.mixture, self.stage.validation)}
+        self.mixture.train()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW over the groups of `parameter_groups`."""
+        self.optimizer = torch.optim.AdamW(parameter_groups(self.mixture, self.stage.settings, self.stage.sparse_layers), betas=(0.9, 0.95))
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Linear warm-up, then the stage's schedule."""
+        settings = self.stage.settings
+        shape = partial(schedule_share, settings.schedule, settings.warmup_steps, num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(torch.optim.Optimizer, self.optimizer), shape)
+        return self.lr_scheduler
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write what learns, by its name in memory."""
+        named = {name: p.detach() for name, p in self.mixture.named_parameters() if p.requires_grad}
+        whole = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous() for name, p in named.items()}
+        if self.args.should_save:
+            assert output_dir is not None
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(whole, Path(output_dir) / _WEIGHTS_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Read back what `save_model` wrote."""
+        stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS_NAME)
+        named = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
+        assert stored.keys() == named.keys()
+        with torch.no_grad():
+            for name, parameter in named.items():
+                parameter.copy_(stored[name])
+
+    def load_best(self) -> None:
+        """Read back the weights of the best checkpoint."""
+        self._load_from_checkpoint(str(self.watch.scratch / f"checkpoint-{self.watch.best_step - self.stage.first_step}"))
+
+    _load_best_model = load_best
+
+
+def schedule_share(schedule: str, warmup_steps: int, total_steps: int, step: int) -> float:
+    """Share of the peak learning rate at a step counted from 0.
+
+    'inverse-sqrt' falls from the peak as the root of the steps since it (Vaswani et al. 2017, section 5.3, its warm-up being at least one step).
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    if schedule == "inverse-sqrt":
+        offset = max(1, warmup_steps)
+        return math.sqrt(offset / (offset + step - warmup_steps))
+    done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    falling = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return _MIN_LR_SHARE + (1 - _MIN_LR_SHARE) * falling
+
+
+def _arguments(stage: Stage, scratch: Path, events: Path | None) -> TrainingArguments:
+    settings = stage.settings
+    eval_steps = min(settings.eval_steps, settings.steps)
+    checkpointing: dict[str, Any] = {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(scratch),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation_steps // join_processes().num_processes,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        **(checkpointing if settings.gradient_checkpointing else {}),
+        max_grad_norm=settings.max_grad_norm,
+        bf16=stage.precision == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
+        seed=stage.seed,
+        train_sampling_strategy="sequential",  # the blocks come in the order that they are to be met in
+        logging_steps=max(1, settings.steps // 50),
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_strategy="steps",
+        save_steps=eval_steps,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if events else [],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class _Watch(TrainerCallback):
+    """Moves what the Trainer logs into our history, times the steps, and stops on a loss that is no number or no longer falls."""
+
+    def __init__(self, trainer: _StageTrainer, scratch: Path, progress: Progress, patience: int) -> None:
+        self.trainer, self.scratch, self.progress, self.patience = trainer, scratch, progress, patience
+        self.history: list[Step] = []
+        self.seconds = 0.0
+        self.began = 0.0
+        self.sparse_layers = sparse_layers(trainer.mixture)
+
+    @property
+    def best_step(self) -> int:
+        """The step, counted over all stages, with the lowest validation loss; the first of equals."""
+        looks = [step for step in self.history if step.validation_loss is not None]
+        return min(looks, key=lambda step: cast(float, step.validation_loss)).step
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether the last looks were all no better than one before them."""
+        losses = [step.validation_loss for step in self.history if step.validation_loss is not None]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+    def take_up(self, checkpoint: Path) -> None:
+        """Go on from what a checkpoint has told."""
+        self.history = list(read_history(checkpoint / _HISTORY_NAME))
+        self.seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self.began
+        if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
+            # What is logged at a checkpoint is complete there; and the last weights are a candidate too.
+            control.should_log = control.should_evaluate = control.should_save = True
+        stage = self.trainer.stage
+        self.progress(f"training {stage.model}", stage.first_step + state.global_step, stage.total_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        logs = logs or {}
+        parts = self.trainer.take_parts() if "loss" in logs else {}
+        validation = logs.get("eval_loss")
+        if not parts and validation is None:
+            return
+        stage = self.trainer.stage
+        for value in (*parts.values(), validation):
+            if value is not None and not math.isfinite(value):
+                raise UpcycleError(
+                    f"finetune: the loss of {stage.model} is {value} at step {stage.first_step + state.global_step}; lower finetune.learning_rate"
+                    f"{_where_kept(self.scratch)}"
+                )
+        step = stage.first_step + state.global_step
+        layers = self._describe() if parts and self.trainer.router_logits else ()
+        num_tokens = step * stage.settings.batch_size * stage.blocks.shape[1]
+        rate = logs.get("learning_rate")
+        self.history.append(Step(stage.model, step, num_tokens, stage.number, **parts, validation_loss=validation, learning_rate=rate, layers=layers))
+
+    def _describe(self) -> Any:
+        stacked = [next(p for p in module.experts.parameters() if p.ndim == 3) for module in _blocks_with_experts(self.trainer.mixture)]
+        return describe_routing(self.sparse_layers, self.trainer.router_logits, stacked, self.trainer.mixture.config.num_experts_per_tok)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop |= self.patience_is_over
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.is_world_process_zero:
+            checkpoint = self.scratch / f"checkpoint-{state.global_step}"
+            (checkpoint / _SECONDS_NAME).write_text(json.dumps(self.seconds), encoding="utf-8")
+            write_history(checkpoint / _HISTORY_NAME, self.history)
+
+
+def _blocks_with_experts(model: PreTrainedModel) -> Sequence[Any]:
+    return [module for module in model.modules() if hasattr(module, "experts")]
