@@ -41,7 +41,9 @@ def read_texts(source: DataSource, base: Path) -> Texts:
         case PythonDocsData():
             docs = read_python_docs()
             domains = {domain: {split: tuple(d.text for d in docs.documents[split] if d.domain == domain) for split in SPLITS} for domain in DOMAINS}
-            return Texts(dict(domains), {"interpreter": f"CPython {docs.version}", "digest": docs.digest})
+            return Texts(
+                {str(name): documents for name, documents in domains.items()}, {"interpreter": f"CPython {docs.version}", "digest": docs.digest}
+            )
         case TextData():
             documents = _read_files(source, base, "data.source")
             return Texts({"text": documents}, {"digest": digest_texts(documents)})

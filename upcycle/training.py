@@ -70,7 +70,7 @@ class FinetuneFacts:
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """One model to be trained: its name, where it comes from and goes to, and its stages."""
 
     name: str
@@ -80,7 +80,9 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class _Trained:
+class Trained:
+    """What training left besides the weights: the history, the step that was kept, the last one, and the seconds in steps."""
+
     history: tuple[Step, ...]
     best_step: int
     last_step: int
@@ -109,15 +111,17 @@ def finetune(
     evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
     train = read_blocks(data, "train")
     gradient = on_main(lambda: _router_task_gradient(mixture, train[: min(8, config.batch_size)]))
-    trained: dict[str, _Trained] = {}
+    trained: dict[str, Trained] = {}
     stages = config.resolve_stages()
-    jobs: list[Callable[[], _Job]] = [lambda: _Job("fine-tuned", mixture, output, stages)]
+    jobs: list[Callable[[], Job]] = [lambda: Job("fine-tuned", mixture, output, stages)]
     if config.control:
-        jobs.append(lambda: _Job("dense continued", dense, output / CONTROL_DIRECTORY, stages))
-        jobs.append(lambda: _Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(stages, trained)))
+        jobs.append(lambda: Job("dense continued", dense, output / CONTROL_DIRECTORY, stages))
+        jobs.append(lambda: Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(stages, trained)))
     for make_job in jobs:
         job = make_job()
-        trained[job.name] = _train(job, mixture, data, output, precision, seed, scratch, dense if config.distillation else None, progress)
+        trained[job.name] = train_model(
+            job, mixture, data, output, precision, seed, scratch, dense if config.distillation and job.source == mixture else None, progress
+        )
         evaluations[job.name] = on_main(partial(evaluate, job.target, test, job.name, progress))
     history = tuple(step for each in trained.values() for step in each.history)
     if join_processes().is_main_process:
@@ -177,23 +181,26 @@ def _warnings(history: tuple[Step, ...], gradient: float) -> Iterator[str]:
             yield f"layer {layer.number}: experts {dead} get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
 
 
-def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, _Trained]) -> tuple[FinetuneConfig, ...]:
+def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, Trained]) -> tuple[FinetuneConfig, ...]:
     """The stages with as many steps as the dense model does while the mixture trains, by the seconds that both have taken."""
     mixture, control = trained["fine-tuned"], trained["dense continued"]
     ratio = (mixture.seconds / mixture.last_step) / (control.seconds / control.last_step)
     return tuple(stage.model_copy(update={"steps": max(stage.warmup_steps + 1, round(stage.steps * ratio))}) for stage in stages)
 
 
-def _train(
-    job: _Job, mixture: Path, data: Path, output: Path, precision: str, seed: int, scratch: Path, teacher: Path | None, progress: Progress
-) -> _Trained:
-    """Train one model through its stages and save it; a stage that an earlier run finished is not run again."""
+def train_model(
+    job: Job, mixture: Path, data: Path, output: Path, precision: str, seed: int, scratch: Path, teacher: Path | None, progress: Progress
+) -> Trained:
+    """Train one model through its stages and save it; a stage that an earlier run finished is not run again.
+
+    `mixture` tells which layers have experts, `teacher` is distilled from, and TensorBoard's events go below `output`; the rest is as for `finetune`.
+    """
     folder = scratch / job.name.replace(",", "").replace(" ", "-")
     job = _settle(job, folder)
     train, validation = read_blocks(data, "train"), read_blocks(data, "validation")
     names, domains = read_domains(data, "train")
     order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
-    parent = _load_teacher(teacher) if teacher and job.name == "fine-tuned" else None
+    parent = _load_teacher(teacher) if teacher else None
     mixture_layers = sparse_layers(load_model(mixture, torch.float32))
     source, first_step, seconds, best_step = job.source, 0, 0.0, 0
     history: list[Step] = []
@@ -223,10 +230,10 @@ def _train(
     if join_processes().is_main_process:
         shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
     join_processes().wait_for_everyone()
-    return _Trained(tuple(history), best_step, first_step, seconds)
+    return Trained(tuple(history), best_step, first_step, seconds)
 
 
-def _settle(job: _Job, folder: Path) -> _Job:
+def _settle(job: Job, folder: Path) -> Job:
     """The job with the steps that it was begun with: measured seconds decide them, and would be others on the next start."""
     path = folder / "steps.json"
     if join_processes().is_main_process and not path.is_file():
@@ -235,7 +242,7 @@ def _settle(job: _Job, folder: Path) -> _Job:
     join_processes().wait_for_everyone()
     steps = json.loads(path.read_text(encoding="utf-8"))
     stages = tuple(stage.model_copy(update={"steps": count}) for stage, count in zip(job.stages, steps, strict=True))
-    return _Job(job.name, job.source, job.target, stages)
+    return Job(job.name, job.source, job.target, stages)
 
 
 def draw_order(num_blocks: int, count: int, seed: int) -> torch.Tensor:
