@@ -10,8 +10,8 @@ weights has seen.
 Two settings:
 
 - embedded: `recipes/models/python-docs-4m`, on the text that it has learned from.
-- wikitext: a Llama of 1.4 M parameters with a vocabulary of 2048, which this script trains once on WikiText-2 (`--text`: a directory with `train.txt`,
-  `valid.txt` and `test.txt`; without it the setting is left out).
+- wikitext: a Llama of 1.1 M parameters with a vocabulary of 2048, which this script trains once on WikiText-2 (`--text`: a directory with
+  `train.txt`, `valid.txt` and `test.txt`; without it the setting is left out).
 
 Every result is kept in the cache as it comes, so a killed benchmark goes on where it was. About an hour for both on 2 cores, side by side with
 `--setting` and one thread each.
@@ -30,7 +30,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ CONTROL = "dense, continued"
 class Way:
     """One way to make the mixture and to train it."""
 
-    experts: ExpertsConfig = ExpertsConfig()
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     num_experts: int = 4
     distillation: Distillation | None = None
 

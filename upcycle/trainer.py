@@ -94,6 +94,7 @@ def run_stage(
     """
     _check(model, stage)
     settings = stage.settings
+    uses_cache = model.config.use_cache  # the Trainer says no, which would be saved
     remove_dropout = add_expert_dropout(model, settings.expert_dropout)
     finish = choose_trainable(model, settings, stage.sparse_layers)
     if next(router_modules(model), None) is not None and not torch.cuda.is_available():
@@ -109,6 +110,7 @@ def run_stage(
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
     finish()
     remove_dropout()
+    model.config.use_cache = uses_cache
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     watch = trainer.watch
