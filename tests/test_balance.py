@@ -6,9 +6,19 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from upcycle.balance import LayerRouting, balance_loss, describe_routing, expert_load, router_entropy
+from upcycle.balance import (
+    LayerRouting,
+    balance_loss,
+    describe_routing,
+    expert_cosine,
+    expert_load,
+    router_entropy,
+    router_margin,
+    z_loss,
+)
 
 THREE_TO_ONE = [math.log(3.0), 0.0]  # logits of probabilities 3/4 and 1/4
 ONE_TO_THREE = [0.0, math.log(3.0)]
@@ -107,11 +117,53 @@ def test_entropy_lies_between_its_bounds(scale: float, dtype: torch.dtype) -> No
 
 def test_a_layers_routing_is_its_load_and_entropy() -> None:
     first, second = torch.tensor([THREE_TO_ONE, THREE_TO_ONE]), torch.tensor([[100.0, 0.0], [0.0, 100.0]])
-    found = describe_routing((1, 3), (first, second), top_k=1)
+    copies, opposite = torch.ones(2, 3, 4), torch.stack([torch.ones(3, 4), -torch.ones(3, 4)])
+    found = describe_routing((1, 3), (first, second), (copies, opposite), top_k=1)
+    # ln 3 apart, and 100; equal weights, and opposite ones.
+    assert [layer.margin for layer in found] == pytest.approx([math.log(3.0), 100.0])
+    assert [layer.cosine for layer in found] == pytest.approx([1.0, -1.0])
     assert [layer.number for layer in found] == [1, 3]
     assert [layer.load for layer in found] == [(1.0, 0.0), (0.5, 0.5)]
     assert [layer.entropy for layer in found] == pytest.approx([float(router_entropy(first)), 0.0], abs=1e-6)
     assert all(isinstance(layer, LayerRouting) and isinstance(layer.load[0], float) for layer in found)
+
+
+def test_the_z_loss_and_its_gradient_are_as_by_hand() -> None:
+    # Sums of exponentials 4 and 4: their logarithms squared, and 2 ln 4 times the softmax over the two tokens.
+    logits = torch.tensor([THREE_TO_ONE, ONE_TO_THREE], requires_grad=True)
+    loss = z_loss(logits)
+    assert float(loss.detach()) == pytest.approx(math.log(4.0) ** 2, rel=1e-6)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad.flatten().tolist() == pytest.approx([math.log(4.0) * p for p in (0.75, 0.25, 0.25, 0.75)], rel=1e-6)
+
+
+def test_the_gradient_of_the_balance_loss_is_as_by_hand() -> None:
+    # All to the first, so the loss is 2 * mean of p1; d p1 / d z1 = p1 (1 - p1) = 3/16, and half of twice that for each of two tokens.
+    logits = torch.tensor([THREE_TO_ONE, THREE_TO_ONE], requires_grad=True)
+    balance_loss(logits, top_k=1).backward()
+    assert logits.grad is not None
+    assert logits.grad.flatten().tolist() == pytest.approx([3 / 16, -3 / 16] * 2, rel=1e-6)
+
+
+def test_the_losses_of_two_halves_with_the_load_of_the_whole_have_the_whole_batchs_loss_as_mean() -> None:
+    logits = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    whole, load = balance_loss(logits, 2), expert_load(logits, 2)
+    halves = [balance_loss(half, 2, load) for half in logits.split(32)]
+    assert float(sum(halves) / 2) == pytest.approx(float(whole), rel=1e-6)
+    assert float(sum(balance_loss(half, 2) for half in logits.split(32)) / 2) != pytest.approx(float(whole), rel=1e-4)
+
+
+def test_the_margin_is_between_the_last_chosen_and_the_next() -> None:
+    assert float(router_margin(torch.tensor([[5.0, 1.0, 3.0, 2.5], [0.0, 1.0, 1.0, 1.0]]), 2)) == pytest.approx((0.5 + 0.0) / 2)
+    assert float(router_margin(torch.tensor([[5.0, 1.0]]), 2)) == 0.0
+
+
+def test_the_cosine_is_the_mean_over_pairs() -> None:
+    weights = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    pairs = [F.cosine_similarity(weights[a].flatten(), weights[b].flatten(), dim=0) for a in range(4) for b in range(a)]
+    assert float(expert_cosine(weights)) == pytest.approx(float(sum(pairs) / 6), rel=1e-5)
+    assert float(expert_cosine(weights[:1])) == 1.0
 
 
 def test_watching_leaves_no_gradient() -> None:

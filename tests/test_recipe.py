@@ -304,7 +304,7 @@ def test_missing_sections_say_what_they_hold():
 
 def test_a_missing_setting_is_placed_at_its_section():
     text = "source: dense\ndata:\n  block_size: 64\n"
-    assert mistakes(text) == ["r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'text' or 'hub'"]
+    assert mistakes(text) == ["r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'text', 'hub' or 'domains'"]
 
 
 def test_a_missing_setting_is_described():
@@ -364,7 +364,7 @@ def test_a_message_of_a_stages_own_check_is_passed_on():
     text = GOOD + "upcycle: {num_experts: 2, num_experts_per_tok: 3}\nfinetune: {steps: 5}\n"
     assert mistakes(text) == [
         "r.yaml:3: upcycle: num_experts_per_tok is 3; it must be at most num_experts, which is 2",
-        "r.yaml:4: finetune: warmup_steps and router_warmup_steps are 10 together; they must be fewer than steps, which is 5",
+        "r.yaml:4: finetune: warmup_steps is 10; it must be fewer than steps, which is 5",
     ]
 
 
@@ -415,10 +415,10 @@ def test_a_wrong_checkpoint_is_told_by_its_key(source, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("text", "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text' or 'hub'"),
-        ("{train: [a.txt]}", "data.source.kind: missing; must be 'python-docs', 'text' or 'hub'"),
-        ("{kind: txt}", "data.source.kind: is 'txt'; must be 'python-docs', 'text' or 'hub'"),
-        ("{kind: [text]}", "data.source.kind: is a list; must be 'python-docs', 'text' or 'hub'"),
+        ("text", "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text', 'hub' or 'domains'"),
+        ("{train: [a.txt]}", "data.source.kind: missing; must be 'python-docs', 'text', 'hub' or 'domains'"),
+        ("{kind: txt}", "data.source.kind: is 'txt'; must be 'python-docs', 'text', 'hub' or 'domains'"),
+        ("{kind: [text]}", "data.source.kind: is a list; must be 'python-docs', 'text', 'hub' or 'domains'"),
         ("{kind: text, train: a.txt}", "data.source.train: is 'a.txt' (a string); must be a list"),
         ("{kind: text, train: []}", "data.source.train: is an empty list; must be a list of at least 1 item"),
         ("{kind: text, train: [5]}", "data.source.train[0]: is 5 (an integer); must be a string"),
@@ -521,7 +521,7 @@ def test_the_schema_knows_the_shorthand_and_the_defaults_of_the_stages():
     properties = schema()["properties"]
     branches = properties["source"]["anyOf"]
     assert branches == [{"type": "string"}, {"$ref": "#/$defs/LocalSource"}, {"$ref": "#/$defs/HubSource"}]
-    assert properties["finetune"]["default"] == FinetuneConfig().model_dump()
+    assert properties["finetune"]["default"] == FinetuneConfig().model_dump(mode="json")
     assert properties["variants"]["uniqueItems"] is True
 
 
