@@ -78,6 +78,8 @@ def test_a_step_of_every_target_is_the_step_of_transformers_own_experts(architec
     for loss in losses:
         loss.backward()
     for (name, mine), (_, other) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if not other.numel():
+            continue  # a shared expert of width 0
         scale = float(other.grad.abs().max())
         # Sums in another order: a few units of float32's last place of the largest.
         assert float((mine.grad - other.grad).abs().max()) <= 1e-5 * max(scale, 1e-6), name  # type: ignore[operator]

@@ -115,7 +115,7 @@ def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], Non
     experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")] if share else []
     saved = [each.act_fn for each in experts]
     for each in experts:
-        each.act_fn = nn.Sequential(each.act_fn, nn.Dropout(share))
+        each.act_fn = nn.Sequential(each.act_fn, nn.Dropout(share)).train(each.training)
 
     def remove() -> None:
         for each, act_fn in zip(experts, saved, strict=True):

@@ -1,0 +1,154 @@
+"""What learns is what is named, at the rate that is its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from tests.conftest import MakeDense
+from upcycle.config import ExpertsConfig, FinetuneConfig, UpcycleConfig
+from upcycle.errors import UpcycleError
+from upcycle.receipt import load_model
+from upcycle.surgery import upcycle
+from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, expert_parameters, parameter_groups
+
+Load = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture(scope="module")
+def mixture(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("mixture")
+    upcycle(dense_checkpoint, directory, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)), 0, lambda *_: None)
+    return directory
+
+
+def learning(directory: Path, **settings: Any) -> set[str]:
+    model = load_model(directory, torch.float32)
+    choose_trainable(model, FinetuneConfig(**settings), (0, 1))
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def names(directory: Path, pattern: str) -> set[str]:
+    return {name for name, _ in load_model(directory, torch.float32).named_parameters() if re.search(pattern, name)}
+
+
+@pytest.mark.parametrize(
+    ("train", "of_mixture", "of_control"),
+    [
+        ("all", "", ""),
+        ("experts", r"mlp\.", r"mlp\."),
+        ("router", r"mlp\.gate\.weight", ""),  # the control has no routers: everything of it learns
+        ("last-1", r"layers\.1\.|model\.norm|lm_head", r"layers\.1\.|model\.norm|lm_head"),
+        ("last-2", r"layers\.|model\.norm|lm_head", r"layers\.|model\.norm|lm_head"),
+    ],
+)
+def test_what_learns_is_what_is_named(train: str, of_mixture: str, of_control: str, mixture: Path, dense_checkpoint: Path) -> None:
+    assert learning(mixture, train=train) == names(mixture, of_mixture)
+    assert learning(dense_checkpoint, train=train) == names(dense_checkpoint, of_control)
+
+
+def test_the_control_learns_the_ffns_of_the_layers_with_experts_alone(dense_checkpoint: Path) -> None:
+    model = load_model(dense_checkpoint, torch.float32)
+    assert {name for name, _ in expert_parameters(model, (1,))} == names(dense_checkpoint, r"layers\.1\.mlp\.")
+
+
+def test_routers_do_not_learn_while_domains_choose_the_experts(mixture: Path) -> None:
+    assert learning(mixture, train="experts", routing="by-domain") == names(mixture, r"mlp\.experts\.")
+
+
+def test_more_last_layers_than_there_are_is_refused(mixture: Path) -> None:
+    with pytest.raises(UpcycleError) as excinfo:
+        learning(mixture, train="last-3")
+    assert str(excinfo.value) == "finetune.train is last-3; it must be at most last-2, the layers of the model"
+
+
+def test_every_group_has_its_own_rate_and_only_matrices_decay(mixture: Path) -> None:
+    model = load_model(mixture, torch.float32)
+    settings = FinetuneConfig(learning_rate=1e-3, expert_learning_rate=2e-3, router_learning_rate=3e-3, weight_decay=0.1)
+    of = {id(p): group for group in parameter_groups(model, settings, (0, 1)) for p in group["params"]}
+    assert len(of) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        rate = 3e-3 if ".gate." in name else 2e-3 if ".experts." in name else 1e-3
+        decay = 0.0 if ".gate." in name or parameter.ndim == 1 else 0.1
+        assert (of[id(parameter)]["lr"], of[id(parameter)]["weight_decay"]) == (rate, decay), name
+
+
+def test_without_a_rate_of_their_own_the_experts_take_the_common_one(mixture: Path) -> None:
+    groups = parameter_groups(load_model(mixture, torch.float32), FinetuneConfig(learning_rate=5e-4, router_learning_rate=1e-2), (0, 1))
+    assert {group["lr"] for group in groups} == {5e-4, 1e-2}
+
+
+# Low-rank updates
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM"])
+def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(architecture: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    upcycle(make_dense(architecture=architecture), tmp_path, UpcycleConfig(num_experts=4), 0, lambda *_: None)
+    model, before = load_model(tmp_path, torch.float32), load_model(tmp_path, torch.float32)
+    ids = torch.randint(before.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+    merge = choose_trainable(model, FinetuneConfig(train="lora", lora_rank=2, lora_alpha=4), (0, 1))
+    adapters = {name: p for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
+    routers = {name for name, p in model.named_parameters() if p.requires_grad} - adapters.keys()
+    assert len(routers) == 2
+    assert all(re.search(r"(gate|router)\.weight$", name) for name in routers)
+    # Two matrices for each of q, k, v, o, and for the two stacks of experts, which have a rank of 2 for each of 4 experts.
+    assert len(adapters) == 2 * (4 + 2) * 2
+    assert sum(8 in p.shape for name, p in adapters.items() if ".experts." in name) == 2 * 2 * 2
+    assert torch.equal(model(ids).logits, before(ids).logits)
+    with torch.no_grad():
+        for parameter in adapters.values():
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    adapted = model(ids).logits
+    merge()
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in before.named_parameters()]
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
+    changed = {name for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True) if not torch.equal(new, old)}
+    assert changed == {name for name, _ in before.named_parameters() if re.search(r"[qkvo]_proj|experts", name)}
+    for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
+        if ".experts." in name:
+            updates = new - old
+            assert all(torch.linalg.matrix_rank(update, rtol=1e-3) == 2 for update in updates), name
+            assert not torch.equal(updates[0], updates[1])
+
+
+# Dropout, and domains
+
+
+def test_expert_dropout_scales_what_it_leaves_in_training_alone_and_comes_off(mixture: Path) -> None:
+    model = load_model(mixture, torch.float32)
+    ids = torch.arange(24)[None]
+    plain = model(ids).logits
+    remove = add_expert_dropout(model, 0.5)
+    assert torch.equal(model(ids).logits, plain)
+    model.train()
+    torch.manual_seed(0)
+    first, second = model(ids).logits, model(ids).logits
+    assert not torch.equal(first, second)
+    activation: Any = model.model.layers[0].mlp.experts.act_fn  # type: ignore[union-attr, index]
+    values = activation(torch.full((100_000,), 2.0)) / torch.nn.functional.silu(torch.tensor(2.0))
+    assert set(values.round(decimals=4).tolist()) == {0.0, 2.0}
+    assert float(values.mean()) == pytest.approx(1.0, abs=0.02)
+    remove()
+    assert torch.equal(model(ids).logits, plain)
+
+
+@pytest.mark.parametrize(
+    ("num_domains", "num_experts", "top_k", "of_first", "of_second"),
+    [
+        (2, 4, 2, [[0, 1]] * 3, [[2, 3]] * 3),
+        (2, 4, 1, [[0], [1], [0]], [[2], [3], [2]]),
+        (2, 2, 2, [[0]] * 3, [[1]] * 3),
+        (2, 8, 2, [[0, 1], [2, 3], [0, 1]], [[4, 5], [6, 7], [4, 5]]),
+    ],
+)
+def test_domains_divide_the_experts_and_tokens_take_turns(
+    num_domains: int, num_experts: int, top_k: int, of_first: list[list[int]], of_second: list[list[int]]
+) -> None:
+    found = domain_experts(torch.tensor([0, 1, 0]), 3, num_domains, num_experts, top_k)
+    assert found.tolist() == [*of_first, *of_second, *of_first]

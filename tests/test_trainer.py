@@ -1,0 +1,433 @@
+"""Stages follow each other, a killed run ends as if it had not been killed, and what stops one is told in a line."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from upcycle.config import DataConfig, Distillation, FinetuneConfig, TextData, TrainingStage
+from upcycle.data import prepare_data, read_blocks
+from upcycle.errors import UpcycleError
+from upcycle.history import read_history
+from upcycle.objective import distillation_loss
+from upcycle.receipt import load_model
+from upcycle.trainer import schedule_share
+from upcycle.training import FinetuneFacts, finetune
+
+BLOCK = 16
+CONFIG = FinetuneConfig(
+    steps=6,
+    batch_size=4,
+    learning_rate=1e-3,
+    router_learning_rate=1e-2,
+    warmup_steps=1,
+    eval_steps=2,
+    patience=99,
+    precision="float32",
+    control=False,
+)
+ROOT = Path(__file__).parent.parent
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains: letters, and digits."""
+    directory = tmp_path_factory.mktemp("data")
+    draw = torch.Generator().manual_seed(0)
+    for split, count in (("train", 120), ("validation", 40), ("test", 80)):
+        for domain, alphabet in (("letters", "abcdefgh"), ("digits", "01234567")):
+            words = [" ".join(alphabet[i] * 2 for i in torch.randint(8, (12,), generator=draw)) for _ in range(count)]
+            (directory / f"{domain}-{split}.txt").write_text("\n".join(words), encoding="utf-8")
+    sources = {
+        domain: TextData(
+            kind="text", train=(f"{domain}-train.txt",), validation=(f"{domain}-validation.txt",), test=(f"{domain}-test.txt",), separator="\n"
+        )
+        for domain in ("letters", "digits")
+    }
+    config = DataConfig.model_validate({"source": {"kind": "domains", "domains": sources}, "block_size": BLOCK})
+    prepare_data(dense_checkpoint, directory, config, directory, quiet)
+    return directory
+
+
+Start = Callable[..., tuple[FinetuneFacts, Path]]
+
+
+@pytest.fixture
+def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
+    def start(config: FinetuneConfig, scratch: Path | None = None, progress: Any = quiet) -> tuple[FinetuneFacts, Path]:
+        output = tmp_path_factory.mktemp("output")
+        scratch = scratch or tmp_path_factory.mktemp("scratch")
+        with torch.random.fork_rng(devices=[]):
+            return finetune(dense_checkpoint, mixture_checkpoint, data, output, config, 0, progress, scratch), output
+
+    return start
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "model.safetensors")
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    old, new = weights(before), weights(after)
+    return {name for name in old if not torch.equal(old[name], new[name])}
+
+
+# Stages
+
+
+def test_stages_follow_each_other_and_count_on(start: Start, mixture_checkpoint: Path) -> None:
+    stages = (TrainingStage(train="router", steps=2), TrainingStage(train="experts", steps=4, schedule="constant", learning_rate=5e-4))
+    facts, output = start(CONFIG.model_copy(update={"stages": stages}))
+    logged = [step for step in facts.history if step.train_loss is not None]
+    assert [(step.stage, step.step) for step in logged] == [(0, 1), (0, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
+    assert [step.num_tokens for step in logged] == [step * 4 * BLOCK for step in range(1, 7)]
+    assert facts.num_steps == {"fine-tuned": 6}
+    assert changed(mixture_checkpoint, output) == {name for name in weights(output) if "block_sparse_moe" in name}
+
+
+def test_a_stage_begins_with_the_best_weights_of_the_one_before(start: Start) -> None:
+    one = start(CONFIG.model_copy(update={"steps": 4}))
+    both = start(
+        CONFIG.model_copy(update={"stages": (TrainingStage(steps=4), TrainingStage(steps=2, learning_rate=1e-20, router_learning_rate=1e-20))})
+    )
+    assert one[0].best_steps == {"fine-tuned": 4}
+    assert both[0].best_steps == {"fine-tuned": 6}
+    # float32 weights do not move by 1e-20.
+    assert changed(one[1], both[1]) == set()
+
+
+def test_experts_of_their_own_domains_learn_those_alone(start: Start, mixture_checkpoint: Path) -> None:
+    stage = TrainingStage(train="experts", routing="by-domain")
+    facts, output = start(CONFIG.model_copy(update={"stages": (stage,)}))
+    assert changed(mixture_checkpoint, output) == {name for name in weights(output) if ".experts." in name}
+    assert all(step.balance_loss is None for step in facts.history)
+
+
+def test_by_domain_sends_a_batch_of_one_domain_to_its_experts_alone(
+    start: Start, mixture_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = load_file(data / "train.safetensors")
+    only_digits = torch.nonzero(blocks["domains"] == 1).flatten()
+    monkeypatch.setattr("upcycle.training.draw_order", lambda _, count, __: only_digits.repeat(count)[:count])
+    _, output = start(CONFIG.model_copy(update={"stages": (TrainingStage(train="experts", routing="by-domain"),)}))
+    assert changed(mixture_checkpoint, output) == {name for name in weights(output) if ".experts.2." in name or ".experts.3." in name}
+
+
+def test_one_domain_has_no_experts_of_its_own(dense_checkpoint: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.txt").write_text(f"{split} some words and more of them " * 20, encoding="utf-8")
+    source = TextData(kind="text", train=("train.txt",), validation=("validation.txt",), test=("test.txt",))
+    prepare_data(dense_checkpoint, tmp_path, DataConfig(source=source, block_size=BLOCK), tmp_path, quiet)
+    config = CONFIG.model_copy(update={"stages": (TrainingStage(train="experts", routing="by-domain"),)})
+    with pytest.raises(UpcycleError) as excinfo:
+        finetune(dense_checkpoint, mixture_checkpoint, tmp_path, tmp_path / "out", config, 0, quiet, tmp_path / "scratch")
+    assert str(excinfo.value) == (
+        "finetune: routing is by-domain, the data has 1 domains and a layer 4 experts; the domains must be 2 or more and divide the experts evenly; "
+        "give data.source of kind 'domains'"
+    )
+
+
+def test_low_rank_updates_are_merged_into_a_checkpoint_like_any_other(start: Start, mixture_checkpoint: Path) -> None:
+    facts, output = start(CONFIG.model_copy(update={"train": "lora", "learning_rate": 1e-2}))
+    assert weights(output).keys() == weights(mixture_checkpoint).keys()
+    assert changed(mixture_checkpoint, output) == {name for name in weights(output) if "proj" in name or "block_sparse_moe" in name}
+    losses = [step.train_loss for step in facts.history if step.train_loss is not None]
+    assert losses[-1] < losses[0] - 0.05
+    assert facts.evaluations["fine-tuned"].loss < facts.evaluations["upcycled"].loss
+
+
+def test_computing_the_inner_values_twice_changes_nothing(start: Start) -> None:
+    plain, again = (start(CONFIG.model_copy(update={"gradient_checkpointing": value}))[1] for value in (False, True))
+    assert changed(plain, again) == set()
+
+
+def test_the_last_weights_are_looked_at_too(start: Start) -> None:
+    facts, _ = start(CONFIG.model_copy(update={"steps": 5, "eval_steps": 3}))
+    assert [step.step for step in facts.history if step.validation_loss is not None] == [3, 5]
+
+
+# Objectives and rates
+
+
+def test_the_divergence_of_two_tokens_is_as_by_hand() -> None:
+    # Teacher (3/4, 1/4) against student (1/2, 1/2): 3/4 ln(3/2) + 1/4 ln(1/2); the last position has no next token.
+    teacher = torch.tensor([[[math.log(3.0), 0.0], [50.0, 0.0]]])
+    student = torch.zeros(1, 2, 2, requires_grad=True)
+    loss = distillation_loss(student, teacher, 1.0)
+    assert float(loss.detach()) == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), rel=1e-6)
+    loss.backward()
+    assert student.grad is not None
+    assert student.grad.flatten().tolist() == pytest.approx([0.5 - 0.75, 0.5 - 0.25, 0.0, 0.0])
+
+
+def test_the_temperature_softens_both_and_its_square_keeps_the_gradient() -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 7, generator=generator) for _ in range(2))
+    p, q = (F.softmax(logits[:, :-1] / 3, -1) for logits in (teacher, student))
+    assert float(distillation_loss(student, teacher, 3.0)) == pytest.approx(float(9 * (p * (p / q).log()).sum(-1).mean()), rel=1e-5)
+
+
+def test_distillation_alone_pulls_towards_the_parent(start: Start, dense_checkpoint: Path, mixture_checkpoint: Path, data: Path) -> None:
+    facts, output = start(CONFIG.model_copy(update={"distillation": Distillation(weight=1.0), "balance_coefficient": 0.0, "learning_rate": 3e-3}))
+    blocks = read_blocks(data, "test")[:16]
+    with torch.no_grad():
+        parent, before, after = (load_model(each, torch.float32)(blocks).logits for each in (dense_checkpoint, mixture_checkpoint, output))
+    assert float(distillation_loss(after, parent, 1.0)) < 0.8 * float(distillation_loss(before, parent, 1.0))
+    divergences = [step.distillation_loss for step in facts.history if step.distillation_loss is not None]
+    assert len(divergences) == 6
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.775, 0.55, 0.325]),
+        ("cosine", [0.5, 1.0, 1.0, 0.1 + 0.45 * (1 + math.sqrt(0.5)), 0.55, 0.1 + 0.45 * (1 - math.sqrt(0.5))]),
+        ("inverse-sqrt", [0.5, 1.0, 1.0, math.sqrt(2 / 3), math.sqrt(2 / 4), math.sqrt(2 / 5)]),
+    ],
+)
+def test_the_rates_of_six_steps_with_two_of_warm_up(schedule: str, expected: list[float]) -> None:
+    assert [schedule_share(schedule, 2, 6, step) for step in range(6)] == pytest.approx(expected)
+
+
+# Killed, and taken up again
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 5, 6, 7, 9, 10, 12])
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(at: int, start: Start, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"stages": (TrainingStage(train="router", steps=4), TrainingStage(steps=8)), "expert_dropout": 0.1})
+    whole, untouched = start(config)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == at:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        start(config, tmp_path, progress)
+    taken_up, output = start(config, tmp_path)
+    assert changed(untouched, output) == set()
+    assert taken_up.history == whole.history
+    assert taken_up.best_steps == whole.best_steps
+
+
+def test_what_was_trained_is_not_trained_again(start: Start, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned":
+            seen.append(done)
+            if len(seen) == 5:
+                raise _Killed
+
+    with pytest.raises(_Killed):
+        start(CONFIG, tmp_path, progress)
+    start(CONFIG, tmp_path, progress)
+    assert seen == [1, 2, 3, 4, 5, 5, 6]
+    start(CONFIG, tmp_path, progress)
+    assert seen == [1, 2, 3, 4, 5, 5, 6]
+
+
+def test_a_checkpoint_that_was_cut_off_is_passed_over(start: Start, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 5:
+            raise _Killed
+
+    _, untouched = start(CONFIG)
+    with pytest.raises(_Killed):
+        start(CONFIG, tmp_path, progress)
+    checkpoints = tmp_path / "fine-tuned" / "stage-0" / "checkpoints"
+    assert {folder.name for folder in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"} or (checkpoints / "checkpoint-4").is_dir()
+    (checkpoints / "checkpoint-4" / "history.jsonl").unlink()
+    (checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut")
+    if not (checkpoints / "checkpoint-2").is_dir():
+        (checkpoints / "checkpoint-2").mkdir()
+    assert changed(untouched, start(CONFIG, tmp_path)[1]) == set()
+
+
+def test_a_run_killed_when_its_patience_was_over_does_not_train_on(start: Start, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"patience": 1, "learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1, "steps": 9})
+    whole, untouched = start(config)
+    assert whole.num_steps == {"fine-tuned": 2}
+    scratch = tmp_path / "fine-tuned" / "stage-0"
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "evaluating fine-tuned":
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        start(config, tmp_path, progress)
+    # As if the kill had come between the last checkpoint and the stage's own files: they are gone, and the checkpoint is back.
+    assert (scratch / "stage.json").is_file()
+    seen: list[int] = []
+    facts, output = start(config, tmp_path, lambda what, done, _: seen.append(done) if what == "training fine-tuned" else None)
+    assert seen == []
+    assert changed(untouched, output) == set()
+    assert facts.num_steps == whole.num_steps
+
+
+# What ends a stage
+
+
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(start: Start, tmp_path: Path) -> None:
+    stages = (TrainingStage(steps=2), TrainingStage(steps=4, learning_rate=1e30, router_learning_rate=1e30))
+    with pytest.raises(UpcycleError, match=r"finetune: the loss of fine-tuned is (nan|inf) at step \d; lower finetune\.learning_rate"):
+        start(CONFIG.model_copy(update={"stages": stages}), tmp_path)
+    assert (tmp_path / "fine-tuned" / "stage-0" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), MemoryError()]
+)
+def test_a_lack_of_memory_is_one_line_that_names_the_last_checkpoint(
+    error: Exception, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 0
+    import upcycle.trainer
+
+    plain = upcycle.trainer.next_token_loss
+
+    def fail(*arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise error
+        return plain(*arguments)
+
+    monkeypatch.setattr("upcycle.trainer.next_token_loss", fail)
+    with pytest.raises(UpcycleError) as excinfo:
+        start(CONFIG, tmp_path)
+    assert str(excinfo.value) == (
+        "finetune: out of memory while training fine-tuned; raise finetune.gradient_accumulation_steps, set finetune.gradient_checkpointing, or "
+        f"lower data.block_size; the last good checkpoint is {tmp_path / 'fine-tuned' / 'stage-0' / 'checkpoints' / 'checkpoint-2'}"
+    )
+
+
+@pytest.mark.parametrize("writer", ["upcycle.trainer.save_file", "torch.save"])
+def test_a_full_disk_is_told_as_one_and_keeps_the_checkpoint_before(
+    writer: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, untouched = start(CONFIG)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1: file write failed")
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 3:
+            monkeypatch.setattr(writer, full)
+
+    with pytest.raises(OSError, match="No space left on device") as excinfo:
+        start(CONFIG, tmp_path, progress)
+    assert excinfo.value.errno == errno.ENOSPC
+    monkeypatch.undo()
+    assert changed(untouched, start(CONFIG, tmp_path)[1]) == set()
+
+
+def test_a_batch_that_accumulation_does_not_divide_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size is 4; it must be a multiple of gradient_accumulation_steps, which is 3"):
+        FinetuneConfig(batch_size=4, gradient_accumulation_steps=3)
+
+
+# Domains
+
+
+def test_routing_differs_between_domains_more_than_within_one(start: Start) -> None:
+    stages = (TrainingStage(train="experts", routing="by-domain", steps=20), TrainingStage(train="router", steps=40, balance_coefficient=0.0))
+    facts, _ = start(CONFIG.model_copy(update={"stages": stages, "eval_steps": 20, "learning_rate": 3e-3, "router_learning_rate": 3e-2}))
+    assert facts.domains is not None
+    assert set(facts.domains.loads) == {"letters", "digits"}
+    assert all(sum(load) == pytest.approx(1, abs=1e-5) for layers in facts.domains.loads.values() for load in layers)
+    assert all(between > 2 * within for between, within in zip(facts.domains.between, facts.domains.within, strict=True))
+
+
+# Many processes
+
+WORKER = """
+import sys
+from pathlib import Path
+from upcycle.config import FinetuneConfig
+from upcycle.training import finetune
+dense, mixture, data, output, scratch, settings = sys.argv[1:]
+finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, lambda *_: None, Path(scratch))
+"""
+
+
+def launch(num_processes: int, *arguments: object) -> None:
+    script = Path(str(arguments[3])).parent / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes), "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run([*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
+    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    settings = CONFIG.model_copy(update={"steps": 4, "z_coefficient": 0.01, "balance_coefficient": 0.1, "control": True}).model_dump_json()
+    histories = {}
+    for count in (1, 2):
+        place = tmp_path / str(count)
+        output = place / "output"
+        output.mkdir(parents=True)
+        launch(count, dense_checkpoint, mixture_checkpoint, data, output, place / "scratch", settings)
+        histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
+    one, two = histories[1], histories[2]
+    assert len(one) == len(two) == 2 * (4 + 2)
+    for ours, theirs in zip(one, two, strict=True):
+        assert (ours.model, ours.step, ours.num_tokens) == (theirs.model, theirs.step, theirs.num_tokens)
+        for name in ("train_loss", "balance_loss", "z_loss", "validation_loss"):
+            # Sums in another order, four steps of AdamW long.
+            assert getattr(two[two.index(theirs)], name) == pytest.approx(getattr(ours, name), rel=1e-4), (ours.step, name)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
+def test_a_process_that_is_killed_for_real_is_taken_up(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    settings = CONFIG.model_copy(update={"steps": 40, "eval_steps": 4}).model_dump_json()
+    outputs = []
+    for kill in (False, True):
+        place = tmp_path / str(kill)
+        (place / "output").mkdir(parents=True)
+        script = place / "worker.py"
+        script.write_text(WORKER, encoding="utf-8")
+        command = [
+            sys.executable,
+            str(script),
+            *map(str, (dense_checkpoint, mixture_checkpoint, data, place / "output", place / "scratch")),
+            settings,
+        ]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        if kill:
+            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            checkpoints = place / "scratch" / "fine-tuned" / "stage-0" / "checkpoints"
+            deadline = time.monotonic() + 300
+            while not any(checkpoints.glob("checkpoint-*/history.jsonl")) and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.02)
+            process.send_signal(signal.SIGKILL)
+            assert process.wait() == -signal.SIGKILL, "it had ended before the kill"
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        outputs.append(place / "output")
+    assert changed(*outputs) == set()
+    assert json.loads((outputs[0] / "config.json").read_text()) == json.loads((outputs[1] / "config.json").read_text())
