@@ -7,11 +7,12 @@ that this can cost is the writing, and that is what `cp -r` of the finished outp
 ratios are printed. It needs 18 GB of free disk, 8 times the checkpoint, and an idle machine. Smaller shapes only try it out: imports fill their time.
 
 What is measured. Each contender is a fresh process, so its start and its imports count; a row shows what they are alone. dense2moe imports as its
-command line does (`upcycle/imports.py`). The contenders take turns, each round from the next one on. The clock stops when the data is on the disk: a `sync` before it starts, and another inside the span. What one
-reads (for `cp` the mixture, for the others the dense checkpoint) is read once just before, so that all find it in the page cache, as far as memory
-allows. On a file system that shares blocks between copies, `cp` writes nothing and its ratio says nothing. Memory is the kernel's count of the
-process's peak, mapped file pages included, the largest of the rounds. A process starts with the peak of the one that started it, which is why this
-one imports nothing but the standard library, and why `cp` shows a few MB more than it takes.
+command line does (`upcycle/imports.py`). The contenders take turns, each round from the next one on. The clock stops when the data is on the disk: a
+`sync` before it starts, and another inside the span. What one reads (for `cp` the mixture, for the others the dense checkpoint) is read once just
+before, so that all find it in the page cache, as far as memory allows. On a file system that shares blocks between copies, `cp` writes nothing and
+its ratio says nothing. Memory is the kernel's count of the process's peak, mapped file pages included, the largest of the rounds. A process starts
+with the peak of the one that started it, which is why this one imports nothing but the standard library, and why `cp` shows a few MB more than it
+takes.
 
 mergekit-moe runs from its own environment (`pip install mergekit==0.1.5`), with its own settings; it demands a tokenizer, so the checkpoint has one.
 """
@@ -223,7 +224,9 @@ def print_table(runs: dict[str, list[Run]], mergekit: Path | None) -> None:
     judge("time against cp", medians[COPIES] / medians[CP], MOST_AGAINST_CP, "×")
     if mergekit:
         judge("time against mergekit-moe", medians[COPIES] / medians[MERGEKIT], MOST_AGAINST_MERGEKIT, "×")
-    judge("peak resident", peak_megabytes(runs[COPIES]), MOST_MEGABYTES, " MB")
+    for name in EXPERTS:
+        if name in runs:
+            judge(f"peak resident of {name}", peak_megabytes(runs[name]), MOST_MEGABYTES, " MB")
 
 
 def peak_megabytes(runs: Iterable[Run]) -> float:
