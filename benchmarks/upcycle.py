@@ -6,12 +6,13 @@ Makes a bfloat16 checkpoint of random weights in the shape of TinyLlama 1.1B and
 that this can cost is the writing, and that is what `cp -r` of the finished output measures. The contenders take turns; medians of 3 rounds and their
 ratios are printed. It needs 18 GB of free disk, 8 times the checkpoint, and an idle machine. Smaller shapes only try it out: imports fill their time.
 
-What is measured. Each contender is a fresh process, so its start and its imports count; a row shows what they are alone. The contenders take turns,
-each round from the next one on. The clock stops when the data is on the disk: a `sync` before it starts, and another inside the span. What one
-reads (for `cp` the mixture, for the others the dense checkpoint) is read once just before, so that all find it in the page cache, as far as memory
-allows. On a file system that shares blocks between copies, `cp` writes nothing and its ratio says nothing. Memory is the kernel's count of the
-process's peak, mapped file pages included, the largest of the rounds. A process starts with the peak of the one that started it, which is why this
-one imports nothing but the standard library, and why `cp` shows a few MB more than it takes.
+What is measured. Each contender is a fresh process, so its start and its imports count; a row shows what they are alone. dense2moe imports as its
+command line does (`upcycle/imports.py`). The contenders take turns, each round from the next one on. The clock stops when the data is on the disk: a
+`sync` before it starts, and another inside the span. What one reads (for `cp` the mixture, for the others the dense checkpoint) is read once just
+before, so that all find it in the page cache, as far as memory allows. On a file system that shares blocks between copies, `cp` writes nothing and
+its ratio says nothing. Memory is the kernel's count of the process's peak, mapped file pages included, the largest of the rounds. A process starts
+with the peak of the one that started it, which is why this one imports nothing but the standard library, and why `cp` shows a few MB more than it
+takes.
 
 mergekit-moe runs from its own environment (`pip install mergekit==0.1.5`), with its own settings; it demands a tokenizer, so the checkpoint has one.
 """
@@ -103,8 +104,11 @@ def make_checkpoint(directory: Path, layers: int, hidden: int, intermediate: int
 
 
 def run_upcycle(experts: str, source: Path, output: Path) -> None:
-    from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-    from upcycle.surgery import upcycle
+    from upcycle.imports import uncollected_imports
+
+    with uncollected_imports():
+        from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
+        from upcycle.surgery import upcycle
 
     config = UpcycleConfig(
         num_experts=NUM_EXPERTS, num_experts_per_tok=2, experts=ExpertsConfig.model_validate_json(experts), router=RouterConfig(logit_std=1.0)
@@ -115,10 +119,13 @@ def run_upcycle(experts: str, source: Path, output: Path) -> None:
 
 def run_plan(source: Path, output: Path) -> None:
     """What comes before the first byte: the interpreter, the imports and the plan."""
-    from upcycle.checkpoint import open_checkpoint
-    from upcycle.config import UpcycleConfig
-    from upcycle.mapping import plan_upcycle
-    from upcycle.surgery import upcycle  # noqa: F401 (imported for its time)
+    from upcycle.imports import uncollected_imports
+
+    with uncollected_imports():
+        from upcycle.checkpoint import open_checkpoint
+        from upcycle.config import UpcycleConfig
+        from upcycle.mapping import plan_upcycle
+        from upcycle.surgery import upcycle  # noqa: F401 (imported for its time)
 
     plan_upcycle(open_checkpoint(source), UpcycleConfig(num_experts=NUM_EXPERTS))
     output.mkdir()
@@ -217,7 +224,9 @@ def print_table(runs: dict[str, list[Run]], mergekit: Path | None) -> None:
     judge("time against cp", medians[COPIES] / medians[CP], MOST_AGAINST_CP, "×")
     if mergekit:
         judge("time against mergekit-moe", medians[COPIES] / medians[MERGEKIT], MOST_AGAINST_MERGEKIT, "×")
-    judge("peak resident", peak_megabytes(runs[COPIES]), MOST_MEGABYTES, " MB")
+    for name in EXPERTS:
+        if name in runs:
+            judge(f"peak resident of {name}", peak_megabytes(runs[name]), MOST_MEGABYTES, " MB")
 
 
 def peak_megabytes(runs: Iterable[Run]) -> float:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
+from upcycle.imports import uncollected_imports
+
 if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
     from convert.stages import Preparation
 
@@ -184,7 +186,8 @@ def generate(
     directory: Path, prompt: str, variant: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int, cuda: bool
 ) -> None:
     """Go on from a prompt with the ONNX model in ARTIFACT, a package or a work directory, and print it as it comes."""
-    from export.runtime import CPU, CUDA, Decoder, Sampling
+    with uncollected_imports():
+        from export.runtime import CPU, CUDA, Decoder, Sampling
 
     package = _find_package(directory, variant)
     decoder = Decoder(package, CUDA if cuda else CPU)
@@ -218,9 +221,10 @@ def _prepare(recipe: Path) -> Preparation:
     from convert.recipe import load_recipe
 
     loaded = load_recipe(recipe)  # a misspelt key is told in a moment, before the slow imports
-    from transformers.utils import logging
+    with uncollected_imports():
+        from transformers.utils import logging
 
-    from convert.stages import prepare
+        from convert.stages import prepare
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -152,15 +153,60 @@ def test_tensors_of_any_shape_that_follow_each_other_are_one_tensor(tmp_path: Pa
 
 def test_one_content_is_asked_for_at_a_time(tmp_path: Path) -> None:
     """Memory is that of one content: the one before is on the disk when the next is made."""
-    sizes_seen = []
+    on_disk = []
 
     def contents() -> Iterator[Content]:
         for _ in range(3):
-            sizes_seen.append((tmp_path / "model.safetensors").stat().st_size)
-            yield torch.ones(2)
+            on_disk.append((tmp_path / "model.safetensors").read_bytes().count(255))
+            yield torch.full((2,), 255, dtype=torch.uint8)
 
-    write_tensors(tmp_path, [TensorSpec("a", torch.float32, (6,))], [("a", contents())], shard_bytes=100)
-    assert [size - sizes_seen[0] for size in sizes_seen] == [0, 8, 16]
+    write_tensors(tmp_path, [TensorSpec("a", torch.uint8, (6,))], [("a", contents())], shard_bytes=100)
+    assert on_disk == [0, 2, 4]
+
+
+def reserved(directory: Path) -> int:
+    """Size of the one weight file in `directory`, asked for while the only tensor is made, and before the file has any of it."""
+    sizes_seen: list[int] = []
+
+    def contents() -> Iterator[Content]:
+        sizes_seen.append((directory / "model.safetensors").stat().st_size)
+        yield torch.full((1000,), 255, dtype=torch.uint8)
+
+    write_tensors(directory, [TensorSpec("a", torch.uint8, (1000,))], [("a", contents())], shard_bytes=1000)
+    assert load_file(directory / "model.safetensors")["a"].eq(255).all()
+    return sizes_seen[0]
+
+
+def test_room_for_a_shard_is_taken_before_its_tensors_are_made(tmp_path: Path) -> None:
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("no posix_fallocate here")
+    assert reserved(tmp_path) == (tmp_path / "model.safetensors").stat().st_size
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, None])
+def test_where_room_cannot_be_taken_files_grow(number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        assert number is not None
+        raise OSError(number, os.strerror(number))
+
+    if number is None:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    assert reserved(tmp_path) == (tmp_path / "model.safetensors").stat().st_size - 1000
+
+
+def test_a_disk_too_small_for_a_shard_is_told_before_any_tensor_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def contents() -> Iterator[tuple[str, torch.Tensor]]:
+        raise AssertionError("a tensor was made")
+        yield
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse, raising=False)
+    with pytest.raises(OSError, match="No space left"):
+        write_tensors(tmp_path, [TensorSpec("a", torch.uint8, (1,))], contents(), shard_bytes=1000)
 
 
 # Copies
@@ -311,6 +357,23 @@ def test_a_copy_that_fails_in_one_of_many_shards_is_told(tmp_path: Path) -> None
         write_tensors(tmp_path, specs, contents, shard_bytes=10)
     assert str(excinfo.value) == f"{tmp_path / 'source'}: ended while it was copied; the file changed while it was read; run again"
     assert not list(tmp_path.glob("*.index.json"))
+
+
+def test_nothing_is_copied_until_all_is_made(tmp_path: Path) -> None:
+    """What copying allocates meanwhile would keep the memory of the tensors made in pieces."""
+    (tmp_path / "source").write_bytes(b"\xff" * 10)
+    threads, on_disk = threading.active_count(), []
+    specs = [TensorSpec(name, torch.uint8, (10,)) for name in "abc"]
+
+    def contents() -> Iterator[tuple[str, torch.Tensor | list[Content]]]:
+        yield "a", [Span(tmp_path / "source", 0, 10)]
+        yield "b", torch.zeros(10, dtype=torch.uint8)
+        on_disk.append(((tmp_path / "model.safetensors").read_bytes().count(255), threading.active_count() - threads))
+        yield "c", [Span(tmp_path / "source", 0, 10)]
+
+    write_tensors(tmp_path, specs, contents(), shard_bytes=100)
+    assert on_disk == [(0, 0)]
+    assert (tmp_path / "model.safetensors").read_bytes().count(255) == 20
 
 
 # Reading spans

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+_BLOCK_ELEMENTS = 1 << 18  # torch makes a float64 copy of what it sums; of so many elements it stays in the cache
+
 
 @dataclass(frozen=True)
 class Moments:
@@ -18,13 +20,14 @@ class Moments:
 
 
 def measure_moments(chunks: Iterable[torch.Tensor]) -> Moments:
-    """Mean and standard deviation over all elements of a weight that comes in chunks of any shape; summed in float64."""
+    """Mean and standard deviation over all elements of a weight that comes in chunks of any shape; summed in float64, a block at a time."""
     count, total, squares = 0, 0.0, 0.0
     for chunk in chunks:
-        exact = chunk.to(torch.float32)
-        count += exact.numel()
-        total += float(exact.sum(dtype=torch.float64))
-        squares += float(exact.square().sum(dtype=torch.float64))
+        for block in chunk.reshape(-1).split(_BLOCK_ELEMENTS):
+            exact = block.to(torch.float32)
+            count += exact.numel()
+            total += float(exact.sum(dtype=torch.float64))
+            squares += float(exact.square().sum(dtype=torch.float64))
     if count == 0:
         return Moments(0.0, 0.0)
     mean = total / count

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry
 from upcycle.config import UpcycleConfig
@@ -444,7 +444,7 @@ def expected_shapes(config: PreTrainedConfig, architecture: str) -> Mapping[str,
 
 def _expected(config: PreTrainedConfig, architecture: str) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
     with torch.device("meta"):
-        model = getattr(transformers, architecture)(config)
+        model: PreTrainedModel = getattr(transformers, architecture)(config)
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
 

@@ -2,7 +2,8 @@
 
 A tensor is given as a run of contents: tensors, or spans of other files, which the kernel copies without any of it passing through this process
 (`copy_file_range`; a plain read and write where the file system cannot). The plan knows every offset, so spans are copied by threads, each shard's by
-one: a file system takes one writer to a file at a time, and several to several files.
+one: a file system takes one writer to a file at a time, and several to several files. They are copied last of all: what threads and their queue
+allocate while tensors are made lies between those tensors, and keeps the C library from using their memory again (915 MB became 527).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +26,7 @@ from upcycle.errors import UpcycleError
 _CHUNK_BYTES = 1 << 24
 _MAX_LANES = 4  # the kernel copies a gigabyte or two a second in each; more would keep no disk busier
 _DTYPE_NAMES = {dtype: name for name, dtype in READABLE.items()}
-# What `copy_file_range` says where it cannot serve: other file systems, old kernels, special files.
+# What `copy_file_range` and `posix_fallocate` say where they cannot serve: other file systems, old kernels, special files.
 _UNSUPPORTED = (errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY)
 
 
@@ -55,6 +56,14 @@ class Span:
 Content = torch.Tensor | Span
 
 
+@dataclass(frozen=True)
+class _Copies:
+    """The spans of one tensor, the file that they go to, and where each begins there."""
+
+    file: Path
+    spans: list[tuple[Span, int]]
+
+
 def write_tensors(
     directory: Path,
     specs: Iterable[TensorSpec],
@@ -76,31 +85,31 @@ def write_tensors(
     shards = _divide(list(specs), shard_bytes)
     source = iter(tensors)
     weight_map: dict[str, str] = {}
+    copies: list[_Copies] = []
     done, total = 0, sum(map(len, shards))
-    with _Lanes(len(shards)) as lanes:
-        for number, shard in enumerate(shards, 1):
-            name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
-            path = directory / name
-            with path.open("wb", buffering=0) as file:
-                header = _header(shard)
-                _write_all(file, header)
-                position = len(header)
-                for spec in shard:
-                    written, content = next(source, ("nothing", torch.empty(0)))
-                    if written != spec.name:
-                        raise ValueError(f"planned {spec}, was given {written}")
-                    copies = _write_tensor(file, position, spec, content)
-                    position += spec.num_bytes
-                    weight_map[spec.name] = name
-                    if copies:
-                        lanes.submit(number, path, copies)
-                    else:
-                        done += 1
-                        report(done, total)
-        if (extra := next(source, None)) is not None:
-            raise ValueError(f"tensor {extra[0]} was not planned")
-        for copied in lanes.finish():
-            report(done + copied, total)
+    for number, shard in enumerate(shards, 1):
+        name = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        with (directory / name).open("wb", buffering=0) as file:
+            header = _header(shard)
+            _reserve(file, len(header) + sum(spec.num_bytes for spec in shard))
+            _write_all(file, header)
+            position = len(header)
+            for spec in shard:
+                written, content = next(source, ("nothing", torch.empty(0)))
+                if written != spec.name:
+                    raise ValueError(f"planned {spec}, was given {written}")
+                spans = _write_tensor(file, position, spec, content)
+                position += spec.num_bytes
+                weight_map[spec.name] = name
+                if spans:
+                    copies.append(_Copies(directory / name, spans))
+                else:
+                    done += 1
+                    report(done, total)
+    if (extra := next(source, None)) is not None:
+        raise ValueError(f"tensor {extra[0]} was not planned")
+    for copied in _Copier().copy(copies):
+        report(done + copied, total)
     if len(shards) > 1:
         total_bytes = sum(spec.num_bytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
@@ -132,6 +141,17 @@ def _write_tensor(file: IO[bytes], position: int, spec: TensorSpec, content: tor
     return copies
 
 
+def _reserve(file: IO[bytes], num_bytes: int) -> None:
+    """Take the room on the disk at once, where the system can: a full disk is told before the work, and ext4 takes a sixth less time."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise
+
+
 def _write_all(file: IO[bytes], data: Any) -> None:
     """Write every byte: an unbuffered file may take fewer at a call."""
     view = memoryview(data)
@@ -139,37 +159,32 @@ def _write_all(file: IO[bytes], data: Any) -> None:
         view = view[file.write(view[:_CHUNK_BYTES]) :]
 
 
-class _Lanes:
-    """Threads that copy spans: a shard always has the same one, so that what belongs into one file is copied in order."""
+class _Copier:
+    """Copies spans into shards, in lanes: a shard always has the same one, so that what belongs into one file is copied in order."""
 
-    def __init__(self, num_shards: int) -> None:
-        self._pools = [ThreadPoolExecutor(1) for _ in range(min(num_shards, _MAX_LANES))]
-        self._copies: list[Future[None]] = []
+    def __init__(self) -> None:
         self._in_kernel = hasattr(os, "copy_file_range")
 
-    def __enter__(self) -> _Lanes:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for pool in self._pools:
-            pool.shutdown(cancel_futures=True)
-
-    def submit(self, shard: int, target: Path, copies: list[tuple[Span, int]]) -> None:
-        """Copy the spans of one tensor into `target`, each to its place, some time later."""
-        self._copies.append(self._pools[shard % len(self._pools)].submit(self._copy_all, target, copies))
-
-    def finish(self) -> Iterator[int]:
-        """Wait for every tensor that was submitted; yields how many are copied, one after the other.
+    def copy(self, tensors: list[_Copies]) -> Iterator[int]:
+        """Copy the spans of these tensors; yields how many are copied, one after the other.
 
         Raises what the first copy that failed raised.
         """
-        for number, future in enumerate(as_completed(self._copies), 1):
-            future.result()
-            yield number
+        files = list(dict.fromkeys(tensor.file for tensor in tensors))
+        pools = [ThreadPoolExecutor(1) for _ in files[:_MAX_LANES]]
+        try:
+            lanes = {file: pools[number % len(pools)] for number, file in enumerate(files)}
+            futures = [lanes[tensor.file].submit(self._copy_all, tensor) for tensor in tensors]
+            for number, future in enumerate(as_completed(futures), 1):
+                future.result()
+                yield number
+        finally:
+            for pool in pools:
+                pool.shutdown(cancel_futures=True)
 
-    def _copy_all(self, target: Path, copies: list[tuple[Span, int]]) -> None:
-        with target.open("r+b", buffering=0) as file:
-            for span, place in copies:
+    def _copy_all(self, tensor: _Copies) -> None:
+        with tensor.file.open("r+b", buffering=0) as file:
+            for span, place in tensor.spans:
                 file.seek(place)
                 self._copy(span, file)
 

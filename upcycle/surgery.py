@@ -102,16 +102,19 @@ class _Surgeon:
         generator = seeded_generator(self.seed, key)
         position = 0
         for chunk in self._chunks(rows):
-            exact = chunk.to(torch.float32)
             here = mask
             if part.neuron_axis == 0:
-                here = mask[position : position + len(exact)]
-                position += len(exact)
+                here = mask[position : position + len(chunk)]
+                position += len(chunk)
             else:
-                exact = exact[:, first:last]
-            exact = redraw_neurons(exact, here, part.neuron_axis, moments, generator)
-            exact = add_noise(exact, part.noise, moments.std, generator)
-            yield (exact * part.scale if part.scale != 1.0 else exact).to(dtype)
+                chunk = chunk[:, first:last]
+            yield self._alter(part, chunk, here, moments, generator).to(dtype)
+
+    def _alter(self, part: ExpertPart, chunk: torch.Tensor, mask: torch.Tensor, moments: Moments, generator: torch.Generator) -> torch.Tensor:
+        """A chunk as the expert has it, float32; a function of its own, so that nothing it makes is held while the next chunk is read."""
+        exact = redraw_neurons(chunk.to(torch.float32), mask, part.neuron_axis, moments, generator)
+        exact = add_noise(exact, part.noise, moments.std, generator)
+        return exact * part.scale if part.scale != 1.0 else exact
 
     def _make_router(self, router: RouterRows, hidden_size: int, key: str) -> torch.Tensor:
         if router.site in self.routers:

@@ -1,0 +1,83 @@
+"""Slow imports are made without the garbage collector, which then leaves what they made alone."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from upcycle.imports import uncollected_imports
+
+
+def run_python(code: str, *arguments: str) -> str:
+    """What a fresh interpreter prints."""
+    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def collector():
+    """The garbage collector is as it was after the test."""
+    was_enabled = gc.isenabled()
+    yield
+    gc.unfreeze()
+    (gc.enable if was_enabled else gc.disable)()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_waits_and_is_then_as_it_was(enabled: bool, collector: None) -> None:
+    (gc.enable if enabled else gc.disable)()
+    with uncollected_imports():
+        assert not gc.isenabled()
+    assert gc.isenabled() == enabled
+    with pytest.raises(ImportError), uncollected_imports():
+        raise ImportError
+    assert gc.isenabled() == enabled
+
+
+def test_what_was_imported_is_left_alone_and_nothing_is_where_all_was_there(collector: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gc.unfreeze()
+    with uncollected_imports():
+        pass
+    assert gc.get_freeze_count() == 0
+    (tmp_path / "a_module_of_this_test.py").write_text("held = [[]]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with uncollected_imports():
+        from a_module_of_this_test import held
+    assert all(held is not found for found in gc.get_objects())
+    monkeypatch.delitem(sys.modules, "a_module_of_this_test")
+
+
+def test_the_command_line_imports_so(dense_checkpoint: Path, tmp_path: Path) -> None:
+    """The collector never runs while `check` imports, and what it made is frozen."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: [{recipe}]}}}}\n")
+    code = """
+import gc, sys
+import convert.cli
+seen = []
+gc.callbacks.append(lambda phase, _: seen.append("torch" in sys.modules and "upcycle.mapping" not in sys.modules))
+try:
+    convert.cli.main(["check", sys.argv[1]], standalone_mode=False)
+finally:
+    print(any(seen), gc.get_freeze_count() > 100_000)
+"""
+    assert run_python(code, str(recipe)).splitlines()[-1] == "False True"
+
+
+def test_the_plan_imports_little_that_the_start_did_not() -> None:
+    """What transformers imports lazily would be imported in the middle of the plan, and with the collector."""
+    code = """
+import sys
+import upcycle.mapping
+from upcycle.mapping import expected_shapes
+before = set(sys.modules)
+from transformers import LlamaConfig
+expected_shapes(LlamaConfig(num_hidden_layers=1), "LlamaForCausalLM")
+print(len(set(sys.modules) - before), "transformers.modeling_utils" in before)
+"""
+    num_modules, early = run_python(code).split()
+    assert early == "True"
+    assert int(num_modules) < 50  # Llama's own, 10 of 2,500
