@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from convert.pictures import Picture, draw_pictures
 from convert.report import write_report
 from convert.summary import Row, Verdict, judge, summarize, summary_table, verdict_lines
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+STAGE_DASH = "1.2,1.2"
 HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nupcycle:\n  num_experts: 4\n"
 
 
@@ -226,9 +229,9 @@ def test_every_id_is_unique_and_every_reference_is_met(facts, written):
     assert references <= set(ids)
 
 
-def test_the_page_is_balanced_html_with_six_described_pictures(facts, written):
+def test_the_page_is_balanced_html_with_nine_described_pictures(facts, written):
     tags = Outline(written(facts)).tags
-    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 6
+    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 9
     assert all(attributes["aria-label"] for _, attributes in tags if attributes.get("role") == "img")
 
 
@@ -444,6 +447,7 @@ def test_a_control_that_was_not_trained_is_missing_and_said_to_be(facts, written
     assert "without a dense control" in text
     assert "nothing to compare it with" in text
     assert "dense continued" not in text
+    assert "equal time" not in text
     assert "What the experts cost" not in text
     assert [row.name for row in summarize(facts)][:3] == ["dense", "upcycled", "fine-tuned"]
 
@@ -453,6 +457,103 @@ def test_a_run_without_the_control_of_equal_time_has_that_of_equal_tokens(facts,
     text = "".join(Outline(written(facts)).text)
     assert "trained for as long" not in text
     assert verdict_lines(facts)[2].startswith("What the experts cost")
+    assert "reached 2.430 for the mixture and 2.520 for the dense model at equal tokens;" in text
+
+
+def picture(facts: dict[str, Any], title: str) -> Picture:
+    return next(p for p in draw_pictures(facts, summarize(facts)) if p.title == title)
+
+
+def titles(facts: dict[str, Any]) -> set[str]:
+    return {p.title for p in draw_pictures(facts, summarize(facts))}
+
+
+def test_the_training_curve_shows_the_mixture_and_both_controls(facts):
+    drawn = picture(facts, "Training")
+    assert "reached 2.430 for the mixture, 2.520 for the dense model at equal tokens and 2.490 for the dense model at equal time;" in drawn.caption
+    for label in ("mixture", "dense, equal tokens", "dense, equal time"):
+        assert f">{label}<" in drawn.svg
+
+
+def test_the_training_curve_marks_where_stages_begin(facts):
+    ends = {(s["model"], s["num_tokens"]) for s in facts["finetune"]["history"] if s["step"] in (40, 60) and s["stage"] == 0}
+    places = {tokens for _, tokens in ends}
+    assert len(places) == 2  # the mixture's and its equal in tokens, and that of equal time
+    drawn = picture(facts, "Training")
+    assert drawn.svg.count(f"stroke-dasharray: {STAGE_DASH}") == len(places)
+    assert "where a stage begins" in drawn.caption
+
+
+def test_one_stage_is_not_marked(facts):
+    for step in facts["finetune"]["history"]:
+        step["stage"] = 0
+    for title in ("Training", "Load over training", "Experts coming apart", "Routers over training"):
+        drawn = picture(facts, title)
+        assert STAGE_DASH not in drawn.svg
+        assert "stage" not in drawn.caption
+
+
+def test_the_specialization_names_the_expert_that_tells_domains_apart_most(facts):
+    drawn = picture(facts, "Specialization")
+    assert drawn.caption == (
+        "From one domain to another 11 % of a layer's load moves to other experts, from one half of a domain to the other 2.00 %, so the experts "
+        "know the domains; the greatest difference is expert 1 of layer 2, with 1.60 times its fair share of prose and 0.60 times of code."
+    )
+    cells = re.findall(r">(\d\.\d\d)<", drawn.svg)
+    shares = [share for layers in zip(*facts["finetune"]["domains"]["loads"].values(), strict=True) for layer in layers for share in layer]
+    assert cells == [f"{4 * share:.2f}" for share in shares]
+
+
+def test_the_specialization_names_layers_by_their_place_in_the_model(facts):
+    facts["finetune"]["sparse_layers"] = [3, 5, 7, 9]
+    assert "expert 1 of layer 7" in picture(facts, "Specialization").caption
+
+
+@pytest.mark.parametrize(("within", "finding"), [(0.05, "know"), (0.1, "hardly know"), (0.1125, "do not know"), (0.2, "do not know")])
+def test_domains_are_known_where_they_are_further_apart_than_halves_of_one(facts, within, finding):
+    facts["finetune"]["domains"]["within"] = [within] * 4
+    assert f"so the experts {finding} the domains" in picture(facts, "Specialization").caption
+
+
+def test_names_of_domains_are_shortened_and_escaped(facts):
+    loads = facts["finetune"]["domains"]["loads"]
+    loads["$<b>"] = loads["code"]
+    loads["a domain with a long name"] = loads["prose"]
+    svg = picture(facts, "Specialization").svg
+    assert ">$&lt;b&gt;<" in svg
+    assert ">a domain w…<" in svg
+    assert "long name" not in svg
+
+
+def test_without_domains_there_is_no_specialization(facts):
+    facts["finetune"]["domains"] = None
+    assert "Specialization" not in titles(facts)
+
+
+def test_the_experts_distance_is_the_mean_over_layers(facts):
+    assert picture(facts, "Experts coming apart").caption == (
+        "At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from 0.015 to 0.06, "
+        "furthest in layer 2 (0.08)."
+    )
+
+
+def test_copies_have_no_distance(facts):
+    for step in facts["finetune"]["history"]:
+        for layer in step["layers"]:
+            layer["cosine"] = 1.0000001
+    assert "went from 0 to 0, furthest" in picture(facts, "Experts coming apart").caption
+
+
+def test_the_routers_entropy_is_relative_to_chance(facts):
+    share = (1.2 + 1.3) / 2 / math.log(4)
+    assert f"the mean entropy went from {share:.2f} to {share:.2f}, the margin from 0.15 to 0.30." in picture(facts, "Routers over training").caption
+
+
+def test_a_router_with_one_expert_is_not_drawn(facts):
+    for step in facts["finetune"]["history"]:
+        for layer in step["layers"]:
+            layer.update(load=[1.0], entropy=0.0)
+    assert not titles(facts) & {"Experts coming apart", "Routers over training"}
 
 
 def test_a_run_without_variants_claims_no_parity(facts, written):
@@ -517,6 +618,8 @@ def test_a_large_model_makes_a_page(facts, written):
     load = [1 / 64] * 64
     for step in facts["finetune"]["history"]:
         step["layers"] = [{"number": n, **routing(load, 4.1, 0.2, 0.9)} for n in range(48)] if step["layers"] else []
+    facts["finetune"]["domains"] = {"loads": dict.fromkeys("abcdefgh", [load] * 48), "between": [0.0] * 48, "within": [0.0] * 48}
+    facts["finetune"]["sparse_layers"] = list(range(48))
     Outline(written(facts))
 
 
