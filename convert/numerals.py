@@ -37,6 +37,13 @@ def format_rounded(value: float | None) -> str:
     return format_special(value) or (f"{value:,.0f}" if value >= 99.5 else f"{value:.1f}")
 
 
+def format_seconds(value: float) -> str:
+    """A duration in its largest unit: 51.5 s, 2.35 min, 1.40 h."""
+    if value < 60 or format_special(value):
+        return f"{format_rounded(value)} s"
+    return format_scaled(value, ((86_400, "d"), (3600, "h"), (60, "min")))
+
+
 def format_error(value: float) -> str:
     """A small number: 5.7e-7."""
     return format_special(value) or ("0" if value == 0 else re.sub(r"e([+-])0", r"e\1", f"{value:.1e}"))

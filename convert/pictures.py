@@ -7,7 +7,9 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from operator import itemgetter
+from statistics import fmean
 from typing import Any, Literal
 
 import matplotlib
@@ -16,10 +18,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 
-from convert.numerals import describe_change, format_agreement, format_count, format_error, format_size, trim_zeros
+from convert.numerals import describe_change, format_agreement, format_count, format_error, format_share, format_size, trim_zeros
 from convert.summary import Row, find_measured
 
 
@@ -57,23 +60,33 @@ _RC: dict[Any, Any] = {
     "legend.frameon": False,
     "lines.linewidth": 1.6,
 }
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#767676"
-_PALETTE = (_BLUE, "#009e73", _ORANGE, "#cc79a7", "#7a5195", "#b8860b")  # Okabe and Ito's, told apart by the colour-blind too
+_BLUE, _GREEN, _ORANGE, _GREY = "#0072b2", "#009e73", "#d55e00", "#767676"
+_PALETTE = (_BLUE, _GREEN, _ORANGE, "#cc79a7", "#7a5195", "#b8860b")  # Okabe and Ito's, told apart by the colour-blind too
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _INCHES = (4.8, 3.1)  # 346 points: shown at about its own size on a phone, so that the text stays readable there
+_TRAINED: tuple[tuple[str, str, str, Any], ...] = (
+    ("fine-tuned", "mixture", _BLUE, "solid"),
+    ("dense continued", "dense, equal tokens", _ORANGE, (0, (4, 1.5))),
+    ("dense, equal time", "dense, equal time", _GREEN, (0, (5, 1.5, 1, 1.5))),
+)
 
 
 def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
     """Every picture that the facts have the numbers for."""
     agreements = {name: m["finetuned"] for name, v in facts["variants"].items() if (m := find_measured(v))}
-    logged = [step for step in facts["finetune"]["history"] if step["layers"]]
+    finetune = facts["finetune"]
+    logged = [step for step in finetune["history"] if step["layers"]]
     pictures = []
     with matplotlib.rc_context(_RC):
-        if any(step["validation_loss"] is not None for step in facts["finetune"]["history"]):
-            pictures.append(_training_picture(facts["finetune"]))
+        if any(step["validation_loss"] is not None for step in finetune["history"]):
+            pictures.append(_training_picture(finetune))
         pictures.append(_size_picture(rows))
         if logged:
             pictures += [_load_picture(logged[-1]), _balance_picture(logged)]
+        if finetune["domains"]:
+            pictures.append(_specialization_picture(finetune["domains"], finetune["sparse_layers"]))
+        if logged and all(len(layer["load"]) > 1 for step in logged for layer in step["layers"]):
+            pictures += [_distance_picture(logged), _router_picture(logged)]
         if any(a["routing_agreement"] for a in agreements.values()):
             pictures.append(_routing_picture(agreements))
         if any(a["hidden_error"] for a in agreements.values()):
@@ -83,8 +96,10 @@ def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
 
 def _training_picture(finetune: dict[str, Any]) -> Picture:
     figure, axes = _axes("tokens", "loss, nats a token")
-    ends = {}
-    for name, label, color, dash in (("dense continued", "dense control", _ORANGE, (0, (4, 1.5))), ("fine-tuned", "mixture", _BLUE, "solid")):
+    ends: list[str] = []
+    drawn: list[Line2D] = []
+    marked: set[int] = set()
+    for name, label, color, dash in _TRAINED:
         steps = [step for step in finetune["history"] if step["model"] == name]
         train = [(s["num_tokens"], s["train_loss"]) for s in steps if s["train_loss"] is not None]
         validation = [(s["num_tokens"], s["validation_loss"]) for s in steps if s["validation_loss"] is not None]
@@ -94,21 +109,26 @@ def _training_picture(finetune: dict[str, Any]) -> Picture:
             if s["step"] == finetune["best_steps"].get(name) and s["validation_loss"] is not None
         ]
         if train:
-            axes.plot(*zip(*train, strict=True), color=color, linestyle=dash, linewidth=0.9, alpha=0.5, label=f"{label}, train")
+            axes.plot(*zip(*train, strict=True), color=color, linestyle=dash, linewidth=0.7, alpha=0.45)
         if validation:
-            axes.plot(*zip(*validation, strict=True), color=color, linestyle=dash, marker=".", markersize=5, label=f"{label}, validation")
-            ends[label] = min(loss for _, loss in validation)
+            axes.plot(*zip(*validation, strict=True), color=color, linestyle=dash, marker=".", markersize=5)
+            drawn.append(Line2D([], [], color=color, linestyle=dash, marker=".", markersize=5, label=label))
+            ends.append(f"{min(loss for _, loss in validation):.3f} for the {label.replace(',', ' model at')}")
         if best:
             axes.plot(*zip(*best, strict=True), "o", color=color, markerfacecolor="none", markersize=9, markeredgewidth=1.2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: trim_zeros(format_count(value))))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.legend(handlelength=2.2, labelspacing=0.35)
-    reached = " and ".join(f"{loss:.3f} for the {label}" for label, loss in reversed(ends.items()))
+        starts = [tokens for tokens in _stage_starts(steps) if tokens not in marked]
+        _mark_stages(axes, starts, color if marked else _GREY)
+        marked.update(starts)
+    drawn.append(Line2D([], [], color=_GREY, linewidth=0.7, label="the same, training loss"))
+    _token_axis(axes)
+    figure.legend(handles=drawn, loc="outside upper left", ncols=2, handlelength=2.6, labelspacing=0.35, columnspacing=1.4)
+    reached = f"{', '.join(ends[:-1])} and {ends[-1]}" if len(ends) > 1 else ends[0]
+    stages = "; a thin vertical line is where a stage begins, grey where it is the mixture's" if marked else ""
     return Picture(
         "Training",
         _svg(figure, "training"),
         "Line chart: training and validation loss against tokens.",
-        f"The validation loss reached {reached}; a ring marks the weights that were kept.",
+        f"The validation loss reached {reached}; a ring marks the weights that were kept{stages}.",
     )
 
 
@@ -137,30 +157,9 @@ def _size_picture(rows: Sequence[Row]) -> Picture:
 
 
 def _load_picture(step: dict[str, Any]) -> Picture:
-    shares = _fair_shares(step)
+    shares = _fair_shares([layer["load"] for layer in step["layers"]])
     names = [layer["number"] for layer in step["layers"]]
-    num_layers, num_experts = len(shares), max(map(len, shares))
-    figure, axes = _axes("expert", "layer")
-    axes.grid(visible=False)
-    largest = max(2.0, *(share for layer in shares for share in layer))
-    colors = matplotlib.colormaps["PuOr_r"].resampled(41)  # under 50 levels the colour bar stays a drawing
-    mesh = axes.pcolormesh(shares, cmap=colors, norm=TwoSlopeNorm(1.0, 0.0, largest), edgecolors="white", linewidth=1.0 if num_experts <= 32 else 0)
-    axes.set_ylim(num_layers, 0)
-    for axis, labels in ((axes.xaxis, range(num_experts)), (axes.yaxis, names)):
-        stride = math.ceil(len(labels) / 16)
-        axis.set_ticks([n + 0.5 for n in range(0, len(labels), stride)], [str(label) for label in labels[::stride]])
-        axis.set_tick_params(length=0)
-    if num_experts <= 8 and num_layers <= 16:
-        for y, layer in enumerate(shares):
-            for x, share in enumerate(layer):
-                dark = share < 0.3 or share > 1 + 0.7 * (largest - 1)
-                axes.text(x + 0.5, y + 0.5, f"{share:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "#222222")
-    axes.spines[:].set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, label="load ÷ fair share", ticks=[0, 0.5, 1, *_even(largest)], fraction=0.05, pad=0.03)
-    bar.outline.set_visible(False)
-    if bar.solids is not None:
-        bar.solids.set_edgecolor("face")
-    bar.ax.grid(visible=False)
+    figure, _ = _heat_map(shares, names, max(map(len, shares)))
     cells = [(share, y, x) for y, layer in enumerate(shares) for x, share in enumerate(layer)]
     (high, y, x), low = max(cells, key=itemgetter(0)), min(cells, key=itemgetter(0))
     return Picture(
@@ -172,19 +171,82 @@ def _load_picture(step: dict[str, Any]) -> Picture:
     )
 
 
+def _specialization_picture(domains: dict[str, Any], names: Sequence[int]) -> Picture:
+    shares = {domain: _fair_shares(loads) for domain, loads in domains["loads"].items()}
+    num_experts = len(next(iter(shares.values()))[0])
+    figure, axes = _heat_map([list(chain(*layer)) for layer in zip(*shares.values(), strict=True)], names, num_experts)
+    room = 46 // len(shares)  # letters that fit above a domain's columns
+    for place, domain in enumerate(shares):
+        text = domain if len(domain) <= room else f"{domain[: max(1, room - 1)]}…"
+        left, right = (_column_edge(n, num_experts, len(shares)) for n in (place * num_experts, (place + 1) * num_experts - 1))
+        axes.text((left + right + 1) / 2, 1.02, text, ha="center", va="bottom", transform=axes.get_xaxis_transform(), parse_math=False)
+    between, within = fmean(domains["between"]), fmean(domains["within"])
+    taken = {(y, x): [(layers[y][x], domain) for domain, layers in shares.items()] for y in range(len(names)) for x in range(num_experts)}
+    (layer, expert), furthest = max(taken.items(), key=lambda item: max(item[1])[0] - min(item[1])[0])
+    (most, here), (least, there) = max(furthest), min(furthest)
+    finding = "know" if between > 2 * within else "hardly know" if between > within else "do not know"
+    return Picture(
+        "Specialization",
+        _svg(figure, "specialization"),
+        "Heat map: load of each expert in each layer, relative to its fair share, side by side for each domain of the held-out text.",
+        f"From one domain to another {format_share(between)} of a layer's load moves to other experts, from one half of a domain to the other "
+        f"{format_share(within)}, so the experts {finding} the domains; the greatest difference is expert {expert} of layer {names[layer]}, "
+        f"with {most:.2f} times its fair share of {here} and {least:.2f} times of {there}.",
+    )
+
+
+def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_experts: int) -> tuple[Figure, Axes]:
+    """Shares of each layer (row) in columns that count through the experts, once or several times with a gap between; 1 is fair."""
+    num_layers, num_columns = len(shares), max(map(len, shares))
+    edges = [_column_edge(n, num_experts, num_columns // num_experts) for n in range(num_columns)]
+    sides = sorted({*edges, *(edge + 1 for edge in edges)})
+    cells = [[math.nan if side not in edges else layer[edges.index(side)] for side in sides[:-1]] for layer in shares]
+    figure, axes = _axes("expert", "layer")
+    axes.grid(visible=False)
+    largest = max(2.0, *(share for layer in shares for share in layer))
+    colors = matplotlib.colormaps["PuOr_r"].resampled(41)  # under 50 levels the colour bar stays a drawing
+    norm, line = TwoSlopeNorm(1.0, 0.0, largest), 1.0 if num_columns <= 32 else 0
+    mesh = axes.pcolormesh(sides, range(num_layers + 1), cells, cmap=colors, norm=norm, edgecolors="white", linewidth=line)
+    axes.set_ylim(num_layers, 0)
+    across = math.ceil(num_experts / max(1, 16 * num_experts // num_columns))
+    columns = [n for n in range(num_columns) if n % num_experts % across == 0]
+    down = math.ceil(num_layers / 16)
+    axes.xaxis.set_ticks([edges[n] + 0.5 for n in columns], [str(n % num_experts) for n in columns])
+    axes.yaxis.set_ticks([n + 0.5 for n in range(0, num_layers, down)], [str(name) for name in names[::down]])
+    axes.tick_params(length=0)
+    if num_columns <= 12 and num_layers <= 16:
+        for y, layer in enumerate(shares):
+            for x, share in enumerate(layer):
+                color = "white" if share < 0.3 or share > 1 + 0.7 * (largest - 1) else "#222222"
+                axes.text(edges[x] + 0.5, y + 0.5, f"{share:.2f}", ha="center", va="center", fontsize=8 if num_columns <= 8 else 7, color=color)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, label="load ÷ fair share", ticks=[0, 0.5, 1, *_even(largest)], fraction=0.05, pad=0.03)
+    bar.outline.set_visible(False)
+    if bar.solids is not None:
+        bar.solids.set_edgecolor("face")
+    bar.ax.grid(visible=False)
+    return figure, axes
+
+
+def _column_edge(column: int, num_experts: int, num_groups: int) -> float:
+    """Where a column of a heat map begins, when columns are one wide and a gap parts the groups of experts."""
+    return column + column // num_experts * num_experts * num_groups / 64
+
+
 def _balance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     figure, axes = _axes("tokens", "load ÷ fair share")
     tokens = [step["num_tokens"] for step in logged]
-    highest = [max(max(layer) for layer in _fair_shares(step)) for step in logged]
-    lowest = [min(min(layer) for layer in _fair_shares(step)) for step in logged]
+    shares = [_fair_shares([layer["load"] for layer in step["layers"]]) for step in logged]
+    highest = [max(map(max, layers)) for layers in shares]
+    lowest = [min(map(min, layers)) for layers in shares]
     axes.fill_between(tokens, lowest, highest, color=_BLUE, alpha=0.12, linewidth=0)
     axes.plot(tokens, highest, color=_BLUE, label="busiest expert of any layer")
     axes.plot(tokens, lowest, color=_BLUE, linestyle=(0, (4, 1.5)), label="idlest expert of any layer")
     axes.axhline(1, color=_GREY, linewidth=0.9)
     axes.set_ylim(0, 1.25 * max(1.6, *highest))
     axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: trim_zeros(format_count(value))))
-    axes.xaxis.set_major_locator(MaxNLocator(6))
+    _token_axis(axes)
+    _mark_stages(axes, _stage_starts(logged), _GREY)
     axes.legend(loc="upper right", handlelength=2.2, labelspacing=0.35)
     return Picture(
         "Load over training",
@@ -192,6 +254,49 @@ def _balance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
         "Line chart: largest and smallest expert load against tokens, relative to the fair share.",
         f"Experts that share the work evenly all stand at 1: the busiest went from {highest[0]:.2f} to {highest[-1]:.2f}, "
         f"the idlest from {lowest[0]:.2f} to {lowest[-1]:.2f}.",
+    )
+
+
+def _distance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
+    figure, axes = _axes("tokens", "1 − cosine of two experts")
+    distances = [[max(0.0, 1 - layer["cosine"]) for layer in step["layers"]] for step in logged]
+    _layer_band(axes, logged, distances)
+    axes.set_ylim(0, 1.1 * max(1e-7, *map(max, distances)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _distance(value)))
+    furthest, layer = max((value, step["number"]) for value, step in zip(distances[-1], logged[-1]["layers"], strict=True))
+    return Picture(
+        "Experts coming apart",
+        _svg(figure, "distance"),
+        "Line chart: distance between the weights of a layer's experts against tokens, the mean over layers with their range.",
+        f"At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from "
+        f"{_distance(fmean(distances[0]))} to {_distance(fmean(distances[-1]))}, furthest in layer {layer} ({_distance(furthest)}).",
+    )
+
+
+def _distance(value: float) -> str:
+    return f"{value:.2g}" if value >= 1e-3 else format_error(value)
+
+
+def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
+    figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    entropies = [[layer["entropy"] / math.log(len(layer["load"])) for layer in step["layers"]] for step in logged]
+    margins = [[layer["margin"] for layer in step["layers"]] for step in logged]
+    for axes, values, label in ((upper, entropies, "entropy ÷ log n"), (lower, margins, "margin")):
+        _layer_band(axes, logged, values)
+        axes.set_ylabel(label)
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    upper.set_ylim(0, 1.05)
+    lower.set_ylim(0, 1.15 * max(1e-3, *map(max, margins)))
+    lower.set_xlabel("tokens")
+    figure.align_ylabels()
+    return Picture(
+        "Routers over training",
+        _svg(figure, "router"),
+        "Two line charts against tokens, the mean over layers with their range: the routers' entropy relative to its largest, and their margin.",
+        "A router that knows its experts has an entropy well below 1, which is chance, and a wide margin between the last expert chosen and the "
+        f"next: over all layers the mean entropy went from {fmean(entropies[0]):.2f} to {fmean(entropies[-1]):.2f}, "
+        f"the margin from {fmean(margins[0]):.2f} to {fmean(margins[-1]):.2f}.",
     )
 
 
@@ -246,9 +351,33 @@ def _layer_lines(axes: Axes, lines: dict[str, list[float]]) -> None:
     axes.legend(labelspacing=0.35, handlelength=2.2)
 
 
-def _fair_shares(step: dict[str, Any]) -> list[list[float]]:
+def _layer_band(axes: Axes, logged: Sequence[dict[str, Any]], values: Sequence[Sequence[float]]) -> None:
+    """The mean over layers [step][layer] as a line in the range of all layers, against tokens."""
+    tokens = [step["num_tokens"] for step in logged]
+    axes.fill_between(tokens, [min(layers) for layers in values], [max(layers) for layers in values], color=_BLUE, alpha=0.18, linewidth=0)
+    axes.plot(tokens, [fmean(layers) for layers in values], color=_BLUE, marker="." if len(values) <= 2 else "")
+    _token_axis(axes)
+    _mark_stages(axes, _stage_starts(logged), _GREY)
+
+
+def _token_axis(axes: Axes) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: trim_zeros(format_count(value))))
+    axes.xaxis.set_major_locator(MaxNLocator(6))
+
+
+def _stage_starts(steps: Sequence[dict[str, Any]]) -> list[int]:
+    """Tokens at which one model's second and later stages begin."""
+    return [before["num_tokens"] for before, after in pairwise(steps) if before["stage"] != after["stage"]]
+
+
+def _mark_stages(axes: Axes, starts: Sequence[int], color: str) -> None:
+    for tokens in starts:
+        axes.axvline(tokens, color=color, linewidth=0.6, linestyle=(0, (2, 2)), zorder=1)
+
+
+def _fair_shares(loads: Sequence[Sequence[float]]) -> list[list[float]]:
     """Load of each expert of each layer over what it would be if all were equal."""
-    return [[share * len(layer["load"]) for share in layer["load"]] for layer in step["layers"]]
+    return [[share * len(load) for share in load] for load in loads]
 
 
 def _even(largest: float) -> list[float]:

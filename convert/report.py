@@ -18,9 +18,20 @@ from typing import Any
 
 import jinja2
 
-from convert.numerals import NONE, agree, format_agreement, format_count, format_error, format_perplexity, format_rounded, format_size, format_special
+from convert.numerals import (
+    NONE,
+    agree,
+    format_agreement,
+    format_count,
+    format_error,
+    format_perplexity,
+    format_rounded,
+    format_seconds,
+    format_size,
+    format_special,
+)
 from convert.pictures import draw_pictures
-from convert.summary import COLUMNS, Row, find_measured, judge, row_cells, summarize
+from convert.summary import COLUMNS, Row, compare_training, find_measured, judge, row_cells, summarize
 
 HTML_NAME = "report.html"
 JSON_NAME = "report.json"
@@ -114,6 +125,7 @@ def _page(facts: dict[str, Any]) -> str:
         summary=_Grid(COLUMNS, tuple(row_cells(row) for row in rows)),
         first_onnx_row=next((n for n, row in enumerate(rows) if row.passed is not None), None),
         perplexity_note=_perplexity_note(facts),
+        trained=_trained(facts),
         pictures=draw_pictures(facts, rows),
         receipt=_receipt(facts["upcycle"]["receipt"]),
         parity=list(_parity_sections(facts)),
@@ -161,6 +173,26 @@ def _perplexity_note(facts: dict[str, Any]) -> str:
     return (
         f"Parity measures perplexity on text of its own, where the fine-tuned torch model has {there} (and {format_perplexity(tuned)} above): "
         "compare ONNX rows with each other and with that figure."
+    )
+
+
+def _trained(facts: dict[str, Any]) -> _Grid:
+    """What the mixture reached and took, and the dense models that were trained beside it."""
+    headers = ("Trained", "Loss, nats", "Perplexity", "Active parameters", "Decode tokens/s", "Training time", "Steps")
+    return _Grid(
+        headers,
+        tuple(
+            (
+                row.name,
+                format_special(row.loss) or f"{row.loss:.4f}",
+                format_perplexity(row.perplexity),
+                format_count(row.num_active_parameters),
+                format_rounded(row.decode_tokens_per_second),
+                format_seconds(row.seconds),
+                f"{row.num_steps:,}",
+            )
+            for row in compare_training(facts)
+        ),
     )
 
 
@@ -229,7 +261,7 @@ def _builds(facts: dict[str, Any]) -> _Grid:
 
 
 def _provenance(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    shown = {"finetune": ("evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
+    shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
     elsewhere = {"name", "recipe", "variants"}
     sections = {key: value for key, value in facts.items() if key not in elsewhere}
     yield "run", [pair for key, value in sections.items() if not isinstance(value, dict) for pair in _pairs(value, key)]

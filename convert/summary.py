@@ -10,10 +10,22 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from convert.numerals import NONE, agree, describe_change, format_agreement, format_perplexity, format_rounded, format_share, format_size
+from convert.numerals import (
+    NONE,
+    agree,
+    describe_change,
+    format_agreement,
+    format_count,
+    format_perplexity,
+    format_rounded,
+    format_seconds,
+    format_share,
+    format_size,
+)
 
 TORCH_MODELS = ("dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned")
 COLUMNS = ("Model", "Perplexity", "Size", "Top-1 agreement", "Routing agreement", "Decode tokens/s", "Prefill tokens/s", "Parity")
+_TIME_SLACK = 0.1  # share by which a control's seconds may differ from the mixture's in the favour of the better one
 
 
 @dataclass(frozen=True)
@@ -28,6 +40,19 @@ class Row:
     decode_tokens_per_second: float | None
     prefill_tokens_per_second: float | None
     passed: bool | None
+
+
+@dataclass(frozen=True)
+class Training:
+    """What one trained model reached, and what it took; the loss in nats a token on held-out text, the active parameters those of one token."""
+
+    name: str
+    loss: float
+    perplexity: float
+    num_active_parameters: int
+    decode_tokens_per_second: float
+    num_steps: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +110,9 @@ def judge(facts: dict[str, Any]) -> Iterator[Verdict]:
     """What the numbers say, in order: upcycling, fine-tuning, each variant."""
     evaluations = facts["finetune"]["evaluations"]
     yield _upcycling_verdict(evaluations["dense"]["perplexity"], evaluations["upcycled"]["perplexity"])
-    yield _finetuning_verdict(facts)
+    yield from _finetuning_verdicts(facts["finetune"])
+    if "dense continued" in evaluations:
+        yield _cost_verdict(facts)
     variants = facts["variants"]
     reference = find_measured(variants["float32"]) if "float32" in variants else None
     for name, variant in variants.items():
@@ -101,35 +128,68 @@ def _upcycling_verdict(dense: float, upcycled: float) -> Verdict:
     return Verdict(f"Upcycling did NOT keep the perplexity to 4 digits: {figures}, before any training.", False)
 
 
-def _finetuning_verdict(facts: dict[str, Any]) -> Verdict:
-    evaluations = facts["finetune"]["evaluations"]
+def _finetuning_verdicts(finetune: dict[str, Any]) -> Iterator[Verdict]:
+    evaluations = finetune["evaluations"]
     tuned = evaluations["fine-tuned"]["perplexity"]
     if "dense continued" not in evaluations:
         dense = evaluations["dense"]["perplexity"]
-        return Verdict(
+        yield Verdict(
             f"Fine-tuning took the perplexity from {format_perplexity(dense)} to {format_perplexity(tuned)}; "
             "without a dense control (finetune.control) the report cannot say whether the mixture helped or the tokens did.",
             None,
         )
-    control = evaluations["dense continued"]["perplexity"]
+        return
+    yield _control_verdict(tuned, evaluations["dense continued"]["perplexity"], "continued on the same tokens")
+    if "dense, equal time" in evaluations:
+        found = _control_verdict(tuned, evaluations["dense, equal time"]["perplexity"], "trained for as long")
+        seconds, steps = ({name: finetune[key][name] for name in ("fine-tuned", "dense, equal time")} for key in ("seconds", "num_steps"))
+        mixture, control = (f"{format_seconds(seconds[name])} ({steps[name]:,} steps)" for name in seconds)
+        ratio = seconds["dense, equal time"] / seconds["fine-tuned"]
+        favoured = found.good is not None and (ratio < 1 - _TIME_SLACK if found.good else ratio > 1 + _TIME_SLACK)
+        times = f"The control had {control}, the mixture {mixture}" + (": too unequal to count." if favoured else ".")
+        yield Verdict(f"{found.text} {times}", None if favoured else found.good)
+
+
+def _control_verdict(tuned: float, control: float, training: str) -> Verdict:
+    """Whether the mixture beats a dense model that was trained as `training` says, by their perplexities."""
     figures = f"{format_perplexity(tuned)} against {format_perplexity(control)}"
     if tuned < control and agree(tuned, control, 4):
         return Verdict(
-            f"NOT lower by more than rounding: the fine-tuned mixture and the dense model continued on the same tokens agree to 4 digits; "
-            f"perplexity {figures}.",
-            None,
+            f"NOT lower by more than rounding: the fine-tuned mixture and the dense model {training} agree to 4 digits; perplexity {figures}.", None
         )
     if tuned < control:
         return Verdict(
-            "The fine-tuned mixture beats the dense model continued on the same tokens: "
-            f"perplexity lower by {format_share(1 - tuned / control)}, {figures}.",
-            True,
+            f"The fine-tuned mixture beats the dense model {training}: perplexity lower by {format_share(1 - tuned / control)}, {figures}.", True
         )
     return Verdict(
-        f"NOT lower: the fine-tuned mixture does not beat the dense model continued on the same tokens; perplexity {figures}, "
+        f"NOT lower: the fine-tuned mixture does not beat the dense model {training}; perplexity {figures}, "
         f"{describe_change(tuned, control)} the control's.",
         False,
     )
+
+
+def _cost_verdict(facts: dict[str, Any]) -> Verdict:
+    mixture, dense = (row for row in compare_training(facts) if row.name in ("fine-tuned", "dense continued"))
+    return Verdict(
+        f"What the experts cost: {mixture.num_active_parameters / dense.num_active_parameters:.2f} × the dense model's parameters are active for a "
+        f"token ({format_count(mixture.num_active_parameters)} against {format_count(dense.num_active_parameters)}), it decodes "
+        f"{format_rounded(mixture.decode_tokens_per_second)} tokens/s against {format_rounded(dense.decode_tokens_per_second)}, and trained for "
+        f"{format_seconds(mixture.seconds)} against {format_seconds(dense.seconds)} on the same tokens.",
+        None,
+    )
+
+
+def compare_training(facts: dict[str, Any]) -> list[Training]:
+    """The fine-tuned mixture and the dense models that it is to be compared with, those that were trained."""
+    finetune = facts["finetune"]
+    found = []
+    for name in ("fine-tuned", "dense continued", "dense, equal time"):
+        if name in finetune["evaluations"]:
+            e = finetune["evaluations"][name]
+            active = facts["upcycle"]["num_active_parameters"] if name == "fine-tuned" else e["num_parameters"]
+            speed, steps, seconds = e["decode_tokens_per_second"], finetune["num_steps"][name], finetune["seconds"][name]
+            found.append(Training(name, e["loss"], e["perplexity"], active, speed, steps, seconds))
+    return found
 
 
 def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, Any] | None) -> Verdict:

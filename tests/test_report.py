@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import math
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from convert.pictures import Picture, draw_pictures
 from convert.report import write_report
-from convert.summary import Row, summarize, summary_table, verdict_lines
+from convert.summary import Row, Verdict, judge, summarize, summary_table, verdict_lines
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
+STAGE_DASH = "1.2,1.2"
 HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nupcycle:\n  num_experts: 4\n"
 
 
@@ -21,23 +24,29 @@ def evaluation(loss: float, perplexity: float, parameters: int, size: int, speed
     return {"loss": loss, "perplexity": perplexity, "num_parameters": parameters, "weight_bytes": size, "decode_tokens_per_second": speed}
 
 
+def routing(load: list[float], entropy: float, margin: float, cosine: float) -> dict[str, Any]:
+    return {"load": load, "entropy": entropy, "margin": margin, "cosine": cosine}
+
+
 def history() -> list[dict[str, Any]]:
+    """Two stages of two looks each; the dense model at equal time takes half as many steps again."""
     lines = []
-    for model, train, validation in (
-        ("fine-tuned", (2.90, 2.55, 2.41, 2.33), (2.71, 2.52, 2.44, 2.43)),
-        ("dense continued", (2.9, 2.6, 2.5, 2.4), (2.74, 2.6, 2.52, 2.54)),
+    for model, stride, train, validation in (
+        ("fine-tuned", 20, (2.90, 2.55, 2.41, 2.33), (2.71, 2.52, 2.44, 2.43)),
+        ("dense continued", 20, (2.9, 2.6, 2.5, 2.4), (2.74, 2.6, 2.52, 2.54)),
+        ("dense, equal time", 30, (2.8, 2.6, 2.4, 2.3), (2.70, 2.55, 2.49, 2.5)),
     ):
         for number, (t, v) in enumerate(zip(train, validation, strict=True), start=1):
-            step = {"model": model, "step": 20 * number, "num_tokens": 20 * number * 2048, "learning_rate": 3e-4 / number}
+            losses = {"train_loss": t, "balance_loss": 1.1 if model == "fine-tuned" else None, "z_loss": None, "distillation_loss": None}
+            step = {"model": model, "step": stride * number, "num_tokens": stride * number * 2048, "stage": (number - 1) // 2}
             high = 0.25 + 0.2 / number
             rest = (1 - high) / 3
-            routings = [{"load": [rest, high, rest + 0.01, rest - 0.01], "entropy": 1.2}, {"load": [0.25, 0.26, 0.24, 0.25], "entropy": 1.3}] * 2
-            layers = [{"number": n, **routing} for n, routing in enumerate(routings)]
-            lines.append(
-                {**step, "train_loss": t, "balance_loss": 1.1 if model == "fine-tuned" else None, "validation_loss": None}
-                | {"layers": layers if model == "fine-tuned" else []}
-            )
-            lines.append({**step, "train_loss": None, "balance_loss": None, "validation_loss": v, "layers": []})
+            even = routing([0.25, 0.26, 0.24, 0.25], 1.3, 0.2, 1 - 0.01 * number)
+            uneven = routing([rest, high, rest + 0.01, rest - 0.01], 1.2, 0.1 * number, 1 - 0.02 * number)
+            layers = [{"number": n, **found} for n, found in enumerate([uneven, even] * 2)]
+            learned = {"learning_rate": 3e-4 / number, "validation_loss": None, "layers": layers if model == "fine-tuned" else []}
+            lines.append({**step, **losses, **learned})
+            lines.append({**step, **dict.fromkeys(losses), "learning_rate": None, "validation_loss": v, "layers": []})
     return lines
 
 
@@ -134,11 +143,23 @@ def facts() -> dict[str, Any]:
                 "upcycled": evaluation(2.7, 14.8798, 10_430_208, 20_860_416, 96.0),
                 "fine-tuned": evaluation(2.419, 11.2345, 10_430_208, 41_720_832, 97.0),
                 "dense continued": evaluation(2.51, 12.3049, 4_131_072, 16_524_288, 208.0),
+                "dense, equal time": evaluation(2.4849, 12.0000, 4_131_072, 16_524_288, 209.0),
             },
             "history": history(),
-            "best_steps": {"fine-tuned": 80, "dense continued": 60},
+            "best_steps": {"fine-tuned": 80, "dense continued": 60, "dense, equal time": 90},
+            "num_steps": {"fine-tuned": 80, "dense continued": 80, "dense, equal time": 120},
+            "seconds": {"fine-tuned": 45.0, "dense continued": 30.0, "dense, equal time": 44.0},
             "precision": "bfloat16",
             "router_task_gradient": 1e-9,
+            "domains": {
+                "loads": {
+                    "prose": [[0.25, 0.25, 0.25, 0.25], [0.2, 0.3, 0.25, 0.25], [0.1, 0.4, 0.25, 0.25], [0.25, 0.25, 0.3, 0.2]],
+                    "code": [[0.25, 0.25, 0.25, 0.25], [0.3, 0.2, 0.25, 0.25], [0.3, 0.15, 0.3, 0.25], [0.25, 0.25, 0.2, 0.3]],
+                },
+                "between": [0.0, 0.1, 0.25, 0.1],
+                "within": [0.01, 0.02, 0.03, 0.02],
+            },
+            "sparse_layers": [0, 1, 2, 3],
             "warnings": ["the routers' task gradient was 1e-09 of the whole at the start; set upcycle.experts.noise to start them apart"],
         },
         "variants": {
@@ -208,9 +229,9 @@ def test_every_id_is_unique_and_every_reference_is_met(facts, written):
     assert references <= set(ids)
 
 
-def test_the_page_is_balanced_html_with_six_described_pictures(facts, written):
+def test_the_page_is_balanced_html_with_nine_described_pictures(facts, written):
     tags = Outline(written(facts)).tags
-    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 6
+    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 9
     assert all(attributes["aria-label"] for _, attributes in tags if attributes.get("role") == "img")
 
 
@@ -269,7 +290,7 @@ def test_the_json_is_sorted_and_has_no_nan(facts, tmp_path):
 
 def test_rows_come_in_the_order_in_which_the_models_came_to_be(facts):
     names = [row.name for row in summarize(facts)]
-    assert names == ["dense", "upcycled", "dense continued", "fine-tuned", "ONNX float32", "ONNX int8", "ONNX int4"]
+    assert names == ["dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned", "ONNX float32", "ONNX int8", "ONNX int4"]
 
 
 def test_a_variant_row_takes_its_worst_layer_and_its_agreement_with_the_fine_tuned_model(facts):
@@ -286,7 +307,7 @@ def test_the_terminal_table_fits_in_100_columns(facts):
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
-    assert sum(re.match(r"(dense|upcycled|dense continued|fine-tuned|ONNX \w+)  ", line) is not None for line in lines) == len(summarize(facts))
+    assert sum(line.startswith(tuple(f"{row.name}  " for row in summarize(facts))) for line in lines) == len(summarize(facts))
     assert "FAILED" in stream.getvalue()
     assert "698 GB" in stream.getvalue()
     assert "123,457" in stream.getvalue()
@@ -308,6 +329,65 @@ def test_the_verdict_says_by_how_much_the_control_was_beaten(facts):
     assert "NOT" not in line
 
 
+EQUAL_TIME = "the dense model trained for as long"
+TIMES = "The control had {}, the mixture 45.0 s (80 steps)"
+
+
+@pytest.mark.parametrize(
+    ("control", "text", "good"),
+    [
+        (12.0, f"The fine-tuned mixture beats {EQUAL_TIME}: perplexity lower by 6.38 %, 11.23 against 12.00.", True),
+        (11.0, f"NOT lower: the fine-tuned mixture does not beat {EQUAL_TIME}; perplexity 11.23 against 11.00, 2.13 % above the control's.", False),
+        (
+            11.2346,
+            f"NOT lower by more than rounding: the fine-tuned mixture and {EQUAL_TIME} agree to 4 digits; perplexity 11.23 against 11.23.",
+            None,
+        ),
+    ],
+)
+def test_the_verdict_says_whether_the_mixture_won_at_equal_time(facts, written, control, text, good):
+    facts["finetune"]["evaluations"]["dense, equal time"]["perplexity"] = control
+    expected = Verdict(f"{text} {TIMES.format('44.0 s (120 steps)')}.", good)
+    assert list(judge(facts))[2] == expected
+    assert expected.text in "".join(Outline(written(facts)).text)
+
+
+@pytest.mark.parametrize(("control", "seconds", "good"), [(12.0, 40.0, None), (12.0, 41.0, True), (11.0, 50.0, None), (11.0, 49.0, False)])
+def test_more_than_a_tenth_more_time_for_the_better_model_decides_nothing(facts, control, seconds, good):
+    facts["finetune"]["evaluations"]["dense, equal time"]["perplexity"] = control
+    facts["finetune"]["seconds"]["dense, equal time"] = seconds
+    verdict = list(judge(facts))[2]
+    assert verdict.good is good
+    ending = ": too unequal to count." if good is None else "."
+    assert verdict.text.endswith(TIMES.format(f"{seconds} s (120 steps)") + ending)
+
+
+@pytest.mark.parametrize(("control", "seconds", "good"), [(12.0, 90.0, True), (11.0, 20.0, False)])
+def test_who_wins_with_less_time_has_won(facts, control, seconds, good):
+    facts["finetune"]["evaluations"]["dense, equal time"]["perplexity"] = control
+    facts["finetune"]["seconds"]["dense, equal time"] = seconds
+    assert list(judge(facts))[2].good is good
+
+
+def test_the_verdict_says_what_the_experts_cost(facts):
+    assert list(judge(facts))[3] == Verdict(
+        "What the experts cost: 1.51 × the dense model's parameters are active for a token (6.23 M against 4.13 M), it decodes 97.0 tokens/s "
+        "against 208, and trained for 45.0 s against 30.0 s on the same tokens.",
+        None,
+    )
+
+
+def test_the_page_tells_what_each_trained_model_reached_and_took(facts, written):
+    facts["finetune"]["seconds"]["dense, equal time"] = 141.0
+    text = " ".join(" ".join(Outline(written(facts)).text).split())
+    for row in (
+        "fine-tuned 2.4190 11.23 6.23 M 97.0 45.0 s 80",
+        "dense continued 2.5100 12.30 4.13 M 208 30.0 s 80",
+        "dense, equal time 2.4849 12.00 4.13 M 209 2.35 min 120",
+    ):
+        assert row in text
+
+
 @pytest.mark.parametrize(("tuned", "change"), [(12.5510, "2.00 % above"), (12.3049, "equal to"), (float("nan"), "not comparable with")])
 def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned, change):
     facts["finetune"]["evaluations"]["fine-tuned"]["perplexity"] = tuned
@@ -325,14 +405,14 @@ def test_a_win_by_less_than_the_digits_shown_is_no_win(facts):
 
 
 def test_the_verdict_compares_each_variant_with_float32_onnx(facts):
-    lines = verdict_lines(facts)[2:]
+    lines = verdict_lines(facts)[-3:]
     assert lines[0] == "ONNX float32: perplexity 11.23, less than 0.01 % above the fine-tuned torch model's; parity passed."
     assert lines[2] == f"ONNX int4: perplexity 11.51, {100 * (11.5123 / 11.2346 - 1):.2f} % above float32 ONNX's; parity passed."
 
 
 def test_without_a_float32_variant_each_is_compared_with_torch(facts):
     del facts["variants"]["float32"]
-    assert verdict_lines(facts)[2] == "ONNX int8: perplexity 11.24, 0.06 % above the fine-tuned torch model's; parity passed."
+    assert verdict_lines(facts)[-2] == "ONNX int8: perplexity 11.24, 0.06 % above the fine-tuned torch model's; parity passed."
 
 
 def test_a_run_that_agrees_passes(facts, written):
@@ -352,14 +432,128 @@ def test_a_failed_parity_shows_its_breach_and_a_fail_badge(facts, written):
     assert "".join(Outline(page).text).count(breach) == 2  # in the verdict and at the variant
 
 
+def forget(facts: dict[str, Any], *models: str) -> None:
+    """The facts of a run that did not train these models."""
+    finetune = facts["finetune"]
+    for key in ("evaluations", "best_steps", "num_steps", "seconds"):
+        for model in models:
+            del finetune[key][model]
+    finetune["history"] = [step for step in finetune["history"] if step["model"] not in models]
+
+
 def test_a_control_that_was_not_trained_is_missing_and_said_to_be(facts, written):
-    del facts["finetune"]["evaluations"]["dense continued"]
-    facts["finetune"]["history"] = [step for step in facts["finetune"]["history"] if step["model"] == "fine-tuned"]
-    facts["finetune"]["best_steps"] = {"fine-tuned": 80}
+    forget(facts, "dense continued", "dense, equal time")
     text = "".join(Outline(written(facts)).text)
     assert "without a dense control" in text
+    assert "nothing to compare it with" in text
     assert "dense continued" not in text
+    assert "equal time" not in text
+    assert "What the experts cost" not in text
     assert [row.name for row in summarize(facts)][:3] == ["dense", "upcycled", "fine-tuned"]
+
+
+def test_a_run_without_the_control_of_equal_time_has_that_of_equal_tokens(facts, written):
+    forget(facts, "dense, equal time")
+    text = "".join(Outline(written(facts)).text)
+    assert "trained for as long" not in text
+    assert verdict_lines(facts)[2].startswith("What the experts cost")
+    assert "reached 2.430 for the mixture and 2.520 for the dense model at equal tokens;" in text
+
+
+def picture(facts: dict[str, Any], title: str) -> Picture:
+    return next(p for p in draw_pictures(facts, summarize(facts)) if p.title == title)
+
+
+def titles(facts: dict[str, Any]) -> set[str]:
+    return {p.title for p in draw_pictures(facts, summarize(facts))}
+
+
+def test_the_training_curve_shows_the_mixture_and_both_controls(facts):
+    drawn = picture(facts, "Training")
+    assert "reached 2.430 for the mixture, 2.520 for the dense model at equal tokens and 2.490 for the dense model at equal time;" in drawn.caption
+    for label in ("mixture", "dense, equal tokens", "dense, equal time"):
+        assert f">{label}<" in drawn.svg
+
+
+def test_the_training_curve_marks_where_stages_begin(facts):
+    ends = {(s["model"], s["num_tokens"]) for s in facts["finetune"]["history"] if s["step"] in (40, 60) and s["stage"] == 0}
+    places = {tokens for _, tokens in ends}
+    assert len(places) == 2  # the mixture's and its equal in tokens, and that of equal time
+    drawn = picture(facts, "Training")
+    assert drawn.svg.count(f"stroke-dasharray: {STAGE_DASH}") == len(places)
+    assert "where a stage begins" in drawn.caption
+
+
+def test_one_stage_is_not_marked(facts):
+    for step in facts["finetune"]["history"]:
+        step["stage"] = 0
+    for title in ("Training", "Load over training", "Experts coming apart", "Routers over training"):
+        drawn = picture(facts, title)
+        assert STAGE_DASH not in drawn.svg
+        assert "stage" not in drawn.caption
+
+
+def test_the_specialization_names_the_expert_that_tells_domains_apart_most(facts):
+    drawn = picture(facts, "Specialization")
+    assert drawn.caption == (
+        "From one domain to another 11 % of a layer's load moves to other experts, from one half of a domain to the other 2.00 %, so the experts "
+        "know the domains; the greatest difference is expert 1 of layer 2, with 1.60 times its fair share of prose and 0.60 times of code."
+    )
+    cells = re.findall(r">(\d\.\d\d)<", drawn.svg)
+    shares = [share for layers in zip(*facts["finetune"]["domains"]["loads"].values(), strict=True) for layer in layers for share in layer]
+    assert cells == [f"{4 * share:.2f}" for share in shares]
+
+
+def test_the_specialization_names_layers_by_their_place_in_the_model(facts):
+    facts["finetune"]["sparse_layers"] = [3, 5, 7, 9]
+    assert "expert 1 of layer 7" in picture(facts, "Specialization").caption
+
+
+@pytest.mark.parametrize(("within", "finding"), [(0.05, "know"), (0.1, "hardly know"), (0.1125, "do not know"), (0.2, "do not know")])
+def test_domains_are_known_where_they_are_further_apart_than_halves_of_one(facts, within, finding):
+    facts["finetune"]["domains"]["within"] = [within] * 4
+    assert f"so the experts {finding} the domains" in picture(facts, "Specialization").caption
+
+
+def test_names_of_domains_are_shortened_and_escaped(facts):
+    loads = facts["finetune"]["domains"]["loads"]
+    loads["$<b>"] = loads["code"]
+    loads["a domain with a long name"] = loads["prose"]
+    svg = picture(facts, "Specialization").svg
+    assert ">$&lt;b&gt;<" in svg
+    assert ">a domain w…<" in svg
+    assert "long name" not in svg
+
+
+def test_without_domains_there_is_no_specialization(facts):
+    facts["finetune"]["domains"] = None
+    assert "Specialization" not in titles(facts)
+
+
+def test_the_experts_distance_is_the_mean_over_layers(facts):
+    assert picture(facts, "Experts coming apart").caption == (
+        "At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from 0.015 to 0.06, "
+        "furthest in layer 2 (0.08)."
+    )
+
+
+def test_copies_have_no_distance(facts):
+    for step in facts["finetune"]["history"]:
+        for layer in step["layers"]:
+            layer["cosine"] = 1.0000001
+    assert "went from 0 to 0, furthest" in picture(facts, "Experts coming apart").caption
+
+
+def test_the_routers_entropy_is_relative_to_chance(facts):
+    share = (1.2 + 1.3) / 2 / math.log(4)
+    assert f"the mean entropy went from {share:.2f} to {share:.2f}, the margin from 0.15 to 0.30." in picture(facts, "Routers over training").caption
+
+
+def test_a_router_with_one_expert_is_not_drawn(facts):
+    for step in facts["finetune"]["history"]:
+        for layer in step["layers"]:
+            layer.update(load=[1.0], entropy=0.0)
+    assert not titles(facts) & {"Experts coming apart", "Routers over training"}
 
 
 def test_a_run_without_variants_claims_no_parity(facts, written):
@@ -409,7 +603,7 @@ def test_unknown_facts_are_shown_in_the_provenance(facts, written):
 
 def test_one_step_of_one_layer_makes_a_page(facts, written):
     facts["finetune"]["history"] = facts["finetune"]["history"][:2]
-    facts["finetune"]["history"][0]["layers"] = [{"number": 0, "load": [1.0], "entropy": 0.0}]
+    facts["finetune"]["history"][0]["layers"] = [{"number": 0, **routing([1.0], 0.0, 0.0, 1.0)}]
     for variant in facts["variants"].values():
         variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"].update(routing_agreement=[1.0], hidden_error=[0.0])
     assert "got 1.00 times its fair share" in written(facts)
@@ -423,7 +617,9 @@ def test_a_run_without_history_makes_a_page(facts, written):
 def test_a_large_model_makes_a_page(facts, written):
     load = [1 / 64] * 64
     for step in facts["finetune"]["history"]:
-        step["layers"] = [{"number": n, "load": load, "entropy": 4.1} for n in range(48)] if step["layers"] else []
+        step["layers"] = [{"number": n, **routing(load, 4.1, 0.2, 0.9)} for n in range(48)] if step["layers"] else []
+    facts["finetune"]["domains"] = {"loads": dict.fromkeys("abcdefgh", [load] * 48), "between": [0.0] * 48, "within": [0.0] * 48}
+    facts["finetune"]["sparse_layers"] = list(range(48))
     Outline(written(facts))
 
 
