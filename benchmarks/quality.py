@@ -84,8 +84,8 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def embedded_setting() -> Setting:
-    data = DataConfig(source=PythonDocsData(kind="python-docs"), block_size=256, max_validation_tokens=16_384, max_test_tokens=65_536)
-    return Setting(ROOT / "recipes/models/python-docs-4m", data, settings(150, 8, 2e-4))
+    data = DataConfig(source=PythonDocsData(kind="python-docs"), block_size=256, max_validation_tokens=16_384, max_test_tokens=32_768)
+    return Setting(ROOT / "recipes/models/python-docs-4m", data, settings(60, 8, 1e-4))
 
 
 def wikitext_setting(text: Path, cache: Path) -> Setting:

@@ -186,13 +186,15 @@ def test_the_temperature_softens_both_and_its_square_keeps_the_gradient() -> Non
 
 
 def test_distillation_alone_pulls_towards_the_parent(start: Start, dense_checkpoint: Path, mixture_checkpoint: Path, data: Path) -> None:
-    facts, output = start(CONFIG.model_copy(update={"distillation": Distillation(weight=1.0), "balance_coefficient": 0.0, "learning_rate": 3e-3}))
+    facts, output = start(
+        CONFIG.model_copy(update={"distillation": Distillation(weight=1.0), "balance_coefficient": 0.0, "learning_rate": 3e-3, "steps": 40})
+    )
     blocks = read_blocks(data, "test")[:16]
     with torch.no_grad():
         parent, before, after = (load_model(each, torch.float32)(blocks).logits for each in (dense_checkpoint, mixture_checkpoint, output))
-    assert float(distillation_loss(after, parent, 1.0)) < 0.8 * float(distillation_loss(before, parent, 1.0))
-    divergences = [step.distillation_loss for step in facts.history if step.distillation_loss is not None]
-    assert len(divergences) == 6
+    far, near = (float(distillation_loss(logits, parent, 1.0)) for logits in (before, after))
+    assert near < 0.6 * far
+    assert len([step for step in facts.history if step.distillation_loss is not None]) == 40
 
 
 @pytest.mark.parametrize(
@@ -399,8 +401,9 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
     for ours, theirs in zip(one, two, strict=True):
         assert (ours.model, ours.step, ours.num_tokens) == (theirs.model, theirs.step, theirs.num_tokens)
         for name in ("train_loss", "balance_loss", "z_loss", "validation_loss"):
+            expected, found = getattr(ours, name), getattr(theirs, name)
             # Sums in another order, four steps of AdamW long.
-            assert getattr(two[two.index(theirs)], name) == pytest.approx(getattr(ours, name), rel=1e-4), (ours.step, name)
+            assert found == expected or found == pytest.approx(expected, rel=1e-4), (ours.step, name)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")

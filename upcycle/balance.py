@@ -54,7 +54,8 @@ def expert_cosine(weights: torch.Tensor) -> torch.Tensor:
     num_experts = len(directions)
     if num_experts == 1:
         return torch.ones(())
-    return (directions.sum(0).square().sum() - directions.square().sum()) / (num_experts * (num_experts - 1))
+    # Over the directions' own squares, which are not quite 1 in float32, so that copies give 1.
+    return (directions.sum(0).square().sum() / directions.square().sum() - 1) / (num_experts - 1)
 
 
 @dataclass(frozen=True)

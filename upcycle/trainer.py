@@ -205,6 +205,7 @@ class _StageTrainer(Trainer):
         self.mixture, self.teacher, self.stage = model, teacher, stage
         self.num_experts = _num_experts(model)
         self.router_logits: list[torch.Tensor] = []
+        self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
         self.parts: dict[str, list[torch.Tensor]] = {}
         settings = stage.settings
@@ -229,6 +230,7 @@ class _StageTrainer(Trainer):
             top_k = self.mixture.config.num_experts_per_tok
             self.forced = domain_experts(inputs["domains"], ids.shape[1], self.stage.num_domains, self.num_experts, top_k)
         logits = model(input_ids=ids, use_cache=False).logits
+        self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
         loss = self._note("train_loss", next_token_loss(logits, ids))
         if self.teacher is not None and settings.distillation is not None:
             with torch.inference_mode():
@@ -236,20 +238,20 @@ class _StageTrainer(Trainer):
             share = settings.distillation.weight
             divergence = self._note("distillation_loss", distillation_loss(logits, given.clone(), settings.distillation.temperature))
             loss = (1 - share) * loss + share * divergence
-        if self.router_logits and self.forced is None:
+        if self.routing and self.forced is None:
             loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
             if settings.z_coefficient:
-                loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.router_logits]).mean())
+                loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
 
     def _balance(self) -> torch.Tensor:
         """Mean over layers of each layer's balance loss, with the load of all processes."""
         top_k = self.mixture.config.num_experts_per_tok
-        loads = torch.stack([expert_load(z, top_k) for z in self.router_logits])
+        loads = torch.stack([expert_load(z, top_k) for z in self.routing])
         if join_processes().num_processes > 1:
             distributed.all_reduce(loads)
             loads /= join_processes().num_processes
-        return torch.stack([balance_loss(z, top_k, load) for z, load in zip(self.router_logits, loads, strict=True)]).mean()
+        return torch.stack([balance_loss(z, top_k, load) for z, load in zip(self.routing, loads, strict=True)]).mean()
 
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
         self.parts.setdefault(name, []).append(value.detach().float())
@@ -416,14 +418,14 @@ class _Watch(TrainerCallback):
                     f"{_where_kept(self.scratch)}"
                 )
         step = stage.first_step + state.global_step
-        layers = self._describe() if parts and self.trainer.router_logits else ()
+        layers = self._describe() if parts and self.trainer.routing else ()
         num_tokens = step * stage.settings.batch_size * stage.blocks.shape[1]
         rate = logs.get("learning_rate")
         self.history.append(Step(stage.model, step, num_tokens, stage.number, **parts, validation_loss=validation, learning_rate=rate, layers=layers))
 
     def _describe(self) -> Any:
         stacked = [next(p for p in module.experts.parameters() if p.ndim == 3) for module in _blocks_with_experts(self.trainer.mixture)]
-        return describe_routing(self.sparse_layers, self.trainer.router_logits, stacked, self.trainer.mixture.config.num_experts_per_tok)
+        return describe_routing(self.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop |= self.patience_is_over
