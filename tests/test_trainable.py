@@ -16,7 +16,14 @@ from upcycle.config import ExpertsConfig, FinetuneConfig, UpcycleConfig
 from upcycle.errors import UpcycleError
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle
-from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, expert_parameters, parameter_groups
+from upcycle.trainable import (
+    add_expert_dropout,
+    choose_trainable,
+    domain_experts,
+    expert_parameters,
+    parameter_groups,
+    stacked_weights,
+)
 
 Load = Callable[..., PreTrainedModel]
 
@@ -105,7 +112,11 @@ def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(ar
         for parameter in adapters.values():
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     adapted = model(ids).logits
+    experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")]
+    watched = [stacked_weights(each) for each in experts]
     merge()
+    for seen, module in zip(watched, (module for module in model.modules() if hasattr(module, "experts")), strict=True):
+        torch.testing.assert_close(seen, module.experts.gate_up_proj)  # type: ignore[union-attr]
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before.named_parameters()]
     torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
     changed = {name for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True) if not torch.equal(new, old)}

@@ -50,12 +50,13 @@ def router_margin(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 def expert_cosine(weights: torch.Tensor) -> torch.Tensor:
     """Mean cosine between the weights of two experts of a layer, from [num_experts, ...]; a scalar, 1 while they are copies."""
-    directions = F.normalize(weights.detach().float().flatten(1), dim=1)
-    num_experts = len(directions)
+    flat = weights.detach().float().flatten(1)
+    num_experts = len(flat)
     if num_experts == 1:
         return torch.ones(())
-    # Over the directions' own squares, which are not quite 1 in float32, so that copies give 1.
-    return (directions.sum(0).square().sum() / directions.square().sum() - 1) / (num_experts - 1)
+    products = flat @ flat.T
+    lengths = products.diagonal().sqrt()
+    return ((products / lengths / lengths[:, None]).sum() - num_experts) / (num_experts * (num_experts - 1))
 
 
 @dataclass(frozen=True)

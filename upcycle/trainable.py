@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -108,6 +108,17 @@ def _add_lora(model: PreTrainedModel, settings: FinetuneConfig, routers: set[int
         adapted.merge_and_unload()
 
     return merge
+
+
+def stacked_weights(experts: Any) -> torch.Tensor:
+    """The first matrices of all experts, [num_experts, ...], as they compute: with the low-rank update that is not merged yet."""
+    name, parameter = next((name, p) for name, p in experts.named_parameters() if p.ndim == 3)
+    wrapper = experts
+    while (wrapped := getattr(wrapper, "parameter_name", None)) is not None:  # peft nests a wrapper for each parameter
+        if wrapped == name.rsplit(".", 1)[-1]:
+            return cast(torch.Tensor, parameter.detach() + wrapper.get_delta_weight("default").detach())
+        wrapper = wrapper.base_layer
+    return cast(torch.Tensor, parameter.detach())
 
 
 def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], None]:

@@ -42,7 +42,7 @@ from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import join_processes
 from upcycle.progress import Progress
 from upcycle.receipt import router_modules, router_weights, sparse_layers
-from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups
+from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -281,7 +281,8 @@ class _StageTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW over the groups of `parameter_groups`."""
-        self.optimizer = torch.optim.AdamW(parameter_groups(self.mixture, self.stage.settings, self.stage.sparse_layers), betas=(0.9, 0.95))
+        groups = parameter_groups(self.mixture, self.stage.settings, self.stage.sparse_layers)
+        self.optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -424,7 +425,7 @@ class _Watch(TrainerCallback):
         self.history.append(Step(stage.model, step, num_tokens, stage.number, **parts, validation_loss=validation, learning_rate=rate, layers=layers))
 
     def _describe(self) -> Any:
-        stacked = [next(p for p in module.experts.parameters() if p.ndim == 3) for module in _blocks_with_experts(self.trainer.mixture)]
+        stacked = [stacked_weights(module.experts) for module in _blocks_with_experts(self.trainer.mixture)]
         return describe_routing(self.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

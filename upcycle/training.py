@@ -182,9 +182,9 @@ def _warnings(history: tuple[Step, ...], gradient: float) -> Iterator[str]:
 
 
 def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, Trained]) -> tuple[FinetuneConfig, ...]:
-    """The stages with as many steps as the dense model does while the mixture trains, by the seconds that both have taken."""
+    """The stages with as many steps in all as the dense model does while the mixture trains, by the seconds that both have taken."""
     mixture, control = trained["fine-tuned"], trained["dense continued"]
-    ratio = (mixture.seconds / mixture.last_step) / (control.seconds / control.last_step)
+    ratio = mixture.seconds / (control.seconds / control.last_step) / sum(stage.steps for stage in stages)
     return tuple(stage.model_copy(update={"steps": max(stage.warmup_steps + 1, round(stage.steps * ratio))}) for stage in stages)
 
 
