@@ -96,6 +96,21 @@ def test_a_killed_run_gives_the_weights_of_an_unbroken_one(killed_run, tiny_reci
     assert digests[0] == digests[1]
 
 
+def test_two_processes_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe):
+    workdir = tiny_recipe.parent / "shared"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "convert", "run", str(tiny_recipe)]
+    finished = subprocess.run([*command, "--workdir", str(workdir)], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("report: ") == 1
+    assert succeed("verify", workdir).endswith("8 artifacts, every file as its manifest says\n")
+    assert not list(workdir.glob("*.resume"))
+    alone, shared = (json.loads(next(each.glob("report-*/report.json")).read_text(encoding="utf-8")) for each in (killed_run[0], workdir))
+    for name, evaluation in alone["finetune"]["evaluations"].items():
+        if name != "dense, equal time":  # whose steps are measured
+            # Sums in another order, and three steps.
+            assert shared["finetune"]["evaluations"][name]["loss"] == pytest.approx(evaluation["loss"], rel=1e-4)
+
+
 def test_a_second_run_reuses_everything(killed_run, tiny_recipe):
     finished = dense2moe("run", tiny_recipe, "--workdir", killed_run[0])
     assert finished.returncode == 0

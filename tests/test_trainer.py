@@ -366,20 +366,20 @@ def test_routing_differs_between_domains_more_than_within_one(start: Start) -> N
 # Many processes
 
 WORKER = """
-import sys
+import os, sys
 from pathlib import Path
 from upcycle.config import FinetuneConfig
 from upcycle.training import finetune
 dense, mixture, data, output, scratch, settings = sys.argv[1:]
 finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, lambda *_: None, Path(scratch))
+Path(scratch, f"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}").touch()
 """
 
 
 def launch(num_processes: int, *arguments: object) -> None:
     script = Path(str(arguments[3])).parent / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(num_processes), "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run([*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -395,6 +395,7 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
         output = place / "output"
         output.mkdir(parents=True)
         launch(count, dense_checkpoint, mixture_checkpoint, data, output, place / "scratch", settings)
+        assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
     one, two = histories[1], histories[2]
     assert len(one) == len(two) == 2 * (4 + 2)

@@ -144,7 +144,9 @@ def _need_tensorboard() -> None:
     from transformers.integrations.integration_utils import is_tensorboard_available  # only this needs it
 
     if not is_tensorboard_available():
-        raise UpcycleError("finetune.tensorboard is true and TensorBoard is not installed; install it (pip install tensorboard), or set it to false")
+        raise UpcycleError(
+            "finetune.tensorboard is true and TensorBoard is not installed; install it (pip install 'dense2moe[tensorboard]'), or set it to false"
+        )
 
 
 def _precision(config: FinetuneConfig) -> str:
