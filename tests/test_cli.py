@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -99,7 +100,19 @@ def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_pat
     code, output = invoke("check", recipe(source=source))
     assert code == 1
     reason = "has LayerNorm, and an FFN with biases and without a gate; no mixture-of-experts architecture of transformers holds that"
-    assert output == f"Error: config.json: GPT2LMHeadModel (gpt2) {reason}\n"
+    assert output == f"Error: {source / 'config.json'}: GPT2LMHeadModel (gpt2) {reason}\n"
+
+
+@pytest.mark.parametrize("nonsense", [{"intermediate_size": -1}, {"hidden_act": "sillu"}, {"architectures": 1}])
+def test_nonsense_in_the_sources_config_is_one_line_of_plan(nonsense, recipe, dense_checkpoint, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense_checkpoint, source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps(config | nonsense), encoding="utf-8")
+    code, output = invoke("plan", recipe(source=source))
+    assert code == 1
+    assert output.startswith(f"Error: {source / 'config.json'}: ")
+    assert output.count("\n") == 1
 
 
 def test_a_missing_source_names_the_places_tried(recipe, tmp_path):

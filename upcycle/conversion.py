@@ -370,21 +370,23 @@ COMMON_NEUTRAL = frozenset({
 })  # fmt: skip
 
 
-def find_family(model_type: str, architectures: list[str] | None) -> DenseFamily:
-    """The family of a config.
+def find_family(model_type: str, architectures: Any, where: str) -> DenseFamily:
+    """The family of a config; `where` names the config in a refusal.
 
     Raises:
-        UpcycleError: no family covers it; says why, where that is known, and what is supported.
+        UpcycleError: `architectures` is neither None nor a list of names; no family covers it: says why, where that is known, and what is supported.
     """
+    if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
+        raise UpcycleError(f"{where}: architectures is {architectures!r}; it must be a list of class names, such as ['LlamaForCausalLM']")
     for family in DENSE_FAMILIES:
         if family.model_type == model_type and (not architectures or family.architecture in architectures):
             return family
     named = f"{architectures[0]} ({model_type})" if architectures else model_type
     if (known := NO_TWIN.get(model_type)) is not None:
         nearest = f"; the nearest target is {known.nearest}" if known.nearest else ""
-        raise UpcycleError(f"config.json: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds that{nearest}")
+        raise UpcycleError(f"{where}: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds that{nearest}")
     supported = ", ".join(family.architecture for family in DENSE_FAMILIES)
-    raise UpcycleError(f"config.json: {named} cannot be upcycled; supported: {supported}")
+    raise UpcycleError(f"{where}: {named} cannot be upcycled; supported: {supported}")
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
@@ -393,7 +395,7 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
     Raises:
         UpcycleError: none does; the reasons are those of the target that comes nearest, the one with the fewest.
     """
-    family = find_family(source.model_type, source.architectures)
+    family = find_family(source.model_type, source.architectures, where)
     rows = [row for row in CONVERSIONS if row.family is family]
     if config.target != "auto":
         asked = [row for row in rows if row.target.model_type == config.target]

@@ -405,7 +405,7 @@ def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, 
 def _check_tensors(checkpoint: Checkpoint, family: DenseFamily) -> tuple[str, ...]:
     """Compare the stored tensors with those of transformers' own model of this config; returns the names that are dropped."""
     _check_depth(checkpoint, family)
-    expected, tied = _expected(checkpoint.config, family.architecture)
+    expected, tied = _expected(checkpoint.config, family.architecture, str(checkpoint.directory / "config.json"))
     num_layers = max(getattr(checkpoint.config, ffn.num_layers) for ffn in family.ffns)
     droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
     droppable |= tied  # transformers ties it to the embedding whatever is stored
@@ -437,14 +437,22 @@ def _check_depth(checkpoint: Checkpoint, family: DenseFamily) -> None:
             )
 
 
-def expected_shapes(config: PreTrainedConfig, architecture: str) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing."""
-    return _expected(config, architecture)[0]
+def expected_shapes(config: PreTrainedConfig, architecture: str, where: str) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing.
+
+    Raises:
+        UpcycleError: transformers cannot build a model of the config, which `where` names.
+    """
+    return _expected(config, architecture, where)[0]
 
 
-def _expected(config: PreTrainedConfig, architecture: str) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
-    with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, architecture)(config)
+def _expected(config: PreTrainedConfig, architecture: str, where: str) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = getattr(transformers, architecture)(config)
+    except Exception as error:  # torch and transformers raise many kinds for values that make no model, plain asserts and KeyErrors among them
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UpcycleError(f"{where}: transformers cannot build {architecture} of these values ({reason}); correct the file") from error
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
 
