@@ -7,7 +7,8 @@ bytes from one file to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -285,8 +286,11 @@ class _Planner:
         return self.entries[self._slice(up, layer).source].shape[1]
 
     def _write(self, name: str, layer: int, shape: tuple[int, ...], pieces: list[ExpertPart]) -> Write:
-        dtype = DTYPES[self.entries[pieces[0].matrix.source].dtype]
-        return Write(TensorSpec(name.format(layer=layer), dtype, shape), tuple(pieces))
+        return Write(TensorSpec(name.format(layer=layer), self._dtype(pieces), shape), tuple(pieces))
+
+    def _dtype(self, pieces: Iterable[ExpertPart]) -> torch.dtype:
+        """The dtype that holds every value of all pieces."""
+        return functools.reduce(torch.promote_types, [DTYPES[self.entries[piece.matrix.source].dtype] for piece in pieces])
 
     def _part(self, matrix: Matrix, axis: int, layer: int, site: int, expert: int) -> ExpertPart:
         part = expert % self.config.num_parts
@@ -321,24 +325,22 @@ class _Planner:
         assert ffn.gate is not None
         hidden = self._hidden(ffn.up, layer)
         width = 0 if kind == "none" else self.ffn_width
-        dtype = DTYPES[self.entries[self._slice(ffn.up, layer).source].dtype]
 
         def part(matrix: Matrix, axis: int, scale: float = 1.0) -> ExpertPart:
             return ExpertPart(self._slice(matrix, layer), axis, (0, width), f"{site}.shared", scale=scale, routed=False)
 
         gate, up = part(ffn.gate, 0), part(ffn.up, 0)
         # A sigmoid of zero is the one half; without such a gate the weights themselves are halved.
-        down: Piece = part(ffn.down, 1, 1.0 if names.scale else 0.5)
-        if kind == "zero":
-            down = Zeros(hidden * width)
+        down = part(ffn.down, 1, 1.0 if names.scale else 0.5)
         if names.gate is None:
-            yield Write(TensorSpec(names.up.format(layer=layer), dtype, (2 * width, hidden)), (gate, up))
+            yield self._write(names.up, layer, (2 * width, hidden), [gate, up])
         else:
-            yield Write(TensorSpec(names.gate.format(layer=layer), dtype, (width, hidden)), (gate,))
-            yield Write(TensorSpec(names.up.format(layer=layer), dtype, (width, hidden)), (up,))
-        yield Write(TensorSpec(names.down.format(layer=layer), dtype, (hidden, width)), (down,))
+            yield self._write(names.gate, layer, (width, hidden), [gate])
+            yield self._write(names.up, layer, (width, hidden), [up])
+        given: Piece = Zeros(hidden * width) if kind == "zero" else down
+        yield Write(TensorSpec(names.down.format(layer=layer), self._dtype([down]), (hidden, width)), (given,))
         if names.scale is not None:
-            yield Write(TensorSpec(names.scale.format(layer=layer), dtype, (1, hidden)), (Zeros(hidden),))
+            yield Write(TensorSpec(names.scale.format(layer=layer), self._dtype([up]), (1, hidden)), (Zeros(hidden),))
 
 
 def _refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> None:
