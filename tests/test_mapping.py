@@ -20,9 +20,9 @@ from transformers import AutoConfig
 
 from upcycle.checkpoint import Checkpoint, open_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.conversion import CONVERSIONS, Conversion
+from upcycle.conversion import CONVERSIONS, Conversion, resolve_layers
 from upcycle.errors import UpcycleError
-from upcycle.mapping import ExpertPart, Keep, RouterRows, UpcyclePlan, Write, Zeros, expected_shapes, plan_upcycle, resolve_layers
+from upcycle.mapping import ExpertPart, Keep, RouterRows, UpcyclePlan, Write, Zeros, expected_shapes, plan_upcycle
 from upcycle.surgery import upcycle
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.

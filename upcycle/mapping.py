@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry
 from upcycle.config import UpcycleConfig
-from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion
+from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion, resolve_layers
 from upcycle.errors import UpcycleError
 from upcycle.family import DenseFamily, Ffn, Fold, Matrix
 from upcycle.shards import TensorSpec
@@ -177,28 +177,6 @@ def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
     assert len({write.spec.name for write in writes}) == len(writes)
     assert target.count_field in target_config.to_dict()
     return UpcyclePlan(conversion, config, target_config, writes, dropped, sites, num_layers)
-
-
-def resolve_layers(layers: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """The numbers of the layers that get experts.
-
-    Raises:
-        UpcycleError: a number is beyond the last layer, or none is left.
-    """
-    match layers:
-        case "all":
-            return tuple(range(num_layers))
-        case "last-half":
-            return tuple(range(num_layers // 2, num_layers))
-        case str():
-            step = int(layers.removeprefix("every-"))
-            chosen = tuple(range(step - 1, num_layers, step))
-        case _:
-            chosen = tuple(sorted(layers))
-    if not chosen or chosen[-1] >= num_layers:
-        named = layers if isinstance(layers, str) else f"layer {chosen[-1]}"
-        raise UpcycleError(f"upcycle.layers: {named} is not in a model of {num_layers} layers; must be of 0 to {num_layers - 1}")
-    return chosen
 
 
 class _Planner:
