@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from convert.cli import main
 
@@ -113,6 +115,16 @@ def test_nonsense_in_the_sources_config_is_one_line_of_plan(nonsense, recipe, de
     assert code == 1
     assert output.startswith(f"Error: {source / 'config.json'}: ")
     assert output.count("\n") == 1
+
+
+def test_a_tensor_that_the_plan_drops_may_be_of_any_dtype_in_a_run_too(recipe, dense_checkpoint, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense_checkpoint, source)
+    state = load_file(source / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    code, output = invoke("run", recipe(source=source), "--workdir", tmp_path / "work", "--until", "source")
+    assert code == 0, output
 
 
 def test_a_missing_source_names_the_places_tried(recipe, tmp_path):

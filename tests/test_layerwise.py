@@ -277,10 +277,11 @@ def test_a_layer_with_tensors_missing_or_left_over_is_refused_by_its_number(
     assert str(excinfo.value) == f"{tmp_path}: layer 1: loading by transformers reports {reason}"
 
 
-def test_rotary_tensors_of_an_old_checkpoint_are_passed_over(dense: Dense, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_rotary_tensors_of_an_old_checkpoint_are_passed_over(dtype: torch.dtype, dense: Dense, tmp_path: Path) -> None:
     shutil.copytree(dense("llama, attention biases"), tmp_path, dirs_exist_ok=True)
     state = load_file(tmp_path / "model.safetensors")
-    state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=dtype)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     runs = [list(run_layers(open_checkpoint(path), *text(), torch.float32, FFN)) for path in (tmp_path, dense("llama, attention biases"))]
     assert all(torch.equal(one[3], other[3]) for one, other in zip(*runs, strict=True))

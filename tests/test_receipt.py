@@ -463,6 +463,13 @@ def test_the_mode_that_memory_allows_is_the_one_that_runs(dense_checkpoint: Path
     assert receipt(dense_checkpoint, tmp_path / "mixture", plan).mode == "layers"
 
 
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+def test_a_source_with_dropped_tensors_of_another_dtype_is_compared(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
+    rewrite(dense, lambda state: state.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}))
+    assert receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode)).mode == mode
+
+
 # What could not be compared
 
 
