@@ -240,9 +240,9 @@ def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
 
 
 def run_source(job: Job) -> Facts:
-    """Links to the dense checkpoint's files, every value read once and found finite."""
+    """Links to the dense checkpoint's files, every value that something is made of read once and found finite."""
     checkpoint = job.preparation.checkpoint
-    for number, _ in enumerate(check_values(checkpoint), 1):
+    for number, _ in enumerate(check_values(checkpoint, job.preparation.plan.dropped), 1):
         job.progress("checking values", number, len(checkpoint.entries))
     for name in job.preparation.source_files:
         (job.output / name).symlink_to((checkpoint.directory / name).resolve())

@@ -351,6 +351,14 @@ def test_weights_of_another_dtype_are_refused(dtype: torch.dtype, name: str, hin
     )
 
 
+@pytest.mark.parametrize("dropped", [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), torch.tensor([float("nan")])])
+def test_a_tensor_that_is_dropped_may_hold_anything(dropped: torch.Tensor, tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, {"a": torch.ones(2), "b": dropped})
+    assert sorted(check_values(checkpoint, ("b",))) == ["a", "b"]
+    with pytest.raises(UpcycleError):
+        list(check_values(checkpoint, ("a",)))
+
+
 def test_checking_values_names_every_tensor_once(dense_checkpoint: Path) -> None:
     assert list(check_values(open_checkpoint(dense_checkpoint))) == list(index_tensors(dense_checkpoint))
 

@@ -1,12 +1,15 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from convert.cli import main
 
@@ -99,7 +102,29 @@ def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_pat
     code, output = invoke("check", recipe(source=source))
     assert code == 1
     reason = "has LayerNorm, and an FFN with biases and without a gate; no mixture-of-experts architecture of transformers holds that"
-    assert output == f"Error: config.json: GPT2LMHeadModel (gpt2) {reason}\n"
+    assert output == f"Error: {source / 'config.json'}: GPT2LMHeadModel (gpt2) {reason}\n"
+
+
+@pytest.mark.parametrize("nonsense", [{"intermediate_size": -1}, {"hidden_act": "sillu"}, {"architectures": 1}])
+def test_nonsense_in_the_sources_config_is_one_line_of_plan(nonsense, recipe, dense_checkpoint, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense_checkpoint, source)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    (source / "config.json").write_text(json.dumps(config | nonsense), encoding="utf-8")
+    code, output = invoke("plan", recipe(source=source))
+    assert code == 1
+    assert output.startswith(f"Error: {source / 'config.json'}: ")
+    assert output.count("\n") == 1
+
+
+def test_a_tensor_that_the_plan_drops_may_be_of_any_dtype_in_a_run_too(recipe, dense_checkpoint, tmp_path):
+    source = tmp_path / "dense"
+    shutil.copytree(dense_checkpoint, source)
+    state = load_file(source / "model.safetensors")
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=torch.float64)
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    code, output = invoke("run", recipe(source=source), "--workdir", tmp_path / "work", "--until", "source")
+    assert code == 0, output
 
 
 def test_a_missing_source_names_the_places_tried(recipe, tmp_path):

@@ -124,7 +124,7 @@ def test_each_pair_stands_once_and_every_family_has_one() -> None:
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES, ids=lambda family: family.model_type)
 def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
-    assert find_family(family.model_type, [family.architecture]) is find_family(family.model_type, None) is family
+    assert find_family(family.model_type, [family.architecture], "") is find_family(family.model_type, None, "") is family
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
     ],
 )
 def test_an_unknown_architecture_is_refused_by_name(model_type: str, architectures: list[str] | None, named: str) -> None:
-    assert refusal(find_family, model_type, architectures) == (
-        f"config.json: {named} cannot be upcycled; supported: LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, "
+    assert refusal(find_family, model_type, architectures, "here/config.json") == (
+        f"here/config.json: {named} cannot be upcycled; supported: LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, "
         "Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, GraniteForCausalLM, T5ForConditionalGeneration"
     )
 
@@ -191,7 +191,14 @@ def test_an_unknown_architecture_is_refused_by_name(model_type: str, architectur
     ],
 )
 def test_a_family_without_a_twin_is_refused_with_the_reason(model_type: str, architectures: list[str] | None, message: str) -> None:
-    assert refusal(find_family, model_type, architectures) == message
+    assert refusal(find_family, model_type, architectures, "here/config.json") == f"here/{message}"
+
+
+@pytest.mark.parametrize("architectures", [1, True, "LlamaForCausalLM", {"0": "LlamaForCausalLM"}, [1], ["LlamaForCausalLM", None]])
+def test_architectures_that_are_no_list_of_names_are_refused(architectures: Any) -> None:
+    assert refusal(find_family, "llama", architectures, "here/config.json") == (
+        f"here/config.json: architectures is {architectures!r}; it must be a list of class names, such as ['LlamaForCausalLM']"
+    )
 
 
 @pytest.mark.parametrize("model_type", NO_TWIN)
@@ -199,7 +206,7 @@ def test_families_without_a_twin_are_known_to_transformers_and_to_no_conversion(
     assert model_type in CONFIG_MAPPING
     assert model_type not in {family.model_type for family in DENSE_FAMILIES}
     assert NO_TWIN[model_type].nearest in {None, *(row.target.model_type for row in CONVERSIONS)}
-    assert refusal(find_family, model_type, None).startswith(f"config.json: {model_type} has {NO_TWIN[model_type].reason}; ")
+    assert refusal(find_family, model_type, None, "config.json").startswith(f"config.json: {model_type} has {NO_TWIN[model_type].reason}; ")
 
 
 # The choice
@@ -214,6 +221,10 @@ T5_SETTINGS: dict[str, Any] = {"num_experts_per_tok": 1}
         ("LlamaForCausalLM", {}, {}, "mixtral"),
         ("LlamaForCausalLM", {}, {"experts": ExpertsConfig(kind="granular", granularity=2)}, "mixtral"),
         ("LlamaForCausalLM", {}, {"layers": "last-half"}, "qwen2_moe"),
+        ("LlamaForCausalLM", {}, {"layers": "every-1"}, "mixtral"),
+        ("LlamaForCausalLM", {"num_hidden_layers": 3}, {"layers": (2, 0, 1)}, "mixtral"),
+        ("LlamaForCausalLM", {"num_hidden_layers": 4}, {"layers": (2, 0, 1)}, "qwen2_moe"),
+        ("LlamaForCausalLM", {"num_hidden_layers": 1}, {"layers": "last-half"}, "mixtral"),
         ("LlamaForCausalLM", {}, {"layers": (0, 3)}, "qwen2_moe"),
         ("LlamaForCausalLM", {}, {"shared_expert": "half"}, "qwen2_moe"),
         ("LlamaForCausalLM", {}, {"shared_expert": "zero", "layers": "every-2"}, "qwen2_moe"),
@@ -230,6 +241,7 @@ T5_SETTINGS: dict[str, Any] = {"num_experts_per_tok": 1}
         ("Qwen3ForCausalLM", {}, {"layers": "every-4"}, "qwen3_moe"),
         ("Qwen3ForCausalLM", {"attention_bias": True}, {}, "qwen3_moe"),
         ("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
+        ("Olmo2ForCausalLM", {"num_hidden_layers": 2}, {"layers": (0, 1)}, "flex_olmo"),
         ("GraniteForCausalLM", {"attention_bias": True}, {}, "granitemoe"),
         ("GraniteForCausalLM", {}, {"shared_expert": "half"}, "granitemoeshared"),
         ("T5ForConditionalGeneration", {}, T5_SETTINGS, "switch_transformers"),

@@ -332,13 +332,23 @@ def test_a_file_that_is_not_utf8_is_refused(dense_checkpoint: Path, tmp_path: Pa
     assert message == f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 3; convert it"
 
 
+@pytest.mark.parametrize("text", ["", " \n\n"])
+def test_a_file_without_text_is_refused(text: str, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """And does not count as the one <s> of the tokenizer, though another file of its domain has text."""
+    (tmp_path / "0.txt").write_text("some text")
+    (tmp_path / "1.txt").write_text(text)
+    given = (domains()[0], Domain(files=("*.txt",)), *domains()[2:])
+    message = refusal(dense_checkpoint, settings("prototypes", given=given), base=tmp_path)
+    assert message == f"{tmp_path / '1.txt'}: has no text; upcycle.router.domains[1].files must be files with text; fill it or leave it out"
+
+
 def test_a_domain_without_tokens_is_refused_by_its_number(dense_checkpoint: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(dense_checkpoint, source)
     path = source / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": None}))  # one that adds no <s>
-    (tmp_path / "empty.txt").write_text("")
-    given = (domains()[0], Domain(files=("empty.txt",)), *domains()[2:])
+    deaf = {"normalizer": {"type": "Replace", "pattern": {"String": "?"}, "content": ""}, "post_processor": None}  # and one that adds no <s>
+    path.write_text(json.dumps(json.loads(path.read_text()) | deaf))
+    given = (domains()[0], Domain(prompts=("???",)), *domains()[2:])
     message = refusal(source, settings("ridge", given=given), base=tmp_path)
     assert message == "upcycle.router.domains[1]: its text has no tokens; give other prompts or files"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from upcycle.checkpoint import open_checkpoint
 from upcycle.config import RouterConfig, UpcycleConfig
 from upcycle.errors import UpcycleError
-from upcycle.layerwise import embed, load_layer, pad_left, real_tokens, run_layers
+from upcycle.layerwise import apply_head, embed, load_layer, pad_left, real_tokens, run_layers
 from upcycle.surgery import upcycle
 
 MakeDense = Callable[..., Path]
@@ -188,6 +189,34 @@ def test_the_scale_of_an_embedding_shows(name: str, dropped: str, dense: Dense) 
     assert float((found - table[ids]).abs().max()) > float(table[ids].abs().max())
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # of the whole Qwen2-MoE; `apply_head` builds no shared expert
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("name", ["llama, llama3 rope", "qwen2, windows in half of the layers", "gemma", "olmo2", "granite"])
+def test_the_head_alone_gives_the_logits_of_the_whole_model(name: str, tied: bool, dtype: torch.dtype, make_dense: MakeDense, tmp_path: Path) -> None:
+    """Of the dense model and of its mixture, whose head is stored even where Gemma's is not."""
+    dense = make_dense(intermediate_size=64, **SOURCES[name] | {"tie_word_embeddings": tied or name == "gemma"})
+    upcycle(dense, tmp_path, UpcycleConfig(num_experts=4), 0, quiet)
+    ids = torch.tensor([[7, 7, 299, 0, 3, 250]])
+    for directory in (dense, tmp_path):
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+        states: list[torch.Tensor] = []
+        model.model.norm.register_forward_pre_hook(lambda _, given, into=states: into.append(given[0][0]))
+        with torch.no_grad():
+            expected = model(ids, use_cache=False).logits[0]
+        assert torch.equal(apply_head(open_checkpoint(directory), states[0], dtype), expected)
+
+
+@pytest.mark.parametrize(("tied", "name"), [(True, "model.norm.weight"), (False, "lm_head.weight"), (True, "model.embed_tokens.weight")])
+def test_a_head_that_lacks_a_tensor_is_refused(tied: bool, name: str, make_dense: MakeDense) -> None:
+    directory = make_dense(tie_word_embeddings=tied)
+    state = load_file(directory / "model.safetensors")
+    del state[name]
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UpcycleError, match=f"^{re.escape(str(directory))}: head: loading by transformers reports missing keys: "):
+        apply_head(open_checkpoint(directory), torch.zeros(3, 32), torch.float32)
+
+
 def test_sharded_checkpoints_run_too(make_dense: MakeDense, dense: Dense) -> None:
     sharded = make_dense(max_shard_size="30KB", intermediate_size=64, num_hidden_layers=NUM_LAYERS, **SOURCES["phi3, window"])
     assert len(list(sharded.glob("*.safetensors"))) > 4
@@ -248,10 +277,11 @@ def test_a_layer_with_tensors_missing_or_left_over_is_refused_by_its_number(
     assert str(excinfo.value) == f"{tmp_path}: layer 1: loading by transformers reports {reason}"
 
 
-def test_rotary_tensors_of_an_old_checkpoint_are_passed_over(dense: Dense, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])
+def test_rotary_tensors_of_an_old_checkpoint_are_passed_over(dtype: torch.dtype, dense: Dense, tmp_path: Path) -> None:
     shutil.copytree(dense("llama, attention biases"), tmp_path, dirs_exist_ok=True)
     state = load_file(tmp_path / "model.safetensors")
-    state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=dtype)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     runs = [list(run_layers(open_checkpoint(path), *text(), torch.float32, FFN)) for path in (tmp_path, dense("llama, attention biases"))]
     assert all(torch.equal(one[3], other[3]) for one, other in zip(*runs, strict=True))

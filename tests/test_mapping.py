@@ -20,9 +20,9 @@ from transformers import AutoConfig
 
 from upcycle.checkpoint import Checkpoint, open_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.conversion import CONVERSIONS, Conversion
+from upcycle.conversion import CONVERSIONS, Conversion, resolve_layers
 from upcycle.errors import UpcycleError
-from upcycle.mapping import ExpertPart, Keep, RouterRows, UpcyclePlan, Write, Zeros, expected_shapes, plan_upcycle, resolve_layers
+from upcycle.mapping import ExpertPart, Keep, RouterRows, UpcyclePlan, Write, Zeros, expected_shapes, plan_upcycle
 from upcycle.surgery import upcycle
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
@@ -714,7 +714,7 @@ def test_a_gated_t5_is_refused_with_the_files_name(make_dense: MakeDense, tmp_pa
 def test_a_family_without_a_twin_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
     directory = edited(dense_checkpoint, tmp_path / "dense", {"model_type": "gemma2", "architectures": ["Gemma2ForCausalLM"]})
     assert refusal(directory, tmp_path) == (
-        "config.json: Gemma2ForCausalLM (gemma2) has soft caps on attention scores and logits, and norms on both sides of the FFN; "
+        f"{directory / 'config.json'}: Gemma2ForCausalLM (gemma2) has soft caps on attention scores and logits, and norms on both sides of the FFN; "
         "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral"
     )
 
@@ -757,6 +757,26 @@ def test_an_absurd_number_of_layers_is_refused_before_a_model_of_it_is_built(
     directory = edited(make_dense(architecture=architecture), tmp_path / "dense", {name: number})
     settings = TOP_1 if architecture == T5 else {}
     assert refusal(directory, tmp_path, **settings) == f"{directory / 'config.json'}: {name} {message}"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "value", "reason"),
+    [
+        ("LlamaForCausalLM", "intermediate_size", -1, "RuntimeError: Trying to create tensor with negative dimension"),
+        ("LlamaForCausalLM", "num_key_value_heads", 0, "ZeroDivisionError: "),
+        ("LlamaForCausalLM", "head_dim", 0, "ZeroDivisionError: "),
+        ("LlamaForCausalLM", "hidden_act", "sillu", "KeyError: 'sillu'"),
+        ("LlamaForCausalLM", "pad_token_id", 300, "AssertionError: Padding_idx must be within num_embeddings"),
+        (T5, "dropout_rate", 2, "ValueError: dropout probability has to be between 0 and 1"),
+    ],
+)
+def test_values_of_which_transformers_can_build_no_model_are_refused_with_its_reason(
+    architecture: str, name: str, value: Any, reason: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    directory = edited(make_dense(architecture=architecture), tmp_path / "dense", {name: value})
+    message = refusal(directory, tmp_path, **(TOP_1 if architecture == T5 else {}))
+    assert message.startswith(f"{directory / 'config.json'}: transformers cannot build {architecture} of these values ({reason}")
+    assert message.endswith("); correct the file")
 
 
 def test_a_model_without_layers_is_refused(make_dense: MakeDense, tmp_path: Path) -> None:
@@ -842,4 +862,4 @@ def test_expected_shapes_leave_out_tied_copies(dense_checkpoint: Path, make_dens
     for directory in (dense_checkpoint, make_dense(tie_word_embeddings=False)):
         checkpoint = open_checkpoint(directory)
         stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
-        assert expected_shapes(checkpoint.config, "LlamaForCausalLM") == stored
+        assert expected_shapes(checkpoint.config, "LlamaForCausalLM", "config.json") == stored

@@ -249,16 +249,25 @@ def test_gemmas_norms_and_embedding_are_folded_in_float32_and_its_head_is_not(dt
 
 
 @pytest.mark.parametrize(
+    ("gate", "up", "down"),
+    [
+        (torch.bfloat16, torch.float32, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float16, torch.float32),  # neither holds the other
+    ],
+)
+@pytest.mark.parametrize(
     ("dense_fields", "overrides"),
     [({"attention_bias": True}, {}), ({"attention_bias": True}, {"shared_expert": "half"}), ({}, {"layers": [1], "shared_expert": "half"})],
     ids=["stacked", "stacked and shared", "shared"],
 )
-def test_matrices_of_several_dtypes_are_converted_where_the_target_has_one(
-    dense_fields: dict[str, Any], overrides: dict[str, Any], make_dense: MakeDense, tmp_path: Path
-) -> None:
-    """Gate and up share a tensor, or a shared expert's dtype, with what is stored otherwise. All are bfloat16 numbers, so nothing is rounded."""
-    source, output = make_dense(torch.bfloat16, **EXACT, **dense_fields), tmp_path / "mixture"
-    kinds = {"gate_proj": torch.float32, "up_proj": torch.bfloat16 if dense_fields else torch.float32}
+def test_matrices_of_several_dtypes_lose_no_bit(
+    dense_fields: dict[str, Any], overrides: dict[str, Any], gate: torch.dtype, up: torch.dtype, down: torch.dtype, make_dense: MakeDense,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """Where gate and up share a tensor it is of a dtype that holds both; whatever is by itself keeps its own."""
+    source, output = make_dense(**EXACT, **dense_fields), tmp_path / "mixture"
+    kinds = {"gate_proj": gate, "up_proj": up, "down_proj": down}
     stored = load_file(source / "model.safetensors")
     state = {name: tensor.to(next((kind for part, kind in kinds.items() if part in name), tensor.dtype)) for name, tensor in stored.items()}
     save_file(state, source / "model.safetensors", metadata={"format": "pt"})
@@ -266,9 +275,19 @@ def test_matrices_of_several_dtypes_are_converted_where_the_target_has_one(
     plan = upcycle(source, output, settings(logit_std=1.0, **overrides), 0, quiet)
     assert check_written(source, output, plan, 0, quiet) == len(plan.writes)
     ffn = dense_ffn(source, LAYER)
-    for expert in experts(output, LAYER):
+    state = load_file(output / "model.safetensors")
+    found = [(expert, 0.5 if "shared_expert" in overrides else 1.0) for expert in experts(output, LAYER)]
+    if (fused := state.get(f"model.layers.{LAYER}.shared_mlp.input_linear.weight")) is not None:
+        found.append((Matrices(*fused.chunk(2), state[f"model.layers.{LAYER}.shared_mlp.output_linear.weight"]), 0.5))
+    elif "shared_expert" in overrides:
+        shared = (state[f"model.layers.{LAYER}.mlp.shared_expert.{matrix}_proj.weight"] for matrix in MATRICES)
+        found.append((Matrices(*shared), 1.0))  # which a sigmoid of zero halves
+    expected = (*[torch.promote_types(gate, up)] * 2, down) if dense_fields else (gate, up, down)
+    for expert, scale in found:
         assert torch.equal(expert.gate.float(), ffn.gate.float())
         assert torch.equal(expert.up.float(), ffn.up.float())
+        assert torch.equal(expert.down.float(), scale * ffn.down.float())
+        assert (expert.gate.dtype, expert.up.dtype, expert.down.dtype) == expected
     assert rel(logits(output), logits(source)) <= ROUNDING_LIMIT
 
 

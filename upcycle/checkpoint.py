@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from upcycle.errors import UpcycleError
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-READABLE = {**DTYPES, "U8": torch.uint8, "I32": torch.int32}
+READABLE = {
+    **DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
 CONFIG_NAME = "config.json"
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
@@ -34,7 +37,6 @@ TOKENIZER_NAMES = (
 GENERATION_CONFIG_NAME = "generation_config.json"
 
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CHUNK_BYTES = 1 << 24
 _MAX_LAYERS = 100_000  # a hundred times the deepest model there is
@@ -245,9 +247,9 @@ def read_header(file: Path) -> list[TensorEntry]:
         if begin != position:
             kind = "overlaps another tensor" if begin < position else "leaves a gap before it"
             raise UpcycleError(f"{file}: tensor '{name}' {kind} at byte {begin} (expected {position}); the file is corrupt; download it again")
-        if dtype not in _ITEM_BYTES:
+        if dtype not in READABLE:
             raise UpcycleError(f"{file}: tensor '{name}' has dtype {dtype}; it must be one of {', '.join(DTYPES)}")
-        needed = math.prod(shape) * _ITEM_BYTES[dtype]
+        needed = math.prod(shape) * READABLE[dtype].itemsize
         if end - begin != needed:
             raise UpcycleError(f"{file}: tensor '{name}' of shape {list(shape)} {dtype} has {end - begin} bytes; it must have {needed}")
         position = end
@@ -267,13 +269,18 @@ def _span(name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
     return name, dtype, tuple(shape), begin, end
 
 
-def check_values(checkpoint: Checkpoint) -> Iterator[str]:
+def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Iterator[str]:
     """Read every tensor once and refuse NaN and infinite values; yields each name when it is done, for progress.
+
+    Tensors that are `dropped` are passed over: nothing is made of their values.
 
     Raises:
         UpcycleError: a tensor has a dtype that is not supported, or a value that is not finite.
     """
     for name, entry in checkpoint.entries.items():
+        if name in dropped:
+            yield name
+            continue
         if entry.dtype not in DTYPES:
             hint = "; dequantize it first" if entry.dtype.startswith("F8") else ""
             raise UpcycleError(f"{entry.file}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}")

@@ -75,13 +75,14 @@ class Conversion:
         reasons += [condition.refusal(source) for condition in self.conditions if not condition.holds(source)]
         if config.router.kind != "normal" and self.family.ffn_module is None:
             reasons.append(f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: it is exact with a zero router alone")
-        return reasons + _setting_refusals(self.target, config)
+        depths = [getattr(source, ffn.num_layers) for ffn in self.family.ffns]
+        return reasons + _setting_refusals(self.target, config, depths)
 
 
-def _setting_refusals(target: MoeTarget, config: UpcycleConfig) -> list[str]:
-    """What of the settings the target cannot express."""
+def _setting_refusals(target: MoeTarget, config: UpcycleConfig, depths: list[int]) -> list[str]:
+    """What of the settings the target cannot express; `depths` are the layers of each stack of the source."""
     reasons = []
-    if config.layers != "all" and target.partial_layers == "none":
+    if target.partial_layers == "none" and any(len(resolve_layers(config.layers, depth)) < depth for depth in depths):
         reasons.append(f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs all: it has experts in every layer")
     if config.shared_expert != "none" and target.shared is None:
         reasons.append(f"upcycle.shared_expert is {config.shared_expert}; {target.architecture} needs none: it has no shared expert")
@@ -92,6 +93,28 @@ def _setting_refusals(target: MoeTarget, config: UpcycleConfig) -> list[str]:
         kind = config.experts.kind
         reasons.append(f"upcycle.experts.kind is {kind}; {target.architecture} needs copies: one expert a token must be the whole FFN")
     return reasons
+
+
+def resolve_layers(layers: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The numbers of the layers that get experts.
+
+    Raises:
+        UpcycleError: a number is beyond the last layer, or none is left.
+    """
+    match layers:
+        case "all":
+            return tuple(range(num_layers))
+        case "last-half":
+            return tuple(range(num_layers // 2, num_layers))
+        case str():
+            step = int(layers.removeprefix("every-"))
+            chosen = tuple(range(step - 1, num_layers, step))
+        case _:
+            chosen = tuple(sorted(layers))
+    if not chosen or chosen[-1] >= num_layers:
+        named = layers if isinstance(layers, str) else f"layer {chosen[-1]}"
+        raise UpcycleError(f"upcycle.layers: {named} is not in a model of {num_layers} layers; must be of 0 to {num_layers - 1}")
+    return chosen
 
 
 def _shown(layers: str | tuple[int, ...]) -> str:
@@ -370,30 +393,32 @@ COMMON_NEUTRAL = frozenset({
 })  # fmt: skip
 
 
-def find_family(model_type: str, architectures: list[str] | None) -> DenseFamily:
-    """The family of a config.
+def find_family(model_type: str, architectures: Any, where: str) -> DenseFamily:
+    """The family of a config; `where` names the config in a refusal.
 
     Raises:
-        UpcycleError: no family covers it; says why, where that is known, and what is supported.
+        UpcycleError: `architectures` is neither None nor a list of names; no family covers it: says why, where that is known, and what is supported.
     """
+    if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
+        raise UpcycleError(f"{where}: architectures is {architectures!r}; it must be a list of class names, such as ['LlamaForCausalLM']")
     for family in DENSE_FAMILIES:
         if family.model_type == model_type and (not architectures or family.architecture in architectures):
             return family
     named = f"{architectures[0]} ({model_type})" if architectures else model_type
     if (known := NO_TWIN.get(model_type)) is not None:
         nearest = f"; the nearest target is {known.nearest}" if known.nearest else ""
-        raise UpcycleError(f"config.json: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds that{nearest}")
+        raise UpcycleError(f"{where}: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds that{nearest}")
     supported = ", ".join(family.architecture for family in DENSE_FAMILIES)
-    raise UpcycleError(f"config.json: {named} cannot be upcycled; supported: {supported}")
+    raise UpcycleError(f"{where}: {named} cannot be upcycled; supported: {supported}")
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
     """The first conversion that holds the source with these settings, or the one asked for; `where` names the config in a refusal.
 
     Raises:
-        UpcycleError: none does; the reasons are those of the target that comes nearest, the one with the fewest.
+        UpcycleError: none does; the reasons are those of the target that comes nearest, the one with the fewest. A layer is not in the source.
     """
-    family = find_family(source.model_type, source.architectures)
+    family = find_family(source.model_type, source.architectures, where)
     rows = [row for row in CONVERSIONS if row.family is family]
     if config.target != "auto":
         asked = [row for row in rows if row.target.model_type == config.target]

@@ -107,9 +107,12 @@ def _read_domain(domain: Domain, number: int, base: Path) -> list[str]:
     texts = list(domain.prompts)
     for file in match_files(domain.files, base, f"upcycle.router.domains[{number}].files"):
         try:
-            texts.append(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UpcycleError(f"{file}: not UTF-8 at byte {error.start}; convert it") from error
+        if not text.strip():  # a tokenizer's own <s> would be all of the domain
+            raise UpcycleError(f"{file}: has no text; upcycle.router.domains[{number}].files must be files with text; fill it or leave it out")
+        texts.append(text)
     return texts
 
 

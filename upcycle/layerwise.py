@@ -1,24 +1,27 @@
 """One decoder layer of a checkpoint at a time, run by plain transformers.
 
 A model too large to be held is run layer after layer: each is built as a model of one layer of the same class, from the tensors of that layer alone,
-with the embedding and the final norm taken out of it. Memory is one layer and the hidden states.
+with the embedding and the final norm taken out of it. These two, and the head, are built as models of no layer. Memory is one layer, or the head's
+matrix, and the hidden states.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
 
 _BLOCKS = "model.layers.{layer}."
 _EMBEDDING = "model.embed_tokens.weight"
+_NORM = "model.norm.weight"
+_HEAD = "lm_head.weight"
 
 
 def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -35,14 +38,17 @@ def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> PreTra
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
         model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := [key for key in info[kind] if "inv_freq" not in str(key)]:
-            where = f"{checkpoint.directory}: layer {layer}"
-            raise UpcycleError(f"{where}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, found))[:3]}")
+    _refuse_report(info, f"{checkpoint.directory}: layer {layer}")
     model.norm = torch.nn.Identity()
     if any(hasattr(module, "experts") for module in model.modules()):
         model.set_experts_implementation("eager")
     return cast(PreTrainedModel, model.eval())
+
+
+def _refuse_report(info: Mapping[str, Any], where: str) -> None:
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if found := [key for key in info[kind] if "inv_freq" not in str(key)]:
+            raise UpcycleError(f"{where}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, found))[:3]}")
 
 
 def _model_class(config: Any) -> Any:
@@ -64,6 +70,18 @@ def _config_of_layer(config: Any, layer: int) -> Any:
     return one
 
 
+def _config_without_layers(config: Any) -> Any:
+    """The config of a model that has no layer."""
+    none = copy.deepcopy(config)
+    none.num_hidden_layers = 0
+    none.pad_token_id = None
+    for name in ("layer_types", "mlp_only_layers"):
+        if getattr(none, name, None):
+            setattr(none, name, [])
+    return none
+
+
+@torch.no_grad()
 def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What the first layer reads, [B, S, H] in `dtype`, for token ids [B, S]: a model of the ids' own rows of the embedding, and no layer.
 
@@ -71,15 +89,34 @@ def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> torc
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
     rows, places = ids.unique(return_inverse=True)
-    config = copy.deepcopy(checkpoint.config)
-    config.num_hidden_layers, config.vocab_size, config.pad_token_id = 0, len(rows), None
-    if getattr(config, "layer_types", None):
-        config.layer_types = []
+    config = _config_without_layers(checkpoint.config)
+    config.vocab_size = len(rows)
     table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
     state = {"embed_tokens.weight": table, "norm.weight": torch.zeros(config.hidden_size)}
-    model = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    _refuse_report(info, f"{checkpoint.directory}: embedding")
     states = model.embed_tokens(places)
     return cast(torch.Tensor, states * getattr(config, "embedding_multiplier", 1.0))
+
+
+@torch.no_grad()
+def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logits [tokens, vocabulary] in `dtype` of the last layer's states [tokens, H]: a model of the final norm and the head, and no layer.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    config = _config_without_layers(checkpoint.config)
+    if hasattr(config, "embedding_multiplier"):
+        config.embedding_multiplier = 1.0  # what comes in is hidden states
+    # The head is given as a tied one, in the embedding's place, whether it is or not: so that its matrix is held once, and no embedding beside it.
+    stored = {_NORM: _NORM, _EMBEDDING: _EMBEDDING if config.tie_word_embeddings else _HEAD}
+    config.tie_word_embeddings = True
+    state = {name: checkpoint.read(source) for name, source in stored.items() if source in checkpoint.entries}
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model, info = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    _refuse_report(info, f"{checkpoint.directory}: head")
+    return cast(torch.Tensor, model.eval()(inputs_embeds=states[None], use_cache=False).logits[0])
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ bytes from one file to another.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry
 from upcycle.config import UpcycleConfig
-from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion
+from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion, resolve_layers
 from upcycle.errors import UpcycleError
 from upcycle.family import DenseFamily, Ffn, Fold, Matrix
 from upcycle.shards import TensorSpec
@@ -178,28 +179,6 @@ def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
     return UpcyclePlan(conversion, config, target_config, writes, dropped, sites, num_layers)
 
 
-def resolve_layers(layers: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
-    """The numbers of the layers that get experts.
-
-    Raises:
-        UpcycleError: a number is beyond the last layer, or none is left.
-    """
-    match layers:
-        case "all":
-            return tuple(range(num_layers))
-        case "last-half":
-            return tuple(range(num_layers // 2, num_layers))
-        case str():
-            step = int(layers.removeprefix("every-"))
-            chosen = tuple(range(step - 1, num_layers, step))
-        case _:
-            chosen = tuple(sorted(layers))
-    if not chosen or chosen[-1] >= num_layers:
-        named = layers if isinstance(layers, str) else f"layer {chosen[-1]}"
-        raise UpcycleError(f"upcycle.layers: {named} is not in a model of {num_layers} layers; must be of 0 to {num_layers - 1}")
-    return chosen
-
-
 class _Planner:
     """The writes of one conversion."""
 
@@ -285,8 +264,11 @@ class _Planner:
         return self.entries[self._slice(up, layer).source].shape[1]
 
     def _write(self, name: str, layer: int, shape: tuple[int, ...], pieces: list[ExpertPart]) -> Write:
-        dtype = DTYPES[self.entries[pieces[0].matrix.source].dtype]
-        return Write(TensorSpec(name.format(layer=layer), dtype, shape), tuple(pieces))
+        return Write(TensorSpec(name.format(layer=layer), self._dtype(pieces), shape), tuple(pieces))
+
+    def _dtype(self, pieces: Iterable[ExpertPart]) -> torch.dtype:
+        """The dtype that holds every value of all pieces."""
+        return functools.reduce(torch.promote_types, [DTYPES[self.entries[piece.matrix.source].dtype] for piece in pieces])
 
     def _part(self, matrix: Matrix, axis: int, layer: int, site: int, expert: int) -> ExpertPart:
         part = expert % self.config.num_parts
@@ -321,24 +303,22 @@ class _Planner:
         assert ffn.gate is not None
         hidden = self._hidden(ffn.up, layer)
         width = 0 if kind == "none" else self.ffn_width
-        dtype = DTYPES[self.entries[self._slice(ffn.up, layer).source].dtype]
 
         def part(matrix: Matrix, axis: int, scale: float = 1.0) -> ExpertPart:
             return ExpertPart(self._slice(matrix, layer), axis, (0, width), f"{site}.shared", scale=scale, routed=False)
 
         gate, up = part(ffn.gate, 0), part(ffn.up, 0)
         # A sigmoid of zero is the one half; without such a gate the weights themselves are halved.
-        down: Piece = part(ffn.down, 1, 1.0 if names.scale else 0.5)
-        if kind == "zero":
-            down = Zeros(hidden * width)
+        down = part(ffn.down, 1, 1.0 if names.scale else 0.5)
         if names.gate is None:
-            yield Write(TensorSpec(names.up.format(layer=layer), dtype, (2 * width, hidden)), (gate, up))
+            yield self._write(names.up, layer, (2 * width, hidden), [gate, up])
         else:
-            yield Write(TensorSpec(names.gate.format(layer=layer), dtype, (width, hidden)), (gate,))
-            yield Write(TensorSpec(names.up.format(layer=layer), dtype, (width, hidden)), (up,))
-        yield Write(TensorSpec(names.down.format(layer=layer), dtype, (hidden, width)), (down,))
+            yield self._write(names.gate, layer, (width, hidden), [gate])
+            yield self._write(names.up, layer, (width, hidden), [up])
+        given: Piece = Zeros(hidden * width) if kind == "zero" else down
+        yield Write(TensorSpec(names.down.format(layer=layer), self._dtype([down]), (hidden, width)), (given,))
         if names.scale is not None:
-            yield Write(TensorSpec(names.scale.format(layer=layer), dtype, (1, hidden)), (Zeros(hidden),))
+            yield Write(TensorSpec(names.scale.format(layer=layer), self._dtype([up]), (1, hidden)), (Zeros(hidden),))
 
 
 def _refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> None:
@@ -405,7 +385,7 @@ def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, 
 def _check_tensors(checkpoint: Checkpoint, family: DenseFamily) -> tuple[str, ...]:
     """Compare the stored tensors with those of transformers' own model of this config; returns the names that are dropped."""
     _check_depth(checkpoint, family)
-    expected, tied = _expected(checkpoint.config, family.architecture)
+    expected, tied = _expected(checkpoint.config, family.architecture, str(checkpoint.directory / "config.json"))
     num_layers = max(getattr(checkpoint.config, ffn.num_layers) for ffn in family.ffns)
     droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
     droppable |= tied  # transformers ties it to the embedding whatever is stored
@@ -437,14 +417,22 @@ def _check_depth(checkpoint: Checkpoint, family: DenseFamily) -> None:
             )
 
 
-def expected_shapes(config: PreTrainedConfig, architecture: str) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing."""
-    return _expected(config, architecture)[0]
+def expected_shapes(config: PreTrainedConfig, architecture: str, where: str) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing.
+
+    Raises:
+        UpcycleError: transformers cannot build a model of the config, which `where` names.
+    """
+    return _expected(config, architecture, where)[0]
 
 
-def _expected(config: PreTrainedConfig, architecture: str) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
-    with torch.device("meta"):
-        model: PreTrainedModel = getattr(transformers, architecture)(config)
+def _expected(config: PreTrainedConfig, architecture: str, where: str) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = getattr(transformers, architecture)(config)
+    except Exception as error:  # torch and transformers raise many kinds for values that make no model, plain asserts and KeyErrors among them
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UpcycleError(f"{where}: transformers cannot build {architecture} of these values ({reason}); correct the file") from error
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
 
