@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _PATIENCE = timedelta(days=30)  # the others wait while the first one does what only one can
 
@@ -24,6 +25,20 @@ def tell(message: Found | None) -> Found:
     """What the first process says, in every process; the others give none."""
     state, said = join_processes(), [message]
     return cast(Found, broadcast_object_list(said)[0] if state.num_processes > 1 else said[0])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, all of it: where FSDP has divided it among the processes, all of them must ask for it."""
+    found = tensor.detach()
+    return (found.full_tensor() if isinstance(found, DTensor) else found).cpu().contiguous()
+
+
+def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a parameter its values, each process its part where FSDP has divided it."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
+        parameter.copy_(values)
 
 
 def on_main(function: Callable[[], Found]) -> Found:

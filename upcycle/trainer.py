@@ -39,7 +39,7 @@ from upcycle.evaluation import held_out_loss
 from upcycle.expert_forward import use_sorted_experts
 from upcycle.history import Step, read_history, write_history
 from upcycle.objective import distillation_loss, next_token_loss
-from upcycle.processes import join_processes
+from upcycle.processes import fill, join_processes, whole
 from upcycle.progress import Progress
 from upcycle.receipt import router_modules, router_weights, sparse_layers
 from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
@@ -100,6 +100,8 @@ def run_stage(
     if next(router_modules(model), None) is not None and not torch.cuda.is_available():
         use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; on CUDA transformers chooses
     trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
+    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
+        raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2")
     last = _last_checkpoint(scratch.absolute())
     if last is not None:
         trainer.watch.take_up(last)
@@ -294,21 +296,19 @@ class _StageTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what learns, by its name in memory."""
-        named = {name: p.detach() for name, p in self.mixture.named_parameters() if p.requires_grad}
-        whole = {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu().contiguous() for name, p in named.items()}
+        gathered = {name: whole(p) for name, p in self.mixture.named_parameters() if p.requires_grad}
         if self.args.should_save:
             assert output_dir is not None
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(whole, Path(output_dir) / _WEIGHTS_NAME)
+            save_file(gathered, Path(output_dir) / _WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read back what `save_model` wrote."""
         stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS_NAME)
         named = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
         assert stored.keys() == named.keys()
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(stored[name])
+        for name, parameter in named.items():
+            fill(parameter, stored[name])
 
     def load_best(self) -> None:
         """Read back the weights of the best checkpoint."""

@@ -26,7 +26,7 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation import Evaluation, evaluate
 from upcycle.history import Step, read_history, write_history
 from upcycle.objective import next_token_loss
-from upcycle.processes import join_processes, on_main
+from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
@@ -219,8 +219,9 @@ def train_model(
             events = output / EVENTS_DIRECTORY / folder.name if settings.tensorboard else None
             model = load_model(source, torch.float32)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
+            weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
             if join_processes().is_main_process:
-                _save(model, job.source, place)
+                _save(model, weights, job.source, place)
                 write_history(place / HISTORY_NAME, result.history)
                 facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
                 (place / _STAGE_NAME).write_text(json.dumps(facts), encoding="utf-8")
@@ -258,8 +259,8 @@ def _load_teacher(dense: Path) -> PreTrainedModel:
     return cast(PreTrainedModel, cast(Any, model).to(join_processes().device).requires_grad_(False))
 
 
-def _save(model: PreTrainedModel, source: Path, target: Path) -> None:
-    model.save_pretrained(target)
+def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path, target: Path) -> None:
+    model.save_pretrained(target, state_dict=weights)
     add_alias_fields(target)
     copy_companions(source, target)
 
