@@ -85,7 +85,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 def embedded_setting() -> Setting:
     data = DataConfig(source=PythonDocsData(kind="python-docs"), block_size=256, max_validation_tokens=16_384, max_test_tokens=32_768)
-    return Setting(ROOT / "recipes/models/python-docs-4m", data, settings(60, 8, 1e-4))
+    return Setting(ROOT / "recipes/models/python-docs-4m", data, settings(60, 8, 5e-5))
 
 
 def wikitext_setting(text: Path, cache: Path) -> Setting:
@@ -159,7 +159,7 @@ def measure(setting: Setting, data: Path, name: str, seed: int) -> dict[str, Any
         stages = setting.finetune.model_copy(update={"distillation": way.distillation}).resolve_stages()
         teacher = setting.dense if way.distillation else None
         started = time.perf_counter()
-        trained = train_model(Job("model", source, output, stages), mixture, data, output, "float32", seed, scratch, teacher, quiet)
+        trained = train_model(Job("model", source, output, stages), mixture, data, "float32", seed, scratch, teacher, quiet)
         model = load_model(output, torch.float32)
         return {
             "before": before,

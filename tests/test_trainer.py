@@ -351,6 +351,23 @@ def test_a_batch_that_accumulation_does_not_divide_is_refused() -> None:
         FinetuneConfig(batch_size=4, gradient_accumulation_steps=3)
 
 
+def test_tensorboards_events_hold_losses_and_layers(start: Start) -> None:
+    facts, output = start(CONFIG.model_copy(update={"tensorboard": True, "steps": 2}))
+    written = b"".join(file.read_bytes() for file in (output / "tensorboard").iterdir())
+    for tag in (b"train_loss", b"validation_loss", b"learning_rate", b"layer_1/largest_load", b"layer_0/entropy", b"layer_1/cosine"):
+        assert tag in written
+    assert facts.num_steps == {"fine-tuned": 2}
+
+
+def test_without_tensorboards_writer_a_run_is_refused_before_any_work(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UpcycleError) as excinfo:
+        start(CONFIG.model_copy(update={"tensorboard": True}))
+    assert str(excinfo.value) == (
+        "finetune.tensorboard is true and tensorboardX is not installed; install it (pip install 'dense2moe[tensorboard]'), or set it to false"
+    )
+
+
 # Domains
 
 

@@ -20,7 +20,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -213,13 +213,13 @@ class _StageTrainer(Trainer):
         settings = stage.settings
         super().__init__(
             model=model,
-            args=_arguments(stage, scratch, events),
+            args=_arguments(stage, scratch),
             train_dataset=_Blocks(stage.blocks, stage.domains),
             eval_dataset=_Blocks(stage.validation, torch.zeros(len(stage.validation), dtype=torch.int64)),
         )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
-        self.watch = _Watch(self, scratch, progress, settings.patience)
+        self.watch = _Watch(self, scratch, progress, settings.patience, events)
         self.add_callback(self.watch)
 
     def compute_loss(
@@ -334,7 +334,7 @@ def schedule_share(schedule: str, warmup_steps: int, total_steps: int, step: int
     return _MIN_LR_SHARE + (1 - _MIN_LR_SHARE) * falling
 
 
-def _arguments(stage: Stage, scratch: Path, events: Path | None) -> TrainingArguments:
+def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
     settings = stage.settings
     eval_steps = min(settings.eval_steps, settings.steps)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
@@ -360,7 +360,7 @@ def _arguments(stage: Stage, scratch: Path, events: Path | None) -> TrainingArgu
         metric_for_best_model="eval_loss",
         greater_is_better=False,
         disable_tqdm=True,
-        report_to=["tensorboard"] if events else [],
+        report_to=[],
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
@@ -370,8 +370,9 @@ def _arguments(stage: Stage, scratch: Path, events: Path | None) -> TrainingArgu
 class _Watch(TrainerCallback):
     """Moves what the Trainer logs into our history, times the steps, and stops on a loss that is no number or no longer falls."""
 
-    def __init__(self, trainer: _StageTrainer, scratch: Path, progress: Progress, patience: int) -> None:
+    def __init__(self, trainer: _StageTrainer, scratch: Path, progress: Progress, patience: int, events: Path | None) -> None:
         self.trainer, self.scratch, self.progress, self.patience = trainer, scratch, progress, patience
+        self.writer = _open_events(events) if events is not None and trainer.is_world_process_zero() else None
         self.history: list[Step] = []
         self.seconds = 0.0
         self.began = 0.0
@@ -422,7 +423,14 @@ class _Watch(TrainerCallback):
         layers = self._describe() if parts and self.trainer.routing else ()
         num_tokens = step * stage.settings.batch_size * stage.blocks.shape[1]
         rate = logs.get("learning_rate")
-        self.history.append(Step(stage.model, step, num_tokens, stage.number, **parts, validation_loss=validation, learning_rate=rate, layers=layers))
+        line = Step(stage.model, step, num_tokens, stage.number, **parts, validation_loss=validation, learning_rate=rate, layers=layers)
+        self.history.append(line)
+        if self.writer is not None:
+            _write_event(line, self.writer)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.writer is not None:
+            self.writer.close()
 
     def _describe(self) -> Any:
         stacked = [stacked_weights(module.experts) for module in _blocks_with_experts(self.trainer.mixture)]
@@ -436,6 +444,23 @@ class _Watch(TrainerCallback):
             checkpoint = self.scratch / f"checkpoint-{state.global_step}"
             (checkpoint / _SECONDS_NAME).write_text(json.dumps(self.seconds), encoding="utf-8")
             write_history(checkpoint / _HISTORY_NAME, self.history)
+
+
+def _open_events(events: Path) -> Any:
+    from tensorboardX import SummaryWriter  # an extra of its own
+
+    return SummaryWriter(str(events))
+
+
+def _write_event(step: Step, writer: Any) -> None:
+    """Add a step to TensorBoard's events: its losses and rate, and of each layer the largest and the smallest load, entropy, margin and cosine."""
+    scalars = {name: value for name, value in asdict(step).items() if isinstance(value, float)}
+    for layer in step.layers:
+        found = {"largest load": max(layer.load), "smallest load": min(layer.load), **asdict(layer)}
+        scalars |= {f"layer {layer.number}/{name}": value for name, value in found.items() if isinstance(value, float)}
+    for name, value in scalars.items():
+        writer.add_scalar(name.replace(" ", "_"), value, step.step)
+    writer.flush()
 
 
 def _blocks_with_experts(model: PreTrainedModel) -> Sequence[Any]:

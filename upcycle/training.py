@@ -6,6 +6,7 @@ checkpoints. The weights that come out are the same, bit for bit on one machine'
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from upcycle.balance import expert_load
 from upcycle.checkpoint import copy_companions
@@ -120,7 +121,7 @@ def finetune(
     for make_job in jobs:
         job = make_job()
         trained[job.name] = train_model(
-            job, mixture, data, output, precision, seed, scratch, dense if config.distillation and job.source == mixture else None, progress
+            job, mixture, data, precision, seed, scratch, dense if config.distillation and job.source == mixture else None, progress
         )
         evaluations[job.name] = on_main(partial(evaluate, job.target, test, job.name, progress))
     history = tuple(step for each in trained.values() for step in each.history)
@@ -135,17 +136,15 @@ def finetune(
         precision,
         gradient,
         on_main(lambda: measure_domains(output, data)),
-        on_main(lambda: sparse_layers(load_model(output, torch.float32))),
+        _layers_with_experts(mixture),
         tuple(_warnings(history, gradient)),
     )
 
 
 def _need_tensorboard() -> None:
-    from transformers.integrations.integration_utils import is_tensorboard_available  # only this needs it
-
-    if not is_tensorboard_available():
+    if importlib.util.find_spec("tensorboardX") is None:
         raise UpcycleError(
-            "finetune.tensorboard is true and TensorBoard is not installed; install it (pip install 'dense2moe[tensorboard]'), or set it to false"
+            "finetune.tensorboard is true and tensorboardX is not installed; install it (pip install 'dense2moe[tensorboard]'), or set it to false"
         )
 
 
@@ -190,12 +189,10 @@ def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, Trained]) ->
     return tuple(stage.model_copy(update={"steps": max(stage.warmup_steps + 1, round(stage.steps * ratio))}) for stage in stages)
 
 
-def train_model(
-    job: Job, mixture: Path, data: Path, output: Path, precision: str, seed: int, scratch: Path, teacher: Path | None, progress: Progress
-) -> Trained:
+def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, scratch: Path, teacher: Path | None, progress: Progress) -> Trained:
     """Train one model through its stages and save it; a stage that an earlier run finished is not run again.
 
-    `mixture` tells which layers have experts, `teacher` is distilled from, and TensorBoard's events go below `output`; the rest is as for `finetune`.
+    `mixture` tells which layers have experts, and `teacher` is distilled from; the rest is as for `finetune`.
     """
     folder = scratch / job.name.replace(",", "").replace(" ", "-")
     job = _settle(job, folder)
@@ -203,7 +200,7 @@ def train_model(
     names, domains = read_domains(data, "train")
     order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
     parent = _load_teacher(teacher) if teacher else None
-    mixture_layers = sparse_layers(load_model(mixture, torch.float32))
+    mixture_layers = _layers_with_experts(mixture)
     source, first_step, seconds, best_step = job.source, 0, 0.0, 0
     history: list[Step] = []
     taken = 0
@@ -216,10 +213,10 @@ def train_model(
             stage = Stage(
                 job.name, number, settings, train[blocks], domains[blocks], len(names), validation, first_step, total, mixture_layers, precision, seed
             )  # fmt: skip
-            events = output / EVENTS_DIRECTORY / folder.name if settings.tensorboard else None
+            events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_model(source, torch.float32)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
-            weights = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+            weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
             if join_processes().is_main_process:
                 _save(model, weights, job.source, place)
                 write_history(place / HISTORY_NAME, result.history)
@@ -232,8 +229,15 @@ def train_model(
         source, best_step, first_step, seconds = place, facts["best_step"], facts["last_step"], seconds + facts["seconds"]
     if join_processes().is_main_process:
         shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
+        if (folder / EVENTS_DIRECTORY).is_dir():
+            shutil.copytree(folder / EVENTS_DIRECTORY, job.target / EVENTS_DIRECTORY)
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds)
+
+
+def _layers_with_experts(mixture: Path) -> tuple[int, ...]:
+    with torch.device("meta"):  # its shape alone
+        return sparse_layers(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(mixture, local_files_only=True)))
 
 
 def _settle(job: Job, folder: Path) -> Job:
@@ -276,7 +280,7 @@ def measure_domains(mixture: Path, data: Path) -> DomainRouting | None:
     model = load_model(mixture, torch.float32)
     cast(Any, model).to(join_processes().device)
     halves = {name: [_loads(model, part[half::2]) for half in (0, 1)] for name, part in parts.items()}
-    wholes = {name: _loads(model, part) for name, part in parts.items()}
+    wholes = {name: (len(part[0::2]) * halves[name][0] + len(part[1::2]) * halves[name][1]) / len(part) for name, part in parts.items()}
     pairs = [(wholes[a], wholes[b]) for place, a in enumerate(names) for b in names[place + 1 :]]
     return DomainRouting(
         {name: tuple(map(tuple, load.tolist())) for name, load in wholes.items()},
