@@ -3,9 +3,9 @@
     python benchmarks/quality.py [--text DIRECTORY] [--cache DIRECTORY]
 
 Each dense model becomes mixtures of 4 experts (granular: 8 halves) of which every token visits 2 (4 halves), made in every way that the recipes know.
-All are trained on the same blocks in the same order with the same rates, as is the dense model itself, the control. Three seeds draw the order, the
-routers and what is random in the experts. The loss is of the weights with the best validation loss, on text that neither training nor the choice of
-weights has seen.
+All are trained on the same blocks in the same order with the same rates, and so is the dense model itself, the control, with and without
+distillation. Three seeds draw the order, the routers and what is random in the experts. The loss is of the weights with the best validation loss, on
+text that neither training nor the choice of weights has seen.
 
 Two settings:
 
@@ -48,7 +48,7 @@ from upcycle.surgery import upcycle
 from upcycle.training import Job, draw_order, train_model
 
 ROOT = Path(__file__).resolve().parent.parent
-CONTROL = "dense, continued"
+CONTROL, DISTILLED_CONTROL = "dense, continued", "dense, continued, distilled"
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Way:
 
 
 WAYS = {
+    DISTILLED_CONTROL: Way(distillation=Distillation(weight=0.5)),  # what distillation does without experts
     "copies": Way(),
     "noise 0.1": Way(ExpertsConfig(noise=0.1)),
     "drop 0.25": Way(ExpertsConfig(drop=0.25)),
@@ -153,7 +154,7 @@ def measure(setting: Setting, data: Path, name: str, seed: int) -> dict[str, Any
             num_experts=way.num_experts, num_experts_per_tok=way.num_experts // 2, experts=way.experts, router=RouterConfig(logit_std=1.0)
         )
         upcycle(setting.dense, mixture, config, seed, quiet)
-        source = setting.dense if name == CONTROL else mixture
+        source = setting.dense if name in (CONTROL, DISTILLED_CONTROL) else mixture
         test = read_blocks(data, "test")
         before = held_out_loss(load_model(source, torch.float32), test)
         stages = setting.finetune.model_copy(update={"distillation": way.distillation}).resolve_stages()
@@ -205,7 +206,7 @@ def print_table(name: str, setting: Setting, results: dict[str, list[dict[str, A
         before = statistics.mean(result["before"] for result in found)
         spread = f"{statistics.mean(losses):.4f} ({min(losses):.4f}–{max(losses):.4f})"
         print(f"| {way} | {found[0]['parameters'] / 1e6:.2f} M | {before:.4f} | {spread} | {against} |")
-    means = {way: statistics.mean(r["loss"] for r in found) for way, found in results.items() if way != CONTROL}
+    means = {way: statistics.mean(r["loss"] for r in found) for way, found in results.items() if way not in (CONTROL, DISTILLED_CONTROL)}
     best = min(means, key=lambda way: means[way])
     beaten = max(r["loss"] for r in results[best]) < min(control)
     verdict = "in every seed better than every seed of the control" if beaten else "its seeds and the control's overlap, or the control is better"
