@@ -97,8 +97,8 @@ def run_stage(
     uses_cache = model.config.use_cache  # the Trainer says no, which would be saved
     remove_dropout = add_expert_dropout(model, settings.expert_dropout)
     finish = choose_trainable(model, settings, stage.sparse_layers)
-    if next(router_modules(model), None) is not None and not torch.cuda.is_available():
-        use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; on CUDA transformers chooses
+    if next(router_modules(model), None) is not None:
+        use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
     trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
         raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2")
