@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 
 from export.errors import ExportError
@@ -296,3 +297,26 @@ def test_each_operator_refuses_the_weights_of_the_other(tmp_path: Path) -> None:
     assert QMOE.refusal(floats) == "the QMoE operator takes quantized weights"
     integers, _ = make_layer(tmp_path, WAYS["qmoe_4"], routed())
     assert MOE.refusal(integers) == "the MoE operator takes float weights"
+
+
+# Why the operators are refused without renormalizing
+
+
+@pytest.mark.parametrize(("num_experts", "k"), [(4, 2), (8, 2), (8, 3)])
+def test_without_renormalizing_the_operator_between_other_nodes_is_wrong_before_1_32(num_experts: int, k: int, tmp_path: Path) -> None:
+    """What `routing_refusal` guards against, shown on the runtime that is installed: a file that has it may be run by an older one."""
+    routing = softmax(num_experts, k, renormalize=False)
+    layer, values = make_layer(tmp_path, WAYS["moe"], routing)
+    assert MOE.refusal(layer) == "normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"
+    assert choose_lowering(layer, "auto") is UNROLLED
+    model = build(layer, MOE)
+    (node,) = (node for node in model.graph.node if node.op_type == "MoE")
+    next(attribute for attribute in node.attribute if attribute.name == "normalize_routing_weights").i = 0
+    x, logits = draw(2, 5, 64, num_experts)
+    found = run(ort.InferenceSession(model.SerializeToString()), x, logits)
+    expected = compute(values, routing, x, logits)
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    if Version(ort.__version__) >= Version("1.32"):
+        assert error < WAYS["moe"].tolerance
+    else:
+        assert error > 0.1
