@@ -367,6 +367,7 @@ _ALIASES: Final[dict[str, tuple[str, ...]]] = {
     "distillation": ("distill", "teacher", "kd"),
     "expert_dropout": ("dropout", "moe_dropout"),
     "lora_rank": ("rank", "lora_r"),
+    "prompt_tokens": ("num_virtual_tokens", "virtual_tokens"),
     "weight_decay": ("wd",),
     "warmup_steps": ("warmup",),
     "max_grad_norm": ("clip", "grad_clip", "gradient_clipping"),

@@ -25,6 +25,7 @@ from export.package import write_package
 from export.parity import check_parity
 from export.twin import estimate_bytes, quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.config import FinetuneConfig
 from upcycle.data import match_files, prepare_data, read_blocks, text_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
@@ -93,7 +94,7 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     if recipe.data.block_size > context:
         raise RecipeError(f"{loaded.path}: data.block_size: is {recipe.data.block_size}; must be at most the model's context, which is {context}")
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
-    last_stage = _find_last_stage(plan)
+    last_stage = _find_last_stage(plan, recipe.finetune)
     lowerings = {}
     if last_stage is None:
         lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
@@ -116,14 +117,16 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, last_stage)
 
 
-def _find_last_stage(plan: UpcyclePlan) -> tuple[str, str] | None:
-    """The last stage that can be run for a target, and why the next cannot."""
+def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, str] | None:
+    """The last stage that can be run for a target and its training, and why the next cannot."""
     if plan.conversion.family.task != "text-generation":
         return "upcycle", f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come"
     try:
         find_decoder_family(plan.target_config)
     except ExportError as error:
         return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
+    if finetune.resolve_stages()[-1].train == "prompt":
+        return "finetune", "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
     return None
 
 

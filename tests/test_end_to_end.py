@@ -225,6 +225,18 @@ TO_COME = {
 }  # fmt: skip
 
 
+def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
+    recipe = write_family_recipe(tmp_path, "prompt", make_dense())
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("finetune: {", "finetune: {train: prompt, "), encoding="utf-8")
+    workdir = tmp_path / "work"
+    whole = dense2moe("run", recipe, "--workdir", workdir)
+    reason = "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
+    assert (whole.returncode, whole.stderr) == (1, f"Error: {recipe}: {reason}; run it with --until finetune\n")
+    succeed("run", recipe, "--workdir", workdir, "--until", "finetune")
+    assert next(workdir.glob("finetune-*/prompt/adapter_model.safetensors")).is_file()
+    assert succeed("verify", workdir).endswith("4 artifacts, every file as its manifest says\n")
+
+
 @pytest.mark.parametrize("name", TO_COME)
 def test_a_target_without_a_graph_builder_goes_as_far_as_it_can_and_says_so(name, make_dense, tmp_path):
     architecture, overrides, k, last, reason = TO_COME[name]

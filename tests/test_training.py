@@ -361,8 +361,9 @@ def test_dead_experts_of_the_last_step_are_named() -> None:
     [
         ({"steps": 5, "warmup_steps": 5}, "warmup_steps is 5; it must be fewer than steps, which is 5"),
         ({"stages": [{}, {"steps": 9}]}, r"stages\[1\]: warmup_steps is 10; it must be fewer than steps, which is 9"),
-        ({"train": "last-0"}, "train is 'last-0'; must be all, experts, router, lora or last-N"),
-        ({"stages": [{"train": "prompt"}]}, r"stages\[0\]: train is 'prompt'; must be all, experts, router, lora or last-N"),
+        ({"train": "last-0"}, "train is 'last-0'; must be all, experts, router, lora, prompt or last-N"),
+        ({"stages": [{"train": "prompts"}]}, r"stages\[0\]: train is 'prompts'; must be all, experts, router, lora, prompt or last-N"),
+        ({"stages": [{"train": "prompt"}, {}]}, r"stages\[0\]: train is 'prompt'; it must be that of the last stage"),
         ({"routing": "by-domain"}, "routing is by-domain and train is 'all'; must be experts: routers cannot learn from it"),
         ({"batch_size": 9, "gradient_accumulation_steps": 2}, "batch_size is 9; it must be a multiple of gradient_accumulation_steps, which is 2"),
     ],

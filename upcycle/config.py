@@ -214,7 +214,7 @@ class Distillation(Record):
     temperature: PositiveFloat = Field(1.0, description="Both distributions are softened by it, and the divergence is multiplied by its square.")
 
 
-_TRAINED = re.compile(r"all|experts|router|lora|last-[1-9][0-9]{0,3}")
+_TRAINED = re.compile(r"all|experts|router|lora|prompt|last-[1-9][0-9]{0,3}")
 Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
 
 
@@ -237,8 +237,8 @@ class FinetuneConfig(Record):
 
     train: str = Field(
         "all",
-        description="What learns: 'all', 'experts' (and routers), 'router' (all routers), 'last-N' (the last N layers), or 'lora' (low-rank updates "
-        "of attention and experts, merged at the end, and the routers whole).",
+        description="What learns: 'all', 'experts' (and routers), 'router' (all routers), 'last-N' (the last N layers), 'lora' (low-rank updates "
+        "of attention and experts, merged at the end, and the routers whole), or 'prompt' (vectors before the text, in the last stage).",
     )
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
         (), description="Stages that follow each other, each with what differs in it from the settings here; one stage without the list."
@@ -263,6 +263,7 @@ class FinetuneConfig(Record):
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the experts' inner activations that is dropped.")
     lora_rank: PositiveInt = Field(8, description="Rank of the updates with train 'lora'.")
     lora_alpha: PositiveInt = Field(16, description="The updates are multiplied by lora_alpha / lora_rank.")
+    prompt_tokens: PositiveInt = Field(16, description="Vectors before the text with train 'prompt'.")
     eval_steps: PositiveInt = Field(50, description="Steps between two looks at the validation split, and between two checkpoints.")
     patience: PositiveInt = Field(3, description="End a stage after this many looks without a better validation loss; the best weights are kept.")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -275,12 +276,15 @@ class FinetuneConfig(Record):
 
     @model_validator(mode="after")
     def _check_stages(self) -> FinetuneConfig:
-        for number, stage in enumerate(self.resolve_stages()):
+        stages = self.resolve_stages()
+        for number, stage in enumerate(stages):
             where = f"stages[{number}]: " if self.stages else ""
             if not _TRAINED.fullmatch(stage.train):
-                raise ValueError(f"{where}train is '{stage.train}'; must be all, experts, router, lora or last-N")
+                raise ValueError(f"{where}train is '{stage.train}'; must be all, experts, router, lora, prompt or last-N")
             if stage.warmup_steps >= stage.steps:
                 raise ValueError(f"{where}warmup_steps is {stage.warmup_steps}; it must be fewer than steps, which is {stage.steps}")
+            if stage.train == "prompt" and number + 1 < len(stages):
+                raise ValueError(f"{where}train is 'prompt'; it must be that of the last stage, since what follows would not know the prompt")
             if stage.routing == "by-domain" and stage.train != "experts":
                 raise ValueError(f"{where}routing is by-domain and train is '{stage.train}'; must be experts: routers cannot learn from it")
         if self.batch_size % self.gradient_accumulation_steps:

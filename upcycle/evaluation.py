@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from upcycle.objective import next_token_loss
 from upcycle.progress import Progress
+from upcycle.prompt import read_prompt, run_with_prompt
 from upcycle.receipt import load_model
 
 _BATCH = 8
@@ -30,12 +31,15 @@ class Evaluation:
 
 
 @torch.inference_mode()
-def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor) -> float:
-    """Mean next-token loss in nats over blocks of token ids [blocks, block_size]; no position sees another block."""
+def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> float:
+    """Mean next-token loss in nats over blocks of token ids [blocks, block_size], each after the vectors of `prompt` [P, H] where there are some.
+
+    No position sees another block.
+    """
     total = 0.0
     for batch in blocks.split(_BATCH):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits
+        logits = run_with_prompt(model, model, batch, prompt)
         total += float(next_token_loss(logits, batch)) * len(batch)
     return total / len(blocks)
 
@@ -61,7 +65,8 @@ def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progres
     progress(f"evaluating {name}", 0, 1)
     model = load_model(directory, torch.float32)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
-    loss = held_out_loss(model, blocks)
+    prompt = read_prompt(directory)
+    loss = held_out_loss(model, blocks, None if prompt is None else prompt.to(model.device))
     weights = sum(p.numel() for p in model.parameters())
     speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))

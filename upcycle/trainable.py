@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError
+from upcycle.prompt import add_prompt
 from upcycle.receipt import router_modules, router_weights
 
 Named = Iterator[tuple[str, nn.Parameter]]
@@ -39,6 +40,8 @@ def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_la
             learning = routers or {id(p) for p in model.parameters()}
         case "lora":
             return _add_lora(model, settings, routers)
+        case "prompt":
+            learning = {id(add_prompt(model, settings.prompt_tokens))}
         case last:
             count = int(last.removeprefix("last-"))
             if count > num_layers:

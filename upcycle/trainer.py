@@ -41,6 +41,7 @@ from upcycle.history import Step, read_history, write_history
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes, whole
 from upcycle.progress import Progress
+from upcycle.prompt import get_prompt, run_with_prompt
 from upcycle.receipt import router_modules, router_weights, sparse_layers
 from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
@@ -231,7 +232,7 @@ class _StageTrainer(Trainer):
         if self.num_experts and settings.routing == "by-domain":
             top_k = self.mixture.config.num_experts_per_tok
             self.forced = domain_experts(inputs["domains"], ids.shape[1], self.stage.num_domains, self.num_experts, top_k)
-        logits = model(input_ids=ids, use_cache=False).logits
+        logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
         loss = self._note("train_loss", next_token_loss(logits, ids))
         if self.teacher is not None and settings.distillation is not None:
@@ -275,7 +276,7 @@ class _StageTrainer(Trainer):
         """The plain next-token loss on the validation blocks, by every process; domains decide nothing here."""
         self.forced = None
         self.mixture.eval()
-        metrics = {f"{metric_key_prefix}_loss": held_out_loss(self.mixture, self.stage.validation)}
+        metrics = {f"{metric_key_prefix}_loss": held_out_loss(self.mixture, self.stage.validation, get_prompt(self.mixture))}
         self.mixture.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

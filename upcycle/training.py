@@ -29,6 +29,7 @@ from upcycle.history import Step, read_history, write_history
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
+from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
 from upcycle.trainer import Stage, run_stage
@@ -216,9 +217,13 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_model(source, torch.float32)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
-            weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys}
+            passed_over = {*model.all_tied_weights_keys, PARAMETER}
+            weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}
+            prompt = None if (found := get_prompt(model)) is None else whole(found)
             if join_processes().is_main_process:
                 _save(model, weights, job.source, place)
+                if prompt is not None:
+                    write_prompt(prompt, model, place / PROMPT_DIRECTORY)
                 write_history(place / HISTORY_NAME, result.history)
                 facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
                 (place / _STAGE_NAME).write_text(json.dumps(facts), encoding="utf-8")
