@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_without_a_rate_of_their_own_the_experts_take_the_common_one(mixture: Pa
 # Low-rank updates
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM"])
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM"])
 def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(architecture: str, make_dense: MakeDense, tmp_path: Path) -> None:
     upcycle(make_dense(architecture=architecture), tmp_path, UpcycleConfig(num_experts=4), 0, lambda *_: None)
     model, before = load_model(tmp_path, torch.float32), load_model(tmp_path, torch.float32)
@@ -126,6 +127,17 @@ def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(ar
             updates = new - old
             assert all(torch.linalg.matrix_rank(update, rtol=1e-3) == 2 for update in updates), name
             assert not torch.equal(updates[0], updates[1])
+
+
+def test_a_shared_expert_of_no_width_has_no_updates(make_dense: MakeDense, tmp_path: Path) -> None:
+    upcycle(make_dense(architecture="Qwen2ForCausalLM"), tmp_path, UpcycleConfig(num_experts=4), 0, lambda *_: None)
+    model = load_model(tmp_path, torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of a tensor without elements that is to be drawn
+        choose_trainable(model, FinetuneConfig(train="lora"), (0, 1))
+    adapted = {name for name, p in model.named_parameters() if "lora_" in name}
+    assert adapted
+    assert not any(".shared_expert." in name for name in adapted)
 
 
 # Dropout, and domains

@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,10 +25,10 @@ from safetensors.torch import load_file
 from upcycle.config import DataConfig, Distillation, FinetuneConfig, TextData, TrainingStage
 from upcycle.data import prepare_data, read_blocks
 from upcycle.errors import UpcycleError
-from upcycle.history import read_history
+from upcycle.history import read_history, write_history, write_whole
 from upcycle.objective import distillation_loss
 from upcycle.receipt import load_model
-from upcycle.trainer import schedule_share
+from upcycle.trainer import Stage, run_stage, schedule_share
 from upcycle.training import FinetuneFacts, finetune
 
 BLOCK = 16
@@ -75,8 +78,7 @@ def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
     def start(config: FinetuneConfig, scratch: Path | None = None, progress: Any = quiet) -> tuple[FinetuneFacts, Path]:
         output = tmp_path_factory.mktemp("output")
         scratch = scratch or tmp_path_factory.mktemp("scratch")
-        with torch.random.fork_rng(devices=[]):
-            return finetune(dense_checkpoint, mixture_checkpoint, data, output, config, 0, progress, scratch), output
+        return finetune(dense_checkpoint, mixture_checkpoint, data, output, config, 0, progress, scratch), output
 
     return start
 
@@ -234,6 +236,125 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(at: int, start: 
     assert taken_up.best_steps == whole.best_steps
 
 
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_a_stage_that_was_killed_before_its_first_checkpoint_begins_with_the_same_random_numbers(train: str, start: Start, tmp_path: Path) -> None:
+    stages = (TrainingStage(train="router", steps=4), TrainingStage(train=train, steps=4))
+    config = CONFIG.model_copy(update={"stages": stages, "expert_dropout": 0.1})
+    _, untouched = start(config)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        start(config, tmp_path, progress)
+    assert changed(untouched, start(config, tmp_path)[1]) == set()
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+def test_the_seed_alone_decides_and_the_generators_of_the_process_stay_where_they_are(train: str, start: Start) -> None:
+    config = CONFIG.model_copy(update={"train": train, "expert_dropout": 0.1, "steps": 2})
+    outputs = []
+    for seed in (1, 2):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
+            outputs.append(start(config)[1])
+            assert torch.equal(torch.get_rng_state(), before[0])
+            assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]  # type: ignore[index]
+    assert changed(*outputs) == set()
+
+
+@pytest.mark.parametrize("patience", [1, 99])
+@pytest.mark.parametrize("cut", ["stage.json", "weights"])
+def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
+    cut: str, patience: int, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With patience it was to end before its last step, and without at it."""
+    config = CONFIG.model_copy(update={"patience": patience, "learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1, "steps": 3})
+    whole, untouched = start(config)
+    assert whole.num_steps == {"fine-tuned": 2 if patience == 1 else 3}
+    plain = os.replace
+
+    def replace(fresh: Path, path: Path) -> None:
+        if Path(path).name == "stage.json":
+            raise _Killed
+        plain(fresh, path)
+
+    def save(*_: Any) -> None:
+        raise _Killed
+
+    with monkeypatch.context() as patch, pytest.raises(_Killed):
+        if cut == "stage.json":
+            patch.setattr(os, "replace", replace)
+        else:
+            patch.setattr("upcycle.training._save", save)
+        start(config, tmp_path)
+    stage = tmp_path / "fine-tuned" / "stage-0"
+    assert not (stage / "stage.json").exists()
+    assert any((stage / "checkpoints").iterdir())
+    seen: list[int] = []
+    facts, output = start(config, tmp_path, lambda what, done, _: seen.append(done) if what == "training fine-tuned" else None)
+    assert seen == []
+    assert changed(untouched, output) == set()
+    assert (facts.num_steps, facts.best_steps, facts.history) == (whole.num_steps, whole.best_steps, whole.history)
+
+
+def test_checkpoints_that_a_kill_left_are_not_in_what_is_written(start: Start, tmp_path: Path) -> None:
+    start(CONFIG, tmp_path)
+    left = tmp_path / "fine-tuned" / "stage-0" / "checkpoints" / "checkpoint-6"
+    left.mkdir(parents=True)
+    (left / "optimizer.pt").touch()
+    _, output = start(CONFIG, tmp_path)
+    assert not (output / "checkpoints").exists()
+    assert not left.exists()
+
+
+def test_the_checkpoint_before_stays_until_the_next_is_whole(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def write(path: Path, history: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise _Killed
+        write_history(path, history)
+
+    monkeypatch.setattr("upcycle.trainer.write_history", write)
+    with pytest.raises(_Killed):
+        start(CONFIG, tmp_path)
+    checkpoints = tmp_path / "fine-tuned" / "stage-0" / "checkpoints"
+    assert (checkpoints / "checkpoint-2" / "history.jsonl").is_file()
+    assert (checkpoints / "checkpoint-4" / "optimizer.pt").is_file()
+
+
+def test_only_the_best_checkpoint_and_the_latest_are_kept(start: Start, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 5:
+            raise _Killed
+
+    # No look is better than the first.
+    with pytest.raises(_Killed):
+        start(CONFIG.model_copy(update={"learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1}), tmp_path, progress)
+    kept = (tmp_path / "fine-tuned" / "stage-0" / "checkpoints").iterdir()
+    assert {folder.name for folder in kept} == {"checkpoint-1", "checkpoint-4"}
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "facts.json"
+    write_whole(path, "[1]")
+
+    def cut(self: Path, text: str, **_: Any) -> None:
+        with self.open("w") as file:
+            file.write(text[:1])
+        raise _Killed
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(_Killed):
+        write_whole(path, "[2]")
+    assert path.read_text() == "[1]"
+
+
 def test_what_was_trained_is_not_trained_again(start: Start, tmp_path: Path) -> None:
     seen: list[int] = []
 
@@ -260,36 +381,56 @@ def test_a_checkpoint_that_was_cut_off_is_passed_over(start: Start, tmp_path: Pa
     with pytest.raises(_Killed):
         start(CONFIG, tmp_path, progress)
     checkpoints = tmp_path / "fine-tuned" / "stage-0" / "checkpoints"
-    assert {folder.name for folder in checkpoints.iterdir()} == {"checkpoint-2", "checkpoint-4"} or (checkpoints / "checkpoint-4").is_dir()
-    (checkpoints / "checkpoint-4" / "history.jsonl").unlink()
-    (checkpoints / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut")
-    if not (checkpoints / "checkpoint-2").is_dir():
-        (checkpoints / "checkpoint-2").mkdir()
-    assert changed(untouched, start(CONFIG, tmp_path)[1]) == set()
-
-
-def test_a_run_killed_when_its_patience_was_over_does_not_train_on(start: Start, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"patience": 1, "learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1, "steps": 9})
-    whole, untouched = start(config)
-    assert whole.num_steps == {"fine-tuned": 2}
-    scratch = tmp_path / "fine-tuned" / "stage-0"
-
-    def progress(what: str, done: int, total: int) -> None:
-        if what == "evaluating fine-tuned":
-            raise _Killed
-
-    with pytest.raises(_Killed):
-        start(config, tmp_path, progress)
-    # As if the kill had come between the last checkpoint and the stage's own files: they are gone, and the checkpoint is back.
-    assert (scratch / "stage.json").is_file()
+    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
+    (checkpoints / "checkpoint-6" / "history.jsonl").unlink()
+    (checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
     seen: list[int] = []
-    facts, output = start(config, tmp_path, lambda what, done, _: seen.append(done) if what == "training fine-tuned" else None)
-    assert seen == []
+    _, output = start(CONFIG, tmp_path, lambda what, done, _: seen.append(done) if what == "training fine-tuned" else None)
+    assert seen == [5, 6]
     assert changed(untouched, output) == set()
-    assert facts.num_steps == whole.num_steps
 
 
 # What ends a stage
+
+
+def test_a_stage_that_fails_leaves_the_model_as_it_was_lent(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise _Killed
+
+    monkeypatch.setattr("upcycle.trainer.next_token_loss", fail)
+    model = load_model(mixture_checkpoint, torch.float32)
+    experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")]
+    activations = [each.act_fn for each in experts]
+    settings = CONFIG.model_copy(update={"train": "router", "expert_dropout": 0.5, "steps": 1})
+    ids, domains = torch.zeros(4, BLOCK, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(_Killed):
+        run_stage(model, None, Stage("m", 0, settings, ids, domains, 1, ids, 0, 1, (0, 1), "float32", 0), tmp_path, None, quiet)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert [each.act_fn for each in experts] == activations
+    assert model.config.use_cache
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        (TrainingStage(train="last-3"), "finetune.train is last-3; it must be at most last-2, the layers of the model"),
+        (
+            TrainingStage(train="experts", routing="by-domain"),
+            "finetune: routing is by-domain, the data has 3 domains and a layer 4 experts; the domains must be 2 or more and divide the experts "
+            "evenly; give data.source of kind 'domains'",
+        ),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_told_before_any_work(
+    stage: TrainingStage, message: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upcycle.training.read_domains", lambda *_: (("a", "b", "c"), torch.zeros(0)))
+    seen: list[str] = []
+    with pytest.raises(UpcycleError) as excinfo:
+        start(CONFIG.model_copy(update={"stages": (TrainingStage(), stage)}), progress=lambda what, *_: seen.append(what))
+    assert str(excinfo.value) == message
+    assert seen == []
 
 
 def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(start: Start, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
             batches.append(ids.clone())
             return next_token_loss(logits, ids)
 
-        with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr("upcycle.trainer.next_token_loss", recorded_loss)
             scratch = tmp_path_factory.mktemp("scratch")
             facts = finetune(dense_checkpoint, mixture, data, output, config, seed, lambda *report: seen.append(report), scratch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,8 +30,15 @@ class Step:
 
 
 def write_history(path: Path, history: Iterable[Step]) -> None:
-    """Write the steps as JSON lines."""
-    path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in history), encoding="utf-8")
+    """Write the steps as JSON lines, all or none."""
+    write_whole(path, "".join(json.dumps(asdict(step)) + "\n" for step in history))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whenever the process is killed."""
+    fresh = path.with_name(f"{path.name}.partial")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
 
 
 def read_history(path: Path) -> tuple[Step, ...]:

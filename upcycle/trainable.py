@@ -43,15 +43,25 @@ def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_la
         case "prompt":
             learning = {id(add_prompt(model, settings.prompt_tokens))}
         case last:
-            count = int(last.removeprefix("last-"))
-            if count > num_layers:
-                raise UpcycleError(f"finetune.train is {last}; it must be at most last-{num_layers}, the layers of the model")
+            count = count_last_layers(last, num_layers)
             learning = {id(p) for name, p in model.named_parameters() if _layer_of(name, num_layers) >= num_layers - count}
     if settings.routing == "by-domain":
         learning -= routers
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in learning)
     return lambda: None
+
+
+def count_last_layers(train: str, num_layers: int) -> int:
+    """N of 'last-N'.
+
+    Raises:
+        UpcycleError: the model has fewer layers.
+    """
+    count = int(train.removeprefix("last-"))
+    if count > num_layers:
+        raise UpcycleError(f"finetune.train is {train}; it must be at most last-{num_layers}, the layers of the model")
+    return count
 
 
 def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) -> Named:
@@ -97,7 +107,7 @@ def _add_lora(model: PreTrainedModel, settings: FinetuneConfig, routers: set[int
     """
     import peft  # slow to import, and only this needs it
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.numel() and ".layers." in name]
     stacked = sorted({".".join(name.split(".")[-2:]) for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3})
     config = peft.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=linear, target_parameters=stacked or None)
     with warnings.catch_warnings():

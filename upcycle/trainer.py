@@ -6,7 +6,8 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
    a killed run is taken up.
 2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it.
 3. A checkpoint holds what learns, by its name in memory. The Trainer's own loses experts and routers when it is loaded: it looks for the names in
-   memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written last.
+   memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written last; older
+   ones go after that.
 4. Whatever ends a stage early is one line that says where its last checkpoint is.
 """
 
@@ -16,6 +17,7 @@ import errno
 import json
 import math
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -25,25 +27,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy
 import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import distributed
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from upcycle.balance import balance_loss, describe_routing, expert_load, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import held_out_loss
 from upcycle.expert_forward import use_sorted_experts
-from upcycle.history import Step, read_history, write_history
+from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes, whole
 from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
 from upcycle.receipt import router_modules, router_weights, sparse_layers
-from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
+from upcycle.trainable import add_expert_dropout, choose_trainable, count_last_layers, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -90,47 +93,76 @@ def run_stage(
     """Train `model` through one stage and leave its best weights in it. Checkpoints go to `scratch`, where a killed run is taken up again.
 
     Raises:
-        UpcycleError: the loss is no number, memory or disk ran out, the batch does not divide by the number of processes, or there are more domains
-            than experts.
+        UpcycleError: as `check_settings`, the loss is no number, or memory ran out.
+        OSError: the disk is full.
     """
-    _check(model, stage)
-    settings = stage.settings
-    uses_cache = model.config.use_cache  # the Trainer says no, which would be saved
-    remove_dropout = add_expert_dropout(model, settings.expert_dropout)
-    finish = choose_trainable(model, settings, stage.sparse_layers)
-    if next(router_modules(model), None) is not None:
-        use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
-    trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
-        raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2")
-    last = _last_checkpoint(scratch.absolute())
-    if last is not None:
-        trainer.watch.take_up(last)
-    with _one_line_errors(stage, scratch), _routing(trainer):
-        if trainer.watch.patience_is_over:  # it was killed between its last checkpoint and its end
-            trainer.load_best()
-        else:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-    finish()
-    remove_dropout()
-    model.config.use_cache = uses_cache
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    check_settings(model, stage.settings, stage.num_domains)
+    with _one_line_errors(stage, scratch), _own_randomness(stage.seed), _lent(model, stage.settings):
+        finish = choose_trainable(model, stage.settings, stage.sparse_layers)
+        if next(router_modules(model), None) is not None:
+            use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; on CUDA not measured
+        trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
+        if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
+            raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2")
+        last = _last_checkpoint(scratch.absolute())
+        if last is not None:
+            trainer.watch.take_up(last)
+        with _routing(trainer):
+            if trainer.watch.patience_is_over:  # it was killed between its last checkpoint and its end
+                trainer.load_best()
+            else:
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finish()
     watch = trainer.watch
     return StageResult(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
 
 
-def _check(model: PreTrainedModel, stage: Stage) -> None:
-    settings, processes = stage.settings, join_processes().num_processes
+@contextmanager
+def _own_randomness(seed: int) -> Iterator[None]:
+    """For the length of a `with`: all generators of the process start at the seed, as the Trainer will have it; then they are where they were."""
+    python, arrays = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        set_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            numpy.random.set_state(arrays)
+
+
+@contextmanager
+def _lent(model: PreTrainedModel, settings: FinetuneConfig) -> Iterator[None]:
+    """For the length of a `with`: experts drop activations, and the model may be changed; then all but its weights is as before."""
+    uses_cache = model.config.use_cache  # the Trainer says no, which would be saved
+    remove_dropout = add_expert_dropout(model, settings.expert_dropout)
+    try:
+        yield
+    finally:
+        remove_dropout()
+        model.config.use_cache = uses_cache
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)
+
+
+def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains: int) -> None:
+    """Refuse what a stage cannot do with a model, of which the shape is enough, with the data or with this number of processes.
+
+    Raises:
+        UpcycleError: the batch does not divide by the number of processes, there are fewer layers than the last that are to learn, or the domains
+            do not divide the experts.
+    """
+    processes = join_processes().num_processes
+    if settings.train.startswith("last-"):
+        count_last_layers(settings.train, model.config.num_hidden_layers)
     if settings.batch_size % (settings.gradient_accumulation_steps * processes):
         raise UpcycleError(
             f"finetune.batch_size is {settings.batch_size}; it must be a multiple of gradient_accumulation_steps × processes, "
             f"which is {settings.gradient_accumulation_steps} × {processes}"
         )
     num_experts = _num_experts(model)
-    if settings.routing == "by-domain" and num_experts and (stage.num_domains < 2 or num_experts % stage.num_domains):
+    if settings.routing == "by-domain" and num_experts and (num_domains < 2 or num_experts % num_domains):
         raise UpcycleError(
-            f"finetune: routing is by-domain, the data has {stage.num_domains} domains and a layer {num_experts} experts; the domains must be 2 or "
+            f"finetune: routing is by-domain, the data has {num_domains} domains and a layer {num_experts} experts; the domains must be 2 or "
             "more and divide the experts evenly; give data.source of kind 'domains'"
         )
 
@@ -183,9 +215,11 @@ def _routing(trainer: _StageTrainer) -> Iterator[None]:
         return output[0], torch.full_like(trainer.forced, 1 / trainer.forced.shape[1], dtype=output[1].dtype), trainer.forced
 
     handles = [router.register_forward_hook(watch) for router in router_modules(trainer.mixture)]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -313,7 +347,7 @@ class _StageTrainer(Trainer):
 
     def load_best(self) -> None:
         """Read back the weights of the best checkpoint."""
-        self._load_from_checkpoint(str(self.watch.scratch / f"checkpoint-{self.watch.best_step - self.stage.first_step}"))
+        self._load_from_checkpoint(str(self.watch.checkpoint(self.watch.best_step)))
 
     _load_best_model = load_best
 
@@ -356,7 +390,6 @@ def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
         eval_steps=eval_steps,
         save_strategy="steps",
         save_steps=eval_steps,
-        save_total_limit=1,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -384,6 +417,10 @@ class _Watch(TrainerCallback):
         """The step, counted over all stages, with the lowest validation loss; the first of equals."""
         looks = [step for step in self.history if step.validation_loss is not None]
         return min(looks, key=lambda step: cast(float, step.validation_loss)).step
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step is, which is counted over all stages."""
+        return self.scratch / f"checkpoint-{step - self.trainer.stage.first_step}"
 
     @property
     def patience_is_over(self) -> bool:
@@ -442,9 +479,11 @@ class _Watch(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
-            checkpoint = self.scratch / f"checkpoint-{state.global_step}"
-            (checkpoint / _SECONDS_NAME).write_text(json.dumps(self.seconds), encoding="utf-8")
+            checkpoint, best = self.checkpoint(self.trainer.stage.first_step + state.global_step), self.checkpoint(self.best_step)
+            write_whole(checkpoint / _SECONDS_NAME, json.dumps(self.seconds))
             write_history(checkpoint / _HISTORY_NAME, self.history)
+            for folder in set(self.scratch.glob("checkpoint-*")) - {checkpoint, best}:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _open_events(events: Path) -> Any:

@@ -25,14 +25,14 @@ from upcycle.config import FinetuneConfig
 from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import Evaluation, evaluate
-from upcycle.history import Step, read_history, write_history
+from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
-from upcycle.trainer import Stage, run_stage
+from upcycle.trainer import Stage, check_settings, run_stage
 
 CONTROL_DIRECTORY = "control"
 EQUAL_TIME_DIRECTORY = "control-equal-time"
@@ -108,13 +108,15 @@ def finetune(
     """
     if config.tensorboard:
         _need_tensorboard()
+    stages, (domains, _) = config.resolve_stages(), read_domains(data, "train")
+    for settings in stages:
+        check_settings(_without_weights(mixture), settings, len(domains))
     precision = _precision(config)
     test = read_blocks(data, "test")
     evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
     train = read_blocks(data, "train")
     gradient = on_main(lambda: _router_task_gradient(mixture, train[: min(8, config.batch_size)]))
     trained: dict[str, Trained] = {}
-    stages = config.resolve_stages()
     jobs: list[Callable[[], Job]] = [lambda: Job("fine-tuned", mixture, output, stages)]
     if config.control:
         jobs.append(lambda: Job("dense continued", dense, output / CONTROL_DIRECTORY, stages))
@@ -226,23 +228,28 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
                     write_prompt(prompt, model, place / PROMPT_DIRECTORY)
                 write_history(place / HISTORY_NAME, result.history)
                 facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
-                (place / _STAGE_NAME).write_text(json.dumps(facts), encoding="utf-8")
-                shutil.rmtree(place / "checkpoints")
+                write_whole(place / _STAGE_NAME, json.dumps(facts))
             join_processes().wait_for_everyone()
+        if join_processes().is_main_process:
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # also those of a run that was killed before this
         facts = json.loads((place / _STAGE_NAME).read_text(encoding="utf-8"))
         history += read_history(place / HISTORY_NAME)
         source, best_step, first_step, seconds = place, facts["best_step"], facts["last_step"], seconds + facts["seconds"]
     if join_processes().is_main_process:
         shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
         if (folder / EVENTS_DIRECTORY).is_dir():
-            shutil.copytree(folder / EVENTS_DIRECTORY, job.target / EVENTS_DIRECTORY)
+            shutil.copytree(folder / EVENTS_DIRECTORY, job.target / EVENTS_DIRECTORY, dirs_exist_ok=True)
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds)
 
 
 def _layers_with_experts(mixture: Path) -> tuple[int, ...]:
-    with torch.device("meta"):  # its shape alone
-        return sparse_layers(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(mixture, local_files_only=True)))
+    return sparse_layers(_without_weights(mixture))
+
+
+def _without_weights(directory: Path) -> PreTrainedModel:
+    with torch.device("meta"):
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True)))
 
 
 def _settle(job: Job, folder: Path) -> Job:
@@ -250,7 +257,7 @@ def _settle(job: Job, folder: Path) -> Job:
     path = folder / "steps.json"
     if join_processes().is_main_process and not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([stage.steps for stage in job.stages]), encoding="utf-8")
+        write_whole(path, json.dumps([stage.steps for stage in job.stages]))
     join_processes().wait_for_everyone()
     steps = json.loads(path.read_text(encoding="utf-8"))
     stages = tuple(stage.model_copy(update={"steps": count}) for stage, count in zip(job.stages, steps, strict=True))
@@ -299,12 +306,14 @@ def _loads(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     logits: list[torch.Tensor] = []
     handles = [router.register_forward_hook(lambda _, __, output: logits.append(output[0])) for router in router_modules(model)]
     found = []
-    for batch in blocks.split(_EVALUATION_BATCH):
-        logits.clear()
-        model(input_ids=batch.to(model.device), use_cache=False)
-        found.append(torch.stack([expert_load(z, model.config.num_experts_per_tok) for z in logits]).cpu() * len(batch))
-    for handle in handles:
-        handle.remove()
+    try:
+        for batch in blocks.split(_EVALUATION_BATCH):
+            logits.clear()
+            model(input_ids=batch.to(model.device), use_cache=False)
+            found.append(torch.stack([expert_load(z, model.config.num_experts_per_tok) for z in logits]).cpu() * len(batch))
+    finally:
+        for handle in handles:
+            handle.remove()
     return torch.stack(found).sum(0) / len(blocks)
 
 
