@@ -90,7 +90,7 @@ def run_ours(model: PreTrainedModel, blocks: torch.Tensor, batch: int, bfloat16:
     steps, watch = len(blocks) // batch, Stopwatch()
     settings = FinetuneConfig(steps=steps, batch_size=batch, warmup_steps=0, eval_steps=steps, precision="bfloat16" if bfloat16 else "float32")
     domains = torch.zeros(len(blocks), dtype=torch.int64)
-    stage = Stage(OURS, 0, settings, blocks, domains, 1, blocks[:1], 0, steps, tuple(range(LAYERS)), settings.precision, 0)
+    stage = Stage(OURS, 0, settings, blocks, domains, 1, blocks[:1], domains[:1], 0, steps, tuple(range(LAYERS)), settings.precision, 0)
     with tempfile.TemporaryDirectory() as scratch:
         run_stage(model, None, stage, Path(scratch), None, watch.on_step_end)
     return watch.seconds

@@ -22,12 +22,24 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from upcycle.config import DataConfig, Distillation, FinetuneConfig, TextData, TrainingStage
+from tests.conftest import MakeDense
+from upcycle.config import (
+    DataConfig,
+    Distillation,
+    ExpertsConfig,
+    FinetuneConfig,
+    RouterConfig,
+    TextData,
+    TrainingStage,
+    UpcycleConfig,
+)
 from upcycle.data import prepare_data, read_blocks
 from upcycle.errors import UpcycleError
+from upcycle.evaluation import held_out_loss
 from upcycle.history import read_history, write_history, write_whole
-from upcycle.objective import distillation_loss
-from upcycle.receipt import load_model
+from upcycle.objective import distillation_loss, next_token_loss
+from upcycle.receipt import load_model, router_modules
+from upcycle.surgery import upcycle
 from upcycle.trainer import Stage, run_stage, schedule_share
 from upcycle.training import FinetuneFacts, finetune
 
@@ -131,6 +143,49 @@ def test_by_domain_sends_a_batch_of_one_domain_to_its_experts_alone(
     monkeypatch.setattr("upcycle.training.draw_order", lambda _, count, __: only_digits.repeat(count)[:count])
     _, output = start(CONFIG.model_copy(update={"stages": (TrainingStage(train="experts", routing="by-domain"),)}))
     assert changed(mixture_checkpoint, output) == {name for name in weights(output) if ".experts.2." in name or ".experts.3." in name}
+
+
+def test_a_stage_by_domain_is_watched_and_judged_as_it_is_trained(start: Start, mixture_checkpoint: Path, data: Path) -> None:
+    """With rates too small to change a weight: the validation loss is that of each domain through its own experts."""
+    stage = TrainingStage(train="experts", routing="by-domain", steps=2, learning_rate=1e-20)
+    facts, _ = start(CONFIG.model_copy(update={"stages": (stage,)}))
+    model = load_model(mixture_checkpoint, torch.float32)
+    stored = load_file(data / "validation.safetensors")
+    losses = []
+    for domain in (0, 1):
+        blocks = stored["input_ids"][stored["domains"] == domain].long()
+        index = torch.tensor([2 * domain, 2 * domain + 1]).expand(blocks.numel(), 2)
+        handles = [
+            router.register_forward_hook(lambda _, __, output, index=index: (output[0], torch.full(index.shape, 0.5), index))
+            for router in router_modules(model)
+        ]
+        with torch.no_grad():
+            losses += [next_token_loss(model(blocks).logits, blocks)] * len(blocks)
+        for handle in handles:
+            handle.remove()
+    (looked,) = [step.validation_loss for step in facts.history if step.validation_loss is not None]
+    assert looked == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    last = [step for step in facts.history if step.layers][-1]
+    # Four blocks of one or the other domain, whose tokens go to both of its experts.
+    assert all(layer.load[0] == layer.load[1] and layer.load[2] == layer.load[3] for layer in last.layers)
+    assert all(load in (0.0, 0.125, 0.25, 0.375, 0.5) for layer in last.layers for load in layer.load)
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen2ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM"])
+@pytest.mark.parametrize("granular", [False, True])
+def test_copies_compute_the_dense_function_whatever_domain_chooses_them(
+    architecture: str, granular: bool, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    dense = make_dense(architecture=architecture)
+    experts = ExpertsConfig(kind="granular", granularity=2) if granular else ExpertsConfig()
+    upcycle(dense, tmp_path, UpcycleConfig(num_experts=8, num_experts_per_tok=2, experts=experts, router=RouterConfig(logit_std=1.0)), 0, quiet)
+    ids = torch.randint(300, (4, BLOCK), generator=torch.Generator().manual_seed(0))
+    stage = TrainingStage(train="experts", routing="by-domain", learning_rate=1e-20).model_dump(exclude_none=True)
+    settings = CONFIG.model_copy(update={"steps": 1, **stage})
+    domains = torch.tensor([0, 1, 1, 0])
+    made = load_model(tmp_path, torch.float32)
+    result = run_stage(made, None, Stage("m", 0, settings, ids, domains, 2, ids, domains, 0, 1, (0, 1), "float32", 0), tmp_path / "c", None, quiet)
+    assert result.history[-1].validation_loss == pytest.approx(held_out_loss(load_model(dense, torch.float32), ids), rel=1e-5)
 
 
 def test_one_domain_has_no_experts_of_its_own(dense_checkpoint: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
@@ -404,7 +459,7 @@ def test_a_stage_that_fails_leaves_the_model_as_it_was_lent(mixture_checkpoint: 
     settings = CONFIG.model_copy(update={"train": "router", "expert_dropout": 0.5, "steps": 1})
     ids, domains = torch.zeros(4, BLOCK, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(_Killed):
-        run_stage(model, None, Stage("m", 0, settings, ids, domains, 1, ids, 0, 1, (0, 1), "float32", 0), tmp_path, None, quiet)
+        run_stage(model, None, Stage("m", 0, settings, ids, domains, 1, ids, domains, 0, 1, (0, 1), "float32", 0), tmp_path, None, quiet)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert [each.act_fn for each in experts] == activations

@@ -350,10 +350,16 @@ def test_dead_experts_of_the_last_step_are_named() -> None:
 
     # A tenth of the share of one of four is .025.
     history = (step(1, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4), step(2, (0.25,) * 4, (0.024, 0.9, 0.026, 0.0)), Step("dense continued", 2, 0))
-    assert list(_warnings(history, 1.0)) == [
+    assert list(_warnings(history, 1.0, CONFIG)) == [
         "layer 3: experts [0, 3] get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
     ]
-    assert list(_warnings((Step("dense continued", 2, 0),), 1.0)) == []
+    assert list(_warnings((Step("dense continued", 2, 0),), 1.0, CONFIG)) == []
+
+
+def test_routers_that_never_learned_are_told_instead_of_dead_experts() -> None:
+    history = (Step("fine-tuned", 1, 0, layers=(LayerRouting(0, (1.0, 0.0), 0.1, 0.0, 1.0),)),)
+    (warning,) = _warnings(history, 1.0, CONFIG.model_copy(update={"train": "experts", "routing": "by-domain"}))
+    assert warning.startswith("the last of finetune.stages is by-domain: the routers have not learned")
 
 
 @pytest.mark.parametrize(

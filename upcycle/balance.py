@@ -29,8 +29,10 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
 
 def expert_load(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """Share of the (token, slot) pairs that go to each expert, from logits [tokens, num_experts]; float32 [num_experts], sums to 1."""
-    num_experts = router_logits.shape[-1]
-    chosen = router_logits.detach().topk(top_k, dim=-1).indices
+    return _shares(router_logits.detach().topk(top_k, dim=-1).indices, router_logits.shape[-1])
+
+
+def _shares(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
     return F.one_hot(chosen.flatten(), num_experts).float().mean(0)
 
 
@@ -74,11 +76,20 @@ class LayerRouting:
     cosine: float
 
 
-def describe_routing(numbers: Sequence[int], logits: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], top_k: int) -> tuple[LayerRouting, ...]:
-    """How every layer with experts routes, from its number, its router logits [tokens, num_experts] and its experts' weights [num_experts, ...]."""
+def describe_routing(
+    numbers: Sequence[int], logits: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], top_k: int, forced: torch.Tensor | None = None
+) -> tuple[LayerRouting, ...]:
+    """How every layer with experts routes, from its number, its router logits [tokens, num_experts] and its experts' weights [num_experts, ...].
+
+    Where the routers are overruled, `forced` [tokens, k] are the experts that all layers send the tokens to, and the load is theirs.
+    """
     return tuple(
         LayerRouting(
-            number, tuple(expert_load(z, top_k).tolist()), float(router_entropy(z)), float(router_margin(z, top_k)), float(expert_cosine(stacked))
+            number,
+            tuple((expert_load(z, top_k) if forced is None else _shares(forced, z.shape[-1])).tolist()),
+            float(router_entropy(z)),
+            float(router_margin(z, top_k)),
+            float(expert_cosine(stacked)),
         )
         for number, z, stacked in zip(numbers, logits, weights, strict=True)
     )

@@ -16,7 +16,7 @@ from upcycle.progress import Progress
 from upcycle.prompt import read_prompt, run_with_prompt
 from upcycle.receipt import load_model
 
-_BATCH = 8
+EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Te
     No position sees another block.
     """
     total = 0.0
-    for batch in blocks.split(_BATCH):
+    for batch in blocks.split(EVALUATION_BATCH):
         batch = batch.to(model.device)
         logits = run_with_prompt(model, model, batch, prompt)
         total += float(next_token_loss(logits, batch)) * len(batch)
@@ -51,6 +51,7 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int =
     for _ in range(repeats):
         output = model(input_ids=prompt[None].to(model.device), use_cache=True)
         token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        token.item()  # a device may still be at it
         started = time.perf_counter()
         for _ in range(num_tokens):
             output = model(input_ids=token, past_key_values=cache, use_cache=True)

@@ -38,7 +38,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from upcycle.balance import balance_loss, describe_routing, expert_load, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import held_out_loss
+from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
@@ -60,7 +60,7 @@ _HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut
 class Stage:
     """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
 
-    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size].
+    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size]. The same of the validation split.
     """
 
     model: str
@@ -70,6 +70,7 @@ class Stage:
     domains: torch.Tensor
     num_domains: int
     validation: torch.Tensor
+    validation_domains: torch.Tensor
     first_step: int
     total_steps: int
     sparse_layers: tuple[int, ...]
@@ -100,7 +101,7 @@ def run_stage(
     with _one_line_errors(stage, scratch), _own_randomness(stage.seed), _lent(model, stage.settings):
         finish = choose_trainable(model, stage.settings, stage.sparse_layers)
         if next(router_modules(model), None) is not None:
-            use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; on CUDA not measured
+            use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
         trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
         if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
             raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2")
@@ -250,7 +251,7 @@ class _StageTrainer(Trainer):
             model=model,
             args=_arguments(stage, scratch),
             train_dataset=_Blocks(stage.blocks, stage.domains),
-            eval_dataset=_Blocks(stage.validation, torch.zeros(len(stage.validation), dtype=torch.int64)),
+            eval_dataset=_Blocks(stage.validation, stage.validation_domains),
         )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
@@ -263,9 +264,7 @@ class _StageTrainer(Trainer):
         """The next token's loss and the divergence from the teacher, mixed; plus each layer's balance loss and z-loss, as means over layers."""
         ids, settings = inputs["input_ids"], self.stage.settings
         self.router_logits.clear()
-        if self.num_experts and settings.routing == "by-domain":
-            top_k = self.mixture.config.num_experts_per_tok
-            self.forced = domain_experts(inputs["domains"], ids.shape[1], self.stage.num_domains, self.num_experts, top_k)
+        self.forced = self._experts_of(inputs["domains"])
         logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
         loss = self._note("train_loss", next_token_loss(logits, ids))
@@ -280,6 +279,13 @@ class _StageTrainer(Trainer):
             if settings.z_coefficient:
                 loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
+
+    def _experts_of(self, domains: torch.Tensor) -> torch.Tensor | None:
+        """The experts of each token of blocks of these domains; none where the routers decide."""
+        if not self.num_experts or self.stage.settings.routing == "learned":
+            return None
+        block_size, top_k = self.stage.blocks.shape[1], self.mixture.config.num_experts_per_tok
+        return domain_experts(domains, block_size, self.stage.num_domains, self.num_experts, top_k)
 
     def _balance(self) -> torch.Tensor:
         """Mean over layers of each layer's balance loss, with the load of all processes."""
@@ -307,10 +313,13 @@ class _StageTrainer(Trainer):
         return found
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The plain next-token loss on the validation blocks, by every process; domains decide nothing here."""
-        self.forced = None
+        """The plain next-token loss on the validation blocks, by every process, routed as in training."""
         self.mixture.eval()
-        metrics = {f"{metric_key_prefix}_loss": held_out_loss(self.mixture, self.stage.validation, get_prompt(self.mixture))}
+        total = 0.0
+        for blocks, domains in zip(self.stage.validation.split(EVALUATION_BATCH), self.stage.validation_domains.split(EVALUATION_BATCH), strict=True):
+            self.forced = self._experts_of(domains.to(self.mixture.device))
+            total += held_out_loss(self.mixture, blocks, get_prompt(self.mixture)) * len(blocks)
+        metrics = {f"{metric_key_prefix}_loss": total / len(self.stage.validation)}
         self.mixture.train()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -434,10 +443,10 @@ class _Watch(TrainerCallback):
         self.seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = _now()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += time.perf_counter() - self.began
+        self.seconds += _now() - self.began
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
             # What is logged at a checkpoint is complete there; and the last weights are a candidate too.
             control.should_log = control.should_evaluate = control.should_save = True
@@ -472,7 +481,9 @@ class _Watch(TrainerCallback):
 
     def _describe(self) -> Any:
         stacked = [stacked_weights(module.experts) for module in _blocks_with_experts(self.trainer.mixture)]
-        return describe_routing(self.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok)
+        return describe_routing(
+            self.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced
+        )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop |= self.patience_is_over
@@ -484,6 +495,13 @@ class _Watch(TrainerCallback):
             write_history(checkpoint / _HISTORY_NAME, self.history)
             for folder in set(self.scratch.glob("checkpoint-*")) - {checkpoint, best}:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _now() -> float:
+    """Seconds on a clock, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def _open_events(events: Path) -> Any:

@@ -24,7 +24,7 @@ from upcycle.checkpoint import copy_companions
 from upcycle.config import FinetuneConfig
 from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import Evaluation, evaluate
+from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
@@ -39,7 +39,6 @@ EQUAL_TIME_DIRECTORY = "control-equal-time"
 EVENTS_DIRECTORY = "tensorboard"
 HISTORY_NAME = "history.jsonl"
 _STAGE_NAME = "stage.json"  # written last: a stage without it is not finished
-_EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -140,7 +139,7 @@ def finetune(
         gradient,
         on_main(lambda: measure_domains(output, data)),
         _layers_with_experts(mixture),
-        tuple(_warnings(history, gradient)),
+        tuple(_warnings(history, gradient, stages[-1])),
     )
 
 
@@ -172,12 +171,18 @@ def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
     return math.sqrt(routers / max(sum(squares.values()), 1e-30))
 
 
-def _warnings(history: tuple[Step, ...], gradient: float) -> Iterator[str]:
+def _warnings(history: tuple[Step, ...], gradient: float, last_stage: FinetuneConfig) -> Iterator[str]:
     if gradient < 1e-6:
         yield (
             f"the routers' task gradient was {gradient:.0e} of the whole at the start: equal experts give a renormalizing router nothing to learn "
             "from; it followed the balance loss until the experts came apart; set upcycle.experts.noise to start them apart"
         )
+    if last_stage.routing == "by-domain":
+        yield (
+            "the last of finetune.stages is by-domain: the routers have not learned which experts learned from which text; let a stage follow in which "
+            "they learn"
+        )
+        return
     last = next((step for step in reversed(history) if step.layers), None)
     for layer in last.layers if last else ():
         dead = [expert for expert, load in enumerate(layer.load) if load < 0.1 / len(layer.load)]
@@ -201,6 +206,7 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
     job = _settle(job, folder)
     train, validation = read_blocks(data, "train"), read_blocks(data, "validation")
     names, domains = read_domains(data, "train")
+    _, validation_domains = read_domains(data, "validation")
     order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
     parent = _load_teacher(teacher) if teacher else None
     mixture_layers = _layers_with_experts(mixture)
@@ -214,7 +220,8 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
         taken += len(blocks)
         if not (place / _STAGE_NAME).is_file():
             stage = Stage(
-                job.name, number, settings, train[blocks], domains[blocks], len(names), validation, first_step, total, mixture_layers, precision, seed
+                job.name, number, settings, train[blocks], domains[blocks], len(names), validation, validation_domains, first_step, total,
+                mixture_layers, precision, seed,
             )  # fmt: skip
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_model(source, torch.float32)
@@ -307,7 +314,7 @@ def _loads(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     handles = [router.register_forward_hook(lambda _, __, output: logits.append(output[0])) for router in router_modules(model)]
     found = []
     try:
-        for batch in blocks.split(_EVALUATION_BATCH):
+        for batch in blocks.split(EVALUATION_BATCH):
             logits.clear()
             model(input_ids=batch.to(model.device), use_cache=False)
             found.append(torch.stack([expert_load(z, model.config.num_experts_per_tok) for z in logits]).cpu() * len(batch))
