@@ -210,8 +210,8 @@ def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task],
     """Refuse a run whose missing artifacts cannot fit on the disk."""
     missing = {task.label for task in tasks if task.label not in artifacts}
     needed = sum(size for label, size in preparation.artifact_bytes.items() if label in missing)
-    if "finetune" in missing:  # while training: the best checkpoint, the latest and the one before, each with AdamW's two moments, and the result
-        needed += 10 * preparation.artifact_bytes["finetune"]
+    if "finetune" in missing:
+        needed += preparation.scratch_bytes
     check_space(workdir, needed)
 
 

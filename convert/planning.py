@@ -126,6 +126,7 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
     artifacts.add_section()
     artifacts.add_row("disk in all", decimal(sum(preparation.artifact_bytes.values())), f"{decimal(shutil.disk_usage(existing).free)} free")
     if "finetune" in preparation.artifact_bytes:
+        artifacts.add_row("disk to fine-tune", decimal(preparation.scratch_bytes), "besides, until it is done")
         artifacts.add_row("memory to fine-tune", decimal(_ADAM_BYTES * preparation.plan.num_parameters), "and activations")
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage

@@ -32,7 +32,7 @@ from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
 from upcycle.receipt import write_receipt
 from upcycle.surgery import check_written, upcycle
-from upcycle.training import finetune
+from upcycle.training import HISTORY_NAME, finetune
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
@@ -43,7 +43,8 @@ _PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "o
 class Preparation:
     """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
 
-    `last_stage` is the last that can be run for this target, with the reason; None where all can.
+    `last_stage` is the last that can be run for this target, with the reason; None where all can. `scratch_bytes` is what fine-tuning needs on the
+    disk beside its artifact, while it runs.
     """
 
     loaded: LoadedRecipe
@@ -55,6 +56,7 @@ class Preparation:
     domain_files: Mapping[str, str]
     lowerings: Mapping[Variant, str]
     artifact_bytes: Mapping[str, int]
+    scratch_bytes: int
     last_stage: tuple[str, str] | None
 
 
@@ -114,7 +116,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         progress("reading the dense checkpoint", number, len(companions) + len(weights))
         source_files[file.name] = _digest(file)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
-    return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, last_stage)
+    scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if "finetune" in sizes else 0
+    return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage)
 
 
 def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, str] | None:
@@ -182,6 +185,17 @@ def _artifact_bytes(
     for variant in recipe.variants:
         sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(shapes, family, variant, recipe.quantize)
     return sizes
+
+
+def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: FinetuneConfig, artifact_bytes: int) -> int:
+    """The weights after every stage, and of the model that takes most the best checkpoint, the latest and the one being written.
+
+    A checkpoint is what learns in float32 with AdamW's two moments. The routers and low-rank updates are next to nothing.
+    """
+    stages = finetune.resolve_stages()
+    mixture = plan.num_parameters if any(stage.train not in ("router", "lora") for stage in stages) else 0
+    control = checkpoint.num_parameters if finetune.control and any(stage.train != "lora" for stage in stages) else 0
+    return len(stages) * artifact_bytes + 3 * 3 * 4 * max(mixture, control)
 
 
 def _digest(file: Path) -> str:
@@ -294,13 +308,10 @@ def run_upcycle(job: Job) -> Facts:
 
 
 def run_finetune(job: Job) -> Facts:
-    """The fine-tuned mixture, and the dense control."""
+    """The fine-tuned mixture, and the dense control. The history is in a file beside them: megabytes where there are many experts."""
     inputs = job.inputs
-    return _jsonable(
-        finetune(
-            inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress, job.scratch
-        )
-    )  # fmt: skip
+    facts = finetune(inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress, job.scratch)
+    return {name: value for name, value in _jsonable(facts).items() if name != "history"}
 
 
 def run_quantize(job: Job) -> Facts:
@@ -345,7 +356,8 @@ def run_report(job: Job) -> Facts:
             facts["variants"].setdefault(variant, {})[stage] = stage_facts
         else:
             facts[stage] = stage_facts
-    write_report(facts, job.output)
+    history = [json.loads(line) for line in (job.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()]
+    write_report({**facts, "finetune": {**facts["finetune"], "history": history}}, job.output)
     return facts
 
 

@@ -96,6 +96,17 @@ def test_a_killed_run_gives_the_weights_of_an_unbroken_one(killed_run, tiny_reci
     assert digests[0] == digests[1]
 
 
+def test_the_history_is_a_file_and_in_the_report_and_in_no_manifest(killed_run):
+    workdir, _ = killed_run
+    for path in workdir.glob("*/manifest.json"):
+        assert "history" not in json.loads(path.read_text(encoding="utf-8"))["facts"].get("finetune", {})
+    (tuned,) = workdir.glob("finetune-*")
+    assert "history" not in json.loads((tuned / "manifest.json").read_text(encoding="utf-8"))["facts"]
+    lines = [json.loads(line) for line in (tuned / "history.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines
+    assert json.loads(next(workdir.glob("report-*/report.json")).read_text(encoding="utf-8"))["finetune"]["history"] == lines
+
+
 def test_two_processes_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe):
     workdir = tiny_recipe.parent / "shared"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "convert", "run", str(tiny_recipe)]

@@ -24,16 +24,17 @@ data:
   source: {{kind: text, train: [text.txt]}}
   block_size: 32
 upcycle: {upcycle}
+finetune: {finetune}
 variants: [float32, int8]
 quantize: {{block_size: 16}}
 parity: {{decode_steps: 8}}
 """
 
 
-def prepared(source: Path, tmp_path: Path, upcycle: str) -> Preparation:
+def prepared(source: Path, tmp_path: Path, upcycle: str, finetune: str = "{}") -> Preparation:
     (tmp_path / "text.txt").write_text("a line of text\n" * 100)
     path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE.format(source=source, upcycle=upcycle))
+    path.write_text(RECIPE.format(source=source, upcycle=upcycle, finetune=finetune))
     return prepare(load_recipe(path), lambda what, done, total: None)
 
 
@@ -183,6 +184,24 @@ def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: P
     assert not any(label.startswith("onnx") for label, *_ in artifacts)
 
 
+@pytest.mark.parametrize(
+    ("finetune", "results", "mixtures", "dense"),
+    [
+        ("{}", 1, 9, 0),
+        ("{stages: [{train: router}, {train: experts}]}", 2, 9, 0),
+        ("{train: router}", 1, 0, 9),  # the control has no routers: all of it learns
+        ("{train: router, control: false}", 1, 0, 0),
+        ("{train: lora}", 1, 0, 0),
+    ],
+)
+def test_the_disk_that_training_needs_is_every_stages_weights_and_three_checkpoints(
+    finetune: str, results: int, mixtures: int, dense: int, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}", finetune)
+    mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
+    assert preparation.scratch_bytes == results * preparation.artifact_bytes["finetune"] + 4 * (mixtures * mixture + dense * DENSE)
+
+
 def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path: Path) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
     table = plan_tables(preparation, tmp_path / "run")[3]
@@ -190,10 +209,12 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
     assert table.title == f"artifacts in {tmp_path / 'run'}"
     found = {label: (size, note) for label, size, note in rendered(table)}
     assert list(found) == [
-        "upcycle", "finetune", "onnx-float32", "quantize-float32", "onnx-int8", "quantize-int8", "disk in all", "memory to fine-tune",
+        "upcycle", "finetune", "onnx-float32", "quantize-float32", "onnx-int8", "quantize-int8", "disk in all", "disk to fine-tune",
+        "memory to fine-tune",
     ]  # fmt: skip
     assert found["upcycle"] == (decimal(4 * mixture), "")
     assert found["finetune"] == (decimal(4 * mixture + 2 * 4 * DENSE), "")
     assert (found["onnx-float32"][1], found["onnx-int8"][1]) == ("lowering moe", "lowering qmoe")
     assert found["disk in all"][0] == decimal(sum(preparation.artifact_bytes.values()))
+    assert found["disk to fine-tune"] == (decimal(4 * mixture + 2 * 4 * DENSE + 9 * 4 * mixture), "besides, until it is done")
     assert found["memory to fine-tune"] == (decimal(16 * mixture), "and activations")

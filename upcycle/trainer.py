@@ -60,7 +60,8 @@ _HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut
 class Stage:
     """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
 
-    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size]. The same of the validation split.
+    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size]. validation and
+    validation_domains: the same, held out.
     """
 
     model: str

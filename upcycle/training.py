@@ -179,8 +179,8 @@ def _warnings(history: tuple[Step, ...], gradient: float, last_stage: FinetuneCo
         )
     if last_stage.routing == "by-domain":
         yield (
-            "the last of finetune.stages is by-domain: the routers have not learned which experts learned from which text; let a stage follow in which "
-            "they learn"
+            "the last of finetune.stages is by-domain: the routers have not learned which experts learned from which text; "
+            "let a stage follow in which they learn"
         )
         return
     last = next((step for step in reversed(history) if step.layers), None)
