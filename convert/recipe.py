@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, get_args
+from typing import Annotated, Any, Final, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, ValidationError, field_validator, model_validator
 from pydantic import Tag as Branch
@@ -24,7 +24,7 @@ from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig
+from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000
@@ -129,6 +129,13 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
         mistakes.append((("parity", "decode_steps"), f"is {steps}; must be less than data.block_size, which is {block_size}, to leave a prompt"))
     if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
         mistakes.append((("parity", "max_perplexity_increase"), f"lacks {_either(missing, 'and')}; must have a limit for each of the variants"))
+    num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
+    for number, stage in enumerate(recipe.finetune.resolve_stages()):
+        if stage.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):
+            key: Key = ("finetune", "stages", number, "routing") if recipe.finetune.stages else ("finetune", "routing")
+            experts = "groups of granular experts" if recipe.upcycle.group_size > 1 else "experts"
+            text = f"is 'by-domain'; the domains, of which the data has {num_domains}, must be 2 or more and divide the {num_rows} {experts} evenly"
+            mistakes.append((key, text))
     return mistakes
 
 
@@ -403,8 +410,10 @@ def _explain(error: ErrorDetails) -> list[Mistake]:
             text = f"is {_typed(given)}; must be {_mapping(records)}" + (f"; {suggestion}" if suggestion else "")
         case _ if error["loc"][-1] == "[key]":
             text = f"unknown key; must be {ctx['expected']}"
-        case "too_short" if given:
+        case "too_short" if len(given) >= ctx["min_length"]:
             return []  # its items are refused one by one
+        case "too_short" if isinstance(given, dict):
+            text = f"has {len(given)} key{'' if len(given) == 1 else 's'}; must have at least {ctx['min_length']}"
         case _ if isinstance(given, float) and not math.isfinite(given):
             return []  # refused when it was read
         case kind if kind in _MUST_BE:
@@ -419,8 +428,11 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, tu
     key: Key = ()
     parent: type[BaseModel] | None = None
     records: tuple[type[BaseModel], ...] = (Recipe,)
+    named = False  # by the recipe itself, as domains are
     for part in loc:
-        if len(records) > 1:  # the tag of a union's branch, which no file has
+        if named:
+            key, parent, named = (*key, part), None, False
+        elif len(records) > 1:  # the tag of a union's branch, which no file has
             records = tuple(record for record in records if part == _record_tag(record))
         elif isinstance(part, int):  # an item of a list, whose record is the list's
             key = (*key, part)
@@ -428,6 +440,7 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, tu
             parent = records[0] if records else None
             field = parent.model_fields.get(str(part)) if parent else None
             key, records = (*key, part), _records(field.annotation) if field else ()
+            named = bool(records) and field is not None and get_origin(field.annotation) is dict
     return key, parent, records
 
 

@@ -26,7 +26,7 @@ from export.parity import check_parity
 from export.twin import estimate_bytes, quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
-from upcycle.data import match_files, prepare_data, read_blocks, text_files, text_sources
+from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
@@ -101,8 +101,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     if last_stage is None:
         lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
     data_files: dict[str, str] = {}
-    for where, text in text_sources(recipe.data.source).items():
-        for split, files in text_files(text, _data_base(loaded), where).items():
+    for where, splits in resolve_files(recipe.data.source, _data_base(loaded)).items():
+        for split, files in splits.items():
             data_files |= {f"{where}.{split}/{file}": _digest(file) for file in files}
     domain_files: dict[str, str] = {}
     for number, domain in enumerate(recipe.upcycle.router.domains):

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from upcycle.config import DataConfig, HubData, PythonDocsData, TextData
-from upcycle.data import _choose_evenly, digest_texts, prepare_data, read_blocks, read_texts, text_files
+from upcycle.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
+from upcycle.data import _choose_evenly, digest_texts, prepare_data, read_blocks, read_domains, read_texts, text_files
 from upcycle.errors import UpcycleError
 from upcycle.python_docs import SPLITS, Document, PythonDocs
 
@@ -171,6 +171,116 @@ def test_python_docs_are_read_from_the_interpreter(monkeypatch: pytest.MonkeyPat
     found = read_texts(PythonDocsData(kind="python-docs"), tmp_path)
     assert found.domains == {domain: {split: (f"{split} {domain}",) for split in SPLITS} for domain in ("prose", "code")}
     assert found.facts == {"interpreter": "CPython 3.99.0", "digest": "f" * 64}
+
+
+# Domains, each a source of its own
+
+
+Corpora = tuple[DomainsData, Path]
+
+
+@pytest.fixture
+def two_domains(tmp_path: Path) -> Corpora:
+    """Letters and digits: no token of one is in the other, but for the separator of a text."""
+    sources = {}
+    for name, alphabet in (("letters", "abcdefgh"), ("digits", "01234567")):
+        for split, count in (("train", 30), ("validation", 12), ("test", 14)):
+            words = (alphabet[number % 8] * 9 for number in range(count * (2 if name == "digits" else 1)))
+            write(tmp_path, **{f"{name}-{split}": "\n".join(words)})
+        sources[name] = text_data(**{split: (f"{name}-{split}.txt",) for split in SPLITS}, separator="\n")
+    return DomainsData(kind="domains", domains=sources), tmp_path
+
+
+def test_every_domain_has_documents_and_a_digest_of_its_own(two_domains: Corpora) -> None:
+    source, base = two_domains
+    found = read_texts(source, base)
+    assert list(found.domains) == ["letters", "digits"]
+    alone = {name: read_texts(part, base) for name, part in source.domains.items()}
+    assert found.domains == {name: texts.domains["text"] for name, texts in alone.items()}
+    assert found.facts == {f"digest of {name}": texts.facts["digest"] for name, texts in alone.items()}
+
+
+@pytest.mark.parametrize("max_train_tokens", [None, 6 * 16])
+def test_a_block_holds_one_domain_and_knows_its_number(
+    max_train_tokens: int | None, two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path
+) -> None:
+    source, base = two_domains
+    facts = prepare_data(dense_checkpoint, tmp_path, DataConfig(source=source, block_size=16, max_train_tokens=max_train_tokens), base, quiet)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(dense_checkpoint)
+    assert facts["domains"] == ["letters", "digits"]
+    for split in SPLITS:
+        names, domains = read_domains(tmp_path, split)
+        blocks = read_blocks(tmp_path, split)
+        assert names == ("letters", "digits")
+        assert (domains.dtype, domains.shape) == (torch.int64, (len(blocks),))
+        assert set(domains.tolist()) == {0, 1}
+        for ids, domain in zip(blocks, domains.tolist(), strict=True):
+            characters = set(tokenizer.decode(ids, skip_special_tokens=True)) - {" "}
+            assert characters
+            assert characters <= set(("abcdefgh", "01234567")[domain])
+    if max_train_tokens:
+        assert len(read_blocks(tmp_path, "train")) == 6
+
+
+def test_the_domains_of_a_block_are_those_of_the_texts_packed_alone(two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path) -> None:
+    source, base = two_domains
+    prepare_data(dense_checkpoint, tmp_path, DataConfig(source=source, block_size=16), base, quiet)
+    blocks, (_, domains) = read_blocks(tmp_path, "train"), read_domains(tmp_path, "train")
+    for number, part in enumerate(source.domains.values()):
+        assert isinstance(part, TextData)
+        alone = tmp_path / str(number)
+        alone.mkdir()
+        prepare_data(dense_checkpoint, alone, settings(part), base, quiet)
+        assert torch.equal(blocks[domains == number], read_blocks(alone, "train"))
+        assert read_domains(alone, "train")[0] == ("text",)
+
+
+def test_prose_and_code_are_domains(monkeypatch: pytest.MonkeyPatch, dense_checkpoint: Path, tmp_path: Path) -> None:
+    documents = {split: (Document("m", "code", f"{split} 1 2 3 " * 20), Document("m", "prose", f"{split} words " * 20)) for split in SPLITS}
+    monkeypatch.setattr("upcycle.data.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64))
+    facts = prepare_data(dense_checkpoint, tmp_path, DataConfig(source=PythonDocsData(kind="python-docs"), block_size=16), tmp_path, quiet)
+    assert facts["domains"] == ["prose", "code"]
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(dense_checkpoint)
+    names, domains = read_domains(tmp_path, "train")
+    assert names == ("prose", "code")
+    for ids, domain in zip(read_blocks(tmp_path, "train"), domains.tolist(), strict=True):
+        assert ("1" in tokenizer.decode(ids)) == (domain == 1)
+
+
+def test_what_a_domain_lacks_is_told_by_its_name(two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path, data_set: Path) -> None:
+    source, base = two_domains
+    write(base, blank=" ", short="ab")
+
+    def refused(**fields: Any) -> str:
+        digits = source.domains["digits"].model_copy(update=fields)
+        config = DataConfig(source=DomainsData(kind="domains", domains={**source.domains, "digits": digits}), block_size=16)
+        return refusal(prepare_data, dense_checkpoint, tmp_path, config, base, quiet)
+
+    assert refused(train=("absent*",)) == (
+        f"data.source.domains.digits.train: 'absent*' matches no file below {base}; give a path or glob of UTF-8 text files"
+    )
+    assert refused(test=("digits-train.txt",)) == (
+        f"data.source.domains.digits.test: {base / 'digits-train.txt'} is also a train file; held-out text must not be trained on; "
+        "give each file one split"
+    )
+    assert refused(validation=("blank.txt",)) == (
+        "data.source.domains.digits: no document falls into the validation split; give `validation:` files, or a `separator` that makes more "
+        "documents"
+    )
+    assert refused(train=("short.txt",)) == (
+        "data: the train split of domain 'digits' has fewer tokens than one block of 16; give more text or a smaller block_size"
+    )
+    hubs = DomainsData(kind="domains", domains={"letters": source.domains["letters"], "set": hub(data_set, text_column="body")})
+    assert refusal(read_texts, hubs, base) == f"data.source.domains.set: data set '{data_set}': no column 'body'; it has text, label"
+
+
+def test_what_one_domain_holds_out_another_must_not_train_on(two_domains: Corpora) -> None:
+    source, base = two_domains
+    more = source.domains["letters"].model_copy(update={"train": ("*-t*n.txt", "digits-test.txt"), "separator": None})
+    assert refusal(read_texts, DomainsData(kind="domains", domains={"letters": more, "digits": source.domains["digits"]}), base) == (
+        f"data.source.domains.digits.test: {base / 'digits-test.txt'} is also a file of data.source.domains.letters.train; held-out text must not be "
+        "trained on; give each file one split"
+    )
 
 
 # Data sets of the hub, here from a local folder

@@ -9,7 +9,18 @@ from pydantic import BaseModel, ValidationError
 from convert.errors import RecipeError
 from convert.recipe import _ALIASES, HubSource, LocalSource, Recipe, _records, load_recipe, resolve_path, schema
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from upcycle.config import DataConfig, FinetuneConfig, PythonDocsData, TextData, UpcycleConfig
+from upcycle.config import (
+    DataConfig,
+    Distillation,
+    DomainsData,
+    FinetuneConfig,
+    HubData,
+    PythonDocsData,
+    TextData,
+    UpcycleConfig,
+    count_domains,
+)
+from upcycle.python_docs import DOMAINS
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GOOD = "source: dense\ndata: {source: {kind: python-docs}}\n"  # what is added after it starts at line 3
@@ -431,7 +442,100 @@ def test_a_wrong_data_source_is_told_by_its_key(source, message):
     assert mistakes(f"source: dense\ndata:\n  source: {source}\n") == [f"r.yaml:3: {message}"]
 
 
+TWO = "source: dense\ndata:\n  source: {kind: domains, domains: "
+TEXT = "{kind: text, train: [a.txt]}"
+
+
+@pytest.mark.parametrize(
+    ("domains", "messages"),
+    [
+        ("{}", ["domains: has 0 keys; must have at least 2"]),
+        (f"{{a: {TEXT}}}", ["domains: has 1 key; must have at least 2"]),
+        ("[a, b]", ["domains: is a list; must be a mapping"]),
+        (f"{{a: x, b: {TEXT}}}", ["domains.a: is 'x' (a string); must be a mapping whose kind is 'text' or 'hub'"]),
+        (f"{{a: {TEXT}, b: {{kind: python-docs}}}}", ["domains.b.kind: is 'python-docs'; must be 'text' or 'hub'"]),
+        (f"{{a: {TEXT}, b: {{train: [b.txt]}}}}", ["domains.b.kind: missing; must be 'text' or 'hub'"]),
+        (f"{{a: {TEXT}, b: {{kind: text}}}}", ["domains.b.train: missing; must be given: Files or globs, UTF-8."]),
+        (
+            "{a: {kind: text, train: a.txt}, b: {kind: hub, path: o/n, column: c}}",
+            ["domains.a.train: is 'a.txt' (a string); must be a list", "domains.b.column: unknown key; did you mean 'text_column'?"],
+        ),
+    ],
+)
+def test_a_wrong_domain_is_told_by_its_name(domains, messages):
+    assert mistakes(f"{TWO}{domains}}}\n") == [f"r.yaml:3: data.source.{message}" for message in messages]
+
+
+def test_domains_are_sources_in_the_order_of_the_file():
+    domains = load(f"{TWO}{{z: {TEXT}, a: {{kind: hub, path: o/n}}}}}}\n").recipe.data.source.domains
+    assert list(domains.items()) == [("z", TextData(kind="text", train=("a.txt",))), ("a", HubData(kind="hub", path="o/n"))]
+
+
+STAGE_KEYS = "train, steps, routing, learning_rate, expert_learning_rate, router_learning_rate, schedule, warmup_steps, balance_coefficient"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{stages: [{}, {trian: router}]}", "finetune.stages[1].trian: unknown key; did you mean 'train'?"),
+        ("{stages: [{lr: 1e-3}]}", "finetune.stages[0].lr: unknown key; did you mean 'learning_rate'?"),
+        ("{stages: [{batch_size: 4}]}", f"finetune.stages[0].batch_size: unknown key; the keys here are {STAGE_KEYS}"),
+        ("{stages: {train: router}}", "finetune.stages: is a mapping; must be a list"),
+        ("{stages: [router]}", f"finetune.stages[0]: is 'router' (a string); must be a mapping of the keys {STAGE_KEYS}"),
+        ("{stages: [{steps: many}]}", "finetune.stages[0].steps: is 'many' (a string); must be an integer"),
+        ("{stages: [{train: 5}]}", "finetune.stages[0].train: is 5 (an integer); must be a string"),
+        ("{stages: [{routing: domain}]}", "finetune.stages[0].routing: is 'domain'; must be 'learned' or 'by-domain'"),
+        ("{stages: [{schedule: step}]}", "finetune.stages[0].schedule: is 'step'; must be 'cosine', 'linear', 'inverse-sqrt' or 'constant'"),
+        ("{stages: [{learning_rate: 0}]}", "finetune.stages[0].learning_rate: is 0; must be greater than 0.0"),
+        ("{stages: [{train: last}]}", "finetune: stages[0]: train is 'last'; must be all, experts, router, lora or last-N"),
+        ("{distillation: true}", "finetune.distillation: is true (a boolean); must be a mapping of the keys weight, temperature"),
+        ("{distillation: {weight: 2}}", "finetune.distillation.weight: is 2; must be at most 1.0"),
+        ("{distillation: {weight: 0}}", "finetune.distillation.weight: is 0; must be greater than 0.0"),
+        ("{distillation: {temperature: cold}}", "finetune.distillation.temperature: is 'cold' (a string); must be a number"),
+        ("{distillation: {temperatur: 2}}", "finetune.distillation.temperatur: unknown key; did you mean 'temperature'?"),
+        ("{teacher: {weight: 1}}", "finetune.teacher: unknown key; did you mean 'distillation'?"),
+    ],
+)
+def test_a_wrong_setting_of_a_stage_or_of_distillation_is_told_by_its_key(settings, message):
+    assert mistakes(GOOD + f"finetune: {settings}\n") == [f"r.yaml:3: {message}"]
+
+
+def test_a_stage_has_what_it_gives_and_the_settings_around_the_list():
+    text = "finetune: {steps: 50, schedule: linear, distillation: {weight: 0.3}, stages: [{train: router, steps: 20}, {learning_rate: 1e-5}]}\n"
+    first, second = load(GOOD + text).recipe.finetune.resolve_stages()
+    assert (first.train, first.steps, first.schedule, first.learning_rate) == ("router", 20, "linear", FinetuneConfig().learning_rate)
+    assert (second.train, second.steps, second.schedule, second.learning_rate) == ("all", 50, "linear", 1e-5)
+    assert {stage.distillation for stage in (first, second)} == {Distillation(weight=0.3)}
+    assert first.stages == second.stages == ()
+
+
 # Checks across records
+
+
+@pytest.mark.parametrize(
+    ("data", "upcycle", "message"),
+    [
+        ("{kind: text, train: [a]}", "{num_experts: 4}", "of which the data has 1, must be 2 or more and divide the 4 experts evenly"),
+        ("{kind: python-docs}", "{num_experts: 3}", "of which the data has 2, must be 2 or more and divide the 3 experts evenly"),
+        (
+            f"{{kind: domains, domains: {{a: {TEXT}, b: {TEXT}, c: {TEXT}, d: {TEXT}}}}}",
+            "{num_experts: 8, num_experts_per_tok: 4, experts: {kind: granular, granularity: 4}, router: {logit_std: 1}}",
+            "of which the data has 4, must be 2 or more and divide the 2 groups of granular experts evenly",
+        ),
+    ],
+)
+def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, message):
+    text = (
+        f"source: dense\ndata: {{source: {data}}}\nupcycle: {upcycle}\nfinetune:\n  stages:\n  - {{}}\n  - {{train: experts, routing: by-domain}}\n"
+    )
+    assert mistakes(text) == [f"r.yaml:7: finetune.stages[1].routing: is 'by-domain'; the domains, {message}"]
+    assert load(text.replace("by-domain", "learned")).recipe.finetune.stages[1].routing == "learned"
+
+
+def test_the_domains_of_every_source_are_counted():
+    two = DomainsData(kind="domains", domains={name: TextData(kind="text", train=("a",)) for name in "ab"})
+    assert count_domains(PythonDocsData(kind="python-docs")) == len(DOMAINS)
+    assert [count_domains(source) for source in (TextData(kind="text", train=("a",)), HubData(kind="hub", path="p"), two)] == [1, 1, 2]
 
 
 def test_every_split_must_have_room_for_one_block():

@@ -1,10 +1,12 @@
 """Stages: what is known before any work, and sources on the hub."""
 
+import hashlib
+
 import pytest
 
 from convert.errors import RecipeError
 from convert.recipe import load_recipe
-from convert.stages import prepare
+from convert.stages import data_settings, prepare
 
 HUB = """\
 source: {hub: nobody/tiny-llama, revision: abc123}
@@ -47,6 +49,30 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub_recipe, monkeypatch):
         "source: nobody/tiny-llama at revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); "
         "check the id, or give a path"
     )
+
+
+def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_checkpoint):
+    for name in ("a", "b", "held"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 50, encoding="utf-8")
+    path = tmp_path / "domains.yaml"
+    path.write_text(
+        f"source: {dense_checkpoint}\ndata:\n  block_size: 32\n  source:\n    kind: domains\n    domains:\n"
+        "      one: {kind: text, train: [a.txt], test: [held.txt]}\n      two: {kind: text, train: [b.txt]}\n",
+        encoding="utf-8",
+    )
+
+    def prepared():
+        return prepare(load_recipe(path), lambda *_: None)
+
+    first = prepared()
+    places = {"one.train": "a", "one.test": "held", "two.train": "b"}
+    assert first.data_files == {
+        f"data.source.domains.{place}/{tmp_path / name}.txt": hashlib.sha256((tmp_path / f"{name}.txt").read_bytes()).hexdigest()
+        for place, name in places.items()
+    }
+    assert data_settings(prepared(), None) == data_settings(first, None)
+    (tmp_path / "b.txt").write_text("another text", encoding="utf-8")
+    assert data_settings(prepared(), None) != data_settings(first, None)
 
 
 def test_a_block_longer_than_the_context_is_refused(tmp_path, dense_checkpoint):

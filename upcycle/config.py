@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, assert_never
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -195,6 +195,19 @@ class DomainsData(Record):
 
 
 DataSource = PythonDocsData | TextData | HubData | DomainsData
+
+
+def count_domains(source: DataSource) -> int:
+    """How many domains the text of a source is of."""
+    match source:
+        case PythonDocsData():
+            return 2  # prose and code
+        case TextData() | HubData():
+            return 1
+        case DomainsData():
+            return len(source.domains)
+        case _:
+            assert_never(source)
 
 
 class DataConfig(Record):

@@ -51,6 +51,7 @@ def read_texts(source: DataSource, base: Path) -> Texts:
             documents = _read_hub(source, "data.source")
             return Texts({"text": documents}, {"data set": source.path, "digest": digest_texts(documents)})
         case DomainsData():
+            resolve_files(source, base)
             named = {
                 name: _read_files(part, base, domain_place(name)) if isinstance(part, TextData) else _read_hub(part, domain_place(name))
                 for name, part in source.domains.items()
@@ -90,6 +91,24 @@ def text_files(source: TextData, base: Path, where: str = "data.source") -> dict
     for split in ("validation", "test"):
         if shared := next((file for file in files[split] if file.resolve() in trained), None):
             raise UpcycleError(f"{where}.{split}: {shared} is also a train file; held-out text must not be trained on; give each file one split")
+    return files
+
+
+def resolve_files(source: DataSource, base: Path) -> dict[str, dict[Split, list[Path]]]:
+    """The files of each split of every source of text files, by its place in the recipe.
+
+    Raises:
+        UpcycleError: as `text_files`, or a file that one domain holds out is trained on in another.
+    """
+    files = {where: text_files(text, base, where) for where, text in text_sources(source).items()}
+    trained = {file.resolve(): where for where, splits in files.items() for file in splits["train"]}
+    for where, splits in files.items():
+        for split in ("validation", "test"):
+            if shared := next((file for file in splits[split] if file.resolve() in trained), None):
+                raise UpcycleError(
+                    f"{where}.{split}: {shared} is also a file of {trained[shared.resolve()]}.train; held-out text must not be trained on; "
+                    "give each file one split"
+                )
     return files
 
 
