@@ -207,11 +207,13 @@ def _help(preparation: Preparation, tasks: Mapping[str, Task]) -> None:
 
 
 def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task], artifacts: Mapping[str, Artifact]) -> None:
-    """Refuse a run whose missing artifacts cannot fit on the disk."""
+    """Refuse a run whose missing artifacts cannot fit on the disk; what a killed run left to go on from is there already."""
     missing = {task.label for task in tasks if task.label not in artifacts}
     needed = sum(size for label, size in preparation.artifact_bytes.items() if label in missing)
-    if "finetune" in missing:
-        needed += preparation.scratch_bytes
+    for task in tasks:
+        if task.label == "finetune" and task.label in missing:
+            left = resume_directory(workdir, task.label, task.key).rglob("*")
+            needed += max(0, preparation.scratch_bytes - sum(path.stat().st_size for path in left if path.is_file()))
     check_space(workdir, needed)
 
 

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from convert.artifact import resume_directory
+from convert.pipeline import _check_space, plan_tasks
 from convert.planning import plan_tables
 from convert.recipe import load_recipe
 from convert.stages import Preparation, prepare
@@ -200,6 +202,22 @@ def test_the_disk_that_training_needs_is_every_stages_weights_and_three_checkpoi
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}", finetune)
     mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
     assert preparation.scratch_bytes == results * preparation.artifact_bytes["finetune"] + 4 * (mixtures * mixture + dense * DENSE)
+
+
+def test_what_a_killed_run_left_is_not_asked_for_again(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("convert.pipeline.check_space", lambda _, needed_bytes: asked.append(needed_bytes))
+    preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
+    tasks = plan_tasks(preparation, "report")
+    left = resume_directory(tmp_path, "finetune", tasks[3].key) / "fine-tuned" / "stage-0"
+    for size in (None, 1000, 10 * preparation.scratch_bytes):
+        if size is not None:
+            left.mkdir(parents=True, exist_ok=True)
+            with (left / "model.safetensors").open("wb") as file:
+                file.truncate(size)
+        _check_space(preparation, tmp_path, tasks, {})
+    artifacts = sum(preparation.artifact_bytes.values())
+    assert asked == [artifacts + preparation.scratch_bytes, artifacts + preparation.scratch_bytes - 1000, artifacts]
 
 
 def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path: Path) -> None:

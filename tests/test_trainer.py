@@ -620,6 +620,29 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
             assert found == expected or found == pytest.approx(expected, rel=1e-4), (ours.step, name)
 
 
+def test_a_killed_run_is_taken_up_by_another_number_of_processes(
+    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, start: Start, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"stages": (TrainingStage(), TrainingStage(train="lora", steps=4))})
+    whole, _ = start(config)
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 5:
+            raise _Killed
+
+    scratch, output = tmp_path / "scratch", tmp_path / "output"
+    output.mkdir()
+    with pytest.raises(_Killed):
+        start(config, scratch, progress)
+    launch(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json())
+    for ours, theirs in zip(whole.history, read_history(output / "history.jsonl"), strict=True):
+        assert ours.step == theirs.step
+        for name in ("train_loss", "validation_loss"):
+            expected, found = getattr(ours, name), getattr(theirs, name)
+            # Sums in another order, six steps of AdamW long.
+            assert found == expected or found == pytest.approx(expected, rel=1e-4), (ours.step, name)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 def test_a_process_that_is_killed_for_real_is_taken_up(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path) -> None:
     settings = CONFIG.model_copy(update={"steps": 40, "eval_steps": 4}).model_dump_json()
