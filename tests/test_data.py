@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from upcycle.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
 from upcycle.data import _choose_evenly, digest_texts, prepare_data, read_blocks, read_domains, read_texts, text_files
 from upcycle.errors import UpcycleError
-from upcycle.python_docs import SPLITS, Document, PythonDocs
+from upcycle.python_docs import SPLITS, Document, PythonDocs, Split
 
 BOS, EOS = 0, 1  # of the tiny tokenizer
 
@@ -272,6 +272,19 @@ def test_what_a_domain_lacks_is_told_by_its_name(two_domains: Corpora, dense_che
     )
     hubs = DomainsData(kind="domains", domains={"letters": source.domains["letters"], "set": hub(data_set, text_column="body")})
     assert refusal(read_texts, hubs, base) == f"data.source.domains.set: data set '{data_set}': no column 'body'; it has text, label"
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_limit_that_leaves_no_block_of_a_domain_is_refused(split: Split, two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path) -> None:
+    source, base = two_domains
+    config = DataConfig(source=source, block_size=16)
+    prepare_data(dense_checkpoint, tmp_path, config, base, quiet)
+    domains = read_domains(tmp_path, split)[1].tolist()
+    assert refusal(prepare_data, dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 16}), base, quiet) == (
+        f"data.max_{split}_tokens is 16; it leaves none of the blocks of domain 'digits', which are {domains.count(1)} of {len(domains)}; raise it"
+    )
+    prepare_data(dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 32}), base, quiet)
+    assert read_domains(tmp_path, split)[1].tolist() == [0, 1]
 
 
 def test_what_one_domain_holds_out_another_must_not_train_on(two_domains: Corpora) -> None:

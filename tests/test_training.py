@@ -27,7 +27,7 @@ from upcycle.history import Step
 from upcycle.objective import next_token_loss
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle
-from upcycle.training import FinetuneFacts, _warnings, finetune
+from upcycle.training import FinetuneFacts, Trained, _stretch, _warnings, finetune
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one
@@ -173,6 +173,28 @@ def test_the_control_trains_on_the_same_batches_in_the_same_order(run: Run) -> N
     assert all(torch.equal(ours, control) for ours, control in zip(run.batches[:18], run.batches[18:36], strict=True))
     shared = min(18, 2 * equal_time)
     assert all(torch.equal(ours, control) for ours, control in zip(run.batches[:shared], run.batches[36 : 36 + shared], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mixture_seconds", "control_seconds", "control_steps", "steps"),
+    [
+        (60.0, 15.0, 30, (40, 80)),  # half a second a step: 120 steps in all
+        (60.0, 60.0, 30, (10, 20)),
+        (30.0, 10.0, 10, (10, 20)),  # the control ended early
+        (1.0, 60.0, 30, (3, 3)),  # one step more than each warm-up
+    ],
+)
+def test_the_control_of_equal_time_has_as_many_steps_as_fit(
+    mixture_seconds: float, control_seconds: float, control_steps: int, steps: tuple[int, ...]
+) -> None:
+    stages = tuple(CONFIG.model_copy(update={"steps": count}) for count in (10, 20))
+    trained = {
+        "fine-tuned": Trained((), 30, 30, mixture_seconds),
+        "dense continued": Trained((), control_steps, control_steps, control_seconds),
+    }
+    stretched = _stretch(stages, trained)
+    assert tuple(stage.steps for stage in stretched) == steps
+    assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [CONFIG.model_copy(update={"steps": 1})] * 2
 
 
 def test_every_block_is_met_once_an_epoch(run: Run, data: Path) -> None:

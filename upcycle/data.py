@@ -195,7 +195,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     names in the order of their numbers, digest, interpreter.
 
     Raises:
-        UpcycleError: no tokenizer, no text, or too little text for one block a split.
+        UpcycleError: no tokenizer, no text, or too little text for one block of a domain in a split, or a limit that leaves none.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
@@ -217,6 +217,12 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
                 )
         domains = torch.cat([torch.full((len(blocks),), number, dtype=torch.int32) for number, blocks in enumerate(packed)])
         places = _choose_evenly(len(domains), None if (limit := limits[split]) is None else max(1, limit // config.block_size))
+        for number, name in enumerate(texts.domains):
+            if number not in domains[places]:
+                raise UpcycleError(
+                    f"data.max_{split}_tokens is {limit}; it leaves none of the blocks of domain '{name}', which are {len(packed[number])} of "
+                    f"{len(domains)}; raise it"
+                )
         blocks = torch.cat(packed)[places]
         num_tokens[split] = blocks.numel()
         save_file({"input_ids": blocks, "domains": domains[places]}, output / f"{split}.safetensors")

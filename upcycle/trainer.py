@@ -45,7 +45,7 @@ from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes, whole
 from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
-from upcycle.receipt import router_modules, router_weights, sparse_layers
+from upcycle.receipt import router_modules, router_weights
 from upcycle.trainable import add_expert_dropout, choose_trainable, count_last_layers, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
@@ -420,7 +420,6 @@ class _Watch(TrainerCallback):
         self.history: list[Step] = []
         self.seconds = 0.0
         self.began = 0.0
-        self.sparse_layers = sparse_layers(trainer.mixture)
 
     @property
     def best_step(self) -> int:
@@ -483,7 +482,7 @@ class _Watch(TrainerCallback):
     def _describe(self) -> Any:
         stacked = [stacked_weights(module.experts) for module in _blocks_with_experts(self.trainer.mixture)]
         return describe_routing(
-            self.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced
+            self.trainer.stage.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
