@@ -190,11 +190,11 @@ def _artifact_bytes(
 def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: FinetuneConfig, artifact_bytes: int) -> int:
     """The weights after every stage, and of the model that takes most the best checkpoint, the latest and the one being written.
 
-    A checkpoint is what learns in float32 with AdamW's two moments. The routers and low-rank updates are next to nothing.
+    A checkpoint is what learns in float32 with AdamW's two moments. Routers, low-rank updates and a prompt are next to nothing.
     """
     stages = finetune.resolve_stages()
-    mixture = plan.num_parameters if any(stage.train not in ("router", "lora") for stage in stages) else 0
-    control = checkpoint.num_parameters if finetune.control and any(stage.train != "lora" for stage in stages) else 0
+    mixture = plan.num_parameters if any(stage.train not in ("router", "lora", "prompt") for stage in stages) else 0
+    control = checkpoint.num_parameters if finetune.control and any(stage.train not in ("lora", "prompt") for stage in stages) else 0
     return len(stages) * artifact_bytes + 3 * 3 * 4 * max(mixture, control)
 
 

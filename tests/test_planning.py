@@ -194,6 +194,7 @@ def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: P
         ("{train: router}", 1, 0, 9),  # the control has no routers: all of it learns
         ("{train: router, control: false}", 1, 0, 0),
         ("{train: lora}", 1, 0, 0),
+        ("{train: prompt}", 1, 0, 0),
     ],
 )
 def test_the_disk_that_training_needs_is_every_stages_weights_and_three_checkpoints(

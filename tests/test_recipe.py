@@ -487,7 +487,7 @@ STAGE_KEYS = "train, steps, routing, learning_rate, expert_learning_rate, router
         ("{stages: [{routing: domain}]}", "finetune.stages[0].routing: is 'domain'; must be 'learned' or 'by-domain'"),
         ("{stages: [{schedule: step}]}", "finetune.stages[0].schedule: is 'step'; must be 'cosine', 'linear', 'inverse-sqrt' or 'constant'"),
         ("{stages: [{learning_rate: 0}]}", "finetune.stages[0].learning_rate: is 0; must be greater than 0.0"),
-        ("{stages: [{train: last}]}", "finetune: stages[0]: train is 'last'; must be all, experts, router, lora or last-N"),
+        ("{stages: [{train: last}]}", "finetune: stages[0]: train is 'last'; must be all, experts, router, lora, prompt or last-N"),
         ("{distillation: true}", "finetune.distillation: is true (a boolean); must be a mapping of the keys weight, temperature"),
         ("{distillation: {weight: 2}}", "finetune.distillation.weight: is 2; must be at most 1.0"),
         ("{distillation: {weight: 0}}", "finetune.distillation.weight: is 0; must be greater than 0.0"),
