@@ -243,6 +243,11 @@ def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
     whole = dense2moe("run", recipe, "--workdir", workdir)
     reason = "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
     assert (whole.returncode, whole.stderr) == (1, f"Error: {recipe}: {reason}; run it with --until finetune\n")
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 32", "block_size: 250"), encoding="utf-8")
+    assert dense2moe("check", recipe).stderr == (
+        f"Error: {recipe}: finetune.prompt_tokens: is 16, before blocks of 250; both together must be at most the model's context, which is 256\n"
+    )
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 250", "block_size: 32"), encoding="utf-8")
     succeed("run", recipe, "--workdir", workdir, "--until", "finetune")
     assert next(workdir.glob("finetune-*/prompt/adapter_model.safetensors")).is_file()
     assert succeed("verify", workdir).endswith("4 artifacts, every file as its manifest says\n")

@@ -61,6 +61,16 @@ def test_what_learns_is_what_is_named(train: str, of_mixture: str, of_control: s
     assert learning(dense_checkpoint, train=train) == names(dense_checkpoint, of_control)
 
 
+def test_experts_that_every_token_visits_learn_with_the_others(make_dense: MakeDense, tmp_path: Path) -> None:
+    for number, architecture in enumerate(("LlamaForCausalLM", "GraniteForCausalLM")):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        upcycle(make_dense(architecture=architecture), directory, UpcycleConfig(num_experts=4, shared_expert="half"), 0, lambda *_: None)
+        learned = learning(directory, train="experts")
+        assert learned == names(directory, r"\.experts\.|shared_expert\.|shared_mlp|(mlp\.gate|router)\.weight")
+        assert any("shared" in name for name in learned)
+
+
 def test_the_control_learns_the_ffns_of_the_layers_with_experts_alone(dense_checkpoint: Path) -> None:
     model = load_model(dense_checkpoint, torch.float32)
     assert {name for name, _ in expert_parameters(model, (1,))} == names(dense_checkpoint, r"layers\.1\.mlp\.")

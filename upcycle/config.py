@@ -251,7 +251,7 @@ class FinetuneConfig(Record):
     train: str = Field(
         "all",
         description="What learns: 'all', 'experts' (and routers), 'router' (all routers), 'last-N' (the last N layers), 'lora' (low-rank updates "
-        "of attention and experts, merged at the end, and the routers whole), or 'prompt' (vectors before the text, in the last stage).",
+        "of experts and every linear layer, merged at the end, and the routers whole), or 'prompt' (vectors before the text, in the last stage).",
     )
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
         (), description="Stages that follow each other, each with what differs in it from the settings here; one stage without the list."

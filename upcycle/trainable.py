@@ -18,6 +18,8 @@ from upcycle.receipt import router_modules, router_weights
 
 Named = Iterator[tuple[str, nn.Parameter]]
 
+_EXPERT_PARTS = (".experts.", ".shared_expert.", ".shared_mlp.")  # of every target: the routed ones, and those that every token visits
+
 
 def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Callable[[], None]:
     """Let only what `settings.train` names learn; returns what to call after training, which merges low-rank updates into the weights.
@@ -68,7 +70,7 @@ def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) ->
     """Name and parameter of a mixture's experts; of a dense model's FFNs in the layers `sparse_layers`."""
     mixture = next(router_modules(model), None) is not None
     for name, parameter in model.named_parameters():
-        inside = ".experts." in name if mixture else ".mlp." in name and _layer_of(name, 0) in sparse_layers
+        inside = any(part in name for part in _EXPERT_PARTS) if mixture else ".mlp." in name and _layer_of(name, 0) in sparse_layers
         if inside:
             yield name, parameter
 
