@@ -113,11 +113,13 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     from convert.progress import ProgressDisplay
     from convert.report import HTML_NAME
     from convert.summary import summary_table, verdict_lines
+    from upcycle.processes import leave_processes
 
     preparation = _prepare(recipe)
     workdir = workdir or _default_workdir(preparation)
     with ProgressDisplay() as display:
         outcome = run_pipeline(preparation, workdir, until, display)
+    leave_processes()
     if outcome is None:
         return  # the first process of several tells what came out
     if (facts := outcome.facts) is not None:

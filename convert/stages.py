@@ -98,8 +98,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     prompt_tokens = recipe.finetune.prompt_tokens if recipe.finetune.resolve_stages()[-1].train == "prompt" else 0
     if recipe.data.block_size + prompt_tokens > context:
         raise RecipeError(
-            f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; both together must be at most the "
-            f"model's context, which is {context}"
+            f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; both together must be at most "
+            f"the model's context, which is {context}"
         )
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
     last_stage = _find_last_stage(plan, recipe.finetune)

@@ -17,7 +17,7 @@ import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from upcycle.processes import fill, join_processes, on_main, tell, whole
+from upcycle.processes import fill, join_processes, leave_processes, on_main, tell, whole
 
 state = join_processes()
 assert state.num_processes == 2
@@ -32,6 +32,7 @@ assert torch.equal(whole(layer.weight), before)
 fill(layer.weight, values)
 assert torch.equal(whole(layer.weight), values)
 print(f"process {state.process_index} is done")
+leave_processes()
 """
 
 

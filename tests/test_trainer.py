@@ -582,10 +582,12 @@ WORKER = """
 import os, sys
 from pathlib import Path
 from upcycle.config import FinetuneConfig
+from upcycle.processes import leave_processes
 from upcycle.training import finetune
 dense, mixture, data, output, scratch, settings = sys.argv[1:]
 finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, lambda *_: None, Path(scratch))
 Path(scratch, f"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}").touch()
+leave_processes()
 """
 
 

@@ -21,6 +21,14 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
+def leave_processes() -> None:
+    """Part from the others when all have come to an end: one that is gone while another still listens takes that one down."""
+    state = join_processes()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
+
+
 def tell(message: Found | None) -> Found:
     """What the first process says, in every process; the others give none."""
     state, said = join_processes(), [message]

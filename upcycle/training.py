@@ -99,7 +99,7 @@ def finetune(
     `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The history goes to `output/history.jsonl`. What a
     killed run needs to go on is kept in `scratch`, which the caller deletes when all is well.
 
-    Under `accelerate launch` every process calls this; the first one writes, and all of them return the same facts.
+    Under `accelerate launch` every process calls this, and `leave_processes` in the end; the first one writes, and all of them return the same facts.
 
     Raises:
         UpcycleError: the loss became NaN or infinite, memory ran out, or the settings do not fit the model, the data or the number of processes.
