@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -172,15 +173,20 @@ def measure(setting: Setting, data: Path, name: str, seed: int) -> dict[str, Any
         }
 
 
+def digest(*settings: object) -> str:
+    """What a cached result was made with."""
+    return hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+
+
 def run_setting(name: str, setting: Setting, seeds: int, cache: Path) -> dict[str, list[dict[str, Any]]]:
-    data = cache / f"{name}-data"
+    data = cache / f"{name}-data-{digest(setting.data)}"
     if not (data / "data.json").is_file():
         data.mkdir(exist_ok=True)
         prepare_data(setting.dense, data, setting.data, ROOT, quiet)
     results: dict[str, list[dict[str, Any]]] = {}
     for seed in range(seeds):
         for way in (CONTROL, *WAYS):
-            path = cache / f"{name} {way} {seed}.json"
+            path = cache / f"{name} {way} {seed} {digest(setting.data, setting.finetune, WAYS.get(way))}.json"
             if not path.is_file():
                 fresh = path.with_suffix(".partial")
                 fresh.write_text(json.dumps(measure(setting, data, way, seed)), encoding="utf-8")
