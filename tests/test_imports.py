@@ -75,7 +75,7 @@ import upcycle.mapping
 from upcycle.mapping import expected_shapes
 before = set(sys.modules)
 from transformers import LlamaConfig
-expected_shapes(LlamaConfig(num_hidden_layers=1), "LlamaForCausalLM")
+expected_shapes(LlamaConfig(num_hidden_layers=1), "LlamaForCausalLM", "config.json")
 print(len(set(sys.modules) - before), "transformers.modeling_utils" in before)
 """
     num_modules, early = run_python(code).split()
