@@ -1,4 +1,4 @@
-"""The processes that share one run under `accelerate launch`; one alone is a run like any other."""
+"""The processes that share one run under `accelerate launch`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt tuning: vectors before the text that learn while the model stands still, kept in peft's format.
+"""Prompt tuning: learned vectors before the text, kept in peft's format.
 
 Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2: the vectors are the only weights that learn. They begin as
 embeddings of tokens that the vocabulary has (section 3.2).

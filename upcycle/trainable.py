@@ -1,4 +1,4 @@
-"""What of a model learns, and how fast: everything, experts, routers, the last layers, or low-rank updates."""
+"""What of a model learns, and at which rate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One stage of training: the Trainer of transformers, with the losses, rates and checkpoints of a mixture.
+"""One stage of training, by the Trainer of transformers.
 
 The Trainer, on accelerate, runs the loop, so that one process and many are the same code. What is ours:
 
@@ -20,7 +20,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -80,8 +80,8 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class StageResult:
-    """What a stage left in the model: the history, the step whose weights were kept, the last step, and the seconds in steps."""
+class Trained:
+    """What training left besides the weights: the history, the step whose weights were kept, the last step, and the seconds in steps."""
 
     history: tuple[Step, ...]
     best_step: int
@@ -91,7 +91,7 @@ class StageResult:
 
 def run_stage(
     model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, events: Path | None, progress: Progress
-) -> StageResult:
+) -> Trained:
     """Train `model` through one stage and leave its best weights in it. Checkpoints go to `scratch`, where a killed run is taken up again.
 
     Raises:
@@ -116,7 +116,7 @@ def run_stage(
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finish()
     watch = trainer.watch
-    return StageResult(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
+    return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
 
 
 @contextmanager
@@ -480,7 +480,7 @@ class _Watch(TrainerCallback):
             self.writer.close()
 
     def _describe(self) -> Any:
-        stacked = [stacked_weights(module.experts) for module in _blocks_with_experts(self.trainer.mixture)]
+        stacked = [stacked_weights(module.experts) for module in self.trainer.mixture.modules() if hasattr(module, "experts")]
         return describe_routing(
             self.trainer.stage.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced
         )
@@ -519,7 +519,3 @@ def _write_event(step: Step, writer: Any) -> None:
     for name, value in scalars.items():
         writer.add_scalar(name.replace(" ", "_"), value, step.step)
     writer.flush()
-
-
-def _blocks_with_experts(model: PreTrainedModel) -> Sequence[Any]:
-    return [module for module in model.modules() if hasattr(module, "experts")]

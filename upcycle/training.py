@@ -1,4 +1,4 @@
-"""A brief fine-tune of the mixture, stage by stage, and of the dense model as its control.
+"""A brief fine-tune, stage by stage, of the mixture and its dense controls.
 
 A killed run is taken up from its last checkpoint: a finished stage leaves its weights and its history in the scratch directory, an unfinished one its
 checkpoints. The weights that come out are the same, bit for bit on one machine's CPU.
@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,7 @@ from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
-from upcycle.trainer import Stage, check_settings, run_stage
+from upcycle.trainer import Stage, Trained, check_settings, run_stage
 
 CONTROL_DIRECTORY = "control"
 EQUAL_TIME_DIRECTORY = "control-equal-time"
@@ -80,16 +80,6 @@ class Job:
     stages: tuple[FinetuneConfig, ...]
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training left besides the weights: the history, the step that was kept, the last one, and the seconds in steps."""
-
-    history: tuple[Step, ...]
-    best_step: int
-    last_step: int
-    seconds: float
-
-
 def finetune(
     dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress, scratch: Path
 ) -> FinetuneFacts:
@@ -116,12 +106,7 @@ def finetune(
     train = read_blocks(data, "train")
     gradient = on_main(lambda: _router_task_gradient(mixture, train[: min(8, config.batch_size)]))
     trained: dict[str, Trained] = {}
-    jobs: list[Callable[[], Job]] = [lambda: Job("fine-tuned", mixture, output, stages)]
-    if config.control:
-        jobs.append(lambda: Job("dense continued", dense, output / CONTROL_DIRECTORY, stages))
-        jobs.append(lambda: Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(stages, trained)))
-    for make_job in jobs:
-        job = make_job()
+    for job in _jobs(dense, mixture, output, config, trained):
         trained[job.name] = train_model(
             job, mixture, data, precision, seed, scratch, dense if config.distillation and job.source == mixture else None, progress
         )
@@ -141,6 +126,15 @@ def finetune(
         _layers_with_experts(mixture),
         tuple(_warnings(history, gradient, stages[-1])),
     )
+
+
+def _jobs(dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[str, Trained]) -> Iterator[Job]:
+    """The mixture and its controls, each when those before it are in `trained`."""
+    stages = config.resolve_stages()
+    yield Job("fine-tuned", mixture, output, stages)
+    if config.control:
+        yield Job("dense continued", dense, output / CONTROL_DIRECTORY, stages)
+        yield Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(stages, trained))
 
 
 def _need_tensorboard() -> None:
