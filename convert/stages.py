@@ -32,7 +32,7 @@ from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
 from upcycle.receipt import write_receipt
 from upcycle.surgery import check_written, upcycle
-from upcycle.training import HISTORY_NAME, finetune
+from upcycle.training import HISTORY_NAME, check_finetune, finetune
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
@@ -102,6 +102,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
             f"the model's context, which is {context}"
         )
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
+    if plan.conversion.family.task == "text-generation":
+        check_finetune(recipe.finetune, plan.num_layers)
     last_stage = _find_last_stage(plan, recipe.finetune)
     lowerings = {}
     if last_stage is None:

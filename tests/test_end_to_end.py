@@ -236,6 +236,13 @@ TO_COME = {
 }  # fmt: skip
 
 
+def test_more_last_layers_than_there_are_is_told_before_any_work(make_dense, tmp_path):
+    recipe = write_family_recipe(tmp_path, "last", make_dense())
+    recipe.write_text(recipe.read_text(encoding="utf-8").replace("finetune: {", "finetune: {train: last-3, "), encoding="utf-8")
+    checked = dense2moe("check", recipe)
+    assert (checked.returncode, checked.stderr) == (1, "Error: finetune.train is last-3; it must be at most last-2, the layers of the model\n")
+
+
 def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
     recipe = write_family_recipe(tmp_path, "prompt", make_dense())
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("finetune: {", "finetune: {train: prompt, "), encoding="utf-8")

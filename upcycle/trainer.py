@@ -46,7 +46,7 @@ from upcycle.processes import fill, join_processes, whole
 from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
 from upcycle.receipt import router_modules, router_weights
-from upcycle.trainable import add_expert_dropout, choose_trainable, count_last_layers, domain_experts, parameter_groups, stacked_weights
+from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
@@ -150,12 +150,9 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
     """Refuse what a stage cannot do with a model, of which the shape is enough, with the data or with this number of processes.
 
     Raises:
-        UpcycleError: the batch does not divide by the number of processes, there are fewer layers than the last that are to learn, or the domains
-            do not divide the experts.
+        UpcycleError: the batch does not divide by the number of processes, or the domains do not divide the experts.
     """
     processes = join_processes().num_processes
-    if settings.train.startswith("last-"):
-        count_last_layers(settings.train, model.config.num_hidden_layers)
     if settings.batch_size % (settings.gradient_accumulation_steps * processes):
         raise UpcycleError(
             f"finetune.batch_size is {settings.batch_size}; it must be a multiple of gradient_accumulation_steps × processes, "

@@ -32,6 +32,7 @@ from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
 from upcycle.target import add_alias_fields
+from upcycle.trainable import count_last_layers
 from upcycle.trainer import Stage, Trained, check_settings, run_stage
 
 CONTROL_DIRECTORY = "control"
@@ -95,11 +96,11 @@ def finetune(
         UpcycleError: the loss became NaN or infinite, memory ran out, or the settings do not fit the model, the data or the number of processes.
         OSError: the disk is full or not writable.
     """
-    if config.tensorboard:
-        _need_tensorboard()
+    shape = _without_weights(mixture)
+    check_finetune(config, shape.config.num_hidden_layers)
     stages, (domains, _) = config.resolve_stages(), read_domains(data, "train")
     for settings in stages:
-        check_settings(_without_weights(mixture), settings, len(domains))
+        check_settings(shape, settings, len(domains))
     precision = _precision(config)
     test = read_blocks(data, "test")
     evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
@@ -123,7 +124,7 @@ def finetune(
         precision,
         gradient,
         on_main(lambda: measure_domains(output, data)),
-        _layers_with_experts(mixture),
+        sparse_layers(shape),
         tuple(_warnings(history, gradient, stages[-1])),
     )
 
@@ -137,8 +138,16 @@ def _jobs(dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trai
         yield Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(stages, trained))
 
 
-def _need_tensorboard() -> None:
-    if importlib.util.find_spec("tensorboardX") is None:
+def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
+    """Refuse what the model's depth and this installation cannot do, before any work.
+
+    Raises:
+        UpcycleError: fewer layers than the last that are to learn, or no writer for TensorBoard.
+    """
+    for stage in config.resolve_stages():
+        if stage.train.startswith("last-"):
+            count_last_layers(stage.train, num_layers)
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UpcycleError(
             "finetune.tensorboard is true and tensorboardX is not installed; install it (pip install 'dense2moe[tensorboard]'), or set it to false"
         )
@@ -203,7 +212,7 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
     _, validation_domains = read_domains(data, "validation")
     order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
     parent = _load_teacher(teacher) if teacher else None
-    mixture_layers = _layers_with_experts(mixture)
+    mixture_layers = sparse_layers(_without_weights(mixture))
     source, first_step, seconds, best_step = job.source, 0, 0.0, 0
     history: list[Step] = []
     taken = 0
@@ -242,10 +251,6 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
             shutil.copytree(folder / EVENTS_DIRECTORY, job.target / EVENTS_DIRECTORY, dirs_exist_ok=True)
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds)
-
-
-def _layers_with_experts(mixture: Path) -> tuple[int, ...]:
-    return sparse_layers(_without_weights(mixture))
 
 
 def _without_weights(directory: Path) -> PreTrainedModel:
