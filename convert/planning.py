@@ -121,7 +121,7 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
     artifacts.add_column("")
     for label, size in preparation.artifact_bytes.items():
         variant = next((v for v in recipe.variants if label == f"onnx-{v}"), None)
-        artifacts.add_row(label, decimal(size), f"lowering {preparation.lowerings[variant]}" if variant else "")
+        artifacts.add_row(label, decimal(size), _name_lowerings(preparation.lowerings[variant]) if variant else "")
     existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     artifacts.add_section()
     artifacts.add_row("disk in all", decimal(sum(preparation.artifact_bytes.values())), f"{decimal(shutil.disk_usage(existing).free)} free")
@@ -133,3 +133,7 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
         artifacts.add_section()
         artifacts.add_row(f"runs up to {last}", "", reason)
     return artifacts
+
+
+def _name_lowerings(lowerings: tuple[str, ...]) -> str:
+    return f"lowering {lowerings[0]}" if len(lowerings) == 1 else f"the fastest lowering of {', '.join(lowerings)}"

@@ -18,7 +18,7 @@ from convert.errors import RecipeError
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
 from export.config import Variant
-from export.decoder import plan_lowering
+from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.package import write_package
@@ -54,7 +54,7 @@ class Preparation:
     source_files: Mapping[str, str]
     data_files: Mapping[str, str]
     domain_files: Mapping[str, str]
-    lowerings: Mapping[Variant, str]
+    lowerings: Mapping[Variant, tuple[str, ...]]
     artifact_bytes: Mapping[str, int]
     scratch_bytes: int
     last_stage: tuple[str, str] | None
@@ -107,7 +107,7 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     last_stage = _find_last_stage(plan, recipe.finetune)
     lowerings = {}
     if last_stage is None:
-        lowerings = {v: plan_lowering(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
+        lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
     data_files: dict[str, str] = {}
     for where, splits in resolve_files(recipe.data.source, _data_base(loaded)).items():
         for split, files in splits.items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
@@ -13,7 +12,7 @@ from export.family import DecoderFamily, GatedFfn, bias_name
 from export.gating import add_gate
 from export.graph import MICROSOFT, GraphWriter, int64
 from export.linear import add_linear
-from export.lowering import Expert, Lowering, MoeLayer, choose_lowering
+from export.lowering import Expert, Lowering, MoeLayer
 from export.positions import Positions, effective_window
 from export.twin import Twin, Weight
 
@@ -31,26 +30,29 @@ class BlockWriter:
         self.config, self.family = twin.checkpoint.config, twin.family
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
         self.used: set[str] = set()
-        self.lowering: Lowering | None = None
         self.moe_layer: MoeLayer | None = None
 
     def has(self, name: str | None) -> bool:
         """Whether the checkpoint has a tensor of this name."""
         return name is not None and name in self.twin.checkpoint.entries
 
-    def vector(self, name: str) -> ir.Value:
-        """A norm's scale or a bias, float32."""
-        self.used.add(name)
-        shape = self.twin.checkpoint.entries[name].shape
-        return self.graph.weight(name, ir.DataType.FLOAT, shape, lambda: self.twin.checkpoint.read(name).to(torch.float32))
+    def vector(self, *names: str) -> ir.Value:
+        """A norm's scale, or a bias, or several of them one after the other, float32."""
+        self.used.update(names)
+        checkpoint = self.twin.checkpoint
+        size = sum(checkpoint.entries[name].num_elements for name in names)
+        return self.graph.weight(
+            "+".join(names), ir.DataType.FLOAT, (size,), lambda: torch.cat([checkpoint.read(name).to(torch.float32) for name in names])
+        )
 
-    def linear(self, x: ir.Value, name: str, output: str) -> ir.Value:
-        """x [B, S, K] times the matrix `name` [N, K] transposed, plus its bias where there is one; called `output`."""
-        self.used.add(name)
-        bias = bias_name(name)
-        product = f"{output}_product" if self.has(bias) else output
-        y = add_linear(self.graph, x, self.twin.weight(name), product, self.activation_bits)
-        return self.graph.op("Add", [y, self.vector(bias)], output) if self.has(bias) else y
+    def linear(self, x: ir.Value, names: Sequence[str], output: str) -> ir.Value:
+        """x [B, S, K] times the transposed matrices `names` [N, K] below each other, plus their biases where they have some; called `output`."""
+        self.used.update(names)
+        biases = [bias_name(name) for name in names if self.has(bias_name(name))]
+        assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
+        product = f"{output}_product" if biases else output
+        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], product, self.activation_bits)
+        return self.graph.op("Add", [y, self.vector(*biases)], output) if biases else y
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
         """RMS norm of x over its last dimension, by the scale `name`."""
@@ -68,22 +70,26 @@ class BlockWriter:
         """Attention over x [B, S, H] and the past; returns its output [B, S, H] and the present keys and values."""
         names, c, prefix = self.family.attention, self.config, f"layers.{layer}"
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        query, key, value = (
-            self.linear(x, pattern.format(layer=layer), f"{prefix}.{short}")
-            for short, pattern in (("query", names.query), ("key", names.key), ("value", names.value))
-        )
-        if names.query_norm is not None and names.key_norm is not None:
-            query = self._norm_projection(query, names.query_norm.format(layer=layer), heads)
-            key = self._norm_projection(key, names.key_norm.format(layer=layer), kv_heads)
+        matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
+        packed = self.linear(x, matrices, f"{prefix}.query_key_value")
         rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0
-        if not rotary_inside:
-            query, key = (self._rotate(y, positions, count) for y, count in ((query, heads), (key, kv_heads)))
+        query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
+        if not rotary_inside or names.query_norm is not None:
+            sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]
+            parts = [f"{prefix}.{part}" for part in ("query", "key", "value")]
+            query, key, value = self.graph.op_multi("Split", [packed, self.graph.constant("head_sizes", int64(*sizes))], parts, {"axis": -1})
+            if names.query_norm is not None and names.key_norm is not None:
+                query = self._norm_projection(query, names.query_norm.format(layer=layer), heads)
+                key = self._norm_projection(key, names.key_norm.format(layer=layer), kv_heads)
+            if not rotary_inside:
+                query, key = (self._rotate(y, positions, count) for y, count in ((query, heads), (key, kv_heads)))
+            query_key_value = (query, key, value)
         scale = self.family.multipliers(c).attention
         tables = (positions.cos, positions.sin, positions.position_ids) if rotary_inside else (None, None, None)
         bias = positions.attention_bias[effective_window(self.twin, layer)]
         attended, present_key, present_value = self.graph.op_multi(
             "GroupQueryAttention",
-            [query, key, value, *past, positions.seqlens_k, positions.total_length, *tables, bias],
+            [*query_key_value, *past, positions.seqlens_k, positions.total_length, *tables, bias],
             [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
             {
                 "num_heads": heads, "kv_num_heads": kv_heads, "do_rotary": int(rotary_inside), "rotary_interleaved": 0,
@@ -91,7 +97,7 @@ class BlockWriter:
             },
             MICROSOFT,
         )  # fmt: skip
-        return self.linear(attended, names.output.format(layer=layer), f"{prefix}.attention_output"), (present_key, present_value)
+        return self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output"), (present_key, present_value)
 
     def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         """RMS norm of a projection [B, S, heads * head_dim]: of each head by itself, or of the whole row."""
@@ -107,7 +113,7 @@ class BlockWriter:
         inputs = [x, positions.position_ids, positions.cos, positions.sin]
         return self.graph.op("RotaryEmbedding", inputs, f"{x.name}_rotated", {"interleaved": 0, "num_heads": num_heads}, MICROSOFT)
 
-    def ffn(self, x: ir.Value, layer: int, wish: Literal["auto", "fused", "unrolled"]) -> ir.Value:
+    def ffn(self, x: ir.Value, layer: int, lowering: Lowering) -> ir.Value:
         """The layer's FFN over x [B, S, H]: its experts where it has a router, with a shared one where there is one, or else one FFN."""
         router = self.family.router.format(layer=layer)
         if not self.has(router):
@@ -118,8 +124,8 @@ class BlockWriter:
         moe = self.layer(layer)
         flat = self.graph.constant("flat_experts", int64(-1, moe.routing.num_experts))
         router_logits = self.graph.op("Reshape", [logits, flat], f"router_logits.{layer}")
-        self.lowering, self.moe_layer = choose_lowering(moe, wish), moe
-        mixed = self.lowering.lower(self.graph, moe, x, router_logits)
+        self.moe_layer = moe
+        mixed = lowering.lower(self.graph, moe, x, router_logits)
         shared = self._shared(x, layer)
         return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
 
@@ -149,13 +155,10 @@ class BlockWriter:
 
     def _gated(self, x: ir.Value, ffn: GatedFfn, layer: int, prefix: str) -> ir.Value:
         """One gated FFN over x [B, S, H]."""
-        if ffn.gate is None:
-            both = self.linear(x, ffn.up.format(layer=layer), f"{prefix}.gate_up")
-            gate, up = self.graph.op_multi("Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2})
-        else:
-            gate, up = (self.linear(x, name.format(layer=layer), f"{prefix}.{short}") for short, name in (("gate", ffn.gate), ("up", ffn.up)))
+        both = self.linear(x, [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name], f"{prefix}.gate_up")
+        gate, up = self.graph.op_multi("Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2})
         inner = add_gate(self.graph, gate, up, prefix, self.config.hidden_act)
-        return self.linear(inner, ffn.down.format(layer=layer), f"{prefix}.down")
+        return self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down")
 
 
 def expert_names(family: DecoderFamily, layer: int, num_experts: int) -> set[str]:

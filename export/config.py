@@ -29,14 +29,22 @@ class QuantizeConfig(Record):
     )
 
 
+class RequestConfig(Record):
+    """A request to a decoder at batch 1."""
+
+    prompt_tokens: PositiveInt = Field(256, description="Tokens of the prompt.")
+    new_tokens: PositiveInt = Field(64, description="Tokens that follow it.")
+
+
 class OnnxConfig(Record):
     """The ONNX graph."""
 
-    lowering: Literal["auto", "fused", "unrolled"] = Field(
+    lowering: Literal["auto", "fused", "grouped", "unrolled"] = Field(
         "auto",
-        description="How experts are written: 'fused' is the MoE or QMoE operator, 'unrolled' a subgraph an expert; "
-        "'auto' takes the fused one where it can express the routing and the widths.",
+        description="How experts are written: 'fused' is the MoE or QMoE operator, 'grouped' sorts tokens by expert and has two products an "
+        "expert, 'unrolled' is a subgraph an expert; 'auto' times those that can express the layers on this machine and keeps the fastest.",
     )
+    request: RequestConfig = Field(RequestConfig(), description="The request whose time 'auto' makes shortest.")
     activation_bits: Literal[8, 32] = Field(
         8, description="Precision in which quantized matrix products read activations; 8 rounds them, as other engines do; 32 is exact and slower."
     )

@@ -26,7 +26,7 @@ from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
-from export.lowering import choose_lowering
+from export.lowering import Lowering, find_lowerings
 from export.positions import add_positions
 from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
 from upcycle.checkpoint import TensorEntry
@@ -43,13 +43,13 @@ class DecoderGraph:
     min_onnxruntime: str
 
 
-def build_decoder(twin: Twin, config: OnnxConfig) -> DecoderGraph:
+def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers: int | None = None) -> DecoderGraph:
     """Build the graph of a (quantized) mixture-of-experts checkpoint; weights are read when the model is saved.
 
-    Raises:
-        ExportError: the lowering asked for cannot express the layers.
+    `lowering` must be able to express the layers. With `num_layers` only so many of the first layers are built, between embedding and head.
     """
     c, family = twin.checkpoint.config, twin.family
+    depth = c.num_hidden_layers if num_layers is None else num_layers
     graph = GraphWriter()
     write = BlockWriter(graph, twin, config.activation_bits)
     multipliers = family.multipliers(c)
@@ -57,20 +57,20 @@ def build_decoder(twin: Twin, config: OnnxConfig) -> DecoderGraph:
     attention_mask = graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
     past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.head_dim]
     present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
-    past = [graph_input(f"past_key_values.{n}.{t}", ir.DataType.FLOAT, past_shape) for n in range(c.num_hidden_layers) for t in ("key", "value")]
+    past = [graph_input(f"past_key_values.{n}.{t}", ir.DataType.FLOAT, past_shape) for n in range(depth) for t in ("key", "value")]
     positions = add_positions(graph, twin, input_ids, attention_mask)
     residual = add_embedding(graph, twin.weight(family.embedding), input_ids)
     write.used.add(family.embedding)
     residual = write.multiply(residual, multipliers.embedding, "embedded_multiplied")
     normed = residual if family.attention_norm is None else write.norm(residual, family.attention_norm.format(layer=0), "layers.0.normed")
     presents: list[ir.Value] = []
-    for n in range(c.num_hidden_layers):
-        prefix, last = f"layers.{n}", n + 1 == c.num_hidden_layers
+    for n in range(depth):
+        prefix, last = f"layers.{n}", n + 1 == depth
         update, present = write.attention(normed, n, positions, (past[2 * n], past[2 * n + 1]))
         presents += present
         update = _finish(write, update, family.attention_post_norm, n, multipliers.residual, f"{prefix}.attention_output")
         normed, residual = _add_residual(write, residual, update, _of_layer(family.ffn_norm, n), f"{prefix}.ffn_normed", f"{prefix}.attended")
-        update = write.ffn(normed, n, config.lowering)
+        update = write.ffn(normed, n, lowering)
         update = _finish(write, update, family.ffn_post_norm, n, multipliers.residual, f"{prefix}.ffn_output")
         next_norm = family.final_norm if last else _of_layer(family.attention_norm, n + 1)
         normed_name = "final_normed" if last else f"layers.{n + 1}.normed"
@@ -84,17 +84,16 @@ def build_decoder(twin: Twin, config: OnnxConfig) -> DecoderGraph:
     for present_value in presents:
         _declare(present_value, ir.DataType.FLOAT, present_shape)
     unread = sorted(set(twin.checkpoint.entries) - write.used)
-    assert not unread, f"the graph reads no {unread[:3]}"
-    assert write.lowering is not None
+    assert num_layers is not None or not unread, f"the graph reads no {unread[:3]}"
     assert write.moe_layer is not None
     onnx_graph = ir.Graph(
         [input_ids, attention_mask, *past], [logits, *presents], nodes=graph.nodes, initializers=list(graph.initializers.values()),
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    needed = write.lowering.min_onnxruntime(write.moe_layer)
+    needed = lowering.min_onnxruntime(write.moe_layer)
     oldest = max(_MIN_ONNXRUNTIME, needed, key=lambda version: tuple(map(int, version.split("."))))
-    return DecoderGraph(model, write.lowering.name, oldest)
+    return DecoderGraph(model, lowering.name, oldest)
 
 
 def _of_layer(pattern: str | None, layer: int) -> str | None:
@@ -125,8 +124,22 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
 
 
-def plan_lowering(c: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, quantize: QuantizeConfig, config: OnnxConfig) -> str:
-    """The lowering that `build_decoder` would choose for a variant, from names and shapes alone.
+def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
+    """The lowerings that fit the config and can express the layers.
+
+    Raises:
+        ExportError: none can.
+    """
+    c, entries = twin.checkpoint.config, twin.checkpoint.entries
+    layer = next(n for n in range(c.num_hidden_layers) if twin.family.router.format(layer=n) in entries)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, config.activation_bits), config.lowering)
+
+
+def plan_lowerings(
+    c: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, quantize: QuantizeConfig, config: OnnxConfig
+) -> tuple[str, ...]:
+    """The names of the lowerings that `find_candidates` will find for a variant, from names and shapes alone.
 
     Raises:
         ExportError: the architecture or the lowering asked for is not covered.
@@ -142,4 +155,4 @@ def plan_lowering(c: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], va
         return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start)
 
     layer = next(n for n in range(c.num_hidden_layers) if family.router.format(layer=n) in shapes)
-    return choose_lowering(moe_layer(family, c, layer, shapes, weight, config.activation_bits), config.lowering).name
+    return tuple(lowering.name for lowering in find_lowerings(moe_layer(family, c, layer, shapes, weight, config.activation_bits), config.lowering))

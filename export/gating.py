@@ -6,7 +6,7 @@ from typing import Literal, assert_never
 
 import onnx_ir as ir
 
-from export.graph import GraphWriter
+from export.graph import MICROSOFT, GraphWriter
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 
@@ -15,7 +15,7 @@ def add_gate(graph: GraphWriter, gate: ir.Value, up: ir.Value, prefix: str, acti
     """The activation of `gate`, times `up`."""
     match activation:
         case "silu":
-            active = graph.op("Mul", [gate, graph.op("Sigmoid", [gate], f"{prefix}.sigmoid")], f"{prefix}.silu")
+            active = graph.op("QuickGelu", [gate], f"{prefix}.silu", {"alpha": 1.0}, MICROSOFT)  # x * sigmoid(alpha * x)
         case "gelu":
             active = graph.op("Gelu", [gate], f"{prefix}.gelu")
         case "gelu_pytorch_tanh":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
+import torch
 
 from export.graph import MICROSOFT, GraphWriter
 from export.twin import FloatWeight, QuantizedWeight, Weight
@@ -11,18 +14,21 @@ _ACCURACY_LEVELS = {8: 4, 32: 1}
 """`MatMulNBits` accuracy_level by the bits of the activations: 4 is int8, 1 is float32 (contrib operator documentation, onnxruntime)."""
 
 
-def add_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str, activation_bits: int) -> ir.Value:
-    """x [..., K] times the transposed weight [N, K]; returns [..., N], called `name`."""
-    match weight:
-        case FloatWeight():
-            rows, width = weight.shape
-            transposed = graph.weight(f"{name}.weight", ir.DataType.FLOAT, (width, rows), lambda: weight.read().T)
-            return graph.op("MatMul", [x, transposed], name)
-        case QuantizedWeight():
-            rows, width = weight.shape
-            codes_shape = (rows, weight.num_blocks, weight.block_size * weight.bits // 8)
-            codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes)
-            scales = graph.weight(f"{name}.scales", ir.DataType.FLOAT, (rows * weight.num_blocks,), lambda: weight.read().scales.flatten())
-            attributes = {"K": width, "N": rows, "bits": weight.bits, "block_size": weight.block_size}
-            attributes["accuracy_level"] = _ACCURACY_LEVELS[activation_bits]
-            return graph.op("MatMulNBits", [x, codes, scales], name, attributes, MICROSOFT)
+def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weight], name: str, activation_bits: int) -> ir.Value:
+    """x [..., K] times the transpose of a weight [N, K], or of several of one kind below each other; returns [..., N], called `name`."""
+    parts = (weights,) if isinstance(weights, FloatWeight | QuantizedWeight) else tuple(weights)
+    rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    floats = [part for part in parts if isinstance(part, FloatWeight)]
+    if len(floats) == len(parts):
+        transposed = graph.weight(f"{name}.weight", ir.DataType.FLOAT, (width, rows), lambda: torch.cat([part.read() for part in floats]).T)
+        return graph.op("MatMul", [x, transposed], name)
+    integers = [part for part in parts if isinstance(part, QuantizedWeight)]
+    first = integers[0]
+    assert len(integers) == len(parts), f"{name}: some parts are quantized, some not"
+    assert {(part.bits, part.block_size) for part in integers} == {(first.bits, first.block_size)}, f"{name}: parts of several kinds"
+    codes_shape = (rows, first.num_blocks, first.block_size * first.bits // 8)
+    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: torch.cat([part.read().codes for part in integers]))
+    scales_shape = (rows * first.num_blocks,)
+    scales = graph.weight(f"{name}.scales", ir.DataType.FLOAT, scales_shape, lambda: torch.cat([part.read().scales.flatten() for part in integers]))
+    attributes = {"K": width, "N": rows, "bits": first.bits, "block_size": first.block_size, "accuracy_level": _ACCURACY_LEVELS[activation_bits]}
+    return graph.op("MatMulNBits", [x, codes, scales], name, attributes, MICROSOFT)

@@ -7,26 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from export.config import OnnxConfig
-from export.decoder import build_decoder
+from export.decoder import build_decoder, find_candidates
 from export.progress import Progress
+from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
+from export.timing import LoweringTime, time_lowerings
 from export.twin import Twin
 from upcycle.checkpoint import copy_companions
-
-MODEL_NAME = "model.onnx"
-DATA_NAME = "model.onnx.data"
-MIN_ONNXRUNTIME_KEY = "dense2moe.min_onnxruntime"
-LOWERING_KEY = "dense2moe.lowering"
 
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What was written."""
+    """What was written; the times of the lowerings, the fastest first, where they were timed to choose one."""
 
     lowering: str
+    timings: tuple[LoweringTime, ...]
     min_onnxruntime: str
     num_nodes: int
     package_bytes: int
@@ -39,23 +36,16 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
         ExportError: the architecture or the lowering asked for is not covered.
     """
     twin = Twin(source)
-    graph = build_decoder(twin, config)
+    candidates = find_candidates(twin, config)
+    timings = time_lowerings(twin, config, candidates, output, progress) if len(candidates) > 1 else []
+    fastest = min(candidates, key=lambda lowering: [found.lowering for found in timings].index(lowering.name)) if timings else candidates[0]
+    graph = build_decoder(twin, config, fastest)
     graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
-    done = 0
-    total = len(graph.model.graph.initializers)
-
-    def report(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        progress("writing weights", min(done, total), total)
-
-    ir.save(graph.model, output / MODEL_NAME, external_data=DATA_NAME, callback=report, max_workers=1)
-    progress("writing weights", total, total)
+    size = save_graph(graph.model, output, progress)
     copy_companions(source, output)
     twin.checkpoint.config.save_pretrained(output)
     (output / "genai_config.json").write_text(json.dumps(genai_config(twin.checkpoint.config), indent=2) + "\n", encoding="utf-8")
-    size = sum((output / name).stat().st_size for name in (MODEL_NAME, DATA_NAME))
-    return OnnxFacts(graph.lowering, graph.min_onnxruntime, len(graph.model.graph), size)
+    return OnnxFacts(graph.lowering, tuple(timings), graph.min_onnxruntime, len(graph.model.graph), size)
 
 
 def genai_config(config: PreTrainedConfig) -> dict[str, Any]:

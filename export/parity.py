@@ -12,7 +12,6 @@ the tie is exact (`_EXACT_TIE`) logits cannot tell which experts an operator too
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,11 +27,13 @@ from transformers import AutoModelForCausalLM
 from export.config import ParityConfig, Variant
 from export.progress import Progress
 from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder
+from export.speed import measure_speeds
 
 _TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6, so a flip above this margin is a fault and not a tie
 _EXACT_TIE = 1e-6  # router logits; below it the softmax may round two of them to one score, and then every operator has an order of its own
 _MOVED = 1e-4  # relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by 1e-2 and more
 _BATCH = 4
+_TIMED_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -163,13 +164,13 @@ def _measure(
     progress("comparing with the fine-tuned model", 2, num_parts)
     with _reference(finetuned) as reference:
         against_finetuned, _, finetuned_loss = _compare(decoder, reference, blocks)
-    prefill, decode = measure_speed(Decoder(package, provider), blocks[0])
+    speed = measure_speeds({"": Decoder(package, provider)}, blocks[0].tolist(), _TIMED_TOKENS)[""]
     progress("comparing with the fine-tuned model", num_parts, num_parts)
     layers = range(len(against_twin.routing_agreement))
     worst = min(layers, key=lambda n: (against_twin.routing_agreement[n], -against_twin.hidden_error[n]))
     return ProviderParity(
         ort.__version__, tuple(checks), against_twin, against_finetuned, _perplexity(onnx_loss), _perplexity(twin_loss),
-        _perplexity(finetuned_loss), worst, prefill, decode,
+        _perplexity(finetuned_loss), worst, speed.prefill, speed.decode,
     )  # fmt: skip
 
 
@@ -329,21 +330,3 @@ def _compare(decoder: Decoder, reference: Reference, blocks: torch.Tensor) -> tu
         sums.add(_run(decoder, ids, mask, ids.shape[1]), reference(ids, mask), ids)
     found, expected = (total / sums.predictions for total in sums.losses)
     return sums.agreement(), found, expected
-
-
-def measure_speed(decoder: Decoder, ids: torch.Tensor, num_tokens: int = 32, repeats: int = 3) -> tuple[float, float]:
-    """Tokens per second of a prefill of `ids` [S] and of decoding after it, at batch 1; medians of `repeats` after one warm-up."""
-    num_prefill = max(1, min(len(ids), decoder.context_length - num_tokens))
-    num_tokens = min(num_tokens, decoder.context_length - num_prefill)
-    prompt = ids[None, :num_prefill].numpy()
-    prefills, decodes = [], []
-    for _ in range(repeats + 1):
-        cache = decoder.new_cache(1, num_prefill + num_tokens)
-        started = time.perf_counter()
-        decoder.run(cache, prompt)
-        middle = time.perf_counter()
-        for _ in range(num_tokens):
-            decoder.run(cache, prompt[:, :1])
-        prefills.append(num_prefill / (middle - started))
-        decodes.append(num_tokens / (time.perf_counter() - middle) if num_tokens else 0.0)
-    return sorted(prefills[1:])[repeats // 2], sorted(decodes[1:])[repeats // 2]

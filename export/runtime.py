@@ -18,7 +18,7 @@ import onnxruntime as ort
 from packaging.version import Version
 
 from export.errors import ExportError
-from export.package import MIN_ONNXRUNTIME_KEY, MODEL_NAME
+from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

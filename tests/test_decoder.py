@@ -15,17 +15,18 @@ from onnx import TensorProto
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.decoder import plan_lowering
+from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
-from export.package import MODEL_NAME, write_package
+from export.package import write_package
 from export.runtime import HIDDEN, ROUTER_LOGITS, Decoder
+from export.storage import MODEL_NAME
 from export.twin import Twin, quantize_checkpoint
 from upcycle.checkpoint import open_checkpoint
 
 VOCABULARY = 96
 PREFILL, STEPS = 20, 64
-EXACT_PRODUCTS = {"activation_bits": 32}  # 8 rounds; what it costs is measured apart
+EXACT_PRODUCTS = {"activation_bits": 32, "lowering": "grouped"}  # 8 bits round; what that costs is measured apart
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 Padding = Literal["left", "right", "none"]
 
@@ -164,7 +165,7 @@ def test_any_number_of_experts_equals_transformers(make: Make, num_experts: int,
     assert_same_logits(make(num_local_experts=num_experts, num_experts_per_tok=k))
 
 
-@pytest.mark.parametrize("lowering", ["fused", "unrolled"])
+@pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_heads_tied_or_not_equal_transformers(make: Make, tied: bool, lowering: str) -> None:
     assert_same_logits(make(tie_word_embeddings=tied, onnx_config={"lowering": lowering}))
@@ -203,7 +204,7 @@ def test_every_static_rotary_variant_equals_transformers(make: Make, name: str, 
 
 
 @pytest.mark.parametrize("embedding_bits", [8, "variant", 16])
-@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 def test_quantized_packages_equal_their_twin(make: Make, variant: Variant, lowering: str, embedding_bits: Any) -> None:
     export = make(variant, {"embedding_bits": embedding_bits}, {"lowering": lowering})
@@ -218,7 +219,6 @@ def test_widths_that_no_block_divides_equal_their_twin(make: Make, variant: Vari
         variant, {"embedding_bits": "variant", "block_size": block_size}, hidden_size=40, num_attention_heads=5, num_key_value_heads=1,
         intermediate_size=172, tie_word_embeddings=tied,
     )  # fmt: skip
-    assert export.facts.lowering == "unrolled"
     assert_same_logits(export)
 
 
@@ -233,16 +233,16 @@ def test_an_embedding_that_blocks_divide_is_gathered_in_integers(make: Make, var
 @pytest.mark.parametrize("attention_bits", ["variant", 8, 16])
 def test_attention_may_have_bits_of_its_own(make: Make, attention_bits: Any) -> None:
     export = make("int4", {"attention_bits": attention_bits})
-    kinds = {node.op_type for node in export.proto.graph.node if "layers.0.query" in node.output}
+    kinds = {node.op_type for node in export.proto.graph.node if "layers.0.query_key_value" in node.output}
     assert kinds == {"MatMul" if attention_bits == 16 else "MatMulNBits"}
     assert_same_logits(export)
 
 
-@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 def test_8_bit_activations_cost_little(make: Make, variant: Variant, lowering: str) -> None:
     export = make(variant, None, {"lowering": lowering, "activation_bits": 8})
-    assert export.facts.lowering == ("qmoe" if lowering == "auto" else "unrolled")
+    assert export.facts.lowering == ("qmoe" if lowering == "fused" else lowering)
     ids = draw_ids(3)
     found = torch.from_numpy(export.run(ids, np.ones_like(ids), [PREFILL] + [1] * STEPS)).log_softmax(-1)
     expected = torch.from_numpy(export.expect(ids, np.ones_like(ids))).log_softmax(-1)
@@ -273,7 +273,7 @@ def test_taps_are_router_logits_and_residual_streams(make: Make, variant: Varian
 
 
 @pytest.mark.parametrize("activation_bits", [8, 32])
-@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, lowering: str, activation_bits: int) -> None:
     export = make(variant, None, {"lowering": lowering, "activation_bits": activation_bits})
@@ -295,7 +295,7 @@ def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, low
 
 
 @pytest.mark.parametrize("width", [32, 40])
-@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
+@pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_model_is_well_formed(make: Make, variant: Variant, lowering: str, width: int) -> None:
     export = make(variant, {"embedding_bits": "variant"}, {"lowering": lowering}, hidden_size=width, head_dim=8)
@@ -308,7 +308,8 @@ def test_the_model_is_well_formed(make: Make, variant: Variant, lowering: str, w
     assert len(set(produced)) == len(produced)
     assert {value.name for value in proto.graph.input} <= read
     unread = set(produced) - read - {value.name for value in proto.graph.output}
-    assert {name.rsplit(".", 1)[-1] for name in unread} <= {"slot", f"{HIDDEN}1".rsplit(".", 1)[-1]}  # a second half; the last residual, for parity
+    # Second halves of pairs, what was sorted for its order alone, and the last residual.
+    assert {name.rsplit(".", 1)[-1] for name in unread} <= {"slot", "sorted_experts", "sorted_order", "1"}
     names = [node.name for node in proto.graph.node]
     assert len(set(names)) == len(names)
     assert (proto.ir_version, {o.domain: o.version for o in proto.opset_import}) == (10, {"": 21, "com.microsoft": 1})
@@ -319,22 +320,26 @@ def test_the_model_is_well_formed(make: Make, variant: Variant, lowering: str, w
 
 
 @pytest.mark.parametrize(
-    ("variant", "fields", "config", "name"),
+    ("variant", "fields", "config", "names"),
     [
-        ("float32", {}, {}, "moe"),
-        ("float32", {}, {"lowering": "unrolled"}, "unrolled"),
-        ("int8", {}, {}, "unrolled"),
-        ("int8", {}, {"activation_bits": 8}, "qmoe"),
-        ("int4", {}, {}, "qmoe"),
-        ("int4", {"hidden_size": 40, "head_dim": 8}, {}, "unrolled"),
+        ("float32", {}, {"lowering": "fused"}, ["moe"]),
+        ("float32", {}, {"lowering": "unrolled"}, ["unrolled"]),
+        ("float32", {}, {"lowering": "auto"}, ["moe", "grouped", "unrolled"]),
+        ("int8", {}, {"lowering": "auto"}, ["grouped", "unrolled"]),
+        ("int8", {}, {"lowering": "auto", "activation_bits": 8}, ["qmoe", "grouped", "unrolled"]),
+        ("int4", {}, {"lowering": "fused"}, ["qmoe"]),
+        ("int4", {"hidden_size": 40, "head_dim": 8}, {"lowering": "auto"}, ["grouped", "unrolled"]),
     ],
 )
-def test_the_planned_lowering_is_the_one_built(make: Make, variant: Variant, fields: dict[str, Any], config: dict[str, Any], name: str) -> None:
+def test_the_planned_lowerings_are_timed_and_one_is_built(
+    make: Make, variant: Variant, fields: dict[str, Any], config: dict[str, Any], names: list[str]
+) -> None:
     export = make(variant, None, config, **fields)
     checkpoint = open_checkpoint(export.twin)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
-    assert plan_lowering(checkpoint.config, shapes, variant, QuantizeConfig(), OnnxConfig(**EXACT_PRODUCTS | config)) == name
-    assert export.facts.lowering == name
+    assert list(plan_lowerings(checkpoint.config, shapes, variant, QuantizeConfig(), OnnxConfig(**EXACT_PRODUCTS | config))) == names
+    assert sorted(time.lowering for time in export.facts.timings) == (sorted(names) if len(names) > 1 else [])
+    assert export.facts.lowering == (export.facts.timings[0].lowering if len(names) > 1 else names[0])
     assert export.facts.num_nodes == len(export.proto.graph.node)
 
 
@@ -346,7 +351,7 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
         "(qmoe: the hidden size 32 is not a multiple of the block size 64); use 'auto'"
     )  # fmt: skip
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        plan_lowering(checkpoint.config, shapes, "int4", QuantizeConfig(block_size=64), OnnxConfig(lowering="fused"))
+        plan_lowerings(checkpoint.config, shapes, "int4", QuantizeConfig(block_size=64), OnnxConfig(lowering="fused"))
 
 
 @pytest.mark.parametrize(

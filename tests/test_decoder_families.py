@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.family import DECODER_FAMILIES
-from export.package import MODEL_NAME, write_package
+from export.package import write_package
 from export.runtime import Decoder
+from export.storage import MODEL_NAME
 from export.twin import quantize_checkpoint
 from upcycle.config import ExpertsConfig, UpcycleConfig
 from upcycle.surgery import upcycle
@@ -120,7 +121,7 @@ def assert_same_logits(export: Export) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES[name]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="grouped"))
     assert export.torch.config.model_type == case.target
     assert_same_logits(export)
 
@@ -131,7 +132,9 @@ def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense,
 )
 def test_a_quantized_package_equals_its_twin(name: str, variant: Variant, make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES[name]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, variant, OnnxConfig(activation_bits=32))
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, variant, OnnxConfig(activation_bits=32, lowering="grouped")
+    )
     assert export.quantized.quantized_expert_share == 1.0
     assert_same_logits(export)
 
@@ -156,7 +159,7 @@ def test_every_family_has_a_case() -> None:
 def test_what_a_case_is_about_shows_in_its_logits(name: str, field: str, value: Any, make_dense: MakeDense, tmp_path: Path) -> None:
     """Else the equality above would say nothing: with the field changed in the torch model, the two differ by far."""
     case = CASES[name]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="grouped"))
     config = export.torch.config
     setattr(config, field, value)
     changed = type(export.torch)(config).eval()
@@ -169,15 +172,14 @@ def test_what_a_case_is_about_shows_in_its_logits(name: str, field: str, value: 
 
 def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no_node(make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES["llama, some layers"]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="grouped"))
     outputs = {name for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node for name in node.output}
     assert {name for name in outputs if name.startswith("router_logits.")} == {"router_logits.1", "router_logits.3"}
     assert not any("shared_expert" in name for name in outputs)
     assert {name for name in outputs if name.endswith(".ffn.down")} == {"layers.0.ffn.down", "layers.2.ffn.down"}
 
 
-@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
-def test_a_gate_other_than_silu_is_unrolled(lowering: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_gate_other_than_silu_has_no_fused_operator(make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES["gemma, tanh GELU"]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering=lowering))
-    assert export.facts.lowering == "unrolled"
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    assert {time.lowering for time in export.facts.timings} == {"grouped", "unrolled"}

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from export.errors import ExportError
 from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input
-from export.lowering import MOE, QMOE, UNROLLED, Expert, Lowering, MoeLayer, choose_lowering
+from export.lowering import GROUPED, MOE, QMOE, UNROLLED, Expert, Lowering, MoeLayer, find_lowerings
 from export.quantization import dequantize, quantize
 from export.routing import Routing
 from export.twin import FloatWeight, QuantizedWeight
@@ -39,13 +39,18 @@ WAYS = {
     "qmoe_4": Way(QMOE, 4, 32, 2e-6),
     "qmoe_4_rounding": Way(QMOE, 4, 8, 3e-2),
     "qmoe_8_rounding": Way(QMOE, 8, 8, 3e-2),
+    "grouped": Way(GROUPED, 32, 32, 2e-6),
+    "grouped_4": Way(GROUPED, 4, 32, 2e-6),
+    "grouped_4_rounding": Way(GROUPED, 4, 8, 3e-2),
+    "grouped_8": Way(GROUPED, 8, 32, 2e-6),
+    "grouped_8_rounding": Way(GROUPED, 8, 8, 3e-2),
     "unrolled": Way(UNROLLED, 32, 32, 2e-6),
     "unrolled_4": Way(UNROLLED, 4, 32, 2e-6),
     "unrolled_4_rounding": Way(UNROLLED, 4, 8, 3e-2),
     "unrolled_8": Way(UNROLLED, 8, 32, 2e-6),
     "unrolled_8_rounding": Way(UNROLLED, 8, 8, 3e-2),
 }
-WIDE = {"moe", "unrolled", "unrolled_4", "unrolled_8"}  # those that take any hidden size
+WIDE = {"moe", "grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8"}  # those that take any hidden size
 ROUTINGS = [(num_experts, k) for num_experts in (2, 4, 8) for k in sorted({1, 2, num_experts})]
 
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -115,8 +120,7 @@ def compute(values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.
     tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
     result = np.zeros_like(tokens)
     for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
-        scores = np.exp(row - row.max())
-        scores /= scores.sum()
+        scores = 1 / (1 + np.exp(-row)) if routing.score == "sigmoid" else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
         chosen = sorted(range(len(row)), key=lambda e: -scores[e])[: routing.num_experts_per_tok]
         total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
         for e in chosen:
@@ -195,19 +199,24 @@ def test_every_block_size_is_computed(name: str, block: int, tmp_path: Path) -> 
 def test_a_hidden_size_that_no_block_divides_is_computed(name: str, tmp_path: Path) -> None:
     way = WAYS[name]
     layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=40, inner=50, block=32)
-    assert choose_lowering(layer, "auto") is (MOE if way.bits == 32 else UNROLLED)
+    assert find_lowerings(layer, "auto") == ((MOE, GROUPED, UNROLLED) if way.bits == 32 else (GROUPED, UNROLLED))
     x, logits = draw(2, 8, 40, 4)
     assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
 
 
-@pytest.mark.parametrize(("renormalize", "scale"), [(False, 1.0), (True, 2.5), (False, 0.5)])
-@pytest.mark.parametrize("name", ["unrolled", "unrolled_4", "unrolled_8"])
-def test_unrolled_computes_routings_that_no_operator_expresses(name: str, renormalize: bool, scale: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("score", "renormalize", "scale"),
+    [("softmax", False, 1.0), ("softmax", True, 2.5), ("softmax", False, 0.5), ("sigmoid", True, 1.0), ("sigmoid", False, 2.5)],
+)
+@pytest.mark.parametrize("name", ["grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8"])
+def test_standard_operators_compute_routings_that_no_fused_one_expresses(
+    name: str, score: Any, renormalize: bool, scale: float, tmp_path: Path
+) -> None:
     way = WAYS[name]
-    layer, values = make_layer(tmp_path, way, softmax(4, 2, renormalize, scale))
-    assert choose_lowering(layer, "auto") is UNROLLED
+    layer, values = make_layer(tmp_path, way, routed(score, renormalize, scale))
+    assert find_lowerings(layer, "auto") == (GROUPED, UNROLLED)
     x, logits = draw(2, 8, 64, 4)
-    assert_close(run(load(layer, UNROLLED), x, logits), compute(values, layer.routing, x, logits), way)
+    assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
 
 
 def test_every_fused_node_renormalizes(way: Way, tmp_path: Path) -> None:
@@ -217,21 +226,19 @@ def test_every_fused_node_renormalizes(way: Way, tmp_path: Path) -> None:
         if node.op_type in ("MoE", "QMoE"):
             assert {a.name: a.i for a in node.attribute}["normalize_routing_weights"] == 1
     unnormalized, _ = make_layer(tmp_path, way, softmax(4, 2, renormalize=False))
-    assert choose_lowering(unnormalized, "auto") is UNROLLED
+    assert find_lowerings(unnormalized, "auto") == (GROUPED, UNROLLED)
     with pytest.raises(ExportError, match=r"^export\.lowering 'fused' cannot express layer \("):
-        choose_lowering(unnormalized, "fused")
+        find_lowerings(unnormalized, "fused")
 
 
-def test_auto_takes_the_operator_where_it_can_express_the_layer(tmp_path: Path) -> None:
-    chosen = {}
+def test_auto_finds_every_lowering_that_can_express_the_layer(tmp_path: Path) -> None:
     for name, way in WAYS.items():
         layer, _ = make_layer(tmp_path, way, softmax(4, 2))
-        assert choose_lowering(layer, "unrolled") is UNROLLED
-        chosen[name] = choose_lowering(layer, "auto").name
-    assert chosen == {
-        "moe": "moe", "qmoe_4": "qmoe", "qmoe_4_rounding": "qmoe", "qmoe_8_rounding": "qmoe",
-        "unrolled": "moe", "unrolled_4": "qmoe", "unrolled_4_rounding": "qmoe", "unrolled_8": "unrolled", "unrolled_8_rounding": "qmoe",
-    }  # fmt: skip
+        assert find_lowerings(layer, "unrolled") == (UNROLLED,)
+        assert find_lowerings(layer, "grouped") == (GROUPED,)
+        fused = MOE if way.bits == 32 else QMOE
+        expected = (GROUPED, UNROLLED) if (way.bits, way.activation_bits) == (8, 32) else (fused, GROUPED, UNROLLED)
+        assert find_lowerings(layer, "auto") == expected, name
 
 
 def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Routing:
@@ -244,6 +251,7 @@ def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0)
         ("moe", routed(renormalize=False), 64, "moe: normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"),
         ("moe", routed(scale=2.0), 64, "moe: the operator has no factor on the weights"),
         ("qmoe_4", routed(), 40, "qmoe: the hidden size 40 is not a multiple of the block size 32"),
+        ("moe", routed("sigmoid"), 64, "moe: the operator scores by softmax, not sigmoid"),
         ("unrolled_8", routed(), 64, "qmoe: with 8-bit weights the operator reads activations in 8 bits"),
     ],
 )
@@ -251,22 +259,7 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
     layer, _ = make_layer(tmp_path, WAYS[name], routing, hidden=hidden)
     message = f"export.lowering 'fused' cannot express layer ({reason}); use 'auto'"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        choose_lowering(layer, "fused")
-
-
-@pytest.mark.parametrize(
-    ("wish", "reasons"),
-    [
-        ("fused", "moe: the operator scores by softmax, not sigmoid"),
-        ("unrolled", "unrolled: scores by sigmoid are not written yet"),
-        ("auto", "moe: the operator scores by softmax, not sigmoid; unrolled: scores by sigmoid are not written yet"),
-    ],
-)
-def test_a_layer_that_no_lowering_expresses_names_every_reason(wish: Any, reasons: str, tmp_path: Path) -> None:
-    layer, _ = make_layer(tmp_path, WAYS["moe"], routed(score="sigmoid"))
-    message = f"export.lowering '{wish}' cannot express layer ({reasons}); no lowering can"
-    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        choose_lowering(layer, wish)
+        find_lowerings(layer, "fused")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +301,7 @@ def test_without_renormalizing_the_operator_between_other_nodes_is_wrong_before_
     routing = softmax(num_experts, k, renormalize=False)
     layer, values = make_layer(tmp_path, WAYS["moe"], routing)
     assert MOE.refusal(layer) == "normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"
-    assert choose_lowering(layer, "auto") is UNROLLED
+    assert find_lowerings(layer, "auto") == (GROUPED, UNROLLED)
     model = build(layer, MOE)
     (node,) = (node for node in model.graph.node if node.op_type == "MoE")
     next(attribute for attribute in node.attribute if attribute.name == "normalize_routing_weights").i = 0

@@ -14,7 +14,8 @@ import torch
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, OnnxFacts, genai_config, write_package
+from export.package import OnnxFacts, genai_config, write_package
+from export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from export.twin import quantize_checkpoint
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -32,7 +33,7 @@ def export(source: Path, directory: Path, variant: Variant, **config: Any) -> tu
     for path in (twin, package):
         path.mkdir()
     quantize_checkpoint(source, twin, variant, QuantizeConfig(), silent)
-    return twin, package, write_package(twin, package, OnnxConfig(**{"activation_bits": 32} | config), silent)
+    return twin, package, write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped"} | config), silent)
 
 
 def generate_in_torch(twin: Path, prompt: list[int]) -> list[int]:
@@ -137,11 +138,12 @@ def test_an_explicit_head_size_is_told() -> None:
 @pytest.mark.parametrize(
     ("variant", "config", "lowering", "needed"),
     [
-        ("float32", {}, "moe", "1.23.1"),
+        ("float32", {}, "grouped", "1.23"),
+        ("float32", {"lowering": "fused"}, "moe", "1.23.1"),
         ("float32", {"lowering": "unrolled"}, "unrolled", "1.23"),
-        ("int8", {}, "unrolled", "1.23"),
-        ("int8", {"activation_bits": 8}, "qmoe", "1.31"),  # the block is as wide as the hidden size
-        ("int4", {"activation_bits": 8}, "qmoe", "1.31"),
+        ("int8", {}, "grouped", "1.23"),
+        ("int8", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),  # the block is as wide as the hidden size
+        ("int4", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),
     ],
 )
 def test_the_file_says_its_lowering_and_the_runtime_it_needs(
@@ -169,7 +171,7 @@ def test_large_weights_lie_outside_the_graph(mixture_checkpoint: Path, tmp_path:
     inside = [tensor for tensor in proto.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
     assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {DATA_NAME}
     assert all(tensor.ByteSize() < 2048 for tensor in inside)
-    assert any(".fc1" in tensor.name for tensor in outside)
+    assert any(".gate_up" in tensor.name for tensor in outside)
 
 
 def test_writing_twice_gives_the_same_bytes(mixture_checkpoint: Path, tmp_path: Path) -> None:
@@ -184,7 +186,7 @@ def test_writing_twice_gives_the_same_bytes(mixture_checkpoint: Path, tmp_path: 
 def test_progress_counts_the_weights_to_the_end(mixture_checkpoint: Path, tmp_path: Path) -> None:
     twin, package, _ = export(mixture_checkpoint, tmp_path, "float32")
     seen: list[tuple[str, int, int]] = []
-    write_package(twin, package, OnnxConfig(), lambda *step: seen.append(step))
+    write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *step: seen.append(step))
     total = len(onnx.load(package / MODEL_NAME, load_external_data=False).graph.initializer)
     assert {what for what, _, _ in seen} == {"writing weights"}
     assert {count for _, _, count in seen} == {total}

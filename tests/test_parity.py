@@ -19,9 +19,11 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from export.package import DATA_NAME, MODEL_NAME, write_package
-from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, measure_speed, same_experts
+from export.package import write_package
+from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
 from export.runtime import CPU, CUDA, Decoder
+from export.speed import measure_speeds
+from export.storage import DATA_NAME, MODEL_NAME
 from export.twin import quantize_checkpoint
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
@@ -48,7 +50,7 @@ def export(finetuned: Path, directory: Path, variant: Variant, **config: Any) ->
     for path in (twin, package):
         path.mkdir(parents=True)
     quantize_checkpoint(finetuned, twin, variant, QuantizeConfig(), silent)
-    write_package(twin, package, OnnxConfig(**{"activation_bits": 32} | config), silent)
+    write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped" if variant == "int8" else "fused"} | config), silent)
     return Exported(finetuned, twin, package)
 
 
@@ -141,15 +143,15 @@ def test_fewer_blocks_are_taken_evenly(exports: dict[Variant, Exported]) -> None
 # Planted faults, all in the last of two layers. A fault changes the package's weights by name.
 
 Weights = dict[str, np.ndarray]
-FUSED, UNROLLED = "layers.1.moe.fc", "layers.1.moe.expert."
+FUSED, GROUPED = "layers.1.moe.fc", "layers.1.moe.expert."
 
 
 def swap_two_experts(weights: Weights) -> None:
     for name in list(weights):
         if name.startswith(FUSED):
             weights[name] = weights[name][[1, 0, 2, 3]]
-        if name.startswith(f"{UNROLLED}0."):
-            other = name.replace(f"{UNROLLED}0.", f"{UNROLLED}1.")
+        if name.startswith(f"{GROUPED}0."):
+            other = name.replace(f"{GROUPED}0.", f"{GROUPED}1.")
             weights[name], weights[other] = weights[other], weights[name]
 
 
@@ -158,9 +160,9 @@ def swap_gate_and_up(weights: Weights) -> None:
         if name.startswith(f"{FUSED}1"):
             interleaved = weights[name]
             weights[name] = np.stack([interleaved[:, 1::2], interleaved[:, 0::2]], axis=2).reshape(interleaved.shape)
-        if name.startswith(UNROLLED) and ".gate." in name:
-            other = name.replace(".gate.", ".up.")
-            weights[name], weights[other] = weights[other], weights[name]
+        if name.startswith(GROUPED) and ".gate_up." in name:
+            axis = 1 if name.endswith(".weight") else 0
+            weights[name] = np.roll(weights[name], weights[name].shape[axis] // 2, axis)
 
 
 def perturb_the_router(weights: Weights) -> None:
@@ -172,7 +174,7 @@ def scale_one_expert_by_2_percent(weights: Weights) -> None:
     for name in list(weights):
         if name in (f"{FUSED}2.scales", f"{FUSED}2"):
             weights[name] = weights[name] * np.float32([1, 1, 1.02, 1])[:, None, None]
-        if name == f"{UNROLLED}2.down.scales":
+        if name == f"{GROUPED}2.down.scales":
             weights[name] = weights[name] * np.float32(1.02)
 
 
@@ -379,9 +381,9 @@ def test_the_same_experts_in_another_order_are_the_same() -> None:
 def test_speed_is_measured_within_the_context(exports: dict[Variant, Exported]) -> None:
     decoder = Decoder(exports["float32"].package, num_threads=1)
     for length in (1, 48, 256):  # the last leaves no room for decoding, unless the prompt is cut
-        prefill, decode = measure_speed(decoder, torch.full((length,), 5), num_tokens=4, repeats=1)
-        assert prefill > 0
-        assert decode > 0
+        speed = measure_speeds({"one": decoder}, [5] * length, num_new_tokens=4, num_rounds=1)["one"]
+        assert speed.prefill > 0
+        assert speed.decode > 0
 
 
 def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:

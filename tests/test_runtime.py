@@ -15,8 +15,9 @@ from transformers import MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig
 from export.errors import ExportError
-from export.package import MIN_ONNXRUNTIME_KEY, MODEL_NAME, write_package
+from export.package import write_package
 from export.runtime import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, Sampling, choose_token
+from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from export.twin import quantize_checkpoint
 
 GREEDY = Sampling()
@@ -28,7 +29,7 @@ def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The float32 package of the mixture."""
     twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
     quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(), lambda what, done, total: None)
-    write_package(twin, output, OnnxConfig(), lambda what, done, total: None)
+    write_package(twin, output, OnnxConfig(lowering="grouped"), lambda what, done, total: None)
     return output
 
 
@@ -231,7 +232,7 @@ def test_cuda_computes_what_the_cpu_does(mixture_checkpoint: Path, tmp_path: Pat
     twin.mkdir()
     package.mkdir()
     quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(), lambda *_: None)
-    write_package(twin, package, OnnxConfig(), lambda *_: None)
+    write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
     ids = np.arange(2, 34, dtype=np.int64)[None]
     logits = [
         (decoder := Decoder(package, provider)).run(decoder.new_cache(1, 32), ids)["logits"]

@@ -1,19 +1,21 @@
-"""Lowerings of a mixture-of-experts layer, and the choice among them."""
+"""Lowerings of a mixture-of-experts layer, and those that can express one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Literal
 
 import onnx_ir as ir
 
 from export.errors import ExportError
 from export.graph import GraphWriter
-from export.lowering import moe, qmoe, unrolled
+from export.lowering import grouped, moe, qmoe, unrolled
 from export.lowering.layer import Expert, MoeLayer
 
-__all__ = ["Expert", "Lowering", "MoeLayer", "choose_lowering"]
+__all__ = ["Expert", "Lowering", "LoweringWish", "MoeLayer", "find_lowerings"]
+
+LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
 
 
 @dataclass(frozen=True)
@@ -28,30 +30,22 @@ class Lowering:
 
 MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
 QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
+GROUPED = Lowering(grouped.NAME, lambda _: grouped.MIN_ONNXRUNTIME, grouped.refusal, grouped.lower)
 UNROLLED = Lowering(unrolled.NAME, lambda _: unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower)
 
 
-def choose_lowering(layer: MoeLayer, wish: Literal["auto", "fused", "unrolled"]) -> Lowering:
-    """The lowering for a layer.
+def find_lowerings(layer: MoeLayer, wish: LoweringWish) -> tuple[Lowering, ...]:
+    """The lowerings that fit the wish and can express the layer: all of those where the wish is `auto`.
 
     Raises:
-        ExportError: the one asked for cannot express the layer, or none can.
+        ExportError: none can.
     """
     fused = QMOE if layer.quantized else MOE
-    match wish:
-        case "auto":
-            candidates = [fused, UNROLLED]
-        case "fused":
-            candidates = [fused]
-        case "unrolled":
-            candidates = [UNROLLED]
-        case _:
-            assert_never(wish)
-    reasons = []
-    for candidate in candidates:
-        reason = candidate.refusal(layer)
-        if reason is None:
-            return candidate
-        reasons.append(f"{candidate.name}: {reason}")
-    remedy = "use 'auto'" if any(other.refusal(layer) is None for other in (fused, UNROLLED)) else "no lowering can"
-    raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({'; '.join(reasons)}); {remedy}")
+    every = (fused, GROUPED, UNROLLED)
+    wished = {"auto": every, "fused": (fused,), "grouped": (GROUPED,), "unrolled": (UNROLLED,)}[wish]
+    found = tuple(lowering for lowering in wished if lowering.refusal(layer) is None)
+    if found:
+        return found
+    reasons = "; ".join(f"{lowering.name}: {lowering.refusal(layer)}" for lowering in wished)
+    remedy = "use 'auto'" if any(lowering.refusal(layer) is None for lowering in every) else "no lowering can"
+    raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({reasons}); {remedy}")

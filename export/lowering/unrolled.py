@@ -13,15 +13,14 @@ from export.gating import add_gate
 from export.graph import GraphWriter, int64
 from export.linear import add_linear
 from export.lowering.layer import MoeLayer
+from export.lowering.top_k import add_top_k
 
 NAME = "unrolled"
 MIN_ONNXRUNTIME = "1.20"
 
 
-def refusal(layer: MoeLayer) -> str | None:
-    """Why this lowering cannot express the layer, or None."""
-    if layer.routing.score != "softmax":
-        return f"scores by {layer.routing.score} are not written yet"
+def refusal(_: MoeLayer) -> str | None:
+    """Nothing is refused."""
     return None
 
 
@@ -29,16 +28,8 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
     """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]."""
     name, routing = layer.name, layer.routing
     last = graph.constant("axis_last", int64(-1))
-    top_k = graph.constant("num_experts_per_tok", int64(routing.num_experts_per_tok))
     x_TH = graph.op("Reshape", [hidden, graph.constant("flat_hidden", int64(-1, layer.hidden_size))], f"{name}.tokens")
-    scores_TE = graph.op("Softmax", [router_logits], f"{name}.scores", {"axis": -1})
-    weights_TK, chosen_TK = graph.op_multi("TopK", [scores_TE, top_k], [f"{name}.top_k", f"{name}.chosen"], {"axis": -1})
-    if routing.renormalize:
-        total = graph.op("ReduceSum", [weights_TK, last], f"{name}.total", {"keepdims": 1})
-        weights_TK = graph.op("Div", [weights_TK, total], f"{name}.weights")
-    if routing.scale != 1.0:
-        factor = graph.constant("routing_scale", np.array(routing.scale, np.float32))
-        weights_TK = graph.op("Mul", [weights_TK, factor], f"{name}.scaled_weights")
+    weights_TK, chosen_TK = add_top_k(graph, routing, router_logits, name)
     sum_TH = graph.op("ConstantOfShape", [graph.op("Shape", [x_TH], f"{name}.shape")], f"{name}.zeros")
     for number, expert in enumerate(layer.experts):
         own = f"{name}.expert.{number}"
@@ -49,8 +40,8 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
         weight_N1 = graph.op("Unsqueeze", [weight_N, last], f"{own}.weight_column")
         token_N1, _ = graph.op_multi("Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2})
         x_NH = graph.op("GatherND", [x_TH, token_N1], f"{own}.input")
-        gate_NI = add_linear(graph, x_NH, expert.gate, f"{own}.gate", layer.activation_bits)
-        up_NI = add_linear(graph, x_NH, expert.up, f"{own}.up", layer.activation_bits)
+        both_N2I = add_linear(graph, x_NH, (expert.gate, expert.up), f"{own}.gate_up", layer.activation_bits)
+        gate_NI, up_NI = graph.op_multi("Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2})
         inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
         weighted_NH = graph.op("Mul", [down_NH, weight_N1], f"{own}.weighted")
