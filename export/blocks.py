@@ -12,7 +12,7 @@ from export.family import DecoderFamily, GatedFfn, bias_name
 from export.gating import add_gate
 from export.graph import MICROSOFT, GraphWriter, int64
 from export.linear import add_linear
-from export.lowering import Expert, Lowering, MoeLayer
+from export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from export.positions import Positions, effective_window
 from export.twin import Twin, Weight
 
@@ -120,12 +120,12 @@ class BlockWriter:
             assert self.family.dense is not None, f"layer {layer} has neither a router nor an FFN"
             return self._gated(x, self.family.dense, layer, f"layers.{layer}.ffn")
         self.used.add(router)
-        logits = add_linear(self.graph, x, self.twin.weight(router), f"layers.{layer}.router", 32)
         moe = self.layer(layer)
-        flat = self.graph.constant("flat_experts", int64(-1, moe.routing.num_experts))
-        router_logits = self.graph.op("Reshape", [logits, flat], f"router_logits.{layer}")
+        flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
+        tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
+        router_logits = add_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}", 32)
         self.moe_layer = moe
-        mixed = lowering.lower(self.graph, moe, x, router_logits)
+        mixed = lowering.lower(self.graph, moe, MoeInput(x, tokens, router_logits))
         shared = self._shared(x, layer)
         return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
 

@@ -23,6 +23,7 @@ class GraphWriter:
     def __init__(self) -> None:
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
+        self._shared: dict[str, ir.Value] = {}
 
     def op(
         self, op_type: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, Any] | None = None, domain: str = ""
@@ -45,6 +46,12 @@ class GraphWriter:
         if name not in self.initializers:
             self.initializers[name] = _initializer(name, ir.tensor(value, name=name), value.shape)
         return self.initializers[name]
+
+    def shared(self, name: str, write: Callable[[], ir.Value]) -> ir.Value:
+        """A value that every layer would compute alike: the first that asks for it writes its nodes."""
+        if name not in self._shared:
+            self._shared[name] = write()
+        return self._shared[name]
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
         """A large initializer: `read` is called when the file is written, and its tensor is dropped right after."""

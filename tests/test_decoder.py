@@ -280,7 +280,7 @@ def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, low
     graph = export.proto.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
     for n in range(2):
-        (node,) = [node for node in graph.node if f"layers.{n}.router" in node.output]
+        (node,) = [node for node in graph.node if f"router_logits.{n}" in node.output]
         assert node.op_type == "MatMul"
         router = tensors[node.input[1]]
         assert router.data_type == TensorProto.FLOAT

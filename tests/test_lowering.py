@@ -16,8 +16,8 @@ from packaging.version import Version
 from safetensors.torch import save_file
 
 from export.errors import ExportError
-from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input
-from export.lowering import GROUPED, MOE, QMOE, UNROLLED, Expert, Lowering, MoeLayer, find_lowerings
+from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
+from export.lowering import GROUPED, MOE, QMOE, UNROLLED, Expert, Lowering, MoeInput, MoeLayer, find_lowerings
 from export.quantization import dequantize, quantize
 from export.routing import Routing
 from export.twin import FloatWeight, QuantizedWeight
@@ -98,7 +98,9 @@ def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
     graph = GraphWriter()
     x = graph_input("x", ir.DataType.FLOAT, ["batch", "length", layer.hidden_size])
     router_logits = graph_input("router_logits", ir.DataType.FLOAT, ["tokens", layer.routing.num_experts])
-    y = graph.op("Neg", [lowering.lower(graph, layer, graph.op("Neg", [x], "hidden"), router_logits)], "y")
+    hidden = graph.op("Neg", [x], "hidden")
+    tokens = graph.op("Reshape", [hidden, graph.constant("flat", int64(-1, layer.hidden_size))], "tokens")
+    y = graph.op("Neg", [lowering.lower(graph, layer, MoeInput(hidden, tokens, router_logits))], "y")
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "length", layer.hidden_size])
     initializers = list(graph.initializers.values())
     written = ir.Graph([x, router_logits], [y], nodes=graph.nodes, initializers=initializers, opset_imports=OPSETS, name="layer")

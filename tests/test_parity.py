@@ -166,8 +166,8 @@ def swap_gate_and_up(weights: Weights) -> None:
 
 
 def perturb_the_router(weights: Weights) -> None:
-    router = weights["layers.1.router.weight"]
-    weights["layers.1.router.weight"] = router + np.float32(0.2 * router.std()) * np.random.default_rng(0).standard_normal(router.shape, np.float32)
+    router = weights["router_logits.1.weight"]
+    weights["router_logits.1.weight"] = router + np.float32(0.2 * router.std()) * np.random.default_rng(0).standard_normal(router.shape, np.float32)
 
 
 def scale_one_expert_by_2_percent(weights: Weights) -> None:

@@ -11,9 +11,9 @@ import onnx_ir as ir
 from export.errors import ExportError
 from export.graph import GraphWriter
 from export.lowering import grouped, moe, qmoe, unrolled
-from export.lowering.layer import Expert, MoeLayer
+from export.lowering.layer import Expert, MoeInput, MoeLayer
 
-__all__ = ["Expert", "Lowering", "LoweringWish", "MoeLayer", "find_lowerings"]
+__all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_lowerings"]
 
 LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
 
@@ -25,7 +25,7 @@ class Lowering:
     name: str
     min_onnxruntime: Callable[[MoeLayer], str]
     refusal: Callable[[MoeLayer], str | None]
-    lower: Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value], ir.Value]
+    lower: Callable[[GraphWriter, MoeLayer, MoeInput], ir.Value]
 
 
 MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)

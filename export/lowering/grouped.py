@@ -5,7 +5,7 @@
 3. The gate works on all rows at once.
 4. Rows go back to their tokens by the inverse of the sort, and each token sums its k rows by weight.
 
-All that depends on the number of experts are the two products of each: 2 E + 25 nodes a layer, where `unrolled` has 11 E + 9. A decode step
+All that depends on the number of experts are the two products of each: 2 E + 21 nodes a layer, where `unrolled` has 12 E + 5. A decode step
 pays for nodes. A prefill pays for the copies that splitting and joining make, a few percent of the products.
 """
 
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from export.gating import add_gate
 from export.graph import GraphWriter, int64
 from export.linear import add_linear
-from export.lowering.layer import MoeLayer
+from export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 from export.lowering.top_k import add_top_k
 
 NAME = "grouped"
@@ -29,33 +29,32 @@ def refusal(_: MoeLayer) -> str | None:
     return None
 
 
-def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
-    """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]; rows R = T * k."""
+def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
+    """The layer's output [B, S, H]; rows R = T * k."""
     name, routing = layer.name, layer.routing
     k, num_experts = routing.num_experts_per_tok, routing.num_experts
-    weights_TK, chosen_TK = add_top_k(graph, routing, router_logits, name)
+    weights_TK, chosen_TK = add_top_k(graph, routing, x.router_logits, name)
     expert_R = graph.op("Reshape", [chosen_TK, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
-    num_rows = graph.op("Shape", [expert_R], f"{name}.num_rows")
+    num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
     _, order_R = graph.op_multi("TopK", [expert_R, num_rows], [f"{name}.sorted_experts", f"{name}.order"], {"axis": 0, "largest": 0})
     depth, bounds = graph.constant("num_experts", int64(num_experts)), graph.constant("off_on", int64(0, 1))
     is_expert_RE = graph.op("OneHot", [expert_R, depth, bounds], f"{name}.is_expert")
     counts = graph.op("ReduceSum", [is_expert_RE, graph.constant("zero", int64(0))], f"{name}.counts", {"keepdims": 0})
 
-    x_TH = graph.op("Reshape", [hidden, graph.constant("flat_hidden", int64(-1, layer.hidden_size))], f"{name}.tokens")
     token_R = graph.op("Div", [order_R, graph.constant("rows_per_token", np.array(k, np.int64))], f"{name}.row_tokens")
-    x_RH = graph.op("Gather", [x_TH, token_R], f"{name}.rows")
+    x_RH = graph.op("Gather", [x.tokens, token_R], f"{name}.rows")
     pieces = _split(graph, x_RH, counts, num_experts, f"{name}.input")
     both = [
-        add_linear(graph, x, (expert.gate, expert.up), f"{name}.expert.{n}.gate_up", layer.activation_bits)
-        for n, (x, expert) in enumerate(zip(pieces, layer.experts, strict=True))
+        add_linear(graph, rows, (expert.gate, expert.up), f"{name}.expert.{n}.gate_up", layer.activation_bits)
+        for n, (rows, expert) in enumerate(zip(pieces, layer.experts, strict=True))
     ]
     both_R2I = graph.op("Concat", both, f"{name}.gate_up", {"axis": 0})
     gate_RI, up_RI = graph.op_multi("Split", [both_R2I], [f"{name}.gate", f"{name}.up"], {"axis": -1, "num_outputs": 2})
     inner_RI = add_gate(graph, gate_RI, up_RI, name, layer.activation)
     inner = _split(graph, inner_RI, counts, num_experts, f"{name}.inner")
     down = [
-        add_linear(graph, x, expert.down, f"{name}.expert.{n}.down", layer.activation_bits)
-        for n, (x, expert) in enumerate(zip(inner, layer.experts, strict=True))
+        add_linear(graph, rows, expert.down, f"{name}.expert.{n}.down", layer.activation_bits)
+        for n, (rows, expert) in enumerate(zip(inner, layer.experts, strict=True))
     ]
     down_RH = graph.op("Concat", down, f"{name}.down", {"axis": 0})
 
@@ -64,8 +63,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
     y_TKH = graph.op("Reshape", [y_RH, graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
     weights_T1K = graph.op("Unsqueeze", [weights_TK, graph.constant("one", int64(1))], f"{name}.weight_rows")
     y_T1H = graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
-    shape = graph.op("Shape", [hidden], f"{name}.shape")
-    return graph.op("Reshape", [y_T1H, shape], f"{name}.output", {"allowzero": 1})  # a length of zero is no wish to copy a dimension
+    return add_hidden_shape(graph, y_T1H, x.hidden, f"{name}.output")
 
 
 def _split(graph: GraphWriter, rows: ir.Value, counts: ir.Value, num_experts: int, name: str) -> list[ir.Value]:

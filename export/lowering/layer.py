@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import onnx_ir as ir
+
 from export.gating import Activation
+from export.graph import GraphWriter
 from export.routing import Routing
 from export.twin import QuantizedWeight, Weight
 
@@ -42,3 +45,18 @@ class MoeLayer:
     def quantized(self) -> bool:
         """Whether the experts are integers."""
         return isinstance(self.experts[0].gate, QuantizedWeight)
+
+
+@dataclass(frozen=True)
+class MoeInput:
+    """The values that a layer is given: hidden [B, S, H], the same as tokens [T = B * S, H], and router_logits [T, E]."""
+
+    hidden: ir.Value
+    tokens: ir.Value
+    router_logits: ir.Value
+
+
+def add_hidden_shape(graph: GraphWriter, tokens: ir.Value, hidden: ir.Value, name: str) -> ir.Value:
+    """A result of as many elements as `hidden` [B, S, H], in the shape of it."""
+    shape = graph.shared("hidden_shape", lambda: graph.op("Shape", [hidden], "hidden_shape"))
+    return graph.op("Reshape", [tokens, shape], name, {"allowzero": 1})  # a length of zero is no wish to copy a dimension

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from export.graph import MICROSOFT, GraphWriter
-from export.lowering.layer import MoeLayer
+from export.lowering.layer import MoeInput, MoeLayer
 from export.routing import Routing
 from export.twin import FloatWeight
 
@@ -58,8 +58,8 @@ def swiglu_attributes(routing: Routing) -> dict[str, Any]:
     }
 
 
-def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
-    """hidden [B, S, H] and router_logits [B * S, E] to the layer's output [B, S, H]."""
+def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
+    """The layer's output [B, S, H]."""
     num_experts, height, width = layer.routing.num_experts, layer.intermediate_size, layer.hidden_size
 
     def fc1() -> torch.Tensor:
@@ -70,7 +70,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
 
     fc1_value = graph.weight(f"{layer.name}.fc1", ir.DataType.FLOAT, (num_experts, 2 * height, width), fc1)
     fc2_value = graph.weight(f"{layer.name}.fc2", ir.DataType.FLOAT, (num_experts, width, height), fc2)
-    inputs = [hidden, router_logits, fc1_value, None, fc2_value]
+    inputs = [x.hidden, x.router_logits, fc1_value, None, fc2_value]
     return graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT)
 
 

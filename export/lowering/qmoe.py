@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 
 from export.graph import MICROSOFT, GraphWriter
-from export.lowering.layer import MoeLayer
+from export.lowering.layer import MoeInput, MoeLayer
 from export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
 from export.quantization import Quantized
 from export.twin import QuantizedWeight, Weight
@@ -45,8 +45,8 @@ def min_onnxruntime(layer: MoeLayer) -> str:
     return MIN_ONNXRUNTIME_WIDE_BLOCKS if gate.bits == 4 and gate.block_size > 32 else MIN_ONNXRUNTIME
 
 
-def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
-    """hidden [B, S, H] and router_logits [B * S, E] to the layer's output [B, S, H]."""
+def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
+    """The layer's output [B, S, H]."""
     down = _quantized(layer.experts[0].down)
     bits, block = down.bits, down.block_size
     width, height = layer.hidden_size, down.num_blocks * block
@@ -72,7 +72,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
     attributes = {**swiglu_attributes(layer.routing), "expert_weight_bits": bits, "block_size": block}
     if bits == 4 and layer.activation_bits == 8:
         attributes["accuracy_level"] = 4
-    inputs = [hidden, router_logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    inputs = [x.hidden, x.router_logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
     return graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT)
 
 
