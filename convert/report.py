@@ -130,6 +130,7 @@ def _page(facts: dict[str, Any]) -> str:
         receipt=_receipt(facts["upcycle"]["receipt"]),
         parity=list(_parity_sections(facts)),
         builds=_builds(facts),
+        timings=_timings(facts),
         provenance=list(_provenance(facts)),
         json_name=JSON_NAME,
         subtitle=_subtitle(facts),
@@ -255,9 +256,23 @@ def _agreements(found: dict[str, Any]) -> _Grid:
 
 def _builds(facts: dict[str, Any]) -> _Grid:
     """How each variant was quantized and exported: a row for each fact, a column for each variant."""
-    columns = {name: dict(_pairs({"quantize": v["quantize"], "onnx": v["onnx"]})) for name, v in facts["variants"].items()}
+    written = {name: {key: value for key, value in v["onnx"].items() if key != "timings"} for name, v in facts["variants"].items()}
+    columns = {name: dict(_pairs({"quantize": v["quantize"], "onnx": written[name]})) for name, v in facts["variants"].items()}
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return _Grid(("fact", *columns), tuple((name, *(column.get(name, NONE) for column in columns.values())) for name in names))
+
+
+def _timings(facts: dict[str, Any]) -> _Grid:
+    """The lowerings that were timed to choose one, of each variant the fastest first."""
+    headers = ("Variant", "Experts written as", "Prefill tokens/s", "Decode tokens/s", "Request, ms")
+    rows = (
+        (
+            name, time["lowering"], format_rounded(time["prefill_tokens_per_second"]), format_rounded(time["decode_tokens_per_second"]),
+            f"{1000 * time['request_seconds']:.1f}",
+        )
+        for name, variant in facts["variants"].items() for time in variant["onnx"]["timings"]
+    )  # fmt: skip
+    return _Grid(headers, tuple(rows))
 
 
 def _provenance(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

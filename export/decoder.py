@@ -43,13 +43,22 @@ class DecoderGraph:
     min_onnxruntime: str
 
 
-def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers: int | None = None) -> DecoderGraph:
-    """Build the graph of a (quantized) mixture-of-experts checkpoint; weights are read when the model is saved.
+@dataclass(frozen=True)
+class Cut:
+    """A part of a model, for timing: its first layers, and the first tokens of its vocabulary."""
 
-    `lowering` must be able to express the layers. With `num_layers` only so many of the first layers are built, between embedding and head.
+    num_layers: int
+    vocabulary: int
+
+
+def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, cut: Cut | None = None) -> DecoderGraph:
+    """Build the graph of a (quantized) mixture-of-experts checkpoint, or a part of it; weights are read when the model is saved.
+
+    `lowering` must be able to express the layers.
     """
     c, family = twin.checkpoint.config, twin.family
-    depth = c.num_hidden_layers if num_layers is None else num_layers
+    depth = cut.num_layers if cut else c.num_hidden_layers
+    tokens = (0, cut.vocabulary) if cut else None
     graph = GraphWriter()
     write = BlockWriter(graph, twin, config.activation_bits)
     multipliers = family.multipliers(c)
@@ -59,7 +68,7 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers
     present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
     past = [graph_input(f"past_key_values.{n}.{t}", ir.DataType.FLOAT, past_shape) for n in range(depth) for t in ("key", "value")]
     positions = add_positions(graph, twin, input_ids, attention_mask)
-    residual = add_embedding(graph, twin.weight(family.embedding), input_ids)
+    residual = add_embedding(graph, twin.weight(family.embedding, tokens), input_ids)
     write.used.add(family.embedding)
     residual = write.multiply(residual, multipliers.embedding, "embedded_multiplied")
     normed = residual if family.attention_norm is None else write.norm(residual, family.attention_norm.format(layer=0), "layers.0.normed")
@@ -78,13 +87,13 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers
     head = family.embedding if c.tie_word_embeddings else family.head
     write.used.add(head)
     scaled = multipliers.logits != 1.0
-    logits = add_linear(graph, normed, twin.weight(head), "logits_scaled" if scaled else "logits", config.activation_bits)
+    logits = add_linear(graph, normed, twin.weight(head, tokens), "logits_scaled" if scaled else "logits", config.activation_bits)
     logits = write.multiply(logits, 1.0 / multipliers.logits, "logits")
-    _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", c.vocab_size])
+    _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", cut.vocabulary if cut else c.vocab_size])
     for present_value in presents:
         _declare(present_value, ir.DataType.FLOAT, present_shape)
     unread = sorted(set(twin.checkpoint.entries) - write.used)
-    assert num_layers is not None or not unread, f"the graph reads no {unread[:3]}"
+    assert cut or not unread, f"the graph reads no {unread[:3]}"
     assert write.moe_layer is not None
     onnx_graph = ir.Graph(
         [input_ids, attention_mask, *past], [logits, *presents], nodes=graph.nodes, initializers=list(graph.initializers.values()),

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from export.config import OnnxConfig
-from export.decoder import build_decoder
+from export.decoder import Cut, build_decoder
 from export.lowering import Lowering
 from export.progress import Progress
 from export.runtime import Decoder
@@ -23,8 +23,10 @@ from export.speed import Speed, measure_speeds
 from export.storage import save_graph
 from export.twin import Twin
 
-_TIMED_WEIGHTS = 1 << 28
-"""Layers are taken until they hold as many weights, or all of them: at 4 bits 130 MB, more than most processors can keep."""
+_TIMED_BYTES = 192 << 20
+"""Layers are taken until their weights have as many bytes, or all of them; it is more than most processors keep."""
+_TIMED_VOCABULARY = 4096
+"""Rows of embedding and head; they are the same for all candidates."""
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ class LoweringTime:
 
 def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], folder: Path, progress: Progress) -> list[LoweringTime]:
     """Time every candidate on the model's first layers, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
-    num_layers = count_timed_layers(twin)
     c = twin.checkpoint.config
-    prompt = np.random.default_rng(0).integers(0, c.vocab_size, config.request.prompt_tokens)
+    cut = Cut(count_timed_layers(twin), min(c.vocab_size, _TIMED_VOCABULARY))
+    prompt = np.random.default_rng(0).integers(0, cut.vocabulary, config.request.prompt_tokens)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         decoders = {}
         for number, lowering in enumerate(candidates):
             progress("timing lowerings", number, len(candidates) + 1)
             directory = Path(scratch) / lowering.name
             directory.mkdir()
-            save_graph(build_decoder(twin, config, lowering, num_layers).model, directory, lambda *_: None)
+            save_graph(build_decoder(twin, config, lowering, cut).model, directory, lambda *_: None)
             c.save_pretrained(directory)
             decoders[lowering.name] = Decoder(directory)
         progress("timing lowerings", len(candidates), len(candidates) + 1)
@@ -64,11 +66,12 @@ def count_timed_layers(twin: Twin) -> int:
     for name, entry in twin.checkpoint.entries.items():
         layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
         if layer is not None:
-            sizes[layer] = sizes.get(layer, 0) + math.prod(entry.shape)
-    total = 0
+            sizes[layer] = sizes.get(layer, 0) + math.prod(entry.shape) * twin.scheme["tensors"].get(name, 32) // 8
+    total, sparse = 0, False
     for layer in sorted(sizes):
         total += sizes[layer]
-        if total >= _TIMED_WEIGHTS and any(twin.family.router.format(layer=n) in twin.checkpoint.entries for n in range(layer + 1)):
+        sparse |= twin.family.router.format(layer=layer) in twin.checkpoint.entries
+        if sparse and total >= _TIMED_BYTES:
             return layer + 1
     return len(sizes)
 

@@ -61,6 +61,12 @@ def agreement(scale: float, top1: float, routing: list[float]) -> dict[str, Any]
     }
 
 
+TIMINGS = [
+    {"lowering": "grouped", "prefill_tokens_per_second": 1234.4, "decode_tokens_per_second": 432.1, "request_seconds": 0.35552},
+    {"lowering": "qmoe", "prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 400.0, "request_seconds": 0.416},
+]
+
+
 def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, routing: list[float], speed: float) -> dict[str, Any]:
     names = ("prefill, batch 1, 64 tokens", "prefill, batch 3, left padding", "decode, 24 steps after 40 tokens")
     checks = [{"name": name, "max_error": 3e-6, "mean_error": 4e-7, "relative_error": 2.5e-6, "top1_agreement": 1.0} for name in names]
@@ -78,7 +84,7 @@ def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, 
     }
     return {
         "quantize": {"bits": {"experts": bits, "attention": bits}, "expert_bytes": size // 2, "quantized_expert_share": 1.0 if bits < 32 else 0.0},
-        "onnx": {"lowering": "moe" if bits == 32 else "qmoe", "package_bytes": size, "min_onnxruntime": "1.23"},
+        "onnx": {"lowering": "moe" if bits == 32 else "qmoe", "package_bytes": size, "min_onnxruntime": "1.23", "timings": TIMINGS},
         "parity": {
             "providers": {"CPUExecutionProvider": figures, "CUDAExecutionProvider": "not run: no CUDA device"},
             "passed": True,
@@ -638,3 +644,22 @@ def test_light_dark_and_paper_each_have_their_colours(facts, written):
     page = written(facts)
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
+
+
+def test_the_timed_lowerings_are_a_table(facts: dict[str, Any], tmp_path) -> None:
+    write_report(facts, tmp_path)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    section = page[page.index("Which way of writing the experts is fastest here") :]
+    cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section[: section.index("</table>")])
+    assert cells[:15] == [
+        "Variant", "Experts written as", "Prefill tokens/s", "Decode tokens/s", "Request, ms",
+        "float32", "grouped", "1,234", "432", "355.5",
+        "float32", "qmoe", "1,000", "400", "416.0",
+    ]  # fmt: skip
+
+
+def test_a_named_lowering_leaves_no_empty_table(facts: dict[str, Any], tmp_path) -> None:
+    for found in facts["variants"].values():
+        found["onnx"]["timings"] = []
+    write_report(facts, tmp_path)
+    assert "Which way of writing" not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -1,0 +1,102 @@
+"""The lowering is chosen by measurement, on a part of the model, and nothing of that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from export import timing
+from export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
+from export.decoder import Cut, build_decoder, find_candidates
+from export.lowering import GROUPED
+from export.package import write_package
+from export.speed import Speed
+from export.storage import LOWERING_KEY
+from export.twin import Twin, quantize_checkpoint
+
+REQUEST = {"request": RequestConfig(prompt_tokens=8, new_tokens=2)}
+
+
+def silent(*_: Any) -> None:
+    pass
+
+
+def quantized(mixture: Path, directory: Path, variant: Variant = "float32") -> Twin:
+    (directory / "twin").mkdir()
+    quantize_checkpoint(mixture, directory / "twin", variant, QuantizeConfig(block_size=16), silent)
+    return Twin(directory / "twin")
+
+
+@pytest.mark.parametrize("variant", ["float32", "int8", "int4"])
+def test_every_candidate_is_timed_and_the_fastest_written(mixture_checkpoint: Path, tmp_path: Path, variant: Variant) -> None:
+    twin = quantized(mixture_checkpoint, tmp_path, variant)
+    (tmp_path / "package").mkdir()
+    config = OnnxConfig(**REQUEST)
+    facts = write_package(twin.directory, tmp_path / "package", config, silent)
+    assert {time.lowering for time in facts.timings} == {lowering.name for lowering in find_candidates(twin, config)}
+    assert len(facts.timings) == 3
+    seconds = [time.request_seconds for time in facts.timings]
+    assert seconds == sorted(seconds)
+    assert facts.lowering == facts.timings[0].lowering
+    for time in facts.timings:
+        expected = 8 / time.prefill_tokens_per_second + 2 / time.decode_tokens_per_second
+        assert time.request_seconds == pytest.approx(expected)
+    assert not [path for path in (tmp_path / "package").iterdir() if path.is_dir()], "what was timed is gone"
+
+
+def test_the_request_decides_between_a_fast_prefill_and_fast_decoding(
+    mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = quantized(mixture_checkpoint, tmp_path)
+    speeds = {"moe": Speed(100.0, 50.0), "grouped": Speed(1000.0, 10.0), "unrolled": Speed(100.0, 10.0)}
+    monkeypatch.setattr(timing, "measure_speeds", lambda *_: speeds)
+    for prompt, new, fastest in ((8, 64, "moe"), (64, 1, "grouped")):
+        package = tmp_path / fastest
+        package.mkdir()
+        facts = write_package(twin.directory, package, OnnxConfig(request=RequestConfig(prompt_tokens=prompt, new_tokens=new)), silent)
+        assert facts.lowering == fastest
+        assert facts.timings[-1].lowering == "unrolled"
+        assert LOWERING_KEY.encode() in (package / "model.onnx").read_bytes()
+
+
+def test_a_named_lowering_is_not_timed(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(timing, "measure_speeds", refuse)
+    twin = quantized(mixture_checkpoint, tmp_path)
+    (tmp_path / "package").mkdir()
+    facts = write_package(twin.directory, tmp_path / "package", OnnxConfig(lowering="grouped"), silent)
+    assert (facts.lowering, facts.timings) == ("grouped", ())
+
+
+def test_layers_are_timed_until_they_are_large_or_there_are_no_more(
+    mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twin = quantized(mixture_checkpoint, tmp_path)
+    depth = twin.checkpoint.config.num_hidden_layers
+    assert depth > 1
+    assert timing.count_timed_layers(twin) == depth
+    monkeypatch.setattr(timing, "_TIMED_BYTES", 1)
+    assert timing.count_timed_layers(twin) == 1
+
+
+def test_a_layer_with_experts_is_among_those_timed(make_dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upcycle.config import UpcycleConfig
+    from upcycle.surgery import upcycle
+
+    (tmp_path / "mixture").mkdir()
+    config = UpcycleConfig(num_experts=2, num_experts_per_tok=1, layers=[2])
+    upcycle(make_dense(architecture="LlamaForCausalLM", num_hidden_layers=4), tmp_path / "mixture", config, 0, silent)
+    monkeypatch.setattr(timing, "_TIMED_BYTES", 1)
+    assert timing.count_timed_layers(quantized(tmp_path / "mixture", tmp_path)) == 3
+
+
+def test_a_cut_model_has_its_first_layers_and_tokens(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    model = build_decoder(quantized(mixture_checkpoint, tmp_path), OnnxConfig(), GROUPED, Cut(1, 5)).model
+    assert sum(value.name.startswith("past_key_values.") for value in model.graph.inputs) == 2
+    assert model.graph.initializers["embedding.weight"].shape[0] == 5
+    assert model.graph.initializers["logits.weight"].shape[1] == 5
