@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from convert import stages
-from convert.artifact import Artifact, artifact_key, build, check_space, code_digest, find, lock, resume_directory
+from convert.artifact import Artifact, ArtifactError, artifact_key, build, check_space, code_digest, find, lock, resume_directory
 from convert.errors import RecipeError
 from convert.progress import ProgressDisplay
 from convert.stages import Facts, Job, Preparation, StageFunction
 from export.config import Variant
+from upcycle.errors import is_out_of_memory
 from upcycle.processes import join_processes, tell
 
 RUN_NAME = "run.json"
@@ -175,7 +176,15 @@ def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact
         facts = {name: artifact.facts for name, artifact in inputs.items()}
         if task.stage.all_processes:
             tell(_Work(task.label, directories, facts, draft.directory, scratch))
-        made = task.stage.run(Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, scratch, progress))
+        try:
+            made = task.stage.run(Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, scratch, progress))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise ArtifactError(
+                    f"{task.label}: out of memory; what is finished is kept, and the same command goes on from there; "
+                    "close other programs, or take a smaller model, data.block_size or finetune.batch_size"
+                ) from error
+            raise
         artifact = draft.seal(
             inputs=task.input_keys, settings=task.settings, facts=made, versions=stages.versions(), seed=preparation.loaded.recipe.seed,
             progress=progress,

@@ -177,3 +177,21 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
     monkeypatch.setattr("convert.stages.prepare", fail)
     with pytest.raises(FileNotFoundError, match="planted"):
         invoke("check", recipe())
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+)
+def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_written(recipe, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("convert.stages.check_values", fail)
+    workdir = tmp_path / "work"
+    code, output = invoke("run", recipe(), "--workdir", workdir)
+    assert code == 1
+    assert output.splitlines()[-1] == (
+        "Error: source: out of memory; what is finished is kept, and the same command goes on from there; close other programs, or take a smaller "
+        "model, data.block_size or finetune.batch_size"
+    )
+    assert {path.name for path in workdir.iterdir()} == {".lock", "run.json"}

@@ -3,3 +3,12 @@
 
 class UpcycleError(ValueError):
     """A mistake in what the user gave; its text says where, what is, what must be and how to mend it, in one line."""
+
+
+_NO_MEMORY = ("out of memory", "can't allocate memory", "bad allocation", "Failed to allocate memory")
+"""How torch (CUDA's and the CPU's allocator) and onnxruntime say that memory ran out; neither has a type of its own for all of it."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)

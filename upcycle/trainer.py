@@ -21,7 +21,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from upcycle.balance import balance_loss, describe_routing, expert_load, z_loss
 from upcycle.config import FinetuneConfig
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
 from upcycle.history import Step, read_history, write_history, write_whole
@@ -109,7 +109,7 @@ def run_stage(
         last = _last_checkpoint(scratch.absolute())
         if last is not None:
             trainer.watch.take_up(last)
-        with _routing(trainer):
+        with closing(trainer.watch), _routing(trainer):
             if trainer.watch.patience_is_over:  # it was killed between its last checkpoint and its end
                 trainer.load_best()
             else:
@@ -190,7 +190,7 @@ def _one_line_errors(stage: Stage, scratch: Path) -> Iterator[None]:
         text = str(error)
         if "PytorchStreamWriter" in text or "No space left" in text:  # how torch and safetensors say that a file could not be written
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch)) from error
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in text:
+        if not is_out_of_memory(error):
             raise
         raise UpcycleError(
             f"finetune: out of memory while training {stage.model}; raise finetune.gradient_accumulation_steps, set "
@@ -472,7 +472,8 @@ class _Watch(TrainerCallback):
         if self.writer is not None:
             _write_event(line, self.writer)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def close(self) -> None:
+        """Write TensorBoard's events out, however the stage ended."""
         if self.writer is not None:
             self.writer.close()
 
