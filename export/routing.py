@@ -13,6 +13,8 @@ class Routing:
     score: what turns logits into weights; softmax before the top-k equals softmax after it when weights are renormalized.
     renormalize: the chosen weights are divided by their sum.
     scale: factor on the final weights.
+
+    A bias on the scores, for the choice alone, is a weight of the layer: `MoeLayer.selection_bias`.
     """
 
     num_experts: int

@@ -62,7 +62,14 @@ def way(request: pytest.FixtureRequest) -> Way:
 
 
 def make_layer(
-    directory: Path, way: Way, routing: Routing, hidden: int = 64, inner: int = 96, block: int = 32, equal: bool = False
+    directory: Path,
+    way: Way,
+    routing: Routing,
+    hidden: int = 64,
+    inner: int = 96,
+    block: int = 32,
+    equal: bool = False,
+    selection_bias: np.ndarray | None = None,
 ) -> tuple[MoeLayer, list[Matrices]]:
     """A layer whose weights lie in `directory`, and the values that they stand for."""
     tensors: dict[str, torch.Tensor] = {}
@@ -79,6 +86,8 @@ def make_layer(
                 tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
                 weight = dequantize(quantized, shape[1], way.bits)
             values[-1].append(weight.double().numpy())
+    if selection_bias is not None:
+        tensors["selection_bias"] = torch.from_numpy(selection_bias)[None]
     save_file(tensors, directory / "layer.safetensors")
     entries = index_tensors(directory, "layer")
 
@@ -90,7 +99,8 @@ def make_layer(
         Expert(weight_of(n, "gate", (inner, hidden)), weight_of(n, "up", (inner, hidden)), weight_of(n, "down", (hidden, inner)))
         for n in range(routing.num_experts)
     )
-    return MoeLayer("layer", routing, experts, way.activation_bits), [(gate, up, down) for gate, up, down in values]
+    bias = FloatWeight(entries["selection_bias"]) if selection_bias is not None else None
+    return MoeLayer("layer", routing, experts, way.activation_bits, selection_bias=bias), [(gate, up, down) for gate, up, down in values]
 
 
 def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
@@ -117,13 +127,14 @@ def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.
     return -session.run(None, {"x": -x, "router_logits": logits})[0]
 
 
-def compute(values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.ndarray) -> np.ndarray:
+def compute(values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
     """The layer, a token and an expert at a time, in float64."""
     tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
     result = np.zeros_like(tokens)
     for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
         scores = 1 / (1 + np.exp(-row)) if routing.score == "sigmoid" else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
-        chosen = sorted(range(len(row)), key=lambda e: -scores[e])[: routing.num_experts_per_tok]
+        ranks = scores if bias is None else scores + bias
+        chosen = sorted(range(len(row)), key=lambda e: -ranks[e])[: routing.num_experts_per_tok]
         total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
         for e in chosen:
             gate, up, down = values[e]
@@ -219,6 +230,18 @@ def test_standard_operators_compute_routings_that_no_fused_one_expresses(
     assert find_lowerings(layer, "auto") == (GROUPED, UNROLLED)
     x, logits = draw(2, 8, 64, 4)
     assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+@pytest.mark.parametrize(("score", "renormalize"), [("softmax", True), ("softmax", False), ("sigmoid", True)])
+@pytest.mark.parametrize("name", ["grouped", "unrolled", "grouped_4"])
+def test_a_selection_bias_chooses_experts_and_leaves_their_weights(name: str, score: Any, renormalize: bool, tmp_path: Path) -> None:
+    way, bias = WAYS[name], np.array([0.5, -0.5, 0.0, 0.25], np.float32)
+    layer, values = make_layer(tmp_path, way, routed(score, renormalize), selection_bias=bias)
+    x, logits = draw(2, 8, 64, 4)
+    expected = compute(values, layer.routing, x, logits, bias)
+    assert np.abs(expected - compute(values, layer.routing, x, logits)).max() > 0.1, "the bias changes the choice"
+    assert_close(run(load(layer, way.lowering), x, logits), expected, way)
+    assert find_lowerings(layer, "auto") == (GROUPED, UNROLLED)
 
 
 def test_every_fused_node_renormalizes(way: Way, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]; rows R = T * k."""
     name, routing = layer.name, layer.routing
     k, num_experts = routing.num_experts_per_tok, routing.num_experts
-    weights_TK, chosen_TK = add_top_k(graph, routing, x.router_logits, name)
+    weights_TK, chosen_TK = add_top_k(graph, layer, x.router_logits)
     expert_R = graph.op("Reshape", [chosen_TK, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
     _, order_R = graph.op_multi("TopK", [expert_R, num_rows], [f"{name}.sorted_experts", f"{name}.order"], {"axis": 0, "largest": 0})

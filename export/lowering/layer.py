@@ -9,7 +9,7 @@ import onnx_ir as ir
 from export.gating import Activation
 from export.graph import GraphWriter
 from export.routing import Routing
-from export.twin import QuantizedWeight, Weight
+from export.twin import FloatWeight, QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,17 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer: its name in the graph, the routing's meaning, its experts with the function of their gate, and the bits of products' activations."""
+    """One layer: its name in the graph, the routing's meaning, its experts with the function of their gate, and the bits of products' activations.
+
+    `selection_bias` [1, E] is added to the scores for the choice of experts, and not for their weights (DeepSeek-V3, section 2.1.2).
+    """
 
     name: str
     routing: Routing
     experts: tuple[Expert, ...]
     activation_bits: int
     activation: Activation = "silu"
+    selection_bias: FloatWeight | None = None
 
     @property
     def hidden_size(self) -> int:

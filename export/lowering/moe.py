@@ -24,16 +24,19 @@ def refusal(layer: MoeLayer) -> str | None:
     """Why this lowering cannot express the layer, or None."""
     if layer.quantized:
         return "the MoE operator takes float weights"
-    return routing_refusal(layer.routing) or activation_refusal(layer)
+    return routing_refusal(layer) or activation_refusal(layer)
 
 
-def routing_refusal(routing: Routing) -> str | None:
-    """Why the operators' built-in routing cannot express `routing`, or None.
+def routing_refusal(layer: MoeLayer) -> str | None:
+    """Why the operators' built-in routing cannot express the layer's, or None.
 
     Without renormalization the operator computes wrong values before onnxruntime 1.32 when it stands between other nodes.
     """
+    routing = layer.routing
     if routing.score != "softmax":
         return f"the operator scores by softmax, not {routing.score}"
+    if layer.selection_bias is not None:
+        return "the operator has no bias for the choice of experts"
     if not routing.renormalize:
         return "normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"
     if routing.scale != 1.0:

@@ -32,7 +32,7 @@ def refusal(layer: MoeLayer) -> str | None:
         return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
     if gate.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
-    return routing_refusal(layer.routing) or activation_refusal(layer)
+    return routing_refusal(layer) or activation_refusal(layer)
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:

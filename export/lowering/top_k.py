@@ -8,34 +8,48 @@ import numpy as np
 import onnx_ir as ir
 
 from export.graph import GraphWriter, int64
-from export.routing import Routing
+from export.lowering.layer import MoeLayer
 
 
-def add_top_k(graph: GraphWriter, routing: Routing, router_logits: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+def add_top_k(graph: GraphWriter, layer: MoeLayer, router_logits: ir.Value) -> tuple[ir.Value, ir.Value]:
     """router_logits [T, E] to the weights [T, k] of the experts that each token visits, and their numbers int64 [T, k].
 
-    The softmax keeps the order of its logits, so where the chosen weights are renormalized it is taken of the chosen logits alone; it is the same
-    function, and two logits that the softmax would round to one score stay apart.
+    The softmax keeps the order of its logits, so where nothing but the chosen weights and their sum is asked for it is taken of the chosen logits
+    alone; it is the same function, and two logits that the softmax would round to one score stay apart.
     """
-    last = graph.constant("axis_last", int64(-1))
-    top_k = graph.constant("num_experts_per_tok", int64(routing.num_experts_per_tok))
-    names = [f"{name}.top_k", f"{name}.chosen"]
-    match routing.score:
-        case "softmax" if routing.renormalize:
-            logits_TK, chosen_TK = graph.op_multi("TopK", [router_logits, top_k], names, {"axis": -1})
-            weights_TK = graph.op("Softmax", [logits_TK], f"{name}.weights", {"axis": -1})
-        case "softmax":
-            scores_TE = graph.op("Softmax", [router_logits], f"{name}.scores", {"axis": -1})
-            weights_TK, chosen_TK = graph.op_multi("TopK", [scores_TE, top_k], names, {"axis": -1})
-        case "sigmoid":
-            scores_TE = graph.op("Sigmoid", [router_logits], f"{name}.scores")
-            weights_TK, chosen_TK = graph.op_multi("TopK", [scores_TE, top_k], names, {"axis": -1})
-            if routing.renormalize:
-                total = graph.op("ReduceSum", [weights_TK, last], f"{name}.total", {"keepdims": 1})
-                weights_TK = graph.op("Div", [weights_TK, total], f"{name}.weights")
-        case _:
-            assert_never(routing.score)
+    name, routing = layer.name, layer.routing
+    if routing.score == "softmax" and routing.renormalize and layer.selection_bias is None:
+        logits_TK, chosen_TK = _top_k(graph, layer, router_logits)
+        weights_TK = graph.op("Softmax", [logits_TK], f"{name}.weights", {"axis": -1})
+    else:
+        scores_TE = _scores(graph, layer, router_logits)
+        if layer.selection_bias is None:
+            weights_TK, chosen_TK = _top_k(graph, layer, scores_TE)
+        else:
+            bias = layer.selection_bias
+            bias_1E = graph.weight(f"{name}.selection_bias", ir.DataType.FLOAT, bias.shape, bias.read)
+            _, chosen_TK = _top_k(graph, layer, graph.op("Add", [scores_TE, bias_1E], f"{name}.biased_scores"))
+            weights_TK = graph.op("GatherElements", [scores_TE, chosen_TK], f"{name}.chosen_scores", {"axis": 1})
+        if routing.renormalize:
+            total = graph.op("ReduceSum", [weights_TK, graph.constant("axis_last", int64(-1))], f"{name}.total", {"keepdims": 1})
+            weights_TK = graph.op("Div", [weights_TK, total], f"{name}.weights")
     if routing.scale != 1.0:
         factor = graph.constant("routing_scale", np.array(routing.scale, np.float32))
         weights_TK = graph.op("Mul", [weights_TK, factor], f"{name}.scaled_weights")
     return weights_TK, chosen_TK
+
+
+def _scores(graph: GraphWriter, layer: MoeLayer, router_logits: ir.Value) -> ir.Value:
+    match layer.routing.score:
+        case "softmax":
+            return graph.op("Softmax", [router_logits], f"{layer.name}.scores", {"axis": -1})
+        case "sigmoid":
+            return graph.op("Sigmoid", [router_logits], f"{layer.name}.scores")
+        case _:
+            assert_never(layer.routing.score)
+
+
+def _top_k(graph: GraphWriter, layer: MoeLayer, values: ir.Value) -> tuple[ir.Value, ir.Value]:
+    top_k = graph.constant("num_experts_per_tok", int64(layer.routing.num_experts_per_tok))
+    values_TK, chosen_TK = graph.op_multi("TopK", [values, top_k], [f"{layer.name}.top_k", f"{layer.name}.chosen"], {"axis": -1})
+    return values_TK, chosen_TK

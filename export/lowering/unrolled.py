@@ -26,9 +26,9 @@ def refusal(_: MoeLayer) -> str | None:
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
-    name, routing = layer.name, layer.routing
+    name = layer.name
     last = graph.constant("axis_last", int64(-1))
-    weights_TK, chosen_TK = add_top_k(graph, routing, x.router_logits, name)
+    weights_TK, chosen_TK = add_top_k(graph, layer, x.router_logits)
     tokens_shape = graph.shared("tokens_shape", lambda: graph.op("Shape", [x.tokens], "tokens_shape"))
     sum_TH = graph.shared("no_tokens_yet", lambda: graph.op("ConstantOfShape", [tokens_shape], "no_tokens_yet"))
     for number, expert in enumerate(layer.experts):
