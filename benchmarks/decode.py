@@ -101,7 +101,7 @@ def make_engines(checkpoint: Path, folder: Path) -> dict[tuple[str, str], Engine
         twin, package = folder / f"twin {name}", folder / f"package {name}"
         twin.mkdir()
         package.mkdir()
-        quantize_checkpoint(mixture, twin, variant, QuantizeConfig(), lambda *_: None)
+        quantize_checkpoint(mixture, twin, variant, QuantizeConfig(method="search"), lambda *_: None)
         write_package(twin, package, OnnxConfig(activation_bits=8 if activation_bits == 8 else 32), lambda *_: None)
         engines[name, "dense2moe"] = ours(package)
         engines[name, "onnxruntime-genai"] = genai(package)

@@ -44,7 +44,7 @@ PIPELINE: tuple[Stage, ...] = (
     Stage("data", ("source",), stages.data_settings, stages.run_data, ("upcycle",)),
     Stage("upcycle", ("source", "data"), stages.upcycle_settings, stages.run_upcycle, ("upcycle",)),
     Stage("finetune", ("source", "data", "upcycle"), stages.finetune_settings, stages.run_finetune, ("upcycle",), all_processes=True),
-    Stage("quantize", ("finetune",), stages.quantize_settings, stages.run_quantize, ("upcycle", "export"), each_variant=True),
+    Stage("quantize", ("finetune", "data"), stages.quantize_settings, stages.run_quantize, ("upcycle", "export"), each_variant=True),
     Stage("onnx", ("quantize",), stages.onnx_settings, stages.run_onnx, ("upcycle", "export"), each_variant=True),
     Stage(
         "parity", ("data", "finetune", "quantize", "onnx"), stages.parity_settings, stages.run_parity, ("upcycle", "export"), each_variant=True

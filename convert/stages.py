@@ -325,7 +325,8 @@ def run_finetune(job: Job) -> Facts:
 def run_quantize(job: Job) -> Facts:
     """Integers and scales, and the torch twin that computes with them."""
     assert job.variant is not None
-    return _jsonable(quantize_checkpoint(job.inputs["finetune"], job.output, job.variant, job.recipe.quantize, job.progress))
+    blocks = read_blocks(job.inputs["data"], "train")
+    return _jsonable(quantize_checkpoint(job.inputs["finetune"], job.output, job.variant, job.recipe.quantize, job.progress, blocks))
 
 
 def run_onnx(job: Job) -> Facts:

@@ -20,6 +20,13 @@ class Record(BaseModel):
 class QuantizeConfig(Record):
     """Weight-only quantization of the int8 and int4 variants; routers and norms always stay in float32."""
 
+    method: Literal["round", "search", "gptq"] = Field(
+        "gptq",
+        description="How integers are chosen: 'round' takes the scale from the largest weight of a block, 'search' takes the scale with the smallest "
+        "squared error, 'gptq' also lets later weights make up for the errors of earlier ones on calibration text.",
+    )
+    calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' reads, at most.")
+    calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
     attention_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of attention's weights; 16 leaves them in float32; 'variant' follows the variant."

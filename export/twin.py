@@ -17,8 +17,9 @@ import torch
 from export.config import QuantizeConfig, Variant
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family
+from export.methods import CalibrationRecord, order_tensors, quantize_tensors
 from export.progress import Progress
-from export.quantization import Quantized, dequantize, num_blocks, quantize
+from export.quantization import Quantized, dequantize, num_blocks
 from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
 from upcycle.shards import TensorSpec, write_tensors
 
@@ -29,7 +30,10 @@ _SHARD_BYTES = 5_000_000_000
 
 @dataclass(frozen=True)
 class QuantizeFacts:
-    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized."""
+    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
+
+    Of calibration: tokens of the expert that saw the fewest, None without calibration, and matrices that saw too few for GPTQ.
+    """
 
     bits: dict[TensorClass, int]
     block_size: int
@@ -37,6 +41,9 @@ class QuantizeFacts:
     quantized_expert_share: float
     quantized_bytes: int
     num_quantized_tensors: int
+    method: str
+    fewest_expert_tokens: int | None
+    num_matrices_with_few_tokens: int
 
 
 def class_bits(variant: Variant, config: QuantizeConfig) -> dict[TensorClass, int]:
@@ -57,8 +64,12 @@ def plan_bits(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, bits
     return {name: bits[family.classify(name)] if math.prod(shape) else 32 for name, shape in shapes.items()}
 
 
-def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress) -> QuantizeFacts:
-    """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time.
+def quantize_checkpoint(
+    source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress, blocks: torch.Tensor | None = None
+) -> QuantizeFacts:
+    """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time, or one layer.
+
+    `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them `calibration_tokens` are read, blocks taken evenly.
 
     Raises:
         ExportError: the architecture is not covered, or an expert would stay unquantized.
@@ -71,10 +82,15 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
     integer_specs = [
-        spec for name, width in plan.items() if width < 32 for spec in _integer_specs(name, checkpoint.entries[name].shape, width, config.block_size)
-    ]
+        spec for name in order_tensors(plan) if plan[name] < 32
+        for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], config.block_size)
+    ]  # fmt: skip
+    record = CalibrationRecord()
     if integer_specs:
-        write_tensors(output, integer_specs, _integer_tensors(checkpoint, plan, config.block_size, progress), _SHARD_BYTES, stem=_STEM)
+        text = None if blocks is None else _choose_evenly(blocks, config.calibration_tokens)
+        quantized = quantize_tensors(checkpoint, family, plan, config, text, record, progress)
+        tensors = ((f"{name}.{part}", tensor) for name, q in quantized for part, tensor in (("codes", q.codes), ("scales", q.scales)))
+        write_tensors(output, integer_specs, tensors, _SHARD_BYTES, stem=_STEM)
     integers = index_tensors(output, _STEM) if integer_specs else {}
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
     write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
@@ -90,8 +106,12 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
         quantized_expert_share=share,
         quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
         num_quantized_tensors=len(integer_specs) // 2,
+        method=config.method,
+        fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
+        num_matrices_with_few_tokens=record.num_searched,
     )
-    scheme = {"variant": variant, "tensors": {name: width for name, width in plan.items() if width < 32}, **asdict(facts)}
+    tensors_by_bits = {name: width for name, width in plan.items() if width < 32}
+    scheme = {"variant": variant, "tensors": tensors_by_bits, "expert_tokens": record.expert_tokens, **asdict(facts)}
     (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
     return facts
 
@@ -124,13 +144,10 @@ def _integer_specs(name: str, shape: tuple[int, ...], bits: int, block_size: int
     )
 
 
-def _integer_tensors(checkpoint: Checkpoint, plan: dict[str, int], block_size: int, progress: Progress) -> Iterator[tuple[str, torch.Tensor]]:
-    for number, (name, bits) in enumerate(plan.items(), 1):
-        if bits < 32:
-            quantized = quantize(checkpoint.read(name).to(torch.float32).flatten(0, -2), bits, block_size)
-            yield f"{name}.codes", quantized.codes
-            yield f"{name}.scales", quantized.scales
-        progress("quantizing", number, len(plan))
+def _choose_evenly(blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Blocks of `num_tokens` in all at most, and one at least, spread over all of them."""
+    count = max(1, min(len(blocks), num_tokens // blocks.shape[1]))
+    return blocks[torch.arange(count) * len(blocks) // count]
 
 
 def _twin_tensors(

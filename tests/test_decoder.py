@@ -85,7 +85,9 @@ def make(tmp_path: Path) -> Make:
     ) -> Export:
         source = tmp_path / "source"
         make_mixture(source, **fields)
-        return Export(source, tmp_path, variant, QuantizeConfig(**quantize or {}), OnnxConfig(**EXACT_PRODUCTS | (onnx_config or {})))
+        return Export(
+            source, tmp_path, variant, QuantizeConfig(**{"method": "search"} | (quantize or {})), OnnxConfig(**EXACT_PRODUCTS | (onnx_config or {}))
+        )
 
     return build
 
@@ -337,7 +339,7 @@ def test_the_planned_lowerings_are_timed_and_one_is_built(
     export = make(variant, None, config, **fields)
     checkpoint = open_checkpoint(export.twin)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
-    assert list(plan_lowerings(checkpoint.config, shapes, variant, QuantizeConfig(), OnnxConfig(**EXACT_PRODUCTS | config))) == names
+    assert list(plan_lowerings(checkpoint.config, shapes, variant, QuantizeConfig(method="search"), OnnxConfig(**EXACT_PRODUCTS | config))) == names
     assert sorted(time.lowering for time in export.facts.timings) == (sorted(names) if len(names) > 1 else [])
     assert export.facts.lowering == (export.facts.timings[0].lowering if len(names) > 1 else names[0])
     assert export.facts.num_nodes == len(export.proto.graph.node)
@@ -351,7 +353,7 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
         "(qmoe: the hidden size 32 is not a multiple of the block size 64); use 'auto'"
     )  # fmt: skip
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        plan_lowerings(checkpoint.config, shapes, "int4", QuantizeConfig(block_size=64), OnnxConfig(lowering="fused"))
+        plan_lowerings(checkpoint.config, shapes, "int4", QuantizeConfig(method="search", block_size=64), OnnxConfig(lowering="fused"))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ class Export:
             path.mkdir()
         settings = UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **case.upcycle)
         self.plan = upcycle(dense, mixture, settings, 0, lambda *_: None)
-        self.quantized = quantize_checkpoint(mixture, twin, variant, QuantizeConfig(block_size=16), lambda *_: None)
+        self.quantized = quantize_checkpoint(mixture, twin, variant, QuantizeConfig(method="search", block_size=16), lambda *_: None)
         self.facts = write_package(twin, package, config, lambda *_: None)
         self.package = package
         self.decoder = Decoder(package, num_threads=1)

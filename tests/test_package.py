@@ -32,7 +32,7 @@ def export(source: Path, directory: Path, variant: Variant, **config: Any) -> tu
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(source, twin, variant, QuantizeConfig(), silent)
+    quantize_checkpoint(source, twin, variant, QuantizeConfig(method="search"), silent)
     return twin, package, write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped"} | config), silent)
 
 

@@ -49,7 +49,7 @@ def export(finetuned: Path, directory: Path, variant: Variant, **config: Any) ->
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir(parents=True)
-    quantize_checkpoint(finetuned, twin, variant, QuantizeConfig(), silent)
+    quantize_checkpoint(finetuned, twin, variant, QuantizeConfig(method="search"), silent)
     write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped" if variant == "int8" else "fused"} | config), silent)
     return Exported(finetuned, twin, package)
 

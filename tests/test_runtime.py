@@ -28,7 +28,7 @@ PROMPTS = [[0, 34], [7], list(range(40, 80)), [0, 299, 298, 2, 2, 2, 150, 33, 8,
 def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 package of the mixture."""
     twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
-    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(), lambda what, done, total: None)
+    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="search"), lambda what, done, total: None)
     write_package(twin, output, OnnxConfig(lowering="grouped"), lambda what, done, total: None)
     return output
 
@@ -231,7 +231,7 @@ def test_cuda_computes_what_the_cpu_does(mixture_checkpoint: Path, tmp_path: Pat
     twin, package = tmp_path / "twin", tmp_path / "package"
     twin.mkdir()
     package.mkdir()
-    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(), lambda *_: None)
+    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="search"), lambda *_: None)
     write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
     ids = np.arange(2, 34, dtype=np.int64)[None]
     logits = [

@@ -26,7 +26,7 @@ def silent(*_: Any) -> None:
 
 def quantized(mixture: Path, directory: Path, variant: Variant = "float32") -> Twin:
     (directory / "twin").mkdir()
-    quantize_checkpoint(mixture, directory / "twin", variant, QuantizeConfig(block_size=16), silent)
+    quantize_checkpoint(mixture, directory / "twin", variant, QuantizeConfig(method="search", block_size=16), silent)
     return Twin(directory / "twin")
 
 

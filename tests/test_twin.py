@@ -19,12 +19,12 @@ from export.errors import ExportError
 from export.family import DECODER_FAMILIES
 from export.package import write_package
 from export.quantization import dequantize, quantize
-from export.twin import FloatWeight, QuantizedWeight, QuantizeFacts, Twin, class_bits, estimate_bytes, quantize_checkpoint
+from export.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, QuantizeFacts, Twin, class_bits, estimate_bytes, quantize_checkpoint
 from upcycle.checkpoint import Checkpoint, open_checkpoint
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 QUANTIZED: tuple[Variant, ...] = ("int8", "int4")
-WIDE = QuantizeConfig(block_size=16)
+WIDE = QuantizeConfig(method="search", block_size=16)
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -91,7 +91,7 @@ def test_every_expert_is_quantized_and_routers_and_norms_are_not(tmp_path: Path,
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_the_twin_holds_what_the_integers_stand_for(tmp_path: Path, variant: Variant, block_size: Any) -> None:
     source = make_mixture(tmp_path / "source")
-    config = QuantizeConfig(block_size=block_size, attention_bits="variant", embedding_bits=8)
+    config = QuantizeConfig(method="search", block_size=block_size, attention_bits="variant", embedding_bits=8)
     make_twin(source, tmp_path / "twin", variant, config)
     expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
     twin = Twin(tmp_path / "twin")
@@ -123,7 +123,7 @@ def test_transformers_alone_loads_the_twin(tmp_path: Path, mixture_checkpoint: P
 @pytest.mark.parametrize("variant", QUANTIZED)
 def test_the_bytes_of_the_integers_follow_from_the_shapes(tmp_path: Path, variant: Variant, block_size: Any) -> None:
     source = make_mixture(tmp_path / "source")
-    config = QuantizeConfig(block_size=block_size, attention_bits="variant", embedding_bits="variant")
+    config = QuantizeConfig(method="search", block_size=block_size, attention_bits="variant", embedding_bits="variant")
     facts = make_twin(source, tmp_path / "twin", variant, config)
     block_bytes = block_size * (8 if variant == "int8" else 4) // 8 + 4  # codes and a float32 scale
 
@@ -146,7 +146,7 @@ def test_estimated_bytes_are_the_bytes_written(tmp_path: Path, variant: Variant,
         tmp_path / "source", hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
         max_position_embeddings=16, tie_word_embeddings=tied,
     )  # fmt: skip
-    config = QuantizeConfig(block_size=32)
+    config = QuantizeConfig(method="search", block_size=32)
     make_twin(source, tmp_path / "twin", variant, config)
     (tmp_path / "package").mkdir()
     facts = write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(lowering=lowering, activation_bits=8), silent)
@@ -252,4 +252,6 @@ def test_progress_counts_to_the_end_of_both_passes(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     quantize_checkpoint(source, tmp_path / "twin", "int8", WIDE, lambda *step: seen.append(step))
     count = len(open_checkpoint(source).entries)
-    assert seen == [(what, n, count) for what in ("quantizing", "writing the twin") for n in range(1, count + 1)]
+    num_integers = sum(bits < 32 for bits in json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())["tensors"].values())
+    expected = [("quantizing", n, num_integers) for n in range(1, num_integers + 1)]
+    assert seen == expected + [("writing the twin", n, count) for n in range(1, count + 1)]

@@ -24,15 +24,21 @@ _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
 
 
-def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype) -> PreTrainedModel:
+def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
     """A model of one layer, `layer` of the checkpoint, in `dtype`: `inputs_embeds` in, hidden states after the layer out; experts run `eager`.
+
+    Tensors in `replaced`, by their names in the checkpoint, stand in for its own.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
     config = _config_of_layer(checkpoint.config, layer)
     prefix = _BLOCKS.format(layer=layer)
-    state = {name.replace(prefix, "layers.0.", 1): checkpoint.read(name) for name in checkpoint.entries if name.startswith(prefix)}
+    other = replaced or {}
+    state = {
+        name.replace(prefix, "layers.0.", 1): other[name] if name in other else checkpoint.read(name)
+        for name in checkpoint.entries if name.startswith(prefix)
+    }  # fmt: skip
     state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
     state["norm.weight"] = torch.zeros(config.hidden_size)
     with warnings.catch_warnings():

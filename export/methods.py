@@ -1,0 +1,104 @@
+"""The methods of quantization, applied to a checkpoint tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from export.calibration import CalibrationWalk
+from export.config import QuantizeConfig
+from export.family import DecoderFamily
+from export.gptq import quantize_gptq
+from export.progress import Progress
+from export.quantization import Quantized, dequantize, quantize, round_to_nearest
+from upcycle.checkpoint import Checkpoint
+
+_TOKENS_PER_INPUT = 2
+"""Below so many tokens for each input of a matrix, second moments say too little for GPTQ (the figure is Olive's); see `quantize_tensors`."""
+
+
+@dataclass
+class CalibrationRecord:
+    """What calibration saw: tokens of each expert by layer, and matrices of experts with too few of them for GPTQ."""
+
+    expert_tokens: dict[int, list[int]] = field(default_factory=dict)
+    num_searched: int = 0
+
+
+def order_tensors(names: Mapping[str, int]) -> list[str]:
+    """Tensors in the order in which `quantize_tensors` yields them: those outside of layers, then layer by layer."""
+    return sorted(names, key=lambda name: (_layer_of(name), name))
+
+
+def quantize_tensors(
+    checkpoint: Checkpoint, family: DecoderFamily, plan: Mapping[str, int], config: QuantizeConfig, blocks: torch.Tensor | None,
+    record: CalibrationRecord, progress: Progress,
+) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
+    """Quantize every tensor of `plan` (bits by name; 32 is left alone), in the order of `order_tensors`; one layer in memory at a time.
+
+    Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
+    instead, errors weighed by its inputs' mean squares. Embedding and head, outside of layers, have searched scales always.
+    """
+    names = [name for name in order_tensors(plan) if plan[name] < 32]
+    in_layers = [name for name in names if _layer_of(name) >= 0]
+    calibrated = config.method == "gptq" and bool(in_layers)
+    walk = None
+    if calibrated:
+        assert blocks is not None, "gptq needs calibration text"
+        walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts)
+    done = 0
+    for name in names if not calibrated else [name for name in names if _layer_of(name) < 0]:
+        yield name, _quantize_alone(checkpoint, name, plan[name], config)
+        done += 1
+        progress("quantizing", done, len(names))
+    if walk is None:
+        return
+    for layer in range(checkpoint.config.num_hidden_layers):
+        found = _quantize_layer(walk, layer, plan, config, record)
+        expected = [name for name in in_layers if _layer_of(name) == layer]
+        assert sorted(found) == expected, f"layer {layer}: calibration knows {sorted(found)}, to be quantized are {expected}"
+        for name in expected:
+            yield name, found[name]
+        done += len(expected)
+        progress("quantizing", done, len(names))
+        if layer + 1 < checkpoint.config.num_hidden_layers:
+            shapes = {name: checkpoint.entries[name].shape for name in found}
+            walk.advance(layer, {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()})
+
+
+def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: QuantizeConfig) -> Quantized:
+    weight = checkpoint.read(name).to(torch.float32).flatten(0, -2)
+    return round_to_nearest(weight, bits, config.block_size) if config.method == "round" else quantize(weight, bits, config.block_size)
+
+
+def _quantize_layer(
+    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, record: CalibrationRecord
+) -> dict[str, Quantized]:
+    parts: dict[str, list[Quantized]] = {}
+    for group in walk.read_layer(layer):
+        wanted = [(name, rows) for name, rows in group.matrices if plan[name] < 32]
+        if not wanted:
+            continue
+        inputs = group.read()
+        if group.expert is not None:
+            counts = record.expert_tokens.setdefault(layer, [])
+            if group.expert == len(counts):  # the first of the expert's groups
+                counts.append(len(inputs))
+        enough = len(inputs) >= _TOKENS_PER_INPUT * inputs.shape[1]
+        hessian = inputs.T @ inputs if enough else None
+        for name, rows in wanted:
+            weight = walk.read_matrix(name, rows)
+            if hessian is not None:
+                found = quantize_gptq(weight, hessian, plan[name], config.block_size)
+            else:
+                record.num_searched += 1
+                found = quantize(weight, plan[name], config.block_size, inputs.square().mean(0) if len(inputs) else None)
+            parts.setdefault(name, []).append(found)
+    return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}
+
+
+def _layer_of(name: str) -> int:
+    """The layer that a tensor is in, -1 outside of layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

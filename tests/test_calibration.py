@@ -1,0 +1,176 @@
+"""Calibration sees what transformers' own matrices see, and what is quantized by it is nearer to the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from export.calibration import CalibrationWalk, Group
+from export.config import QuantizeConfig
+from export.family import find_decoder_family
+from export.twin import SCHEME_NAME, quantize_checkpoint
+from upcycle.checkpoint import open_checkpoint
+from upcycle.config import ExpertsConfig, UpcycleConfig
+from upcycle.surgery import upcycle
+
+pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
+
+MakeDense = Callable[..., Path]
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "mixtral": ("MistralForCausalLM", {"sliding_window": 12, "head_dim": 16}, {}),
+    "qwen2_moe, shared": ("LlamaForCausalLM", {}, {"shared_expert": "half"}),
+    "qwen3_moe, some layers": ("Qwen3ForCausalLM", {"head_dim": 16}, {"layers": [1]}),
+    "granitemoe, stacked": ("GraniteForCausalLM", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}, {}),
+    "granitemoeshared": ("GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}),
+    "flex_olmo": ("Olmo2ForCausalLM", {}, {}),
+}
+
+
+def make_mixture(dense: Path, directory: Path, settings: dict[str, Any]) -> Path:
+    directory.mkdir()
+    upcycle(dense, directory, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **settings), 0, lambda *_: None)
+    return directory
+
+
+def draw_blocks(num_blocks: int, length: int = 40, seed: int = 0) -> torch.Tensor:
+    return torch.randint(2, 60, (num_blocks, length), generator=torch.Generator().manual_seed(seed))
+
+
+def load(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+@contextmanager
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Every matrix that torch multiplies with in between, and its inputs."""
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+    plain = torch.nn.functional.linear
+
+    def linear(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append((weight.detach().clone(), x.detach().flatten(0, -2).clone()))
+        return plain(x, weight, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", linear)
+        yield calls
+
+
+def moments_of(calls: list[tuple[torch.Tensor, torch.Tensor]], weights: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
+    """X'X of the inputs of a matrix, which may have been multiplied together with others below each other; and the tokens."""
+    for candidate in (torch.cat(weights), weights[0]):
+        found = [x for weight, x in calls if weight.shape == candidate.shape and torch.equal(weight, candidate)]
+        if found:
+            inputs = torch.cat(found).double()
+            return inputs.T @ inputs, len(inputs)
+    inputs = torch.zeros(0, weights[0].shape[1], dtype=torch.float64)
+    return inputs.T @ inputs, 0
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_group_reads_what_transformers_matrices_read(name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the second layer behind the first one as it is quantized."""
+    architecture, overrides, settings = CASES[name]
+    mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
+    (tmp_path / "twin").mkdir()
+    quantize_checkpoint(mixture, tmp_path / "twin", "int4", QuantizeConfig(method="search", attention_bits="variant"), lambda *_: None)
+    model, twin, blocks = load(mixture), load(tmp_path / "twin"), draw_blocks(6)
+    model.model.layers[0].load_state_dict(twin.model.layers[0].state_dict())
+    checkpoint, twin_checkpoint = open_checkpoint(mixture), open_checkpoint(tmp_path / "twin")
+    walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), blocks, all_experts=False)
+    list(walk.read_layer(0))
+    walk.advance(0, {key: twin_checkpoint.read(key) for key in checkpoint.entries if key.startswith("model.layers.0.")})
+    with recorded(monkeypatch) as calls, torch.no_grad():
+        model(input_ids=blocks, use_cache=False)
+    groups = list(walk.read_layer(1))
+    names = {key for group in groups for key, _ in group.matrices}
+    assert names == {key for key in checkpoint.entries if key.startswith("model.layers.1.") and is_quantized(checkpoint, key)}
+    experts = [group for group in groups if group.expert is not None]
+    assert len(experts) == 8
+    num_seen = 0
+    for group in groups:
+        expected, count = moments_of(calls, [walk.read_matrix(*matrix) for matrix in group.matrices])
+        inputs = group.read().double()
+        assert len(inputs) == count, group.matrices
+        torch.testing.assert_close(inputs.T @ inputs, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-9))
+        num_seen += count if group.expert is not None else 0
+    assert num_seen == 2 * 2 * blocks.numel(), "two matrices' groups of two experts a token"
+
+
+def is_quantized(checkpoint: Any, key: str) -> bool:
+    kind = find_decoder_family(checkpoint.config).classify(key)
+    return kind in ("experts", "attention") and checkpoint.entries[key].num_elements > 0
+
+
+def test_all_experts_see_all_tokens_where_that_is_asked_for(mixture_checkpoint: Path) -> None:
+    checkpoint, blocks = open_checkpoint(mixture_checkpoint), draw_blocks(3)
+    walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), blocks, all_experts=True)
+    assert {len(group.read()) for group in walk.read_layer(0)} == {blocks.numel()}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, shared", "granitemoe, stacked", "qwen3_moe, some layers"])
+def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    architecture, overrides, settings = CASES[name]
+    mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
+    blocks, held_out = draw_blocks(128), draw_blocks(32, seed=1)
+    with torch.no_grad():
+        expected = load(mixture)(input_ids=held_out).logits
+    errors = {}
+    for method in ("round", "search", "gptq"):
+        twin = tmp_path / method
+        twin.mkdir()
+        config = QuantizeConfig(method=method, block_size=16, attention_bits="variant")
+        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks)
+        assert (facts.method, facts.quantized_expert_share) == (method, 1.0)
+        with torch.no_grad():
+            errors[method] = float((load(twin)(input_ids=held_out).logits - expected).square().mean())
+    assert errors["gptq"] < 0.9 * errors["search"]
+    assert errors["search"] < errors["round"]
+
+
+def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    """An expert that no token visits, among them: its weights are rounded as without calibration."""
+    few, none = tmp_path / "few", tmp_path / "search"
+    for path in (few, none):
+        path.mkdir()
+    blocks = draw_blocks(1, length=2)
+    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks)
+    scheme = json.loads((few / SCHEME_NAME).read_text())
+    counts = [count for layer in scheme["expert_tokens"].values() for count in layer]
+    assert len(counts) == 2 * 4
+    assert sum(counts) == 2 * 2 * blocks.numel()
+    assert facts.fewest_expert_tokens == min(counts) == 0
+    assert facts.num_matrices_with_few_tokens == sum(bits < 32 for name, bits in scheme["tensors"].items() if ".layers." in name)
+    quantize_checkpoint(mixture_checkpoint, none, "int4", QuantizeConfig(method="search", block_size=16), lambda *_: None)
+    layer, expert = next((layer, n) for layer, found in scheme["expert_tokens"].items() for n, count in enumerate(found) if count == 0)
+    name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"
+    assert torch.equal(open_checkpoint(few).read(name), open_checkpoint(none).read(name))
+
+
+def test_calibration_reads_no_more_tokens_than_it_may(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "twin").mkdir()
+    config = QuantizeConfig(block_size=16, calibration_tokens=100)
+    quantize_checkpoint(mixture_checkpoint, tmp_path / "twin", "int4", config, lambda *_: None, draw_blocks(16, length=20))
+    scheme = json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())
+    assert {sum(layer) for layer in scheme["expert_tokens"].values()} == {2 * 100}
+
+
+def test_quantizing_twice_gives_the_same_integers(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int4", QuantizeConfig(block_size=16), lambda *_: None, draw_blocks(16))
+    assert (tmp_path / "first" / "quantized.safetensors").read_bytes() == (tmp_path / "second" / "quantized.safetensors").read_bytes()
+
+
+def test_groups_name_their_experts_in_order(mixture_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(mixture_checkpoint)
+    walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), draw_blocks(1), all_experts=False)
+    groups: list[Group] = list(walk.read_layer(0))
+    assert [group.expert for group in groups] == [None, None, 0, 0, 1, 1, 2, 2, 3, 3]

@@ -1,0 +1,142 @@
+"""GPTQ chooses the integers that the formulas of its paper choose, and does no worse than rounding where it has nothing to go by."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from export.gptq import quantize_gptq
+from export.quantization import dequantize, quantize, round_to_nearest
+
+BITS = (4, 8)
+
+
+def draw(rows: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight, and inputs that depend on each other and differ in size."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, generator=generator) / width**0.5
+    inputs = torch.randn(tokens, width, generator=generator) @ mixing * torch.rand(width, generator=generator).add(0.1)
+    return torch.randn(rows, width, generator=generator) / width**0.5, inputs
+
+
+def loss(weight: torch.Tensor, inputs: torch.Tensor, found: torch.Tensor) -> float:
+    return float((inputs.double() @ (weight - found).double().T).square().sum())
+
+
+def reference(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, bits: int, block_size: int) -> np.ndarray:
+    """A column at a time, in float64, by the inverse of what is left of the damped H, inverted anew for each column (GPTQ, equation 2)."""
+    w, width = weight.astype(np.float64).copy(), weight.shape[1]
+    h = hessian.astype(np.float64) + 0.01 * np.diag(hessian).mean() * np.eye(width)
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    result = np.empty_like(w)
+    for column in range(width):
+        inverse = np.linalg.inv(h[column:, column:])
+        scale = scales[:, column // block_size].astype(np.float64)
+        result[:, column] = np.clip(np.rint(w[:, column] / scale), low, high) * scale
+        error = (w[:, column] - result[:, column]) / inverse[0, 0]
+        w[:, column:] -= error[:, None] * inverse[0]
+    return result
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("width", "block_size"), [(32, 16), (40, 16), (160, 32), (144, 128)])
+def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: int, block_size: int, bits: int) -> None:
+    weight, inputs = draw(8, width, 1000)
+    hessian = inputs.T @ inputs
+    quantized = quantize_gptq(weight, hessian, bits, block_size)
+    expected = reference(weight.numpy(), hessian.double().numpy(), quantized.scales.numpy(), bits, block_size)
+    found = dequantize(quantized, width, bits).double().numpy()
+    # Float32 sums decide a weight that lies in the middle between two integers; all others are equal.
+    same = np.abs(found - expected) < 1e-6
+    assert same.mean() > 0.995
+    assert loss(weight, inputs, torch.from_numpy(found)) == pytest.approx(loss(weight, inputs, torch.from_numpy(expected)), rel=0.02)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(block_size: int, bits: int) -> None:
+    weight, inputs = draw(64, 128, 2000)
+    hessian = inputs.T @ inputs
+    plain = loss(weight, inputs, dequantize(round_to_nearest(weight, bits, block_size), 128, bits))
+    searched = loss(weight, inputs, dequantize(quantize(weight, bits, block_size), 128, bits))
+    weighed = loss(weight, inputs, dequantize(quantize(weight, bits, block_size, inputs.square().mean(0)), 128, bits))
+    gptq = loss(weight, inputs, dequantize(quantize_gptq(weight, hessian, bits, block_size), 128, bits))
+    assert gptq < 0.6 * plain
+    assert gptq < 0.7 * weighed
+    assert weighed < searched < plain
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_inputs_that_are_independent_leave_nothing_to_make_up_for(bits: int) -> None:
+    weight, _ = draw(8, 64, 1)
+    found = quantize_gptq(weight, torch.eye(64), bits, 32)
+    expected = quantize(weight, bits, 32)
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.allclose(found.scales, expected.scales)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_inputs_that_are_always_zero_have_their_columns_rounded(bits: int) -> None:
+    weight, inputs = draw(8, 64, 500)
+    inputs[:, 10:20] = 0
+    quantized = quantize_gptq(weight, inputs.T @ inputs, bits, 16)
+    found = dequantize(quantized, 64, bits)
+    assert torch.isfinite(found).all()
+    step = quantized.scales.abs().repeat_interleave(16, dim=1)
+    half = (found - weight).abs() <= 0.5001 * step
+    cut = found.abs() >= (2 ** (bits - 1) - 1) * step * 0.9999  # at the end of the range
+    assert (half | cut)[:, 10:16].all(), "nothing moved them"
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_no_input_at_all_is_searched_rounding(bits: int) -> None:
+    weight, _ = draw(8, 64, 1)
+    found = quantize_gptq(weight, torch.zeros(64, 64), bits, 32)
+    assert torch.equal(found.codes, quantize(weight, bits, 32).codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_fewer_tokens_than_inputs_are_still_solved(bits: int) -> None:
+    weight, inputs = draw(8, 64, 3)
+    assert torch.isfinite(dequantize(quantize_gptq(weight, inputs.T @ inputs, bits, 32), 64, bits)).all()
+
+
+def test_a_row_of_zeros_and_a_row_of_equal_weights_stay_what_they_are() -> None:
+    weight, inputs = draw(3, 32, 500)
+    weight[0], weight[1] = 0, 0.25
+    found = dequantize(quantize_gptq(weight, inputs.T @ inputs, 4, 16), 32, 4)
+    assert (found[0] == 0).all()
+    torch.testing.assert_close(found[1], weight[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(value: float) -> None:
+    weight, inputs = draw(4, 32, 100)
+    hessian = inputs.T @ inputs
+    message = r"^weight \(4, 32\) and moments \(32, 32\) must be finite and fit each other$"
+    with pytest.raises(ValueError, match=message):
+        quantize_gptq(weight.index_fill(1, torch.tensor([3]), value), hessian, 4, 16)
+    with pytest.raises(ValueError, match=message):
+        quantize_gptq(weight, hessian.index_fill(1, torch.tensor([3]), value), 4, 16)
+
+
+def test_moments_of_another_width_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^weight \(4, 32\) and moments \(16, 16\) must be finite"):
+        quantize_gptq(torch.ones(4, 32), torch.eye(16), 4, 16)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_importance_moves_the_error_to_where_it_counts_little(bits: int) -> None:
+    weight, _ = draw(64, 32, 1)
+    importance = torch.ones(32)
+    importance[:4] = 100.0
+    plain, weighed = (dequantize(quantize(weight, bits, 32, weighing), 32, bits) for weighing in (None, importance))
+    errors = [(weight - found).square().mean(0) for found in (plain, weighed)]
+    assert (errors[1] * importance).sum() < (errors[0] * importance).sum()
+    assert errors[0].sum() < errors[1].sum()
+
+
+def test_importances_that_are_all_zero_count_alike() -> None:
+    weight, _ = draw(8, 32, 1)
+    assert torch.equal(quantize(weight, 4, 16, torch.zeros(32)).codes, quantize(weight, 4, 16).codes)
