@@ -70,7 +70,7 @@ def count_timed_layers(twin: Twin) -> int:
     total, sparse = 0, False
     for layer in sorted(sizes):
         total += sizes[layer]
-        sparse |= twin.family.router.format(layer=layer) in twin.checkpoint.entries
+        sparse |= twin.family.has_experts(layer, twin.checkpoint.entries)
         if sparse and total >= _TIMED_BYTES:
             return layer + 1
     return len(sizes)
