@@ -113,12 +113,14 @@ class BlockWriter:
         inputs = [x, positions.position_ids, positions.cos, positions.sin]
         return self.graph.op("RotaryEmbedding", inputs, f"{x.name}_rotated", {"interleaved": 0, "num_heads": num_heads}, MICROSOFT)
 
-    def ffn(self, x: ir.Value, layer: int, lowering: Lowering) -> ir.Value:
+    def ffn(self, x: ir.Value, layer: int, lowering: Lowering | None) -> ir.Value:
         """The layer's FFN over x [B, S, H]: its experts where it has a router, with a shared one where there is one, or else one FFN."""
-        router = self.family.router.format(layer=layer)
-        if not self.has(router):
+        if not self.family.has_experts(layer, self.twin.checkpoint.entries):
             assert self.family.dense is not None, f"layer {layer} has neither a router nor an FFN"
             return self._gated(x, self.family.dense, layer, f"layers.{layer}.ffn")
+        assert self.family.router is not None
+        assert lowering is not None, f"layer {layer} has experts, and no lowering to write them"
+        router = self.family.router.format(layer=layer)
         self.used.add(router)
         moe = self.layer(layer)
         flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
@@ -131,7 +133,7 @@ class BlockWriter:
 
     def layer(self, layer: int) -> MoeLayer:
         """The experts of a layer as the lowerings see them."""
-        names = expert_names(self.family, layer, self.family.routing(self.config).num_experts)
+        names = expert_names(self.family, self.config, layer)
         self.used.update(names)
         shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
         return moe_layer(self.family, self.config, layer, shapes, self.twin.weight, self.activation_bits)
@@ -161,8 +163,11 @@ class BlockWriter:
         return self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down")
 
 
-def expert_names(family: DecoderFamily, layer: int, num_experts: int) -> set[str]:
+def expert_names(family: DecoderFamily, config: PreTrainedConfig, layer: int) -> set[str]:
     """Every tensor of a layer's experts."""
+    assert family.experts is not None
+    assert family.routing is not None
+    num_experts = family.routing(config).num_experts
     patterns = [name for name in (family.experts.gate, family.experts.up, family.experts.down) if name]
     return {pattern.format(layer=layer, expert=expert) for pattern in patterns for expert in range(num_experts)}
 
@@ -171,8 +176,9 @@ def moe_layer(
     family: DecoderFamily, config: PreTrainedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], weight: FindWeight, activation_bits: int
 ) -> MoeLayer:
     """Layer `layer` as the lowerings see it: each expert's matrices, which are rows of one tensor where experts are stacked."""
-    routing = family.routing(config)
-    names = family.experts
+    assert family.experts is not None
+    assert family.routing is not None
+    routing, names = family.routing(config), family.experts
 
     def expert(number: int) -> Expert:
         if names.gate is not None:

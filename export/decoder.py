@@ -33,10 +33,13 @@ from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits of any width; float32 alone would run on 1.22
 
+NO_LOWERING = "none"
+"""What a model without experts is written with."""
+
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """A built model and what it needs: the lowering of its layers and the oldest onnxruntime that computes it rightly."""
+    """A built model and what it needs: the lowering of its experts, "none" without any, and the oldest onnxruntime that computes it rightly."""
 
     model: ir.Model
     lowering: str
@@ -51,10 +54,10 @@ class Cut:
     vocabulary: int
 
 
-def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, cut: Cut | None = None) -> DecoderGraph:
-    """Build the graph of a (quantized) mixture-of-experts checkpoint, or a part of it; weights are read when the model is saved.
+def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut: Cut | None = None) -> DecoderGraph:
+    """Build the graph of a (quantized) checkpoint, or a part of it; weights are read when the model is saved.
 
-    `lowering` must be able to express the layers.
+    `lowering` must be able to express the layers with experts; None is for a model without any.
     """
     c, family = twin.checkpoint.config, twin.family
     depth = cut.num_layers if cut else c.num_hidden_layers
@@ -94,15 +97,14 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, cut: Cut |
         _declare(present_value, ir.DataType.FLOAT, present_shape)
     unread = sorted(set(twin.checkpoint.entries) - write.used)
     assert cut or not unread, f"the graph reads no {unread[:3]}"
-    assert write.moe_layer is not None
     onnx_graph = ir.Graph(
         [input_ids, attention_mask, *past], [logits, *presents], nodes=graph.nodes, initializers=list(graph.initializers.values()),
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    needed = lowering.min_onnxruntime(write.moe_layer)
-    oldest = max(_MIN_ONNXRUNTIME, needed, key=lambda version: tuple(map(int, version.split("."))))
-    return DecoderGraph(model, lowering.name, oldest)
+    needed = [lowering.min_onnxruntime(write.moe_layer)] if lowering and write.moe_layer else []
+    oldest = max([_MIN_ONNXRUNTIME, *needed], key=lambda version: tuple(map(int, version.split("."))))
+    return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest)
 
 
 def _of_layer(pattern: str | None, layer: int) -> str | None:
@@ -134,13 +136,15 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
 
 
 def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
-    """The lowerings that fit the config and can express the layers.
+    """The lowerings that fit the config and can express the layers with experts; none where there are no such layers.
 
     Raises:
         ExportError: none can.
     """
     c, entries = twin.checkpoint.config, twin.checkpoint.entries
-    layer = next(n for n in range(c.num_hidden_layers) if twin.family.router.format(layer=n) in entries)
+    layer = next((n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)), None)
+    if layer is None:
+        return ()
     shapes = {name: entry.shape for name, entry in entries.items()}
     return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, config.activation_bits), config.lowering)
 
@@ -163,5 +167,5 @@ def plan_lowerings(
         start, stop = rows or (0, math.prod(shape[:-1]))
         return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start)
 
-    layer = next(n for n in range(c.num_hidden_layers) if family.router.format(layer=n) in shapes)
+    layer = next(n for n in range(c.num_hidden_layers) if family.has_experts(n, shapes))
     return tuple(lowering.name for lowering in find_lowerings(moe_layer(family, c, layer, shapes, weight, config.activation_bits), config.lowering))

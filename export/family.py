@@ -1,8 +1,8 @@
-"""Facts about mixture-of-experts decoders: names of tensors, routing, norms and multipliers, for the graph builder."""
+"""Facts about decoders: names of tensors, routing, norms and multipliers, for the graph builder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeRotaryEmbedding
 from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
@@ -67,19 +68,19 @@ class Multipliers:
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    """One decoder architecture with rotary grouped-query attention and experts in the FFN's place.
+    """One decoder architecture with rotary grouped-query attention, and with experts in the FFN's place where it has a router.
 
     A norm that an architecture does not have is None: Llama's shape has `attention_norm` and `ffn_norm` before the blocks, OLMo's has
     `attention_post_norm` and `ffn_post_norm` after them. `experts` have `{expert}` in their names, or are stacked in one tensor [E, rows, columns].
-    A layer without a router has the FFN `dense`.
+    A layer without a router has the FFN `dense`; a family without one is dense throughout, and has no experts and no routing either.
     """
 
     model_type: str
     attention: AttentionNames
-    router: str
-    experts: GatedFfn
-    routing: Callable[[Any], Routing]
     rotary: Callable[[Any], Any]
+    router: str | None = None
+    experts: GatedFfn | None = None
+    routing: Callable[[Any], Routing] | None = None
     attention_norm: str | None = "model.layers.{layer}.input_layernorm.weight"
     ffn_norm: str | None = "model.layers.{layer}.post_attention_layernorm.weight"
     attention_post_norm: str | None = None
@@ -114,7 +115,11 @@ class DecoderFamily:
     @property
     def stacked(self) -> bool:
         """Whether all experts of a layer lie in one tensor."""
-        return "{expert}" not in self.experts.up
+        return self.experts is not None and "{expert}" not in self.experts.up
+
+    def has_experts(self, layer: int, names: Container[str]) -> bool:
+        """Whether a layer has a router, in a checkpoint with tensors of these names."""
+        return self.router is not None and self.router.format(layer=layer) in names
 
     def classify(self, name: str) -> TensorClass:
         """The class of a tensor by its name; unknown names are an error, so that nothing is quantized or kept by accident."""
@@ -229,14 +234,16 @@ _FLEX_OLMO = DecoderFamily(
     ffn_post_norm=f"{_LAYER}post_feedforward_layernorm.weight",
 )
 
-DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _FLEX_OLMO)
+_LLAMA = DecoderFamily(model_type="llama", attention=_BIASED, dense=_QWEN_DENSE, rotary=LlamaRotaryEmbedding)
+
+DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _FLEX_OLMO, _LLAMA)
 
 # Rotary variants whose tables depend on positions alone; the others change with the length of each request.
 STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
-    """The family of a mixture-of-experts config, its values checked.
+    """The family of a config, its values checked.
 
     Raises:
         ExportError: the architecture, activation or rotary variant is not covered.

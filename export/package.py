@@ -20,7 +20,10 @@ from upcycle.checkpoint import copy_companions
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What was written; the times of the lowerings, the fastest first, where they were timed to choose one."""
+    """What was written; the lowering is "none" where no layer has experts.
+
+    The times of the lowerings, the fastest first, where they were timed to choose one.
+    """
 
     lowering: str
     timings: tuple[LoweringTime, ...]
@@ -38,8 +41,8 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     twin = Twin(source)
     candidates = find_candidates(twin, config)
     timings = time_lowerings(twin, config, candidates, output, progress) if len(candidates) > 1 else []
-    fastest = min(candidates, key=lambda lowering: [found.lowering for found in timings].index(lowering.name)) if timings else candidates[0]
-    graph = build_decoder(twin, config, fastest)
+    ranked = sorted(candidates, key=lambda lowering: [found.lowering for found in timings].index(lowering.name)) if timings else candidates
+    graph = build_decoder(twin, config, ranked[0] if ranked else None)
     graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
     size = save_graph(graph.model, output, progress)
     copy_companions(source, output)

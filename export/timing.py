@@ -1,12 +1,14 @@
 """Which lowering is the fastest here: the candidates timed side by side on this machine.
 
 No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits. What is timed is the model
-itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for.
+itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for. The candidates take
+turns, and each is loaded for its turn alone: one at a time is in memory.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ _TIMED_BYTES = 192 << 20
 """Layers are taken until their weights have as many bytes, or all of them; it is more than most processors keep."""
 _TIMED_VOCABULARY = 4096
 """Rows of embedding and head; they are the same for all candidates."""
+_NUM_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -45,18 +48,19 @@ def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering
     cut = Cut(count_timed_layers(twin), min(c.vocab_size, _TIMED_VOCABULARY))
     prompt = np.random.default_rng(0).integers(0, cut.vocabulary, config.request.prompt_tokens)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        decoders = {}
+        total, turns = len(candidates) * (1 + _NUM_ROUNDS), [lowering.name for lowering in candidates] * _NUM_ROUNDS
         for number, lowering in enumerate(candidates):
-            progress("timing lowerings", number, len(candidates) + 1)
+            progress("timing lowerings", number, total)
             directory = Path(scratch) / lowering.name
             directory.mkdir()
             save_graph(build_decoder(twin, config, lowering, cut).model, directory, lambda *_: None)
             c.save_pretrained(directory)
-            decoders[lowering.name] = Decoder(directory)
-        progress("timing lowerings", len(candidates), len(candidates) + 1)
-        speeds = measure_speeds(decoders, prompt.tolist(), config.request.new_tokens)
-        progress("timing lowerings", len(candidates) + 1, len(candidates) + 1)
-    times = [_time(name, speed, config) for name, speed in speeds.items()]
+        speeds: dict[str, list[Speed]] = {lowering.name: [] for lowering in candidates}
+        for number, name in enumerate(turns, len(candidates)):
+            progress("timing lowerings", number, total)
+            speeds[name].append(measure_speeds({name: Decoder(Path(scratch) / name)}, prompt.tolist(), config.request.new_tokens, 1)[name])
+        progress("timing lowerings", total, total)
+    times = [_time(name, found, config) for name, found in speeds.items()]
     return sorted(times, key=lambda found: found.request_seconds)
 
 
@@ -70,11 +74,12 @@ def count_timed_layers(twin: Twin) -> int:
     total, sparse = 0, False
     for layer in sorted(sizes):
         total += sizes[layer]
-        sparse |= twin.family.router.format(layer=layer) in twin.checkpoint.entries
+        sparse |= twin.family.has_experts(layer, twin.checkpoint.entries)
         if sparse and total >= _TIMED_BYTES:
             return layer + 1
     return len(sizes)
 
 
-def _time(name: str, speed: Speed, config: OnnxConfig) -> LoweringTime:
+def _time(name: str, speeds: Sequence[Speed], config: OnnxConfig) -> LoweringTime:
+    speed = Speed(statistics.median(found.prefill for found in speeds), statistics.median(found.decode for found in speeds))
     return LoweringTime(name, speed.prefill, speed.decode, speed.request_seconds(config.request.prompt_tokens, config.request.new_tokens))

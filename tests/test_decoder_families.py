@@ -1,4 +1,4 @@
-"""Every family that upcycling makes is exported: its package computes the logits of transformers, however it is fed."""
+"""Every family that upcycling makes is exported, and a dense model too: the package computes the logits of transformers, however it is fed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ MakeDense = Callable[..., Path]
 
 @dataclass(frozen=True)
 class Case:
-    """A dense model, how it is upcycled, and the target that this makes."""
+    """A dense model, how it is upcycled (None: not at all), and the target that this makes."""
 
     architecture: str
     overrides: dict[str, Any]
-    upcycle: dict[str, Any]
+    upcycle: dict[str, Any] | None
     target: str
 
 
@@ -68,6 +68,8 @@ CASES = {
     ),
     "granite, shared": Case("GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}, "granitemoeshared"),
     "olmo2, norms after": Case("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
+    "llama, dense": Case("LlamaForCausalLM", {}, None, "llama"),
+    "llama, dense with attention bias": Case("LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": False}, None, "llama"),
 }  # fmt: skip
 
 
@@ -78,13 +80,17 @@ class Export:
         mixture, twin, package = (directory / name for name in ("mixture", "twin", "package"))
         for path in (mixture, twin, package):
             path.mkdir()
-        settings = UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **case.upcycle)
-        self.plan = upcycle(dense, mixture, settings, 0, lambda *_: None)
-        self.quantized = quantize_checkpoint(mixture, twin, variant, QuantizeConfig(method="search", block_size=16), lambda *_: None)
+        if case.upcycle is not None:
+            settings = UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **case.upcycle)
+            upcycle(dense, mixture, settings, 0, lambda *_: None)
+        self.quantized = quantize_checkpoint(
+            dense if case.upcycle is None else mixture, twin, variant, QuantizeConfig(method="search", block_size=16), lambda *_: None
+        )
         self.facts = write_package(twin, package, config, lambda *_: None)
         self.package = package
         self.decoder = Decoder(package, num_threads=1)
-        self.torch = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32, experts_implementation="eager").eval()
+        experts = {} if case.upcycle is None else {"experts_implementation": "eager"}
+        self.torch = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32, **experts).eval()
 
     def error(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> float:
         """Largest difference at real tokens, relative to the largest logit, between the package fed in pieces and one forward of transformers."""
@@ -128,7 +134,7 @@ def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense,
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "name", ["llama, half shared", "qwen2, biases", "qwen3, q and k norms, some layers", "granite, shared", "olmo2, norms after"]
+    "name", ["llama, half shared", "qwen2, biases", "qwen3, q and k norms, some layers", "granite, shared", "olmo2, norms after", "llama, dense"]
 )
 def test_a_quantized_package_equals_its_twin(name: str, variant: Variant, make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES[name]
@@ -183,3 +189,10 @@ def test_a_gate_other_than_silu_has_no_fused_operator(make_dense: MakeDense, tmp
     case = CASES["gemma, tanh GELU"]
     export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
     assert {time.lowering for time in export.facts.timings} == {"grouped", "unrolled"}
+
+
+def test_a_dense_model_has_no_lowering_whatever_is_asked_for(make_dense: MakeDense, tmp_path: Path) -> None:
+    case = CASES["llama, dense"]
+    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="fused"))
+    assert (export.facts.lowering, export.facts.timings) == ("none", ())
+    assert not any(node.op_type in ("MoE", "QMoE") for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node)

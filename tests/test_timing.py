@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
 from export.decoder import Cut, build_decoder, find_candidates
 from export.lowering import GROUPED
 from export.package import write_package
+from export.runtime import Decoder
 from export.speed import Speed
 from export.storage import LOWERING_KEY
 from export.twin import Twin, quantize_checkpoint
@@ -52,7 +54,7 @@ def test_the_request_decides_between_a_fast_prefill_and_fast_decoding(
 ) -> None:
     twin = quantized(mixture_checkpoint, tmp_path)
     speeds = {"moe": Speed(100.0, 50.0), "grouped": Speed(1000.0, 10.0), "unrolled": Speed(100.0, 10.0)}
-    monkeypatch.setattr(timing, "measure_speeds", lambda *_: speeds)
+    monkeypatch.setattr(timing, "measure_speeds", lambda decoders, *_: {name: speeds[name] for name in decoders})
     for prompt, new, fastest in ((8, 64, "moe"), (64, 1, "grouped")):
         package = tmp_path / fastest
         package.mkdir()
@@ -60,6 +62,25 @@ def test_the_request_decides_between_a_fast_prefill_and_fast_decoding(
         assert facts.lowering == fastest
         assert facts.timings[-1].lowering == "unrolled"
         assert LOWERING_KEY.encode() in (package / "model.onnx").read_bytes()
+
+
+def test_candidates_take_turns_with_one_of_them_in_memory(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: list[weakref.ref[Decoder]] = []
+    turns: list[str] = []
+
+    def measure(decoders: dict[str, Decoder], *_: Any) -> dict[str, Speed]:
+        assert [ref() for ref in alive] == [None] * len(alive), "the one before is gone"
+        alive.extend(weakref.ref(decoder) for decoder in decoders.values())
+        turns.extend(decoders)
+        prefill = {"moe": (1.0, 30.0, 2.0), "grouped": (3.0, 3.0, 3.0), "unrolled": (1.0, 1.0, 50.0)}
+        return {name: Speed(prefill[name][turns.count(name) - 1], 1.0) for name in decoders}
+
+    monkeypatch.setattr(timing, "measure_speeds", measure)
+    twin = quantized(mixture_checkpoint, tmp_path)
+    (tmp_path / "package").mkdir()
+    facts = write_package(twin.directory, tmp_path / "package", OnnxConfig(), silent)
+    assert turns == ["moe", "grouped", "unrolled"] * 3
+    assert {time.lowering: time.prefill_tokens_per_second for time in facts.timings} == {"moe": 2.0, "grouped": 3.0, "unrolled": 1.0}, "medians"
 
 
 def test_a_named_lowering_is_not_timed(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
