@@ -7,7 +7,7 @@ masks by row length only; so rows keep their slots (a shift changes no rotary at
 first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the caller.
 
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
-layer N.
+layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
 """
 
 from __future__ import annotations
