@@ -106,6 +106,9 @@ def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
 
 
 def load(layer: MoeLayer, lowering: Lowering) -> ort.InferenceSession:
+    needed = lowering.min_onnxruntime(layer)
+    if Version(ort.__version__) < Version(needed):
+        pytest.skip(f"this layer needs onnxruntime {needed}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(build(layer, lowering).SerializeToString(), options)
@@ -154,6 +157,9 @@ def test_the_layer_is_computed(way: Way, num_experts: int, k: int, tmp_path: Pat
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_tokens_give_no_output(way: Way, batch: int, tmp_path: Path) -> None:
+    """Of a layer alone: a decoder's attention refuses no tokens."""
+    if way.lowering in (GROUPED, UNROLLED) and Version(ort.__version__) < Version("1.31"):
+        pytest.skip("TopK of no rows ends the process before onnxruntime 1.31, by a division by zero")
     layer, _ = make_layer(tmp_path, way, softmax(4, 2))
     assert run(load(layer, way.lowering), *draw(batch, 0, 64, 4)).shape == (batch, 0, 64)
 
@@ -238,7 +244,14 @@ def test_auto_finds_every_lowering_that_can_express_the_layer(tmp_path: Path) ->
         assert find_lowerings(layer, "grouped") == (GROUPED,)
         fused = MOE if way.bits == 32 else QMOE
         expected = (GROUPED, UNROLLED) if (way.bits, way.activation_bits) == (8, 32) else (fused, GROUPED, UNROLLED)
-        assert find_lowerings(layer, "auto") == expected, name
+        assert find_lowerings(layer, "auto", "1.32.0") == expected, name
+
+
+def test_auto_leaves_out_what_the_runtime_computes_wrongly_and_a_name_does_not(tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, WAYS["qmoe_4_rounding"], softmax(4, 2))
+    assert find_lowerings(layer, "auto", "1.31.0") == (QMOE, GROUPED, UNROLLED)
+    assert find_lowerings(layer, "auto", "1.30.0") == (GROUPED, UNROLLED)
+    assert find_lowerings(layer, "fused", "1.30.0") == (QMOE,)
 
 
 def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Routing:
