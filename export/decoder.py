@@ -31,7 +31,7 @@ from export.positions import add_positions
 from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
 from upcycle.checkpoint import TensorEntry
 
-_MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits of any width; float32 alone would run on 1.22
+_MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 
 
 @dataclass(frozen=True)

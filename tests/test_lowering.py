@@ -281,6 +281,11 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
         ("moe", 64, 32, "1.23.1"),
         ("unrolled", 64, 32, "1.20"),
         ("unrolled_4_rounding", 64, 64, "1.20"),
+        ("unrolled_8", 64, 32, "1.23"),
+        ("grouped", 64, 32, "1.20"),
+        ("grouped_4", 64, 32, "1.20"),
+        ("grouped_8", 64, 32, "1.23"),
+        ("grouped_8_rounding", 64, 32, "1.23"),
         ("qmoe_4", 64, 16, "1.23.2"),
         ("qmoe_4", 64, 32, "1.23.2"),
         ("qmoe_4", 128, 64, "1.24.3"),
@@ -293,7 +298,7 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
     ],
 )
 def test_each_layer_knows_the_oldest_runtime_that_computes_it(name: str, hidden: int, block: int, version: str, tmp_path: Path) -> None:
-    """Found by running such layers on every minor release from 1.22 on: older ones refuse them or compute something else."""
+    """Found by running such layers on every minor release from 1.20 on: older ones refuse them or compute something else."""
     layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, block=block)
     assert WAYS[name].lowering.min_onnxruntime(layer) == version
 

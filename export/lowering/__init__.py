@@ -32,8 +32,8 @@ class Lowering:
 
 MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
 QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
-GROUPED = Lowering(grouped.NAME, lambda _: grouped.MIN_ONNXRUNTIME, grouped.refusal, grouped.lower)
-UNROLLED = Lowering(unrolled.NAME, lambda _: unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower)
+GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, grouped.lower)
+UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower)
 
 
 def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:
