@@ -115,13 +115,13 @@ def draw_ids(batch: int, length: int = PREFILL + STEPS) -> np.ndarray:
 
 
 def pad(batch: int, padding: Padding) -> np.ndarray:
-    """A mask over a padded prompt and the tokens after it; row n of the batch lacks 6 n tokens."""
+    """A mask over a padded prompt and the tokens after it; the first row of three lacks 12 tokens, the second 6."""
     mask = np.ones((batch, PREFILL + STEPS), np.int64)
     for row in range(batch):
         if padding == "left":
-            mask[row, : 6 * row] = 0
+            mask[row, : 6 * (batch - 1 - row)] = 0
         if padding == "right":
-            mask[row, PREFILL - 6 * row : PREFILL] = 0
+            mask[row, PREFILL - 6 * (batch - 1 - row) : PREFILL] = 0
     return mask
 
 

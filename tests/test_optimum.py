@@ -92,7 +92,7 @@ def test_optimum_runs_an_architecture_that_it_knows_without_being_told_its_heads
     mixture = tmp_path / "mixture"
     mixture.mkdir()
     config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
-    upcycle(make_dense(architecture="Qwen3ForCausalLM", head_dim=8), mixture, config, 0, silent)
+    upcycle(make_dense(architecture="Qwen3ForCausalLM", head_dim=16, num_attention_heads=2, num_key_value_heads=1), mixture, config, 0, silent)
     twin, package = export(mixture, tmp_path, "float32")
     assert json.loads((package / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_moe"
     assert generate_in_optimum(package, PROMPTS, tell_heads=False) == [generate_in_torch(twin, prompt) for prompt in PROMPTS]

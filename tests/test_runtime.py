@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ from export.runtime import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGIT
 from export.sampling import Sampling
 from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from export.twin import quantize_checkpoint
+from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from upcycle.surgery import upcycle
+
+MakeDense = Callable[..., Path]
 
 GREEDY = Sampling()
 PROMPTS = [[0, 34], [7], list(range(40, 80)), [0, 299, 298, 2, 2, 2, 150, 33, 8, 90, 61, 270]]
@@ -117,21 +122,24 @@ def test_greedy_tokens_equal_those_of_transformers(mixture_checkpoint: Path, dec
     assert generate(decoder, prompt, 64, stop=[1]) == tokens[0, len(prompt) :].tolist()
 
 
-@pytest.fixture(scope="module")
-def transformers_tokens(mixture_checkpoint: Path) -> list[list[int]]:
-    """64 greedy tokens of transformers after each of three prompts, one padded batch; a row ends after its stop token 1."""
-    model = MixtralForCausalLM.from_pretrained(mixture_checkpoint, dtype=torch.float32).eval()
+@pytest.mark.parametrize("head_dim", [8, 16])  # those of 16 are rotated by the attention itself
+def test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_does(make_dense: MakeDense, tmp_path: Path, head_dim: int) -> None:
+    mixture, twin, package = tmp_path / "mixture", tmp_path / "twin", tmp_path / "package"
+    for path in (mixture, twin, package):
+        path.mkdir()
+    config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
+    upcycle(make_dense(head_dim=head_dim), mixture, config, 0, lambda *_: None)
+    quantize_checkpoint(mixture, twin, "float32", QuantizeConfig(), lambda *_: None)
+    write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
+    decoder = Decoder(package, num_threads=1)
+    together = generate_batch(decoder, BATCH, 64, stop=[1])
+    assert together == [generate(decoder, prompt, 64, stop=[1]) for prompt in BATCH]
+    model = MixtralForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
     width = max(map(len, BATCH))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in BATCH])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in BATCH])
-    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=299, eos_token_id=1)[:, width:].tolist()
-    return [row[: row.index(1) + 1] if 1 in row else row for row in tokens]
-
-
-def test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_does(decoder: Decoder, transformers_tokens: list[list[int]]) -> None:
-    together = generate_batch(decoder, BATCH, 64, stop=[1])
-    assert together == [generate(decoder, prompt, 64, stop=[1]) for prompt in BATCH]
-    assert together == transformers_tokens
+    rows = model.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=299, eos_token_id=1)[:, width:].tolist()
+    assert together == [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
 def test_a_row_that_ends_leaves_the_others_as_they_are(decoder: Decoder) -> None:
