@@ -3,8 +3,9 @@
 One graph serves prefill and decode: dynamic batch and length, a KV cache that goes in as `past_key_values.N` and comes out as `present.N`.
 
 Every pattern of padding is right. `GroupQueryAttention` on the CPU rotates a prompt by its position in the row, and reads of `position_ids` no more
-than the first row's first; it masks by row length only. So rows keep their slots (a shift changes no rotary attention), later tokens get the position that
-follows from the row's first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the caller.
+than the first row's first; it masks by row length only. So rows keep their slots (a shift changes no rotary attention), later tokens get the
+position that follows from the row's first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the
+caller.
 
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
 layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
