@@ -197,7 +197,9 @@ def run_quantize(source: Path, output: Path, precision: str) -> None:
 
     output.mkdir()
     variant = next(name for name in PRECISIONS if name == precision)
-    quantize_checkpoint(source, output, variant, QuantizeConfig(block_size=64, attention_bits="variant", embedding_bits="variant"), lambda *_: None)
+    quantize_checkpoint(
+        source, output, variant, QuantizeConfig(method="search", block_size=64, attention_bits="variant", embedding_bits="variant"), lambda *_: None
+    )
 
 
 def run_package(source: Path, output: Path, lowering: str) -> None:

@@ -175,7 +175,8 @@ def verify(directory: Path) -> None:
 
 @main.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, help="Text to go on from; - reads standard input.")
+@click.option("--prompt", "prompts", multiple=True, help="Text to go on from; - reads standard input. May be given several times.")
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with a prompt on each line.")
 @click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to write at most.")
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
@@ -185,30 +186,50 @@ def verify(directory: Path) -> None:
 @click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
 @_mendable
 def generate(
-    directory: Path, prompt: str, variant: str | None, max_new_tokens: int, temperature: float, top_k: int, top_p: float, seed: int, cuda: bool
+    directory: Path,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    variant: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    seed: int,
+    cuda: bool,
 ) -> None:
-    """Go on from a prompt with the ONNX model in ARTIFACT, a package or a work directory, and print it as it comes."""
+    """Go on from prompts with the ONNX model in ARTIFACT, a package or a work directory.
+
+    One text is printed as it comes. Several are one batch, and printed with a heading each when all have ended.
+    """
+    texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+    texts += [] if prompts_file is None else _read_prompts(prompts_file)
+    if not texts:
+        raise click.ClickException("no prompt; give --prompt, or --prompts with a file of them")
     with uncollected_imports():
-        from export.runtime import CPU, CUDA, Decoder, Sampling
+        from export.runtime import CPU, CUDA, Decoder
+        from export.sampling import Sampling
 
     package = _find_package(directory, variant)
     decoder = Decoder(package, CUDA if cuda else CPU)
     tokenizer = _load_tokenizer(package)
-    text = sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt
-    ids: list[int] = tokenizer(text)["input_ids"]
-    marks_start = tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-    if not marks_start and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
-    room = decoder.context_length - len(ids)
+    ids = [_start_ids(tokenizer, text) for text in texts]
+    longest = max(ids, key=len)
+    room = decoder.context_length - len(longest)
     if room < 1:
-        raise click.ClickException(f"--prompt: has {len(ids)} tokens; the model's context holds {decoder.context_length}; shorten it")
+        where = "--prompt" if len(ids) == 1 else f"prompt {ids.index(longest) + 1}"
+        raise click.ClickException(f"{where}: has {len(longest)} tokens; the model's context holds {decoder.context_length}; shorten it")
     stop = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-    tokens = decoder.generate(ids, min(max_new_tokens, room), Sampling(temperature, top_k, top_p, seed), tuple(stop))
-    click.echo(text, nl=False)
-    for piece in _decode_stream(tokenizer, ids, (token for token in tokens if token not in stop)):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
-    click.echo()
+    steps = decoder.generate(ids, min(max_new_tokens, room), Sampling(temperature, top_k, top_p, seed), tuple(stop))
+    if len(texts) == 1:
+        click.echo(texts[0], nl=False)
+        for piece in _decode_stream(tokenizer, ids[0], (token for (token,) in steps if token is not None and token not in stop)):
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        return
+    for number, (text, start, row) in enumerate(zip(texts, ids, zip(*steps, strict=True), strict=True), 1):
+        click.echo(f"== {number} of {len(texts)}")
+        click.echo(text + "".join(_decode_stream(tokenizer, start, (token for token in row if token is not None and token not in stop))))
 
 
 @main.command()
@@ -279,6 +300,25 @@ def _load_tokenizer(package: Path) -> Any:
         return AutoTokenizer.from_pretrained(package, local_files_only=True)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{package}: no tokenizer that transformers can load; put tokenizer.json there") from error
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(f"{path}: cannot be read ({error}); it must be a text file with a prompt on each line") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise click.ClickException(f"{path}:{number}: is empty; every line must be a prompt")
+    return lines
+
+
+def _start_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text, after the token that starts one where the tokenizer knows it."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    if tokenizer.bos_token_id is None or ids[:1] == [tokenizer.bos_token_id]:
+        return ids
+    return [tokenizer.bos_token_id, *ids]
 
 
 def _decode_stream(tokenizer: Any, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

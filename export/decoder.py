@@ -2,12 +2,13 @@
 
 One graph serves prefill and decode: dynamic batch and length, a KV cache that goes in as `past_key_values.N` and comes out as `present.N`.
 
-Every pattern of padding is right. `GroupQueryAttention` on the CPU rotates a prompt by its position in the row, whatever `position_ids` says, and
-masks by row length only; so rows keep their slots (a shift changes no rotary attention), later tokens get the position that follows from the row's
-first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the caller.
+Every pattern of padding is right. `GroupQueryAttention` on the CPU rotates a prompt by its position in the row, and reads of `position_ids` no more
+than the first row's first; it masks by row length only. So rows keep their slots (a shift changes no rotary attention), later tokens get the
+position that follows from the row's first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the
+caller.
 
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
-layer N.
+layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from export.positions import add_positions
 from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
 from upcycle.checkpoint import TensorEntry
 
-_MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits of any width; float32 alone would run on 1.22
+_MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 
 NO_LOWERING = "none"
 """What a model without experts is written with."""

@@ -13,6 +13,14 @@ from export.twin import FloatWeight, QuantizedWeight, Weight
 _ACCURACY_LEVELS = {8: 4, 32: 1}
 """`MatMulNBits` accuracy_level by the bits of the activations: 4 is int8, 1 is float32 (contrib operator documentation, onnxruntime)."""
 
+_MIN_ONNXRUNTIME = {4: "1.20", 8: "1.23", 32: "1.20"}
+"""The oldest onnxruntime that computes a product rightly on the CPU, by the bits of its weights; 1.20 is the oldest that was tried."""
+
+
+def oldest_onnxruntime(weight: Weight) -> str:
+    """The oldest onnxruntime that multiplies by such a weight."""
+    return _MIN_ONNXRUNTIME[weight.bits if isinstance(weight, QuantizedWeight) else 32]
+
 
 def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weight], name: str, activation_bits: int) -> ir.Value:
     """x [..., K] times the transpose of a weight [N, K], or of several of one kind below each other; returns [..., N], called `name`."""

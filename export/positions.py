@@ -41,7 +41,8 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
     count = graph.op("CumSum", [attention_mask, graph.constant("axis_one", np.array(1, np.int64))], "count")
     first = graph.op("ArgMax", [attention_mask], "first_slot", {"axis": 1, "keepdims": 1})
     slots = graph.op("Sub", [graph.op("Add", [count, first], "slot_after"), one], "slots")
-    slots = graph.op("Max", [slots, zero], "slots_positive")
+    # Padding has position 0: GroupQueryAttention on the CPU rotates a whole prompt, of all rows, from the position of the first row's first token on.
+    slots = graph.op("Mul", [slots, attention_mask], "real_slots")
     begin = graph.op("Sub", [total, length], "begin")
     position_ids = graph.op("Slice", [slots, begin, total, one], "position_ids")
     is_padding = graph.op("Equal", [attention_mask, zero], "is_padding")

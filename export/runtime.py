@@ -1,6 +1,7 @@
 """Our runtime: a package loaded into onnxruntime, with one KV buffer for input and output.
 
-The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in Python or below.
+The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in Python or below. A step binds the
+new tokens, the mask so far and the place of its logits, each an address in memory of ours, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,40 +13,40 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime as ort
 from packaging.version import Version
 
 from export.errors import ExportError
+from export.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
 from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float32]
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 ROUTER_LOGITS = "router_logits."
 HIDDEN = "hidden."
+FINAL_NORMED = "final_normed"
+FIRST_LOGIT = "first_logit"
 
 
 @dataclass
 class Cache:
-    """The KV cache of one batch: buffers [B, heads, capacity, head_dim] a layer, the mask so far [B, length], and what fits."""
+    """The KV cache of one batch: buffers [B, heads, capacity, head_dim] a layer, bound for good, and which slots [B, capacity] are real tokens."""
 
     buffers: dict[str, ort.OrtValue]
-    mask: Ints
-    capacity: int
+    binding: ort.IOBinding
+    slots: Ints
+    length: int = 0
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit, padding included."""
+        return int(self.slots.shape[1])
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn; temperature 0 is greedy."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
+    @property
+    def mask(self) -> Ints:
+        """The mask [B, length] of the tokens so far."""
+        return self.slots[:, : self.length]
 
 
 class Decoder:
@@ -72,19 +73,20 @@ class Decoder:
             raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
         self.provider = provider
         self.taps = _tap_names(model) if taps else []
-        self._read = ("logits", *self.taps)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
         for name in self.taps:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        self._cuts_logits = _let_logits_be_cut(model)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.past = {value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_key_values.")}
         self.device = "cuda" if provider == CUDA else "cpu"
+        self._vocab_size = int(self.config["vocab_size"])
 
     @property
     def context_length(self) -> int:
@@ -99,71 +101,106 @@ class Decoder:
         """
         if capacity > self.context_length:
             raise ExportError(f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt or the output")
-        buffers = {}
+        buffers, binding = {}, self.session.io_binding()
         for name, (_, heads, _, head_dim) in self.past.items():
             zeros = np.zeros((batch_size, heads, capacity, head_dim), np.float32)
             buffers[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
-        return Cache(buffers, np.zeros((batch_size, 0), np.int64), capacity)
+            binding.bind_ortvalue_input(name, buffers[name])
+            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffers[name])
+        return Cache(buffers, binding, np.zeros((batch_size, capacity), np.int64))
 
-    def run(self, cache: Cache, ids: Ints, mask: Ints | None = None) -> dict[str, Floats]:
+    def run(self, cache: Cache, ids: Ints, mask: Ints | None = None, logits_to_keep: int = 0) -> dict[str, Floats]:
         """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name.
 
+        With `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed, and then cut.
         More than one token after a prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
         """
-        mask_BT = np.concatenate([cache.mask, np.ones_like(ids) if mask is None else mask.astype(np.int64)], axis=1)
-        if mask_BT.shape[1] > cache.capacity:
-            raise ExportError(f"{mask_BT.shape[1]} tokens in a cache of {cache.capacity}; ask for a larger one")
-        binding = self.session.io_binding()
-        binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
-        binding.bind_cpu_input("attention_mask", mask_BT)
-        for name in self._read:
-            binding.bind_output(name)
-        for name, buffer in cache.buffers.items():
-            binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
-        self.session.run_with_iobinding(binding)
-        cache.mask = mask_BT
-        # Outputs come in the order in which they were bound.
-        return {name: value.numpy() for name, value in zip(self._read, binding.get_outputs(), strict=False)}
+        batch, length = ids.shape
+        total = cache.length + length
+        if total > cache.capacity:
+            raise ExportError(f"{total} tokens in a cache of {cache.capacity}; ask for a larger one")
+        cache.slots[:, cache.length : total] = 1 if mask is None else mask
+        kept = min(logits_to_keep or length, length) if self._cuts_logits else length
+        # What is bound is not copied, so these arrays must live until the run is over.
+        ids, mask_BT = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(cache.slots[:, :total])
+        first_logit = np.array([length - kept], np.int64)
+        cache.binding.bind_cpu_input("input_ids", ids)
+        cache.binding.bind_cpu_input("attention_mask", mask_BT)
+        if self._cuts_logits:
+            cache.binding.bind_cpu_input(FIRST_LOGIT, first_logit)
+        logits = np.empty((batch, kept, self._vocab_size), np.float32)
+        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        for name in self.taps:
+            cache.binding.bind_output(name)
+        self.session.run_with_iobinding(cache.binding)
+        cache.length = total
+        found = {"logits": logits[:, -logits_to_keep:]}  # -0 is all of them
+        if self.taps:
+            # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
+            tapped = cache.binding.get_outputs()[-len(self.taps) :]
+            found |= {name: value.numpy() for name, value in zip(self.taps, tapped, strict=True)}
+        return found
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()) -> Iterator[int]:
-        """Yield up to `max_new_tokens` tokens after `prompt`; ends after the first one in `stop`, which is yielded too.
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
+    ) -> Iterator[tuple[int | None, ...]]:
+        """Yield, up to `max_new_tokens` times, the next token of every prompt; None in a row that has ended.
+
+        A row ends after its first token in `stop`, which is yielded too; the batch goes on until all have ended. Shorter prompts are padded at their
+        left, which changes no token but by rounding: greedy rows are those of each prompt alone, and so are drawn ones, whose numbers depend on
+        the seed and the prompt alone.
 
         Raises:
-            ExportError: the prompt is empty, or the context too short.
+            ExportError: a prompt is empty, or the context too short.
         """
-        if not prompt:
-            raise ExportError("the prompt has no tokens; give some text")
-        if max_new_tokens < 1:
+        for number, prompt in enumerate(prompts, 1):
+            where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            if not prompt:
+                raise ExportError(f"{where} has no tokens; give some text")
+            if len(prompt) > self.context_length:
+                raise ExportError(f"{where} has {len(prompt)} tokens; the model's context holds {self.context_length}; shorten it")
+        if max_new_tokens < 1 or not prompts:
             return
-        cache = self.new_cache(1, len(prompt) + max_new_tokens)
-        random = np.random.default_rng(sampling.seed)
-        ids = np.array([prompt], np.int64)
-        for _ in range(max_new_tokens):
-            token = choose_token(self.run(cache, ids)["logits"][0, -1], sampling, random)
-            yield token
-            if token in stop:
+        width = max(len(prompt) for prompt in prompts)
+        cache = self.new_cache(len(prompts), width + max_new_tokens)
+        uniforms = draw_uniforms(prompts, sampling.seed, max_new_tokens)
+        ids, mask = np.zeros((2, len(prompts), width), np.int64)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        running = [True] * len(prompts)
+        for step in range(max_new_tokens):
+            logits = self.run(cache, ids, mask if step == 0 else None, logits_to_keep=1)["logits"][:, -1]
+            chosen = choose_tokens(logits, sampling, uniforms[step])
+            tokens = chosen.tolist()
+            yield tuple(token if runs else None for token, runs in zip(tokens, running, strict=True))
+            running = [runs and token not in stop for token, runs in zip(tokens, running, strict=True)]
+            if not any(running):
                 return
-            ids = np.array([[token]], np.int64)
-
-
-def choose_token(logits: Floats, sampling: Sampling, random: np.random.Generator) -> int:
-    """Draw a token from logits [V]: greedy at temperature 0, else softmax over the top-k and then the top-p (nucleus) of them."""
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    order = np.argsort(-logits, kind="stable")
-    if sampling.top_k > 0:
-        order = order[: sampling.top_k]
-    scaled = logits[order].astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled.max())
-    probabilities /= probabilities.sum()
-    if sampling.top_p < 1:
-        kept = np.searchsorted(probabilities.cumsum(), sampling.top_p) + 1
-        order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
-    return int(random.choice(order, p=probabilities))
+            ids = chosen[:, None]
 
 
 def _tap_names(model: onnx.ModelProto) -> list[str]:
     """Router logits and residual streams of every layer, in order; none in a package of other makers."""
     found = {name for node in model.graph.node for name in node.output if name.startswith((ROUTER_LOGITS, HIDDEN))}
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
+
+
+def _let_logits_be_cut(model: onnx.ModelProto) -> bool:
+    """Add an input `first_logit` [1]: the first token of those fed that the head multiplies.
+
+    A prompt needs the logits of its last token alone, and those of all may take more time than a layer and more memory than the weights. It is no
+    input of the package, since others who load it would have to give it. Returns whether it was added; a package of other makers may lack the name.
+    """
+    nodes = model.graph.node
+    readers = [number for number, node in enumerate(nodes) if FINAL_NORMED in node.input]
+    if not readers:
+        return False
+    kept = f"{FINAL_NORMED}_kept"
+    for number in readers:
+        nodes[number].input[:] = [kept if name == FINAL_NORMED else name for name in nodes[number].input]
+    bounds = {f"{FIRST_LOGIT}.end": np.iinfo(np.int64).max, f"{FIRST_LOGIT}.axis": 1}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(np.array([value], np.int64), name) for name, value in bounds.items())
+    model.graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGIT, onnx.TensorProto.INT64, [1]))
+    nodes.insert(readers[0], onnx.helper.make_node("Slice", [FINAL_NORMED, FIRST_LOGIT, *bounds], [kept]))
+    return True

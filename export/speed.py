@@ -38,7 +38,7 @@ def measure_speeds(decoders: Mapping[str, Decoder], prompt: Sequence[int], num_n
         for name, decoder in decoders.items():
             cache = decoder.new_cache(1, num_prompt + num_new)
             started = time.perf_counter()
-            decoder.run(cache, ids)
+            decoder.run(cache, ids, logits_to_keep=1)
             middle = time.perf_counter()
             for step in range(num_new):
                 at = step % num_prompt

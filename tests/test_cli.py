@@ -1,6 +1,7 @@
 """The command line: what it prints, and how it fails."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from convert.cli import main
+from export.config import OnnxConfig, QuantizeConfig
+from export.package import write_package
+from export.twin import quantize_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -195,3 +199,55 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_w
         "model, data.block_size or finetune.batch_size"
     )
     assert {path.name for path in workdir.iterdir()} == {".lock", "run.json"}
+
+
+@pytest.fixture(scope="module")
+def package(mixture_checkpoint, tmp_path_factory):
+    """The float32 package of the tiny mixture, its tokenizer with it."""
+    twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
+    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="search"), lambda *_: None)
+    write_package(twin, output, OnnxConfig(lowering="grouped"), lambda *_: None)
+    return output
+
+
+def test_several_prompts_give_what_each_gives_alone(package, tmp_path):
+    texts, options = ["the work", "a", "Licensed under the Apache License"], ("--max-new-tokens", 12)
+    alone = [invoke("generate", package, "--prompt", text, *options) for text in texts]
+    assert all(code == 0 and output.startswith(text) and len(output) > len(text) + 1 for (code, output), text in zip(alone, texts, strict=True))
+    together = "".join(f"== {number} of 3\n{output}" for number, (_, output) in enumerate(alone, 1))
+    assert invoke("generate", package, *(part for text in texts for part in ("--prompt", text)), *options) == (0, together)
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n".join(texts[1:]) + "\n", encoding="utf-8")
+    assert invoke("generate", package, "--prompt", texts[0], "--prompts", lines, *options) == (0, together)
+
+
+def test_a_prompt_may_be_read_from_standard_input(package):
+    result = CliRunner().invoke(main, ["generate", str(package), "--prompt", "-", "--max-new-tokens", "5"], input="the work\n")
+    assert result.output == invoke("generate", package, "--prompt", "the work", "--max-new-tokens", 5)[1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"one\n\ntwo\n", "{path}:2: is empty; every line must be a prompt"),
+        (b"", "no prompt; give --prompt, or --prompts with a file of them"),
+    ],
+)
+def test_a_file_without_good_prompts_is_refused(package, tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    assert invoke("generate", package, "--prompts", path) == (1, f"Error: {message.format(path=path)}\n")
+
+
+def test_a_file_of_prompts_that_cannot_be_read_is_one_line(package, tmp_path):
+    code, output = invoke("generate", package, "--prompts", tmp_path / "none.txt")
+    assert (code, output.count("\n")) == (1, 1)
+    assert output.startswith(f"Error: {tmp_path / 'none.txt'}: cannot be read (")
+
+
+def test_a_prompt_longer_than_the_context_is_one_line(package):
+    short, long = ("--prompt", "a"), ("--prompt", "x " * 300)
+    for prompts, where in ((long, "--prompt"), ((*short, *long), "prompt 2")):
+        code, output = invoke("generate", package, *prompts)
+        assert code == 1
+        assert re.fullmatch(rf"Error: {where}: has \d+ tokens; the model's context holds 256; shorten it\n", output)

@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto
+from packaging.version import Version
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
@@ -44,6 +46,8 @@ class Export:
             path.mkdir()
         quantize_checkpoint(source, self.twin, variant, quantize, silent)
         self.facts = write_package(self.twin, self.package, config, silent)
+        if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
+            pytest.skip(f"this package needs onnxruntime {self.facts.min_onnxruntime}")
         self.decoder = Decoder(self.package, taps=True, num_threads=1)
         self.torch = MixtralForCausalLM.from_pretrained(self.twin, dtype=torch.float32, experts_implementation="eager").eval()
 
@@ -113,13 +117,13 @@ def draw_ids(batch: int, length: int = PREFILL + STEPS) -> np.ndarray:
 
 
 def pad(batch: int, padding: Padding) -> np.ndarray:
-    """A mask over a padded prompt and the tokens after it; row n of the batch lacks 6 n tokens."""
+    """A mask over a padded prompt and the tokens after it; the first row of three lacks 12 tokens, the second 6."""
     mask = np.ones((batch, PREFILL + STEPS), np.int64)
     for row in range(batch):
         if padding == "left":
-            mask[row, : 6 * row] = 0
+            mask[row, : 6 * (batch - 1 - row)] = 0
         if padding == "right":
-            mask[row, PREFILL - 6 * row : PREFILL] = 0
+            mask[row, PREFILL - 6 * (batch - 1 - row) : PREFILL] = 0
     return mask
 
 
@@ -339,6 +343,8 @@ def test_the_planned_lowerings_are_timed_and_one_is_built(
     export = make(variant, None, config, **fields)
     checkpoint = open_checkpoint(export.twin)
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
+    if "qmoe" in names and Version(ort.__version__) < Version("1.31"):
+        names = names[1:]  # its block is as wide as the hidden size, which older ones refuse
     assert list(plan_lowerings(checkpoint.config, shapes, variant, QuantizeConfig(method="search"), OnnxConfig(**EXACT_PRODUCTS | config))) == names
     assert sorted(time.lowering for time in export.facts.timings) == (sorted(names) if len(names) > 1 else [])
     assert export.facts.lowering == (export.facts.timings[0].lowering if len(names) > 1 else names[0])

@@ -108,11 +108,11 @@ class Export:
 
 
 def draw(batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of a prompt and the tokens after it; row n of the batch lacks 6 n tokens on the left."""
+    """Ids and mask of a prompt and the tokens after it; the first row of three lacks 12 tokens on the left, the second 6."""
     ids = np.random.default_rng(0).integers(2, 300, (batch, PREFILL + STEPS))
     mask = np.ones_like(ids)
     for row in range(batch):
-        mask[row, : 6 * row] = 0
+        mask[row, : 6 * (batch - 1 - row)] = 0
     return ids, mask
 
 

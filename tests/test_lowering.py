@@ -118,6 +118,9 @@ def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
 
 
 def load(layer: MoeLayer, lowering: Lowering) -> ort.InferenceSession:
+    needed = lowering.min_onnxruntime(layer)
+    if Version(ort.__version__) < Version(needed):
+        pytest.skip(f"this layer needs onnxruntime {needed}")
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(build(layer, lowering).SerializeToString(), options)
@@ -167,6 +170,9 @@ def test_the_layer_is_computed(way: Way, num_experts: int, k: int, tmp_path: Pat
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_no_tokens_give_no_output(way: Way, batch: int, tmp_path: Path) -> None:
+    """Of a layer alone: a decoder's attention refuses no tokens."""
+    if way.lowering in (GROUPED, UNROLLED) and Version(ort.__version__) < Version("1.31"):
+        pytest.skip("TopK of no rows ends the process before onnxruntime 1.31, by a division by zero")
     layer, _ = make_layer(tmp_path, way, softmax(4, 2))
     assert run(load(layer, way.lowering), *draw(batch, 0, 64, 4)).shape == (batch, 0, 64)
 
@@ -263,7 +269,14 @@ def test_auto_finds_every_lowering_that_can_express_the_layer(tmp_path: Path) ->
         assert find_lowerings(layer, "grouped") == (GROUPED,)
         fused = MOE if way.bits == 32 else QMOE
         expected = (GROUPED, UNROLLED) if (way.bits, way.activation_bits) == (8, 32) else (fused, GROUPED, UNROLLED)
-        assert find_lowerings(layer, "auto") == expected, name
+        assert find_lowerings(layer, "auto", "1.32.0") == expected, name
+
+
+def test_auto_leaves_out_what_the_runtime_computes_wrongly_and_a_name_does_not(tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, WAYS["qmoe_4_rounding"], softmax(4, 2))
+    assert find_lowerings(layer, "auto", "1.31.0") == (QMOE, GROUPED, UNROLLED)
+    assert find_lowerings(layer, "auto", "1.30.0") == (GROUPED, UNROLLED)
+    assert find_lowerings(layer, "fused", "1.30.0") == (QMOE,)
 
 
 def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Routing:
@@ -293,6 +306,11 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
         ("moe", 64, 32, "1.23.1"),
         ("unrolled", 64, 32, "1.20"),
         ("unrolled_4_rounding", 64, 64, "1.20"),
+        ("unrolled_8", 64, 32, "1.23"),
+        ("grouped", 64, 32, "1.20"),
+        ("grouped_4", 64, 32, "1.20"),
+        ("grouped_8", 64, 32, "1.23"),
+        ("grouped_8_rounding", 64, 32, "1.23"),
         ("qmoe_4", 64, 16, "1.23.2"),
         ("qmoe_4", 64, 32, "1.23.2"),
         ("qmoe_4", 128, 64, "1.24.3"),
@@ -305,7 +323,7 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
     ],
 )
 def test_each_layer_knows_the_oldest_runtime_that_computes_it(name: str, hidden: int, block: int, version: str, tmp_path: Path) -> None:
-    """Found by running such layers on every minor release from 1.22 on: older ones refuse them or compute something else."""
+    """Found by running such layers on every minor release from 1.20 on: older ones refuse them or compute something else."""
     layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, block=block)
     assert WAYS[name].lowering.min_onnxruntime(layer) == version
 

@@ -49,7 +49,9 @@ def export(finetuned: Path, directory: Path, variant: Variant, **config: Any) ->
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir(parents=True)
-    quantize_checkpoint(finetuned, twin, variant, QuantizeConfig(method="search"), silent)
+    quantize_checkpoint(
+        finetuned, twin, variant, QuantizeConfig(method="search", block_size=16), silent
+    )  # one block a row would need onnxruntime 1.31
     write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped" if variant == "int8" else "fused"} | config), silent)
     return Exported(finetuned, twin, package)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import onnx_ir as ir
+import onnxruntime as ort
+from packaging.version import Version
 
 from export.errors import ExportError
 from export.graph import GraphWriter
@@ -30,19 +32,23 @@ class Lowering:
 
 MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
 QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
-GROUPED = Lowering(grouped.NAME, lambda _: grouped.MIN_ONNXRUNTIME, grouped.refusal, grouped.lower)
-UNROLLED = Lowering(unrolled.NAME, lambda _: unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower)
+GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, grouped.lower)
+UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower)
 
 
-def find_lowerings(layer: MoeLayer, wish: LoweringWish) -> tuple[Lowering, ...]:
-    """The lowerings that fit the wish and can express the layer: all of those where the wish is `auto`.
+def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:
+    """The lowerings that fit the wish and can express the layer.
+
+    Where the wish is `auto`, those are all that onnxruntime `runtime` computes rightly: they are to be timed on it. A lowering asked for by its name
+    may need a newer one, and its file says so.
 
     Raises:
         ExportError: none can.
     """
     fused = QMOE if layer.quantized else MOE
     every = (fused, GROUPED, UNROLLED)
-    wished = {"auto": every, "fused": (fused,), "grouped": (GROUPED,), "unrolled": (UNROLLED,)}[wish]
+    known = tuple(lowering for lowering in every if Version(lowering.min_onnxruntime(layer)) <= Version(runtime))
+    wished = {"auto": known, "fused": (fused,), "grouped": (GROUPED,), "unrolled": (UNROLLED,)}[wish]
     found = tuple(lowering for lowering in wished if lowering.refusal(layer) is None)
     if found:
         return found

@@ -16,17 +16,21 @@ import onnx_ir as ir
 
 from export.gating import add_gate
 from export.graph import GraphWriter, int64
-from export.linear import add_linear
+from export.linear import add_linear, oldest_onnxruntime
 from export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 from export.lowering.top_k import add_top_k
 
 NAME = "grouped"
-MIN_ONNXRUNTIME = "1.20"
 
 
 def refusal(_: MoeLayer) -> str | None:
     """Nothing is refused."""
     return None
+
+
+def min_onnxruntime(layer: MoeLayer) -> str:
+    """The oldest onnxruntime that computes the layer rightly, which its products decide; no tokens at all need 1.31, for `TopK`."""
+    return oldest_onnxruntime(layer.experts[0].gate)
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
