@@ -49,9 +49,8 @@ class CalibrationWalk:
         a = self.family.attention
         yield Group(tuple((name.format(layer=layer), None) for name in (a.query, a.key, a.value)), lambda: caught["attention"])
         yield Group(((a.output.format(layer=layer), None),), lambda: caught["attended"])
-        router = self.family.router.format(layer=layer)
-        if router in self.checkpoint.entries:
-            yield from self._read_experts(layer, caught["ffn"], router)
+        if self.family.has_experts(layer, self.checkpoint.entries):
+            yield from self._read_experts(layer, caught["ffn"])
         elif self.family.dense is not None:
             yield from self._read_ffn(self.family.dense, layer, lambda: caught["ffn"], None)
         shared = self.family.shared
@@ -83,9 +82,12 @@ class CalibrationWalk:
             return {}
         return {place: torch.cat(parts) for place, parts in caught.items()}
 
-    def _read_experts(self, layer: int, x: torch.Tensor, router: str) -> Iterator[Group]:
+    def _read_experts(self, layer: int, x: torch.Tensor) -> Iterator[Group]:
+        assert self.family.router is not None
+        assert self.family.routing is not None
+        assert self.family.experts is not None
         routing = self.family.routing(self.checkpoint.config)
-        logits = x @ self.checkpoint.read(router).float().T
+        logits = x @ self.checkpoint.read(self.family.router.format(layer=layer)).float().T
         chosen = logits.topk(routing.num_experts_per_tok, dim=-1).indices
         for expert in range(routing.num_experts):
             own = x if self.all_experts else x[(chosen == expert).any(-1)]

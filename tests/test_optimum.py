@@ -73,7 +73,7 @@ def export(source: Path, folder: Path, variant: Variant) -> tuple[Path, Path]:
     twin, package = folder / "twin", folder / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(source, twin, variant, QuantizeConfig(block_size=16), silent)
+    quantize_checkpoint(source, twin, variant, QuantizeConfig(method="search", block_size=16), silent)
     write_package(twin, package, OnnxConfig(activation_bits=32, lowering="grouped"), silent)
     return twin, package
 

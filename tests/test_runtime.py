@@ -129,7 +129,7 @@ def test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_d
         path.mkdir()
     config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
     upcycle(make_dense(head_dim=head_dim), mixture, config, 0, lambda *_: None)
-    quantize_checkpoint(mixture, twin, "float32", QuantizeConfig(), lambda *_: None)
+    quantize_checkpoint(mixture, twin, "float32", QuantizeConfig(method="search"), lambda *_: None)
     write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
     decoder = Decoder(package, num_threads=1)
     together = generate_batch(decoder, BATCH, 64, stop=[1])
