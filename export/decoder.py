@@ -6,6 +6,10 @@ Every pattern of padding is right. `GroupQueryAttention` on the CPU rotates a pr
 masks by row length only; so rows keep their slots (a shift changes no rotary attention), later tokens get the position that follows from the row's
 first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the caller.
 
+The residual stream, norms, routers and logits are float32 in every graph. In a float16 graph embedding, products, attention, KV cache and experts
+are float16: a residual stream in float16 would overflow in some models, and the choice of experts is read from it. Logits are float32 because our
+runtime and onnxruntime-genai sample in float32 anyway; one cast in the graph spares both a copy.
+
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
 layer N.
 """
@@ -21,17 +25,18 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from export.blocks import BlockWriter, moe_layer
-from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.config import OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
 from export.lowering import Lowering, find_lowerings
 from export.positions import add_positions
-from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
+from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits, is_quantized
 from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits of any width; float32 alone would run on 1.22
+_MIN_ONNXRUNTIME_CUDA = "1.29"  # before it, CUDA's GroupQueryAttention refuses attention_bias
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,14 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers
     """
     c, family = twin.checkpoint.config, twin.family
     depth = c.num_hidden_layers if num_layers is None else num_layers
-    graph = GraphWriter()
-    write = BlockWriter(graph, twin, config.activation_bits)
+    graph = GraphWriter(twin.element_type)
+    write = BlockWriter(graph, twin, config)
     multipliers = family.multipliers(c)
     input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     attention_mask = graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
     past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.head_dim]
     present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
-    past = [graph_input(f"past_key_values.{n}.{t}", ir.DataType.FLOAT, past_shape) for n in range(depth) for t in ("key", "value")]
+    past = [graph_input(f"past_key_values.{n}.{t}", graph.dtype, past_shape) for n in range(depth) for t in ("key", "value")]
     positions = add_positions(graph, twin, input_ids, attention_mask)
     residual = add_embedding(graph, twin.weight(family.embedding), input_ids)
     write.used.add(family.embedding)
@@ -78,11 +83,13 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers
     head = family.embedding if c.tie_word_embeddings else family.head
     write.used.add(head)
     scaled = multipliers.logits != 1.0
-    logits = add_linear(graph, normed, twin.weight(head), "logits_scaled" if scaled else "logits", config.activation_bits)
+    name = "logits_scaled" if scaled else "logits"
+    narrow = f"{name}_narrow" if graph.element_type != "float32" else name
+    logits = graph.widen(add_linear(graph, graph.narrow(normed), twin.weight(head), narrow, config.activation_bits), name)
     logits = write.multiply(logits, 1.0 / multipliers.logits, "logits")
     _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", c.vocab_size])
     for present_value in presents:
-        _declare(present_value, ir.DataType.FLOAT, present_shape)
+        _declare(present_value, graph.dtype, present_shape)
     unread = sorted(set(twin.checkpoint.entries) - write.used)
     assert num_layers is not None or not unread, f"the graph reads no {unread[:3]}"
     assert write.moe_layer is not None
@@ -91,8 +98,8 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    needed = lowering.min_onnxruntime(write.moe_layer)
-    oldest = max(_MIN_ONNXRUNTIME, needed, key=lambda version: tuple(map(int, version.split("."))))
+    least = _MIN_ONNXRUNTIME if config.device == "cpu" else _MIN_ONNXRUNTIME_CUDA
+    oldest = max(least, lowering.min_onnxruntime(write.moe_layer), key=lambda version: tuple(map(int, version.split("."))))
     return DecoderGraph(model, lowering.name, oldest)
 
 
@@ -116,7 +123,7 @@ def _add_residual(
         return joined, joined
     names = [normed_name, "", "", sum_name]
     attributes = {"epsilon": float(write.config.rms_norm_eps)}
-    outputs = write.graph.op_multi("SkipSimplifiedLayerNormalization", [residual, update, write.vector(norm)], names, attributes, MICROSOFT)
+    outputs = write.graph.op_multi("SkipSimplifiedLayerNormalization", [residual, update, write.scale(norm)], names, attributes, MICROSOFT)
     return outputs[0], outputs[3]
 
 
@@ -133,7 +140,7 @@ def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
     c, entries = twin.checkpoint.config, twin.checkpoint.entries
     layer = next(n for n in range(c.num_hidden_layers) if twin.family.router.format(layer=n) in entries)
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, config.activation_bits), config.lowering)
+    return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, twin.element_type, config), config.lowering)
 
 
 def plan_lowerings(
@@ -145,14 +152,15 @@ def plan_lowerings(
         ExportError: the architecture or the lowering asked for is not covered.
     """
     family = find_decoder_family(c)
-    bits = class_bits(variant, quantize)["experts"]
+    bits = class_bits(variant, quantize, config.device)["experts"]
 
     def weight(name: str, rows: tuple[int, int] | None) -> Weight:
         shape = shapes[name]
-        if bits == 32:
+        if not is_quantized(bits):
             return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
         start, stop = rows or (0, math.prod(shape[:-1]))
         return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start)
 
     layer = next(n for n in range(c.num_hidden_layers) if family.router.format(layer=n) in shapes)
-    return tuple(lowering.name for lowering in find_lowerings(moe_layer(family, c, layer, shapes, weight, config.activation_bits), config.lowering))
+    found = find_lowerings(moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config), config.lowering)
+    return tuple(lowering.name for lowering in found)

@@ -32,8 +32,10 @@ def num_blocks(width: int, block_size: int) -> int:
     return math.ceil(width / block_size)
 
 
-def quantize(weight: torch.Tensor, bits: int, block_size: int) -> Quantized:
+def quantize(weight: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32) -> Quantized:
     """Quantize a weight [N, K] symmetrically to `bits` (4 or 8) in blocks of `block_size`.
+
+    Scales are rounded to `scale_type`, integers to them; a scale beyond its range is infinite.
 
     A block of zeros gets scale 0 and the zero point as its codes, so it stays exactly zero.
 
@@ -45,11 +47,11 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int) -> Quantized:
     rows, width = weight.shape
     blocks = num_blocks(width, block_size)
     step = max(1, _CHUNK_ELEMENTS // (blocks * block_size))
-    parts = [_quantize_rows(weight[start : start + step], bits, block_size, blocks) for start in range(0, rows, step)]
+    parts = [_quantize_rows(weight[start : start + step], bits, block_size, blocks, scale_type) for start in range(0, rows, step)]
     return Quantized(torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts]))
 
 
-def _quantize_rows(weight: torch.Tensor, bits: int, block_size: int, blocks: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_rows(weight: torch.Tensor, bits: int, block_size: int, blocks: int, scale_type: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = weight.shape
     padded = torch.zeros(rows, blocks * block_size)
     padded[:, :width] = weight
@@ -70,6 +72,8 @@ def _quantize_rows(weight: torch.Tensor, bits: int, block_size: int, blocks: int
         error = (w - _round(w, scale, low, high) * scale).square().sum(-1, keepdim=True)
         better = error < best_error
         best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
+    if scale_type != torch.float32:
+        best_scale = (best_scale * unit).to(scale_type).to(torch.float32) / unit
     codes = (_round(w, best_scale, low, high) - low).to(torch.uint8)
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)

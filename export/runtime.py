@@ -15,8 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+import torch
 from packaging.version import Version
 
+from export.config import Device
 from export.errors import ExportError
 from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 
@@ -27,11 +29,19 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 ROUTER_LOGITS = "router_logits."
 HIDDEN = "hidden."
+_PAST = "past_key_values."
+PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def is_at_hand(provider: str) -> bool:
+    """Whether this machine and this onnxruntime can run a provider."""
+    return provider in ort.get_available_providers() and (provider != CUDA or torch.cuda.is_available())
 
 
 @dataclass
 class Cache:
-    """The KV cache of one batch: buffers [B, heads, capacity, head_dim] a layer, the mask so far [B, length], and what fits."""
+    """The KV cache of one batch: buffers [B, heads, capacity, head_dim] a layer in the graph's type, the mask so far [B, length], and what fits."""
 
     buffers: dict[str, ort.OrtValue]
     mask: Ints
@@ -83,7 +93,7 @@ class Decoder:
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        self.past = {value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_key_values.")}
+        self.past = {value.name: (value.shape, _NUMPY_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
         self.device = "cuda" if provider == CUDA else "cpu"
 
     @property
@@ -100,13 +110,13 @@ class Decoder:
         if capacity > self.context_length:
             raise ExportError(f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt or the output")
         buffers = {}
-        for name, (_, heads, _, head_dim) in self.past.items():
-            zeros = np.zeros((batch_size, heads, capacity, head_dim), np.float32)
+        for name, ((_, heads, _, head_dim), dtype) in self.past.items():
+            zeros = np.zeros((batch_size, heads, capacity, head_dim), dtype)
             buffers[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
         return Cache(buffers, np.zeros((batch_size, 0), np.int64), capacity)
 
     def run(self, cache: Cache, ids: Ints, mask: Ints | None = None) -> dict[str, Floats]:
-        """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name.
+        """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name, float32.
 
         More than one token after a prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
         """
@@ -120,11 +130,11 @@ class Decoder:
             binding.bind_output(name)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
+            binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffer)
         self.session.run_with_iobinding(binding)
         cache.mask = mask_BT
         # Outputs come in the order in which they were bound.
-        return {name: value.numpy() for name, value in zip(self._read, binding.get_outputs(), strict=False)}
+        return {name: np.asarray(value.numpy(), np.float32) for name, value in zip(self._read, binding.get_outputs(), strict=False)}
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()) -> Iterator[int]:
         """Yield up to `max_new_tokens` tokens after `prompt`; ends after the first one in `stop`, which is yielded too.

@@ -18,7 +18,7 @@ from export.config import OnnxConfig
 from export.decoder import build_decoder
 from export.lowering import Lowering
 from export.progress import Progress
-from export.runtime import Decoder
+from export.runtime import PROVIDERS, Decoder
 from export.speed import Speed, measure_speeds
 from export.storage import save_graph
 from export.twin import Twin
@@ -50,7 +50,7 @@ def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering
             directory.mkdir()
             save_graph(build_decoder(twin, config, lowering, num_layers).model, directory, lambda *_: None)
             c.save_pretrained(directory)
-            decoders[lowering.name] = Decoder(directory)
+            decoders[lowering.name] = Decoder(directory, PROVIDERS[config.device])
         progress("timing lowerings", len(candidates), len(candidates) + 1)
         speeds = measure_speeds(decoders, prompt.tolist(), config.request.new_tokens)
         progress("timing lowerings", len(candidates) + 1, len(candidates) + 1)

@@ -32,7 +32,7 @@ def export(source: Path, directory: Path, variant: Variant, **config: Any) -> tu
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(source, twin, variant, QuantizeConfig(), silent)
+    quantize_checkpoint(source, twin, variant, QuantizeConfig(), silent, config.get("device", "cpu"))
     return twin, package, write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped"} | config), silent)
 
 
@@ -144,6 +144,9 @@ def test_an_explicit_head_size_is_told() -> None:
         ("int8", {}, "grouped", "1.23"),
         ("int8", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),  # the block is as wide as the hidden size
         ("int4", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),
+        ("float16", {"lowering": "fused"}, "moe", "1.23.1"),
+        ("float16", {"device": "cuda"}, "grouped", "1.29"),  # CUDA's GroupQueryAttention takes a bias from there on
+        ("int8", {"device": "cuda"}, "grouped", "1.29"),
     ],
 )
 def test_the_file_says_its_lowering_and_the_runtime_it_needs(

@@ -30,7 +30,7 @@ def refusal(_: MoeLayer) -> str | None:
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
-    """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]; rows R = T * k."""
+    """hidden [B, S, H] and router_logits float32 [T = B * S, E] to the layer's output float32 [B, S, H]; rows R = T * k."""
     name, routing = layer.name, layer.routing
     k, num_experts = routing.num_experts_per_tok, routing.num_experts
     weights_TK, chosen_TK = add_top_k(graph, routing, router_logits, name)
@@ -61,7 +61,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
 
     _, inverse_R = graph.op_multi("TopK", [order_R, num_rows], [f"{name}.sorted_order", f"{name}.inverse"], {"axis": 0, "largest": 0})
     y_RH = graph.op("Gather", [down_RH, inverse_R], f"{name}.row_outputs")
-    y_TKH = graph.op("Reshape", [y_RH, graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
+    y_TKH = graph.op("Reshape", [graph.widen(y_RH), graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
     weights_T1K = graph.op("Unsqueeze", [weights_TK, graph.constant("one", int64(1))], f"{name}.weight_rows")
     y_T1H = graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
     shape = graph.op("Shape", [hidden], f"{name}.shape")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from export.config import Device, ElementType
 from export.gating import Activation
 from export.routing import Routing
 from export.twin import QuantizedWeight, Weight
@@ -20,13 +21,19 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer: its name in the graph, the routing's meaning, its experts with the function of their gate, and the bits of products' activations."""
+    """One layer, as the lowerings see it.
+
+    Its name in the graph, the routing's meaning, its experts with the function of their gate, the bits of products' activations, and the graph's
+    element type and the device that it is written for.
+    """
 
     name: str
     routing: Routing
     experts: tuple[Expert, ...]
     activation_bits: int
     activation: Activation = "silu"
+    element_type: ElementType = "float32"
+    device: Device = "cpu"
 
     @property
     def hidden_size(self) -> int:

@@ -25,7 +25,7 @@ def refusal(_: MoeLayer) -> str | None:
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
-    """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]."""
+    """hidden [B, S, H] and router_logits float32 [T = B * S, E] to the layer's output float32 [B, S, H]."""
     name, routing = layer.name, layer.routing
     last = graph.constant("axis_last", int64(-1))
     x_TH = graph.op("Reshape", [hidden, graph.constant("flat_hidden", int64(-1, layer.hidden_size))], f"{name}.tokens")
@@ -44,7 +44,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
         gate_NI, up_NI = graph.op_multi("Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2})
         inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
-        weighted_NH = graph.op("Mul", [down_NH, weight_N1], f"{own}.weighted")
+        weighted_NH = graph.op("Mul", [graph.widen(down_NH), weight_N1], f"{own}.weighted")
         sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})
     full_shape = graph.op("Shape", [hidden], f"{name}.full_shape")
     return graph.op("Reshape", [sum_TH, full_shape], f"{name}.output", {"allowzero": 1})  # a length of zero is no wish to copy a dimension
