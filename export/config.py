@@ -86,8 +86,10 @@ class ParityConfig(Record):
     min_routing_agreement: Share = Field(
         0.97, description="Share of tokens whose top-k experts equal those of the torch model with the same weights, worst layer."
     )
+    # Measured on the embedded model: float32 3e-8, float16 1e-5 (its KL 7e-7, where a float32 graph has 3e-10), int8 4e-4, int4 5e-3 in blocks of 16.
+    # A limit leaves room for a model that is more sensitive, and float16's for depth: its noise grows layer by layer, and this one has four.
     max_perplexity_increase: dict[Variant, NonNegative] = Field(
-        {"float32": 1e-4, "float16": 1e-3, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
+        {"float32": 1e-4, "float16": 5e-4, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
     )
     num_blocks: PositiveInt | None = Field(
         None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it."

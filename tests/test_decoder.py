@@ -9,9 +9,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto
+from packaging.version import Version
 from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from export.config import Device, OnnxConfig, QuantizeConfig, Variant
@@ -19,7 +21,7 @@ from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.package import write_package
-from export.runtime import HIDDEN, ROUTER_LOGITS, Decoder
+from export.runtime import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
 from export.storage import MODEL_NAME
 from export.twin import Twin, quantize_checkpoint
 from upcycle.checkpoint import open_checkpoint
@@ -44,6 +46,8 @@ class Export:
             path.mkdir()
         quantize_checkpoint(source, self.twin, variant, quantize, silent, config.device)
         self.facts = write_package(self.twin, self.package, config, silent)
+        if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
+            pytest.skip(f"the package needs onnxruntime {self.facts.min_onnxruntime}, this is {ort.__version__}")  # in .ci/runtimes
         self.decoder = Decoder(self.package, taps=True, num_threads=1)
         self.torch = MixtralForCausalLM.from_pretrained(self.twin, dtype=torch.float32, experts_implementation="eager").eval()
 
@@ -123,7 +127,7 @@ def pad(batch: int, padding: Padding) -> np.ndarray:
 
 # Float32 sums in another order, through two layers: 3e-6 measured over all tests of this file.
 EXACT = 5e-6
-# In float16 each product rounds what it reads and writes by 2^-11 of itself, and so do attention and its cache: MEASURED measured over all tests.
+# In float16 each product rounds what it reads and writes by 2^-11 of itself, and so do attention and its cache: 6e-3 measured over all tests.
 FLOAT16 = 1e-2
 
 
@@ -386,6 +390,7 @@ def test_a_window_of_the_whole_context_is_full_attention(make: Make) -> None:
 
 CHOOSES_ALL = {"num_experts_per_tok": 4, "hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
 """Every expert is chosen, so that no rounding can change which: what is left is noise. The widths are those that CUDA's operators take."""
+SCALES = {"MatMulNBits": 2, "QMoE": 3}  # which input they are
 FLOAT16_WAYS: list[tuple[Variant, Device, str, str]] = [
     ("float16", "cpu", "fused", "moe"),
     ("float16", "cpu", "grouped", "grouped"),
@@ -428,7 +433,7 @@ def test_float16_costs_little_where_experts_are_chosen(make: Make, variant: Vari
     found = torch.from_numpy(export.run(ids, np.ones_like(ids), [PREFILL] + [1] * STEPS)).log_softmax(-1)
     expected = torch.from_numpy(export.expect(ids, np.ones_like(ids))).log_softmax(-1)
     kl = (expected.exp() * (expected - found)).sum(-1).mean()
-    assert 0 < kl < 5e-3  # a flip of near-equal router logits here and there: 2e-3 nats measured at most
+    assert 0 < kl < 5e-3  # a flip of near-equal router logits here and there: 1.5e-3 nats measured at most
 
 
 @pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
@@ -454,9 +459,6 @@ def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(make: Make, va
     assert set(scales.values()) <= {TensorProto.FLOAT16}
 
 
-SCALES = {"MatMulNBits": 2, "QMoE": 3}
-
-
 def test_a_row_of_nothing_but_padding_poisons_no_other_and_is_finite_in_float16(make: Make) -> None:
     """Scores of masked slots stay finite in float16; minus infinity there would make the row NaN, and NaN times a weight of zero stays NaN."""
     export = make("float16", None, {}, **CHOOSES_ALL)
@@ -468,7 +470,19 @@ def test_a_row_of_nothing_but_padding_poisons_no_other_and_is_finite_in_float16(
 
 
 def test_what_cannot_be_timed_here_is_chosen_by_rank_and_said(make: Make) -> None:
-    export = make("int4", {"block_size": 64}, {"device": "cuda", "lowering": "auto"}, **CHOOSES_ALL)
-    if torch.cuda.is_available():
+    if is_at_hand(CUDA):
         pytest.skip("a CUDA device is here to time on")
+    export = make("int4", {"block_size": 64}, {"device": "cuda", "lowering": "auto"}, **CHOOSES_ALL)
     assert (export.facts.lowering, export.facts.choice, export.facts.timings) == ("qmoe", "first, no such device here to time on", ())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("variant", "device", "lowering", "name"), [way for way in FLOAT16_WAYS if way[1] == "cuda"])
+def test_a_file_for_cuda_equals_its_twin_on_cuda(make: Make, variant: Variant, device: Device, lowering: str, name: str) -> None:
+    """The very files that the tests above run on the CPU. Float16 sums on both; CUDA's are of another order."""
+    if not is_at_hand(CUDA):
+        pytest.skip("no CUDA device, or no onnxruntime-gpu")
+    export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
+    assert export.facts.lowering == name
+    export.decoder = Decoder(export.package, CUDA, taps=True)
+    assert_same_logits(export, FLOAT16)

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import OnnxFacts, genai_config, write_package
+from export.runtime import Decoder, Sampling
 from export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from export.twin import quantize_checkpoint
 
@@ -67,6 +68,16 @@ def test_genai_generates_the_tokens_of_transformers(mixture_checkpoint: Path, tm
         assert generate_in_genai(model, prompt) == expected
         lengths.append(len(expected))
     assert sum(lengths) > 3 * NUM_TOKENS  # an early end of text would make this an easy test
+
+
+@pytest.mark.parametrize("variant", ["float16", "int8", "int4"])
+def test_genai_runs_a_file_for_cuda_on_the_cpu(mixture_checkpoint: Path, tmp_path: Path, variant: Variant) -> None:
+    """It gives the cache the type that the graph declares, here float16; its tokens are those of our runtime on the same file."""
+    _, package, facts = export(mixture_checkpoint, tmp_path, variant, device="cuda")
+    assert facts.element_type == "float16"
+    model, decoder = og.Model(str(package)), Decoder(package)
+    for prompt in PROMPTS:
+        assert generate_in_genai(model, prompt) == list(decoder.generate(prompt, NUM_TOKENS, Sampling(), stop=[1]))
 
 
 def test_genai_runs_8_bit_activations(mixture_checkpoint: Path, tmp_path: Path) -> None:

@@ -563,6 +563,14 @@ def test_every_variant_must_have_a_perplexity_limit():
     assert load(text + "variants: [int4]\n").recipe.variants == ("int4",)
 
 
+def test_quantized_files_for_cuda_are_in_blocks_that_its_operator_reads():
+    text = GOOD + "export:\n  device: cuda\n"
+    message = "export.device: is 'cuda'; quantize.block_size, which is 32, must be 64 or 128 for its QMoE operator; or name another export.lowering"
+    assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
+    for remedy in ("quantize: {block_size: 64}\n", "quantize: {block_size: 128}\n", "variants: [float32, float16]\n", "  lowering: grouped\n"):
+        assert load(text + remedy).recipe.export.device == "cuda"
+
+
 def test_checks_across_records_hold_in_python_too():
     data = DataConfig(source=PythonDocsData(kind="python-docs"), max_test_tokens=8)
     with pytest.raises(ValidationError, match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256, to hold one block"):

@@ -214,6 +214,21 @@ def test_tokens_are_drawn_by_their_probabilities(sampling: Sampling, expected: d
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=0.03)
 
 
+def test_a_float16_package_has_a_cache_of_half_the_bytes_and_float32_logits(mixture_checkpoint: Path, tmp_path: Path, decoder: Decoder) -> None:
+    twin, package = tmp_path / "twin", tmp_path / "package"
+    twin.mkdir()
+    package.mkdir()
+    quantize_checkpoint(mixture_checkpoint, twin, "float16", QuantizeConfig(), lambda *_: None)
+    write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
+    narrow = Decoder(package, taps=True, num_threads=1)
+    caches = [each.new_cache(2, 20) for each in (decoder, narrow)]
+    wide_bytes, narrow_bytes = (sum(buffer.numpy().nbytes for buffer in cache.buffers.values()) for cache in caches)
+    assert wide_bytes == 2 * narrow_bytes
+    found = narrow.run(caches[1], np.full((2, 5), 9))
+    assert {values.dtype for values in found.values()} == {np.dtype(np.float32)}
+    assert len(list(narrow.generate([0, 34], 8, Sampling()))) == 8
+
+
 def test_the_first_of_equal_logits_is_the_greedy_one() -> None:
     assert draw([1.0, 2.0, 2.0], Sampling(), 1) == {1: 1.0}
     assert draw([1.0, 2.0, 2.0], Sampling(temperature=1.0, top_k=1), 20) == {1: 1.0}

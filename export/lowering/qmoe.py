@@ -28,7 +28,7 @@ MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compu
 MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, a single block along the hidden size is taken for a scale a row
 MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
 MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
-_CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
+CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
 
 
 def refusal(layer: MoeLayer) -> str | None:
@@ -40,8 +40,8 @@ def refusal(layer: MoeLayer) -> str | None:
         return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
     if layer.device == "cuda" and layer.element_type == "float32":
         return "CUDA's QMoE operator has no float32"
-    if layer.device == "cuda" and gate.block_size not in _CUDA_BLOCKS:
-        return f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, _CUDA_BLOCKS))}, not {gate.block_size}; set quantize.block_size"
+    if layer.device == "cuda" and gate.block_size not in CUDA_BLOCKS:
+        return f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, CUDA_BLOCKS))}, not {gate.block_size}; set quantize.block_size"
     if gate.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
     return routing_refusal(layer.routing) or activation_refusal(layer)
