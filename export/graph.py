@@ -52,9 +52,9 @@ class GraphWriter:
             self._casts[x, to] = self.op("Cast", [x], name or f"{x.name}_{str(to).lower()}", {"to": int(to)})
         return self._casts[x, to]
 
-    def floats(self, *values: float) -> Array:
-        """A scalar, or an array of one dimension, in the graph's element type."""
-        return np.array(values[0] if len(values) == 1 else values, self.dtype.numpy())
+    def number(self, value: float) -> Array:
+        """A scalar in the graph's element type."""
+        return np.array(value, self.dtype.numpy())
 
     def op(
         self, op_type: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, Any] | None = None, domain: str = ""

@@ -48,7 +48,7 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
     begin = graph.op("Sub", [total, length], "begin")
     position_ids = graph.op("Slice", [slots, begin, total, one], "position_ids")
     is_padding = graph.op("Equal", [attention_mask, zero], "is_padding")
-    masked, open_ = _masked(graph), graph.constant("open", graph.floats(0))
+    masked, open_ = _masked(graph), graph.constant("open", graph.number(0))
     bias_BT = graph.op("Where", [is_padding, masked, open_], "bias_row")
     bias_B11T = graph.op("Unsqueeze", [bias_BT, graph.constant("axes_one_two", int64(1, 2))], "bias_column")
     full = graph.op("Concat", [one, one, length, one], "bias_shape", {"axis": 0})
@@ -94,7 +94,7 @@ def _add_window(graph: GraphWriter, window: int, padding: ir.Value, begin: ir.Va
 
 
 def _masked(graph: GraphWriter) -> ir.Value:
-    return graph.constant("masked", graph.floats(_MASKED[graph.element_type]))
+    return graph.constant("masked", graph.number(_MASKED[graph.element_type]))
 
 
 def rotary_tables(twin: Twin) -> tuple[torch.Tensor, torch.Tensor]:
