@@ -92,7 +92,7 @@ def write_ours(mixture: Path, folder: Path, bits: int, config: QuantizeConfig, b
     twin, package = folder / "twin", folder / "package"
     for path in (twin, package):
         path.mkdir(parents=True)
-    quantize_checkpoint(mixture, twin, {4: "int4", 8: "int8", 32: "float32"}[bits], config, lambda *_: None, blocks)
+    quantize_checkpoint(mixture, twin, {4: "int4", 8: "int8", 32: "float32"}[bits], config, lambda *_: None, blocks=blocks)
     write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), lambda *_: None)
     return package
 

@@ -24,6 +24,7 @@ from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from export.lowering.qmoe import CUDA_BLOCKS
 from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
 
 _MAX_BYTES: Final = 100_000
@@ -129,6 +130,11 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
         mistakes.append((("parity", "decode_steps"), f"is {steps}; must be less than data.block_size, which is {block_size}, to leave a prompt"))
     if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
         mistakes.append((("parity", "max_perplexity_increase"), f"lacks {_either(missing, 'and')}; must have a limit for each of the variants"))
+    quantized = [variant for variant in recipe.variants if variant in ("int8", "int4")]
+    if quantized and recipe.export.device == "cuda" and recipe.export.lowering == "auto" and recipe.quantize.block_size not in CUDA_BLOCKS:
+        blocks = " or ".join(map(str, CUDA_BLOCKS))
+        text = f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be {blocks} for its QMoE operator"
+        mistakes.append((("export", "device"), f"{text}; or name another export.lowering"))
     num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
     for number, stage in enumerate(recipe.finetune.resolve_stages()):
         if stage.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):

@@ -244,7 +244,7 @@ def _provider_note(found: dict[str, Any]) -> str:
 def _agreements(found: dict[str, Any]) -> _Grid:
     headers = ("against", "max error", "mean error", "KL, nats", "top-1 agreement", "worst routing", "worst hidden error")
     rows = []
-    for key, name in (("twin", "torch twin, same quantized weights"), ("finetuned", "fine-tuned torch model, float32")):
+    for key, name in (("twin", "torch twin, same weights"), ("finetuned", "fine-tuned torch model, float32")):
         a = found[key]
         routing, hidden = min(a["routing_agreement"], default=None), max(a["hidden_error"], default=None)
         errors = (format_error(a["max_error"]), format_error(a["mean_error"]), format_error(a["kl"]))

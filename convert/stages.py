@@ -17,7 +17,7 @@ from typing import Any, cast
 from convert.errors import RecipeError
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
-from export.config import Variant
+from export.config import Variant, element_type, rounds_activations
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
@@ -191,7 +191,7 @@ def _artifact_bytes(
         return sizes
     family = find_decoder_family(plan.target_config)
     for variant in recipe.variants:
-        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(shapes, family, variant, recipe.quantize)
+        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(shapes, family, variant, recipe.quantize, recipe.export.device)
     return sizes
 
 
@@ -240,9 +240,11 @@ def finetune_settings(preparation: Preparation, _: Variant | None) -> Facts:
 
 
 def quantize_settings(preparation: Preparation, variant: Variant | None) -> Facts:
-    """Bits and blocks of one variant."""
-    settings = {} if variant == "float32" else preparation.loaded.recipe.quantize.model_dump(mode="json")
-    return {"variant": variant, **settings}
+    """Bits and blocks of one variant, and what its graph computes in."""
+    assert variant is not None
+    recipe = preparation.loaded.recipe
+    settings = recipe.quantize.model_dump(mode="json") if variant in ("int8", "int4") else {}
+    return {"variant": variant, "element_type": element_type(variant, recipe.export.device), **settings}
 
 
 def onnx_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -253,7 +255,8 @@ def onnx_settings(preparation: Preparation, _: Variant | None) -> Facts:
 def parity_settings(preparation: Preparation, variant: Variant | None) -> Facts:
     """Thresholds, and what they are applied to."""
     recipe = preparation.loaded.recipe
-    return {**recipe.parity.model_dump(mode="json"), "variant": variant, "activation_bits": recipe.export.activation_bits}
+    assert variant is not None
+    return {**recipe.parity.model_dump(mode="json"), "variant": variant, "rounds_activations": rounds_activations(variant, recipe.export)}
 
 
 def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -325,8 +328,10 @@ def run_finetune(job: Job) -> Facts:
 def run_quantize(job: Job) -> Facts:
     """Integers and scales, and the torch twin that computes with them."""
     assert job.variant is not None
-    blocks = read_blocks(job.inputs["data"], "train")
-    return _jsonable(quantize_checkpoint(job.inputs["finetune"], job.output, job.variant, job.recipe.quantize, job.progress, blocks))
+    recipe, blocks = job.recipe, read_blocks(job.inputs["data"], "train")
+    return _jsonable(
+        quantize_checkpoint(job.inputs["finetune"], job.output, job.variant, recipe.quantize, job.progress, recipe.export.device, blocks)
+    )
 
 
 def run_onnx(job: Job) -> Facts:
@@ -339,7 +344,7 @@ def run_parity(job: Job) -> Facts:
     assert job.variant is not None
     parity = check_parity(
         job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
-        job.variant != "float32" and job.recipe.export.activation_bits == 8, job.recipe.parity, job.progress,
+        rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
     (job.output / "parity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

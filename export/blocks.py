@@ -8,10 +8,11 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedConfig
 
+from export.config import ElementType, OnnxConfig
 from export.family import DecoderFamily, GatedFfn, bias_name
 from export.gating import add_gate
 from export.graph import MICROSOFT, GraphWriter, int64
-from export.linear import add_linear
+from export.linear import add_exact_linear, add_linear
 from export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from export.positions import Positions, effective_window
 from export.twin import Twin, Weight
@@ -23,10 +24,13 @@ _ROTARY_HEAD_MULTIPLE = 16  # GroupQueryAttention refuses to rotate other head s
 
 
 class BlockWriter:
-    """Writes the blocks of one decoder into a graph, and knows which of its tensors were read."""
+    """Writes the blocks of one decoder into a graph, and knows which of its tensors were read.
 
-    def __init__(self, graph: GraphWriter, twin: Twin, activation_bits: int) -> None:
-        self.graph, self.twin, self.activation_bits = graph, twin, activation_bits
+    Blocks read the residual stream and return what is added to it, in float32; inside they compute in the graph's element type.
+    """
+
+    def __init__(self, graph: GraphWriter, twin: Twin, settings: OnnxConfig) -> None:
+        self.graph, self.twin, self.settings = graph, twin, settings
         self.config, self.family = twin.checkpoint.config, twin.family
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
         self.used: set[str] = set()
@@ -36,31 +40,36 @@ class BlockWriter:
         """Whether the checkpoint has a tensor of this name."""
         return name is not None and name in self.twin.checkpoint.entries
 
-    def vector(self, *names: str) -> ir.Value:
-        """A norm's scale, or a bias, or several of them one after the other, float32."""
+    def scale(self, name: str) -> ir.Value:
+        """A norm's scale, float32."""
+        return self._vector([name], ir.DataType.FLOAT)
+
+    def _vector(self, names: Sequence[str], dtype: ir.DataType) -> ir.Value:
+        """Vectors of the checkpoint, one after the other."""
         self.used.update(names)
         checkpoint = self.twin.checkpoint
         size = sum(checkpoint.entries[name].num_elements for name in names)
-        return self.graph.weight(
-            "+".join(names), ir.DataType.FLOAT, (size,), lambda: torch.cat([checkpoint.read(name).to(torch.float32) for name in names])
-        )
+        return self.graph.weight("+".join(names), dtype, (size,), lambda: torch.cat([checkpoint.read(name) for name in names]))
 
     def linear(self, x: ir.Value, names: Sequence[str], output: str) -> ir.Value:
-        """x [B, S, K] times the transposed matrices `names` [N, K] below each other, plus their biases where they have some; called `output`."""
+        """x [B, S, K] times the transposed matrices `names` [N, K] below each other, plus their biases where they have some; called `output`.
+
+        x and what is returned are of the graph's element type.
+        """
         self.used.update(names)
         biases = [bias_name(name) for name in names if self.has(bias_name(name))]
         assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
         product = f"{output}_product" if biases else output
-        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], product, self.activation_bits)
-        return self.graph.op("Add", [y, self.vector(*biases)], output) if biases else y
+        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], product, self.settings.activation_bits)
+        return self.graph.op("Add", [y, self._vector(biases, self.graph.dtype)], output) if biases else y
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
-        """RMS norm of x over its last dimension, by the scale `name`."""
+        """RMS norm of x over its last dimension, by the scale `name`; both float32."""
         attributes = {"axis": -1, "epsilon": float(self.config.rms_norm_eps), "stash_type": 1}
-        return self.graph.op("SimplifiedLayerNormalization", [x, self.vector(name)], output, attributes)
+        return self.graph.op("SimplifiedLayerNormalization", [x, self.scale(name)], output, attributes)
 
     def multiply(self, x: ir.Value, factor: float, output: str) -> ir.Value:
-        """x times a number; x itself, where that is one."""
+        """x float32 times a number; x itself, where that is one."""
         if factor == 1.0:
             return x
         constant = self.graph.constant(f"factor_{factor:.9g}", torch.tensor(factor, dtype=torch.float32).numpy())
@@ -71,7 +80,7 @@ class BlockWriter:
         names, c, prefix = self.family.attention, self.config, f"layers.{layer}"
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
-        packed = self.linear(x, matrices, f"{prefix}.query_key_value")
+        packed = self.linear(self.graph.narrow(x), matrices, f"{prefix}.query_key_value")
         rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
         if not rotary_inside or names.query_norm is not None:
@@ -97,16 +106,18 @@ class BlockWriter:
             },
             MICROSOFT,
         )  # fmt: skip
-        return self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output"), (present_key, present_value)
+        update = self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output")
+        return self.graph.widen(update), (present_key, present_value)
 
     def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         """RMS norm of a projection [B, S, heads * head_dim]: of each head by itself, or of the whole row."""
         if not self.family.attention.norm_per_head:
-            return self.norm(x, name, f"{x.name}_normed")
+            return self.graph.narrow(self.norm(self.graph.widen(x), name, f"{x.name}_normed"))
         split = self.graph.constant(f"split_{heads}_heads", int64(0, 0, heads, self.head_dim))
         joined = self.graph.constant(f"join_{heads}_heads", int64(0, 0, heads * self.head_dim))
         by_head = self.graph.op("Reshape", [x, split], f"{x.name}_heads")
-        return self.graph.op("Reshape", [self.norm(by_head, name, f"{x.name}_normed_heads"), joined], f"{x.name}_normed")
+        normed = self.graph.narrow(self.norm(self.graph.widen(by_head), name, f"{x.name}_normed_heads"))
+        return self.graph.op("Reshape", [normed, joined], f"{x.name}_normed")
 
     def _rotate(self, x: ir.Value, positions: Positions, num_heads: int) -> ir.Value:
         """Rotate x [B, S, num_heads * head_dim] by a node of its own."""
@@ -125,9 +136,9 @@ class BlockWriter:
         moe = self.layer(layer)
         flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
         tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
-        router_logits = add_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}", 32)
+        router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}")
         self.moe_layer = moe
-        mixed = lowering.lower(self.graph, moe, MoeInput(x, tokens, router_logits))
+        mixed = lowering.lower(self.graph, moe, MoeInput(self.graph.narrow(x), self.graph.narrow(tokens), router_logits))
         shared = self._shared(x, layer)
         return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
 
@@ -136,7 +147,7 @@ class BlockWriter:
         names = expert_names(self.family, self.config, layer)
         self.used.update(names)
         shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
-        return moe_layer(self.family, self.config, layer, shapes, self.twin.weight, self.activation_bits)
+        return moe_layer(self.family, self.config, layer, shapes, self.twin.weight, self.graph.element_type, self.settings)
 
     def _shared(self, x: ir.Value, layer: int) -> ir.Value | None:
         """What the expert adds that every token visits; None where there is none, or one of width 0."""
@@ -152,15 +163,15 @@ class BlockWriter:
         if scale is None:
             return y
         self.used.add(scale)
-        gate = add_linear(self.graph, x, self.twin.weight(scale), f"{prefix}.scale_logit", 32)
+        gate = add_exact_linear(self.graph, x, self.twin.weight(scale), f"{prefix}.scale_logit")
         return self.graph.op("Mul", [y, self.graph.op("Sigmoid", [gate], f"{prefix}.scale")], f"{prefix}.scaled")
 
     def _gated(self, x: ir.Value, ffn: GatedFfn, layer: int, prefix: str) -> ir.Value:
-        """One gated FFN over x [B, S, H]."""
-        both = self.linear(x, [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name], f"{prefix}.gate_up")
+        """One gated FFN over x [B, S, H], both float32."""
+        both = self.linear(self.graph.narrow(x), [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name], f"{prefix}.gate_up")
         gate, up = self.graph.op_multi("Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2})
         inner = add_gate(self.graph, gate, up, prefix, self.config.hidden_act)
-        return self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down")
+        return self.graph.widen(self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down"))
 
 
 def expert_names(family: DecoderFamily, config: PreTrainedConfig, layer: int) -> set[str]:
@@ -173,8 +184,9 @@ def expert_names(family: DecoderFamily, config: PreTrainedConfig, layer: int) ->
 
 
 def moe_layer(
-    family: DecoderFamily, config: PreTrainedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], weight: FindWeight, activation_bits: int
-) -> MoeLayer:
+    family: DecoderFamily, config: PreTrainedConfig, layer: int, shapes: Mapping[str, tuple[int, ...]], weight: FindWeight,
+    element_type: ElementType, settings: OnnxConfig,
+) -> MoeLayer:  # fmt: skip
     """Layer `layer` as the lowerings see it: each expert's matrices, which are rows of one tensor where experts are stacked."""
     assert family.experts is not None
     assert family.routing is not None
@@ -191,5 +203,6 @@ def moe_layer(
         )
 
     return MoeLayer(
-        f"layers.{layer}.moe", routing, tuple(expert(number) for number in range(routing.num_experts)), activation_bits, config.hidden_act
-    )
+        f"layers.{layer}.moe", routing, tuple(expert(number) for number in range(routing.num_experts)), settings.activation_bits, config.hidden_act,
+        element_type=element_type, device=settings.device,
+    )  # fmt: skip

@@ -7,6 +7,10 @@ than the first row's first; it masks by row length only. So rows keep their slot
 position that follows from the row's first real token, and padded slots are masked by `attention_bias`. Left padding thus needs no help from the
 caller.
 
+The residual stream, norms, routers and logits are float32 in every graph. In a float16 graph embedding, products, attention, KV cache and experts
+are float16: a residual stream in float16 would overflow in some models, and the choice of experts is read from it. Logits are float32 because our
+runtime and onnxruntime-genai sample in float32 anyway; one cast in the graph spares both a copy.
+
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
 layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
 """
@@ -22,17 +26,18 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from export.blocks import BlockWriter, moe_layer
-from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.config import OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
 from export.lowering import Lowering, find_lowerings
 from export.positions import add_positions
-from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
+from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits, is_quantized
 from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
+_MIN_ONNXRUNTIME_CUDA = "1.29"  # before it, CUDA's GroupQueryAttention refuses attention_bias
 
 NO_LOWERING = "none"
 """What a model without experts is written with."""
@@ -63,14 +68,14 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     c, family = twin.checkpoint.config, twin.family
     depth = cut.num_layers if cut else c.num_hidden_layers
     tokens = (0, cut.vocabulary) if cut else None
-    graph = GraphWriter()
-    write = BlockWriter(graph, twin, config.activation_bits)
+    graph = GraphWriter(twin.element_type)
+    write = BlockWriter(graph, twin, config)
     multipliers = family.multipliers(c)
     input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
     attention_mask = graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
     past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.head_dim]
     present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
-    past = [graph_input(f"past_key_values.{n}.{t}", ir.DataType.FLOAT, past_shape) for n in range(depth) for t in ("key", "value")]
+    past = [graph_input(f"past_key_values.{n}.{t}", graph.dtype, past_shape) for n in range(depth) for t in ("key", "value")]
     positions = add_positions(graph, twin, input_ids, attention_mask)
     residual = add_embedding(graph, twin.weight(family.embedding, tokens), input_ids)
     write.used.add(family.embedding)
@@ -91,11 +96,13 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     head = family.embedding if c.tie_word_embeddings else family.head
     write.used.add(head)
     scaled = multipliers.logits != 1.0
-    logits = add_linear(graph, normed, twin.weight(head, tokens), "logits_scaled" if scaled else "logits", config.activation_bits)
+    name = "logits_scaled" if scaled else "logits"
+    narrow = f"{name}_narrow" if graph.element_type != "float32" else name
+    logits = graph.widen(add_linear(graph, graph.narrow(normed), twin.weight(head, tokens), narrow, config.activation_bits), name)
     logits = write.multiply(logits, 1.0 / multipliers.logits, "logits")
     _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", cut.vocabulary if cut else c.vocab_size])
     for present_value in presents:
-        _declare(present_value, ir.DataType.FLOAT, present_shape)
+        _declare(present_value, graph.dtype, present_shape)
     unread = sorted(set(twin.checkpoint.entries) - write.used)
     assert cut or not unread, f"the graph reads no {unread[:3]}"
     onnx_graph = ir.Graph(
@@ -103,8 +110,9 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
+    least = _MIN_ONNXRUNTIME if config.device == "cpu" else _MIN_ONNXRUNTIME_CUDA
     needed = [lowering.min_onnxruntime(write.moe_layer)] if lowering and write.moe_layer else []
-    oldest = max([_MIN_ONNXRUNTIME, *needed], key=lambda version: tuple(map(int, version.split("."))))
+    oldest = max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
     return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest)
 
 
@@ -128,7 +136,7 @@ def _add_residual(
         return joined, joined
     names = [normed_name, "", "", sum_name]
     attributes = {"epsilon": float(write.config.rms_norm_eps)}
-    outputs = write.graph.op_multi("SkipSimplifiedLayerNormalization", [residual, update, write.vector(norm)], names, attributes, MICROSOFT)
+    outputs = write.graph.op_multi("SkipSimplifiedLayerNormalization", [residual, update, write.scale(norm)], names, attributes, MICROSOFT)
     return outputs[0], outputs[3]
 
 
@@ -147,7 +155,7 @@ def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
     if layer is None:
         return ()
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, config.activation_bits), config.lowering)
+    return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, twin.element_type, config), config.lowering)
 
 
 def plan_lowerings(
@@ -159,14 +167,15 @@ def plan_lowerings(
         ExportError: the architecture or the lowering asked for is not covered.
     """
     family = find_decoder_family(c)
-    bits = class_bits(variant, quantize)["experts"]
+    bits = class_bits(variant, quantize, config.device)["experts"]
 
     def weight(name: str, rows: tuple[int, int] | None) -> Weight:
         shape = shapes[name]
-        if bits == 32:
+        if not is_quantized(bits):
             return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
         start, stop = rows or (0, math.prod(shape[:-1]))
         return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start)
 
     layer = next(n for n in range(c.num_hidden_layers) if family.has_experts(n, shapes))
-    return tuple(lowering.name for lowering in find_lowerings(moe_layer(family, c, layer, shapes, weight, config.activation_bits), config.lowering))
+    found = find_lowerings(moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config), config.lowering)
+    return tuple(lowering.name for lowering in found)

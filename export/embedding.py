@@ -10,19 +10,24 @@ from export.twin import FloatWeight, QuantizedWeight, Weight
 
 
 def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir.Value:
-    """The rows [B, S, H] of the table `weight` for input_ids [B, S], called `embedded`."""
+    """The rows [B, S, H] of the table `weight` for input_ids [B, S], float32, called `embedded`.
+
+    Scales stay in float32, so that rows are read exactly in every graph; a float table is of the graph's element type.
+    """
     match weight:
         case FloatWeight():
-            table = graph.weight("embedding.weight", ir.DataType.FLOAT, weight.shape, weight.read)
-            return graph.op("Gather", [table, input_ids], "embedded")
+            table = graph.weight("embedding.weight", graph.dtype, weight.shape, weight.read)
+            narrow = graph.element_type != "float32"
+            rows = graph.op("Gather", [table, input_ids], "embedded_rows" if narrow else "embedded")
+            return graph.widen(rows, "embedded")
         case QuantizedWeight():
             # The same integers as the tied head's, flat along the hidden dimension, as this operator reads them.
-            rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
+            num_rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
             if columns != weight.shape[1]:
                 return _add_padded_embedding(graph, weight, input_ids)
-            codes_shape = (rows, columns * weight.bits // 8)
+            codes_shape = (num_rows, columns * weight.bits // 8)
             codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1))
-            scales = graph.weight("embedding.scales", ir.DataType.FLOAT, (rows, weight.num_blocks), lambda: weight.read().scales)
+            scales = graph.weight("embedding.scales", ir.DataType.FLOAT, (num_rows, weight.num_blocks), lambda: weight.read().scales)
             attributes = {"bits": weight.bits, "block_size": weight.block_size, "gather_axis": 0, "quantize_axis": 1}
             return graph.op("GatherBlockQuantized", [codes, input_ids, scales], "embedded", attributes, MICROSOFT)
 

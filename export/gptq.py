@@ -18,7 +18,7 @@ _DAMPING = 0.01
 """Of the mean of H's diagonal, added to it (GPTQ, section 3.3)."""
 
 
-def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int) -> Quantized:
+def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32) -> Quantized:
     """Quantize a weight [N, K] for inputs whose second moments X'X are `hessian` [K, K], symmetrically to `bits` in blocks of `block_size`.
 
     An input that is always zero bears on nothing: its column is rounded, and has no error to pass on. Where all inputs are zero this is `quantize`.
@@ -45,7 +45,7 @@ def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_
         for column in range(start, stop):
             if column % block_size == 0:
                 block = slice(column, column + block_size)
-                scale, unit = (found[:, 0] for found in search_scales(w[:, None, block], bits, importance[None, block]))
+                scale, unit = (found[:, 0] for found in search_scales(w[:, None, block], bits, importance[None, block], scale_type))
                 scales[:, column // block_size] = (scale * unit)[:, 0]
             integers = round_to(w[:, column : column + 1] / unit, scale, low, high)
             codes[:, column] = (integers - low)[:, 0].to(torch.uint8)

@@ -10,6 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
+from export.config import ElementType
+
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}
 IR_VERSION = 10
@@ -17,13 +19,43 @@ IR_VERSION = 10
 Array = npt.NDArray[Any]
 
 
-class GraphWriter:
-    """Collects nodes and initializers of one graph. Values are `onnx_ir` values; every one has a name that says what it is."""
+_DATA_TYPES: dict[ElementType, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+_TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.UINT8: torch.uint8}
 
-    def __init__(self) -> None:
+
+class GraphWriter:
+    """Collects nodes and initializers of one graph. Values are `onnx_ir` values; every one has a name that says what it is.
+
+    The element type is that of products, attention and KV cache. The residual stream, norms, routers and logits are float32 in every graph: `narrow`
+    takes a value from there into the element type, `widen` takes it back, and in a float32 graph both do nothing.
+    """
+
+    def __init__(self, element_type: ElementType = "float32") -> None:
+        self.element_type = element_type
+        self.dtype = _DATA_TYPES[element_type]
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def narrow(self, x: ir.Value, name: str | None = None) -> ir.Value:
+        """The float32 value x in the graph's element type, cast once however often it is asked for."""
+        return self._cast(x, self.dtype, name)
+
+    def widen(self, x: ir.Value, name: str | None = None) -> ir.Value:
+        """The value x, of the graph's element type, in float32, cast once however often it is asked for."""
+        return self._cast(x, ir.DataType.FLOAT, name)
+
+    def _cast(self, x: ir.Value, to: ir.DataType, name: str | None) -> ir.Value:
+        if self.element_type == "float32":
+            return x
+        if (x, to) not in self._casts:
+            self._casts[x, to] = self.op("Cast", [x], name or f"{x.name}_{str(to).lower()}", {"to": int(to)})
+        return self._casts[x, to]
+
+    def number(self, value: float) -> Array:
+        """A scalar in the graph's element type."""
+        return np.array(value, self.dtype.numpy())
 
     def op(
         self, op_type: str, inputs: Sequence[ir.Value | None], name: str, attributes: Mapping[str, Any] | None = None, domain: str = ""
@@ -54,10 +86,10 @@ class GraphWriter:
         return self._shared[name]
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
-        """A large initializer: `read` is called when the file is written, and its tensor is dropped right after."""
+        """A large initializer: `read` is called when the file is written, and its tensor is dropped right after. It is cast to `dtype`."""
 
         def load() -> ir.TensorProtocol:
-            tensor = read().contiguous()
+            tensor = read().to(_TORCH_TYPES[dtype]).contiguous()
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"weight {name}: planned shape {tuple(shape)}, was given {tuple(tensor.shape)}")
             return ir.tensor(tensor.numpy(), dtype=dtype, name=name)

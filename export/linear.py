@@ -11,7 +11,10 @@ from export.graph import MICROSOFT, GraphWriter
 from export.twin import FloatWeight, QuantizedWeight, Weight
 
 _ACCURACY_LEVELS = {8: 4, 32: 1}
-"""`MatMulNBits` accuracy_level by the bits of the activations: 4 is int8, 1 is float32 (contrib operator documentation, onnxruntime)."""
+"""`MatMulNBits` accuracy_level by the bits of the activations: 4 is int8, 1 is float32 (contrib operator documentation, onnxruntime).
+
+It is the CPU's: CUDA's kernel reads activations in their own type whatever it says.
+"""
 
 _MIN_ONNXRUNTIME = {4: "1.20", 8: "1.23", 32: "1.20"}
 """The oldest onnxruntime that computes a product rightly on the CPU, by the bits of its weights; 1.20 is the oldest that was tried."""
@@ -23,12 +26,15 @@ def oldest_onnxruntime(weight: Weight) -> str:
 
 
 def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weight], name: str, activation_bits: int) -> ir.Value:
-    """x [..., K] times the transpose of a weight [N, K], or of several of one kind below each other; returns [..., N], called `name`."""
+    """x [..., K] times the transpose of a weight [N, K], or of several of one kind below each other; returns [..., N], called `name`.
+
+    x and what is returned are of the graph's element type.
+    """
     parts = (weights,) if isinstance(weights, FloatWeight | QuantizedWeight) else tuple(weights)
     rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
     floats = [part for part in parts if isinstance(part, FloatWeight)]
     if len(floats) == len(parts):
-        transposed = graph.weight(f"{name}.weight", ir.DataType.FLOAT, (width, rows), lambda: torch.cat([part.read() for part in floats]).T)
+        transposed = graph.weight(f"{name}.weight", graph.dtype, (width, rows), lambda: torch.cat([part.read() for part in floats]).T)
         return graph.op("MatMul", [x, transposed], name)
     integers = [part for part in parts if isinstance(part, QuantizedWeight)]
     first = integers[0]
@@ -37,6 +43,13 @@ def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weigh
     codes_shape = (rows, first.num_blocks, first.block_size * first.bits // 8)
     codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: torch.cat([part.read().codes for part in integers]))
     scales_shape = (rows * first.num_blocks,)
-    scales = graph.weight(f"{name}.scales", ir.DataType.FLOAT, scales_shape, lambda: torch.cat([part.read().scales.flatten() for part in integers]))
+    scales = graph.weight(f"{name}.scales", graph.dtype, scales_shape, lambda: torch.cat([part.read().scales.flatten() for part in integers]))
     attributes = {"K": width, "N": rows, "bits": first.bits, "block_size": first.block_size, "accuracy_level": _ACCURACY_LEVELS[activation_bits]}
     return graph.op("MatMulNBits", [x, codes, scales], name, attributes, MICROSOFT)
+
+
+def add_exact_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str) -> ir.Value:
+    """x float32 [..., K] times the transpose of a float weight [N, K], in float32 whatever the graph's element type; [..., N], called `name`."""
+    assert isinstance(weight, FloatWeight), f"{name}: the weight is quantized"
+    rows, width = weight.shape
+    return graph.op("MatMul", [x, graph.weight(f"{name}.weight", ir.DataType.FLOAT, (width, rows), lambda: weight.read().T)], name)

@@ -33,15 +33,15 @@ def order_tensors(names: Mapping[str, int]) -> list[str]:
 
 
 def quantize_tensors(
-    checkpoint: Checkpoint, family: DecoderFamily, plan: Mapping[str, int], config: QuantizeConfig, blocks: torch.Tensor | None,
-    record: CalibrationRecord, progress: Progress,
+    checkpoint: Checkpoint, family: DecoderFamily, plan: Mapping[str, int], config: QuantizeConfig,
+    scale_type: torch.dtype, blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress,
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
-    """Quantize every tensor of `plan` (bits by name; 32 is left alone), in the order of `order_tensors`; one layer in memory at a time.
+    """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
     Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
     instead, errors weighed by its inputs' mean squares. Embedding and head, outside of layers, have searched scales always.
     """
-    names = [name for name in order_tensors(plan) if plan[name] < 32]
+    names = [name for name in order_tensors(plan) if plan[name] < 16]
     in_layers = [name for name in names if _layer_of(name) >= 0]
     calibrated = config.method == "gptq" and bool(in_layers)
     walk = None
@@ -50,13 +50,13 @@ def quantize_tensors(
         walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts)
     done = 0
     for name in names if not calibrated else [name for name in names if _layer_of(name) < 0]:
-        yield name, _quantize_alone(checkpoint, name, plan[name], config)
+        yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
         done += 1
         progress("quantizing", done, len(names))
     if walk is None:
         return
     for layer in range(checkpoint.config.num_hidden_layers):
-        found = _quantize_layer(walk, layer, plan, config, record)
+        found = _quantize_layer(walk, layer, plan, config, scale_type, record)
         expected = [name for name in in_layers if _layer_of(name) == layer]
         assert sorted(found) == expected, f"layer {layer}: calibration knows {sorted(found)}, to be quantized are {expected}"
         for name in expected:
@@ -68,17 +68,19 @@ def quantize_tensors(
             walk.advance(layer, {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()})
 
 
-def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: QuantizeConfig) -> Quantized:
+def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: QuantizeConfig, scale_type: torch.dtype) -> Quantized:
     weight = checkpoint.read(name).to(torch.float32).flatten(0, -2)
-    return round_to_nearest(weight, bits, config.block_size) if config.method == "round" else quantize(weight, bits, config.block_size)
+    if config.method == "round":
+        return round_to_nearest(weight, bits, config.block_size, scale_type)
+    return quantize(weight, bits, config.block_size, scale_type=scale_type)
 
 
 def _quantize_layer(
-    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, record: CalibrationRecord
+    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord
 ) -> dict[str, Quantized]:
     parts: dict[str, list[Quantized]] = {}
     for group in walk.read_layer(layer):
-        wanted = [(name, rows) for name, rows in group.matrices if plan[name] < 32]
+        wanted = [(name, rows) for name, rows in group.matrices if plan[name] < 16]
         if not wanted:
             continue
         inputs = group.read()
@@ -91,10 +93,10 @@ def _quantize_layer(
         for name, rows in wanted:
             weight = walk.read_matrix(name, rows)
             if hessian is not None:
-                found = quantize_gptq(weight, hessian, plan[name], config.block_size)
+                found = quantize_gptq(weight, hessian, plan[name], config.block_size, scale_type)
             else:
                 record.num_searched += 1
-                found = quantize(weight, plan[name], config.block_size, inputs.square().mean(0) if len(inputs) else None)
+                found = quantize(weight, plan[name], config.block_size, inputs.square().mean(0) if len(inputs) else None, scale_type)
             parts.setdefault(name, []).append(found)
     return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
-from export.config import OnnxConfig
+from export.config import Device, ElementType, OnnxConfig
 from export.decoder import build_decoder, find_candidates
 from export.progress import Progress
+from export.runtime import PROVIDERS, is_at_hand
 from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
 from export.timing import LoweringTime, time_lowerings
 from export.twin import Twin
@@ -20,12 +21,16 @@ from upcycle.checkpoint import copy_companions
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What was written; the lowering is "none" where no layer has experts.
+    """What was written, and how its lowering was chosen; the lowering is "none" where no layer has experts.
 
-    The times of the lowerings, the fastest first, where they were timed to choose one.
+    It is the only one that can be, the fastest of those that were timed here (`timings`, the fastest first), or, where there is no device of the
+    kind to time on, the first of those that can be.
     """
 
+    device: Device
+    element_type: ElementType
     lowering: str
+    choice: Literal["only", "timed", "first, no such device here to time on"]
     timings: tuple[LoweringTime, ...]
     min_onnxruntime: str
     num_nodes: int
@@ -40,7 +45,8 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     """
     twin = Twin(source)
     candidates = find_candidates(twin, config)
-    timings = time_lowerings(twin, config, candidates, output, progress) if len(candidates) > 1 else []
+    timed = len(candidates) > 1 and is_at_hand(PROVIDERS[config.device])
+    timings = time_lowerings(twin, config, candidates, output, progress) if timed else []
     ranked = sorted(candidates, key=lambda lowering: [found.lowering for found in timings].index(lowering.name)) if timings else candidates
     graph = build_decoder(twin, config, ranked[0] if ranked else None)
     graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
@@ -48,7 +54,16 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     copy_companions(source, output)
     twin.checkpoint.config.save_pretrained(output)
     (output / "genai_config.json").write_text(json.dumps(genai_config(twin.checkpoint.config), indent=2) + "\n", encoding="utf-8")
-    return OnnxFacts(graph.lowering, tuple(timings), graph.min_onnxruntime, len(graph.model.graph), size)
+    return OnnxFacts(
+        device=config.device,
+        element_type=twin.element_type,
+        lowering=graph.lowering,
+        choice="only" if len(candidates) == 1 else "timed" if timed else "first, no such device here to time on",
+        timings=tuple(timings),
+        min_onnxruntime=graph.min_onnxruntime,
+        num_nodes=len(graph.model.graph),
+        package_bytes=size,
+    )
 
 
 def genai_config(config: PreTrainedConfig) -> dict[str, Any]:

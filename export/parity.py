@@ -1,6 +1,6 @@
 """Parity: does the package compute what the torch model computes?
 
-Two questions, two numbers. Against the *twin*, the torch model with the very integers of the package: is the export right? Against the
+Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export right? Against the
 fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts, one full forward without
 a cache, so that chained decoding is checked against something that has no cache at all.
 
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from export.config import ParityConfig, Variant
 from export.progress import Progress
-from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder
+from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
 from export.speed import measure_speeds
 
 _TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6, so a flip above this margin is a fault and not a tie
@@ -115,7 +115,8 @@ def check_parity(
 ) -> Parity:  # fmt: skip
     """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
 
-    `rounds_activations`: the graph computes with 8-bit activations, so its logits are held to `max_kl` and not to `max_relative_error`.
+    `rounds_activations`: the graph computes in float16 or with 8-bit activations, so its logits are held to `max_kl` and not to
+    `max_relative_error`.
     """
     if config.num_blocks is not None:
         count = min(config.num_blocks, len(blocks))
@@ -123,7 +124,7 @@ def check_parity(
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
     for provider in (CPU, CUDA):
-        if provider == CUDA and not (provider in ort.get_available_providers() and torch.cuda.is_available()):
+        if provider == CUDA and not is_at_hand(provider):
             providers[provider] = "not run: no CUDA device"
             continue
         result = _measure(package, twin, finetuned, blocks, config, provider, progress)

@@ -9,15 +9,18 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from export.config import ElementType
 from export.graph import GraphWriter, int64
 from export.twin import Twin
 
-_MASKED = -1e30  # finite: a row of nothing but padding then averages instead of dividing zero by zero
+_MASKED: dict[ElementType, float] = {"float32": -1e30, "float16": -3e4}
+"""Finite, as is its sum with any score: a row of nothing but padding then averages instead of dividing zero by zero. Below float16's lowest number,
+-65504, a score would take the sum to minus infinity, so it is half of that; e to the power of it is zero all the same."""
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Inputs that attention layers share; the bias by the layer's window, None being full attention."""
+    """Inputs that attention layers share; the bias by the layer's window, None being full attention. Tables and biases are of the element type."""
 
     seqlens_k: ir.Value
     total_length: ir.Value
@@ -46,7 +49,7 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
     begin = graph.op("Sub", [total, length], "begin")
     position_ids = graph.op("Slice", [slots, begin, total, one], "position_ids")
     is_padding = graph.op("Equal", [attention_mask, zero], "is_padding")
-    masked, open_ = graph.constant("masked", np.array(_MASKED, np.float32)), graph.constant("open", np.array(0, np.float32))
+    masked, open_ = _masked(graph), graph.constant("open", graph.number(0))
     bias_BT = graph.op("Where", [is_padding, masked, open_], "bias_row")
     bias_B11T = graph.op("Unsqueeze", [bias_BT, graph.constant("axes_one_two", int64(1, 2))], "bias_column")
     full = graph.op("Concat", [one, one, length, one], "bias_shape", {"axis": 0})
@@ -60,8 +63,8 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
             biases[window] = _add_window(graph, window, bias_B11T, begin, total)
     cos, sin = rotary_tables(twin)
     return Positions(
-        seqlens_k, total_length, graph.weight("cos", ir.DataType.FLOAT, tuple(cos.shape), lambda: cos),
-        graph.weight("sin", ir.DataType.FLOAT, tuple(sin.shape), lambda: sin), position_ids, biases,
+        seqlens_k, total_length, graph.weight("cos", graph.dtype, tuple(cos.shape), lambda: cos),
+        graph.weight("sin", graph.dtype, tuple(sin.shape), lambda: sin), position_ids, biases,
     )  # fmt: skip
 
 
@@ -88,8 +91,11 @@ def _add_window(graph: GraphWriter, window: int, padding: ir.Value, begin: ir.Va
     key_T = graph.op("Range", [start, total_scalar, step], f"{name}.key_slots")
     distance_ST = graph.op("Sub", [graph.op("Unsqueeze", [query_S, last], f"{name}.query_column"), key_T], f"{name}.distance")
     beyond_ST = graph.op("GreaterOrEqual", [distance_ST, graph.constant(name, np.array(window, np.int64))], f"{name}.beyond")
-    masked = graph.constant("masked", np.array(_MASKED, np.float32))
-    return graph.op("Where", [beyond_ST, masked, padding], f"{name}.attention_bias")
+    return graph.op("Where", [beyond_ST, _masked(graph), padding], f"{name}.attention_bias")
+
+
+def _masked(graph: GraphWriter) -> ir.Value:
+    return graph.constant("masked", graph.number(_MASKED[graph.element_type]))
 
 
 def rotary_tables(twin: Twin) -> tuple[torch.Tensor, torch.Tensor]:

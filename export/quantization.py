@@ -37,10 +37,14 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def quantize(weight: torch.Tensor, bits: int, block_size: int, importance: torch.Tensor | None = None) -> Quantized:
+def quantize(
+    weight: torch.Tensor, bits: int, block_size: int, importance: torch.Tensor | None = None, scale_type: torch.dtype = torch.float32
+) -> Quantized:
     """Quantize a weight [N, K] symmetrically to `bits` (4 or 8) in blocks of `block_size`, each weight by itself, with searched scales.
 
     `importance` [K], not negative, weighs the squared errors of the columns, as the mean square of an input does; without it all count alike.
+    Scales are rounded to `scale_type`, integers to them; a scale beyond its range is infinite.
+
     A block of zeros gets scale 0 and the zero point as its codes, so it stays exactly zero.
 
     Raises:
@@ -56,11 +60,11 @@ def quantize(weight: torch.Tensor, bits: int, block_size: int, importance: torch
         weighing[:width] = importance
         weighing = weighing.view(blocks, block_size)
     step = max(1, _CHUNK_ELEMENTS // (blocks * block_size))
-    parts = [_quantize_rows(weight[start : start + step], bits, block_size, blocks, weighing) for start in range(0, rows, step)]
+    parts = [_quantize_rows(weight[start : start + step], bits, block_size, blocks, weighing, scale_type) for start in range(0, rows, step)]
     return Quantized(torch.cat([codes for codes, _ in parts]), torch.cat([scales for _, scales in parts]))
 
 
-def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> Quantized:
+def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32) -> Quantized:
     """The plain method, to compare with: the scale takes the largest weight of a block [N, K] to the largest integer, and nothing is searched."""
     rows, width = weight.shape
     blocks = num_blocks(width, block_size)
@@ -68,23 +72,25 @@ def round_to_nearest(weight: torch.Tensor, bits: int, block_size: int) -> Quanti
     padded = torch.zeros(rows, blocks * block_size)
     padded[:, :width] = weight
     w = padded.view(rows, blocks, block_size)
-    scale = w.abs().amax(-1, keepdim=True) / high
+    scale = (w.abs().amax(-1, keepdim=True) / high).to(scale_type).to(torch.float32)
     return Quantized(pack((round_to(w, scale, low, high) - low).to(torch.uint8), bits), scale.squeeze(-1))
 
 
 def _quantize_rows(
-    weight: torch.Tensor, bits: int, block_size: int, blocks: int, importance: torch.Tensor | None
+    weight: torch.Tensor, bits: int, block_size: int, blocks: int, importance: torch.Tensor | None, scale_type: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, width = weight.shape
     padded = torch.zeros(rows, blocks * block_size)
     padded[:, :width] = weight
     w = padded.view(rows, blocks, block_size)
     low, high = integer_range(bits)
-    scale, unit = search_scales(w, bits, importance)
+    scale, unit = search_scales(w, bits, importance, scale_type)
     return pack((round_to(w / unit, scale, low, high) - low).to(torch.uint8), bits), (scale * unit).squeeze(-1)
 
 
-def search_scales(w: torch.Tensor, bits: int, importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def search_scales(
+    w: torch.Tensor, bits: int, importance: torch.Tensor | None = None, scale_type: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and their units [N, num_blocks, 1] for weights [N, num_blocks, block_size]; integers are round_to(w / unit, scale, …).
 
     They have the smallest squared error, weighed by `importance` [num_blocks, block_size]; a block whose importances are all zero is searched as if
@@ -106,6 +112,8 @@ def search_scales(w: torch.Tensor, bits: int, importance: torch.Tensor | None = 
         error = (weighing * (w - round_to(w, scale, low, high) * scale).square()).sum(-1, keepdim=True)
         better = error < best_error
         best_error, best_scale = torch.where(better, error, best_error), torch.where(better, scale, best_scale)
+    if scale_type != torch.float32:
+        best_scale = (best_scale * unit).to(scale_type).to(torch.float32) / unit
     return best_scale, unit
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 from packaging.version import Version
 
+from export.config import Device
 from export.errors import ExportError
 from export.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
 from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
@@ -27,11 +29,22 @@ ROUTER_LOGITS = "router_logits."
 HIDDEN = "hidden."
 FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
+_PAST = "past_key_values."
+PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+def is_at_hand(provider: str) -> bool:
+    """Whether this machine and this onnxruntime can run a provider."""
+    return provider in ort.get_available_providers() and (provider != CUDA or torch.cuda.is_available())
 
 
 @dataclass
 class Cache:
-    """The KV cache of one batch: buffers [B, heads, capacity, head_dim] a layer, bound for good, and which slots [B, capacity] are real tokens."""
+    """The KV cache of one batch.
+
+    Buffers [B, heads, capacity, head_dim] a layer in the graph's type, bound for good, and which slots [B, capacity] are real tokens.
+    """
 
     buffers: dict[str, ort.OrtValue]
     binding: ort.IOBinding
@@ -84,7 +97,7 @@ class Decoder:
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        self.past = {value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_key_values.")}
+        self.past = {value.name: (value.shape, _NUMPY_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
         self.device = "cuda" if provider == CUDA else "cpu"
         self._vocab_size = int(self.config["vocab_size"])
 
@@ -102,15 +115,15 @@ class Decoder:
         if capacity > self.context_length:
             raise ExportError(f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt or the output")
         buffers, binding = {}, self.session.io_binding()
-        for name, (_, heads, _, head_dim) in self.past.items():
-            zeros = np.zeros((batch_size, heads, capacity, head_dim), np.float32)
+        for name, ((_, heads, _, head_dim), dtype) in self.past.items():
+            zeros = np.zeros((batch_size, heads, capacity, head_dim), dtype)
             buffers[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
             binding.bind_ortvalue_input(name, buffers[name])
             binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffers[name])
         return Cache(buffers, binding, np.zeros((batch_size, capacity), np.int64))
 
     def run(self, cache: Cache, ids: Ints, mask: Ints | None = None, logits_to_keep: int = 0) -> dict[str, Floats]:
-        """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name.
+        """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name, float32.
 
         With `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed, and then cut.
         More than one token after a prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
@@ -138,7 +151,7 @@ class Decoder:
         if self.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
             tapped = cache.binding.get_outputs()[-len(self.taps) :]
-            found |= {name: value.numpy() for name, value in zip(self.taps, tapped, strict=True)}
+            found |= {name: np.asarray(value.numpy(), np.float32) for name, value in zip(self.taps, tapped, strict=True)}
         return found
 
     def generate(

@@ -20,7 +20,7 @@ from export.config import OnnxConfig
 from export.decoder import Cut, build_decoder
 from export.lowering import Lowering
 from export.progress import Progress
-from export.runtime import Decoder
+from export.runtime import PROVIDERS, Decoder
 from export.speed import Speed, measure_speeds
 from export.storage import save_graph
 from export.twin import Twin
@@ -58,7 +58,9 @@ def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering
         speeds: dict[str, list[Speed]] = {lowering.name: [] for lowering in candidates}
         for number, name in enumerate(turns, len(candidates)):
             progress("timing lowerings", number, total)
-            speeds[name].append(measure_speeds({name: Decoder(Path(scratch) / name)}, prompt.tolist(), config.request.new_tokens, 1)[name])
+            decoder = Decoder(Path(scratch) / name, PROVIDERS[config.device])
+            speeds[name].append(measure_speeds({name: decoder}, prompt.tolist(), config.request.new_tokens, 1)[name])
+            del decoder  # before the next one is loaded
         progress("timing lowerings", total, total)
     times = [_time(name, found, config) for name, found in speeds.items()]
     return sorted(times, key=lambda found: found.request_seconds)

@@ -1,7 +1,8 @@
 """The quantized checkpoint: integers and scales, and the torch model that computes with the same values.
 
 The output directory is a plain Hugging Face checkpoint in float32 whose weights are the dequantized ones, so transformers alone can run exactly
-what the ONNX file will hold: the *twin*. Beside it `quantized.safetensors` keeps the integers and scales that the graph packs.
+what the ONNX file will hold: the *twin*. Where the graph computes in float16, weights and scales are rounded to it here, once. Beside
+it `quantized.safetensors` keeps the integers and scales that the graph packs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from export.config import QuantizeConfig, Variant
+from export.config import Device, ElementType, QuantizeConfig, Variant, element_type
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family
 from export.methods import CalibrationRecord, order_tensors, quantize_tensors
@@ -26,6 +27,8 @@ from upcycle.shards import TensorSpec, write_tensors
 SCHEME_NAME = "quantization.json"
 _STEM = "quantized"
 _SHARD_BYTES = 5_000_000_000
+_FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16}
+_TORCH_TYPES: dict[ElementType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -46,58 +49,65 @@ class QuantizeFacts:
     num_matrices_with_few_tokens: int
 
 
-def class_bits(variant: Variant, config: QuantizeConfig) -> dict[TensorClass, int]:
-    """Bits of each tensor class; 32 is not quantized. Routers, norms and biases always are 32."""
-    if variant == "float32":
-        return {"experts": 32, "attention": 32, "embedding": 32, "router": 32, "norm": 32, "bias": 32}
+def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> dict[TensorClass, int]:
+    """Bits of each tensor class; 32 is float32, 16 rounded to float16, and what is below is quantized. Routers and norms always are 32."""
+    floats = _FLOAT_BITS[element_type(variant, device)]
+    if variant in ("float32", "float16"):
+        return {"experts": floats, "attention": floats, "embedding": floats, "router": 32, "norm": 32, "bias": floats}
     own = 8 if variant == "int8" else 4
 
     def choose(setting: str | int) -> int:
-        return own if setting == "variant" else 32 if setting == 16 else max(own, int(setting))
+        return own if setting == "variant" else floats if setting == 16 else max(own, int(setting))
 
     attention, embedding = choose(config.attention_bits), choose(config.embedding_bits)
-    return {"experts": own, "attention": attention, "embedding": embedding, "router": 32, "norm": 32, "bias": 32}
+    return {"experts": own, "attention": attention, "embedding": embedding, "router": 32, "norm": 32, "bias": floats}
+
+
+def is_quantized(bits: int) -> bool:
+    """Whether a tensor of so many bits is held as integers and scales."""
+    return bits < 16
 
 
 def plan_bits(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, bits: Mapping[TensorClass, int]) -> dict[str, int]:
-    """Bits of every tensor by name; 32 is not quantized. A tensor without elements, as of a shared expert of width 0, has nothing to quantize."""
+    """Bits of every tensor by name, as `class_bits` has them. A tensor without elements (a shared expert of width 0) has nothing to quantize."""
     return {name: bits[family.classify(name)] if math.prod(shape) else 32 for name, shape in shapes.items()}
 
 
 def quantize_checkpoint(
-    source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress, blocks: torch.Tensor | None = None
-) -> QuantizeFacts:
+    source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress, device: Device = "cpu",
+    blocks: torch.Tensor | None = None,
+) -> QuantizeFacts:  # fmt: skip
     """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time, or one layer.
 
     `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them `calibration_tokens` are read, blocks taken evenly.
 
     Raises:
-        ExportError: the architecture is not covered, or an expert would stay unquantized.
+        ExportError: the architecture is not covered, an expert would stay unquantized, or a weight is beyond float16's range where that is needed.
     """
     checkpoint = open_checkpoint(source)
     family = find_decoder_family(checkpoint.config)
-    bits = class_bits(variant, config)
+    computes_in = element_type(variant, device)
+    bits = class_bits(variant, config, device)
     plan = plan_bits({name: entry.shape for name, entry in checkpoint.entries.items()}, family, bits)
     checkpoint.config.dtype = torch.float32
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
     integer_specs = [
-        spec for name in order_tensors(plan) if plan[name] < 32
+        spec for name in order_tensors(plan) if is_quantized(plan[name])
         for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], config.block_size)
     ]  # fmt: skip
     record = CalibrationRecord()
     if integer_specs:
         text = None if blocks is None else _choose_evenly(blocks, config.calibration_tokens)
-        quantized = quantize_tensors(checkpoint, family, plan, config, text, record, progress)
-        tensors = ((f"{name}.{part}", tensor) for name, q in quantized for part, tensor in (("codes", q.codes), ("scales", q.scales)))
-        write_tensors(output, integer_specs, tensors, _SHARD_BYTES, stem=_STEM)
+        quantized = quantize_tensors(checkpoint, family, plan, config, _TORCH_TYPES[computes_in], text, record, progress)
+        write_tensors(output, integer_specs, _integer_tensors(checkpoint, quantized), _SHARD_BYTES, stem=_STEM)
     integers = index_tensors(output, _STEM) if integer_specs else {}
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
     write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
     experts = [name for name in plan if family.classify(name) == "experts" and checkpoint.entries[name].num_elements]
     sizes = {name: checkpoint.entries[name].num_elements for name in experts}
-    share = sum(sizes[name] for name in experts if plan[name] < 32) / max(1, sum(sizes.values()))
-    if variant != "float32" and share < 1:
+    share = sum(sizes[name] for name in experts if is_quantized(plan[name])) / max(1, sum(sizes.values()))
+    if is_quantized(bits["experts"]) and share < 1:
         raise ExportError(f"{source}: only {share:.1%} of the expert weights could be quantized; all of them must be")
     facts = QuantizeFacts(
         bits=bits,
@@ -110,28 +120,35 @@ def quantize_checkpoint(
         fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
         num_matrices_with_few_tokens=record.num_searched,
     )
-    tensors_by_bits = {name: width for name, width in plan.items() if width < 32}
-    scheme = {"variant": variant, "tensors": tensors_by_bits, "expert_tokens": record.expert_tokens, **asdict(facts)}
+    integer_widths = {name: width for name, width in plan.items() if is_quantized(width)}
+    scheme = {
+        "variant": variant, "element_type": computes_in, "tensors": integer_widths, "expert_tokens": record.expert_tokens, **asdict(facts),
+    }  # fmt: skip
     (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
     return facts
 
 
-def estimate_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, variant: Variant, config: QuantizeConfig) -> tuple[int, int]:
+def estimate_bytes(
+    shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, variant: Variant, config: QuantizeConfig, device: Device = "cpu"
+) -> tuple[int, int]:
     """Weight bytes of a variant's ONNX package and of its quantize artifact (twin and integers), from names and shapes alone."""
-    bits = class_bits(variant, config)
+    bits = class_bits(variant, config, device)
+    scale_bytes = _FLOAT_BITS[element_type(variant, device)] // 8
     floats = sum(4 * math.prod(shape) for shape in shapes.values())
     package = integers = 0
+
+    def packed(shape: tuple[int, ...], width: int, bytes_of_scales: int) -> int:
+        if not is_quantized(width):
+            return width // 8 * math.prod(shape)
+        codes, scales = _integer_specs("", shape, width, config.block_size)
+        return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales
+
     for name, width in plan_bits(shapes, family, bits).items():
-        shape = shapes[name]
-        size = 4 * math.prod(shape)
-        if width < 32:
-            size = sum(spec.num_bytes for spec in _integer_specs(name, shape, width, config.block_size))
-            integers += size
-        package += size
+        if is_quantized(width):
+            integers += sum(spec.num_bytes for spec in _integer_specs(name, shapes[name], width, config.block_size))
+        package += packed(shapes[name], width, 4 if name == family.embedding else scale_bytes)  # the embedding's scales stay in float32
     if family.head not in shapes:  # a tied head is written a second time, as a matrix to multiply with
-        width = bits["embedding"]
-        shape = shapes[family.embedding]
-        package += 4 * math.prod(shape) if width == 32 else sum(s.num_bytes for s in _integer_specs("", shape, width, config.block_size))
+        package += packed(shapes[family.embedding], bits["embedding"], scale_bytes)
     return package, floats + integers
 
 
@@ -150,16 +167,35 @@ def _choose_evenly(blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return blocks[torch.arange(count) * len(blocks) // count]
 
 
+def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quantized]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, found in quantized:
+        if not torch.isfinite(found.scales).all():
+            raise _beyond_float16(checkpoint, name, checkpoint.read(name).to(torch.float32))
+        yield f"{name}.codes", found.codes
+        yield f"{name}.scales", found.scales
+
+
 def _twin_tensors(
     checkpoint: Checkpoint, integers: Mapping[str, TensorEntry], plan: dict[str, int], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for number, (name, bits) in enumerate(plan.items(), 1):
-        if bits < 32:
+        if is_quantized(bits):
             shape = checkpoint.entries[name].shape
             yield name, dequantize(_read_quantized(name, integers), shape[-1], bits).reshape(shape)
         else:
-            yield name, checkpoint.read(name).to(torch.float32)
+            weight = checkpoint.read(name).to(torch.float32)
+            rounded = weight.to(torch.float16).to(torch.float32) if bits == 16 else weight
+            if not torch.isfinite(rounded).all():
+                raise _beyond_float16(checkpoint, name, weight)
+            yield name, rounded
         progress("writing the twin", number, len(plan))
+
+
+def _beyond_float16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
+    return ExportError(
+        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; float16 reaches {torch.finfo(torch.float16).max:.0f}; "
+        "leave out the variants in float16, which are 'float16' and with export.device 'cuda' all but 'float32'"
+    )
 
 
 def _read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized:
@@ -169,10 +205,10 @@ def _read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized
 def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], block_size: int) -> int:
     total = 0
     for name in names:
-        if plan[name] < 32:
+        if is_quantized(plan[name]):
             total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], block_size))
         else:
-            total += checkpoint.entries[name].num_elements * 4
+            total += checkpoint.entries[name].num_elements * plan[name] // 8
     return total
 
 
@@ -229,6 +265,7 @@ class Twin:
         self.checkpoint = open_checkpoint(directory)
         self.family: DecoderFamily = find_decoder_family(self.checkpoint.config)
         self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
+        self.element_type: ElementType = self.scheme["element_type"]
         self.integers = index_tensors(directory, _STEM) if self.scheme["tensors"] else {}
 
     def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:

@@ -127,7 +127,7 @@ def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(name: 
         twin = tmp_path / method
         twin.mkdir()
         config = QuantizeConfig(method=method, block_size=16, attention_bits="variant")
-        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks)
+        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=blocks)
         assert (facts.method, facts.quantized_expert_share) == (method, 1.0)
         with torch.no_grad():
             errors[method] = float((load(twin)(input_ids=held_out).logits - expected).square().mean())
@@ -141,7 +141,7 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpo
     for path in (few, none):
         path.mkdir()
     blocks = draw_blocks(1, length=2)
-    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks)
+    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks=blocks)
     scheme = json.loads((few / SCHEME_NAME).read_text())
     counts = [count for layer in scheme["expert_tokens"].values() for count in layer]
     assert len(counts) == 2 * 4
@@ -157,7 +157,7 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpo
 def test_calibration_reads_no_more_tokens_than_it_may(mixture_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "twin").mkdir()
     config = QuantizeConfig(block_size=16, calibration_tokens=100)
-    quantize_checkpoint(mixture_checkpoint, tmp_path / "twin", "int4", config, lambda *_: None, draw_blocks(16, length=20))
+    quantize_checkpoint(mixture_checkpoint, tmp_path / "twin", "int4", config, lambda *_: None, blocks=draw_blocks(16, length=20))
     scheme = json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())
     assert {sum(layer) for layer in scheme["expert_tokens"].values()} == {2 * 100}
 
@@ -165,7 +165,7 @@ def test_calibration_reads_no_more_tokens_than_it_may(mixture_checkpoint: Path, 
 def test_quantizing_twice_gives_the_same_integers(mixture_checkpoint: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int4", QuantizeConfig(block_size=16), lambda *_: None, draw_blocks(16))
+        quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks=draw_blocks(16))
     assert (tmp_path / "first" / "quantized.safetensors").read_bytes() == (tmp_path / "second" / "quantized.safetensors").read_bytes()
 
 

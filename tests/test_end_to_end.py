@@ -278,7 +278,7 @@ def test_a_target_without_a_graph_builder_goes_as_far_as_it_can_and_says_so(name
 def embedded_run(tmp_path_factory):
     """The embedded checkpoint through every variant, with a few steps of training on the interpreter's own documentation."""
     folder = tmp_path_factory.mktemp("embedded")
-    recipe = write_recipe(folder / "embedded.yaml", source=EMBEDDED, text="unused", block_size=128, steps=4, variants="float32, int8, int4")
+    recipe = write_recipe(folder / "embedded.yaml", source=EMBEDDED, text="unused", block_size=128, steps=4, variants="float32, float16, int8, int4")
     text = recipe.read_text(encoding="utf-8")
     data = 'source: {kind: text, train: ["unused"], separator: "\\n\\n"}'
     assert data in text
@@ -293,9 +293,9 @@ def test_upcycling_keeps_the_perplexity_to_four_digits(embedded_run):
     assert f"{evaluations['upcycled']['perplexity']:.4g}" == f"{evaluations['dense']['perplexity']:.4g}"
 
 
-@pytest.mark.parametrize(("variant", "limit"), [("float32", 1e-4), ("int8", 0.005), ("int4", 0.05)])
+@pytest.mark.parametrize(("variant", "limit"), [("float32", 1e-4), ("float16", 5e-4), ("int8", 0.005), ("int4", 0.05)])
 def test_a_variant_keeps_the_perplexity_within_its_limit(embedded_run, variant, limit):
-    """The limits are the issue's: int8 within 0.5 % of float32, int4 within 5 %."""
+    """The limits are the issue's: int8 within 0.5 % of float32, int4 within 5 %. Float16 is held to its default, 50 times what was measured."""
     parity = embedded_run[1]["variants"][variant]["parity"]["providers"]["CPUExecutionProvider"]
     assert parity["perplexity"] / parity["finetuned_perplexity"] - 1 < limit
 
@@ -314,7 +314,7 @@ def test_the_manifest_of_the_data_names_interpreter_and_digest(embedded_run):
 
 
 def test_the_table_has_a_row_for_every_model(embedded_run):
-    for row in ("dense", "upcycled", "dense continued", "fine-tuned", "float32", "int8", "int4"):
+    for row in ("dense", "upcycled", "dense continued", "fine-tuned", "float32", "float16", "int8", "int4"):
         assert row in embedded_run[2]
 
 

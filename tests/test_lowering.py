@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import save_file
 
+from export.config import ElementType
 from export.errors import ExportError
 from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
 from export.lowering import GROUPED, MOE, QMOE, UNROLLED, Expert, Lowering, MoeInput, MoeLayer, find_lowerings
@@ -25,15 +27,17 @@ from upcycle.checkpoint import index_tensors
 
 
 class Way(NamedTuple):
-    """A lowering, the bits of its weights and activations, and the error allowed relative to the largest output."""
+    """A lowering, the bits of its weights and activations, the error allowed relative to the largest output, and what the graph computes in."""
 
     lowering: Lowering
     bits: int
     activation_bits: int
     tolerance: float
+    element_type: ElementType = "float32"
 
 
 # Float32 sums of at most 172 products, twice: 7e-7 measured. Activations rounded to 8 bits: 1/254 of the largest a factor, 2e-2 measured.
+# Float16 rounds the input, each product, the gate and (for an operator) the routing by 2^-11 of itself: 9e-4 measured.
 WAYS = {
     "moe": Way(MOE, 32, 32, 2e-6),
     "qmoe_4": Way(QMOE, 4, 32, 2e-6),
@@ -49,8 +53,17 @@ WAYS = {
     "unrolled_4_rounding": Way(UNROLLED, 4, 8, 3e-2),
     "unrolled_8": Way(UNROLLED, 8, 32, 2e-6),
     "unrolled_8_rounding": Way(UNROLLED, 8, 8, 3e-2),
+    "moe_float16": Way(MOE, 16, 32, 2e-3, "float16"),
+    "qmoe_4_float16": Way(QMOE, 4, 32, 2e-3, "float16"),
+    "qmoe_8_rounding_float16": Way(QMOE, 8, 8, 3e-2, "float16"),
+    "grouped_float16": Way(GROUPED, 16, 32, 2e-3, "float16"),
+    "grouped_4_float16": Way(GROUPED, 4, 32, 2e-3, "float16"),
+    "grouped_4_rounding_float16": Way(GROUPED, 4, 8, 3e-2, "float16"),
+    "unrolled_float16": Way(UNROLLED, 16, 32, 2e-3, "float16"),
+    "unrolled_8_float16": Way(UNROLLED, 8, 32, 2e-3, "float16"),
 }
-WIDE = {"moe", "grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8"}  # those that take any hidden size
+WIDE = {"moe", "grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8", "moe_float16", "grouped_4_float16", "unrolled_float16"}
+"""Those that take any hidden size."""
 ROUTINGS = [(num_experts, k) for num_experts in (2, 4, 8) for k in sorted({1, 2, num_experts})]
 
 Matrices = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -79,10 +92,11 @@ def make_layer(
         values.append([])
         for name, shape in (("gate", (inner, hidden)), ("up", (inner, hidden)), ("down", (hidden, inner))):
             weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
-            if way.bits == 32:
+            if way.bits >= 16:
+                weight = weight.to(getattr(torch, way.element_type)).to(torch.float32)
                 tensors[f"{number}.{name}"] = weight
             else:
-                quantized = quantize(weight, way.bits, block)
+                quantized = quantize(weight, way.bits, block, getattr(torch, way.element_type))
                 tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
                 weight = dequantize(quantized, shape[1], way.bits)
             values[-1].append(weight.double().numpy())
@@ -93,22 +107,23 @@ def make_layer(
 
     def weight_of(number: int, name: str, shape: tuple[int, int]) -> FloatWeight | QuantizedWeight:
         key = f"{number}.{name}"
-        return FloatWeight(entries[key]) if way.bits == 32 else QuantizedWeight(key, entries, shape, way.bits, block)
+        return FloatWeight(entries[key]) if way.bits >= 16 else QuantizedWeight(key, entries, shape, way.bits, block)
 
     experts = tuple(
         Expert(weight_of(n, "gate", (inner, hidden)), weight_of(n, "up", (inner, hidden)), weight_of(n, "down", (hidden, inner)))
         for n in range(routing.num_experts)
     )
     bias = FloatWeight(entries["selection_bias"]) if selection_bias is not None else None
-    return MoeLayer("layer", routing, experts, way.activation_bits, selection_bias=bias), [(gate, up, down) for gate, up, down in values]
+    layer = MoeLayer("layer", routing, experts, way.activation_bits, selection_bias=bias, element_type=way.element_type)
+    return layer, [(gate, up, down) for gate, up, down in values]
 
 
 def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
     """-layer(-x): the layer between two other nodes, which is where the operators went wrong."""
-    graph = GraphWriter()
+    graph = GraphWriter(layer.element_type)
     x = graph_input("x", ir.DataType.FLOAT, ["batch", "length", layer.hidden_size])
     router_logits = graph_input("router_logits", ir.DataType.FLOAT, ["tokens", layer.routing.num_experts])
-    hidden = graph.op("Neg", [x], "hidden")
+    hidden = graph.narrow(graph.op("Neg", [x], "hidden"))
     tokens = graph.op("Reshape", [hidden, graph.constant("flat", int64(-1, layer.hidden_size))], "tokens")
     y = graph.op("Neg", [lowering.lower(graph, layer, MoeInput(hidden, tokens, router_logits))], "y")
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "length", layer.hidden_size])
@@ -218,7 +233,7 @@ def test_every_block_size_is_computed(name: str, block: int, tmp_path: Path) -> 
 def test_a_hidden_size_that_no_block_divides_is_computed(name: str, tmp_path: Path) -> None:
     way = WAYS[name]
     layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=40, inner=50, block=32)
-    assert find_lowerings(layer, "auto") == ((MOE, GROUPED, UNROLLED) if way.bits == 32 else (GROUPED, UNROLLED))
+    assert find_lowerings(layer, "auto") == ((MOE, GROUPED, UNROLLED) if way.bits >= 16 else (GROUPED, UNROLLED))
     x, logits = draw(2, 8, 40, 4)
     assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.routing, x, logits), way)
 
@@ -267,7 +282,7 @@ def test_auto_finds_every_lowering_that_can_express_the_layer(tmp_path: Path) ->
         layer, _ = make_layer(tmp_path, way, softmax(4, 2))
         assert find_lowerings(layer, "unrolled") == (UNROLLED,)
         assert find_lowerings(layer, "grouped") == (GROUPED,)
-        fused = MOE if way.bits == 32 else QMOE
+        fused = MOE if way.bits >= 16 else QMOE
         expected = (GROUPED, UNROLLED) if (way.bits, way.activation_bits) == (8, 32) else (fused, GROUPED, UNROLLED)
         assert find_lowerings(layer, "auto", "1.32.0") == expected, name
 
@@ -333,6 +348,75 @@ def test_each_operator_refuses_the_weights_of_the_other(tmp_path: Path) -> None:
     assert QMOE.refusal(floats) == "the QMoE operator takes quantized weights"
     integers, _ = make_layer(tmp_path, WAYS["qmoe_4"], routed())
     assert MOE.refusal(integers) == "the MoE operator takes float weights"
+
+
+# Files for CUDA, which must run on the CPU as well
+
+
+def for_cuda(layer: MoeLayer) -> MoeLayer:
+    return replace(layer, device="cuda")
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("name", ["qmoe_4_float16", "qmoe_8_rounding_float16"])
+def test_a_qmoe_for_cuda_says_that_its_weights_are_raw_and_runs_on_the_cpu(name: str, block: int, tmp_path: Path) -> None:
+    """CUDA takes weights without the attribute for packed ones; the CPU reads raw ones either way."""
+    way = WAYS[name]
+    layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=256, inner=172, block=block)
+    (node,) = (node for node in build(for_cuda(layer), QMOE).graph.node if node.op_type == "QMoE")
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert (attributes["weights_prepacked"], attributes["swiglu_fusion"], attributes["normalize_routing_weights"]) == (0, 1, 1)
+    assert attributes["block_size"] == block
+    assert len([name for name in node.input if name]) == 6  # no zero points: CUDA's kernel is symmetric; and no router_weights, which it ignores
+    (untold,) = (node for node in build(layer, QMOE).graph.node if node.op_type == "QMoE")
+    assert "weights_prepacked" not in {a.name for a in untold.attribute}
+    for batch, length in ((1, 1), (1, 5), (4, 16)):
+        x, logits = draw(batch, length, 256, 4, seed=length)
+        assert_close(run(load(for_cuda(layer), QMOE), x, logits), compute(values, layer.routing, x, logits), way)
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "inner", "block", "reason"),
+    [
+        ("qmoe_4", 64, 96, 64, "qmoe: CUDA's QMoE operator has no float32"),
+        ("qmoe_4_float16", 64, 96, 32, "qmoe: CUDA's QMoE operator is given blocks of 64 or 128, not 32; set quantize.block_size"),
+        ("moe_float16", 64, 100, 32, "moe: CUDA's MoE operator takes widths that are multiples of 8, not 64 and 100"),
+        ("moe_float16", 60, 96, 32, "moe: CUDA's MoE operator takes widths that are multiples of 8, not 60 and 96"),
+    ],
+)
+def test_what_cuda_cannot_run_is_refused_for_cuda_alone(name: str, hidden: int, inner: int, block: int, reason: str, tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, inner=inner, block=block)
+    message = f"export.lowering 'fused' cannot express layer ({reason}); use 'auto'"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        find_lowerings(for_cuda(layer), "fused")
+    assert find_lowerings(for_cuda(layer), "auto") == (GROUPED, UNROLLED)
+    assert len(find_lowerings(layer, "auto")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "block", "version"),
+    [
+        ("moe_float16", 64, "1.28"),
+        ("qmoe_4_float16", 64, "1.28"),
+        ("qmoe_4_float16", 128, "1.28"),
+        ("qmoe_8_rounding_float16", 128, "1.28"),
+        ("grouped_4_float16", 64, "1.20"),
+    ],
+)
+def test_operators_for_cuda_need_a_newer_runtime(name: str, block: int, version: str, tmp_path: Path) -> None:
+    layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=256, block=block)
+    assert WAYS[name].lowering.min_onnxruntime(for_cuda(layer)) == version
+
+
+@pytest.mark.parametrize("name", ["moe_float16", "qmoe_4_float16"])
+def test_large_router_logits_choose_the_same_experts_in_float16(name: str, tmp_path: Path) -> None:
+    """Between 1024 and 2048 neighbours in float16 are 1 apart, and from 65520 on all are infinite; the difference to the largest is what counts."""
+    way = WAYS[name]
+    layer, values = make_layer(tmp_path, way, softmax(4, 2))
+    x, logits = draw(2, 8, 64, 4)
+    for offset in (1500, -1500, 1e5):
+        shifted = (logits + np.float32(offset)).astype(np.float32)
+        assert_close(run(load(layer, way.lowering), x, shifted), compute(values, layer.routing, x, shifted), way)
 
 
 # Why the operators are refused without renormalizing

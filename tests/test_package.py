@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import OnnxFacts, genai_config, write_package
+from export.runtime import Decoder, Sampling
 from export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from export.twin import quantize_checkpoint
 
@@ -32,7 +33,7 @@ def export(source: Path, directory: Path, variant: Variant, **config: Any) -> tu
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(source, twin, variant, QuantizeConfig(method="search"), silent)
+    quantize_checkpoint(source, twin, variant, QuantizeConfig(method="search"), silent, config.get("device", "cpu"))
     return twin, package, write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped"} | config), silent)
 
 
@@ -67,6 +68,16 @@ def test_genai_generates_the_tokens_of_transformers(mixture_checkpoint: Path, tm
         assert generate_in_genai(model, prompt) == expected
         lengths.append(len(expected))
     assert sum(lengths) > 3 * NUM_TOKENS  # an early end of text would make this an easy test
+
+
+@pytest.mark.parametrize("variant", ["float16", "int8", "int4"])
+def test_genai_runs_a_file_for_cuda_on_the_cpu(mixture_checkpoint: Path, tmp_path: Path, variant: Variant) -> None:
+    """It gives the cache the type that the graph declares, here float16; its tokens are those of our runtime on the same file."""
+    _, package, facts = export(mixture_checkpoint, tmp_path, variant, device="cuda")
+    assert facts.element_type == "float16"
+    model, decoder = og.Model(str(package)), Decoder(package)
+    for prompt in PROMPTS:
+        assert generate_in_genai(model, prompt) == list(decoder.generate(prompt, NUM_TOKENS, Sampling(), stop=[1]))
 
 
 def test_genai_runs_8_bit_activations(mixture_checkpoint: Path, tmp_path: Path) -> None:
@@ -144,6 +155,9 @@ def test_an_explicit_head_size_is_told() -> None:
         ("int8", {}, "grouped", "1.23"),
         ("int8", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),  # the block is as wide as the hidden size
         ("int4", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),
+        ("float16", {"lowering": "fused"}, "moe", "1.23.1"),
+        ("float16", {"device": "cuda"}, "grouped", "1.29"),  # CUDA's GroupQueryAttention takes a bias from there on
+        ("int8", {"device": "cuda"}, "grouped", "1.29"),
     ],
 )
 def test_the_file_says_its_lowering_and_the_runtime_it_needs(

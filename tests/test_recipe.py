@@ -247,7 +247,9 @@ def test_an_unknown_section_names_the_one_that_was_meant():
 
 
 def test_a_key_like_no_other_lists_the_keys():
-    assert mistakes(GOOD + "export: {zzz: 1}\n") == ["r.yaml:3: export.zzz: unknown key; the keys here are lowering, request, activation_bits"]
+    assert mistakes(GOOD + "export: {zzz: 1}\n") == [
+        "r.yaml:3: export.zzz: unknown key; the keys here are device, lowering, request, activation_bits"
+    ]
 
 
 def test_a_number_of_experts_under_experts_names_num_experts():
@@ -357,10 +359,10 @@ def test_an_empty_section_is_refused():
         ("parity: {max_perplexity_increase: 1}", "parity.max_perplexity_increase: is 1 (an integer); must be a mapping"),
         ("quantize: {block_size: 33}", "quantize.block_size: is 33; must be 16, 32, 64 or 128"),
         ("quantize: {attention_bits: 4}", "quantize.attention_bits: is 4; must be 'variant', 8 or 16"),
-        ("export: [fused]", "export: is a list; must be a mapping of the keys lowering, request, activation_bits"),
+        ("export: [fused]", "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits"),
         ("variants: int8", "variants: is 'int8' (a string); must be a list"),
         ("variants: []", "variants: is an empty list; must be a list of at least 1 item"),
-        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'int8' or 'int4'"),
+        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'int8' or 'int4'"),
         ("variants: [int8, int4, int8]", "variants: has 'int8' more than once; must have each once"),
     ],
 )
@@ -395,7 +397,7 @@ seed: 2
     assert mistakes(text) == [
         "r.yaml:1: source.rev: unknown key; did you mean 'revision'?",
         "r.yaml:2: data.block_size: is 4; must be at least 8",
-        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'int8' or 'int4'",
+        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'int8' or 'int4'",
         "r.yaml:4: parity.max_perplexity_increase.int8: is 'low' (a string); must be a number",
         "r.yaml:6: upcycle.topk: unknown key; did you mean 'num_experts_per_tok'?",
         "r.yaml:7: upcycle.num_experts: is 0; must be greater than 0",
@@ -560,6 +562,14 @@ def test_every_variant_must_have_a_perplexity_limit():
     message = "r.yaml:4: parity.max_perplexity_increase: lacks 'float32' and 'int8'; must have a limit for each of the variants"
     assert mistakes(text) == [message]
     assert load(text + "variants: [int4]\n").recipe.variants == ("int4",)
+
+
+def test_quantized_files_for_cuda_are_in_blocks_that_its_operator_reads():
+    text = GOOD + "export:\n  device: cuda\n"
+    message = "export.device: is 'cuda'; quantize.block_size, which is 32, must be 64 or 128 for its QMoE operator; or name another export.lowering"
+    assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
+    for remedy in ("quantize: {block_size: 64}\n", "quantize: {block_size: 128}\n", "variants: [float32, float16]\n", "  lowering: grouped\n"):
+        assert load(text + remedy).recipe.export.device == "cuda"
 
 
 def test_checks_across_records_hold_in_python_too():

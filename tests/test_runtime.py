@@ -299,6 +299,21 @@ def test_sampling_among_one_token_is_greedy(decoder: Decoder, sampling: Sampling
     assert generate(decoder, [0, 34], 20, sampling) == generate(decoder, [0, 34], 20)
 
 
+def test_a_float16_package_has_a_cache_of_half_the_bytes_and_float32_logits(mixture_checkpoint: Path, tmp_path: Path, decoder: Decoder) -> None:
+    twin, package = tmp_path / "twin", tmp_path / "package"
+    twin.mkdir()
+    package.mkdir()
+    quantize_checkpoint(mixture_checkpoint, twin, "float16", QuantizeConfig(method="search"), lambda *_: None)
+    write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
+    narrow = Decoder(package, taps=True, num_threads=1)
+    caches = [each.new_cache(2, 20) for each in (decoder, narrow)]
+    wide_bytes, narrow_bytes = (sum(buffer.numpy().nbytes for buffer in cache.buffers.values()) for cache in caches)
+    assert wide_bytes == 2 * narrow_bytes
+    found = narrow.run(caches[1], np.full((2, 5), 9))
+    assert {values.dtype for values in found.values()} == {np.dtype(np.float32)}
+    assert len(list(narrow.generate([[0, 34]], 8, Sampling()))) == 8
+
+
 @pytest.mark.gpu
 def test_cuda_computes_what_the_cpu_does(mixture_checkpoint: Path, tmp_path: Path) -> None:
     """Float32 on both sides; 1e-3 relative, since CUDA's products may use TF32."""

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from export.errors import ExportError
 from export.family import DECODER_FAMILIES
 from export.package import write_package
@@ -43,9 +43,9 @@ def make_mixture(directory: Path, dtype: torch.dtype = torch.float32, **fields: 
     return directory
 
 
-def make_twin(source: Path, output: Path, variant: Variant, config: QuantizeConfig = WIDE) -> QuantizeFacts:
+def make_twin(source: Path, output: Path, variant: Variant, config: QuantizeConfig = WIDE, device: Device = "cpu") -> QuantizeFacts:
     output.mkdir()
-    return quantize_checkpoint(source, output, variant, config, silent)
+    return quantize_checkpoint(source, output, variant, config, silent, device)
 
 
 def data_bytes(path: Path) -> int:
@@ -70,6 +70,76 @@ def test_a_float32_twin_equals_its_source_bitwise(tmp_path: Path, dtype: torch.d
     assert not (tmp_path / "twin" / "quantized.safetensors").exists()
     assert (facts.quantized_expert_share, facts.quantized_bytes, facts.num_quantized_tensors) == (0.0, 0, 0)
     assert facts.expert_bytes == 2 * 4 * 3 * 40 * 44 * 4  # layers, experts, matrices, sizes, bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_float16_twin_is_its_source_rounded_once_but_for_routers_and_norms(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = make_mixture(tmp_path / "source", dtype)
+    facts = make_twin(source, tmp_path / "twin", "float16")
+    expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    changed = set()
+    for name, tensor in expected.items():
+        exact = tensor.to(torch.float32)
+        kept = "norm" in name or name.endswith("block_sparse_moe.gate.weight")
+        assert found[name].dtype == torch.float32
+        np.testing.assert_array_equal(found[name], exact if kept else exact.numpy().astype(np.float16).astype(np.float32), err_msg=name)
+        changed |= set() if torch.equal(found[name], exact) else {name}
+    assert (len(changed) > 0) is (dtype != torch.float16)
+    assert (facts.quantized_expert_share, facts.quantized_bytes, facts.num_quantized_tensors) == (0.0, 0, 0)
+    assert facts.expert_bytes == 2 * 4 * 3 * 40 * 44 * 2  # layers, experts, matrices, sizes, bytes
+
+
+@pytest.mark.parametrize(
+    ("variant", "device", "name", "value"),
+    [
+        ("float16", "cpu", "model.layers.1.block_sparse_moe.experts.2.w1.weight", 65520.0),  # what lies below it is rounded to 65504
+        ("float16", "cuda", "model.layers.0.self_attn.q_proj.weight", -1e5),
+        ("int8", "cuda", "model.layers.1.block_sparse_moe.experts.2.w1.weight", 65520.0 * 128),  # a scale, the largest weight by 128
+        ("int4", "cuda", "model.layers.1.block_sparse_moe.experts.3.w2.weight", 1e30),
+    ],
+)
+def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path, variant: Variant, device: Device, name: str, value: float) -> None:
+    source = make_mixture(tmp_path / "source")
+    tensors = {key: tensor.clone() for key, tensor in load_file(source / "model.safetensors").items()}
+    tensors[name][3, 5] = value
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    message = (
+        f"{source}: tensor '{name}' holds {abs(value):.6g}; float16 reaches 65504; leave out the variants in float16, "
+        "which are 'float16' and with export.device 'cuda' all but 'float32'"
+    )
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        make_twin(source, tmp_path / "twin", variant, device=device)
+    make_twin(source, tmp_path / "on the CPU", "int8" if variant == "int8" else "float32")
+
+
+def test_the_largest_float16_and_a_huge_norm_are_taken(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source")
+    tensors = {key: tensor.clone() for key, tensor in load_file(source / "model.safetensors").items()}
+    tensors["model.layers.0.self_attn.q_proj.weight"][0, 0] = 65504
+    tensors["model.norm.weight"][0] = 1e6  # float32 in every graph
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    make_twin(source, tmp_path / "twin", "float16")
+    found = load_file(tmp_path / "twin" / "model.safetensors")
+    assert (found["model.layers.0.self_attn.q_proj.weight"][0, 0], found["model.norm.weight"][0]) == (65504, 1e6)
+
+
+@pytest.mark.parametrize("variant", QUANTIZED)
+def test_for_cuda_the_scales_are_numbers_of_float16_and_the_twin_is_made_of_them(tmp_path: Path, variant: Variant) -> None:
+    source = make_mixture(tmp_path / "source")
+    make_twin(source, tmp_path / "cpu", variant)
+    make_twin(source, tmp_path / "cuda", variant, device="cuda")
+    for_cpu, for_cuda = (load_file(tmp_path / device / "quantized.safetensors") for device in ("cpu", "cuda"))
+    original, twin = load_file(source / "model.safetensors"), load_file(tmp_path / "cuda" / "model.safetensors")
+    for name in (name for name in for_cuda if name.endswith(".scales")):
+        np.testing.assert_array_equal(for_cuda[name], for_cuda[name].numpy().astype(np.float16).astype(np.float32))
+        np.testing.assert_array_equal(for_cuda[name], for_cpu[name].numpy().astype(np.float16).astype(np.float32))
+        key = name.removesuffix(".scales")
+        # Integers are rounded to the rounded scale, so a weight is half a step away at most, and a step more where it was cut off.
+        steps = for_cuda[name].abs().repeat_interleave(16, dim=1)[:, : original[key].shape[1]]
+        assert ((twin[key] - original[key]).abs() <= 1.5 * steps + 1e-12).all()
+    untouched = {name for name, tensor in original.items() if torch.equal(twin[name], tensor)}
+    assert untouched == {name for name in original if "norm" in name or name.endswith("block_sparse_moe.gate.weight")}
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
@@ -138,19 +208,24 @@ def test_the_bytes_of_the_integers_follow_from_the_shapes(tmp_path: Path, varian
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("lowering", ["fused", "unrolled"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_estimated_bytes_are_the_bytes_written(tmp_path: Path, variant: Variant, lowering: Any, tied: bool) -> None:
+@pytest.mark.parametrize(
+    ("variant", "device", "lowering"),
+    [
+        *((variant, "cpu", lowering) for variant in VARIANTS for lowering in ("fused", "unrolled")),
+        *((variant, "cuda", "fused") for variant in VARIANTS),
+    ],
+)
+def test_estimated_bytes_are_the_bytes_written(tmp_path: Path, variant: Variant, device: Device, lowering: Any, tied: bool) -> None:
     # Weights dominate: 0.5 M of them, against a graph of some 30 kB when it is unrolled.
     source = make_mixture(
-        tmp_path / "source", hidden_size=128, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
+        tmp_path / "source", hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
         max_position_embeddings=16, tie_word_embeddings=tied,
     )  # fmt: skip
-    config = QuantizeConfig(method="search", block_size=32)
-    make_twin(source, tmp_path / "twin", variant, config)
+    config = QuantizeConfig(method="search", block_size=32 if device == "cpu" else 64)
+    make_twin(source, tmp_path / "twin", variant, config, device)
     (tmp_path / "package").mkdir()
-    facts = write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(lowering=lowering, activation_bits=8), silent)
-    package, artifact = estimate_bytes(shapes_of(open_checkpoint(source)), DECODER_FAMILIES[0], variant, config)
+    facts = write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(device=device, lowering=lowering, activation_bits=8), silent)
+    package, artifact = estimate_bytes(shapes_of(open_checkpoint(source)), DECODER_FAMILIES[0], variant, config, device)
     weights = sum(data_bytes(path) for path in (tmp_path / "twin").glob("*.safetensors"))
     assert artifact == weights
     data = (tmp_path / "package" / "model.onnx.data").stat().st_size
@@ -203,22 +278,27 @@ def test_names_that_only_look_alike_have_none(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "attention", "embedding", "expected"),
+    ("variant", "device", "attention", "embedding", "expected", "floats"),
     [
-        ("float32", "variant", "variant", (32, 32, 32)),
-        ("float32", 8, 8, (32, 32, 32)),
-        ("int8", "variant", "variant", (8, 8, 8)),
-        ("int8", 8, 16, (8, 8, 32)),
-        ("int8", 16, 8, (8, 32, 8)),
-        ("int4", "variant", "variant", (4, 4, 4)),
-        ("int4", "variant", 8, (4, 4, 8)),
-        ("int4", 8, 16, (4, 8, 32)),
-        ("int4", 16, "variant", (4, 32, 4)),
+        ("float32", "cpu", "variant", "variant", (32, 32, 32), 32),
+        ("float32", "cpu", 8, 8, (32, 32, 32), 32),
+        ("int8", "cpu", "variant", "variant", (8, 8, 8), 32),
+        ("int8", "cpu", 8, 16, (8, 8, 32), 32),
+        ("int8", "cpu", 16, 8, (8, 32, 8), 32),
+        ("int4", "cpu", "variant", "variant", (4, 4, 4), 32),
+        ("int4", "cpu", "variant", 8, (4, 4, 8), 32),
+        ("int4", "cpu", 8, 16, (4, 8, 32), 32),
+        ("int4", "cpu", 16, "variant", (4, 32, 4), 32),
+        ("float32", "cuda", 8, 8, (32, 32, 32), 32),
+        ("float16", "cpu", 8, 8, (16, 16, 16), 16),
+        ("float16", "cuda", "variant", 8, (16, 16, 16), 16),
+        ("int8", "cuda", 8, 16, (8, 8, 16), 16),
+        ("int4", "cuda", 16, "variant", (4, 16, 4), 16),
     ],
 )
-def test_bits_of_every_class(variant: Variant, attention: Any, embedding: Any, expected: tuple[int, int, int]) -> None:
-    bits = class_bits(variant, QuantizeConfig(attention_bits=attention, embedding_bits=embedding))
-    assert bits == {"experts": expected[0], "attention": expected[1], "embedding": expected[2], "router": 32, "norm": 32, "bias": 32}
+def test_bits_of_every_class(variant: Variant, device: Device, attention: Any, embedding: Any, expected: tuple[int, int, int], floats: int) -> None:
+    bits = class_bits(variant, QuantizeConfig(attention_bits=attention, embedding_bits=embedding), device)
+    assert bits == {"experts": expected[0], "attention": expected[1], "embedding": expected[2], "router": 32, "norm": 32, "bias": floats}
 
 
 def test_the_scheme_beside_the_twin_says_what_was_done(tmp_path: Path) -> None:

@@ -22,7 +22,10 @@ LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
 
 @dataclass(frozen=True)
 class Lowering:
-    """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly."""
+    """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly.
+
+    `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32.
+    """
 
     name: str
     min_onnxruntime: Callable[[MoeLayer], str]
@@ -30,7 +33,7 @@ class Lowering:
     lower: Callable[[GraphWriter, MoeLayer, MoeInput], ir.Value]
 
 
-MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
+MOE = Lowering(moe.NAME, moe.min_onnxruntime, moe.refusal, moe.lower)
 QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
 GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, grouped.lower)
 UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower)

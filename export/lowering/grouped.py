@@ -64,7 +64,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 
     _, inverse_R = graph.op_multi("TopK", [order_R, num_rows], [f"{name}.sorted_order", f"{name}.inverse"], {"axis": 0, "largest": 0})
     y_RH = graph.op("Gather", [down_RH, inverse_R], f"{name}.row_outputs")
-    y_TKH = graph.op("Reshape", [y_RH, graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
+    y_TKH = graph.op("Reshape", [graph.widen(y_RH), graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
     weights_T1K = graph.op("Unsqueeze", [weights_TK, graph.constant("one", int64(1))], f"{name}.weight_rows")
     y_T1H = graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
     return add_hidden_shape(graph, y_T1H, x.hidden, f"{name}.output")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from export.config import Device, ElementType
 from export.gating import Activation
 from export.graph import GraphWriter
 from export.routing import Routing
@@ -23,9 +24,11 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer: its name in the graph, the routing's meaning, its experts with the function of their gate, and the bits of products' activations.
+    """One layer, as the lowerings see it.
 
-    `selection_bias` [1, E] is added to the scores for the choice of experts, and not for their weights (DeepSeek-V3, section 2.1.2).
+    Its name in the graph, the routing's meaning, its experts with the function of their gate, the bits of products' activations, and the graph's
+    element type and the device that it is written for. `selection_bias` [1, E] is added to the scores for the choice of experts, and not for their
+    weights (DeepSeek-V3, section 2.1.2).
     """
 
     name: str
@@ -34,6 +37,8 @@ class MoeLayer:
     activation_bits: int
     activation: Activation = "silu"
     selection_bias: FloatWeight | None = None
+    element_type: ElementType = "float32"
+    device: Device = "cpu"
 
     @property
     def hidden_size(self) -> int:

@@ -1,7 +1,11 @@
 """The `MoE` operator of onnxruntime: float experts, one node a layer.
 
 fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU the plain SiLU gate.
-The operator takes raw router logits and does softmax, top-k and renormalization itself.
+The operator takes raw router logits and does softmax, top-k and renormalization itself; in a float16 graph it takes them rounded to float16, their
+largest at zero.
+
+CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32 or float16, and wants rows of 16 bytes. It honours the attributes of a
+plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
 """
 
 from __future__ import annotations
@@ -13,18 +17,28 @@ import torch
 
 from export.graph import MICROSOFT, GraphWriter
 from export.lowering.layer import MoeInput, MoeLayer
+from export.lowering.top_k import add_operator_logits
 from export.routing import Routing
 from export.twin import FloatWeight
 
 NAME = "moe"
 MIN_ONNXRUNTIME = "1.23.1"  # 1.23.0 has no kernel for the CPU
+MIN_ONNXRUNTIME_CUDA = "1.28"  # before it, CUDA takes the constants of GPT-OSS for its SwiGLU, whatever the attributes say
+_CUDA_WIDTHS = 8  # 16 bytes of float16
 
 
 def refusal(layer: MoeLayer) -> str | None:
     """Why this lowering cannot express the layer, or None."""
     if layer.quantized:
         return "the MoE operator takes float weights"
+    if layer.device == "cuda" and (layer.hidden_size % _CUDA_WIDTHS or layer.intermediate_size % _CUDA_WIDTHS):
+        return f"CUDA's MoE operator takes widths that are multiples of {_CUDA_WIDTHS}, not {layer.hidden_size} and {layer.intermediate_size}"
     return routing_refusal(layer) or activation_refusal(layer)
+
+
+def min_onnxruntime(layer: MoeLayer) -> str:
+    """The oldest onnxruntime that computes the layer rightly."""
+    return MIN_ONNXRUNTIME_CUDA if layer.device == "cuda" else MIN_ONNXRUNTIME
 
 
 def routing_refusal(layer: MoeLayer) -> str | None:
@@ -71,10 +85,10 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     def fc2() -> torch.Tensor:
         return torch.stack([_read(e.down) for e in layer.experts])
 
-    fc1_value = graph.weight(f"{layer.name}.fc1", ir.DataType.FLOAT, (num_experts, 2 * height, width), fc1)
-    fc2_value = graph.weight(f"{layer.name}.fc2", ir.DataType.FLOAT, (num_experts, width, height), fc2)
-    inputs = [x.hidden, x.router_logits, fc1_value, None, fc2_value]
-    return graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT)
+    fc1_value = graph.weight(f"{layer.name}.fc1", graph.dtype, (num_experts, 2 * height, width), fc1)
+    fc2_value = graph.weight(f"{layer.name}.fc2", graph.dtype, (num_experts, width, height), fc2)
+    inputs = [x.hidden, add_operator_logits(graph, x.router_logits, layer.name), fc1_value, None, fc2_value]
+    return graph.widen(graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT))
 
 
 def _read(weight: object) -> torch.Tensor:

@@ -3,6 +3,11 @@
 The integers are those of `export.quantization`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up rows interleaved, fc2 [E, H, I * bits / 8], and
 block-wise scales. Where the block does not divide the FFN's width I, the width is padded with neurons whose weights are exactly zero; they
 add nothing. The hidden size cannot be padded, since the operator's input has it.
+
+One file serves the CPU and CUDA where it is made for CUDA: float16, blocks of 64 or 128, and `weights_prepacked` 0, without which CUDA would read
+the integers as packed for its kernels already, and compute garbage without a word. What CUDA's kernel wants (contrib_ops/cuda/moe of onnxruntime
+1.28 to 1.31): float16 or bfloat16, both widths multiples of 64, no separate fc3, no router_weights. By construction: no CUDA device was at hand;
+the same file is tested on the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +18,7 @@ import torch
 from export.graph import MICROSOFT, GraphWriter
 from export.lowering.layer import MoeInput, MoeLayer
 from export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
+from export.lowering.top_k import add_operator_logits
 from export.quantization import Quantized
 from export.twin import QuantizedWeight, Weight
 
@@ -21,6 +27,8 @@ MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size
 MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compute wrong values, without a word
 MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, a single block along the hidden size is taken for a scale a row
 MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
+MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
+CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
 
 
 def refusal(layer: MoeLayer) -> str | None:
@@ -30,6 +38,10 @@ def refusal(layer: MoeLayer) -> str | None:
         return "the QMoE operator takes quantized weights"
     if layer.hidden_size % gate.block_size:
         return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
+    if layer.device == "cuda" and layer.element_type == "float32":
+        return "CUDA's QMoE operator has no float32"
+    if layer.device == "cuda" and gate.block_size not in CUDA_BLOCKS:
+        return f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, CUDA_BLOCKS))}, not {gate.block_size}; set quantize.block_size"
     if gate.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
     return routing_refusal(layer) or activation_refusal(layer)
@@ -42,6 +54,8 @@ def min_onnxruntime(layer: MoeLayer) -> str:
         return MIN_ONNXRUNTIME_INT8_ACTIVATIONS
     if gate.num_blocks == 1:
         return MIN_ONNXRUNTIME_ONE_BLOCK
+    if layer.device == "cuda":
+        return MIN_ONNXRUNTIME_CUDA
     return MIN_ONNXRUNTIME_WIDE_BLOCKS if gate.bits == 4 and gate.block_size > 32 else MIN_ONNXRUNTIME
 
 
@@ -64,7 +78,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
         codes = graph.weight(
             f"{layer.name}.{name}.codes", ir.DataType.UINT8, (num_experts, rows, columns * bits // 8), lambda: read().codes.flatten(2)
         )
-        scales = graph.weight(f"{layer.name}.{name}.scales", ir.DataType.FLOAT, (num_experts, rows, columns // block), lambda: read().scales)
+        scales = graph.weight(f"{layer.name}.{name}.scales", graph.dtype, (num_experts, rows, columns // block), lambda: read().scales)
         return codes, scales
 
     fc1_codes, fc1_scales = add("fc1", 2 * height, width, fc1)
@@ -72,8 +86,11 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     attributes = {**swiglu_attributes(layer.routing), "expert_weight_bits": bits, "block_size": block}
     if bits == 4 and layer.activation_bits == 8:
         attributes["accuracy_level"] = 4
-    inputs = [x.hidden, x.router_logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
-    return graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT)
+    if layer.device == "cuda":
+        attributes["weights_prepacked"] = 0
+    logits = add_operator_logits(graph, x.router_logits, layer.name)
+    inputs = [x.hidden, logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    return graph.widen(graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT))
 
 
 def _quantized(weight: Weight) -> QuantizedWeight:

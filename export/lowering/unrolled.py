@@ -48,6 +48,6 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
         gate_NI, up_NI = graph.op_multi("Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2})
         inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
-        weighted_NH = graph.op("Mul", [down_NH, weight_N1], f"{own}.weighted")
+        weighted_NH = graph.op("Mul", [graph.widen(down_NH), weight_N1], f"{own}.weighted")
         sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})
     return add_hidden_shape(graph, sum_TH, x.hidden, f"{name}.output")
