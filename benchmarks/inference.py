@@ -339,7 +339,10 @@ class Race:
 
 
 def measure_bandwidth(threads: int) -> tuple[float, str]:
-    """Bytes per second of reading 2 GiB, and the fastest of the ways to read them, best of three."""
+    """Bytes per second of reading 2 GiB, and the fastest of the ways to read them, best of three.
+
+    It has a process of its own: Linux counts what this one held at its peak as the peak of every child that it starts later.
+    """
     torch.set_num_threads(threads)
     matrix = torch.ones(1 << 15, 1 << 14)
     vector = torch.ones(1 << 14)
@@ -498,7 +501,8 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
     checkpoint = made(files / "mixture", lambda partial: (partial.mkdir(), make_checkpoint(model, partial, False)))
     dense = made(files / "dense", lambda partial: (partial.mkdir(), make_checkpoint(model, partial, True)))
     reasons = make_rival_files(model, checkpoint, files, pythons)
-    bandwidth, way = measure_bandwidth(arguments.threads)
+    command = (sys.executable, Path(__file__).resolve(), "--run-bandwidth", "--threads", arguments.threads)
+    bandwidth, way = json.loads(run_child(command, scratch / "bandwidth.log")[0])
     outcome = Outcome(model, {}, {}, {}, bandwidth, way)
     for precision in PRECISIONS:
         print(f"{model.name}, {precision}: export", file=sys.stderr)
@@ -621,8 +625,11 @@ def main() -> None:
     # The parts that this script runs as processes of their own.
     parser.add_argument("--run-quantize", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--run-package", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--run-bandwidth", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.run_quantize:
+    if arguments.run_bandwidth:
+        print(json.dumps(measure_bandwidth(arguments.threads)))
+    elif arguments.run_quantize:
         source, output, precision = arguments.run_quantize
         run_quantize(Path(source), Path(output), precision)
     elif arguments.run_package:
