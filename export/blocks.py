@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedConfig
 
-from export.family import DecoderFamily, GatedFfn, bias_name
+from export.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from export.gating import add_gate
 from export.graph import MICROSOFT, GraphWriter, int64
 from export.linear import add_linear
@@ -72,7 +72,8 @@ class BlockWriter:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
         packed = self.linear(x, matrices, f"{prefix}.query_key_value")
-        rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0
+        # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
+        rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
         if not rotary_inside or names.query_norm is not None:
             sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]

@@ -231,8 +231,18 @@ _FLEX_OLMO = DecoderFamily(
 
 DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _FLEX_OLMO)
 
-# Rotary variants whose tables depend on positions alone; the others change with the length of each request.
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+"""Rotary variants of the builder. "dynamic" changes its frequencies beyond `max_position_embeddings` only, where a package ends."""
+
+
+def rotary_switch(config: PreTrainedConfig) -> int | None:
+    """The number of tokens beyond which a longrope takes its long factors for all that it reads from then on; None where nothing switches.
+
+    Keys in the cache stay as they were rotated. So a text that comes in pieces has other logits than one that is read at once, here as in
+    transformers, whose `dynamic_rope_update` (modeling_rope_utils.py, 5.23) this is.
+    """
+    rope = config.rope_parameters or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
@@ -248,6 +258,6 @@ def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
     if config.hidden_act not in get_args(Activation):
         raise ExportError(f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}")
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise ExportError(f"config.json: rope_type is {rope_type}; the builder covers {', '.join(STATIC_ROPE_TYPES)}")
+    if rope_type not in ROPE_TYPES:
+        raise ExportError(f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}")
     return family
