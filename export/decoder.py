@@ -26,7 +26,7 @@ from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
-from export.lowering import Lowering, find_lowerings
+from export.lowering import Lowering, MoeLayer, find_lowerings
 from export.positions import add_positions
 from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits
 from upcycle.checkpoint import TensorEntry
@@ -36,11 +36,15 @@ _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBit
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """A built model and what it needs: the lowering of its layers and the oldest onnxruntime that computes it rightly."""
+    """A model, the lowering of its layers, and what it needs: the oldest onnxruntime that computes it rightly.
+
+    `shares_buffer`: attention writes new keys and values into the buffer that it reads the past from; else the present is longer than the past.
+    """
 
     model: ir.Model
     lowering: str
     min_onnxruntime: str
+    shares_buffer: bool = True
 
 
 def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers: int | None = None) -> DecoderGraph:
@@ -91,9 +95,12 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering, num_layers
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    needed = lowering.min_onnxruntime(write.moe_layer)
-    oldest = max(_MIN_ONNXRUNTIME, needed, key=lambda version: tuple(map(int, version.split("."))))
-    return DecoderGraph(model, lowering.name, oldest)
+    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, write.moe_layer))
+
+
+def oldest_onnxruntime(lowering: Lowering, layer: MoeLayer) -> str:
+    """The oldest runtime that computes a graph with this lowering of its layers."""
+    return max(_MIN_ONNXRUNTIME, lowering.min_onnxruntime(layer), key=lambda version: tuple(map(int, version.split("."))))
 
 
 def _of_layer(pattern: str | None, layer: int) -> str | None:

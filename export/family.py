@@ -251,13 +251,20 @@ def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
     Raises:
         ExportError: the architecture, activation or rotary variant is not covered.
     """
-    family = next((f for f in DECODER_FAMILIES if f.model_type == config.model_type), None)
-    if family is None:
+    refusal = find_refusal(config)
+    if refusal is not None:
+        raise ExportError(refusal)
+    return next(f for f in DECODER_FAMILIES if f.model_type == config.model_type)
+
+
+def find_refusal(config: PreTrainedConfig) -> str | None:
+    """Why the graph builder does not cover a config, or None."""
+    if all(f.model_type != config.model_type for f in DECODER_FAMILIES):
         supported = ", ".join(f.model_type for f in DECODER_FAMILIES)
-        raise ExportError(f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}")
+        return f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}"
     if config.hidden_act not in get_args(Activation):
-        raise ExportError(f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}")
+        return f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}"
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
-        raise ExportError(f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}")
-    return family
+        return f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}"
+    return None

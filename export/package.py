@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from export.config import OnnxConfig
-from export.decoder import build_decoder, find_candidates
+from export.decoder import DecoderGraph, build_decoder, find_candidates
+from export.family import find_refusal
+from export.lowering import Lowering
+from export.passes import find_traced_candidates, lower_trace
 from export.progress import Progress
 from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
-from export.timing import LoweringTime, time_lowerings
+from export.timing import LoweringTime, count_timed_layers, time_lowerings
+from export.tracing import trace_decoder
 from export.twin import Twin
 from upcycle.checkpoint import copy_companions
+
+Timings = Sequence[LoweringTime]
 
 
 @dataclass(frozen=True)
@@ -36,20 +43,62 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
         ExportError: the architecture or the lowering asked for is not covered.
     """
     twin = Twin(source)
-    candidates = find_candidates(twin, config)
-    timings = time_lowerings(twin, config, candidates, output, progress) if len(candidates) > 1 else []
-    fastest = min(candidates, key=lambda lowering: [found.lowering for found in timings].index(lowering.name)) if timings else candidates[0]
-    graph = build_decoder(twin, config, fastest)
+    if find_refusal(twin.checkpoint.config) is None:
+        graph, timings = _build(twin, config, output, progress)
+    else:
+        graph, timings = _trace(twin, config, output, progress)
     graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
     size = save_graph(graph.model, output, progress)
     copy_companions(source, output)
     twin.checkpoint.config.save_pretrained(output)
-    (output / "genai_config.json").write_text(json.dumps(genai_config(twin.checkpoint.config), indent=2) + "\n", encoding="utf-8")
+    description = genai_config(twin.checkpoint.config, shares_buffer=graph.shares_buffer)
+    if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
+        (output / "genai_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(graph.lowering, tuple(timings), graph.min_onnxruntime, len(graph.model.graph), size)
 
 
-def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names."""
+def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Timings]:
+    """The graph from the checkpoint's tensors."""
+    candidates = find_candidates(twin, config)
+    timings: Timings = ()
+    if len(candidates) > 1:
+        num_layers = count_timed_layers(twin)
+        timings = time_lowerings(twin, config, candidates, lambda lowering: build_decoder(twin, config, lowering, num_layers), folder, progress)
+    return build_decoder(twin, config, _fastest(candidates, timings)), timings
+
+
+def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Timings]:
+    """The graph from the model's own forward, where no builder knows the architecture."""
+    progress("tracing", 0, 1)
+    trace = trace_decoder(twin)
+    progress("tracing", 1, 1)
+    candidates = find_traced_candidates(trace, twin, config)
+    timings: Timings = ()
+    if len(candidates) > 1:
+        timings = time_lowerings(twin, config, candidates, lambda lowering: lower_trace(trace, twin, config, lowering), folder, progress)
+    return lower_trace(trace, twin, config, _fastest(candidates, timings)), timings
+
+
+def _fastest(candidates: Sequence[Lowering], timings: Timings) -> Lowering:
+    return next(lowering for lowering in candidates if not timings or lowering.name == timings[0].lowering)
+
+
+def _cache_shapes(graph: DecoderGraph) -> list[tuple[Any, Any]]:
+    """Heads and their size, of every key and value in the cache."""
+    past = [value.shape for value in graph.model.graph.inputs if value.name and value.name.startswith("past_key_values.")]
+    return [(shape[1], shape[3]) for shape in past if shape is not None]
+
+
+def _cache_shape(description: dict[str, Any]) -> tuple[Any, Any]:
+    decoder = description["model"]["decoder"]
+    return decoder["num_key_value_heads"], decoder["head_size"]
+
+
+def genai_config(config: PreTrainedConfig, shares_buffer: bool = True) -> dict[str, Any]:
+    """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names.
+
+    It knows one shape of keys and values, so a model whose shapes differ, as with latent attention, gets none.
+    """
     heads = config.num_attention_heads
     eos = config.eos_token_id if config.eos_token_id is not None else 0
     first_eos = eos[0] if isinstance(eos, list) else eos
@@ -81,5 +130,5 @@ def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
                 "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
             },
         },
-        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": True},
+        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": shares_buffer},
     }

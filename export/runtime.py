@@ -1,6 +1,7 @@
 """Our runtime: a package loaded into onnxruntime, with one KV buffer for input and output.
 
-The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in Python or below.
+The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in Python or below. Where attention is
+not `GroupQueryAttention`, as in a traced graph, the cache grows by concatenation instead: the present of one step is bound as the past of the next.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ HIDDEN = "hidden."
 
 @dataclass
 class Cache:
-    """The KV cache of one batch: buffers [B, heads, capacity, head_dim] a layer, the mask so far [B, length], and what fits."""
+    """The KV cache of one batch: buffers [B, heads, capacity (or length), head_dim] a layer, the mask so far [B, length], and what fits."""
 
     buffers: dict[str, ort.OrtValue]
     mask: Ints
@@ -83,6 +84,8 @@ class Decoder:
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
+        self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
         self.past = {value.name: value.shape for value in self.session.get_inputs() if value.name.startswith("past_key_values.")}
         self.device = "cuda" if provider == CUDA else "cpu"
 
@@ -101,7 +104,7 @@ class Decoder:
             raise ExportError(f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt or the output")
         buffers = {}
         for name, (_, heads, _, head_dim) in self.past.items():
-            zeros = np.zeros((batch_size, heads, capacity, head_dim), np.float32)
+            zeros = np.zeros((batch_size, heads, capacity if self.shares_buffer else 0, head_dim), np.float32)
             buffers[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
         return Cache(buffers, np.zeros((batch_size, 0), np.int64), capacity)
 
@@ -116,15 +119,24 @@ class Decoder:
         binding = self.session.io_binding()
         binding.bind_cpu_input("input_ids", np.ascontiguousarray(ids, dtype=np.int64))
         binding.bind_cpu_input("attention_mask", mask_BT)
+        if self.takes_positions:
+            positions = np.maximum(mask_BT.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :]
+            binding.bind_cpu_input("position_ids", np.ascontiguousarray(positions))
         for name in self._read:
             binding.bind_output(name)
         for name, buffer in cache.buffers.items():
             binding.bind_ortvalue_input(name, buffer)
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffer)
+            present = name.replace("past_key_values.", "present.")
+            if self.shares_buffer:
+                binding.bind_ortvalue_output(present, buffer)
+            else:
+                binding.bind_output(present, self.device)
         self.session.run_with_iobinding(binding)
         cache.mask = mask_BT
-        # Outputs come in the order in which they were bound.
-        return {name: value.numpy() for name, value in zip(self._read, binding.get_outputs(), strict=False)}
+        outputs = binding.get_outputs()  # in the order in which they were bound
+        if not self.shares_buffer:
+            cache.buffers = dict(zip(cache.buffers, outputs[len(self._read) :], strict=True))
+        return {name: value.numpy() for name, value in zip(self._read, outputs, strict=False)}
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()) -> Iterator[int]:
         """Yield up to `max_new_tokens` tokens after `prompt`; ends after the first one in `stop`, which is yielded too.

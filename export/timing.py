@@ -1,21 +1,22 @@
 """Which lowering is the fastest here: the candidates timed side by side on this machine.
 
 No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits. What is timed is the model
-itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for.
+itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for. A traced model is timed
+whole.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from export.config import OnnxConfig
-from export.decoder import build_decoder
+from export.decoder import DecoderGraph
 from export.lowering import Lowering
 from export.progress import Progress
 from export.runtime import Decoder
@@ -37,9 +38,10 @@ class LoweringTime:
     request_seconds: float
 
 
-def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], folder: Path, progress: Progress) -> list[LoweringTime]:
-    """Time every candidate on the model's first layers, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
-    num_layers = count_timed_layers(twin)
+def time_lowerings(
+    twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], build: Callable[[Lowering], DecoderGraph], folder: Path, progress: Progress
+) -> list[LoweringTime]:
+    """Time the graph that `build` makes with every candidate, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
     c = twin.checkpoint.config
     prompt = np.random.default_rng(0).integers(0, c.vocab_size, config.request.prompt_tokens)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -48,7 +50,7 @@ def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering
             progress("timing lowerings", number, len(candidates) + 1)
             directory = Path(scratch) / lowering.name
             directory.mkdir()
-            save_graph(build_decoder(twin, config, lowering, num_layers).model, directory, lambda *_: None)
+            save_graph(build(lowering).model, directory, lambda *_: None)
             c.save_pretrained(directory)
             decoders[lowering.name] = Decoder(directory)
         progress("timing lowerings", len(candidates), len(candidates) + 1)

@@ -10,13 +10,16 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from export.config import QuantizeConfig, Variant
 from export.errors import ExportError
-from export.family import DecoderFamily, TensorClass, find_decoder_family
+from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
+from export.parameters import classify_tensors
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, num_blocks, quantize
 from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
@@ -52,9 +55,21 @@ def class_bits(variant: Variant, config: QuantizeConfig) -> dict[TensorClass, in
     return {"experts": own, "attention": attention, "embedding": embedding, "router": 32, "norm": 32, "bias": 32}
 
 
-def plan_bits(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, bits: Mapping[TensorClass, int]) -> dict[str, int]:
+def plan_classes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorClass]:
+    """The class of every tensor: by the family's names where there is a builder, by the model's modules where it has to be traced.
+
+    Raises:
+        ExportError: neither knows a tensor.
+    """
+    if find_refusal(config) is not None:
+        return classify_tensors(config, shapes)
+    family = find_decoder_family(config)
+    return {name: family.classify(name) for name in shapes}
+
+
+def plan_bits(shapes: Mapping[str, tuple[int, ...]], classes: Mapping[str, TensorClass], bits: Mapping[TensorClass, int]) -> dict[str, int]:
     """Bits of every tensor by name; 32 is not quantized. A tensor without elements, as of a shared expert of width 0, has nothing to quantize."""
-    return {name: bits[family.classify(name)] if math.prod(shape) else 32 for name, shape in shapes.items()}
+    return {name: bits[classes[name]] if math.prod(shape) else 32 for name, shape in shapes.items()}
 
 
 def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress) -> QuantizeFacts:
@@ -64,9 +79,9 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
         ExportError: the architecture is not covered, or an expert would stay unquantized.
     """
     checkpoint = open_checkpoint(source)
-    family = find_decoder_family(checkpoint.config)
-    bits = class_bits(variant, config)
-    plan = plan_bits({name: entry.shape for name, entry in checkpoint.entries.items()}, family, bits)
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    classes, bits = plan_classes(checkpoint.config, shapes), class_bits(variant, config)
+    plan = plan_bits(shapes, classes, bits)
     checkpoint.config.dtype = torch.float32
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
@@ -78,7 +93,7 @@ def quantize_checkpoint(source: Path, output: Path, variant: Variant, config: Qu
     integers = index_tensors(output, _STEM) if integer_specs else {}
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
     write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
-    experts = [name for name in plan if family.classify(name) == "experts" and checkpoint.entries[name].num_elements]
+    experts = [name for name in plan if classes[name] == "experts" and checkpoint.entries[name].num_elements]
     sizes = {name: checkpoint.entries[name].num_elements for name in experts}
     share = sum(sizes[name] for name in experts if plan[name] < 32) / max(1, sum(sizes.values()))
     if variant != "float32" and share < 1:
@@ -101,7 +116,7 @@ def estimate_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily,
     bits = class_bits(variant, config)
     floats = sum(4 * math.prod(shape) for shape in shapes.values())
     package = integers = 0
-    for name, width in plan_bits(shapes, family, bits).items():
+    for name, width in plan_bits(shapes, {name: family.classify(name) for name in shapes}, bits).items():
         shape = shapes[name]
         size = 4 * math.prod(shape)
         if width < 32:
@@ -210,9 +225,17 @@ class Twin:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.checkpoint = open_checkpoint(directory)
-        self.family: DecoderFamily = find_decoder_family(self.checkpoint.config)
         self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
         self.integers = index_tensors(directory, _STEM) if self.scheme["tensors"] else {}
+
+    @cached_property
+    def family(self) -> DecoderFamily:
+        """What the graph builder knows of the architecture.
+
+        Raises:
+            ExportError: it does not know it.
+        """
+        return find_decoder_family(self.checkpoint.config)
 
     def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:
         """The matrix `name`, quantized or not, or some of its rows; all dimensions but the last count as rows."""

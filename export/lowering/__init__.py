@@ -12,26 +12,44 @@ from export.errors import ExportError
 from export.graph import GraphWriter
 from export.lowering import grouped, moe, qmoe, unrolled
 from export.lowering.layer import Expert, MoeLayer
+from export.lowering.top_k import add_logits
 
 __all__ = ["Expert", "Lowering", "LoweringWish", "MoeLayer", "find_lowerings"]
 
+LowerLogits = Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value], ir.Value]
+LowerChosen = Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value, ir.Value], ir.Value]
 LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly."""
+    """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly.
+
+    `lower` takes hidden [B, S, H] and router logits [B * S, E]; `lower_chosen` takes hidden [B * S, H] and, for each token, weights and numbers
+    [B * S, k] of the experts that it visits: any routing at all.
+    """
 
     name: str
     min_onnxruntime: Callable[[MoeLayer], str]
     refusal: Callable[[MoeLayer], str | None]
-    lower: Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value], ir.Value]
+    lower: LowerLogits
+    lower_chosen: LowerChosen
 
 
-MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower)
-QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
-GROUPED = Lowering(grouped.NAME, lambda _: grouped.MIN_ONNXRUNTIME, grouped.refusal, grouped.lower)
-UNROLLED = Lowering(unrolled.NAME, lambda _: unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower)
+def _of_logits(lower: LowerLogits) -> LowerChosen:
+    """A lowering of chosen experts and their weights, by one that does softmax and top-k itself."""
+
+    def lower_chosen(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+        logits, total_T1 = add_logits(graph, layer.routing.num_experts, weights, chosen, layer.name)
+        return graph.op("Mul", [lower(graph, layer, hidden, logits), total_T1], f"{layer.name}.output_weighted")
+
+    return lower_chosen
+
+
+MOE = Lowering(moe.NAME, lambda _: moe.MIN_ONNXRUNTIME, moe.refusal, moe.lower, _of_logits(moe.lower))
+QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower, _of_logits(qmoe.lower))
+GROUPED = Lowering(grouped.NAME, lambda _: grouped.MIN_ONNXRUNTIME, grouped.refusal, grouped.lower, grouped.lower_chosen)
+UNROLLED = Lowering(unrolled.NAME, lambda _: unrolled.MIN_ONNXRUNTIME, unrolled.refusal, unrolled.lower, unrolled.lower_chosen)
 
 
 def find_lowerings(layer: MoeLayer, wish: LoweringWish) -> tuple[Lowering, ...]:

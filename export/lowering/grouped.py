@@ -30,11 +30,15 @@ def refusal(_: MoeLayer) -> str | None:
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
-    """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]; rows R = T * k."""
-    name, routing = layer.name, layer.routing
-    k, num_experts = routing.num_experts_per_tok, routing.num_experts
-    weights_TK, chosen_TK = add_top_k(graph, routing, router_logits, name)
-    expert_R = graph.op("Reshape", [chosen_TK, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
+    """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]."""
+    return lower_chosen(graph, layer, hidden, *add_top_k(graph, layer.routing, router_logits, layer.name))
+
+
+def lower_chosen(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    """The same for experts that are chosen, with their weights; rows R = T * k."""
+    name = layer.name
+    k, num_experts = layer.routing.num_experts_per_tok, layer.routing.num_experts
+    expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.op("Shape", [expert_R], f"{name}.num_rows")
     _, order_R = graph.op_multi("TopK", [expert_R, num_rows], [f"{name}.sorted_experts", f"{name}.order"], {"axis": 0, "largest": 0})
     depth, bounds = graph.constant("num_experts", int64(num_experts)), graph.constant("off_on", int64(0, 1))
@@ -62,7 +66,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: 
     _, inverse_R = graph.op_multi("TopK", [order_R, num_rows], [f"{name}.sorted_order", f"{name}.inverse"], {"axis": 0, "largest": 0})
     y_RH = graph.op("Gather", [down_RH, inverse_R], f"{name}.row_outputs")
     y_TKH = graph.op("Reshape", [y_RH, graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
-    weights_T1K = graph.op("Unsqueeze", [weights_TK, graph.constant("one", int64(1))], f"{name}.weight_rows")
+    weights_T1K = graph.op("Unsqueeze", [weights, graph.constant("one", int64(1))], f"{name}.weight_rows")
     y_T1H = graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
     shape = graph.op("Shape", [hidden], f"{name}.shape")
     return graph.op("Reshape", [y_T1H, shape], f"{name}.output", {"allowzero": 1})  # a length of zero is no wish to copy a dimension

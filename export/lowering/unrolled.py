@@ -26,17 +26,21 @@ def refusal(_: MoeLayer) -> str | None:
 
 def lower(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, router_logits: ir.Value) -> ir.Value:
     """hidden [B, S, H] and router_logits [T = B * S, E] to the layer's output [B, S, H]."""
-    name, routing = layer.name, layer.routing
+    return lower_chosen(graph, layer, hidden, *add_top_k(graph, layer.routing, router_logits, layer.name))
+
+
+def lower_chosen(graph: GraphWriter, layer: MoeLayer, hidden: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    """The same for experts that are chosen, with their weights."""
+    name = layer.name
     last = graph.constant("axis_last", int64(-1))
     x_TH = graph.op("Reshape", [hidden, graph.constant("flat_hidden", int64(-1, layer.hidden_size))], f"{name}.tokens")
-    weights_TK, chosen_TK = add_top_k(graph, routing, router_logits, name)
     sum_TH = graph.op("ConstantOfShape", [graph.op("Shape", [x_TH], f"{name}.shape")], f"{name}.zeros")
     for number, expert in enumerate(layer.experts):
         own = f"{name}.expert.{number}"
-        is_chosen = graph.op("Equal", [chosen_TK, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen")
+        is_chosen = graph.op("Equal", [chosen, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen")
         pairs = graph.op("NonZero", [is_chosen], f"{own}.pairs")
         pairs_N2 = graph.op("Transpose", [pairs], f"{own}.pairs_t", {"perm": [1, 0]})
-        weight_N = graph.op("GatherND", [weights_TK, pairs_N2], f"{own}.weight")
+        weight_N = graph.op("GatherND", [weights, pairs_N2], f"{own}.weight")
         weight_N1 = graph.op("Unsqueeze", [weight_N, last], f"{own}.weight_column")
         token_N1, _ = graph.op_multi("Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2})
         x_NH = graph.op("GatherND", [x_TH, token_N1], f"{own}.input")
