@@ -46,6 +46,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
             f"config.json: model_type {config.model_type} is no decoder of transformers ({' '.join(str(error).split())[:120]})"
         ) from error
     assert isinstance(model, PreTrainedModel)
+    model.tie_weights()  # without values every module got a parameter of its own
     model.eval()
     return model
 

@@ -27,6 +27,7 @@ from typing import Any, get_args
 
 import onnx_ir as ir
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
@@ -77,6 +78,10 @@ def trace_decoder(twin: Twin) -> Trace:
     located = locate_parameters(model, {name: entry.shape for name, entry in twin.checkpoint.entries.items()})
     experts = _mark(model)
     _fill(model, located, twin)
+    rotary: Any
+    for rotary in model.modules():
+        if getattr(rotary, "rope_type", None) == "dynamic":
+            rotary.rope_type = "default"  # its frequencies change beyond the context only, where a package ends
     with _silence():
         graph = _export(model)
     return Trace(graph, located, experts, len(model.get_decoder().layers))
@@ -118,18 +123,25 @@ def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
         "no gate": not module.has_gate, "a gate of their own": not plain, "biases": module.has_bias, "transposed weights": module.is_transposed,
         "interleaved weights": not module.is_concatenated, "a norm after them": module.has_post_expert_norm, "no layer": layer < 0,
     }  # fmt: skip
-    activation = next((act for act in get_args(Activation) if type(module.act_fn) is type(ACT2FN[act])), None)
     refused = next((what for what, is_so in wrong.items() if is_so), None)
+    function = getattr(module, "act_fn", None)
+    activation = _find_activation(function)
     if refused is None and activation is None:
-        refused = f"the activation {type(module.act_fn).__name__}"
+        refused = f"the activation {type(function).__name__}"
     if refused is None and not hasattr(config, "num_experts_per_tok"):
         refused = "no num_experts_per_tok in their config"
     if refused is not None or activation is None:
-        raise ExportError(
-            f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings know gated ones of {get_args(Activation)}"
-        )
+        known = ", ".join(get_args(Activation))
+        raise ExportError(f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings know plain gated ones of {known}")
     num_experts, double, hidden = module.gate_up_proj.shape
     return ExpertsModule(layer, num_experts, int(config.num_experts_per_tok), hidden, double // 2, activation)
+
+
+def _find_activation(function: object) -> Activation | None:
+    if function is F.silu:
+        return "silu"
+    known: tuple[Activation, ...] = get_args(Activation)
+    return next((activation for activation in known if type(function) is type(ACT2FN[activation])), None)
 
 
 def _symbolic(op: str, inputs: list[torch.Tensor], name: str, like: torch.Tensor, shape: tuple[int | torch.SymInt, ...]) -> torch.Tensor:

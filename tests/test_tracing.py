@@ -13,7 +13,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, RequestConfig, Variant
 from export.errors import ExportError
@@ -35,12 +35,18 @@ SMALL = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
 GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
 # Weights that do not sum to one; a sparse mixer's weights, biases in norms, and a window; latent attention, a dense layer, a shared expert, and
 # experts chosen by group and by sigmoids with a bias.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "longrope": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "rope_parameters": LONGROPE, "tie_word_embeddings": True}),
     "phimoe": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "attention_bias": True}),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **GROUPS}),
 }
@@ -157,6 +163,24 @@ def test_a_traced_decoder_equals_transformers(traced: Any, name: str, variant: V
             assert np.abs(found - expected)[real].max() < EXACT * np.abs(expected[real]).max(), (batch, len(pieces))
 
 
+def test_a_traced_longrope_switches_its_factors_where_transformers_does(traced: Any) -> None:
+    model, decoder = traced("longrope").torch("float32"), Decoder(traced("longrope").package("float32", "grouped"), num_threads=1)
+    ids, mask = draw(3)
+    real, pieces = mask.astype(bool), [PREFILL] + [1] * STEPS
+    for length in (32, 33, PREFILL + STEPS):
+        found, expected = run(decoder, ids[:1, :length], mask[:1, :length], [length]), expect(model, ids[:1, :length], mask[:1, :length])
+        assert np.abs(found - expected).max() < EXACT * np.abs(expected).max(), length
+    cache, parts, mask_BT = DynamicCache(), [], torch.from_numpy(mask)
+    positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    for n, end in zip(pieces, np.cumsum(pieces), strict=True):
+        with torch.inference_mode():
+            fed = {"attention_mask": mask_BT[:, :end], "position_ids": positions[:, end - n : end], "past_key_values": cache}
+            parts.append(model(torch.from_numpy(ids[:, end - n : end]), **fed).logits.numpy())
+    expected = np.concatenate(parts, axis=1)
+    assert np.abs(run(decoder, ids, mask, pieces) - expected)[real].max() < EXACT * np.abs(expected[real]).max()
+    assert np.abs(expect(model, ids, mask) - expected)[real].max() > 100 * EXACT * np.abs(expected[real]).max()  # at once it is another function
+
+
 def test_the_window_of_a_traced_decoder_is_seen(traced: Any) -> None:
     """Else the test above would say nothing of it."""
     ids, mask = draw(1)
@@ -219,10 +243,10 @@ def test_quantized_experts_attention_and_tables_are_integers_in_a_trace(traced: 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Any]:
-    """OLMoE through the public functions, in integers of 8 bits, the lowering chosen by the clock."""
+    """OLMoE through the public functions, in integers of 8 bits, the lowering chosen by the clock; its rotary embedding is a dynamic one."""
     folder = tmp_path_factory.mktemp("whole")
     source, twin, package = folder / "source", folder / "twin", folder / "package"
-    make_model("Olmoe", **MODELS["olmoe"][1]).save_pretrained(source)
+    make_model("Olmoe", **MODELS["olmoe"][1], rope_parameters=DYNAMIC, head_dim=8).save_pretrained(source)
     for path in (twin, package):
         path.mkdir()
     quantized = quantize_checkpoint(source, twin, "int8", QuantizeConfig(block_size=16), silent)
@@ -299,12 +323,12 @@ REFUSED = [
     ),
     (
         "GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-        "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings know gated ones of silu, gelu, "
-        "gelu_pytorch_tanh",
+        "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings know plain gated ones "
+        "of silu, gelu, gelu_pytorch_tanh",
     ),
     (
-        "Jamba", {"num_experts": 4, "num_experts_per_tok": 2, "use_mamba_kernels": False},
-        "config.json: model_type jamba keeps a cache of LinearAttentionLayer; a traced decoder has keys and values in every layer",
+        "Lfm2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 0, "layer_types": ["full_attention", "conv"]},
+        "config.json: model_type lfm2_moe keeps a cache of LinearAttentionLayer; a traced decoder has keys and values in every layer",
     ),
 ]  # fmt: skip
 
