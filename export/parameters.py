@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from export.errors import ExportError
@@ -38,13 +38,10 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ExportError: transformers has no decoder of this config.
     """
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except ValueError as error:
-        raise ExportError(
-            f"config.json: model_type {config.model_type} is no decoder of transformers ({' '.join(str(error).split())[:120]})"
-        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ExportError(f"config.json: model_type {config.model_type} is no decoder that transformers has as one (AutoModelForCausalLM)")
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()  # without values every module got a parameter of its own
     model.eval()

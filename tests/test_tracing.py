@@ -342,6 +342,16 @@ def test_what_cannot_be_traced_is_refused_in_one_line(stem: str, fields: dict[st
         write_package(tmp_path / "twin", tmp_path, OnnxConfig(), silent)
 
 
+def test_an_encoder_decoder_is_refused_before_it_is_quantized(tmp_path: Path) -> None:
+    fields = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 4}
+    config = transformers.SwitchTransformersConfig(**fields)
+    transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
+    message = "config.json: model_type switch_transformers is no decoder that transformers has as one (AutoModelForCausalLM)"
+    with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
+        quantize_checkpoint(tmp_path, tmp_path / "twin", "float32", QuantizeConfig(), silent)
+    assert not (tmp_path / "twin").exists()
+
+
 def test_a_tensor_that_is_no_parameter_is_refused(tmp_path: Path) -> None:
     model = make_model("Olmoe", **MODELS["olmoe"][1])
     model.save_pretrained(tmp_path)

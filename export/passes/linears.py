@@ -9,12 +9,15 @@ Left alone: products of other modules, as of a router: the trace has them with t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 import torch
 
 from export.errors import ExportError
 from export.graph import GraphWriter
 from export.linear import add_linear
+from export.parameters import Rows
 from export.passes.markers import find_markers, replace_marker, weights_of
 from export.tracing import Trace
 from export.twin import Twin
@@ -31,11 +34,14 @@ def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, activation_bits:
         assert x is not None
         y = add_linear(graph, x, weights_of(trace, twin, f"{name}.weight"), name, activation_bits)
         if f"{name}.bias" in trace.located:
-            pieces = trace.located[f"{name}.bias"]
-            size = sum(piece.stop - piece.start for piece in pieces)
-
-            def read(pieces: tuple = pieces) -> torch.Tensor:  # type: ignore[type-arg]
-                return torch.cat([twin.checkpoint.read_rows(piece.name, piece.start, piece.stop).to(torch.float32) for piece in pieces])
-
-            y = graph.op("Add", [y, graph.weight(f"{name}.bias", ir.DataType.FLOAT, (size,), read)], f"{name}.biased")
+            y = graph.op("Add", [y, _add_bias(graph, twin, f"{name}.bias", trace.located[f"{name}.bias"])], f"{name}.biased")
         replace_marker(trace, marker, graph, y)
+
+
+def _add_bias(graph: GraphWriter, twin: Twin, name: str, pieces: Sequence[Rows]) -> ir.Value:
+    """A vector of elements of the checkpoint, float32."""
+
+    def read() -> torch.Tensor:
+        return torch.cat([twin.checkpoint.read_rows(piece.name, piece.start, piece.stop).to(torch.float32) for piece in pieces])
+
+    return graph.weight(name, ir.DataType.FLOAT, (sum(piece.stop - piece.start for piece in pieces),), read)
