@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from export.config import ElementType, OnnxConfig
-from export.family import DecoderFamily, GatedFfn, bias_name
+from export.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from export.gating import add_gate
 from export.graph import MICROSOFT, GraphWriter, int64
 from export.linear import add_exact_linear, add_linear
@@ -81,7 +81,8 @@ class BlockWriter:
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
         packed = self.linear(self.graph.narrow(x), matrices, f"{prefix}.query_key_value")
-        rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0
+        # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
+        rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
         if not rotary_inside or names.query_norm is not None:
             sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]

@@ -26,12 +26,12 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from export.blocks import BlockWriter, moe_layer
-from export.config import OnnxConfig, QuantizeConfig, Variant, element_type
+from export.config import Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
-from export.lowering import Lowering, find_lowerings
+from export.lowering import Lowering, MoeLayer, find_lowerings
 from export.positions import add_positions
 from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits, is_quantized
 from upcycle.checkpoint import TensorEntry
@@ -45,11 +45,15 @@ NO_LOWERING = "none"
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """A built model and what it needs: the lowering of its experts, "none" without any, and the oldest onnxruntime that computes it rightly."""
+    """A model, the lowering of its experts, "none" without any, and what it needs: the oldest onnxruntime that computes it rightly.
+
+    `shares_buffer`: attention writes new keys and values into the buffer that it reads the past from; else the present is longer than the past.
+    """
 
     model: ir.Model
     lowering: str
     min_onnxruntime: str
+    shares_buffer: bool = True
 
 
 @dataclass(frozen=True)
@@ -110,10 +114,14 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    least = _MIN_ONNXRUNTIME if config.device == "cpu" else _MIN_ONNXRUNTIME_CUDA
-    needed = [lowering.min_onnxruntime(write.moe_layer)] if lowering and write.moe_layer else []
-    oldest = max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
-    return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest)
+    return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest_onnxruntime(lowering, write.moe_layer, config.device))
+
+
+def oldest_onnxruntime(lowering: Lowering | None, layer: MoeLayer | None, device: Device) -> str:
+    """The oldest runtime that computes a graph for a device with this lowering of its layers."""
+    least = _MIN_ONNXRUNTIME if device == "cpu" else _MIN_ONNXRUNTIME_CUDA
+    needed = [lowering.min_onnxruntime(layer)] if lowering and layer else []
+    return max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
 
 
 def _of_layer(pattern: str | None, layer: int) -> str | None:

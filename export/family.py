@@ -238,8 +238,18 @@ _LLAMA = DecoderFamily(model_type="llama", attention=_BIASED, dense=_QWEN_DENSE,
 
 DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _FLEX_OLMO, _LLAMA)
 
-# Rotary variants whose tables depend on positions alone; the others change with the length of each request.
-STATIC_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+"""Rotary variants of the builder. "dynamic" changes its frequencies beyond `max_position_embeddings` only, where a package ends."""
+
+
+def rotary_switch(config: PreTrainedConfig) -> int | None:
+    """The number of tokens beyond which a longrope takes its long factors for all that it reads from then on; None where nothing switches.
+
+    Keys in the cache stay as they were rotated. So a text that comes in pieces has other logits than one that is read at once, here as in
+    transformers, whose `dynamic_rope_update` (modeling_rope_utils.py, 5.23) this is.
+    """
+    rope = config.rope_parameters or {}
+    return int(rope["original_max_position_embeddings"]) if rope.get("rope_type") == "longrope" else None
 
 
 def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
@@ -248,13 +258,20 @@ def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
     Raises:
         ExportError: the architecture, activation or rotary variant is not covered.
     """
-    family = next((f for f in DECODER_FAMILIES if f.model_type == config.model_type), None)
-    if family is None:
+    refusal = find_refusal(config)
+    if refusal is not None:
+        raise ExportError(refusal)
+    return next(f for f in DECODER_FAMILIES if f.model_type == config.model_type)
+
+
+def find_refusal(config: PreTrainedConfig) -> str | None:
+    """Why the graph builder does not cover a config, or None."""
+    if all(f.model_type != config.model_type for f in DECODER_FAMILIES):
         supported = ", ".join(f.model_type for f in DECODER_FAMILIES)
-        raise ExportError(f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}")
+        return f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}"
     if config.hidden_act not in get_args(Activation):
-        raise ExportError(f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}")
+        return f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}"
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if rope_type not in STATIC_ROPE_TYPES:
-        raise ExportError(f"config.json: rope_type is {rope_type}; the builder covers {', '.join(STATIC_ROPE_TYPES)}")
-    return family
+    if rope_type not in ROPE_TYPES:
+        return f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}"
+    return None

@@ -73,6 +73,11 @@ class GraphWriter:
         self.nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=outputs, name=f"{shown}/{op_type}"))
         return outputs
 
+    def take_nodes(self) -> list[ir.Node]:
+        """The nodes written so far, which are no longer this writer's."""
+        taken, self.nodes = self.nodes, []
+        return taken
+
     def constant(self, name: str, value: Array) -> ir.Value:
         """A small initializer; asked for again by the same name, it is the same one."""
         if name not in self.initializers:

@@ -33,23 +33,23 @@ def order_tensors(names: Mapping[str, int]) -> list[str]:
 
 
 def quantize_tensors(
-    checkpoint: Checkpoint, family: DecoderFamily, plan: Mapping[str, int], config: QuantizeConfig,
+    checkpoint: Checkpoint, family: DecoderFamily | None, plan: Mapping[str, int], config: QuantizeConfig,
     scale_type: torch.dtype, blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress,
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
     """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
     Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
-    instead, errors weighed by its inputs' mean squares. Embedding and head, outside of layers, have searched scales always.
+    instead, errors weighed by its inputs' mean squares. Embedding and head, outside of layers, have searched scales always, and so has a model that
+    no family describes (`family` None), which cannot be walked.
     """
     names = [name for name in order_tensors(plan) if plan[name] < 16]
     in_layers = [name for name in names if _layer_of(name) >= 0]
-    calibrated = config.method == "gptq" and bool(in_layers)
     walk = None
-    if calibrated:
+    if config.method == "gptq" and in_layers and family is not None:
         assert blocks is not None, "gptq needs calibration text"
         walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts)
     done = 0
-    for name in names if not calibrated else [name for name in names if _layer_of(name) < 0]:
+    for name in names if walk is None else [name for name in names if _layer_of(name) < 0]:
         yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
         done += 1
         progress("quantizing", done, len(names))

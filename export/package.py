@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,13 +11,21 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from export.config import Device, ElementType, OnnxConfig
-from export.decoder import build_decoder, find_candidates
+from export.decoder import Cut, DecoderGraph, build_decoder, find_candidates
+from export.errors import ExportError
+from export.family import find_refusal
+from export.lowering import Lowering
+from export.passes import find_traced_candidates, lower_trace
 from export.progress import Progress
 from export.runtime import PROVIDERS, is_at_hand
 from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
-from export.timing import LoweringTime, time_lowerings
+from export.timing import TIMED_VOCABULARY, LoweringTime, count_timed_layers, time_lowerings
+from export.tracing import trace_decoder
 from export.twin import Twin
 from upcycle.checkpoint import copy_companions
+
+Timings = Sequence[LoweringTime]
+Choice = Literal["only", "timed", "first, no such device here to time on"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class OnnxFacts:
     device: Device
     element_type: ElementType
     lowering: str
-    choice: Literal["only", "timed", "first, no such device here to time on"]
+    choice: Choice
     timings: tuple[LoweringTime, ...]
     min_onnxruntime: str
     num_nodes: int
@@ -44,21 +53,20 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
         ExportError: the architecture or the lowering asked for is not covered.
     """
     twin = Twin(source)
-    candidates = find_candidates(twin, config)
-    timed = len(candidates) > 1 and is_at_hand(PROVIDERS[config.device])
-    timings = time_lowerings(twin, config, candidates, output, progress) if timed else []
-    ranked = sorted(candidates, key=lambda lowering: [found.lowering for found in timings].index(lowering.name)) if timings else candidates
-    graph = build_decoder(twin, config, ranked[0] if ranked else None)
+    write = _build if find_refusal(twin.checkpoint.config) is None else _trace
+    graph, choice, timings = write(twin, config, output, progress)
     graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
     size = save_graph(graph.model, output, progress)
     copy_companions(source, output)
     twin.checkpoint.config.save_pretrained(output)
-    (output / "genai_config.json").write_text(json.dumps(genai_config(twin.checkpoint.config), indent=2) + "\n", encoding="utf-8")
+    description = genai_config(twin.checkpoint.config, shares_buffer=graph.shares_buffer)
+    if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
+        (output / "genai_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(
         device=config.device,
         element_type=twin.element_type,
         lowering=graph.lowering,
-        choice="only" if len(candidates) == 1 else "timed" if timed else "first, no such device here to time on",
+        choice=choice,
         timings=tuple(timings),
         min_onnxruntime=graph.min_onnxruntime,
         num_nodes=len(graph.model.graph),
@@ -66,8 +74,58 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     )
 
 
-def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
-    """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names."""
+def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Choice, Timings]:
+    """The graph from the checkpoint's tensors."""
+    candidates = find_candidates(twin, config)
+    cut = Cut(count_timed_layers(twin), min(twin.checkpoint.config.vocab_size, TIMED_VOCABULARY))
+    lowering, choice, timings = _choose(twin, config, candidates, lambda found: build_decoder(twin, config, found, cut), folder, progress)
+    return build_decoder(twin, config, lowering), choice, timings
+
+
+def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Choice, Timings]:
+    """The graph from the model's own forward, where no builder knows the architecture."""
+    if twin.element_type != "float32":
+        raise ExportError(
+            f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave out the variants in float16, "
+            "which are 'float16' and with export.device 'cuda' all but 'float32'"
+        )
+    progress("tracing", 0, 1)
+    trace = trace_decoder(twin)
+    progress("tracing", 1, 1)
+    candidates = find_traced_candidates(trace, twin, config)
+    lowering, choice, timings = _choose(twin, config, candidates, lambda found: lower_trace(trace, twin, config, found), folder, progress)
+    assert lowering is not None
+    return lower_trace(trace, twin, config, lowering), choice, timings
+
+
+def _choose(
+    twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], build: Callable[[Lowering], DecoderGraph], folder: Path, progress: Progress
+) -> tuple[Lowering | None, Choice, Timings]:
+    """The lowering to write, None without experts, how it was chosen, and the times that decided."""
+    if len(candidates) < 2:
+        return next(iter(candidates), None), "only", ()
+    if not is_at_hand(PROVIDERS[config.device]):
+        return candidates[0], "first, no such device here to time on", ()
+    timings = time_lowerings(twin, config, candidates, build, folder, progress)
+    return next(lowering for lowering in candidates if lowering.name == timings[0].lowering), "timed", timings
+
+
+def _cache_shapes(graph: DecoderGraph) -> list[tuple[Any, Any]]:
+    """Heads and their size, of every key and value in the cache."""
+    past = [value.shape for value in graph.model.graph.inputs if value.name and value.name.startswith("past_key_values.")]
+    return [(shape[1], shape[3]) for shape in past if shape is not None]
+
+
+def _cache_shape(description: dict[str, Any]) -> tuple[Any, Any]:
+    decoder = description["model"]["decoder"]
+    return decoder["num_key_value_heads"], decoder["head_size"]
+
+
+def genai_config(config: PreTrainedConfig, shares_buffer: bool = True) -> dict[str, Any]:
+    """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names.
+
+    It knows one shape of keys and values, so a model whose shapes differ, as with latent attention, gets none.
+    """
     heads = config.num_attention_heads
     eos = config.eos_token_id if config.eos_token_id is not None else 0
     first_eos = eos[0] if isinstance(eos, list) else eos
@@ -99,5 +157,5 @@ def genai_config(config: PreTrainedConfig) -> dict[str, Any]:
                 "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
             },
         },
-        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": True},
+        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": shares_buffer},
     }

@@ -2,7 +2,8 @@
 
 Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export right? Against the
 fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts, one full forward without
-a cache, so that chained decoding is checked against something that has no cache at all.
+a cache, so that chained decoding is checked against something that has no cache at all. A longrope that switches its factors on the way is the
+exception: there only a reference that is fed in the same pieces computes the same function.
 
 A router can tie to the last bit, and then two right computations may choose different experts. Such a flip (the reference's margin below
 `_TIE_MARGIN`) is counted and reported apart; the tokens from there on in that row are left out of the largest error, and nothing else is. Where
@@ -12,7 +13,7 @@ the tie is exact (`_EXACT_TIE`) logits cannot tell which experts an operator too
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,9 +23,10 @@ import numpy as np
 import onnxruntime as ort
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.config import ParityConfig, Variant
+from export.family import rotary_switch
 from export.progress import Progress
 from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
 from export.speed import measure_speeds
@@ -106,7 +108,8 @@ class _Forward:
     top_k: int
 
 
-Reference = Callable[[torch.Tensor, torch.Tensor], _Forward]
+Reference = Callable[[torch.Tensor, torch.Tensor, int], _Forward]
+"""Ids and mask [B, S], and how many of the S tokens the package reads at once, before one at a time."""
 
 
 def check_parity(
@@ -182,7 +185,7 @@ def _perplexity(loss: float) -> float:
 
 @contextmanager
 def _reference(directory: Path) -> Any:
-    """The torch model as a function of ids and mask [B, S], with router logits and residual streams caught by hooks on whole layers."""
+    """The torch model as a function, with router logits and residual streams caught by hooks on whole layers."""
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager", local_files_only=True)
     model.eval()
     layers = model.get_decoder().layers
@@ -200,13 +203,31 @@ def _reference(directory: Path) -> Any:
                 cast(torch.nn.Module, router).register_forward_hook(catch(routers, n))
 
     @torch.inference_mode()
-    def forward(ids: torch.Tensor, mask: torch.Tensor) -> _Forward:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    def read(ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> _Forward:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None).logits
         by_layer = tuple(routers[n].reshape(*ids.shape, -1) if n in routers else None for n in range(len(layers)))
         return _Forward(logits, by_layer, tuple(hiddens[n] for n in range(len(layers))), model.config.num_experts_per_tok)
 
+    def forward(ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> _Forward:
+        size, switch = ids.shape[1], rotary_switch(model.config)
+        if switch is None or size <= switch:
+            return read(ids, mask, None)
+        cache, ends = DynamicCache(), [num_prefill, *range(num_prefill + 1, size + 1)]
+        pieces = zip([0, *ends], ends, strict=False)
+        return _join([read(ids[:, start:end], mask[:, :end], cache) for start, end in pieces])
+
     yield forward
+
+
+def _join(parts: Sequence[_Forward]) -> _Forward:
+    """Parts that follow each other in length."""
+    routers = [
+        torch.cat(found, 1) if (found := [r for r in layer if r is not None]) else None
+        for layer in zip(*(part.routers for part in parts), strict=True)
+    ]
+    hiddens = [torch.cat(layer, 1) for layer in zip(*(part.hiddens for part in parts), strict=True)]
+    return _Forward(torch.cat([part.logits for part in parts], 1), tuple(routers), tuple(hiddens), parts[0].top_k)
 
 
 def _run(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> _Forward:
@@ -241,7 +262,7 @@ def _check_logits(decoder: Decoder, reference: Reference, blocks: torch.Tensor, 
         (f"{steps} decode steps after {start} tokens, batch 1", batch[:1], ones[:1], start),
         (f"{steps} decode steps after {start} tokens, batch {len(batch)}, left padding", batch, padded, start),
     ]
-    return [_check(name, _run(decoder, ids, mask, prefill), reference(ids, mask), mask) for name, ids, mask, prefill in cases]
+    return [_check(name, _run(decoder, ids, mask, prefill), reference(ids, mask, prefill), mask) for name, ids, mask, prefill in cases]
 
 
 def _check(name: str, found: _Forward, expected: _Forward, mask: torch.Tensor) -> Check:
@@ -328,6 +349,6 @@ def _compare(decoder: Decoder, reference: Reference, blocks: torch.Tensor) -> tu
     sums = _Sums()
     for ids in blocks.split(_BATCH):
         mask = torch.ones_like(ids)
-        sums.add(_run(decoder, ids, mask, ids.shape[1]), reference(ids, mask), ids)
+        sums.add(_run(decoder, ids, mask, ids.shape[1]), reference(ids, mask, ids.shape[1]), ids)
     found, expected = (total / sums.predictions for total in sums.losses)
     return sums.agreement(), found, expected

@@ -1,4 +1,10 @@
-"""Positions, masks and rotary tables: what all layers of attention share."""
+"""Positions, masks and rotary tables: what all layers of attention share.
+
+A longrope has two tables, one below the other, and a position is a row in them. Where the longest row of the batch has more tokens than the model was
+first trained for, every position moves down to the long table, as transformers chooses: by the batch, at each call, cached keys staying as they
+are. Across that switch attention no longer depends on distances alone, so there a position is the number of real tokens before it, as transformers
+counts, and not a slot.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +16,7 @@ import onnx_ir as ir
 import torch
 
 from export.config import ElementType
+from export.family import rotary_switch
 from export.graph import GraphWriter, int64
 from export.twin import Twin
 
@@ -40,13 +47,17 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
     total_length = graph.op("Squeeze", [graph.op("Cast", [total], "total_int32", {"to": int(ir.DataType.INT32)})], "total_length")
     last_slot = graph.op("Cast", [graph.op("Sub", [total, one], "last_slot")], "last_slot_int32", {"to": int(ir.DataType.INT32)})
     seqlens_k = graph.op("Expand", [last_slot, batch], "seqlens_k")
-    # Position of a token: slot of the row's first real token, plus real tokens before it.
     count = graph.op("CumSum", [attention_mask, graph.constant("axis_one", np.array(1, np.int64))], "count")
-    first = graph.op("ArgMax", [attention_mask], "first_slot", {"axis": 1, "keepdims": 1})
-    slots = graph.op("Sub", [graph.op("Add", [count, first], "slot_after"), one], "slots")
-    # Padding has position 0: GroupQueryAttention on the CPU rotates a whole prompt, of all rows, from the position of the first row's first token on.
-    slots = graph.op("Mul", [slots, attention_mask], "real_slots")
     begin = graph.op("Sub", [total, length], "begin")
+    switch = rotary_switch(twin.checkpoint.config)
+    if switch is None:  # slot of the row's first real token, plus real tokens before it
+        first = graph.op("ArgMax", [attention_mask], "first_slot", {"axis": 1, "keepdims": 1})
+        slots = graph.op("Sub", [graph.op("Add", [count, first], "slot_after"), one], "slots")
+        # Padding has position 0: GroupQueryAttention on the CPU rotates a prompt, all its rows, from the position of the first row's first token on.
+        slots = graph.op("Mul", [slots, attention_mask], "real_slots")
+    else:
+        slots = graph.op("Max", [graph.op("Sub", [count, one], "count_before"), zero], "count_positive")
+        slots = graph.op("Add", [slots, _add_table_start(graph, switch, count)], "table_rows")
     position_ids = graph.op("Slice", [slots, begin, total, one], "position_ids")
     is_padding = graph.op("Equal", [attention_mask, zero], "is_padding")
     masked, open_ = _masked(graph), graph.constant("open", graph.number(0))
@@ -98,10 +109,25 @@ def _masked(graph: GraphWriter) -> ir.Value:
     return graph.constant("masked", graph.number(_MASKED[graph.element_type]))
 
 
+def _add_table_start(graph: GraphWriter, switch: int, count: ir.Value) -> ir.Value:
+    """The row where the rotary table begins: 0, or `switch` where the longest row of the batch, of `count` [B, T] tokens so far, is longer."""
+    longest = graph.op("ReduceMax", [count], "longest", {"keepdims": 0})
+    bound = graph.constant("rotary_switch", np.array(switch, np.int64))
+    is_long = graph.op("Greater", [longest, bound], "is_long")
+    return graph.op("Where", [is_long, bound, graph.constant("slot_zero", np.array(0, np.int64))], "table_start")
+
+
 def rotary_tables(twin: Twin) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines [max_position_embeddings, head_dim / 2] in float32, from transformers' own rotary embedding of this config."""
+    """Cosines and sines [max_position_embeddings, head_dim / 2] in float32, from transformers' own rotary embedding of this config.
+
+    Of a longrope first the short table, up to the switch, and below it the long one.
+    """
     c = twin.checkpoint.config
-    positions = torch.arange(c.max_position_embeddings)[None]
-    cos, sin = twin.family.rotary(c)(torch.zeros(1, dtype=torch.float32), positions)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous()
+    lengths, switch = [c.max_position_embeddings], rotary_switch(c)
+    if switch is not None:
+        lengths.insert(0, switch)
+    rotary = twin.family.rotary(c)
+    tables = [rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None]) for length in lengths]
+    half = tables[0][0].shape[-1] // 2
+    cos, sin = (torch.cat([table[which][0, :, :half] for table in tables]) for which in (0, 1))
+    return cos.contiguous(), sin.contiguous()

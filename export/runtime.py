@@ -1,7 +1,8 @@
 """Our runtime: a package loaded into onnxruntime, with one KV buffer for input and output.
 
 The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in Python or below. A step binds the
-new tokens, the mask so far and the place of its logits, each an address in memory of ours, and nothing else.
+new tokens, the mask so far and the place of its logits, each an address in memory of ours, and nothing else. Where attention is not
+`GroupQueryAttention`, as in a traced graph, the cache grows by concatenation instead: the present of one step is bound as the past of the next.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def is_at_hand(provider: str) -> bool:
 class Cache:
     """The KV cache of one batch.
 
-    Buffers [B, heads, capacity, head_dim] a layer in the graph's type, bound for good, and which slots [B, capacity] are real tokens.
+    Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are real tokens.
     """
 
     buffers: dict[str, ort.OrtValue]
@@ -97,9 +98,12 @@ class Decoder:
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
+        self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
         self.past = {value.name: (value.shape, _NUMPY_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
         self.device = "cuda" if provider == CUDA else "cpu"
-        self._vocab_size = int(self.config["vocab_size"])
+        logits = next(value for value in self.session.get_outputs() if value.name == "logits")
+        self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
 
     @property
     def context_length(self) -> int:
@@ -116,10 +120,11 @@ class Decoder:
             raise ExportError(f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt or the output")
         buffers, binding = {}, self.session.io_binding()
         for name, ((_, heads, _, head_dim), dtype) in self.past.items():
-            zeros = np.zeros((batch_size, heads, capacity, head_dim), dtype)
+            zeros = np.zeros((batch_size, heads, capacity if self.shares_buffer else 0, head_dim), dtype)
             buffers[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
-            binding.bind_ortvalue_input(name, buffers[name])
-            binding.bind_ortvalue_output(name.replace("past_key_values.", "present."), buffers[name])
+            if self.shares_buffer:
+                binding.bind_ortvalue_input(name, buffers[name])
+                binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffers[name])
         return Cache(buffers, binding, np.zeros((batch_size, capacity), np.int64))
 
     def run(self, cache: Cache, ids: Ints, mask: Ints | None = None, logits_to_keep: int = 0) -> dict[str, Floats]:
@@ -141,12 +146,21 @@ class Decoder:
         cache.binding.bind_cpu_input("attention_mask", mask_BT)
         if self._cuts_logits:
             cache.binding.bind_cpu_input(FIRST_LOGIT, first_logit)
+        positions = np.ascontiguousarray(np.maximum(mask_BT.cumsum(axis=1) - 1, 0)[:, -length:]) if self.takes_positions else None
+        if positions is not None:
+            cache.binding.bind_cpu_input("position_ids", positions)
+        if not self.shares_buffer:
+            for name, buffer in cache.buffers.items():
+                cache.binding.bind_ortvalue_input(name, buffer)
+                cache.binding.bind_output(name.replace(_PAST, "present."), self.device)
         logits = np.empty((batch, kept, self._vocab_size), np.float32)
         cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name in self.taps:
             cache.binding.bind_output(name)
         self.session.run_with_iobinding(cache.binding)
         cache.length = total
+        if not self.shares_buffer:
+            cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first
         found = {"logits": logits[:, -logits_to_keep:]}  # -0 is all of them
         if self.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.

@@ -1,8 +1,8 @@
 """Which lowering is the fastest here: the candidates timed side by side on this machine.
 
 No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits. What is timed is the model
-itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for. The candidates take
-turns, and each is loaded for its turn alone: one at a time is in memory.
+itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for; a traced model is timed
+whole. The candidates take turns, and each is loaded for its turn alone: one at a time is in memory.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import math
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from export.config import OnnxConfig
-from export.decoder import Cut, build_decoder
+from export.decoder import DecoderGraph
 from export.lowering import Lowering
 from export.progress import Progress
 from export.runtime import PROVIDERS, Decoder
@@ -27,7 +27,7 @@ from export.twin import Twin
 
 _TIMED_BYTES = 192 << 20
 """Layers are taken until their weights have as many bytes, or all of them; it is more than most processors keep."""
-_TIMED_VOCABULARY = 4096
+TIMED_VOCABULARY = 4096
 """Rows of embedding and head; they are the same for all candidates."""
 _NUM_ROUNDS = 3
 
@@ -42,18 +42,19 @@ class LoweringTime:
     request_seconds: float
 
 
-def time_lowerings(twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], folder: Path, progress: Progress) -> list[LoweringTime]:
-    """Time every candidate on the model's first layers, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
+def time_lowerings(
+    twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], build: Callable[[Lowering], DecoderGraph], folder: Path, progress: Progress
+) -> list[LoweringTime]:
+    """Time the graph that `build` makes with every candidate, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
     c = twin.checkpoint.config
-    cut = Cut(count_timed_layers(twin), min(c.vocab_size, _TIMED_VOCABULARY))
-    prompt = np.random.default_rng(0).integers(0, cut.vocabulary, config.request.prompt_tokens)
+    prompt = np.random.default_rng(0).integers(0, min(c.vocab_size, TIMED_VOCABULARY), config.request.prompt_tokens)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         total, turns = len(candidates) * (1 + _NUM_ROUNDS), [lowering.name for lowering in candidates] * _NUM_ROUNDS
         for number, lowering in enumerate(candidates):
             progress("timing lowerings", number, total)
             directory = Path(scratch) / lowering.name
             directory.mkdir()
-            save_graph(build_decoder(twin, config, lowering, cut).model, directory, lambda *_: None)
+            save_graph(build(lowering).model, directory, lambda *_: None)
             c.save_pretrained(directory)
         speeds: dict[str, list[Speed]] = {lowering.name: [] for lowering in candidates}
         for number, name in enumerate(turns, len(candidates)):

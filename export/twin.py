@@ -11,14 +11,17 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedConfig
 
 from export.config import Device, ElementType, QuantizeConfig, Variant, element_type
 from export.errors import ExportError
-from export.family import DecoderFamily, TensorClass, find_decoder_family
+from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from export.methods import CalibrationRecord, order_tensors, quantize_tensors
+from export.parameters import classify_tensors
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, num_blocks
 from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
@@ -68,9 +71,21 @@ def is_quantized(bits: int) -> bool:
     return bits < 16
 
 
-def plan_bits(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, bits: Mapping[TensorClass, int]) -> dict[str, int]:
+def plan_classes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorClass]:
+    """The class of every tensor: by the family's names where there is a builder, by the model's modules where it has to be traced.
+
+    Raises:
+        ExportError: neither knows a tensor.
+    """
+    if find_refusal(config) is not None:
+        return classify_tensors(config, shapes)
+    family = find_decoder_family(config)
+    return {name: family.classify(name) for name in shapes}
+
+
+def plan_bits(shapes: Mapping[str, tuple[int, ...]], classes: Mapping[str, TensorClass], bits: Mapping[TensorClass, int]) -> dict[str, int]:
     """Bits of every tensor by name, as `class_bits` has them. A tensor without elements (a shared expert of width 0) has nothing to quantize."""
-    return {name: bits[family.classify(name)] if math.prod(shape) else 32 for name, shape in shapes.items()}
+    return {name: bits[classes[name]] if math.prod(shape) else 32 for name, shape in shapes.items()}
 
 
 def quantize_checkpoint(
@@ -85,10 +100,11 @@ def quantize_checkpoint(
         ExportError: the architecture is not covered, an expert would stay unquantized, or a weight is beyond float16's range where that is needed.
     """
     checkpoint = open_checkpoint(source)
-    family = find_decoder_family(checkpoint.config)
+    family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     computes_in = element_type(variant, device)
-    bits = class_bits(variant, config, device)
-    plan = plan_bits({name: entry.shape for name, entry in checkpoint.entries.items()}, family, bits)
+    classes, bits = plan_classes(checkpoint.config, shapes), class_bits(variant, config, device)
+    plan = plan_bits(shapes, classes, bits)
     checkpoint.config.dtype = torch.float32
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
@@ -104,7 +120,7 @@ def quantize_checkpoint(
     integers = index_tensors(output, _STEM) if integer_specs else {}
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
     write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
-    experts = [name for name in plan if family.classify(name) == "experts" and checkpoint.entries[name].num_elements]
+    experts = [name for name in plan if classes[name] == "experts" and checkpoint.entries[name].num_elements]
     sizes = {name: checkpoint.entries[name].num_elements for name in experts}
     share = sum(sizes[name] for name in experts if is_quantized(plan[name])) / max(1, sum(sizes.values()))
     if is_quantized(bits["experts"]) and share < 1:
@@ -116,7 +132,7 @@ def quantize_checkpoint(
         quantized_expert_share=share,
         quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
         num_quantized_tensors=len(integer_specs) // 2,
-        method=config.method,
+        method="search" if config.method == "gptq" and family is None else config.method,
         fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
         num_matrices_with_few_tokens=record.num_searched,
     )
@@ -143,7 +159,7 @@ def estimate_bytes(
         codes, scales = _integer_specs("", shape, width, config.block_size)
         return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales
 
-    for name, width in plan_bits(shapes, family, bits).items():
+    for name, width in plan_bits(shapes, {name: family.classify(name) for name in shapes}, bits).items():
         if is_quantized(width):
             integers += sum(spec.num_bytes for spec in _integer_specs(name, shapes[name], width, config.block_size))
         package += packed(shapes[name], width, 4 if name == family.embedding else scale_bytes)  # the embedding's scales stay in float32
@@ -263,10 +279,18 @@ class Twin:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.checkpoint = open_checkpoint(directory)
-        self.family: DecoderFamily = find_decoder_family(self.checkpoint.config)
         self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
         self.element_type: ElementType = self.scheme["element_type"]
         self.integers = index_tensors(directory, _STEM) if self.scheme["tensors"] else {}
+
+    @cached_property
+    def family(self) -> DecoderFamily:
+        """What the graph builder knows of the architecture.
+
+        Raises:
+            ExportError: it does not know it.
+        """
+        return find_decoder_family(self.checkpoint.config)
 
     def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:
         """The matrix `name`, quantized or not, or some of its rows; all dimensions but the last count as rows."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto
 from packaging.version import Version
-from transformers import LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import DynamicCache, LlamaConfig, MixtralConfig, MixtralForCausalLM
 
 from export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from export.decoder import plan_lowerings
@@ -197,6 +197,7 @@ ROPES = {
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0},
     "theta": {"rope_type": "default", "rope_theta": 500.0},
 }  # fmt: skip
+SWITCH = 32
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])
@@ -209,6 +210,49 @@ def test_every_static_rotary_variant_equals_transformers(make: Make, name: str, 
     export.torch.model.rotary_emb = type(export.torch.model.rotary_emb)(MixtralConfig(head_dim=head_dim))
     plain = export.expect(ids, np.ones_like(ids))
     assert np.abs(scaled - plain).max() > 100 * EXACT * np.abs(plain).max()  # else the case would say nothing
+
+
+def test_a_dynamic_rotary_embedding_is_a_plain_one_within_the_context(make: Make) -> None:
+    export = make(rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}, head_dim=8)
+    assert_same_logits(export)
+    ids = draw_ids(1, 128)
+    assert export.error(ids, np.ones_like(ids), [128]) < EXACT
+    with pytest.raises(ExportError, match=r"^129 tokens asked for; the model's context holds 128; shorten the prompt or the output$"):
+        export.decoder.new_cache(1, 129)
+
+
+def make_longrope(make: Make, head_dim: int) -> Export:
+    factors = {name: np.linspace(low, high, head_dim // 2).tolist() for name, low, high in (("short_factor", 1, 1.5), ("long_factor", 2, 6))}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": SWITCH, **factors}
+    return make(rope_parameters=rope, head_dim=head_dim)
+
+
+def expect_pieces(export: Export, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> np.ndarray:
+    """Logits of transformers fed in pieces, with its own cache."""
+    cache, parts = DynamicCache(), []
+    for n, end in zip(pieces, np.cumsum(pieces), strict=True):
+        mask_BT = torch.from_numpy(mask[:, :end])
+        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -n:]
+        with torch.inference_mode():
+            fed = {"input_ids": torch.from_numpy(ids[:, end - n : end]), "attention_mask": mask_BT, "position_ids": positions}
+            parts.append(export.torch(**fed, past_key_values=cache).logits.numpy())
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.mark.parametrize("head_dim", [8, 16])
+def test_a_longrope_switches_its_factors_where_transformers_does(make: Make, head_dim: int) -> None:
+    export = make_longrope(make, head_dim)
+    for length in (SWITCH - 1, SWITCH, SWITCH + 1, 84):
+        ids = draw_ids(1, length)
+        assert export.error(ids, np.ones_like(ids), [length]) < EXACT, length
+    for batch, padding in ((1, "none"), (3, "left"), (3, "right")):
+        ids, mask, pieces = draw_ids(batch), pad(batch, padding), [PREFILL] + [1] * STEPS
+        found, expected = export.run(ids, mask, pieces), expect_pieces(export, ids, mask, pieces)
+        real = mask.astype(bool)
+        assert np.abs(found - expected)[real].max() < EXACT * np.abs(expected[real]).max(), (batch, padding)
+        at_once = export.expect(ids, mask)  # another function: all keys by the long factors
+        assert np.abs(at_once - expected)[real].max() > 100 * EXACT * np.abs(expected[real]).max()
+    assert export.error(ids[:1], np.ones_like(ids[:1]), [SWITCH + 8] + [1] * (84 - SWITCH - 8)) < EXACT  # nothing switches on the way
 
 
 @pytest.mark.parametrize("embedding_bits", [8, "variant", 16])
@@ -375,8 +419,8 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
         ),
         (MixtralConfig(hidden_act="relu"), "config.json: hidden_act is relu; the builder covers silu, gelu, gelu_pytorch_tanh"),
         (
-            MixtralConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}),
-            "config.json: rope_type is dynamic; the builder covers default, linear, llama3, yarn",
+            MixtralConfig(rope_parameters={"rope_type": "proportional", "rope_theta": 10000.0}),
+            "config.json: rope_type is proportional; the builder covers default, linear, llama3, yarn, dynamic, longrope",
         ),
     ],
 )

@@ -62,6 +62,34 @@ def generate_batch(
     return [row[:end] for row, end in zip(rows, ends, strict=True)]
 
 
+def test_positions_are_given_to_a_graph_that_asks_for_them(tmp_path: Path) -> None:
+    """A graph whose logits [B, S, 1] are its positions, and whose past grows by one zero for each token."""
+    helper, ints, floats = onnx.helper, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
+    names = ("input_ids", "attention_mask", "position_ids")
+    past = helper.make_tensor_value_info("past_key_values.0.key", floats, ["B", 1, "P", 1])
+    inputs = [*(helper.make_tensor_value_info(name, ints, ["B", f"{name}_length"]) for name in names), past]
+    outputs = [helper.make_tensor_value_info(name, floats, None) for name in ("logits", "present.0.key")]
+    nodes = [
+        helper.make_node("Cast", ["position_ids"], ["positions"], to=floats),
+        helper.make_node("Unsqueeze", ["positions", "last"], ["logits"]),
+        helper.make_node("Unsqueeze", ["logits", "one"], ["new"]),
+        helper.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
+    ]
+    axes = [helper.make_tensor(name, ints, [1], [axis]) for name, axis in (("last", -1), ("one", 1))]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, axes), ir_version=10), tmp_path / MODEL_NAME)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 8}', encoding="utf-8")
+    decoder = Decoder(tmp_path)
+    assert (decoder.takes_positions, decoder.shares_buffer) == (True, False)
+    cache = decoder.new_cache(2, 5)
+    first = decoder.run(cache, np.full((2, 3), 9), np.array([[1, 1, 1], [0, 0, 1]]))["logits"]
+    assert first[..., 0].tolist() == [[0, 1, 2], [0, 0, 0]]
+    for step in (1, 2):
+        assert decoder.run(cache, np.full((2, 1), 9))["logits"][..., 0].tolist() == [[2 + step], [step]]
+    assert cache.buffers["past_key_values.0.key"].numpy()[..., 0].tolist() == [[[0, 1, 2, 3, 4]], [[0, 0, 0, 1, 2]]]
+    with pytest.raises(ExportError, match=r"^6 tokens in a cache of 5; ask for a larger one$"):
+        decoder.run(cache, np.full((2, 1), 9))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_cache_is_written_in_place_and_never_grows(decoder: Decoder, batch: int) -> None:
     cache = decoder.new_cache(batch, 20)

@@ -14,9 +14,12 @@ from export.errors import ExportError
 from export.graph import GraphWriter
 from export.lowering import grouped, moe, qmoe, unrolled
 from export.lowering.layer import Expert, MoeInput, MoeLayer
+from export.lowering.top_k import add_logits
 
 __all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_lowerings"]
 
+LowerLogits = Callable[[GraphWriter, MoeLayer, MoeInput], ir.Value]
+LowerChosen = Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value, ir.Value], ir.Value]
 LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
 
 
@@ -24,19 +27,31 @@ LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
 class Lowering:
     """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly.
 
-    `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32.
+    `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32. `lower_chosen` takes tokens
+    [T, H] and, for each, weights and numbers [T, k] of the experts that it visits: any routing at all.
     """
 
     name: str
     min_onnxruntime: Callable[[MoeLayer], str]
     refusal: Callable[[MoeLayer], str | None]
-    lower: Callable[[GraphWriter, MoeLayer, MoeInput], ir.Value]
+    lower: LowerLogits
+    lower_chosen: LowerChosen
 
 
-MOE = Lowering(moe.NAME, moe.min_onnxruntime, moe.refusal, moe.lower)
-QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower)
-GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, grouped.lower)
-UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower)
+def _of_logits(lower: LowerLogits) -> LowerChosen:
+    """A lowering of chosen experts and their weights, by one that does softmax and top-k itself."""
+
+    def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+        logits, total_T1 = add_logits(graph, layer.routing.num_experts, weights, chosen, layer.name)
+        return graph.op("Mul", [lower(graph, layer, MoeInput(tokens, tokens, logits)), total_T1], f"{layer.name}.output_weighted")
+
+    return lower_chosen
+
+
+MOE = Lowering(moe.NAME, moe.min_onnxruntime, moe.refusal, moe.lower, _of_logits(moe.lower))
+QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower, _of_logits(qmoe.lower))
+GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, grouped.lower, grouped.lower_chosen)
+UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower, unrolled.lower_chosen)
 
 
 def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:

@@ -34,11 +34,20 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
-    """The layer's output [B, S, H]; rows R = T * k."""
-    name, routing = layer.name, layer.routing
-    k, num_experts = routing.num_experts_per_tok, routing.num_experts
-    weights_TK, chosen_TK = add_top_k(graph, layer, x.router_logits)
-    expert_R = graph.op("Reshape", [chosen_TK, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
+    """The layer's output [B, S, H]."""
+    return add_hidden_shape(graph, _sum_by_token(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)), x.hidden, f"{layer.name}.output")
+
+
+def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    """The same for tokens [T, H] and experts that are chosen, with their weights [T, k]; returns [T, H]."""
+    return add_hidden_shape(graph, _sum_by_token(graph, layer, tokens, weights, chosen), tokens, f"{layer.name}.output")
+
+
+def _sum_by_token(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    """The layer's output [T, 1, H] for tokens [T, H] that visit experts [T, k] with weights [T, k]; rows R = T * k."""
+    name = layer.name
+    k, num_experts = layer.routing.num_experts_per_tok, layer.routing.num_experts
+    expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
     _, order_R = graph.op_multi("TopK", [expert_R, num_rows], [f"{name}.sorted_experts", f"{name}.order"], {"axis": 0, "largest": 0})
     depth, bounds = graph.constant("num_experts", int64(num_experts)), graph.constant("off_on", int64(0, 1))
@@ -46,7 +55,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     counts = graph.op("ReduceSum", [is_expert_RE, graph.constant("zero", int64(0))], f"{name}.counts", {"keepdims": 0})
 
     token_R = graph.op("Div", [order_R, graph.constant("rows_per_token", np.array(k, np.int64))], f"{name}.row_tokens")
-    x_RH = graph.op("Gather", [x.tokens, token_R], f"{name}.rows")
+    x_RH = graph.op("Gather", [tokens, token_R], f"{name}.rows")
     pieces = _split(graph, x_RH, counts, num_experts, f"{name}.input")
     both = [
         add_linear(graph, rows, (expert.gate, expert.up), f"{name}.expert.{n}.gate_up", layer.activation_bits)
@@ -65,9 +74,8 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     _, inverse_R = graph.op_multi("TopK", [order_R, num_rows], [f"{name}.sorted_order", f"{name}.inverse"], {"axis": 0, "largest": 0})
     y_RH = graph.op("Gather", [down_RH, inverse_R], f"{name}.row_outputs")
     y_TKH = graph.op("Reshape", [graph.widen(y_RH), graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
-    weights_T1K = graph.op("Unsqueeze", [weights_TK, graph.constant("one", int64(1))], f"{name}.weight_rows")
-    y_T1H = graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
-    return add_hidden_shape(graph, y_T1H, x.hidden, f"{name}.output")
+    weights_T1K = graph.op("Unsqueeze", [weights, graph.constant("one", int64(1))], f"{name}.weight_rows")
+    return graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
 
 
 def _split(graph: GraphWriter, rows: ir.Value, counts: ir.Value, num_experts: int, name: str) -> list[ir.Value]:

@@ -1,4 +1,4 @@
-"""Routing in standard operators: the chosen experts of every token, and their weights."""
+"""Routing in standard operators: from router logits to chosen experts and their weights, and back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,26 @@ import onnx_ir as ir
 
 from export.graph import GraphWriter, int64
 from export.lowering.layer import MoeLayer
+
+_LEFT_OUT = -1e30  # finite, and far below the logarithm of any float32
+
+
+def add_logits(graph: GraphWriter, num_experts: int, weights: ir.Value, chosen: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+    """Router logits [T, E] whose renormalized softmax over the top k gives the chosen experts their weights, but for the sum of these [T, 1].
+
+    They are the logarithms of the weights: so an operator that does the routing itself can be told one that it does not know.
+    """
+    total_T1 = graph.op("ReduceSum", [weights, graph.constant("axis_last", int64(-1))], f"{name}.total", {"keepdims": 1})
+    one_hot_depth, left_out = graph.constant("num_experts", int64(num_experts)), graph.constant("left_out", np.array(_LEFT_OUT, np.float32))
+    num_tokens = graph.op("Slice", [graph.op("Shape", [weights], f"{name}.weights_shape"), *_bounds(graph)], f"{name}.num_tokens")
+    shape = graph.op("Concat", [num_tokens, one_hot_depth], f"{name}.logits_shape", {"axis": 0})
+    nobody_TE = graph.op("Expand", [left_out, shape], f"{name}.nobody")
+    logarithms_TK = graph.op("Log", [weights], f"{name}.logarithms")
+    return graph.op("ScatterElements", [nobody_TE, chosen, logarithms_TK], f"{name}.logits", {"axis": -1}), total_T1
+
+
+def _bounds(graph: GraphWriter) -> tuple[ir.Value, ir.Value]:
+    return graph.constant("zero", int64(0)), graph.constant("one", int64(1))
 
 
 def add_operator_logits(graph: GraphWriter, router_logits: ir.Value, name: str) -> ir.Value:

@@ -30,24 +30,28 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
+    return add_hidden_shape(graph, lower_chosen(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)), x.hidden, f"{layer.name}.output")
+
+
+def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    """The same for tokens [T, H] and experts that are chosen, with their weights [T, k]; returns [T, H]."""
     name = layer.name
     last = graph.constant("axis_last", int64(-1))
-    weights_TK, chosen_TK = add_top_k(graph, layer, x.router_logits)
-    tokens_shape = graph.shared("tokens_shape", lambda: graph.op("Shape", [x.tokens], "tokens_shape"))
+    tokens_shape = graph.shared("tokens_shape", lambda: graph.op("Shape", [tokens], "tokens_shape"))
     sum_TH = graph.shared("no_tokens_yet", lambda: graph.op("ConstantOfShape", [tokens_shape], "no_tokens_yet"))
     for number, expert in enumerate(layer.experts):
         own = f"{name}.expert.{number}"
-        is_chosen = graph.op("Equal", [chosen_TK, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen")
+        is_chosen = graph.op("Equal", [chosen, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen")
         pairs = graph.op("NonZero", [is_chosen], f"{own}.pairs")
         pairs_N2 = graph.op("Transpose", [pairs], f"{own}.pairs_t", {"perm": [1, 0]})
-        weight_N = graph.op("GatherND", [weights_TK, pairs_N2], f"{own}.weight")
+        weight_N = graph.op("GatherND", [weights, pairs_N2], f"{own}.weight")
         weight_N1 = graph.op("Unsqueeze", [weight_N, last], f"{own}.weight_column")
         token_N1, _ = graph.op_multi("Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2})
-        x_NH = graph.op("GatherND", [x.tokens, token_N1], f"{own}.input")
+        x_NH = graph.op("GatherND", [tokens, token_N1], f"{own}.input")
         both_N2I = add_linear(graph, x_NH, (expert.gate, expert.up), f"{own}.gate_up", layer.activation_bits)
         gate_NI, up_NI = graph.op_multi("Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2})
         inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
         weighted_NH = graph.op("Mul", [graph.widen(down_NH), weight_N1], f"{own}.weighted")
         sum_TH = graph.op("ScatterND", [sum_TH, token_N1, weighted_NH], f"{own}.sum", {"reduction": "add"})
-    return add_hidden_shape(graph, sum_TH, x.hidden, f"{name}.output")
+    return sum_TH
