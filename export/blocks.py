@@ -139,7 +139,7 @@ class BlockWriter:
         tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
         router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}")
         self.moe_layer = moe
-        mixed = lowering.lower(self.graph, moe, MoeInput(self.graph.narrow(x), self.graph.narrow(tokens), router_logits))
+        mixed = lowering.lower(self.graph, moe, MoeInput(x, self.graph.narrow(tokens), router_logits))
         shared = self._shared(x, layer)
         return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto
 from packaging.version import Version
-from transformers import DynamicCache, LlamaConfig, MixtralConfig, MixtralForCausalLM
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
 from export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from export.decoder import plan_lowerings
@@ -413,9 +413,9 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
     ("config", "message"),
     [
         (
-            LlamaConfig(),
-            "config.json: model_type llama has no ONNX builder yet; "
-            "supported: mixtral, qwen2_moe, qwen3_moe, granitemoe, granitemoeshared, flex_olmo",
+            Qwen2Config(),
+            "config.json: model_type qwen2 has no ONNX builder yet; "
+            "supported: mixtral, qwen2_moe, qwen3_moe, granitemoe, granitemoeshared, flex_olmo, llama",
         ),
         (MixtralConfig(hidden_act="relu"), "config.json: hidden_act is relu; the builder covers silu, gelu, gelu_pytorch_tanh"),
         (
@@ -493,9 +493,11 @@ def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(make: Make, va
     assert [kinds[node.input[-1]] for node in norms] == [TensorProto.FLOAT] * 5  # two a layer, and the last
     makers = {output: node for node in graph.node for output in node.output}
     for n in range(2):
-        router = makers[f"layers.{n}.router"]
+        router = makers[f"router_logits.{n}"]
         assert kinds[router.input[1]] == TensorProto.FLOAT
-        assert makers[router.input[0]] in norms  # nothing between: what the router reads was never rounded
+        flat = makers[router.input[0]]
+        assert flat.op_type == "Reshape"
+        assert makers[flat.input[0]] in norms  # nothing else between: what the router reads was never rounded
     chosen = [node for node in graph.node if node.op_type == "TopK" and node.output[0].endswith(".top_k")]
     assert [node.input[0] for node in chosen] == ([] if lowering == "fused" else ["router_logits.0", "router_logits.1"])
     declared = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}

@@ -96,7 +96,7 @@ def make_layer(
                 weight = weight.to(getattr(torch, way.element_type)).to(torch.float32)
                 tensors[f"{number}.{name}"] = weight
             else:
-                quantized = quantize(weight, way.bits, block, getattr(torch, way.element_type))
+                quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, way.element_type))
                 tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
                 weight = dequantize(quantized, shape[1], way.bits)
             values[-1].append(weight.double().numpy())
@@ -123,8 +123,8 @@ def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
     graph = GraphWriter(layer.element_type)
     x = graph_input("x", ir.DataType.FLOAT, ["batch", "length", layer.hidden_size])
     router_logits = graph_input("router_logits", ir.DataType.FLOAT, ["tokens", layer.routing.num_experts])
-    hidden = graph.narrow(graph.op("Neg", [x], "hidden"))
-    tokens = graph.op("Reshape", [hidden, graph.constant("flat", int64(-1, layer.hidden_size))], "tokens")
+    hidden = graph.op("Neg", [x], "hidden")
+    tokens = graph.op("Reshape", [graph.narrow(hidden), graph.constant("flat", int64(-1, layer.hidden_size))], "tokens")
     y = graph.op("Neg", [lowering.lower(graph, layer, MoeInput(hidden, tokens, router_logits))], "y")
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "length", layer.hidden_size])
     initializers = list(graph.initializers.values())

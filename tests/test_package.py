@@ -77,7 +77,7 @@ def test_genai_runs_a_file_for_cuda_on_the_cpu(mixture_checkpoint: Path, tmp_pat
     assert facts.element_type == "float16"
     model, decoder = og.Model(str(package)), Decoder(package)
     for prompt in PROMPTS:
-        assert generate_in_genai(model, prompt) == list(decoder.generate(prompt, NUM_TOKENS, Sampling(), stop=[1]))
+        assert generate_in_genai(model, prompt) == [token for (token,) in decoder.generate([prompt], NUM_TOKENS, Sampling(), stop=[1])]
 
 
 def test_genai_runs_8_bit_activations(mixture_checkpoint: Path, tmp_path: Path) -> None:

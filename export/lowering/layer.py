@@ -58,7 +58,7 @@ class MoeLayer:
 
 @dataclass(frozen=True)
 class MoeInput:
-    """The values that a layer is given: hidden [B, S, H], the same as tokens [T = B * S, H], and router_logits [T, E]."""
+    """What a layer is given: hidden float32 [B, S, H], the same as tokens [T = B * S, H] in the graph's element type, and router_logits [T, E]."""
 
     hidden: ir.Value
     tokens: ir.Value

@@ -87,7 +87,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 
     fc1_value = graph.weight(f"{layer.name}.fc1", graph.dtype, (num_experts, 2 * height, width), fc1)
     fc2_value = graph.weight(f"{layer.name}.fc2", graph.dtype, (num_experts, width, height), fc2)
-    inputs = [x.hidden, add_operator_logits(graph, x.router_logits, layer.name), fc1_value, None, fc2_value]
+    inputs = [graph.narrow(x.hidden), add_operator_logits(graph, x.router_logits, layer.name), fc1_value, None, fc2_value]
     return graph.widen(graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT))
 
 

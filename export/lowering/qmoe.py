@@ -89,7 +89,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     if layer.device == "cuda":
         attributes["weights_prepacked"] = 0
     logits = add_operator_logits(graph, x.router_logits, layer.name)
-    inputs = [x.hidden, logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    inputs = [graph.narrow(x.hidden), logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
     return graph.widen(graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT))
 
 
