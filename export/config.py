@@ -51,7 +51,10 @@ class QuantizeConfig(Record):
         8, description="Bits of attention's weights; 16 leaves them as floats; 'variant' follows the variant."
     )
     embedding_bits: Literal["variant", 8, 16] = Field(
-        8, description="Bits of the embedding and the output head; 16 leaves them as floats; 'variant' follows the variant."
+        8, description="Bits of the embedding, and of a head that is the embedding; 16 leaves them as floats; 'variant' follows the variant."
+    )
+    head_bits: Literal["embedding", "variant", 8, 16] = Field(
+        "embedding", description="Bits of an output head of its own; 'embedding' follows embedding_bits; 16 leaves it as floats."
     )
 
 

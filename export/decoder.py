@@ -33,7 +33,7 @@ from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
 from export.lowering import Lowering, MoeLayer, find_lowerings
 from export.positions import add_positions
-from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, class_bits, is_quantized
+from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, check_head, class_bits, is_quantized
 from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
@@ -172,8 +172,9 @@ def plan_lowerings(
     """The names of the lowerings that `find_candidates` will find for a variant, from names and shapes alone.
 
     Raises:
-        ExportError: the architecture or the lowering asked for is not covered.
+        ExportError: the architecture or the lowering asked for is not covered, or bits are asked for that the head cannot have.
     """
+    check_head(quantize, c.tie_word_embeddings)
     family = find_decoder_family(c)
     bits = class_bits(variant, quantize, config.device)["experts"]
 

@@ -19,7 +19,7 @@ from export.errors import ExportError
 from export.gating import Activation
 from export.routing import Routing
 
-TensorClass = Literal["experts", "router", "attention", "embedding", "norm", "bias"]
+TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ class DecoderFamily:
             ("router", (self.router, self.shared.scale if self.shared else None)),
             ("attention", matrices),
             ("bias", tuple(bias_name(name) for name in a.biased)),
-            ("embedding", (self.embedding, self.head)),
+            ("embedding", (self.embedding,)),
+            ("head", (self.head,)),
             ("norm", norms),
         )
         object.__setattr__(self, "kinds", tuple((kind, tuple(name for name in names if name)) for kind, names in kinds))

@@ -118,7 +118,9 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
         for name, _ in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
             if module is head or module is table:
-                classes[full] = "embedding" if name == "weight" else "bias"
+                tied = head is not None and table is not None and head.weight is table.weight
+                matrix: TensorClass = "head" if module is head and not tied else "embedding"
+                classes[full] = matrix if name == "weight" else "bias"
             elif hasattr(module, "is_transposed"):  # experts, as transformers marks them
                 classes[full] = "experts"
             elif any(module is router for router in routers) or (type(module) is nn.Linear and hasattr(parent, "experts")):

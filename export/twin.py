@@ -56,14 +56,25 @@ def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu")
     """Bits of each tensor class; 32 is float32, 16 rounded to float16, and what is below is quantized. Routers and norms always are 32."""
     floats = _FLOAT_BITS[element_type(variant, device)]
     if variant in ("float32", "float16"):
-        return {"experts": floats, "attention": floats, "embedding": floats, "router": 32, "norm": 32, "bias": floats}
+        return {"experts": floats, "attention": floats, "embedding": floats, "head": floats, "router": 32, "norm": 32, "bias": floats}
     own = 8 if variant == "int8" else 4
 
     def choose(setting: str | int) -> int:
         return own if setting == "variant" else floats if setting == 16 else max(own, int(setting))
 
     attention, embedding = choose(config.attention_bits), choose(config.embedding_bits)
-    return {"experts": own, "attention": attention, "embedding": embedding, "router": 32, "norm": 32, "bias": floats}
+    head = embedding if config.head_bits == "embedding" else choose(config.head_bits)
+    return {"experts": own, "attention": attention, "embedding": embedding, "head": head, "router": 32, "norm": 32, "bias": floats}
+
+
+def check_head(config: QuantizeConfig, tied: bool) -> None:
+    """Refuse bits of its own for a head that is the embedding.
+
+    Raises:
+        ExportError: the recipe asks for them.
+    """
+    if tied and config.head_bits != "embedding":
+        raise ExportError(f"quantize.head_bits is {config.head_bits!r}, and this model's head is its embedding; leave it out; set embedding_bits")
 
 
 def is_quantized(bits: int) -> bool:
@@ -102,6 +113,7 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    check_head(config, checkpoint.config.tie_word_embeddings)
     computes_in = element_type(variant, device)
     classes, bits = plan_classes(checkpoint.config, shapes), class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits)

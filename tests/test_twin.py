@@ -250,7 +250,7 @@ def test_a_tensor_that_the_family_does_not_know_is_refused(tmp_path: Path) -> No
     ("name", "kind"),
     [
         ("model.embed_tokens.weight", "embedding"),
-        ("lm_head.weight", "embedding"),
+        ("lm_head.weight", "head"),
         ("model.norm.weight", "norm"),
         ("model.layers.11.input_layernorm.weight", "norm"),
         ("model.layers.0.post_attention_layernorm.weight", "norm"),
@@ -298,7 +298,25 @@ def test_names_that_only_look_alike_have_none(name: str) -> None:
 )
 def test_bits_of_every_class(variant: Variant, device: Device, attention: Any, embedding: Any, expected: tuple[int, int, int], floats: int) -> None:
     bits = class_bits(variant, QuantizeConfig(attention_bits=attention, embedding_bits=embedding), device)
-    assert bits == {"experts": expected[0], "attention": expected[1], "embedding": expected[2], "router": 32, "norm": 32, "bias": floats}
+    experts, attention_bits, table = expected
+    assert bits == {
+        "experts": experts, "attention": attention_bits, "embedding": table, "head": table, "router": 32, "norm": 32, "bias": floats,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("head", "expected"), [("embedding", 8), ("variant", 4), (8, 8), (16, 32)])
+def test_the_head_may_have_bits_of_its_own(head: Any, expected: int, tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source", tie_word_embeddings=False)
+    make_twin(source, tmp_path / "twin", "int4", QuantizeConfig(method="search", block_size=16, head_bits=head))
+    twin = Twin(tmp_path / "twin")
+    assert twin.scheme["tensors"].get("lm_head.weight", 32) == expected
+    assert twin.scheme["tensors"]["model.embed_tokens.weight"] == 8
+
+
+def test_a_head_that_is_the_embedding_has_no_bits_of_its_own(tmp_path: Path) -> None:
+    source = make_mixture(tmp_path / "source", tie_word_embeddings=True)
+    with pytest.raises(ExportError, match=r"^quantize\.head_bits is 8, and this model's head is its embedding; leave it out; set embedding_bits$"):
+        make_twin(source, tmp_path / "twin", "int4", QuantizeConfig(method="search", head_bits=8))
 
 
 def test_the_scheme_beside_the_twin_says_what_was_done(tmp_path: Path) -> None:
