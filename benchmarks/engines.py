@@ -38,15 +38,14 @@ class Engine(Protocol):
 
 
 class Ours:
-    """dense2moe's runtime on dense2moe's package, weights in huge pages where the system gives them."""
+    """dense2moe's runtime on dense2moe's package."""
 
     packages = ("onnxruntime",)
-    huge_pages = True
 
     def __init__(self, path: Path, threads: int) -> None:
         from export.runtime import Decoder
 
-        self.decoder = Decoder(path, num_threads=threads, huge_pages=self.huge_pages)
+        self.decoder = Decoder(path, num_threads=threads)
 
     def reset(self, capacity: int) -> None:
         self.cache = self.decoder.new_cache(1, capacity)
@@ -56,12 +55,6 @@ class Ours:
 
     def logits(self) -> np.ndarray:
         return self.found[0, -1]
-
-
-class OursInSmallPages(Ours):
-    """The same as Linux gives memory unasked."""
-
-    huge_pages = False
 
 
 class Genai:
@@ -226,8 +219,7 @@ class Torch:
 
 
 ENGINES: dict[str, Callable[[Path, int], Engine]] = {
-    "dense2moe": Ours, "dense2moe-small-pages": OursInSmallPages,
-    "onnxruntime-genai": Genai, "transformers-onnx": ExportedOnnx, "openvino": OpenVino, "llama.cpp": LlamaCpp, "torch": Torch,
+    "dense2moe": Ours, "onnxruntime-genai": Genai, "transformers-onnx": ExportedOnnx, "openvino": OpenVino, "llama.cpp": LlamaCpp, "torch": Torch,
 }  # fmt: skip
 
 

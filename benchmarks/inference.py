@@ -9,7 +9,6 @@ weights do not fit into memory together are loaded anew for every turn. In each 
 
 - dense2moe: `quantize` and `write_package` with `lowering: auto`; one scale in float32 for a block of 64 weights, embedding and attention quantized
   as the experts are: 8.5 and 4.5 bits a weight, exactly those of llama.cpp's q8_0 and q4_0 (float16 scales for blocks of 32);
-- the same with its weights in small pages, as Linux gives memory unasked: dense2moe's runtime asks for huge ones here (`huge_pages=True`);
 - dense2moe on a dense Llama with the same active weights: an FFN of 2 × the width;
 - onnxruntime-genai on dense2moe's package;
 - llama.cpp on the same weights as GGUF, f32, q8_0 and q4_0; `--llama-cpp` is a Python with llama-cpp-python, gguf and safetensors;
@@ -53,12 +52,12 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from upcycle.shards import TensorSpec, write_tensors
 
-OURS, SMALL, DENSE, LLAMA, GENAI, EXPORTER, OPENVINO, TORCH = (
-    "dense2moe", "dense2moe, small pages", "dense2moe, dense model",
+OURS, DENSE, LLAMA, GENAI, EXPORTER, OPENVINO, TORCH = (
+    "dense2moe", "dense2moe, dense model",
     "llama.cpp", "onnxruntime-genai", "transformers' exporter", "OpenVINO", "torch eager",
 )  # fmt: skip
 ENGINES = {
-    OURS: "dense2moe", SMALL: "dense2moe-small-pages", DENSE: "dense2moe", LLAMA: "llama.cpp", GENAI: "onnxruntime-genai",
+    OURS: "dense2moe", DENSE: "dense2moe", LLAMA: "llama.cpp", GENAI: "onnxruntime-genai",
     EXPORTER: "transformers-onnx", OPENVINO: "openvino", TORCH: "torch",
 }  # fmt: skip
 NUM_EXPERTS, TOP_K, ROUTER_FACTOR = 8, 2, 20.0
@@ -424,7 +423,7 @@ def find_contenders(
 ) -> tuple[list[Contender], dict[str, str]]:
     """Who runs in a precision, and why the others do not."""
     this, left_out = Path(sys.executable), {}
-    contenders = [Contender(OURS, this, packages[0]), Contender(SMALL, this, packages[0]), Contender(DENSE, this, packages[1])]
+    contenders = [Contender(OURS, this, packages[0]), Contender(DENSE, this, packages[1])]
     if missing := imports(this, "onnxruntime_genai"):
         left_out[GENAI] = missing
     else:
@@ -472,7 +471,7 @@ def compare_logits(results: dict[str, Result]) -> dict[str, float]:
     errors = {
         name: float(np.abs(result.logits - ours).max() / np.abs(ours).max())
         for name, result in results.items()
-        if result.logits is not None and name not in (OURS, SMALL, DENSE)
+        if result.logits is not None and name not in (OURS, DENSE)
     }
     wrong = {name: error for name, error in errors.items() if not error <= MOST_RELATIVE_ERROR}
     if wrong:
@@ -517,7 +516,7 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
         race.results[OURS] = Result(note=f"lowering {outcome.exports[precision][0].lowering}")
         race.run(contenders, arguments.rounds)
         race.results |= {name: Result(left_out=reason) for name, reason in left_out.items()}
-        for name in (OURS, SMALL, DENSE):
+        for name in (OURS, DENSE):
             if race.results[name].left_out:
                 raise SystemExit(f"{model.name}, {precision}, {name}: {race.results[name].left_out}")
         outcome.results[precision] = race.results
@@ -594,13 +593,13 @@ def print_targets(outcome: Outcome) -> None:
         ours = found[OURS].speeds
         if LLAMA in found:
             judge(f"{precision}, decode against llama.cpp", ours[1] / found[LLAMA].speeds[1], 1.0, True)
-        rivals = [name for name in found if name not in (OURS, SMALL, DENSE, LLAMA)]
+        rivals = [name for name in found if name not in (OURS, DENSE, LLAMA)]
         if rivals:
             best = max(rivals, key=lambda name: found[name].speeds[1])
             judge(f"{precision}, decode against the fastest other rival ({best})", ours[1] / found[best].speeds[1], 1.0, True)
         judge(f"{precision}, time of decoding against the dense model", found[DENSE].speeds[1] / ours[1], MOST_AGAINST_DENSE, False)
     found = results["float32"]
-    rivals = [name for name in found if name not in (OURS, SMALL, DENSE)]
+    rivals = [name for name in found if name not in (OURS, DENSE)]
     if rivals:
         best = max(rivals, key=lambda name: found[name].speeds[0])
         judge(f"float32, prefill against the fastest rival ({best})", found[OURS].speeds[0] / found[best].speeds[0], 1.0, True)

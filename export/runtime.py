@@ -21,7 +21,6 @@ from packaging.version import Version
 
 from export.config import Device
 from export.errors import ExportError
-from export.huge_pages import use_huge_pages
 from export.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
 from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 
@@ -70,8 +69,8 @@ class Decoder:
     With `taps`, the graph's router logits and residual streams become outputs too; nothing else changes.
     """
 
-    def __init__(self, directory: Path, provider: str = CPU, taps: bool = False, num_threads: int = 0, huge_pages: bool = False) -> None:
-        """Load the package in `directory`; with `huge_pages` what it is computed from lies in them, where Linux gives them.
+    def __init__(self, directory: Path, provider: str = CPU, taps: bool = False, num_threads: int = 0) -> None:
+        """Load the package in `directory`.
 
         Raises:
             ExportError: no package there, a runtime older than it needs, or a provider that is not to be had.
@@ -96,8 +95,6 @@ class Decoder:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
         self._cuts_logits = _let_logits_be_cut(model)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
-        if huge_pages:
-            use_huge_pages()
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
