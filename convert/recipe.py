@@ -23,8 +23,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from export.lowering.qmoe import CUDA_BLOCKS
+from export.config import CUDA_BLOCKS, OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
 
 _MAX_BYTES: Final = 100_000

@@ -30,6 +30,9 @@ def rounds_activations(variant: Variant, config: OnnxConfig) -> bool:
     return element_type(variant, config.device) == "float16" or (quantized and config.activation_bits == 8)
 
 
+CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
+
+
 class Record(BaseModel):
     """Frozen and strict: unknown keys and values of another type are refused."""
 

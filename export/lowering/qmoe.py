@@ -15,6 +15,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import torch
 
+from export.config import CUDA_BLOCKS
 from export.graph import MICROSOFT, GraphWriter
 from export.lowering.layer import MoeInput, MoeLayer
 from export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
@@ -28,7 +29,6 @@ MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compu
 MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, a single block along the hidden size is taken for a scale a row
 MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
 MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
-CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
 
 
 def refusal(layer: MoeLayer) -> str | None:
