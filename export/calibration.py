@@ -6,8 +6,9 @@ an earlier one (GPTQ, 2023, section 3). An expert sees the tokens that its route
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from export.family import DecoderFamily, GatedFfn
-from upcycle.checkpoint import Checkpoint
+from upcycle.checkpoint import Checkpoint, read_rows
 from upcycle.layerwise import embed, load_layer
 
 _BATCH_ROWS = 8
@@ -91,7 +92,7 @@ class CalibrationWalk:
         chosen = logits.topk(routing.num_experts_per_tok, dim=-1).indices
         for expert in range(routing.num_experts):
             own = x if self.all_experts else x[(chosen == expert).any(-1)]
-            yield from self._read_ffn(self.family.experts, layer, partial(torch.Tensor.detach, own), expert)
+            yield from self._read_ffn(self.family.experts, layer, partial(_same, own), expert)
 
     def _read_ffn(self, ffn: GatedFfn, layer: int, read: Callable[[], torch.Tensor], expert: int | None) -> Iterator[Group]:
         """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""
@@ -118,11 +119,16 @@ class CalibrationWalk:
 
     def read_matrix(self, name: str, rows: Rows) -> torch.Tensor:
         """A matrix of the checkpoint in float32: all dimensions but the last count as rows."""
-        tensor = self.checkpoint.read(name).float().flatten(0, -2)
-        return tensor if rows is None else tensor[rows[0] : rows[1]]
+        entry = self.checkpoint.entries[name]
+        flat = replace(entry, shape=(math.prod(entry.shape[:-1]), entry.shape[-1]))
+        return read_rows(flat, *(rows or (0, flat.shape[0]))).float()
 
     def _has_elements(self, name: str) -> bool:
         return name in self.checkpoint.entries and self.checkpoint.entries[name].num_elements > 0
+
+
+def _same(inputs: torch.Tensor) -> torch.Tensor:
+    return inputs
 
 
 def _first(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:

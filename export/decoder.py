@@ -33,7 +33,8 @@ from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
 from export.lowering import Lowering, MoeLayer, find_lowerings
 from export.positions import add_positions
-from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, check_head, class_bits, is_quantized
+from export.quantization import is_quantized
+from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, check_head, class_bits
 from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias

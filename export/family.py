@@ -133,6 +133,11 @@ class DecoderFamily:
         raise ExportError(f"tensor '{name}' is not known to the {self.model_type} family; it can be neither quantized nor exported")
 
 
+def layer_of(name: str) -> int:
+    """The layer that a tensor is in by its name, -1 outside of layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
+
+
 def bias_name(matrix: str) -> str:
     """The name of a matrix's bias."""
     return matrix.removesuffix(".weight") + ".bias"

@@ -9,10 +9,11 @@ import torch
 
 from export.calibration import CalibrationWalk
 from export.config import QuantizeConfig
-from export.family import DecoderFamily
+from export.errors import ExportError
+from export.family import DecoderFamily, layer_of
 from export.gptq import quantize_gptq
 from export.progress import Progress
-from export.quantization import Quantized, dequantize, quantize, round_to_nearest
+from export.quantization import Quantized, dequantize, is_quantized, quantize, round_to_nearest
 from upcycle.checkpoint import Checkpoint
 
 _TOKENS_PER_INPUT = 2
@@ -29,7 +30,7 @@ class CalibrationRecord:
 
 def order_tensors(names: Mapping[str, int]) -> list[str]:
     """Tensors in the order in which `quantize_tensors` yields them: those outside of layers, then layer by layer."""
-    return sorted(names, key=lambda name: (_layer_of(name), name))
+    return sorted(names, key=lambda name: (layer_of(name), name))
 
 
 def quantize_tensors(
@@ -41,15 +42,19 @@ def quantize_tensors(
     Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
     instead, errors weighed by its inputs' mean squares. Embedding and head, outside of layers, have searched scales always, and so has a model that
     no family describes (`family` None), which cannot be walked.
+
+    Raises:
+        ExportError: gptq without text.
     """
-    names = [name for name in order_tensors(plan) if plan[name] < 16]
-    in_layers = [name for name in names if _layer_of(name) >= 0]
+    names = [name for name in order_tensors(plan) if is_quantized(plan[name])]
+    in_layers = [name for name in names if layer_of(name) >= 0]
     walk = None
     if config.method == "gptq" and in_layers and family is not None:
-        assert blocks is not None, "gptq needs calibration text"
+        if blocks is None:
+            raise ExportError("quantize.method is 'gptq', which learns from text, and there is none; give blocks of it, or set method to 'search'")
         walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts)
     done = 0
-    for name in names if walk is None else [name for name in names if _layer_of(name) < 0]:
+    for name in names if walk is None else [name for name in names if layer_of(name) < 0]:
         yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
         done += 1
         progress("quantizing", done, len(names))
@@ -57,7 +62,7 @@ def quantize_tensors(
         return
     for layer in range(checkpoint.config.num_hidden_layers):
         found = _quantize_layer(walk, layer, plan, config, scale_type, record)
-        expected = [name for name in in_layers if _layer_of(name) == layer]
+        expected = [name for name in in_layers if layer_of(name) == layer]
         assert sorted(found) == expected, f"layer {layer}: calibration knows {sorted(found)}, to be quantized are {expected}"
         for name in expected:
             yield name, found[name]
@@ -80,7 +85,7 @@ def _quantize_layer(
 ) -> dict[str, Quantized]:
     parts: dict[str, list[Quantized]] = {}
     for group in walk.read_layer(layer):
-        wanted = [(name, rows) for name, rows in group.matrices if plan[name] < 16]
+        wanted = [(name, rows) for name, rows in group.matrices if is_quantized(plan[name])]
         if not wanted:
             continue
         inputs = group.read()
@@ -99,8 +104,3 @@ def _quantize_layer(
                 found = quantize(weight, plan[name], config.block_size, inputs.square().mean(0) if len(inputs) else None, scale_type)
             parts.setdefault(name, []).append(found)
     return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}
-
-
-def _layer_of(name: str) -> int:
-    """The layer that a tensor is in, -1 outside of layers."""
-    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

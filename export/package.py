@@ -11,7 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedConfig
 
 from export.config import Device, ElementType, OnnxConfig
-from export.decoder import Cut, DecoderGraph, build_decoder, find_candidates
+from export.decoder import DecoderGraph, build_decoder, find_candidates
 from export.errors import ExportError
 from export.family import find_refusal
 from export.lowering import Lowering
@@ -19,7 +19,7 @@ from export.passes import find_traced_candidates, lower_trace
 from export.progress import Progress
 from export.runtime import PROVIDERS, is_at_hand
 from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
-from export.timing import TIMED_VOCABULARY, LoweringTime, count_timed_layers, time_lowerings
+from export.timing import LoweringTime, cut_for_timing, time_lowerings
 from export.tracing import trace_decoder
 from export.twin import Twin
 from upcycle.checkpoint import copy_companions
@@ -77,7 +77,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
 def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Choice, Timings]:
     """The graph from the checkpoint's tensors."""
     candidates = find_candidates(twin, config)
-    cut = Cut(count_timed_layers(twin), min(twin.checkpoint.config.vocab_size, TIMED_VOCABULARY))
+    cut = cut_for_timing(twin)
     lowering, choice, timings = _choose(twin, config, candidates, lambda found: build_decoder(twin, config, found, cut), folder, progress)
     return build_decoder(twin, config, lowering), choice, timings
 

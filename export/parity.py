@@ -29,7 +29,7 @@ from export.config import ParityConfig, Variant
 from export.family import rotary_switch
 from export.progress import Progress
 from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
-from export.speed import measure_speeds
+from export.speed import measure_speed
 
 _TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6, so a flip above this margin is a fault and not a tie
 _EXACT_TIE = 1e-6  # router logits; below it the softmax may round two of them to one score, and then every operator has an order of its own
@@ -168,7 +168,7 @@ def _measure(
     progress("comparing with the fine-tuned model", 2, num_parts)
     with _reference(finetuned) as reference:
         against_finetuned, _, finetuned_loss = _compare(decoder, reference, blocks)
-    speed = measure_speeds({"": Decoder(package, provider)}, blocks[0].tolist(), _TIMED_TOKENS)[""]
+    speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
     progress("comparing with the fine-tuned model", num_parts, num_parts)
     layers = range(len(against_twin.routing_agreement))
     worst = min(layers, key=lambda n: (against_twin.routing_agreement[n], -against_twin.hidden_error[n]))

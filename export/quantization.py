@@ -27,6 +27,11 @@ class Quantized:
     scales: torch.Tensor
 
 
+def is_quantized(bits: int) -> bool:
+    """Whether a tensor of so many bits is held as integers and scales."""
+    return bits < 16
+
+
 def num_blocks(width: int, block_size: int) -> int:
     """Blocks along an input dimension of `width`, the last one possibly padded."""
     return math.ceil(width / block_size)

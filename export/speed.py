@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,25 +24,24 @@ class Speed:
         return num_prompt_tokens / self.prefill + (num_new_tokens / self.decode if self.decode else 0.0)
 
 
-def measure_speeds(decoders: Mapping[str, Decoder], prompt: Sequence[int], num_new_tokens: int, num_rounds: int = 3) -> dict[str, Speed]:
-    """Speeds of several packages that take turns: medians of `num_rounds` after one to warm up.
+def measure_speed(decoder: Decoder, prompt: Sequence[int], num_new_tokens: int, num_rounds: int = 3) -> Speed:
+    """Speed of a package: medians of `num_rounds` after one to warm up.
 
     A prompt that leaves no room for the new tokens is cut. After it its own tokens follow once more, so that routers see different ones.
     """
-    context = min(decoder.context_length for decoder in decoders.values())
-    num_prompt = max(1, min(len(prompt), context - num_new_tokens))
-    num_new = min(num_new_tokens, context - num_prompt)
+    num_prompt = max(1, min(len(prompt), decoder.context_length - num_new_tokens))
+    num_new = min(num_new_tokens, decoder.context_length - num_prompt)
     ids = np.array([prompt[:num_prompt]], np.int64)
-    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in decoders}
+    prefills, decodes = [], []
     for _ in range(num_rounds + 1):
-        for name, decoder in decoders.items():
-            cache = decoder.new_cache(1, num_prompt + num_new)
-            started = time.perf_counter()
-            decoder.run(cache, ids, logits_to_keep=1)
-            middle = time.perf_counter()
-            for step in range(num_new):
-                at = step % num_prompt
-                decoder.run(cache, ids[:, at : at + 1])
-            rounds[name].append((middle - started, time.perf_counter() - middle))
-    prefill, decode = ({name: statistics.median(pair[n] for pair in pairs[1:]) for name, pairs in rounds.items()} for n in (0, 1))
-    return {name: Speed(num_prompt / prefill[name], num_new / decode[name] if num_new else 0.0) for name in decoders}
+        cache = decoder.new_cache(1, num_prompt + num_new)
+        started = time.perf_counter()
+        decoder.run(cache, ids, logits_to_keep=1)
+        middle = time.perf_counter()
+        for step in range(num_new):
+            at = step % num_prompt
+            decoder.run(cache, ids[:, at : at + 1])
+        prefills.append(middle - started)
+        decodes.append(time.perf_counter() - middle)
+    prefill, decode = (statistics.median(seconds[1:]) for seconds in (prefills, decodes))
+    return Speed(num_prompt / prefill, num_new / decode if num_new else 0.0)

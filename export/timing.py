@@ -17,17 +17,18 @@ from pathlib import Path
 import numpy as np
 
 from export.config import OnnxConfig
-from export.decoder import DecoderGraph
+from export.decoder import Cut, DecoderGraph
+from export.family import layer_of
 from export.lowering import Lowering
 from export.progress import Progress
 from export.runtime import PROVIDERS, Decoder
-from export.speed import Speed, measure_speeds
+from export.speed import Speed, measure_speed
 from export.storage import save_graph
 from export.twin import Twin
 
 _TIMED_BYTES = 192 << 20
 """Layers are taken until their weights have as many bytes, or all of them; it is more than most processors keep."""
-TIMED_VOCABULARY = 4096
+_TIMED_VOCABULARY = 4096
 """Rows of embedding and head; they are the same for all candidates."""
 _NUM_ROUNDS = 3
 
@@ -47,7 +48,7 @@ def time_lowerings(
 ) -> list[LoweringTime]:
     """Time the graph that `build` makes with every candidate, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
     c = twin.checkpoint.config
-    prompt = np.random.default_rng(0).integers(0, min(c.vocab_size, TIMED_VOCABULARY), config.request.prompt_tokens)
+    prompt = np.random.default_rng(0).integers(0, min(c.vocab_size, _TIMED_VOCABULARY), config.request.prompt_tokens)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         total, turns = len(candidates) * (1 + _NUM_ROUNDS), [lowering.name for lowering in candidates] * _NUM_ROUNDS
         for number, lowering in enumerate(candidates):
@@ -60,27 +61,28 @@ def time_lowerings(
         for number, name in enumerate(turns, len(candidates)):
             progress("timing lowerings", number, total)
             decoder = Decoder(Path(scratch) / name, PROVIDERS[config.device])
-            speeds[name].append(measure_speeds({name: decoder}, prompt.tolist(), config.request.new_tokens, 1)[name])
+            speeds[name].append(measure_speed(decoder, prompt.tolist(), config.request.new_tokens, num_rounds=1))
             del decoder  # before the next one is loaded
         progress("timing lowerings", total, total)
     times = [_time(name, found, config) for name, found in speeds.items()]
     return sorted(times, key=lambda found: found.request_seconds)
 
 
-def count_timed_layers(twin: Twin) -> int:
-    """How many of the first layers are timed, one with experts among them."""
+def cut_for_timing(twin: Twin) -> Cut:
+    """The part of a model that is timed: so many of the first layers as are too large for caches, one with experts among them."""
     sizes: dict[int, int] = {}
     for name, entry in twin.checkpoint.entries.items():
-        layer = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if layer is not None:
+        if (layer := layer_of(name)) >= 0:
             sizes[layer] = sizes.get(layer, 0) + math.prod(entry.shape) * twin.scheme["tensors"].get(name, 32) // 8
     total, sparse = 0, False
     for layer in sorted(sizes):
         total += sizes[layer]
         sparse |= twin.family.has_experts(layer, twin.checkpoint.entries)
         if sparse and total >= _TIMED_BYTES:
-            return layer + 1
-    return len(sizes)
+            break
+    else:
+        layer = max(sizes)
+    return Cut(layer + 1, min(twin.checkpoint.config.vocab_size, _TIMED_VOCABULARY))
 
 
 def _time(name: str, speeds: Sequence[Speed], config: OnnxConfig) -> LoweringTime:

@@ -23,7 +23,7 @@ from export.family import DecoderFamily, TensorClass, find_decoder_family, find_
 from export.methods import CalibrationRecord, order_tensors, quantize_tensors
 from export.parameters import classify_tensors
 from export.progress import Progress
-from export.quantization import Quantized, dequantize, num_blocks
+from export.quantization import Quantized, dequantize, is_quantized, num_blocks
 from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
 from upcycle.shards import TensorSpec, write_tensors
 
@@ -75,11 +75,6 @@ def check_head(config: QuantizeConfig, tied: bool) -> None:
     """
     if tied and config.head_bits != "embedding":
         raise ExportError(f"quantize.head_bits is {config.head_bits!r}, and this model's head is its embedding; leave it out; set embedding_bits")
-
-
-def is_quantized(bits: int) -> bool:
-    """Whether a tensor of so many bits is held as integers and scales."""
-    return bits < 16
 
 
 def plan_classes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, TensorClass]:

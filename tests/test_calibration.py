@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from export.calibration import CalibrationWalk, Group
 from export.config import QuantizeConfig
+from export.errors import ExportError
 from export.family import find_decoder_family
 from export.twin import SCHEME_NAME, quantize_checkpoint
 from upcycle.checkpoint import open_checkpoint
@@ -174,3 +175,9 @@ def test_groups_name_their_experts_in_order(mixture_checkpoint: Path) -> None:
     walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), draw_blocks(1), all_experts=False)
     groups: list[Group] = list(walk.read_layer(0))
     assert [group.expert for group in groups] == [None, None, 0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_gptq_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    message = r"^quantize\.method is 'gptq', which learns from text, and there is none; give blocks of it, or set method to 'search'$"
+    with pytest.raises(ExportError, match=message):
+        quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(), lambda *_: None)

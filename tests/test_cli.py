@@ -16,6 +16,7 @@ from convert.cli import main
 from export.config import OnnxConfig, QuantizeConfig
 from export.package import write_package
 from export.twin import quantize_checkpoint
+from upcycle.errors import UpcycleError
 
 ROOT = Path(__file__).parent.parent
 
@@ -199,6 +200,16 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_w
         "model, data.block_size or finetune.batch_size"
     )
     assert {path.name for path in workdir.iterdir()} == {".lock", "run.json"}
+
+
+def test_a_stage_that_says_itself_what_to_do_about_memory_keeps_its_words(recipe, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UpcycleError("finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2")
+
+    monkeypatch.setattr("convert.stages.check_values", fail)
+    code, output = invoke("run", recipe(), "--workdir", tmp_path / "work")
+    assert code == 1
+    assert output.splitlines()[-1] == "Error: finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
 from export.runtime import CPU, CUDA, Decoder
-from export.speed import measure_speeds
+from export.speed import measure_speed
 from export.storage import DATA_NAME, MODEL_NAME
 from export.twin import quantize_checkpoint
 
@@ -409,7 +409,7 @@ def test_the_same_experts_in_another_order_are_the_same() -> None:
 def test_speed_is_measured_within_the_context(exports: dict[Variant, Exported]) -> None:
     decoder = Decoder(exports["float32"].package, num_threads=1)
     for length in (1, 48, 256):  # the last leaves no room for decoding, unless the prompt is cut
-        speed = measure_speeds({"one": decoder}, [5] * length, num_new_tokens=4, num_rounds=1)["one"]
+        speed = measure_speed(decoder, [5] * length, num_new_tokens=4, num_rounds=1)
         assert speed.prefill > 0
         assert speed.decode > 0
 

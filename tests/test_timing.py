@@ -19,6 +19,15 @@ from export.speed import Speed
 from export.storage import LOWERING_KEY
 from export.twin import Twin, quantize_checkpoint
 
+
+class Named(Decoder):
+    """Knows the lowering that its package was written with, by the folder's name."""
+
+    def __init__(self, directory: Path, provider: str) -> None:
+        super().__init__(directory, provider)
+        self.name = directory.name
+
+
 REQUEST = {"request": RequestConfig(prompt_tokens=8, new_tokens=2)}
 
 
@@ -54,7 +63,8 @@ def test_the_request_decides_between_a_fast_prefill_and_fast_decoding(
 ) -> None:
     twin = quantized(mixture_checkpoint, tmp_path)
     speeds = {"moe": Speed(100.0, 50.0), "grouped": Speed(1000.0, 10.0), "unrolled": Speed(100.0, 10.0)}
-    monkeypatch.setattr(timing, "measure_speeds", lambda decoders, *_: {name: speeds[name] for name in decoders})
+    monkeypatch.setattr(timing, "measure_speed", lambda decoder, *_, **__: speeds[decoder.name])
+    monkeypatch.setattr(timing, "Decoder", Named)
     for prompt, new, fastest in ((8, 64, "moe"), (64, 1, "grouped")):
         package = tmp_path / fastest
         package.mkdir()
@@ -68,14 +78,15 @@ def test_candidates_take_turns_with_one_of_them_in_memory(mixture_checkpoint: Pa
     alive: list[weakref.ref[Decoder]] = []
     turns: list[str] = []
 
-    def measure(decoders: dict[str, Decoder], *_: Any) -> dict[str, Speed]:
+    def measure(decoder: Named, *_: Any, **__: Any) -> Speed:
         assert [ref() for ref in alive] == [None] * len(alive), "the one before is gone"
-        alive.extend(weakref.ref(decoder) for decoder in decoders.values())
-        turns.extend(decoders)
+        alive.append(weakref.ref(decoder))
+        turns.append(decoder.name)
         prefill = {"moe": (1.0, 30.0, 2.0), "grouped": (3.0, 3.0, 3.0), "unrolled": (1.0, 1.0, 50.0)}
-        return {name: Speed(prefill[name][turns.count(name) - 1], 1.0) for name in decoders}
+        return Speed(prefill[turns[-1]][turns.count(turns[-1]) - 1], 1.0)
 
-    monkeypatch.setattr(timing, "measure_speeds", measure)
+    monkeypatch.setattr(timing, "measure_speed", measure)
+    monkeypatch.setattr(timing, "Decoder", Named)
     twin = quantized(mixture_checkpoint, tmp_path)
     (tmp_path / "package").mkdir()
     facts = write_package(twin.directory, tmp_path / "package", OnnxConfig(), silent)
@@ -87,7 +98,7 @@ def test_a_named_lowering_is_not_timed(mixture_checkpoint: Path, tmp_path: Path,
     def refuse(*_: Any) -> None:
         raise AssertionError("timed")
 
-    monkeypatch.setattr(timing, "measure_speeds", refuse)
+    monkeypatch.setattr(timing, "measure_speed", refuse)
     twin = quantized(mixture_checkpoint, tmp_path)
     (tmp_path / "package").mkdir()
     facts = write_package(twin.directory, tmp_path / "package", OnnxConfig(lowering="grouped"), silent)
@@ -100,9 +111,9 @@ def test_layers_are_timed_until_they_are_large_or_there_are_no_more(
     twin = quantized(mixture_checkpoint, tmp_path)
     depth = twin.checkpoint.config.num_hidden_layers
     assert depth > 1
-    assert timing.count_timed_layers(twin) == depth
+    assert timing.cut_for_timing(twin).num_layers == depth
     monkeypatch.setattr(timing, "_TIMED_BYTES", 1)
-    assert timing.count_timed_layers(twin) == 1
+    assert timing.cut_for_timing(twin).num_layers == 1
 
 
 def test_a_layer_with_experts_is_among_those_timed(make_dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +124,7 @@ def test_a_layer_with_experts_is_among_those_timed(make_dense: Callable[..., Pat
     config = UpcycleConfig(num_experts=2, num_experts_per_tok=1, layers=[2])
     upcycle(make_dense(architecture="LlamaForCausalLM", num_hidden_layers=4), tmp_path / "mixture", config, 0, silent)
     monkeypatch.setattr(timing, "_TIMED_BYTES", 1)
-    assert timing.count_timed_layers(quantized(tmp_path / "mixture", tmp_path)) == 3
+    assert timing.cut_for_timing(quantized(tmp_path / "mixture", tmp_path)).num_layers == 3
 
 
 def test_a_cut_model_has_its_first_layers_and_tokens(mixture_checkpoint: Path, tmp_path: Path) -> None:

@@ -10,5 +10,5 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "bad allocation", "Faile
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out."""
-    return isinstance(error, MemoryError) or any(words in str(error) for words in _NO_MEMORY)
+    """Whether memory ran out, and nobody has said so yet in words of ours."""
+    return isinstance(error, MemoryError) or (not isinstance(error, UpcycleError) and any(words in str(error) for words in _NO_MEMORY))
