@@ -1,8 +1,9 @@
 """What rounding costs: perplexity and routing of a fine-tuned mixture under every method of ours, and under those of onnxruntime's own quantizer.
 
-    python benchmarks/quantization.py [--checkpoint DIRECTORY --text FILE] [--cache DIRECTORY] [--bits 4 8] [--block-size 32] [--blocks 64]
+    python benchmarks/quantization.py [--bits 4 8] [--block-size 32] [--blocks 64] [--cache DIRECTORY]
+        [--checkpoint DIRECTORY --text FILE --held-out FILE [--separator TEXT]]
 
-The mixture is the quickstart's, fine-tuned by its recipe; with `--checkpoint` and `--text` the recipe runs on another dense model and its text. All
+The mixture is the quickstart's, fine-tuned by its recipe; with `--checkpoint` the recipe runs on another dense model and its text. All
 methods quantize the same matrices, those of experts and attention, in blocks of the same size; router, embedding and head stay in float32. The rivals
 of onnxruntime quantize the float32 package that we wrote. Products read activations in float32, so that the weights alone make the difference.
 Against float32 on held-out text: perplexity, KL, tokens whose most likely successor is the same, and tokens that meet the same experts in every
@@ -73,15 +74,14 @@ class Outcome:
     num_bytes: int
 
 
-def fine_tune(checkpoint: Path | None, text: Path | None, cache: Path) -> tuple[Path, Path]:
+def fine_tune(checkpoint: Path | None, text: dict[str, Any], cache: Path) -> tuple[Path, Path]:
     """Run the recipe up to fine-tuning, or find that done; returns the directories of the mixture and of its data."""
     recipe = ROOT / "recipes" / "quickstart.yaml"
     cache.mkdir(parents=True, exist_ok=True)
-    if checkpoint is not None and text is not None:
+    if checkpoint is not None:
         lines = recipe.read_text(encoding="utf-8").replace("models/python-docs-4m", str(checkpoint.resolve()))
-        source = f"{{kind: text, train: {text.resolve()}}}"
         recipe = cache / "recipe.yaml"
-        recipe.write_text(lines.replace("{kind: python-docs}", source), encoding="utf-8")
+        recipe.write_text(lines.replace("{kind: python-docs}", json.dumps({"kind": "text", **text})), encoding="utf-8")
     command = [sys.executable, "-m", "convert", "run", str(recipe), "--until", "finetune", "--workdir", str(cache / "run")]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     artifacts = json.loads((cache / "run" / "run.json").read_text(encoding="utf-8"))["artifacts"]
@@ -155,18 +155,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path)
     parser.add_argument("--text", type=Path)
+    parser.add_argument("--held-out", type=Path)
+    parser.add_argument("--separator")
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
     parser.add_argument("--block-size", type=int, default=32, choices=(16, 32, 64, 128))
     parser.add_argument("--blocks", type=int, default=64)
     arguments = parser.parse_args()
-    if (arguments.checkpoint is None) != (arguments.text is None):
-        parser.error("--checkpoint and --text go together")
+    given = (arguments.checkpoint, arguments.text, arguments.held_out)
+    if any(given) and not all(given):
+        parser.error("--checkpoint, --text and --held-out go together")
+    text: dict[str, Any] = {}
+    if all(given):
+        text = {"train": [str(arguments.text.resolve())], "test": [str(arguments.held_out.resolve())]}
+        text |= {"separator": arguments.separator} if arguments.separator else {}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        mixture, data = fine_tune(arguments.checkpoint, arguments.text, (arguments.cache or folder / "cache").resolve())
+        mixture, data = fine_tune(arguments.checkpoint, text, (arguments.cache or folder / "cache").resolve())
         train, test = read_blocks(data, "train"), read_blocks(data, "test")
         count = min(arguments.blocks, len(test))
         test = test[torch.arange(count) * len(test) // count]
