@@ -1,7 +1,9 @@
 """What every matrix of a decoder reads on calibration text, one layer in memory at a time.
 
-Layers are walked in order. What a layer reads comes from the layers before it as they were quantized, so that a later one can make up for errors of
-an earlier one (GPTQ, 2023, section 3). An expert sees the tokens that its router sends to it, or all of them where that is asked for.
+Two streams of hidden states walk through the layers: that of the float model, and that of the model as it is quantized so far, every matrix of a
+layer in the order in which it computes. So a matrix can make up for the errors of all before it: it is to give, for what it reads now, what it gave
+in the float model (GPTAQ, Li et al., 2025, section 3), and the last matrix of a block is to close the distance between the two streams as well. An
+expert sees the tokens that its router sends to it, or all of them where that is asked for.
 """
 
 from __future__ import annotations
@@ -26,15 +28,31 @@ Rows = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Group:
-    """Matrices that read the same inputs: names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one.
+class Inputs:
+    """What matrices read, a token a row, float32.
 
-    `read` gives the inputs [tokens, K], float32.
+    actual: [tokens, K], behind what is before them as it is quantized. reference: the same tokens in the float model.
+    drift: [tokens, N], what is to be added to the outputs for the residual stream to be the float model's again; None where that is left to others.
+    weights: [tokens], the factors that the outputs have in the layer's output; None is one.
     """
 
+    actual: torch.Tensor
+    reference: torch.Tensor
+    drift: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Matrices that read the same inputs: names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one."""
+
     matrices: tuple[tuple[str, Rows], ...]
-    read: Callable[[], torch.Tensor]
+    read: Callable[[], Inputs]
     expert: int | None = None
+
+
+class _EnoughError(Exception):
+    """All that was to be caught is caught: the rest of the layer need not be computed."""
 
 
 class CalibrationWalk:
@@ -42,59 +60,113 @@ class CalibrationWalk:
 
     def __init__(self, checkpoint: Checkpoint, family: DecoderFamily, blocks: torch.Tensor, all_experts: bool) -> None:
         self.checkpoint, self.family, self.all_experts = checkpoint, family, all_experts
-        self.states = embed(checkpoint, blocks, torch.float32)
+        self.states = self.reference_states = embed(checkpoint, blocks, torch.float32)
+        self._replaced: dict[tuple[str, Rows], torch.Tensor] = {}
+
+    def replace(self, name: str, rows: Rows, weight: torch.Tensor) -> None:
+        """Let the groups that follow in this layer be behind a matrix of another value."""
+        self._replaced[name, rows] = weight
 
     def read_layer(self, layer: int) -> Iterator[Group]:
-        """The groups of the layer that is next, experts in order; inputs are made when a group is read."""
-        caught = self._run(load_layer(self.checkpoint, layer, torch.float32), catch=True)
+        """The groups of the layer that is next, in the order in which they compute, experts in order; each is behind what `replace` was told of."""
+        self._replaced = {}
+        model = load_layer(self.checkpoint, layer, torch.float32)
+        drift = self._drift(self.states.flatten(0, -2), self.reference_states.flatten(0, -2))
+        self.reference_states, reference = self._run(model, self.reference_states, ("attention", "attended", "residual", "ffn"), stop=False)
         a = self.family.attention
-        yield Group(tuple((name.format(layer=layer), None) for name in (a.query, a.key, a.value)), lambda: caught["attention"])
-        yield Group(((a.output.format(layer=layer), None),), lambda: caught["attended"])
-        if self.family.has_experts(layer, self.checkpoint.entries):
-            yield from self._read_experts(layer, caught["ffn"])
-        elif self.family.dense is not None:
-            yield from self._read_ffn(self.family.dense, layer, lambda: caught["ffn"], None)
+        read = self._run(model, self.states, ("attention",), stop=True)[1]["attention"]
+        yield Group(
+            tuple((name.format(layer=layer), None) for name in (a.query, a.key, a.value)), partial(_same, Inputs(read, reference.pop("attention")))
+        )
+        self._put(model, layer)
+        read = self._run(model, self.states, ("attended",), stop=True)[1]["attended"]
+        yield Group(((a.output.format(layer=layer), None),), partial(_same, Inputs(read, reference.pop("attended"), drift)))
+        self._put(model, layer)
+        _, caught = self._run(model, self.states, ("residual", "ffn"), stop=True)
+        del model
+        routed = Inputs(caught["ffn"], reference["ffn"], self._drift(caught["residual"], reference["residual"]))
+        alone = replace(routed, drift=None)
         shared = self.family.shared
+        if self.family.has_experts(layer, self.checkpoint.entries):
+            yield from self._read_experts(layer, routed)
+        elif self.family.dense is not None:
+            yield from self._read_ffn(self.family.dense, layer, routed, None)
         if shared is not None and self._has_elements(shared.ffn.up.format(layer=layer)):
-            yield from self._read_ffn(shared.ffn, layer, lambda: caught["ffn"], None)
+            yield from self._read_ffn(shared.ffn, layer, alone, None)
+
+    def _drift(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
+        """What a block's outputs would have to have more; None where a norm stands between them and the residual stream."""
+        if self.family.ffn_norm is None:
+            return None
+        return (reference - states) / self.family.multipliers(self.checkpoint.config).residual
+
+    def _put(self, model: PreTrainedModel, layer: int) -> None:
+        """Let the model compute with attention's matrices as they are by now."""
+        a = self.family.attention
+        for pattern in (a.query, a.key, a.value, a.output):
+            if (pattern.format(layer=layer), None) in self._replaced:
+                place = pattern.format(layer=0).removeprefix("model.")
+                model.get_parameter(place).data.copy_(self._replaced[pattern.format(layer=layer), None])
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
         """Go on behind the layer, as it computes with tensors in the place of its own."""
-        self._run(load_layer(self.checkpoint, layer, torch.float32, replaced), catch=False)
+        self.states, _ = self._run(load_layer(self.checkpoint, layer, torch.float32, replaced), self.states, (), stop=False)
 
     @torch.no_grad()
-    def _run(self, model: PreTrainedModel, catch: bool) -> dict[str, torch.Tensor]:
-        """Run all text through one layer: with `catch` returns what its blocks read, [tokens, width] each, or else moves on behind it."""
+    def _run(self, model: PreTrainedModel, states: torch.Tensor, wanted: tuple[str, ...], stop: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Run hidden states through one layer; returns those behind it, and what the `wanted` blocks read, [tokens, width] each.
+
+        With `stop` nothing is computed behind the last of them, and the states are as they were.
+        """
         layer = model.get_submodule("layers.0")
         sparse = next((module for module in layer.modules() if hasattr(module, "experts")), None)
         ffn = layer.get_submodule("mlp") if sparse is None else sparse
         places = {"attention": layer.get_submodule("self_attn.q_proj"), "attended": layer.get_submodule("self_attn.o_proj"), "ffn": ffn}
-        caught: dict[str, list[torch.Tensor]] = {place: [] for place in places}
+        places["residual"] = layer.get_submodule("post_attention_layernorm")  # where it is a norm before the FFN; see `_drift`
+        caught: dict[str, list[torch.Tensor]] = {place: [] for place in wanted}
 
-        def keep(into: list[torch.Tensor]) -> Callable[..., None]:
-            return lambda _, arguments, keywords: into.append(_first(arguments, keywords).flatten(0, -2))
+        def keep(place: str) -> Callable[..., None]:
+            def hook(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+                caught[place].append(_first(arguments, keywords).flatten(0, -2))
+                if stop and place == wanted[-1]:
+                    raise _EnoughError
 
-        if catch:
-            for place, module in places.items():
-                module.register_forward_pre_hook(keep(caught[place]), with_kwargs=True)
-        after = [model(inputs_embeds=part, use_cache=False).last_hidden_state for part in self.states.split(_BATCH_ROWS)]
-        if not catch:
-            self.states = torch.cat(after)
-            return {}
-        return {place: torch.cat(parts) for place, parts in caught.items()}
+            return hook
 
-    def _read_experts(self, layer: int, x: torch.Tensor) -> Iterator[Group]:
+        handles = [places[place].register_forward_pre_hook(keep(place), with_kwargs=True) for place in wanted]
+        after = []
+        for part in states.split(_BATCH_ROWS):
+            try:
+                after.append(model(inputs_embeds=part, use_cache=False).last_hidden_state)
+            except _EnoughError:
+                after.append(part)
+        for handle in handles:
+            handle.remove()
+        return torch.cat(after), {place: torch.cat(parts) for place, parts in caught.items()}
+
+    def _read_experts(self, layer: int, inputs: Inputs) -> Iterator[Group]:
         assert self.family.router is not None
         assert self.family.routing is not None
         assert self.family.experts is not None
         routing = self.family.routing(self.checkpoint.config)
-        logits = x @ self.checkpoint.read(self.family.router.format(layer=layer)).float().T
+        logits = inputs.actual @ self.checkpoint.read(self.family.router.format(layer=layer)).float().T
         chosen = logits.topk(routing.num_experts_per_tok, dim=-1).indices
+        weights = logits.softmax(-1).gather(-1, chosen)
+        total = weights.sum(-1, keepdim=True)
+        if routing.renormalize:
+            weights, total = weights / total, torch.ones(())
         for expert in range(routing.num_experts):
-            own = x if self.all_experts else x[(chosen == expert).any(-1)]
-            yield from self._read_ffn(self.family.experts, layer, partial(_same, own), expert)
+            visits = chosen == expert
+            own = visits.any(-1)
+            if self.all_experts:
+                mine = replace(inputs, drift=None)
+            else:
+                # Outputs that all have the drift over the sum of their weights have it together.
+                drift = None if inputs.drift is None else (inputs.drift / total)[own]
+                mine = Inputs(inputs.actual[own], inputs.reference[own], drift, weights[visits])
+            yield from self._read_ffn(self.family.experts, layer, mine, expert)
 
-    def _read_ffn(self, ffn: GatedFfn, layer: int, read: Callable[[], torch.Tensor], expert: int | None) -> Iterator[Group]:
+    def _read_ffn(self, ffn: GatedFfn, layer: int, inputs: Inputs, expert: int | None) -> Iterator[Group]:
         """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""
         up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
         if ffn.gate is not None:
@@ -106,16 +178,18 @@ class CalibrationWalk:
             *_, hidden, _ = self.checkpoint.entries[down].shape
             first = ((up, None if expert is None else (height * expert, height * (expert + 1))),)
             second = None if expert is None else (hidden * expert, hidden * (expert + 1))
-        yield Group(first, read, expert)
+        yield Group(first, partial(_same, replace(inputs, drift=None)), expert)
 
-        def inner() -> torch.Tensor:
-            both = torch.cat([self.read_matrix(name, rows) for name, rows in first])
-            gate_rows, up_rows = (read() @ both.T).chunk(2, dim=-1)
+        def inner(x: torch.Tensor, replaced: Mapping[tuple[str, Rows], torch.Tensor]) -> torch.Tensor:
+            both = torch.cat([replaced[part] if part in replaced else self.read_matrix(*part) for part in first])
+            gate_rows, up_rows = (x @ both.T).chunk(2, dim=-1)
             activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
             result: torch.Tensor = activation(gate_rows) * up_rows
             return result
 
-        yield Group(((down, second),), inner, expert)
+        yield Group(
+            ((down, second),), lambda: replace(inputs, actual=inner(inputs.actual, self._replaced), reference=inner(inputs.reference, {})), expert
+        )
 
     def read_matrix(self, name: str, rows: Rows) -> torch.Tensor:
         """A matrix of the checkpoint in float32: all dimensions but the last count as rows."""
@@ -127,7 +201,7 @@ class CalibrationWalk:
         return name in self.checkpoint.entries and self.checkpoint.entries[name].num_elements > 0
 
 
-def _same(inputs: torch.Tensor) -> torch.Tensor:
+def _same(inputs: Inputs) -> Inputs:
     return inputs
 
 

@@ -45,7 +45,7 @@ class QuantizeConfig(Record):
     method: Literal["round", "search", "gptq"] = Field(
         "gptq",
         description="How integers are chosen: 'round' takes the scale from the largest weight of a block, 'search' takes the scale with the smallest "
-        "squared error, 'gptq' also lets later weights make up for the errors of earlier ones on calibration text.",
+        "squared error, 'gptq' also lets weights make up on calibration text for the errors of all that were chosen before them.",
     )
     calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' reads, at most.")
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")

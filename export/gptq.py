@@ -4,24 +4,32 @@ The loss of a matrix W [N, K] on inputs X [T, K] is |X W' - X Q'|², which depen
 the columns not yet rounded can make up for best by the inverse of H among themselves; its Cholesky factor holds all those inverses at once (Frantar
 et al., GPTQ, 2023, sections 3.2 and 3.3). Columns are taken in their order; a block's scale is searched when its first column comes, on the weights
 as they then are, with the squared error of each column weighted by its H_jj.
+
+What is found so is improved by coordinate descent: in turn each scale, and each column's integers, take the values that are best for all others as
+they are (as in QuantEase, Behdin et al., 2023, section 3). No step can raise the loss.
 """
 
 from __future__ import annotations
 
 import torch
 
+from export.aim import damp
 from export.quantization import Quantized, integer_range, num_blocks, pack, round_to, search_scales
 
 _LAZY_COLUMNS = 128
 """Columns whose errors reach the later ones together; every block size divides it."""
-_DAMPING = 0.01
-"""Of the mean of H's diagonal, added to it (GPTQ, section 3.3)."""
+_PASSES = 3
+"""Of coordinate descent: of what ten passes gain over GPTQ's integers (a tenth of the loss, stories260k upcycled, 4 bits), three gain nine tenths."""
 
 
-def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32) -> Quantized:
+def quantize_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, passes: int = _PASSES
+) -> Quantized:
     """Quantize a weight [N, K] for inputs whose second moments X'X are `hessian` [K, K], symmetrically to `bits` in blocks of `block_size`.
 
-    An input that is always zero bears on nothing: its column is rounded, and has no error to pass on. Where all inputs are zero this is `quantize`.
+    `passes` of coordinate descent follow GPTQ's own.
+
+    An input that is always zero bears on nothing: its column is rounded, and has no error to pass on.
 
     Raises:
         ValueError: the weight or the moments are no matrices of finite values, or do not fit each other.
@@ -34,10 +42,12 @@ def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_
     padded = blocks * block_size
     w = torch.zeros(rows, padded)
     w[:, :width] = weight
-    factor, importance = torch.eye(padded), torch.zeros(padded)
-    factor[:width, :width] = _inverse_factor(hessian)
+    h, importance = torch.eye(padded), torch.zeros(padded)
+    h[:width, :width] = damp(hessian)
     importance[:width] = hessian.diagonal()
-    codes, scales = torch.zeros(rows, padded, dtype=torch.uint8), torch.zeros(rows, blocks)
+    factor = _inverse_factor(h)
+    target = w.clone()
+    integers, scales = torch.zeros(rows, padded), torch.zeros(rows, blocks)
     scale = unit = torch.zeros(rows, 1)
     for start in range(0, padded, _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, padded)
@@ -47,20 +57,46 @@ def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_
                 block = slice(column, column + block_size)
                 scale, unit = (found[:, 0] for found in search_scales(w[:, None, block], bits, importance[None, block], scale_type))
                 scales[:, column // block_size] = (scale * unit)[:, 0]
-            integers = round_to(w[:, column : column + 1] / unit, scale, low, high)
-            codes[:, column] = (integers - low)[:, 0].to(torch.uint8)
-            error = (w[:, column : column + 1] - integers * scale * unit) / factor[column, column]
+            chosen = round_to(w[:, column : column + 1] / unit, scale, low, high)
+            integers[:, column] = chosen[:, 0]
+            error = (w[:, column : column + 1] - chosen * scale * unit) / factor[column, column]
             w[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Quantized(pack(codes.view(rows, blocks, block_size), bits), scales)
+    for _ in range(passes):
+        _descend(target, h, integers, scales, bits, scale_type)
+    return Quantized(pack((integers - low).to(torch.uint8).view(rows, blocks, block_size), bits), scales)
 
 
-def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the damped inverse of H, float32 [K, K]; an input that is always zero stands alone in it."""
-    h = hessian.double()
-    dead = h.diagonal() == 0
-    h = h + torch.diag(dead.double() + _DAMPING * h.diagonal()[~dead].mean().nan_to_num())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+def _descend(w: torch.Tensor, h: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, bits: int, scale_type: torch.dtype) -> None:
+    """One pass over all scales [N, blocks] and then all columns of integers [N, K], both changed in place, for weights w and damped moments h."""
+    low, high = integer_range(bits)
+    rows, padded = w.shape
+    block_size = padded // scales.shape[1]
+    slope = (w - integers * scales.repeat_interleave(block_size, 1)) @ h  # the loss falls by twice this when a dequantized weight rises
+    for number in range(scales.shape[1]):
+        block = slice(number * block_size, (number + 1) * block_size)
+        own = integers[:, block]
+        bent = own @ h[block]
+        square = (bent[:, block] * own).sum(1)
+        best = scales[:, number] + torch.where(square > 0, (slope[:, block] * own).sum(1) / square.clamp(min=1e-30), torch.zeros(()))
+        best = best.to(scale_type).to(torch.float32)
+        slope -= (best - scales[:, number])[:, None] * bent
+        scales[:, number] = best
+    for start in range(0, padded, _LAZY_COLUMNS):
+        stop = min(start + _LAZY_COLUMNS, padded)
+        near, moved = slope[:, start:stop].clone(), torch.zeros(rows, stop - start)
+        for column in range(start, stop):
+            scale = scales[:, column // block_size]
+            best = round_to(integers[:, column] * scale + near[:, column - start] / h[column, column], scale, low, high)
+            moved[:, column - start] = (best - integers[:, column]) * scale
+            integers[:, column] = best
+            near -= moved[:, column - start, None] * h[column, start:stop]
+        slope -= moved @ h[start:stop]
+
+
+def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of the damped H, float32 [K, K]; an input that is always zero stands alone in it."""
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()

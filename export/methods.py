@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from export.aim import find_aim
 from export.calibration import CalibrationWalk
 from export.config import QuantizeConfig
 from export.errors import ExportError
@@ -92,15 +93,16 @@ def _quantize_layer(
         if group.expert is not None:
             counts = record.expert_tokens.setdefault(layer, [])
             if group.expert == len(counts):  # the first of the expert's groups
-                counts.append(len(inputs))
-        enough = len(inputs) >= _TOKENS_PER_INPUT * inputs.shape[1]
-        hessian = inputs.T @ inputs if enough else None
+                counts.append(len(inputs.actual))
+        tokens, width = inputs.actual.shape
+        aim = find_aim(inputs) if tokens >= _TOKENS_PER_INPUT * width else None
         for name, rows in wanted:
             weight = walk.read_matrix(name, rows)
-            if hessian is not None:
-                found = quantize_gptq(weight, hessian, plan[name], config.block_size, scale_type)
+            if aim is not None:
+                found = quantize_gptq(aim.move(weight), aim.hessian, plan[name], config.block_size, scale_type)
             else:
                 record.num_searched += 1
-                found = quantize(weight, plan[name], config.block_size, inputs.square().mean(0) if len(inputs) else None, scale_type)
+                found = quantize(weight, plan[name], config.block_size, inputs.actual.square().mean(0) if tokens else None, scale_type)
+            walk.replace(name, rows, dequantize(found, width, plan[name]))
             parts.setdefault(name, []).append(found)
     return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}

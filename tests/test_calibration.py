@@ -98,7 +98,7 @@ def test_every_group_reads_what_transformers_matrices_read(name: str, make_dense
     num_seen = 0
     for group in groups:
         expected, count = moments_of(calls, [walk.read_matrix(*matrix) for matrix in group.matrices])
-        inputs = group.read().double()
+        inputs = group.read().actual.double()
         assert len(inputs) == count, group.matrices
         torch.testing.assert_close(inputs.T @ inputs, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-9))
         num_seen += count if group.expert is not None else 0
@@ -113,7 +113,7 @@ def is_quantized(checkpoint: Any, key: str) -> bool:
 def test_all_experts_see_all_tokens_where_that_is_asked_for(mixture_checkpoint: Path) -> None:
     checkpoint, blocks = open_checkpoint(mixture_checkpoint), draw_blocks(3)
     walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), blocks, all_experts=True)
-    assert {len(group.read()) for group in walk.read_layer(0)} == {blocks.numel()}
+    assert {len(group.read().actual) for group in walk.read_layer(0)} == {blocks.numel()}
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, shared", "granitemoe, stacked", "qwen3_moe, some layers"])
@@ -181,3 +181,45 @@ def test_gptq_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_
     message = r"^quantize\.method is 'gptq', which learns from text, and there is none; give blocks of it, or set method to 'search'$"
     with pytest.raises(ExportError, match=message):
         quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(), lambda *_: None)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoeshared", "flex_olmo"])
+def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first layer of one stream is disturbed, and so is the second one's attention: each stream is what transformers computes."""
+    architecture, overrides, settings = CASES[name]
+    mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
+    checkpoint, blocks = open_checkpoint(mixture), draw_blocks(3)
+    family, generator = find_decoder_family(checkpoint.config), torch.Generator().manual_seed(0)
+    a, model, moved = family.attention, load(mixture), load(mixture)
+    walk = CalibrationWalk(checkpoint, family, blocks, all_experts=False)
+    list(walk.read_layer(0))
+    output = a.output.format(layer=0)
+    changed = {output: checkpoint.read(output) + 0.1 * torch.randn(checkpoint.entries[output].shape, generator=generator)}
+    moved.get_parameter(output).data.copy_(changed[output])
+    walk.advance(0, changed)
+    groups = walk.read_layer(1)
+    first = next(groups)
+    for key in (pattern.format(layer=1) for pattern in (a.query, a.key, a.value, a.output)):
+        weight = checkpoint.read(key) + 0.1 * torch.randn(checkpoint.entries[key].shape, generator=generator)
+        moved.get_parameter(key).data.copy_(weight)
+        walk.replace(key, None, weight)
+    second = next(groups)
+    experts = [group for group in groups if group.expert is not None][::2]
+    with torch.no_grad():
+        seen = {}
+        for kind, which in (("reference", model), ("actual", moved)):
+            with recorded(monkeypatch) as calls:
+                seen[kind] = (calls, which(input_ids=blocks, use_cache=False, output_hidden_states=True).hidden_states[1].flatten(0, 1))
+    for kind, which in (("reference", model), ("actual", moved)):
+        for group in (first, second):
+            weight = which.get_parameter(group.matrices[0][0])
+            expected = next(x for candidate, x in seen[kind][0] if candidate.shape == weight.shape and torch.equal(candidate, weight))
+            torch.testing.assert_close(getattr(group.read(), kind), expected, rtol=1e-4, atol=1e-5)
+    drifts = [group.read().drift for group in (second, *experts)]
+    if name == "flex_olmo":
+        assert drifts == [None] * 5, "a norm stands between"
+        return
+    difference = (seen["reference"][1] - seen["actual"][1]) / family.multipliers(checkpoint.config).residual
+    torch.testing.assert_close(drifts[0], difference, rtol=1e-4, atol=1e-5)
+    assert first.read().drift is None
+    assert all(group.read().drift is None for group in experts), "the first matrices of an expert"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -44,7 +46,7 @@ def reference(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, bits:
 def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: int, block_size: int, bits: int) -> None:
     weight, inputs = draw(8, width, 1000)
     hessian = inputs.T @ inputs
-    quantized = quantize_gptq(weight, hessian, bits, block_size)
+    quantized = quantize_gptq(weight, hessian, bits, block_size, passes=0)
     expected = reference(weight.numpy(), hessian.double().numpy(), quantized.scales.numpy(), bits, block_size)
     found = dequantize(quantized, width, bits).double().numpy()
     # Float32 sums decide a weight that lies in the middle between two integers; all others are equal.
@@ -67,10 +69,39 @@ def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(block_size:
     assert weighed < searched < plain
 
 
+@pytest.mark.parametrize("width", [40, 160])
+@pytest.mark.parametrize("bits", BITS)
+def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(bits: int, width: int) -> None:
+    weight, inputs = draw(8, width, 1000)
+    hessian = inputs.T @ inputs
+    damped = hessian.double().numpy() + 0.01 * hessian.double().diagonal().mean().item() * np.eye(width)
+
+    def damped_loss(found: np.ndarray) -> np.ndarray:
+        error = weight.double().numpy() - found
+        return np.einsum("nk,kl,nl->n", error, damped, error)
+
+    losses = []
+    for passes in (0, 1, 3, 60):
+        quantized = quantize_gptq(weight, hessian, bits, 16, passes=passes)
+        losses.append(damped_loss(dequantize(quantized, width, bits).double().numpy()))
+    for before, after in itertools.pairwise(losses):
+        assert (after <= before * (1 + 1e-5)).all()
+    assert losses[2].sum() < 0.97 * losses[0].sum()
+    found = dequantize(quantized, width, bits).double().numpy()
+    steps = quantized.scales.double().numpy().repeat(16, axis=1)[:, :width]
+    codes = np.rint(found / steps)
+    for column in range(width):
+        for change in (-1, 1):
+            other = found.copy()
+            inside = (codes[:, column] + change >= -(2 ** (bits - 1))) & (codes[:, column] + change < 2 ** (bits - 1))
+            other[:, column] += np.where(inside, change, 0) * steps[:, column]
+            assert (damped_loss(other) >= losses[-1] * (1 - 1e-5)).all()
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_inputs_that_are_independent_leave_nothing_to_make_up_for(bits: int) -> None:
     weight, _ = draw(8, 64, 1)
-    found = quantize_gptq(weight, torch.eye(64), bits, 32)
+    found = quantize_gptq(weight, torch.eye(64), bits, 32, passes=0)
     expected = quantize(weight, bits, 32)
     assert torch.equal(found.codes, expected.codes)
     assert torch.allclose(found.scales, expected.scales)
@@ -92,8 +123,11 @@ def test_inputs_that_are_always_zero_have_their_columns_rounded(bits: int) -> No
 @pytest.mark.parametrize("bits", BITS)
 def test_no_input_at_all_is_searched_rounding(bits: int) -> None:
     weight, _ = draw(8, 64, 1)
-    found = quantize_gptq(weight, torch.zeros(64, 64), bits, 32)
-    assert torch.equal(found.codes, quantize(weight, bits, 32).codes)
+    found = quantize_gptq(weight, torch.zeros(64, 64), bits, 32, passes=0)
+    expected = quantize(weight, bits, 32)
+    assert torch.equal(found.codes, expected.codes)
+    errors = [(weight - dequantize(q, 64, bits)).norm() for q in (quantize_gptq(weight, torch.zeros(64, 64), bits, 32), expected)]
+    assert errors[0] <= errors[1]
 
 
 @pytest.mark.parametrize("bits", BITS)
