@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from export.calibration import Inputs
+from export.inputs import Inputs
 
 DAMPING = 0.01
 """Of the mean of the diagonal of X'X, added to it (GPTQ, section 3.3)."""

@@ -12,13 +12,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from export.family import DecoderFamily, GatedFfn
+from export.inputs import Inputs
+from export.router_correction import RouterFacts, correct_router
 from upcycle.checkpoint import Checkpoint, read_rows
 from upcycle.layerwise import embed, load_layer
 
@@ -28,27 +30,18 @@ Rows = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What matrices read, a token a row, float32.
+class Group:
+    """Matrices that read the same inputs: names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one.
 
-    actual: [tokens, K], behind what is before them as it is quantized. reference: the same tokens in the float model.
-    drift: [tokens, N], what is to be added to the outputs for the residual stream to be the float model's again; None where that is left to others.
-    weights: [tokens], the factors that the outputs have in the layer's output; None is one.
+    place: attention's query, key and value, its output; the first matrices of an FFN, or its last.
+    up: where the rows are that make the inputs of a last matrix.
     """
 
-    actual: torch.Tensor
-    reference: torch.Tensor
-    drift: torch.Tensor | None = None
-    weights: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Group:
-    """Matrices that read the same inputs: names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one."""
-
+    place: Literal["attention", "output", "first", "last"]
     matrices: tuple[tuple[str, Rows], ...]
     read: Callable[[], Inputs]
     expert: int | None = None
+    up: tuple[str, tuple[int, int]] | None = None
 
 
 class _EnoughError(Exception):
@@ -58,41 +51,73 @@ class _EnoughError(Exception):
 class CalibrationWalk:
     """A walk through the layers of a mixture-of-experts decoder on blocks of token ids [N, S]."""
 
-    def __init__(self, checkpoint: Checkpoint, family: DecoderFamily, blocks: torch.Tensor, all_experts: bool) -> None:
-        self.checkpoint, self.family, self.all_experts = checkpoint, family, all_experts
+    def __init__(self, checkpoint: Checkpoint, family: DecoderFamily, blocks: torch.Tensor, all_experts: bool, correct_routers: bool = False) -> None:
+        self.checkpoint, self.family, self.all_experts, self.correct_routers = checkpoint, family, all_experts, correct_routers
         self.states = self.reference_states = embed(checkpoint, blocks, torch.float32)
+        self.routers: dict[int, tuple[torch.Tensor, RouterFacts]] = {}
+        self._changed: Mapping[str, torch.Tensor] = {}
         self._replaced: dict[tuple[str, Rows], torch.Tensor] = {}
 
     def replace(self, name: str, rows: Rows, weight: torch.Tensor) -> None:
         """Let the groups that follow in this layer be behind a matrix of another value."""
         self._replaced[name, rows] = weight
 
-    def read_layer(self, layer: int) -> Iterator[Group]:
-        """The groups of the layer that is next, in the order in which they compute, experts in order; each is behind what `replace` was told of."""
-        self._replaced = {}
+    def read_float(self, layer: int) -> Iterator[Group]:
+        """The groups of the layer that is next as they are in the float model alone; nothing moves on."""
+        self._changed, self._replaced = {}, {}
         model = load_layer(self.checkpoint, layer, torch.float32)
+        _, caught = self._run(model, self.reference_states, ("attention", "attended", "ffn"), stop=True)
+        yield self._read_attention(layer, Inputs(caught["attention"], caught["attention"]))
+        yield self._read_output(layer, Inputs(caught["attended"], caught["attended"]))
+        routed = Inputs(caught["ffn"], caught["ffn"])
+        if self.family.has_experts(layer, self.checkpoint.entries):
+            yield from self._read_experts(layer, routed, self.read(self._router(layer)))
+        yield from self._read_others(layer, routed, routed)
+
+    def read_layer(self, layer: int, changed: Mapping[str, torch.Tensor] | None = None) -> Iterator[Group]:
+        """The groups of the layer that is next, in the order in which they compute, experts in order; each is behind what `replace` was told of.
+
+        `changed` are tensors in the place of the checkpoint's with which the layer computes the same function.
+        """
+        self._changed, self._replaced = changed or {}, {}
+        model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
         drift = self._drift(self.states.flatten(0, -2), self.reference_states.flatten(0, -2))
         self.reference_states, reference = self._run(model, self.reference_states, ("attention", "attended", "residual", "ffn"), stop=False)
-        a = self.family.attention
         read = self._run(model, self.states, ("attention",), stop=True)[1]["attention"]
-        yield Group(
-            tuple((name.format(layer=layer), None) for name in (a.query, a.key, a.value)), partial(_same, Inputs(read, reference.pop("attention")))
-        )
+        yield self._read_attention(layer, Inputs(read, reference.pop("attention")))
         self._put(model, layer)
         read = self._run(model, self.states, ("attended",), stop=True)[1]["attended"]
-        yield Group(((a.output.format(layer=layer), None),), partial(_same, Inputs(read, reference.pop("attended"), drift)))
+        yield self._read_output(layer, Inputs(read, reference.pop("attended"), drift))
         self._put(model, layer)
         _, caught = self._run(model, self.states, ("residual", "ffn"), stop=True)
         del model
         routed = Inputs(caught["ffn"], reference["ffn"], self._drift(caught["residual"], reference["residual"]))
-        alone = replace(routed, drift=None)
-        shared = self.family.shared
         if self.family.has_experts(layer, self.checkpoint.entries):
-            yield from self._read_experts(layer, routed)
-        elif self.family.dense is not None:
-            yield from self._read_ffn(self.family.dense, layer, routed, None)
-        if shared is not None and self._has_elements(shared.ffn.up.format(layer=layer)):
-            yield from self._read_ffn(shared.ffn, layer, alone, None)
+            router = self.read(self._router(layer))
+            if self.correct_routers:
+                assert self.family.routing is not None
+                self.routers[layer] = correct_router(router, routed, self.family.routing(self.checkpoint.config).num_experts_per_tok)
+                router, _ = self.routers[layer]
+            yield from self._read_experts(layer, routed, router)
+        yield from self._read_others(layer, routed, replace(routed, drift=None))
+
+    def _read_attention(self, layer: int, inputs: Inputs) -> Group:
+        a = self.family.attention
+        return Group("attention", tuple((name.format(layer=layer), None) for name in (a.query, a.key, a.value)), partial(_same, inputs))
+
+    def _read_output(self, layer: int, inputs: Inputs) -> Group:
+        return Group("output", ((self.family.attention.output.format(layer=layer), None),), partial(_same, inputs))
+
+    def _read_others(self, layer: int, dense: Inputs, shared: Inputs) -> Iterator[Group]:
+        """The groups of an FFN in the place of experts, and of one beside them."""
+        if self.family.dense is not None and not self.family.has_experts(layer, self.checkpoint.entries):
+            yield from self._read_ffn(self.family.dense, layer, dense, None)
+        if self.family.shared is not None and self._has_elements(self.family.shared.ffn.up.format(layer=layer)):
+            yield from self._read_ffn(self.family.shared.ffn, layer, shared, None)
+
+    def _router(self, layer: int) -> str:
+        assert self.family.router is not None
+        return self.family.router.format(layer=layer)
 
     def _drift(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
         """What a block's outputs would have to have more; None where a norm stands between them and the residual stream."""
@@ -110,7 +135,8 @@ class CalibrationWalk:
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
         """Go on behind the layer, as it computes with tensors in the place of its own."""
-        self.states, _ = self._run(load_layer(self.checkpoint, layer, torch.float32, replaced), self.states, (), stop=False)
+        model = load_layer(self.checkpoint, layer, torch.float32, {**self._changed, **replaced})
+        self.states, _ = self._run(model, self.states, (), stop=False)
 
     @torch.no_grad()
     def _run(self, model: PreTrainedModel, states: torch.Tensor, wanted: tuple[str, ...], stop: bool) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -144,12 +170,11 @@ class CalibrationWalk:
             handle.remove()
         return torch.cat(after), {place: torch.cat(parts) for place, parts in caught.items()}
 
-    def _read_experts(self, layer: int, inputs: Inputs) -> Iterator[Group]:
-        assert self.family.router is not None
+    def _read_experts(self, layer: int, inputs: Inputs, router: torch.Tensor) -> Iterator[Group]:
         assert self.family.routing is not None
         assert self.family.experts is not None
         routing = self.family.routing(self.checkpoint.config)
-        logits = inputs.actual @ self.checkpoint.read(self.family.router.format(layer=layer)).float().T
+        logits = inputs.actual @ router.T
         chosen = logits.topk(routing.num_experts_per_tok, dim=-1).indices
         weights = logits.softmax(-1).gather(-1, chosen)
         total = weights.sum(-1, keepdim=True)
@@ -178,7 +203,7 @@ class CalibrationWalk:
             *_, hidden, _ = self.checkpoint.entries[down].shape
             first = ((up, None if expert is None else (height * expert, height * (expert + 1))),)
             second = None if expert is None else (hidden * expert, hidden * (expert + 1))
-        yield Group(first, partial(_same, replace(inputs, drift=None)), expert)
+        yield Group("first", first, partial(_same, replace(inputs, drift=None)), expert)
 
         def inner(x: torch.Tensor, replaced: Mapping[tuple[str, Rows], torch.Tensor]) -> torch.Tensor:
             both = torch.cat([replaced[part] if part in replaced else self.read_matrix(*part) for part in first])
@@ -187,12 +212,26 @@ class CalibrationWalk:
             result: torch.Tensor = activation(gate_rows) * up_rows
             return result
 
-        yield Group(
-            ((down, second),), lambda: replace(inputs, actual=inner(inputs.actual, self._replaced), reference=inner(inputs.reference, {})), expert
-        )
+        def read_inner() -> Inputs:
+            return replace(inputs, actual=inner(inputs.actual, self._replaced), reference=inner(inputs.reference, {}))
+
+        up_rows = self._up_rows(*first[-1], stacked=ffn.gate is None)
+        yield Group("last", ((down, second),), read_inner, expert, (first[-1][0], up_rows))
+
+    def _up_rows(self, name: str, rows: Rows, stacked: bool) -> tuple[int, int]:
+        """The rows of up in its tensor, in which those of the gate may lie before them."""
+        start, stop = rows or (0, math.prod(self.checkpoint.entries[name].shape[:-1]))
+        return ((start + stop) // 2 if stacked else start), stop
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor of the layer in float32, as the layer has it by now."""
+        return (self._changed[name] if name in self._changed else self.checkpoint.read(name)).float()
 
     def read_matrix(self, name: str, rows: Rows) -> torch.Tensor:
-        """A matrix of the checkpoint in float32: all dimensions but the last count as rows."""
+        """A matrix of the layer in float32, before it is quantized: all dimensions but the last count as rows."""
+        if name in self._changed:
+            whole = self._changed[name].flatten(0, -2)
+            return whole if rows is None else whole[slice(*rows)]
         entry = self.checkpoint.entries[name]
         flat = replace(entry, shape=(math.prod(entry.shape[:-1]), entry.shape[-1]))
         return read_rows(flat, *(rows or (0, flat.shape[0]))).float()

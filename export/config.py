@@ -49,6 +49,15 @@ class QuantizeConfig(Record):
     )
     calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' reads, at most.")
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
+    input_scaling: Literal["none", "awq"] = Field(
+        "none",
+        description="'awq' scales what matrices read before they are quantized, folded into the norms and matrices before them, so that weights in "
+        "large channels have smaller errors; with any method; learns from the same text.",
+    )
+    correct_routers: bool = Field(
+        False,
+        description="Whether routers are fitted to route behind quantized matrices as they did in the float model; learns from the same text.",
+    )
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
     attention_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of attention's weights; 16 leaves them as floats; 'variant' follows the variant."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -13,8 +14,10 @@ from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
 from export.gptq import quantize_gptq
+from export.input_scaling import ScalingRecord, scale_layer
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized, quantize, round_to_nearest
+from export.router_correction import RouterFacts
 from upcycle.checkpoint import Checkpoint
 
 _TOKENS_PER_INPUT = 2
@@ -23,10 +26,25 @@ _TOKENS_PER_INPUT = 2
 
 @dataclass
 class CalibrationRecord:
-    """What calibration saw: tokens of each expert by layer, and matrices of experts with too few of them for GPTQ."""
+    """What calibration saw and changed.
+
+    Tokens of each expert by layer, by layer the experts with too few of them for GPTQ, and their matrices; routing before and after correction by
+    layer; groups of matrices with scaled inputs; and the float tensors that stand in the place of the checkpoint's, by name.
+    """
 
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
+    scarce_experts: dict[int, set[int]] = field(default_factory=dict)
     num_searched: int = 0
+    routers: dict[int, RouterFacts] = field(default_factory=dict)
+    scaling: ScalingRecord = field(default_factory=ScalingRecord)
+    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def describe_tokens(self) -> dict[int, str]:
+        """By layer, in words: the fewest tokens of an expert, the median, and experts with fewer than twice the width of a matrix of theirs."""
+        return {
+            layer: f"fewest {min(counts):,}, median {statistics.median_low(counts):,}; too few in {len(self.scarce_experts.get(layer, ()))} of "
+            f"{len(counts)} experts" for layer, counts in self.expert_tokens.items()
+        }  # fmt: skip
 
 
 def order_tensors(names: Mapping[str, int]) -> list[str]:
@@ -50,10 +68,11 @@ def quantize_tensors(
     names = [name for name in order_tensors(plan) if is_quantized(plan[name])]
     in_layers = [name for name in names if layer_of(name) >= 0]
     walk = None
-    if config.method == "gptq" and in_layers and family is not None:
+    if in_layers and family is not None and needs_text(config):
         if blocks is None:
-            raise ExportError("quantize.method is 'gptq', which learns from text, and there is none; give blocks of it, or set method to 'search'")
-        walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts)
+            setting, mend = _learner(config)
+            raise ExportError(f"{setting}, which learns from text, and there is none; give blocks of it, or {mend}")
+        walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts, config.correct_routers)
     done = 0
     for name in names if walk is None else [name for name in names if layer_of(name) < 0]:
         yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
@@ -62,7 +81,8 @@ def quantize_tensors(
     if walk is None:
         return
     for layer in range(checkpoint.config.num_hidden_layers):
-        found = _quantize_layer(walk, layer, plan, config, scale_type, record)
+        changed = scale_layer(walk, layer, plan, config, record.scaling) if config.input_scaling == "awq" else {}
+        found = _quantize_layer(walk, layer, changed, plan, config, scale_type, record)
         expected = [name for name in in_layers if layer_of(name) == layer]
         assert sorted(found) == expected, f"layer {layer}: calibration knows {sorted(found)}, to be quantized are {expected}"
         for name in expected:
@@ -71,7 +91,22 @@ def quantize_tensors(
         progress("quantizing", done, len(names))
         if layer + 1 < checkpoint.config.num_hidden_layers:
             shapes = {name: checkpoint.entries[name].shape for name in found}
-            walk.advance(layer, {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()})
+            quantized = {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()}
+            walk.advance(layer, quantized | {name: tensor for name, tensor in record.replaced.items() if layer_of(name) == layer})
+
+
+def needs_text(config: QuantizeConfig) -> bool:
+    """Whether any setting learns from calibration text."""
+    return config.method == "gptq" or config.correct_routers or config.input_scaling != "none"
+
+
+def _learner(config: QuantizeConfig) -> tuple[str, str]:
+    """The first setting that learns from text, and what to do without."""
+    if config.method == "gptq":
+        return "quantize.method is 'gptq'", "set method to 'search'"
+    if config.correct_routers:
+        return "quantize.correct_routers is true", "set it to false"
+    return f"quantize.input_scaling is '{config.input_scaling}'", "set it to 'none'"
 
 
 def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: QuantizeConfig, scale_type: torch.dtype) -> Quantized:
@@ -82,27 +117,36 @@ def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: Quanti
 
 
 def _quantize_layer(
-    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord
-) -> dict[str, Quantized]:
+    walk: CalibrationWalk, layer: int, changed: Mapping[str, torch.Tensor], plan: Mapping[str, int], config: QuantizeConfig,
+    scale_type: torch.dtype, record: CalibrationRecord,
+) -> dict[str, Quantized]:  # fmt: skip
     parts: dict[str, list[Quantized]] = {}
-    for group in walk.read_layer(layer):
+    for group in walk.read_layer(layer, changed):
         wanted = [(name, rows) for name, rows in group.matrices if is_quantized(plan[name])]
         if not wanted:
             continue
         inputs = group.read()
-        if group.expert is not None:
-            counts = record.expert_tokens.setdefault(layer, [])
-            if group.expert == len(counts):  # the first of the expert's groups
-                counts.append(len(inputs.actual))
         tokens, width = inputs.actual.shape
-        aim = find_aim(inputs) if tokens >= _TOKENS_PER_INPUT * width else None
+        enough = tokens >= _TOKENS_PER_INPUT * width
+        if group.expert is not None:
+            if group.place == "first":
+                record.expert_tokens.setdefault(layer, []).append(tokens)
+            if not enough:
+                record.scarce_experts.setdefault(layer, set()).add(group.expert)
+        aim = find_aim(inputs) if enough and config.method == "gptq" else None
         for name, rows in wanted:
             weight = walk.read_matrix(name, rows)
-            if aim is not None:
+            if config.method == "round":
+                found = round_to_nearest(weight, plan[name], config.block_size, scale_type)
+            elif aim is not None:
                 found = quantize_gptq(aim.move(weight), aim.hessian, plan[name], config.block_size, scale_type)
             else:
-                record.num_searched += 1
+                record.num_searched += config.method == "gptq"
                 found = quantize(weight, plan[name], config.block_size, inputs.actual.square().mean(0) if tokens else None, scale_type)
             walk.replace(name, rows, dequantize(found, width, plan[name]))
             parts.setdefault(name, []).append(found)
+    record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
+    if layer in walk.routers:
+        assert walk.family.router is not None
+        record.replaced[walk.family.router.format(layer=layer)], record.routers[layer] = walk.routers.pop(layer)
     return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}

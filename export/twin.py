@@ -38,7 +38,9 @@ _TORCH_TYPES: dict[ElementType, torch.dtype] = {"float32": torch.float32, "float
 class QuantizeFacts:
     """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
 
-    Of calibration: tokens of the expert that saw the fewest, None without calibration, and matrices that saw too few for GPTQ.
+    Of calibration: tokens of the expert that saw the fewest, None without calibration, and matrices that saw too few for GPTQ; by layer, tokens of
+    its experts, and its routing before and after correction, in words. Groups of matrices whose inputs are scaled, those that are best unscaled, and
+    those that have nothing to fold scales into.
     """
 
     bits: dict[TensorClass, int]
@@ -50,6 +52,11 @@ class QuantizeFacts:
     method: str
     fewest_expert_tokens: int | None
     num_matrices_with_few_tokens: int
+    tokens_by_layer: dict[int, str]
+    routing_by_layer: dict[int, str]
+    num_scaled_groups: int
+    num_groups_best_unscaled: int
+    num_groups_without_place: int
 
 
 def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> dict[TensorClass, int]:
@@ -126,7 +133,7 @@ def quantize_checkpoint(
         write_tensors(output, integer_specs, _integer_tensors(checkpoint, quantized), _SHARD_BYTES, stem=_STEM)
     integers = index_tensors(output, _STEM) if integer_specs else {}
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in checkpoint.entries.items()]
-    write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, progress), _SHARD_BYTES)
+    write_tensors(output, specs, _twin_tensors(checkpoint, integers, plan, record.replaced, progress), _SHARD_BYTES)
     experts = [name for name in plan if classes[name] == "experts" and checkpoint.entries[name].num_elements]
     sizes = {name: checkpoint.entries[name].num_elements for name in experts}
     share = sum(sizes[name] for name in experts if is_quantized(plan[name])) / max(1, sum(sizes.values()))
@@ -142,10 +149,16 @@ def quantize_checkpoint(
         method="search" if config.method == "gptq" and family is None else config.method,
         fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
         num_matrices_with_few_tokens=record.num_searched,
+        tokens_by_layer=record.describe_tokens(),
+        routing_by_layer={layer: found.describe() for layer, found in record.routers.items()},
+        num_scaled_groups=record.scaling.num_scaled,
+        num_groups_best_unscaled=record.scaling.num_best_unscaled,
+        num_groups_without_place=record.scaling.num_without_place,
     )
     integer_widths = {name: width for name, width in plan.items() if is_quantized(width)}
     scheme = {
-        "variant": variant, "element_type": computes_in, "tensors": integer_widths, "expert_tokens": record.expert_tokens, **asdict(facts),
+        "variant": variant, "element_type": computes_in, "tensors": integer_widths, "expert_tokens": record.expert_tokens,
+        "routers": {layer: asdict(found) for layer, found in record.routers.items()}, **asdict(facts),
     }  # fmt: skip
     (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
     return facts
@@ -199,14 +212,14 @@ def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quan
 
 
 def _twin_tensors(
-    checkpoint: Checkpoint, integers: Mapping[str, TensorEntry], plan: dict[str, int], progress: Progress
+    checkpoint: Checkpoint, integers: Mapping[str, TensorEntry], plan: dict[str, int], replaced: Mapping[str, torch.Tensor], progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
     for number, (name, bits) in enumerate(plan.items(), 1):
         if is_quantized(bits):
             shape = checkpoint.entries[name].shape
             yield name, dequantize(_read_quantized(name, integers), shape[-1], bits).reshape(shape)
         else:
-            weight = checkpoint.read(name).to(torch.float32)
+            weight = (replaced[name] if name in replaced else checkpoint.read(name)).to(torch.float32)
             rounded = weight.to(torch.float16).to(torch.float32) if bits == 16 else weight
             if not torch.isfinite(rounded).all():
                 raise _beyond_float16(checkpoint, name, weight)

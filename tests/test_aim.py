@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from export.aim import DAMPING, find_aim
-from export.calibration import Inputs
+from export.inputs import Inputs
 
 
 def draw(tokens: int, width: int, rows: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -184,7 +184,9 @@ def test_gptq_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoeshared", "flex_olmo"])
-def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
+    name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first layer of one stream is disturbed, and so is the second one's attention: each stream is what transformers computes."""
     architecture, overrides, settings = CASES[name]
     mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
