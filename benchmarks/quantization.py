@@ -51,6 +51,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS: dict[str, dict[str, Any]] = {
     "rounding": {"method": "round"}, "searched scales": {"method": "search"}, "GPTQ": {"method": "gptq"},
     "GPTQ, all experts see all tokens": {"method": "gptq", "calibrate_all_experts": True},
+    "GPTQ + router correction": {"method": "gptq", "correct_routers": True},
+    "AWQ + searched scales": {"method": "search", "input_scaling": "awq"}, "AWQ + GPTQ": {"method": "gptq", "input_scaling": "awq"},
 }  # fmt: skip
 RIVALS: dict[str, Callable[[int, int], Any]] = {
     "onnxruntime, symmetric": lambda bits, block: DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits),

@@ -22,7 +22,7 @@ from export.family import DecoderFamily, GatedFfn
 from export.inputs import Inputs
 from export.router_correction import RouterFacts, correct_router
 from upcycle.checkpoint import Checkpoint, read_rows
-from upcycle.layerwise import embed, load_layer
+from upcycle.layerwise import apply_final_norm, embed, load_layer
 
 _BATCH_ROWS = 8
 
@@ -33,11 +33,11 @@ Rows = tuple[int, int] | None
 class Group:
     """Matrices that read the same inputs: names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one.
 
-    place: attention's query, key and value, its output; the first matrices of an FFN, or its last.
+    place: attention's query, key and value, its output; the first matrices of an FFN, or its last; the output head.
     up: where the rows are that make the inputs of a last matrix.
     """
 
-    place: Literal["attention", "output", "first", "last"]
+    place: Literal["attention", "output", "first", "last", "head"]
     matrices: tuple[tuple[str, Rows], ...]
     read: Callable[[], Inputs]
     expert: int | None = None
@@ -100,6 +100,12 @@ class CalibrationWalk:
                 router, _ = self.routers[layer]
             yield from self._read_experts(layer, routed, router)
         yield from self._read_others(layer, routed, replace(routed, drift=None))
+
+    def read_head(self, name: str) -> Group:
+        """The matrix that makes logits, `name`, behind the last layer."""
+        self._changed, self._replaced = {}, {}
+        both = [apply_final_norm(self.checkpoint, states.flatten(0, -2), torch.float32) for states in (self.states, self.reference_states)]
+        return Group("head", ((name, None),), partial(_same, Inputs(*both)))
 
     def _read_attention(self, layer: int, inputs: Inputs) -> Group:
         a = self.family.attention

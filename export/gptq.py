@@ -11,6 +11,8 @@ they are (as in QuantEase, Behdin et al., 2023, section 3). No step can raise th
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from export.aim import damp
@@ -22,30 +24,52 @@ _PASSES = 3
 """Of coordinate descent: of what ten passes gain over GPTQ's integers (a tenth of the loss, stories260k upcycled, 4 bits), three gain nine tenths."""
 
 
-def quantize_gptq(
-    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, passes: int = _PASSES
-) -> Quantized:
-    """Quantize a weight [N, K] for inputs whose second moments X'X are `hessian` [K, K], symmetrically to `bits` in blocks of `block_size`.
+@dataclass(frozen=True)
+class Moments:
+    """What GPTQ needs to know of the inputs of matrices, padded to whole blocks: damped X'X, the factor of its inverse, X'X's own diagonal."""
 
-    `passes` of coordinate descent follow GPTQ's own.
+    damped: torch.Tensor
+    factor: torch.Tensor
+    importance: torch.Tensor
+    width: int
+
+
+def prepare_moments(hessian: torch.Tensor, block_size: int) -> Moments:
+    """The moments X'X [K, K] of matrices that are to be quantized in blocks of `block_size`, factored once for all of them.
 
     An input that is always zero bears on nothing: its column is rounded, and has no error to pass on.
 
     Raises:
-        ValueError: the weight or the moments are no matrices of finite values, or do not fit each other.
+        ValueError: they are not finite, or not square.
     """
-    rows, width = weight.shape
-    if hessian.shape != (width, width) or not torch.isfinite(weight).all() or not torch.isfinite(hessian).all():
-        raise ValueError(f"weight {tuple(weight.shape)} and moments {tuple(hessian.shape)} must be finite and fit each other")
-    low, high = integer_range(bits)
-    blocks = num_blocks(width, block_size)
-    padded = blocks * block_size
-    w = torch.zeros(rows, padded)
-    w[:, :width] = weight
+    width = hessian.shape[-1]
+    if hessian.shape != (width, width) or not torch.isfinite(hessian).all():
+        raise ValueError(f"moments {tuple(hessian.shape)} must be square and finite")
+    padded = num_blocks(width, block_size) * block_size
     h, importance = torch.eye(padded), torch.zeros(padded)
     h[:width, :width] = damp(hessian)
     importance[:width] = hessian.diagonal()
-    factor = _inverse_factor(h)
+    return Moments(h, _inverse_factor(h), importance, width)
+
+
+def quantize_gptq(
+    weight: torch.Tensor, moments: Moments, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, passes: int = _PASSES
+) -> Quantized:
+    """Quantize a weight [N, K] for inputs of these moments, symmetrically to `bits` in blocks of `block_size`.
+
+    `passes` of coordinate descent follow GPTQ's own.
+
+    Raises:
+        ValueError: the weight is no matrix of finite values, or does not fit the moments.
+    """
+    rows, width = weight.shape
+    if moments.width != width or not torch.isfinite(weight).all():
+        raise ValueError(f"weight {tuple(weight.shape)} must be finite, and {moments.width} wide as its moments")
+    h, factor, importance = moments.damped, moments.factor, moments.importance
+    low, high = integer_range(bits)
+    blocks, padded = num_blocks(width, block_size), len(h)
+    w = torch.zeros(rows, padded)
+    w[:, :width] = weight
     target = w.clone()
     integers, scales = torch.zeros(rows, padded), torch.zeros(rows, blocks)
     scale = unit = torch.zeros(rows, 1)

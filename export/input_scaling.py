@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import assert_never
 
 import torch
 
@@ -122,6 +123,10 @@ def fold(scaled: ScaledLayer, family: DecoderFamily, groups: Sequence[Group], sc
             assert group.up is not None
             name, rows = group.up
             scaled.divide_outputs(name, rows, scales)
+        case "head":
+            raise AssertionError("the head is in no layer")
+        case _:
+            assert_never(group.place)
 
 
 def _choose(

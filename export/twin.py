@@ -123,7 +123,7 @@ def quantize_checkpoint(
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
     integer_specs = [
-        spec for name in order_tensors(plan) if is_quantized(plan[name])
+        spec for name in order_tensors(plan, family) if is_quantized(plan[name])
         for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], config.block_size)
     ]  # fmt: skip
     record = CalibrationRecord()

@@ -16,6 +16,7 @@ from export.calibration import CalibrationWalk, Group
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import find_decoder_family
+from export.quantization import dequantize, quantize
 from export.twin import SCHEME_NAME, quantize_checkpoint
 from upcycle.checkpoint import open_checkpoint
 from upcycle.config import ExpertsConfig, UpcycleConfig
@@ -225,3 +226,33 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
     torch.testing.assert_close(drifts[0], difference, rtol=1e-4, atol=1e-5)
     assert first.read().drift is None
     assert all(group.read().drift is None for group in experts), "the first matrices of an expert"
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe, stacked"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_nearer_to_the_model_than_with_searched_scales(tied: bool, name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    architecture, overrides, settings = CASES[name]
+    dense = make_dense(architecture=architecture, tie_word_embeddings=tied, **overrides)
+    mixture = make_mixture(dense, tmp_path / "mixture", settings)
+    checkpoint, model, blocks, held_out = open_checkpoint(mixture), load(mixture), draw_blocks(64), draw_blocks(16, seed=1)
+    (tmp_path / "twin").mkdir()
+    config = QuantizeConfig(block_size=16, embedding_bits="variant")
+    quantize_checkpoint(mixture, tmp_path / "twin", "int4", config, lambda *_: None, blocks=blocks)
+    head = model.get_output_embeddings().weight.detach()
+    with torch.no_grad():
+        hidden = model.model(input_ids=held_out).last_hidden_state
+        expected = hidden @ head.T
+        errors = [
+            float((hidden @ found.T - expected).square().mean())
+            for found in (load(tmp_path / "twin").get_output_embeddings().weight, dequantize(quantize(head, 4, 16), 32, 4))
+        ]
+    assert errors[0] < (0.95 if tied else 0.8) * errors[1]
+    walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), blocks, all_experts=False)
+    for layer in range(2):
+        list(walk.read_layer(layer))
+        walk.advance(layer, {})
+    with torch.no_grad():
+        seen = model.model(input_ids=blocks).last_hidden_state.flatten(0, 1)
+    inputs = walk.read_head("model.embed_tokens.weight" if tied else "lm_head.weight").read()
+    for found in (inputs.actual, inputs.reference):
+        torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-4)

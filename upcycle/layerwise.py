@@ -106,6 +106,21 @@ def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> torc
 
 
 @torch.no_grad()
+def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the head reads, [tokens, H] in `dtype`, of the last layer's states [tokens, H]: a model of the final norm, and no layer.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    config = _config_without_layers(checkpoint.config)
+    config.vocab_size = 1
+    state = {"embed_tokens.weight": torch.zeros(1, config.hidden_size), "norm.weight": checkpoint.read(_NORM)}
+    model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
+    _refuse_report(info, f"{checkpoint.directory}: final norm")
+    return cast(torch.Tensor, model.norm(states))
+
+
+@torch.no_grad()
 def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Logits [tokens, vocabulary] in `dtype` of the last layer's states [tokens, H]: a model of the final norm and the head, and no layer.
 
