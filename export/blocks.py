@@ -34,7 +34,7 @@ class BlockWriter:
         self.config, self.family = twin.checkpoint.config, twin.family
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
         self.used: set[str] = set()
-        self.moe_layer: MoeLayer | None = None
+        self.moe_layers: list[MoeLayer] = []
 
     def has(self, name: str | None) -> bool:
         """Whether the checkpoint has a tensor of this name."""
@@ -138,7 +138,7 @@ class BlockWriter:
         flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
         tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
         router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}")
-        self.moe_layer = moe
+        self.moe_layers.append(moe)
         mixed = lowering.lower(self.graph, moe, MoeInput(x, self.graph.narrow(tokens), router_logits))
         shared = self._shared(x, layer)
         return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-Variant = Literal["float32", "float16", "int8", "int4"]
+Variant = Literal["float32", "float16", "int8", "int4", "mixed"]
 Device = Literal["cpu", "cuda"]
 ElementType = Literal["float32", "float16"]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+QUANTIZED: tuple[Variant, ...] = ("int8", "int4", "mixed")
+"""The variants whose weights are integers and scales."""
 
 
 def element_type(variant: Variant, device: Device) -> ElementType:
@@ -18,7 +21,7 @@ def element_type(variant: Variant, device: Device) -> ElementType:
     match variant:
         case "float32" | "float16":
             return variant
-        case "int8" | "int4":
+        case "int8" | "int4" | "mixed":
             return "float32" if device == "cpu" else "float16"
         case _:
             assert_never(variant)
@@ -26,8 +29,7 @@ def element_type(variant: Variant, device: Device) -> ElementType:
 
 def rounds_activations(variant: Variant, config: OnnxConfig) -> bool:
     """Whether a variant's graph rounds what it computes with, to float16 or to 8 bits, and so differs from its twin by more than float32 noise."""
-    quantized = variant in ("int8", "int4")
-    return element_type(variant, config.device) == "float16" or (quantized and config.activation_bits == 8)
+    return element_type(variant, config.device) == "float16" or (variant in QUANTIZED and config.activation_bits == 8)
 
 
 CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
@@ -39,8 +41,47 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def _read_size(value: object) -> object:
+    """Bytes of a size as people write it, such as '0.6 GB'."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?i?B)\s*", value)
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"is '{value}'; must be a size such as '0.6 GB', with one of the units {', '.join(_UNITS)}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _read_percentage(value: object) -> object:
+    """The share that a percentage such as '1 %' is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", value)
+    if found is None:
+        raise ValueError(f"is '{value}'; must be a percentage such as '1 %', or a number such as 0.01")
+    return float(found[1]) / 100
+
+
+NumBytes = Annotated[PositiveInt, BeforeValidator(_read_size, json_schema_input_type=int | str)]
+Percentage = Annotated[NonNegative, BeforeValidator(_read_percentage, json_schema_input_type=float | str)]
+
+
+class BitsOverride(Record):
+    """Layers in which a class of tensors keeps more bits than its variant gives it."""
+
+    tensors: Literal["experts", "attention"] = Field(description="The class.")
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = Field(min_length=1, description="The layers, from 0 on.")
+    bits: Literal[8, 16] = Field(description="Bits that it has at least; 16 leaves it as floats.")
+
+
 class QuantizeConfig(Record):
-    """Weight-only quantization of the int8 and int4 variants; routers and norms always stay in float32."""
+    """Weight-only quantization of the int8, int4 and mixed variants; routers and norms always stay in float32.
+
+    Variant 'mixed' has 4 or 8 bits or floats in every class of every layer, in the embedding and in the head, as measured: the best that fits into
+    `budget`, or the smallest that costs no more than `max_perplexity_increase`.
+    """
 
     method: Literal["round", "search", "gptq"] = Field(
         "gptq",
@@ -59,6 +100,15 @@ class QuantizeConfig(Record):
     head_bits: Literal["embedding", "variant", 8, 16] = Field(
         "embedding", description="Bits of an output head of its own; 'embedding' follows embedding_bits; 16 leaves it as floats."
     )
+    overrides: Annotated[tuple[BitsOverride, ...], Field(strict=False)] = Field((), description="Layers that keep more bits.")
+    budget: NumBytes | None = Field(
+        None, description="Variant 'mixed': bytes of its ONNX package at most, such as '0.6 GB'; its bits are those that lose least within it."
+    )
+    max_perplexity_increase: Percentage | None = Field(
+        None,
+        description="Variant 'mixed': what perplexity on validation text may rise by, such as '1 %'; its bits are the fewest that keep to it.",
+    )
+    search_tokens: PositiveInt = Field(8192, description="Tokens of the validation split that the search for the bits of 'mixed' reads, at most.")
 
 
 class RequestConfig(Record):
@@ -102,7 +152,8 @@ class ParityConfig(Record):
     # Measured on the embedded model: float32 3e-8, float16 1e-5 (its KL 7e-7, where a float32 graph has 3e-10), int8 4e-4, int4 5e-3 in blocks of 16.
     # A limit leaves room for a model that is more sensitive, and float16's for depth: its noise grows layer by layer, and this one has four.
     max_perplexity_increase: dict[Variant, NonNegative] = Field(
-        {"float32": 1e-4, "float16": 5e-4, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
+        {"float32": 1e-4, "float16": 5e-4, "int8": 0.005, "int4": 0.05, "mixed": 0.05},
+        description="Relative to the fine-tuned model, on held-out text.",
     )
     num_blocks: PositiveInt | None = Field(
         None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it."

@@ -26,7 +26,7 @@ from export.speed import measure_speed
 from export.storage import DATA_NAME, MODEL_NAME
 from export.twin import quantize_checkpoint
 
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
+VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant != "mixed")  # that one is a choice of the others
 EXACT: tuple[Variant, ...] = ("float32", "int8", "int4")  # those that compute as their twin does, but for the order of sums
 BLOCKS = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(0))
 # Random weights lose more to quantization than trained ones; that question is not asked here.

@@ -41,4 +41,4 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     model.graph.opset_imports[MICROSOFT] = OPSETS[MICROSOFT]
     model.producer_name, model.graph.name = "dense2moe", twin.checkpoint.config.model_type
     layer = describe_layer(trace, twin, next(iter(trace.experts)), config.activation_bits)
-    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, layer, config.device), shares_buffer=False)
+    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, [layer], config.device), shares_buffer=False)
