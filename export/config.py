@@ -91,6 +91,10 @@ class QuantizeConfig(Record):
     calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' reads, at most.")
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
+    zero_points: bool = Field(
+        False,
+        description="Whether each block has a zero point beside its scale, of a weight's bits, so that its range may lie on one side of zero.",
+    )
     attention_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of attention's weights; 16 leaves them as floats; 'variant' follows the variant."
     )

@@ -190,7 +190,7 @@ def plan_lowerings(
             if not is_quantized(bits):
                 return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
             start, stop = rows or (0, math.prod(shape[:-1]))
-            return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start)
+            return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points)
 
         return moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from export.quantization import Quantized, integer_range, num_blocks, pack, round_to, search_scales
+from export.quantization import Quantized, cut, encode, round_to, search_scales
 
 _LAZY_COLUMNS = 128
 """Columns whose errors reach the later ones together; every block size divides it."""
@@ -18,8 +18,10 @@ _DAMPING = 0.01
 """Of the mean of H's diagonal, added to it (GPTQ, section 3.3)."""
 
 
-def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32) -> Quantized:
-    """Quantize a weight [N, K] for inputs whose second moments X'X are `hessian` [K, K], symmetrically to `bits` in blocks of `block_size`.
+def quantize_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, zero_points: bool = False
+) -> Quantized:
+    """Quantize a weight [N, K] for inputs whose second moments X'X are `hessian` [K, K], to `bits` in blocks of `block_size`, maybe with zero points.
 
     An input that is always zero bears on nothing: its column is rounded, and has no error to pass on. Where all inputs are zero this is `quantize`.
 
@@ -29,31 +31,30 @@ def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_
     rows, width = weight.shape
     if hessian.shape != (width, width) or not torch.isfinite(weight).all() or not torch.isfinite(hessian).all():
         raise ValueError(f"weight {tuple(weight.shape)} and moments {tuple(hessian.shape)} must be finite and fit each other")
-    low, high = integer_range(bits)
-    blocks = num_blocks(width, block_size)
-    padded = blocks * block_size
-    w = torch.zeros(rows, padded)
-    w[:, :width] = weight
+    blocked = cut(weight, block_size)
+    blocks, padded = blocked.shape[1], blocked.shape[1] * block_size
+    w = blocked.flatten(1)
     factor, importance = torch.eye(padded), torch.zeros(padded)
     factor[:width, :width] = _inverse_factor(hessian)
     importance[:width] = hessian.diagonal()
-    codes, scales = torch.zeros(rows, padded, dtype=torch.uint8), torch.zeros(rows, blocks)
-    scale = unit = torch.zeros(rows, 1)
+    integers, scales, zeros = torch.zeros(rows, padded), torch.zeros(rows, blocks, 1), torch.zeros(rows, blocks, 1)
+    scale = unit = zero = torch.zeros(rows, 1)
     for start in range(0, padded, _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, padded)
         errors = torch.zeros(rows, stop - start)
         for column in range(start, stop):
             if column % block_size == 0:
                 block = slice(column, column + block_size)
-                scale, unit = (found[:, 0] for found in search_scales(w[:, None, block], bits, importance[None, block], scale_type))
-                scales[:, column // block_size] = (scale * unit)[:, 0]
-            integers = round_to(w[:, column : column + 1] / unit, scale, low, high)
-            codes[:, column] = (integers - low)[:, 0].to(torch.uint8)
-            error = (w[:, column : column + 1] - integers * scale * unit) / factor[column, column]
+                found = search_scales(w[:, None, block], bits, importance[None, block], scale_type, zero_points)
+                scale, unit, zero = (value[:, 0] for value in found)
+                scales[:, column // block_size], zeros[:, column // block_size] = scale * unit, zero
+            rounded = round_to(w[:, column : column + 1] / unit, scale, zero, bits)
+            integers[:, column] = rounded[:, 0]
+            error = (w[:, column : column + 1] - rounded * scale * unit) / factor[column, column]
             w[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
-    return Quantized(pack(codes.view(rows, blocks, block_size), bits), scales)
+    return encode(integers.view(rows, blocks, block_size), scales, zeros, bits, zero_points)
 
 
 def _inverse_factor(hessian: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 
 from export.graph import MICROSOFT, GraphWriter
+from export.quantization import Quantized, join, zero_point_bytes
 from export.twin import FloatWeight, QuantizedWeight, Weight
 
 _ACCURACY_LEVELS = {8: 4, 32: 1}
@@ -39,13 +40,21 @@ def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weigh
     integers = [part for part in parts if isinstance(part, QuantizedWeight)]
     first = integers[0]
     assert len(integers) == len(parts), f"{name}: some parts are quantized, some not"
-    assert {(part.bits, part.block_size) for part in integers} == {(first.bits, first.block_size)}, f"{name}: parts of several kinds"
+    assert len({(part.bits, part.block_size, part.zero_points) for part in integers}) == 1, f"{name}: parts of several kinds"
+
+    def read() -> Quantized:
+        return join([part.read() for part in integers])
+
     codes_shape = (rows, first.num_blocks, first.block_size * first.bits // 8)
-    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: torch.cat([part.read().codes for part in integers]))
+    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: read().codes)
     scales_shape = (rows * first.num_blocks,)
-    scales = graph.weight(f"{name}.scales", graph.dtype, scales_shape, lambda: torch.cat([part.read().scales.flatten() for part in integers]))
+    scales = graph.weight(f"{name}.scales", graph.dtype, scales_shape, lambda: read().scales.flatten())
+    inputs = [x, codes, scales]
+    if first.zero_points:
+        size = rows * zero_point_bytes(width, first.bits, first.block_size)
+        inputs.append(graph.weight(f"{name}.zero_points", ir.DataType.UINT8, (size,), lambda: read().own_zero_points().flatten()))
     attributes = {"K": width, "N": rows, "bits": first.bits, "block_size": first.block_size, "accuracy_level": _ACCURACY_LEVELS[activation_bits]}
-    return graph.op("MatMulNBits", [x, codes, scales], name, attributes, MICROSOFT)
+    return graph.op("MatMulNBits", inputs, name, attributes, MICROSOFT)
 
 
 def add_exact_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str) -> ir.Value:

@@ -13,7 +13,7 @@ from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
 from export.gptq import quantize_gptq
 from export.progress import Progress
-from export.quantization import Quantized, dequantize, is_quantized, quantize, round_to_nearest
+from export.quantization import Quantized, dequantize, is_quantized, join, quantize, round_to_nearest
 from upcycle.checkpoint import Checkpoint
 
 _TOKENS_PER_INPUT = 2
@@ -76,8 +76,8 @@ def quantize_tensors(
 def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: QuantizeConfig, scale_type: torch.dtype) -> Quantized:
     weight = checkpoint.read(name).to(torch.float32).flatten(0, -2)
     if config.method == "round":
-        return round_to_nearest(weight, bits, config.block_size, scale_type)
-    return quantize(weight, bits, config.block_size, scale_type=scale_type)
+        return round_to_nearest(weight, bits, config.block_size, scale_type, config.zero_points)
+    return quantize(weight, bits, config.block_size, scale_type=scale_type, zero_points=config.zero_points)
 
 
 def _quantize_layer(
@@ -98,9 +98,10 @@ def _quantize_layer(
         for name, rows in wanted:
             weight = walk.read_matrix(name, rows)
             if hessian is not None:
-                found = quantize_gptq(weight, hessian, plan[name], config.block_size, scale_type)
+                found = quantize_gptq(weight, hessian, plan[name], config.block_size, scale_type, config.zero_points)
             else:
                 record.num_searched += 1
-                found = quantize(weight, plan[name], config.block_size, inputs.square().mean(0) if len(inputs) else None, scale_type)
+                importance = inputs.square().mean(0) if len(inputs) else None
+                found = quantize(weight, plan[name], config.block_size, importance, scale_type, config.zero_points)
             parts.setdefault(name, []).append(found)
-    return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}
+    return {name: join(found) for name, found in parts.items()}

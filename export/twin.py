@@ -25,13 +25,14 @@ from export.family import DecoderFamily, TensorClass, find_decoder_family, find_
 from export.methods import CalibrationRecord, order_tensors, quantize_tensors
 from export.parameters import classify_tensors
 from export.progress import Progress
-from export.quantization import Quantized, dequantize, is_quantized, num_blocks
+from export.quantization import Quantized, dequantize, is_quantized, num_blocks, zero_point_bytes
 from export.sensitivity import Ruler, Weights
-from upcycle.checkpoint import Checkpoint, TensorEntry, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
+from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
 from upcycle.shards import TensorSpec, write_tensors
 
 SCHEME_NAME = "quantization.json"
 _STEM = "quantized"
+_PARTS = ("codes", "scales", "zero_points")
 _SHARD_BYTES = 5_000_000_000
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert: what the largest lowering was seen to take, and some more."""
@@ -49,6 +50,7 @@ class QuantizeFacts:
 
     bits: dict[TensorClass, float]
     block_size: int
+    zero_points: bool
     expert_bytes: int
     quantized_expert_share: float
     quantized_bytes: int
@@ -142,6 +144,7 @@ def quantize_checkpoint(
     Raises:
         ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's range where that is needed, or no
             bits keep to the limits of variant 'mixed'.
+        UpcycleError: a tensor holds NaN or infinite values; nothing is written then.
     """
     checkpoint = open_checkpoint(source)
     family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
@@ -153,6 +156,8 @@ def quantize_checkpoint(
     bits = class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits, config.overrides)
     search = None
+    for number, _ in enumerate(check_values(checkpoint), 1):
+        progress("checking weights", number, len(checkpoint.entries))
     checkpoint.config.dtype = torch.float32
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
@@ -169,10 +174,11 @@ def quantize_checkpoint(
     facts = QuantizeFacts(
         bits=_mean_bits(bits, plan, classes, shapes),
         block_size=config.block_size,
-        expert_bytes=_stored_bytes(experts, checkpoint, plan, config.block_size),
+        zero_points=config.zero_points,
+        expert_bytes=_stored_bytes(experts, checkpoint, plan, config),
         quantized_expert_share=share,
         quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
-        num_quantized_tensors=len(integer_specs) // 2,
+        num_quantized_tensors=sum(map(is_quantized, plan.values())),
         method="search" if config.method == "gptq" and family is None else config.method,
         fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
         num_matrices_with_few_tokens=record.num_searched,
@@ -203,7 +209,7 @@ class _Job:
         """The integers of a plan, in the order in which they are made."""
         return [
             spec for name in order_tensors(plan) if is_quantized(plan[name])
-            for spec in _integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.config.block_size)
+            for spec in _integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.config)
         ]  # fmt: skip
 
 
@@ -245,7 +251,7 @@ def _search_bits(
     units = find_units(job.classes, shapes)
 
     def count_bytes(plan: Mapping[str, int]) -> int:
-        return package_bytes({name: shapes[name] for name in plan}, family, plan, config.block_size, floats // 8)
+        return package_bytes({name: shapes[name] for name in plan}, family, plan, config, floats // 8)
 
     graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
     check_budget(config, count_bytes(base) + graph_bytes)
@@ -324,14 +330,14 @@ def estimate_bytes(
 
     def integer_bytes(plan: Mapping[str, int]) -> int:
         integers = [(shapes[name], width) for name, width in plan.items() if is_quantized(width)]
-        return sum(spec.num_bytes for shape, width in integers for spec in _integer_specs("", shape, width, config.block_size))
+        return sum(spec.num_bytes for shape, width in integers for spec in _integer_specs("", shape, width, config))
 
     tables = rotary_bytes(model, floats // 8)
-    package, artifact = package_bytes(shapes, family, plan, config.block_size, floats // 8) + tables, integer_bytes(plan)
+    package, artifact = package_bytes(shapes, family, plan, config, floats // 8) + tables, integer_bytes(plan)
     if variant == "mixed":
         check_budget(config, package + node_bytes(model, family))
         wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
-        package = config.budget or package_bytes(shapes, family, wide, config.block_size, floats // 8) + tables
+        package = config.budget or package_bytes(shapes, family, wide, config, floats // 8) + tables
         artifact += 2 * integer_bytes(wide)
     return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
 
@@ -358,14 +364,16 @@ def node_bytes(model: PreTrainedConfig, family: DecoderFamily) -> int:
     return int(model.num_hidden_layers) * (_LAYER_NODES + experts * _EXPERT_NODES)
 
 
-def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], block_size: int, scale_bytes: int) -> int:
+def package_bytes(
+    shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], config: QuantizeConfig, scale_bytes: int
+) -> int:
     """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`; a scale has `scale_bytes`, one of the embedding 4."""
 
     def packed(shape: tuple[int, ...], width: int, bytes_of_scales: int) -> int:
         if not is_quantized(width):
             return width // 8 * math.prod(shape)
-        codes, scales = _integer_specs("", shape, width, block_size)
-        return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales
+        codes, scales, *zero_points = _integer_specs("", shape, width, config)
+        return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales + sum(spec.num_bytes for spec in zero_points)
 
     total = sum(packed(shape, plan[name], 4 if name == family.embedding else scale_bytes) for name, shape in shapes.items())
     if family.embedding in shapes and family.head not in shapes:  # a tied head is written a second time, as a matrix to multiply with
@@ -373,13 +381,16 @@ def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, 
     return total
 
 
-def _integer_specs(name: str, shape: tuple[int, ...], bits: int, block_size: int) -> tuple[TensorSpec, TensorSpec]:
+def _integer_specs(name: str, shape: tuple[int, ...], bits: int, config: QuantizeConfig) -> list[TensorSpec]:
     rows, width = math.prod(shape[:-1]), shape[-1]  # stacked experts lie one below the other
-    blocks = num_blocks(width, block_size)
-    return (
-        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
+    blocks = num_blocks(width, config.block_size)
+    specs = [
+        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, config.block_size * bits // 8)),
         TensorSpec(f"{name}.scales", torch.float32, (rows, blocks)),
-    )
+    ]
+    if config.zero_points:
+        specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, config.block_size))))
+    return specs
 
 
 def _choose_evenly(blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -394,6 +405,8 @@ def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quan
             raise _beyond_float16(checkpoint, name, checkpoint.read(name).to(torch.float32))
         yield f"{name}.codes", found.codes
         yield f"{name}.scales", found.scales
+        if found.zero_points is not None:
+            yield f"{name}.zero_points", found.zero_points
 
 
 def _twin_tensors(
@@ -420,14 +433,14 @@ def _beyond_float16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> 
 
 
 def _read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized:
-    return Quantized(read_tensor(integers[f"{name}.codes"]), read_tensor(integers[f"{name}.scales"]))
+    return Quantized(*(read_tensor(integers[key]) for part in _PARTS if (key := f"{name}.{part}") in integers))
 
 
-def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], block_size: int) -> int:
+def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], config: QuantizeConfig) -> int:
     total = 0
     for name in names:
         if is_quantized(plan[name]):
-            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], block_size))
+            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], config))
         else:
             total += checkpoint.entries[name].num_elements * plan[name] // 8
     return total
@@ -462,6 +475,7 @@ class QuantizedWeight:
     bits: int
     block_size: int
     start: int = 0
+    zero_points: bool = False
 
     @property
     def num_blocks(self) -> int:
@@ -469,10 +483,9 @@ class QuantizedWeight:
         return num_blocks(self.shape[1], self.block_size)
 
     def read(self) -> Quantized:
-        """Codes and scales; see `Quantized`."""
+        """Codes, scales and zero points; see `Quantized`."""
         rows = (self.start, self.start + self.shape[0])
-        codes, scales = (read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in ("codes", "scales"))
-        return Quantized(codes, scales)
+        return Quantized(*(read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in (_PARTS if self.zero_points else _PARTS[:2])))
 
 
 Weight = FloatWeight | QuantizedWeight
@@ -504,4 +517,4 @@ class Twin:
         if bits is None:
             return FloatWeight(self.checkpoint.entries[name], rows)
         start, stop = rows or (0, math.prod(shape[:-1]))
-        return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, self.scheme["block_size"], start)
+        return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, self.scheme["block_size"], start, self.scheme["zero_points"])

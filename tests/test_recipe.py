@@ -328,7 +328,7 @@ def test_a_missing_setting_is_described():
 def test_an_empty_section_is_refused():
     assert mistakes(GOOD + "quantize:\n") == [
         "r.yaml:3: quantize: is empty; must be a mapping of the keys method, calibration_tokens, calibrate_all_experts, block_size, "
-        "attention_bits, embedding_bits, "
+        "zero_points, attention_bits, embedding_bits, "
         "head_bits, overrides, budget, max_perplexity_increase, search_tokens"
     ]
 

@@ -351,7 +351,7 @@ def test_a_float_weight_is_read_as_it_is(tmp_path: Path) -> None:
     np.testing.assert_array_equal(weight.read(), load_file(source / "model.safetensors")[name])
 
 
-def test_progress_counts_to_the_end_of_both_passes(tmp_path: Path) -> None:
+def test_progress_counts_to_the_end_of_every_pass(tmp_path: Path) -> None:
     source = make_mixture(tmp_path / "source")
     (tmp_path / "twin").mkdir()
     seen: list[tuple[str, int, int]] = []
@@ -359,4 +359,5 @@ def test_progress_counts_to_the_end_of_both_passes(tmp_path: Path) -> None:
     count = len(open_checkpoint(source).entries)
     num_integers = sum(bits < 32 for bits in json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())["tensors"].values())
     expected = [("quantizing", n, num_integers) for n in range(1, num_integers + 1)]
-    assert seen == expected + [("writing the twin", n, count) for n in range(1, count + 1)]
+    checked, written = ([(what, n, count) for n in range(1, count + 1)] for what in ("checking weights", "writing the twin"))
+    assert seen == checked + expected + written
