@@ -360,6 +360,7 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
         ("qmoe_4_zero_points", 64, 32, "1.24.1"),
         ("qmoe_4_zero_points", 128, 64, "1.24.3"),
         ("qmoe_4_zero_points", 64, 64, "1.31"),
+        ("qmoe_4_zero_points", 256, 128, "1.31"),  # the FFN's width is one block
         ("qmoe_4_rounding_zero_points", 64, 32, "1.31"),
         ("qmoe_8_rounding_zero_points", 64, 32, "1.24.1"),
     ],

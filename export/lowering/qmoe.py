@@ -29,7 +29,7 @@ NAME = "qmoe"
 MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size
 MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compute wrong values, without a word
 MIN_ONNXRUNTIME_ZERO_POINTS = "1.24.1"  # the inputs from the twelfth on
-MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, a single block along the hidden size is taken for a scale a row
+MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, one block along H is taken for a scale a row, and zero points of one along I are misread
 MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
 MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
 
@@ -54,10 +54,10 @@ def refusal(layer: MoeLayer) -> str | None:
 
 def min_onnxruntime(layer: MoeLayer) -> str:
     """The oldest onnxruntime that computes the layer rightly; every minor release from 1.22 to 1.32 was tried on the CPU."""
-    gate = _quantized(layer.experts[0].gate)
+    gate, down = _quantized(layer.experts[0].gate), _quantized(layer.experts[0].down)
     if gate.bits == 4 and layer.activation_bits == 8:
         return MIN_ONNXRUNTIME_INT8_ACTIVATIONS
-    if gate.num_blocks == 1:
+    if gate.num_blocks == 1 or (down.zero_points and down.num_blocks == 1):
         return MIN_ONNXRUNTIME_ONE_BLOCK
     if layer.device == "cuda":
         return MIN_ONNXRUNTIME_CUDA
