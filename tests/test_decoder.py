@@ -286,7 +286,7 @@ def test_an_embedding_that_blocks_divide_is_gathered_in_integers(make: Make, var
     ("width", "block_size", "lowering", "tied"),
     [
         (32, 16, "fused", True), (48, 16, "fused", False), (64, 32, "fused", True), (48, 16, "grouped", True), (40, 32, "grouped", False),
-        (40, 32, "grouped", True), (64, 32, "unrolled", False), (40, 32, "unrolled", True),
+        (40, 32, "grouped", True), (32, 16, "unrolled", False), (40, 32, "unrolled", True),
     ],
 )  # fmt: skip
 def test_packages_with_zero_points_equal_their_twin(make: Make, width: int, block_size: int, lowering: str, tied: bool) -> None:
