@@ -17,7 +17,7 @@ from typing import Any, cast
 from convert.errors import RecipeError
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
-from export.config import QUANTIZED, Variant, element_type, rounds_activations
+from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
@@ -245,7 +245,8 @@ def quantize_settings(preparation: Preparation, variant: Variant | None) -> Fact
     assert variant is not None
     recipe = preparation.loaded.recipe
     settings = recipe.quantize.model_dump(mode="json") if variant in QUANTIZED else {}
-    return {"variant": variant, "element_type": element_type(variant, recipe.export.device), **settings}
+    types = {"element_type": element_type(variant, recipe.export.device), "float_type": float_type(variant, recipe.export.device)}
+    return {"variant": variant, **types, **settings}
 
 
 def onnx_settings(preparation: Preparation, _: Variant | None) -> Facts:

@@ -42,14 +42,16 @@ class BlockWriter:
 
     def scale(self, name: str) -> ir.Value:
         """A norm's scale, float32."""
-        return self._vector([name], ir.DataType.FLOAT)
+        self.used.add(name)
+        checkpoint = self.twin.checkpoint
+        return self.graph.weight(name, ir.DataType.FLOAT, checkpoint.entries[name].shape, lambda: checkpoint.read(name))
 
-    def _vector(self, names: Sequence[str], dtype: ir.DataType) -> ir.Value:
-        """Vectors of the checkpoint, one after the other."""
+    def _biases(self, names: Sequence[str]) -> ir.Value:
+        """Biases of the checkpoint, one after the other."""
         self.used.update(names)
         checkpoint = self.twin.checkpoint
         size = sum(checkpoint.entries[name].num_elements for name in names)
-        return self.graph.weight("+".join(names), dtype, (size,), lambda: torch.cat([checkpoint.read(name) for name in names]))
+        return self.graph.float_weight("+".join(names), (size,), lambda: torch.cat([checkpoint.read(name) for name in names]))
 
     def linear(self, x: ir.Value, names: Sequence[str], output: str) -> ir.Value:
         """x [B, S, K] times the transposed matrices `names` [N, K] below each other, plus their biases where they have some; called `output`.
@@ -61,7 +63,7 @@ class BlockWriter:
         assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
         product = f"{output}_product" if biases else output
         y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], product, self.settings.activation_bits)
-        return self.graph.op("Add", [y, self._vector(biases, self.graph.dtype)], output) if biases else y
+        return self.graph.op("Add", [y, self._biases(biases)], output) if biases else y
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
         """RMS norm of x over its last dimension, by the scale `name`; both float32."""

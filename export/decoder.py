@@ -8,8 +8,8 @@ position that follows from the row's first real token, and padded slots are mask
 caller.
 
 The residual stream, norms, routers and logits are float32 in every graph. In a float16 graph embedding, products, attention, KV cache and experts
-are float16: a residual stream in float16 would overflow in some models, and the choice of experts is read from it. Logits are float32 because our
-runtime and onnxruntime-genai sample in float32 anyway; one cast in the graph spares both a copy.
+are float16, and likewise in a bfloat16 one: a residual stream in float16 would overflow in some models, and the choice of experts is read from it.
+Logits are float32 because our runtime and onnxruntime-genai sample in float32 anyway; one cast in the graph spares both a copy.
 
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
 layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
@@ -26,7 +26,7 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from export.blocks import BlockWriter, moe_layer
-from export.config import Device, OnnxConfig, QuantizeConfig, Variant, element_type
+from export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
@@ -73,7 +73,7 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     c, family = twin.checkpoint.config, twin.family
     depth = cut.num_layers if cut else c.num_hidden_layers
     tokens = (0, cut.vocabulary) if cut else None
-    graph = GraphWriter(twin.element_type)
+    graph = GraphWriter(twin.element_type, twin.float_type)
     write = BlockWriter(graph, twin, config)
     multipliers = family.multipliers(c)
     input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
@@ -190,6 +190,8 @@ def plan_lowerings(
             if not is_quantized(bits):
                 return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
             start, stop = rows or (0, math.prod(shape[:-1]))
+            if variant == STATIC:
+                return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True)
             return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points)
 
         return moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config)

@@ -14,18 +14,20 @@ from export.twin import FloatWeight, QuantizedWeight, Weight
 def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir.Value:
     """The rows [B, S, H] of the table `weight` for input_ids [B, S], float32, called `embedded`.
 
-    Scales stay in float32, so that rows are read exactly in every graph; a float table is of the graph's element type.
+    Scales stay in float32, so that rows are read exactly in every graph; a float table is of the graph's float type, and its rows are cast.
     """
     match weight:
         case FloatWeight():
-            table = graph.weight("embedding.weight", graph.dtype, weight.shape, weight.read)
-            narrow = graph.element_type != "float32"
-            rows = graph.op("Gather", [table, input_ids], "embedded_rows" if narrow else "embedded")
-            return graph.widen(rows, "embedded")
+            table = graph.stored_weight("embedding.weight", weight.shape, weight.read)
+            if graph.float_type == "float32":
+                return graph.op("Gather", [table, input_ids], "embedded")
+            rows = graph.op("Gather", [table, input_ids], "embedded_rows")
+            return graph.op("Cast", [rows], "embedded", {"to": int(ir.DataType.FLOAT)})
         case QuantizedWeight():
             # The same integers as the tied head's, flat along the hidden dimension, as this operator reads them.
             num_rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
-            if columns != weight.shape[1] or (weight.zero_points and weight.num_blocks * weight.bits % 8):
+            misread = weight.zero_points and weight.num_blocks * weight.bits % 8 > 0
+            if columns != weight.shape[1] or misread or weight.is_static:
                 return _add_padded_embedding(graph, weight, input_ids)
             codes_shape = (num_rows, columns * weight.bits // 8)
             codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1))
@@ -41,7 +43,8 @@ def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir
 def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value) -> ir.Value:
     """What the operator cannot read: gather codes and scales of the rows, dequantize them, and cut the padding off.
 
-    That is a width that the block does not divide, and rows whose zero points do not fill their last byte: onnxruntime misreads them before 1.27.
+    That is a width that the block does not divide, and rows whose zero points do not fill their last byte: onnxruntime misreads them before 1.27. And
+    it is static quantization, which is for providers of any make, and has standard operators alone.
     """
     codes_shape = (weight.shape[0], weight.num_blocks, weight.block_size * weight.bits // 8)
     codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes)

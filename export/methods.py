@@ -22,10 +22,15 @@ _TOKENS_PER_INPUT = 2
 
 @dataclass
 class CalibrationRecord:
-    """What calibration saw: tokens of each expert by layer, and matrices of experts with too few of them for GPTQ."""
+    """What calibration saw: tokens of each expert by layer, and matrices of experts with too few of them for GPTQ.
+
+    `input_scales` are those of static quantization: of what a matrix reads, by the name of its tensor; one an expert where experts that read
+    different things are stacked in it.
+    """
 
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
     num_searched: int = 0
+    input_scales: dict[str, list[float]] = field(default_factory=dict)
 
 
 def order_tensors(names: Mapping[str, int]) -> list[str]:

@@ -1,7 +1,7 @@
 """The quantized checkpoint: integers and scales, and the torch model that computes with the same values.
 
 The output directory is a plain Hugging Face checkpoint in float32 whose weights are the dequantized ones, so transformers alone can run exactly
-what the ONNX file will hold: the *twin*. Where the graph computes in float16, weights and scales are rounded to it here, once. Beside
+what the ONNX file will hold: the *twin*. Where the file holds float16 or bfloat16, weights and scales are rounded to it here, once. Beside
 it `quantized.safetensors` keeps the integers and scales that the graph packs.
 """
 
@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, measure_units, options_of
-from export.config import BitsOverride, Device, ElementType, QuantizeConfig, Variant, element_type
+from export.config import QUANTIZED, STATIC, BitsOverride, Device, ElementType, QuantizeConfig, Variant, element_type, float_type
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal, layer_of, rotary_switch
 from export.methods import CalibrationRecord, order_tensors, quantize_tensors
@@ -27,6 +27,7 @@ from export.parameters import classify_tensors
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized, num_blocks, zero_point_bytes
 from export.sensitivity import Ruler, Weights
+from export.static import quantize_static
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint, read_rows, read_tensor
 from upcycle.shards import TensorSpec, write_tensors
 
@@ -36,20 +37,22 @@ _PARTS = ("codes", "scales", "zero_points")
 _SHARD_BYTES = 5_000_000_000
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert: what the largest lowering was seen to take, and some more."""
-_FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16}
-_TORCH_TYPES: dict[ElementType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16}
+_FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
+_TORCH_TYPES: dict[ElementType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class QuantizeFacts:
     """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
 
+    `block_size` is None where each row has one scale.
+
     Bits are the mean of a class where its tensors differ. Of calibration: tokens of the expert that saw the fewest, None without calibration, and
     matrices that saw too few for GPTQ. `search` is how the bits of variant 'mixed' were found.
     """
 
     bits: dict[TensorClass, float]
-    block_size: int
+    block_size: int | None
     zero_points: bool
     expert_bytes: int
     quantized_expert_share: float
@@ -62,16 +65,16 @@ class QuantizeFacts:
 
 
 def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> dict[TensorClass, int]:
-    """Bits of each tensor class; 32 is float32, 16 rounded to float16, and what is below is quantized. Routers and norms always are 32.
+    """Bits of each tensor class; 32 is float32, 16 rounded to `float_type`, and what is below is quantized. Routers and norms always are 32.
 
     Of variant 'mixed' these are the fewest that a class may have.
     """
-    floats = _FLOAT_BITS[element_type(variant, device)]
-    if variant in ("float32", "float16"):
+    floats = _FLOAT_BITS[float_type(variant, device)]
+    if variant not in QUANTIZED:
         return {"experts": floats, "attention": floats, "embedding": floats, "head": floats, "router": 32, "norm": 32, "bias": floats}
     if variant == "mixed":
         return {"experts": 4, "attention": 4, "embedding": 4, "head": 4, "router": 32, "norm": 32, "bias": floats}
-    own = 8 if variant == "int8" else 4
+    own = 4 if variant == "int4" else 8
 
     def choose(setting: str | int) -> int:
         return own if setting == "variant" else floats if setting == 16 else max(own, int(setting))
@@ -146,13 +149,15 @@ def quantize_checkpoint(
             bits keep to the limits of variant 'mixed'.
         UpcycleError: a tensor holds NaN or infinite values; nothing is written then.
     """
+    if variant == STATIC and device == "cuda":
+        raise ExportError(f"variant '{STATIC}' is for providers that compute in 8 bits, and CUDA's computes its products as floats; leave it out")
     checkpoint = open_checkpoint(source)
     family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     check_head(config, checkpoint.config.tie_word_embeddings)
     classes = plan_classes(checkpoint.config, shapes)
     check_overrides(config, checkpoint.config)
-    job = _Job(checkpoint, family, classes, config, element_type(variant, device), blocks, output, progress)
+    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress)
     bits = class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits, config.overrides)
     search = None
@@ -173,20 +178,21 @@ def quantize_checkpoint(
         raise ExportError(f"{source}: only {share:.1%} of the expert weights could be quantized; all of them must be")
     facts = QuantizeFacts(
         bits=_mean_bits(bits, plan, classes, shapes),
-        block_size=config.block_size,
-        zero_points=config.zero_points,
-        expert_bytes=_stored_bytes(experts, checkpoint, plan, config),
+        block_size=job.packing.block_size,
+        zero_points=job.packing.zero_points,
+        expert_bytes=_stored_bytes(experts, checkpoint, plan, job.packing),
         quantized_expert_share=share,
         quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
         num_quantized_tensors=sum(map(is_quantized, plan.values())),
-        method="search" if config.method == "gptq" and family is None else config.method,
+        method="round" if variant == STATIC else "search" if config.method == "gptq" and family is None else config.method,
         fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
         num_matrices_with_few_tokens=record.num_searched,
         search=search,
     )
     integer_widths = {name: width for name, width in plan.items() if is_quantized(width)}
     scheme = {
-        "variant": variant, "element_type": job.computes_in, "tensors": integer_widths, "expert_tokens": record.expert_tokens, **asdict(facts),
+        "variant": variant, "element_type": job.computes_in, "float_type": float_type(variant, device), "tensors": integer_widths,
+        "expert_tokens": record.expert_tokens, "input_scales": record.input_scales, **asdict(facts),
     }  # fmt: skip
     (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
     return facts
@@ -199,17 +205,28 @@ class _Job:
     checkpoint: Checkpoint
     family: DecoderFamily | None
     classes: Mapping[str, TensorClass]
+    variant: Variant
     config: QuantizeConfig
-    computes_in: ElementType
+    device: Device
     blocks: torch.Tensor | None
     output: Path
     progress: Progress
+
+    @property
+    def computes_in(self) -> ElementType:
+        """What the graph computes in, which scales are rounded to."""
+        return element_type(self.variant, self.device)
+
+    @property
+    def packing(self) -> Packing:
+        """How the integers lie."""
+        return Packing.of(self.variant, self.config)
 
     def integer_specs(self, plan: Mapping[str, int]) -> list[TensorSpec]:
         """The integers of a plan, in the order in which they are made."""
         return [
             spec for name in order_tensors(plan) if is_quantized(plan[name])
-            for spec in _integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.config)
+            for spec in _integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.packing)
         ]  # fmt: skip
 
 
@@ -221,7 +238,10 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     if not specs:
         return {}, record
     text = None if job.blocks is None else _choose_evenly(job.blocks, job.config.calibration_tokens)
-    quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, _TORCH_TYPES[job.computes_in], text, record, job.progress)
+    if job.variant == STATIC:
+        quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress)
+    else:
+        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, _TORCH_TYPES[job.computes_in], text, record, job.progress)
     write_tensors(output, specs, _integer_tensors(job.checkpoint, quantized), _SHARD_BYTES, stem=_STEM)
     return index_tensors(output, _STEM), record
 
@@ -230,7 +250,7 @@ def _write_twin(job: _Job, plan: dict[str, int]) -> CalibrationRecord:
     """Write the integers of a plan, and the checkpoint that has their values."""
     integers, record = _write_integers(job, plan, job.output)
     specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
-    write_tensors(job.output, specs, _twin_tensors(job.checkpoint, integers, plan, job.progress), _SHARD_BYTES)
+    write_tensors(job.output, specs, _twin_tensors(job, integers, plan), _SHARD_BYTES)
     return record
 
 
@@ -251,7 +271,7 @@ def _search_bits(
     units = find_units(job.classes, shapes)
 
     def count_bytes(plan: Mapping[str, int]) -> int:
-        return package_bytes({name: shapes[name] for name in plan}, family, plan, config, floats // 8)
+        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing, floats // 8)
 
     graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
     check_budget(config, count_bytes(base) + graph_bytes)
@@ -324,20 +344,20 @@ def estimate_bytes(
     """
     check_overrides(config, model)
     family = find_decoder_family(model)
-    bits, floats = class_bits(variant, config, device), _FLOAT_BITS[element_type(variant, device)]
+    bits, floats, packing = class_bits(variant, config, device), _FLOAT_BITS[element_type(variant, device)], Packing.of(variant, config)
     classes = {name: family.classify(name) for name in shapes}
     plan = plan_bits(shapes, classes, bits, config.overrides)
 
     def integer_bytes(plan: Mapping[str, int]) -> int:
         integers = [(shapes[name], width) for name, width in plan.items() if is_quantized(width)]
-        return sum(spec.num_bytes for shape, width in integers for spec in _integer_specs("", shape, width, config))
+        return sum(spec.num_bytes for shape, width in integers for spec in _integer_specs("", shape, width, packing))
 
     tables = rotary_bytes(model, floats // 8)
-    package, artifact = package_bytes(shapes, family, plan, config, floats // 8) + tables, integer_bytes(plan)
+    package, artifact = package_bytes(shapes, family, plan, packing, floats // 8) + tables, integer_bytes(plan)
     if variant == "mixed":
         check_budget(config, package + node_bytes(model, family))
         wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
-        package = config.budget or package_bytes(shapes, family, wide, config, floats // 8) + tables
+        package = config.budget or package_bytes(shapes, family, wide, packing, floats // 8) + tables
         artifact += 2 * integer_bytes(wide)
     return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
 
@@ -364,15 +384,13 @@ def node_bytes(model: PreTrainedConfig, family: DecoderFamily) -> int:
     return int(model.num_hidden_layers) * (_LAYER_NODES + experts * _EXPERT_NODES)
 
 
-def package_bytes(
-    shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], config: QuantizeConfig, scale_bytes: int
-) -> int:
+def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing, scale_bytes: int) -> int:
     """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`; a scale has `scale_bytes`, one of the embedding 4."""
 
     def packed(shape: tuple[int, ...], width: int, bytes_of_scales: int) -> int:
         if not is_quantized(width):
             return width // 8 * math.prod(shape)
-        codes, scales, *zero_points = _integer_specs("", shape, width, config)
+        codes, scales, *zero_points = _integer_specs("", shape, width, packing)
         return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales + sum(spec.num_bytes for spec in zero_points)
 
     total = sum(packed(shape, plan[name], 4 if name == family.embedding else scale_bytes) for name, shape in shapes.items())
@@ -381,15 +399,29 @@ def package_bytes(
     return total
 
 
-def _integer_specs(name: str, shape: tuple[int, ...], bits: int, config: QuantizeConfig) -> list[TensorSpec]:
+@dataclass(frozen=True)
+class Packing:
+    """How integers lie: weights that share a scale, None being those of a row, and whether blocks have zero points of their own."""
+
+    block_size: int | None
+    zero_points: bool
+
+    @classmethod
+    def of(cls, variant: Variant, config: QuantizeConfig) -> Packing:
+        """That of a variant."""
+        return cls(None, zero_points=False) if variant == STATIC else cls(config.block_size, config.zero_points)
+
+
+def _integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing) -> list[TensorSpec]:
     rows, width = math.prod(shape[:-1]), shape[-1]  # stacked experts lie one below the other
-    blocks = num_blocks(width, config.block_size)
+    block_size = packing.block_size or width
+    blocks = num_blocks(width, block_size)
     specs = [
-        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, config.block_size * bits // 8)),
+        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
         TensorSpec(f"{name}.scales", torch.float32, (rows, blocks)),
     ]
-    if config.zero_points:
-        specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, config.block_size))))
+    if packing.zero_points:
+        specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, block_size))))
     return specs
 
 
@@ -409,26 +441,32 @@ def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quan
             yield f"{name}.zero_points", found.zero_points
 
 
-def _twin_tensors(
-    checkpoint: Checkpoint, integers: Mapping[str, TensorEntry], plan: dict[str, int], progress: Progress
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _twin_tensors(job: _Job, integers: Mapping[str, TensorEntry], plan: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
+    checkpoint, narrow = job.checkpoint, _TORCH_TYPES[float_type(job.variant, job.device)]
     for number, (name, bits) in enumerate(plan.items(), 1):
         if is_quantized(bits):
             shape = checkpoint.entries[name].shape
             yield name, dequantize(_read_quantized(name, integers), shape[-1], bits).reshape(shape)
         else:
             weight = checkpoint.read(name).to(torch.float32)
-            rounded = weight.to(torch.float16).to(torch.float32) if bits == 16 else weight
+            rounded = weight.to(narrow).to(torch.float32) if bits == 16 else weight
             if not torch.isfinite(rounded).all():
-                raise _beyond_float16(checkpoint, name, weight)
+                raise _beyond_float16(checkpoint, name, weight) if narrow == torch.float16 else _beyond_bfloat16(checkpoint, name, weight)
             yield name, rounded
-        progress("writing the twin", number, len(plan))
+        job.progress("writing the twin", number, len(plan))
 
 
 def _beyond_float16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
     return ExportError(
         f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; float16 reaches {torch.finfo(torch.float16).max:.0f}; "
-        "leave out the variants in float16, which are 'float16' and with export.device 'cuda' all but 'float32'"
+        "leave out the variants in float16, which are 'float16' and with export.device 'cuda' the quantized ones"
+    )
+
+
+def _beyond_bfloat16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
+    reach = torch.finfo(torch.bfloat16).max
+    return ExportError(
+        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; bfloat16 reaches {reach:.6g}; leave out 'bfloat16'"
     )
 
 
@@ -436,11 +474,11 @@ def _read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized
     return Quantized(*(read_tensor(integers[key]) for part in _PARTS if (key := f"{name}.{part}") in integers))
 
 
-def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], config: QuantizeConfig) -> int:
+def _stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], packing: Packing) -> int:
     total = 0
     for name in names:
         if is_quantized(plan[name]):
-            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], config))
+            total += sum(spec.num_bytes for spec in _integer_specs(name, checkpoint.entries[name].shape, plan[name], packing))
         else:
             total += checkpoint.entries[name].num_elements * plan[name] // 8
     return total
@@ -467,7 +505,10 @@ class FloatWeight:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized matrix [rows, width] in the twin: where its integers are, and the first of its rows there."""
+    """A quantized matrix [rows, width] in the twin: where its integers are, and the first of its rows there.
+
+    `is_static`: its rows have one scale each, a block being as wide as they are, and it reads integers times `input_scale`.
+    """
 
     name: str
     integers: Mapping[str, TensorEntry]
@@ -476,6 +517,8 @@ class QuantizedWeight:
     block_size: int
     start: int = 0
     zero_points: bool = False
+    is_static: bool = False
+    input_scale: float = 1.0
 
     @property
     def num_blocks(self) -> int:
@@ -499,6 +542,7 @@ class Twin:
         self.checkpoint = open_checkpoint(directory)
         self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
         self.element_type: ElementType = self.scheme["element_type"]
+        self.float_type: ElementType = self.scheme["float_type"]
         self.integers = index_tensors(directory, _STEM) if self.scheme["tensors"] else {}
 
     @cached_property
@@ -517,4 +561,9 @@ class Twin:
         if bits is None:
             return FloatWeight(self.checkpoint.entries[name], rows)
         start, stop = rows or (0, math.prod(shape[:-1]))
-        return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, self.scheme["block_size"], start, self.scheme["zero_points"])
+        if self.scheme["variant"] != STATIC:
+            return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, self.scheme["block_size"], start, self.scheme["zero_points"])
+        scales = self.scheme["input_scales"].get(name, [1.0])  # an embedding that is only read row by row multiplies nothing
+        rows_of_one = math.prod(shape[:-1]) // len(scales)
+        own = scales[start // rows_of_one]
+        return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True, input_scale=own)

@@ -327,8 +327,8 @@ def test_a_missing_setting_is_described():
 
 def test_an_empty_section_is_refused():
     assert mistakes(GOOD + "quantize:\n") == [
-        "r.yaml:3: quantize: is empty; must be a mapping of the keys method, calibration_tokens, calibrate_all_experts, block_size, "
-        "zero_points, attention_bits, embedding_bits, "
+        "r.yaml:3: quantize: is empty; must be a mapping of the keys method, calibration_tokens, calibrate_all_experts, activation_range, "
+        "block_size, zero_points, attention_bits, embedding_bits, "
         "head_bits, overrides, budget, max_perplexity_increase, search_tokens"
     ]
 
@@ -363,7 +363,7 @@ def test_an_empty_section_is_refused():
         ("export: [fused]", "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits"),
         ("variants: int8", "variants: is 'int8' (a string); must be a list"),
         ("variants: []", "variants: is an empty list; must be a list of at least 1 item"),
-        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'int8', 'int4' or 'mixed'"),
+        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'"),
         ("variants: [int8, int4, int8]", "variants: has 'int8' more than once; must have each once"),
     ],
 )
@@ -398,7 +398,7 @@ seed: 2
     assert mistakes(text) == [
         "r.yaml:1: source.rev: unknown key; did you mean 'revision'?",
         "r.yaml:2: data.block_size: is 4; must be at least 8",
-        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'int8', 'int4' or 'mixed'",
+        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'",
         "r.yaml:4: parity.max_perplexity_increase.int8: is 'low' (a string); must be a number",
         "r.yaml:6: upcycle.topk: unknown key; did you mean 'num_experts_per_tok'?",
         "r.yaml:7: upcycle.num_experts: is 0; must be greater than 0",
@@ -571,6 +571,13 @@ def test_quantized_files_for_cuda_are_in_blocks_that_its_operator_reads():
     assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
     for remedy in ("quantize: {block_size: 64}\n", "quantize: {block_size: 128}\n", "variants: [float32, float16]\n", "  lowering: grouped\n"):
         assert load(text + remedy).recipe.export.device == "cuda"
+
+
+def test_static_8_bits_are_not_for_cuda():
+    text = GOOD + "export: {device: cuda}\nquantize: {block_size: 64}\nvariants: [int8, int8-qdq]\n"
+    message = "variants: has 'int8-qdq', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'"
+    assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
+    assert load(text.replace("device: cuda", "device: cpu")).recipe.variants == ("int8", "int8-qdq")
 
 
 def test_checks_across_records_hold_in_python_too():

@@ -148,6 +148,7 @@ def expect(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndar
 
 CASES: list[tuple[str, Variant, str, bool]] = [
     ("olmoe", "float32", "fused", False), ("olmoe", "float32", "grouped", False), ("olmoe", "float32", "unrolled", False),
+    ("olmoe", "bfloat16", "fused", False), ("deepseek_v3", "bfloat16", "grouped", False),
     ("olmoe", "int8", "grouped", False), ("olmoe", "int4", "fused", False), ("olmoe", "int4", "fused", True), ("olmoe", "int4", "grouped", True),
     ("phimoe", "float32", "fused", False), ("phimoe", "float32", "grouped", False), ("phimoe", "int4", "unrolled", False),
     ("deepseek_v3", "float32", "fused", False), ("deepseek_v3", "float32", "grouped", False), ("deepseek_v3", "int8", "unrolled", True),
@@ -349,7 +350,7 @@ def test_a_variant_in_float16_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "twin").mkdir()
     quantize_checkpoint(tmp_path / "source", tmp_path / "twin", "float16", QuantizeConfig(), silent)
     message = (
-        f"{tmp_path / 'twin'}: olmoe is traced, and a traced graph is float32; leave out the variants in float16, which are 'float16' and with "
+        f"{tmp_path / 'twin'}: olmoe is traced, and a traced graph is float32; leave out the variants in 16 bits, which are 'float16' and with "
         "export.device 'cuda' all but 'float32'"
     )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):

@@ -39,6 +39,8 @@ def refusal(layer: MoeLayer) -> str | None:
     gate = layer.experts[0].gate
     if not isinstance(gate, QuantizedWeight):
         return "the QMoE operator takes quantized weights"
+    if gate.is_static:
+        return "the QMoE operator takes no scales of activations"
     if layer.hidden_size % gate.block_size:
         return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
     if layer.device == "cuda" and layer.element_type == "float32":

@@ -27,7 +27,7 @@ def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tupl
 def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
     """The graph of a package from a trace, which is left as it was; weights are read when the model is saved."""
     traced = Trace(trace.model.clone(), trace.located, trace.experts, trace.num_layers)
-    model, graph = traced.model, GraphWriter()
+    model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
     lower_experts(traced, graph, twin, lowering, config.activation_bits)
     lower_linears(traced, graph, twin, config.activation_bits)
     lower_embedding(traced, graph, twin)
