@@ -12,13 +12,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import TensorClass, layer_of
+from export.journal import LineJournal
 from export.progress import Progress
 from export.quantization import is_quantized
 from export.sensitivity import Cost, Ruler, Weights
@@ -153,10 +154,11 @@ def options_of(unit: Unit, config: QuantizeConfig, floats: int) -> tuple[int, ..
 
 def measure_units(
     ruler: Ruler, units: Mapping[Unit, Collection[str]], options: Mapping[Unit, tuple[int, ...]], floats: int, count_bytes: CountBytes,
-    read: ReadCandidate, progress: Progress,
+    read: ReadCandidate, progress: Progress, journal: LineJournal,
 ) -> list[Sensitivity]:  # fmt: skip
-    """What every unit costs by itself in every number of bits that it may have; floats cost nothing."""
-    found: list[Sensitivity] = []
+    """What every unit costs by itself in every number of bits that it may have; floats cost nothing. Those in the journal are taken from it."""
+    found = [Sensitivity(**{**record, "unit": Unit(**record["unit"])}) for record in journal.read()]
+    known = {sensitivity.unit for sensitivity in found}
     total = len(units)
 
     def choices(unit: Unit) -> tuple[list[int], list[Weights]]:
@@ -167,14 +169,15 @@ def measure_units(
         kls = dict(zip(quantized, (cost.kl for cost in costs), strict=True)) | {floats: 0.0}
         for bits in options[unit]:
             found.append(Sensitivity(unit, bits, count_bytes(dict.fromkeys(units[unit], bits)), kls[bits]))
+        journal.add([asdict(sensitivity) for sensitivity in found if sensitivity.unit == unit])
         progress("measuring each part in fewer bits", len({s.unit for s in found}), total)
 
-    for unit in (unit for unit in units if unit.layer < 0):
+    for unit in (unit for unit in units if unit.layer < 0 and unit not in known):
         quantized, weights = choices(unit)
         note(unit, quantized, ruler.measure_outside(weights))
     states = embed(ruler.checkpoint, ruler.blocks, torch.float32)
     for layer in range(ruler.num_layers):
-        inside = [unit for unit in units if unit.layer == layer]
+        inside = [unit for unit in units if unit.layer == layer and unit not in known]
         parts = [choices(unit) for unit in inside]
         costs, states = ruler.measure_layer(layer, states, [weights for _, group in parts for weights in group])
         rest = iter(costs)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
 from export.gptq import quantize_gptq
+from export.journal import LayerJournal
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized, join, quantize, round_to_nearest
 from upcycle.checkpoint import Checkpoint
@@ -32,6 +34,17 @@ class CalibrationRecord:
     num_searched: int = 0
     input_scales: dict[str, list[float]] = field(default_factory=dict)
 
+    def add(self, other: CalibrationRecord) -> None:
+        """Take in what was seen in another layer."""
+        self.expert_tokens |= other.expert_tokens
+        self.num_searched += other.num_searched
+        self.input_scales |= other.input_scales
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any]) -> CalibrationRecord:
+        """The record that `asdict` and JSON made facts of."""
+        return cls(**{**facts, "expert_tokens": {int(layer): counts for layer, counts in facts["expert_tokens"].items()}})
+
 
 def order_tensors(names: Mapping[str, int]) -> list[str]:
     """Tensors in the order in which `quantize_tensors` yields them: those outside of layers, then layer by layer."""
@@ -40,13 +53,13 @@ def order_tensors(names: Mapping[str, int]) -> list[str]:
 
 def quantize_tensors(
     checkpoint: Checkpoint, family: DecoderFamily | None, plan: Mapping[str, int], config: QuantizeConfig,
-    scale_type: torch.dtype, blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress,
+    scale_type: torch.dtype, blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress, journal: LayerJournal,
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
     """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
     Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
     instead, errors weighed by its inputs' mean squares. Embedding and head, outside of layers, have searched scales always, and so has a model that
-    no family describes (`family` None), which cannot be walked.
+    no family describes (`family` None), which cannot be walked. Layers that are in the journal are taken from it.
 
     Raises:
         ExportError: gptq without text.
@@ -66,7 +79,13 @@ def quantize_tensors(
     if walk is None:
         return
     for layer in range(checkpoint.config.num_hidden_layers):
-        found = _quantize_layer(walk, layer, plan, config, scale_type, record)
+        if (done_before := journal.read(layer)) is not None:
+            found, own = done_before[0], CalibrationRecord.read(done_before[1])
+        else:
+            own = CalibrationRecord()
+            found = _quantize_layer(walk, layer, plan, config, scale_type, own)
+            journal.write(layer, found, asdict(own))
+        record.add(own)
         expected = [name for name in in_layers if layer_of(name) == layer]
         assert sorted(found) == expected, f"layer {layer}: calibration knows {sorted(found)}, to be quantized are {expected}"
         for name in expected:

@@ -22,6 +22,7 @@ from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, me
 from export.config import QUANTIZED, STATIC, BitsOverride, Device, ElementType, QuantizeConfig, Variant, element_type, float_type
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal, layer_of, rotary_switch
+from export.journal import LayerJournal, LineJournal
 from export.methods import CalibrationRecord, order_tensors, quantize_tensors
 from export.parameters import classify_tensors
 from export.progress import Progress
@@ -141,8 +142,8 @@ def quantize_checkpoint(
     """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time, or one layer.
 
     `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them `calibration_tokens` are read, blocks taken evenly. `held_out`
-    are ids [N, S] that the bits of variant 'mixed' are chosen on, `search_tokens` of them. What has to lie on the disk until all is done lies in
-    `scratch`, or in `output` without it.
+    are ids [N, S] that the bits of variant 'mixed' are chosen on, `search_tokens` of them. A killed call is taken up again where it was if it is
+    made again with the same arguments and the same `scratch`; without that nothing is kept.
 
     Raises:
         ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's range where that is needed, or no
@@ -157,7 +158,7 @@ def quantize_checkpoint(
     check_head(config, checkpoint.config.tie_word_embeddings)
     classes = plan_classes(checkpoint.config, shapes)
     check_overrides(config, checkpoint.config)
-    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress)
+    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, scratch)
     bits = class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits, config.overrides)
     search = None
@@ -167,7 +168,7 @@ def quantize_checkpoint(
     checkpoint.config.save_pretrained(output)
     copy_companions(source, output)
     if variant == "mixed":
-        plan, record, search = _search_bits(job, plan, held_out, scratch)
+        plan, record, search = _search_bits(job, plan, held_out)
     else:
         record = _write_twin(job, plan)
     integer_specs = job.integer_specs(plan)
@@ -211,6 +212,7 @@ class _Job:
     blocks: torch.Tensor | None
     output: Path
     progress: Progress
+    scratch: Path | None
 
     @property
     def computes_in(self) -> ElementType:
@@ -241,7 +243,10 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress)
     else:
-        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, _TORCH_TYPES[job.computes_in], text, record, job.progress)
+        quantized = quantize_tensors(
+            job.checkpoint, job.family, plan, job.config, _TORCH_TYPES[job.computes_in], text, record, job.progress,
+            LayerJournal(job.scratch, plan),
+        )  # fmt: skip
     write_tensors(output, specs, _integer_tensors(job.checkpoint, quantized), _SHARD_BYTES, stem=_STEM)
     return index_tensors(output, _STEM), record
 
@@ -254,9 +259,7 @@ def _write_twin(job: _Job, plan: dict[str, int]) -> CalibrationRecord:
     return record
 
 
-def _search_bits(
-    job: _Job, base: Mapping[str, int], held_out: torch.Tensor | None, scratch: Path | None
-) -> tuple[dict[str, int], CalibrationRecord, BitSearch]:
+def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | None) -> tuple[dict[str, int], CalibrationRecord, BitSearch]:
     """Choose the bits of variant 'mixed', and write the twin; returns the plan, what calibration saw, and the search.
 
     Every part is quantized in 4 and in 8 bits, and these candidates are measured. The twin is quantized anew by the chosen plan, each layer behind
@@ -277,7 +280,7 @@ def _search_bits(
     check_budget(config, count_bytes(base) + graph_bytes)
 
     with tempfile.TemporaryDirectory(dir=job.output) as temporary:
-        folder = scratch or Path(temporary)
+        folder = job.scratch or Path(temporary)
         candidates: dict[int, dict[str, TensorEntry]] = {}
         for bits in (4, 8):
             (folder / f"{bits}-bits").mkdir(parents=True, exist_ok=True)
@@ -289,7 +292,8 @@ def _search_bits(
 
         ruler = Ruler(job.checkpoint, _choose_evenly(held_out, config.search_tokens))
         options = {unit: options_of(unit, config, floats) for unit in units}
-        sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress)
+        journal = LineJournal(folder / "sensitivities.jsonl")
+        sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress, journal)
         searcher = BitSearcher(
             ruler, BitChoices(base, units, sensitivities), sensitivities, config, lambda plan: count_bytes(plan) + graph_bytes, read, job.progress
         )
