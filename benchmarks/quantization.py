@@ -50,6 +50,7 @@ from upcycle.data import read_blocks
 ROOT = Path(__file__).resolve().parent.parent
 OURS: dict[str, dict[str, Any]] = {
     "rounding": {"method": "round"}, "searched scales": {"method": "search"}, "GPTQ": {"method": "gptq"},
+    "searched scales, zero points": {"method": "search", "zero_points": True}, "GPTQ, zero points": {"method": "gptq", "zero_points": True},
     "GPTQ, all experts see all tokens": {"method": "gptq", "calibrate_all_experts": True},
     "GPTQ + router correction": {"method": "gptq", "correct_routers": True},
     "AWQ + searched scales": {"method": "search", "input_scaling": "awq"}, "AWQ + GPTQ": {"method": "gptq", "input_scaling": "awq"},

@@ -23,7 +23,7 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
-from export.config import CUDA_BLOCKS, OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
 
 _MAX_BYTES: Final = 100_000
@@ -81,7 +81,7 @@ class Recipe(Record):
         description="Precisions of the ONNX models, each made and measured.",
         json_schema_extra={"uniqueItems": True},
     )
-    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the weights of the int8 and int4 variants are quantized.")
+    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the int8, int8-qdq, int4 and mixed variants are quantized.")
     export: OnnxConfig = Field(OnnxConfig(), description="How the ONNX graph is built.")
     parity: ParityConfig = Field(ParityConfig(), description="How closely each ONNX model must agree with the torch model.")
 
@@ -129,7 +129,16 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
         mistakes.append((("parity", "decode_steps"), f"is {steps}; must be less than data.block_size, which is {block_size}, to leave a prompt"))
     if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
         mistakes.append((("parity", "max_perplexity_increase"), f"lacks {_either(missing, 'and')}; must have a limit for each of the variants"))
-    quantized = [variant for variant in recipe.variants if variant in ("int8", "int4")]
+    if STATIC in recipe.variants and recipe.export.device == "cuda":
+        mistakes.append((("variants",), f"has '{STATIC}', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'"))
+    quantized = [variant for variant in recipe.variants if variant in QUANTIZED and variant != STATIC]
+    limits = [name for name in ("budget", "max_perplexity_increase") if getattr(recipe.quantize, name) is not None]
+    if len(limits) > 1:
+        mistakes.append((("quantize", limits[1]), "is given beside budget; must be one of them"))
+    if limits and "mixed" not in recipe.variants:
+        mistakes.append((("quantize", limits[0]), "is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out"))
+    if "mixed" in recipe.variants and not limits:
+        mistakes.append((("variants",), "has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by"))
     if quantized and recipe.export.device == "cuda" and recipe.export.lowering == "auto" and recipe.quantize.block_size not in CUDA_BLOCKS:
         blocks = " or ".join(map(str, CUDA_BLOCKS))
         text = f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be {blocks} for its QMoE operator"

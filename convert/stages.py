@@ -17,7 +17,7 @@ from typing import Any, cast
 from convert.errors import RecipeError
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
-from export.config import Variant, element_type, rounds_activations
+from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
@@ -189,9 +189,10 @@ def _artifact_bytes(
         sizes["finetune"] = floats + control
     if not exported:
         return sizes
-    family = find_decoder_family(plan.target_config)
     for variant in recipe.variants:
-        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(shapes, family, variant, recipe.quantize, recipe.export.device)
+        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(
+            plan.target_config, shapes, variant, recipe.quantize, recipe.export.device
+        )
     return sizes
 
 
@@ -243,8 +244,9 @@ def quantize_settings(preparation: Preparation, variant: Variant | None) -> Fact
     """Bits and blocks of one variant, and what its graph computes in."""
     assert variant is not None
     recipe = preparation.loaded.recipe
-    settings = recipe.quantize.model_dump(mode="json") if variant in ("int8", "int4") else {}
-    return {"variant": variant, "element_type": element_type(variant, recipe.export.device), **settings}
+    settings = recipe.quantize.model_dump(mode="json") if variant in QUANTIZED else {}
+    types = {"element_type": element_type(variant, recipe.export.device), "float_type": float_type(variant, recipe.export.device)}
+    return {"variant": variant, **types, **settings}
 
 
 def onnx_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -328,9 +330,19 @@ def run_finetune(job: Job) -> Facts:
 def run_quantize(job: Job) -> Facts:
     """Integers and scales, and the torch twin that computes with them."""
     assert job.variant is not None
-    recipe, blocks = job.recipe, read_blocks(job.inputs["data"], "train")
+    recipe, data = job.recipe, job.inputs["data"]
     return _jsonable(
-        quantize_checkpoint(job.inputs["finetune"], job.output, job.variant, recipe.quantize, job.progress, recipe.export.device, blocks)
+        quantize_checkpoint(
+            job.inputs["finetune"],
+            job.output,
+            job.variant,
+            recipe.quantize,
+            job.progress,
+            recipe.export.device,
+            read_blocks(data, "train"),
+            read_blocks(data, "validation") if job.variant == "mixed" else None,
+            job.scratch,
+        )
     )
 
 

@@ -34,7 +34,7 @@ class BlockWriter:
         self.config, self.family = twin.checkpoint.config, twin.family
         self.head_dim = int(getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads)
         self.used: set[str] = set()
-        self.moe_layer: MoeLayer | None = None
+        self.moe_layers: list[MoeLayer] = []
 
     def has(self, name: str | None) -> bool:
         """Whether the checkpoint has a tensor of this name."""
@@ -42,14 +42,16 @@ class BlockWriter:
 
     def scale(self, name: str) -> ir.Value:
         """A norm's scale, float32."""
-        return self._vector([name], ir.DataType.FLOAT)
+        self.used.add(name)
+        checkpoint = self.twin.checkpoint
+        return self.graph.weight(name, ir.DataType.FLOAT, checkpoint.entries[name].shape, lambda: checkpoint.read(name))
 
-    def _vector(self, names: Sequence[str], dtype: ir.DataType) -> ir.Value:
-        """Vectors of the checkpoint, one after the other."""
+    def _biases(self, names: Sequence[str]) -> ir.Value:
+        """Biases of the checkpoint, one after the other."""
         self.used.update(names)
         checkpoint = self.twin.checkpoint
         size = sum(checkpoint.entries[name].num_elements for name in names)
-        return self.graph.weight("+".join(names), dtype, (size,), lambda: torch.cat([checkpoint.read(name) for name in names]))
+        return self.graph.float_weight("+".join(names), (size,), lambda: torch.cat([checkpoint.read(name) for name in names]))
 
     def linear(self, x: ir.Value, names: Sequence[str], output: str) -> ir.Value:
         """x [B, S, K] times the transposed matrices `names` [N, K] below each other, plus their biases where they have some; called `output`.
@@ -61,7 +63,7 @@ class BlockWriter:
         assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
         product = f"{output}_product" if biases else output
         y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], product, self.settings.activation_bits)
-        return self.graph.op("Add", [y, self._vector(biases, self.graph.dtype)], output) if biases else y
+        return self.graph.op("Add", [y, self._biases(biases)], output) if biases else y
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
         """RMS norm of x over its last dimension, by the scale `name`; both float32."""
@@ -138,7 +140,7 @@ class BlockWriter:
         flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
         tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
         router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}")
-        self.moe_layer = moe
+        self.moe_layers.append(moe)
         mixed = lowering.lower(self.graph, moe, MoeInput(x, self.graph.narrow(tokens), router_logits))
         shared = self._shared(x, layer)
         return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")

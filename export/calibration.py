@@ -54,6 +54,7 @@ class CalibrationWalk:
     def __init__(self, checkpoint: Checkpoint, family: DecoderFamily, blocks: torch.Tensor, all_experts: bool, correct_routers: bool = False) -> None:
         self.checkpoint, self.family, self.all_experts, self.correct_routers = checkpoint, family, all_experts, correct_routers
         self.states = self.reference_states = embed(checkpoint, blocks, torch.float32)
+        self._num_read = 0
         self.routers: dict[int, tuple[torch.Tensor, RouterFacts]] = {}
         self._changed: Mapping[str, torch.Tensor] = {}
         self._replaced: dict[tuple[str, Rows], torch.Tensor] = {}
@@ -79,10 +80,15 @@ class CalibrationWalk:
 
         `changed` are tensors in the place of the checkpoint's with which the layer computes the same function.
         """
-        self._changed, self._replaced = changed or {}, {}
+        self._changed, self._replaced, self._num_read = changed or {}, {}, layer + 1
         model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
         drift = self._drift(self.states.flatten(0, -2), self.reference_states.flatten(0, -2))
-        self.reference_states, reference = self._run(model, self.reference_states, ("attention", "attended", "residual", "ffn"), stop=False)
+        before, places = self.reference_states, ("attention", "attended", "residual", "ffn")
+        if self._changed:  # the states behind it are those of the layer as it is, to the bit
+            self.reference_states, _ = self._run(load_layer(self.checkpoint, layer, torch.float32), before, (), stop=False)
+            _, reference = self._run(model, before, places, stop=True)
+        else:
+            self.reference_states, reference = self._run(model, before, places, stop=False)
         read = self._run(model, self.states, ("attention",), stop=True)[1]["attention"]
         yield self._read_attention(layer, Inputs(read, reference.pop("attention")))
         self._put(model, layer)
@@ -140,7 +146,10 @@ class CalibrationWalk:
                 model.get_parameter(place).data.copy_(self._replaced[pattern.format(layer=layer), None])
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
-        """Go on behind the layer, as it computes with tensors in the place of its own."""
+        """Go on behind the layer, as it computes with tensors in the place of its own; it may be one that was not read."""
+        if self._num_read <= layer:
+            self._changed = {}
+            self.reference_states, _ = self._run(load_layer(self.checkpoint, layer, torch.float32), self.reference_states, (), stop=False)
         model = load_layer(self.checkpoint, layer, torch.float32, {**self._changed, **replaced})
         self.states, _ = self._run(model, self.states, (), stop=False)
 

@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, assert_never
+import re
+from typing import Annotated, Final, Literal, assert_never
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-Variant = Literal["float32", "float16", "int8", "int4"]
+Variant = Literal["float32", "float16", "bfloat16", "int8", "int8-qdq", "int4", "mixed"]
 Device = Literal["cpu", "cuda"]
-ElementType = Literal["float32", "float16"]
+ElementType = Literal["float32", "float16", "bfloat16"]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+STATIC: Final = "int8-qdq"
+"""The variant whose activations are integers too, with scales that are part of the file."""
+QUANTIZED: tuple[Variant, ...] = ("int8", STATIC, "int4", "mixed")
+"""The variants whose weights are integers and scales."""
 
 
 def element_type(variant: Variant, device: Device) -> ElementType:
-    """What a graph's products, attention and KV cache compute in: CUDA has no float32 kernel that reads quantized experts."""
+    """What a graph's products, attention and KV cache compute in.
+
+    CUDA has no float32 kernel that reads quantized experts. The CPU has no bfloat16 kernel that computes: there a bfloat16 graph computes in float32.
+    """
     match variant:
         case "float32" | "float16":
             return variant
-        case "int8" | "int4":
+        case "bfloat16":
+            return "float32" if device == "cpu" else "bfloat16"
+        case "int8-qdq":
+            return "float32"
+        case "int8" | "int4" | "mixed":
             return "float32" if device == "cpu" else "float16"
         case _:
             assert_never(variant)
 
 
+def float_type(variant: Variant, device: Device) -> ElementType:
+    """What a variant's float weights are stored in, but for those of routers and norms."""
+    return "bfloat16" if variant == "bfloat16" else element_type(variant, device)
+
+
 def rounds_activations(variant: Variant, config: OnnxConfig) -> bool:
-    """Whether a variant's graph rounds what it computes with, to float16 or to 8 bits, and so differs from its twin by more than float32 noise."""
-    quantized = variant in ("int8", "int4")
-    return element_type(variant, config.device) == "float16" or (quantized and config.activation_bits == 8)
+    """Whether a variant's graph rounds what it computes with, to 16 or to 8 bits, and so differs from its twin by more than float32 noise."""
+    rounds_to_8_bits = variant == STATIC or (variant in QUANTIZED and config.activation_bits == 8)
+    return rounds_to_8_bits or element_type(variant, config.device) != "float32"
 
 
 CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
@@ -39,15 +56,56 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
+_UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+
+
+def _read_size(value: object) -> object:
+    """Bytes of a size as people write it, such as '0.6 GB'."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?i?B)\s*", value)
+    if found is None or found[2] not in _UNITS:
+        raise ValueError(f"is '{value}'; must be a size such as '0.6 GB', with one of the units {', '.join(_UNITS)}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _read_percentage(value: object) -> object:
+    """The share that a percentage such as '1 %' is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", value)
+    if found is None:
+        raise ValueError(f"is '{value}'; must be a percentage such as '1 %', or a number such as 0.01")
+    return float(found[1]) / 100
+
+
+NumBytes = Annotated[PositiveInt, BeforeValidator(_read_size, json_schema_input_type=int | str)]
+Percentage = Annotated[NonNegative, BeforeValidator(_read_percentage, json_schema_input_type=float | str)]
+
+
+class BitsOverride(Record):
+    """Layers in which a class of tensors keeps more bits than its variant gives it."""
+
+    tensors: Literal["experts", "attention"] = Field(description="The class.")
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = Field(min_length=1, description="The layers, from 0 on.")
+    bits: Literal[8, 16] = Field(description="Bits that it has at least; 16 leaves it as floats.")
+
+
 class QuantizeConfig(Record):
-    """Weight-only quantization of the int8 and int4 variants; routers and norms always stay in float32."""
+    """Quantization: of weights alone in the int8, int4 and mixed variants, and of activations too in int8-qdq; routers and norms stay in float32.
+
+    Variant 'mixed' has 4 or 8 bits or floats in every class of every layer, in the embedding and in the head, as measured: the best that fits into
+    `budget`, or the smallest that costs no more than `max_perplexity_increase`.
+
+    Variant 'int8-qdq' rounds weights to nearest with a scale a row: of the fields it reads those of calibration and those of bits.
+    """
 
     method: Literal["round", "search", "gptq"] = Field(
         "gptq",
         description="How integers are chosen: 'round' takes the scale from the largest weight of a block, 'search' takes the scale with the smallest "
         "squared error, 'gptq' also lets weights make up on calibration text for the errors of all that were chosen before them.",
     )
-    calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' reads, at most.")
+    calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most.")
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
     input_scaling: Literal["none", "awq"] = Field(
         "none",
@@ -58,7 +116,16 @@ class QuantizeConfig(Record):
         False,
         description="Whether routers are fitted to route behind quantized matrices as they did in the float model; learns from the same text.",
     )
+    activation_range: Literal["largest", "clip"] = Field(
+        "clip",
+        description="Variant 'int8-qdq': the range of what a product reads. 'largest' reaches the largest magnitude on calibration text, 'clip' cuts "
+        "off where the squared error is smallest.",
+    )
     block_size: Literal[16, 32, 64, 128] = Field(32, description="Weights that share one scale, along the input dimension.")
+    zero_points: bool = Field(
+        False,
+        description="Whether each block has a zero point beside its scale, of a weight's bits, so that its range may lie on one side of zero.",
+    )
     attention_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of attention's weights; 16 leaves them as floats; 'variant' follows the variant."
     )
@@ -68,6 +135,15 @@ class QuantizeConfig(Record):
     head_bits: Literal["embedding", "variant", 8, 16] = Field(
         "embedding", description="Bits of an output head of its own; 'embedding' follows embedding_bits; 16 leaves it as floats."
     )
+    overrides: Annotated[tuple[BitsOverride, ...], Field(strict=False)] = Field((), description="Layers that keep more bits.")
+    budget: NumBytes | None = Field(
+        None, description="Variant 'mixed': bytes of its ONNX package at most, such as '0.6 GB'; its bits are those that lose least within it."
+    )
+    max_perplexity_increase: Percentage | None = Field(
+        None,
+        description="Variant 'mixed': what perplexity on validation text may rise by, such as '1 %'; its bits are the fewest that keep to it.",
+    )
+    search_tokens: PositiveInt = Field(8192, description="Tokens of the validation split that the search for the bits of 'mixed' reads, at most.")
 
 
 class RequestConfig(Record):
@@ -108,10 +184,12 @@ class ParityConfig(Record):
     min_routing_agreement: Share = Field(
         0.97, description="Share of tokens whose top-k experts equal those of the torch model with the same weights, worst layer."
     )
-    # Measured on the embedded model: float32 3e-8, float16 1e-5 (its KL 7e-7, where a float32 graph has 3e-10), int8 4e-4, int4 5e-3 in blocks of 16.
-    # A limit leaves room for a model that is more sensitive, and float16's for depth: its noise grows layer by layer, and this one has four.
+    # Measured on the embedded model: float32 3e-8, float16 1e-5 (its KL 7e-7, where a float32 graph has 3e-10), bfloat16 2e-4 to either side, int8
+    # 4e-4, int8-qdq 4e-3, int4 5e-3 in blocks of 16. A limit leaves room for a model that is more sensitive, and float16's for depth: its noise grows
+    # layer by layer, and this one has four.
     max_perplexity_increase: dict[Variant, NonNegative] = Field(
-        {"float32": 1e-4, "float16": 5e-4, "int8": 0.005, "int4": 0.05}, description="Relative to the fine-tuned model, on held-out text."
+        {"float32": 1e-4, "float16": 5e-4, "bfloat16": 0.002, "int8": 0.005, "int8-qdq": 0.02, "int4": 0.05, "mixed": 0.05},
+        description="Relative to the fine-tuned model, on held-out text.",
     )
     num_blocks: PositiveInt | None = Field(
         None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it."

@@ -8,8 +8,8 @@ position that follows from the row's first real token, and padded slots are mask
 caller.
 
 The residual stream, norms, routers and logits are float32 in every graph. In a float16 graph embedding, products, attention, KV cache and experts
-are float16: a residual stream in float16 would overflow in some models, and the choice of experts is read from it. Logits are float32 because our
-runtime and onnxruntime-genai sample in float32 anyway; one cast in the graph spares both a copy.
+are float16, and likewise in a bfloat16 one: a residual stream in float16 would overflow in some models, and the choice of experts is read from it.
+Logits are float32 because our runtime and onnxruntime-genai sample in float32 anyway; one cast in the graph spares both a copy.
 
 Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S, H], the residual stream after
 layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
@@ -18,7 +18,7 @@ layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplie
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,12 +26,12 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from export.blocks import BlockWriter, moe_layer
-from export.config import Device, OnnxConfig, QuantizeConfig, Variant, element_type
+from export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
-from export.lowering import Lowering, MoeLayer, find_lowerings
+from export.lowering import Lowering, MoeLayer, find_common_lowerings
 from export.positions import add_positions
 from export.quantization import is_quantized
 from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, check_head, class_bits
@@ -73,7 +73,7 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     c, family = twin.checkpoint.config, twin.family
     depth = cut.num_layers if cut else c.num_hidden_layers
     tokens = (0, cut.vocabulary) if cut else None
-    graph = GraphWriter(twin.element_type)
+    graph = GraphWriter(twin.element_type, twin.float_type)
     write = BlockWriter(graph, twin, config)
     multipliers = family.multipliers(c)
     input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
@@ -115,13 +115,13 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
         opset_imports=OPSETS, name=c.model_type,
     )  # fmt: skip
     model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
-    return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest_onnxruntime(lowering, write.moe_layer, config.device))
+    return DecoderGraph(model, lowering.name if lowering else NO_LOWERING, oldest_onnxruntime(lowering, write.moe_layers, config.device))
 
 
-def oldest_onnxruntime(lowering: Lowering | None, layer: MoeLayer | None, device: Device) -> str:
+def oldest_onnxruntime(lowering: Lowering | None, layers: Sequence[MoeLayer], device: Device) -> str:
     """The oldest runtime that computes a graph for a device with this lowering of its layers."""
     least = _MIN_ONNXRUNTIME if device == "cpu" else _MIN_ONNXRUNTIME_CUDA
-    needed = [lowering.min_onnxruntime(layer)] if lowering and layer else []
+    needed = [lowering.min_onnxruntime(layer) for layer in layers] if lowering else []
     return max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
 
 
@@ -160,11 +160,16 @@ def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
         ExportError: none can.
     """
     c, entries = twin.checkpoint.config, twin.checkpoint.entries
-    layer = next((n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)), None)
-    if layer is None:
-        return ()
     shapes = {name: entry.shape for name, entry in entries.items()}
-    return find_lowerings(moe_layer(twin.family, c, layer, shapes, twin.weight, twin.element_type, config), config.lowering)
+    sparse = [n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)]
+    layers = [moe_layer(twin.family, c, n, shapes, twin.weight, twin.element_type, config) for n in sparse]
+    return find_common_lowerings(_one_of_each_kind(layers), config.lowering) if layers else ()
+
+
+def _one_of_each_kind(layers: Sequence[MoeLayer]) -> list[MoeLayer]:
+    """Layers whose experts differ in bits; what a lowering can express depends on nothing else that differs between layers."""
+    kinds = {weight.bits if isinstance(weight := layer.experts[0].gate, QuantizedWeight) else 32: layer for layer in reversed(layers)}
+    return list(kinds.values())
 
 
 def plan_lowerings(
@@ -177,15 +182,22 @@ def plan_lowerings(
     """
     check_head(quantize, c.tie_word_embeddings)
     family = find_decoder_family(c)
-    bits = class_bits(variant, quantize, config.device)["experts"]
-
-    def weight(name: str, rows: tuple[int, int] | None) -> Weight:
-        shape = shapes[name]
-        if not is_quantized(bits):
-            return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
-        start, stop = rows or (0, math.prod(shape[:-1]))
-        return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start)
-
     layer = next(n for n in range(c.num_hidden_layers) if family.has_experts(n, shapes))
-    found = find_lowerings(moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config), config.lowering)
-    return tuple(lowering.name for lowering in found)
+
+    def describe(bits: int) -> MoeLayer:
+        def weight(name: str, rows: tuple[int, int] | None) -> Weight:
+            shape = shapes[name]
+            if not is_quantized(bits):
+                return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
+            start, stop = rows or (0, math.prod(shape[:-1]))
+            if variant == STATIC:
+                return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True)
+            return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points)
+
+        return moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config)
+
+    own = class_bits(variant, quantize, config.device)["experts"]
+    possible = {own, *(max(own, override.bits) for override in quantize.overrides if override.tensors == "experts" and is_quantized(own))}
+    if variant == "mixed":
+        possible |= {8}
+    return tuple(lowering.name for lowering in find_common_lowerings([describe(bits) for bits in sorted(possible)], config.lowering))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from export.aim import damp
-from export.quantization import Quantized, integer_range, num_blocks, pack, round_to, search_scales
+from export.quantization import Quantized, cut, encode, num_blocks, round_to, search_scales
 
 _LAZY_COLUMNS = 128
 """Columns whose errors reach the later ones together; every block size divides it."""
@@ -53,9 +53,10 @@ def prepare_moments(hessian: torch.Tensor, block_size: int) -> Moments:
 
 
 def quantize_gptq(
-    weight: torch.Tensor, moments: Moments, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, passes: int = _PASSES
-) -> Quantized:
-    """Quantize a weight [N, K] for inputs of these moments, symmetrically to `bits` in blocks of `block_size`.
+    weight: torch.Tensor, moments: Moments, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, zero_points: bool = False,
+    passes: int = _PASSES,
+) -> Quantized:  # fmt: skip
+    """Quantize a weight [N, K] for inputs of these moments, to `bits` in blocks of `block_size`, maybe with zero points.
 
     `passes` of coordinate descent follow GPTQ's own.
 
@@ -66,55 +67,56 @@ def quantize_gptq(
     if moments.width != width or not torch.isfinite(weight).all():
         raise ValueError(f"weight {tuple(weight.shape)} must be finite, and {moments.width} wide as its moments")
     h, factor, importance = moments.damped, moments.factor, moments.importance
-    low, high = integer_range(bits)
-    blocks, padded = num_blocks(width, block_size), len(h)
-    w = torch.zeros(rows, padded)
-    w[:, :width] = weight
-    target = w.clone()
-    integers, scales = torch.zeros(rows, padded), torch.zeros(rows, blocks)
-    scale = unit = torch.zeros(rows, 1)
+    blocked = cut(weight, block_size)
+    target, w = blocked.flatten(1), blocked.flatten(1).clone()
+    padded, blocks = len(h), blocked.shape[1]
+    integers, scales, zeros = torch.zeros(rows, padded), torch.zeros(rows, blocks, 1), torch.zeros(rows, blocks, 1)
+    scale = unit = zero = torch.zeros(rows, 1)
     for start in range(0, padded, _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, padded)
         errors = torch.zeros(rows, stop - start)
         for column in range(start, stop):
             if column % block_size == 0:
                 block = slice(column, column + block_size)
-                scale, unit = (found[:, 0] for found in search_scales(w[:, None, block], bits, importance[None, block], scale_type))
-                scales[:, column // block_size] = (scale * unit)[:, 0]
-            chosen = round_to(w[:, column : column + 1] / unit, scale, low, high)
-            integers[:, column] = chosen[:, 0]
-            error = (w[:, column : column + 1] - chosen * scale * unit) / factor[column, column]
+                found = search_scales(w[:, None, block], bits, importance[None, block], scale_type, zero_points)
+                scale, unit, zero = (value[:, 0] for value in found)
+                scales[:, column // block_size], zeros[:, column // block_size] = scale * unit, zero
+            rounded = round_to(w[:, column : column + 1] / unit, scale, zero, bits)
+            integers[:, column] = rounded[:, 0]
+            error = (w[:, column : column + 1] - rounded * scale * unit) / factor[column, column]
             w[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
     for _ in range(passes):
-        _descend(target, h, integers, scales, bits, scale_type)
-    return Quantized(pack((integers - low).to(torch.uint8).view(rows, blocks, block_size), bits), scales)
+        _descend(target, h, integers, scales, zeros, bits, scale_type)
+    return encode(integers.view(rows, blocks, block_size), scales, zeros, bits, zero_points)
 
 
-def _descend(w: torch.Tensor, h: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, bits: int, scale_type: torch.dtype) -> None:
-    """One pass over all scales [N, blocks] and then all columns of integers [N, K], both changed in place, for weights w and damped moments h."""
-    low, high = integer_range(bits)
+def _descend(
+    w: torch.Tensor, h: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, scale_type: torch.dtype
+) -> None:
+    """One pass over all scales [N, blocks, 1] and then all columns of integers [N, K], both changed in place, for weights w and damped moments h."""
     rows, padded = w.shape
     block_size = padded // scales.shape[1]
-    slope = (w - integers * scales.repeat_interleave(block_size, 1)) @ h  # the loss falls by twice this when a dequantized weight rises
+    slope = (w - integers * scales[..., 0].repeat_interleave(block_size, 1)) @ h  # the loss falls by twice this when a dequantized weight rises
     for number in range(scales.shape[1]):
         block = slice(number * block_size, (number + 1) * block_size)
         own = integers[:, block]
         bent = own @ h[block]
         square = (bent[:, block] * own).sum(1)
-        best = scales[:, number] + torch.where(square > 0, (slope[:, block] * own).sum(1) / square.clamp(min=1e-30), torch.zeros(()))
-        best = best.to(scale_type).to(torch.float32)
-        slope -= (best - scales[:, number])[:, None] * bent
-        scales[:, number] = best
+        step = torch.where(square > 0, (slope[:, block] * own).sum(1) / square.clamp(min=1e-30), torch.zeros(()))
+        best = (scales[:, number, 0] + step).to(scale_type).to(torch.float32)
+        slope -= (best - scales[:, number, 0])[:, None] * bent
+        scales[:, number, 0] = best
     for start in range(0, padded, _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, padded)
         near, moved = slope[:, start:stop].clone(), torch.zeros(rows, stop - start)
         for column in range(start, stop):
-            scale = scales[:, column // block_size]
-            best = round_to(integers[:, column] * scale + near[:, column - start] / h[column, column], scale, low, high)
-            moved[:, column - start] = (best - integers[:, column]) * scale
-            integers[:, column] = best
+            scale, zero = scales[:, column // block_size], zeros[:, column // block_size]
+            own = integers[:, column : column + 1]
+            best = round_to(own * scale + near[:, column - start, None] / h[column, column], scale, zero, bits)
+            moved[:, column - start] = ((best - own) * scale)[:, 0]
+            integers[:, column] = best[:, 0]
             near -= moved[:, column - start, None] * h[column, start:stop]
         slope -= moved @ h[start:stop]
 

@@ -19,8 +19,11 @@ IR_VERSION = 10
 Array = npt.NDArray[Any]
 
 
-_DATA_TYPES: dict[ElementType, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
-_TORCH_TYPES = {ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.UINT8: torch.uint8}
+_DATA_TYPES: dict[ElementType, ir.DataType] = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+_TORCH_TYPES = {
+    ir.DataType.FLOAT: torch.float32, ir.DataType.FLOAT16: torch.float16, ir.DataType.BFLOAT16: torch.bfloat16, ir.DataType.UINT8: torch.uint8,
+    ir.DataType.INT8: torch.int8,
+}  # fmt: skip
 
 
 class GraphWriter:
@@ -28,10 +31,13 @@ class GraphWriter:
 
     The element type is that of products, attention and KV cache. The residual stream, norms, routers and logits are float32 in every graph: `narrow`
     takes a value from there into the element type, `widen` takes it back, and in a float32 graph both do nothing.
+
+    Float weights are of the float type, which is the element type, but for bfloat16 weights in a float32 graph: onnxruntime's CPU has no bfloat16
+    kernel that computes. It folds their casts as it loads, so that the file has half the bytes, and memory and speed are those of float32.
     """
 
-    def __init__(self, element_type: ElementType = "float32") -> None:
-        self.element_type = element_type
+    def __init__(self, element_type: ElementType = "float32", float_type: ElementType | None = None) -> None:
+        self.element_type, self.float_type = element_type, float_type or element_type
         self.dtype = _DATA_TYPES[element_type]
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
@@ -90,6 +96,17 @@ class GraphWriter:
             self._shared[name] = write()
         return self._shared[name]
 
+    def float_weight(self, name: str, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
+        """A large initializer of the float type, as a value of the element type; see `weight`."""
+        stored = self.stored_weight(name, shape, read)
+        if self.float_type == self.element_type:
+            return stored
+        return self.op("Cast", [stored], f"{name}.widened", {"to": int(self.dtype)})
+
+    def stored_weight(self, name: str, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
+        """A large initializer of the float type, as it is stored; see `weight`."""
+        return self.weight(name, _DATA_TYPES[self.float_type], shape, read)
+
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
         """A large initializer: `read` is called when the file is written, and its tensor is dropped right after. It is cast to `dtype`."""
 
@@ -97,6 +114,8 @@ class GraphWriter:
             tensor = read().to(_TORCH_TYPES[dtype]).contiguous()
             if tuple(tensor.shape) != tuple(shape):
                 raise ValueError(f"weight {name}: planned shape {tuple(shape)}, was given {tuple(tensor.shape)}")
+            if dtype == ir.DataType.BFLOAT16:  # numpy has no such type of its own
+                return ir.tensor(tensor.view(torch.uint16).numpy().view(dtype.numpy()), dtype=dtype, name=name)
             return ir.tensor(tensor.numpy(), dtype=dtype, name=name)
 
         if name in self.initializers:

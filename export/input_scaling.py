@@ -39,6 +39,12 @@ class ScalingRecord:
     num_best_unscaled: int = 0
     num_without_place: int = 0
 
+    def add(self, other: ScalingRecord) -> None:
+        """Take in the counts of another layer."""
+        self.num_scaled += other.num_scaled
+        self.num_best_unscaled += other.num_best_unscaled
+        self.num_without_place += other.num_without_place
+
 
 @dataclass
 class ScaledLayer:
@@ -153,7 +159,7 @@ def _choose(
             importance = hessian.diagonal() / scales.square()
             for name, rows in group.matrices:
                 weight = walk.read_matrix(name, rows)
-                found = quantize(weight * scales, plan[name], config.block_size, importance)
+                found = quantize(weight * scales, plan[name], config.block_size, importance, zero_points=config.zero_points)
                 difference = weight - dequantize(found, weight.shape[1], plan[name]) / scales
                 error += float(((difference @ hessian) * difference).sum())
         errors.append(error)

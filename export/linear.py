@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
 from export.graph import MICROSOFT, GraphWriter
+from export.quantization import Quantized, join, zero_point_bytes
 from export.twin import FloatWeight, QuantizedWeight, Weight
 
 _ACCURACY_LEVELS = {8: 4, 32: 1}
@@ -34,18 +36,45 @@ def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weigh
     rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
     floats = [part for part in parts if isinstance(part, FloatWeight)]
     if len(floats) == len(parts):
-        transposed = graph.weight(f"{name}.weight", graph.dtype, (width, rows), lambda: torch.cat([part.read() for part in floats]).T)
+        transposed = graph.float_weight(f"{name}.weight", (width, rows), lambda: torch.cat([part.read() for part in floats]).T)
         return graph.op("MatMul", [x, transposed], name)
     integers = [part for part in parts if isinstance(part, QuantizedWeight)]
     first = integers[0]
     assert len(integers) == len(parts), f"{name}: some parts are quantized, some not"
-    assert {(part.bits, part.block_size) for part in integers} == {(first.bits, first.block_size)}, f"{name}: parts of several kinds"
+    assert len({(part.bits, part.block_size, part.zero_points) for part in integers}) == 1, f"{name}: parts of several kinds"
+    if first.is_static:
+        return _add_static(graph, x, integers, name)
+
+    def read() -> Quantized:
+        return join([part.read() for part in integers])
+
     codes_shape = (rows, first.num_blocks, first.block_size * first.bits // 8)
-    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: torch.cat([part.read().codes for part in integers]))
+    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: read().codes)
     scales_shape = (rows * first.num_blocks,)
-    scales = graph.weight(f"{name}.scales", graph.dtype, scales_shape, lambda: torch.cat([part.read().scales.flatten() for part in integers]))
+    scales = graph.weight(f"{name}.scales", graph.dtype, scales_shape, lambda: read().scales.flatten())
+    inputs = [x, codes, scales]
+    if first.zero_points:
+        size = rows * zero_point_bytes(width, first.bits, first.block_size)
+        inputs.append(graph.weight(f"{name}.zero_points", ir.DataType.UINT8, (size,), lambda: read().own_zero_points().flatten()))
     attributes = {"K": width, "N": rows, "bits": first.bits, "block_size": first.block_size, "accuracy_level": _ACCURACY_LEVELS[activation_bits]}
-    return graph.op("MatMulNBits", [x, codes, scales], name, attributes, MICROSOFT)
+    return graph.op("MatMulNBits", inputs, name, attributes, MICROSOFT)
+
+
+def _add_static(graph: GraphWriter, x: ir.Value, parts: Sequence[QuantizedWeight], name: str) -> ir.Value:
+    """The product of x, rounded to 8 bits, and weights with a scale a row, in the form that providers recognize which compute in 8 bits."""
+    rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
+    assert {part.input_scale for part in parts} == {parts[0].input_scale}, f"{name}: parts that read different things"
+    scale, zero = graph.constant(f"{name}.input_scale", np.array(parts[0].input_scale, np.float32)), graph.constant("zero_int8", np.array(0, np.int8))
+    integers = graph.op("QuantizeLinear", [x, scale, zero], f"{name}.input_integers")
+    rounded = graph.op("DequantizeLinear", [integers, scale, zero], f"{name}.input_rounded")
+
+    def codes() -> torch.Tensor:
+        signed = torch.cat([part.read().codes for part in parts]).to(torch.int16) - 128
+        return signed.view(rows, width).T
+
+    weight = graph.weight(f"{name}.codes", ir.DataType.INT8, (width, rows), codes)
+    scales = graph.weight(f"{name}.scales", ir.DataType.FLOAT, (rows,), lambda: torch.cat([part.read().scales.flatten() for part in parts]))
+    return graph.op("MatMul", [rounded, graph.op("DequantizeLinear", [weight, scales], f"{name}.weight", {"axis": 1})], name)
 
 
 def add_exact_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str) -> ir.Value:

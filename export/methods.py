@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 
@@ -15,8 +16,9 @@ from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
 from export.gptq import prepare_moments, quantize_gptq
 from export.input_scaling import ScalingRecord, scale_layer
+from export.journal import KeptLayer, LayerJournal
 from export.progress import Progress
-from export.quantization import Quantized, dequantize, is_quantized, quantize, round_to_nearest
+from export.quantization import Quantized, dequantize, is_quantized, join, quantize, round_to_nearest
 from export.router_correction import RouterFacts
 from upcycle.checkpoint import Checkpoint
 
@@ -33,19 +35,45 @@ class CalibrationRecord:
 
     Tokens of each expert by layer, by layer the experts with too few of them for GPTQ, and their matrices; routing before and after correction by
     layer; groups of matrices with scaled inputs; and the float tensors that stand in the place of the checkpoint's, by name.
+
+    `input_scales` are those of static quantization: of what a matrix reads, by the name of its tensor; one an expert where experts that read
+    different things are stacked in it.
     """
 
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
-    scarce_experts: dict[int, set[int]] = field(default_factory=dict)
+    scarce_experts: dict[int, int] = field(default_factory=dict)
     num_searched: int = 0
     routers: dict[int, RouterFacts] = field(default_factory=dict)
     scaling: ScalingRecord = field(default_factory=ScalingRecord)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
+    input_scales: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, other: CalibrationRecord) -> None:
+        """Take in what was seen in another layer."""
+        self.expert_tokens |= other.expert_tokens
+        self.scarce_experts |= other.scarce_experts
+        self.num_searched += other.num_searched
+        self.routers |= other.routers
+        self.scaling.add(other.scaling)
+        self.replaced |= other.replaced
+        self.input_scales |= other.input_scales
+
+    def write(self) -> dict[str, Any]:
+        """Facts for JSON; the tensors in `replaced` are not among them."""
+        facts = {name: getattr(self, name) for name in ("expert_tokens", "scarce_experts", "num_searched", "input_scales")}
+        return facts | {"routers": {layer: asdict(found) for layer, found in self.routers.items()}, "scaling": asdict(self.scaling)}
+
+    @classmethod
+    def read(cls, facts: Mapping[str, Any], replaced: Mapping[str, torch.Tensor]) -> CalibrationRecord:
+        """The record that `write` and JSON made facts of."""
+        by_layer = {name: {int(layer): value for layer, value in facts[name].items()} for name in ("expert_tokens", "scarce_experts")}
+        routers = {int(layer): RouterFacts(**found) for layer, found in facts["routers"].items()}
+        return cls(**{**facts, **by_layer, "routers": routers, "scaling": ScalingRecord(**facts["scaling"]), "replaced": dict(replaced)})
 
     def describe_tokens(self) -> dict[int, str]:
         """By layer, in words: the fewest tokens of an expert, the median, and experts with fewer than twice the width of a matrix of theirs."""
         return {
-            layer: f"fewest {min(counts):,}, median {statistics.median_low(counts):,}; too few in {len(self.scarce_experts.get(layer, ()))} of "
+            layer: f"fewest {min(counts):,}, median {statistics.median_low(counts):,}; too few in {self.scarce_experts.get(layer, 0)} of "
             f"{len(counts)} experts" for layer, counts in self.expert_tokens.items()
         }  # fmt: skip
 
@@ -63,13 +91,13 @@ def head_name(names: Container[str], family: DecoderFamily | None) -> str | None
 
 def quantize_tensors(
     checkpoint: Checkpoint, family: DecoderFamily | None, plan: Mapping[str, int], config: QuantizeConfig,
-    scale_type: torch.dtype, blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress,
+    scale_type: torch.dtype, blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress, journal: LayerJournal,
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
     """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
     Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
     instead, errors weighed by its inputs' mean squares. An embedding has searched scales always, unless it is the head as well, and so has a model
-    that no family describes (`family` None), which cannot be walked.
+    that no family describes (`family` None), which cannot be walked. Layers that are in the journal are taken from it.
 
     Raises:
         ExportError: gptq without text.
@@ -91,8 +119,13 @@ def quantize_tensors(
     if walk is None:
         return
     for layer in range(checkpoint.config.num_hidden_layers):
-        changed = scale_layer(walk, layer, plan, config, record.scaling) if config.input_scaling == "awq" else {}
-        found = _quantize_layer(walk, layer, changed, plan, config, scale_type, record)
+        if (kept := journal.read(layer)) is not None:
+            found, own = kept.quantized, CalibrationRecord.read(kept.facts, kept.floats)
+        else:
+            own = CalibrationRecord()
+            found = _quantize_layer(walk, layer, plan, config, scale_type, own)
+            journal.write(layer, KeptLayer(found, own.replaced, own.write()))
+        record.add(own)
         expected = [name for name in in_layers if layer_of(name) == layer]
         assert sorted(found) == expected, f"layer {layer}: calibration knows {sorted(found)}, to be quantized are {expected}"
         for name in expected:
@@ -102,7 +135,7 @@ def quantize_tensors(
         if layer + 1 < checkpoint.config.num_hidden_layers or head in names:
             shapes = {name: checkpoint.entries[name].shape for name in found}
             quantized = {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()}
-            walk.advance(layer, quantized | {name: tensor for name, tensor in record.replaced.items() if layer_of(name) == layer})
+            walk.advance(layer, quantized | own.replaced)
     if head is not None and head in names:
         yield head, _quantize_head(walk, head, plan[head], config, scale_type)
         progress("quantizing", len(names), len(names))
@@ -125,8 +158,8 @@ def _learner(config: QuantizeConfig) -> tuple[str, str]:
 def _quantize_alone(checkpoint: Checkpoint, name: str, bits: int, config: QuantizeConfig, scale_type: torch.dtype) -> Quantized:
     weight = checkpoint.read(name).to(torch.float32).flatten(0, -2)
     if config.method == "round":
-        return round_to_nearest(weight, bits, config.block_size, scale_type)
-    return quantize(weight, bits, config.block_size, scale_type=scale_type)
+        return round_to_nearest(weight, bits, config.block_size, scale_type, config.zero_points)
+    return quantize(weight, bits, config.block_size, scale_type=scale_type, zero_points=config.zero_points)
 
 
 def _quantize_head(walk: CalibrationWalk, name: str, bits: int, config: QuantizeConfig, scale_type: torch.dtype) -> Quantized:
@@ -149,14 +182,15 @@ def _quantize_head(walk: CalibrationWalk, name: str, bits: int, config: Quantize
     for start in range(0, rows, step):
         weight = walk.read_matrix(name, (start, min(start + step, rows)))
         moved = weight if name == walk.family.embedding else aim.move(weight)
-        found.append(quantize_gptq(moved, moments, bits, config.block_size, scale_type))
-    return Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found]))
+        found.append(quantize_gptq(moved, moments, bits, config.block_size, scale_type, config.zero_points))
+    return join(found)
 
 
 def _quantize_layer(
-    walk: CalibrationWalk, layer: int, changed: Mapping[str, torch.Tensor], plan: Mapping[str, int], config: QuantizeConfig,
-    scale_type: torch.dtype, record: CalibrationRecord,
-) -> dict[str, Quantized]:  # fmt: skip
+    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord
+) -> dict[str, Quantized]:
+    changed = scale_layer(walk, layer, plan, config, record.scaling) if config.input_scaling == "awq" else {}
+    scarce = set()
     parts: dict[str, list[Quantized]] = {}
     for group in walk.read_layer(layer, changed):
         wanted = [(name, rows) for name, rows in group.matrices if is_quantized(plan[name])]
@@ -169,22 +203,24 @@ def _quantize_layer(
             if group.place == "first":
                 record.expert_tokens.setdefault(layer, []).append(tokens)
             if not enough:
-                record.scarce_experts.setdefault(layer, set()).add(group.expert)
+                scarce.add(group.expert)
         aim = find_aim(inputs) if enough and config.method == "gptq" else None
         moments = prepare_moments(aim.hessian, config.block_size) if aim is not None else None
         for name, rows in wanted:
             weight = walk.read_matrix(name, rows)
             if config.method == "round":
-                found = round_to_nearest(weight, plan[name], config.block_size, scale_type)
+                found = round_to_nearest(weight, plan[name], config.block_size, scale_type, config.zero_points)
             elif aim is not None and moments is not None:
-                found = quantize_gptq(aim.move(weight), moments, plan[name], config.block_size, scale_type)
+                found = quantize_gptq(aim.move(weight), moments, plan[name], config.block_size, scale_type, config.zero_points)
             else:
                 record.num_searched += config.method == "gptq"
-                found = quantize(weight, plan[name], config.block_size, inputs.actual.square().mean(0) if tokens else None, scale_type)
+                importance = inputs.actual.square().mean(0) if tokens else None
+                found = quantize(weight, plan[name], config.block_size, importance, scale_type, config.zero_points)
             walk.replace(name, rows, dequantize(found, width, plan[name]))
             parts.setdefault(name, []).append(found)
+    record.scarce_experts[layer] = len(scarce)
     record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
     if layer in walk.routers:
         assert walk.family.router is not None
         record.replaced[walk.family.router.format(layer=layer)], record.routers[layer] = walk.routers.pop(layer)
-    return {name: Quantized(torch.cat([q.codes for q in found]), torch.cat([q.scales for q in found])) for name, found in parts.items()}
+    return {name: join(found) for name, found in parts.items()}

@@ -14,6 +14,7 @@ from export.config import Device, ElementType, OnnxConfig
 from export.decoder import DecoderGraph, build_decoder, find_candidates
 from export.errors import ExportError
 from export.family import find_refusal
+from export.invariants import check_graph
 from export.lowering import Lowering
 from export.passes import find_traced_candidates, lower_trace
 from export.progress import Progress
@@ -50,13 +51,14 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     """Write the package of the (quantized) checkpoint in `source` into `output`; weights go to disk one initializer at a time.
 
     Raises:
-        ExportError: the architecture or the lowering asked for is not covered.
+        ExportError: the architecture or the lowering asked for is not covered, or what was written breaks an invariant (`export.invariants`).
     """
     twin = Twin(source)
     write = _build if find_refusal(twin.checkpoint.config) is None else _trace
     graph, choice, timings = write(twin, config, output, progress)
     graph.model.metadata_props.update({MIN_ONNXRUNTIME_KEY: graph.min_onnxruntime, LOWERING_KEY: graph.lowering})
     size = save_graph(graph.model, output, progress)
+    check_graph(output, twin)
     copy_companions(source, output)
     twin.checkpoint.config.save_pretrained(output)
     description = genai_config(twin.checkpoint.config, shares_buffer=graph.shares_buffer)
@@ -86,7 +88,7 @@ def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> 
     """The graph from the model's own forward, where no builder knows the architecture."""
     if twin.element_type != "float32":
         raise ExportError(
-            f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave out the variants in float16, "
+            f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave out the variants in 16 bits, "
             "which are 'float16' and with export.device 'cuda' all but 'float32'"
         )
     progress("tracing", 0, 1)

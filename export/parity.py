@@ -3,7 +3,8 @@
 Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export right? Against the
 fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts, one full forward without
 a cache, so that chained decoding is checked against something that has no cache at all. A longrope that switches its factors on the way is the
-exception: there only a reference that is fed in the same pieces computes the same function.
+exception: there only a reference that is fed in the same pieces computes the same function. And where activations are rounded with scales that are
+part of the file, the twin rounds them too (`export.simulation`); else the first question would be the second.
 
 A router can tie to the last bit, and then two right computations may choose different experts. Such a flip (the reference's margin below
 `_TIE_MARGIN`) is counted and reported apart; the tokens from there on in that row are left out of the largest error, and nothing else is. Where
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,9 @@ from export.config import ParityConfig, Variant
 from export.family import rotary_switch
 from export.progress import Progress
 from export.runtime import CPU, CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
+from export.simulation import RoundedInputs
 from export.speed import measure_speed
+from export.twin import SCHEME_NAME, Twin
 
 _TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6, so a flip above this margin is a fault and not a tie
 _EXACT_TIE = 1e-6  # router logits; below it the softmax may round two of them to one score, and then every operator has an order of its own
@@ -118,21 +121,27 @@ def check_parity(
 ) -> Parity:  # fmt: skip
     """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
 
-    `rounds_activations`: the graph computes in float16 or with 8-bit activations, so its logits are held to `max_kl` and not to
-    `max_relative_error`.
+    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations, so its logits are held to `max_kl` and not to
+    `max_relative_error`. A package that no provider here can run is a breach.
     """
     if config.num_blocks is not None:
         count = min(config.num_blocks, len(blocks))
         blocks = blocks[torch.arange(count) * len(blocks) // count]
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
+    computes_in = Twin(twin).element_type
     for provider in (CPU, CUDA):
+        if provider == CPU and computes_in == "bfloat16":
+            providers[provider] = "not run: onnxruntime's CPU does not compute in bfloat16"
+            continue
         if provider == CUDA and not is_at_hand(provider):
             providers[provider] = "not run: no CUDA device"
             continue
         result = _measure(package, twin, finetuned, blocks, config, provider, progress)
         providers[provider] = result
         breaches += [f"{provider}: {breach}" for breach in find_breaches(result, variant, rounds_activations, config)]
+    if all(isinstance(found, str) for found in providers.values()):
+        breaches.append(f"compared nowhere: {'; '.join(f'{provider}: {found}' for provider, found in providers.items())}")
     return Parity(providers, tuple(breaches))
 
 
@@ -185,9 +194,14 @@ def _perplexity(loss: float) -> float:
 
 @contextmanager
 def _reference(directory: Path) -> Any:
-    """The torch model as a function, with router logits and residual streams caught by hooks on whole layers."""
+    """The torch model as a function, with router logits and residual streams caught by hooks on whole layers.
+
+    Where the graph rounds activations with scales that the directory has, so does the model.
+    """
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, experts_implementation="eager", local_files_only=True)
     model.eval()
+    has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
+    rounding = RoundedInputs(model, Twin(directory)) if has_scales else nullcontext()
     layers = model.get_decoder().layers
     hiddens: dict[int, torch.Tensor] = {}
     routers: dict[int, torch.Tensor] = {}
@@ -205,7 +219,8 @@ def _reference(directory: Path) -> Any:
     @torch.inference_mode()
     def read(ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> _Forward:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None).logits
+        with rounding:
+            logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None).logits
         by_layer = tuple(routers[n].reshape(*ids.shape, -1) if n in routers else None for n in range(len(layers)))
         return _Forward(logits, by_layer, tuple(hiddens[n] for n in range(len(layers))), model.config.num_experts_per_tok)
 

@@ -20,7 +20,7 @@ from export.family import rotary_switch
 from export.graph import GraphWriter, int64
 from export.twin import Twin
 
-_MASKED: dict[ElementType, float] = {"float32": -1e30, "float16": -3e4}
+_MASKED: dict[ElementType, float] = {"float32": -1e30, "float16": -3e4, "bfloat16": -1e30}
 """Finite, as is its sum with any score: a row of nothing but padding then averages instead of dividing zero by zero. Below float16's lowest number,
 -65504, a score would take the sum to minus infinity, so it is half of that; e to the power of it is zero all the same."""
 

@@ -32,7 +32,7 @@ FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
 _PAST = "past_key_values."
 PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_ELEMENT_TYPES = {"tensor(float)": onnx.TensorProto.FLOAT, "tensor(float16)": onnx.TensorProto.FLOAT16, "tensor(bfloat16)": onnx.TensorProto.BFLOAT16}
 
 
 def is_at_hand(provider: str) -> bool:
@@ -90,6 +90,7 @@ class Decoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of products of 8 bits would saturate
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
         for name in self.taps:
             model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -100,7 +101,7 @@ class Decoder:
         self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
-        self.past = {value.name: (value.shape, _NUMPY_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
+        self.past = {value.name: (value.shape, _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
         self.device = "cuda" if provider == CUDA else "cpu"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
@@ -119,13 +120,18 @@ class Decoder:
         if capacity > self.context_length:
             raise ExportError(f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt or the output")
         buffers, binding = {}, self.session.io_binding()
-        for name, ((_, heads, _, head_dim), dtype) in self.past.items():
-            zeros = np.zeros((batch_size, heads, capacity if self.shares_buffer else 0, head_dim), dtype)
-            buffers[name] = ort.OrtValue.ortvalue_from_numpy(zeros, self.device, 0)
+        for name, ((_, heads, _, head_dim), element_type) in self.past.items():
+            buffers[name] = self._new_buffer((batch_size, heads, capacity if self.shares_buffer else 0, head_dim), element_type)
             if self.shares_buffer:
                 binding.bind_ortvalue_input(name, buffers[name])
                 binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffers[name])
         return Cache(buffers, binding, np.zeros((batch_size, capacity), np.int64))
+
+    def _new_buffer(self, shape: tuple[int, ...], element_type: int) -> ort.OrtValue:
+        """Zeros on the device. bfloat16, which numpy does not have, is not written: attention reads no slot before it has written it."""
+        if element_type == onnx.TensorProto.BFLOAT16:
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, self.device, 0)
+        return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(element_type)), self.device, 0)
 
     def run(self, cache: Cache, ids: Ints, mask: Ints | None = None, logits_to_keep: int = 0) -> dict[str, Floats]:
         """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name, float32.

@@ -137,20 +137,23 @@ def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(name: 
     assert errors["search"] < errors["round"]
 
 
-def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("zero_points", [False, True])
+def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpoint: Path, tmp_path: Path, zero_points: bool) -> None:
     """An expert that no token visits, among them: its weights are rounded as without calibration."""
     few, none = tmp_path / "few", tmp_path / "search"
     for path in (few, none):
         path.mkdir()
     blocks = draw_blocks(1, length=2)
-    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks=blocks)
+    config = QuantizeConfig(block_size=16, zero_points=zero_points)
+    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", config, lambda *_: None, blocks=blocks)
     scheme = json.loads((few / SCHEME_NAME).read_text())
     counts = [count for layer in scheme["expert_tokens"].values() for count in layer]
     assert len(counts) == 2 * 4
     assert sum(counts) == 2 * 2 * blocks.numel()
     assert facts.fewest_expert_tokens == min(counts) == 0
     assert facts.num_matrices_with_few_tokens == sum(bits < 32 for name, bits in scheme["tensors"].items() if ".layers." in name)
-    quantize_checkpoint(mixture_checkpoint, none, "int4", QuantizeConfig(method="search", block_size=16), lambda *_: None)
+    searched = QuantizeConfig(method="search", block_size=16, zero_points=zero_points)
+    quantize_checkpoint(mixture_checkpoint, none, "int4", searched, lambda *_: None)
     layer, expert = next((layer, n) for layer, found in scheme["expert_tokens"].items() for n, count in enumerate(found) if count == 0)
     name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"
     assert torch.equal(open_checkpoint(few).read(name), open_checkpoint(none).read(name))

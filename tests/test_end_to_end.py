@@ -140,6 +140,28 @@ def test_a_changed_recipe_makes_new_artifacts_beside_the_old(killed_run, tiny_re
     assert before < {path.name for path in workdir.iterdir()}
 
 
+def test_bfloat16_and_static_8_bits_go_the_whole_road(killed_run, tiny_recipe, tmp_path):
+    workdir = killed_run[0]
+    recipe = tmp_path / tiny_recipe.name
+    text = tiny_recipe.read_text(encoding="utf-8").replace("variants: [float32]", "variants: [bfloat16, int8-qdq]")
+    # What 8 bits cost a random model says nothing; the limit is wide, and the package must agree with its twin all the same.
+    limits = "parity: {max_perplexity_increase: {bfloat16: 0.01, int8-qdq: 0.5}, "
+    recipe.write_text(text.replace("parity: {", limits), encoding="utf-8")
+    planned = succeed("plan", recipe, "--workdir", workdir)
+    assert "onnx-bfloat16" in planned
+    assert "onnx-int8-qdq" in planned
+    stdout = succeed("run", recipe, "--workdir", workdir)
+    assert stdout.count("parity passed") == 2
+    sizes = {variant: facts_of(workdir, f"onnx-{variant}")["package_bytes"] for variant in ("float32", "bfloat16", "int8-qdq")}
+    assert sizes["int8-qdq"] < sizes["bfloat16"] < sizes["float32"]
+    facts = facts_of(workdir, "quantize-int8-qdq")
+    assert (facts["quantized_expert_share"], facts["block_size"], facts["method"]) == (1.0, None, "round")
+    checks = facts_of(workdir, "parity-bfloat16")["providers"]["CPUExecutionProvider"]["checks"]
+    assert max(check["relative_error"] for check in checks) < 1e-5  # float32 sums in another order
+    (page,) = (path for path in workdir.glob("report-*/report.html") if "int8-qdq" in path.read_text(encoding="utf-8"))
+    assert "ONNX bfloat16" in page.read_text(encoding="utf-8")
+
+
 def test_a_second_run_in_one_work_directory_is_refused(tiny_recipe, tmp_path):
     workdir = tmp_path / "two"
     with lock(workdir):

@@ -13,6 +13,7 @@ from export.gptq import quantize_gptq as quantize_prepared
 from export.quantization import Quantized, dequantize, quantize, round_to_nearest
 
 BITS = (4, 8)
+ZERO_POINTS = pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
 
 
 def draw(rows: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,36 +24,41 @@ def draw(rows: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Tenso
     return torch.randn(rows, width, generator=generator) / width**0.5, inputs
 
 
-def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, passes: int = 3) -> Quantized:
-    return quantize_prepared(weight, prepare_moments(hessian, block_size), bits, block_size, passes=passes)
+def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, zero_points: bool = False, passes: int = 3) -> Quantized:
+    return quantize_prepared(weight, prepare_moments(hessian, block_size), bits, block_size, zero_points=zero_points, passes=passes)
 
 
 def loss(weight: torch.Tensor, inputs: torch.Tensor, found: torch.Tensor) -> float:
     return float((inputs.double() @ (weight - found).double().T).square().sum())
 
 
-def reference(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, bits: int, block_size: int) -> np.ndarray:
+def reference(weight: np.ndarray, hessian: np.ndarray, quantized: Quantized, bits: int, block_size: int) -> np.ndarray:
     """A column at a time, in float64, by the inverse of what is left of the damped H, inverted anew for each column (GPTQ, equation 2)."""
     w, width = weight.astype(np.float64).copy(), weight.shape[1]
     h = hessian.astype(np.float64) + 0.01 * np.diag(hessian).mean() * np.eye(width)
-    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scales = quantized.scales.numpy().astype(np.float64)
+    zeros = np.full_like(scales, 2 ** (bits - 1))
+    if quantized.zero_points is not None:
+        packed = quantized.zero_points.numpy()
+        zeros = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
     result = np.empty_like(w)
     for column in range(width):
         inverse = np.linalg.inv(h[column:, column:])
-        scale = scales[:, column // block_size].astype(np.float64)
-        result[:, column] = np.clip(np.rint(w[:, column] / scale), low, high) * scale
+        scale, zero = scales[:, column // block_size], zeros[:, column // block_size].astype(np.float64)
+        result[:, column] = (np.clip(np.rint(w[:, column] / scale) + zero, 0, 2**bits - 1) - zero) * scale
         error = (w[:, column] - result[:, column]) / inverse[0, 0]
         w[:, column:] -= error[:, None] * inverse[0]
     return result
 
 
+@ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("width", "block_size"), [(32, 16), (40, 16), (160, 32), (144, 128)])
-def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: int, block_size: int, bits: int) -> None:
+def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: int, block_size: int, bits: int, zero_points: bool) -> None:
     weight, inputs = draw(8, width, 1000)
     hessian = inputs.T @ inputs
-    quantized = quantize_gptq(weight, hessian, bits, block_size, passes=0)
-    expected = reference(weight.numpy(), hessian.double().numpy(), quantized.scales.numpy(), bits, block_size)
+    quantized = quantize_gptq(weight, hessian, bits, block_size, zero_points, passes=0)
+    expected = reference(weight.numpy(), hessian.double().numpy(), quantized, bits, block_size)
     found = dequantize(quantized, width, bits).double().numpy()
     # Float32 sums decide a weight that lies in the middle between two integers; all others are equal.
     same = np.abs(found - expected) < 1e-6
@@ -60,23 +66,30 @@ def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: in
     assert loss(weight, inputs, torch.from_numpy(found)) == pytest.approx(loss(weight, inputs, torch.from_numpy(expected)), rel=0.02)
 
 
+@ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("block_size", [16, 32, 128])
-def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(block_size: int, bits: int) -> None:
+def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(block_size: int, bits: int, zero_points: bool) -> None:
     weight, inputs = draw(64, 128, 2000)
-    hessian = inputs.T @ inputs
-    plain = loss(weight, inputs, dequantize(round_to_nearest(weight, bits, block_size), 128, bits))
-    searched = loss(weight, inputs, dequantize(quantize(weight, bits, block_size), 128, bits))
-    weighed = loss(weight, inputs, dequantize(quantize(weight, bits, block_size, inputs.square().mean(0)), 128, bits))
-    gptq = loss(weight, inputs, dequantize(quantize_gptq(weight, hessian, bits, block_size), 128, bits))
+    hessian, importance = inputs.T @ inputs, inputs.square().mean(0)
+    plain, searched, weighed, gptq = (
+        loss(weight, inputs, dequantize(found, 128, bits))
+        for found in (
+            round_to_nearest(weight, bits, block_size, zero_points=zero_points),
+            quantize(weight, bits, block_size, zero_points=zero_points),
+            quantize(weight, bits, block_size, importance, zero_points=zero_points),
+            quantize_gptq(weight, hessian, bits, block_size, zero_points=zero_points),
+        )
+    )
     assert gptq < 0.6 * plain
     assert gptq < 0.7 * weighed
     assert weighed < searched < plain
 
 
+@ZERO_POINTS
 @pytest.mark.parametrize("width", [40, 160])
 @pytest.mark.parametrize("bits", BITS)
-def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(bits: int, width: int) -> None:
+def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(bits: int, width: int, zero_points: bool) -> None:
     weight, inputs = draw(8, width, 1000)
     hessian = inputs.T @ inputs
     damped = hessian.double().numpy() + 0.01 * hessian.double().diagonal().mean().item() * np.eye(width)
@@ -87,7 +100,7 @@ def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(bits: 
 
     losses = []
     for passes in (0, 1, 3, 60):
-        quantized = quantize_gptq(weight, hessian, bits, 16, passes=passes)
+        quantized = quantize_gptq(weight, hessian, bits, 16, zero_points, passes)
         losses.append(damped_loss(dequantize(quantized, width, bits).double().numpy()))
     for before, after in itertools.pairwise(losses):
         assert (after <= before * (1 + 1e-5)).all()
@@ -95,19 +108,28 @@ def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(bits: 
     found = dequantize(quantized, width, bits).double().numpy()
     steps = quantized.scales.double().numpy().repeat(16, axis=1)[:, :width]
     codes = np.rint(found / steps)
+    lowest = -(2.0 ** (bits - 1)) * np.ones((8, 1))
+    if zero_points:
+        packed = quantized.own_zero_points().numpy()
+        points = packed if bits == 8 else np.stack([packed & 15, packed >> 4], axis=-1).reshape(8, -1)
+        lowest = -points[:, : quantized.scales.shape[1]].astype(float).repeat(16, axis=1)[:, :width]
+    lowest = np.broadcast_to(lowest, codes.shape)
     for column in range(width):
         for change in (-1, 1):
             other = found.copy()
-            inside = (codes[:, column] + change >= -(2 ** (bits - 1))) & (codes[:, column] + change < 2 ** (bits - 1))
+            changed = codes[:, column] + change
+            inside = (changed >= lowest[:, column]) & (changed < lowest[:, column] + 2**bits)
             other[:, column] += np.where(inside, change, 0) * steps[:, column]
             assert (damped_loss(other) >= losses[-1] * (1 - 1e-5)).all()
 
 
+@ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
-def test_inputs_that_are_independent_leave_nothing_to_make_up_for(bits: int) -> None:
+def test_inputs_that_are_independent_leave_nothing_to_make_up_for(bits: int, zero_points: bool) -> None:
     weight, _ = draw(8, 64, 1)
-    found = quantize_gptq(weight, torch.eye(64), bits, 32, passes=0)
-    expected = quantize(weight, bits, 32)
+    found = quantize_gptq(weight, torch.eye(64), bits, 32, zero_points, passes=0)
+    expected = quantize(weight, bits, 32, zero_points=zero_points)
+    assert not zero_points or torch.equal(found.own_zero_points(), expected.own_zero_points())
     assert torch.equal(found.codes, expected.codes)
     assert torch.allclose(found.scales, expected.scales)
 
@@ -125,13 +147,14 @@ def test_inputs_that_are_always_zero_have_their_columns_rounded(bits: int) -> No
     assert (half | cut)[:, 10:16].all(), "nothing moved them"
 
 
+@ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
-def test_no_input_at_all_is_searched_rounding(bits: int) -> None:
+def test_no_input_at_all_is_searched_rounding(bits: int, zero_points: bool) -> None:
     weight, _ = draw(8, 64, 1)
-    found = quantize_gptq(weight, torch.zeros(64, 64), bits, 32, passes=0)
-    expected = quantize(weight, bits, 32)
+    found = quantize_gptq(weight, torch.zeros(64, 64), bits, 32, zero_points, passes=0)
+    expected = quantize(weight, bits, 32, zero_points=zero_points)
     assert torch.equal(found.codes, expected.codes)
-    errors = [(weight - dequantize(q, 64, bits)).norm() for q in (quantize_gptq(weight, torch.zeros(64, 64), bits, 32), expected)]
+    errors = [(weight - dequantize(q, 64, bits)).norm() for q in (quantize_gptq(weight, torch.zeros(64, 64), bits, 32, zero_points), expected)]
     assert errors[0] <= errors[1]
 
 
@@ -141,10 +164,11 @@ def test_fewer_tokens_than_inputs_are_still_solved(bits: int) -> None:
     assert torch.isfinite(dequantize(quantize_gptq(weight, inputs.T @ inputs, bits, 32), 64, bits)).all()
 
 
-def test_a_row_of_zeros_and_a_row_of_equal_weights_stay_what_they_are() -> None:
+@ZERO_POINTS
+def test_a_row_of_zeros_and_a_row_of_equal_weights_stay_what_they_are(zero_points: bool) -> None:
     weight, inputs = draw(3, 32, 500)
     weight[0], weight[1] = 0, 0.25
-    found = dequantize(quantize_gptq(weight, inputs.T @ inputs, 4, 16), 32, 4)
+    found = dequantize(quantize_gptq(weight, inputs.T @ inputs, 4, 16, zero_points=zero_points), 32, 4)
     assert (found[0] == 0).all()
     torch.testing.assert_close(found[1], weight[1], rtol=1e-5, atol=0)
 

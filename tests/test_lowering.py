@@ -27,13 +27,15 @@ from upcycle.checkpoint import index_tensors
 
 
 class Way(NamedTuple):
-    """A lowering, the bits of its weights and activations, the error allowed relative to the largest output, and what the graph computes in."""
+    """A lowering, the bits of its weights and activations, the error allowed relative to the largest output, what the graph computes in, and
+    whether blocks have zero points."""
 
     lowering: Lowering
     bits: int
     activation_bits: int
     tolerance: float
     element_type: ElementType = "float32"
+    zero_points: bool = False
 
 
 # Float32 sums of at most 172 products, twice: 7e-7 measured. Activations rounded to 8 bits: 1/254 of the largest a factor, 2e-2 measured.
@@ -61,8 +63,19 @@ WAYS = {
     "grouped_4_rounding_float16": Way(GROUPED, 4, 8, 3e-2, "float16"),
     "unrolled_float16": Way(UNROLLED, 16, 32, 2e-3, "float16"),
     "unrolled_8_float16": Way(UNROLLED, 8, 32, 2e-3, "float16"),
+    "qmoe_4_zero_points": Way(QMOE, 4, 32, 2e-6, zero_points=True),
+    "qmoe_4_rounding_zero_points": Way(QMOE, 4, 8, 3e-2, zero_points=True),
+    "qmoe_8_rounding_zero_points": Way(QMOE, 8, 8, 3e-2, zero_points=True),
+    "grouped_4_zero_points": Way(GROUPED, 4, 32, 2e-6, zero_points=True),
+    "grouped_4_rounding_zero_points": Way(GROUPED, 4, 8, 3e-2, zero_points=True),
+    "unrolled_8_zero_points": Way(UNROLLED, 8, 32, 2e-6, zero_points=True),
+    "qmoe_4_float16_zero_points": Way(QMOE, 4, 32, 2e-3, "float16", zero_points=True),
+    "grouped_8_float16_zero_points": Way(GROUPED, 8, 32, 2e-3, "float16", zero_points=True),
 }
-WIDE = {"moe", "grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8", "moe_float16", "grouped_4_float16", "unrolled_float16"}
+WIDE = {
+    "moe", "grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8", "moe_float16", "grouped_4_float16", "unrolled_float16",
+    "grouped_4_zero_points", "unrolled_8_zero_points",
+}  # fmt: skip
 """Those that take any hidden size."""
 ROUTINGS = [(num_experts, k) for num_experts in (2, 4, 8) for k in sorted({1, 2, num_experts})]
 
@@ -96,8 +109,10 @@ def make_layer(
                 weight = weight.to(getattr(torch, way.element_type)).to(torch.float32)
                 tensors[f"{number}.{name}"] = weight
             else:
-                quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, way.element_type))
+                quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, way.element_type), zero_points=way.zero_points)
                 tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
+                if way.zero_points:
+                    tensors[f"{number}.{name}.zero_points"] = quantized.own_zero_points()
                 weight = dequantize(quantized, shape[1], way.bits)
             values[-1].append(weight.double().numpy())
     if selection_bias is not None:
@@ -107,7 +122,7 @@ def make_layer(
 
     def weight_of(number: int, name: str, shape: tuple[int, int]) -> FloatWeight | QuantizedWeight:
         key = f"{number}.{name}"
-        return FloatWeight(entries[key]) if way.bits >= 16 else QuantizedWeight(key, entries, shape, way.bits, block)
+        return FloatWeight(entries[key]) if way.bits >= 16 else QuantizedWeight(key, entries, shape, way.bits, block, zero_points=way.zero_points)
 
     experts = tuple(
         Expert(weight_of(n, "gate", (inner, hidden)), weight_of(n, "up", (inner, hidden)), weight_of(n, "down", (hidden, inner)))
@@ -221,7 +236,13 @@ def test_an_ffn_width_that_no_block_divides_is_computed(way: Way, tmp_path: Path
 
 
 @pytest.mark.parametrize("block", [16, 64, 128])
-@pytest.mark.parametrize("name", ["qmoe_4", "qmoe_4_rounding", "qmoe_8_rounding", "unrolled_4", "unrolled_8"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "qmoe_4", "qmoe_4_rounding", "qmoe_8_rounding", "unrolled_4", "unrolled_8",
+        "qmoe_4_zero_points", "qmoe_4_rounding_zero_points", "qmoe_8_rounding_zero_points", "grouped_4_zero_points", "unrolled_8_zero_points",
+    ],
+)  # fmt: skip
 def test_every_block_size_is_computed(name: str, block: int, tmp_path: Path) -> None:
     way = WAYS[name]
     layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=128, inner=172, block=block)
@@ -335,6 +356,13 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
         ("qmoe_8_rounding", 64, 32, "1.23.2"),
         ("qmoe_8_rounding", 128, 64, "1.23.2"),
         ("qmoe_8_rounding", 32, 32, "1.31"),
+        ("grouped_4_zero_points", 64, 32, "1.20"),
+        ("qmoe_4_zero_points", 64, 32, "1.24.1"),
+        ("qmoe_4_zero_points", 128, 64, "1.24.3"),
+        ("qmoe_4_zero_points", 64, 64, "1.31"),
+        ("qmoe_4_zero_points", 256, 128, "1.31"),  # the FFN's width is one block
+        ("qmoe_4_rounding_zero_points", 64, 32, "1.31"),
+        ("qmoe_8_rounding_zero_points", 64, 32, "1.24.1"),
     ],
 )
 def test_each_layer_knows_the_oldest_runtime_that_computes_it(name: str, hidden: int, block: int, version: str, tmp_path: Path) -> None:
@@ -380,6 +408,7 @@ def test_a_qmoe_for_cuda_says_that_its_weights_are_raw_and_runs_on_the_cpu(name:
     [
         ("qmoe_4", 64, 96, 64, "qmoe: CUDA's QMoE operator has no float32"),
         ("qmoe_4_float16", 64, 96, 32, "qmoe: CUDA's QMoE operator is given blocks of 64 or 128, not 32; set quantize.block_size"),
+        ("qmoe_4_float16_zero_points", 64, 96, 64, "qmoe: CUDA's QMoE operator has no zero points"),
         ("moe_float16", 64, 100, 32, "moe: CUDA's MoE operator takes widths that are multiples of 8, not 64 and 100"),
         ("moe_float16", 60, 96, 32, "moe: CUDA's MoE operator takes widths that are multiples of 8, not 60 and 96"),
     ],
@@ -390,7 +419,7 @@ def test_what_cuda_cannot_run_is_refused_for_cuda_alone(name: str, hidden: int, 
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         find_lowerings(for_cuda(layer), "fused")
     assert find_lowerings(for_cuda(layer), "auto") == (GROUPED, UNROLLED)
-    assert len(find_lowerings(layer, "auto")) == 3
+    assert len(find_lowerings(layer, "auto", "1.32.0")) == 3
 
 
 @pytest.mark.parametrize(

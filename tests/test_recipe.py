@@ -328,7 +328,8 @@ def test_a_missing_setting_is_described():
 def test_an_empty_section_is_refused():
     assert mistakes(GOOD + "quantize:\n") == [
         "r.yaml:3: quantize: is empty; must be a mapping of the keys method, calibration_tokens, calibrate_all_experts, input_scaling, "
-        "correct_routers, block_size, attention_bits, embedding_bits, head_bits"
+        "correct_routers, activation_range, block_size, zero_points, attention_bits, embedding_bits, "
+        "head_bits, overrides, budget, max_perplexity_increase, search_tokens"
     ]
 
 
@@ -362,7 +363,7 @@ def test_an_empty_section_is_refused():
         ("export: [fused]", "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits"),
         ("variants: int8", "variants: is 'int8' (a string); must be a list"),
         ("variants: []", "variants: is an empty list; must be a list of at least 1 item"),
-        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'int8' or 'int4'"),
+        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'"),
         ("variants: [int8, int4, int8]", "variants: has 'int8' more than once; must have each once"),
     ],
 )
@@ -397,7 +398,7 @@ seed: 2
     assert mistakes(text) == [
         "r.yaml:1: source.rev: unknown key; did you mean 'revision'?",
         "r.yaml:2: data.block_size: is 4; must be at least 8",
-        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'int8' or 'int4'",
+        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'",
         "r.yaml:4: parity.max_perplexity_increase.int8: is 'low' (a string); must be a number",
         "r.yaml:6: upcycle.topk: unknown key; did you mean 'num_experts_per_tok'?",
         "r.yaml:7: upcycle.num_experts: is 0; must be greater than 0",
@@ -572,6 +573,13 @@ def test_quantized_files_for_cuda_are_in_blocks_that_its_operator_reads():
         assert load(text + remedy).recipe.export.device == "cuda"
 
 
+def test_static_8_bits_are_not_for_cuda():
+    text = GOOD + "export: {device: cuda}\nquantize: {block_size: 64}\nvariants: [int8, int8-qdq]\n"
+    message = "variants: has 'int8-qdq', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'"
+    assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
+    assert load(text.replace("device: cuda", "device: cpu")).recipe.variants == ("int8", "int8-qdq")
+
+
 def test_checks_across_records_hold_in_python_too():
     data = DataConfig(source=PythonDocsData(kind="python-docs"), max_test_tokens=8)
     with pytest.raises(ValidationError, match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256, to hold one block"):
@@ -661,3 +669,36 @@ def test_the_schema_agrees_with_the_loader():
         assert not validator.is_valid(values)
         with pytest.raises(ValidationError):
             Recipe.model_validate(values)
+
+
+# Bits chosen by measurement
+
+MIXED = "source: {path: .}\ndata: {source: {kind: python-docs}}\nvariants: [VARIANTS]\nquantize: {QUANTIZE}\n"
+
+
+@pytest.mark.parametrize(
+    ("variants", "quantize", "mistakes"),
+    [
+        ("mixed", "budget: 0.6 GB", []),
+        ("float32, mixed", "max_perplexity_increase: 1 %", []),
+        ("mixed", "block_size: 16", ["3: variants: has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by"]),
+        ("mixed", "budget: 1 GB, max_perplexity_increase: 1 %", ["4: quantize.max_perplexity_increase: is given beside budget; must be one of them"]),
+        (
+            "int4", "budget: 1 GB",
+            ["4: quantize.budget: is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out"],
+        ),
+        ("mixed", "budget: much", ["4: quantize.budget: is 'much'; must be a size such as '0.6 GB', with one of the units B, kB, MB, GB, TB, "
+                                   "KiB, MiB, GiB, TiB"]),
+        ("mixed", "max_perplexity_increase: 1 per cent",
+         ["4: quantize.max_perplexity_increase: is '1 per cent'; must be a percentage such as '1 %', or a number such as 0.01"]),
+    ],
+)  # fmt: skip
+def test_a_variant_of_mixed_bits_has_one_limit(variants: str, quantize: str, mistakes: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_text(MIXED.replace("VARIANTS", variants).replace("QUANTIZE", quantize), encoding="utf-8")
+    if not mistakes:
+        assert "mixed" in load_recipe(file).recipe.variants
+        return
+    with pytest.raises(RecipeError) as refusal:
+        load_recipe(file)
+    assert str(refusal.value).splitlines() == [f"{file}:{mistake}" for mistake in mistakes]

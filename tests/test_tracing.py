@@ -84,25 +84,26 @@ class Traced:
         make_model(stem, **fields).save_pretrained(self.source)
         self.trace = trace_decoder(Twin(self.twin("float32")))
 
-    def twin(self, variant: Variant) -> Path:
-        twin = self.folder / f"twin-{variant}"
+    def twin(self, variant: Variant, zero_points: bool = False) -> Path:
+        twin = self.folder / f"twin-{variant}-{zero_points}"
         if not twin.exists():
             twin.mkdir()
-            quantize_checkpoint(self.source, twin, variant, QuantizeConfig(block_size=16, embedding_bits="variant"), silent)
+            config = QuantizeConfig(block_size=16, embedding_bits="variant", zero_points=zero_points)
+            quantize_checkpoint(self.source, twin, variant, config, silent)
         return twin
 
-    def package(self, variant: Variant, wish: Any) -> Path:
-        package = self.folder / f"package-{variant}-{wish}"
+    def package(self, variant: Variant, wish: Any, zero_points: bool = False) -> Path:
+        package = self.folder / f"package-{variant}-{wish}-{zero_points}"
         if not package.exists():
             package.mkdir()
-            twin, config = Twin(self.twin(variant)), OnnxConfig(lowering=wish, activation_bits=32)
+            twin, config = Twin(self.twin(variant, zero_points)), OnnxConfig(lowering=wish, activation_bits=32)
             (lowering,) = find_traced_candidates(self.trace, twin, config)
             save_graph(lower_trace(self.trace, twin, config, lowering).model, package, silent)
             twin.checkpoint.config.save_pretrained(package)
         return package
 
-    def torch(self, variant: Variant) -> PreTrainedModel:
-        return load(self.twin(variant))
+    def torch(self, variant: Variant, zero_points: bool = False) -> PreTrainedModel:
+        return load(self.twin(variant, zero_points))
 
 
 def load(directory: Path) -> PreTrainedModel:
@@ -145,16 +146,18 @@ def expect(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndar
     return found.logits.numpy()
 
 
-CASES: list[tuple[str, Variant, str]] = [
-    ("olmoe", "float32", "fused"), ("olmoe", "float32", "grouped"), ("olmoe", "float32", "unrolled"), ("olmoe", "int8", "grouped"),
-    ("olmoe", "int4", "fused"), ("phimoe", "float32", "fused"), ("phimoe", "float32", "grouped"), ("phimoe", "int4", "unrolled"),
-    ("deepseek_v3", "float32", "fused"), ("deepseek_v3", "float32", "grouped"), ("deepseek_v3", "int8", "unrolled"),
+CASES: list[tuple[str, Variant, str, bool]] = [
+    ("olmoe", "float32", "fused", False), ("olmoe", "float32", "grouped", False), ("olmoe", "float32", "unrolled", False),
+    ("olmoe", "bfloat16", "fused", False), ("deepseek_v3", "bfloat16", "grouped", False),
+    ("olmoe", "int8", "grouped", False), ("olmoe", "int4", "fused", False), ("olmoe", "int4", "fused", True), ("olmoe", "int4", "grouped", True),
+    ("phimoe", "float32", "fused", False), ("phimoe", "float32", "grouped", False), ("phimoe", "int4", "unrolled", False),
+    ("deepseek_v3", "float32", "fused", False), ("deepseek_v3", "float32", "grouped", False), ("deepseek_v3", "int8", "unrolled", True),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "variant", "wish"), CASES)
-def test_a_traced_decoder_equals_transformers(traced: Any, name: str, variant: Variant, wish: str) -> None:
-    model, decoder = traced(name).torch(variant), Decoder(traced(name).package(variant, wish), num_threads=1)
+@pytest.mark.parametrize(("name", "variant", "wish", "zero_points"), CASES)
+def test_a_traced_decoder_equals_transformers(traced: Any, name: str, variant: Variant, wish: str, zero_points: bool) -> None:
+    model, decoder = traced(name).torch(variant, zero_points), Decoder(traced(name).package(variant, wish, zero_points), num_threads=1)
     for batch in (1, 3):
         ids, mask = draw(batch)
         expected, real = expect(model, ids, mask), mask.astype(bool)
@@ -347,7 +350,7 @@ def test_a_variant_in_float16_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "twin").mkdir()
     quantize_checkpoint(tmp_path / "source", tmp_path / "twin", "float16", QuantizeConfig(), silent)
     message = (
-        f"{tmp_path / 'twin'}: olmoe is traced, and a traced graph is float32; leave out the variants in float16, which are 'float16' and with "
+        f"{tmp_path / 'twin'}: olmoe is traced, and a traced graph is float32; leave out the variants in 16 bits, which are 'float16' and with "
         "export.device 'cuda' all but 'float32'"
     )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):

@@ -88,8 +88,10 @@ def _config_without_layers(config: Any) -> Any:
 
 
 @torch.no_grad()
-def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
     """What the first layer reads, [B, S, H] in `dtype`, for token ids [B, S]: a model of the ids' own rows of the embedding, and no layer.
+
+    An embedding in `replaced`, by its name in the checkpoint, stands in for its own.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -97,7 +99,10 @@ def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype) -> torc
     rows, places = ids.unique(return_inverse=True)
     config = _config_without_layers(checkpoint.config)
     config.vocab_size = len(rows)
-    table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
+    if replaced is not None and _EMBEDDING in replaced:
+        table = replaced[_EMBEDDING][rows]
+    else:
+        table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
     state = {"embed_tokens.weight": table, "norm.weight": torch.zeros(config.hidden_size)}
     model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     _refuse_report(info, f"{checkpoint.directory}: embedding")
@@ -122,7 +127,18 @@ def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.
 
 @torch.no_grad()
 def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Logits [tokens, vocabulary] in `dtype` of the last layer's states [tokens, H]: a model of the final norm and the head, and no layer.
+    """Logits [tokens, vocabulary] in `dtype` of the last layer's states [tokens, H].
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    return cast(torch.Tensor, load_head(checkpoint, dtype)(inputs_embeds=states[None], use_cache=False).logits[0])
+
+
+def load_head(checkpoint: Checkpoint, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
+    """A model of the final norm and the head, and no layer, in `dtype`: the last layer's states as `inputs_embeds` in, `logits` out.
+
+    Tensors in `replaced`, by their names in the checkpoint, stand in for its own.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -133,11 +149,15 @@ def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype)
     # The head is given as a tied one, in the embedding's place, whether it is or not: so that its matrix is held once, and no embedding beside it.
     stored = {_NORM: _NORM, _EMBEDDING: _EMBEDDING if config.tie_word_embeddings else _HEAD}
     config.tie_word_embeddings = True
-    state = {name: checkpoint.read(source) for name, source in stored.items() if source in checkpoint.entries}
+    other = replaced or {}
+    state = {
+        name: other[source] if source in other else checkpoint.read(source)
+        for name, source in stored.items() if source in checkpoint.entries
+    }  # fmt: skip
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model, info = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
     _refuse_report(info, f"{checkpoint.directory}: head")
-    return cast(torch.Tensor, model.eval()(inputs_embeds=states[None], use_cache=False).logits[0])
+    return cast(PreTrainedModel, model.eval())
 
 
 @torch.no_grad()

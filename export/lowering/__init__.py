@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from export.lowering import grouped, moe, qmoe, unrolled
 from export.lowering.layer import Expert, MoeInput, MoeLayer
 from export.lowering.top_k import add_logits
 
-__all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_lowerings"]
+__all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_common_lowerings", "find_lowerings"]
 
 LowerLogits = Callable[[GraphWriter, MoeLayer, MoeInput], ir.Value]
 LowerChosen = Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value, ir.Value], ir.Value]
@@ -73,3 +73,16 @@ def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__ver
     reasons = "; ".join(f"{lowering.name}: {lowering.refusal(layer)}" for lowering in wished)
     remedy = "use 'auto'" if any(lowering.refusal(layer) is None for lowering in every) else "no lowering can"
     raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({reasons}); {remedy}")
+
+
+def find_common_lowerings(layers: Sequence[MoeLayer], wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:
+    """The lowerings that fit the wish and can express all of these layers, one or more; see `find_lowerings`.
+
+    Raises:
+        ExportError: none can.
+    """
+    first, *others = [find_lowerings(layer, wish, runtime) for layer in layers]
+    common = tuple(lowering for lowering in first if all(lowering in found for found in others))
+    if not common:
+        raise ExportError(f"export.lowering '{wish}' cannot express layers with quantized experts beside layers without; use 'auto'")
+    return common

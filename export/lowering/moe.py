@@ -1,11 +1,11 @@
 """The `MoE` operator of onnxruntime: float experts, one node a layer.
 
 fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU the plain SiLU gate.
-The operator takes raw router logits and does softmax, top-k and renormalization itself; in a float16 graph it takes them rounded to float16, their
+The operator takes raw router logits and does softmax, top-k and renormalization itself; in a graph of 16 bits it takes them rounded to these, their
 largest at zero.
 
-CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32 or float16, and wants rows of 16 bytes. It honours the attributes of a
-plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
+CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32, float16 or bfloat16, and wants rows of 16 bytes. It honours the
+attributes of a plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from export.twin import FloatWeight
 NAME = "moe"
 MIN_ONNXRUNTIME = "1.23.1"  # 1.23.0 has no kernel for the CPU
 MIN_ONNXRUNTIME_CUDA = "1.28"  # before it, CUDA takes the constants of GPT-OSS for its SwiGLU, whatever the attributes say
-_CUDA_WIDTHS = 8  # 16 bytes of float16
+_CUDA_WIDTHS = 8  # 16 bytes of float16 or bfloat16
 
 
 def refusal(layer: MoeLayer) -> str | None:
@@ -85,8 +85,8 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     def fc2() -> torch.Tensor:
         return torch.stack([_read(e.down) for e in layer.experts])
 
-    fc1_value = graph.weight(f"{layer.name}.fc1", graph.dtype, (num_experts, 2 * height, width), fc1)
-    fc2_value = graph.weight(f"{layer.name}.fc2", graph.dtype, (num_experts, width, height), fc2)
+    fc1_value = graph.float_weight(f"{layer.name}.fc1", (num_experts, 2 * height, width), fc1)
+    fc2_value = graph.float_weight(f"{layer.name}.fc2", (num_experts, width, height), fc2)
     inputs = [graph.narrow(x.hidden), add_operator_logits(graph, x.router_logits, layer.name), fc1_value, None, fc2_value]
     return graph.widen(graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT))
 

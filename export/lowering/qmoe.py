@@ -1,16 +1,18 @@
 """The `QMoE` operator of onnxruntime: quantized experts, one node a layer.
 
-The integers are those of `export.quantization`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up rows interleaved, fc2 [E, H, I * bits / 8], and
-block-wise scales. Where the block does not divide the FFN's width I, the width is padded with neurons whose weights are exactly zero; they
-add nothing. The hidden size cannot be padded, since the operator's input has it.
+The integers are those of `export.quantization`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up rows interleaved, fc2 [E, H, I * bits / 8],
+block-wise scales, and zero points where there are some. Where the block does not divide the FFN's width I, the width is padded with neurons whose
+weights are exactly zero; they add nothing. The hidden size cannot be padded, since the operator's input has it.
 
 One file serves the CPU and CUDA where it is made for CUDA: float16, blocks of 64 or 128, and `weights_prepacked` 0, without which CUDA would read
 the integers as packed for its kernels already, and compute garbage without a word. What CUDA's kernel wants (contrib_ops/cuda/moe of onnxruntime
-1.28 to 1.31): float16 or bfloat16, both widths multiples of 64, no separate fc3, no router_weights. By construction: no CUDA device was at hand;
-the same file is tested on the CPU.
+1.28 to 1.31): float16 or bfloat16, both widths multiples of 64, no separate fc3, no router_weights, no zero points. By construction: no CUDA device
+was at hand; the same file is tested on the CPU.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
@@ -20,13 +22,14 @@ from export.graph import MICROSOFT, GraphWriter
 from export.lowering.layer import MoeInput, MoeLayer
 from export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
 from export.lowering.top_k import add_operator_logits
-from export.quantization import Quantized
+from export.quantization import Quantized, join, zero_point_bytes
 from export.twin import QuantizedWeight, Weight
 
 NAME = "qmoe"
 MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size
 MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compute wrong values, without a word
-MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, a single block along the hidden size is taken for a scale a row
+MIN_ONNXRUNTIME_ZERO_POINTS = "1.24.1"  # the inputs from the twelfth on
+MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, one block along H is taken for a scale a row, and zero points of one along I are misread
 MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
 MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
 
@@ -36,12 +39,16 @@ def refusal(layer: MoeLayer) -> str | None:
     gate = layer.experts[0].gate
     if not isinstance(gate, QuantizedWeight):
         return "the QMoE operator takes quantized weights"
+    if gate.is_static:
+        return "the QMoE operator takes no scales of activations"
     if layer.hidden_size % gate.block_size:
         return f"the hidden size {layer.hidden_size} is not a multiple of the block size {gate.block_size}"
     if layer.device == "cuda" and layer.element_type == "float32":
         return "CUDA's QMoE operator has no float32"
     if layer.device == "cuda" and gate.block_size not in CUDA_BLOCKS:
         return f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, CUDA_BLOCKS))}, not {gate.block_size}; set quantize.block_size"
+    if layer.device == "cuda" and gate.zero_points:
+        return "CUDA's QMoE operator has no zero points"
     if gate.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
     return routing_refusal(layer) or activation_refusal(layer)
@@ -49,14 +56,16 @@ def refusal(layer: MoeLayer) -> str | None:
 
 def min_onnxruntime(layer: MoeLayer) -> str:
     """The oldest onnxruntime that computes the layer rightly; every minor release from 1.22 to 1.32 was tried on the CPU."""
-    gate = _quantized(layer.experts[0].gate)
+    gate, down = _quantized(layer.experts[0].gate), _quantized(layer.experts[0].down)
     if gate.bits == 4 and layer.activation_bits == 8:
         return MIN_ONNXRUNTIME_INT8_ACTIVATIONS
-    if gate.num_blocks == 1:
+    if gate.num_blocks == 1 or (down.zero_points and down.num_blocks == 1):
         return MIN_ONNXRUNTIME_ONE_BLOCK
     if layer.device == "cuda":
         return MIN_ONNXRUNTIME_CUDA
-    return MIN_ONNXRUNTIME_WIDE_BLOCKS if gate.bits == 4 and gate.block_size > 32 else MIN_ONNXRUNTIME
+    if gate.bits == 4 and gate.block_size > 32:
+        return MIN_ONNXRUNTIME_WIDE_BLOCKS
+    return MIN_ONNXRUNTIME_ZERO_POINTS if gate.zero_points else MIN_ONNXRUNTIME
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
@@ -67,22 +76,23 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     num_experts = layer.routing.num_experts
 
     def fc1() -> Quantized:
-        experts = [_interleave(_quantized(e.gate).read(), _quantized(e.up).read(), height) for e in layer.experts]
-        return _stack(experts)
+        return join([_interleave(_quantized(e.gate).read(), _quantized(e.up).read(), height) for e in layer.experts], torch.stack)
 
     def fc2() -> Quantized:
-        return _stack([_quantized(e.down).read() for e in layer.experts])
+        return join([_quantized(e.down).read() for e in layer.experts], torch.stack)
 
-    def add(name: str, rows: int, columns: int, read: object) -> tuple[ir.Value, ir.Value]:
-        assert callable(read)
+    def add(name: str, rows: int, columns: int, read: Callable[[], Quantized]) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         codes = graph.weight(
             f"{layer.name}.{name}.codes", ir.DataType.UINT8, (num_experts, rows, columns * bits // 8), lambda: read().codes.flatten(2)
         )
         scales = graph.weight(f"{layer.name}.{name}.scales", graph.dtype, (num_experts, rows, columns // block), lambda: read().scales)
-        return codes, scales
+        if not down.zero_points:
+            return codes, scales, None
+        shape = (num_experts, rows, zero_point_bytes(columns, bits, block))
+        return codes, scales, graph.weight(f"{layer.name}.{name}.zero_points", ir.DataType.UINT8, shape, lambda: read().own_zero_points())
 
-    fc1_codes, fc1_scales = add("fc1", 2 * height, width, fc1)
-    fc2_codes, fc2_scales = add("fc2", width, height, fc2)
+    fc1_codes, fc1_scales, fc1_zero_points = add("fc1", 2 * height, width, fc1)
+    fc2_codes, fc2_scales, fc2_zero_points = add("fc2", width, height, fc2)
     attributes = {**swiglu_attributes(layer.routing), "expert_weight_bits": bits, "block_size": block}
     if bits == 4 and layer.activation_bits == 8:
         attributes["accuracy_level"] = 4
@@ -90,6 +100,8 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
         attributes["weights_prepacked"] = 0
     logits = add_operator_logits(graph, x.router_logits, layer.name)
     inputs = [graph.narrow(x.hidden), logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    if down.zero_points:
+        inputs += [None, None, None, None, fc1_zero_points, fc2_zero_points]
     return graph.widen(graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT))
 
 
@@ -99,14 +111,10 @@ def _quantized(weight: Weight) -> QuantizedWeight:
 
 
 def _interleave(gate: Quantized, up: Quantized, height: int) -> Quantized:
-    """Rows g0, u0, g1, u1, …, then zero rows up to 2 * height: codes at the zero point, scale 0."""
-    codes = torch.stack([gate.codes, up.codes], dim=1).flatten(0, 1)
-    scales = torch.stack([gate.scales, up.scales], dim=1).flatten(0, 1)
-    missing = 2 * height - len(codes)
-    return Quantized(
-        torch.cat([codes, torch.zeros(missing, *codes.shape[1:], dtype=torch.uint8)]), torch.cat([scales, torch.zeros(missing, scales.shape[1])])
-    )
+    """Rows g0, u0, g1, u1, …, then zero rows up to 2 * height: scale 0."""
 
+    def combine(parts: list[torch.Tensor]) -> torch.Tensor:
+        rows = torch.stack(parts, dim=1).flatten(0, 1)
+        return torch.cat([rows, rows.new_zeros(2 * height - len(rows), *rows.shape[1:])])
 
-def _stack(experts: list[Quantized]) -> Quantized:
-    return Quantized(torch.stack([e.codes for e in experts]), torch.stack([e.scales for e in experts]))
+    return join([gate, up], combine)

@@ -34,7 +34,7 @@ def _bounds(graph: GraphWriter) -> tuple[ir.Value, ir.Value]:
 def add_operator_logits(graph: GraphWriter, router_logits: ir.Value, name: str) -> ir.Value:
     """The router logits for an operator that takes them in the graph's element type and does softmax and top-k itself.
 
-    In float16 each token's largest logit is taken off first, which changes no softmax: what competes for the last place among the k is then small,
+    In 16 bits each token's largest logit is taken off first, which changes no softmax: what competes for the last place among the k is then small,
     and float16 is fine near zero. A logit of 20 would lie between neighbours that are 0.016 apart.
     """
     if graph.element_type == "float32":

@@ -27,7 +27,7 @@ def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tupl
 def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
     """The graph of a package from a trace, which is left as it was; weights are read when the model is saved."""
     traced = Trace(trace.model.clone(), trace.located, trace.experts, trace.num_layers)
-    model, graph = traced.model, GraphWriter()
+    model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
     lower_experts(traced, graph, twin, lowering, config.activation_bits)
     lower_linears(traced, graph, twin, config.activation_bits)
     lower_embedding(traced, graph, twin)
@@ -41,4 +41,4 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     model.graph.opset_imports[MICROSOFT] = OPSETS[MICROSOFT]
     model.producer_name, model.graph.name = "dense2moe", twin.checkpoint.config.model_type
     layer = describe_layer(trace, twin, next(iter(trace.experts)), config.activation_bits)
-    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, layer, config.device), shares_buffer=False)
+    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, [layer], config.device), shares_buffer=False)
