@@ -111,7 +111,7 @@ def quantize_tensors(
             raise ExportError(f"{setting}, which learns from text, and there is none; give blocks of it, or {mend}")
         walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts, config.correct_routers)
     done = 0
-    head = head_name(plan, family) if walk is not None and config.method == "gptq" else None
+    head = head_name(plan, family)
     for name in names if walk is None else [name for name in names if layer_of(name) < 0 and name != head]:
         yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
         done += 1
@@ -132,12 +132,15 @@ def quantize_tensors(
             yield name, found[name]
         done += len(expected)
         progress("quantizing", done, len(names))
-        if layer + 1 < checkpoint.config.num_hidden_layers or head in names:
+        if layer + 1 < checkpoint.config.num_hidden_layers or (head in names and config.method == "gptq"):
             shapes = {name: checkpoint.entries[name].shape for name in found}
             quantized = {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()}
             walk.advance(layer, quantized | own.replaced)
     if head is not None and head in names:
-        yield head, _quantize_head(walk, head, plan[head], config, scale_type)
+        if config.method == "gptq":
+            yield head, _quantize_head(walk, head, plan[head], config, scale_type)
+        else:
+            yield head, _quantize_alone(checkpoint, head, plan[head], config, scale_type)
         progress("quantizing", len(names), len(names))
 
 
