@@ -28,6 +28,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 ROUTER_LOGITS = "router_logits."
 HIDDEN = "hidden."
+ATTENTION_OUTPUT = "layers.{}.attention_output"
 FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
 _PAST = "past_key_values."
@@ -66,11 +67,13 @@ class Cache:
 class Decoder:
     """An ONNX decoder package, ready to run.
 
-    With `taps`, the graph's router logits and residual streams become outputs too; nothing else changes.
+    With `taps`, the graph's router logits and residual streams become outputs too, and of the `values` named those that it has; nothing else changes.
     """
 
-    def __init__(self, directory: Path, provider: str = CPU, taps: bool = False, num_threads: int = 0) -> None:
-        """Load the package in `directory`.
+    def __init__(
+        self, directory: Path, provider: str = CPU, taps: bool = False, num_threads: int = 0, values: Sequence[str] = (), profile: Path | None = None
+    ) -> None:
+        """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
 
         Raises:
             ExportError: no package there, a runtime older than it needs, or a provider that is not to be had.
@@ -86,14 +89,15 @@ class Decoder:
         if Version(ort.__version__) < Version(needed):
             raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
         self.provider = provider
-        self.taps = _tap_names(model) if taps else []
+        self.taps = (_tap_names(model) if taps else []) + _present(model, values)
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
         options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of products of 8 bits would saturate
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
-        for name in self.taps:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)  # onnxruntime infers the type
         self._cuts_logits = _let_logits_be_cut(model)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
         if self.session.get_providers()[0] != provider:
@@ -102,6 +106,7 @@ class Decoder:
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
         self.past = {value.name: (value.shape, _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
+        self.num_hidden_layers = len({name.split(".")[1] for name in self.past})
         self.device = "cuda" if provider == CUDA else "cpu"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
@@ -217,6 +222,11 @@ def _tap_names(model: onnx.ModelProto) -> list[str]:
     """Router logits and residual streams of every layer, in order; none in a package of other makers."""
     found = {name for node in model.graph.node for name in node.output if name.startswith((ROUTER_LOGITS, HIDDEN))}
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
+
+
+def _present(model: onnx.ModelProto, names: Sequence[str]) -> list[str]:
+    made = {name for node in model.graph.node for name in node.output}
+    return [name for name in names if name in made]
 
 
 def _let_logits_be_cut(model: onnx.ModelProto) -> bool:
