@@ -1,7 +1,7 @@
 """False alarms of parity: correct float32 exports of random mixtures, and how far each tier is from its limit.
 
-Every seed is another tiny Mixtral (layers, widths, experts, window and lowering change with it), exported and judged as a run does it. The table is the
-largest error over the noise of float32 in the same place, tier by tier: what `parity.noise_multiple` has to leave room for.
+Every seed is another tiny Mixtral (layers, widths, experts, window and lowering change with it), exported and judged as a run does it. The table is
+the largest error over the noise of float32 in the same place, tier by tier: what `parity.noise_multiple` has to leave room for.
 """
 
 from __future__ import annotations

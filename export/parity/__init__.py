@@ -131,7 +131,7 @@ def _judge(
         forced=forced,
         noise=noise.noise if noise else "not measured: " + ("parity.noise_blocks is 0" if exact else _not_judged(exact_twin)),
         limits=limits,
-        first_divergence=find_divergence(layers, limits),
+        first_divergence=find_divergence(layers, own.by_position, limits),
         placement=placement,
         num_fallback_nodes=count_elsewhere(placement, provider),
     )  # fmt: skip
@@ -198,9 +198,7 @@ def _with_noise(layers: tuple[LayerCheck, ...], noise: MeasuredNoise | None) -> 
     )
 
 
-def _noise_limits(
-    layers: tuple[LayerCheck, ...], blocks: Mapping[int, Block], noise: MeasuredNoise | None, config: ParityConfig
-) -> dict[str, Limit]:
+def _noise_limits(layers: tuple[LayerCheck, ...], blocks: Mapping[int, Block], noise: MeasuredNoise | None, config: ParityConfig) -> dict[str, Limit]:
     """The limits of what computes in float32, from the noise of float32 in the same place."""
     limits = {"logits": noise_limit(noise.noise.logits if noise else None, config, "the logits")}
     for found in layers:

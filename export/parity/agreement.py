@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from export.parity.forward import BATCH, Block, Forward, Reference, run_package
-from export.parity.records import Agreement, LayerCheck, MarginBin
+from export.parity.records import Agreement, LayerCheck, MarginBin, Part
 from export.parity.ties import before_flips, find_flips, find_margin, find_smallest_margin, same_experts
 from export.runtime import Decoder
 
@@ -18,18 +18,23 @@ MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 """Router logits; the last bin is open."""
 
 
+Place = tuple[int, Part]
+"""A layer, and what of it."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What one comparison found: figures, the mean next-token losses of both sides, errors by layer, and parts that later tiers go on from.
 
-    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `first` is the reference on the first batch, `blocks` what
-    its blocks of experts read and said there.
+    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `first` is the reference on the first batch, `blocks`
+    what its blocks of experts read and said there. `by_position` has the largest relative error [S] of attention's outputs and of hidden states.
     """
 
     agreement: Agreement
     package_loss: float
     reference_loss: float
     layers: tuple[LayerCheck, ...]
+    by_position: dict[Place, torch.Tensor]
     margins: torch.Tensor | None
     first: Forward
     blocks: dict[int, Block]
@@ -50,7 +55,8 @@ def compare(decoder: Decoder, reference: Reference, ids: torch.Tensor) -> Compar
     assert first is not None
     package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
     return Comparison(
-        sums.agreement(), package_loss, reference_loss, sums.layers(), torch.cat(margins) if margins else None, *first,
+        sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
+        torch.cat(margins) if margins else None, *first,
     )  # fmt: skip
 
 
@@ -69,10 +75,11 @@ def check_layers(found: Forward, expected: Forward, mask: torch.Tensor) -> tuple
 
 @dataclass
 class _LayerSums:
-    """Sums of squares by layer: of differences and of the reference, for the residual stream and for attention's output."""
+    """Sums of squares by layer, of differences and of the reference, for the residual stream and for attention's output."""
 
     hidden: list[list[float]] = field(default_factory=list)
     attended: list[list[float] | None] = field(default_factory=list)
+    by_position: dict[Place, torch.Tensor] = field(default_factory=dict)
 
     def add(self, found: Forward, expected: Forward, mask: torch.Tensor) -> None:
         judged = before_flips(find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, expected.top_k), mask)
@@ -82,6 +89,15 @@ class _LayerSums:
         ]
         self.hidden = _added(self.hidden, hidden)
         self.attended = [new if old is None or new is None else _added([old], [new])[0] for old, new in _paired(self.attended, attended)]
+        for n, (a, b, c, d) in enumerate(zip(found.attended, expected.attended, found.hiddens, expected.hiddens, strict=True)):
+            self._add_positions((n, "experts"), c, d, judged)
+            if a is not None and b is not None:
+                self._add_positions((n, "attention"), a, b, judged)
+
+    def _add_positions(self, place: Place, found: torch.Tensor, expected: torch.Tensor, judged: torch.Tensor) -> None:
+        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+        worst = errors.where(judged, 0.0).amax(0)
+        self.by_position[place] = torch.maximum(self.by_position[place], worst) if place in self.by_position else worst
 
     def layers(self) -> tuple[LayerCheck, ...]:
         pairs = enumerate(zip(self.attended, self.hidden, strict=True))
@@ -168,9 +184,6 @@ class _Sums:
         self.same_routing = [old + new for old, new in zip(self.same_routing or [0.0] * len(same), same, strict=True)]
         return flipped
 
-    def layers(self) -> tuple[LayerCheck, ...]:
-        return self.undisturbed.layers()
-
     def agreement(self) -> Agreement:
         num_unflipped = self.tokens - self.num_flipped
         bins = zip(_bins(), self.by_margin, strict=True)
@@ -187,7 +200,7 @@ class _Sums:
             hidden_error=tuple(_ratio(squares) for squares in self.squares),
             attention_error=tuple(_ratio(squares) for squares in self.attended),
             top5_agreement=self.top5 / self.tokens,
-            margins=margins if any(bin.num_choices for bin in margins) else (),
+            margins=margins if any(each.num_choices for each in margins) else (),
             flipped_share=self.num_flipped / self.tokens,
             kl_flipped=max(self.kl_flipped / self.num_flipped, 0.0) if self.num_flipped else None,
             kl_unflipped=max((self.kl - self.kl_flipped) / num_unflipped, 0.0) if num_unflipped else None,

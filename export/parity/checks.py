@@ -86,7 +86,9 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
         ]
     if window is not None and window < size:
         start, end = max(1, window - steps // 2), min(size, window + steps - steps // 2)
-        cases.append(Case(f"{end - start} decode steps after {start} tokens, batch 1, across the window of {window}", row[:, :end], ones[:, :end], start))
+        cases.append(
+            Case(f"{end - start} decode steps after {start} tokens, batch 1, across the window of {window}", row[:, :end], ones[:, :end], start)
+        )
     return cases
 
 

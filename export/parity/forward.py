@@ -97,9 +97,7 @@ class Reference:
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> Forward:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None
-        ).logits
+        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None).logits
         layers = range(len(self.hiddens))
         routers = tuple(first_of(self.routers[n]).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
         top_k = getattr(self.model.config, "num_experts_per_tok", 0)

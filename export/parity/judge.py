@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from export.parity.records import TIERS, Check, Divergence, LayerCheck, Limit, OperatorCheck, ProviderParity, Tier
+import torch
+
+from export.parity.records import TIERS, Check, Divergence, LayerCheck, Limit, OperatorCheck, Part, ProviderParity, Tier
 
 
 def find_breaches(result: ProviderParity) -> list[tuple[Tier, str]]:
@@ -29,7 +31,9 @@ def _wrong_experts(check: OperatorCheck) -> str:
     given = "on the reference's own input"
     if check.factors is not None and len(check.experts) != 1:
         least, largest = check.factors
-        return f"experts {given}, each token's output a multiple of the reference's, {least:.2f} to {largest:.2f} times (are the weights renormalized?)"
+        return (
+            f"experts {given}, each token's output a multiple of the reference's, {least:.2f} to {largest:.2f} times (are the weights renormalized?)"
+        )
     match check.experts:
         case ():
             return f"experts {given}, none of them in every token"
@@ -39,14 +43,19 @@ def _wrong_experts(check: OperatorCheck) -> str:
             return f"experts {', '.join(map(str, check.experts))} {given}"
 
 
-def find_divergence(layers: tuple[LayerCheck, ...], limits: dict[str, Limit]) -> Divergence | None:
-    """The first place in the order of computation that is beyond its limit."""
+def find_divergence(
+    layers: tuple[LayerCheck, ...], by_position: Mapping[tuple[int, Part], torch.Tensor], limits: Mapping[str, Limit]
+) -> Divergence | None:
+    """The first place in the order of computation that is beyond its limit; `by_position` has the largest error [S] at each."""
     for check in layers:
-        attention, hidden = limits.get(f"attention of layer {check.layer}"), limits.get(f"hidden state of layer {check.layer}")
-        if attention is not None and check.attention_error is not None and not check.attention_error <= attention.value:
-            return Divergence(check.layer, "attention", check.attention_error, attention.value)
-        if hidden is not None and not check.hidden_error <= hidden.value:
-            return Divergence(check.layer, "experts", check.hidden_error, hidden.value)
+        places: tuple[tuple[Part, str, float | None], ...] = (
+            ("attention", "attention", check.attention_error), ("experts", "hidden state", check.hidden_error),
+        )  # fmt: skip
+        for part, name, error in places:
+            limit = limits.get(f"{name} of layer {check.layer}")
+            if limit is not None and error is not None and not error <= limit.value:
+                beyond = (~(by_position[check.layer, part] <= limit.value)).nonzero()[:, 0].tolist()
+                return Divergence(check.layer, part, error, limit.value, beyond[0] if beyond else None)
     return None
 
 
@@ -54,11 +63,30 @@ def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     found = result.first_divergence
     if found is None:
         return
-    part = "the output of attention" if found.part == "attention" else "the hidden state, after a right attention"
-    if found.part == "experts" and not any(name.startswith("attention") for name in result.limits):
-        part = "the hidden state"
     name = f"{'attention' if found.part == 'attention' else 'hidden state'} of layer {found.layer}"
-    yield "layer", f"first divergence in layer {found.layer}, in {part}: relative error {_over(found.error, result.limits[name])}"
+    first = "" if found.first_position is None else f", from token {found.first_position} on"
+    yield (
+        "layer",
+        (
+            f"first divergence in layer {found.layer}, in {_describe_part(result, found)}: relative error "
+            f"{_over(found.error, result.limits[name])}{first}{_describe_start(found)}"
+        ),
+    )
+
+
+def _describe_part(result: ProviderParity, found: Divergence) -> str:
+    if found.part == "attention":
+        return "the output of attention"
+    return "the hidden state, after a right attention" if f"attention of layer {found.layer}" in result.limits else "the hidden state"
+
+
+def _describe_start(found: Divergence) -> str:
+    """What the first wrong token says of attention: the first token reads itself alone, whatever positions and mask are."""
+    if found.part != "attention" or not found.first_position:
+        return ""
+    if found.first_position == 1:
+        return " (a token that reads itself alone is right: look at positions and rotary tables)"
+    return f" (every token before {found.first_position} is right: look at the window and the mask of attention)"
 
 
 def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
@@ -72,9 +100,12 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         yield "logits", f"{check.name}: relative error {_over(check.relative_error, limit)}{first} ({pattern or _worst(result)})"
     free = result.free_run
     if free is not None and not free.largest_gap <= 2 * limit.value:  # each of two logits may be off by the limit
-        yield "logits", (
-            f"greedy text differs after {free.shortest_prefix} of {free.num_tokens} tokens, where the reference's choice is ahead by "
-            f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit ({pattern or _worst(result)})"
+        yield (
+            "logits",
+            (
+                f"greedy text differs after {free.shortest_prefix} of {free.num_tokens} tokens, where the reference's choice is ahead by "
+                f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit ({pattern or _worst(result)})"
+            ),
         )
 
 
@@ -100,9 +131,7 @@ def _language(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     increase = result.perplexity / result.finetuned_perplexity - 1
     most = limits["perplexity"].value if "perplexity" in limits else math.inf
     if not increase <= most:
-        yield "language", (
-            f"perplexity {result.perplexity:.4f} is {increase:+.2%} of the fine-tuned model's; at most {most:+.2%} ({_worst(result)})"
-        )
+        yield "language", (f"perplexity {result.perplexity:.4f} is {increase:+.2%} of the fine-tuned model's; at most {most:+.2%} ({_worst(result)})")
 
 
 def _routing(result: ProviderParity) -> Iterator[tuple[Tier, str]]:

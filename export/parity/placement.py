@@ -18,7 +18,7 @@ Placement = dict[str, dict[str, int]]
 def find_placement(directory: Path, provider: str) -> Placement:
     """Run a prompt of two tokens with the profiler on, and count the nodes that ran.
 
-    A provider that lacks a kernel leaves the node to the CPU, without a word; so it does with nodes that only compute shapes, which is as it should be.
+    A provider that lacks a kernel leaves the node to the CPU, without a word; so it does with nodes that only compute shapes, and there it is right.
     """
     with TemporaryDirectory() as folder:
         decoder = Decoder(directory, provider, profile=Path(folder) / "profile")

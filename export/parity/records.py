@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+Part = Literal["attention", "experts"]
 Tier = Literal["operator", "layer", "logits", "language", "routing"]
 TIERS: tuple[Tier, ...] = ("operator", "layer", "logits", "language", "routing")
 """From the one that says most exactly where a fault is to the one that says what it costs."""
@@ -137,12 +138,13 @@ class Noise:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first place, layer by layer, whose error is beyond its limit."""
+    """The first place, layer by layer, whose error is beyond its limit, and the first position of a row at which it is."""
 
     layer: int
-    part: Literal["attention", "experts"]
+    part: Part
     error: float
     limit: float
+    first_position: int | None = None
 
 
 @dataclass(frozen=True)
