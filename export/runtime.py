@@ -99,17 +99,31 @@ class Decoder:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)  # onnxruntime infers the type
         self._cuts_logits = _let_logits_be_cut(model)
+        _check_interface(model, path)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
-        self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = _read_config(directory)
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
-        self.past = {value.name: (value.shape, _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
+        self.past = {
+            value.name: (self._cache_shape(value), _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)
+        }
         self.num_hidden_layers = len({name.split(".")[1] for name in self.past})
         self.device = "cuda" if provider == CUDA else "cpu"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
+        self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(_ELEMENT_TYPES[logits.type])
+
+    def _cache_shape(self, value: ort.NodeArg) -> tuple[Any, int, Any, int]:
+        """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
+        batch, heads, length, head_dim = value.shape
+        c = self.config
+        if not isinstance(heads, int):
+            heads = c.get("num_key_value_heads") or c["num_attention_heads"]
+        if not isinstance(head_dim, int):
+            head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        return batch, int(heads), length, int(head_dim)
 
     @property
     def context_length(self) -> int:
@@ -164,7 +178,7 @@ class Decoder:
             for name, buffer in cache.buffers.items():
                 cache.binding.bind_ortvalue_input(name, buffer)
                 cache.binding.bind_output(name.replace(_PAST, "present."), self.device)
-        logits = np.empty((batch, kept, self._vocab_size), np.float32)
+        logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
         cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name in self.taps:
             cache.binding.bind_output(name)
@@ -172,7 +186,7 @@ class Decoder:
         cache.length = total
         if not self.shares_buffer:
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first
-        found = {"logits": logits[:, -logits_to_keep:]}  # -0 is all of them
+        found = {"logits": np.asarray(logits[:, -logits_to_keep:], np.float32)}  # -0 is all of them
         if self.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
             tapped = cache.binding.get_outputs()[-len(self.taps) :]
@@ -216,6 +230,35 @@ class Decoder:
             if not any(running):
                 return
             ids = chosen[:, None]
+
+
+def _check_interface(model: onnx.ModelProto, path: Path) -> None:
+    """Whether a graph has the names of inputs and outputs that a decoder package has."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input} - weights
+    past = {name for name in inputs if name.startswith(_PAST)}
+    needed = {"input_ids", "attention_mask"}
+    strange = inputs - past - needed - {"position_ids", FIRST_LOGIT}
+    lacking = needed - inputs | ({"logits"} | {name.replace(_PAST, "present.") for name in past}) - {value.name for value in model.graph.output}
+    if strange or lacking or not past:
+        what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has the input {min(strange)}" if strange else f"lacks {_PAST}0.key"
+        raise ExportError(
+            f"{path}: {what}; a decoder takes input_ids, attention_mask, position_ids where it wants them, and {_PAST}N.key and .value, and gives "
+            "logits, and present.N.key and .value; name them so when it is exported"
+        )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The model's config, or what onnxruntime-genai's description says of it."""
+    if (directory / "config.json").is_file():
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return config
+    if not (directory / "genai_config.json").is_file():
+        raise ExportError(f"{directory}: no config.json; copy it there from the checkpoint that the package was made from")
+    model = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    decoder = model["decoder"]
+    known = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
+    return known | {"max_position_embeddings": model["context_length"], "vocab_size": model["vocab_size"], "head_dim": decoder["head_size"]}
 
 
 def _tap_names(model: onnx.ModelProto) -> list[str]:

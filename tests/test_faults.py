@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
@@ -236,3 +238,24 @@ def test_a_planted_fault_is_caught_and_named_as_the_table_says(exports: dict[Var
 
 def test_the_table_has_every_fault_once() -> None:
     assert [row.fault for row in read_table()] == [planted.words for planted in PLANTED]
+
+
+def load_benchmark() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "parity.py"
+    spec = importlib.util.spec_from_file_location("parity_benchmark", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_right_export_raises_no_alarm_and_keeps_its_distance(tmp_path: Path, seed: int) -> None:
+    """Five of the benchmark's fifty seeds; each is another shape and lowering."""
+    benchmark = load_benchmark()
+    result, breaches = benchmark.judge(seed, tmp_path)
+    assert breaches == ()
+    ratios = benchmark.find_ratios(result)
+    assert max(ratios.values()) < ParityConfig().noise_multiple / 2  # 6.2 over fifty seeds
+    assert min(ratios["logits"], ratios["hidden"], ratios["experts"]) > 0.1  # a noise that is far too large would hide faults

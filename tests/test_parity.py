@@ -456,6 +456,7 @@ def test_a_limit_is_a_multiple_of_the_noise_and_says_so() -> None:
     assert noise_limit(3e-5, config, "the logits") == Limit(
         1e-4, "parity.max_relative_error; 10 times the noise of float32 in the logits would be 3.0e-04"
     )
+    assert noise_limit(3e-7, config, "the logits", CUDA).value == 1e-4
     assert noise_limit(None, config, "x") == Limit(1e-4, "parity.max_relative_error; the noise of float32 in x was not measured")
 
 

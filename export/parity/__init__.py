@@ -116,7 +116,7 @@ def _judge(
         with open_reference(twin, torch.float64) as reference:
             noise = measure_noise(reference, ids, _first_rows(own.first, len(ids)), own.blocks)
     layers = _with_noise(own.layers, noise)
-    limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config) if exact else {})
+    limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
     operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
@@ -198,18 +198,18 @@ def _with_noise(layers: tuple[LayerCheck, ...], noise: MeasuredNoise | None) -> 
     )
 
 
-def _noise_limits(layers: tuple[LayerCheck, ...], blocks: Mapping[int, Block], noise: MeasuredNoise | None, config: ParityConfig) -> dict[str, Limit]:
+def _noise_limits(
+    layers: tuple[LayerCheck, ...], blocks: Mapping[int, Block], noise: MeasuredNoise | None, config: ParityConfig, provider: str
+) -> dict[str, Limit]:
     """The limits of what computes in float32, from the noise of float32 in the same place."""
-    limits = {"logits": noise_limit(noise.noise.logits if noise else None, config, "the logits")}
+    floors: dict[str, float | None] = {"logits": noise.noise.logits if noise else None}
     for found in layers:
         if found.attention_error is not None:
-            limits[f"attention of layer {found.layer}"] = noise_limit(found.attention_noise, config, f"the attention of layer {found.layer}")
-        limits[f"hidden state of layer {found.layer}"] = noise_limit(found.hidden_noise, config, f"the hidden state of layer {found.layer}")
+            floors[f"attention of layer {found.layer}"] = found.attention_noise
+        floors[f"hidden state of layer {found.layer}"] = found.hidden_noise
     for layer in blocks:
-        router, output = noise.blocks[layer] if noise else (None, None)
-        limits[f"router of layer {layer}"] = noise_limit(router, config, f"the router of layer {layer}")
-        limits[f"experts of layer {layer}"] = noise_limit(output, config, f"the experts of layer {layer}")
-    return limits
+        floors[f"router of layer {layer}"], floors[f"experts of layer {layer}"] = noise.blocks[layer] if noise else (None, None)
+    return {name: noise_limit(floor, config, f"the {name}", provider) for name, floor in floors.items()}
 
 
 def _check_operators(
