@@ -178,7 +178,9 @@ class ParityConfig(Record):
         "from float32 torch, in logits and in every layer.",
     )
     noise_blocks: Annotated[int, Field(ge=0)] = Field(
-        4, description="Held-out blocks on which that noise is measured, 4 at most; with 0 `max_relative_error` alone holds."
+        4,
+        description="Held-out blocks on which that noise is measured, 4 at most; with 0 `max_relative_error` alone holds, and the model is not read "
+        "once more in float64, at 8 bytes a weight.",
     )
     left_padding: bool = Field(True, description="Whether rows of different lengths, padded at their left, must be right too.")
     longest_row: PositiveInt = Field(1024, description="Tokens of the longest row that is checked, where the model's context and the text have them.")

@@ -90,7 +90,7 @@ class _LayerSums:
         self.hidden = _added(self.hidden, hidden)
         self.attended = [new if old is None or new is None else _added([old], [new])[0] for old, new in _paired(self.attended, attended)]
         for n, (a, b, c, d) in enumerate(zip(found.attended, expected.attended, found.hiddens, expected.hiddens, strict=True)):
-            self._add_positions((n, "experts"), c, d, judged)
+            self._add_positions((n, "ffn"), c, d, judged)
             if a is not None and b is not None:
                 self._add_positions((n, "attention"), a, b, judged)
 

@@ -49,7 +49,7 @@ def find_divergence(
     """The first place in the order of computation that is beyond its limit; `by_position` has the largest error [S] at each."""
     for check in layers:
         places: tuple[tuple[Part, str, float | None], ...] = (
-            ("attention", "attention", check.attention_error), ("experts", "hidden state", check.hidden_error),
+            ("attention", "attention", check.attention_error), ("ffn", "hidden state", check.hidden_error),
         )  # fmt: skip
         for part, name, error in places:
             limit = limits.get(f"{name} of layer {check.layer}")

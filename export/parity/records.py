@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Part = Literal["attention", "experts"]
+Part = Literal["attention", "ffn"]
 Tier = Literal["operator", "layer", "logits", "language", "routing"]
 TIERS: tuple[Tier, ...] = ("operator", "layer", "logits", "language", "routing")
 """From the one that says most exactly where a fault is to the one that says what it costs."""
