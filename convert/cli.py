@@ -289,8 +289,8 @@ def parity(
         click.echo(line)
     if not found.passed:
         raise click.ClickException("\n".join(["parity was broken:", *found.breaches]))
-    alone = twin is None and find_precision(package).variant in ("int8", "int4")
-    click.echo("parity passed" + (": of a quantized package only the perplexity is judged, unless --twin is given" if alone else ""))
+    alone = twin is None and find_precision(package).rounds_weights
+    click.echo("parity passed" + (": where weights are rounded only the perplexity is judged, unless --twin is given" if alone else ""))
 
 
 @main.command()

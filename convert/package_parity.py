@@ -24,7 +24,7 @@ def check_package(
 ) -> Parity:  # fmt: skip
     """Compare a package, of ours or of another maker, with the checkpoint that it was made from, on the text of `files`.
 
-    What computes in float32 or float16 throughout must compute what the checkpoint does. A quantized package has other weights than it, so without
+    A package in float32 or float16 must compute what the checkpoint does. Another has other weights than it, so without
     `twin`, a checkpoint with those very weights, only the perplexity is held to a limit.
 
     Raises:
@@ -35,7 +35,7 @@ def check_package(
         if not (directory / "config.json").is_file():
             raise ExportError(f"{directory}: no config.json; it must be a checkpoint that transformers can load")
     blocks = read_text_blocks(reference, files, block_size, num_blocks)
-    exact_twin = twin is not None or precision.variant in ("float32", "float16")
+    exact_twin = twin is not None or not precision.rounds_weights
     return check_parity(
         package, twin or reference, reference, blocks, precision.variant, precision.rounds_activations, config, progress, exact_twin=exact_twin
     )

@@ -119,7 +119,7 @@ def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path
     assert find_precision(package).variant == "int4"
     loose = parity(package, llama, "--max-perplexity-increase", 10, "--json", tmp_path / "parity.json")
     assert loose.exit_code == 0
-    assert loose.stdout.endswith("parity passed: of a quantized package only the perplexity is judged, unless --twin is given\n")
+    assert loose.stdout.endswith("parity passed: where weights are rounded only the perplexity is judged, unless --twin is given\n")
     figures = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]
     assert figures["tiers"]["logits"] == "not judged: no checkpoint with the package's own weights was given"
     assert figures["finetuned"]["kl"] > 1e-3
@@ -190,7 +190,15 @@ def test_a_quantized_package_with_its_twin_is_held_to_it(mixture_checkpoint: Pat
 
 @pytest.mark.parametrize(
     ("variant", "activation_bits", "rounds"),
-    [("float32", 32, False), ("float16", 32, True), ("int8", 32, False), ("int8", 8, True), ("int4", 32, False), ("int4", 8, True)],
+    [
+        ("float32", 32, False),
+        ("bfloat16", 32, False),
+        ("float16", 32, True),
+        ("int8", 32, False),
+        ("int8", 8, True),
+        ("int4", 32, False),
+        ("int4", 8, True),
+    ],
 )
 def test_the_precision_is_read_from_the_graph(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, activation_bits: int, rounds: bool) -> None:
     assert find_precision(export(mixture_checkpoint, tmp_path, variant, activation_bits)) == Precision(variant, rounds)

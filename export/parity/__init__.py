@@ -1,7 +1,8 @@
 """Parity: does the package compute what the torch model computes?
 
 Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export right? Against the
-fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts.
+fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts. Where activations are
+rounded with scales that are part of the file, the twin rounds them too (`export.simulation`); else the first question would be the second.
 
 Five tiers answer, each another question:
 
@@ -49,6 +50,7 @@ from export.parity.ties import same_experts
 from export.progress import Progress
 from export.runtime import ATTENTION_OUTPUT, CPU, CUDA, Decoder, is_at_hand
 from export.speed import measure_speed
+from export.twin import SCHEME_NAME, Twin
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
 
@@ -62,8 +64,9 @@ def check_parity(
 ) -> Parity:  # fmt: skip
     """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
 
-    `rounds_activations`: the graph computes in float16 or with 8-bit activations, so its logits are held to `max_kl` and not to a multiple of
+    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations, so its logits are held to `max_kl` and not to a multiple of
     float32's noise. `exact_twin`: the twin has the very weights of the package; without it only the perplexity is held to a limit.
+    A package that no provider here can run is a breach.
 
     Raises:
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
@@ -73,13 +76,19 @@ def check_parity(
         blocks = blocks[torch.arange(count) * len(blocks) // count]
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
+    computes_in = Twin(twin).element_type if (twin / SCHEME_NAME).is_file() else "float32"
     for provider in (CPU, CUDA):
+        if provider == CPU and computes_in == "bfloat16":
+            providers[provider] = "not run: onnxruntime's CPU does not compute in bfloat16"
+            continue
         if provider == CUDA and not is_at_hand(provider):
             providers[provider] = "not run: no CUDA device"
             continue
         result, broken = _judge(package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, provider, progress)
         providers[provider] = result
         breaches += [f"{provider}: {tier}: {breach}" for tier, breach in broken]
+    if all(isinstance(found, str) for found in providers.values()):
+        breaches.append(f"compared nowhere: {'; '.join(f'{provider}: {found}' for provider, found in providers.items())}")
     return Parity(providers, tuple(breaches))
 
 

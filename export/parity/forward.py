@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from export.errors import ExportError
 from export.family import rotary_switch
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, Decoder
+from export.simulation import RoundedInputs
+from export.twin import SCHEME_NAME, Twin
 
 BATCH = 4
 
@@ -51,10 +53,12 @@ class Block:
 class Reference:
     """Unpatched transformers with eager experts: one full forward without a cache, and what hooks on whole modules caught in it.
 
-    A longrope that switches its factors within the text is the exception: it is fed in pieces, with a cache, as the package is.
+    A longrope that switches its factors within the text is the exception: it is fed in pieces, with a cache, as the package is. `rounding` is
+    entered around each forward: where activations are rounded with scales that are part of the file, a twin rounds them too.
     """
 
     model: Any
+    rounding: AbstractContextManager[Any] = field(default_factory=nullcontext)
     hiddens: dict[int, torch.Tensor] = field(default_factory=dict)
     attended: dict[int, torch.Tensor] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)
@@ -83,7 +87,8 @@ class Reference:
     def run_block(self, layer: int, given: torch.Tensor) -> Block:
         """One block of experts by itself; `given` is taken to the model's type."""
         given = given.to(self.model.dtype)
-        output = first_of(self.modules[layer](given))
+        with self.rounding:
+            output = first_of(self.modules[layer](given))
         return Block(given, output.reshape(given.shape), self.routers[layer])
 
     @contextmanager
@@ -97,12 +102,13 @@ class Reference:
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> Forward:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        logits = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None).logits
+        with self.rounding:
+            found = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
         layers = range(len(self.hiddens))
         routers = tuple(first_of(self.routers[n]).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
         top_k = getattr(self.model.config, "num_experts_per_tok", 0)
         hiddens, attended = tuple(self.hiddens[n] for n in layers), tuple(self.attended.get(n) for n in layers)
-        return Forward(logits, routers, hiddens, attended, top_k)
+        return Forward(found.logits, routers, hiddens, attended, top_k)
 
     def _watch(self) -> None:
         for n, layer in enumerate(self.model.get_decoder().layers):
@@ -143,7 +149,7 @@ def first_of(output: Any) -> torch.Tensor:
 
 @contextmanager
 def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Iterator[Reference]:
-    """Load a checkpoint as a reference.
+    """Load a checkpoint as a reference; where the directory has scales by which a graph rounds its activations, so does the model.
 
     In float64 the norms, the rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.
 
@@ -154,7 +160,9 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager", local_files_only=True)
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory}: no decoder that transformers can load ({' '.join(str(error).split())[:200]})") from error
-    reference = Reference(model.eval())
+    model.eval()
+    has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
+    reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
     reference._watch()
     yield reference
 
