@@ -67,11 +67,18 @@ class Cache:
 class Decoder:
     """An ONNX decoder package, ready to run.
 
-    With `taps`, the graph's router logits and residual streams become outputs too, and of the `values` named those that it has; nothing else changes.
+    With `taps`, the graph's router logits and residual streams become outputs too, and with `attention_taps` what its attentions
+    give; nothing else changes.
     """
 
     def __init__(
-        self, directory: Path, provider: str = CPU, taps: bool = False, num_threads: int = 0, values: Sequence[str] = (), profile: Path | None = None
+        self,
+        directory: Path,
+        provider: str = CPU,
+        taps: bool = False,
+        num_threads: int = 0,
+        attention_taps: bool = False,
+        profile: Path | None = None,
     ) -> None:
         """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
 
@@ -89,7 +96,7 @@ class Decoder:
         if Version(ort.__version__) < Version(needed):
             raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
         self.provider = provider
-        self.taps = (_tap_names(model) if taps else []) + _present(model, values)
+        self.taps = (_tap_names(model) if taps else []) + (_attention_names(model) if attention_taps else [])
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
@@ -109,7 +116,6 @@ class Decoder:
         self.past = {
             value.name: (self._cache_shape(value), _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)
         }
-        self.num_hidden_layers = len({name.split(".")[1] for name in self.past})
         self.device = "cuda" if provider == CUDA else "cpu"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
@@ -267,9 +273,11 @@ def _tap_names(model: onnx.ModelProto) -> list[str]:
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
 
 
-def _present(model: onnx.ModelProto, names: Sequence[str]) -> list[str]:
+def _attention_names(model: onnx.ModelProto) -> list[str]:
+    """The outputs of every layer's attention, those that have their name."""
     made = {name for node in model.graph.node for name in node.output}
-    return [name for name in names if name in made]
+    num_layers = sum(value.name.startswith(_PAST) for value in model.graph.input) // 2
+    return [name for n in range(num_layers) if (name := ATTENTION_OUTPUT.format(n)) in made]
 
 
 def _let_logits_be_cut(model: onnx.ModelProto) -> bool:

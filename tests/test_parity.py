@@ -480,6 +480,6 @@ def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
     seen: list[tuple[str, int, int]] = []
     exported = exports["float32"]
     check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:2], "float32", False, LIMITS, lambda *step: seen.append(step))
-    assert seen[0] == ("comparing with the fine-tuned model", 0, 4)
+    assert seen[0] == ("measuring noise", 0, 4)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert seen[-1] == ("measuring noise", 4, 4)
+    assert seen[-1] == ("checking logits", 4, 4)

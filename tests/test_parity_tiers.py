@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from export.parity.agreement import MARGIN_BOUNDS, compare
 from export.parity.checks import Case, measure_errors, plan_cases, run_free
 from export.parity.forward import Forward, open_reference
 from export.parity.limits import measure_noise
-from export.parity.ties import before_flips, find_flips
+from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
 from export.runtime import CPU, Decoder
 from export.twin import quantize_checkpoint
 
@@ -195,6 +197,16 @@ def make_forward(routers: list[list[float]], error: float = 0.0) -> Forward:
     return Forward(logits, (torch.tensor([routers]),), (torch.ones(1, len(routers), 4),), (None,), 1)
 
 
+def test_the_margin_of_a_near_tie_grows_with_the_noise_and_not_with_flips() -> None:
+    true = torch.zeros(1, 1000, 3, dtype=torch.float64)
+    noise = torch.full_like(true, 1e-6)
+    assert find_tie_margin((true + noise, None), (true, None)) == TIE_MARGIN
+    loud = true + 1e-3
+    loud[0, :5] = 7.0  # five tokens of a thousand took another path before
+    assert find_tie_margin((true + noise, loud), (true, true)) == pytest.approx(8e-3)
+    assert find_tie_margin((None,), (None,)) == TIE_MARGIN
+
+
 def test_what_follows_a_near_tie_flip_is_not_judged_and_a_clear_flip_is() -> None:
     near, clear = [1.0, 1.00005, 0.0], [2.0, 1.0, 0.0]
     ids = mask = torch.ones(1, 3, dtype=torch.int64)
@@ -210,3 +222,15 @@ def test_what_follows_a_near_tie_flip_is_not_judged_and_a_clear_flip_is() -> Non
         assert errors.check.relative_error == pytest.approx(0.05)  # 0.5 of a largest logit of 10
         assert errors.judge(0.01).first_position == 0
         assert errors.judge(0.1).first_position is None
+
+
+def test_a_reference_leaves_memory_when_it_is_closed(mixture_checkpoint: Path) -> None:
+    """Without waiting for the collector of cycles: three models are read one after the other, and a large one fits once."""
+    gc.disable()
+    try:
+        with open_reference(mixture_checkpoint) as reference:
+            model = weakref.ref(reference.model)
+            reference.forward(BLOCKS, torch.ones_like(BLOCKS))
+        assert model() is None
+    finally:
+        gc.enable()

@@ -30,7 +30,7 @@ import torch
 from export.config import ParityConfig, Variant
 from export.parity.agreement import Comparison, compare, divergence
 from export.parity.checks import plan_cases, run_case, run_free
-from export.parity.forward import BATCH, Block, Forward, Reference, open_reference
+from export.parity.forward import BATCH, Block, Reference, open_reference
 from export.parity.judge import find_breaches, find_divergence, judge_tiers
 from export.parity.limits import MeasuredNoise, configured_limits, measure_noise, noise_limit
 from export.parity.operators import Blocks, check_operators
@@ -46,9 +46,9 @@ from export.parity.records import (
     ProviderParity,
     Tier,
 )
-from export.parity.ties import same_experts
+from export.parity.ties import TIE_MARGIN, same_experts
 from export.progress import Progress
-from export.runtime import ATTENTION_OUTPUT, CPU, CUDA, Decoder, is_at_hand
+from export.runtime import CPU, CUDA, Decoder, is_at_hand
 from export.speed import measure_speed
 from export.twin import SCHEME_NAME, Twin
 
@@ -98,39 +98,34 @@ def _judge(
 ) -> tuple[ProviderParity, list[tuple[Tier, str]]]:  # fmt: skip
     """All figures of one provider, and what they break."""
     num_parts = 4
-    decoder = Decoder(package, provider, taps=True)
-    decoder = Decoder(package, provider, taps=True, values=[ATTENTION_OUTPUT.format(n) for n in range(decoder.num_hidden_layers)])
-    first_blocks = blocks[:BATCH]
+    decoder = Decoder(package, provider, taps=True, attention_taps=True)
+    exact, first_blocks = exact_twin and not rounds, blocks[:BATCH]
+    progress("measuring noise", 0, num_parts)
+    noise = _measure_noise(twin, first_blocks[: config.noise_blocks]) if exact and config.noise_blocks else None
+    tie_margin = noise.noise.tie_margin if noise else TIE_MARGIN
     tuned: Comparison | None = None
-    progress("comparing with the fine-tuned model", 0, num_parts)
+    progress("comparing with the fine-tuned model", 1, num_parts)
     if finetuned != twin:
         with open_reference(finetuned) as reference:
             tuned = compare(decoder, reference, blocks)
-    progress("comparing with the twin", 1, num_parts)
+    progress("comparing with the twin", 2, num_parts)
     with open_reference(twin) as reference:
-        own = compare(decoder, reference, blocks)
+        own = compare(decoder, reference, blocks, tie_margin)
         forced = _force_routing(reference, first_blocks, tuned)
-        progress("checking logits", 2, num_parts)
+        progress("checking logits", 3, num_parts)
         window = getattr(reference.model.config, "sliding_window", None)
         cases = plan_cases(blocks, decoder.context_length, window, own.margins, config)
-        errors = [run_case(decoder, reference, case) for case in cases]
+        errors = [run_case(decoder, reference, case, tie_margin) for case in cases]
         free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
         open_blocks = Blocks(package, provider, reference.adds_shared_outside)
     tuned = tuned or own
-    progress("measuring noise", 3, num_parts)
-    exact = exact_twin and not rounds
-    noise: MeasuredNoise | None = None
-    if exact and config.noise_blocks:
-        ids = first_blocks[: config.noise_blocks]
-        with open_reference(twin, torch.float64) as reference:
-            noise = measure_noise(reference, ids, _first_rows(own.first, len(ids)), own.blocks)
     layers = _with_noise(own.layers, noise)
     limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
     operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
     placement = find_placement(package, provider)
-    progress("measuring noise", num_parts, num_parts)
+    progress("checking logits", num_parts, num_parts)
     result = ProviderParity(
         ort.__version__, checks, own.agreement, tuned.agreement, _perplexity(own.package_loss), _perplexity(own.reference_loss),
         _perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
@@ -177,11 +172,12 @@ def _perplexity(loss: float) -> float:
     return float(torch.tensor(loss, dtype=torch.float64).exp())
 
 
-def _first_rows(forward: Forward, count: int) -> Forward:
-    def cut(values: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
-        return tuple(None if value is None else value[:count] for value in values)
-
-    return Forward(forward.logits[:count], cut(forward.routers), tuple(h[:count] for h in forward.hiddens), cut(forward.attended), forward.top_k)
+def _measure_noise(twin: Path, ids: torch.Tensor) -> MeasuredNoise:
+    """The twin in float32 against itself in float64, one after the other in memory."""
+    with open_reference(twin) as reference:
+        first, blocks = reference.forward(ids, torch.ones_like(ids)), reference.blocks()
+    with open_reference(twin, torch.float64) as exact:
+        return measure_noise(exact, ids, first, blocks)
 
 
 def _force_routing(twin: Reference, ids: torch.Tensor, tuned: Comparison | None) -> Forced | str:

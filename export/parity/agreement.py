@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from export.parity.forward import BATCH, Block, Forward, Reference, run_package
 from export.parity.records import Agreement, LayerCheck, MarginBin, Part
-from export.parity.ties import before_flips, find_flips, find_margin, find_smallest_margin, same_experts
+from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_margin, find_smallest_margin, same_experts
 from export.runtime import Decoder
 
 MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
@@ -40,9 +40,9 @@ class Comparison:
     blocks: dict[int, Block]
 
 
-def compare(decoder: Decoder, reference: Reference, ids: torch.Tensor) -> Comparison:
-    """Compare over all blocks of ids [N, S]."""
-    sums, margins = _Sums(), []
+def compare(decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN) -> Comparison:
+    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties."""
+    sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
     first: tuple[Forward, dict[int, Block]] | None = None
     for batch in ids.split(BATCH):
         mask = torch.ones_like(batch)
@@ -66,9 +66,9 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def check_layers(found: Forward, expected: Forward, mask: torch.Tensor) -> tuple[LayerCheck, ...]:
+def check_layers(found: Forward, expected: Forward, mask: torch.Tensor, tie_margin: float) -> tuple[LayerCheck, ...]:
     """The errors of one forward by layer, tokens from the first near-tie flip of their row on left out."""
-    sums = _LayerSums()
+    sums = _LayerSums(tie_margin)
     sums.add(found, expected, mask)
     return sums.layers()
 
@@ -77,12 +77,14 @@ def check_layers(found: Forward, expected: Forward, mask: torch.Tensor) -> tuple
 class _LayerSums:
     """Sums of squares by layer, of differences and of the reference, for the residual stream and for attention's output."""
 
+    tie_margin: float = TIE_MARGIN
     hidden: list[list[float]] = field(default_factory=list)
     attended: list[list[float] | None] = field(default_factory=list)
     by_position: dict[Place, torch.Tensor] = field(default_factory=dict)
 
     def add(self, found: Forward, expected: Forward, mask: torch.Tensor) -> None:
-        judged = before_flips(find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, expected.top_k), mask)
+        flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, expected.top_k, self.tie_margin)
+        judged = before_flips(flips, mask)
         hidden = [_squares(a[judged], b[judged]) for a, b in zip(found.hiddens, expected.hiddens, strict=True)]
         attended = [
             None if a is None or b is None else _squares(a[judged], b[judged]) for a, b in zip(found.attended, expected.attended, strict=True)

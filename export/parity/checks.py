@@ -14,7 +14,7 @@ import torch
 from export.config import ParityConfig
 from export.parity.forward import Forward, Reference, run_package
 from export.parity.records import Check, FreeRun
-from export.parity.ties import before_flips, find_flips
+from export.parity.ties import TIE_MARGIN, before_flips, find_flips
 from export.runtime import Decoder
 
 _NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a tie
@@ -110,17 +110,17 @@ def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding:
     return [Case(name, ids, mask, width)]
 
 
-def run_case(decoder: Decoder, reference: Reference, case: Case) -> Errors:
+def run_case(decoder: Decoder, reference: Reference, case: Case, tie_margin: float = TIE_MARGIN) -> Errors:
     """Feed the package as the case says, and compare with one full forward of the reference."""
     found = run_package(decoder, case.ids, case.mask, case.num_prefill)
     expected = reference.forward(case.ids, case.mask, case.num_prefill)
-    return measure_errors(case, found, expected.seen_by(found))
+    return measure_errors(case, found, expected.seen_by(found), tie_margin)
 
 
-def measure_errors(case: Case, found: Forward, expected: Forward) -> Errors:
+def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN) -> Errors:
     """The errors of logits; a row is judged up to its first near-tie flip."""
     real = case.mask.bool()
-    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k)
+    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
     judged = before_flips(flips, case.mask)
     error = (found.logits - expected.logits).abs().amax(-1)
     top1 = found.logits.argmax(-1) == expected.logits.argmax(-1)

@@ -110,6 +110,12 @@ class Reference:
         hiddens, attended = tuple(self.hiddens[n] for n in layers), tuple(self.attended.get(n) for n in layers)
         return Forward(found.logits, routers, hiddens, attended, top_k)
 
+    def _forget(self) -> None:
+        """Let go of the model, which holds the hooks, which hold this: else all would stay in memory until the next collection of cycles."""
+        self.model = None
+        self.rounding = nullcontext()
+        self.modules.clear()
+
     def _watch(self) -> None:
         for n, layer in enumerate(self.model.get_decoder().layers):
             layer.register_forward_hook(_catch(self.hiddens, n))
@@ -164,7 +170,10 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
     reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
     reference._watch()
-    yield reference
+    try:
+        yield reference
+    finally:
+        reference._forget()
 
 
 def _join(parts: Sequence[Forward]) -> Forward:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -12,6 +13,7 @@ from export.parity.checks import Case, measure_errors
 from export.parity.forward import Block, Forward, Reference
 from export.parity.operators import measure_block_noise
 from export.parity.records import LayerCheck, Limit, Noise
+from export.parity.ties import find_tie_margin
 from export.runtime import CPU
 
 _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is rounded to less
@@ -26,7 +28,7 @@ class MeasuredNoise:
     blocks: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
-def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward, blocks: dict[int, Block]) -> MeasuredNoise:
+def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward, blocks: Mapping[int, Block]) -> MeasuredNoise:
     """What `first`, the float32 reference's forward over ids [B, S], differs by from the same checkpoint in float64; routers' ties are left out.
 
     Norms, rotary tables and the softmax of routers are float32 in both, as transformers has them; their rounding is in the figures.
@@ -34,9 +36,10 @@ def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward, blocks: d
     mask = torch.ones_like(ids)
     true = exact.forward(ids, mask)
     narrow = _as_double(first)
-    check = measure_errors(Case("noise", ids, mask, ids.shape[1]), narrow, true).check
-    noise = Noise(max(check.relative_error, _LEAST_NOISE), check.num_tokens)
-    return MeasuredNoise(noise, check_layers(narrow, true, mask), measure_block_noise(blocks, exact, first.top_k))
+    tie_margin = find_tie_margin(narrow.routers, true.routers)
+    check = measure_errors(Case("noise", ids, mask, ids.shape[1]), narrow, true, tie_margin).check
+    noise = Noise(max(check.relative_error, _LEAST_NOISE), check.num_tokens, tie_margin)
+    return MeasuredNoise(noise, check_layers(narrow, true, mask, tie_margin), measure_block_noise(blocks, exact, first.top_k))
 
 
 def _as_double(forward: Forward) -> Forward:

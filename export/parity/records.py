@@ -130,10 +130,14 @@ class Forced:
 
 @dataclass(frozen=True)
 class Noise:
-    """Float32 against float64 torch on this text, routers' ties left out: the largest difference of logits, relative to the largest logit."""
+    """Float32 against float64 torch on this text, routers' ties left out: the largest difference of logits, relative to the largest logit.
+
+    `tie_margin`: a choice of experts by less than this, in router logits, is a near-tie.
+    """
 
     logits: float
     num_tokens: int
+    tie_margin: float
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6, so a flip above this margin is a fault and not a tie
+TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a tie
+_TIE_MULTIPLE = 8  # of the noise in router logits, where that is larger: two logits err, each a few times as much as torch does
+_TIE_QUANTILE = 0.99  # of the noise over tokens: the few that flipped have differences that are no noise
 EXACT_TIE = 1e-6  # router logits; below it the softmax may round two of them to one score, and then every operator has an order of its own
 MOVED = 1e-4  # relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by 1e-2 and more
 
@@ -36,9 +38,10 @@ def find_smallest_margin(routers: Routers, top_k: int) -> torch.Tensor | None:
 
 
 def find_flips(
-    ours: Routers, theirs: Routers, streams: Sequence[torch.Tensor], true_streams: Sequence[torch.Tensor], mask: torch.Tensor, top_k: int
-) -> torch.Tensor:
-    """Real tokens, bool [B, S], for which some layer chose other experts although the reference's margin there is that of a near-tie.
+    ours: Routers, theirs: Routers, streams: Sequence[torch.Tensor], true_streams: Sequence[torch.Tensor], mask: torch.Tensor, top_k: int,
+    tie_margin: float = TIE_MARGIN,
+) -> torch.Tensor:  # fmt: skip
+    """Real tokens, bool [B, S], for which some layer chose other experts although the reference's margin there is below that of a near-tie.
 
     Where the tie is exact, logits cannot tell which experts an operator took, and the residual stream after the layer tells.
     """
@@ -49,8 +52,15 @@ def find_flips(
         margin, own_margin = (find_margin(routers, top_k) for routers in (their_logits, our_logits))
         tied = torch.minimum(margin, own_margin) < EXACT_TIE
         moved = (stream - true_stream).norm(dim=-1) > MOVED * true_stream.norm(dim=-1)
-        flips |= (~same_experts(our_logits, their_logits, top_k) | (tied & moved)) & (margin < TIE_MARGIN)
+        flips |= (~same_experts(our_logits, their_logits, top_k) | (tied & moved)) & (margin < tie_margin)
     return flips & mask.bool()
+
+
+def find_tie_margin(narrow: Routers, true: Routers) -> float:
+    """The margin below which a choice of experts is a near-tie, from router logits [B, S, E] in float32 and in float64."""
+    differences = [(a - b).abs().amax(-1).flatten() for a, b in zip(narrow, true, strict=True) if a is not None and b is not None]
+    noise = max((float(layer.quantile(_TIE_QUANTILE)) for layer in differences), default=0.0)
+    return max(TIE_MARGIN, _TIE_MULTIPLE * noise)
 
 
 def before_flips(flips: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
