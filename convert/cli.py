@@ -1,4 +1,4 @@
-"""The command line: check, plan, run, show, verify, generate, schema."""
+"""The command line: check, plan, run, show, verify, generate, parity, schema."""
 
 from __future__ import annotations
 
@@ -230,6 +230,67 @@ def generate(
     for number, (text, start, row) in enumerate(zip(texts, ids, zip(*steps, strict=True), strict=True), 1):
         click.echo(f"== {number} of {len(texts)}")
         click.echo(text + "".join(_decode_stream(tokenizer, start, (token for token in row if token is not None and token not in stop))))
+
+
+@main.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, type=click.Path(path_type=Path), help="Checkpoint that the package must compute like.")
+@click.option(
+    "--data", "files", required=True, multiple=True, type=click.Path(path_type=Path), help="Text file in UTF-8. May be given several times."
+)
+@click.option("--twin", type=click.Path(path_type=Path), help="Checkpoint with the package's own weights, where these are quantized.")
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--blocks", type=click.IntRange(min=1), help="Blocks of text at most, taken evenly [default: all].")
+@click.option("--block-size", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens a block.")
+@click.option("--padding/--no-padding", default=True, show_default=True, help="Whether rows padded at their left must be right.")
+@click.option("--max-perplexity-increase", type=click.FloatRange(min=0), help="Relative to the reference's [default: the variant's].")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for all figures.")
+@_mendable
+def parity(
+    directory: Path,
+    reference: Path,
+    files: tuple[Path, ...],
+    twin: Path | None,
+    variant: str | None,
+    blocks: int | None,
+    block_size: int,
+    padding: bool,
+    max_perplexity_increase: float | None,
+    json_path: Path | None,
+) -> None:
+    """Check that the ONNX decoder in ARTIFACT computes what a checkpoint does, on your text.
+
+    ARTIFACT is a package, also one of another maker with our names of inputs and outputs, or a work directory. A broken limit is one line
+    that names where, and exit code 1.
+    """
+    package = _find_package(directory, variant)
+    for file in files:
+        if not file.is_file():
+            raise click.ClickException(f"{file}: no such file; --data must be a text file in UTF-8")
+    with uncollected_imports():
+        from transformers.utils import logging
+
+        from convert.package_parity import check_package, describe, write_json
+        from convert.progress import ProgressDisplay
+        from export.config import ParityConfig
+        from export.parity.precision import find_precision
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = ParityConfig(left_padding=padding)
+    if max_perplexity_increase is not None:
+        config = config.model_copy(update={"max_perplexity_increase": {find_precision(package).variant: max_perplexity_increase}})
+    with ProgressDisplay() as display:
+        found = check_package(package, reference, files, block_size, blocks, config, display.stage("parity"), twin)
+        display.finish("parity")
+    if json_path is not None:
+        write_json(found, json_path)
+    for line in describe(found):
+        click.echo(line)
+    if not found.passed:
+        raise click.ClickException("\n".join(["parity was broken:", *found.breaches]))
+    alone = twin is None and find_precision(package).rounds_weights
+    click.echo("parity passed" + (": where weights are rounded only the perplexity is judged, unless --twin is given" if alone else ""))
 
 
 @main.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final, Literal, assert_never
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 Variant = Literal["float32", "float16", "bfloat16", "int8", "int8-qdq", "int4", "mixed"]
 Device = Literal["cpu", "cuda"]
@@ -178,8 +178,22 @@ class ParityConfig(Record):
 
     max_relative_error: NonNegative = Field(
         1e-3,
-        description="Graphs that compute in float32 alone: largest logit difference from the torch model, relative to the largest logit.",
+        description="Graphs that compute in float32 alone: largest logit difference from the torch model, relative to the largest logit, however "
+        "large the noise.",
     )
+    noise_multiple: PositiveFloat = Field(
+        32,
+        description="Graphs that compute in float32 alone: how many times what float32 torch differs by from float64 on this text they may differ "
+        "from float32 torch, in logits and in every layer.",
+    )
+    noise_blocks: Annotated[int, Field(ge=0)] = Field(
+        4,
+        description="Held-out blocks on which that noise is measured, 4 at most; with 0 `max_relative_error` alone holds, and the model is not read "
+        "once more in float64, at 8 bytes a weight.",
+    )
+    left_padding: bool = Field(True, description="Whether rows of different lengths, padded at their left, must be right too.")
+    longest_row: PositiveInt = Field(1024, description="Tokens of the longest row that is checked, where the model's context and the text have them.")
+    free_tokens: PositiveInt = Field(32, description="Tokens that the package writes greedily by itself, beside the torch model.")
     max_kl: NonNegative = Field(1e-3, description="Mean KL divergence in nats from the torch model with the same weights.")
     min_routing_agreement: Share = Field(
         0.97, description="Share of tokens whose top-k experts equal those of the torch model with the same weights, worst layer."

@@ -32,8 +32,11 @@ class GraphWriter:
     The element type is that of products, attention and KV cache. The residual stream, norms, routers and logits are float32 in every graph: `narrow`
     takes a value from there into the element type, `widen` takes it back, and in a float32 graph both do nothing.
 
-    Float weights are of the float type, which is the element type, but for bfloat16 weights in a float32 graph: onnxruntime's CPU has no bfloat16
-    kernel that computes. It folds their casts as it loads, so that the file has half the bytes, and memory and speed are those of float32.
+    Float weights are of the float type, which is the element type, but for bfloat16 weights in a float32 graph. onnxruntime's CPU moves bfloat16, and
+    computes nothing in it (`MatMul` has no such kernel in 1.32). It folds the casts of weights as it loads, so the file has half the bytes, and what
+    runs is the float32 graph: of 117 M parameters 766 MB in memory where the float32 file takes 691, the operator's weights mapped from it, and 806
+    where it takes 754, with a product an expert. On CUDA the operators of a bfloat16 graph all take it, by onnxruntime's own tables
+    (docs/OperatorKernels.md, docs/BFloat16_Support.md); no device was at hand.
     """
 
     def __init__(self, element_type: ElementType = "float32", float_type: ElementType | None = None) -> None:

@@ -74,7 +74,9 @@ def _add_static(graph: GraphWriter, x: ir.Value, parts: Sequence[QuantizedWeight
 
     weight = graph.weight(f"{name}.codes", ir.DataType.INT8, (width, rows), codes)
     scales = graph.weight(f"{name}.scales", ir.DataType.FLOAT, (rows,), lambda: torch.cat([part.read().scales.flatten() for part in parts]))
-    return graph.op("MatMul", [rounded, graph.op("DequantizeLinear", [weight, scales], f"{name}.weight", {"axis": 1})], name)
+    # Where onnxruntime turns weights unsigned, 1.28 crashes if there are no zero points, and every version refuses those that two products share.
+    zeros = graph.constant(f"{name}.zero_points", np.zeros(rows, np.int8))
+    return graph.op("MatMul", [rounded, graph.op("DequantizeLinear", [weight, scales, zeros], f"{name}.weight", {"axis": 1})], name)
 
 
 def add_exact_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str) -> ir.Value:

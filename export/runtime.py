@@ -28,6 +28,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 ROUTER_LOGITS = "router_logits."
 HIDDEN = "hidden."
+ATTENTION_OUTPUT = "layers.{}.attention_output"
 FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
 _PAST = "past_key_values."
@@ -66,11 +67,20 @@ class Cache:
 class Decoder:
     """An ONNX decoder package, ready to run.
 
-    With `taps`, the graph's router logits and residual streams become outputs too; nothing else changes.
+    With `taps`, the graph's router logits and residual streams become outputs too, and with `attention_taps` what its attentions
+    give; nothing else changes.
     """
 
-    def __init__(self, directory: Path, provider: str = CPU, taps: bool = False, num_threads: int = 0) -> None:
-        """Load the package in `directory`.
+    def __init__(
+        self,
+        directory: Path,
+        provider: str = CPU,
+        taps: bool = False,
+        num_threads: int = 0,
+        attention_taps: bool = False,
+        profile: Path | None = None,
+    ) -> None:
+        """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
 
         Raises:
             ExportError: no package there, a runtime older than it needs, or a provider that is not to be had.
@@ -86,25 +96,43 @@ class Decoder:
         if Version(ort.__version__) < Version(needed):
             raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
         self.provider = provider
-        self.taps = _tap_names(model) if taps else []
+        self.taps = (_tap_names(model) if taps else []) + (_attention_names(model) if attention_taps else [])
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
-        options.add_session_config_entry("session.x64quantprecision", "1")  # without VNNI, sums of products of 8 bits would saturate
+        if (
+            not torch.cpu._is_vnni_supported()
+        ):  # sums of products of 8 bits would saturate; with VNNI the exact kernel takes twice the time for nothing
+            options.add_session_config_entry("session.x64quantprecision", "1")
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
-        for name in self.taps:
-            model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)  # onnxruntime infers the type
         self._cuts_logits = _let_logits_be_cut(model)
+        _check_interface(model, path)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
-        self.config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        self.config: dict[str, Any] = _read_config(directory)
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
-        self.past = {value.name: (value.shape, _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)}
+        self.past = {
+            value.name: (self._cache_shape(value), _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)
+        }
         self.device = "cuda" if provider == CUDA else "cpu"
         logits = next(value for value in self.session.get_outputs() if value.name == "logits")
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
+        self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(_ELEMENT_TYPES[logits.type])
+
+    def _cache_shape(self, value: ort.NodeArg) -> tuple[Any, int, Any, int]:
+        """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
+        batch, heads, length, head_dim = value.shape
+        c = self.config
+        if not isinstance(heads, int):
+            heads = c.get("num_key_value_heads") or c["num_attention_heads"]
+        if not isinstance(head_dim, int):
+            head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        return batch, int(heads), length, int(head_dim)
 
     @property
     def context_length(self) -> int:
@@ -159,7 +187,7 @@ class Decoder:
             for name, buffer in cache.buffers.items():
                 cache.binding.bind_ortvalue_input(name, buffer)
                 cache.binding.bind_output(name.replace(_PAST, "present."), self.device)
-        logits = np.empty((batch, kept, self._vocab_size), np.float32)
+        logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
         cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
         for name in self.taps:
             cache.binding.bind_output(name)
@@ -167,7 +195,7 @@ class Decoder:
         cache.length = total
         if not self.shares_buffer:
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first
-        found = {"logits": logits[:, -logits_to_keep:]}  # -0 is all of them
+        found = {"logits": np.asarray(logits[:, -logits_to_keep:], np.float32)}  # -0 is all of them
         if self.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
             tapped = cache.binding.get_outputs()[-len(self.taps) :]
@@ -213,10 +241,46 @@ class Decoder:
             ids = chosen[:, None]
 
 
+def _check_interface(model: onnx.ModelProto, path: Path) -> None:
+    """Whether a graph has the names of inputs and outputs that a decoder package has."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input} - weights
+    past = {name for name in inputs if name.startswith(_PAST)}
+    needed = {"input_ids", "attention_mask"}
+    strange = inputs - past - needed - {"position_ids", FIRST_LOGIT}
+    lacking = needed - inputs | ({"logits"} | {name.replace(_PAST, "present.") for name in past}) - {value.name for value in model.graph.output}
+    if strange or lacking or not past:
+        what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has the input {min(strange)}" if strange else f"lacks {_PAST}0.key"
+        raise ExportError(
+            f"{path}: {what}; a decoder takes input_ids, attention_mask, position_ids where it wants them, and {_PAST}N.key and .value, and gives "
+            "logits, and present.N.key and .value; name them so when it is exported"
+        )
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    """The model's config, or what onnxruntime-genai's description says of it."""
+    if (directory / "config.json").is_file():
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return config
+    if not (directory / "genai_config.json").is_file():
+        raise ExportError(f"{directory}: no config.json; copy it there from the checkpoint that the package was made from")
+    model = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    decoder = model["decoder"]
+    known = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
+    return known | {"max_position_embeddings": model["context_length"], "vocab_size": model["vocab_size"], "head_dim": decoder["head_size"]}
+
+
 def _tap_names(model: onnx.ModelProto) -> list[str]:
     """Router logits and residual streams of every layer, in order; none in a package of other makers."""
     found = {name for node in model.graph.node for name in node.output if name.startswith((ROUTER_LOGITS, HIDDEN))}
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
+
+
+def _attention_names(model: onnx.ModelProto) -> list[str]:
+    """The outputs of every layer's attention, those that have their name."""
+    made = {name for node in model.graph.node for name in node.output}
+    num_layers = sum(value.name.startswith(_PAST) for value in model.graph.input) // 2
+    return [name for n in range(num_layers) if (name := ATTENTION_OUTPUT.format(n)) in made]
 
 
 def _let_logits_be_cut(model: onnx.ModelProto) -> bool:

@@ -50,7 +50,7 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 
 def test_the_commands_are_these():
-    assert sorted(main.commands) == ["check", "generate", "plan", "run", "schema", "show", "verify"]
+    assert sorted(main.commands) == ["check", "generate", "parity", "plan", "run", "schema", "show", "verify"]
 
 
 def test_python_m_convert_is_the_same_program():

@@ -21,6 +21,8 @@ from transformers import MixtralForCausalLM
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
+from export.parity.limits import configured_limits, noise_limit
+from export.parity.records import FreeRun, Limit, OperatorCheck, Tier
 from export.runtime import CPU, CUDA, Decoder
 from export.speed import measure_speed
 from export.storage import DATA_NAME, MODEL_NAME
@@ -30,7 +32,7 @@ VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) i
 EXACT: tuple[Variant, ...] = ("float32", "bfloat16", "int8", "int4")  # those that compute as their twin does, but for the order of sums
 BLOCKS = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(0))
 # Random weights lose more to quantization than trained ones; that question is not asked here.
-LIMITS = ParityConfig(max_perplexity_increase={"float32": 1e-4})
+LIMITS = ParityConfig(max_perplexity_increase={"float32": 1e-4}, longest_row=64, free_tokens=8)
 ROUNDING = 5e-6  # float32 sums in another order: 1.5e-6 measured
 
 
@@ -87,14 +89,19 @@ def test_a_right_export_passes(exports: dict[Variant, Exported], variant: Varian
     assert parity.breaches == ()
     if not torch.cuda.is_available():
         assert parity.providers[CUDA] == "not run: no CUDA device"
-    assert [(check.name, check.num_tokens) for check in result.checks] == [
+    assert [(check.name, check.num_tokens) for check in result.checks[:-1]] == [
         ("prefill, batch 1, 1 token", 1),
         ("prefill, batch 1, 6 tokens", 6),
         ("prefill, batch 1, 48 tokens", 48),
-        ("prefill, batch 3, 48 tokens, left padding", 48 + 38 + 27),  # a third and two thirds of the prompt's 32 are padding
         ("16 decode steps after 32 tokens, batch 1", 48),
+        ("16 decode steps after 32 tokens, batch 3", 3 * 48),
+        ("prefill, batch 3, 48 tokens, left padding", 48 + 38 + 27),  # a third and two thirds of the prompt's 32 are padding
         ("16 decode steps after 32 tokens, batch 3, left padding", 48 + 38 + 27),
+        ("prefill, batch 1, 64 tokens, of several blocks", 64),
+        ("16 decode steps after 48 tokens, batch 1, of several blocks", 64),
     ]
+    assert result.checks[-1].name.startswith("prefill, batch 4, rows that end nearest to a tie of experts (margin at most ")
+    assert result.tiers == dict.fromkeys(("operator", "layer", "logits", "language", "routing"), "passed")
     for each in result.checks:
         assert each.relative_error < ROUNDING
         assert each.top1_agreement == 1.0
@@ -151,8 +158,7 @@ def test_rounded_activations_are_held_to_kl_alone(mixture_checkpoint: Path, tmp_
     loose = LIMITS.model_copy(update={"max_kl": 0.1, "min_routing_agreement": 0.5})
     assert check(exported, "int8", loose, rounds=True)[0].passed
     breaches = check(exported, "int8", loose, rounds=False)[0].breaches
-    assert len(breaches) > 0
-    assert all("relative error" in breach for breach in breaches)
+    assert {breach.split(": ")[1] for breach in breaches} == {"operator", "layer", "logits"}
 
 
 def test_fewer_blocks_are_taken_evenly(exports: dict[Variant, Exported]) -> None:
@@ -246,8 +252,12 @@ def test_a_planted_fault_is_caught_and_its_layer_named(exports: dict[Variant, Ex
     assert result.twin.routing_agreement[0] == 1.0
     assert result.twin.hidden_error[0] < ROUNDING
     assert result.twin.hidden_error[1] > 1e-3
-    named = re.compile(rf"^{CPU}: .* \(worst layer 1: routing agreement [01]\.\d{{4}}, hidden error \d\.\de-0\d\)$")
+    worst = r"\(worst layer 1: routing agreement [01]\.\d{4}, hidden error \d\.\de-0\d\)"
+    named = re.compile(rf"^{CPU}: (operator: layer 1, .*|layer: first divergence in layer 1, in the hidden state, .*|.* {worst})$")
     assert all(named.match(breach) for breach in parity.breaches)
+    assert (result.tiers["operator"], result.tiers["layer"], result.tiers["logits"]) == ("broken", "broken", "broken")
+    assert isinstance(result.operators, tuple)
+    assert result.operators[0].output_error < ROUNDING  # the other layer is right by itself
 
 
 @pytest.mark.parametrize("variant", EXACT)
@@ -265,11 +275,14 @@ def test_a_perturbed_router_shows_in_the_routing_and_swapped_experts_do_not(expo
 
 def test_nan_is_caught_and_stays_nan(exports: dict[Variant, Exported], tmp_path: Path) -> None:
     parity, result = check(plant(exports["float32"], tmp_path, lose_a_head_to_nan), "float32")
-    worst = f"(worst layer 1: routing agreement 1.0000, hidden error {result.twin.hidden_error[1]:.1e})"
-    assert parity.breaches == (
-        *(f"{CPU}: {each.name}: relative error nan > 1e-03 {worst}" for each in result.checks),
-        f"{CPU}: KL from the twin nan > 1e-03 {worst}",
-        f"{CPU}: perplexity nan is +nan% of the fine-tuned model's; at most +0.01% {worst}",
+    limit, worst = result.limits["logits"].value, f"(worst layer 1: routing agreement 1.0000, hidden error {result.twin.hidden_error[1]:.1e})"
+    assert parity.breaches[:-3] == tuple(
+        f"{CPU}: logits: {each.name}: relative error nan > {limit:.1e}, from token 0 on {worst}" for each in result.checks
+    )
+    assert parity.breaches[-3].startswith(f"{CPU}: logits: greedy text differs after 0 of 8 tokens")
+    assert parity.breaches[-2:] == (
+        f"{CPU}: language: KL from the twin nan > 1e-03 {worst}",
+        f"{CPU}: language: perplexity nan is +nan% of the fine-tuned model's; at most +0.01% {worst}",
     )
     assert math.isnan(result.twin.max_error)
 
@@ -282,7 +295,7 @@ def enlarge_the_head(weights: Weights) -> None:
 def test_a_perplexity_beyond_all_numbers_is_a_breach(exports: dict[Variant, Exported], tmp_path: Path) -> None:
     parity, result = check(plant(exports["float32"], tmp_path, enlarge_the_head), "float32")
     assert result.perplexity == math.inf
-    assert parity.breaches[-1].startswith(f"{CPU}: perplexity inf is +inf% of the fine-tuned model's; at most +0.01% (worst layer ")
+    assert parity.breaches[-1].startswith(f"{CPU}: language: perplexity inf is +inf% of the fine-tuned model's; at most +0.01% (worst layer ")
 
 
 def tie(source: Path, directory: Path, layer: int, difference: float) -> Path:
@@ -328,12 +341,12 @@ def test_ties_between_equal_experts_are_no_flips(mixture_checkpoint: Path, tmp_p
     assert all(each.relative_error < ROUNDING for each in result.checks)
 
 
-# Thresholds, on figures made by hand.
+# Limits, on figures made by hand.
 
 SAME = Agreement(max_error=0.0, mean_error=0.0, kl=0.0, top1_agreement=1.0, routing_agreement=(1.0, 1.0, 1.0), hidden_error=(0.0, 1e-6, 2e-6))
 FIGURES = ProviderParity(
     onnxruntime="1.32.0",
-    checks=(Check("prefill", 8, 0.0, 0.0, 1e-6, 1.0, 0), Check("decode", 8, 0.0, 0.0, 1e-6, 1.0, 0)),
+    checks=(Check("prefill", 8, 0.0, 0.0, 1e-6, 1.0, 0), Check("decode", 8, 0.0, 0.0, 1e-6, 1.0, 0, decoded=True)),
     twin=SAME,
     finetuned=SAME,
     perplexity=10.0,
@@ -342,61 +355,109 @@ FIGURES = ProviderParity(
     worst_layer=2,
     prefill_tokens_per_second=1.0,
     decode_tokens_per_second=1.0,
+    limits={"logits": Limit(1e-5, "by hand"), **configured_limits("int8", True, ParityConfig())},
 )
 WORST = "(worst layer 2: routing agreement 1.0000, hidden error 2.0e-06)"
 
 
-def test_figures_within_every_threshold_break_none() -> None:
-    assert find_breaches(FIGURES, "float32", False, ParityConfig()) == []
+def breaches_of(**changes: Any) -> list[tuple[Tier, str]]:
+    return find_breaches(replace(FIGURES, **changes))
 
 
-def test_figures_at_a_threshold_do_not_break_it() -> None:
-    config = ParityConfig(max_relative_error=1e-6, max_kl=0.0, min_routing_agreement=1.0, max_perplexity_increase={"float32": 0.0})
-    assert find_breaches(FIGURES, "float32", False, config) == []
+def test_figures_within_every_limit_break_none() -> None:
+    assert breaches_of() == []
 
 
-def test_every_breach_is_one_line_that_names_the_worst_layer() -> None:
-    result = replace(
-        FIGURES,
-        checks=(FIGURES.checks[0], replace(FIGURES.checks[1], relative_error=0.25)),
-        twin=replace(SAME, kl=0.03, routing_agreement=(1.0, 0.5, 0.25), hidden_error=(0.0, 0.5, 0.75)),
-        perplexity=10.5,
-    )
+def test_figures_at_a_limit_do_not_break_it() -> None:
+    limits = {"logits": Limit(1e-6, ""), "kl": Limit(0.0, ""), "routing": Limit(1.0, ""), "perplexity": Limit(0.0, "")}
+    assert breaches_of(limits=limits) == []
+
+
+def test_every_breach_is_one_line_that_names_tier_and_worst_layer() -> None:
+    changes = {
+        "checks": (replace(FIGURES.checks[0], relative_error=0.25, first_position=0), replace(FIGURES.checks[1], relative_error=0.5)),
+        "twin": replace(SAME, kl=0.03, routing_agreement=(1.0, 0.5, 0.25), hidden_error=(0.0, 0.5, 0.75)),
+        "perplexity": 10.5,
+    }
     worst = "(worst layer 2: routing agreement 0.2500, hidden error 7.5e-01)"
-    assert find_breaches(result, "int8", False, ParityConfig()) == [
-        f"decode: relative error 2.5e-01 > 1e-03 {worst}",
-        f"KL from the twin 3.0e-02 > 1e-03 {worst}",
-        f"routing agreement with the twin 0.2500 < 0.97 {worst}",
-        f"perplexity 10.5000 is +5.00% of the fine-tuned model's; at most +0.50% {worst}",
+    assert breaches_of(**changes) == [
+        ("logits", f"prefill: relative error 2.5e-01 > 1.0e-05, from token 0 on {worst}"),
+        ("logits", f"decode: relative error 5.0e-01 > 1.0e-05 {worst}"),
+        ("language", f"KL from the twin 3.0e-02 > 1e-03 {worst}"),
+        ("language", f"perplexity 10.5000 is +5.00% of the fine-tuned model's; at most +0.50% {worst}"),
+        ("routing", f"routing agreement with the twin 0.2500 < 0.97 {worst}"),
     ]
-    assert find_breaches(result, "int8", True, ParityConfig()) == find_breaches(result, "int8", False, ParityConfig())[1:]
+    without_logits = configured_limits("int8", True, ParityConfig())
+    assert breaches_of(**changes, limits=without_logits) == breaches_of(**changes)[2:]
+
+
+def test_a_check_s_errors_that_only_decoding_has_point_to_the_cache() -> None:
+    checks = (FIGURES.checks[0], replace(FIGURES.checks[1], relative_error=0.5, first_position=7))
+    hint = "(every prefill is right: look at the KV cache and the positions of decoding)"
+    assert breaches_of(checks=checks) == [("logits", f"decode: relative error 5.0e-01 > 1.0e-05, from token 7 on {hint}")]
+
+
+def test_greedy_text_may_differ_where_two_tokens_are_as_likely() -> None:
+    tied = FreeRun(num_rows=3, num_tokens=32, shortest_prefix=5, mean_prefix=20.0, num_diverged=1, largest_gap=2e-5)  # two logits, each off by 1e-5
+    assert breaches_of(free_run=tied) == []
+    line = f"greedy text differs after 5 of 32 tokens, where the reference's choice is ahead by 3.0e-05 > 2.0e-05 of the largest logit {WORST}"
+    assert breaches_of(free_run=replace(tied, largest_gap=3e-5)) == [("logits", line)]
+
+
+def test_an_operator_is_named_with_its_experts() -> None:
+    limits = {"router of layer 1": Limit(1e-5, ""), "experts of layer 1": Limit(1e-5, "")}
+    check = OperatorCheck(layer=1, num_tokens=9, router_error=1e-6, output_error=0.5)
+    given = "on the reference's own input"
+    expected = {
+        (): f"layer 1, experts {given}, none of them in every token: relative error 5.0e-01 > 1.0e-05",
+        (2,): f"layer 1, expert 2 {given}: relative error 5.0e-01 > 1.0e-05",
+        (0, 3): f"layer 1, experts 0, 3 {given}: relative error 5.0e-01 > 1.0e-05",
+    }
+    for experts, line in expected.items():
+        assert breaches_of(operators=(replace(check, experts=experts),), limits=limits) == [("operator", line)]
+    right = replace(check, output_error=0.0)
+    line = f"layer 1, router logits {given}: relative error 3.0e-02 > 1.0e-05"
+    assert breaches_of(operators=(replace(right, router_error=0.03),), limits=limits) == [("operator", line)]
 
 
 def test_perplexity_is_held_to_the_variants_own_limit() -> None:
-    result = replace(FIGURES, perplexity=10.2)
     config = ParityConfig(max_perplexity_increase={"int8": 0.01, "int4": 0.03})
-    breach = f"perplexity 10.2000 is +2.00% of the fine-tuned model's; at most +1.00% {WORST}"
-    assert {variant: find_breaches(result, variant, False, config) for variant in VARIANTS} == {
+    breach = ("language", f"perplexity 10.2000 is +2.00% of the fine-tuned model's; at most +1.00% {WORST}")
+    limits = {variant: configured_limits(variant, True, config) for variant in VARIANTS}
+    assert {variant: breaches_of(perplexity=10.2, limits=limits[variant]) for variant in VARIANTS} == {
         "float32": [],
         "float16": [],
         "bfloat16": [],
         "int8": [breach],
         "int4": [],
     }
-    assert find_breaches(replace(FIGURES, perplexity=9.0), "int8", False, config) == []  # better is no breach
+    assert breaches_of(perplexity=9.0, limits=limits["int8"]) == []  # better is no breach
 
 
 @pytest.mark.parametrize(
-    ("changes", "start"),
+    ("changes", "tier", "start"),
     [
-        ({"checks": (replace(FIGURES.checks[0], relative_error=math.nan),)}, "prefill: relative error nan > 1e-03"),
-        ({"twin": replace(SAME, kl=math.nan)}, "KL from the twin nan > 1e-03"),
-        ({"perplexity": math.nan}, "perplexity nan is +nan% of the fine-tuned model's; at most +0.01%"),
-        ({"perplexity": math.inf}, "perplexity inf is +inf% of the fine-tuned model's; at most +0.01%"),
+        ({"checks": (replace(FIGURES.checks[0], relative_error=math.nan),)}, "logits", "prefill: relative error nan > 1.0e-05"),
+        ({"twin": replace(SAME, kl=math.nan)}, "language", "KL from the twin nan > 1e-03"),
+        ({"perplexity": math.nan}, "language", "perplexity nan is +nan% of the fine-tuned model's; at most +0.50%"),
+        ({"perplexity": math.inf}, "language", "perplexity inf is +inf% of the fine-tuned model's; at most +0.50%"),
     ],
 )
-def test_what_is_not_a_number_breaks_its_threshold(changes: dict[str, Any], start: str) -> None:
-    assert find_breaches(replace(FIGURES, **changes), "float32", False, ParityConfig()) == [f"{start} {WORST}"]
+def test_what_is_not_a_number_breaks_its_limit(changes: dict[str, Any], tier: Tier, start: str) -> None:
+    assert breaches_of(**changes) == [(tier, f"{start} {WORST}")]
+
+
+def test_a_limit_is_a_multiple_of_the_noise_and_says_so() -> None:
+    config = ParityConfig(noise_multiple=10, max_relative_error=1e-4)
+    limit = noise_limit(3e-7, config, "the logits")
+    assert limit.value == pytest.approx(3e-6)
+    assert limit.origin == "10 times 3.0e-07, what float32 torch differs by from float64 in the logits on this text"
+    assert noise_limit(0.0, config, "the logits").value == pytest.approx(10 * 2.0**-24)  # no sum is rounded to less
+    assert noise_limit(3e-5, config, "the logits") == Limit(
+        1e-4, "parity.max_relative_error; 10 times the noise of float32 in the logits would be 3.0e-04"
+    )
+    assert noise_limit(3e-7, config, "the logits", CUDA).value == 1e-4
+    assert noise_limit(None, config, "x") == Limit(1e-4, "parity.max_relative_error; the noise of float32 in x was not measured")
 
 
 def test_the_same_experts_in_another_order_are_the_same() -> None:
@@ -419,6 +480,6 @@ def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
     seen: list[tuple[str, int, int]] = []
     exported = exports["float32"]
     check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:2], "float32", False, LIMITS, lambda *step: seen.append(step))
-    assert seen[0] == ("checking logits", 0, 3)
+    assert seen[0] == ("measuring noise", 0, 4)
     assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert seen[-1] == ("comparing with the fine-tuned model", 3, 3)
+    assert seen[-1] == ("checking logits", 4, 4)

@@ -151,6 +151,19 @@ def test_the_graph_computes_what_torch_does_with_rounded_inputs(tmp_path: Path, 
         assert difference(logits, expected) < min(ONE_STEP, rounding / 2)
 
 
+def test_without_vnni_products_are_exact_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our runtime then asks onnxruntime for its other kernel, which turns weights unsigned; here both are exact."""
+    package = make_package(make_twin(make_mixture(tmp_path / "source"), tmp_path / "twin"), tmp_path / "package")
+    found, really = [], torch.cpu._is_vnni_supported()
+    for has_vnni in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda has_vnni=has_vnni: has_vnni)
+        found.append(run(package, BLOCKS[:3]))
+    exact = run(package, BLOCKS[:3], ort.GraphOptimizationLevel.ORT_DISABLE_ALL)
+    assert difference(found[1], torch.from_numpy(exact)) < ONE_STEP
+    if really:
+        assert difference(found[0], torch.from_numpy(exact)) < ONE_STEP
+
+
 def test_onnxruntime_computes_every_product_but_the_routers_in_integers(tmp_path: Path) -> None:
     package = make_package(make_twin(make_mixture(tmp_path / "source"), tmp_path / "twin"), tmp_path / "package")
     run(package, BLOCKS[:1], ort.GraphOptimizationLevel.ORT_ENABLE_ALL, tmp_path / "optimized.onnx")

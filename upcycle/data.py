@@ -134,10 +134,7 @@ def _read_files(source: TextData, base: Path, where: str) -> dict[Split, tuple[s
     held_out = [split for split in ("test", "validation") if not getattr(source, split)]
     for split, files in text_files(source, base, where).items():
         for file in files:
-            try:
-                text = file.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise UpcycleError(f"{file}: not UTF-8 at byte {error.start}; convert it") from error
+            text = _read_file(file)
             for document in text.split(source.separator) if source.separator else [text]:
                 if document := document.strip():
                     documents[_hashed_split(document, cast("list[Split]", held_out)) if split == "train" else split].append(document)
@@ -147,6 +144,13 @@ def _read_files(source: TextData, base: Path, where: str) -> dict[Split, tuple[s
                 f"{where}: no document falls into the {split} split; give `{split}:` files, or a `separator` that makes more documents"
             )
     return {s: tuple(d) for s, d in documents.items()}
+
+
+def _read_file(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UpcycleError(f"{file}: not UTF-8 at byte {error.start}; convert it") from error
 
 
 def _hashed_split(document: str, held_out: list[Split]) -> Split:
@@ -197,12 +201,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     Raises:
         UpcycleError: no tokenizer, no text, or too little text for one block of a domain in a split, or a limit that leaves none.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers raise many kinds here, plain Exception among them; each is the file's fault
-        raise UpcycleError(
-            f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there"
-        ) from error
+    tokenizer = _load_tokenizer(source)
     texts = read_texts(config.source, base)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens, "test": config.max_test_tokens}
     num_tokens = {}
@@ -230,6 +229,29 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     facts = {"block_size": config.block_size, "num_tokens": num_tokens, "domains": list(texts.domains), **texts.facts}
     (output / FACTS_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
+
+
+def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds here, plain Exception among them; each is the file's fault
+        raise UpcycleError(
+            f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there"
+        ) from error
+    return tokenizer
+
+
+def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, num_blocks: int | None) -> torch.Tensor:
+    """Text files as blocks of tokens, int64 [blocks, block_size], at most `num_blocks`, taken evenly from the whole.
+
+    Raises:
+        UpcycleError: no tokenizer in the directory `tokenizer`, a file that is not UTF-8, or too little text for one block.
+    """
+    blocks = _pack(_load_tokenizer(tokenizer), [_read_file(file) for file in files], block_size)
+    if len(blocks) == 0:
+        names = ", ".join(map(str, files))
+        raise UpcycleError(f"{names}: fewer tokens than one block of {block_size}; give more text or a smaller block size")
+    return blocks[_choose_evenly(len(blocks), num_blocks)].to(torch.int64)
 
 
 def read_blocks(directory: Path, split: Split) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The `MoE` operator of onnxruntime: float experts, one node a layer.
 
 fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU the plain SiLU gate.
-The operator takes raw router logits and does softmax, top-k and renormalization itself; in a graph of 16 bits it takes them rounded to these, their
-largest at zero.
+The operator takes raw router logits and does softmax, top-k and renormalization itself; in a float16 graph it takes them rounded to float16, their
+largest at zero, and in a bfloat16 one it is told which experts are chosen.
 
 CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32, float16 or bfloat16, and wants rows of 16 bytes. It honours the
 attributes of a plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
@@ -87,7 +87,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 
     fc1_value = graph.float_weight(f"{layer.name}.fc1", (num_experts, 2 * height, width), fc1)
     fc2_value = graph.float_weight(f"{layer.name}.fc2", (num_experts, width, height), fc2)
-    inputs = [graph.narrow(x.hidden), add_operator_logits(graph, x.router_logits, layer.name), fc1_value, None, fc2_value]
+    inputs = [graph.narrow(x.hidden), add_operator_logits(graph, layer, x.router_logits), fc1_value, None, fc2_value]
     return graph.widen(graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT))
 
 

@@ -98,7 +98,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
         attributes["accuracy_level"] = 4
     if layer.device == "cuda":
         attributes["weights_prepacked"] = 0
-    logits = add_operator_logits(graph, x.router_logits, layer.name)
+    logits = add_operator_logits(graph, layer, x.router_logits)
     inputs = [graph.narrow(x.hidden), logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
     if down.zero_points:
         inputs += [None, None, None, None, fc1_zero_points, fc2_zero_points]

@@ -31,14 +31,19 @@ def _bounds(graph: GraphWriter) -> tuple[ir.Value, ir.Value]:
     return graph.constant("zero", int64(0)), graph.constant("one", int64(1))
 
 
-def add_operator_logits(graph: GraphWriter, router_logits: ir.Value, name: str) -> ir.Value:
+def add_operator_logits(graph: GraphWriter, layer: MoeLayer, router_logits: ir.Value) -> ir.Value:
     """The router logits for an operator that takes them in the graph's element type and does softmax and top-k itself.
 
-    In 16 bits each token's largest logit is taken off first, which changes no softmax: what competes for the last place among the k is then small,
-    and float16 is fine near zero. A logit of 20 would lie between neighbours that are 0.016 apart.
+    In float16 each token's largest logit is taken off first, which changes no softmax: what competes for the last place among the k is then small,
+    and float16 is fine near zero. A logit of 20 would lie between neighbours that are 0.016 apart. bfloat16 is fine nowhere, with eight bits: there
+    experts are chosen in float32, and the operator is told the logarithms of their weights.
     """
+    name = layer.name
     if graph.element_type == "float32":
         return router_logits
+    if graph.element_type == "bfloat16":
+        logits, _ = add_logits(graph, layer.routing.num_experts, *add_top_k(graph, layer, router_logits), name)  # renormalized: their sum is one
+        return graph.narrow(logits)
     largest = graph.op("ReduceMax", [router_logits, graph.constant("axis_last", int64(-1))], f"{name}.largest_logit", {"keepdims": 1})
     return graph.narrow(graph.op("Sub", [router_logits, largest], f"{name}.logits_below_largest"))
 

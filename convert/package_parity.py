@@ -1,0 +1,86 @@
+"""Parity of any ONNX decoder package with a checkpoint, on text files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from convert.numerals import format_agreement, format_error, format_perplexity
+from export.config import ParityConfig
+from export.errors import ExportError
+from export.parity import Parity, ProviderParity, check_parity
+from export.parity.precision import find_precision
+from export.progress import Progress
+from upcycle.data import read_text_blocks
+
+
+def check_package(
+    package: Path, reference: Path, files: Sequence[Path], block_size: int, num_blocks: int | None, config: ParityConfig, progress: Progress,
+    twin: Path | None = None,
+) -> Parity:  # fmt: skip
+    """Compare a package, of ours or of another maker, with the checkpoint that it was made from, on the text of `files`.
+
+    A package in float32 or float16 must compute what the checkpoint does. Another has other weights than it, so without
+    `twin`, a checkpoint with those very weights, only the perplexity is held to a limit.
+
+    Raises:
+        ExportError, UpcycleError: in one line, what is wrong and how to mend it.
+    """
+    precision = find_precision(package)
+    for directory in (reference, *([twin] if twin else [])):
+        if not (directory / "config.json").is_file():
+            raise ExportError(f"{directory}: no config.json; it must be a checkpoint that transformers can load")
+    blocks = read_text_blocks(reference, files, block_size, num_blocks)
+    exact_twin = twin is not None or not precision.rounds_weights
+    return check_parity(
+        package, twin or reference, reference, blocks, precision.variant, precision.rounds_activations, config, progress, exact_twin=exact_twin
+    )
+
+
+def write_json(parity: Parity, path: Path) -> None:
+    """All figures as strict JSON: what is no number is a string."""
+    facts = _strict({**asdict(parity), "passed": parity.passed})
+    path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    match value:
+        case dict():
+            return {key: _strict(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_strict(item) for item in value]
+        case float() if not math.isfinite(value):
+            return str(value)
+        case _:
+            return value
+
+
+def describe(parity: Parity) -> Iterator[str]:
+    """The outcome for a terminal, provider by provider."""
+    for provider, found in parity.providers.items():
+        if isinstance(found, str):
+            yield f"{provider}: {found}"
+            continue
+        yield f"{provider}, onnxruntime {found.onnxruntime}"
+        yield from _describe_figures(found)
+        for tier, verdict in found.tiers.items():
+            yield f"  {tier:<9} {verdict}"
+
+
+def _describe_figures(found: ProviderParity) -> Iterator[str]:
+    a = found.finetuned
+    yield (
+        f"  perplexity {format_perplexity(found.perplexity)}, reference {format_perplexity(found.finetuned_perplexity)}; KL {format_error(a.kl)}, "
+        f"top-1 {format_agreement(a.top1_agreement)}, top-5 {format_agreement(a.top5_agreement)}"
+    )
+    largest = max(check.relative_error for check in found.checks)
+    limit = found.limits.get("logits")
+    held = "" if limit is None else f", at most {format_error(limit.value)}: {limit.origin}"
+    yield f"  largest relative error of logits {format_error(largest)} in {len(found.checks)} ways of feeding it{held}"
+    if found.num_fallback_nodes:
+        elsewhere = ", ".join(f"{sum(ops.values())} on {where}" for where, ops in found.placement.items())
+        yield f"  nodes by where they ran: {elsewhere}"

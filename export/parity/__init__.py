@@ -1,0 +1,231 @@
+"""Parity: does the package compute what the torch model computes?
+
+Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export right? Against the
+fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts. Where activations are
+rounded with scales that are part of the file, the twin rounds them too (`export.simulation`); else the first question would be the second.
+
+Five tiers answer, each another question:
+
+    operator   each layer's experts on the reference's own input: which layer, which expert?
+    layer      the hidden states of both sides on the same text: where do they first part?
+    logits     prefill, chained decoding, batches, left padding, long rows, rows that end near ties, text of its own: what is computed wrongly?
+    language   perplexity, KL, top-1 and top-5: what does it cost?
+    routing    the same experts, by layer and given the reference's margin; KL with the routing forced: is it the weights or the paths?
+
+What computes in float32 is held to a multiple of float32's own noise, which is measured here on this text against float64 torch. A router can tie to
+the last bit, and then two right computations may choose different experts. Such a flip is counted and reported apart; the tokens from there on in
+that row are left out of the largest error, and nothing else is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import torch
+
+from export.config import ParityConfig, Variant
+from export.parity.agreement import Comparison, compare, divergence
+from export.parity.checks import plan_cases, run_case, run_free
+from export.parity.forward import BATCH, Block, Reference, open_reference
+from export.parity.judge import find_breaches, find_divergence, judge_tiers
+from export.parity.limits import MeasuredNoise, configured_limits, measure_noise, noise_limit
+from export.parity.operators import Blocks, check_operators
+from export.parity.placement import count_elsewhere, find_placement
+from export.parity.records import (
+    Agreement,
+    Check,
+    Forced,
+    LayerCheck,
+    Limit,
+    OperatorCheck,
+    Parity,
+    ProviderParity,
+    Tier,
+)
+from export.parity.ties import TIE_MARGIN, same_experts
+from export.progress import Progress
+from export.runtime import CPU, CUDA, Decoder, is_at_hand
+from export.speed import measure_speed
+from export.twin import SCHEME_NAME, Twin
+
+__all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
+
+_TIMED_TOKENS = 32
+_FREE_ROWS = 3
+
+
+def check_parity(
+    package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds_activations: bool, config: ParityConfig,
+    progress: Progress, exact_twin: bool = True,
+) -> Parity:  # fmt: skip
+    """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
+
+    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations, so its logits are held to `max_kl` and not to a multiple of
+    float32's noise. `exact_twin`: the twin has the very weights of the package; without it only the perplexity is held to a limit.
+    A package that no provider here can run is a breach.
+
+    Raises:
+        ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
+    """
+    if config.num_blocks is not None:
+        count = min(config.num_blocks, len(blocks))
+        blocks = blocks[torch.arange(count) * len(blocks) // count]
+    providers: dict[str, ProviderParity | str] = {}
+    breaches: list[str] = []
+    computes_in = Twin(twin).element_type if (twin / SCHEME_NAME).is_file() else "float32"
+    for provider in (CPU, CUDA):
+        if provider == CPU and computes_in == "bfloat16":
+            providers[provider] = "not run: onnxruntime's CPU does not compute in bfloat16"
+            continue
+        if provider == CUDA and not is_at_hand(provider):
+            providers[provider] = "not run: no CUDA device"
+            continue
+        result, broken = _judge(package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, provider, progress)
+        providers[provider] = result
+        breaches += [f"{provider}: {tier}: {breach}" for tier, breach in broken]
+    if all(isinstance(found, str) for found in providers.values()):
+        breaches.append(f"compared nowhere: {'; '.join(f'{provider}: {found}' for provider, found in providers.items())}")
+    return Parity(providers, tuple(breaches))
+
+
+def _judge(
+    package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds: bool, exact_twin: bool, config: ParityConfig,
+    provider: str, progress: Progress,
+) -> tuple[ProviderParity, list[tuple[Tier, str]]]:  # fmt: skip
+    """All figures of one provider, and what they break."""
+    num_parts = 4
+    decoder = Decoder(package, provider, taps=True, attention_taps=True)
+    exact, first_blocks = exact_twin and not rounds, blocks[:BATCH]
+    progress("measuring noise", 0, num_parts)
+    noise = _measure_noise(twin, first_blocks[: config.noise_blocks]) if exact and config.noise_blocks else None
+    tie_margin = noise.noise.tie_margin if noise else TIE_MARGIN
+    tuned: Comparison | None = None
+    progress("comparing with the fine-tuned model", 1, num_parts)
+    if finetuned != twin:
+        with open_reference(finetuned) as reference:
+            tuned = compare(decoder, reference, blocks)
+    progress("comparing with the twin", 2, num_parts)
+    with open_reference(twin) as reference:
+        own = compare(decoder, reference, blocks, tie_margin)
+        forced = _force_routing(reference, first_blocks, tuned)
+        progress("checking logits", 3, num_parts)
+        window = getattr(reference.model.config, "sliding_window", None)
+        cases = plan_cases(blocks, decoder.context_length, window, own.margins, config)
+        errors = [run_case(decoder, reference, case, tie_margin) for case in cases]
+        free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
+        open_blocks = Blocks(package, provider, reference.adds_shared_outside)
+    tuned = tuned or own
+    layers = _with_noise(own.layers, noise)
+    limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
+    operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
+    checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
+    speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
+    placement = find_placement(package, provider)
+    progress("checking logits", num_parts, num_parts)
+    result = ProviderParity(
+        ort.__version__, checks, own.agreement, tuned.agreement, _perplexity(own.package_loss), _perplexity(own.reference_loss),
+        _perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
+        layers=layers or "not run: the package shows no hidden states",
+        operators=operators,
+        free_run=free,
+        forced=forced,
+        noise=noise.noise if noise else "not measured: " + ("parity.noise_blocks is 0" if exact else _not_judged(exact_twin)),
+        limits=limits,
+        first_divergence=find_divergence(layers, own.by_position, limits),
+        placement=placement,
+        num_fallback_nodes=count_elsewhere(placement, provider),
+    )  # fmt: skip
+    broken = find_breaches(result)
+    return _with_tiers(result, broken, exact, exact_twin), broken
+
+
+def _not_judged(exact_twin: bool) -> str:
+    return "the graph rounds activations" if exact_twin else "no checkpoint with the package's own weights was given"
+
+
+def _with_tiers(result: ProviderParity, broken: list[tuple[Tier, str]], exact: bool, exact_twin: bool) -> ProviderParity:
+    why_not: dict[Tier, str] = {}
+    if not exact:
+        why_not = {tier: f"not judged: {_not_judged(exact_twin)}" for tier in ("operator", "layer", "logits")}
+    if not result.twin.routing_agreement:
+        why_not["routing"] = "not run: the package shows no router logits"
+    elif not exact_twin:
+        why_not["routing"] = f"not judged: {_not_judged(exact_twin)}"
+    if isinstance(result.operators, str):
+        why_not["operator"] = result.operators
+    if isinstance(result.layers, str):
+        why_not["layer"] = result.layers
+    return ProviderParity(**{**result.__dict__, "tiers": judge_tiers(broken, why_not)})
+
+
+def _worst_layer(agreement: Agreement) -> int | None:
+    layers = range(len(agreement.hidden_error))
+    return min(layers, key=lambda n: (agreement.routing_agreement[n], -agreement.hidden_error[n])) if layers else None
+
+
+def _perplexity(loss: float) -> float:
+    """exp(loss), infinite beyond float64: a broken package is a breach and no crash."""
+    return float(torch.tensor(loss, dtype=torch.float64).exp())
+
+
+def _measure_noise(twin: Path, ids: torch.Tensor) -> MeasuredNoise:
+    """The twin in float32 against itself in float64, one after the other in memory."""
+    with open_reference(twin) as reference:
+        first, blocks = reference.forward(ids, torch.ones_like(ids)), reference.blocks()
+    with open_reference(twin, torch.float64) as exact:
+        return measure_noise(exact, ids, first, blocks)
+
+
+def _force_routing(twin: Reference, ids: torch.Tensor, tuned: Comparison | None) -> Forced | str:
+    """The twin with the fine-tuned model's routing: what remains is the error of the weights alone."""
+    if tuned is None:
+        return "not run: one checkpoint is both references"
+    if not tuned.blocks:
+        return "not run: no layer has experts"
+    mask = torch.ones_like(ids)
+    free = twin.forward(ids, mask).logits
+    with twin.forced({n: block.router for n, block in tuned.blocks.items()}):
+        forced = twin.forward(ids, mask).logits
+    kl, kl_free = (max(float(divergence(tuned.first.logits, logits).mean()), 0.0) for logits in (forced, free))
+    return Forced(kl, kl_free, ids.numel())
+
+
+def _with_noise(layers: tuple[LayerCheck, ...], noise: MeasuredNoise | None) -> tuple[LayerCheck, ...]:
+    if noise is None:
+        return layers
+    return tuple(
+        LayerCheck(found.layer, found.attention_error, found.hidden_error, floor.attention_error, floor.hidden_error)
+        for found, floor in zip(layers, noise.layers, strict=False)
+    )
+
+
+def _noise_limits(
+    layers: tuple[LayerCheck, ...], blocks: Mapping[int, Block], noise: MeasuredNoise | None, config: ParityConfig, provider: str
+) -> dict[str, Limit]:
+    """The limits of what computes in float32, from the noise of float32 in the same place."""
+    floors: dict[str, float | None] = {"logits": noise.noise.logits if noise else None}
+    for found in layers:
+        if found.attention_error is not None:
+            floors[f"attention of layer {found.layer}"] = found.attention_noise
+        floors[f"hidden state of layer {found.layer}"] = found.hidden_noise
+    for layer in blocks:
+        floors[f"router of layer {layer}"], floors[f"experts of layer {layer}"] = noise.blocks[layer] if noise else (None, None)
+    return {name: noise_limit(floor, config, f"the {name}", provider) for name, floor in floors.items()}
+
+
+def _check_operators(
+    package: Blocks, blocks: Mapping[int, Block], top_k: int, limits: Mapping[str, Limit], noise: MeasuredNoise | None
+) -> tuple[OperatorCheck, ...] | str:
+    if package.refusal is not None:
+        return package.refusal
+    found = check_operators(package, blocks, top_k, {n: limits[name].value for n in blocks if (name := f"experts of layer {n}") in limits})
+    floors: Any = noise.blocks if noise else {}
+    return tuple(
+        OperatorCheck(**{**check.__dict__, "router_noise": floors[check.layer][0], "output_noise": floors[check.layer][1]})
+        if check.layer in floors else check
+        for check in found
+    )  # fmt: skip

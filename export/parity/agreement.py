@@ -1,0 +1,213 @@
+"""The package against one torch model on held-out text, batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+
+from export.parity.forward import BATCH, Block, Forward, Reference, run_package
+from export.parity.records import Agreement, LayerCheck, MarginBin, Part
+from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_margin, find_smallest_margin, same_experts
+from export.runtime import Decoder
+
+MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
+"""Router logits; the last bin is open."""
+
+
+Place = tuple[int, Part]
+"""A layer, and what of it."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What one comparison found: figures, the mean next-token losses of both sides, errors by layer, and parts that later tiers go on from.
+
+    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `first` is the reference on the first batch, `blocks`
+    what its blocks of experts read and said there. `by_position` has the largest relative error [S] of attention's outputs and of hidden states.
+    """
+
+    agreement: Agreement
+    package_loss: float
+    reference_loss: float
+    layers: tuple[LayerCheck, ...]
+    by_position: dict[Place, torch.Tensor]
+    margins: torch.Tensor | None
+    first: Forward
+    blocks: dict[int, Block]
+
+
+def compare(decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN) -> Comparison:
+    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties."""
+    sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
+    first: tuple[Forward, dict[int, Block]] | None = None
+    for batch in ids.split(BATCH):
+        mask = torch.ones_like(batch)
+        expected = reference.forward(batch, mask)
+        first = first or (expected, reference.blocks())
+        smallest = find_smallest_margin(expected.routers, expected.top_k)
+        margins += [] if smallest is None else [smallest]
+        found = run_package(decoder, batch, mask, batch.shape[1])
+        sums.add(found, expected.seen_by(found), batch)
+    assert first is not None
+    package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
+    return Comparison(
+        sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
+        torch.cat(margins) if margins else None, *first,
+    )  # fmt: skip
+
+
+def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """KL [...] in nats of logits `found` [..., V] from `expected`."""
+    log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def check_layers(found: Forward, expected: Forward, mask: torch.Tensor, tie_margin: float) -> tuple[LayerCheck, ...]:
+    """The errors of one forward by layer, tokens from the first near-tie flip of their row on left out."""
+    sums = _LayerSums(tie_margin)
+    sums.add(found, expected, mask)
+    return sums.layers()
+
+
+@dataclass
+class _LayerSums:
+    """Sums of squares by layer, of differences and of the reference, for the residual stream and for attention's output."""
+
+    tie_margin: float = TIE_MARGIN
+    hidden: list[list[float]] = field(default_factory=list)
+    attended: list[list[float] | None] = field(default_factory=list)
+    by_position: dict[Place, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, found: Forward, expected: Forward, mask: torch.Tensor) -> None:
+        flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, expected.top_k, self.tie_margin)
+        judged = before_flips(flips, mask)
+        hidden = [_squares(a[judged], b[judged]) for a, b in zip(found.hiddens, expected.hiddens, strict=True)]
+        attended = [
+            None if a is None or b is None else _squares(a[judged], b[judged]) for a, b in zip(found.attended, expected.attended, strict=True)
+        ]
+        self.hidden = _added(self.hidden, hidden)
+        self.attended = [new if old is None or new is None else _added([old], [new])[0] for old, new in _paired(self.attended, attended)]
+        for n, (a, b, c, d) in enumerate(zip(found.attended, expected.attended, found.hiddens, expected.hiddens, strict=True)):
+            self._add_positions((n, "ffn"), c, d, judged)
+            if a is not None and b is not None:
+                self._add_positions((n, "attention"), a, b, judged)
+
+    def _add_positions(self, place: Place, found: torch.Tensor, expected: torch.Tensor, judged: torch.Tensor) -> None:
+        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
+        worst = errors.where(judged, 0.0).amax(0)
+        self.by_position[place] = torch.maximum(self.by_position[place], worst) if place in self.by_position else worst
+
+    def layers(self) -> tuple[LayerCheck, ...]:
+        pairs = enumerate(zip(self.attended, self.hidden, strict=True))
+        return tuple(LayerCheck(n, None if attended is None else _ratio(attended), _ratio(hidden)) for n, (attended, hidden) in pairs)
+
+
+def _squares(found: torch.Tensor, expected: torch.Tensor) -> list[float]:
+    """Of the difference and of what it must be."""
+    return [float((found - expected).square().sum()), float(expected.square().sum())]
+
+
+def _paired(old: Sequence[list[float] | None], new: Sequence[list[float] | None]) -> list[tuple[list[float] | None, list[float] | None]]:
+    return list(zip(old or [None] * len(new), new, strict=True))
+
+
+def _added(old: Sequence[list[float]], new: Sequence[list[float]]) -> list[list[float]]:
+    return [[a + c, b + d] for (a, b), (c, d) in zip(old or [[0.0, 0.0]] * len(new), new, strict=True)]
+
+
+def _ratio(squares: list[float]) -> float:
+    return math.sqrt(squares[0] / max(squares[1], 1e-30))
+
+
+@dataclass
+class _Sums:
+    """Running sums of a comparison, so that no more than one batch of logits is held."""
+
+    tokens: int = 0
+    predictions: int = 0
+    max_error: float = 0.0
+    mean_error: float = 0.0
+    kl: float = 0.0
+    kl_flipped: float = 0.0
+    num_flipped: int = 0
+    top1: float = 0.0
+    top5: float = 0.0
+    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    same_routing: list[float] = field(default_factory=list)
+    squares: list[list[float]] = field(default_factory=list)
+    attended: list[list[float]] = field(default_factory=list)
+    by_margin: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0] for _ in MARGIN_BOUNDS])
+    undisturbed: _LayerSums = field(default_factory=_LayerSums)
+
+    def add(self, found: Forward, expected: Forward, ids: torch.Tensor) -> None:
+        count = ids.numel()
+        error = (found.logits - expected.logits).abs()
+        self.tokens += count
+        self.max_error = float(error.max().clamp(min=self.max_error))  # NaN stays NaN
+        self.mean_error += float(error.mean()) * count
+        kl = divergence(expected.logits, found.logits)
+        self.kl += float(kl.sum())
+        self.top1 += float((found.logits.argmax(-1) == expected.logits.argmax(-1)).sum())
+        best, true_best = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices for logits in (found.logits, expected.logits))
+        self.top5 += float((best[..., None] == true_best[..., None, :]).any(-1).float().mean(-1).sum())
+        targets = ids[:, 1:].flatten()
+        self.predictions += len(targets)
+        for n, logits in enumerate((found.logits, expected.logits)):
+            log_probabilities = logits.log_softmax(-1)[:, :-1]
+            self.losses[n] += float(F.nll_loss(log_probabilities.flatten(0, 1), targets, reduction="sum"))
+        flipped = self._add_routing(found, expected, count)
+        self.kl_flipped += float(kl[flipped].sum())
+        self.num_flipped += int(flipped.sum())
+        self.squares = _added(self.squares, [_squares(a, b) for a, b in zip(found.hiddens, expected.hiddens, strict=True)])
+        seen = [(a, b) for a, b in zip(found.attended, expected.attended, strict=True) if a is not None and b is not None]
+        self.attended = _added(self.attended, [_squares(a, b) for a, b in seen])
+        self.undisturbed.add(found, expected, torch.ones_like(ids))
+
+    def _add_routing(self, found: Forward, expected: Forward, count: int) -> torch.Tensor:
+        """Returns which tokens [B, S] some layer sent to other experts."""
+        flipped = torch.zeros(found.logits.shape[:2], dtype=torch.bool)
+        same: list[float] = []
+        for ours, theirs in zip(found.routers, expected.routers, strict=True):
+            if ours is None or theirs is None:
+                same.append(float(count))
+                continue
+            agrees = same_experts(ours, theirs, expected.top_k)
+            same.append(float(agrees.sum()))
+            flipped |= ~agrees
+            margin = find_margin(theirs, expected.top_k)
+            for n, (least, below) in enumerate(_bins()):
+                inside = (margin >= least) & (margin < below)
+                self.by_margin[n][0] += float(inside.sum())
+                self.by_margin[n][1] += float((inside & agrees).sum())
+        self.same_routing = [old + new for old, new in zip(self.same_routing or [0.0] * len(same), same, strict=True)]
+        return flipped
+
+    def agreement(self) -> Agreement:
+        num_unflipped = self.tokens - self.num_flipped
+        bins = zip(_bins(), self.by_margin, strict=True)
+        margins = tuple(
+            MarginBin(least, None if math.isinf(below) else below, int(count), same / count if count else None)
+            for (least, below), (count, same) in bins
+        )
+        return Agreement(
+            max_error=self.max_error,
+            mean_error=self.mean_error / self.tokens,
+            kl=max(self.kl / self.tokens, 0.0),  # rounding may leave less than nothing; NaN stays NaN
+            top1_agreement=self.top1 / self.tokens,
+            routing_agreement=tuple(same / self.tokens for same in self.same_routing),
+            hidden_error=tuple(_ratio(squares) for squares in self.squares),
+            attention_error=tuple(_ratio(squares) for squares in self.attended),
+            top5_agreement=self.top5 / self.tokens,
+            margins=margins if any(each.num_choices for each in margins) else (),
+            flipped_share=self.num_flipped / self.tokens,
+            kl_flipped=max(self.kl_flipped / self.num_flipped, 0.0) if self.num_flipped else None,
+            kl_unflipped=max((self.kl - self.kl_flipped) / num_unflipped, 0.0) if num_unflipped else None,
+        )
+
+
+def _bins() -> list[tuple[float, float]]:
+    return list(zip(MARGIN_BOUNDS, [*MARGIN_BOUNDS[1:], math.inf], strict=True))

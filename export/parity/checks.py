@@ -1,0 +1,166 @@
+"""Ways of feeding a package, each held against one full forward: prefill, chained decoding, batches, padding, long rows, ties, its own text.
+
+Chained decoding is checked against something that has no cache at all. A longrope that switches its factors on the way is the exception: there only
+a reference that is fed in the same pieces computes the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from export.config import ParityConfig
+from export.parity.forward import Forward, Reference, run_package
+from export.parity.records import Check, FreeRun
+from export.parity.ties import TIE_MARGIN, before_flips, find_flips
+from export.runtime import Decoder
+
+_NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a tie
+
+
+@dataclass(frozen=True)
+class Case:
+    """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time."""
+
+    name: str
+    ids: torch.Tensor
+    mask: torch.Tensor
+    num_prefill: int
+
+
+@dataclass(frozen=True)
+class Errors:
+    """One case measured: errors of logits [B, S] relative to the largest, and which tokens are judged by them."""
+
+    case: Case
+    check: Check
+    errors: torch.Tensor
+    judged: torch.Tensor
+
+    def judge(self, limit: float) -> Check:
+        """The check, with the first token of a row that is beyond the limit."""
+        beyond = self.judged & ~(self.errors <= limit)
+        places = (self.case.mask.cumsum(1) - 1)[beyond]
+        return Check(**{**self.check.__dict__, "first_position": int(places.min()) if len(places) else None})
+
+
+def plan_cases(blocks: torch.Tensor, context: int, window: int | None, margins: torch.Tensor | None, config: ParityConfig) -> list[Case]:
+    """The ways to feed a package with context `context` text in blocks [N, S], where `margins` [N, S] are the reference's smallest by token."""
+    size = min(blocks.shape[1], context)
+    short, steps = max(2, size // 7), min(config.decode_steps, size - 1)
+    start = size - steps
+    batch = blocks[: min(3, len(blocks)), :size]
+    ones = torch.ones_like(batch)
+    cases = [
+        Case("prefill, batch 1, 1 token", batch[:1, :1], ones[:1, :1], 1),
+        Case(f"prefill, batch 1, {short} tokens", batch[:1, :short], ones[:1, :short], short),
+        Case(f"prefill, batch 1, {size} tokens", batch[:1], ones[:1], size),
+        Case(f"{steps} decode steps after {start} tokens, batch 1", batch[:1], ones[:1], start),
+    ]
+    if len(batch) > 1:
+        cases.append(Case(f"{steps} decode steps after {start} tokens, batch {len(batch)}", batch, ones, start))
+    if config.left_padding:
+        padded = ones.clone()
+        for row in range(1, len(batch)):
+            padded[row, : start * row // len(batch)] = 0
+        cases += [
+            Case(f"prefill, batch {len(batch)}, {size} tokens, left padding", batch, padded, size),
+            Case(f"{steps} decode steps after {start} tokens, batch {len(batch)}, left padding", batch, padded, start),
+        ]
+    cases += _long_cases(blocks, context, window, steps, config.longest_row)
+    return cases + _tie_cases(blocks[:, :size], margins, config.left_padding)
+
+
+def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: int, longest_row: int) -> list[Case]:
+    """A row of several blocks, up to the context or the longest row that is wished; and decoding across the end of the window."""
+    row = blocks.flatten()[None, : min(context, longest_row)]
+    ones, size = torch.ones_like(row), row.shape[1]
+    cases = []
+    if size > blocks.shape[1]:
+        what = "the whole context" if size == context else "of several blocks"
+        cases = [
+            Case(f"prefill, batch 1, {size} tokens, {what}", row, ones, size),
+            Case(f"{steps} decode steps after {size - steps} tokens, batch 1, {what}", row, ones, size - steps),
+        ]
+    if window is not None and window < size:
+        start, end = max(1, window - steps // 2), min(size, window + steps - steps // 2)
+        cases.append(
+            Case(f"{end - start} decode steps after {start} tokens, batch 1, across the window of {window}", row[:, :end], ones[:, :end], start)
+        )
+    return cases
+
+
+def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding: bool) -> list[Case]:
+    """The rows that end at the tokens whose routing is nearest to a tie: one batch where padding is asked for, else the nearest alone."""
+    if margins is None or not torch.isfinite(margins).any():
+        return []
+    flat = margins[:, : blocks.shape[1]].flatten()
+    nearest = flat.argsort()[: _NEAR_TIES if left_padding else 1]
+    rows = [blocks[place // blocks.shape[1], : place % blocks.shape[1] + 1] for place in nearest.tolist()]
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
+    for n, row in enumerate(rows):
+        ids[n, width - len(row) :] = row
+        mask[n, width - len(row) :] = 1
+    largest = float(flat[nearest].max())
+    padding = ", left padding" if len(rows) > 1 else ""
+    name = f"prefill, batch {len(rows)}, rows that end nearest to a tie of experts (margin at most {largest:.0e}){padding}"
+    return [Case(name, ids, mask, width)]
+
+
+def run_case(decoder: Decoder, reference: Reference, case: Case, tie_margin: float = TIE_MARGIN) -> Errors:
+    """Feed the package as the case says, and compare with one full forward of the reference."""
+    found = run_package(decoder, case.ids, case.mask, case.num_prefill)
+    expected = reference.forward(case.ids, case.mask, case.num_prefill)
+    return measure_errors(case, found, expected.seen_by(found), tie_margin)
+
+
+def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN) -> Errors:
+    """The errors of logits; a row is judged up to its first near-tie flip."""
+    real = case.mask.bool()
+    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
+    judged = before_flips(flips, case.mask)
+    error = (found.logits - expected.logits).abs().amax(-1)
+    top1 = found.logits.argmax(-1) == expected.logits.argmax(-1)
+    largest = float(error[judged].max()) if judged.any() else 0.0
+    scale = float(expected.logits[real].abs().max())
+    mean = float((found.logits - expected.logits)[real].abs().mean())
+    check = Check(
+        case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),
+        padded=not bool(real.all()), decoded=case.num_prefill < case.ids.shape[1],
+    )  # fmt: skip
+    return Errors(case, check, error / scale, judged)
+
+
+def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_tokens: int) -> FreeRun:
+    """Let the package go on greedily from the first halves of blocks [N, S], each by itself, and ask the reference what it would have written.
+
+    One forward of the reference over the package's text is enough: up to the first token that differs, both have read the same.
+    """
+    prefixes, gaps = [], []
+    half = max(1, min(blocks.shape[1], decoder.context_length) // 2)
+    count = min(num_tokens, decoder.context_length - half)
+    for block in blocks:
+        prompt = block[:half].tolist()
+        text = prompt + _write_greedily(decoder, prompt, count)
+        ids = torch.tensor([text])
+        logits = reference.forward(ids, torch.ones_like(ids), half).logits[0, half - 1 : -1]
+        written = ids[0, half:]
+        chosen = logits.argmax(-1)
+        differs = (chosen != written).nonzero()[:, 0].tolist()
+        prefixes.append(differs[0] if differs else len(written))
+        if differs:
+            at = differs[0]
+            gaps.append(float((logits[at, chosen[at]] - logits[at, written[at]]) / logits.abs().max()))
+    return FreeRun(len(blocks), count, min(prefixes), sum(prefixes) / len(prefixes), len(gaps), max(gaps, default=0.0))
+
+
+def _write_greedily(decoder: Decoder, prompt: Sequence[int], count: int) -> list[int]:
+    cache, ids, written = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt]), []
+    for _ in range(count):
+        logits = decoder.run(cache, ids.numpy())["logits"][0, -1]
+        written.append(int(logits.argmax()))
+        ids = torch.tensor([written[-1:]])
+    return written

@@ -1,0 +1,207 @@
+"""One computation of some text with what is inside it, by torch and by the package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from export.errors import ExportError
+from export.family import rotary_switch
+from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, Decoder
+from export.simulation import RoundedInputs
+from export.twin import SCHEME_NAME, Twin
+
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What one computation of ids [B, S] gave: logits [B, S, V], by layer router logits [B, S, E] and residual stream [B, S, H]; and k.
+
+    A layer without experts has None for router logits, one that does not show its attention's output [B, S, H] None for that. A package that shows
+    no residual streams has no layers here at all.
+    """
+
+    logits: torch.Tensor
+    routers: tuple[torch.Tensor | None, ...]
+    hiddens: tuple[torch.Tensor, ...]
+    attended: tuple[torch.Tensor | None, ...]
+    top_k: int
+
+    def seen_by(self, other: Forward) -> Forward:
+        """Without the layers, if the other shows none."""
+        return self if other.hiddens else Forward(self.logits, (), (), (), self.top_k)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The block of experts of one layer in one forward: its input and output [B, S, H], and all that its router said."""
+
+    given: torch.Tensor
+    output: torch.Tensor
+    router: tuple[torch.Tensor, ...] | torch.Tensor
+
+
+@dataclass
+class Reference:
+    """Unpatched transformers with eager experts: one full forward without a cache, and what hooks on whole modules caught in it.
+
+    A longrope that switches its factors within the text is the exception: it is fed in pieces, with a cache, as the package is. `rounding` is
+    entered around each forward: where activations are rounded with scales that are part of the file, a twin rounds them too.
+    """
+
+    model: Any
+    rounding: AbstractContextManager[Any] = field(default_factory=nullcontext)
+    hiddens: dict[int, torch.Tensor] = field(default_factory=dict)
+    attended: dict[int, torch.Tensor] = field(default_factory=dict)
+    routers: dict[int, Any] = field(default_factory=dict)
+    given: dict[int, torch.Tensor] = field(default_factory=dict)
+    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
+    modules: dict[int, torch.nn.Module] = field(default_factory=dict)
+    adds_shared_outside: bool = False
+    _forced: Mapping[int, Any] | None = None
+
+    @torch.inference_mode()
+    def forward(self, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int | None = None) -> Forward:
+        """Over ids and mask [B, S], of which the package reads `num_prefill` at once, before one at a time; all of them, if it is None."""
+        size, switch = ids.shape[1], rotary_switch(self.model.config)
+        if switch is None or size <= switch:
+            return self._read(ids, mask, None)
+        first = num_prefill or size
+        cache, ends = DynamicCache(), [first, *range(first + 1, size + 1)]
+        pieces = zip([0, *ends], ends, strict=False)
+        return _join([self._read(ids[:, start:end], mask[:, :end], cache) for start, end in pieces])
+
+    def blocks(self) -> dict[int, Block]:
+        """The blocks of experts as they were in the last forward."""
+        return {n: Block(self.given[n], self.outputs[n], self.routers[n]) for n in self.modules}
+
+    @torch.inference_mode()
+    def run_block(self, layer: int, given: torch.Tensor) -> Block:
+        """One block of experts by itself; `given` is taken to the model's type."""
+        given = given.to(self.model.dtype)
+        with self.rounding:
+            output = first_of(self.modules[layer](given))
+        return Block(given, output.reshape(given.shape), self.routers[layer])
+
+    @contextmanager
+    def forced(self, routers: Mapping[int, Any]) -> Iterator[None]:
+        """Every router says what `routers` [layer] holds, whatever it is given."""
+        self._forced = routers
+        try:
+            yield
+        finally:
+            self._forced = None
+
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> Forward:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        with self.rounding:
+            found = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+        layers = range(len(self.hiddens))
+        routers = tuple(first_of(self.routers[n]).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
+        top_k = getattr(self.model.config, "num_experts_per_tok", 0)
+        hiddens, attended = tuple(self.hiddens[n] for n in layers), tuple(self.attended.get(n) for n in layers)
+        return Forward(found.logits, routers, hiddens, attended, top_k)
+
+    def _forget(self) -> None:
+        """Let go of the model, which holds the hooks, which hold this: else all would stay in memory until the next collection of cycles."""
+        self.model = None
+        self.rounding = nullcontext()
+        self.modules.clear()
+
+    def _watch(self) -> None:
+        for n, layer in enumerate(self.model.get_decoder().layers):
+            layer.register_forward_hook(_catch(self.hiddens, n))
+            if hasattr(layer, "self_attn"):
+                layer.self_attn.register_forward_hook(_catch(self.attended, n))
+            for module in layer.modules():
+                if hasattr(module, "experts"):
+                    router = cast(torch.nn.Module, getattr(module, "gate", None) or module.router)
+                    router.register_forward_hook(self._route(n))
+                    module.register_forward_hook(_catch(self.outputs, n))
+                    module.register_forward_pre_hook(_catch_input(self.given, n))
+                    self.modules[n] = module
+            self.adds_shared_outside |= hasattr(layer, "shared_mlp")
+
+    def _route(self, layer: int) -> Callable[..., Any]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+            if self._forced is not None:
+                output = self._forced[layer]
+            self.routers[layer] = output
+            return output
+
+        return hook
+
+
+def _catch(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+    return lambda _module, _inputs, output: caught.update({layer: first_of(output)})
+
+
+def _catch_input(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
+    return lambda _module, inputs: caught.update({layer: inputs[0]})
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """What a module computes, without what it says besides."""
+    return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
+
+
+@contextmanager
+def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Iterator[Reference]:
+    """Load a checkpoint as a reference; where the directory has scales by which a graph rounds its activations, so does the model.
+
+    In float64 the norms, the rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.
+
+    Raises:
+        ExportError: transformers cannot load it.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{directory}: no decoder that transformers can load ({' '.join(str(error).split())[:200]})") from error
+    model.eval()
+    has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
+    reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
+    reference._watch()
+    try:
+        yield reference
+    finally:
+        reference._forget()
+
+
+def _join(parts: Sequence[Forward]) -> Forward:
+    """Parts that follow each other in length."""
+
+    def joined(layers: Sequence[Sequence[torch.Tensor | None]]) -> tuple[torch.Tensor | None, ...]:
+        found = [[piece for piece in layer if piece is not None] for layer in zip(*layers, strict=True)]
+        return tuple(torch.cat(pieces, 1) if pieces else None for pieces in found)
+
+    hiddens = tuple(torch.cat(layer, 1) for layer in zip(*(part.hiddens for part in parts), strict=True))
+    logits = torch.cat([part.logits for part in parts], 1)
+    return Forward(logits, joined([part.routers for part in parts]), hiddens, joined([part.attended for part in parts]), parts[0].top_k)
+
+
+def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> Forward:
+    """The package over ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time."""
+    cache = decoder.new_cache(len(ids), ids.shape[1])
+    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy())]
+    parts += [decoder.run(cache, ids[:, n : n + 1].numpy()) for n in range(num_prefill, ids.shape[1])]
+
+    def joined(name: str) -> torch.Tensor:
+        pieces = [part[name].reshape(len(ids), -1, part[name].shape[-1]) for part in parts]
+        return torch.from_numpy(np.concatenate(pieces, axis=1))
+
+    def shown(pattern: str) -> tuple[torch.Tensor | None, ...]:
+        return tuple(joined(name) if (name := pattern.format(layer)) in decoder.taps else None for layer in layers)
+
+    layers = range(sum(name.startswith(HIDDEN) for name in decoder.taps))
+    hiddens = tuple(joined(f"{HIDDEN}{n}") for n in layers)
+    top_k = int(decoder.config.get("num_experts_per_tok", 0))
+    return Forward(joined("logits"), shown(ROUTER_LOGITS + "{}"), hiddens, shown(ATTENTION_OUTPUT), top_k)

@@ -1,0 +1,74 @@
+"""Limits of a variant, measured and configured, and where each comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from export.config import ParityConfig, Variant
+from export.parity.agreement import check_layers
+from export.parity.checks import Case, measure_errors
+from export.parity.forward import Block, Forward, Reference
+from export.parity.operators import measure_block_noise
+from export.parity.records import LayerCheck, Limit, Noise
+from export.parity.ties import find_tie_margin
+from export.runtime import CPU
+
+_LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is rounded to less
+
+
+@dataclass(frozen=True)
+class MeasuredNoise:
+    """Float32 against float64 torch: of logits, by layer, and by block of experts (router logits, output)."""
+
+    noise: Noise
+    layers: tuple[LayerCheck, ...]
+    blocks: dict[int, tuple[float, float]] = field(default_factory=dict)
+
+
+def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward, blocks: Mapping[int, Block]) -> MeasuredNoise:
+    """What `first`, the float32 reference's forward over ids [B, S], differs by from the same checkpoint in float64; routers' ties are left out.
+
+    Norms, rotary tables and the softmax of routers are float32 in both, as transformers has them; their rounding is in the figures.
+    """
+    mask = torch.ones_like(ids)
+    true = exact.forward(ids, mask)
+    narrow = _as_double(first)
+    tie_margin = find_tie_margin(narrow.routers, true.routers)
+    check = measure_errors(Case("noise", ids, mask, ids.shape[1]), narrow, true, tie_margin).check
+    noise = Noise(max(check.relative_error, _LEAST_NOISE), check.num_tokens, tie_margin)
+    return MeasuredNoise(noise, check_layers(narrow, true, mask, tie_margin), measure_block_noise(blocks, exact, first.top_k))
+
+
+def _as_double(forward: Forward) -> Forward:
+    def double(values: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor | None, ...]:
+        return tuple(None if value is None else value.double() for value in values)
+
+    hiddens = tuple(value.double() for value in forward.hiddens)
+    return Forward(forward.logits.double(), double(forward.routers), hiddens, double(forward.attended), forward.top_k)
+
+
+def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: str = CPU) -> Limit:
+    """A multiple of what float32 itself differs by, and never above the absolute limit. On CUDA that alone holds: its products may round to TF32."""
+    most = config.max_relative_error
+    if provider != CPU:
+        return Limit(most, "parity.max_relative_error; float32 products on CUDA may round their factors to TF32, 11 bits")
+    if noise is None:
+        return Limit(most, f"parity.max_relative_error; the noise of float32 in {what} was not measured")
+    value, multiple = config.noise_multiple * max(noise, _LEAST_NOISE), f"{config.noise_multiple:g} times"
+    if value <= most:
+        return Limit(value, f"{multiple} {max(noise, _LEAST_NOISE):.1e}, what float32 torch differs by from float64 in {what} on this text")
+    return Limit(most, f"parity.max_relative_error; {multiple} the noise of float32 in {what} would be {value:.1e}")
+
+
+def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) -> dict[str, Limit]:
+    """The limits that the settings alone decide. Without a checkpoint of the package's own weights only the perplexity is held to one."""
+    limits = {}
+    if exact_twin:
+        limits["kl"] = Limit(config.max_kl, "parity.max_kl")
+        limits["routing"] = Limit(config.min_routing_agreement, "parity.min_routing_agreement")
+    if variant in config.max_perplexity_increase:
+        limits["perplexity"] = Limit(config.max_perplexity_increase[variant], f"parity.max_perplexity_increase.{variant}")
+    return limits

@@ -1,0 +1,37 @@
+"""On which provider every node of a package ran, by onnxruntime's own profile."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from export.runtime import Decoder
+
+Placement = dict[str, dict[str, int]]
+"""Nodes by execution provider and type of operator."""
+
+
+def find_placement(directory: Path, provider: str) -> Placement:
+    """Run a prompt of two tokens with the profiler on, and count the nodes that ran.
+
+    A provider that lacks a kernel leaves the node to the CPU, without a word; so it does with nodes that only compute shapes, and there it is right.
+    """
+    with TemporaryDirectory() as folder:
+        decoder = Decoder(directory, provider, profile=Path(folder) / "profile")
+        decoder.run(decoder.new_cache(1, 2), np.zeros((1, 2), np.int64))
+        events = json.loads(Path(decoder.session.end_profiling()).read_text(encoding="utf-8"))
+    nodes = {event["name"]: event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})}
+    counts = Counter((args["provider"], args["op_name"]) for args in nodes.values())
+    found: Placement = {}
+    for (where, op), count in sorted(counts.items()):
+        found.setdefault(where, {})[op] = count
+    return found
+
+
+def count_elsewhere(placement: Placement, provider: str) -> int:
+    """Nodes that did not run where they were asked to."""
+    return sum(sum(ops.values()) for where, ops in placement.items() if where != provider)

@@ -1,0 +1,56 @@
+"""What a graph computes in, read from its weights and operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from export.config import STATIC, Variant
+from export.errors import ExportError
+from export.storage import MODEL_NAME
+
+_BITS = {"MatMulNBits": "bits", "QMoE": "expert_weight_bits"}
+_DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger")
+_NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+_ACCURACY_INT8 = 4  # `accuracy_level` of MatMulNBits and QMoE: activations in 8 bits
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The variant that a package is, and whether its graph rounds what it computes with, to 16 or to 8 bits."""
+
+    variant: Variant
+    rounds_activations: bool
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether its weights are others than the checkpoint's by more than float16 rounds them."""
+        return self.variant not in ("float32", "float16")
+
+
+def find_precision(directory: Path) -> Precision:
+    """Read it from the graph, the smallest bits of any product's weights counting.
+
+    Raises:
+        ExportError: no package there.
+    """
+    path = directory / MODEL_NAME
+    if not path.is_file():
+        raise ExportError(f"{directory}: no {MODEL_NAME}; it must be a directory with an ONNX decoder")
+    graph = onnx.load(path, load_external_data=False).graph
+    attributes = [(node.op_type, {a.name: a.i for a in node.attribute}) for node in graph.node]
+    bits = [found.get(_BITS[op], 4) for op, found in attributes if op in _BITS]
+    dynamic = any(op in _DYNAMIC for op, _ in attributes)
+    static = any(op == "QuantizeLinear" for op, _ in attributes)
+    rounded = any(op in _BITS and found.get("accuracy_level") == _ACCURACY_INT8 for op, found in attributes)
+    rounded |= any(op == "QMoE" and found.get("expert_weight_bits", 4) == 8 for op, found in attributes)  # the CPU's kernel reads 8 bits
+    narrow = any(value.type.tensor_type.elem_type in _NARROW for value in graph.input)  # the cache is of the type that attention computes in
+    if bits or dynamic or static:
+        variant: Variant = "int4" if min(bits, default=8) < 8 else STATIC if static else "int8"
+        return Precision(variant, dynamic or static or rounded or narrow)
+    stored = {tensor.data_type for tensor in graph.initializer}
+    if onnx.TensorProto.BFLOAT16 in stored:
+        return Precision("bfloat16", narrow)
+    return Precision("float16", True) if narrow or onnx.TensorProto.FLOAT16 in stored else Precision("float32", False)

@@ -1,0 +1,193 @@
+"""What parity finds, as frozen records of plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Part = Literal["attention", "ffn"]
+Tier = Literal["operator", "layer", "logits", "language", "routing"]
+TIERS: tuple[Tier, ...] = ("operator", "layer", "logits", "language", "routing")
+"""From the one that says most exactly where a fault is to the one that says what it costs."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A threshold, and a sentence that says where it comes from."""
+
+    value: float
+    origin: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """Logits of one way of feeding the package, against one full forward of the twin.
+
+    `first_position`: the first token of a row, padding not counted, whose error is beyond the limit; None where none is.
+    """
+
+    name: str
+    num_tokens: int
+    max_error: float
+    mean_error: float
+    relative_error: float
+    top1_agreement: float
+    num_tie_flips: int
+    padded: bool = False
+    decoded: bool = False
+    first_position: int | None = None
+
+
+@dataclass(frozen=True)
+class MarginBin:
+    """Choices of experts, all layers together, whose margin in the reference is in [least, below): how many, and how many are the same."""
+
+    least: float
+    below: float | None
+    num_choices: int
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """The package against one torch model on held-out text.
+
+    By layer, and empty where the package does not show it: agreement of the sets of top-k experts, 1 in a layer without experts, and the relative
+    errors of the residual stream and of attention's output. The KL is told apart by whether some layer chose other experts for the token: then it
+    is `flipped`, and its KL that of another path and not of rounding.
+    """
+
+    max_error: float
+    mean_error: float
+    kl: float
+    top1_agreement: float
+    routing_agreement: tuple[float, ...]
+    hidden_error: tuple[float, ...]
+    attention_error: tuple[float, ...] = ()
+    top5_agreement: float = 1.0
+    margins: tuple[MarginBin, ...] = ()
+    flipped_share: float = 0.0
+    kl_flipped: float | None = None
+    kl_unflipped: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer over held-out text, tokens from the first near-tie flip of their row on left out: errors relative to the reference's length.
+
+    Noise is what float32 torch differs by from float64. `attention_error` is None where the package does not show attention's output.
+    """
+
+    layer: int
+    attention_error: float | None
+    hidden_error: float
+    attention_noise: float | None = None
+    hidden_noise: float | None = None
+
+
+@dataclass(frozen=True)
+class OperatorCheck:
+    """The experts of one layer on the reference's own input, so that no other layer's error is in it; errors relative, the worst token's.
+
+    `experts`: those whose every token is wrong. `factors`: the least and largest factor, where each token's output is the reference's times a
+    factor of its own and nothing else is wrong.
+    """
+
+    layer: int
+    num_tokens: int
+    router_error: float
+    output_error: float
+    router_noise: float | None = None
+    output_noise: float | None = None
+    experts: tuple[int, ...] = ()
+    factors: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class FreeRun:
+    """Greedy text that the package writes by itself, against what the reference would write.
+
+    Prefixes are the tokens before the first that differs. `largest_gap`: at that token, what the reference's logit of its own choice has above that
+    of the package's, relative to the largest logit; 0 where no row differs.
+    """
+
+    num_rows: int
+    num_tokens: int
+    shortest_prefix: int
+    mean_prefix: float
+    num_diverged: int
+    largest_gap: float
+
+
+@dataclass(frozen=True)
+class Forced:
+    """KL of the twin from the fine-tuned model where the latter's routing is forced on it, and where the twin chooses itself."""
+
+    kl: float
+    kl_free: float
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Float32 against float64 torch on this text, routers' ties left out: the largest difference of logits, relative to the largest logit.
+
+    `tie_margin`: a choice of experts by less than this, in router logits, is a near-tie.
+    """
+
+    logits: float
+    num_tokens: int
+    tie_margin: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first place, layer by layer, whose error is beyond its limit, and the first position of a row at which it is."""
+
+    layer: int
+    part: Part
+    error: float
+    limit: float
+    first_position: int | None = None
+
+
+@dataclass(frozen=True)
+class ProviderParity:
+    """All figures of one execution provider; losses and perplexities over the same held-out tokens, speeds at batch 1.
+
+    `worst_layer` is None where the package shows nothing of its layers. What was not run is a sentence that says why.
+    """
+
+    onnxruntime: str
+    checks: tuple[Check, ...]
+    twin: Agreement
+    finetuned: Agreement
+    perplexity: float
+    twin_perplexity: float
+    finetuned_perplexity: float
+    worst_layer: int | None
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    layers: tuple[LayerCheck, ...] | str = ()
+    operators: tuple[OperatorCheck, ...] | str = ()
+    free_run: FreeRun | None = None
+    forced: Forced | str = "not run"
+    noise: Noise | str = "not run"
+    limits: dict[str, Limit] = field(default_factory=dict)
+    first_divergence: Divergence | None = None
+    tiers: dict[Tier, str] = field(default_factory=dict)
+    placement: dict[str, dict[str, int]] = field(default_factory=dict)
+    num_fallback_nodes: int = 0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The outcome: figures by provider (or why it was not run), and every broken threshold in words."""
+
+    providers: dict[str, ProviderParity | str]
+    breaches: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no threshold was broken."""
+        return not self.breaches

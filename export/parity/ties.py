@@ -1,0 +1,68 @@
+"""Ties of routers: the same experts or not, by what margin, and which flips are no fault."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a tie
+_TIE_MULTIPLE = 8  # of the noise in router logits, where that is larger: two logits err, each a few times as much as torch does
+_TIE_QUANTILE = 0.99  # of the noise over tokens: the few that flipped have differences that are no noise
+EXACT_TIE = 1e-6  # router logits; below it the softmax may round two of them to one score, and then every operator has an order of its own
+MOVED = 1e-4  # relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by 1e-2 and more
+
+Routers = Sequence[torch.Tensor | None]
+
+
+def same_experts(ours: torch.Tensor, theirs: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Whether two router logits [..., E] choose the same set of top-k experts; bool [...]."""
+    a = ours.topk(top_k, dim=-1).indices.sort(-1).values
+    b = theirs.topk(top_k, dim=-1).indices.sort(-1).values
+    return (a == b).all(-1)
+
+
+def find_margin(routers: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Router logit of the last chosen expert minus that of the first one left out; infinite where all are chosen."""
+    if top_k == routers.shape[-1]:
+        return torch.full(routers.shape[:-1], math.inf, dtype=routers.dtype)
+    top = routers.topk(top_k + 1, dim=-1).values
+    return top[..., -2] - top[..., -1]
+
+
+def find_smallest_margin(routers: Routers, top_k: int) -> torch.Tensor | None:
+    """The smallest margin [B, S] among layers of router logits [B, S, E]; None where no layer has any."""
+    margins = [find_margin(layer, top_k) for layer in routers if layer is not None]
+    return torch.stack(margins).amin(0) if margins else None
+
+
+def find_flips(
+    ours: Routers, theirs: Routers, streams: Sequence[torch.Tensor], true_streams: Sequence[torch.Tensor], mask: torch.Tensor, top_k: int,
+    tie_margin: float = TIE_MARGIN,
+) -> torch.Tensor:  # fmt: skip
+    """Real tokens, bool [B, S], for which some layer chose other experts although the reference's margin there is below that of a near-tie.
+
+    Where the tie is exact, logits cannot tell which experts an operator took, and the residual stream after the layer tells.
+    """
+    flips = torch.zeros_like(mask, dtype=torch.bool)
+    for our_logits, their_logits, stream, true_stream in zip(ours, theirs, streams, true_streams, strict=True):
+        if our_logits is None or their_logits is None:
+            continue
+        margin, own_margin = (find_margin(routers, top_k) for routers in (their_logits, our_logits))
+        tied = torch.minimum(margin, own_margin) < EXACT_TIE
+        moved = (stream - true_stream).norm(dim=-1) > MOVED * true_stream.norm(dim=-1)
+        flips |= (~same_experts(our_logits, their_logits, top_k) | (tied & moved)) & (margin < tie_margin)
+    return flips & mask.bool()
+
+
+def find_tie_margin(narrow: Routers, true: Routers) -> float:
+    """The margin below which a choice of experts is a near-tie, from router logits [B, S, E] in float32 and in float64."""
+    differences = [(a - b).abs().amax(-1).flatten() for a, b in zip(narrow, true, strict=True) if a is not None and b is not None]
+    noise = max((float(layer.quantile(_TIE_QUANTILE)) for layer in differences), default=0.0)
+    return max(TIE_MARGIN, _TIE_MULTIPLE * noise)
+
+
+def before_flips(flips: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Real tokens [B, S] before the first flip of their row: those that a right package computes to within noise."""
+    return mask.bool() & (flips.cumsum(1) == 0)

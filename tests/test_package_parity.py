@@ -1,0 +1,312 @@
+"""The command `parity` and the pytest fixture judge packages of ours and of other makers."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from convert.cli import main
+from export.config import OnnxConfig, QuantizeConfig, Variant
+from export.package import write_package
+from export.parity.placement import count_elsewhere, find_placement
+from export.parity.precision import Precision, find_precision
+from export.runtime import CPU, CUDA, is_at_hand
+from export.storage import MODEL_NAME
+from export.twin import quantize_checkpoint
+from tests.conftest import MakeDense
+
+pytest_plugins = ["pytester"]
+
+ROOT = Path(__file__).parent.parent
+TEXT = ROOT / "LICENSE"
+NOT_SHOWN = {
+    "operator": "not run: the package shows no blocks of experts",
+    "layer": "not run: the package shows no hidden states",
+    "routing": "not run: the package shows no router logits",
+}
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def parity(package: Path, reference: Path, *options: object, text: Path = TEXT) -> Result:
+    arguments = ["parity", package, "--reference", reference, "--data", text, "--blocks", "4", "--block-size", "48", *options]
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+
+
+@pytest.fixture(scope="module")
+def llama(make_dense: MakeDense) -> Path:
+    """A dense Llama that onnxruntime-genai's builder and torch's exporter both take. Shared: read only."""
+    return make_dense(hidden_size=64, num_hidden_layers=1)
+
+
+def build_by_genai(checkpoint: Path, package: Path, precision: str) -> Path:
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", package, "-p", precision, "-e", "cpu"]
+    finished = subprocess.run([*map(str, command), "-c", str(package.parent / "cache")], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    return package
+
+
+@pytest.fixture(scope="module")
+def genai_package(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What onnxruntime-genai's model builder writes of it in float32. Shared: read only."""
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    return build_by_genai(llama, tmp_path_factory.mktemp("genai") / "package", "fp32")
+
+
+@pytest.fixture(scope="module")
+def own_package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture exported by ourselves in float32. Shared: read only."""
+    return export(mixture_checkpoint, tmp_path_factory.mktemp("own"), "float32")
+
+
+def export(checkpoint: Path, folder: Path, variant: Variant, activation_bits: int = 32) -> Path:
+    twin, package = folder / "twin", folder / "package"
+    twin.mkdir()
+    package.mkdir()
+    quantize_checkpoint(checkpoint, twin, variant, QuantizeConfig(method="round", block_size=16), silent)
+    write_package(twin, package, OnnxConfig(lowering="unrolled", activation_bits=activation_bits), silent)
+    return package
+
+
+def test_a_package_of_genai_s_builder_is_its_checkpoint(genai_package: Path, llama: Path, tmp_path: Path) -> None:
+    result = parity(genai_package, llama, "--no-padding", "--json", tmp_path / "parity.json")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("parity passed\n")
+    found = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))
+    assert found["passed"]
+    figures = found["providers"][CPU]
+    assert figures["tiers"] == {**NOT_SHOWN, "logits": "passed", "language": "passed"}
+    assert max(check["relative_error"] for check in figures["checks"]) < 5e-6  # float32 sums in another order
+    assert figures["perplexity"] == pytest.approx(figures["finetuned_perplexity"], rel=1e-6)
+
+
+def test_what_genai_s_builder_does_with_left_padding_is_named(genai_package: Path, llama: Path) -> None:
+    """Its graph counts the mask's ones and no more, so a row padded at its left reads the padding."""
+    result = parity(genai_package, llama)
+    assert result.exit_code == 1
+    lines = result.stderr.split("parity was broken:\n")[1].splitlines()
+    line = re.compile(rf"{CPU}: logits: .*, left padding: .* \(every row without padding is right: look at left padding, its mask and positions\)")
+    assert len(lines) == 2
+    assert all(line.fullmatch(each) for each in lines)
+
+
+def test_another_checkpoint_is_not_the_package(genai_package: Path, make_dense: MakeDense) -> None:
+    other = make_dense(hidden_size=64, num_hidden_layers=1, rope_theta=500.0)
+    result = parity(genai_package, other, "--no-padding")
+    assert result.exit_code == 1
+    assert f"{CPU}: logits: prefill, batch 1, 6 tokens: relative error" in result.stderr
+    assert "from token 1 on" in result.stderr
+
+
+def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
+    llama = ROOT / "recipes" / "models" / "python-docs-4m"  # a trained one: random weights may lose nothing
+    package = build_by_genai(llama, tmp_path / "package", "int4")
+    assert find_precision(package).variant == "int4"
+    loose = parity(package, llama, "--max-perplexity-increase", 10, "--json", tmp_path / "parity.json")
+    assert loose.exit_code == 0
+    assert loose.stdout.endswith("parity passed: where weights are rounded only the perplexity is judged, unless --twin is given\n")
+    figures = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]
+    assert figures["tiers"]["logits"] == "not judged: no checkpoint with the package's own weights was given"
+    assert figures["finetuned"]["kl"] > 1e-3
+    increase = figures["perplexity"] / figures["finetuned_perplexity"] - 1
+    assert increase > 0
+    tight = parity(package, llama, "--max-perplexity-increase", increase / 2)
+    assert tight.exit_code == 1
+    assert f"language: perplexity {figures['perplexity']:.4f} is {increase:+.2%} of the fine-tuned model's" in tight.stderr
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # the exporter's own
+def test_a_package_of_transformers_exporter_is_its_checkpoint(llama: Path, tmp_path: Path) -> None:
+    """Its names of past and present are its own; who exports a package gives them ours."""
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    from transformers.exporters.configs import OnnxConfig as ExporterConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    model = AutoModelForCausalLM.from_pretrained(llama).eval()
+    past, dynamic = DynamicCache(), torch.export.Dim.DYNAMIC
+    past.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 0)
+    inputs = {
+        "input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        "position_ids": torch.arange(5, 8).repeat(2, 1), "past_key_values": past,
+    }  # fmt: skip
+    shapes = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")}
+    shapes |= {"past_key_values": [{0: dynamic, 2: dynamic}] * 2}
+    graph = OnnxExporter().export(model, inputs, config=ExporterConfig(dynamic_shapes=shapes, opset_version=20)).program
+    for values, stem in ((graph.graph.inputs[3:], "past_key_values"), (graph.graph.outputs[1:], "present")):
+        for number, value in enumerate(values):
+            value.name = f"{stem}.{number // 2}.{('key', 'value')[number % 2]}"
+    package = tmp_path / "package"
+    package.mkdir()
+    onnx_ir.save(graph, package / MODEL_NAME)
+    model.config.save_pretrained(package)
+    result = parity(package, llama)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("parity passed\n")
+
+
+def test_our_own_package_runs_every_tier(own_package: Path, mixture_checkpoint: Path) -> None:
+    result = parity(own_package, mixture_checkpoint)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert [line.split() for line in lines if line.endswith("  passed")] == [
+        [tier, "passed"] for tier in ("operator", "layer", "logits", "language", "routing")
+    ]
+    assert lines[0].startswith(f"{CPU}, onnxruntime ")
+    assert lines[-1] == "parity passed"
+
+
+@pytest.mark.gpu
+def test_our_own_package_is_its_checkpoint_on_cuda_too(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+    if not is_at_hand(CUDA):
+        pytest.skip("no CUDA device, or no onnxruntime-gpu")
+    result = parity(own_package, mixture_checkpoint, "--json", tmp_path / "parity.json")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CUDA]
+    assert figures["limits"]["logits"]["value"] == 1e-3  # products may round to TF32
+
+
+def test_a_quantized_package_with_its_twin_is_held_to_it(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    package = export(mixture_checkpoint, tmp_path, "int8")
+    options = ("--max-perplexity-increase", 0.5, "--json", tmp_path / "parity.json")
+    assert parity(package, mixture_checkpoint, "--twin", tmp_path / "twin", *options).exit_code == 0
+    tiers = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]["tiers"]
+    assert set(tiers.values()) == {"passed"}
+
+
+@pytest.mark.parametrize(
+    ("variant", "activation_bits", "rounds"),
+    [
+        ("float32", 32, False),
+        ("bfloat16", 32, False),
+        ("float16", 32, True),
+        ("int8", 32, False),
+        ("int8", 8, True),
+        ("int4", 32, False),
+        ("int4", 8, True),
+    ],
+)
+def test_the_precision_is_read_from_the_graph(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, activation_bits: int, rounds: bool) -> None:
+    assert find_precision(export(mixture_checkpoint, tmp_path, variant, activation_bits)) == Precision(variant, rounds)
+
+
+# What a user can mend is one line.
+
+
+def refusal(result: Result) -> str:
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    return result.stderr.removeprefix("Error: ").rstrip()
+
+
+def test_a_text_that_is_not_there_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere.txt"
+    assert refusal(parity(own_package, mixture_checkpoint, text=nowhere)) == f"{nowhere}: no such file; --data must be a text file in UTF-8"
+
+
+def test_a_text_that_is_too_short_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("a few words", encoding="utf-8")
+    message = f"{short}: fewer tokens than one block of 48; give more text or a smaller block size"
+    assert refusal(parity(own_package, mixture_checkpoint, text=short)) == message
+
+
+def test_a_directory_without_a_package_or_a_checkpoint_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+    assert refusal(parity(tmp_path, mixture_checkpoint)) == f"{tmp_path}: no {MODEL_NAME}; it must be a directory with an ONNX decoder"
+    message = f"{tmp_path}: no config.json; it must be a checkpoint that transformers can load"
+    assert refusal(parity(own_package, tmp_path)) == message
+
+
+def test_other_names_of_inputs_are_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+    package = tmp_path / "package"
+    shutil.copytree(own_package, package)
+    proto = onnx.load(package / MODEL_NAME, load_external_data=False)
+    for node in proto.graph.node:
+        node.input[:] = ["tokens" if name == "input_ids" else name for name in node.input]
+    proto.graph.input[0].name = "tokens"
+    onnx.save(proto, package / MODEL_NAME)
+    message = refusal(parity(package, mixture_checkpoint))
+    assert message.startswith(f"{package / MODEL_NAME}: lacks input_ids; a decoder takes input_ids, attention_mask,")
+
+
+# Where nodes run.
+
+
+def test_nodes_left_to_the_cpu_are_counted(own_package: Path) -> None:
+    """The Azure provider is in every CPU wheel and has no kernel at all: whatever is asked of it the CPU does, without a word."""
+    found = find_placement(own_package, CPU)
+    assert set(found) == {CPU}
+    assert count_elsewhere(found, CPU) == 0
+    graph = onnx.load(own_package / MODEL_NAME, load_external_data=False).graph
+    assert found[CPU]["GroupQueryAttention"] == sum(node.op_type == "GroupQueryAttention" for node in graph.node)
+    azure = "AzureExecutionProvider"
+    if not is_at_hand(azure):
+        pytest.skip(f"{azure} is not in this onnxruntime")
+    asked = find_placement(own_package, azure)
+    assert asked == found
+    assert count_elsewhere(asked, azure) == sum(found[CPU].values())
+
+
+@pytest.mark.gpu
+def test_on_cuda_only_shapes_are_left_to_the_cpu(own_package: Path) -> None:
+    if not is_at_hand(CUDA):
+        pytest.skip("no CUDA device, or no onnxruntime-gpu")
+    found = find_placement(own_package, CUDA)
+    heavy = {"MatMul", "MoE", "GroupQueryAttention", "SkipSimplifiedLayerNormalization"}
+    assert heavy & set(found[CUDA])
+    assert not heavy & set(found.get(CPU, {}))
+
+
+# The fixture in a user's own tests.
+
+TEST_FILE = """
+def test_the_package_is_the_model(assert_parity):
+    parity = assert_parity({package!r}, reference={reference!r}, data={text!r}, block_size=48, num_blocks=3{limits})
+    assert parity.passed
+"""
+
+
+def run_user_test(pytester: pytest.Pytester, package: Path, reference: Path, limits: str = "") -> pytest.RunResult:
+    pytester.makepyfile(TEST_FILE.format(package=str(package), reference=str(reference), text=str(TEXT), limits=limits))
+    return pytester.runpytest_inprocess("-p", "no:dense2moe", "-p", "convert.pytest_plugin", "-p", "no:cacheprovider")
+
+
+def test_a_user_s_own_test_passes(pytester: pytest.Pytester, own_package: Path, mixture_checkpoint: Path) -> None:
+    run_user_test(pytester, own_package, mixture_checkpoint).assert_outcomes(passed=1)
+
+
+def test_a_user_s_own_test_fails_with_a_line_for_each_limit(pytester: pytest.Pytester, own_package: Path, mixture_checkpoint: Path) -> None:
+    result = run_user_test(pytester, own_package, mixture_checkpoint, ", noise_blocks=0, max_relative_error=1e-9")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [f"{own_package} is not {mixture_checkpoint}:", f"{CPU}: operator: layer 0, router logits *", f"{CPU}: logits: prefill*"]
+    )
+
+
+def test_pytest_finds_the_fixture_by_its_entry_point() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["entry-points"]["pytest11"] == {"dense2moe": "convert.pytest_plugin"}
+    import convert.pytest_plugin
+
+    assert hasattr(convert.pytest_plugin, "assert_parity")
+
+
+def test_the_plugin_costs_no_slow_import() -> None:
+    script = "import sys, convert.pytest_plugin; print([name for name in ('torch', 'transformers', 'onnxruntime') if name in sys.modules])"
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert finished.stdout == "[]\n"
