@@ -87,34 +87,46 @@ def quantize_gptq(
             w[:, column:stop] -= error * factor[column, column:stop]
             errors[:, column - start] = error[:, 0]
         w[:, stop:] -= errors @ factor[start:stop, stop:]
+    row_unit = torch.ldexp(
+        torch.ones(rows, 1), torch.frexp(target.abs().amax(1, keepdim=True)).exponent - 1
+    )  # no square overflows, and none vanishes
     for _ in range(passes):
-        _descend(target, h, integers, scales, zeros, bits, scale_type)
+        _descend(target, h, integers, scales, zeros, row_unit, bits, scale_type)
     return encode(integers.view(rows, blocks, block_size), scales, zeros, bits, zero_points)
 
 
 def _descend(
-    w: torch.Tensor, h: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, scale_type: torch.dtype
-) -> None:
-    """One pass over all scales [N, blocks, 1] and then all columns of integers [N, K], both changed in place, for weights w and damped moments h."""
+    w: torch.Tensor, h: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, unit: torch.Tensor, bits: int,
+    scale_type: torch.dtype,
+) -> None:  # fmt: skip
+    """One pass over all scales [N, blocks, 1] and then all columns of integers [N, K], both changed in place, for weights w and damped moments h.
+
+    It computes in each row's `unit` [N, 1], a power of two. A value that is not finite there, as beside a scale that is none, is not taken.
+    """
     rows, padded = w.shape
     block_size = padded // scales.shape[1]
-    slope = (w - integers * scales[..., 0].repeat_interleave(block_size, 1)) @ h  # the loss falls by twice this when a dequantized weight rises
+    own_scales = scales[..., 0] / unit
+    slope = (w / unit - integers * own_scales.repeat_interleave(block_size, 1)) @ h  # the loss falls by twice this when a dequantized weight rises
     for number in range(scales.shape[1]):
         block = slice(number * block_size, (number + 1) * block_size)
         own = integers[:, block]
         bent = own @ h[block]
         square = (bent[:, block] * own).sum(1)
         step = torch.where(square > 0, (slope[:, block] * own).sum(1) / square.clamp(min=1e-30), torch.zeros(()))
-        best = (scales[:, number, 0] + step).to(scale_type).to(torch.float32)
-        slope -= (best - scales[:, number, 0])[:, None] * bent
-        scales[:, number, 0] = best
+        old = own_scales[:, number]
+        best = ((old + step) * unit[:, 0]).to(scale_type).to(torch.float32) / unit[:, 0]
+        best = torch.where(torch.isfinite(best), best, old)
+        slope -= (best - old)[:, None] * bent
+        own_scales[:, number] = best
+    scales[..., 0] = torch.where(torch.isfinite(own_scales), own_scales * unit, scales[..., 0])
     for start in range(0, padded, _LAZY_COLUMNS):
         stop = min(start + _LAZY_COLUMNS, padded)
         near, moved = slope[:, start:stop].clone(), torch.zeros(rows, stop - start)
         for column in range(start, stop):
-            scale, zero = scales[:, column // block_size], zeros[:, column // block_size]
+            scale, zero = own_scales[:, column // block_size, None], zeros[:, column // block_size]
             own = integers[:, column : column + 1]
             best = round_to(own * scale + near[:, column - start, None] / h[column, column], scale, zero, bits)
+            best = torch.where(torch.isfinite(best), best, own)
             moved[:, column - start] = ((best - own) * scale)[:, 0]
             integers[:, column] = best[:, 0]
             near -= moved[:, column - start, None] * h[column, start:stop]

@@ -363,7 +363,7 @@ def test_one_large_weight_beside_tiny_ones_costs_the_tiny_ones_alone() -> None:
 def test_weights_that_are_not_finite_are_refused(value: float, bits: int, method: Method) -> None:
     weight = torch.zeros(3, 5)
     weight[1, 2] = value
-    message = "weight (3, 5) and moments (5, 5) must be finite and fit each other" if method is by_gptq else NO_MATRIX.format((3, 5))
+    message = "weight (3, 5) must be finite, and 5 wide as its moments" if method is by_gptq else NO_MATRIX.format((3, 5))
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         method(weight, bits, 16, False)
 
