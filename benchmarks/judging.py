@@ -96,9 +96,10 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
 class Judge:
     """Compares models with the float32 package on held-out blocks [N, S]; the float32 one is run once."""
 
-    def __init__(self, floats: Path, blocks: torch.Tensor) -> None:
+    def __init__(self, floats: Path, blocks: torch.Tensor, num_threads: int) -> None:
+        self.num_threads = num_threads
         self.batches = blocks.split(4)
-        decoder = Decoder(floats, taps=True)
+        decoder = Decoder(floats, taps=True, num_threads=num_threads)
         self.top_k: int = decoder.config["num_experts_per_tok"]
         self.expected = [run(decoder, ids) for ids in self.batches]
         self.loss = float(torch.cat([next_losses(log_p, ids) for (log_p, _), ids in zip(self.expected, self.batches, strict=True)]).mean())
@@ -114,7 +115,7 @@ class Judge:
 
     def compare_package(self, package: Path, folder: Path, num_bytes: int | None = None) -> Outcome:
         """By its routing too. `folder` is to be made, and worked in; the bytes are the package's own if not given."""
-        decoder, forced = Decoder(package, taps=True), Decoder(force_routers(package, folder))
+        decoder, forced = (Decoder(path, taps=True, num_threads=self.num_threads) for path in (package, force_routers(package, folder)))
         found = [run(decoder, ids) for ids in self.batches]
         same = torch.cat([self._same(routers, own) for (_, routers), (_, own) in zip(found, self.expected, strict=True)], dim=1)  # [L, N * S]
         kl = torch.cat([divergence(log_p, log_q) for (log_q, _), (log_p, _) in zip(found, self.expected, strict=True)])

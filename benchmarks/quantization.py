@@ -1,9 +1,9 @@
 """What rounding costs: perplexity and routing of a fine-tuned mixture under every method of ours, and under the quantizers of others.
 
     python benchmarks/quantization.py [--model embedded|stories260k|wikitext] [--data DIRECTORY] [--cache DIRECTORY] [--bits 4 8] [--block-size 32]
-        [--blocks 64] [--llama-cpp PYTHON] [--gptqmodel PYTHON] [--markdown]
+        [--blocks 64] [--threads N] [--llama-cpp PYTHON] [--gptqmodel PYTHON] [--markdown]
 
-Three mixtures, each fine-tuned by a recipe once and kept in the cache:
+Three mixtures, each fine-tuned by a recipe once and kept in the cache, as are all outcomes, so that a killed benchmark goes on where it was:
 
 - embedded: the quickstart's.
 - stories260k: the Llama of 260 k parameters in `--data` and TinyStories, by the quickstart's recipe. No block divides its FFN width of 172.
@@ -23,13 +23,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ from rivals import FOUR_BITS_ALONE, ONNXRUNTIME, OTHERS, mean_squares, run_other
 from ruamel.yaml import YAML
 from transformers.utils import logging
 
+from convert.artifact import code_digest
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.twin import quantize_checkpoint
@@ -105,52 +109,87 @@ def choose_evenly(blocks: torch.Tensor, count: int) -> torch.Tensor:
     return blocks[torch.arange(count) * len(blocks) // count]
 
 
-def measure(
-    mixture: Path, calibration: torch.Tensor, test: torch.Tensor, folder: Path, arguments: argparse.Namespace
-) -> Iterator[tuple[int, str, Outcome | str]]:
-    """Every method with every number of bits, float32 first; token ids are [N, S]."""
-    settings = {"block_size": arguments.block_size, "attention_bits": "variant", "embedding_bits": 16}
-    floats = write_ours(mixture, folder / "float32", 32, QuantizeConfig(**settings))
-    judge = Judge(floats, test)
-    yield 32, "float32", judge.compare_package(floats, folder / "float32 forced")
-    for bits in arguments.bits:
-        for name, fields in OURS.items():
-            package = write_ours(mixture, folder / f"{bits} {name}", bits, QuantizeConfig(**{**settings, **fields}), calibration)
-            yield bits, name, judge.compare_package(package, folder / f"{bits} {name} forced")
-        for name, algorithm in ONNXRUNTIME.items():
-            if bits == 8 and name in FOUR_BITS_ALONE:
-                yield bits, name, "4 bits alone"
-                continue
-            made = folder / f"{bits} {name}"
-            write_onnxruntime(floats, made, bits, arguments.block_size, algorithm(bits, arguments.block_size), calibration)
-            yield bits, name, judge.compare_package(made, folder / f"{bits} {name} forced")
-        yield from measure_others(mixture, floats, folder, bits, arguments, judge, calibration, test)
+class Bench:
+    """One mixture and its text, blocks [N, S] to calibrate on and to judge by. Outcomes are kept as they come."""
 
+    def __init__(self, mixture: Path, data: Path, folder: Path, arguments: argparse.Namespace) -> None:
+        train, self.test = read_blocks(data, "train"), choose_evenly(read_blocks(data, "test"), arguments.blocks)
+        self.calibration = choose_evenly(train, QuantizeConfig().calibration_tokens // train.shape[1])
+        self.mixture, self.folder, self.arguments = mixture, folder, arguments
+        self.settings = {"block_size": arguments.block_size, "attention_bits": "variant", "embedding_bits": 16}
+        self.kept = mixture.parent.parent / "outcomes"
+        self.kept.mkdir(exist_ok=True)
+        beside = (Path(__file__).resolve().with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("judging", "rivals", "quantizers"))
+        self.code = (code_digest("export"), *beside)
 
-def measure_others(
-    mixture: Path, floats: Path, folder: Path, bits: int, arguments: argparse.Namespace, judge: Judge, calibration: torch.Tensor, test: torch.Tensor
-) -> Iterator[tuple[int, str, Outcome | str]]:
-    """The quantizers whose Python was given; of llama.cpp its weights, and its engine on them."""
-    inputs = {name: folder / f"{name}.npy" for name in ("calibration", "held-out")} | {"importance": folder / "importance.npz"}
-    if not inputs["importance"].exists():
-        np.save(inputs["calibration"], calibration.numpy())
-        np.save(inputs["held-out"], test.numpy())
-        np.savez(inputs["importance"], **mean_squares(floats, folder / "importance", calibration))
-    for name, other in OTHERS.items():
-        python = getattr(arguments, other.python)
-        if bits not in other.bits or python is None:
-            continue
-        made = folder / f"{bits} {name}"
-        facts = run_other(other, python, mixture, made, bits, arguments.block_size, inputs)
+    @cached_property
+    def floats(self) -> Path:
+        return write_ours(self.mixture, self.folder / "float32", 32, QuantizeConfig(**self.settings))
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.floats, self.test, self.arguments.threads)
+
+    def measure(self) -> Iterator[tuple[int, str, Outcome | str]]:
+        """Every method with every number of bits, float32 first."""
+        yield from self.remember(32, "float32", None, lambda folder: [("float32", self.judge.compare_package(self.floats, folder))])
+        for bits in self.arguments.bits:
+            for name, fields in OURS.items():
+                config = QuantizeConfig(**{**self.settings, **fields})
+                yield from self.remember(bits, name, config, lambda folder, b=bits, n=name, c=config: self.try_ours(b, n, c, folder))
+            for name in ONNXRUNTIME:
+                yield from self.remember(bits, name, ort.__version__, lambda folder, b=bits, n=name: self.try_onnxruntime(b, n, folder))
+            for name, other in OTHERS.items():
+                if bits in other.bits and (python := getattr(self.arguments, other.python)) is not None:
+                    yield from self.remember(bits, name, python, lambda folder, b=bits, n=name: self.try_other(b, n, folder))
+
+    def remember(
+        self, bits: int, name: str, what: object, attempt: Callable[[Path], list[tuple[str, Outcome | str]]]
+    ) -> Iterator[tuple[int, str, Outcome | str]]:
+        """The outcomes of one method, from the cache if the same was tried with the same code; what failed is tried anew."""
+        key = repr((what, self.settings, self.code, self.mixture.name, len(self.test)))
+        path = self.kept / f"{bits} {name.replace('/', ' ')} {hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        if path.exists():
+            found = [(label, Outcome(**fields)) for label, fields in json.loads(path.read_text(encoding="utf-8"))]
+        else:
+            found = attempt(self.folder / f"{bits} {name} judged")
+            if all(isinstance(outcome, Outcome) for _, outcome in found):
+                path.write_text(json.dumps([(label, asdict(outcome)) for label, outcome in found]), encoding="utf-8")
+        yield from ((bits, label, outcome) for label, outcome in found)
+
+    def try_ours(self, bits: int, name: str, config: QuantizeConfig, folder: Path) -> list[tuple[str, Outcome | str]]:
+        package = write_ours(self.mixture, self.folder / f"{bits} {name}", bits, config, self.calibration)
+        return [(name, self.judge.compare_package(package, folder))]
+
+    def try_onnxruntime(self, bits: int, name: str, folder: Path) -> list[tuple[str, Outcome | str]]:
+        if bits == 8 and name in FOUR_BITS_ALONE:
+            return [(name, "4 bits alone")]
+        size = self.arguments.block_size
+        package = write_onnxruntime(self.floats, self.folder / f"{bits} {name}", bits, size, ONNXRUNTIME[name](bits, size), self.calibration)
+        return [(name, self.judge.compare_package(package, folder))]
+
+    @cached_property
+    def inputs(self) -> dict[str, Path]:
+        """The files that the quantizers of others read."""
+        paths = {name: self.folder / name for name in ("calibration.npy", "held-out.npy", "importance.npz")}
+        np.save(paths["calibration.npy"], self.calibration.numpy())
+        np.save(paths["held-out.npy"], self.test.numpy())
+        np.savez(paths["importance.npz"], **mean_squares(self.floats, self.folder / "importance", self.calibration))
+        return {name.split(".")[0]: path for name, path in paths.items()}
+
+    def try_other(self, bits: int, name: str, folder: Path) -> list[tuple[str, Outcome | str]]:
+        """Of llama.cpp its weights, as all others' are judged, and its engine on them."""
+        other, made, arguments = OTHERS[name], self.folder / f"{bits} {name}", self.arguments
+        facts = run_other(other, getattr(arguments, other.python), self.mixture, made, bits, arguments.block_size, arguments.threads, self.inputs)
         if isinstance(facts, str):
-            yield bits, name, facts
-            continue
-        package = write_ours(made, folder / f"{bits} {name} package", 32, QuantizeConfig())
+            return [(name, facts)]
+        package = write_ours(made, self.folder / f"{bits} {name} package", 32, QuantizeConfig())
         label = f"{name} ({', '.join(facts['kinds'])})" if len(facts["kinds"]) > 1 else name
-        yield bits, label, judge.compare_package(package, folder / f"{bits} {name} forced", facts["num_bytes"])
+        found: list[tuple[str, Outcome | str]] = [(label, self.judge.compare_package(package, folder, facts["num_bytes"]))]
         if (made / "logits.npy").exists():
-            logits = torch.from_numpy(np.load(made / "logits.npy"))
-            yield bits, f"{name}, its engine", judge.compare([part.log_softmax(-1) for part in logits.split(4)], facts["num_bytes"])
+            logits = torch.from_numpy(np.load(made / "logits.npy")).log_softmax(-1)
+            found.append((f"{name}, its engine", self.judge.compare(list(logits.split(4)), facts["num_bytes"])))
+        return found
 
 
 def format_rows(outcomes: Outcomes) -> list[list[str]]:
@@ -205,10 +244,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("embedded", "stories260k", "wikitext"), default="embedded")
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="directory of stories260k, tinystories and wikitext-2")
-    parser.add_argument("--cache", type=Path, default=Path("runs/quantization"), help="where the mixtures are kept")
+    parser.add_argument("--cache", type=Path, default=Path("runs/quantization"), help="where mixtures and outcomes are kept")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
     parser.add_argument("--block-size", type=int, default=32, choices=(16, 32, 64, 128))
     parser.add_argument("--blocks", type=int, default=64, help="held-out blocks")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--llama-cpp", type=Path, help="a Python with llama-cpp-python, gguf and safetensors")
     parser.add_argument("--gptqmodel", type=Path, help="a Python with gptqmodel")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
@@ -216,14 +256,13 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     mixture, data = fine_tune(arguments.model, arguments.data.resolve(), (arguments.cache / arguments.model).resolve())
-    train, test = read_blocks(data, "train"), choose_evenly(read_blocks(data, "test"), arguments.blocks)
-    calibration = choose_evenly(train, QuantizeConfig().calibration_tokens // train.shape[1])
     outcomes: Outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for bits, name, found in measure(mixture, calibration, test, Path(scratch), arguments):
+        bench = Bench(mixture, data, Path(scratch), arguments)
+        for bits, name, found in bench.measure():
             outcomes[bits, name] = found
-            print(f"{bits} {name}: {found if isinstance(found, str) else f'{np.exp(found.loss):.4f}'}", file=sys.stderr)
-    title = f"{arguments.model}, {datetime.date.today()}, {test.numel():,} held-out tokens, blocks of {arguments.block_size}, "
+            print(f"{bits} {name}: {found if isinstance(found, str) else f'{np.exp(found.loss):.4f}'}", file=sys.stderr, flush=True)
+    title = f"{arguments.model}, {datetime.date.today()}, {bench.test.numel():,} held-out tokens, blocks of {arguments.block_size}, "
     title += f"onnxruntime {ort.__version__}, {os.cpu_count()} cores, {platform.machine()}"
     print_table(title, format_rows(outcomes), arguments.markdown)
     print("\n".join(judge_targets(outcomes)))

@@ -54,14 +54,17 @@ OTHERS = {
 
 
 def write_onnxruntime(floats: Path, folder: Path, bits: int, block_size: int, algorithm: Any, calibration: torch.Tensor) -> Path:
-    """The float32 package with its matrices quantized by onnxruntime; by its GPTQ if there is no algorithm."""
+    """The float32 package with its matrices quantized by onnxruntime; by its GPTQ if there is no algorithm.
+
+    That runs the whole model for every input of a matrix, so it is given a quarter of the text.
+    """
     copy(floats, folder, MODEL_NAME, DATA_NAME)
     model = onnx.load(floats / MODEL_NAME)
     chosen = {node.name for node in products(model, "MatMul")}
     kept = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name not in chosen]
     if algorithm is None:
         plan = dict.fromkeys(kept, "fp32") | {name: {"bits": bits, "group_size": block_size, "scheme": "asym"} for name in chosen}
-        quantized = gptq_quantize(model, ((feeds(model, ids), None) for ids in calibration.split(32)), plan, n_samples=-1, accuracy_level=1)
+        quantized = gptq_quantize(model, ((feeds(model, ids), None) for ids in calibration[::4].split(32)), plan, n_samples=-1, accuracy_level=1)
     else:
         quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=block_size, accuracy_level=1, nodes_to_exclude=kept, algo_config=algorithm)
         quantizer.process()
@@ -104,10 +107,13 @@ def mean_squares(floats: Path, folder: Path, calibration: torch.Tensor) -> dict[
     return found
 
 
-def run_other(other: Other, python: Path, mixture: Path, folder: Path, bits: int, block_size: int, inputs: dict[str, Path]) -> dict[str, Any] | str:
+def run_other(
+    other: Other, python: Path, mixture: Path, folder: Path, bits: int, block_size: int, threads: int, inputs: dict[str, Path]
+) -> dict[str, Any] | str:
     """Quantize in a process of its own into `folder`, where a checkpoint is then; returns its facts, or the last thing that it said."""
-    command: list[str | Path] = [python, Path(__file__).resolve().with_name("quantizers.py"), other.name, mixture, folder]
-    command += ["--bits", str(bits), "--block-size", str(block_size), *(part for name, path in inputs.items() for part in (f"--{name}", path))]
+    settings = {"bits": bits, "block-size": block_size, "threads": threads, **inputs}
+    command = [python, Path(__file__).resolve().with_name("quantizers.py"), other.name, mixture, folder]
+    command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         return (done.stdout.strip() or "nothing said").splitlines()[-1]
