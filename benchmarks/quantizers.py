@@ -105,12 +105,13 @@ def run_llama_cpp(kind: str, arguments: argparse.Namespace) -> None:
 
 def run_gptqmodel(arguments: argparse.Namespace) -> None:
     """GPTQ by GPTQModel on the CPU, symmetric, inputs in their own order; read back from the integers of its file."""
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it refuses to start with the one that it takes on two cores
+    os.environ |= {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}  # it refuses to start with the one of two cores; and no compiler
+    import torch
     from gptqmodel import GPTQModel, QuantizeConfig
-    from safetensors.numpy import load_file
+    from safetensors.torch import load_file
 
     settings = QuantizeConfig(bits=arguments.bits, group_size=arguments.block_size, sym=True, desc_act=False)
-    model = GPTQModel.load(str(arguments.checkpoint), settings, device="cpu")
+    model = GPTQModel.load(str(arguments.checkpoint), settings, device="cpu", dtype=torch.float32)
     text = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in np.load(arguments.calibration).tolist()]
     model.quantize(text, batch_size=8)
     packed = arguments.output / "packed"
@@ -120,9 +121,11 @@ def run_gptqmodel(arguments: argparse.Namespace) -> None:
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
         words, scales, groups = (tensors[f"{name}.{part}"] for part in ("qweight", "scales", "g_idx"))  # [I / 8 or 4, O], [groups, O], [I]
         shifts = np.arange(0, 32, arguments.bits, dtype=np.uint32)[None, :, None]
-        codes = (words.view(np.uint32)[:, None] >> shifts & (2**arguments.bits - 1)).reshape(-1, words.shape[1]).astype(np.float32)
-        weight = (codes - 2 ** (arguments.bits - 1)) * scales.astype(np.float32)[groups]
-        weights[f"{name.replace('.mlp.experts.', '.block_sparse_moe.experts.')}.weight"] = weight.T
+        codes = (words.numpy().view(np.uint32)[:, None] >> shifts & (2**arguments.bits - 1)).reshape(-1, words.shape[1]).astype(np.float32)
+        weight = (codes - 2 ** (arguments.bits - 1)) * scales.float().numpy()[groups.numpy()]
+        for theirs, ours in {".mlp.experts.": ".block_sparse_moe.experts.", ".gate_proj": ".w1", ".down_proj": ".w2", ".up_proj": ".w3"}.items():
+            name = name.replace(theirs, ours)
+        weights[f"{name}.weight"] = weight.T
         num_bytes += words.nbytes + scales.nbytes  # no zero points, since all are the middle
     facts = {"version": f"gptqmodel {importlib.metadata.version('gptqmodel')}", "num_bytes": num_bytes, "kinds": ["symmetric"]}
     write_checkpoint(arguments.checkpoint, arguments.output, weights, facts)
