@@ -165,7 +165,7 @@ class Bench:
         if bits == 8 and name in FOUR_BITS_ALONE:
             return [(name, "4 bits alone")]
         size = self.arguments.block_size
-        package = write_onnxruntime(self.floats, self.folder / f"{bits} {name}", bits, size, ONNXRUNTIME[name](bits, size), self.calibration)
+        package = write_onnxruntime(self.floats, self.folder / f"{bits} {name}", bits, size, ONNXRUNTIME[name](bits, size))
         return [(name, self.judge.compare_package(package, folder))]
 
     @cached_property

@@ -1,4 +1,8 @@
-"""The quantizers of others in benchmarks/quantization.py: onnxruntime's own on our float32 package, and those of `quantizers.py`."""
+"""The quantizers of others in benchmarks/quantization.py: onnxruntime's own on our float32 package, and those of `quantizers.py`.
+
+onnxruntime's GPTQ is left out: that of 1.32.0 takes the upper triangle of its factor and reads the lower one, so that no weight makes up for another,
+and its integers are those of "onnxruntime, zero points".
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,6 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     KQuantWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
 )
-from onnxruntime.quantization.neural_compressor import gptq_quantize
 
 from export.storage import DATA_NAME, MODEL_NAME
 
@@ -29,9 +32,8 @@ ONNXRUNTIME: dict[str, Callable[[int, int], Any]] = {
     "onnxruntime, zero points": lambda bits, block: DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=False, bits=bits),
     "onnxruntime, k-quant": lambda bits, block: KQuantWeightOnlyQuantConfig(),
     "onnxruntime, HQQ": lambda bits, block: HQQWeightOnlyQuantConfig(block_size=block, bits=bits, axis=1),
-    "onnxruntime, GPTQ": lambda bits, block: None,  # of Intel's neural-compressor; with zero points, its default
 }
-FOUR_BITS_ALONE = ("onnxruntime, k-quant", "onnxruntime, HQQ", "onnxruntime, GPTQ")
+FOUR_BITS_ALONE = ("onnxruntime, k-quant", "onnxruntime, HQQ")
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,15 @@ OTHERS = {
 }
 
 
-def write_onnxruntime(floats: Path, folder: Path, bits: int, block_size: int, algorithm: Any, calibration: torch.Tensor) -> Path:
-    """The float32 package with its matrices quantized by onnxruntime; by its GPTQ if there is no algorithm.
-
-    That runs the whole model for every input of a matrix, so it is given a quarter of the text.
-    """
+def write_onnxruntime(floats: Path, folder: Path, bits: int, block_size: int, algorithm: Any) -> Path:
+    """The float32 package with its matrices quantized by onnxruntime."""
     copy(floats, folder, MODEL_NAME, DATA_NAME)
     model = onnx.load(floats / MODEL_NAME)
     chosen = {node.name for node in products(model, "MatMul")}
     kept = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name not in chosen]
-    if algorithm is None:
-        plan = dict.fromkeys(kept, "fp32") | {name: {"bits": bits, "group_size": block_size, "scheme": "asym"} for name in chosen}
-        quantized = gptq_quantize(model, ((feeds(model, ids), None) for ids in calibration[::4].split(32)), plan, n_samples=-1, accuracy_level=1)
-    else:
-        quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=block_size, accuracy_level=1, nodes_to_exclude=kept, algo_config=algorithm)
-        quantizer.process()
-        quantized = quantizer.model
-    quantized.save_model_to_file(str(folder / MODEL_NAME), use_external_data_format=True)
+    quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=block_size, accuracy_level=1, nodes_to_exclude=kept, algo_config=algorithm)
+    quantizer.process()
+    quantizer.model.save_model_to_file(str(folder / MODEL_NAME), use_external_data_format=True)
     found = onnx.load(folder / MODEL_NAME, load_external_data=False)
     assert len(list(products(found, "MatMulNBits"))) == len(chosen), "all are quantized"
     return folder
