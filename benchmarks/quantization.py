@@ -57,7 +57,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROUNDING, DEFAULT = "rounding", "GPTQ"
 OURS: dict[str, dict[str, Any]] = {
     ROUNDING: {"method": "round"}, "searched scales": {"method": "search"}, DEFAULT: {"method": "gptq"},
+    "searched scales, zero points": {"method": "search", "zero_points": True}, "GPTQ, zero points": {"method": "gptq", "zero_points": True},
     "GPTQ, all experts see all tokens": {"method": "gptq", "calibrate_all_experts": True},
+    "GPTQ + router correction": {"method": "gptq", "correct_routers": True},
+    "AWQ + searched scales": {"method": "search", "input_scaling": "awq"}, "AWQ + GPTQ": {"method": "gptq", "input_scaling": "awq"},
     "GPTQ, blocks of 64": {"method": "gptq", "block_size": 64},  # the size of llama.cpp's formats, whose scales have 16 bits
 }  # fmt: skip
 VARIANTS: dict[int, Variant] = {4: "int4", 8: "int8", 32: "float32"}
