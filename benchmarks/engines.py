@@ -281,7 +281,8 @@ def make_gguf(checkpoint: Path, output: Path, kind: str) -> None:
     size = config.get("head_dim") or hidden // heads
     add("token_embd.weight", lambda: read("model.embed_tokens.weight"), (vocabulary, hidden))
     add("output_norm.weight", lambda: read("model.norm.weight"), (hidden,), False)
-    add("output.weight", lambda: read("lm_head.weight"), (vocabulary, hidden))
+    head = "lm_head.weight" if "lm_head.weight" in files else "model.embed_tokens.weight"
+    add("output.weight", lambda: read(head), (vocabulary, hidden))
     for layer in range(config["num_hidden_layers"]):
         block, p = f"blk.{layer}", f"model.layers.{layer}"
         a, m = f"{p}.self_attn", f"{p}.block_sparse_moe"

@@ -73,6 +73,17 @@ WAYS = {
 
 
 @dataclass(frozen=True)
+class Pretraining:
+    """Sizes of the Llama and of its tokenizer, and how it is trained; a step is 16 blocks."""
+
+    vocab_size: int = 2048
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    steps: int = 1500
+    autocast: bool = False  # products in bfloat16
+
+
+@dataclass(frozen=True)
 class Setting:
     """A dense model, its text, and how long and fast all are trained."""
 
@@ -91,15 +102,23 @@ def embedded_setting() -> Setting:
 
 
 def wikitext_setting(text: Path, cache: Path) -> Setting:
+    data = wikitext_data(text)
+    return Setting(wikitext_dense(text, cache / "wikitext-dense", Pretraining()), data, settings(300, 16, 1e-3))
+
+
+def wikitext_data(text: Path) -> DataConfig:
     source = TextData(kind="text", train=(str(text / "train.txt"),), validation=(str(text / "valid.txt"),), test=(str(text / "test.txt"),))
-    data = DataConfig(source=source, block_size=128, max_validation_tokens=16_384, max_test_tokens=65_536)
-    dense = cache / "wikitext-dense"
+    return DataConfig(source=source, block_size=128, max_validation_tokens=16_384, max_test_tokens=65_536)
+
+
+def wikitext_dense(text: Path, dense: Path, pretraining: Pretraining) -> Path:
+    """The directory `dense`, with the dense model that is trained on WikiText-2 unless it is there."""
     if not dense.is_dir():
-        fresh = cache / "wikitext-dense.partial"
+        fresh = dense.with_name(f"{dense.name}.partial")
         shutil.rmtree(fresh, ignore_errors=True)
-        pretrain(text / "train.txt", data, fresh)
+        pretrain(text / "train.txt", wikitext_data(text), fresh, pretraining)
         fresh.rename(dense)
-    return Setting(dense, data, settings(300, 16, 1e-3))
+    return dense
 
 
 def settings(steps: int, batch_size: int, rate: float) -> FinetuneConfig:
@@ -108,21 +127,21 @@ def settings(steps: int, batch_size: int, rate: float) -> FinetuneConfig:
     )
 
 
-def pretrain(train: Path, data: DataConfig, output: Path, steps: int = 1500, batch_size: int = 16, rate: float = 2e-3) -> None:
+def pretrain(train: Path, data: DataConfig, output: Path, how: Pretraining, batch_size: int = 16, rate: float = 2e-3) -> None:
     """A byte-level BPE and a Llama, both from WikiText-2's training text alone."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=2048, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=how.vocab_size, special_tokens=["<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     bpe.train([str(train)], trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=2048, hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
-            max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
+            vocab_size=how.vocab_size, hidden_size=how.hidden_size, intermediate_size=how.intermediate_size, num_hidden_layers=4,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0,
         )
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
@@ -130,11 +149,13 @@ def pretrain(train: Path, data: DataConfig, output: Path, steps: int = 1500, bat
         prepare_data(Path(name), Path(name), data, ROOT, quiet)
         blocks = read_blocks(Path(name), "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    for step, places in enumerate(draw_order(len(blocks), steps * batch_size, 0).split(batch_size)):
+    for step, places in enumerate(draw_order(len(blocks), how.steps * batch_size, 0).split(batch_size)):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min((step + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+            group["lr"] = rate * min((step + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * step / how.steps)) / 2)
         batch = blocks[places]
-        loss = next_token_loss(model(input_ids=batch).logits, batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how.autocast):
+            logits = model(input_ids=batch).logits
+        loss = next_token_loss(logits.float(), batch)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

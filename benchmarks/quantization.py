@@ -1,223 +1,274 @@
-"""What rounding costs: perplexity and routing of a fine-tuned mixture under every method of ours, and under those of onnxruntime's own quantizer.
+"""What rounding costs: perplexity and routing of a fine-tuned mixture under every method of ours, and under the quantizers of others.
 
-    python benchmarks/quantization.py [--bits 4 8] [--block-size 32] [--blocks 64] [--cache DIRECTORY]
-        [--checkpoint DIRECTORY --text FILE --held-out FILE [--separator TEXT]]
+    python benchmarks/quantization.py [--model embedded|stories260k|wikitext] [--data DIRECTORY] [--cache DIRECTORY] [--bits 4 8] [--block-size 32]
+        [--blocks 64] [--threads N] [--llama-cpp PYTHON] [--gptqmodel PYTHON] [--markdown]
 
-The mixture is the quickstart's, fine-tuned by its recipe; with `--checkpoint` the recipe runs on another dense model and its text. All
-methods quantize the same matrices, those of experts and attention, in blocks of the same size; router, embedding and head stay in float32. The rivals
-of onnxruntime quantize the float32 package that we wrote. Products read activations in float32, so that the weights alone make the difference.
-Against float32 on held-out text: perplexity, KL, tokens whose most likely successor is the same, and tokens that meet the same experts in every
-layer; and the KL of those that do and of those that do not. `rounding` is what the others are measured by: its loss above float32's is 1.
+Three mixtures, each fine-tuned by a recipe once and kept in the cache, as are all outcomes, so that a killed benchmark goes on where it was:
+
+- embedded: the quickstart's.
+- stories260k: the Llama of 260 k parameters in `--data` and TinyStories, by the quickstart's recipe. No block divides its FFN width of 172.
+- wikitext: 14 M parameters, 8 experts of which 2 are chosen, from a Llama that is trained here on WikiText-2 in `--data`.
+
+All methods quantize the same matrices, those of experts and attention, in blocks of the same size; router, embedding and head stay in float32.
+Products read activations in float32, so that the weights alone make the difference; only llama.cpp's engine rounds them to 8 bits. Quantizers of this
+environment rewrite the float32 package that we wrote (`rivals.py`); the others, each in a Python of its own (`quantizers.py`), write a checkpoint of
+what their integers stand for, which is exported in float32. All that calibrate read the same tokens.
+
+Against float32 on held-out text: perplexity, with the standard error over blocks of its increase; KL in nats; tokens whose most likely successor is
+the same; tokens that meet the same experts in the worst layer, in the mean of all, and in every one; the KL of those that do in every one, of the
+others, and of all tokens when every router's logits are float32's. `rounding` is what the others are measured by: its loss above float32's is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
-from onnxruntime.quantization.matmul_nbits_quantizer import (
-    DefaultWeightOnlyQuantConfig,
-    HQQWeightOnlyQuantConfig,
-    KQuantWeightOnlyQuantConfig,
-    MatMulNBitsQuantizer,
-)
+from judging import Judge, Outcome
+from quality import Pretraining, wikitext_data, wikitext_dense
 from rich.console import Console
 from rich.table import Table
+from rivals import FOUR_BITS_ALONE, ONNXRUNTIME, OTHERS, mean_squares, run_other, write_onnxruntime
+from ruamel.yaml import YAML
 from transformers.utils import logging
 
-from export.config import OnnxConfig, QuantizeConfig
+from convert.artifact import code_digest
+from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
-from export.parity import same_experts
-from export.runtime import ROUTER_LOGITS, Decoder
-from export.storage import DATA_NAME, MODEL_NAME
 from export.twin import quantize_checkpoint
 from upcycle.data import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
+ROUNDING, DEFAULT = "rounding", "GPTQ"
 OURS: dict[str, dict[str, Any]] = {
-    "rounding": {"method": "round"}, "searched scales": {"method": "search"}, "GPTQ": {"method": "gptq"},
+    ROUNDING: {"method": "round"}, "searched scales": {"method": "search"}, DEFAULT: {"method": "gptq"},
     "searched scales, zero points": {"method": "search", "zero_points": True}, "GPTQ, zero points": {"method": "gptq", "zero_points": True},
     "GPTQ, all experts see all tokens": {"method": "gptq", "calibrate_all_experts": True},
     "GPTQ + router correction": {"method": "gptq", "correct_routers": True},
     "AWQ + searched scales": {"method": "search", "input_scaling": "awq"}, "AWQ + GPTQ": {"method": "gptq", "input_scaling": "awq"},
+    "GPTQ, blocks of 64": {"method": "gptq", "block_size": 64},  # the size of llama.cpp's formats, whose scales have 16 bits
 }  # fmt: skip
-RIVALS: dict[str, Callable[[int, int], Any]] = {
-    "onnxruntime, symmetric": lambda bits, block: DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits),
-    "onnxruntime, zero points": lambda bits, block: DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=False, bits=bits),
-    "onnxruntime, k-quant": lambda bits, block: KQuantWeightOnlyQuantConfig(),
-    "onnxruntime, HQQ": lambda bits, block: HQQWeightOnlyQuantConfig(block_size=block, bits=bits, axis=1),
-}
-FOUR_BITS_ALONE = ("onnxruntime, k-quant", "onnxruntime, HQQ")
+VARIANTS: dict[int, Variant] = {4: "int4", 8: "int8", 32: "float32"}
+TARGETS = {8: 0.001, 4: 0.015}  # the largest increase of perplexity by the default method
+SHARE_OF_ROUNDING = 2 / 3  # the largest part of rounding's loss that it may have with 4 bits
+HEADINGS = (
+    "bits", "method", "perplexity", "loss", "KL", "top-1", "routing: worst", "mean", "all", "KL same", "KL flipped", "KL forced", "MB", "bits/weight"
+)  # fmt: skip
+Outcomes = dict[tuple[int, str], Outcome | str]
+"""By bits and method; in words why there is none."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One package against the float32 one, over the same tokens; losses in nats, shares of tokens."""
-
-    loss: float
-    kl: float
-    top1: float
-    routing: float
-    kl_same: float
-    kl_flipped: float
-    num_bytes: int
-
-
-def fine_tune(checkpoint: Path | None, text: dict[str, Any], cache: Path) -> tuple[Path, Path]:
+def fine_tune(model: str, data: Path, cache: Path) -> tuple[Path, Path]:
     """Run the recipe up to fine-tuning, or find that done; returns the directories of the mixture and of its data."""
     recipe = ROOT / "recipes" / "quickstart.yaml"
     cache.mkdir(parents=True, exist_ok=True)
-    if checkpoint is not None:
-        lines = recipe.read_text(encoding="utf-8").replace("models/python-docs-4m", str(checkpoint.resolve()))
+    if model != "embedded":
+        settings = YAML(typ="safe").load(recipe)
+        if model == "stories260k":
+            files = {split: [str(data / "tinystories" / f"{name}.txt")] for split, name in (("train", "train"), ("test", "validation"))}
+            settings["source"] = str(data / "stories260k")
+            settings["data"]["source"] = {"kind": "text", **files, "separator": "<|endoftext|>"}
+        else:
+            text = data / "wikitext-2"
+            dense = wikitext_dense(text, cache / "dense", Pretraining(vocab_size=4096, hidden_size=256, intermediate_size=512, autocast=True))
+            settings |= {"source": str(dense), "data": wikitext_data(text).model_dump(mode="json", exclude_none=True)}
+            settings["upcycle"] |= {"num_experts": 8, "experts": {"noise": 0.1}}
+            settings["finetune"] |= {"steps": 240, "eval_steps": 120, "learning_rate": 1e-3, "control": False}
         recipe = cache / "recipe.yaml"
-        recipe.write_text(lines.replace("{kind: python-docs}", json.dumps({"kind": "text", **text})), encoding="utf-8")
+        recipe.write_text(json.dumps(settings, indent=2), encoding="utf-8")
     command = [sys.executable, "-m", "convert", "run", str(recipe), "--until", "finetune", "--workdir", str(cache / "run")]
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=sys.stderr)
     artifacts = json.loads((cache / "run" / "run.json").read_text(encoding="utf-8"))["artifacts"]
     return cache / "run" / artifacts["finetune"], cache / "run" / artifacts["data"]
 
 
-def write_ours(mixture: Path, folder: Path, bits: int, config: QuantizeConfig, blocks: torch.Tensor) -> Path:
+def write_ours(mixture: Path, folder: Path, bits: int, config: QuantizeConfig, blocks: torch.Tensor | None = None) -> Path:
     """The package of one of our methods."""
     twin, package = folder / "twin", folder / "package"
     for path in (twin, package):
         path.mkdir(parents=True)
-    quantize_checkpoint(mixture, twin, {4: "int4", 8: "int8", 32: "float32"}[bits], config, lambda *_: None, blocks=blocks)
+    quantize_checkpoint(mixture, twin, VARIANTS[bits], config, lambda *_: None, blocks=blocks)
     write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), lambda *_: None)
     return package
 
 
-def write_rival(floats: Path, folder: Path, bits: int, block_size: int, algorithm: Any) -> Path:
-    """The float32 package with every matrix but the routers and the head quantized by onnxruntime."""
-    folder.mkdir(parents=True)
-    for path in floats.iterdir():
-        if path.name not in (MODEL_NAME, DATA_NAME):
-            (folder / path.name).symlink_to(path)
-    model = onnx.load(floats / MODEL_NAME)
-    constants = {tensor.name for tensor in model.graph.initializer}
-    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in constants]
-    kept = [node.name for node in model.graph.node if node.op_type == "MatMul" and node not in products]
-    kept += [node.name for node in products if node.output[0].startswith((ROUTER_LOGITS, "logits"))]
-    quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=block_size, accuracy_level=1, nodes_to_exclude=kept, algo_config=algorithm)
-    quantizer.process()
-    quantizer.model.save_model_to_file(str(folder / MODEL_NAME), use_external_data_format=True)
-    found = [node for node in onnx.load(folder / MODEL_NAME, load_external_data=False).graph.node if node.op_type == "MatMulNBits"]
-    assert len(found) == len(products) - sum(node.output[0].startswith((ROUTER_LOGITS, "logits")) for node in products), "all are quantized"
-    return folder
+def choose_evenly(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    count = min(count, len(blocks))
+    return blocks[torch.arange(count) * len(blocks) // count]
 
 
-def weight_bytes(package: Path) -> int:
-    """Bytes of what products multiply with, embedding, head and routers left out."""
-    model = onnx.load(package / MODEL_NAME)
-    sizes = {tensor.name: len(tensor.raw_data) for tensor in model.graph.initializer}
-    kinds = {node.output[0]: node for node in model.graph.node if node.op_type in ("MatMul", "MatMulNBits")}
-    chosen = [node for name, node in kinds.items() if not name.startswith((ROUTER_LOGITS, "logits"))]
-    return sum(sizes.get(name, 0) for node in chosen for name in node.input[1:])
+class Bench:
+    """One mixture and its text, blocks [N, S] to calibrate on and to judge by. Outcomes are kept as they come."""
+
+    def __init__(self, mixture: Path, data: Path, folder: Path, arguments: argparse.Namespace) -> None:
+        train, self.test = read_blocks(data, "train"), choose_evenly(read_blocks(data, "test"), arguments.blocks)
+        self.calibration = choose_evenly(train, QuantizeConfig().calibration_tokens // train.shape[1])
+        self.mixture, self.folder, self.arguments = mixture, folder, arguments
+        self.settings = {"block_size": arguments.block_size, "attention_bits": "variant", "embedding_bits": 16}
+        self.kept = mixture.parent.parent / "outcomes"
+        self.kept.mkdir(exist_ok=True)
+        beside = (Path(__file__).resolve().with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("judging", "rivals", "quantizers"))
+        self.code = (code_digest("export"), *beside)
+
+    @cached_property
+    def floats(self) -> Path:
+        return write_ours(self.mixture, self.folder / "float32", 32, QuantizeConfig(**self.settings))
+
+    @cached_property
+    def judge(self) -> Judge:
+        return Judge(self.floats, self.test, self.arguments.threads)
+
+    def measure(self) -> Iterator[tuple[int, str, Outcome | str]]:
+        """Every method with every number of bits, float32 first."""
+        yield from self.remember(32, "float32", None, lambda folder: [("float32", self.judge.compare_package(self.floats, folder))])
+        for bits in self.arguments.bits:
+            for name, fields in OURS.items():
+                config = QuantizeConfig(**{**self.settings, **fields})
+                yield from self.remember(bits, name, config, lambda folder, b=bits, n=name, c=config: self.try_ours(b, n, c, folder))
+            for name in ONNXRUNTIME:
+                yield from self.remember(bits, name, ort.__version__, lambda folder, b=bits, n=name: self.try_onnxruntime(b, n, folder))
+            for name, other in OTHERS.items():
+                if bits in other.bits and (python := getattr(self.arguments, other.python)) is not None:
+                    yield from self.remember(bits, name, python, lambda folder, b=bits, n=name: self.try_other(b, n, folder))
+
+    def remember(
+        self, bits: int, name: str, what: object, attempt: Callable[[Path], list[tuple[str, Outcome | str]]]
+    ) -> Iterator[tuple[int, str, Outcome | str]]:
+        """The outcomes of one method, from the cache if the same was tried with the same code; what failed is tried anew."""
+        key = repr((what, self.settings, self.code, self.mixture.name, len(self.test)))
+        path = self.kept / f"{bits} {name.replace('/', ' ')} {hashlib.sha256(key.encode()).hexdigest()[:12]}.json"
+        if path.exists():
+            found = [(label, Outcome(**fields)) for label, fields in json.loads(path.read_text(encoding="utf-8"))]
+        else:
+            found = attempt(self.folder / f"{bits} {name} judged")
+            if all(isinstance(outcome, Outcome) for _, outcome in found):
+                path.write_text(json.dumps([(label, asdict(outcome)) for label, outcome in found]), encoding="utf-8")
+        yield from ((bits, label, outcome) for label, outcome in found)
+
+    def try_ours(self, bits: int, name: str, config: QuantizeConfig, folder: Path) -> list[tuple[str, Outcome | str]]:
+        package = write_ours(self.mixture, self.folder / f"{bits} {name}", bits, config, self.calibration)
+        return [(name, self.judge.compare_package(package, folder))]
+
+    def try_onnxruntime(self, bits: int, name: str, folder: Path) -> list[tuple[str, Outcome | str]]:
+        if bits == 8 and name in FOUR_BITS_ALONE:
+            return [(name, "4 bits alone")]
+        size = self.arguments.block_size
+        package = write_onnxruntime(self.floats, self.folder / f"{bits} {name}", bits, size, ONNXRUNTIME[name](bits, size))
+        return [(name, self.judge.compare_package(package, folder))]
+
+    @cached_property
+    def inputs(self) -> dict[str, Path]:
+        """The files that the quantizers of others read."""
+        paths = {name: self.folder / name for name in ("calibration.npy", "held-out.npy", "importance.npz")}
+        np.save(paths["calibration.npy"], self.calibration.numpy())
+        np.save(paths["held-out.npy"], self.test.numpy())
+        np.savez(paths["importance.npz"], **mean_squares(self.floats, self.folder / "importance", self.calibration))
+        return {name.split(".")[0]: path for name, path in paths.items()}
+
+    def try_other(self, bits: int, name: str, folder: Path) -> list[tuple[str, Outcome | str]]:
+        """Of llama.cpp its weights, as all others' are judged, and its engine on them."""
+        other, made, arguments = OTHERS[name], self.folder / f"{bits} {name}", self.arguments
+        facts = run_other(other, getattr(arguments, other.python), self.mixture, made, bits, arguments.block_size, arguments.threads, self.inputs)
+        if isinstance(facts, str):
+            return [(name, facts)]
+        package = write_ours(made, self.folder / f"{bits} {name} package", 32, QuantizeConfig())
+        label = f"{name} ({', '.join(facts['kinds'])})" if len(facts["kinds"]) > 1 else name
+        found: list[tuple[str, Outcome | str]] = [(label, self.judge.compare_package(package, folder, facts["num_bytes"]))]
+        if (made / "logits.npy").exists():
+            logits = torch.from_numpy(np.load(made / "logits.npy")).log_softmax(-1)
+            found.append((f"{name}, its engine", self.judge.compare(list(logits.split(4)), facts["num_bytes"])))
+        return found
 
 
-def run(decoder: Decoder, ids: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Log probabilities [B, S, V], and router logits [B, S, E] of each layer with experts."""
-    found = decoder.run(decoder.new_cache(*ids.shape), ids.numpy())
-    routers = [torch.from_numpy(np.array(found[name])).reshape(*ids.shape, -1) for name in decoder.taps if name.startswith(ROUTER_LOGITS)]
-    return torch.from_numpy(np.array(found["logits"])).log_softmax(-1), routers
+def format_rows(outcomes: Outcomes) -> list[list[str]]:
+    base = outcomes[32, "float32"]
+    assert isinstance(base, Outcome)
+    rows = []
+    for (bits, name), found in outcomes.items():
+        if isinstance(found, str):
+            rows.append([str(bits), f"{name}: {found}", *[""] * (len(HEADINGS) - 2)])
+            continue
+        perplexity, share = f"{np.exp(found.loss):.3f}", ""
+        rounding = outcomes.get((bits, ROUNDING))
+        if isinstance(rounding, Outcome):
+            perplexity += f" ({np.expm1(found.loss - base.loss):+.2%} ± {found.increase_error:.2%})"
+            share = f"{(found.loss - base.loss) / (rounding.loss - base.loss):.2f}"
+        layers = found.routing
+        routing = [None] * 3 if layers is None else [min(layers), sum(layers) / len(layers), found.same]
+        row = [str(bits), name, perplexity, share, f"{found.kl:.1e}", f"{found.top1:.2%}"]
+        row += ["—" if value is None else f"{value:.2%}" for value in routing]
+        row += ["—" if value is None else f"{value:.1e}" for value in (found.kl_same, found.kl_flipped, found.kl_forced)]
+        rows.append([*row, f"{found.num_bytes / 1e6:.2f}", f"{32 * found.num_bytes / base.num_bytes:.2f}"])
+    return rows
 
 
-def compare(package: Path, floats: Path, blocks: torch.Tensor) -> Outcome:
-    """The package against the float32 one on blocks [N, S]."""
-    decoder, reference = Decoder(package, taps=True), Decoder(floats, taps=True)
-    top_k = reference.config["num_experts_per_tok"]
-    kls, sames, top1s, losses = [], [], [], []
-    for ids in blocks.split(4):
-        (log_q, routers), (log_p, own_routers) = run(decoder, ids), run(reference, ids)
-        kls.append((log_p.exp() * (log_p - log_q)).sum(-1).flatten())
-        top1s.append((log_p.argmax(-1) == log_q.argmax(-1)).flatten().float())
-        sames.append(torch.stack([same_experts(a, b, top_k) for a, b in zip(routers, own_routers, strict=True)]).all(0).flatten())
-        losses.append(-log_q[:, :-1].gather(-1, ids[:, 1:, None]).flatten())
-    kl, same = torch.cat(kls), torch.cat(sames)
-    halves = [float(kl[chosen].mean()) if chosen.any() else 0.0 for chosen in (same, ~same)]
-    return Outcome(
-        float(torch.cat(losses).mean()), float(kl.mean()), float(torch.cat(top1s).mean()), float(same.float().mean()), *halves, weight_bytes(package)
-    )
+def judge_targets(outcomes: Outcomes) -> Iterator[str]:
+    base = outcomes[32, "float32"]
+    for bits, limit in TARGETS.items():
+        found, rounding = outcomes.get((bits, DEFAULT)), outcomes.get((bits, ROUNDING))
+        if isinstance(base, Outcome) and isinstance(found, Outcome) and isinstance(rounding, Outcome):
+            increase = float(np.expm1(found.loss - base.loss))
+            yield f"int{bits}: {increase:+.3%} by {DEFAULT}, at most {limit:.1%} wanted: {'met' if increase <= limit else 'MISSED'}"
+            if bits == 4:
+                share = (found.loss - base.loss) / (rounding.loss - base.loss)
+                verdict = "met" if share <= SHARE_OF_ROUNDING else "MISSED"
+                yield f"int4: {share:.2f} of rounding's loss, at most {SHARE_OF_ROUNDING:.2f} wanted: {verdict}"
+
+
+def print_table(title: str, rows: list[list[str]], markdown: bool) -> None:
+    if markdown:
+        print(f"{title}\n\n| {' | '.join(HEADINGS)} |\n|--:|---|{'--:|' * (len(HEADINGS) - 2)}")
+        print("\n".join(f"| {' | '.join(row)} |" for row in rows))
+        return
+    table = Table(title=title)
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=220).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--text", type=Path)
-    parser.add_argument("--held-out", type=Path)
-    parser.add_argument("--separator")
-    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--model", choices=("embedded", "stories260k", "wikitext"), default="embedded")
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data", help="directory of stories260k, tinystories and wikitext-2")
+    parser.add_argument("--cache", type=Path, default=Path("runs/quantization"), help="where mixtures and outcomes are kept")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 8], choices=(4, 8))
     parser.add_argument("--block-size", type=int, default=32, choices=(16, 32, 64, 128))
-    parser.add_argument("--blocks", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=64, help="held-out blocks")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--llama-cpp", type=Path, help="a Python with llama-cpp-python, gguf and safetensors")
+    parser.add_argument("--gptqmodel", type=Path, help="a Python with gptqmodel")
+    parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     arguments = parser.parse_args()
-    given = (arguments.checkpoint, arguments.text, arguments.held_out)
-    if any(given) and not all(given):
-        parser.error("--checkpoint, --text and --held-out go together")
-    text: dict[str, Any] = {}
-    if all(given):
-        text = {"train": [str(arguments.text.resolve())], "test": [str(arguments.held_out.resolve())]}
-        text |= {"separator": arguments.separator} if arguments.separator else {}
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    mixture, data = fine_tune(arguments.model, arguments.data.resolve(), (arguments.cache / arguments.model).resolve())
+    outcomes: Outcomes = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        mixture, data = fine_tune(arguments.checkpoint, text, (arguments.cache or folder / "cache").resolve())
-        train, test = read_blocks(data, "train"), read_blocks(data, "test")
-        count = min(arguments.blocks, len(test))
-        test = test[torch.arange(count) * len(test) // count]
-        settings = {"block_size": arguments.block_size, "attention_bits": "variant", "embedding_bits": 16}
-        floats = write_ours(mixture, folder / "float32", 32, QuantizeConfig(**settings), train)
-        outcomes: dict[tuple[int, str], Outcome | str] = {(32, "float32"): compare(floats, floats, test)}
-        for bits in arguments.bits:
-            for name, fields in OURS.items():
-                package = write_ours(mixture, folder / f"{bits} {name}", bits, QuantizeConfig(**settings, **fields), train)
-                outcomes[bits, name] = compare(package, floats, test)
-            for name, algorithm in RIVALS.items():
-                if bits == 8 and name in FOUR_BITS_ALONE:
-                    outcomes[bits, name] = "4 bits alone"
-                    continue
-                package = write_rival(floats, folder / f"{bits} {name}", bits, arguments.block_size, algorithm(bits, arguments.block_size))
-                outcomes[bits, name] = compare(package, floats, test)
-    print_table(outcomes, test.numel(), arguments.block_size)
-
-
-def print_table(outcomes: dict[tuple[int, str], Outcome | str], num_tokens: int, block_size: int) -> None:
-    title = (
-        f"{datetime.date.today()}, {num_tokens:,} held-out tokens, blocks of {block_size}, onnxruntime {ort.__version__}, {os.cpu_count()} cores, "
-        f"{platform.machine()}"
-    )
-    table = Table(title=title)
-    for heading in ("bits", "method", "perplexity", "loss of rounding's", "KL", "top-1", "same experts", "KL same", "KL flipped", "MB"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    base = outcomes[32, "float32"]
-    assert isinstance(base, Outcome)
-    for (bits, name), found in outcomes.items():
-        if isinstance(found, str):
-            table.add_row(str(bits), name, found)
-            continue
-        rounding = outcomes.get((bits, "rounding"))
-        share = f"{(found.loss - base.loss) / (rounding.loss - base.loss):.2f}" if isinstance(rounding, Outcome) else ""
-        change = f"{np.exp(found.loss):.4f} ({np.expm1(found.loss - base.loss):+.2%})"
-        table.add_row(
-            str(bits), name, change, share, f"{found.kl:.2e}", f"{found.top1:.2%}", f"{found.routing:.2%}", f"{found.kl_same:.2e}",
-            f"{found.kl_flipped:.2e}", f"{found.num_bytes / 1e6:.2f}",
-        )  # fmt: skip
-    Console(width=150).print(table)
+        bench = Bench(mixture, data, Path(scratch), arguments)
+        for bits, name, found in bench.measure():
+            outcomes[bits, name] = found
+            print(f"{bits} {name}: {found if isinstance(found, str) else f'{np.exp(found.loss):.4f}'}", file=sys.stderr, flush=True)
+    title = f"{arguments.model}, {datetime.date.today()}, {bench.test.numel():,} held-out tokens, blocks of {arguments.block_size}, "
+    title += f"onnxruntime {ort.__version__}, {os.cpu_count()} cores, {platform.machine()}"
+    print_table(title, format_rows(outcomes), arguments.markdown)
+    print("\n".join(judge_targets(outcomes)))
 
 
 if __name__ == "__main__":
