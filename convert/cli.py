@@ -1,4 +1,4 @@
-"""The command line: check, plan, run, show, verify, generate, parity, schema."""
+"""The command line: check, plan, run, show, compare, package, verify, generate, parity, bench, schema."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -230,6 +231,66 @@ def generate(
     for number, (text, start, row) in enumerate(zip(texts, ids, zip(*steps, strict=True), strict=True), 1):
         click.echo(f"== {number} of {len(texts)}")
         click.echo(text + "".join(_decode_stream(tokenizer, start, (token for token in row if token is not None and token not in stop))))
+
+
+class _Counts(click.ParamType):
+    """Whole numbers from 1 on, divided by commas."""
+
+    name = "integers"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        if isinstance(value, tuple):
+            return value
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+            self.fail(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4", param, ctx)
+        return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@main.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--batch", "batches", type=_Counts(), default="1,4", show_default=True, help="Prompts at once.")
+@click.option("--prompt", "prompts", type=_Counts(), default="64,256", show_default=True, help="Tokens of a prompt.")
+@click.option("--new", "num_new", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens decoded after it.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that are timed, after one that is not.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run it.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="Threads of onnxruntime; 0 is its own choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: every round, the machine, the versions.")
+@_mendable
+def bench(
+    directory: Path,
+    variant: str | None,
+    batches: tuple[int, ...],
+    prompts: tuple[int, ...],
+    num_new: int,
+    rounds: int,
+    provider: Any,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decode of the ONNX model in ARTIFACT, a package or a work directory.
+
+    Every batch with every prompt, in turn in each round; medians and spread, memory, and the machine. The package may be of other makers, if its
+    inputs and outputs have our names: input_ids, attention_mask, past_key_values.N.key, present.N.key, logits.
+    """
+    from convert.progress import ProgressDisplay
+
+    with uncollected_imports():
+        from convert.bench import bench_lines, bench_package, bench_table
+        from export.speed import Load
+
+    package = _find_package(directory, variant)
+    loads = [Load(batch, prompt, num_new) for batch in batches for prompt in prompts]
+    with ProgressDisplay() as display:
+        found = bench_package(package, loads, provider, threads, rounds, display.stage("bench"))
+        display.finish("bench")
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    _console().print(bench_table(found))
+    for line in bench_lines(found):
+        click.echo(line)
 
 
 @main.command()

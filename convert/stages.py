@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from glob import glob
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from convert.errors import RecipeError
+from convert.machine import describe_machine, versions
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
 from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations
@@ -36,7 +36,6 @@ from upcycle.training import HISTORY_NAME, check_finetune, finetune
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
-_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -371,7 +370,7 @@ def run_report(job: Job) -> Facts:
         "seed": job.recipe.seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": describe_machine(),
         "recipe": job.preparation.loaded.text,
         "keys": dict(job.keys),
         "variants": {},
@@ -385,25 +384,6 @@ def run_report(job: Job) -> Facts:
     history = [json.loads(line) for line in (job.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()]
     write_report({**facts, "finetune": {**facts["finetune"], "history": history}}, job.output)
     return facts
-
-
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the interpreter and of every package that bears on the figures."""
-    found = {"python": platform.python_version(), "dense2moe": version("dense2moe")}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _jsonable(facts: Any) -> Facts:
