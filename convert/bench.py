@@ -75,7 +75,7 @@ def bench_package(package: Path, loads: Sequence[Load], device: Device, num_thre
         load_seconds=seconds,
         idle_bytes=idle,
         loaded_bytes=loaded,
-        peak_bytes=peak_resident_bytes(),
+        peak_bytes=max(peak_resident_bytes(), loaded, idle),
         loads=tuple(_describe(found) for found in times),
         machine=describe_machine(),
         versions=versions(),

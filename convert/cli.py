@@ -158,6 +158,33 @@ def show(directory: Path) -> None:
 
 
 @main.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
+@click.option("--variant", help="Which ONNX model [default: its first].")
+@_mendable
+def package(directory: Path, output: Path, variant: str | None) -> None:
+    """Copy an ONNX model out of RUN, a work directory, into a new DIRECTORY that is ready for the hub.
+
+    It holds the package, its model card (README.md with the hub's metadata: figures, the verdict of parity, how to run it, recipe, provenance) and
+    the report. The run must have come to its report, which writes the cards; artifacts stay as they are.
+    """
+    from convert.artifact import open_artifact
+    from convert.release import gather_package
+
+    state = _read_run(directory)
+    found = _find_package(directory, variant)
+    label = next(label for label, name in state["artifacts"].items() if label.startswith("onnx-") and directory / name == found)
+    if "report" not in state["artifacts"]:
+        raise click.ClickException(f"{directory}: the run has no report yet; finish it with `dense2moe run`")
+    report = open_artifact(directory / state["artifacts"]["report"])
+    variant = label.removeprefix("onnx-")
+    names = gather_package(open_artifact(found), report, variant, output)
+    click.echo(f"{output}: {variant}, {len(names)} files: {', '.join(names)}")
+    if not report.facts["variants"][variant]["parity"]["passed"]:
+        click.echo("parity was broken; the card says so at its head", err=True)
+
+
+@main.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @_mendable
 def verify(directory: Path) -> None:
@@ -233,25 +260,19 @@ def generate(
         click.echo(text + "".join(_decode_stream(tokenizer, start, (token for token in row if token is not None and token not in stop))))
 
 
-class _Counts(click.ParamType):
-    """Whole numbers from 1 on, divided by commas."""
-
-    name = "integers"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-            self.fail(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4", param, ctx)
-        return tuple(dict.fromkeys(int(part) for part in parts))
+def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, divided by commas, each once."""
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 @main.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
-@click.option("--batch", "batches", type=_Counts(), default="1,4", show_default=True, help="Prompts at once.")
-@click.option("--prompt", "prompts", type=_Counts(), default="64,256", show_default=True, help="Tokens of a prompt.")
+@click.option("--batch", "batches", callback=_parse_counts, default="1,4", show_default=True, help="Prompts at once.")
+@click.option("--prompt", "prompts", callback=_parse_counts, default="64,256", show_default=True, help="Tokens of a prompt.")
 @click.option("--new", "num_new", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens decoded after it.")
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that are timed, after one that is not.")
 @click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run it.")

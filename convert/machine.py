@@ -46,8 +46,11 @@ def resident_bytes() -> int:
 
 
 def peak_resident_bytes() -> int:
-    """The most memory of this process that ever was resident; getrusage(2) counts in kibibytes, but in bytes on macOS."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """The most memory of this process that ever was resident.
+
+    getrusage(2) counts in kibibytes, but in bytes on macOS, and lags a little behind what is resident now.
+    """
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), resident_bytes())
 
 
 def _processor() -> str:

@@ -458,7 +458,10 @@ def _speed_picture(rows: Sequence[Row]) -> Picture:
         name = max(exports, key=lambda n: exports[n])
         caption = f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the fine-tuned model in torch, on the same machine."
     return Picture(
-        "Tokens per second", _svg(figure, "speed"), "Bar chart: decoding and prefill speed of each model; torch models have no prefill figure.", caption
+        "Tokens per second",
+        _svg(figure, "speed"),
+        "Bar chart: decoding and prefill speed of each model; torch models have no prefill figure.",
+        caption,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,7 @@ def _provider_tables(found: dict[str, Any]) -> Iterator[tuple[str | None, Grid]]
 
 
 def _agreements(found: dict[str, Any]) -> Grid:
-    columns = (
+    columns: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("max error", lambda a: format_error(a["max_error"])),
         ("mean error", lambda a: format_error(a["mean_error"])),
         ("KL, nats", lambda a: format_error(a["kl"])),

@@ -93,9 +93,17 @@ def open_browser(executable: str, profile: Path) -> Iterator[Page]:
         os.dup2(their_read, 3)
         os.dup2(their_write, 4)
 
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars", "--no-first-run", "--disable-extensions"]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--hide-scrollbars",
+        "--no-first-run",
+        "--disable-extensions",
+    ]
     command = [executable, *options, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-    process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: PLW1509
+    process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.close(their_read)
     os.close(their_write)
     try:
