@@ -108,7 +108,7 @@ def bench_lines(bench: Bench) -> list[str]:
         f"medians of {bench.num_rounds} rounds after one to warm up, the slowest and the fastest round in brackets.",
         f"Memory: {format_size(bench.idle_bytes)} before loading, {format_size(bench.loaded_bytes)} after, {format_size(bench.peak_bytes)} "
         f"at the peak; loaded in {bench.load_seconds:.2f} s.",
-        f"Machine: {machine['processor']}, {machine['cores']} cores, {format_size(machine['memory_bytes'])}, {machine['system']}.",
+        f"Machine: {machine.processor}, {machine.cores} cores, {format_size(machine.memory_bytes)}, {machine.system}.",
     ]
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from convert.numerals import format_count
+from convert.page import load_template
 from convert.summary import COLUMNS, find_measured, judge, row_cells, summarize
 from convert.tables import tier_table
 
@@ -42,12 +41,10 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
     model came from the hub.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)  # noqa: S701, Markdown
-    template = environment.from_string(files(__package__).joinpath(_TEMPLATE_NAME).read_text(encoding="utf-8"))
     found = facts["variants"][variant]
     rows = [row for row in summarize(facts) if row.passed is None or row.name == f"ONNX {variant}"]
     others = {f"ONNX {name}:" for name in facts["variants"] if name != variant}
-    text = template.render(
+    text = load_template(_TEMPLATE_NAME).render(
         metadata=_metadata(facts, variant),
         facts=facts,
         variant=variant,

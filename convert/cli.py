@@ -158,6 +158,37 @@ def show(directory: Path) -> None:
 
 
 @main.command()
+@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--html", "output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the comparison as one page.")
+@_mendable
+def compare(first: Path, second: Path, output: Path | None) -> None:
+    """Set two runs, work directories, side by side: what differs in their recipes, all figures with their ratios, and the verdicts of parity."""
+    from convert.artifact import open_artifact
+    from convert.comparison import compare_runs, comparison_tables, write_comparison
+
+    states = [_read_run(directory) for directory in (first, second)]
+    for directory, state in zip((first, second), states, strict=True):
+        if "report" not in state["artifacts"]:
+            raise click.ClickException(f"{directory}: the run has no report yet; finish it with `dense2moe run`")
+    names = [str(state["name"]) for state in states]
+    if names[0] == names[1]:
+        names = [str(first), str(second)]
+    reports = [open_artifact(directory / state["artifacts"]["report"]).facts for directory, state in zip((first, second), states, strict=True)]
+    found = compare_runs(reports[0], reports[1], (names[0], names[1]))
+    for table in comparison_tables(found):
+        _console().print(table)
+    for note in found.notes:
+        click.echo(note)
+    if output is not None:
+        try:
+            write_comparison(found, output)
+        except OSError as error:
+            raise click.ClickException(f"{output}: cannot be written ({error.strerror}); give another --html") from error
+        click.echo(f"comparison: {output}")
+
+
+@main.command()
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
 @click.option("--variant", help="Which ONNX model [default: its first].")
@@ -376,8 +407,15 @@ def parity(
 
 
 @main.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+@click.option("--report", is_flag=True, help="That of report.json instead.")
+def schema(report: bool) -> None:
+    """Print the JSON schema of recipes, for editors, or of the reports' JSON."""
+    if report:
+        with uncollected_imports():
+            from convert.facts import report_schema
+
+        click.echo(json.dumps(report_schema(), indent=2))
+        return
     from convert.recipe import schema as recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=2))

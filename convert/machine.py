@@ -6,16 +6,17 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypedDict
 
 import psutil
 
 _PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
-class Machine(TypedDict):
+@dataclass(frozen=True)
+class Machine:
     """What a run's figures were measured on."""
 
     processor: str
@@ -26,7 +27,7 @@ class Machine(TypedDict):
 
 def describe_machine() -> Machine:
     """This machine."""
-    return {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform(), "memory_bytes": psutil.virtual_memory().total}
+    return Machine(_processor(), os.cpu_count(), platform.platform(), psutil.virtual_memory().total)
 
 
 def versions() -> dict[str, str]:

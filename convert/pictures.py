@@ -442,7 +442,7 @@ def _speed_picture(rows: Sequence[Row]) -> Picture:
         axes.barh(range(len(rows)), shown, height=0.72, color=[color if row.passed is not None else _GREY for row in rows])
         for place, speed in enumerate(speeds):
             if speed is not None:
-                axes.text(shown[place], place, f" {format_rounded(speed)}", va="center", fontsize=7.5)
+                axes.annotate(format_rounded(speed), (shown[place], place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
         axes.set_xlim(0, 1.35 * max(shown, default=0.0) or 1.0)
         axes.set_xlabel(label)
         axes.xaxis.set_major_locator(MaxNLocator(3))

@@ -11,13 +11,11 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from convert.numerals import agree, format_count, format_perplexity, format_size
+from convert.page import load_template
 from convert.pictures import draw_pictures
 from convert.summary import COLUMNS, Row, find_measured, judge, row_cells, summarize
 from convert.tables import JSON_NAME, Grid, build_table, parity_sections, provenance_sections, receipt_table, tier_table, timing_table, trained_table
@@ -29,14 +27,15 @@ _TEMPLATE_NAME = "report.html.j2"
 def write_report(facts: dict[str, Any], output: Path) -> None:
     """Write `report.html` and `report.json` into the directory `output`.
 
-    The page needs no other file and no network. The JSON is the facts and, under "summary", the rows of `summarize`; its keys are sorted, and a
-    number that JSON lacks is the string "NaN", "Infinity" or "-Infinity".
+    The page needs no other file and no network. The JSON is the facts, under "summary" the rows of `summarize` and under "verdicts" the findings of
+    `judge`; its keys are sorted, and a number that JSON lacks is the string "NaN", "Infinity" or "-Infinity". `convert/facts.py` has its schema.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     output.mkdir(parents=True, exist_ok=True)
-    document = _strict({**facts, "summary": [asdict(row) for row in summarize(facts)]})
+    judged = {"summary": [asdict(row) for row in summarize(facts)], "verdicts": [asdict(verdict) for verdict in judge(facts)]}
+    document = _strict({**facts, **judged})
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (output / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     (output / HTML_NAME).write_text(_page(facts), encoding="utf-8")
@@ -57,10 +56,8 @@ def _strict(value: Any) -> Any:
 
 
 def _page(facts: dict[str, Any]) -> str:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath(_TEMPLATE_NAME).read_text(encoding="utf-8"))
     rows = summarize(facts)
-    return template.render(
+    return load_template(_TEMPLATE_NAME).render(
         facts=facts,
         badge=_badge(rows),
         verdicts=list(judge(facts)),

@@ -377,7 +377,7 @@ def run_report(job: Job) -> Facts:
         "seed": job.recipe.seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": describe_machine(),
+        "machine": asdict(describe_machine()),
         "recipe": job.preparation.loaded.text,
         "keys": dict(job.keys),
         "digests": {label: _digests(job.inputs[label]) for label in job.inputs if label == "source" or label.startswith("onnx-")},

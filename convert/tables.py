@@ -26,7 +26,7 @@ JSON_NAME = "report.json"
 
 @dataclass(frozen=True)
 class Grid:
-    """A table of the page, its cells already text; columns in which every cell is a number align right."""
+    """A table of the page, its cells already text; columns in which every cell is a number align right, but for the first, which names the row."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -34,7 +34,8 @@ class Grid:
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold numbers alone."""
-        return tuple(all(re.match(rf"[<>−-]?\d|NaN|∞|{NONE}", row[n]) for row in self.rows) for n in range(len(self.headers)))
+        number = re.compile(rf"[<>−-]?\d[\d.,e-]*( \S+)?|NaN|−?∞|{NONE}")
+        return tuple(n > 0 and all(number.fullmatch(row[n]) for row in self.rows) for n in range(len(self.headers)))
 
 
 def _value(name: str, value: Any) -> str:
@@ -65,7 +66,7 @@ def _pairs(facts: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _pairs(value, f"{name}.{key}" if name else str(key))
     elif isinstance(facts, list):
         small = len(facts) <= 16 and not any(isinstance(item, (dict, list)) for item in facts)
-        yield name, ", ".join(_value(name, item) for item in facts) if small else f"{len(facts)} entries, in {JSON_NAME}"
+        yield name, (", ".join(_value(name, item) for item in facts) or NONE) if small else f"{len(facts)} entries, in {JSON_NAME}"
     else:
         yield name, _value(name, facts)
 
@@ -168,22 +169,36 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
             f"The first divergence is in the {divergence['part']} of layer {divergence['layer']}: an error of {format_error(divergence['error'])}, "
             f"at most {format_error(divergence['limit'])}."
         )
+    if isinstance(operators := found.get("operators"), list) and operators:
+        worst = max(operators, key=lambda layer: layer["output_error"])
+        wrong = [f"{', '.join(map(str, layer['experts']))} of layer {layer['layer']}" for layer in operators if layer["experts"]]
+        yield (
+            f"Each layer's experts alone, on the torch layer's own input: the largest error is {format_error(worst['output_error'])}, in layer "
+            f"{worst['layer']}, where float32 itself has {format_error(worst['output_noise'])}; "
+            f"{'wrong experts: ' + '; '.join(wrong) if wrong else 'no expert is wrong'}."
+        )
     if run := found.get("free_run"):
         yield (
-            f"Left to itself, the package wrote {run['num_rows']} texts of {run['num_tokens']} tokens as the torch twin did for "
-            f"{run['mean_prefix']:.1f} tokens in the mean and {run['shortest_prefix']} in the shortest; {run['num_diverged']} parted from it, over a "
-            f"gap of {format_error(run['largest_gap'])} of the largest logit at most."
+            f"Left to itself, the package wrote {run['num_rows']} texts of {run['num_tokens']} tokens, "
+            + (
+                "each token as the torch twin did."
+                if not run["num_diverged"]
+                else f"as the torch twin did for {run['mean_prefix']:.1f} tokens in the mean and {run['shortest_prefix']} in the shortest; "
+                f"{run['num_diverged']} parted from it, over a gap of {format_error(run['largest_gap'])} of the largest logit at most."
+            )
         )
     if isinstance(forced := found.get("forced"), dict):
         yield (
             f"With the fine-tuned model's routing forced on it the twin is {format_error(forced['kl'])} nats from it, with its own "
             f"{format_error(forced['kl_free'])}: the difference is what other experts cost."
         )
-    flipped = found["finetuned"].get("flipped_share")
-    if flipped is not None and (found["finetuned"].get("kl_flipped") is not None):
+    finetuned = found["finetuned"]
+    if finetuned.get("flipped_share") == 0:
+        yield "Every token went to the experts that the fine-tuned model chooses, in all layers."
+    elif None not in (finetuned.get("flipped_share"), finetuned.get("kl_flipped"), finetuned.get("kl_unflipped")):
         yield (
-            f"{format_share(flipped)} of the tokens went to other experts than the fine-tuned model's in some layer; there the KL is "
-            f"{format_error(found['finetuned']['kl_flipped'])} nats, elsewhere {format_error(found['finetuned']['kl_unflipped'])}."
+            f"Of the tokens {format_share(finetuned['flipped_share'])} went to other experts than the fine-tuned model's in some layer; there the KL "
+            f"is {format_error(finetuned['kl_flipped'])} nats, elsewhere {format_error(finetuned['kl_unflipped'])}."
         )
     if "num_fallback_nodes" in found:
         count = found["num_fallback_nodes"]
@@ -195,8 +210,6 @@ def _provider_tables(found: dict[str, Any]) -> Iterator[tuple[str | None, Grid]]
     if limits := found.get("limits"):
         rows = tuple((_words(name), format_error(limit["value"]), str(limit["origin"])) for name, limit in limits.items())
         yield "Where the limits come from", Grid(("limit", "value", "origin"), rows)
-    if isinstance(operators := found.get("operators"), list) and operators:
-        yield "Each layer's experts on the torch layer's own input", _records(operators)
 
 
 def _agreements(found: dict[str, Any]) -> Grid:

@@ -56,7 +56,10 @@ TIMINGS = [
 
 def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, routing: list[float], speed: float) -> dict[str, Any]:
     names = ("prefill, batch 1, 64 tokens", "prefill, batch 3, left padding", "decode, 24 steps after 40 tokens")
-    checks = [{"name": name, "max_error": 3e-6, "mean_error": 4e-7, "relative_error": 2.5e-6, "top1_agreement": 1.0} for name in names]
+    checks = [
+        {"name": name, "max_error": 3e-6, "mean_error": 4e-7, "relative_error": 2.5e-6, "top1_agreement": 1.0, "num_tokens": 64, "num_tie_flips": 0}
+        for name in names
+    ]
     figures = {
         "onnxruntime": "1.32.0",
         "checks": checks,
@@ -70,8 +73,27 @@ def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, 
         "decode_tokens_per_second": speed,
     }
     return {
-        "quantize": {"bits": {"experts": bits, "attention": bits}, "expert_bytes": size // 2, "quantized_expert_share": 1.0 if bits < 32 else 0.0},
-        "onnx": {"device": "cpu", "lowering": "moe" if bits == 32 else "qmoe", "package_bytes": size, "min_onnxruntime": "1.23", "timings": TIMINGS},
+        "quantize": {
+            "bits": {"experts": bits, "attention": bits},
+            "expert_bytes": size // 2,
+            "quantized_expert_share": 1.0 if bits < 32 else 0.0,
+            "block_size": 32,
+            "quantized_bytes": size // 2,
+            "num_quantized_tensors": 40,
+            "method": "gptq",
+            "fewest_expert_tokens": 900,
+            "num_matrices_with_few_tokens": 0,
+        },
+        "onnx": {
+            "device": "cpu",
+            "element_type": "float32",
+            "choice": "timed",
+            "num_nodes": 200,
+            "lowering": "moe" if bits == 32 else "qmoe",
+            "package_bytes": size,
+            "min_onnxruntime": "1.23",
+            "timings": TIMINGS,
+        },
         "parity": {
             "providers": {"CPUExecutionProvider": figures, "CUDAExecutionProvider": "not run: no CUDA device"},
             "passed": True,
@@ -88,7 +110,7 @@ def make_facts() -> dict[str, Any]:
         "seed": 0,
         "created": "2026-11-23T05:00:00Z",
         "versions": {"python": "3.11.2", "torch": "2.10.0", "transformers": "5.3.0", "onnxruntime": "1.32.0"},
-        "machine": {"processor": "x86_64", "cores": 2, "system": "Linux"},
+        "machine": {"processor": "x86_64", "cores": 2, "system": "Linux", "memory_bytes": 16_000_000_000},
         "recipe": HOSTILE,
         "digests": {"source": {"config.json": "3c" * 32}, **{f"onnx-{name}": {"model.onnx": "a7" * 32} for name in ("float32", "int8", "int4")}},
         "base_model": "someone/python-docs-4m",
@@ -101,7 +123,12 @@ def make_facts() -> dict[str, Any]:
             "dtype": "bfloat16",
             "origin": "recipes/models/python-docs-4m",
         },
-        "data": {"block_size": 256, "num_tokens": {"train": 2_104_320, "validation": 110_592, "test": 113_408}, "digest": "sha256:5d0c" + "9a" * 28},
+        "data": {
+            "block_size": 256,
+            "domains": ["prose", "code"],
+            "num_tokens": {"train": 2_104_320, "validation": 110_592, "test": 113_408},
+            "digest": "sha256:5d0c" + "9a" * 28,
+        },
         "upcycle": {
             "target": "MixtralForCausalLM",
             "num_experts": 4,
@@ -109,6 +136,14 @@ def make_facts() -> dict[str, Any]:
             "num_parameters": 10_430_208,
             "num_active_parameters": 6_231_808,
             "num_bytes": 20_860_416,
+            "num_layers": 4,
+            "num_sparse_layers": 4,
+            "dropped": [],
+            "keeps_function": True,
+            "num_tensors_compared": 75,
+            "router_text_tokens": [],
+            "router_loads": {},
+            "receipt_mode": "whole",
             "receipt_notes": [HOSTILE],
             "receipt": [
                 {
@@ -119,8 +154,20 @@ def make_facts() -> dict[str, Any]:
                     "num_tokens": 320,
                     "rel": 6.1e-7,
                     "bitwise": False,
+                    "bitwise_due": False,
+                    "limit": None,
                 },
-                {"router": "zero", "dtype": "float32", "text": "one long text", "experts": "eager", "num_tokens": 320, "rel": 0.0, "bitwise": True},
+                {
+                    "router": "zero",
+                    "dtype": "float32",
+                    "text": "one long text",
+                    "experts": "eager",
+                    "num_tokens": 320,
+                    "rel": 0.0,
+                    "bitwise": True,
+                    "bitwise_due": True,
+                    "limit": None,
+                },
                 {
                     "router": "shipped",
                     "dtype": "bfloat16",
@@ -129,8 +176,20 @@ def make_facts() -> dict[str, Any]:
                     "num_tokens": 320,
                     "rel": 7.3e-3,
                     "bitwise": False,
+                    "bitwise_due": False,
+                    "limit": None,
                 },
-                {"router": "zero", "dtype": "bfloat16", "text": "padded batch", "experts": "eager", "num_tokens": 320, "rel": 0.0, "bitwise": True},
+                {
+                    "router": "zero",
+                    "dtype": "bfloat16",
+                    "text": "padded batch",
+                    "experts": "eager",
+                    "num_tokens": 320,
+                    "rel": 0.0,
+                    "bitwise": True,
+                    "bitwise_due": True,
+                    "limit": None,
+                },
             ],
         },
         "finetune": {

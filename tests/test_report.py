@@ -120,11 +120,12 @@ def test_writing_leaves_the_facts_and_matplotlib_as_they_were(facts, written):
     assert dict(matplotlib.rcParams) == settings
 
 
-def test_the_json_is_the_facts_and_the_summary(facts, tmp_path):
+def test_the_json_is_the_facts_the_summary_and_the_verdicts(facts, tmp_path):
     write_report(facts, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    summary = found.pop("summary")
+    summary, verdicts = found.pop("summary"), found.pop("verdicts")
     assert found == facts
+    assert [Verdict(**verdict) for verdict in verdicts] == list(judge(facts))
     assert [Row(**row) for row in summary] == summarize(facts)
 
 
@@ -536,7 +537,7 @@ def test_tokens_per_second_are_compared_with_torch(facts) -> None:
     drawn = picture(facts, "Tokens per second")
     assert f"ONNX int4 decodes {655 / 97:.1f} times as fast as the fine-tuned model in torch" in drawn.caption
     for speed in ("13,100", "655", "97.0"):
-        assert f"> {speed}<" in drawn.svg
+        assert f">{speed}<" in drawn.svg
 
 
 def test_a_search_shows_its_front_and_what_was_chosen(facts) -> None:
@@ -556,7 +557,10 @@ def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) ->
     assert "tier question float32 int8 int4 operator Does each layer of experts" in text
     assert "Does every token visit the same experts? passed passed FAILED" in text
     assert "32 times what float32 differs from float64 on this text" in text
-    assert "wrote 8 texts of 64 tokens as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 parted from it" in text
+    assert "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 parted from it" in text
+    assert "wrote 8 texts of 64 tokens, each token as the torch twin did." in text
+    assert "the largest error is 2.0e-7, in layer 0, where float32 itself has 1.0e-7; no expert is wrong." in text
+    assert "Every token went to the experts that the fine-tuned model chooses" in text
     assert "No node was placed on another provider." in text
     assert "top-5 agreement" in text
 
