@@ -163,7 +163,10 @@ def show(directory: Path) -> None:
 @click.option("--html", "output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the comparison as one page.")
 @_mendable
 def compare(first: Path, second: Path, output: Path | None) -> None:
-    """Set two runs, work directories, side by side: what differs in their recipes, all figures with their ratios, and the verdicts of parity."""
+    """Set two runs side by side: their recipes, figures with ratios, and parity.
+
+    Each RUN is a work directory. Of the recipes only the keys that differ are shown; a ratio is the second run's figure over the first's.
+    """
     from convert.artifact import open_artifact
     from convert.comparison import compare_runs, comparison_tables, write_comparison
 
@@ -194,9 +197,9 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 @click.option("--variant", help="Which ONNX model [default: its first].")
 @_mendable
 def package(directory: Path, output: Path, variant: str | None) -> None:
-    """Copy an ONNX model out of RUN, a work directory, into a new DIRECTORY that is ready for the hub.
+    """Copy an ONNX model of RUN with its model card into a new DIRECTORY for the hub.
 
-    It holds the package, its model card (README.md with the hub's metadata: figures, the verdict of parity, how to run it, recipe, provenance) and
+    RUN is a work directory. DIRECTORY holds the package, its model card (README.md with the hub's metadata: figures, the verdict of parity, how to run it, recipe, provenance) and
     the report. The run must have come to its report, which writes the cards; artifacts stay as they are.
     """
     from convert.artifact import open_artifact
@@ -321,7 +324,7 @@ def bench(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Measure prefill and decode of the ONNX model in ARTIFACT, a package or a work directory.
+    """Measure prefill, decode and memory of ARTIFACT, an ONNX package or a work directory.
 
     Every batch with every prompt, in turn in each round; medians and spread, memory, and the machine. The package may be of other makers, if its
     inputs and outputs have our names: input_ids, attention_mask, past_key_values.N.key, present.N.key, logits.
