@@ -199,8 +199,8 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 def package(directory: Path, output: Path, variant: str | None) -> None:
     """Copy an ONNX model of RUN with its model card into a new DIRECTORY for the hub.
 
-    RUN is a work directory. DIRECTORY holds the package, its model card (README.md with the hub's metadata: figures, the verdict of parity, how to run it, recipe, provenance) and
-    the report. The run must have come to its report, which writes the cards; artifacts stay as they are.
+    RUN is a work directory. DIRECTORY holds the package, its model card (README.md with the hub's metadata: figures, the verdict of parity, how to
+    run it, recipe, provenance) and the report. The run must have come to its report, which writes the cards; artifacts stay as they are.
     """
     from convert.artifact import open_artifact
     from convert.release import gather_package

@@ -229,9 +229,12 @@ def _agreements(found: dict[str, Any]) -> Grid:
 
 
 def build_table(facts: dict[str, Any]) -> Grid:
-    """How each variant was quantized and exported: a row for each fact, a column for each variant."""
-    written = {name: {key: value for key, value in v["onnx"].items() if key != "timings"} for name, v in facts["variants"].items()}
-    columns = {name: dict(_pairs({"quantize": v["quantize"], "onnx": written[name]})) for name, v in facts["variants"].items()}
+    """How each variant was quantized and exported: a row for each fact, a column for each variant. Timings and searches have places of their own."""
+    elsewhere = ("timings", "search")
+    columns = {}
+    for name, variant in facts["variants"].items():
+        built = {stage: {key: value for key, value in variant[stage].items() if key not in elsewhere} for stage in ("quantize", "onnx")}
+        columns[name] = dict(_pairs(built))
     names = dict.fromkeys(name for column in columns.values() for name in column)
     return Grid(("fact", *columns), tuple((name, *(column.get(name, NONE) for column in columns.values())) for name in names))
 

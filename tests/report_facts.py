@@ -83,6 +83,8 @@ def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, 
             "method": "gptq",
             "fewest_expert_tokens": 900,
             "num_matrices_with_few_tokens": 0,
+            "zero_points": False,
+            "search": None,
         },
         "onnx": {
             "device": "cpu",
