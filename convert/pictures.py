@@ -19,7 +19,7 @@ from matplotlib.axis import Axis
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from convert.numerals import (
@@ -187,14 +187,14 @@ def _search_picture(variant: str, search: dict[str, Any]) -> Picture:
     _ticks(axes.xaxis, sizes, lambda value: trim_zeros(format_size(value)))
     _ticks(axes.yaxis, perplexities, lambda value: f"{value:.4g}")
     axes.margins(0.12)
-    caption = f"Of {len(points)} mixtures of bits none on the line is beaten in both; none met the limit ({search['limit']})."
+    caption = f"Of {len(points)} mixtures of bits none on the line is beaten in both; none met the limit: {search['limit']}."
     if chosen is not None:
         axes.plot(chosen["package_bytes"], chosen["perplexity"], "o", color=_ORANGE, markerfacecolor="none", markersize=11, markeredgewidth=1.6)
         _place_labels(figure, axes, [(chosen["package_bytes"], chosen["perplexity"], chosen["label"])])
         change = describe_change(chosen["perplexity"], search["reference_perplexity"])
         caption = (
             f"Of {len(points)} mixtures of bits those on the line are beaten by none in both size and perplexity; the ring is the one chosen, "
-            f"{format_size(chosen['package_bytes'])}, its perplexity {change} the reference's (dashed), under the limit {search['limit']}."
+            f"{format_size(chosen['package_bytes'])}, its perplexity {change} the reference's (dashed); the limit: {search['limit']}."
         )
     return Picture(
         f"Search of bits, {variant}", _svg(figure, f"search-{re.sub('[^a-z0-9]', '-', variant)}"),
@@ -367,10 +367,9 @@ def _hidden_picture(agreements: dict[str, dict[str, Any]]) -> Picture:
     errors = {name: a["hidden_error"] for name, a in agreements.items() if a["hidden_error"]}
     figure, axes = _axes("layer", "relative error of the hidden state")
     _layer_lines(axes, {name: [value if value > 0 else math.nan for value in layers] for name, layers in errors.items()})
-    if any(value > 0 for layers in errors.values() for value in layers):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_error(value).replace(".0e", "e")))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    if positive := [value for layers in errors.values() for value in layers if math.isfinite(value) and value > 0]:
+        axes.set_yscale(_scale(positive))
+        _ticks(axes.yaxis, positive, lambda value: format_error(value).replace(".0e", "e"))
     ends = ", ".join(f"{format_error(layers[-1])} ({name})" for name, layers in errors.items())
     return Picture(
         "Hidden-state error",

@@ -34,7 +34,7 @@ class Grid:
     @property
     def numeric(self) -> tuple[bool, ...]:
         """Which columns hold numbers alone."""
-        number = re.compile(rf"[<>−-]?\d[\d.,e-]*( \S+)?|NaN|−?∞|{NONE}")
+        number = re.compile(rf"[<>−-]?\d[\d.,e+-]*( \S+)?|NaN|−?∞|{NONE}")
         return tuple(n > 0 and all(number.fullmatch(row[n]) for row in self.rows) for n in range(len(self.headers)))
 
 
@@ -110,7 +110,15 @@ def receipt_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
 
 
 def _words(name: str) -> str:
-    known = {"rel": "relative error", "num_tokens": "tokens", "kl": "KL, nats", "top1_agreement": "top-1 agreement", "name": "check"}
+    known = {
+        "rel": "relative error",
+        "num_tokens": "tokens",
+        "kl": "KL, nats",
+        "top1_agreement": "top-1 agreement",
+        "name": "check",
+        "num_tie_flips": "tie flips",
+        "first_position": "first token beyond",
+    }
     return known.get(name, name.replace("_", " "))
 
 

@@ -1,4 +1,7 @@
-"""A headless Chromium, driven over its own debugging pipe: no driver, no network."""
+"""A headless Chromium, driven over its own debugging pipe: no driver, no network.
+
+As a program, `python tests/chromium.py report.html DIRECTORY` writes what a phone and a desk show of a report first.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import json
 import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,3 +118,13 @@ def open_browser(executable: str, profile: Path) -> Iterator[Page]:
         process.wait(timeout=30)
         os.close(our_write)
         os.close(our_read)
+
+
+if __name__ == "__main__":
+    page_path, pictures = Path(sys.argv[1]), Path(sys.argv[2])
+    found = find_browser()
+    assert found is not None, f"no Chromium on the path; install one, or name it by {VARIABLE}"
+    with tempfile.TemporaryDirectory() as folder, open_browser(found, Path(folder)) as tab:
+        for name, width, height in (("phone", 390, 844), ("desktop", 1280, 1000)):
+            tab.open(page_path, width, height)
+            tab.screenshot(pictures / f"report-{name}.png")

@@ -543,11 +543,11 @@ def test_tokens_per_second_are_compared_with_torch(facts) -> None:
 def test_a_search_shows_its_front_and_what_was_chosen(facts) -> None:
     drawn = picture(searched(facts), "Search of bits, int4")
     assert "Of 4 mixtures of bits" in drawn.caption
-    assert f"7.00 MB, its perplexity {100 * (11.5 / 11.24 - 1):.2f} % above the reference's (dashed), under the limit +3 %." in drawn.caption
+    assert f"7.00 MB, its perplexity {100 * (11.5 / 11.24 - 1):.2f} % above the reference's (dashed); the limit: +3 %." in drawn.caption
     assert ">4 bits, attention 8<" in drawn.svg
     for point in facts["variants"]["int4"]["quantize"]["search"]["points"]:
         point["chosen"] = False
-    assert "none met the limit (+3 %)" in picture(facts, "Search of bits, int4").caption
+    assert "none met the limit: +3 %" in picture(facts, "Search of bits, int4").caption
 
 
 def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) -> None:
