@@ -85,6 +85,11 @@ def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, 
             "num_matrices_with_few_tokens": 0,
             "zero_points": False,
             "search": None,
+            "tokens_by_layer": {},
+            "routing_by_layer": {},
+            "num_scaled_groups": 0,
+            "num_groups_best_unscaled": 0,
+            "num_groups_without_place": 0,
         },
         "onnx": {
             "device": "cpu",
@@ -233,7 +238,7 @@ def tiered(facts: dict[str, Any]) -> dict[str, Any]:
         found = variant["parity"]["providers"]["CPUExecutionProvider"]
         found["tiers"] = {"operator": "passed", "layer": "passed", "logits": "passed", "language": "passed", "routing": "passed"}
         found["limits"] = {"logits": {"value": 1.2e-5, "origin": "32 times what float32 differs from float64 on this text"}}
-        found["noise"] = {"logits": 3.7e-7, "hidden": [1e-7] * 4, "attention": [1e-7] * 4, "num_tokens": 512}
+        found["noise"] = {"logits": 3.7e-7, "tie_margin": 1e-5, "hidden": [1e-7] * 4, "attention": [1e-7] * 4, "num_tokens": 512}
         found["operators"] = [
             {
                 "layer": n, "router_error": 1e-7, "output_error": 2e-7, "router_noise": 1e-7, "output_noise": 1e-7, "experts": [], "num_tokens": 256,
