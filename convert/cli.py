@@ -1,4 +1,4 @@
-"""The command line: check, plan, run, show, verify, generate, parity, schema."""
+"""The command line: check, plan, run, show, compare, package, verify, generate, parity, bench, schema."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -157,6 +158,67 @@ def show(directory: Path) -> None:
 
 
 @main.command()
+@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@click.option("--html", "output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the comparison as one page.")
+@_mendable
+def compare(first: Path, second: Path, output: Path | None) -> None:
+    """Set two runs side by side: their recipes, figures with ratios, and parity.
+
+    Each RUN is a work directory. Of the recipes only the keys that differ are shown; a ratio is the second run's figure over the first's.
+    """
+    from convert.artifact import open_artifact
+    from convert.comparison import compare_runs, comparison_tables, write_comparison
+
+    states = [_read_run(directory) for directory in (first, second)]
+    for directory, state in zip((first, second), states, strict=True):
+        if "report" not in state["artifacts"]:
+            raise click.ClickException(f"{directory}: the run has no report yet; finish it with `dense2moe run`")
+    names = [str(state["name"]) for state in states]
+    if names[0] == names[1]:
+        names = [str(first), str(second)]
+    reports = [open_artifact(directory / state["artifacts"]["report"]).facts for directory, state in zip((first, second), states, strict=True)]
+    found = compare_runs(reports[0], reports[1], (names[0], names[1]))
+    for table in comparison_tables(found):
+        _console().print(table)
+    for note in found.notes:
+        click.echo(note)
+    if output is not None:
+        try:
+            write_comparison(found, output)
+        except OSError as error:
+            raise click.ClickException(f"{output}: cannot be written ({error.strerror}); give another --html") from error
+        click.echo(f"comparison: {output}")
+
+
+@main.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
+@click.option("--variant", help="Which ONNX model [default: its first].")
+@_mendable
+def package(directory: Path, output: Path, variant: str | None) -> None:
+    """Copy an ONNX model of RUN with its model card into a new DIRECTORY for the hub.
+
+    RUN is a work directory. DIRECTORY holds the package, its model card (README.md with the hub's metadata: figures, the verdict of parity, how to
+    run it, recipe, provenance) and the report. The run must have come to its report, which writes the cards; artifacts stay as they are.
+    """
+    from convert.artifact import open_artifact
+    from convert.release import gather_package
+
+    state = _read_run(directory)
+    found = _find_package(directory, variant)
+    label = next(label for label, name in state["artifacts"].items() if label.startswith("onnx-") and directory / name == found)
+    if "report" not in state["artifacts"]:
+        raise click.ClickException(f"{directory}: the run has no report yet; finish it with `dense2moe run`")
+    report = open_artifact(directory / state["artifacts"]["report"])
+    variant = label.removeprefix("onnx-")
+    names = gather_package(open_artifact(found), report, variant, output)
+    click.echo(f"{output}: {variant}, {len(names)} files: {', '.join(names)}")
+    if not report.facts["variants"][variant]["parity"]["passed"]:
+        click.echo("parity was broken; the card says so at its head", err=True)
+
+
+@main.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @_mendable
 def verify(directory: Path) -> None:
@@ -232,6 +294,60 @@ def generate(
         click.echo(text + "".join(_decode_stream(tokenizer, start, (token for token in row if token is not None and token not in stop))))
 
 
+def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, divided by commas, each once."""
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@main.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--batch", "batches", callback=_parse_counts, default="1,4", show_default=True, help="Prompts at once.")
+@click.option("--prompt", "prompts", callback=_parse_counts, default="64,256", show_default=True, help="Tokens of a prompt.")
+@click.option("--new", "num_new", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens decoded after it.")
+@click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds that are timed, after one that is not.")
+@click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run it.")
+@click.option("--threads", type=click.IntRange(min=0), default=0, show_default=True, help="Threads of onnxruntime; 0 is its own choice.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: every round, the machine, the versions.")
+@_mendable
+def bench(
+    directory: Path,
+    variant: str | None,
+    batches: tuple[int, ...],
+    prompts: tuple[int, ...],
+    num_new: int,
+    rounds: int,
+    provider: Any,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure prefill, decode and memory of ARTIFACT, an ONNX package or a work directory.
+
+    Every batch with every prompt, in turn in each round; medians and spread, memory, and the machine. The package may be of other makers, if its
+    inputs and outputs have our names: input_ids, attention_mask, past_key_values.N.key, present.N.key, logits.
+    """
+    from convert.progress import ProgressDisplay
+
+    with uncollected_imports():
+        from convert.bench import bench_lines, bench_package, bench_table
+        from export.speed import Load
+
+    package = _find_package(directory, variant)
+    loads = [Load(batch, prompt, num_new) for batch in batches for prompt in prompts]
+    with ProgressDisplay() as display:
+        found = bench_package(package, loads, provider, threads, rounds, display.stage("bench"))
+        display.finish("bench")
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    _console().print(bench_table(found))
+    for line in bench_lines(found):
+        click.echo(line)
+
+
 @main.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, type=click.Path(path_type=Path), help="Checkpoint that the package must compute like.")
@@ -294,8 +410,15 @@ def parity(
 
 
 @main.command()
-def schema() -> None:
-    """Print the JSON schema of recipes, for editors."""
+@click.option("--report", is_flag=True, help="That of report.json instead.")
+def schema(report: bool) -> None:
+    """Print the JSON schema of recipes, for editors, or of the reports' JSON."""
+    if report:
+        with uncollected_imports():
+            from convert.facts import report_schema
+
+        click.echo(json.dumps(report_schema(), indent=2))
+        return
     from convert.recipe import schema as recipe_schema
 
     click.echo(json.dumps(recipe_schema(), indent=2))

@@ -19,10 +19,19 @@ from matplotlib.axis import Axis
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from convert.numerals import describe_change, format_agreement, format_count, format_error, format_share, format_size, trim_zeros
+from convert.numerals import (
+    describe_change,
+    format_agreement,
+    format_count,
+    format_error,
+    format_rounded,
+    format_share,
+    format_size,
+    trim_zeros,
+)
 from convert.summary import Row, find_measured
 
 
@@ -81,6 +90,7 @@ def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
         if any(step["validation_loss"] is not None for step in finetune["history"]):
             pictures.append(_training_picture(finetune))
         pictures.append(_size_picture(rows))
+        pictures += [_search_picture(name, search) for name, v in facts["variants"].items() if (search := v["quantize"].get("search"))]
         if logged:
             pictures += [_load_picture(logged[-1]), _balance_picture(logged)]
         if finetune["domains"]:
@@ -91,6 +101,9 @@ def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
             pictures.append(_routing_picture(agreements))
         if any(a["hidden_error"] for a in agreements.values()):
             pictures.append(_hidden_picture(agreements))
+        if margins := {name: a["margins"] for name, a in agreements.items() if a.get("margins")}:
+            pictures.append(_margin_picture(margins))
+        pictures.append(_speed_picture(rows))
     return pictures
 
 
@@ -154,6 +167,39 @@ def _size_picture(rows: Sequence[Row]) -> Picture:
             f"its perplexity {describe_change(perplexity, whole_perplexity)} that one's."
         )
     return Picture("Size and perplexity", _svg(figure, "size"), "Scatter chart: perplexity against file size, a point for each model.", caption)
+
+
+def _search_picture(variant: str, search: dict[str, Any]) -> Picture:
+    points = [point for point in search["points"] if math.isfinite(point["perplexity"])]
+    chosen = next((point for point in points if point["chosen"]), None)
+    sizes, perplexities = [point["package_bytes"] for point in points], [point["perplexity"] for point in points]
+    front, best = [], math.inf
+    for point in sorted(points, key=lambda found: (found["package_bytes"], found["perplexity"])):
+        if point["perplexity"] < best:
+            front.append(point)
+            best = point["perplexity"]
+    figure, axes = _axes("size of the files", "perplexity")
+    axes.plot(sizes, perplexities, "o", color=_GREY, markersize=4, alpha=0.6)
+    axes.plot([p["package_bytes"] for p in front], [p["perplexity"] for p in front], color=_BLUE, marker="o", markersize=4)
+    axes.axhline(search["reference_perplexity"], color=_GREY, linewidth=0.9, linestyle=(0, (4, 1.5)))
+    axes.set_xscale(_scale(sizes))
+    axes.set_yscale(_scale(perplexities))
+    _ticks(axes.xaxis, sizes, lambda value: trim_zeros(format_size(value)))
+    _ticks(axes.yaxis, perplexities, lambda value: f"{value:.4g}")
+    axes.margins(0.12)
+    caption = f"Of {len(points)} mixtures of bits none on the line is beaten in both; none met the limit: {search['limit']}."
+    if chosen is not None:
+        axes.plot(chosen["package_bytes"], chosen["perplexity"], "o", color=_ORANGE, markerfacecolor="none", markersize=11, markeredgewidth=1.6)
+        _place_labels(figure, axes, [(chosen["package_bytes"], chosen["perplexity"], chosen["label"])])
+        change = describe_change(chosen["perplexity"], search["reference_perplexity"])
+        caption = (
+            f"Of {len(points)} mixtures of bits those on the line are beaten by none in both size and perplexity; the ring is the one chosen, "
+            f"{format_size(chosen['package_bytes'])}, its perplexity {change} the reference's (dashed); the limit: {search['limit']}."
+        )
+    return Picture(
+        f"Search of bits, {variant}", _svg(figure, f"search-{re.sub('[^a-z0-9]', '-', variant)}"),
+        "Scatter chart: perplexity against file size of every mixture of bits that was tried, with the best of each size joined by a line.", caption,
+    )  # fmt: skip
 
 
 def _load_picture(step: dict[str, Any]) -> Picture:
@@ -321,16 +367,100 @@ def _hidden_picture(agreements: dict[str, dict[str, Any]]) -> Picture:
     errors = {name: a["hidden_error"] for name, a in agreements.items() if a["hidden_error"]}
     figure, axes = _axes("layer", "relative error of the hidden state")
     _layer_lines(axes, {name: [value if value > 0 else math.nan for value in layers] for name, layers in errors.items()})
-    if any(value > 0 for layers in errors.values() for value in layers):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_error(value).replace(".0e", "e")))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    if positive := [value for layers in errors.values() for value in layers if math.isfinite(value) and value > 0]:
+        axes.set_yscale(_scale(positive))
+        _ticks(axes.yaxis, positive, lambda value: format_error(value).replace(".0e", "e"))
     ends = ", ".join(f"{format_error(layers[-1])} ({name})" for name, layers in errors.items())
     return Picture(
         "Hidden-state error",
         _svg(figure, "hidden"),
         "Line chart on a logarithmic scale: relative hidden-state error by layer, a line for each ONNX variant.",
         f"After the last layer the hidden states differ from the fine-tuned model's by {ends}.",
+    )
+
+
+def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
+    """How wide the reference's margins are, and of each width the share of choices that came out otherwise."""
+    bins = next(iter(margins.values()))
+    counts = [found["num_choices"] for found in bins]
+    total = sum(counts)
+    flipped = {name: [(1 - b["agreement"]) if b["num_choices"] else math.nan for b in found] for name, found in margins.items()}
+    figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True)
+    places = range(len(bins))
+    upper.bar(places, [count / max(total, 1) for count in counts], width=0.92, color=_GREY)
+    upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    upper.set_ylabel("choices")
+    for number, (name, shares) in enumerate(flipped.items()):
+        style = {"color": _PALETTE[number % len(_PALETTE)], "marker": _MARKERS[number % len(_MARKERS)]}
+        lower.plot(places, shares, label=name, markersize=4, **style)
+    lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+    lower.set_ylabel("of them flipped")
+    lower.set_ylim(bottom=0)
+    lower.legend(labelspacing=0.35, handlelength=2.2)
+    lower.xaxis.set_ticks(list(places), [_margin(found) for found in bins], fontsize=7.5)
+    lower.set_xlabel("margin of the reference's choice, router logits")
+    for axes in (upper, lower):
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    figure.align_ylabels()
+    num_flips = {name: sum((1 - b["agreement"]) * b["num_choices"] for b in found) for name, found in margins.items()}
+    name = max(num_flips, key=lambda n: num_flips[n])
+    if num_flips[name] < 0.5:
+        caption = f"Of {total:,} choices of experts none came out otherwise than the fine-tuned model's."
+    else:
+        narrow = sum((1 - b["agreement"]) * b["num_choices"] for b in margins[name][: len(bins) // 2])
+        caption = (
+            f"A narrow margin is nearly a tie, and there routing flips: of the {round(num_flips[name]):,} flips of {name} in {total:,} choices "
+            f"{format_share(narrow / num_flips[name])} had a margin below {_number(bins[len(bins) // 2]['least'])}."
+        )
+    return Picture(
+        "Router margins and flips",
+        _svg(figure, "margins"),
+        "A histogram of the fine-tuned model's margins, and below it for each ONNX variant the share of choices of each margin that differ.",
+        caption,
+    )
+
+
+def _margin(found: dict[str, Any]) -> str:
+    if found["below"] is None:
+        return f"≥ {_number(found['least'])}"
+    return f"< {_number(found['below'])}" if found["least"] == 0 else f"{_number(found['least'])}–\n{_number(found['below'])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if value == 0 or value >= 1e-3 else format_error(value).replace(".0e", "e")
+
+
+def _speed_picture(rows: Sequence[Row]) -> Picture:
+    names = [row.name for row in rows]
+    figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
+    sides = zip(figure.subplots(1, 2, sharey=True), ("decode, tokens/s", "prefill, tokens/s"), (_BLUE, _GREEN), strict=True)
+    measured = [row.decode_tokens_per_second for row in rows], [row.prefill_tokens_per_second for row in rows]
+    for (axes, label, color), speeds in zip(sides, measured, strict=True):
+        shown = [speed if speed is not None and math.isfinite(speed) else 0.0 for speed in speeds]
+        axes.barh(range(len(rows)), shown, height=0.72, color=[color if row.passed is not None else _GREY for row in rows])
+        for place, speed in enumerate(speeds):
+            if speed is not None:
+                axes.annotate(format_rounded(speed), (shown[place], place), (3, 0), textcoords="offset points", va="center", fontsize=7.5)
+        axes.set_xlim(0, 1.35 * max(shown, default=0.0) or 1.0)
+        axes.set_xlabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: trim_zeros(format_count(value))))
+        axes.yaxis.set_ticks(range(len(rows)), names)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    exports = {row.name: row.decode_tokens_per_second for row in rows if row.passed is not None and row.decode_tokens_per_second}
+    torch = next((row.decode_tokens_per_second for row in rows if row.name == "fine-tuned"), None)
+    caption = "A request waits for the prefill once, and for a decode step with every token it is given."
+    if exports and torch:
+        name = max(exports, key=lambda n: exports[n])
+        caption = f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the fine-tuned model in torch, on the same machine."
+    return Picture(
+        "Tokens per second",
+        _svg(figure, "speed"),
+        "Bar chart: decoding and prefill speed of each model; torch models have no prefill figure.",
+        caption,
     )
 
 

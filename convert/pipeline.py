@@ -13,6 +13,7 @@ from typing import Any, Literal, cast
 from convert import stages
 from convert.artifact import Artifact, ArtifactError, artifact_key, build, check_space, code_digest, find, lock, resume_directory
 from convert.errors import RecipeError
+from convert.machine import versions
 from convert.progress import ProgressDisplay
 from convert.stages import Facts, Job, Preparation, StageFunction
 from export.config import Variant
@@ -186,7 +187,7 @@ def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact
                 ) from error
             raise
         artifact = draft.seal(
-            inputs=task.input_keys, settings=task.settings, facts=made, versions=stages.versions(), seed=preparation.loaded.recipe.seed,
+            inputs=task.input_keys, settings=task.settings, facts=made, versions=versions(), seed=preparation.loaded.recipe.seed,
             progress=progress,
         )  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)

@@ -9,94 +9,36 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib.resources import files
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from convert.numerals import (
-    NONE,
-    agree,
-    format_agreement,
-    format_count,
-    format_error,
-    format_perplexity,
-    format_rounded,
-    format_seconds,
-    format_size,
-    format_special,
-)
+from convert.numerals import agree, format_count, format_perplexity, format_size
+from convert.page import load_template
 from convert.pictures import draw_pictures
-from convert.summary import COLUMNS, Row, compare_training, find_measured, judge, row_cells, summarize
+from convert.summary import COLUMNS, Row, find_measured, judge, row_cells, summarize
+from convert.tables import JSON_NAME, Grid, build_table, parity_sections, provenance_sections, receipt_table, tier_table, timing_table, trained_table
 
 HTML_NAME = "report.html"
-JSON_NAME = "report.json"
 _TEMPLATE_NAME = "report.html.j2"
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """A table of the page, its cells already text; columns in which every cell is a number align right."""
-
-    headers: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    @property
-    def numeric(self) -> tuple[bool, ...]:
-        return tuple(all(re.match(rf"[<>−-]?\d|NaN|∞|{NONE}", row[n]) for row in self.rows) for n in range(len(self.headers)))
 
 
 def write_report(facts: dict[str, Any], output: Path) -> None:
     """Write `report.html` and `report.json` into the directory `output`.
 
-    The page needs no other file and no network. The JSON is the facts and, under "summary", the rows of `summarize`; its keys are sorted, and a
-    number that JSON lacks is the string "NaN", "Infinity" or "-Infinity".
+    The page needs no other file and no network. The JSON is the facts, under "summary" the rows of `summarize` and under "verdicts" the findings of
+    `judge`; its keys are sorted, and a number that JSON lacks is the string "NaN", "Infinity" or "-Infinity". `convert/facts.py` has its schema.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     output.mkdir(parents=True, exist_ok=True)
-    document = _strict({**facts, "summary": [asdict(row) for row in summarize(facts)]})
+    judged = {"summary": [asdict(row) for row in summarize(facts)], "verdicts": [asdict(verdict) for verdict in judge(facts)]}
+    document = _strict({**facts, **judged})
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (output / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     (output / HTML_NAME).write_text(_page(facts), encoding="utf-8")
-
-
-def _value(name: str, value: Any) -> str:
-    """A fact whose name is all that is known about it."""
-    match value:
-        case None:
-            return NONE
-        case bool():
-            return "yes" if value else "no"
-        case int() if name.endswith("bytes"):
-            return format_size(value)
-        case int():
-            return f"{value:,}" if "num_" in name else str(value)
-        case float() if "agreement" in name:
-            return format_agreement(value)
-        case float() if "error" in name or name in ("rel", "kl"):
-            return format_error(value)
-        case float():
-            return format_special(value) or f"{value:.5g}"
-        case _:
-            return str(value)
-
-
-def _pairs(facts: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Facts as names and texts, nested ones with dotted names; lists that are long or of records are counted, since the JSON has them."""
-    if isinstance(facts, dict):
-        for key, value in facts.items():
-            yield from _pairs(value, f"{name}.{key}" if name else str(key))
-    elif isinstance(facts, list):
-        small = len(facts) <= 16 and not any(isinstance(item, (dict, list)) for item in facts)
-        yield name, ", ".join(_value(name, item) for item in facts) if small else f"{len(facts)} entries, in {JSON_NAME}"
-    else:
-        yield name, _value(name, facts)
 
 
 def _strict(value: Any) -> Any:
@@ -114,24 +56,23 @@ def _strict(value: Any) -> Any:
 
 
 def _page(facts: dict[str, Any]) -> str:
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files(__package__).joinpath(_TEMPLATE_NAME).read_text(encoding="utf-8"))
     rows = summarize(facts)
-    return template.render(
+    return load_template(_TEMPLATE_NAME).render(
         facts=facts,
         badge=_badge(rows),
         verdicts=list(judge(facts)),
         tiles=list(_tiles(facts)),
-        summary=_Grid(COLUMNS, tuple(row_cells(row) for row in rows)),
+        summary=Grid(COLUMNS, tuple(row_cells(row) for row in rows)),
         first_onnx_row=next((n for n, row in enumerate(rows) if row.passed is not None), None),
         perplexity_note=_perplexity_note(facts),
-        trained=_trained(facts),
+        trained=trained_table(facts),
         pictures=draw_pictures(facts, rows),
-        receipt=_receipt(facts["upcycle"]["receipt"]),
-        parity=list(_parity_sections(facts)),
-        builds=_builds(facts),
-        timings=_timings(facts),
-        provenance=list(_provenance(facts)),
+        receipt=receipt_table(facts["upcycle"]["receipt"]),
+        tiers=tier_table(facts),
+        parity=list(parity_sections(facts)),
+        builds=build_table(facts),
+        timings=timing_table(facts),
+        provenance=list(provenance_sections(facts)),
         json_name=JSON_NAME,
         subtitle=_subtitle(facts),
     )
@@ -175,111 +116,3 @@ def _perplexity_note(facts: dict[str, Any]) -> str:
         f"Parity measures perplexity on text of its own, where the fine-tuned torch model has {there} (and {format_perplexity(tuned)} above): "
         "compare ONNX rows with each other and with that figure."
     )
-
-
-def _trained(facts: dict[str, Any]) -> _Grid:
-    """What the mixture reached and took, and the dense models that were trained beside it."""
-    headers = ("Trained", "Loss, nats", "Perplexity", "Active parameters", "Decode tokens/s", "Training time", "Steps")
-    return _Grid(
-        headers,
-        tuple(
-            (
-                row.name,
-                format_special(row.loss) or f"{row.loss:.4f}",
-                format_perplexity(row.perplexity),
-                format_count(row.num_active_parameters),
-                format_rounded(row.decode_tokens_per_second),
-                format_seconds(row.seconds),
-                f"{row.num_steps:,}",
-            )
-            for row in compare_training(facts)
-        ),
-    )
-
-
-def _records(records: Sequence[dict[str, Any]]) -> _Grid:
-    """Records as a table; a column for every name that any of them has."""
-    names = tuple(dict.fromkeys(name for record in records for name in record))
-    return _Grid(tuple(_words(n) for n in names), tuple(tuple(_value(n, r.get(n)) for n in names) for r in records))
-
-
-def _receipt(comparisons: Sequence[dict[str, Any]]) -> _Grid:
-    """The receipt: a row for each router, text and experts implementation, a column for each dtype."""
-    dtypes = tuple(dict.fromkeys(c["dtype"] for c in comparisons))
-    cells: dict[tuple[str, ...], dict[str, str]] = {}
-    for c in comparisons:
-        row = (f"{c['router']} router", c["text"], c["experts"], f"{c['num_tokens']:,}")
-        cells.setdefault(row, {})[c["dtype"]] = "bitwise equal" if c["bitwise"] else format_error(c["rel"])
-    return _Grid(
-        ("router", "text", "experts", "tokens", *dtypes), tuple((*row, *(found.get(d, NONE) for d in dtypes)) for row, found in cells.items())
-    )
-
-
-def _words(name: str) -> str:
-    known = {"rel": "relative error", "num_tokens": "tokens", "kl": "KL, nats", "top1_agreement": "top-1 agreement", "name": "check"}
-    return known.get(name, name.replace("_", " "))
-
-
-def _parity_sections(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    for name, variant in facts["variants"].items():
-        parity = variant["parity"]
-        providers = []
-        for provider, found in parity["providers"].items():
-            if isinstance(found, dict):
-                providers.append({"name": provider, "note": _provider_note(found), "grids": [_agreements(found), _records(found["checks"])]})
-            else:
-                providers.append({"name": provider, "note": str(found), "grids": []})
-        yield {"name": name, "passed": parity["passed"], "breaches": parity["breaches"], "providers": providers}
-
-
-def _provider_note(found: dict[str, Any]) -> str:
-    return (
-        f"onnxruntime {found['onnxruntime']}; perplexity {format_perplexity(found['perplexity'])}, "
-        f"twin {format_perplexity(found['twin_perplexity'])}, fine-tuned {format_perplexity(found['finetuned_perplexity'])}; "
-        f"worst layer {found['worst_layer']}; "
-        f"prefill {format_rounded(found['prefill_tokens_per_second'])} and decode {format_rounded(found['decode_tokens_per_second'])} tokens a second"
-    )
-
-
-def _agreements(found: dict[str, Any]) -> _Grid:
-    headers = ("against", "max error", "mean error", "KL, nats", "top-1 agreement", "worst routing", "worst hidden error")
-    rows = []
-    for key, name in (("twin", "torch twin, same weights"), ("finetuned", "fine-tuned torch model, float32")):
-        a = found[key]
-        routing, hidden = min(a["routing_agreement"], default=None), max(a["hidden_error"], default=None)
-        errors = (format_error(a["max_error"]), format_error(a["mean_error"]), format_error(a["kl"]))
-        rows.append(
-            (name, *errors, format_agreement(a["top1_agreement"]), format_agreement(routing), NONE if hidden is None else format_error(hidden))
-        )
-    return _Grid(headers, tuple(rows))
-
-
-def _builds(facts: dict[str, Any]) -> _Grid:
-    """How each variant was quantized and exported: a row for each fact, a column for each variant."""
-    written = {name: {key: value for key, value in v["onnx"].items() if key != "timings"} for name, v in facts["variants"].items()}
-    columns = {name: dict(_pairs({"quantize": v["quantize"], "onnx": written[name]})) for name, v in facts["variants"].items()}
-    names = dict.fromkeys(name for column in columns.values() for name in column)
-    return _Grid(("fact", *columns), tuple((name, *(column.get(name, NONE) for column in columns.values())) for name in names))
-
-
-def _timings(facts: dict[str, Any]) -> _Grid:
-    """The lowerings that were timed to choose one, of each variant the fastest first."""
-    headers = ("Variant", "Experts written as", "Prefill tokens/s", "Decode tokens/s", "Request, ms")
-    rows = (
-        (
-            name, time["lowering"], format_rounded(time["prefill_tokens_per_second"]), format_rounded(time["decode_tokens_per_second"]),
-            f"{1000 * time['request_seconds']:.1f}",
-        )
-        for name, variant in facts["variants"].items() for time in variant["onnx"]["timings"]
-    )  # fmt: skip
-    return _Grid(headers, tuple(rows))
-
-
-def _provenance(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
-    elsewhere = {"name", "recipe", "variants"}
-    sections = {key: value for key, value in facts.items() if key not in elsewhere}
-    yield "run", [pair for key, value in sections.items() if not isinstance(value, dict) for pair in _pairs(value, key)]
-    for key, value in sections.items():
-        if isinstance(value, dict):
-            yield key, list(_pairs({k: v for k, v in value.items() if k not in shown.get(key, ())}))

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from datetime import UTC, datetime
 from glob import glob
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from convert.artifact import open_artifact
+from convert.card import CARD_NAME, CARDS_NAME, read_license, write_card
 from convert.errors import RecipeError
+from convert.machine import describe_machine, versions
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
 from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations
@@ -36,7 +38,6 @@ from upcycle.training import HISTORY_NAME, check_finetune, finetune
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
-_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Preparation:
     """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
 
     `last_stage` is the last that can be run for this target, with the reason; None where all can. `scratch_bytes` is what fine-tuning needs on the
-    disk beside its artifact, while it runs.
+    disk beside its artifact, while it runs. `license` is what the dense model's own card says of its licence.
     """
 
     loaded: LoadedRecipe
@@ -58,6 +59,7 @@ class Preparation:
     artifact_bytes: Mapping[str, int]
     scratch_bytes: int
     last_stage: tuple[str, str] | None
+    license: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,10 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         source_files[file.name] = _digest(file)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
     scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if "finetune" in sizes else 0
-    return Preparation(loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage)
+    return Preparation(
+        loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage,
+        read_license(directory),
+    )  # fmt: skip
 
 
 def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, str] | None:
@@ -152,7 +157,7 @@ def _locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
 def _download(hub: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download  # only a hub source needs it
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, *TOKENIZER_NAMES]
+    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, CARD_NAME, *TOKENIZER_NAMES]
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises many kinds for no network, no such model, no access
@@ -262,8 +267,8 @@ def parity_settings(preparation: Preparation, variant: Variant | None) -> Facts:
 
 
 def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
-    """The recipe as it was written."""
-    return {"name": preparation.loaded.name, "recipe": preparation.loaded.text}
+    """The recipe as it was written, and what the model cards say beside it."""
+    return {"name": preparation.loaded.name, "recipe": preparation.loaded.text, "license": dict(preparation.license)}
 
 
 # Stages
@@ -364,16 +369,20 @@ def run_parity(job: Job) -> Facts:
 
 
 def run_report(job: Job) -> Facts:
-    """The page and the same facts as JSON."""
+    """The page, the same facts as JSON, and a model card for each variant."""
+    source = job.recipe.source
     facts: Facts = {
         "dense2moe": version("dense2moe"),
         "name": job.preparation.loaded.name,
         "seed": job.recipe.seed,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.platform()},
+        "machine": asdict(describe_machine()),
         "recipe": job.preparation.loaded.text,
         "keys": dict(job.keys),
+        "digests": {label: _digests(job.inputs[label]) for label in job.inputs if label == "source" or label.startswith("onnx-")},
+        "base_model": source.hub if isinstance(source, HubSource) else None,
+        "license": dict(job.preparation.license),
         "variants": {},
     }
     for label, stage_facts in job.input_facts.items():
@@ -384,26 +393,14 @@ def run_report(job: Job) -> Facts:
             facts[stage] = stage_facts
     history = [json.loads(line) for line in (job.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()]
     write_report({**facts, "finetune": {**facts["finetune"], "history": history}}, job.output)
+    for variant in facts["variants"]:
+        write_card(facts, variant, job.inputs[f"onnx-{variant}"], job.output / CARDS_NAME / variant)
     return facts
 
 
-def _processor() -> str:
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        return next(line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str]:
-    """Versions of the interpreter and of every package that bears on the figures."""
-    found = {"python": platform.python_version(), "dense2moe": version("dense2moe")}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+def _digests(artifact: Path) -> dict[str, str]:
+    """SHA-256 of every file of an artifact."""
+    return {name: record["sha256"] for name, record in open_artifact(artifact).manifest["files"].items()}
 
 
 def _jsonable(facts: Any) -> Facts:

@@ -139,6 +139,11 @@ class Decoder:
         """Tokens that the model can see at once."""
         return int(self.config["max_position_embeddings"])
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it has logits for."""
+        return self._vocab_size
+
     def new_cache(self, batch_size: int, capacity: int) -> Cache:
         """An empty cache for `batch_size` rows of at most `capacity` tokens.
 

@@ -50,7 +50,9 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 
 def test_the_commands_are_these():
-    assert sorted(main.commands) == ["check", "generate", "parity", "plan", "run", "schema", "show", "verify"]
+    assert sorted(main.commands) == [
+        "bench", "check", "compare", "generate", "package", "parity", "plan", "run", "schema", "show", "verify",
+    ]  # fmt: skip
 
 
 def test_python_m_convert_is_the_same_program():

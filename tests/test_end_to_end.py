@@ -1,5 +1,6 @@
 """The whole road: a run, its reuse, its resumption after kill -9 in every stage, and the embedded model through every variant."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert.artifact import lock
@@ -105,6 +107,25 @@ def test_the_history_is_a_file_and_in_the_report_and_in_no_manifest(killed_run):
     lines = [json.loads(line) for line in (tuned / "history.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines
     assert json.loads(next(workdir.glob("report-*/report.json")).read_text(encoding="utf-8"))["finetune"]["history"] == lines
+
+
+def test_the_report_of_a_run_is_as_its_schema_says_and_nothing_in_it_is_undocumented(killed_run):
+    schema = json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))
+    for name, record in schema["$defs"].items():
+        if "properties" in record and name != "DataFacts":  # whose source tells more of itself
+            record["additionalProperties"] = False
+    report = json.loads(next(killed_run[0].glob("report-*/report.json")).read_text(encoding="utf-8"))
+    errors = Draft202012Validator(schema | {"additionalProperties": False}).iter_errors(report)
+    assert [f"{error.json_path}: {error.message}" for error in errors] == []
+
+
+def test_the_package_of_a_run_comes_with_its_card(killed_run, tmp_path):
+    workdir, output = killed_run[0], tmp_path / "out"
+    assert "README.md" in succeed("package", workdir, output)
+    card = (output / "README.md").read_text(encoding="utf-8")
+    digest = hashlib.sha256((output / "model.onnx.data").read_bytes()).hexdigest()
+    assert f"| SHA-256 of model.onnx.data | `{digest}` |" in card
+    assert "**Parity passed**" in card
 
 
 def test_two_processes_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe):

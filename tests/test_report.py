@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from report_facts import HOSTILE, make_facts, routing, searched, tiered
 from rich.console import Console
 
 from convert.pictures import Picture, draw_pictures
@@ -17,163 +18,11 @@ from convert.summary import Row, Verdict, judge, summarize, summary_table, verdi
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 STAGE_DASH = "1.2,1.2"
-HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nupcycle:\n  num_experts: 4\n"
-
-
-def evaluation(loss: float, perplexity: float, parameters: int, size: int, speed: float) -> dict[str, Any]:
-    return {"loss": loss, "perplexity": perplexity, "num_parameters": parameters, "weight_bytes": size, "decode_tokens_per_second": speed}
-
-
-def routing(load: list[float], entropy: float, margin: float, cosine: float) -> dict[str, Any]:
-    return {"load": load, "entropy": entropy, "margin": margin, "cosine": cosine}
-
-
-def history() -> list[dict[str, Any]]:
-    """Two stages of two looks each; the dense model at equal time takes half as many steps again."""
-    lines = []
-    for model, stride, train, validation in (
-        ("fine-tuned", 20, (2.90, 2.55, 2.41, 2.33), (2.71, 2.52, 2.44, 2.43)),
-        ("dense continued", 20, (2.9, 2.6, 2.5, 2.4), (2.74, 2.6, 2.52, 2.54)),
-        ("dense, equal time", 30, (2.8, 2.6, 2.4, 2.3), (2.70, 2.55, 2.49, 2.5)),
-    ):
-        for number, (t, v) in enumerate(zip(train, validation, strict=True), start=1):
-            losses = {"train_loss": t, "balance_loss": 1.1 if model == "fine-tuned" else None, "z_loss": None, "distillation_loss": None}
-            step = {"model": model, "step": stride * number, "num_tokens": stride * number * 2048, "stage": (number - 1) // 2}
-            high = 0.25 + 0.2 / number
-            rest = (1 - high) / 3
-            even = routing([0.25, 0.26, 0.24, 0.25], 1.3, 0.2, 1 - 0.01 * number)
-            uneven = routing([rest, high, rest + 0.01, rest - 0.01], 1.2, 0.1 * number, 1 - 0.02 * number)
-            layers = [{"number": n, **found} for n, found in enumerate([uneven, even] * 2)]
-            learned = {"learning_rate": 3e-4 / number, "validation_loss": None, "layers": layers if model == "fine-tuned" else []}
-            lines.append({**step, **losses, **learned})
-            lines.append({**step, **dict.fromkeys(losses), "learning_rate": None, "validation_loss": v, "layers": []})
-    return lines
-
-
-def agreement(scale: float, top1: float, routing: list[float]) -> dict[str, Any]:
-    return {
-        "max_error": 8 * scale,
-        "mean_error": scale,
-        "kl": scale * scale,
-        "top1_agreement": top1,
-        "routing_agreement": routing,
-        "hidden_error": [scale * (1 + layer / 2) for layer in range(4)],
-    }
-
-
-TIMINGS = [
-    {"lowering": "grouped", "prefill_tokens_per_second": 1234.4, "decode_tokens_per_second": 432.1, "request_seconds": 0.35552},
-    {"lowering": "qmoe", "prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 400.0, "request_seconds": 0.416},
-]
-
-
-def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, routing: list[float], speed: float) -> dict[str, Any]:
-    names = ("prefill, batch 1, 64 tokens", "prefill, batch 3, left padding", "decode, 24 steps after 40 tokens")
-    checks = [{"name": name, "max_error": 3e-6, "mean_error": 4e-7, "relative_error": 2.5e-6, "top1_agreement": 1.0} for name in names]
-    figures = {
-        "onnxruntime": "1.32.0",
-        "checks": checks,
-        "twin": agreement(4e-7, 1.0, [1.0, 1.0, 1.0, 0.99998]),
-        "finetuned": agreement(scale, top1, routing),
-        "perplexity": perplexity,
-        "twin_perplexity": perplexity,
-        "finetuned_perplexity": 11.2345,
-        "worst_layer": 2,
-        "prefill_tokens_per_second": 20 * speed,
-        "decode_tokens_per_second": speed,
-    }
-    return {
-        "quantize": {"bits": {"experts": bits, "attention": bits}, "expert_bytes": size // 2, "quantized_expert_share": 1.0 if bits < 32 else 0.0},
-        "onnx": {"lowering": "moe" if bits == 32 else "qmoe", "package_bytes": size, "min_onnxruntime": "1.23", "timings": TIMINGS},
-        "parity": {
-            "providers": {"CPUExecutionProvider": figures, "CUDAExecutionProvider": "not run: no CUDA device"},
-            "passed": True,
-            "breaches": [],
-        },
-    }
 
 
 @pytest.fixture
 def facts() -> dict[str, Any]:
-    return {
-        "dense2moe": "0.1.0",
-        "name": "quickstart",
-        "seed": 0,
-        "created": "2026-11-23T05:00:00Z",
-        "versions": {"python": "3.11.2", "torch": "2.10.0", "transformers": "5.3.0", "onnxruntime": "1.32.0"},
-        "machine": {"processor": "x86_64", "cores": 2, "system": "Linux"},
-        "recipe": HOSTILE,
-        "keys": {"source": "3f9ad2c09b41", "upcycle": "8c1177e0aa52", "finetune": "d04c55b1a9e7"},
-        "source": {
-            "architecture": "LlamaForCausalLM",
-            "num_parameters": 4_131_072,
-            "num_bytes": 8_262_144,
-            "dtype": "bfloat16",
-            "origin": "recipes/models/python-docs-4m",
-        },
-        "data": {"block_size": 256, "num_tokens": {"train": 2_104_320, "validation": 110_592, "test": 113_408}, "digest": "sha256:5d0c" + "9a" * 28},
-        "upcycle": {
-            "target": "MixtralForCausalLM",
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "num_parameters": 10_430_208,
-            "num_active_parameters": 6_231_808,
-            "num_bytes": 20_860_416,
-            "receipt_notes": [HOSTILE],
-            "receipt": [
-                {
-                    "router": "shipped",
-                    "dtype": "float32",
-                    "text": "one long text",
-                    "experts": "eager",
-                    "num_tokens": 320,
-                    "rel": 6.1e-7,
-                    "bitwise": False,
-                },
-                {"router": "zero", "dtype": "float32", "text": "one long text", "experts": "eager", "num_tokens": 320, "rel": 0.0, "bitwise": True},
-                {
-                    "router": "shipped",
-                    "dtype": "bfloat16",
-                    "text": "padded batch",
-                    "experts": "eager",
-                    "num_tokens": 320,
-                    "rel": 7.3e-3,
-                    "bitwise": False,
-                },
-                {"router": "zero", "dtype": "bfloat16", "text": "padded batch", "experts": "eager", "num_tokens": 320, "rel": 0.0, "bitwise": True},
-            ],
-        },
-        "finetune": {
-            "evaluations": {
-                "dense": evaluation(2.7, 14.8797, 4_131_072, 8_262_144, 210.0),
-                "upcycled": evaluation(2.7, 14.8798, 10_430_208, 20_860_416, 96.0),
-                "fine-tuned": evaluation(2.419, 11.2345, 10_430_208, 41_720_832, 97.0),
-                "dense continued": evaluation(2.51, 12.3049, 4_131_072, 16_524_288, 208.0),
-                "dense, equal time": evaluation(2.4849, 12.0000, 4_131_072, 16_524_288, 209.0),
-            },
-            "history": history(),
-            "best_steps": {"fine-tuned": 80, "dense continued": 60, "dense, equal time": 90},
-            "num_steps": {"fine-tuned": 80, "dense continued": 80, "dense, equal time": 120},
-            "seconds": {"fine-tuned": 45.0, "dense continued": 30.0, "dense, equal time": 44.0},
-            "precision": "bfloat16",
-            "router_task_gradient": 1e-9,
-            "domains": {
-                "loads": {
-                    "prose": [[0.25, 0.25, 0.25, 0.25], [0.2, 0.3, 0.25, 0.25], [0.1, 0.4, 0.25, 0.25], [0.25, 0.25, 0.3, 0.2]],
-                    "code": [[0.25, 0.25, 0.25, 0.25], [0.3, 0.2, 0.25, 0.25], [0.3, 0.15, 0.3, 0.25], [0.25, 0.25, 0.2, 0.3]],
-                },
-                "between": [0.0, 0.1, 0.25, 0.1],
-                "within": [0.01, 0.02, 0.03, 0.02],
-            },
-            "sparse_layers": [0, 1, 2, 3],
-            "warnings": ["the routers' task gradient was 1e-09 of the whole at the start; set upcycle.experts.noise to start them apart"],
-        },
-        "variants": {
-            "float32": variant(32, 41_900_000, 11.2346, 5e-7, 1.0, [1.0, 1.0, 1.0, 0.99999], 431.0),
-            "int8": variant(8, 12_300_000, 11.2411, 6e-4, 0.9961, [0.999, 0.998, 0.9973, 0.9969], 622.0),
-            "int4": variant(4, 7_810_000, 11.5123, 9e-3, 0.9512, [0.991, 0.982, 0.9731, 0.9689], 655.0),
-        },
-    }
+    return make_facts()
 
 
 class Outline(HTMLParser):
@@ -235,9 +84,9 @@ def test_every_id_is_unique_and_every_reference_is_met(facts, written):
     assert references <= set(ids)
 
 
-def test_the_page_is_balanced_html_with_nine_described_pictures(facts, written):
+def test_the_page_is_balanced_html_with_ten_described_pictures(facts, written):
     tags = Outline(written(facts)).tags
-    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 9
+    assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 10
     assert all(attributes["aria-label"] for _, attributes in tags if attributes.get("role") == "img")
 
 
@@ -271,11 +120,12 @@ def test_writing_leaves_the_facts_and_matplotlib_as_they_were(facts, written):
     assert dict(matplotlib.rcParams) == settings
 
 
-def test_the_json_is_the_facts_and_the_summary(facts, tmp_path):
+def test_the_json_is_the_facts_the_summary_and_the_verdicts(facts, tmp_path):
     write_report(facts, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
-    summary = found.pop("summary")
+    summary, verdicts = found.pop("summary"), found.pop("verdicts")
     assert found == facts
+    assert [Verdict(**verdict) for verdict in verdicts] == list(judge(facts))
     assert [Row(**row) for row in summary] == summarize(facts)
 
 
@@ -663,3 +513,59 @@ def test_a_named_lowering_leaves_no_empty_table(facts: dict[str, Any], tmp_path)
         found["onnx"]["timings"] = []
     write_report(facts, tmp_path)
     assert "Which way of writing" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_margins_say_how_many_flips_were_nearly_ties(facts) -> None:
+    """Of int4's flips, 32 % of 40, 12 % of 400 and 4 % of 3000 are in the lower half of the bins: all of them."""
+    drawn = picture(tiered(facts), "Router margins and flips")
+    flips = round(0.32 * 40 + 0.12 * 400 + 0.04 * 3000)
+    assert f"of the {flips} flips of int4 in 32,440 choices 100 % had a margin below 0.1." in drawn.caption
+
+
+def test_without_a_flip_the_margins_say_so(facts) -> None:
+    for variant in tiered(facts)["variants"].values():
+        for found in variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["margins"]:
+            found["agreement"] = 1.0
+    assert picture(facts, "Router margins and flips").caption == ("Of 32,440 choices of experts none came out otherwise than the fine-tuned model's.")
+
+
+def test_facts_without_margins_have_no_picture_of_them(facts) -> None:
+    assert "Router margins and flips" not in titles(facts)
+
+
+def test_tokens_per_second_are_compared_with_torch(facts) -> None:
+    drawn = picture(facts, "Tokens per second")
+    assert f"ONNX int4 decodes {655 / 97:.1f} times as fast as the fine-tuned model in torch" in drawn.caption
+    for speed in ("13,100", "655", "97.0"):
+        assert f">{speed}<" in drawn.svg
+
+
+def test_a_search_shows_its_front_and_what_was_chosen(facts) -> None:
+    drawn = picture(searched(facts), "Search of bits, int4")
+    assert "Of 4 mixtures of bits" in drawn.caption
+    assert f"7.00 MB, its perplexity {100 * (11.5 / 11.24 - 1):.2f} % above the reference's (dashed); the limit: +3 %." in drawn.caption
+    assert ">4 bits, attention 8<" in drawn.svg
+    for point in facts["variants"]["int4"]["quantize"]["search"]["points"]:
+        point["chosen"] = False
+    assert "none met the limit: +3 %" in picture(facts, "Search of bits, int4").caption
+
+
+def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) -> None:
+    variants = tiered(facts)["variants"]
+    variants["int4"]["parity"]["providers"]["CPUExecutionProvider"]["tiers"]["routing"] = "broken"
+    text = " ".join(" ".join(Outline(written(facts)).text).split())
+    assert "tier question float32 int8 int4 operator Does each layer of experts" in text
+    assert "Does every token visit the same experts? passed passed FAILED" in text
+    assert "32 times what float32 differs from float64 on this text" in text
+    assert "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 parted from it" in text
+    assert "wrote 8 texts of 64 tokens, each token as the torch twin did." in text
+    assert "the largest error is 2.0e-7, in layer 0, where float32 itself has 1.0e-7; no expert is wrong." in text
+    assert "Every token went to the experts that the fine-tuned model chooses" in text
+    assert "No node was placed on another provider." in text
+    assert "top-5 agreement" in text
+
+
+def test_the_digests_of_the_packages_are_in_the_provenance(facts, written) -> None:
+    text = "".join(Outline(written(facts)).text)
+    assert "onnx-int8.model.onnx" in text
+    assert "a7" * 32 in text

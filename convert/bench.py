@@ -1,0 +1,136 @@
+"""The bench: prefill and decode of one package, by batch and length, with their spread and what they took."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
+from convert.numerals import NONE, format_rounded, format_size
+from export.config import Device
+from export.runtime import PROVIDERS, Decoder
+from export.speed import Load, LoadTime, time_loads
+from export.storage import LOWERING_KEY
+from upcycle.progress import Progress
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Tokens per second of all rows together: the median over rounds, the slowest and the fastest round."""
+
+    median: float
+    slowest: float
+    fastest: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What was measured, on what; memory is this process's, that of the interpreter and its libraries included.
+
+    `idle_bytes` were resident before the package was loaded, `loaded_bytes` after, `peak_bytes` at the worst moment of all.
+    """
+
+    package: str
+    device: Device
+    lowering: str | None
+    package_bytes: int
+    num_threads: int
+    num_rounds: int
+    load_seconds: float
+    idle_bytes: int
+    loaded_bytes: int
+    peak_bytes: int
+    loads: tuple[dict[str, Any], ...]
+    machine: Machine
+    versions: dict[str, str]
+    created: str
+
+
+def bench_package(package: Path, loads: Sequence[Load], device: Device, num_threads: int, num_rounds: int, progress: Progress) -> Bench:
+    """Load the package and time the loads; 0 threads are as many as onnxruntime takes by itself.
+
+    Raises:
+        ExportError: no package, no such device, or a load beyond the context.
+    """
+    idle = resident_bytes()
+    started = time.perf_counter()
+    decoder = Decoder(package, PROVIDERS[device], num_threads=num_threads)
+    seconds, loaded = time.perf_counter() - started, resident_bytes()
+    times = time_loads(decoder, loads, num_rounds, progress)
+    return Bench(
+        package=package.resolve().name,
+        device=device,
+        lowering=decoder.metadata.get(LOWERING_KEY),
+        package_bytes=sum(path.stat().st_size for path in package.iterdir() if path.name.startswith("model.onnx")),
+        num_threads=num_threads,
+        num_rounds=num_rounds,
+        load_seconds=seconds,
+        idle_bytes=idle,
+        loaded_bytes=loaded,
+        peak_bytes=max(peak_resident_bytes(), loaded, idle),
+        loads=tuple(_describe(found) for found in times),
+        machine=describe_machine(),
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def bench_table(bench: Bench) -> Table:
+    """A row for each load: the medians, and in brackets the slowest and the fastest round; fits in 100 columns."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for header in ("Batch", "Prompt", "New", "Prefill tokens/s", "Decode tokens/s", "ms a step", "KV cache"):
+        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+    for load in bench.loads:
+        decode = load["decode_tokens_per_second"]
+        table.add_row(
+            f"{load['batch_size']}", f"{load['prompt_tokens']:,}", f"{load['new_tokens']:,}", _cell(load["prefill_tokens_per_second"]), _cell(decode),
+            NONE if decode is None else f"{1000 * load['batch_size'] / decode['median']:.2f}", format_size(load["cache_bytes"]),
+        )  # fmt: skip
+    return table
+
+
+def bench_lines(bench: Bench) -> list[str]:
+    """What the table was measured on, in sentences."""
+    machine = bench.machine
+    runtime = next(f"{name} {bench.versions[name]}" for name in ("onnxruntime", "onnxruntime-gpu") if name in bench.versions)
+    threads = "its own choice of threads" if bench.num_threads == 0 else f"{bench.num_threads} thread{'s' if bench.num_threads > 1 else ''}"
+    experts = f", experts written as {bench.lowering}" if bench.lowering not in (None, "none") else ""
+    return [
+        f"{bench.package}: {format_size(bench.package_bytes)}{experts}; {runtime} on {bench.device}, {threads}; "
+        f"medians of {bench.num_rounds} rounds after one to warm up, the slowest and the fastest round in brackets.",
+        f"Memory: {format_size(bench.idle_bytes)} before loading, {format_size(bench.loaded_bytes)} after, {format_size(bench.peak_bytes)} "
+        f"at the peak; loaded in {bench.load_seconds:.2f} s.",
+        f"Machine: {machine.processor}, {machine.cores} cores, {format_size(machine.memory_bytes)}, {machine.system}.",
+    ]
+
+
+def _describe(found: LoadTime) -> dict[str, Any]:
+    load = found.load
+    prefill = _spread(load.batch_size * load.prompt_tokens, found.prefill_seconds)
+    decode = _spread(load.batch_size * load.new_tokens, found.decode_seconds) if load.new_tokens else None
+    return {
+        **asdict(load),
+        "prefill_tokens_per_second": asdict(prefill),
+        "decode_tokens_per_second": asdict(decode) if decode else None,
+        "prefill_seconds": list(found.prefill_seconds),
+        "decode_seconds": list(found.decode_seconds),
+        "cache_bytes": found.cache_bytes,
+    }
+
+
+def _spread(num_tokens: int, seconds: Sequence[float]) -> Spread:
+    return Spread(num_tokens / statistics.median(seconds), num_tokens / max(seconds), num_tokens / min(seconds))
+
+
+def _cell(spread: dict[str, float] | None) -> str:
+    if spread is None:
+        return NONE
+    return f"{format_rounded(spread['median'])} ({format_rounded(spread['slowest'])}–{format_rounded(spread['fastest'])})"

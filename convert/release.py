@@ -1,0 +1,43 @@
+"""A package made ready to be given away: its files, its model card, the report."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from convert.artifact import Artifact, ArtifactError, check_space, describe_os_error, verify
+from convert.card import CARD_NAME, CARDS_NAME
+from convert.report import HTML_NAME
+
+
+def gather_package(package: Artifact, report: Artifact, variant: str, output: Path) -> list[str]:
+    """Copy a package, its card as `README.md` and the report into the new directory `output`; returns the names of its files.
+
+    The artifacts stay as they are. Every file is checked against its manifest first, and `output` is there whole or not at all.
+
+    Raises:
+        ArtifactError: `output` is there already, a file is not as its manifest says, the report has no card, or the disk is full.
+    """
+    if os.path.lexists(output):
+        raise ArtifactError(f"{output}: is there already; give a directory that is to be made")
+    card = report.directory / CARDS_NAME / variant / CARD_NAME
+    if not card.is_file():
+        raise ArtifactError(f"{report.directory}: has no model card for {variant}; run the recipe again, which writes the report anew")
+    for artifact in (package, report):
+        for mismatch in verify(artifact.directory):
+            raise ArtifactError(f"{artifact.directory}: {mismatch}; move the directory away, and run the recipe again")
+    sources = {name: package.directory / name for name in package.manifest["files"]}
+    sources |= {CARD_NAME: card, HTML_NAME: report.directory / HTML_NAME}
+    check_space(output, sum(source.stat().st_size for source in sources.values()))
+    fresh = output.with_name(f"{output.name}.partial")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        for name, source in sources.items():
+            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, fresh / name)
+        fresh.rename(output)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise ArtifactError(describe_os_error(error, output)) from error
+    return sorted(sources)

@@ -1,0 +1,170 @@
+"""Model cards: what the hub reads of them, what people read, and the code in them runs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import ModelCard
+from report_facts import HOSTILE, make_facts, tiered
+
+from convert.artifact import build
+from convert.card import read_license, write_card
+from convert.cli import main
+from convert.report import write_report
+from export.config import OnnxConfig, QuantizeConfig
+from export.package import write_package
+from export.twin import quantize_checkpoint
+
+
+def silent(*_: Any) -> None:
+    """Progress that nobody watches."""
+
+
+@pytest.fixture(scope="module")
+def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float32 package of the tiny mixture."""
+    twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
+    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="round"), silent)
+    write_package(twin, output, OnnxConfig(lowering="grouped"), silent)
+    return output
+
+
+@pytest.fixture
+def facts() -> dict[str, Any]:
+    return make_facts()
+
+
+def card_of(facts: dict[str, Any], package: Path, output: Path, variant: str = "float32") -> ModelCard:
+    write_card(facts, variant, package, output)
+    return ModelCard.load(output / "README.md")
+
+
+def test_the_hub_reads_the_metadata(facts, package, tmp_path) -> None:
+    data = card_of(facts, package, tmp_path, "int8").data
+    assert (data.license, data.base_model, data.pipeline_tag, data.library_name) == (
+        "apache-2.0", "someone/python-docs-4m", "text-generation", "onnx",
+    )  # fmt: skip
+    assert {"onnx", "mixture-of-experts", "int8"} <= set(data.tags)
+
+
+def test_what_is_not_known_is_not_in_the_metadata(facts, package, tmp_path) -> None:
+    facts |= {"base_model": None, "license": {}}
+    card = card_of(facts, package, tmp_path)
+    assert not {"license", "base_model"} & set(card.data.to_dict())
+    assert "names no licence" in card.text
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\ntags: [a]\n---\n# x\n",
+         {"license": "other", "license_name": "own", "license_link": "LICENSE.md"}),
+        ("---\nlicense: [mit, other]\n---\n", {}),
+        ("---\nlicense: [mit\n---\n", {}),
+        ("# no metadata\n", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_the_licence_is_that_of_the_source_s_card(tmp_path, text, expected) -> None:
+    if text is not None:
+        (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    assert read_license(tmp_path) == expected
+
+
+def test_the_card_tells_the_verdict_the_figures_and_where_it_comes_from(facts, package, tmp_path) -> None:
+    text = card_of(tiered(facts), package, tmp_path, "int8").text
+    assert "**Parity passed**" in text
+    assert "| ONNX int8 | 11.24 | 12.3 MB | 99.61 % | 99.69 % | 622 | 12,440 | passed |" in text
+    assert "ONNX int4" not in text
+    assert "- ONNX int8: perplexity 11.24, 0.06 % above float32 ONNX's; parity passed." in text
+    assert "- routing: Does every token visit the same experts? passed." in text
+    assert HOSTILE.strip() in text
+    assert f"| SHA-256 of model.onnx | `{'a7' * 32}` |" in text
+
+
+def test_a_broken_parity_stands_at_the_head(facts, package, tmp_path) -> None:
+    breach = "CPUExecutionProvider: routing: agreement with the twin 0.9 < 0.97"
+    facts["variants"]["float32"]["parity"].update(passed=False, breaches=[breach])
+    text = card_of(facts, package, tmp_path).text
+    assert "**Parity FAILED**" in text
+    assert text.index(breach) < text.index("## How to run it")
+
+
+def test_a_recipe_with_a_fence_does_not_end_its_own(facts, package, tmp_path) -> None:
+    facts["recipe"] = "name: x # ```` and\n```\n# injected\n"
+    text = card_of(facts, package, tmp_path).text
+    assert "\n`````yaml\nname: x # ```` and\n```\n# injected\n`````\n" in text
+
+
+@pytest.mark.filterwarnings("default")
+def test_the_code_of_the_card_runs_in_onnxruntime_genai(facts, package, tmp_path, monkeypatch, capsys) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    code = re.findall(r"```python\n(.*?)```", card_of(facts, package, tmp_path).text, flags=re.DOTALL)
+    (genai,) = (block for block in code if "onnxruntime_genai" in block)
+    monkeypatch.chdir(package)
+    exec(compile(genai, "card", "exec"), {})
+    assert capsys.readouterr().out.startswith("<s>Once")
+
+
+def test_a_card_names_no_runtime_that_cannot_read_the_package(facts, package, tmp_path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "config.json").write_text((package / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    assert "genai" not in card_of(facts, tmp_path / "package", tmp_path).text
+
+
+@pytest.fixture
+def workdir(facts, package, tmp_path) -> Path:
+    """A work directory with two sealed artifacts, the package and the report."""
+    directories = {}
+    for label, key in (("onnx-float32", "1" * 64), ("report", "2" * 64)):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        with build(tmp_path / "run", label, key) as draft:
+            if label == "report":
+                write_report(facts, draft.directory)
+                write_card(facts, "float32", package, draft.directory / "cards" / "float32")
+            else:
+                for path in package.iterdir():
+                    (draft.directory / path.name).write_bytes(path.read_bytes())
+            facts_of = {"variants": facts["variants"]} if label == "report" else {}
+            directories[label] = draft.seal(inputs={}, settings={}, facts=facts_of, versions={}, seed=0).directory.name
+    state = {"name": "tiny", "status": "finished", "recipe": "tiny.yaml", "artifacts": directories}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(state), encoding="utf-8")
+    return tmp_path / "run"
+
+
+def invoke(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_a_package_is_gathered_with_its_card_and_runs(workdir, package, tmp_path) -> None:
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    code, output = invoke("package", workdir, tmp_path / "out")
+    assert (code, output.startswith(f"{tmp_path / 'out'}: float32, ")) == (0, True), output
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {path.name for path in package.iterdir()} | {"README.md", "report.html"}
+    assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "onnx"
+    assert invoke("generate", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 4) == invoke(
+        "generate", package, "--prompt", "a", "--max-new-tokens", 4
+    )
+    again = invoke("package", workdir, tmp_path / "out")
+    assert again == (1, f"Error: {tmp_path / 'out'}: is there already; give a directory that is to be made\n")
+
+
+def test_a_spoilt_package_is_not_given_away(workdir, tmp_path) -> None:
+    data = next(workdir.glob("onnx-*/model.onnx.data"))
+    spoilt = bytearray(data.read_bytes())
+    spoilt[100] ^= 1
+    data.write_bytes(spoilt)
+    code, output = invoke("package", workdir, tmp_path / "out")
+    assert code == 1
+    assert "model.onnx.data: SHA-256 " in output
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()

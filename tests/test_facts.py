@@ -1,0 +1,56 @@
+"""The JSON of a report is as its schema says, and the schema is the one that is published."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from jsonschema import Draft202012Validator
+from report_facts import make_facts, tiered
+
+from convert.cli import main
+from convert.facts import report_schema
+from convert.report import write_report
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def validator() -> Draft202012Validator:
+    schema = report_schema()
+    Draft202012Validator.check_schema(schema)
+    return Draft202012Validator(schema)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    facts = tiered(make_facts())
+    facts["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["kl"] = float("nan")
+    output = tmp_path_factory.mktemp("report")
+    write_report(facts, output)
+    return json.loads((output / "report.json").read_text(encoding="utf-8"))
+
+
+def test_the_published_schema_is_that_of_the_code() -> None:
+    """If not: `dense2moe schema --report > recipes/report.schema.json`."""
+    printed = CliRunner().invoke(main, ["schema", "--report"]).output
+    assert json.loads(printed) == report_schema() == json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))
+
+
+def test_a_report_is_as_the_schema_says(validator, report) -> None:
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(report)] == []
+
+
+def test_a_report_that_lacks_a_figure_or_has_words_for_it_is_not(validator, report) -> None:
+    assert report["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["kl"] == "NaN"
+    spoilt = copy.deepcopy(report)
+    del spoilt["variants"]["int8"]["onnx"]["package_bytes"]
+    spoilt["finetune"]["evaluations"]["dense"]["perplexity"] = "low"
+    spoilt["summary"][0]["passed"] = 1
+    assert {error.json_path for error in validator.iter_errors(spoilt)} == {
+        "$.variants.int8.onnx", "$.finetune.evaluations.dense.perplexity", "$.summary[0].passed",
+    }  # fmt: skip
