@@ -27,8 +27,8 @@ from transformers.utils import logging
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder
-from export.twin import quantize_checkpoint
 from upcycle.config import RouterConfig, UpcycleConfig
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle

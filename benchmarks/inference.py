@@ -194,7 +194,7 @@ def export_package(source: Path, package: Path, precision: Variant, wishes: Sequ
 
 
 def run_quantize(source: Path, output: Path, precision: str) -> None:
-    from export.twin import quantize_checkpoint
+    from export.quantizer import quantize_checkpoint
 
     output.mkdir()
     variant = next(name for name in PRECISIONS if name == precision)

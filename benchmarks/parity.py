@@ -19,8 +19,8 @@ from transformers.utils import logging
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from export.package import write_package
 from export.parity import ProviderParity, check_parity
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU
-from export.twin import quantize_checkpoint
 
 LOWERINGS = ("fused", "grouped", "unrolled")
 

@@ -50,7 +50,7 @@ from transformers.utils import logging
 from convert.artifact import code_digest
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
-from export.twin import quantize_checkpoint
+from export.quantizer import quantize_checkpoint
 from upcycle.data import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,7 +11,7 @@ from convert.machine import Machine
 from convert.summary import Row, Verdict
 from export.package import OnnxFacts
 from export.parity import ProviderParity
-from export.twin import QuantizeFacts
+from export.quantizer import QuantizeFacts
 from upcycle.receipt import Comparison
 from upcycle.training import FinetuneFacts
 

@@ -23,9 +23,10 @@ from export.config import QUANTIZED, Variant, element_type, float_type, rounds_a
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
+from export.footprint import estimate_bytes
 from export.package import write_package
 from export.parity import check_parity
-from export.twin import estimate_bytes, quantize_checkpoint
+from export.quantizer import quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
 from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources

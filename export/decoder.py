@@ -25,6 +25,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
+from export.bits import check_head, class_bits
 from export.blocks import BlockWriter, moe_layer
 from export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
@@ -34,7 +35,7 @@ from export.linear import add_linear
 from export.lowering import Lowering, MoeLayer, find_common_lowerings
 from export.positions import add_positions
 from export.quantization import is_quantized
-from export.twin import FloatWeight, QuantizedWeight, Twin, Weight, check_head, class_bits
+from export.twin import FloatWeight, QuantizedWeight, Twin, Weight
 from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias

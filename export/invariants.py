@@ -23,10 +23,11 @@ import onnx
 from onnx import NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from export.bits import plan_classes
 from export.errors import ExportError
 from export.family import TensorClass, find_refusal, layer_of
 from export.storage import MODEL_NAME
-from export.twin import Twin, plan_classes
+from export.twin import Twin
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)

@@ -21,9 +21,10 @@ from export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from export.errors import ExportError
 from export.package import write_package
 from export.parity import check_parity
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, CUDA, Decoder, is_at_hand
 from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import Twin, quantize_checkpoint
+from export.twin import Twin
 
 VOCABULARY = 96
 IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 24))

@@ -13,12 +13,14 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from export.bit_search import BitChoices, Sensitivity, Unit, find_units
+from export.bits import plan_classes
 from export.config import BitsOverride, OnnxConfig, QuantizeConfig
 from export.errors import ExportError
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder
 from export.sensitivity import Ruler
-from export.twin import Twin, plan_classes, quantize_checkpoint
+from export.twin import Twin
 from upcycle.checkpoint import open_checkpoint
 
 NAMES = {"experts": "model.layers.{}.block_sparse_moe.experts.1.w2.weight", "attention": "model.layers.{}.self_attn.k_proj.weight"}

@@ -17,7 +17,8 @@ from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.quantization import dequantize, quantize
-from export.twin import SCHEME_NAME, quantize_checkpoint
+from export.quantizer import quantize_checkpoint
+from export.twin import SCHEME_NAME
 from upcycle.checkpoint import open_checkpoint
 from upcycle.config import ExpertsConfig, UpcycleConfig
 from upcycle.surgery import upcycle

@@ -18,7 +18,7 @@ from convert.cli import main
 from convert.report import write_report
 from export.config import OnnxConfig, QuantizeConfig
 from export.package import write_package
-from export.twin import quantize_checkpoint
+from export.quantizer import quantize_checkpoint
 
 
 def silent(*_: Any) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from convert.cli import main
 from export.config import OnnxConfig, QuantizeConfig
 from export.package import write_package
-from export.twin import quantize_checkpoint
+from export.quantizer import quantize_checkpoint
 from upcycle.errors import UpcycleError
 
 ROOT = Path(__file__).parent.parent

@@ -21,9 +21,10 @@ from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
 from export.storage import MODEL_NAME
-from export.twin import Twin, quantize_checkpoint
+from export.twin import Twin
 from upcycle.checkpoint import open_checkpoint
 
 VOCABULARY = 96

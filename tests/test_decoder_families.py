@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.family import DECODER_FAMILIES
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder
 from export.storage import MODEL_NAME
-from export.twin import quantize_checkpoint
 from upcycle.config import ExpertsConfig, UpcycleConfig
 from upcycle.surgery import upcycle
 

@@ -21,9 +21,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity import Parity, ProviderParity, check_parity
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU
 from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import quantize_checkpoint
 
 DOCS = Path(__file__).parent.parent / "docs" / "parity.md"
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))

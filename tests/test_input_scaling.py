@@ -15,7 +15,7 @@ from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.input_scaling import ScaledLayer, ScalingRecord, fold, scale_layer
-from export.twin import quantize_checkpoint
+from export.quantizer import quantize_checkpoint
 from tests.test_calibration import draw_blocks, load, make_mixture
 from tests.test_decoder_families import CASES
 from upcycle.checkpoint import open_checkpoint

@@ -21,8 +21,9 @@ from export.errors import ExportError
 from export.graph import GraphWriter
 from export.invariants import check_graph
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import Twin, Weight, quantize_checkpoint
+from export.twin import Twin, Weight
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BLOCKS = torch.randint(2, 96, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -13,8 +13,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from export import methods
 from export.bit_search import BitSearch
 from export.config import QuantizeConfig, Variant
+from export.quantizer import QuantizeFacts, quantize_checkpoint
 from export.sensitivity import Ruler
-from export.twin import QuantizeFacts, quantize_checkpoint
 
 NUM_LAYERS = 3
 

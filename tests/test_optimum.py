@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
-from export.twin import quantize_checkpoint
+from export.quantizer import quantize_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from upcycle.surgery import upcycle
 

@@ -15,9 +15,9 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import OnnxFacts, genai_config, write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder, Sampling
 from export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
-from export.twin import quantize_checkpoint
 
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))  # those need text
 NUM_TOKENS = 64

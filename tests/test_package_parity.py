@@ -22,9 +22,9 @@ from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity.placement import count_elsewhere, find_placement
 from export.parity.precision import Precision, find_precision
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, CUDA, is_at_hand
 from export.storage import MODEL_NAME
-from export.twin import quantize_checkpoint
 from tests.conftest import MakeDense
 
 pytest_plugins = ["pytester"]

@@ -23,10 +23,10 @@ from export.package import write_package
 from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
 from export.parity.limits import configured_limits, noise_limit
 from export.parity.records import FreeRun, Limit, OperatorCheck, Tier
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, CUDA, Decoder
 from export.speed import measure_speed
 from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import quantize_checkpoint
 
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))  # those need text
 EXACT: tuple[Variant, ...] = ("float32", "bfloat16", "int8", "int4")  # those that compute as their twin does, but for the order of sums

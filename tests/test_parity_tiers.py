@@ -21,8 +21,8 @@ from export.parity.checks import Case, measure_errors, plan_cases, run_free
 from export.parity.forward import Forward, open_reference
 from export.parity.limits import measure_noise
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, Decoder
-from export.twin import quantize_checkpoint
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=8)

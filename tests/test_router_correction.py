@@ -12,8 +12,9 @@ import torch
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.inputs import Inputs
+from export.quantizer import quantize_checkpoint
 from export.router_correction import correct_router, kl_of_scores
-from export.twin import SCHEME_NAME, quantize_checkpoint
+from export.twin import SCHEME_NAME
 from tests.conftest import MakeDense
 from tests.test_calibration import CASES, draw_blocks, load, make_mixture
 from upcycle.checkpoint import open_checkpoint

@@ -17,10 +17,10 @@ from transformers import MixtralForCausalLM
 from export.config import OnnxConfig, QuantizeConfig
 from export.errors import ExportError
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGITS, Decoder
 from export.sampling import Sampling
 from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
-from export.twin import quantize_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from upcycle.surgery import upcycle
 

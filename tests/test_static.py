@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, MixtralFor
 
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from export.errors import ExportError
+from export.footprint import estimate_bytes
 from export.package import write_package
 from export.parity import ProviderParity, check_parity
+from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, Decoder
 from export.simulation import RoundedInputs
 from export.static import Magnitudes
 from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import SCHEME_NAME, QuantizedWeight, Twin, estimate_bytes, quantize_checkpoint
+from export.twin import SCHEME_NAME, QuantizedWeight, Twin
 from upcycle.checkpoint import open_checkpoint
 
 VOCABULARY = 96

@@ -14,10 +14,11 @@ from export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
 from export.decoder import Cut, build_decoder, find_candidates
 from export.lowering import GROUPED
 from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder
 from export.speed import Speed
 from export.storage import LOWERING_KEY
-from export.twin import Twin, quantize_checkpoint
+from export.twin import Twin
 
 
 class Named(Decoder):

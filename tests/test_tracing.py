@@ -22,10 +22,11 @@ from export.package import write_package
 from export.parameters import classify_tensors
 from export.parity import check_parity
 from export.passes import find_traced_candidates, lower_trace
+from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder, Sampling
 from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
 from export.tracing import trace_decoder
-from export.twin import Twin, quantize_checkpoint
+from export.twin import Twin
 from upcycle.checkpoint import open_checkpoint
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed, with which transformers exports")

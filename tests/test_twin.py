@@ -16,12 +16,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from export.bits import class_bits
 from export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from export.errors import ExportError
 from export.family import DECODER_FAMILIES
+from export.footprint import estimate_bytes
 from export.package import write_package
 from export.quantization import dequantize, quantize
-from export.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, QuantizeFacts, Twin, class_bits, estimate_bytes, quantize_checkpoint
+from export.quantizer import QuantizeFacts, quantize_checkpoint
+from export.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, Twin
 from upcycle.checkpoint import Checkpoint, open_checkpoint
 from upcycle.errors import UpcycleError
 

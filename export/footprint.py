@@ -1,0 +1,127 @@
+"""Bytes that quantized weights take, from names and shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from export.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
+from export.config import STATIC, Device, QuantizeConfig, Variant, element_type
+from export.errors import ExportError
+from export.family import DecoderFamily, find_decoder_family, rotary_switch
+from export.quantization import is_quantized, num_blocks, zero_point_bytes
+from upcycle.checkpoint import Checkpoint
+from upcycle.shards import TensorSpec
+
+_LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
+"""Bytes of a layer's nodes in a graph, and of those of one expert: what the largest lowering was seen to take, and some more."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How integers lie: weights that share a scale, None being those of a row, and whether blocks have zero points of their own."""
+
+    block_size: int | None
+    zero_points: bool
+
+    @classmethod
+    def of(cls, variant: Variant, config: QuantizeConfig) -> Packing:
+        """That of a variant."""
+        return cls(None, zero_points=False) if variant == STATIC else cls(config.block_size, config.zero_points)
+
+
+def integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing) -> list[TensorSpec]:
+    """The tensors that hold the integers of one, all of whose dimensions but the last count as rows."""
+    rows, width = math.prod(shape[:-1]), shape[-1]  # stacked experts lie one below the other
+    block_size = packing.block_size or width
+    blocks = num_blocks(width, block_size)
+    specs = [
+        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
+        TensorSpec(f"{name}.scales", torch.float32, (rows, blocks)),
+    ]
+    if packing.zero_points:
+        specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, block_size))))
+    return specs
+
+
+def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], packing: Packing) -> int:
+    """Bytes of tensors in a checkpoint of integers, or as floats of as many bits as the plan says."""
+    total = 0
+    for name in names:
+        if is_quantized(plan[name]):
+            total += sum(spec.num_bytes for spec in integer_specs(name, checkpoint.entries[name].shape, plan[name], packing))
+        else:
+            total += checkpoint.entries[name].num_elements * plan[name] // 8
+    return total
+
+
+def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing, scale_bytes: int) -> int:
+    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`; a scale has `scale_bytes`, one of the embedding 4."""
+
+    def packed(shape: tuple[int, ...], width: int, bytes_of_scales: int) -> int:
+        if not is_quantized(width):
+            return width // 8 * math.prod(shape)
+        codes, scales, *zero_points = integer_specs("", shape, width, packing)
+        return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales + sum(spec.num_bytes for spec in zero_points)
+
+    total = sum(packed(shape, plan[name], 4 if name == family.embedding else scale_bytes) for name, shape in shapes.items())
+    if family.embedding in shapes and family.head not in shapes:  # a tied head is written a second time, as a matrix to multiply with
+        total += packed(shapes[family.embedding], plan[family.embedding], scale_bytes)
+    return total
+
+
+def rotary_bytes(model: PreTrainedConfig, float_bytes: int) -> int:
+    """Bytes of a package's rotary tables: cosines and sines of half a head for each position."""
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return int((model.max_position_embeddings + (rotary_switch(model) or 0)) * head_dim * float_bytes)
+
+
+def node_bytes(model: PreTrainedConfig, family: DecoderFamily) -> int:
+    """Bytes that a package's nodes take at most."""
+    experts = family.routing(model).num_experts if family.routing is not None else 0
+    return int(model.num_hidden_layers) * (_LAYER_NODES + experts * _EXPERT_NODES)
+
+
+def estimate_bytes(
+    model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig, device: Device = "cpu"
+) -> tuple[int, int]:
+    """Bytes of a variant's ONNX package and of the weights in its quantize artifact (twin and integers), from names and shapes alone.
+
+    Variant 'mixed' has its budget, or, where its limit is one of perplexity, as many bytes as 8 bits everywhere; while it is made both candidates of
+    all weights lie beside it.
+
+    Raises:
+        ExportError: the budget of variant 'mixed' is too small for any bits, or overrides name layers that there are not.
+    """
+    check_overrides(config, model)
+    family = find_decoder_family(model)
+    bits, floats, packing = class_bits(variant, config, device), FLOAT_BITS[element_type(variant, device)], Packing.of(variant, config)
+    classes = {name: family.classify(name) for name in shapes}
+    plan = plan_bits(shapes, classes, bits, config.overrides)
+
+    def integer_bytes(plan: Mapping[str, int]) -> int:
+        integers = [(shapes[name], width) for name, width in plan.items() if is_quantized(width)]
+        return sum(spec.num_bytes for shape, width in integers for spec in integer_specs("", shape, width, packing))
+
+    tables = rotary_bytes(model, floats // 8)
+    package, artifact = package_bytes(shapes, family, plan, packing, floats // 8) + tables, integer_bytes(plan)
+    if variant == "mixed":
+        check_budget(config, package + node_bytes(model, family))
+        wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
+        package = config.budget or package_bytes(shapes, family, wide, packing, floats // 8) + tables
+        artifact += 2 * integer_bytes(wide)
+    return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
+
+
+def check_budget(config: QuantizeConfig, fewest_bytes: int) -> None:
+    """Refuse a budget that the fewest bits do not fit into.
+
+    Raises:
+        ExportError: it is too small.
+    """
+    if config.budget is not None and fewest_bytes > config.budget:
+        raise ExportError(f"quantize.budget is {config.budget:,} bytes; the fewest bits everywhere take {fewest_bytes:,}; raise it to more than that")

@@ -1,0 +1,305 @@
+"""The quantize stage: a checkpoint's integers and scales, and the twin that computes with their values.
+
+Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, measure_units, options_of
+from export.bits import FLOAT_BITS, check_head, check_overrides, class_bits, mean_bits, plan_bits, plan_classes
+from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type
+from export.errors import ExportError
+from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
+from export.footprint import Packing, check_budget, integer_specs, node_bytes, package_bytes, rotary_bytes, stored_bytes
+from export.journal import LayerJournal, LineJournal
+from export.methods import CalibrationRecord, order_tensors, quantize_tensors
+from export.progress import Progress
+from export.quantization import Quantized, dequantize, is_quantized
+from export.sensitivity import Ruler, Weights
+from export.static import quantize_static
+from export.twin import SCHEME_NAME, STEM, read_quantized
+from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
+from upcycle.shards import TensorSpec, write_tensors
+
+_SHARD_BYTES = 5_000_000_000
+_TORCH_TYPES: dict[ElementType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class QuantizeFacts:
+    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
+
+    `block_size` is None where each row has one scale.
+
+    Bits are the mean of a class where its tensors differ. Of calibration: tokens of the expert that saw the fewest, None without calibration, and
+    matrices that saw too few for GPTQ; by layer, tokens of its experts, and its routing before and after correction, in words; groups of matrices
+    whose inputs are scaled, those that are best unscaled, and those that have nothing to fold scales into. `search` is how the bits of variant
+    'mixed' were found.
+    """
+
+    bits: dict[TensorClass, float]
+    block_size: int | None
+    zero_points: bool
+    expert_bytes: int
+    quantized_expert_share: float
+    quantized_bytes: int
+    num_quantized_tensors: int
+    method: str
+    fewest_expert_tokens: int | None
+    num_matrices_with_few_tokens: int
+    tokens_by_layer: dict[int, str]
+    routing_by_layer: dict[int, str]
+    num_scaled_groups: int
+    num_groups_best_unscaled: int
+    num_groups_without_place: int
+    search: BitSearch | None = None
+
+
+def quantize_checkpoint(
+    source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress, device: Device = "cpu",
+    blocks: torch.Tensor | None = None, held_out: torch.Tensor | None = None, scratch: Path | None = None,
+) -> QuantizeFacts:  # fmt: skip
+    """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time, or one layer.
+
+    `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them `calibration_tokens` are read, blocks taken evenly. `held_out`
+    are ids [N, S] that the bits of variant 'mixed' are chosen on, `search_tokens` of them. A killed call is taken up again where it was if it is
+    made again with the same arguments and the same `scratch`; without that nothing is kept.
+
+    Raises:
+        ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's range where that is needed, or no
+            bits keep to the limits of variant 'mixed'.
+        UpcycleError: a tensor holds NaN or infinite values; nothing is written then.
+    """
+    if variant == STATIC and device == "cuda":
+        raise ExportError(f"variant '{STATIC}' is for providers that compute in 8 bits, and CUDA's computes its products as floats; leave it out")
+    checkpoint = open_checkpoint(source)
+    family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    check_head(config, checkpoint.config.tie_word_embeddings)
+    classes = plan_classes(checkpoint.config, shapes)
+    check_overrides(config, checkpoint.config)
+    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, scratch)
+    bits = class_bits(variant, config, device)
+    plan = plan_bits(shapes, classes, bits, config.overrides)
+    search = None
+    for number, _ in enumerate(check_values(checkpoint), 1):
+        progress("checking weights", number, len(checkpoint.entries))
+    checkpoint.config.dtype = torch.float32
+    checkpoint.config.save_pretrained(output)
+    copy_companions(source, output)
+    if variant == "mixed":
+        plan, record, search = _search_bits(job, plan, held_out)
+    else:
+        record = _write_twin(job, plan)
+    integer_specs = job.integer_specs(plan)
+    experts = [name for name in plan if classes[name] == "experts" and checkpoint.entries[name].num_elements]
+    sizes = {name: checkpoint.entries[name].num_elements for name in experts}
+    share = sum(sizes[name] for name in experts if is_quantized(plan[name])) / max(1, sum(sizes.values()))
+    if is_quantized(bits["experts"]) and share < 1 and not any(o.tensors == "experts" and o.bits == 16 for o in config.overrides):
+        raise ExportError(f"{source}: only {share:.1%} of the expert weights could be quantized; all of them must be")
+    facts = QuantizeFacts(
+        bits=mean_bits(bits, plan, classes, shapes),
+        block_size=job.packing.block_size,
+        zero_points=job.packing.zero_points,
+        expert_bytes=stored_bytes(experts, checkpoint, plan, job.packing),
+        quantized_expert_share=share,
+        quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
+        num_quantized_tensors=sum(map(is_quantized, plan.values())),
+        method="round" if variant == STATIC else "search" if config.method == "gptq" and family is None else config.method,
+        fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
+        num_matrices_with_few_tokens=record.num_searched,
+        tokens_by_layer=record.describe_tokens(),
+        routing_by_layer={layer: found.describe() for layer, found in record.routers.items()},
+        num_scaled_groups=record.scaling.num_scaled,
+        num_groups_best_unscaled=record.scaling.num_best_unscaled,
+        num_groups_without_place=record.scaling.num_without_place,
+        search=search,
+    )
+    integer_widths = {name: width for name, width in plan.items() if is_quantized(width)}
+    scheme = {
+        "variant": variant, "element_type": job.computes_in, "float_type": float_type(variant, device), "tensors": integer_widths,
+        "expert_tokens": record.expert_tokens, "input_scales": record.input_scales,
+        "routers": {layer: asdict(found) for layer, found in record.routers.items()}, **asdict(facts),
+    }  # fmt: skip
+    (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is quantized, how, and where it goes."""
+
+    checkpoint: Checkpoint
+    family: DecoderFamily | None
+    classes: Mapping[str, TensorClass]
+    variant: Variant
+    config: QuantizeConfig
+    device: Device
+    blocks: torch.Tensor | None
+    output: Path
+    progress: Progress
+    scratch: Path | None
+
+    @property
+    def computes_in(self) -> ElementType:
+        """What the graph computes in, which scales are rounded to."""
+        return element_type(self.variant, self.device)
+
+    @property
+    def packing(self) -> Packing:
+        """How the integers lie."""
+        return Packing.of(self.variant, self.config)
+
+    def integer_specs(self, plan: Mapping[str, int]) -> list[TensorSpec]:
+        """The integers of a plan, in the order in which they are made."""
+        return [
+            spec for name in order_tensors(plan, self.family) if is_quantized(plan[name])
+            for spec in integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.packing)
+        ]  # fmt: skip
+
+
+def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
+    """Quantize by a plan, and write the integers into `output`, in the place of those that are there; returns where they are."""
+    for old in output.glob(f"{STEM}*.safetensors*"):
+        old.unlink()
+    record, specs = CalibrationRecord(), job.integer_specs(plan)
+    if not specs:
+        return {}, record
+    text = None if job.blocks is None else _choose_evenly(job.blocks, job.config.calibration_tokens)
+    if job.variant == STATIC:
+        quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress)
+    else:
+        quantized = quantize_tensors(
+            job.checkpoint, job.family, plan, job.config, _TORCH_TYPES[job.computes_in], text, record, job.progress,
+            LayerJournal(job.scratch, plan, job.config.model_dump_json()),
+        )  # fmt: skip
+    write_tensors(output, specs, _integer_tensors(job.checkpoint, quantized), _SHARD_BYTES, stem=STEM)
+    return index_tensors(output, STEM), record
+
+
+def _write_twin(job: _Job, plan: dict[str, int]) -> CalibrationRecord:
+    """Write the integers of a plan, and the checkpoint that has their values."""
+    integers, record = _write_integers(job, plan, job.output)
+    specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
+    write_tensors(job.output, specs, _twin_tensors(job, integers, plan, record.replaced), _SHARD_BYTES)
+    return record
+
+
+def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | None) -> tuple[dict[str, int], CalibrationRecord, BitSearch]:
+    """Choose the bits of variant 'mixed', and write the twin; returns the plan, what calibration saw, and the search.
+
+    Every part is quantized in 4 and in 8 bits, and these candidates are measured, each by itself and so without scaled inputs and corrected routers,
+    which bind parts together. The twin is quantized anew by the chosen plan, each layer behind
+    the others as they are in it, and measured too: it is what must keep to the limit.
+    """
+    config, family = job.config, job.family
+    alone = replace(job, config=config.model_copy(update={"input_scaling": "none", "correct_routers": False}))
+    if held_out is None or family is None:
+        lacks = "text to choose on; give held-out blocks" if family is not None else "a family of decoders that can be walked; use 'int8' or 'int4'"
+        raise ExportError(f"{job.checkpoint.directory}: variant 'mixed' lacks {lacks}")
+    shapes = {name: entry.shape for name, entry in job.checkpoint.entries.items()}
+    floats = FLOAT_BITS[job.computes_in]
+    units = find_units(job.classes, shapes)
+
+    def count_bytes(plan: Mapping[str, int]) -> int:
+        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing, floats // 8)
+
+    graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
+    check_budget(config, count_bytes(base) + graph_bytes)
+
+    with tempfile.TemporaryDirectory(dir=job.output) as temporary:
+        folder = job.scratch or Path(temporary)
+        candidates: dict[int, dict[str, TensorEntry]] = {}
+        for bits in (4, 8):
+            (folder / f"{bits}-bits").mkdir(parents=True, exist_ok=True)
+            plan = {name: bits if any(name in names for names in units.values()) else width for name, width in base.items()}
+            candidates[bits], _ = _write_integers(alone, plan, folder / f"{bits}-bits")
+
+        def read(name: str, bits: int) -> torch.Tensor:
+            return dequantize(read_quantized(name, candidates[bits]), shapes[name][-1], bits).reshape(shapes[name])
+
+        ruler = Ruler(job.checkpoint, _choose_evenly(held_out, config.search_tokens))
+        options = {unit: options_of(unit, config, floats) for unit in units}
+        journal = LineJournal(folder / "sensitivities.jsonl")
+        sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress, journal)
+        searcher = BitSearcher(
+            ruler, BitChoices(base, units, sensitivities), sensitivities, config, lambda plan: count_bytes(plan) + graph_bytes, read, job.progress
+        )
+        searcher.choose()
+        while True:
+            record = _write_twin(job, searcher.plan)
+            cost = ruler.measure(_Tensors(open_checkpoint(job.output)))
+            if not searcher.reject(cost):
+                break
+        return searcher.plan, record, searcher.result(cost)
+
+
+class _Tensors(Weights):
+    """The tensors of a checkpoint, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read(name).to(torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.entries)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.entries)
+
+
+def _choose_evenly(blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Blocks of `num_tokens` in all at most, and one at least, spread over all of them."""
+    count = max(1, min(len(blocks), num_tokens // blocks.shape[1]))
+    return blocks[torch.arange(count) * len(blocks) // count]
+
+
+def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quantized]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, found in quantized:
+        if not torch.isfinite(found.scales).all():
+            raise _beyond_float16(checkpoint, name, checkpoint.read(name).to(torch.float32))
+        yield f"{name}.codes", found.codes
+        yield f"{name}.scales", found.scales
+        if found.zero_points is not None:
+            yield f"{name}.zero_points", found.zero_points
+
+
+def _twin_tensors(
+    job: _Job, integers: Mapping[str, TensorEntry], plan: dict[str, int], replaced: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    checkpoint, narrow = job.checkpoint, _TORCH_TYPES[float_type(job.variant, job.device)]
+    for number, (name, bits) in enumerate(plan.items(), 1):
+        if is_quantized(bits):
+            shape = checkpoint.entries[name].shape
+            yield name, dequantize(read_quantized(name, integers), shape[-1], bits).reshape(shape)
+        else:
+            weight = (replaced[name] if name in replaced else checkpoint.read(name)).to(torch.float32)
+            rounded = weight.to(narrow).to(torch.float32) if bits == 16 else weight
+            if not torch.isfinite(rounded).all():
+                raise _beyond_float16(checkpoint, name, weight) if narrow == torch.float16 else _beyond_bfloat16(checkpoint, name, weight)
+            yield name, rounded
+        job.progress("writing the twin", number, len(plan))
+
+
+def _beyond_float16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
+    return ExportError(
+        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; float16 reaches {torch.finfo(torch.float16).max:.0f}; "
+        "leave out the variants in float16, which are 'float16' and with export.device 'cuda' the quantized ones"
+    )
+
+
+def _beyond_bfloat16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
+    reach = torch.finfo(torch.bfloat16).max
+    return ExportError(
+        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; bfloat16 reaches {reach:.6g}; leave out 'bfloat16'"
+    )
