@@ -48,6 +48,7 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
         metadata=_metadata(facts, variant),
         facts=facts,
         variant=variant,
+        origin=facts["source"]["origin"] if facts["base_model"] else Path(facts["source"]["origin"]).name,
         parity=found["parity"],
         measured=find_measured(found),
         onnx=found["onnx"],

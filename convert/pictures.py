@@ -384,7 +384,7 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
     bins = next(iter(margins.values()))
     counts = [found["num_choices"] for found in bins]
     total = sum(counts)
-    flipped = {name: [(1 - b["agreement"]) if b["num_choices"] else math.nan for b in found] for name, found in margins.items()}
+    flipped = {name: [_flips(b) / b["num_choices"] if b["num_choices"] else math.nan for b in found] for name, found in margins.items()}
     figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     places = range(len(bins))
@@ -403,12 +403,12 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
     for axes in (upper, lower):
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     figure.align_ylabels()
-    num_flips = {name: sum((1 - b["agreement"]) * b["num_choices"] for b in found) for name, found in margins.items()}
+    num_flips = {name: sum(map(_flips, found)) for name, found in margins.items()}
     name = max(num_flips, key=lambda n: num_flips[n])
     if num_flips[name] < 0.5:
         caption = f"Of {total:,} choices of experts none came out otherwise than the fine-tuned model's."
     else:
-        narrow = sum((1 - b["agreement"]) * b["num_choices"] for b in margins[name][: len(bins) // 2])
+        narrow = sum(map(_flips, margins[name][: len(bins) // 2]))
         caption = (
             f"A narrow margin is nearly a tie, and there routing flips: of the {round(num_flips[name]):,} flips of {name} in {total:,} choices "
             f"{format_share(narrow / num_flips[name])} had a margin below {_number(bins[len(bins) // 2]['least'])}."
@@ -419,6 +419,11 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
         "A histogram of the fine-tuned model's margins, and below it for each ONNX variant the share of choices of each margin that differ.",
         caption,
     )
+
+
+def _flips(found: dict[str, Any]) -> float:
+    """Choices of a width of margin that came out otherwise; a width without choices has no agreement."""
+    return float((1 - found["agreement"]) * found["num_choices"]) if found["num_choices"] else 0.0
 
 
 def _margin(found: dict[str, Any]) -> str:

@@ -253,9 +253,9 @@ def tiered(facts: dict[str, Any]) -> dict[str, Any]:
         found["forced"] = {"kl": 1e-4, "kl_free": 3e-4, "num_tokens": 512}
         found["placement"] = {"CPUExecutionProvider": {"MatMul": 12}}
         found["num_fallback_nodes"] = 0
-        agreements = [1 - 0.16 * number, 1 - 0.06 * number, 1 - 0.02 * number, 1.0, 1.0, 1.0]
+        agreements = [1 - 0.16 * number, 1 - 0.06 * number, 1 - 0.02 * number, 1.0, 1.0, None]
         edges = [0, 1e-3, 1e-2, 0.1, 0.3, 1, None]
-        counts = [40, 400, 3000, 8000, 12000, 9000]
+        counts = [40, 400, 3000, 8000, 12000, 0]
         margins = [
             {"least": least, "below": below, "num_choices": count, "agreement": agreed}
             for least, below, count, agreed in zip(edges[:-1], edges[1:], counts, agreements, strict=True)
