@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import torch
 
 from export.parity import same_experts
@@ -62,23 +63,31 @@ def copy(package: Path, folder: Path, *but: str) -> Path:
     return folder
 
 
-def force_routers(package: Path, folder: Path) -> Path:
-    """The package with router logits as inputs."""
-    copy(package, folder, MODEL_NAME)
+def feeds(model: onnx.ModelProto, ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """What a session takes to run ids [B, S] after nothing."""
+    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in model.graph.input}
+    past = {name: np.zeros((len(ids), shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if name.startswith("past_key_values.")}
+    return {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64), **past}
+
+
+def force_routers(package: Path, folder: Path, num_threads: int) -> Callable[[torch.Tensor, Routers], torch.Tensor]:
+    """The package with router logits as inputs: ids [B, S] and those to log probabilities [B, S, V]."""
+    copy(package, folder)
     model = onnx.load(package / MODEL_NAME, load_external_data=False)
     for node in [node for node in model.graph.node if node.output[0].startswith(ROUTER_LOGITS)]:
         model.graph.node.remove(node)
         model.graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
     onnx.save(model, folder / MODEL_NAME)
-    return folder
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # it would tell that the routers are unused
+    options.intra_op_num_threads = num_threads
+    session = ort.InferenceSession(folder / MODEL_NAME, options, providers=["CPUExecutionProvider"])
+    return lambda ids, routers: torch.from_numpy(session.run(["logits"], feeds(model, ids) | routers)[0]).log_softmax(-1)
 
 
-def run(decoder: Decoder, ids: torch.Tensor, forced: Routers | None = None) -> tuple[torch.Tensor, Routers]:
-    """Log probabilities [B, S, V], and router logits of each layer with experts, which are given to a package where they are forced."""
-    cache = decoder.new_cache(*ids.shape)
-    for name, logits in (forced or {}).items():
-        cache.binding.bind_cpu_input(name, logits)
-    found = decoder.run(cache, ids.numpy())
+def run(decoder: Decoder, ids: torch.Tensor) -> tuple[torch.Tensor, Routers]:
+    """Log probabilities [B, S, V], and router logits of each layer with experts."""
+    found = decoder.run(decoder.new_cache(*ids.shape), ids.numpy())
     taps = {name: np.array(found[name]) for name in decoder.taps if name.startswith(ROUTER_LOGITS)}
     return torch.from_numpy(np.array(found["logits"])).log_softmax(-1), taps
 
@@ -115,11 +124,11 @@ class Judge:
 
     def compare_package(self, package: Path, folder: Path, num_bytes: int | None = None) -> Outcome:
         """By its routing too. `folder` is to be made, and worked in; the bytes are the package's own if not given."""
-        decoder, forced = (Decoder(path, taps=True, num_threads=self.num_threads) for path in (package, force_routers(package, folder)))
+        decoder, forced = Decoder(package, taps=True, num_threads=self.num_threads), force_routers(package, folder, self.num_threads)
         found = [run(decoder, ids) for ids in self.batches]
         same = torch.cat([self._same(routers, own) for (_, routers), (_, own) in zip(found, self.expected, strict=True)], dim=1)  # [L, N * S]
         kl = torch.cat([divergence(log_p, log_q) for (log_q, _), (log_p, _) in zip(found, self.expected, strict=True)])
-        told = [divergence(log_p, run(forced, ids, own)[0]) for (log_p, own), ids in zip(self.expected, self.batches, strict=True)]
+        told = [divergence(log_p, forced(ids, own)) for (log_p, own), ids in zip(self.expected, self.batches, strict=True)]
         everywhere = same.all(0)
         halves = [float(kl[chosen].mean()) if chosen.any() else 0.0 for chosen in (everywhere, ~everywhere)]
         plain = self.compare([log_q for log_q, _ in found], weight_bytes(package) if num_bytes is None else num_bytes)

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from judging import copy, products
+from judging import copy, feeds, products
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
     HQQWeightOnlyQuantConfig,
@@ -67,13 +67,6 @@ def write_onnxruntime(floats: Path, folder: Path, bits: int, block_size: int, al
     found = onnx.load(folder / MODEL_NAME, load_external_data=False)
     assert len(list(products(found, "MatMulNBits"))) == len(chosen), "all are quantized"
     return folder
-
-
-def feeds(model: onnx.ModelProto, ids: torch.Tensor) -> dict[str, np.ndarray]:
-    """What a session takes to run ids [B, S] after nothing."""
-    shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in model.graph.input}
-    past = {name: np.zeros((len(ids), shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if name.startswith("past_key_values.")}
-    return {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64), **past}
 
 
 def mean_squares(floats: Path, folder: Path, calibration: torch.Tensor) -> dict[str, np.ndarray]:
