@@ -180,9 +180,10 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
     if isinstance(operators := found.get("operators"), list) and operators:
         worst = max(operators, key=lambda layer: layer["output_error"])
         wrong = [f"{', '.join(map(str, layer['experts']))} of layer {layer['layer']}" for layer in operators if layer["experts"]]
+        noise = worst["output_noise"]
         yield (
             f"Each layer's experts alone, on the torch layer's own input: the largest error is {format_error(worst['output_error'])}, in layer "
-            f"{worst['layer']}, where float32 itself has {format_error(worst['output_noise'])}; "
+            f"{worst['layer']}{'' if noise is None else f', where float32 itself has {format_error(noise)}'}; "
             f"{'wrong experts: ' + '; '.join(wrong) if wrong else 'no expert is wrong'}."
         )
     if run := found.get("free_run"):

@@ -241,7 +241,8 @@ def tiered(facts: dict[str, Any]) -> dict[str, Any]:
         found["noise"] = {"logits": 3.7e-7, "tie_margin": 1e-5, "hidden": [1e-7] * 4, "attention": [1e-7] * 4, "num_tokens": 512}
         found["operators"] = [
             {
-                "layer": n, "router_error": 1e-7, "output_error": 2e-7, "router_noise": 1e-7, "output_noise": 1e-7, "experts": [], "num_tokens": 256,
+                "layer": n, "router_error": 1e-7, "output_error": 2e-7, "router_noise": None if number else 1e-7,
+                "output_noise": None if number else 1e-7, "experts": [], "num_tokens": 256,
             }
             for n in range(4)
         ]  # fmt: skip
