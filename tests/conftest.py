@@ -17,6 +17,8 @@ from upcycle.surgery import upcycle
 
 MakeDense = Callable[..., Path]
 
+torch.set_num_threads(1)  # models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
+
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
