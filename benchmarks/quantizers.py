@@ -122,6 +122,7 @@ def run_gptqmodel(arguments: argparse.Namespace) -> None:
         words, scales, groups = (tensors[f"{name}.{part}"] for part in ("qweight", "scales", "g_idx"))  # [I / 8 or 4, O], [groups, O], [I]
         shifts = np.arange(0, 32, arguments.bits, dtype=np.uint32)[None, :, None]
         codes = (words.numpy().view(np.uint32)[:, None] >> shifts & (2**arguments.bits - 1)).reshape(-1, words.shape[1]).astype(np.float32)
+        codes = codes[: len(groups)]  # the last word may hold more inputs than there are
         weight = (codes - 2 ** (arguments.bits - 1)) * scales.float().numpy()[groups.numpy()]
         for theirs, ours in {".mlp.experts.": ".block_sparse_moe.experts.", ".gate_proj": ".w1", ".down_proj": ".w2", ".up_proj": ".w3"}.items():
             name = name.replace(theirs, ours)
