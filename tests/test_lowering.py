@@ -467,5 +467,7 @@ def test_without_renormalizing_the_operator_between_other_nodes_is_wrong_before_
     error = np.abs(found - expected).max() / np.abs(expected).max()
     if Version(ort.__version__) >= Version("1.32"):
         assert error < WAYS["moe"].tolerance
+    elif error < WAYS["moe"].tolerance:
+        pytest.skip("right on this processor (an AMD EPYC was seen to be); on an Intel Xeon the same runtimes were wrong")
     else:
         assert error > 0.1

@@ -76,7 +76,8 @@ def test_positions_are_given_to_a_graph_that_asks_for_them(tmp_path: Path) -> No
         helper.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
     ]
     axes = [helper.make_tensor(name, ints, [1], [axis]) for name, axis in (("last", -1), ("one", 1))]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, axes), ir_version=10), tmp_path / MODEL_NAME)
+    opset = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, axes), ir_version=10, opset_imports=opset), tmp_path / MODEL_NAME)
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 8}', encoding="utf-8")
     decoder = Decoder(tmp_path)
     assert (decoder.takes_positions, decoder.shares_buffer) == (True, False)
