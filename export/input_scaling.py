@@ -8,7 +8,8 @@ when the matrices are rounded with searched scales, 0 (nothing scaled) among tho
 - attention's output: the rows of value, and its bias; heads that share a value share s;
 - the first matrices of all experts, of a shared one, and of a dense FFN: the norm before them, and so the router and the shared expert's gate are
   multiplied as well;
-- the last matrix of an FFN: the rows of its up.
+- the last matrix of an FFN: the rows of its up;
+- an output head that is not the embedding: the final norm.
 
 Where no norm lies just before (those of OLMo 2 come after the block) there is nothing to fold into, and the matrices stay. The result is a plain
 checkpoint of the same architecture.
@@ -87,13 +88,13 @@ def scale_layer(walk: CalibrationWalk, layer: int, plan: Mapping[str, int], conf
         if group.place == "attention" and family.attention_norm is None:
             record.num_without_place += 1
             continue
-        scales = _choose([group], walk, plan, config, record)
+        scales = choose_scales([group], walk, plan, config, record)
         if scales is not None:
             fold(scaled, family, [group], scales)
     if first and family.ffn_norm is None:
         record.num_without_place += 1
     elif first and len(first) == num_first:  # else the norm has readers that are not quantized
-        scales = _choose(first, walk, plan, config, record)
+        scales = choose_scales(first, walk, plan, config, record)
         if scales is not None:
             fold(scaled, family, first, scales)
     return scaled.changed
@@ -130,15 +131,15 @@ def fold(scaled: ScaledLayer, family: DecoderFamily, groups: Sequence[Group], sc
             name, rows = group.up
             scaled.divide_outputs(name, rows, scales)
         case "head":
-            raise AssertionError("the head is in no layer")
+            raise AssertionError("the head is in no layer; it folds into the final norm")
         case _:
             assert_never(group.place)
 
 
-def _choose(
+def choose_scales(
     groups: Sequence[Group], walk: CalibrationWalk, plan: Mapping[str, int], config: QuantizeConfig, record: ScalingRecord
 ) -> torch.Tensor | None:
-    """Scales [K] with the smallest error of the outputs; None where that is with nothing scaled."""
+    """Scales [K] of what matrices read, with the smallest error of their outputs; None where that is with nothing scaled. Counts in `record`."""
     moments, total, num_tokens = [], torch.zeros(()), 0
     for group in groups:
         inputs = group.read().actual

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from export.calibration import CalibrationWalk, Group
-from export.config import QuantizeConfig
+from export.config import OnnxConfig, QuantizeConfig
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.input_scaling import ScaledLayer, ScalingRecord, fold, scale_layer
+from export.package import write_package
 from export.quantizer import quantize_checkpoint
+from export.runtime import Decoder
 from tests.test_calibration import draw_blocks, load, make_mixture
 from tests.test_decoder_families import CASES
 from upcycle.checkpoint import open_checkpoint
@@ -97,6 +100,38 @@ def test_salient_channels_are_rounded_less(method: str, mixture_checkpoint: Path
         assert (facts.num_scaled_groups > 0) == (scaling == "awq")
         with torch.no_grad():
             errors.append(float((load(twin)(input_ids=held_out, output_hidden_states=True).hidden_states[1] - expected).square().mean()))
+    assert errors[1] < 0.9 * errors[0]
+
+
+@pytest.mark.parametrize("method", ["search", "round", "gptq"])
+def test_the_head_s_salient_channels_are_rounded_less_and_its_norm_makes_up_for_it(method: str, tmp_path: Path) -> None:
+    """The head by itself: the float model's last states through the twin's final norm and head."""
+    small = {
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, "initializer_range": 0.2,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**small)).eval()
+    with torch.no_grad():
+        model.model.norm.weight[[3, 9, 17, 26]] = 20.0
+        model.save_pretrained(tmp_path / "mixture")
+        states = torch.randn(64, 32, generator=torch.Generator().manual_seed(1))
+        expected = model.lm_head(model.model.norm(states))
+        errors = []
+        for scaling in ("none", "awq"):
+            (tmp_path / scaling).mkdir()
+            config = QuantizeConfig(method=method, input_scaling=scaling, head_bits="variant", block_size=16)
+            quantize_checkpoint(tmp_path / "mixture", tmp_path / scaling, "int4", config, lambda *_: None, blocks=draw_blocks(64))
+            twin = load(tmp_path / scaling)
+            errors.append(float((twin.lm_head(twin.model.norm(states)) - expected).square().mean()))
+            assert torch.equal(twin.model.norm.weight, model.model.norm.weight) == (scaling == "none")
+            package = tmp_path / f"{scaling} package"
+            package.mkdir()
+            write_package(tmp_path / scaling, package, OnnxConfig(activation_bits=32), lambda *_: None)
+            decoder, ids = Decoder(package), draw_blocks(2)
+            found = decoder.run(decoder.new_cache(*ids.shape), ids.numpy())["logits"]
+            torch.testing.assert_close(torch.from_numpy(found), twin(ids).logits, rtol=1e-3, atol=1e-3)
     assert errors[1] < 0.9 * errors[0]
 
 
