@@ -174,13 +174,12 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     if not specs:
         return {}, record
     text = None if job.blocks is None else _choose_evenly(job.blocks, job.config.calibration_tokens)
+    journal = LayerJournal(job.scratch, plan, job.config.model_dump_json())
     if job.variant == STATIC:
-        quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress)
+        quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
     else:
-        quantized = quantize_tensors(
-            job.checkpoint, job.family, plan, job.config, _TORCH_TYPES[job.computes_in], text, record, job.progress,
-            LayerJournal(job.scratch, plan, job.config.model_dump_json()),
-        )  # fmt: skip
+        scale_type = _TORCH_TYPES[job.computes_in]
+        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scale_type, text, record, job.progress, journal)
     write_tensors(output, specs, _integer_tensors(job.checkpoint, quantized), _SHARD_BYTES, stem=STEM)
     return index_tensors(output, STEM), record
 

@@ -23,6 +23,7 @@ from export.calibration import CalibrationWalk, Group
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
+from export.journal import KeptLayer, LayerJournal
 from export.methods import CalibrationRecord, head_name, order_tensors
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized, round_to_nearest
@@ -91,13 +92,13 @@ class Magnitudes:
 
 def quantize_static(
     checkpoint: Checkpoint, family: DecoderFamily | None, plan: Mapping[str, int], config: QuantizeConfig,
-    blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress,
+    blocks: torch.Tensor | None, record: CalibrationRecord, progress: Progress, journal: LayerJournal,
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
     """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
     Weights [N, K] have one scale a row, codes [N, 1, K]. When all have been yielded, `record.input_scales` has those of what they read, on `blocks`
     [N, S] of token ids: one for all experts of a layer, which read the same states, and one for each expert's down projection. An expert that sees no
-    token has the widest range of its layer.
+    token has the widest range of its layer. Scales of layers that are in the journal are taken from it.
 
     Raises:
         ExportError: no text, a model that no family describes, or one whose states are not finite.
@@ -118,7 +119,13 @@ def quantize_static(
         done += 1
         progress("quantizing", done, len(names))
     for layer in range(checkpoint.config.num_hidden_layers):
-        _measure(walk, layer, plan, how, record)
+        if (kept := journal.read(layer)) is not None:
+            own = CalibrationRecord.read(kept.facts, kept.floats)
+        else:
+            own = CalibrationRecord()
+            _measure(walk, layer, plan, how, own)
+            journal.write(layer, KeptLayer({}, {}, own.write()))
+        record.add(own)
         replaced = {}
         for name in (name for name in names if layer_of(name) == layer):
             shape = checkpoint.entries[name].shape

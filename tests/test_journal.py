@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from export import methods
+from export import methods, static
 from export.bit_search import BitSearch
 from export.config import QuantizeConfig, Variant
 from export.quantizer import QuantizeFacts, quantize_checkpoint
@@ -85,6 +85,26 @@ def test_layers_that_were_done_are_not_done_again(
     assert layers == [*range(NUM_LAYERS), *range(num_done), *range(num_done, NUM_LAYERS)]
     assert same(tmp_path / "whole", tmp_path / "resumed")
     assert resumed == whole
+    assert (tmp_path / "resumed" / "quantization.json").read_text() == (tmp_path / "whole" / "quantization.json").read_text()
+
+
+def test_ranges_that_were_measured_are_not_measured_again(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[int] = []
+    plain = static._measure
+
+    def watch(walk: Any, layer: int, *rest: Any) -> Any:
+        layers.append(layer)
+        return plain(walk, layer, *rest)
+
+    monkeypatch.setattr(static, "_measure", watch)
+    whole = run(mixture, tmp_path / "whole", "int8-qdq", None)
+    matrices = 4 + 4 * 3
+    with pytest.raises(StoppedError):
+        run(mixture, tmp_path / "killed", "int8-qdq", tmp_path / "scratch", ("quantizing", 1 + matrices + 3))
+    layers.clear()
+    assert run(mixture, tmp_path / "resumed", "int8-qdq", tmp_path / "scratch") == whole
+    assert layers == [2]
+    assert same(tmp_path / "whole", tmp_path / "resumed")
     assert (tmp_path / "resumed" / "quantization.json").read_text() == (tmp_path / "whole" / "quantization.json").read_text()
 
 
