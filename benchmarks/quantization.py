@@ -52,6 +52,7 @@ from convert.artifact import code_digest
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.quantizer import quantize_checkpoint
+from export.text import choose_blocks
 from upcycle.data import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,17 +110,12 @@ def write_ours(mixture: Path, folder: Path, bits: int, config: QuantizeConfig, b
     return package
 
 
-def choose_evenly(blocks: torch.Tensor, count: int) -> torch.Tensor:
-    count = min(count, len(blocks))
-    return blocks[torch.arange(count) * len(blocks) // count]
-
-
 class Bench:
     """One mixture and its text, blocks [N, S] to calibrate on and to judge by. Outcomes are kept as they come."""
 
     def __init__(self, mixture: Path, data: Path, folder: Path, arguments: argparse.Namespace) -> None:
-        train, self.test = read_blocks(data, "train"), choose_evenly(read_blocks(data, "test"), arguments.blocks)
-        self.calibration = choose_evenly(train, QuantizeConfig().calibration_tokens // train.shape[1])
+        train, self.test = read_blocks(data, "train"), choose_blocks(read_blocks(data, "test"), arguments.blocks)
+        self.calibration = choose_blocks(train, QuantizeConfig().calibration_tokens // train.shape[1])
         self.mixture, self.folder, self.arguments = mixture, folder, arguments
         self.settings = {"block_size": arguments.block_size, "attention_bits": "variant", "embedding_bits": 16}
         self.kept = mixture.parent.parent / "outcomes"

@@ -55,10 +55,10 @@ class LayerJournal:
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        parts = {f"{name}.{part}": getattr(q, part) for name, q in kept.quantized.items() for part in ("codes", "scales", "zero_points")}
+        parts = {f"{name}.{part}": tensor for name, q in kept.quantized.items() for part, tensor in q.parts().items()}
         parts |= {f"{name}{_FLOAT}": tensor for name, tensor in kept.floats.items()}
         fresh = file.with_suffix(".partial")
-        save_file({key: part.contiguous() for key, part in parts.items() if part is not None}, fresh, {_FACTS: json.dumps(kept.facts)})
+        save_file({key: part.contiguous() for key, part in parts.items()}, fresh, {_FACTS: json.dumps(kept.facts)})
         os.replace(fresh, file)
 
     def _file(self, layer: int) -> Path | None:

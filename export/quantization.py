@@ -20,6 +20,8 @@ import torch
 
 _CANDIDATES = {4: (0.80, 0.85, 0.90, 0.95, 1.0, 1.05, 1.10), 8: (1.0,)}
 _CHUNK_ELEMENTS = 1 << 22
+PARTS = ("codes", "scales", "zero_points")
+"""Tensors of a quantized weight, as files name them."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Quantized:
     codes: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor | None = None
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """The tensors that there are, by the names of the fields."""
+        tensors = {part: getattr(self, part) for part in PARTS}
+        return {part: tensor for part, tensor in tensors.items() if tensor is not None}
 
     def own_zero_points(self) -> torch.Tensor:
         """The zero points of a weight that has them."""

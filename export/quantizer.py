@@ -25,6 +25,7 @@ from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized
 from export.sensitivity import Ruler, Weights
 from export.static import quantize_static
+from export.text import choose_blocks
 from export.twin import SCHEME_NAME, STEM, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
 from upcycle.shards import TensorSpec, write_tensors
@@ -173,7 +174,7 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
         return {}, record
-    text = None if job.blocks is None else _choose_evenly(job.blocks, job.config.calibration_tokens)
+    text = None if job.blocks is None else choose_blocks(job.blocks, job.config.calibration_tokens // job.blocks.shape[1])
     journal = LayerJournal(job.scratch, plan, job.config.model_dump_json())
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
@@ -225,7 +226,7 @@ def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | No
         def read(name: str, bits: int) -> torch.Tensor:
             return dequantize(read_quantized(name, candidates[bits]), shapes[name][-1], bits).reshape(shapes[name])
 
-        ruler = Ruler(job.checkpoint, _choose_evenly(held_out, config.search_tokens))
+        ruler = Ruler(job.checkpoint, choose_blocks(held_out, config.search_tokens // held_out.shape[1]))
         options = {unit: options_of(unit, config, floats) for unit in units}
         journal = LineJournal(folder / "sensitivities.jsonl")
         sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress, journal)
@@ -257,20 +258,11 @@ class _Tensors(Weights):
         return len(self._checkpoint.entries)
 
 
-def _choose_evenly(blocks: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Blocks of `num_tokens` in all at most, and one at least, spread over all of them."""
-    count = max(1, min(len(blocks), num_tokens // blocks.shape[1]))
-    return blocks[torch.arange(count) * len(blocks) // count]
-
-
 def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quantized]]) -> Iterator[tuple[str, torch.Tensor]]:
     for name, found in quantized:
         if not torch.isfinite(found.scales).all():
             raise _beyond_float16(checkpoint, name, checkpoint.read(name).to(torch.float32))
-        yield f"{name}.codes", found.codes
-        yield f"{name}.scales", found.scales
-        if found.zero_points is not None:
-            yield f"{name}.zero_points", found.zero_points
+        yield from ((f"{name}.{part}", tensor) for part, tensor in found.parts().items())
 
 
 def _twin_tensors(

@@ -17,12 +17,11 @@ import torch
 
 from export.config import STATIC, ElementType
 from export.family import DecoderFamily, find_decoder_family
-from export.quantization import Quantized, num_blocks
+from export.quantization import PARTS, Quantized, num_blocks
 from upcycle.checkpoint import TensorEntry, index_tensors, open_checkpoint, read_rows, read_tensor
 
 SCHEME_NAME = "quantization.json"
 STEM = "quantized"
-PARTS = ("codes", "scales", "zero_points")
 
 
 @dataclass(frozen=True)

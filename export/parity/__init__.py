@@ -50,6 +50,7 @@ from export.parity.ties import TIE_MARGIN, same_experts
 from export.progress import Progress
 from export.runtime import CPU, CUDA, Decoder, is_at_hand
 from export.speed import measure_speed
+from export.text import choose_blocks
 from export.twin import SCHEME_NAME, Twin
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
@@ -72,8 +73,7 @@ def check_parity(
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
     """
     if config.num_blocks is not None:
-        count = min(config.num_blocks, len(blocks))
-        blocks = blocks[torch.arange(count) * len(blocks) // count]
+        blocks = choose_blocks(blocks, config.num_blocks)
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
     computes_in = Twin(twin).element_type if (twin / SCHEME_NAME).is_file() else "float32"
