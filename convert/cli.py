@@ -360,6 +360,8 @@ def bench(
 @click.option("--block-size", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens a block.")
 @click.option("--padding/--no-padding", default=True, show_default=True, help="Whether rows padded at their left must be right.")
 @click.option("--max-perplexity-increase", type=click.FloatRange(min=0), help="Relative to the reference's [default: the variant's].")
+@click.option("--task", "tasks", multiple=True, help="File of a task, JSON lines. May be given several times.")
+@click.option("--max-score-drop", type=click.FloatRange(min=0), help="What its score may lie below the reference's by [default: the variant's].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for all figures.")
 @_mendable
 def parity(
@@ -372,12 +374,15 @@ def parity(
     block_size: int,
     padding: bool,
     max_perplexity_increase: float | None,
+    tasks: tuple[str, ...],
+    max_score_drop: float | None,
     json_path: Path | None,
 ) -> None:
     """Check that the ONNX decoder in ARTIFACT computes what a checkpoint does, on your text.
 
     ARTIFACT is a package, also one of another maker with our names of inputs and outputs, or a work directory. A broken limit is one line
-    that names where, and exit code 1.
+    that names where, and exit code 1. A task is a file with an object on each line: prompt, choices and answer; or prompt and answer; or
+    texts (two) and score.
     """
     package = _find_package(directory, variant)
     for file in files:
@@ -393,9 +398,9 @@ def parity(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = ParityConfig(left_padding=padding)
-    if max_perplexity_increase is not None:
-        config = config.model_copy(update={"max_perplexity_increase": {find_precision(package).variant: max_perplexity_increase}})
+    limits = {"max_perplexity_increase": max_perplexity_increase, "max_score_drop": max_score_drop}
+    given = {name: {find_precision(package).variant: limit} for name, limit in limits.items() if limit is not None}
+    config = ParityConfig(left_padding=padding, tasks=tasks).model_copy(update=given)
     with ProgressDisplay() as display:
         found = check_package(package, reference, files, block_size, blocks, config, display.stage("parity"), twin)
         display.finish("parity")

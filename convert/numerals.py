@@ -65,6 +65,11 @@ def format_share(value: float) -> str:
     return format_special(percent) or ("less than 0.01 %" if percent < 0.01 else f"{percent:.2f} %" if percent < 10 else f"{percent:,.0f} %")
 
 
+def format_score(value: float) -> str:
+    """A task's score, which is no more exact than its examples are many: 0.712."""
+    return format_special(value) or f"{value:.3f}"
+
+
 def describe_change(new: float, old: float) -> str:
     """How `new` stands to `old`, ready to be followed by a possessive: "1.20 % above"."""
     if not (math.isfinite(new) and math.isfinite(old) and old > 0):

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from convert.numerals import format_agreement, format_error, format_perplexity
+from convert.summary import describe_task
 from export.config import ParityConfig
 from export.errors import ExportError
 from export.parity import Parity, ProviderParity, check_parity
 from export.parity.precision import find_precision
+from export.parity.tasks import read_tasks
 from export.progress import Progress
 from upcycle.data import read_text_blocks
 
@@ -25,7 +27,7 @@ def check_package(
     """Compare a package, of ours or of another maker, with the checkpoint that it was made from, on the text of `files`.
 
     A package in float32 or float16 must compute what the checkpoint does. Another has other weights than it, so without
-    `twin`, a checkpoint with those very weights, only the perplexity is held to a limit.
+    `twin`, a checkpoint with those very weights, only the perplexity, and what it scores on `config.tasks`, are held to limits.
 
     Raises:
         ExportError, UpcycleError: in one line, what is wrong and how to mend it.
@@ -34,10 +36,11 @@ def check_package(
     for directory in (reference, *([twin] if twin else [])):
         if not (directory / "config.json").is_file():
             raise ExportError(f"{directory}: no config.json; it must be a checkpoint that transformers can load")
+    tasks = read_tasks([Path(file) for file in config.tasks])
     blocks = read_text_blocks(reference, files, block_size, num_blocks)
     exact_twin = twin is not None or not precision.rounds_weights
     return check_parity(
-        package, twin or reference, reference, blocks, precision.variant, precision.rounds_activations, config, progress, exact_twin=exact_twin
+        package, twin or reference, reference, blocks, precision.variant, precision.rounds_activations, config, progress, exact_twin, tasks
     )
 
 
@@ -81,6 +84,8 @@ def _describe_figures(found: ProviderParity) -> Iterator[str]:
     limit = found.limits.get("logits")
     held = "" if limit is None else f", at most {format_error(limit.value)}: {limit.origin}"
     yield f"  largest relative error of logits {format_error(largest)} in {len(found.checks)} ways of feeding it{held}"
+    for task in found.tasks:
+        yield f"  {task}" if isinstance(task, str) else f"  {describe_task(asdict(task))}"
     if found.num_fallback_nodes:
         elsewhere = ", ".join(f"{sum(ops.values())} on {where}" for where, ops in found.placement.items())
         yield f"  nodes by where they ran: {elsewhere}"

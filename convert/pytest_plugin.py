@@ -17,7 +17,7 @@ class AssertParity(Protocol):
 
     def __call__(
         self, package: str | Path, *, reference: str | Path, data: str | Path | Sequence[str | Path], block_size: int = 256,
-        num_blocks: int | None = None, twin: str | Path | None = None, **limits: Any,
+        num_blocks: int | None = None, twin: str | Path | None = None, tasks: Sequence[str | Path] = (), **limits: Any,
     ) -> Parity:  # fmt: skip
         """Fail the test, with a line for each broken limit, unless the package computes what the checkpoint `reference` does on the text `data`."""
 
@@ -30,13 +30,12 @@ def assert_parity() -> AssertParity:
 
     def check(
         package: str | Path, *, reference: str | Path, data: str | Path | Sequence[str | Path], block_size: int = 256,
-        num_blocks: int | None = None, twin: str | Path | None = None, **limits: Any,
+        num_blocks: int | None = None, twin: str | Path | None = None, tasks: Sequence[str | Path] = (), **limits: Any,
     ) -> Parity:  # fmt: skip
         __tracebackhide__ = True
         files = [Path(data)] if isinstance(data, str | Path) else [Path(file) for file in data]
-        parity = check_package(
-            Path(package), Path(reference), files, block_size, num_blocks, ParityConfig(**limits), lambda *_: None, Path(twin) if twin else None
-        )
+        config = ParityConfig(tasks=tuple(map(str, tasks)), **limits)
+        parity = check_package(Path(package), Path(reference), files, block_size, num_blocks, config, lambda *_: None, Path(twin) if twin else None)
         if not parity.passed:
             pytest.fail("\n".join([f"{package} is not {reference}:", *parity.breaches]), pytrace=False)
         return parity

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
 from glob import glob
 from importlib.metadata import version
@@ -26,6 +26,7 @@ from export.family import find_decoder_family
 from export.footprint import estimate_bytes
 from export.package import write_package
 from export.parity import check_parity
+from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
@@ -61,6 +62,8 @@ class Preparation:
     scratch_bytes: int
     last_stage: tuple[str, str] | None
     license: Mapping[str, str]
+    tasks: tuple[Task, ...] = ()
+    task_files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     for number, domain in enumerate(recipe.upcycle.router.domains):
         files = match_files(domain.files, _router_base(loaded), f"{loaded.path}: upcycle.router.domains[{number}].files")
         domain_files |= {f"{number}/{file}": _digest(file) for file in files}
+    task_paths = [resolve_path(path, loaded.path) for path in recipe.parity.tasks]
+    tasks = read_tasks(task_paths)
     names = [CONFIG_NAME, *TOKENIZER_NAMES, GENERATION_CONFIG_NAME]
     companions = [directory / name for name in names if (directory / name).is_file()]
     weights = sorted({entry.file for entry in checkpoint.entries.values()} | set(directory.glob("*.safetensors.index.json")))
@@ -130,7 +135,7 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if "finetune" in sizes else 0
     return Preparation(
         loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage,
-        read_license(directory),
+        read_license(directory), tasks, {path.name: _digest(path) for path in task_paths},
     )  # fmt: skip
 
 
@@ -264,7 +269,8 @@ def parity_settings(preparation: Preparation, variant: Variant | None) -> Facts:
     """Thresholds, and what they are applied to."""
     recipe = preparation.loaded.recipe
     assert variant is not None
-    return {**recipe.parity.model_dump(mode="json"), "variant": variant, "rounds_activations": rounds_activations(variant, recipe.export)}
+    rounds = rounds_activations(variant, recipe.export)
+    return {**recipe.parity.model_dump(mode="json"), "task_files": dict(preparation.task_files), "variant": variant, "rounds_activations": rounds}
 
 
 def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -362,7 +368,7 @@ def run_parity(job: Job) -> Facts:
     assert job.variant is not None
     parity = check_parity(
         job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
-        rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress,
+        rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
     (job.output / "parity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from convert.numerals import (
     format_count,
     format_perplexity,
     format_rounded,
+    format_score,
     format_seconds,
     format_share,
     format_size,
@@ -192,6 +193,14 @@ def compare_training(facts: dict[str, Any]) -> list[Training]:
     return found
 
 
+def describe_task(task: dict[str, Any]) -> str:
+    """A task in half a sentence: what the package scores, how far that is from the fine-tuned model, and how sure."""
+    score, metric = format_score(task["package"][task["metric"]]), task["metric"]
+    change = f"{task['change']:+.3f}".replace("-", "−") if task["change"] else "0"
+    same = "" if task["same_as_finetuned"] is None else f", {format_agreement(task['same_as_finetuned'])} of the answers the same"
+    return f"{task['name']}: {metric} {score}, {change} ± {format_score(task['standard_error'])} beside the fine-tuned model{same}"
+
+
 def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, Any] | None) -> Verdict:
     measured, parity = find_measured(variant), variant["parity"]
     if measured is None:
@@ -202,6 +211,8 @@ def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, An
     else:
         change = describe_change(measured["perplexity"], reference["perplexity"])
         text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} float32 ONNX's"
+    tasks = () if measured is None else measured.get("tasks", ())
+    text = "; ".join([text, *(describe_task(task) for task in tasks if isinstance(task, dict))])
     if parity["passed"]:
         return Verdict(f"ONNX {name}: {text}; parity passed.", True)
     return Verdict(f"ONNX {name}: {text}; parity FAILED: {'; '.join(parity['breaches']) or 'no reason given'}.", False)

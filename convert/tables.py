@@ -14,6 +14,7 @@ from convert.numerals import (
     format_error,
     format_perplexity,
     format_rounded,
+    format_score,
     format_seconds,
     format_share,
     format_size,
@@ -141,6 +142,7 @@ _TIERS = {
     "layer": "Where do the two first part ways, layer by layer?",
     "logits": "Are the logits the same however the tokens are fed?",
     "language": "Does it predict as well?",
+    "task": "Does it do its tasks as well?",
     "routing": "Does every token visit the same experts?",
 }
 
@@ -216,9 +218,27 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
 
 def _provider_tables(found: dict[str, Any]) -> Iterator[tuple[str | None, Grid]]:
     yield None, _records(found["checks"])
+    if any(isinstance(task, dict) for task in found.get("tasks", ())):
+        yield "Tasks", _task_table([task for task in found["tasks"] if isinstance(task, dict)])
     if limits := found.get("limits"):
         rows = tuple((_words(name), format_error(limit["value"]), str(limit["origin"])) for name, limit in limits.items())
         yield "Where the limits come from", Grid(("limit", "value", "origin"), rows)
+
+
+def _task_table(tasks: Sequence[dict[str, Any]]) -> Grid:
+    """A row for each score of each task; the first of a task is the one that is judged."""
+    headers = ("task", "examples", "score", "fine-tuned", "twin", "package", "change", "same as fine-tuned", "same as twin")
+    rows = []
+    for task in tasks:
+        for metric in (task["metric"], *sorted(set(task["package"]) - {task["metric"]})):
+            scores = (format_score(task[model][metric]) for model in ("finetuned", "twin", "package"))
+            if metric != task["metric"]:
+                rows.append(("", "", metric, *scores, "", "", ""))
+                continue
+            change = f"{task['change']:+.3f}".replace("-", "−") + f" ± {format_score(task['standard_error'])}"
+            same = (format_agreement(task[key]) for key in ("same_as_finetuned", "same_as_twin"))
+            rows.append((task["name"], f"{task['num_examples']:,}", metric, *scores, change, *same))
+    return Grid(headers, tuple(rows))
 
 
 def _agreements(found: dict[str, Any]) -> Grid:

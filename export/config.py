@@ -205,6 +205,17 @@ class ParityConfig(Record):
         {"float32": 1e-4, "float16": 5e-4, "bfloat16": 0.002, "int8": 0.005, "int8-qdq": 0.02, "int4": 0.05, "mixed": 0.05},
         description="Relative to the fine-tuned model, on held-out text.",
     )
+    tasks: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (),
+        description="Files of tasks, beside the recipe or below the current directory: JSON lines of prompt, choices and answer (accuracy), of "
+        "prompt and answer (F1), or of texts and score (rank correlation).",
+    )
+    max_score_drop: dict[Variant, NonNegative] = Field(
+        {"float32": 0.0, "float16": 0.005, "bfloat16": 0.005, "int8": 0.005, "int8-qdq": 0.02, "int4": 0.02, "mixed": 0.02},
+        description="What a task's score may lie below the fine-tuned model's by, beside two standard errors of the difference over its examples.",
+    )
+    num_examples: Annotated[int, Field(ge=2)] = Field(100, description="Examples of a task at most, taken evenly.")
+    answer_tokens: PositiveInt = Field(32, description="Tokens of a written answer at most.")
     num_blocks: PositiveInt | None = Field(
         None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it."
     )

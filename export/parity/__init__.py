@@ -4,12 +4,13 @@ Two questions, two numbers. Against the *twin*, the torch model with the very we
 fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts. Where activations are
 rounded with scales that are part of the file, the twin rounds them too (`export.simulation`); else the first question would be the second.
 
-Five tiers answer, each another question:
+Six tiers answer, each another question:
 
     operator   each layer's experts on the reference's own input: which layer, which expert?
     layer      the hidden states of both sides on the same text: where do they first part?
     logits     prefill, chained decoding, batches, left padding, long rows, rows that end near ties, text of its own: what is computed wrongly?
     language   perplexity, KL, top-1 and top-5: what does it cost?
+    task       accuracy, F1, rank correlation on tasks of the user's: what does it cost there?
     routing    the same experts, by layer and given the reference's margin; KL with the routing forced: is it the weights or the paths?
 
 What computes in float32 is held to a multiple of float32's own noise, which is measured here on this text against float64 torch. A router can tie to
@@ -20,7 +21,7 @@ that row are left out of the largest error, and nothing else is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,11 @@ from export.parity.records import (
     OperatorCheck,
     Parity,
     ProviderParity,
+    TaskCheck,
     Tier,
 )
+from export.parity.task_checks import Desk
+from export.parity.tasks import Task
 from export.parity.ties import TIE_MARGIN, same_experts
 from export.progress import Progress
 from export.runtime import CPU, CUDA, Decoder, is_at_hand
@@ -61,13 +65,13 @@ _FREE_ROWS = 3
 
 def check_parity(
     package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds_activations: bool, config: ParityConfig,
-    progress: Progress, exact_twin: bool = True,
+    progress: Progress, exact_twin: bool = True, tasks: Sequence[Task] = (),
 ) -> Parity:  # fmt: skip
     """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
 
     `rounds_activations`: the graph computes in 16 bits or with 8-bit activations, so its logits are held to `max_kl` and not to a multiple of
-    float32's noise. `exact_twin`: the twin has the very weights of the package; without it only the perplexity is held to a limit.
-    A package that no provider here can run is a breach.
+    float32's noise. `exact_twin`: the twin has the very weights of the package; without it only the perplexity, and what `tasks` score,
+    are held to a limit. A package that no provider here can run is a breach.
 
     Raises:
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
@@ -84,7 +88,7 @@ def check_parity(
         if provider == CUDA and not is_at_hand(provider):
             providers[provider] = "not run: no CUDA device"
             continue
-        result, broken = _judge(package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, provider, progress)
+        result, broken = _judge(package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, tasks, provider, progress)
         providers[provider] = result
         breaches += [f"{provider}: {tier}: {breach}" for tier, breach in broken]
     if all(isinstance(found, str) for found in providers.values()):
@@ -94,11 +98,12 @@ def check_parity(
 
 def _judge(
     package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds: bool, exact_twin: bool, config: ParityConfig,
-    provider: str, progress: Progress,
+    tasks: Sequence[Task], provider: str, progress: Progress,
 ) -> tuple[ProviderParity, list[tuple[Tier, str]]]:  # fmt: skip
     """All figures of one provider, and what they break."""
-    num_parts = 4
+    num_parts = 5
     decoder = Decoder(package, provider, taps=True, attention_taps=True)
+    desk = Desk(twin, tasks, decoder, config.num_examples, config.answer_tokens)
     exact, first_blocks = exact_twin and not rounds, blocks[:BATCH]
     progress("measuring noise", 0, num_parts)
     noise = _measure_noise(twin, first_blocks[: config.noise_blocks]) if exact and config.noise_blocks else None
@@ -108,6 +113,7 @@ def _judge(
     if finetuned != twin:
         with open_reference(finetuned) as reference:
             tuned = compare(decoder, reference, blocks)
+            desk.ask_finetuned(reference)
     progress("comparing with the twin", 2, num_parts)
     with open_reference(twin) as reference:
         own = compare(decoder, reference, blocks, tie_margin)
@@ -118,20 +124,23 @@ def _judge(
         errors = [run_case(decoder, reference, case, tie_margin) for case in cases]
         free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
         open_blocks = Blocks(package, provider, reference.adds_shared_outside)
+        layers = _with_noise(own.layers, noise)
+        limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
+        progress("doing tasks", 4, num_parts)
+        task_checks = desk.check(reference, limits, tie_margin)
     tuned = tuned or own
-    layers = _with_noise(own.layers, noise)
-    limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
     operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
     placement = find_placement(package, provider)
-    progress("checking logits", num_parts, num_parts)
+    progress("doing tasks", num_parts, num_parts)
     result = ProviderParity(
         ort.__version__, checks, own.agreement, tuned.agreement, _perplexity(own.package_loss), _perplexity(own.reference_loss),
         _perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
         layers=layers or "not run: the package shows no hidden states",
         operators=operators,
         free_run=free,
+        tasks=task_checks,
         forced=forced,
         noise=noise.noise if noise else "not measured: " + ("parity.noise_blocks is 0" if exact else _not_judged(exact_twin)),
         limits=limits,
@@ -159,6 +168,8 @@ def _with_tiers(result: ProviderParity, broken: list[tuple[Tier, str]], exact: b
         why_not["operator"] = result.operators
     if isinstance(result.layers, str):
         why_not["layer"] = result.layers
+    if not any(isinstance(check, TaskCheck) for check in result.tasks):
+        why_not["task"] = next((check for check in result.tasks if isinstance(check, str)), "not run: no task was given")
     return ProviderParity(**{**result.__dict__, "tiers": judge_tiers(broken, why_not)})
 
 

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from export.parity.limits import gap_limit
 from export.parity.records import TIERS, Check, Divergence, LayerCheck, Limit, OperatorCheck, Part, ProviderParity, Tier
 
 
 def find_breaches(result: ProviderParity) -> list[tuple[Tier, str]]:
     """Every limit that the figures break, the tiers in their order; a figure without a limit is not judged."""
-    return [*_operator(result), *_layer(result), *_logits(result), *_language(result), *_routing(result)]
+    return [*_operator(result), *_layer(result), *_logits(result), *_language(result), *_task(result), *_routing(result)]
 
 
 def _operator(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
@@ -132,6 +133,28 @@ def _language(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     most = limits["perplexity"].value if "perplexity" in limits else math.inf
     if not increase <= most:
         yield "language", (f"perplexity {result.perplexity:.4f} is {increase:+.2%} of the fine-tuned model's; at most {most:+.2%} ({_worst(result)})")
+
+
+def _task(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
+    for check in result.tasks:
+        if isinstance(check, str):
+            continue
+        gap, drop = gap_limit(check.kind, result.limits), result.limits.get("score")
+        if gap is not None and not check.largest_gap <= gap.value:
+            other = "finds the texts otherwise alike" if check.kind == "similarity" else "answers otherwise"
+            error = _over(check.largest_gap, gap)
+            yield (
+                "task",
+                f"'{check.name}', example {check.example}: the twin {other}, by a relative error of {error} ({_worst(result)})",
+            )
+        if drop is not None and not -check.change - 2 * check.standard_error <= drop.value:
+            yield (
+                "task",
+                (
+                    f"'{check.name}': {check.metric} {check.package[check.metric]:.4f} is {-check.change:.4f} ± {check.standard_error:.4f} below the "
+                    f"fine-tuned model's; at most {drop.value:g} and two standard errors ({_worst(result)})"
+                ),
+            )
 
 
 def _routing(result: ProviderParity) -> Iterator[tuple[Tier, str]]:

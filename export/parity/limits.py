@@ -13,6 +13,7 @@ from export.parity.checks import Case, measure_errors
 from export.parity.forward import Block, Forward, Reference
 from export.parity.operators import measure_block_noise
 from export.parity.records import LayerCheck, Limit, Noise
+from export.parity.tasks import TaskKind
 from export.parity.ties import find_tie_margin
 from export.runtime import CPU
 
@@ -71,4 +72,14 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
         limits["routing"] = Limit(config.min_routing_agreement, "parity.min_routing_agreement")
     if variant in config.max_perplexity_increase:
         limits["perplexity"] = Limit(config.max_perplexity_increase[variant], f"parity.max_perplexity_increase.{variant}")
+    if config.tasks and variant in config.max_score_drop:
+        limits["score"] = Limit(config.max_score_drop[variant], f"parity.max_score_drop.{variant}, beside two standard errors")
     return limits
+
+
+def gap_limit(kind: TaskKind, limits: Mapping[str, Limit]) -> Limit | None:
+    """The limit that a task's gap is held to: that of logits, or of the last hidden state where texts are compared; None where there is none."""
+    if kind != "similarity":
+        return limits.get("logits")
+    hidden = [limit for name, limit in limits.items() if name.startswith("hidden state of layer ")]
+    return hidden[-1] if hidden else None

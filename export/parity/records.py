@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from export.parity.tasks import TaskKind
+
 Part = Literal["attention", "ffn"]
-Tier = Literal["operator", "layer", "logits", "language", "routing"]
-TIERS: tuple[Tier, ...] = ("operator", "layer", "logits", "language", "routing")
+Tier = Literal["operator", "layer", "logits", "language", "task", "routing"]
+TIERS: tuple[Tier, ...] = ("operator", "layer", "logits", "language", "task", "routing")
 """From the one that says most exactly where a fault is to the one that says what it costs."""
 
 
@@ -120,6 +122,33 @@ class FreeRun:
 
 
 @dataclass(frozen=True)
+class TaskCheck:
+    """A task done by the package, by the twin and by the fine-tuned model; of a model's scores `metric` is the one that is judged.
+
+    scores, `package`, `twin` and `finetuned`: accuracy, F1 and exact match are shares, the correlation is Spearman's. change: the package's less the
+    fine-tuned model's, with the standard error of paired examples. `same_as_*`: the share of equal answers, None where answers are numbers.
+    largest_gap: by how much the twin prefers its own answer to the package's, as the relative error of logits (of hidden states where texts are
+    compared) that could have turned it, the worst of all `num_examples`; `example` is that one's number from 1 on. Examples that differ behind a
+    near-tie flip of experts are counted in `num_tie_flips`, and in no gap.
+    """
+
+    name: str
+    kind: TaskKind
+    num_examples: int
+    metric: str
+    package: dict[str, float]
+    twin: dict[str, float]
+    finetuned: dict[str, float]
+    change: float
+    standard_error: float
+    same_as_twin: float | None
+    same_as_finetuned: float | None
+    largest_gap: float
+    example: int | None = None
+    num_tie_flips: int = 0
+
+
+@dataclass(frozen=True)
 class Forced:
     """KL of the twin from the fine-tuned model where the latter's routing is forced on it, and where the twin chooses itself."""
 
@@ -171,6 +200,7 @@ class ProviderParity:
     layers: tuple[LayerCheck, ...] | str = ()
     operators: tuple[OperatorCheck, ...] | str = ()
     free_run: FreeRun | None = None
+    tasks: tuple[TaskCheck | str, ...] = ()
     forced: Forced | str = "not run"
     noise: Noise | str = "not run"
     limits: dict[str, Limit] = field(default_factory=dict)

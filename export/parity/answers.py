@@ -1,0 +1,283 @@
+"""What a model answers to the examples of a task, by torch and by the package.
+
+Rows of like length are a batch, padded at their right, where a decoder's tokens do not see it; so no mask is needed, and any package can be asked.
+A choice is scored by the sum of its tokens' log-probabilities after the prompt (Brown et al.
+2020, section 2.4). Two texts are compared by the cosine of the means over tokens of what the last layer gives, before the final norm.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast
+
+import torch
+import torch.nn.functional as F
+
+from export.errors import ExportError
+from export.parity.forward import Reference
+from export.parity.tasks import Answer, Choice, Similarity, Task
+from export.runtime import HIDDEN, Decoder
+
+_BATCH = 16
+_MOST_LOGITS = 2**26  # of a batch at once: 256 MB
+Ids: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids of which those from `start` on, 1 at least, are scored: each by the logits of the token before it."""
+
+    ids: Ids
+    start: int
+
+    @property
+    def fed(self) -> Ids:
+        """What is fed: the last token is only scored."""
+        return self.ids[:-1]
+
+
+@dataclass(frozen=True)
+class EncodedTask:
+    """A task with its texts as token ids: rows for each choice of each example, a prompt each, or two texts each.
+
+    `switch`: a row beyond so many tokens changes what is computed of all of them, so none that is shorter is padded to more; see `rotary_switch`.
+    """
+
+    task: Task
+    rows: tuple[tuple[Row, ...], ...]
+    switch: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One model's answer to one example.
+
+    values: the log-likelihood of each choice in nats, or the cosine of two texts. ids, text: what was written. scale: what an error of 1 relative to
+    the largest logit, or to the length of a hidden state, could change a value by.
+    """
+
+    values: tuple[float, ...] = ()
+    ids: Ids = ()
+    text: str = ""
+    scale: float = 1.0
+
+    @property
+    def chosen(self) -> int:
+        """The likeliest choice."""
+        return max(range(len(self.values)), key=self.values.__getitem__)
+
+
+class Model(Protocol):
+    """What tasks ask of a model."""
+
+    def logits(self, ids: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """Logits [B, num_kept, V] of the last tokens of ids [B, S]."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that there are logits for."""
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """What the last layer gives, [B, S, H]; None where the model does not show it."""
+
+    def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
+        """The likeliest tokens after a prompt, one after the other, at most so many, up to one of `stop`."""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package."""
+
+    decoder: Decoder
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Model`."""
+        return self.decoder.vocab_size
+
+    def logits(self, ids: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """See `Model`."""
+        return torch.from_numpy(self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=num_kept)["logits"])
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """See `Model`."""
+        last = max((name for name in self.decoder.taps if name.startswith(HIDDEN)), key=lambda name: int(name.removeprefix(HIDDEN)), default=None)
+        if last is None:
+            return None
+        return torch.from_numpy(self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=1)[last])
+
+    def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
+        """See `Model`."""
+        cache, ids, written = self.decoder.new_cache(1, len(prompt) + num_tokens), torch.tensor([prompt]), []
+        for _ in range(num_tokens):
+            token = int(self.decoder.run(cache, ids.numpy(), logits_to_keep=1)["logits"][0, -1].argmax())
+            written.append(token)
+            if token in stop:
+                break
+            ids = torch.tensor([[token]])
+        return tuple(written)
+
+
+@dataclass(frozen=True)
+class Torch:
+    """A reference; it writes by transformers' own `generate`."""
+
+    reference: Reference
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Model`."""
+        return int(self.reference.model.config.vocab_size)
+
+    def logits(self, ids: torch.Tensor, num_kept: int) -> torch.Tensor:
+        """See `Model`."""
+        return self.reference.forward(ids, torch.ones_like(ids)).logits[:, -num_kept:]
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """See `Model`."""
+        return self.reference.forward(ids, torch.ones_like(ids)).hiddens[-1]
+
+    @torch.inference_mode()
+    def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
+        """See `Model`."""
+        ids = torch.tensor([prompt])
+        with self.reference.rounding:
+            found = self.reference.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+                eos_token_id=sorted(stop) or None, pad_token_id=min(stop, default=0),
+            )  # fmt: skip
+        return tuple(found[0, len(prompt) :].tolist())
+
+
+def encode_task(task: Task, tokenizer: Any, context: int, num_tokens: int, switch: int | None = None) -> EncodedTask:
+    """The task's texts as token ids, after the token that starts a text where the tokenizer has one; prompts that are too long lose their beginning.
+
+    Raises:
+        ExportError: a choice, an answer of `num_tokens` or a text to be compared does not fit into the context.
+    """
+    rows = []
+    for number, example in enumerate(task.examples, 1):
+        where = f"task '{task.name}', example {number}"
+        match example:
+            case Choice():
+                rows.append(_encode_choices(example, tokenizer, context, where))
+            case Answer():
+                if num_tokens >= context:
+                    raise ExportError(f"parity.answer_tokens is {num_tokens}; must be less than the model's context, which is {context}")
+                rows.append((Row(_encode(tokenizer, example.prompt)[num_tokens - context :], 1),))
+            case Similarity(texts=texts):
+                rows.append(tuple(Row(_encode(tokenizer, text), 1) for text in texts))
+                if (longest := max(len(row.ids) for row in rows[-1])) > context:
+                    raise ExportError(f"{where}: a text has {longest} tokens; the model's context holds {context}; shorten it")
+    return EncodedTask(task, tuple(rows), switch)
+
+
+def _encode(tokenizer: Any, text: str) -> Ids:
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return tuple(ids if start is None or ids[:1] == [start] else [start, *ids])
+
+
+def _encode_choices(example: Choice, tokenizer: Any, context: int, where: str) -> tuple[Row, ...]:
+    """Rows that are scored from where they first differ from the prompt alone: prompt and choice are one text, whose tokens may lie across both."""
+    prompt = _encode(tokenizer, example.prompt)
+    whole = [_encode(tokenizer, example.prompt + choice) for choice in example.choices]
+    start = max(1, min(min(_find_parting(prompt, ids), len(ids) - 1) for ids in whole))
+    rows = []
+    for ids in whole:
+        cut = max(0, len(ids) - 1 - context)
+        if len(ids) < 2 or cut >= start:
+            raise ExportError(f"{where}: a choice has {len(ids) - start} tokens; the model's context holds {context}; must have some, and fit")
+        rows.append(Row(ids[cut:], start - cut))
+    return tuple(rows)
+
+
+def _find_parting(one: Ids, other: Ids) -> int:
+    """The first place at which two rows differ, or the end of the shorter one."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: int) -> list[Outcome] | None:
+    """What a model answers to every example of a task; None where it does not show what the task asks for."""
+    match encoded.task.kind:
+        case "choice":
+            return _choose(model, encoded)
+        case "similarity":
+            return _compare(model, encoded)
+        case "answer":
+            examples = cast("tuple[Answer, ...]", encoded.task.examples)
+            stop = frozenset({tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
+            return [_write(model, row, example, tokenizer, num_tokens, stop) for (row,), example in zip(encoded.rows, examples, strict=True)]
+
+
+def _batches(rows: Iterable[Ids], model: Model, switch: int | None) -> Iterator[tuple[list[Ids], torch.Tensor]]:
+    """Each different row once, those of like length together, with their ids [B, S]."""
+    batch: list[Ids] = []
+    most_tokens = _MOST_LOGITS // model.vocab_size
+    for row in sorted(dict.fromkeys(rows), key=len, reverse=True):
+        may_be_padded = switch is None or not batch or len(batch[0]) <= switch or len(batch[0]) == len(row)
+        if batch and (len(batch) == _BATCH or (len(batch) + 1) * len(batch[0]) > most_tokens or not may_be_padded):
+            yield batch, _pad(batch)
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch, _pad(batch)
+
+
+def _pad(rows: Sequence[Ids]) -> torch.Tensor:
+    """Rows as ids [B, S], of which the first is the longest; each is followed by its own last token."""
+    return torch.tensor([row + row[-1:] * (len(rows[0]) - len(row)) for row in rows])
+
+
+def _choose(model: Model, encoded: EncodedTask) -> list[Outcome]:
+    examples = encoded.rows
+    readers: dict[Ids, list[tuple[int, int]]] = defaultdict(list)
+    for n, rows in enumerate(examples):
+        for c, row in enumerate(rows):
+            readers[row.fed].append((n, c))
+    values = [[0.0] * len(rows) for rows in examples]
+    largest = [0.0] * len(examples)
+    for batch, ids in _batches(readers, model, encoded.switch):
+        first = min(examples[n][c].start for fed in batch for n, c in readers[fed]) - 1  # the logits of the tokens before it are of no use
+        logits = model.logits(ids, ids.shape[1] - first).float()
+        scores = logits.log_softmax(-1)
+        for place, fed in enumerate(batch):
+            for n, c in readers[fed]:
+                targets, start = examples[n][c].ids[examples[n][c].start :], examples[n][c].start - 1 - first
+                told = slice(start, start + len(targets))
+                values[n][c] = float(scores[place, told].gather(-1, torch.tensor(targets)[:, None]).double().sum())
+                largest[n] = max(largest[n], float(logits[place, told].abs().max()))
+    scales = [2 * most * sum(sorted(len(row.ids) - row.start for row in rows)[-2:]) for most, rows in zip(largest, examples, strict=True)]
+    return [Outcome(tuple(found), scale=scale) for found, scale in zip(values, scales, strict=True)]
+
+
+def _compare(model: Model, encoded: EncodedTask) -> list[Outcome] | None:
+    means: dict[Ids, torch.Tensor] = {}
+    stretch: dict[Ids, float] = {}
+    for texts, ids in _batches((row.ids for rows in encoded.rows for row in rows), model, encoded.switch):
+        hidden = model.hidden(ids)
+        if hidden is None:
+            return None
+        for text, padded in zip(texts, hidden.double(), strict=True):
+            states = padded[: len(text)]
+            means[text] = states.mean(0)
+            stretch[text] = float(states.norm(dim=-1).max() / means[text].norm())
+    pairs = [(a.ids, b.ids) for a, b in encoded.rows]
+    return [Outcome((float(F.cosine_similarity(means[a], means[b], dim=0)),), scale=stretch[a] + stretch[b]) for a, b in pairs]
+
+
+def _write(model: Model, row: Row, example: Answer, tokenizer: Any, num_tokens: int, stop: frozenset[int]) -> Outcome:
+    ids = model.write(row.ids, num_tokens, stop)
+    return Outcome(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).partition(example.until)[0].strip())
+
+
+def written_gap(reference: Reference, prompt: Ids, found: Ids, own: Ids) -> float:
+    """Where two written texts part: what the reference's logit of its own token has above that of the other, relative to the largest; else 0."""
+    parting = _find_parting(found, own)
+    if parting == min(len(found), len(own)):
+        return 0.0
+    ids = torch.tensor([[*prompt, *own[:parting]]])
+    logits = reference.forward(ids, torch.ones_like(ids), len(prompt)).logits[0, -1]
+    return float((logits[own[parting]] - logits[found[parting]]) / logits.abs().max()) / 2  # each of two logits may be off

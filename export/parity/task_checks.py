@@ -1,0 +1,169 @@
+"""Tasks: does the package answer as the twin does, and how well beside the fine-tuned model?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, AutoTokenizer
+
+from export.errors import ExportError
+from export.family import rotary_switch
+from export.parity.answers import EncodedTask, Ids, Model, Outcome, Package, Torch, answer_task, encode_task, written_gap
+from export.parity.forward import Reference, run_package
+from export.parity.limits import gap_limit
+from export.parity.records import Limit, TaskCheck
+from export.parity.scores import answer_f1, is_exact, macro_f1, mean_difference_error, rank_correlation, rank_correlation_error
+from export.parity.tasks import Answer, Choice, Similarity, Task
+from export.parity.ties import find_flips
+from export.runtime import Decoder
+
+
+class Desk:
+    """The tasks of one package: its own answers, those of the fine-tuned model if asked, and in the end those of the twin."""
+
+    def __init__(self, directory: Path, tasks: Sequence[Task], decoder: Decoder, num_examples: int, answer_tokens: int) -> None:
+        """Ask the package; the tokenizer is in `directory`.
+
+        Raises:
+            ExportError: no tokenizer there, or an example does not fit into the context.
+        """
+        self.decoder, self.answer_tokens = decoder, answer_tokens
+        self.tokenizer = _load_tokenizer(directory) if tasks else None
+        switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True)) if tasks else None
+        cut = [task.cut(num_examples) for task in tasks]
+        self.encoded = [encode_task(task, self.tokenizer, decoder.context_length, answer_tokens, switch) for task in cut]
+        self.found = self._ask(Package(decoder))
+        self.tuned: list[list[Outcome] | None] | None = None
+
+    def ask_finetuned(self, reference: Reference) -> None:
+        """Ask the fine-tuned model, where it is not the twin."""
+        self.tuned = self._ask(Torch(reference))
+
+    def check(self, twin: Reference, limits: Mapping[str, Limit], tie_margin: float) -> tuple[TaskCheck | str, ...]:
+        """Ask the twin, and compare all answers; a task that cannot be done is a sentence that says why."""
+        own = self._ask(Torch(twin))
+        checks: list[TaskCheck | str] = []
+        for encoded, found, of_twin, of_tuned in zip(self.encoded, self.found, own, self.tuned or own, strict=True):
+            if found is None or of_twin is None or of_tuned is None:
+                checks.append(f"not run: '{encoded.task.name}' compares hidden states, and the package shows none")
+            else:
+                checks.append(compare_task(encoded, found, of_twin, of_tuned, self.decoder, twin, limits, tie_margin))
+        return tuple(checks)
+
+    def _ask(self, model: Model) -> list[list[Outcome] | None]:
+        return [answer_task(model, encoded, self.tokenizer, self.answer_tokens) for encoded in self.encoded]
+
+
+def _load_tokenizer(directory: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ExportError(f"{directory}: no tokenizer that transformers can load; tasks are text, so put tokenizer.json there") from error
+
+
+def score_task(task: Task, outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """A model's scores by name, the one that is judged first."""
+    match task.kind:
+        case "choice":
+            examples = cast("tuple[Choice, ...]", task.examples)
+            right, chosen = [example.right for example in examples], [outcome.chosen for outcome in outcomes]
+            scores = {"accuracy": _mean(_points(task, outcomes))}
+            if len({example.choices for example in examples}) == 1:
+                scores["macro F1"] = macro_f1(chosen, right)
+            return scores
+        case "answer":
+            answers = cast("tuple[Answer, ...]", task.examples)
+            exact = [float(is_exact(outcome.text, example.right)) for outcome, example in zip(outcomes, answers, strict=True)]
+            return {"F1": _mean(_points(task, outcomes)), "exact match": _mean(exact)}
+        case "similarity":
+            return {"Spearman's correlation": rank_correlation(_points(task, outcomes), _given(task))}
+
+
+def compare_task(
+    encoded: EncodedTask, found: Sequence[Outcome], own: Sequence[Outcome], tuned: Sequence[Outcome], decoder: Decoder, twin: Reference,
+    limits: Mapping[str, Limit], tie_margin: float,
+) -> TaskCheck:  # fmt: skip
+    """One task, from the answers of the package (`found`), of the twin and of the fine-tuned model."""
+    task = encoded.task
+    package, finetuned = score_task(task, found), score_task(task, tuned)
+    limit = gap_limit(task.kind, limits)
+    gaps, num_flips = {}, 0
+    for number, gap in enumerate(_gaps(encoded, found, own, twin), 1):
+        if limit is not None and not gap <= limit.value and _flips(_texts(encoded, number - 1, own), decoder, twin, tie_margin):
+            num_flips += 1
+        else:
+            gaps[number] = gap
+    worst = max(gaps, key=gaps.__getitem__, default=None)
+    metric = next(iter(package))
+    return TaskCheck(
+        task.name, task.kind, len(task.examples), metric, package, score_task(task, own), finetuned, package[metric] - finetuned[metric],
+        _error(task, found, tuned), _same(task, found, own), _same(task, found, tuned),
+        0.0 if worst is None else gaps[worst], worst if worst is not None and gaps[worst] > 0 else None, num_flips,
+    )  # fmt: skip
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _given(task: Task) -> list[float]:
+    return [example.score for example in cast("tuple[Similarity, ...]", task.examples)]
+
+
+def _points(task: Task, outcomes: Sequence[Outcome]) -> list[float]:
+    """What each example counts for in the score that is judged; for texts to be compared, how alike the model finds them."""
+    points = []
+    for example, outcome in zip(task.examples, outcomes, strict=True):
+        match example:
+            case Choice():
+                points.append(float(outcome.chosen == example.right))
+            case Answer():
+                points.append(answer_f1(outcome.text, example.right))
+            case Similarity():
+                points.append(outcome.values[0])
+    return points
+
+
+def _error(task: Task, found: Sequence[Outcome], other: Sequence[Outcome]) -> float:
+    """Standard error of the difference of two models' scores."""
+    if task.kind == "similarity":
+        return rank_correlation_error(_points(task, found), _points(task, other), _given(task))
+    return mean_difference_error(_points(task, found), _points(task, other))
+
+
+def _same(task: Task, found: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
+    answer: dict[str, Callable[[Outcome], object]] = {"choice": lambda outcome: outcome.chosen, "answer": lambda outcome: outcome.text}
+    if task.kind == "similarity":
+        return None
+    return _mean([float(answer[task.kind](a) == answer[task.kind](b)) for a, b in zip(found, other, strict=True)])
+
+
+def _gaps(encoded: EncodedTask, found: Sequence[Outcome], own: Sequence[Outcome], twin: Reference) -> Iterator[float]:
+    for rows, a, b in zip(encoded.rows, found, own, strict=True):
+        match encoded.task.kind:
+            case "choice":
+                yield (b.values[b.chosen] - b.values[a.chosen]) / b.scale
+            case "answer":
+                yield written_gap(twin, rows[0].ids, a.ids, b.ids) if a.text != b.text else 0.0
+            case "similarity":
+                yield abs(a.values[0] - b.values[0]) / b.scale
+
+
+def _texts(encoded: EncodedTask, place: int, own: Sequence[Outcome]) -> list[Ids]:
+    """All that the twin read for an example."""
+    return [row.fed if encoded.task.kind == "choice" else row.ids + own[place].ids for row in encoded.rows[place]]
+
+
+def _flips(texts: Sequence[Ids], decoder: Decoder, twin: Reference, tie_margin: float) -> bool:
+    """Whether some token of the texts went to other experts at a near-tie."""
+    for text in texts:
+        ids = torch.tensor([text])
+        mask = torch.ones_like(ids)
+        found = run_package(decoder, ids, mask, ids.shape[1])
+        own = twin.forward(ids, mask).seen_by(found)
+        if find_flips(found.routers, own.routers, found.hiddens, own.hiddens, mask, own.top_k, tie_margin).any():
+            return True
+    return False
