@@ -70,6 +70,11 @@ def format_score(value: float) -> str:
     return format_special(value) or f"{value:.3f}"
 
 
+def format_difference(value: float, error: float) -> str:
+    """A difference of scores with its standard error: −0.010 ± 0.008."""
+    return f"{'−' if value < 0 else '+' if value > 0 else ''}{format_score(abs(value))} ± {format_score(error)}"
+
+
 def describe_change(new: float, old: float) -> str:
     """How `new` stands to `old`, ready to be followed by a possessive: "1.20 % above"."""
     if not (math.isfinite(new) and math.isfinite(old) and old > 0):

@@ -16,6 +16,7 @@ from convert.numerals import (
     describe_change,
     format_agreement,
     format_count,
+    format_difference,
     format_perplexity,
     format_rounded,
     format_score,
@@ -195,10 +196,8 @@ def compare_training(facts: dict[str, Any]) -> list[Training]:
 
 def describe_task(task: dict[str, Any]) -> str:
     """A task in half a sentence: what the package scores, how far that is from the fine-tuned model, and how sure."""
-    score, metric = format_score(task["package"][task["metric"]]), task["metric"]
-    change = f"{task['change']:+.3f}".replace("-", "−") if task["change"] else "0"
-    same = "" if task["same_as_finetuned"] is None else f", {format_agreement(task['same_as_finetuned'])} of the answers the same"
-    return f"{task['name']}: {metric} {score}, {change} ± {format_score(task['standard_error'])} beside the fine-tuned model{same}"
+    change = f"{format_difference(task['change'], task['standard_error'])} beside" if task["change"] else "as"
+    return f"{task['name']}: {task['metric']} {format_score(task['package'][task['metric']])}, {change} the fine-tuned model's"
 
 
 def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, Any] | None) -> Verdict:

@@ -11,6 +11,7 @@ from convert.numerals import (
     NONE,
     format_agreement,
     format_count,
+    format_difference,
     format_error,
     format_perplexity,
     format_rounded,
@@ -235,7 +236,7 @@ def _task_table(tasks: Sequence[dict[str, Any]]) -> Grid:
             if metric != task["metric"]:
                 rows.append(("", "", metric, *scores, "", "", ""))
                 continue
-            change = f"{task['change']:+.3f}".replace("-", "−") + f" ± {format_score(task['standard_error'])}"
+            change = format_difference(task["change"], task["standard_error"])
             same = (format_agreement(task[key]) for key in ("same_as_finetuned", "same_as_twin"))
             rows.append((task["name"], f"{task['num_examples']:,}", metric, *scores, change, *same))
     return Grid(headers, tuple(rows))
