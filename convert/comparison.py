@@ -12,10 +12,10 @@ from rich import box
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from convert.numerals import NONE, format_agreement, format_perplexity, format_rounded, format_size
+from convert.numerals import NONE, format_agreement, format_perplexity, format_rounded, format_score, format_size
 from convert.page import load_template
 from convert.recipe import Recipe
-from convert.summary import summarize
+from convert.summary import find_measured, summarize
 from convert.tables import Grid
 
 _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
@@ -95,6 +95,7 @@ def _flatten(value: Any, name: str = "") -> dict[str, Any]:
 
 def _figures(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     sides = [{row.name: row for row in summarize(facts)} for facts in (first, second)]
+    scores = [_scores(facts) for facts in (first, second)]
     for model in dict.fromkeys((*sides[0], *sides[1])):
         label = model
         for name, field, text in _FIGURES:
@@ -103,6 +104,16 @@ def _figures(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[st
                 continue
             yield label, name, *(text(value) for value in values), _ratio(*values)
             label = ""
+        for place in dict.fromkeys(place for side in scores for place in side if place[0] == model):
+            values = [side.get(place) for side in scores]
+            yield label, place[1], *(NONE if value is None else format_score(value) for value in values), _ratio(*values)
+
+
+def _scores(facts: dict[str, Any]) -> dict[tuple[str, str], float]:
+    """What every package scored, by the model and the name of task and score."""
+    found = {f"ONNX {name}": find_measured(variant) or {} for name, variant in facts["variants"].items()}
+    tasks = ((model, task) for model, measured in found.items() for task in measured.get("tasks", ()) if isinstance(task, dict))
+    return {(model, f"{task['name']}: {task['metric']}"): task["package"][task["metric"]] for model, task in tasks}
 
 
 def _ratio(first: float | None, second: float | None) -> str:

@@ -119,3 +119,13 @@ def test_the_command_prints_tables_and_writes_a_page(runs, tmp_path) -> None:
 def test_a_run_without_a_report_is_one_line(runs, tmp_path) -> None:
     first, second = write_run(tmp_path / "first", runs[0]), write_run(tmp_path / "second", None)
     assert invoke("compare", first, second) == (1, f"Error: {second}: the run has no report yet; finish it with `dense2moe run`\n")
+
+
+def test_what_packages_score_is_compared_task_by_task(runs) -> None:
+    for facts, accuracy in zip(runs, (0.5, 0.6), strict=True):
+        task = {"name": "intents", "metric": "accuracy", "package": {"accuracy": accuracy, "macro F1": 0.1}}
+        facts["variants"]["int8"]["parity"]["providers"]["CPUExecutionProvider"]["tasks"] = [task, "not run: 'pairs' compares hidden states"]
+    rows = compare_runs(*runs, ("a", "b")).figures.rows
+    place = next(n for n, row in enumerate(rows) if row[0] == "ONNX int4")
+    assert rows[place - 1] == ("", "intents: accuracy", "0.500", "0.600", "1.20 ×")
+    assert sum("intents" in row[1] for row in rows) == 1
