@@ -41,12 +41,17 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (found.full_tensor() if isinstance(found, DTensor) else found).cpu().contiguous()
 
 
+def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Values as a parameter has its own: this process's part of them where FSDP has divided it; every process has all values."""
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
 def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Give a parameter its values, each process its part where FSDP has divided it."""
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
-        parameter.copy_(values)
+        parameter.copy_(divide(values, parameter))
 
 
 def on_main(function: Callable[[], Found]) -> Found:

@@ -229,12 +229,10 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_model(source, torch.float32)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
-            passed_over = {*model.all_tied_weights_keys, PARAMETER}
-            weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}
-            prompt = None if (found := get_prompt(model)) is None else whole(found)
             if join_processes().is_main_process:
-                _save(model, weights, job.source, place)
-                if prompt is not None:
+                passed_over = {*model.all_tied_weights_keys, PARAMETER}
+                _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, place)
+                if (prompt := get_prompt(model)) is not None:
                     write_prompt(prompt, model, place / PROMPT_DIRECTORY)
                 write_history(place / HISTORY_NAME, result.history)
                 facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
