@@ -38,7 +38,9 @@ def tell(message: Found | None) -> Found:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU, all of it: where FSDP has divided it among the processes, all of them must ask for it."""
     found = tensor.detach()
-    return (found.full_tensor() if isinstance(found, DTensor) else found).cpu().contiguous()
+    if isinstance(found, DTensor):
+        found = found.full_tensor() if found.numel() else torch.empty(found.shape, dtype=found.dtype)  # torch cannot gather a width of 0
+    return found.cpu().contiguous()
 
 
 def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:

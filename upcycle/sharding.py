@@ -36,7 +36,7 @@ def is_divided() -> bool:
     Raises:
         UpcycleError: it asked for what hides the names of what learns.
     """
-    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or join_processes().num_processes == 1:
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP") or join_processes().distributed_type == DistributedType.NO:
         return False
     plugin = FullyShardedDataParallelPlugin()
     if plugin.fsdp_version != 2:
@@ -82,9 +82,9 @@ def collect(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
     """Whole tensors, on the CPU of the first process; the others give it their parts, and keep none."""
     found = {}
     for name, tensor in tensors.items():
-        gathered_one = whole(tensor)
+        values = whole(tensor)
         if join_processes().is_main_process:
-            found[name] = gathered_one
+            found[name] = values
     return found
 
 
