@@ -80,8 +80,9 @@ class LayerRouting:
 def describe_routing(
     numbers: Iterable[int], loads: Iterable[torch.Tensor], logits: Iterable[torch.Tensor], weights: Iterable[torch.Tensor], top_k: int
 ) -> tuple[LayerRouting, ...]:
-    """How every layer with experts routes, from its number, its experts' load [num_experts], its router's logits [tokens, num_experts] and its experts'
-    weights [num_experts, ...].
+    """How every layer with experts routes: from its number, its load, its router's logits and its experts' weights.
+
+    loads: [num_experts] each, over whatever tokens; logits: [tokens, num_experts] each; weights: [num_experts, ...] each.
     """
     return tuple(
         LayerRouting(number, tuple(load.tolist()), float(router_entropy(z)), float(router_margin(z, top_k)), float(expert_cosine(stacked)))

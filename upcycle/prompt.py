@@ -36,8 +36,8 @@ def get_prompt(model: Any) -> nn.Parameter | None:
 def run_with_prompt(call: Any, model: Any, ids: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
     """Logits [B, S, vocabulary] of token ids [B, S] after the prompt [P, H], or with nothing before them.
 
-    `call` is the model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has gathered the embedding only there, and
-    the prompt as well where it is the model's parameter.
+    `call` is the model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has gathered the embedding only there,
+    and the prompt as well where it is the model's parameter.
     """
     if prompt is None:
         logits: torch.Tensor = call(input_ids=ids, use_cache=False).logits

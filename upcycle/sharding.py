@@ -13,6 +13,7 @@ between must call `reshard` first: what it wrote into the gathered copy would be
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -34,15 +35,16 @@ def is_divided() -> bool:
     """Whether the launcher asked for FSDP, and there are processes to divide a model among.
 
     Raises:
-        UpcycleError: it asked for what hides the names of what learns.
+        UpcycleError: it asked for what hides the names of what learns, or for parameters elsewhere than where they compute.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP") or join_processes().distributed_type == DistributedType.NO:
         return False
-    plugin = FullyShardedDataParallelPlugin()
-    if plugin.fsdp_version != 2:
+    if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2, or set FSDP_VERSION=2")
-    if plugin.activation_checkpointing:
+    if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
         raise UpcycleError("finetune: FSDP's activation checkpointing hides the names of what learns; set finetune.gradient_checkpointing instead")
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
+        raise UpcycleError("finetune: FSDP would keep parameters off the device that computes; give more processes, not --fsdp_offload_params")
     return True
 
 
