@@ -217,6 +217,16 @@ def test_computing_the_inner_values_twice_changes_nothing(start: Start) -> None:
     assert changed(plain, again) == set()
 
 
+def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(start: Start) -> None:
+    histories = [
+        start(CONFIG.model_copy(update={"steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": parts}))[0].history for parts in (1, 2, 4)
+    ]
+    whole, *others = [[layer.load for step in history for layer in step.layers] for history in histories]
+    assert len(whole) == 2
+    for loads in others:
+        assert loads == [pytest.approx(load, abs=1e-6) for load in whole]
+
+
 def test_the_last_weights_are_looked_at_too(start: Start) -> None:
     facts, _ = start(CONFIG.model_copy(update={"steps": 5, "eval_steps": 3}))
     assert [step.step for step in facts.history if step.validation_loss is not None] == [3, 5]
@@ -602,6 +612,8 @@ register_optimizer_step_post_hook(measure)
 finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, progress, Path(scratch))
 Path(scratch, f"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}").touch()
 leave_processes()
+threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+assert "FSDP_VERSION" in os.environ or not any("gloo" in name for name in threads), threads
 """
 
 
