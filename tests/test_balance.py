@@ -118,12 +118,13 @@ def test_entropy_lies_between_its_bounds(scale: float, dtype: torch.dtype) -> No
 def test_a_layers_routing_is_its_load_and_entropy() -> None:
     first, second = torch.tensor([THREE_TO_ONE, THREE_TO_ONE]), torch.tensor([[100.0, 0.0], [0.0, 100.0]])
     copies, opposite = torch.ones(2, 3, 4), torch.stack([torch.ones(3, 4), -torch.ones(3, 4)])
-    found = describe_routing((1, 3), (first, second), (copies, opposite), top_k=1)
+    loads = (expert_load(first, 1), torch.tensor([0.25, 0.75]))  # the second's over more than these tokens
+    found = describe_routing((1, 3), loads, (first, second), (copies, opposite), top_k=1)
     # ln 3 apart, and 100; equal weights, and opposite ones.
     assert [layer.margin for layer in found] == pytest.approx([math.log(3.0), 100.0])
     assert [layer.cosine for layer in found] == pytest.approx([1.0, -1.0])
     assert [layer.number for layer in found] == [1, 3]
-    assert [layer.load for layer in found] == [(1.0, 0.0), (0.5, 0.5)]
+    assert [layer.load for layer in found] == [(1.0, 0.0), (0.25, 0.75)]
     assert [layer.entropy for layer in found] == pytest.approx([float(router_entropy(first)), 0.0], abs=1e-6)
     assert all(isinstance(layer, LayerRouting) and isinstance(layer.load[0], float) for layer in found)
 

@@ -36,8 +36,9 @@ from upcycle.config import (
 from upcycle.data import prepare_data, read_blocks
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import held_out_loss
-from upcycle.history import read_history, write_history, write_whole
+from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
+from upcycle.prompt import read_prompt
 from upcycle.receipt import load_model, router_modules
 from upcycle.surgery import upcycle
 from upcycle.trainer import Stage, run_stage, schedule_share
@@ -214,6 +215,16 @@ def test_low_rank_updates_are_merged_into_a_checkpoint_like_any_other(start: Sta
 def test_computing_the_inner_values_twice_changes_nothing(start: Start) -> None:
     plain, again = (start(CONFIG.model_copy(update={"gradient_checkpointing": value}))[1] for value in (False, True))
     assert changed(plain, again) == set()
+
+
+def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(start: Start) -> None:
+    histories = [
+        start(CONFIG.model_copy(update={"steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": parts}))[0].history for parts in (1, 2, 4)
+    ]
+    whole, *others = [[layer.load for step in history for layer in step.layers] for history in histories]
+    assert len(whole) == 2
+    for loads in others:
+        assert loads == [pytest.approx(load, abs=1e-6) for load in whole]
 
 
 def test_the_last_weights_are_looked_at_too(start: Start) -> None:
@@ -579,25 +590,53 @@ def test_routing_differs_between_domains_more_than_within_one(start: Start) -> N
 # Many processes
 
 WORKER = """
-import os, sys
+import json, os, sys
 from pathlib import Path
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from upcycle.config import FinetuneConfig
 from upcycle.processes import leave_processes
 from upcycle.training import finetune
 dense, mixture, data, output, scratch, settings = sys.argv[1:]
-finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, lambda *_: None, Path(scratch))
+
+def measure(optimizer, *_):  # numbers in this process: parameters, gradients, the two moments of AdamW
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    kept = [parameters, [p.grad for p in parameters], *([optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq"))]
+    counts = [sum(getattr(t, "_local_tensor", t).numel() for t in tensors) for tensors in kept]
+    Path(scratch, f"counts-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts))
+
+def progress(what, done, total):
+    if what == "training fine-tuned" and str(done) == os.environ.get("KILLED_AT"):
+        os._exit(9)
+
+register_optimizer_step_post_hook(measure)
+finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, progress, Path(scratch))
 Path(scratch, f"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}").touch()
 leave_processes()
+threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+assert "FSDP_VERSION" in os.environ or not any("gloo" in name for name in threads), threads
 """
 
 
-def launch(num_processes: int, *arguments: object) -> None:
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+
+
+def launch(num_processes: int, *arguments: object, killed_at: int = 0, **variables: str) -> None:
     script = Path(str(arguments[3])).parent / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KILLED_AT": str(killed_at)} | variables
     result = subprocess.run([*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    assert (result.returncode == 0) == (killed_at == 0), result.stderr[-3000:]
+
+
+def assert_same_losses(ours: tuple[Step, ...], theirs: tuple[Step, ...]) -> None:
+    """But for sums in another order, a few steps of AdamW long."""
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.model, one.step, one.num_tokens) == (other.model, other.step, other.num_tokens)
+        for name in ("train_loss", "balance_loss", "z_loss", "distillation_loss", "validation_loss"):
+            expected, found = getattr(one, name), getattr(other, name)
+            assert found == expected or found == pytest.approx(expected, rel=1e-4), (one.step, name)
 
 
 def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
@@ -612,18 +651,13 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
         launch(count, dense_checkpoint, mixture_checkpoint, data, output, place / "scratch", settings)
         assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
-    one, two = histories[1], histories[2]
-    assert len(one) == len(two) == 2 * (4 + 2)
-    for ours, theirs in zip(one, two, strict=True):
-        assert (ours.model, ours.step, ours.num_tokens) == (theirs.model, theirs.step, theirs.num_tokens)
-        for name in ("train_loss", "balance_loss", "z_loss", "validation_loss"):
-            expected, found = getattr(ours, name), getattr(theirs, name)
-            # Sums in another order, four steps of AdamW long.
-            assert found == expected or found == pytest.approx(expected, rel=1e-4), (ours.step, name)
+    assert len(histories[1]) == 2 * (4 + 2)
+    assert_same_losses(histories[1], histories[2])
 
 
+@pytest.mark.parametrize("fsdp", [False, True])
 def test_a_killed_run_is_taken_up_by_another_number_of_processes(
-    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, start: Start, tmp_path: Path
+    fsdp: bool, dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, start: Start, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update={"stages": (TrainingStage(), TrainingStage(train="lora", steps=4))})
     whole, _ = start(config)
@@ -636,13 +670,77 @@ def test_a_killed_run_is_taken_up_by_another_number_of_processes(
     output.mkdir()
     with pytest.raises(_Killed):
         start(config, scratch, progress)
-    launch(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json())
-    for ours, theirs in zip(whole.history, read_history(output / "history.jsonl"), strict=True):
-        assert ours.step == theirs.step
-        for name in ("train_loss", "validation_loss"):
-            expected, found = getattr(ours, name), getattr(theirs, name)
-            # Sums in another order, six steps of AdamW long.
-            assert found == expected or found == pytest.approx(expected, rel=1e-4), (ours.step, name)
+    launch(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json(), **(FSDP if fsdp else {}))
+    assert_same_losses(whole.history, read_history(output / "history.jsonl"))
+
+
+def assert_same_weights(ours: Path, theirs: Path) -> None:
+    one, other = weights(ours), weights(theirs)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        # AdamW divides a gradient by its own size: where it is about zero, rounding is a step of its own, a hundredth of the rate at most.
+        assert torch.allclose(tensor, other[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_steps", "best_step"),
+    [
+        (
+            {
+                "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "max_grad_norm": 0.05, "expert_learning_rate": 5e-3,
+                "balance_coefficient": 0.1, "z_coefficient": 0.01, "distillation": Distillation(weight=0.5),
+            },
+            4, 4,
+        ),
+        ({"learning_rate": 1e-2, "stages": (TrainingStage(train="lora", steps=2), TrainingStage(train="prompt", steps=2))}, 4, 4),
+        # Its second look is worse, so the weights of the first are restored.
+        ({"learning_rate": 0.3, "schedule": "constant", "eval_steps": 1, "patience": 1, "max_grad_norm": 0.05}, 2, 1),
+    ],
+)  # fmt: skip
+def test_two_processes_that_share_a_model_by_fsdp_end_as_one_and_hold_half_each(
+    settings: dict[str, Any],
+    num_steps: int,
+    best_step: int,
+    dense_checkpoint: Path,
+    mixture_checkpoint: Path,
+    data: Path,
+    start: Start,
+    tmp_path: Path,
+) -> None:
+    config = CONFIG.model_copy(update={"steps": 4} | settings)
+    facts, alone = start(config)
+    assert (facts.num_steps, facts.best_steps) == ({"fine-tuned": num_steps}, {"fine-tuned": best_step})
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    output.mkdir()
+    launch(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json(), **FSDP)
+    shared = read_history(output / "history.jsonl")
+    assert_same_losses(facts.history, shared)
+    for ours, theirs in zip(facts.history, shared, strict=True):
+        assert [layer.load for layer in theirs.layers] == [pytest.approx(layer.load, abs=1e-6) for layer in ours.layers]
+        assert [layer.cosine for layer in theirs.layers] == [pytest.approx(layer.cosine, abs=1e-5) for layer in ours.layers]
+    assert_same_weights(alone, output)
+    prompts = [prompt for each in (alone, output) if (prompt := read_prompt(each)) is not None]
+    assert not prompts or torch.allclose(prompts[0], prompts[1], atol=1e-4)
+    counts = [json.loads((scratch / f"counts-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    assert all(0.4 < first / (first + second) < 0.6 for first, second in zip(*counts, strict=True))
+    if not config.stages:
+        assert [first + second for first, second in zip(*counts, strict=True)] == [sum(w.numel() for w in weights(output).values())] * 4
+
+
+def test_a_run_under_fsdp_that_is_killed_is_taken_up_by_fsdp_and_by_one_process(
+    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, start: Start, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(update={"steps": 4, "eval_steps": 1, "train": "experts"})
+    whole, untouched = start(config)
+    output, scratch = tmp_path / "output", tmp_path / "scratch"
+    output.mkdir()
+    arguments = (dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json())
+    launch(2, *arguments, killed_at=2, **FSDP)
+    launch(2, *arguments, killed_at=4, **FSDP)
+    assert (scratch / "fine-tuned" / "stage-0" / "checkpoints" / "checkpoint-3" / "history.jsonl").is_file()
+    taken_up, alone = start(config, scratch)
+    assert_same_losses(whole.history, taken_up.history)
+    assert_same_weights(untouched, alone)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")

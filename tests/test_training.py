@@ -366,12 +366,18 @@ def test_the_task_gradient_is_the_routers_share_of_the_whole(run: Run, mixture_c
     assert not [warning for warning in run.facts.warnings if "task gradient" in warning]
 
 
-def test_dead_experts_of_the_last_step_are_named() -> None:
+def test_experts_that_are_dead_between_the_last_two_looks_are_named() -> None:
     def step(number: int, *loads: tuple[float, ...]) -> Step:
         return Step("fine-tuned", number, 0, layers=tuple(LayerRouting(2 * n + 1, load, 1.0, 0.0, 1.0) for n, load in enumerate(loads)))
 
-    # A tenth of the share of one of four is .025.
-    history = (step(1, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4), step(2, (0.25,) * 4, (0.024, 0.9, 0.026, 0.0)), Step("dense continued", 2, 0))
+    def look(number: int) -> Step:
+        return Step("fine-tuned", number, 0, validation_loss=1.0)
+
+    # A tenth of the share of one of four is .025. The last two lines are of three steps and of one: (3 * 0 + .096) / 4 is .024, and .104 / 4 is .026.
+    history = (
+        step(2, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4), look(2), step(5, (0.25,) * 4, (0.0, 1.0, 0.0, 0.0)),
+        step(6, (0.0, 0.0, 0.0, 1.0), (0.096, 0.8, 0.104, 0.0)), look(6), Step("dense continued", 6, 0, validation_loss=1.0),
+    )  # fmt: skip
     assert list(_warnings(history, 1.0, CONFIG)) == [
         "layer 3: experts [0, 3] get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -29,10 +29,11 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
 
 def expert_load(router_logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """Share of the (token, slot) pairs that go to each expert, from logits [tokens, num_experts]; float32 [num_experts], sums to 1."""
-    return _shares(router_logits.detach().topk(top_k, dim=-1).indices, router_logits.shape[-1])
+    return chosen_load(router_logits.detach().topk(top_k, dim=-1).indices, router_logits.shape[-1])
 
 
-def _shares(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
+def chosen_load(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
+    """Share of the (token, slot) pairs that go to each expert, from the experts chosen, int64 [tokens, k]; float32 [num_experts], sums to 1."""
     return F.one_hot(chosen.flatten(), num_experts).float().mean(0)
 
 
@@ -77,19 +78,13 @@ class LayerRouting:
 
 
 def describe_routing(
-    numbers: Sequence[int], logits: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], top_k: int, forced: torch.Tensor | None = None
+    numbers: Iterable[int], loads: Iterable[torch.Tensor], logits: Iterable[torch.Tensor], weights: Iterable[torch.Tensor], top_k: int
 ) -> tuple[LayerRouting, ...]:
-    """How every layer with experts routes, from its number, its router logits [tokens, num_experts] and its experts' weights [num_experts, ...].
+    """How every layer with experts routes: from its number, its load, its router's logits and its experts' weights.
 
-    Where the routers are overruled, `forced` [tokens, k] are the experts that all layers send the tokens to, and the load is theirs.
+    loads: [num_experts] each, over whatever tokens; logits: [tokens, num_experts] each; weights: [num_experts, ...] each.
     """
     return tuple(
-        LayerRouting(
-            number,
-            tuple((expert_load(z, top_k) if forced is None else _shares(forced, z.shape[-1])).tolist()),
-            float(router_entropy(z)),
-            float(router_margin(z, top_k)),
-            float(expert_cosine(stacked)),
-        )
-        for number, z, stacked in zip(numbers, logits, weights, strict=True)
+        LayerRouting(number, tuple(load.tolist()), float(router_entropy(z)), float(router_margin(z, top_k)), float(expert_cosine(stacked)))
+        for number, load, z, stacked in zip(numbers, loads, logits, weights, strict=True)
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar, cast
@@ -9,9 +11,11 @@ from typing import TypeVar, cast
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from torch import distributed
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 _PATIENCE = timedelta(days=30)  # the others wait while the first one does what only one can
+_MOMENT = 0.2  # seconds
 
 Found = TypeVar("Found")
 
@@ -22,10 +26,17 @@ def join_processes() -> PartialState:
 
 
 def leave_processes() -> None:
-    """Part from the others when all have come to an end: one that is gone while another still listens takes that one down."""
+    """Part from the others when all have come to an end: one that is gone while another still listens takes that one down.
+
+    gloo's threads let go of their last tensors a moment after the work is done, and abort the process where the interpreter is gone by then (issue
+    190489 of pytorch). They end with the group, which a trained model would keep until the interpreter's end; DTensor keeps it even so, and they are
+    given the moment.
+    """
     state = join_processes()
-    if state.num_processes > 1:
+    if distributed.is_initialized():  # a launcher's only process has a group too
+        gc.collect()
         state.wait_for_everyone()
+        time.sleep(_MOMENT)
         state.destroy_process_group()
 
 
@@ -38,15 +49,22 @@ def tell(message: Found | None) -> Found:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU, all of it: where FSDP has divided it among the processes, all of them must ask for it."""
     found = tensor.detach()
-    return (found.full_tensor() if isinstance(found, DTensor) else found).cpu().contiguous()
+    if isinstance(found, DTensor):
+        found = found.full_tensor() if found.numel() else torch.empty(found.shape, dtype=found.dtype)  # torch cannot gather a width of 0
+    return found.cpu().contiguous()
+
+
+def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Values as a parameter has its own: this process's part of them where FSDP has divided it; every process has all values."""
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
     """Give a parameter its values, each process its part where FSDP has divided it."""
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements)
-        parameter.copy_(values)
+        parameter.copy_(divide(values, parameter))
 
 
 def on_main(function: Callable[[], Found]) -> Found:

@@ -36,14 +36,24 @@ def get_prompt(model: Any) -> nn.Parameter | None:
 def run_with_prompt(call: Any, model: Any, ids: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
     """Logits [B, S, vocabulary] of token ids [B, S] after the prompt [P, H], or with nothing before them.
 
-    `call` is the model itself or what wraps it.
+    `call` is the model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has gathered the embedding only there,
+    and the prompt as well where it is the model's parameter.
     """
     if prompt is None:
         logits: torch.Tensor = call(input_ids=ids, use_cache=False).logits
         return logits
-    text = model.get_input_embeddings()(ids)
-    before = prompt.to(text.dtype).expand(len(ids), -1, -1)
-    logits = call(inputs_embeds=torch.cat([before, text], dim=1), use_cache=False).logits
+
+    def embed(_: nn.Module, __: Any, keywords: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        text = model.get_input_embeddings()(keywords["input_ids"])
+        vectors = prompt if get_prompt(model) is None else get_prompt(model)
+        before = vectors.to(text.dtype).expand(len(text), -1, -1)  # type: ignore[union-attr]
+        return (), {"inputs_embeds": torch.cat([before, text], dim=1), "use_cache": False}
+
+    handle = model.register_forward_pre_hook(embed, with_kwargs=True)
+    try:
+        logits = call(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
     return logits[:, prompt.shape[0] :]
 
 

@@ -50,7 +50,7 @@ def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_la
     if settings.routing == "by-domain":
         learning -= routers
     for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in learning)
+        parameter.requires_grad_(id(parameter) in learning and parameter.numel() > 0)  # FSDP has no gradient of width 0
     return lambda: None
 
 

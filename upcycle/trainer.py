@@ -30,22 +30,24 @@ from typing import Any, cast
 import numpy
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from upcycle.balance import balance_loss, describe_routing, expert_load, z_loss
+from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_load, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
-from upcycle.processes import fill, join_processes, whole
+from upcycle.processes import fill, join_processes
 from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
 from upcycle.receipt import router_modules, router_weights
+from upcycle.sharding import collect, collect_model, collect_optimizer, divide_by, fill_optimizer, gathered, is_divided, reshard
 from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
@@ -94,6 +96,8 @@ def run_stage(
 ) -> Trained:
     """Train `model` through one stage and leave its best weights in it. Checkpoints go to `scratch`, where a killed run is taken up again.
 
+    Where FSDP divides the model, its weights are left in the first process alone.
+
     Raises:
         UpcycleError: as `check_settings`, the loss is no number, or memory ran out.
         OSError: the disk is full.
@@ -104,8 +108,6 @@ def run_stage(
         if next(router_modules(model), None) is not None:
             use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
         trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
-        if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) < 2:
-            raise UpcycleError("finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2")
         last = _last_checkpoint(scratch.absolute())
         if last is not None:
             trainer.watch.take_up(last)
@@ -114,7 +116,10 @@ def run_stage(
                 trainer.load_best()
             else:
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        finish()
+        if trainer.is_fsdp_enabled:
+            collect_model(model)
+        if not trainer.is_fsdp_enabled or join_processes().is_main_process:
+            finish()
     watch = trainer.watch
     return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
 
@@ -152,6 +157,7 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
     Raises:
         UpcycleError: the batch does not divide by the number of processes, or the domains do not divide the experts.
     """
+    is_divided()
     processes = join_processes().num_processes
     if settings.batch_size % (settings.gradient_accumulation_steps * processes):
         raise UpcycleError(
@@ -244,6 +250,7 @@ class _StageTrainer(Trainer):
         self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
         self.parts: dict[str, list[torch.Tensor]] = {}
+        self.loads: list[torch.Tensor] = []
         settings = stage.settings
         super().__init__(
             model=model,
@@ -255,6 +262,13 @@ class _StageTrainer(Trainer):
         self.remove_callback(transformers.PrinterCallback)
         self.watch = _Watch(self, scratch, progress, settings.patience, events)
         self.add_callback(self.watch)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Under FSDP the model is divided, on CPUs too."""
+        super().create_accelerator_and_postprocess()
+        self.is_fsdp_enabled = is_divided()
+        if self.is_fsdp_enabled:
+            divide_by(self.accelerator)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
@@ -272,8 +286,10 @@ class _StageTrainer(Trainer):
             share = settings.distillation.weight
             divergence = self._note("distillation_loss", distillation_loss(logits, given.clone(), settings.distillation.temperature))
             loss = (1 - share) * loss + share * divergence
+        if self.routing:
+            self.loads.append(self._measure_load())
         if self.routing and self.forced is None:
-            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
+            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance(self.loads[-1]))
             if settings.z_coefficient:
                 loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
@@ -285,13 +301,23 @@ class _StageTrainer(Trainer):
         block_size, top_k = self.stage.blocks.shape[1], self.mixture.config.num_experts_per_tok
         return domain_experts(domains, block_size, self.stage.num_domains, self.num_experts, top_k)
 
-    def _balance(self) -> torch.Tensor:
-        """Mean over layers of each layer's balance loss, with the load of all processes."""
+    def _measure_load(self) -> torch.Tensor:
+        """Load of each expert of each layer over what all processes have just read, by the routers or what overrules them; [layers, num_experts]."""
         top_k = self.mixture.config.num_experts_per_tok
-        loads = torch.stack([expert_load(z, top_k) for z in self.routing])
+        loads = torch.stack([expert_load(z, top_k) if self.forced is None else chosen_load(self.forced, z.shape[-1]) for z in self.routing])
         if join_processes().num_processes > 1:
             distributed.all_reduce(loads)
             loads /= join_processes().num_processes
+        return loads
+
+    def take_loads(self) -> torch.Tensor:
+        """The mean load since the last call, over all parts of all steps and all processes; [layers, num_experts]."""
+        loads, self.loads = self.loads, []
+        return torch.stack(loads).mean(0)
+
+    def _balance(self, loads: torch.Tensor) -> torch.Tensor:
+        """Mean over layers of each layer's balance loss, with the load of all processes."""
+        top_k = self.mixture.config.num_experts_per_tok
         return torch.stack([balance_loss(z, top_k, load) for z, load in zip(self.routing, loads, strict=True)]).mean()
 
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
@@ -338,19 +364,35 @@ class _StageTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write what learns, by its name in memory."""
-        gathered = {name: whole(p) for name, p in self.mixture.named_parameters() if p.requires_grad}
+        reshard(self.mixture)
+        learning = collect({name: p for name, p in self.mixture.named_parameters() if p.requires_grad})
         if self.args.should_save:
             assert output_dir is not None
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(gathered, Path(output_dir) / _WEIGHTS_NAME)
+            save_file(learning, Path(output_dir) / _WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read back what `save_model` wrote."""
-        stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS_NAME)
+        reshard(self.mixture)
         named = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
-        assert stored.keys() == named.keys()
-        for name, parameter in named.items():
-            fill(parameter, stored[name])
+        with safe_open(Path(resume_from_checkpoint) / _WEIGHTS_NAME, framework="pt") as stored:
+            assert set(stored.keys()) == named.keys()
+            for name, parameter in named.items():
+                fill(parameter, stored.get_tensor(name))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Write both in one form, however many processes there are, and whether FSDP divides the state or not."""
+        state = collect_optimizer(cast(torch.optim.Optimizer, self.optimizer))
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Read back what `_save_optimizer_and_scheduler` wrote."""
+        if checkpoint is not None:
+            state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
+            fill_optimizer(cast(torch.optim.Optimizer, self.optimizer), state)
+            cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def load_best(self) -> None:
         """Read back the weights of the best checkpoint."""
@@ -403,6 +445,7 @@ def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_divided()}},
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
     )
@@ -478,10 +521,9 @@ class _Watch(TrainerCallback):
             self.writer.close()
 
     def _describe(self) -> Any:
-        stacked = [stacked_weights(module.experts) for module in self.trainer.mixture.modules() if hasattr(module, "experts")]
-        return describe_routing(
-            self.trainer.stage.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced
-        )
+        stacked = (weights for layer in cast(Any, self.trainer.mixture.get_decoder()).layers for weights in _stacked_weights(layer))
+        top_k = self.trainer.mixture.config.num_experts_per_tok
+        return describe_routing(self.trainer.stage.sparse_layers, self.trainer.take_loads(), self.trainer.routing, stacked, top_k)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop |= self.patience_is_over
@@ -493,6 +535,12 @@ class _Watch(TrainerCallback):
             write_history(checkpoint / _HISTORY_NAME, self.history)
             for folder in set(self.scratch.glob("checkpoint-*")) - {checkpoint, best}:
                 shutil.rmtree(folder, ignore_errors=True)
+
+
+def _stacked_weights(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The first matrices of a decoder layer's experts; every process must ask for them."""
+    with gathered(layer):
+        yield from (stacked_weights(module.experts) for module in layer.modules() if hasattr(module, "experts"))
 
 
 def _now() -> float:

@@ -186,11 +186,24 @@ def _warnings(history: tuple[Step, ...], gradient: float, last_stage: FinetuneCo
             "let a stage follow in which they learn"
         )
         return
-    last = next((step for step in reversed(history) if step.layers), None)
-    for layer in last.layers if last else ():
-        dead = [expert for expert, load in enumerate(layer.load) if load < 0.1 / len(layer.load)]
+    for number, loads in _recent_loads(history).items():
+        dead = [expert for expert, load in enumerate(loads) if load < 0.1 / len(loads)]
         if dead:
-            yield f"layer {layer.number}: experts {dead} get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
+            yield f"layer {number}: experts {dead} get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
+
+
+def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
+    """The mean load of each layer's experts, by the layer's number, over all steps between the last two looks at the validation split."""
+    lines = [step for step in history if step.layers]
+    if not lines:
+        return {}
+    last = lines[-1]
+    same_stage = [step for step in history if (step.model, step.stage) == (last.model, last.stage)]
+    start = max((step.step for step in same_stage if step.validation_loss is not None and step.step < last.step), default=0)
+    counted = [(line, line.step - before) for line, before in zip(lines, [0, *(line.step for line in lines)], strict=False)]
+    recent = [(line, count) for line, count in counted if line.stage == last.stage and line.step > start]
+    loads = sum(count * torch.tensor([layer.load for layer in line.layers]) for line, count in recent) / sum(count for _, count in recent)
+    return {layer.number: load for layer, load in zip(last.layers, cast(torch.Tensor, loads).tolist(), strict=True)}
 
 
 def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, Trained]) -> tuple[FinetuneConfig, ...]:
@@ -229,12 +242,10 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_model(source, torch.float32)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
-            passed_over = {*model.all_tied_weights_keys, PARAMETER}
-            weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}
-            prompt = None if (found := get_prompt(model)) is None else whole(found)
             if join_processes().is_main_process:
-                _save(model, weights, job.source, place)
-                if prompt is not None:
+                passed_over = {*model.all_tied_weights_keys, PARAMETER}
+                _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, place)
+                if (prompt := get_prompt(model)) is not None:
                     write_prompt(prompt, model, place / PROMPT_DIRECTORY)
                 write_history(place / HISTORY_NAME, result.history)
                 facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
