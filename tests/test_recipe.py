@@ -275,8 +275,8 @@ def test_mistakes_in_a_list_of_domains_are_placed_at_their_item():
         ("{layers: [1, 1]}", "layers: names a layer twice; must name each once"),
         (
             "{target: bert}",
-            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', 'granitemoeshared', 'flex_olmo' or "
-            "'switch_transformers'",
+            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', 'granitemoeshared', 'glm4_moe', 'flex_olmo' "
+            "or 'switch_transformers'",
         ),
         ("{experts: {kind: granular}}", "experts: kind 'granular' has no granularity; must say how many experts one copy of the FFN is cut into"),
         ("{experts: {granularity: 2}}", "experts: kind 'copies' has a granularity; must be kind 'granular' to have one"),

@@ -84,14 +84,16 @@ class RouterConfig(Record):
 
 
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
-TargetName = Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "flex_olmo", "switch_transformers"]
+TargetName = Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "glm4_moe", "flex_olmo", "switch_transformers"]
 
 
 class UpcycleConfig(Record):
     """Sparse upcycling (Komatsuzaki et al. 2022): the FFN becomes experts, and a router is added."""
 
     target: TargetName = Field(
-        "auto", description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense model."
+        "auto",
+        description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense model. 'glm4_moe', whose gates "
+        "have a selection bias, is chosen by name alone.",
     )
     num_experts: PositiveInt = Field(8, description="Experts a layer.")
     num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")
