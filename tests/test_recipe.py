@@ -536,6 +536,18 @@ def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, mes
     assert load(text.replace("by-domain", "learned")).recipe.finetune.stages[1].routing == "learned"
 
 
+@pytest.mark.parametrize("target", ["auto", "mixtral"])
+def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
+    text = GOOD + f"upcycle: {{target: {target}}}\nfinetune:\n  bias_update_rate: 0.001\n"
+    assert mistakes(text) == [
+        f"r.yaml:5: finetune.bias_update_rate: is 0.001; must be left out, or upcycle.target be 'glm4_moe': the gates of '{target}' have no "
+        "selection bias"
+    ]
+    assert load(text.replace("0.001", "0")).recipe.finetune.bias_step == 0
+    assert load(text.replace(target, "glm4_moe")).recipe.finetune.bias_step == 0.001
+    assert load(GOOD).recipe.finetune.bias_step == 0.001
+
+
 def test_the_domains_of_every_source_are_counted():
     two = DomainsData(kind="domains", domains={name: TextData(kind="text", train=("a",)) for name in "ab"})
     assert count_domains(PythonDocsData(kind="python-docs")) == len(DOMAINS)

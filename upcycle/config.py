@@ -273,6 +273,11 @@ class FinetuneConfig(Record):
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW; routers and norms have none.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
     balance_coefficient: NonNegative = Field(1e-2, description="Weight of the load-balance loss, computed for each layer by itself.")
+    bias_update_rate: NonNegative | None = Field(
+        None,
+        description="What a step adds to, or takes from, the selection bias of an expert with too few, or too many, tokens: balance without a loss, "
+        "where routers learn and gates have a bias, which target 'glm4_moe' gives them. 0.001 there if not given; 0 leaves biases as they are.",
+    )
     z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
     distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the experts' inner activations that is dropped.")
@@ -307,6 +312,11 @@ class FinetuneConfig(Record):
                 f"batch_size is {self.batch_size}; it must be a multiple of gradient_accumulation_steps, which is {self.gradient_accumulation_steps}"
             )
         return self
+
+    @property
+    def bias_step(self) -> float:
+        """What a step moves selection biases by; by default as much as in DeepSeek-V3 (section 4.2), until its last tokens."""
+        return 1e-3 if self.bias_update_rate is None else self.bias_update_rate
 
     def resolve_stages(self) -> tuple[FinetuneConfig, ...]:
         """Every stage with all of its settings, and no list in it."""

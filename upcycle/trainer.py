@@ -5,10 +5,13 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
 1. The order of the blocks is one list for the whole stage, drawn from the seed, so that it depends neither on the number of processes nor on where
    a killed run is taken up.
 2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it.
-3. A checkpoint holds what learns, by its name in memory. The Trainer's own loses experts and routers when it is loaded: it looks for the names in
-   memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written last; older
-   ones go after that.
-4. Whatever ends a stage early is one line that says where its last checkpoint is.
+3. Where a gate has a selection bias and its router learns, each step ends by moving the bias against the load of all its tokens: of all parts, of
+   all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds it. In a stage in which a router does not learn (`prompt`,
+   `by-domain`, the first layers of `last-N`) its bias stays: it belongs to the scores that it was balanced for.
+4. A checkpoint holds what learns and these biases, by their names in memory. The Trainer's own loses experts and routers when it is loaded: it looks
+   for the names in memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written
+   last; older ones go after that.
+5. Whatever ends a stage early is one line that says where its last checkpoint is.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from upcycle.balance import balance_loss, describe_routing, expert_load, z_loss
+from upcycle.balance import balance_loss, describe_routing, expert_counts, expert_load, move_bias, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
@@ -45,7 +48,7 @@ from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes, whole
 from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
-from upcycle.receipt import router_modules, router_weights
+from upcycle.receipt import router_modules, router_weights, selection_biases
 from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
@@ -243,6 +246,7 @@ class _StageTrainer(Trainer):
         self.router_logits: list[torch.Tensor] = []
         self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
+        self.counts: dict[int, torch.Tensor] = {}  # of the step so far, by the number of the router
         self.parts: dict[str, list[torch.Tensor]] = {}
         settings = stage.settings
         super().__init__(
@@ -265,6 +269,9 @@ class _StageTrainer(Trainer):
         self.forced = self._experts_of(inputs["domains"])
         logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
+        for number, bias in self._moving_biases().items():
+            counts = expert_counts(self.routing[number], self.mixture.config.num_experts_per_tok, bias)
+            self.counts[number] = self.counts[number] + counts if number in self.counts else counts
         loss = self._note("train_loss", next_token_loss(logits, ids))
         if self.teacher is not None and settings.distillation is not None:
             with torch.inference_mode():
@@ -292,7 +299,23 @@ class _StageTrainer(Trainer):
         if join_processes().num_processes > 1:
             distributed.all_reduce(loads)
             loads /= join_processes().num_processes
-        return torch.stack([balance_loss(z, top_k, load) for z, load in zip(self.routing, loads, strict=True)]).mean()
+        losses = [balance_loss(z, top_k, load, bias) for z, load, bias in zip(self.routing, loads, selection_biases(self.mixture), strict=True)]
+        return torch.stack(losses).mean()
+
+    def _moving_biases(self) -> dict[int, torch.Tensor]:
+        """By the number of the router, the selection biases that move: those of routers that learn."""
+        if not self.stage.settings.bias_step:
+            return {}
+        pairs = enumerate(zip(router_weights(self.mixture), selection_biases(self.mixture), strict=True))
+        return {number: bias for number, (weight, bias) in pairs if bias is not None and weight.requires_grad}
+
+    def move_biases(self) -> None:
+        """End a step: move every selection bias by the tokens counted since the last one."""
+        for number, bias in self._moving_biases().items():
+            counts = self.counts.pop(number)
+            if join_processes().num_processes > 1:
+                distributed.all_reduce(counts)
+            move_bias(bias, counts, self.stage.settings.bias_step)
 
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
         self.parts.setdefault(name, []).append(value.detach().float())
@@ -336,9 +359,15 @@ class _StageTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(torch.optim.Optimizer, self.optimizer), shape)
         return self.lr_scheduler
 
+    def _changing(self) -> dict[str, torch.Tensor]:
+        """What the stage changes, by its name in memory: what learns, and the biases that move."""
+        moving = {id(bias) for bias in self._moving_biases().values()}
+        found: dict[str, torch.Tensor] = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
+        return found | {name: buffer for name, buffer in self.mixture.named_buffers() if id(buffer) in moving}
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what learns, by its name in memory."""
-        gathered = {name: whole(p) for name, p in self.mixture.named_parameters() if p.requires_grad}
+        """Write what the stage changes, by its name in memory."""
+        gathered = {name: whole(tensor) for name, tensor in self._changing().items()}
         if self.args.should_save:
             assert output_dir is not None
             Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -347,10 +376,10 @@ class _StageTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read back what `save_model` wrote."""
         stored = load_file(Path(resume_from_checkpoint) / _WEIGHTS_NAME)
-        named = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
-        assert stored.keys() == named.keys()
-        for name, parameter in named.items():
-            fill(parameter, stored[name])
+        changing = self._changing()
+        assert stored.keys() == changing.keys()
+        for name, tensor in changing.items():
+            fill(tensor, stored[name])
 
     def load_best(self) -> None:
         """Read back the weights of the best checkpoint."""
@@ -442,6 +471,9 @@ class _Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = _now()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.move_biases()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += _now() - self.began
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
@@ -480,8 +512,9 @@ class _Watch(TrainerCallback):
     def _describe(self) -> Any:
         stacked = [stacked_weights(module.experts) for module in self.trainer.mixture.modules() if hasattr(module, "experts")]
         return describe_routing(
-            self.trainer.stage.sparse_layers, self.trainer.routing, stacked, self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced
-        )
+            self.trainer.stage.sparse_layers, self.trainer.routing, stacked, tuple(selection_biases(self.trainer.mixture)),
+            self.trainer.mixture.config.num_experts_per_tok, self.trainer.forced,
+        )  # fmt: skip
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop |= self.patience_is_over
