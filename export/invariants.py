@@ -63,10 +63,10 @@ def check_graph(directory: Path, twin: Twin) -> None:
             raise ExportError(f"{directory}: the graph does not hold '{name}' in float32; a {kind} must not be rounded")
         for place in places[name]:
             graph.check_float32(place, name)
-            if kind == "router" and len(entries[name].shape) == 1:
-                graph.check_added(place, name)
-            elif kind == "router":
+            if kind == "router" and len(entries[name].shape) > 1:
                 routed |= {product.output[0]: (product, name) for product in graph.find_products(place, name)}
+        if kind == "router" and len(entries[name].shape) == 1:
+            graph.check_added(places[name], name)
     for product, name in routed.values():
         graph.check_routing(product, name, layer_of(name) in quantized)
     _check_elements(directory, graph, twin, classes)
@@ -191,9 +191,9 @@ class _Graph:
             if kind in _FLOATS and kind != TensorProto.FLOAT:
                 raise self._refuse(node, f"{what} in {self._name(kind)}; it must be float32")
 
-    def check_added(self, place: str, tensor: str) -> None:
-        """A selection bias is added to something."""
-        if all(node.op_type != "Add" for node in self.readers.get(place, ())):
+    def check_added(self, places: Iterable[str], tensor: str) -> None:
+        """A selection bias is added to something; of several initializers that are equal to it, one is."""
+        if all(node.op_type != "Add" for place in places for node in self.readers.get(place, ())):
             raise ExportError(f"{self.directory}: the graph adds '{tensor}' to nothing; it must choose experts")
 
     def find_products(self, place: str, tensor: str) -> list[NodeProto]:
