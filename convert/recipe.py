@@ -24,8 +24,7 @@ from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
 from export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
-from upcycle.target import BIASED_TARGETS
+from upcycle.config import BIASED_TARGETS, DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000

@@ -12,7 +12,7 @@ import pytest
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from upcycle.config import ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
+from upcycle.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
 from upcycle.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
 from upcycle.errors import UpcycleError
 from upcycle.family import DENSE_FAMILIES, NO_TWIN
@@ -114,6 +114,7 @@ def test_families_and_targets_are_those_of_transformers(row: Conversion) -> None
 
 def test_the_targets_that_a_recipe_can_ask_for_are_those_of_the_table() -> None:
     assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS)}
+    assert set(BIASED_TARGETS) == {row.target.model_type for row in CONVERSIONS if any(names.selection_bias for names in row.target.experts)}
 
 
 def test_each_pair_stands_once_and_every_family_has_one() -> None:

@@ -1,4 +1,4 @@
-"""Load balance of experts: the loss, the bias that needs none, and what is watched; pure tensor functions.
+"""Load balance of experts: losses, biases, what is watched; pure tensor functions.
 
 A gate with a selection bias scores by sigmoids, and every other one by a softmax: so it is with all targets. Where a function takes `bias`, float32
 [num_experts], it is that of such a gate, and None of another one.

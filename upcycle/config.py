@@ -85,6 +85,8 @@ class RouterConfig(Record):
 
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
 TargetName = Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "glm4_moe", "flex_olmo", "switch_transformers"]
+BIASED_TARGETS: tuple[TargetName, ...] = ("glm4_moe",)
+"""Targets whose gates have a selection bias."""
 
 
 class UpcycleConfig(Record):

@@ -221,8 +221,6 @@ SWITCH_TRANSFORMERS = MoeTarget(
 
 TARGETS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, GRANITE_MOE_SHARED, GLM4_MOE, FLEX_OLMO, SWITCH_TRANSFORMERS)
 
-BIASED_TARGETS = tuple(target.model_type for target in TARGETS if any(names.selection_bias for names in target.experts))
-
 
 def add_alias_fields(directory: Path) -> None:
     """Write values of the config.json that transformers saved in `directory` under the keys that other readers look for too; see `alias_fields`."""
