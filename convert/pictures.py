@@ -399,7 +399,7 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
     lower.set_ylim(bottom=0)
     lower.legend(labelspacing=0.35, handlelength=2.2)
     lower.xaxis.set_ticks(list(places), [_margin(found) for found in bins], fontsize=7.5)
-    lower.set_xlabel("margin of the reference's choice, router logits")
+    lower.set_xlabel("margin of the reference's choice, router logits or biased scores")
     for axes in (upper, lower):
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     figure.align_ylabels()

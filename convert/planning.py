@@ -12,7 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from convert.stages import Preparation
-from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, UpcyclePlan, Write, Zeros
+from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, SelectionBias, UpcyclePlan, Write, Zeros
 
 _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 _ADAM_BYTES = 16  # float32 weight, gradient and two moments a parameter
@@ -81,7 +81,7 @@ def _describe(piece: Piece) -> str:
             return f"{rows.source}{f' ({type(fold).__name__})' if fold else ''}"
         case ExpertPart():
             return f"{piece.matrix.source}{''.join(f', {change}' for change in _changes(piece))}"
-        case Zeros():
+        case Zeros() | SelectionBias():
             return "zeros"
         case RouterRows():
             return "a new router"

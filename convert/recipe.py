@@ -24,7 +24,7 @@ from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
 from export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from upcycle.config import DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
+from upcycle.config import BIASED_TARGETS, DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000
@@ -143,6 +143,11 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
         blocks = " or ".join(map(str, CUDA_BLOCKS))
         text = f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be {blocks} for its QMoE operator"
         mistakes.append((("export", "device"), f"{text}; or name another export.lowering"))
+    rate = recipe.finetune.bias_update_rate
+    if rate and recipe.upcycle.target not in BIASED_TARGETS:
+        targets = _either(BIASED_TARGETS)
+        text = f"is {rate:g}; must be left out, or upcycle.target be {targets}: the gates of '{recipe.upcycle.target}' have no selection bias"
+        mistakes.append((("finetune", "bias_update_rate"), text))
     num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
     for number, stage in enumerate(recipe.finetune.resolve_stages()):
         if stage.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):

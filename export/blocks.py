@@ -15,7 +15,7 @@ from export.graph import MICROSOFT, GraphWriter, int64
 from export.linear import add_exact_linear, add_linear
 from export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from export.positions import Positions, effective_window
-from export.twin import Twin, Weight
+from export.twin import FloatWeight, Twin, Weight
 
 FindWeight = Callable[[str, tuple[int, int] | None], Weight]
 """A matrix by its name, or some of its rows."""
@@ -86,13 +86,15 @@ class BlockWriter:
         # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
         rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
-        if not rotary_inside or names.query_norm is not None:
+        query_norm, key_norm = (None if name is None else name.format(layer=layer) for name in (names.query_norm, names.key_norm))
+        normed = query_norm is not None and key_norm is not None and self.has(query_norm)
+        if not rotary_inside or normed:
             sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]
             parts = [f"{prefix}.{part}" for part in ("query", "key", "value")]
             query, key, value = self.graph.op_multi("Split", [packed, self.graph.constant("head_sizes", int64(*sizes))], parts, {"axis": -1})
-            if names.query_norm is not None and names.key_norm is not None:
-                query = self._norm_projection(query, names.query_norm.format(layer=layer), heads)
-                key = self._norm_projection(key, names.key_norm.format(layer=layer), kv_heads)
+            if query_norm is not None and key_norm is not None and normed:
+                query = self._norm_projection(query, query_norm, heads)
+                key = self._norm_projection(key, key_norm, kv_heads)
             if not rotary_inside:
                 query, key = (self._rotate(y, positions, count) for y, count in ((query, heads), (key, kv_heads)))
             query_key_value = (query, key, value)
@@ -149,6 +151,8 @@ class BlockWriter:
         """The experts of a layer as the lowerings see them."""
         names = expert_names(self.family, self.config, layer)
         self.used.update(names)
+        if self.family.selection_bias is not None:
+            self.used.add(self.family.selection_bias.format(layer=layer))
         shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
         return moe_layer(self.family, self.config, layer, shapes, self.twin.weight, self.graph.element_type, self.settings)
 
@@ -205,7 +209,9 @@ def moe_layer(
             weight(up, (first, first + width)), weight(up, (first + width, first + 2 * width)), weight(down, (hidden * number, hidden * (number + 1)))
         )
 
+    bias = None if family.selection_bias is None else weight(family.selection_bias.format(layer=layer), None)
+    assert bias is None or isinstance(bias, FloatWeight), "a selection bias is quantized"
     return MoeLayer(
         f"layers.{layer}.moe", routing, tuple(expert(number) for number in range(routing.num_experts)), settings.activation_bits, config.hidden_act,
-        element_type=element_type, device=settings.device,
+        bias, element_type, settings.device,
     )  # fmt: skip

@@ -21,6 +21,7 @@ from transformers.activations import ACT2FN
 from export.family import DecoderFamily, GatedFfn
 from export.inputs import Inputs
 from export.router_correction import RouterFacts, correct_router
+from export.routing import choose_experts
 from upcycle.checkpoint import Checkpoint, read_rows
 from upcycle.layerwise import apply_final_norm, embed, load_layer
 
@@ -102,7 +103,8 @@ class CalibrationWalk:
             router = self.read(self._router(layer))
             if self.correct_routers:
                 assert self.family.routing is not None
-                self.routers[layer] = correct_router(router, routed, self.family.routing(self.checkpoint.config).num_experts_per_tok)
+                routing = self.family.routing(self.checkpoint.config)
+                self.routers[layer] = correct_router(router, routed, routing.num_experts_per_tok, routing.score, self._selection_bias(layer))
                 router, _ = self.routers[layer]
             yield from self._read_experts(layer, routed, router)
         yield from self._read_others(layer, routed, replace(routed, drift=None))
@@ -130,6 +132,10 @@ class CalibrationWalk:
     def _router(self, layer: int) -> str:
         assert self.family.router is not None
         return self.family.router.format(layer=layer)
+
+    def _selection_bias(self, layer: int) -> torch.Tensor | None:
+        """What the layer's router adds to its scores for the choice of experts; float32 [E]."""
+        return None if self.family.selection_bias is None else self.read(self.family.selection_bias.format(layer=layer))
 
     def _drift(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
         """What a block's outputs would have to have more; None where a norm stands between them and the residual stream."""
@@ -190,11 +196,8 @@ class CalibrationWalk:
         assert self.family.experts is not None
         routing = self.family.routing(self.checkpoint.config)
         logits = inputs.actual @ router.T
-        chosen = logits.topk(routing.num_experts_per_tok, dim=-1).indices
-        weights = logits.softmax(-1).gather(-1, chosen)
-        total = weights.sum(-1, keepdim=True)
-        if routing.renormalize:
-            weights, total = weights / total, torch.ones(())
+        weights, chosen = choose_experts(logits, routing, self._selection_bias(layer))
+        total = torch.tensor(routing.scale) if routing.renormalize else weights.sum(-1, keepdim=True)
         for expert in range(routing.num_experts):
             visits = chosen == expert
             own = visits.any(-1)

@@ -188,7 +188,7 @@ def plan_lowerings(
     def describe(bits: int) -> MoeLayer:
         def weight(name: str, rows: tuple[int, int] | None) -> Weight:
             shape = shapes[name]
-            if not is_quantized(bits):
+            if not is_quantized(bits) or len(shape) == 1:
                 return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
             start, stop = rows or (0, math.prod(shape[:-1]))
             if variant == STATIC:

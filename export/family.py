@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
 from transformers.models.granitemoe.modeling_granitemoe import GraniteMoeRotaryEmbedding
 from transformers.models.granitemoeshared.modeling_granitemoeshared import GraniteMoeSharedRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -71,8 +72,10 @@ class DecoderFamily:
     """One decoder architecture with rotary grouped-query attention, and with experts in the FFN's place where it has a router.
 
     A norm that an architecture does not have is None: Llama's shape has `attention_norm` and `ffn_norm` before the blocks, OLMo's has
-    `attention_post_norm` and `ffn_post_norm` after them. `experts` have `{expert}` in their names, or are stacked in one tensor [E, rows, columns].
-    A layer without a router has the FFN `dense`; a family without one is dense throughout, and has no experts and no routing either.
+    `attention_post_norm` and `ffn_post_norm` after them. Norms of query and key are there where the checkpoint has them. `experts` have `{expert}` in
+    their names, or are stacked in one tensor [E, rows, columns]. A layer without a router has the FFN `dense`; a family without one is dense
+    throughout, and has no experts and no routing either. `selection_bias` [E] is added to the router's scores for the choice of experts. `refusal`
+    says why the builder does not cover a config of the family, or None.
     """
 
     model_type: str
@@ -81,6 +84,7 @@ class DecoderFamily:
     router: str | None = None
     experts: GatedFfn | None = None
     routing: Callable[[Any], Routing] | None = None
+    selection_bias: str | None = None
     attention_norm: str | None = "model.layers.{layer}.input_layernorm.weight"
     ffn_norm: str | None = "model.layers.{layer}.post_attention_layernorm.weight"
     attention_post_norm: str | None = None
@@ -89,6 +93,7 @@ class DecoderFamily:
     shared: SharedExpert | None = None
     multipliers: Callable[[Any], Multipliers] = lambda _: Multipliers()
     window: Callable[[Any, int], int | None] = lambda _, __: None
+    refusal: Callable[[Any], str | None] = lambda _: None
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     final_norm: str = "model.norm.weight"
@@ -104,7 +109,7 @@ class DecoderFamily:
         matrices = (a.query, a.key, a.value, a.output)
         kinds: tuple[tuple[TensorClass, tuple[str | None, ...]], ...] = (
             ("experts", tuple(name for ffn in ffns if ffn for name in (ffn.gate, ffn.up, ffn.down))),
-            ("router", (self.router, self.shared.scale if self.shared else None)),
+            ("router", (self.router, self.selection_bias, self.shared.scale if self.shared else None)),
             ("attention", matrices),
             ("bias", tuple(bias_name(name) for name in a.biased)),
             ("embedding", (self.embedding,)),
@@ -160,6 +165,21 @@ def _renormalized(config: Any) -> Routing:
 
 def _as_configured(config: Any) -> Routing:
     return Routing(config.num_experts, config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
+
+
+def _sigmoid(config: Any) -> Routing:
+    return Routing(
+        config.n_routed_experts, config.num_experts_per_tok, "sigmoid", renormalize=config.norm_topk_prob, scale=config.routed_scaling_factor
+    )
+
+
+def _glm4_moe_refusal(config: Any) -> str | None:
+    rotated = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+    if rotated != 1.0:
+        return f"partial_rotary_factor is {rotated:g}; the builder rotates whole heads"
+    if config.n_group != 1:
+        return f"n_group is {config.n_group}; the builder chooses among all experts at once"
+    return None
 
 
 def _one_window(config: Any, _: int) -> int | None:
@@ -227,6 +247,18 @@ _GRANITE_MOE_SHARED = DecoderFamily(
     rotary=GraniteMoeSharedRotaryEmbedding,
     multipliers=_granite_multipliers,
 )
+_GLM4_MOE = DecoderFamily(
+    model_type="glm4_moe",
+    attention=replace(_NORMED, biased=(_QUERY, _KEY, _VALUE)),
+    router=f"{_MLP}gate.weight",
+    experts=_QWEN_EXPERTS,
+    dense=_QWEN_DENSE,
+    shared=SharedExpert(GatedFfn(*(f"{_MLP}shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down")))),
+    routing=_sigmoid,
+    selection_bias=f"{_MLP}gate.e_score_correction_bias",
+    rotary=Glm4MoeRotaryEmbedding,
+    refusal=_glm4_moe_refusal,
+)
 _FLEX_OLMO = DecoderFamily(
     model_type="flex_olmo",
     attention=replace(_NORMED, norm_per_head=False),
@@ -242,7 +274,9 @@ _FLEX_OLMO = DecoderFamily(
 
 _LLAMA = DecoderFamily(model_type="llama", attention=_BIASED, dense=_QWEN_DENSE, rotary=LlamaRotaryEmbedding)
 
-DECODER_FAMILIES: tuple[DecoderFamily, ...] = (_MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _FLEX_OLMO, _LLAMA)
+DECODER_FAMILIES: tuple[DecoderFamily, ...] = (
+    _MIXTRAL, _QWEN2_MOE, _QWEN3_MOE, _GRANITE_MOE, _GRANITE_MOE_SHARED, _GLM4_MOE, _FLEX_OLMO, _LLAMA,
+)  # fmt: skip
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
 """Rotary variants of the builder. "dynamic" changes its frequencies beyond `max_position_embeddings` only, where a package ends."""
@@ -272,7 +306,8 @@ def find_decoder_family(config: PreTrainedConfig) -> DecoderFamily:
 
 def find_refusal(config: PreTrainedConfig) -> str | None:
     """Why the graph builder does not cover a config, or None."""
-    if all(f.model_type != config.model_type for f in DECODER_FAMILIES):
+    family = next((f for f in DECODER_FAMILIES if f.model_type == config.model_type), None)
+    if family is None:
         supported = ", ".join(f.model_type for f in DECODER_FAMILIES)
         return f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}"
     if config.hidden_act not in get_args(Activation):
@@ -280,4 +315,5 @@ def find_refusal(config: PreTrainedConfig) -> str | None:
     rope_type = (config.rope_parameters or {}).get("rope_type", "default")
     if rope_type not in ROPE_TYPES:
         return f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}"
-    return None
+    refusal = family.refusal(config)
+    return None if refusal is None else f"config.json: {refusal}"

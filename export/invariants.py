@@ -3,7 +3,8 @@
 The file is read and walked as any runtime would read it; what the builder meant does not count, and names do not either. What the file must hold is
 known from the twin: its tensors, and which of them are quantized.
 
-1. Every router and every norm of the twin lies in the file bit by bit, in float32, and is used so: nothing rounds what a router multiplies.
+1. Every router, selection bias and norm of the twin lies in the file bit by bit, in float32, and is used so: nothing rounds what a router multiplies,
+   and what a bias is added to.
 2. From a router's product on, everything that decides which experts a token visits, and with which weight, is float32. The one exception is an
    operator that routes by itself and takes logits in the type that it computes in (`lowering/top_k.py` says what is done about that).
 3. Tokens that have been sent to experts are multiplied by integers, where experts are quantized.
@@ -62,8 +63,10 @@ def check_graph(directory: Path, twin: Twin) -> None:
             raise ExportError(f"{directory}: the graph does not hold '{name}' in float32; a {kind} must not be rounded")
         for place in places[name]:
             graph.check_float32(place, name)
-            if kind == "router":
+            if kind == "router" and len(entries[name].shape) > 1:
                 routed |= {product.output[0]: (product, name) for product in graph.find_products(place, name)}
+        if kind == "router" and len(entries[name].shape) == 1:
+            graph.check_added(places[name], name)
     for product, name in routed.values():
         graph.check_routing(product, name, layer_of(name) in quantized)
     _check_elements(directory, graph, twin, classes)
@@ -187,6 +190,11 @@ class _Graph:
             kind = self.types.get(name) if name else TensorProto.FLOAT
             if kind in _FLOATS and kind != TensorProto.FLOAT:
                 raise self._refuse(node, f"{what} in {self._name(kind)}; it must be float32")
+
+    def check_added(self, places: Iterable[str], tensor: str) -> None:
+        """A selection bias is added to something; of several initializers that are equal to it, one is."""
+        if all(node.op_type != "Add" for place in places for node in self.readers.get(place, ())):
+            raise ExportError(f"{self.directory}: the graph adds '{tensor}' to nothing; it must choose experts")
 
     def find_products(self, place: str, tensor: str) -> list[NodeProto]:
         """The products by a router; nothing rounds it, or what it multiplies, on the way."""

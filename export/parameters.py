@@ -109,12 +109,16 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
 def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
     """The class of every parameter, by what its module is: what is no matrix of a plain product, embedding or expert stays as it is, as norms do.
 
-    Plain products inside of attention are "attention", others of an FFN, which counts with the experts; those beside experts route or gate.
+    Plain products inside of attention are "attention", others of an FFN, which counts with the experts; those beside experts route or gate. A stored
+    buffer of a router, its selection bias, routes too.
     """
     routers, head, table = list(find_routers(model).values()), model.get_output_embeddings(), model.get_input_embeddings()
     classes: dict[str, TensorClass] = {}
+    stored = model.state_dict()
     for path, module in model.named_modules():
         parent = model.get_submodule(path.rpartition(".")[0])
+        if any(module is router for router in routers):
+            classes |= {f"{path}.{name}": "router" for name, _ in module.named_buffers(recurse=False) if f"{path}.{name}" in stored}
         for name, _ in module.named_parameters(recurse=False):
             full = f"{path}.{name}"
             if module is head or module is table:

@@ -14,6 +14,7 @@ import torch
 
 from export.aim import damp
 from export.inputs import Inputs
+from export.routing import Score, log_scores, selection_scores
 
 _FITTED_SHARE = 0.75
 _STEPS = 10
@@ -40,8 +41,13 @@ class RouterFacts:
         return f"same experts {agreement}, KL {self.kl_before:.1e} to {self.kl_after:.1e} ({self.method})"
 
 
-def correct_router(router: torch.Tensor, inputs: Inputs, top_k: int) -> tuple[torch.Tensor, RouterFacts]:
-    """The router [E, H] for hidden states as they are now, by a softmax over its logits, and what it gained. Float32 in and out."""
+def correct_router(
+    router: torch.Tensor, inputs: Inputs, top_k: int, score: Score = "softmax", bias: torch.Tensor | None = None
+) -> tuple[torch.Tensor, RouterFacts]:
+    """The router [E, H] for hidden states as they are now, by the scores of its logits, and what it gained. Float32 in and out.
+
+    `bias` [E] is what it adds to its scores for the choice, and stays.
+    """
     fitted = int(_FITTED_SHARE * len(inputs.actual))
     x, wanted = inputs.actual[:fitted], inputs.reference[:fitted] @ router.T
     held, judged = inputs.actual[fitted:], inputs.reference[fitted:] @ router.T
@@ -50,36 +56,37 @@ def correct_router(router: torch.Tensor, inputs: Inputs, top_k: int) -> tuple[to
         hessian = damp(x.T @ x).double()
         step = torch.linalg.solve(hessian, (x.T @ (wanted - x @ router.T)).double()).T.float()
         candidates["least squares"] = router + step
-        candidates["KL"] = _descend(router + step, x, wanted)
-    kls = {name: kl_of_scores(held @ candidate.T, judged) for name, candidate in candidates.items() if torch.isfinite(candidate).all()}
+        candidates["KL"] = _descend(router + step, x, wanted, score)
+    kls = {name: kl_of_scores(held @ candidate.T, judged, score) for name, candidate in candidates.items() if torch.isfinite(candidate).all()}
     best = min(kls, key=lambda name: kls[name]) if len(held) else "none"
-    before, after = (_agreement(held @ candidates[name].T, judged, top_k) for name in ("none", best))
+    ours, theirs = ([selection_scores(found, score, bias) for found in (held @ candidates[name].T, judged)] for name in ("none", best))
+    before, after = (_agreement(found, wanted_scores, top_k) for found, wanted_scores in (ours, theirs))
     return candidates[best], RouterFacts(best, before, after, kls["none"], kls[best])
 
 
-def kl_of_scores(logits: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The mean KL in nats of the softmax of `logits` from that of `wanted`, [tokens, E] both; 0 of no tokens."""
-    return float(_kl(logits, wanted)) if len(logits) else 0.0
+def kl_of_scores(logits: torch.Tensor, wanted: torch.Tensor, score: Score = "softmax") -> float:
+    """The mean KL in nats of the scores of `logits`, over their sum, from those of `wanted`, [tokens, E] both; 0 of no tokens."""
+    return float(_kl(logits, wanted, score)) if len(logits) else 0.0
 
 
-def _kl(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    log_p = wanted.log_softmax(-1)
-    return (log_p.exp() * (log_p - logits.log_softmax(-1))).sum(-1).mean()
+def _kl(logits: torch.Tensor, wanted: torch.Tensor, score: Score) -> torch.Tensor:
+    log_p = log_scores(wanted, score)
+    return (log_p.exp() * (log_p - log_scores(logits, score))).sum(-1).mean()
 
 
-def _agreement(logits: torch.Tensor, wanted: torch.Tensor, top_k: int) -> float:
-    both = [torch.zeros_like(found).scatter(-1, found.topk(top_k, dim=-1).indices, 1.0) for found in (logits, wanted)]
-    return float((both[0] == both[1]).all(-1).float().mean()) if len(logits) else 1.0
+def _agreement(scores: torch.Tensor, wanted: torch.Tensor, top_k: int) -> float:
+    both = [torch.zeros_like(found).scatter(-1, found.topk(top_k, dim=-1).indices, 1.0) for found in (scores, wanted)]
+    return float((both[0] == both[1]).all(-1).float().mean()) if len(scores) else 1.0
 
 
-def _descend(router: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def _descend(router: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, score: Score) -> torch.Tensor:
     """The router after steps on the KL."""
     weight = router.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = _kl(x @ weight.T, wanted)
+        loss = _kl(x @ weight.T, wanted, score)
         loss.backward()
         return float(loss.detach())
 

@@ -28,6 +28,7 @@ CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 ROUTER_LOGITS = "router_logits."
 HIDDEN = "hidden."
+SELECTION_SCORES = "layers.{}.moe.biased_scores"  # of layers whose experts are not chosen by the logits alone
 ATTENTION_OUTPUT = "layers.{}.attention_output"
 FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
@@ -276,8 +277,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _tap_names(model: onnx.ModelProto) -> list[str]:
-    """Router logits and residual streams of every layer, in order; none in a package of other makers."""
-    found = {name for node in model.graph.node for name in node.output if name.startswith((ROUTER_LOGITS, HIDDEN))}
+    """Router logits, selection scores and residual streams of every layer, in order; none in a package of other makers."""
+    start, end = SELECTION_SCORES.split("{}")
+    made = [name for node in model.graph.node for name in node.output]
+    found = {name for name in made if name.startswith((ROUTER_LOGITS, HIDDEN)) or (name.startswith(start) and name.endswith(end))}
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
 
 

@@ -14,7 +14,9 @@ from upcycle.balance import (
     balance_loss,
     describe_routing,
     expert_cosine,
+    expert_counts,
     expert_load,
+    move_bias,
     router_entropy,
     router_margin,
     z_loss,
@@ -119,7 +121,7 @@ def test_a_layers_routing_is_its_load_and_entropy() -> None:
     first, second = torch.tensor([THREE_TO_ONE, THREE_TO_ONE]), torch.tensor([[100.0, 0.0], [0.0, 100.0]])
     copies, opposite = torch.ones(2, 3, 4), torch.stack([torch.ones(3, 4), -torch.ones(3, 4)])
     loads = (expert_load(first, 1), torch.tensor([0.25, 0.75]))  # the second's over more than these tokens
-    found = describe_routing((1, 3), loads, (first, second), (copies, opposite), top_k=1)
+    found = describe_routing((1, 3), loads, (first, second), (copies, opposite), (None, None), top_k=1)
     # ln 3 apart, and 100; equal weights, and opposite ones.
     assert [layer.margin for layer in found] == pytest.approx([math.log(3.0), 100.0])
     assert [layer.cosine for layer in found] == pytest.approx([1.0, -1.0])
@@ -171,3 +173,65 @@ def test_watching_leaves_no_gradient() -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert not expert_load(logits, 1).requires_grad
     assert not router_entropy(logits).requires_grad
+
+
+# Sigmoid scores with a selection bias
+
+SIGMOIDS = [math.log(3.0), 0.0, -math.log(3.0)]  # logits of scores 3/4, 1/2 and 1/4, which sum to 3/2
+NO_BIAS = torch.zeros(3)
+
+
+def test_a_bias_chooses_other_experts_than_the_scores_do() -> None:
+    logits = torch.tensor([SIGMOIDS, SIGMOIDS])
+    assert expert_counts(logits, 1, NO_BIAS).tolist() == [2, 0, 0]
+    assert expert_counts(logits, 1, torch.tensor([0.0, 0.26, 0.0])).tolist() == [0, 2, 0]  # 1/2 + .26 is more than 3/4
+    assert expert_counts(logits, 1, torch.tensor([0.0, 0.24, 0.0])).tolist() == [2, 0, 0]
+    assert expert_load(logits, 2, torch.tensor([-1.0, 0.0, 0.0])).tolist() == [0.0, 0.5, 0.5]
+
+
+def test_a_bias_moves_by_the_rate_towards_the_mean_load() -> None:
+    bias = torch.tensor([0.5, 0.0, -0.25, 0.0])
+    move_bias(bias, torch.tensor([9, 5, 1, 5]), 0.125)  # the mean is 5
+    assert bias.tolist() == [0.375, 0.0, -0.125, 0.0]
+    move_bias(bias, torch.tensor([0, 0, 0, 3]), 0.125)  # a mean of 3/4, which no load has
+    assert bias.tolist() == [0.5, 0.125, 0.0, -0.125]
+
+
+def test_a_bias_that_moves_step_by_step_balances_tokens_that_all_want_one_expert() -> None:
+    logits = torch.randn(512, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0.0, 0.0, -2.0])
+    bias = torch.zeros(4)
+    assert float(expert_load(logits, 1, bias).max()) > 0.7
+    for _ in range(400):
+        move_bias(bias, expert_counts(logits, 1, bias), 2e-3)
+    assert expert_load(logits, 1, bias).tolist() == pytest.approx([0.25] * 4, abs=0.02)
+
+
+def test_the_balance_loss_of_sigmoid_scores_is_as_by_hand() -> None:
+    # Both tokens to the first by their scores, whatever the bias is: 3 * (1 * (3/4) / (3/2)) = 3/2.
+    logits = torch.tensor([SIGMOIDS, SIGMOIDS])
+    for bias in (NO_BIAS, torch.tensor([-9.0, 0.0, 9.0])):
+        assert float(balance_loss(logits, 1, bias=bias)) == pytest.approx(1.5, rel=1e-6)
+    # One to each of two: 3 * (1/2 * (1/2 + 1/6) / 2 * 2) = 1, the third having 1/3 of the probability and no load.
+    mirrored = torch.tensor([SIGMOIDS, SIGMOIDS[::-1]])
+    assert float(balance_loss(mirrored, 1, bias=NO_BIAS)) == pytest.approx(1.0, rel=1e-6)
+
+
+def test_the_balance_loss_of_sigmoid_scores_is_that_of_equations_17_to_20() -> None:
+    logits = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)) * 2
+    scores = [[1 / (1 + math.exp(-z)) for z in row] for row in logits.tolist()]
+    expected = 0.0
+    for i in range(6):
+        f = 6 / (2 * 40) * sum(i in sorted(range(6), key=lambda e: -row[e])[:2] for row in scores)
+        expected += f * sum(row[i] / sum(row) for row in scores) / 40
+    assert float(balance_loss(logits, 2, bias=torch.randn(6))) == pytest.approx(expected, rel=1e-5)
+
+
+def test_entropy_and_margin_of_sigmoid_scores_are_as_by_hand() -> None:
+    logits = torch.tensor([SIGMOIDS])
+    # 1/2, 1/3 and 1/6 of their sum.
+    assert float(router_entropy(logits, NO_BIAS)) == pytest.approx(math.log(2) / 2 + math.log(3) / 3 + math.log(6) / 6, rel=1e-6)
+    assert float(router_margin(logits, 1, NO_BIAS)) == pytest.approx(0.25)
+    assert float(router_margin(logits, 1, torch.tensor([0.0, 0.5, 0.0]))) == pytest.approx(0.25)  # 1 and 3/4
+    bias = torch.tensor([0.0, 0.5, 0.0])
+    (found,) = describe_routing((0,), (expert_load(logits, 1, bias),), (logits,), (torch.ones(3, 2),), (bias,), 1)
+    assert found.load == (0.0, 1.0, 0.0)

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe, some layers": ("Qwen3ForCausalLM", {"head_dim": 16}, {"layers": [1]}),
     "granitemoe, stacked": ("GraniteForCausalLM", {"embedding_multiplier": 3.0, "residual_multiplier": 0.5}, {}),
     "granitemoeshared": ("GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}),
+    "glm4_moe, shared": ("LlamaForCausalLM", {}, {"target": "glm4_moe", "shared_expert": "half"}),
     "flex_olmo": ("Olmo2ForCausalLM", {}, {}),
 }
 

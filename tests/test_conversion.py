@@ -12,7 +12,7 @@ import pytest
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from upcycle.config import ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
+from upcycle.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
 from upcycle.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
 from upcycle.errors import UpcycleError
 from upcycle.family import DENSE_FAMILIES, NO_TWIN
@@ -56,9 +56,12 @@ def structural_names(row: Conversion) -> list[str]:
     names += [row.target.shared.width_field] if row.target.shared else []
     return (
         names
-        + {"none": [], "list": ["mlp_only_layers", "intermediate_size"], "step": ["num_sparse_encoder_layers", "num_sparse_decoder_layers"]}[
-            row.target.partial_layers
-        ]
+        + {
+            "none": [],
+            "list": ["mlp_only_layers", "intermediate_size"],
+            "step": ["num_sparse_encoder_layers", "num_sparse_decoder_layers"],
+            "last": ["first_k_dense_replace", "intermediate_size"],
+        }[row.target.partial_layers]
     )
 
 
@@ -100,7 +103,7 @@ def test_every_field_that_is_set_is_one_that_the_target_reads_and_is_set_by_one_
 @every_conversion
 def test_every_field_of_the_target_is_decided(row: Conversion) -> None:
     decided = {*row.carried, *row.target.fixed, *derived_names(row), *structural_names(row), *COMMON_NEUTRAL}
-    assert declared(row.target.model_type) - decided == set(UNDECIDED[row.family.task])
+    assert declared(row.target.model_type) - decided == set(UNDECIDED[row.family.task]) & declared(row.target.model_type)
 
 
 @every_conversion
@@ -111,6 +114,7 @@ def test_families_and_targets_are_those_of_transformers(row: Conversion) -> None
 
 def test_the_targets_that_a_recipe_can_ask_for_are_those_of_the_table() -> None:
     assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS)}
+    assert set(BIASED_TARGETS) == {row.target.model_type for row in CONVERSIONS if any(names.selection_bias for names in row.target.experts)}
 
 
 def test_each_pair_stands_once_and_every_family_has_one() -> None:
@@ -256,7 +260,21 @@ def test_the_first_target_that_holds_the_model_is_taken(architecture: str, field
 @every_conversion
 def test_a_target_asked_for_by_name_is_taken(row: Conversion) -> None:
     config = UpcycleConfig(target=row.target.model_type, **(T5_SETTINGS if row.target.top_1 else {}))  # type: ignore[arg-type]
-    assert choose_conversion(source_of(row.family.architecture), config, "config.json") is row
+    unwindowed = {"sliding_window": None} if (row.family.model_type, row.target.model_type) == ("mistral", "glm4_moe") else {}
+    assert choose_conversion(source_of(row.family.architecture, **unwindowed), config, "config.json") is row
+
+
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_a_gate_with_a_selection_bias_is_never_chosen_by_auto(architecture: str) -> None:
+    family = find_family(source_of(architecture).model_type, [architecture], "")
+    assert [row.by_name_alone for row in CONVERSIONS if row.family is family].count(True) == 1
+    assert all(row.by_name_alone == (row.target.model_type == "glm4_moe") for row in CONVERSIONS)
+    held_by_none_else = {"layers": "last-half", "shared_expert": "half"} if architecture == "Qwen3ForCausalLM" else {"num_experts": 4}
+    config = UpcycleConfig(**held_by_none_else)  # type: ignore[arg-type]
+    if architecture == "Qwen3ForCausalLM":
+        assert "Qwen3MoeForCausalLM needs none" in refusal(choose_conversion, source_of(architecture), config, "config.json")
+    else:
+        assert choose_conversion(source_of(architecture), config, "config.json").target.model_type != "glm4_moe"
 
 
 # Refusals
@@ -307,7 +325,27 @@ NO_CLOSER = "the nearest target is mixtral"
             "LlamaForCausalLM",
             {},
             {"target": "qwen3_moe"},
-            "upcycle.target is qwen3_moe; LlamaForCausalLM can become mixtral, qwen2_moe, granitemoe, granitemoeshared",
+            "upcycle.target is qwen3_moe; LlamaForCausalLM can become mixtral, qwen2_moe, granitemoe, granitemoeshared, glm4_moe",
+        ),
+        (
+            "LlamaForCausalLM",
+            {"num_hidden_layers": 4},
+            {"target": "glm4_moe", "layers": (1, 3), "num_experts": 1, "num_experts_per_tok": 1},
+            "upcycle.layers is [1, 3]; Glm4MoeForCausalLM needs layers up to the last: it has dense ones before them alone; "
+            "upcycle.num_experts is 1; Glm4MoeForCausalLM needs at least 2, which its gate compares",
+        ),
+        (
+            "MistralForCausalLM",
+            {"sliding_window": 16},
+            {"target": "glm4_moe"},
+            "sliding_window is 16; Glm4MoeForCausalLM needs None: its attention has no window",
+        ),
+        (
+            "Qwen3ForCausalLM",
+            {"num_hidden_layers": 4, "attention_bias": True, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            {"target": "glm4_moe"},
+            "attention_bias is True; Glm4MoeForCausalLM needs False: its attention has no bias after the output projection; "
+            "layer_types has 3 layers with a window; Glm4MoeForCausalLM needs none: it has no windows",
         ),
         ("Olmo2ForCausalLM", {}, {"target": "mixtral"}, "upcycle.target is mixtral; Olmo2ForCausalLM can become flex_olmo"),
         (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto
 from packaging.version import Version
-from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM, Qwen2Config
+from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
 from export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from export.decoder import plan_lowerings
@@ -456,7 +456,12 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
         (
             Qwen2Config(),
             "config.json: model_type qwen2 has no ONNX builder yet; "
-            "supported: mixtral, qwen2_moe, qwen3_moe, granitemoe, granitemoeshared, flex_olmo, llama",
+            "supported: mixtral, qwen2_moe, qwen3_moe, granitemoe, granitemoeshared, glm4_moe, flex_olmo, llama",
+        ),
+        (Glm4MoeConfig(), "config.json: partial_rotary_factor is 0.5; the builder rotates whole heads"),
+        (
+            Glm4MoeConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}, n_group=2),
+            "config.json: n_group is 2; the builder chooses among all experts at once",
         ),
         (MixtralConfig(hidden_act="relu"), "config.json: hidden_act is relu; the builder covers silu, gelu, gelu_pytorch_tanh"),
         (

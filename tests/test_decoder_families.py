@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from export.config import OnnxConfig, QuantizeConfig, Variant
@@ -68,10 +69,26 @@ CASES = {
         {}, "granitemoe",
     ),
     "granite, shared": Case("GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}, "granitemoeshared"),
+    "llama, a selection bias, some layers, half shared": Case(
+        "LlamaForCausalLM", {"num_hidden_layers": 4, "tie_word_embeddings": False},
+        {"target": "glm4_moe", "layers": "last-half", "shared_expert": "half"}, "glm4_moe",
+    ),
+    "qwen2, a selection bias": Case("Qwen2ForCausalLM", {}, {"target": "glm4_moe"}, "glm4_moe"),
+    "qwen3, a selection bias": Case("Qwen3ForCausalLM", {"head_dim": 24}, {"target": "glm4_moe"}, "glm4_moe"),
     "olmo2, norms after": Case("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
     "llama, dense": Case("LlamaForCausalLM", {}, None, "llama"),
     "llama, dense with attention bias": Case("LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": False}, None, "llama"),
 }  # fmt: skip
+
+
+def move_biases(mixture: Path) -> None:
+    """Give a mixture selection biases, where its gates have them, that choose other experts than the scores do."""
+    state = load_file(mixture / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in state.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.6 - 0.3)
+    save_file(state, mixture / "model.safetensors", metadata={"format": "pt"})
 
 
 class Export:
@@ -84,6 +101,7 @@ class Export:
         if case.upcycle is not None:
             settings = UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **case.upcycle)
             upcycle(dense, mixture, settings, 0, lambda *_: None)
+            move_biases(mixture)
         self.quantized = quantize_checkpoint(
             dense if case.upcycle is None else mixture, twin, variant, QuantizeConfig(method="search", block_size=16), lambda *_: None
         )

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from jsonschema import Draft202012Validator
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from convert.artifact import lock
@@ -244,6 +245,7 @@ FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", {}, "all", "Qwen2MoeForCausalLM"),
     "mistral": ("MistralForCausalLM", {"sliding_window": 24}, "all", "MixtralForCausalLM"),
     "longrope": ("Phi3ForCausalLM", LONGROPE_IN_STEPS, "all", "MixtralForCausalLM"),
+    "llama, a selection bias": ("LlamaForCausalLM", {"num_hidden_layers": 4}, "last-half", "Glm4MoeForCausalLM"),
 }
 
 
@@ -255,21 +257,27 @@ def test_every_kind_of_decoder_runs_through_to_parity(name, make_dense, tmp_path
     # Is the export right? Exact activations leave no rounding to hide behind. What 8 bits cost a random model of width 32, on a text that is this
     # package's own source, says nothing and changes with every commit, so the limit on perplexity is wide here.
     text = recipe.read_text(encoding="utf-8").replace("parity: {", "parity: {max_perplexity_increase: {float32: 1.0e-4, int8: 0.05}, ")
+    if biased := target == "Glm4MoeForCausalLM":
+        text = text.replace("upcycle: {", "upcycle: {target: glm4_moe, ").replace("finetune: {", "finetune: {bias_update_rate: 0.05, ")
     recipe.write_text(text + "export: {activation_bits: 32}\n", encoding="utf-8")
     stdout = succeed("run", recipe, "--workdir", workdir)
     assert stdout.count("parity passed") == 2
     facts = facts_of(workdir, "upcycle")
     assert facts["target"] == target
     assert facts["keeps_function"]
-    assert facts["num_sparse_layers"] == (2 if layers == "every-2" else facts["num_layers"])
+    assert facts["num_sparse_layers"] == (facts["num_layers"] if layers == "all" else 2)
     assert all(line["bitwise"] for line in facts["receipt"] if line["bitwise_due"])
     parity = facts_of(workdir, "parity-float32")["providers"]["CPUExecutionProvider"]
     assert len(parity["twin"]["routing_agreement"]) == facts["num_layers"]
     for variant in ("float32", "int8"):
         checks = facts_of(workdir, f"parity-{variant}")["providers"]["CPUExecutionProvider"]["checks"]
         assert max(check["relative_error"] for check in checks) < 1e-5  # float32 sums in another order
-    tuned = json.loads((next(workdir.glob("finetune-*")) / "config.json").read_text(encoding="utf-8"))
-    assert target == "MixtralForCausalLM" or tuned["num_experts"] == 4  # under the name that other readers look for
+    finetuned = next(workdir.glob("finetune-*"))
+    tuned = json.loads((finetuned / "config.json").read_text(encoding="utf-8"))
+    count = {"MixtralForCausalLM": "num_local_experts", "Glm4MoeForCausalLM": "n_routed_experts"}.get(target, "num_experts")
+    assert tuned[count] == 4  # under the name that other readers look for
+    biases = [tensor for name, tensor in load_file(finetuned / "model.safetensors").items() if name.endswith("e_score_correction_bias")]
+    assert [bool(bias.any()) for bias in biases] == [True, True] * biased
 
 
 TO_COME = {

@@ -39,6 +39,7 @@ LLAMA3_ROPE = {
 }
 LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
+HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}
 NOT_RENORMALIZED = {"norm_topk_prob": False}
 NO_WINDOW_IN_ANY_LAYER = {"layer_types": ["full_attention"] * NUM_LAYERS}
 MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
@@ -149,6 +150,30 @@ CASES = {
         MULTIPLIERS,
         {"shared_expert": "half"},
         exact=False,
+    ),
+    "llama, a selection bias, llama3 rope, wide heads": Case(
+        "LlamaForCausalLM",
+        "glm4_moe",
+        (HALF_ROTARY, {"routed_scaling_factor": 2.0}),  # two sigmoids of zero are one, renormalized or not
+        UNTIED | {"rope_parameters": LLAMA3_ROPE, "head_dim": 16},
+        {"target": "glm4_moe"},
+    ),
+    "llama, a selection bias, the last layers": Case(
+        "LlamaForCausalLM", "glm4_moe", (HALF_ROTARY, {"first_k_dense_replace": 0}), {}, {"target": "glm4_moe", "layers": "last-half"}
+    ),
+    "mistral, a selection bias, a half shared": Case(
+        "MistralForCausalLM",
+        "glm4_moe",
+        (HALF_ROTARY, {"n_shared_experts": 0}),
+        {"sliding_window": None},
+        {"target": "glm4_moe", "shared_expert": "half"},
+        exact=False,
+    ),
+    "qwen2, a selection bias, a silent shared expert": Case(
+        "Qwen2ForCausalLM", "glm4_moe", (HALF_ROTARY, {"attention_bias": False}), {}, {"target": "glm4_moe", "shared_expert": "zero"}
+    ),
+    "qwen3, a selection bias": Case(
+        "Qwen3ForCausalLM", "glm4_moe", (HALF_ROTARY, {"use_qk_norm": False}), UNTIED | {"head_dim": 16}, {"target": "glm4_moe"}
     ),
     "t5": Case(T5, "switch_transformers", ({"expert_capacity": 1}, {"dense_act_fn": "gelu"}), {}, {"num_experts_per_tok": 1}, exact=False),
     "t5, some layers": Case(
@@ -305,6 +330,7 @@ def test_a_drawn_router_of_one_expert_a_token_is_another_function(name: str, mak
         "gemma",
         "qwen2, windows in half of the layers, a half shared",
         "qwen3, windows in all layers",
+        "qwen3, a selection bias",
         "olmo2",
         "granite, multipliers",
         "t5",

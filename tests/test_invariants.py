@@ -13,7 +13,7 @@ import onnx
 import pytest
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from transformers import MixtralConfig, MixtralForCausalLM
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import export.blocks
 from export.config import OnnxConfig, QuantizeConfig, Variant
@@ -304,3 +304,64 @@ def test_a_builder_at_fault_writes_no_package(source: Path, tmp_path: Path, monk
     monkeypatch.setattr(export.blocks, "add_exact_linear", lossy)
     with pytest.raises(ExportError, match=r"multiplies 'model.layers.0.*gate.weight' by values rounded to float16; they must be float32$"):
         make_package(source, tmp_path, "int4", "fused")
+
+
+# Gates with a selection bias
+
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def biased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The twin and the int4 package of a random GLM-4-MoE with a dense layer and a shared expert. Shared: read only."""
+    rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
+    small = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+        "first_k_dense_replace": 1, "rope_parameters": rope, "routed_scaling_factor": 2.5, "use_qk_norm": True,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Glm4MoeForCausalLM(Glm4MoeConfig(**small))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                torch.nn.init.uniform_(buffer, -0.3, 0.3)
+    folder = tmp_path_factory.mktemp("biased")
+    model.save_pretrained(folder / "source")
+    return make_package(folder / "source", folder, "int4", "grouped")
+
+
+def change_a_bias(proto: ModelProto) -> None:
+    tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "layers.1.moe.selection_bias")
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32), tensor.name))
+
+
+def choose_without_a_bias(proto: ModelProto) -> None:
+    node = maker(proto, "layers.1.moe.biased_scores")
+    node.op_type = "Identity"
+    del node.input[1:]
+
+
+def round_biased_scores(proto: ModelProto) -> None:
+    (reader,) = [node for node in proto.graph.node if "layers.1.moe.biased_scores" in node.input]
+    round_input(proto, reader, 0)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (change_a_bias, f"the graph does not hold '{BIAS}' in float32; a router must not be rounded"),
+        (choose_without_a_bias, f"the graph adds '{BIAS}' to nothing; it must choose experts"),
+        (
+            round_biased_scores,
+            "node 'layers.1.moe.biased_scores/round' (Cast) rounds to float16 what chooses experts by 'model.layers.1.mlp.gate.weight'; it must be "
+            "float32",
+        ),
+    ],
+)
+def test_a_fault_of_a_selection_bias_is_found(fault: Fault, message: str, biased: tuple[Path, Path], tmp_path: Path) -> None:
+    twin, package = biased
+    check_graph(plant(package, tmp_path / "anew", lambda proto: None), Twin(twin))
+    faulty = plant(package, tmp_path / "faulty", fault)
+    with pytest.raises(ExportError, match=f"^{re.escape(f'{faulty}: {message}')}$"):
+        check_graph(faulty, Twin(twin))

@@ -234,6 +234,7 @@ MIXTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
     "qwen2_moe": ("qwen2, windows in half of the layers", {"layers": "every-2", "shared_expert": "half"}),
     "qwen2_moe without a shared expert": ("llama, llama3 rope", {"layers": [0, 3]}),
     "qwen3_moe": ("qwen3", {"layers": [0, 1, 3]}),
+    "glm4_moe": ("llama, llama3 rope", {"target": "glm4_moe", "layers": [2, 3], "shared_expert": "half"}),
     "flex_olmo": ("olmo2", {}),
 }
 

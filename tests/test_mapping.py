@@ -22,7 +22,7 @@ from upcycle.checkpoint import Checkpoint, open_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from upcycle.conversion import CONVERSIONS, Conversion, resolve_layers
 from upcycle.errors import UpcycleError
-from upcycle.mapping import ExpertPart, Keep, RouterRows, UpcyclePlan, Write, Zeros, expected_shapes, plan_upcycle
+from upcycle.mapping import ExpertPart, Keep, RouterRows, SelectionBias, UpcyclePlan, Write, Zeros, expected_shapes, plan_upcycle
 from upcycle.surgery import upcycle
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
@@ -109,6 +109,10 @@ _NO_MULTIPLIERS = {"embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual
 _FULL = {"layer_types": ["full_attention"] * 3, "use_sliding_window": False, "sliding_window": 0, "qkv_bias": False}  # 0 is Qwen2-MoE's None
 _WINDOWED = {"layer_types": ["sliding_attention"] * 3, "use_sliding_window": True, "sliding_window": 17, "qkv_bias": False}
 _PHI3_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 12345.0, "partial_rotary_factor": 1.0}, "head_dim": 8}
+_GLM4 = {
+    "attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 0, "n_shared_experts": 0, "n_group": 1, "topk_group": 1,
+    "num_mtp_layers": 0, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "intermediate_size": 48,
+}  # fmt: skip
 # What the target's config must say of the talkative sources beside what it carries over.
 DERIVED: dict[str, dict[str, Any]] = {
     "llama->mixtral": {"sliding_window": None, "router_jitter_noise": 0.0},
@@ -130,6 +134,10 @@ DERIVED: dict[str, dict[str, Any]] = {
     },
     "qwen3->qwen3_moe": {"use_sliding_window": True, "sliding_window": 17, "head_dim": 16, "norm_topk_prob": True, "decoder_sparse_step": 1},
     "olmo2->flex_olmo": {"head_dim": 16, "norm_topk_prob": True},
+    "llama->glm4_moe": {**_GLM4, "head_dim": 16},
+    "mistral->glm4_moe": {**_GLM4, "head_dim": 16},
+    "qwen2->glm4_moe": {**_GLM4, "attention_bias": True},
+    "qwen3->glm4_moe": {**_GLM4, "head_dim": 16, "use_qk_norm": True},
     "granite->granitemoe": {"head_dim": 16},
     "granite->granitemoeshared": {"head_dim": 16, "shared_intermediate_size": 0},
     "t5->switch_transformers": {
@@ -153,7 +161,14 @@ def name_of(row: Conversion) -> str:
 def talkative(row: Conversion) -> dict[str, Any]:
     """A source of this family that says something in every field that the target can hold."""
     biases = {"attention_bias": True} if name_of(row) in ("llama->granitemoe", "llama->granitemoeshared") else {}
-    return {**TALKATIVE[row.family.model_type], **biases}
+    silenced = {"attention_bias": False, "use_sliding_window": False, "sliding_window": None} if row.target.model_type == "glm4_moe" else {}
+    own = TALKATIVE[row.family.model_type]
+    return {**own, **biases, **{name: value for name, value in silenced.items() if name in own}}
+
+
+def silence(row: Conversion) -> dict[str, Any]:
+    """What a family says of itself that the target cannot hold: a Mistral has a window unless it says no."""
+    return {"sliding_window": None} if name_of(row) == "mistral->glm4_moe" else {}
 
 
 every_conversion = pytest.mark.parametrize("row", CONVERSIONS, ids=name_of)
@@ -199,7 +214,7 @@ def edited(
 
 # The plan
 
-SHARED = ("qwen2_moe", "granitemoeshared")
+SHARED = ("qwen2_moe", "granitemoeshared", "glm4_moe")
 PARTIAL = ("qwen2_moe", "qwen3_moe", "switch_transformers")
 
 
@@ -212,11 +227,14 @@ def plans() -> Iterator[Any]:
         if target != "switch_transformers":
             cases["granular"] = ({}, {"experts": ExpertsConfig(kind="granular", granularity=2)})
             cases["split"] = ({}, {"experts": ExpertsConfig(kind="split"), "num_experts_per_tok": 3})
-            cases["one expert"] = ({}, {"num_experts": 1, "num_experts_per_tok": 1})
+            count = row.target.min_experts
+            cases["fewest experts"] = ({}, {"num_experts": count, "num_experts_per_tok": count})
         if row.family.model_type not in ("gemma", "t5"):
             cases["untied"] = (UNTIED, {})
         if target in PARTIAL:
             cases["partial"] = ({"num_layers": 5} if top_1 else {"num_hidden_layers": 3}, {"layers": "every-2", **top_1})
+        if target == "glm4_moe":
+            cases["last layers"] = ({"num_hidden_layers": 3}, {"layers": (1, 2)})
         if target in SHARED:
             cases["half"] = ({}, {"shared_expert": "half"})
             cases["zero"] = ({}, {"shared_expert": "zero"})
@@ -231,6 +249,7 @@ def dense_of(make_dense: MakeDense) -> MakeDense:
     made: dict[str, Path] = {}
 
     def find(row: Conversion, source: dict[str, Any]) -> Path:
+        source = {**silence(row), **source}
         key = f"{row.family.architecture} {source}"
         if key not in made:
             made[key] = make_dense(architecture=row.family.architecture, **source)
@@ -253,7 +272,9 @@ def test_the_plan_is_what_transformers_own_model_saves(
     assert {(write.spec.name, write.spec.shape) for write in found.writes} == expected
     assert len(found.writes) == len(expected)
     assert found.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-    assert found.num_bytes == 4 * found.num_parameters
+    biases = [write.spec.shape[0] for write in found.writes if write.spec.name.endswith("e_score_correction_bias")]  # buffers
+    assert len(biases) == (len(found.sites) if row.target.model_type == "glm4_moe" else 0)
+    assert found.num_bytes == 4 * (found.num_parameters + sum(biases))
 
 
 def filled(write: Write, checkpoint: Checkpoint) -> int:
@@ -266,7 +287,7 @@ def filled(write: Write, checkpoint: Checkpoint) -> int:
             case ExpertPart(matrix=matrix):
                 length, width = checkpoint.read_rows(matrix.source, matrix.start, matrix.stop).shape
                 total += piece.num_neurons * (width if piece.neuron_axis == 0 else length)
-            case Zeros():
+            case Zeros() | SelectionBias():
                 total += piece.num_elements
             case RouterRows():
                 total += piece.num_rows * piece.repeat * write.spec.shape[1]
@@ -298,7 +319,8 @@ def test_every_weight_is_used_once_and_those_of_the_ffn_once_for_each_expert(
     copies = {"copies": settings.get("num_experts", 4), "granular": 2, "split": 1}[kind]
     for name, uses in count_uses(found, checkpoint).items():
         number = re.search(r"\.(\d+)\.", name)
-        sparse = number is not None and (settings.get("layers") != "every-2" or int(number[1]) % 2 == 1)
+        dense = {"every-2": (0, 2, 4), (1, 2): (0,)}.get(settings.get("layers", "all"), ())
+        sparse = number is not None and int(number[1]) not in dense
         expected = 1
         if sparse and re.search(r"\.mlp\.|DenseReluDense", name):
             expected = copies + (shared != "none") - (shared == "zero" and "down" in name)
@@ -590,7 +612,9 @@ def test_rotary_embeddings_of_every_kind_are_those_of_the_dense_model(rope: str,
     directory = dense_of(row, {"rope_parameters": ROPES[rope], "head_dim": 8})
     plan(directory, target=row.target.model_type).target_config.save_pretrained(tmp_path)
     dense, found = AutoConfig.from_pretrained(directory), AutoConfig.from_pretrained(tmp_path)
-    assert found.rope_parameters == dense.rope_parameters == ROPES[rope]
+    whole_heads = {"partial_rotary_factor": 1.0} if row.target.model_type == "glm4_moe" else {}  # which rotates halves unless it is told
+    assert dense.rope_parameters == ROPES[rope]
+    assert found.rope_parameters == ROPES[rope] | whole_heads
     for length in (40, 300):  # within the length that the rotations were made for, and beyond
         expected = rotations(row.family.architecture, dense, length)
         assert all(map(torch.equal, rotations(row.target.architecture, found, length), expected))
@@ -684,9 +708,12 @@ def test_layers_without_experts_are_named_and_keep_their_width(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @every_conversion
 def test_the_target_keeps_the_sources_dtype_but_stores_what_is_folded_in_float32(dtype: torch.dtype, row: Conversion, make_dense: MakeDense) -> None:
-    found = plan(make_dense(dtype, architecture=row.family.architecture), target=row.target.model_type, **(TOP_1 if row.target.top_1 else {}))
+    dense = make_dense(dtype, architecture=row.family.architecture, **silence(row))
+    found = plan(dense, target=row.target.model_type, **(TOP_1 if row.target.top_1 else {}))
     assert found.target_config.dtype == dtype
-    folded = {write.spec.name for write in found.writes if write.spec.dtype != dtype}
+    biases = {write.spec.name: write.spec.dtype for write in found.writes if write.spec.name.endswith("e_score_correction_bias")}
+    assert set(biases.values()) <= {torch.float32}
+    folded = {write.spec.name for write in found.writes if write.spec.dtype != dtype} - set(biases)
     norms = {"model.norm.weight", *(f"model.layers.{n}.{name}_layernorm.weight" for n in (0, 1) for name in ("input", "post_attention"))}
     gemma = row.family.model_type == "gemma" and dtype != torch.float32
     assert folded == ({"model.embed_tokens.weight", *norms} if gemma else set())

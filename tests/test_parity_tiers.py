@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import MixtralForCausalLM
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from export.package import write_package
@@ -23,6 +23,8 @@ from export.parity.limits import measure_noise
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
 from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, Decoder
+from upcycle.config import ExpertsConfig, UpcycleConfig
+from upcycle.surgery import upcycle
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=8)
@@ -86,6 +88,64 @@ def test_figures_of_language_and_routing_equal_those_of_transformers(package: Pa
         assert found.num_choices == int(inside.sum())
         assert found.agreement == (pytest.approx(float(same[inside].double().mean())) if inside.any() else None)
     assert sum(found.num_choices for found in result.margins) == same.numel()
+
+
+@pytest.fixture(scope="module")
+def biased(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture whose gates have selection biases that choose other experts than their scores do. Shared: read only."""
+    directory = tmp_path_factory.mktemp("biased")
+    upcycle(dense_checkpoint, directory, UpcycleConfig(target="glm4_moe", num_experts=4, experts=ExpertsConfig(noise=0.5)), 0, silent)
+    return directory
+
+
+def with_biases(checkpoint: Path, folder: Path, scale: float) -> Path:
+    """A copy with selection biases of up to `scale`."""
+    shutil.copytree(checkpoint, folder)
+    tensors, generator = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            tensor.copy_((torch.rand(4, generator=generator) - 0.5) * 2 * scale)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@torch.inference_mode()
+def choices_of(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts that gates chose and those with the largest logits, in order, [layers, tokens, 2], as transformers itself has them."""
+    model, said = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval(), []
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda _, __, output: said.append((output[2], output[0].topk(2).indices)))
+    model(BLOCKS)
+    return tuple(torch.stack(found).sort(-1).values for found in zip(*said, strict=True))  # type: ignore[return-value]
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_gates_with_a_selection_bias_are_judged_by_what_they_chose(biased: Path, tmp_path: Path) -> None:
+    source = with_biases(biased, tmp_path / "source", 0.3)
+    package = export(source, tmp_path, "int4")
+    result = judge(package, tmp_path / "twin", source)
+    (ours, _), (theirs, by_logits) = choices_of(tmp_path / "twin"), choices_of(source)
+    assert (theirs == by_logits).all(-1).double().mean() < 0.8
+    agreement = (ours == theirs).all(-1).double().mean(1)
+    assert result.finetuned.routing_agreement == pytest.approx(agreement.tolist())
+    assert min(result.finetuned.routing_agreement) < 1
+    assert result.twin.routing_agreement == (1.0, 1.0)
+    assert set(result.tiers) == {"operator", "layer", "logits", "language", "task", "routing"}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("scale", [0.0, 0.2])
+def test_a_package_with_other_biases_than_its_twin_is_a_breach(scale: float, biased: Path, tmp_path: Path) -> None:
+    """The routers are the same, and so are their logits."""
+    package = export(with_biases(biased, tmp_path / "other", scale), tmp_path, "float32")
+    source = with_biases(biased, tmp_path / "source", 0.3)
+    parity = check_parity(package, source, source, BLOCKS, "float32", False, CONFIG, silent)
+    broken = {tier for tier in ("operator", "routing") if any(f": {tier}: " in breach for breach in parity.breaches)}
+    assert broken == {"operator", "routing"}
+    found = parity.providers[CPU]
+    assert isinstance(found, ProviderParity)
+    assert not isinstance(found.operators, str)
+    assert max(check.router_error for check in found.operators) < 1e-5
 
 
 def test_with_the_routing_forced_another_router_costs_nothing(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:

@@ -51,6 +51,8 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen2": ({"architecture": "Qwen2ForCausalLM", "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}, {}),
     "qwen3": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"layers": "every-2"}),
     "olmo2": ({"architecture": "Olmo2ForCausalLM"}, {}),
+    "llama to glm4_moe": ({}, {"target": "glm4_moe", "layers": [1]}),
+    "qwen3 to glm4_moe": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"target": "glm4_moe"}),
     "granite": ({"architecture": "GraniteForCausalLM", "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}, {}),
 }
 

@@ -275,8 +275,8 @@ def test_mistakes_in_a_list_of_domains_are_placed_at_their_item():
         ("{layers: [1, 1]}", "layers: names a layer twice; must name each once"),
         (
             "{target: bert}",
-            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', 'granitemoeshared', 'flex_olmo' or "
-            "'switch_transformers'",
+            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', 'granitemoeshared', 'glm4_moe', 'flex_olmo' "
+            "or 'switch_transformers'",
         ),
         ("{experts: {kind: granular}}", "experts: kind 'granular' has no granularity; must say how many experts one copy of the FFN is cut into"),
         ("{experts: {granularity: 2}}", "experts: kind 'copies' has a granularity; must be kind 'granular' to have one"),
@@ -534,6 +534,18 @@ def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, mes
     )
     assert mistakes(text) == [f"r.yaml:7: finetune.stages[1].routing: is 'by-domain'; the domains, {message}"]
     assert load(text.replace("by-domain", "learned")).recipe.finetune.stages[1].routing == "learned"
+
+
+@pytest.mark.parametrize("target", ["auto", "mixtral"])
+def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
+    text = GOOD + f"upcycle: {{target: {target}}}\nfinetune:\n  bias_update_rate: 0.001\n"
+    assert mistakes(text) == [
+        f"r.yaml:5: finetune.bias_update_rate: is 0.001; must be left out, or upcycle.target be 'glm4_moe': the gates of '{target}' have no "
+        "selection bias"
+    ]
+    assert load(text.replace("0.001", "0")).recipe.finetune.bias_step == 0
+    assert load(text.replace(target, "glm4_moe")).recipe.finetune.bias_step == 0.001
+    assert load(GOOD).recipe.finetune.bias_step == 0.001
 
 
 def test_the_domains_of_every_source_are_counted():

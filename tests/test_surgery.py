@@ -126,6 +126,7 @@ STORED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "granitemoe": ({"attention_bias": True}, {}),
     "qwen2_moe": ({}, {"layers": [1], "target": "qwen2_moe"}),
     "qwen3_moe": ({"architecture": "Qwen3ForCausalLM"}, {}),
+    "glm4_moe": ({}, {"target": "glm4_moe"}),
     "flex_olmo": ({"architecture": "Olmo2ForCausalLM"}, {}),
 }
 T5 = {"switch_transformers": ({"architecture": "T5ForConditionalGeneration"}, {"k": 1})}
@@ -563,6 +564,27 @@ def test_the_shared_expert_of_qwen2_moe(kind: str, make_dense: MakeDense, tmp_pa
     assert json.loads((tmp_path / "config.json").read_text())["shared_expert_intermediate_size"] == width
 
 
+@pytest.mark.parametrize("kind", ["half", "zero", "none"])
+def test_the_shared_expert_of_glm4_moe_is_counted_in_experts(kind: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    dense, _ = make("glm4_moe", make_dense, tmp_path, shared_expert=kind, kind="granular", granularity=2, num_experts=4, k=2, logit_std=1.0)
+    ffn, state = dense_ffn(dense, LAYER), load_file(tmp_path / "model.safetensors")
+    mlp = f"model.layers.{LAYER}.mlp.shared_experts"
+    gate, up, down = (state[f"{mlp}.{matrix}_proj.weight"] for matrix in ("gate", "up", "down"))
+    width = 0 if kind == "none" else WIDTH
+    assert torch.equal(gate, ffn.gate[:width])
+    assert torch.equal(up, ffn.up[:width])
+    assert torch.equal(down, {"half": ffn.down / 2, "zero": torch.zeros(HIDDEN, WIDTH), "none": torch.empty(HIDDEN, 0)}[kind])
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["n_shared_experts"], config["moe_intermediate_size"]) == (0 if kind == "none" else 2, WIDTH // 2)
+
+
+def test_a_selection_bias_starts_at_zero_in_float32(make_dense: MakeDense, tmp_path: Path) -> None:
+    make("glm4_moe", make_dense, tmp_path, torch.bfloat16)
+    bias = load_file(tmp_path / "model.safetensors")[f"model.layers.{LAYER}.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32
+    assert bias.tolist() == [0.0] * 4
+
+
 @pytest.mark.parametrize("kind", ["half", "zero"])
 def test_the_shared_expert_of_granitemoeshared(kind: str, make_dense: MakeDense, tmp_path: Path) -> None:
     dense = make_dense(**EXACT, attention_bias=True)
@@ -757,6 +779,7 @@ WRITTEN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "granitemoeshared": ({"attention_bias": True}, {"noise": 0.1, "shared_expert": "half"}),
     "qwen2_moe without a shared expert": ({}, {"layers": [1]}),
     "qwen2_moe with a silent one": ({"dtype": torch.float16}, {"drop": 0.25, "shared_expert": "zero", "target": "qwen2_moe"}),
+    "glm4_moe": ({"dtype": torch.bfloat16}, {"noise": 0.1, "shared_expert": "half", "target": "glm4_moe"}),
     "switch_transformers": ({"architecture": "T5ForConditionalGeneration"}, {"k": 1, "noise": 0.1}),
 }
 

@@ -306,6 +306,7 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "mlp_only_layers": [0], "moe_intermediate_size": 24, "attention_bias": True}),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "attention_bias": True, "tie_word_embeddings": True}),
     "granitemoeshared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 16}),
+    "glm4_moe": ("Glm4Moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}),
     "flex_olmo": ("FlexOlmo", {"num_experts": 4}),
 }
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ from upcycle.evaluation import held_out_loss
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.prompt import read_prompt
-from upcycle.receipt import load_model, router_modules
+from upcycle.receipt import load_model, router_modules, selection_biases
 from upcycle.surgery import upcycle
+from upcycle.trainable import parameter_groups
 from upcycle.trainer import Stage, run_stage, schedule_share
-from upcycle.training import FinetuneFacts, finetune
+from upcycle.training import FinetuneFacts, draw_order, finetune
 
 BLOCK = 16
 CONFIG = FinetuneConfig(
@@ -88,12 +90,32 @@ Start = Callable[..., tuple[FinetuneFacts, Path]]
 
 @pytest.fixture
 def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Start:
-    def start(config: FinetuneConfig, scratch: Path | None = None, progress: Any = quiet) -> tuple[FinetuneFacts, Path]:
+    def start(
+        config: FinetuneConfig, scratch: Path | None = None, progress: Any = quiet, mixture: Path = mixture_checkpoint
+    ) -> tuple[FinetuneFacts, Path]:
         output = tmp_path_factory.mktemp("output")
         scratch = scratch or tmp_path_factory.mktemp("scratch")
-        return finetune(dense_checkpoint, mixture_checkpoint, data, output, config, 0, progress, scratch), output
+        return finetune(dense_checkpoint, mixture, data, output, config, 0, progress, scratch), output
 
     return start
+
+
+BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
+
+
+@pytest.fixture(scope="module")
+def biased(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mixture like `mixture_checkpoint` whose gates have a selection bias. Shared: read only."""
+    output = tmp_path_factory.mktemp("biased")
+    experts, router = ExpertsConfig(noise=0.5), RouterConfig(logit_std=2.0)
+    upcycle(dense_checkpoint, output, UpcycleConfig(target="glm4_moe", num_experts=4, experts=experts, router=router), 0, quiet)
+    return output
+
+
+def read_biases(directory: Path) -> torch.Tensor:
+    """The biases of both layers [2, 4]."""
+    found = weights(directory)
+    return torch.stack([found[BIAS.format(layer)] for layer in (0, 1)])
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:
@@ -285,8 +307,14 @@ class _Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("at", [1, 2, 3, 5, 6, 7, 9, 10, 12])
-def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(at: int, start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("at", "mixture"),
+    [*((at, "mixture_checkpoint") for at in (1, 2, 3, 5, 6, 7, 9, 10, 12)), *((at, "biased") for at in (3, 7, 12))],
+)
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
+    at: int, mixture: str, start: Start, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    start = partial(start, mixture=request.getfixturevalue(mixture))
     config = CONFIG.model_copy(update={"stages": (TrainingStage(train="router", steps=4), TrainingStage(steps=8)), "expert_dropout": 0.1})
     whole, untouched = start(config)
 
@@ -300,6 +328,8 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(at: int, start: 
     assert changed(untouched, output) == set()
     assert taken_up.history == whole.history
     assert taken_up.best_steps == whole.best_steps
+    if mixture == "biased":
+        assert read_biases(output).abs().amin(-1).max() > 0
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
@@ -587,6 +617,84 @@ def test_routing_differs_between_domains_more_than_within_one(start: Start) -> N
     assert all(between > 2 * within for between, within in zip(facts.domains.between, facts.domains.within, strict=True))
 
 
+# Gates with a selection bias
+
+
+def first_counts(mixture: Path, data: Path, num_blocks: int) -> torch.Tensor:
+    """How many of the first blocks' tokens each expert of both layers gets, as the gates say themselves; int64 [2, 4]."""
+    model, counts = load_model(mixture, torch.float32), []
+
+    def count(_: Any, __: Any, output: tuple[torch.Tensor, ...]) -> None:
+        counts.append(F.one_hot(output[2].flatten(), 4).sum(0))
+
+    handles = [router.register_forward_hook(count) for router in router_modules(model)]
+    train = read_blocks(data, "train")
+    with torch.no_grad():
+        model(train[draw_order(len(train), num_blocks, 0)])
+    for handle in handles:
+        handle.remove()
+    return torch.stack(counts)
+
+
+@pytest.mark.parametrize("train", ["all", "experts", "router", "lora"])
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_step_moves_each_bias_by_the_rate_against_the_load_of_all_its_parts(train: str, parts: int, start: Start, biased: Path, data: Path) -> None:
+    still = {"learning_rate": 1e-20, "router_learning_rate": 1e-20, "warmup_steps": 0, "steps": 1}
+    _, output = start(CONFIG.model_copy(update=still | {"train": train, "gradient_accumulation_steps": parts}), mixture=biased)
+    counts = first_counts(biased, data, 4)
+    assert int(counts.sum()) == 2 * 4 * BLOCK * 2
+    expected = [[1e-3 * ((count < 2 * BLOCK) - (count > 2 * BLOCK)) for count in layer] for layer in counts.tolist()]  # the mean is 4 * BLOCK * 2 / 4
+    assert any(value for layer in expected for value in layer)
+    assert read_biases(output).flatten().tolist() == pytest.approx([value for layer in expected for value in layer])
+    assert read_biases(output).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "moving"),
+    [
+        ({}, (True, True)),
+        ({"bias_update_rate": 0.0}, (False, False)),
+        ({"train": "last-1"}, (False, True)),
+        ({"train": "experts", "routing": "by-domain"}, (False, False)),
+        ({"train": "prompt"}, (False, False)),
+    ],
+)
+def test_a_bias_moves_where_its_router_learns(settings: dict[str, Any], moving: tuple[bool, bool], start: Start, biased: Path) -> None:
+    _, output = start(CONFIG.model_copy(update={"steps": 2, **settings}), mixture=biased)
+    assert [bool(layer.any()) for layer in read_biases(output)] == list(moving)
+
+
+def test_no_gradient_and_no_optimizer_reaches_a_bias(biased: Path) -> None:
+    model = load_model(biased, torch.float32)
+    groups = parameter_groups(model, CONFIG, (0, 1))
+    held = {id(parameter) for group in groups for parameter in group["params"]}
+    for bias in selection_biases(model):
+        assert bias is not None
+        assert not bias.requires_grad
+        assert id(bias) not in held
+
+
+def imbalance(facts: FinetuneFacts) -> float:
+    """The mean over the last steps and layers of half the sum of the loads' distances from a quarter."""
+    last = [layer.load for step in facts.history[-8:] for layer in step.layers]
+    return sum(abs(share - 0.25) for load in last for share in load) / 2 / len(last)
+
+
+def test_an_unbalanced_router_becomes_balanced_by_its_bias_alone(start: Start, biased: Path) -> None:
+    config = CONFIG.model_copy(update={"steps": 60, "balance_coefficient": 0.0, "eval_steps": 60})
+    without, with_bias = (start(config.model_copy(update={"bias_update_rate": rate}), mixture=biased)[0] for rate in (0.0, 2e-2))
+    assert imbalance(without) > 0.1
+    assert imbalance(with_bias) < 0.5 * imbalance(without)
+
+
+def test_the_best_weights_come_back_with_their_biases(start: Start, biased: Path) -> None:
+    """With rates that harm the model from the first step on, the best look is the first, whose biases moved by one step."""
+    config = CONFIG.model_copy(update={"steps": 4, "eval_steps": 1, "patience": 2, "learning_rate": 3e-1, "schedule": "constant", "warmup_steps": 0})
+    facts, output = start(config, mixture=biased)
+    assert facts.num_steps["fine-tuned"] > facts.best_steps["fine-tuned"] == 1
+    assert float(read_biases(output).abs().max()) == pytest.approx(1e-3)
+
+
 # Many processes
 
 WORKER = """
@@ -639,8 +747,8 @@ def assert_same_losses(ours: tuple[Step, ...], theirs: tuple[Step, ...]) -> None
             assert found == expected or found == pytest.approx(expected, rel=1e-4), (one.step, name)
 
 
-def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
-    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path
+def test_two_processes_have_the_losses_and_the_biases_of_one_at_the_same_global_batch(
+    dense_checkpoint: Path, biased: Path, data: Path, tmp_path: Path
 ) -> None:
     settings = CONFIG.model_copy(update={"steps": 4, "z_coefficient": 0.01, "balance_coefficient": 0.1, "control": True}).model_dump_json()
     histories = {}
@@ -648,11 +756,13 @@ def test_two_processes_have_the_losses_of_one_at_the_same_global_batch(
         place = tmp_path / str(count)
         output = place / "output"
         output.mkdir(parents=True)
-        launch(count, dense_checkpoint, mixture_checkpoint, data, output, place / "scratch", settings)
+        launch(count, dense_checkpoint, biased, data, output, place / "scratch", settings)
         assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
     assert len(histories[1]) == 2 * (4 + 2)
     assert_same_losses(histories[1], histories[2])
+    assert torch.equal(read_biases(tmp_path / "1" / "output"), read_biases(tmp_path / "2" / "output"))
+    assert read_biases(tmp_path / "2" / "output").any()
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

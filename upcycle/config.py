@@ -84,14 +84,18 @@ class RouterConfig(Record):
 
 
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
-TargetName = Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "flex_olmo", "switch_transformers"]
+TargetName = Literal["auto", "mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "granitemoeshared", "glm4_moe", "flex_olmo", "switch_transformers"]
+BIASED_TARGETS: tuple[TargetName, ...] = ("glm4_moe",)
+"""Targets whose gates have a selection bias."""
 
 
 class UpcycleConfig(Record):
     """Sparse upcycling (Komatsuzaki et al. 2022): the FFN becomes experts, and a router is added."""
 
     target: TargetName = Field(
-        "auto", description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense model."
+        "auto",
+        description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense model. 'glm4_moe', whose gates "
+        "have a selection bias, is chosen by name alone.",
     )
     num_experts: PositiveInt = Field(8, description="Experts a layer.")
     num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")
@@ -271,6 +275,11 @@ class FinetuneConfig(Record):
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW; routers and norms have none.")
     max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
     balance_coefficient: NonNegative = Field(1e-2, description="Weight of the load-balance loss, computed for each layer by itself.")
+    bias_update_rate: NonNegative | None = Field(
+        None,
+        description="What a step adds to, or takes from, the selection bias of an expert with too few, or too many, tokens: balance without a loss, "
+        "where routers learn and gates have a bias, which target 'glm4_moe' gives them. 0.001 there if not given; 0 leaves biases as they are.",
+    )
     z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
     distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")
     expert_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Share of the experts' inner activations that is dropped.")
@@ -305,6 +314,11 @@ class FinetuneConfig(Record):
                 f"batch_size is {self.batch_size}; it must be a multiple of gradient_accumulation_steps, which is {self.gradient_accumulation_steps}"
             )
         return self
+
+    @property
+    def bias_step(self) -> float:
+        """What a step moves selection biases by; by default as much as in DeepSeek-V3 (section 4.2), until its last tokens."""
+        return 1e-3 if self.bias_update_rate is None else self.bias_update_rate
 
     def resolve_stages(self) -> tuple[FinetuneConfig, ...]:
         """Every stage with all of its settings, and no list in it."""

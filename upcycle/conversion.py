@@ -16,6 +16,7 @@ from upcycle.errors import UpcycleError
 from upcycle.family import DENSE_FAMILIES, GEMMA, GRANITE, LLAMA, MISTRAL, NO_TWIN, OLMO2, PHI3, QWEN2, QWEN3, T5, DenseFamily
 from upcycle.target import (
     FLEX_OLMO,
+    GLM4_MOE,
     GRANITE_MOE,
     GRANITE_MOE_SHARED,
     MIXTRAL,
@@ -51,6 +52,7 @@ class Conversion:
     required: must have this value. consumed: read by `derived` or `conditions` alone. neutral: no forward pass reads them.
     derived: target fields that follow from the source's config.
     zero_router: what a zero router with k = 1 or 2 gives with plain copies; "bitwise", or equal within rounding.
+    by_name_alone: 'auto' never takes it.
     """
 
     family: DenseFamily
@@ -63,6 +65,7 @@ class Conversion:
     optional: tuple[str, ...] = ()
     neutral: tuple[str, ...] = ()
     zero_router: Literal["bitwise", "rounding"] = "bitwise"
+    by_name_alone: bool = False
 
     def refusals(self, source: Any, config: UpcycleConfig) -> list[str]:
         """Why this target cannot hold the source with these settings, one reason each; empty where it can."""
@@ -84,6 +87,16 @@ def _setting_refusals(target: MoeTarget, config: UpcycleConfig, depths: list[int
     reasons = []
     if target.partial_layers == "none" and any(len(resolve_layers(config.layers, depth)) < depth for depth in depths):
         reasons.append(f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs all: it has experts in every layer")
+    if target.partial_layers == "last" and any(
+        resolve_layers(config.layers, depth)[0] + len(resolve_layers(config.layers, depth)) < depth for depth in depths
+    ):
+        reasons.append(
+            f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs layers up to the last: it has dense ones before them alone"
+        )
+    if config.num_experts < target.min_experts:
+        reasons.append(
+            f"upcycle.num_experts is {config.num_experts}; {target.architecture} needs at least {target.min_experts}, which its gate compares"
+        )
     if config.shared_expert != "none" and target.shared is None:
         reasons.append(f"upcycle.shared_expert is {config.shared_expert}; {target.architecture} needs none: it has no shared expert")
     if target.top_1 and config.num_experts_per_tok != 1:
@@ -183,6 +196,12 @@ def _qwen2_moe_of_windowed(config: Any) -> dict[str, Any]:
     return {**_qwen2_moe_of_llama(config), **window, "layer_types": ["sliding_attention"] * config.num_hidden_layers}
 
 
+def _glm4_moe(config: Any) -> dict[str, Any]:
+    """GLM-4-MoE rotates half of each head unless it is told otherwise, and looks for it among the rotary parameters."""
+    rope = {**config.rope_parameters, "partial_rotary_factor": 1.0}
+    return {"rope_parameters": rope, "head_dim": _head_dim(config), "attention_bias": False, "use_qk_norm": False}
+
+
 def _longrope(config: Any) -> dict[str, Any]:
     """Phi-3 keeps the length that a long rotary embedding stretches beside its rotary parameters; the targets look for it among them.
 
@@ -197,6 +216,17 @@ def _longrope(config: Any) -> dict[str, Any]:
 def _qwen3_window(config: Any) -> dict[str, Any]:
     window = config.sliding_window if "sliding_attention" in config.layer_types else None
     return {"use_sliding_window": window is not None, "sliding_window": window}
+
+
+def _unwindowed_layers(config: Any) -> bool:
+    return "sliding_attention" not in config.layer_types
+
+
+_NO_WINDOWS = Condition(
+    _unwindowed_layers,
+    lambda c: f"layer_types has {c.layer_types.count('sliding_attention')} layers with a window; Glm4MoeForCausalLM needs none: it has no windows",
+)
+_WINDOW_FIELDS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
 
 
 def _uniform_layers(config: Any) -> bool:
@@ -365,6 +395,49 @@ CONVERSIONS: tuple[Conversion, ...] = (
         for target in (GRANITE_MOE, GRANITE_MOE_SHARED)
     ),
     Conversion(
+        LLAMA,
+        GLM4_MOE,
+        carried=_WITHOUT_ROPE,
+        required={
+            "attention_bias": Required(False, "its attention has no bias after the output projection"),
+            "mlp_bias": _MLP_BIAS,
+            "pretraining_tp": _PRETRAINING_TP,
+        },
+        conditions=(_WHOLE_ROTARY,),
+        derived=_glm4_moe,
+        consumed=(*_WIDTH, "head_dim", "rope_parameters"),
+        by_name_alone=True,
+    ),
+    Conversion(
+        MISTRAL,
+        GLM4_MOE,
+        carried=_WITHOUT_ROPE,
+        required={"sliding_window": Required(None, "its attention has no window")},
+        conditions=(_WHOLE_ROTARY,),
+        derived=_glm4_moe,
+        consumed=(*_WIDTH, "head_dim", "rope_parameters"),
+        by_name_alone=True,
+    ),
+    Conversion(
+        QWEN2,
+        GLM4_MOE,
+        carried=_WITHOUT_ROPE,
+        conditions=(_WHOLE_ROTARY, _NO_WINDOWS),
+        derived=lambda c: {**_glm4_moe(c), "attention_bias": True},
+        consumed=(*_WIDTH, "rope_parameters", *_WINDOW_FIELDS),
+        by_name_alone=True,
+    ),
+    Conversion(
+        QWEN3,
+        GLM4_MOE,
+        carried=_WITHOUT_ROPE,
+        required={"attention_bias": Required(False, "its attention has no bias after the output projection")},
+        conditions=(_WHOLE_ROTARY, _NO_WINDOWS),
+        derived=lambda c: {**_glm4_moe(c), "use_qk_norm": True},
+        consumed=(*_WIDTH, "head_dim", "rope_parameters", *_WINDOW_FIELDS),
+        by_name_alone=True,
+    ),
+    Conversion(
         T5,
         SWITCH_TRANSFORMERS,
         carried=_T5_FIELDS,
@@ -426,6 +499,8 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
             names = ", ".join(row.target.model_type for row in rows)
             raise UpcycleError(f"{where}: upcycle.target is {config.target}; {family.architecture} can become {names}")
         rows = asked
+    else:
+        rows = [row for row in rows if not row.by_name_alone]
     refused = [(row, row.refusals(source, config)) for row in rows]
     fitting = next((row for row, reasons in refused if not reasons), None)
     if fitting is not None:

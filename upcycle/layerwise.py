@@ -71,6 +71,8 @@ def _config_of_layer(config: Any, layer: int) -> Any:
         one.layer_types = [config.layer_types[layer]]
     if hasattr(one, "mlp_only_layers"):
         one.mlp_only_layers = [0] if layer in config.mlp_only_layers else []
+    if hasattr(one, "first_k_dense_replace"):
+        one.first_k_dense_replace = int(layer < config.first_k_dense_replace)
     if hasattr(one, "embedding_multiplier"):
         one.embedding_multiplier = 1.0  # what comes in is hidden states, multiplied already
     return one

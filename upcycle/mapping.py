@@ -73,6 +73,13 @@ class Zeros:
 
 
 @dataclass(frozen=True)
+class SelectionBias:
+    """What a gate adds to its scores for the choice of experts: zeros at first. A buffer, and no parameter."""
+
+    num_elements: int
+
+
+@dataclass(frozen=True)
 class RouterRows:
     """A router's rows, each repeated `repeat` times, for the FFN number `site` of the model.
 
@@ -86,7 +93,7 @@ class RouterRows:
     embedding: str | None
 
 
-Piece = Keep | ExpertPart | Zeros | RouterRows
+Piece = Keep | ExpertPart | Zeros | SelectionBias | RouterRows
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,7 @@ class UpcyclePlan:
 
 
 def _count(write: Write) -> int:
-    return torch.Size(write.spec.shape).numel()
+    return 0 if isinstance(write.pieces[0], SelectionBias) else torch.Size(write.spec.shape).numel()
 
 
 def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
@@ -242,6 +249,8 @@ class _Planner:
     def _sparse(self, ffn: Ffn, names: ExpertNames, layer: int, site: int) -> Iterator[Write]:
         yield self._router(ffn, names, layer, site)
         count = self.config.num_experts
+        if names.selection_bias is not None:
+            yield Write(TensorSpec(names.selection_bias.format(layer=layer), torch.float32, (count,)), (SelectionBias(count),))
         if names.stacked:
             assert ffn.gate is not None
             pairs = [self._part(matrix, 0, layer, site, expert) for expert in range(count) for matrix in (ffn.gate, ffn.up)]
@@ -347,7 +356,8 @@ def _target_config(checkpoint: Checkpoint, conversion: Conversion, config: Upcyc
     fields |= conversion.derived(source)
     fields |= _layer_fields(checkpoint, target, sites)
     if target.shared is not None:
-        fields[target.shared.width_field] = 0 if config.shared_expert == "none" else width * config.num_parts
+        whole = config.num_parts if target.shared.in_experts else width * config.num_parts
+        fields[target.shared.width_field] = 0 if config.shared_expert == "none" else whole
     where = str(checkpoint.directory / "config.json")
     try:
         made: PreTrainedConfig = AutoConfig.for_model(target.model_type, **fields)
@@ -368,6 +378,8 @@ def _layer_fields(checkpoint: Checkpoint, target: MoeTarget, sites: tuple[Site, 
             sparse = {site.layer for site in sites}
             dense = [layer for layer in range(source.num_hidden_layers) if layer not in sparse]
             return {"mlp_only_layers": dense, "intermediate_size": source.intermediate_size}
+        case "last":
+            return {"first_k_dense_replace": sites[0].layer, "intermediate_size": source.intermediate_size}
         case "step":
             # Layers 1, 1 + step, …, or all for step 1, where step = layers // sparse layers (its config class, 5.23).
             fields = {}
@@ -449,7 +461,7 @@ def _check_use(checkpoint: Checkpoint, writes: tuple[Write, ...], dropped: tuple
                     used.setdefault(rows.source, set()).add((rows.start, rows.stop))
                 case ExpertPart(matrix=rows):
                     used.setdefault(rows.source, set()).add((rows.start, rows.stop))
-                case Zeros() | RouterRows():
+                case Zeros() | SelectionBias() | RouterRows():
                     pass
     assert len(kept) == len(set(kept)), "the tables move one slice to two places"
     for name, entry in checkpoint.entries.items():

@@ -374,6 +374,12 @@ def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
         yield cast(torch.nn.Parameter, getattr(router, "classifier", router).weight)
 
 
+def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
+    """The selection bias, float32 [num_experts], of each layer's router, in order; None of a router without one."""
+    for router in router_modules(model):
+        yield getattr(router, "e_score_correction_bias", None)
+
+
 def _read_text(source: Path, block_size: int) -> _Text:
     """Three rows of real English, one longer than a block and than a window, and two shorter, padded on the left.
 

@@ -14,7 +14,7 @@ from upcycle.config import UpcycleConfig
 from upcycle.errors import UpcycleError
 from upcycle.experts import Moments, add_noise, choose_neurons, measure_moments, redraw_neurons, seeded_generator
 from upcycle.family import AddOne, MultiplyByRootOfWidth
-from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, Slice, UpcyclePlan, Write, Zeros, plan_upcycle
+from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, SelectionBias, Slice, UpcyclePlan, Write, Zeros, plan_upcycle
 from upcycle.progress import Progress
 from upcycle.router import draw_router
 from upcycle.shards import Content, Span, read_span, write_tensors
@@ -71,7 +71,7 @@ class _Surgeon:
                     yield self._fold(chunk.to(torch.float32), piece, write).to(dtype)
             case ExpertPart():
                 yield from self._make_part(piece, dtype, key)
-            case Zeros(num_elements=count):
+            case Zeros(num_elements=count) | SelectionBias(num_elements=count):
                 for start in range(0, count, 1 << 22):
                     yield torch.zeros(min(1 << 22, count - start), dtype=dtype)
             case RouterRows():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,8 @@ class ExpertNames:
     """Names of one layer's experts and router, with `{layer}` and, where an expert has tensors of its own, `{expert}`.
 
     `stacked`: `gate` names one tensor [experts, 2 * width, hidden] for gate and up, and `down` one of [experts, hidden, width].
-    `dense_*`: the names of the FFN in a layer without experts, where the architecture has such layers.
+    `dense_*`: the names of the FFN in a layer without experts, where the architecture has such layers. `selection_bias` [experts]: what the gate adds
+    to its sigmoid scores for the choice of experts alone, float32 in every checkpoint; a gate without one scores by a softmax.
     """
 
     router: str
@@ -27,11 +28,15 @@ class ExpertNames:
     dense_gate: str | None = None
     dense_up: str | None = None
     dense_down: str | None = None
+    selection_bias: str | None = None
 
 
 @dataclass(frozen=True)
 class SharedNames:
-    """Names of the expert that every token visits. `gate_up` is one tensor where there is no `gate`; `scale` gates the output by a sigmoid."""
+    """Names of the expert that every token visits. `gate_up` is one tensor where there is no `gate`; `scale` gates the output by a sigmoid.
+
+    `in_experts`: the config tells its width in routed experts, and not in neurons.
+    """
 
     width_field: str
     up: str
@@ -39,6 +44,7 @@ class SharedNames:
     gate: str | None = None
     scale: str | None = None
     required: bool = False  # a model of this architecture always builds one; width 0 where none is wanted
+    in_experts: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class MoeTarget:
     """One mixture-of-experts architecture of transformers.
 
     `fixed` are config fields whose value does not depend on the source; `alias_fields` are json keys that other readers look for beside the ones that
-    transformers writes. `top_1`: each token visits one expert, whose output is multiplied by its probability.
+    transformers writes. `top_1`: each token visits one expert, whose output is multiplied by its probability. `partial_layers`: "last" are those
+    behind the first few.
     """
 
     model_type: str
@@ -56,10 +63,11 @@ class MoeTarget:
     top_k_field: str | None
     width_field: str
     fixed: Mapping[str, Any]
-    partial_layers: Literal["none", "list", "step"] = "none"
+    partial_layers: Literal["none", "list", "step", "last"] = "none"
     shared: SharedNames | None = None
     alias_fields: Mapping[str, str] = field(default_factory=dict)
     top_1: bool = False
+    min_experts: int = 1
 
 
 _LAYER = "model.layers.{layer}."
@@ -150,6 +158,25 @@ GRANITE_MOE_SHARED = MoeTarget(
         down=f"{_LAYER}shared_mlp.output_linear.weight",
     ),
 )
+GLM4_MOE = MoeTarget(
+    model_type="glm4_moe",
+    architecture="Glm4MoeForCausalLM",
+    experts=(replace(_QWEN_EXPERTS, selection_bias=f"{_MLP}gate.e_score_correction_bias"),),
+    count_field="n_routed_experts",
+    top_k_field="num_experts_per_tok",
+    width_field="moe_intermediate_size",
+    fixed={"norm_topk_prob": True, "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "num_nextn_predict_layers": 0},
+    partial_layers="last",
+    shared=SharedNames(
+        width_field="n_shared_experts",
+        gate=f"{_MLP}shared_experts.gate_proj.weight",
+        up=f"{_MLP}shared_experts.up_proj.weight",
+        down=f"{_MLP}shared_experts.down_proj.weight",
+        required=True,
+        in_experts=True,
+    ),
+    min_experts=2,  # its gate ranks groups of experts, of which there is one, by the two best scores in each
+)
 FLEX_OLMO = MoeTarget(
     model_type="flex_olmo",
     architecture="FlexOlmoForCausalLM",
@@ -192,7 +219,7 @@ SWITCH_TRANSFORMERS = MoeTarget(
     top_1=True,
 )
 
-TARGETS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, GRANITE_MOE_SHARED, FLEX_OLMO, SWITCH_TRANSFORMERS)
+TARGETS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, GRANITE_MOE_SHARED, GLM4_MOE, FLEX_OLMO, SWITCH_TRANSFORMERS)
 
 
 def add_alias_fields(directory: Path) -> None:

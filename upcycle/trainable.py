@@ -18,7 +18,12 @@ from upcycle.receipt import router_modules, router_weights
 
 Named = Iterator[tuple[str, nn.Parameter]]
 
-_EXPERT_PARTS = (".experts.", ".shared_expert.", ".shared_mlp.")  # of every target: the routed ones, and those that every token visits
+_EXPERT_PARTS = (
+    ".experts.",
+    ".shared_expert.",
+    ".shared_experts.",
+    ".shared_mlp.",
+)  # of every target: the routed ones, and those that every token visits
 
 
 def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Callable[[], None]:

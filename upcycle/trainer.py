@@ -5,10 +5,13 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
 1. The order of the blocks is one list for the whole stage, drawn from the seed, so that it depends neither on the number of processes nor on where
    a killed run is taken up.
 2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it.
-3. A checkpoint holds what learns, by its name in memory. The Trainer's own loses experts and routers when it is loaded: it looks for the names in
-   memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written last; older
-   ones go after that.
-4. Whatever ends a stage early is one line that says where its last checkpoint is.
+3. Where a gate has a selection bias and its router learns, each step ends by moving the bias against the load of all its tokens: of all parts, of
+   all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds it. In a stage in which a router does not learn (`prompt`,
+   `by-domain`, the first layers of `last-N`) its bias stays: it belongs to the scores that it was balanced for.
+4. A checkpoint holds what learns and these biases, by their names in memory. The Trainer's own loses experts and routers when it is loaded: it looks
+   for the names in memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written
+   last; older ones go after that.
+5. Whatever ends a stage early is one line that says where its last checkpoint is.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,7 +39,7 @@ from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_load, z_loss
+from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_counts, expert_load, move_bias, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
@@ -46,7 +49,7 @@ from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
 from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
-from upcycle.receipt import router_modules, router_weights
+from upcycle.receipt import router_modules, router_weights, selection_biases
 from upcycle.sharding import collect, collect_model, collect_optimizer, divide_by, fill_optimizer, gathered, is_divided, reshard
 from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
@@ -249,6 +252,7 @@ class _StageTrainer(Trainer):
         self.router_logits: list[torch.Tensor] = []
         self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
+        self.counts: dict[int, torch.Tensor] = {}  # of the step so far, by the number of the router
         self.parts: dict[str, list[torch.Tensor]] = {}
         self.loads: list[torch.Tensor] = []
         settings = stage.settings
@@ -279,6 +283,9 @@ class _StageTrainer(Trainer):
         self.forced = self._experts_of(inputs["domains"])
         logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
+        for number, bias in self._moving_biases().items():
+            counts = expert_counts(self.routing[number], self.mixture.config.num_experts_per_tok, bias)
+            self.counts[number] = self.counts[number] + counts if number in self.counts else counts
         loss = self._note("train_loss", next_token_loss(logits, ids))
         if self.teacher is not None and settings.distillation is not None:
             with torch.inference_mode():
@@ -287,9 +294,9 @@ class _StageTrainer(Trainer):
             divergence = self._note("distillation_loss", distillation_loss(logits, given.clone(), settings.distillation.temperature))
             loss = (1 - share) * loss + share * divergence
         if self.routing:
-            self.loads.append(self._measure_load())
+            self.loads.append(self._measure_load(selection_biases(self.mixture)))
         if self.routing and self.forced is None:
-            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance(self.loads[-1]))
+            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
             if settings.z_coefficient:
                 loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
@@ -301,10 +308,11 @@ class _StageTrainer(Trainer):
         block_size, top_k = self.stage.blocks.shape[1], self.mixture.config.num_experts_per_tok
         return domain_experts(domains, block_size, self.stage.num_domains, self.num_experts, top_k)
 
-    def _measure_load(self) -> torch.Tensor:
+    def _measure_load(self, biases: Iterable[torch.Tensor | None]) -> torch.Tensor:
         """Load of each expert of each layer over what all processes have just read, by the routers or what overrules them; [layers, num_experts]."""
-        top_k = self.mixture.config.num_experts_per_tok
-        loads = torch.stack([expert_load(z, top_k) if self.forced is None else chosen_load(self.forced, z.shape[-1]) for z in self.routing])
+        top_k, forced = self.mixture.config.num_experts_per_tok, self.forced
+        pairs = zip(self.routing, biases, strict=True)
+        loads = torch.stack([expert_load(z, top_k, bias) if forced is None else chosen_load(forced, z.shape[-1]) for z, bias in pairs])
         if join_processes().num_processes > 1:
             distributed.all_reduce(loads)
             loads /= join_processes().num_processes
@@ -315,10 +323,26 @@ class _StageTrainer(Trainer):
         loads, self.loads = self.loads, []
         return torch.stack(loads).mean(0)
 
-    def _balance(self, loads: torch.Tensor) -> torch.Tensor:
+    def _balance(self) -> torch.Tensor:
         """Mean over layers of each layer's balance loss, with the load of all processes."""
-        top_k = self.mixture.config.num_experts_per_tok
-        return torch.stack([balance_loss(z, top_k, load) for z, load in zip(self.routing, loads, strict=True)]).mean()
+        top_k, biases = self.mixture.config.num_experts_per_tok, tuple(selection_biases(self.mixture))
+        loads = self.loads[-1] if all(bias is None for bias in biases) else self._measure_load((None,) * len(biases))
+        return torch.stack([balance_loss(z, top_k, load, bias) for z, load, bias in zip(self.routing, loads, biases, strict=True)]).mean()
+
+    def _moving_biases(self) -> dict[int, torch.Tensor]:
+        """By the number of the router, the selection biases that move: those of routers that learn."""
+        if not self.stage.settings.bias_step:
+            return {}
+        pairs = enumerate(zip(router_weights(self.mixture), selection_biases(self.mixture), strict=True))
+        return {number: bias for number, (weight, bias) in pairs if bias is not None and weight.requires_grad}
+
+    def move_biases(self) -> None:
+        """End a step: move every selection bias by the tokens counted since the last one."""
+        for number, bias in self._moving_biases().items():
+            counts = self.counts.pop(number)
+            if join_processes().num_processes > 1:
+                distributed.all_reduce(counts)
+            move_bias(bias, counts, self.stage.settings.bias_step)
 
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
         self.parts.setdefault(name, []).append(value.detach().float())
@@ -362,23 +386,29 @@ class _StageTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or cast(torch.optim.Optimizer, self.optimizer), shape)
         return self.lr_scheduler
 
+    def _changing(self) -> dict[str, torch.Tensor]:
+        """What the stage changes, by its name in memory: what learns, and the biases that move."""
+        moving = {id(bias) for bias in self._moving_biases().values()}
+        found: dict[str, torch.Tensor] = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
+        return found | {name: buffer for name, buffer in self.mixture.named_buffers() if id(buffer) in moving}
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write what learns, by its name in memory."""
+        """Write what the stage changes, by its name in memory."""
         reshard(self.mixture)
-        learning = collect({name: p for name, p in self.mixture.named_parameters() if p.requires_grad})
+        changing = collect(self._changing())
         if self.args.should_save:
             assert output_dir is not None
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(learning, Path(output_dir) / _WEIGHTS_NAME)
+            save_file(changing, Path(output_dir) / _WEIGHTS_NAME)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read back what `save_model` wrote."""
         reshard(self.mixture)
-        named = {name: p for name, p in self.mixture.named_parameters() if p.requires_grad}
+        changing = self._changing()
         with safe_open(Path(resume_from_checkpoint) / _WEIGHTS_NAME, framework="pt") as stored:
-            assert set(stored.keys()) == named.keys()
-            for name, parameter in named.items():
-                fill(parameter, stored.get_tensor(name))
+            assert set(stored.keys()) == changing.keys()
+            for name, tensor in changing.items():
+                fill(tensor, stored.get_tensor(name))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Write both in one form, however many processes there are, and whether FSDP divides the state or not."""
@@ -485,6 +515,9 @@ class _Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = _now()
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.move_biases()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += _now() - self.began
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
@@ -522,8 +555,8 @@ class _Watch(TrainerCallback):
 
     def _describe(self) -> Any:
         stacked = (weights for layer in cast(Any, self.trainer.mixture.get_decoder()).layers for weights in _stacked_weights(layer))
-        top_k = self.trainer.mixture.config.num_experts_per_tok
-        return describe_routing(self.trainer.stage.sparse_layers, self.trainer.take_loads(), self.trainer.routing, stacked, top_k)
+        biases, top_k = selection_biases(self.trainer.mixture), self.trainer.mixture.config.num_experts_per_tok
+        return describe_routing(self.trainer.stage.sparse_layers, self.trainer.take_loads(), self.trainer.routing, stacked, biases, top_k)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         control.should_training_stop |= self.patience_is_over

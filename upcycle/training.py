@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,7 +31,7 @@ from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
-from upcycle.receipt import load_model, router_modules, router_weights, sparse_layers
+from upcycle.receipt import load_model, router_modules, router_weights, selection_biases, sparse_layers
 from upcycle.target import add_alias_fields
 from upcycle.trainable import count_last_layers
 from upcycle.trainer import Stage, Trained, check_settings, run_stage
@@ -265,7 +266,8 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
 
 
 def _without_weights(directory: Path) -> PreTrainedModel:
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
         return cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True)))
 
 
@@ -321,13 +323,15 @@ def measure_domains(mixture: Path, data: Path) -> DomainRouting | None:
 def _loads(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     """Load of each expert of each layer over blocks of token ids; float32 [layers, num_experts]."""
     logits: list[torch.Tensor] = []
+    biases, top_k = tuple(selection_biases(model)), model.config.num_experts_per_tok
     handles = [router.register_forward_hook(lambda _, __, output: logits.append(output[0])) for router in router_modules(model)]
     found = []
     try:
         for batch in blocks.split(EVALUATION_BATCH):
             logits.clear()
             model(input_ids=batch.to(model.device), use_cache=False)
-            found.append(torch.stack([expert_load(z, model.config.num_experts_per_tok) for z in logits]).cpu() * len(batch))
+            loads = [expert_load(z, top_k, bias) for z, bias in zip(logits, biases, strict=True)]
+            found.append(torch.stack(loads).cpu() * len(batch))
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_margin
 from export.runtime import Decoder
 
 MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
-"""Router logits; the last bin is open."""
+"""Selection scores: router logits, or scores plus a bias; the last bin is open."""
 
 
 Place = tuple[int, Part]

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.errors import ExportError
-from export.family import rotary_switch
-from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, Decoder
+from export.family import find_decoder_family, find_refusal, rotary_switch
+from export.routing import Score, selection_scores
+from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
 from export.twin import SCHEME_NAME, Twin
 
@@ -23,9 +25,11 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Forward:
-    """What one computation of ids [B, S] gave: logits [B, S, V], by layer router logits [B, S, E] and residual stream [B, S, H]; and k.
+    """What one computation of ids [B, S] gave: logits [B, S, V], by layer selection scores [B, S, E] and residual stream [B, S, H]; and k.
 
-    A layer without experts has None for router logits, one that does not show its attention's output [B, S, H] None for that. A package that shows
+    Selection scores are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more than the logits.
+
+    A layer without experts has None for selection scores, one that does not show its attention's output [B, S, H] None for that. A package that shows
     no residual streams has no layers here at all.
     """
 
@@ -42,11 +46,12 @@ class Forward:
 
 @dataclass(frozen=True)
 class Block:
-    """The block of experts of one layer in one forward: its input and output [B, S, H], and all that its router said."""
+    """The block of experts of one layer in one forward: its input and output [B, S, H], all that its router said, and selection scores [B * S, E]."""
 
     given: torch.Tensor
     output: torch.Tensor
     router: tuple[torch.Tensor, ...] | torch.Tensor
+    scores: torch.Tensor
 
 
 @dataclass
@@ -65,6 +70,8 @@ class Reference:
     given: dict[int, torch.Tensor] = field(default_factory=dict)
     outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     modules: dict[int, torch.nn.Module] = field(default_factory=dict)
+    biases: dict[int, torch.Tensor] = field(default_factory=dict)
+    score: Score = "softmax"
     adds_shared_outside: bool = False
     _forced: Mapping[int, Any] | None = None
 
@@ -81,7 +88,7 @@ class Reference:
 
     def blocks(self) -> dict[int, Block]:
         """The blocks of experts as they were in the last forward."""
-        return {n: Block(self.given[n], self.outputs[n], self.routers[n]) for n in self.modules}
+        return {n: Block(self.given[n], self.outputs[n], self.routers[n], self._scores(n)) for n in self.modules}
 
     @torch.inference_mode()
     def run_block(self, layer: int, given: torch.Tensor) -> Block:
@@ -89,7 +96,12 @@ class Reference:
         given = given.to(self.model.dtype)
         with self.rounding:
             output = first_of(self.modules[layer](given))
-        return Block(given, output.reshape(given.shape), self.routers[layer])
+        return Block(given, output.reshape(given.shape), self.routers[layer], self._scores(layer))
+
+    def _scores(self, layer: int) -> torch.Tensor:
+        """What the layer's experts were chosen by in the last forward, [B * S, E]."""
+        logits = first_of(self.routers[layer])
+        return selection_scores(logits.reshape(-1, logits.shape[-1]), self.score, self.biases.get(layer))
 
     @contextmanager
     def forced(self, routers: Mapping[int, Any]) -> Iterator[None]:
@@ -105,7 +117,7 @@ class Reference:
         with self.rounding:
             found = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
         layers = range(len(self.hiddens))
-        routers = tuple(first_of(self.routers[n]).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
+        routers = tuple(self._scores(n).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
         top_k = getattr(self.model.config, "num_experts_per_tok", 0)
         hiddens, attended = tuple(self.hiddens[n] for n in layers), tuple(self.attended.get(n) for n in layers)
         return Forward(found.logits, routers, hiddens, attended, top_k)
@@ -117,6 +129,11 @@ class Reference:
         self.modules.clear()
 
     def _watch(self) -> None:
+        config = self.model.config
+        family = find_decoder_family(config) if find_refusal(config) is None else None
+        biased = family is not None and family.selection_bias is not None
+        if family is not None and family.routing is not None:
+            self.score = family.routing(config).score
         for n, layer in enumerate(self.model.get_decoder().layers):
             layer.register_forward_hook(_catch(self.hiddens, n))
             if hasattr(layer, "self_attn"):
@@ -128,12 +145,17 @@ class Reference:
                     module.register_forward_hook(_catch(self.outputs, n))
                     module.register_forward_pre_hook(_catch_input(self.given, n))
                     self.modules[n] = module
+                    if biased:
+                        self.biases[n] = cast(torch.Tensor, router.e_score_correction_bias)
             self.adds_shared_outside |= hasattr(layer, "shared_mlp")
 
     def _route(self, layer: int) -> Callable[..., Any]:
-        def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
             if self._forced is not None:
                 output = self._forced[layer]
+            elif layer in self.biases and self.model.dtype == torch.float64:
+                # The gate computes in float32 in every model, which would hide the noise of its logits.
+                output = (F.linear(inputs[0].reshape(-1, module.weight.shape[1]), module.weight), *output[1:])
             self.routers[layer] = output
             return output
 
@@ -198,10 +220,12 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
         pieces = [part[name].reshape(len(ids), -1, part[name].shape[-1]) for part in parts]
         return torch.from_numpy(np.concatenate(pieces, axis=1))
 
-    def shown(pattern: str) -> tuple[torch.Tensor | None, ...]:
-        return tuple(joined(name) if (name := pattern.format(layer)) in decoder.taps else None for layer in layers)
+    def shown(*patterns: str) -> tuple[torch.Tensor | None, ...]:
+        """By layer the first of these values that the package shows."""
+        names = [[name for pattern in patterns if (name := pattern.format(layer)) in decoder.taps] for layer in layers]
+        return tuple(joined(found[0]) if found else None for found in names)
 
     layers = range(sum(name.startswith(HIDDEN) for name in decoder.taps))
     hiddens = tuple(joined(f"{HIDDEN}{n}") for n in layers)
     top_k = int(decoder.config.get("num_experts_per_tok", 0))
-    return Forward(joined("logits"), shown(ROUTER_LOGITS + "{}"), hiddens, shown(ATTENTION_OUTPUT), top_k)
+    return Forward(joined("logits"), shown(SELECTION_SCORES, ROUTER_LOGITS + "{}"), hiddens, shown(ATTENTION_OUTPUT), top_k)

@@ -106,8 +106,8 @@ def check_operators(blocks: Blocks, reference: Mapping[int, Block], top_k: int, 
 
 
 def _check(layer: int, logits: torch.Tensor, output: torch.Tensor, block: Block, top_k: int, limit: float) -> OperatorCheck:
-    true_logits = first_of(block.router).reshape(logits.shape)
-    judged = find_margin(true_logits, top_k) >= TIE_MARGIN
+    true_logits, scores = first_of(block.router).reshape(logits.shape), block.scores.reshape(logits.shape)
+    judged = find_margin(scores, top_k) >= TIE_MARGIN
     expected = block.output.reshape(-1, block.output.shape[-1])[judged]
     ours, logits, true_logits = output.reshape(-1, expected.shape[-1])[judged], logits[judged], true_logits[judged]
     size = expected.norm(dim=-1).clamp(min=1e-30)
@@ -116,9 +116,9 @@ def _check(layer: int, logits: torch.Tensor, output: torch.Tensor, block: Block,
     experts: tuple[int, ...] = ()
     factors: tuple[float, float] | None = None
     if wrong.any():
-        best = true_logits.topk(top_k, dim=-1)
-        weights = best.values.softmax(-1)
-        chosen = [((best.indices == expert) & (weights >= _HEARD)).any(-1) for expert in range(true_logits.shape[-1])]
+        best = scores[judged].topk(top_k, dim=-1).indices
+        weights = true_logits.gather(-1, best).softmax(-1)  # whoever is heard by this is by sigmoids, which are less far apart
+        chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(true_logits.shape[-1])]
         experts = tuple(n for n, heard in enumerate(chosen) if heard.any() and wrong[heard].all())
         factor = (ours * expected).sum(-1) / size.square()
         if bool(((ours - factor[:, None] * expected).norm(dim=-1) <= _STRAIGHT * size).all()):

@@ -161,7 +161,7 @@ class Forced:
 class Noise:
     """Float32 against float64 torch on this text, routers' ties left out: the largest difference of logits, relative to the largest logit.
 
-    `tie_margin`: a choice of experts by less than this, in router logits, is a near-tie.
+    `tie_margin`: a choice of experts by less than this, in router logits or biased scores, is a near-tie.
     """
 
     logits: float

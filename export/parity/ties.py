@@ -1,4 +1,7 @@
-"""Ties of routers: the same experts or not, by what margin, and which flips are no fault."""
+"""Ties of routers: the same experts or not, by what margin, and which flips are no fault.
+
+All of it is told of selection scores: router logits, or scores plus a bias where a gate chooses by these.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +10,24 @@ from collections.abc import Sequence
 
 import torch
 
-TIE_MARGIN = 1e-4  # router logits; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a tie
-_TIE_MULTIPLE = 8  # of the noise in router logits, where that is larger: two logits err, each a few times as much as torch does
+TIE_MARGIN = 1e-4  # selection scores; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a tie
+_TIE_MULTIPLE = 8  # of the noise in them, where that is larger: two scores err, each a few times as much as torch does
 _TIE_QUANTILE = 0.99  # of the noise over tokens: the few that flipped have differences that are no noise
-EXACT_TIE = 1e-6  # router logits; below it the softmax may round two of them to one score, and then every operator has an order of its own
+EXACT_TIE = 1e-6  # selection scores; below it the softmax may round two of them to one score, and then every operator has an order of its own
 MOVED = 1e-4  # relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by 1e-2 and more
 
 Routers = Sequence[torch.Tensor | None]
 
 
 def same_experts(ours: torch.Tensor, theirs: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Whether two router logits [..., E] choose the same set of top-k experts; bool [...]."""
+    """Whether two selection scores [..., E] choose the same set of top-k experts; bool [...]."""
     a = ours.topk(top_k, dim=-1).indices.sort(-1).values
     b = theirs.topk(top_k, dim=-1).indices.sort(-1).values
     return (a == b).all(-1)
 
 
 def find_margin(routers: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Router logit of the last chosen expert minus that of the first one left out; infinite where all are chosen."""
+    """Selection score of the last chosen expert minus that of the first one left out; infinite where all are chosen."""
     if top_k == routers.shape[-1]:
         return torch.full(routers.shape[:-1], math.inf, dtype=routers.dtype)
     top = routers.topk(top_k + 1, dim=-1).values
@@ -32,7 +35,7 @@ def find_margin(routers: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def find_smallest_margin(routers: Routers, top_k: int) -> torch.Tensor | None:
-    """The smallest margin [B, S] among layers of router logits [B, S, E]; None where no layer has any."""
+    """The smallest margin [B, S] among layers of selection scores [B, S, E]; None where no layer has any."""
     margins = [find_margin(layer, top_k) for layer in routers if layer is not None]
     return torch.stack(margins).amin(0) if margins else None
 
@@ -43,21 +46,21 @@ def find_flips(
 ) -> torch.Tensor:  # fmt: skip
     """Real tokens, bool [B, S], for which some layer chose other experts although the reference's margin there is below that of a near-tie.
 
-    Where the tie is exact, logits cannot tell which experts an operator took, and the residual stream after the layer tells.
+    Where the tie is exact, scores cannot tell which experts an operator took, and the residual stream after the layer tells.
     """
     flips = torch.zeros_like(mask, dtype=torch.bool)
-    for our_logits, their_logits, stream, true_stream in zip(ours, theirs, streams, true_streams, strict=True):
-        if our_logits is None or their_logits is None:
+    for our_scores, their_scores, stream, true_stream in zip(ours, theirs, streams, true_streams, strict=True):
+        if our_scores is None or their_scores is None:
             continue
-        margin, own_margin = (find_margin(routers, top_k) for routers in (their_logits, our_logits))
+        margin, own_margin = (find_margin(routers, top_k) for routers in (their_scores, our_scores))
         tied = torch.minimum(margin, own_margin) < EXACT_TIE
         moved = (stream - true_stream).norm(dim=-1) > MOVED * true_stream.norm(dim=-1)
-        flips |= (~same_experts(our_logits, their_logits, top_k) | (tied & moved)) & (margin < tie_margin)
+        flips |= (~same_experts(our_scores, their_scores, top_k) | (tied & moved)) & (margin < tie_margin)
     return flips & mask.bool()
 
 
 def find_tie_margin(narrow: Routers, true: Routers) -> float:
-    """The margin below which a choice of experts is a near-tie, from router logits [B, S, E] in float32 and in float64."""
+    """The margin below which a choice of experts is a near-tie, from selection scores [B, S, E] in float32 and in float64."""
     differences = [(a - b).abs().amax(-1).flatten() for a, b in zip(narrow, true, strict=True) if a is not None and b is not None]
     noise = max((float(layer.quantile(_TIE_QUANTILE)) for layer in differences), default=0.0)
     return max(TIE_MARGIN, _TIE_MULTIPLE * noise)
