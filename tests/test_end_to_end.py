@@ -129,10 +129,11 @@ def test_the_package_of_a_run_comes_with_its_card(killed_run, tmp_path):
     assert "**Parity passed**" in card
 
 
-def test_two_processes_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe):
-    workdir = tiny_recipe.parent / "shared"
+@pytest.mark.parametrize("fsdp", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["copies", "parts"])
+def test_two_processes_share_the_fine_tuning_of_one_run(fsdp, killed_run, tiny_recipe, tmp_path):
+    workdir = tmp_path / "shared"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "convert", "run", str(tiny_recipe)]
-    finished = subprocess.run([*command, "--workdir", str(workdir)], capture_output=True, text=True, check=False)
+    finished = subprocess.run([*command, "--workdir", str(workdir)], env=os.environ | fsdp, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("report: ") == 1
     assert succeed("verify", workdir).endswith("8 artifacts, every file as its manifest says\n")

@@ -158,9 +158,9 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
     """Refuse what a stage cannot do with a model, of which the shape is enough, with the data or with this number of processes.
 
     Raises:
-        UpcycleError: the batch does not divide by the number of processes, or the domains do not divide the experts.
+        UpcycleError: as `is_divided`, the batch does not divide by the number of processes, or the domains do not divide the experts.
     """
-    is_divided()
+    is_divided()  # refuses what it cannot be
     processes = join_processes().num_processes
     if settings.batch_size % (settings.gradient_accumulation_steps * processes):
         raise UpcycleError(
@@ -475,6 +475,7 @@ def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
         disable_tqdm=True,
         report_to=[],
         remove_unused_columns=False,
+        # FSDP would keep whole gradients until the last part.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": is_divided()}},
         dataloader_pin_memory=False,
         ddp_find_unused_parameters=False,
@@ -554,6 +555,7 @@ class _Watch(TrainerCallback):
             self.writer.close()
 
     def _describe(self) -> Any:
+        """How each layer routes: its load over all that was read since the last call; entropy and margin over this process's last part."""
         stacked = (weights for layer in cast(Any, self.trainer.mixture.get_decoder()).layers for weights in _stacked_weights(layer))
         biases, top_k = selection_biases(self.trainer.mixture), self.trainer.mixture.config.num_experts_per_tok
         return describe_routing(self.trainer.stage.sparse_layers, self.trainer.take_loads(), self.trainer.routing, stacked, biases, top_k)
