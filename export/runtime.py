@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,17 @@ def is_at_hand(provider: str) -> bool:
 class Cache:
     """The KV cache of one batch.
 
-    Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are real tokens.
+    Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are real tokens. `bound` is the shape
+    of ids that the binding was last made for, beside the arrays that it points to.
     """
 
     buffers: dict[str, ort.OrtValue]
     binding: ort.IOBinding
     slots: Ints
     length: int = 0
+    bound: tuple[int, int, int] | None = None
+    ids: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    first_logit: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
 
     @property
     def capacity(self) -> int:
@@ -101,6 +105,7 @@ class Decoder:
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
+        options.enable_mem_pattern = False  # one is kept for every shape of the inputs, and the mask has another with each token
         if (
             not torch.cpu._is_vnni_supported()
         ):  # sums of products of 8 bits would saturate; with VNNI the exact kernel takes twice the time for nothing
@@ -179,13 +184,16 @@ class Decoder:
             raise ExportError(f"{total} tokens in a cache of {cache.capacity}; ask for a larger one")
         cache.slots[:, cache.length : total] = 1 if mask is None else mask
         kept = min(logits_to_keep or length, length) if self._cuts_logits else length
-        # What is bound is not copied, so these arrays must live until the run is over.
-        ids, mask_BT = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(cache.slots[:, :total])
-        first_logit = np.array([length - kept], np.int64)
-        cache.binding.bind_cpu_input("input_ids", ids)
+        # What is bound is not copied, so these arrays must live until the run is over; those of a step are bound once and written anew.
+        mask_BT = np.ascontiguousarray(cache.slots[:, :total])
         cache.binding.bind_cpu_input("attention_mask", mask_BT)
-        if self._cuts_logits:
-            cache.binding.bind_cpu_input(FIRST_LOGIT, first_logit)
+        if cache.bound != (batch, length, kept):
+            cache.bound, cache.ids = (batch, length, kept), np.zeros((batch, length), np.int64)
+            cache.first_logit[0] = length - kept
+            cache.binding.bind_cpu_input("input_ids", cache.ids)
+            if self._cuts_logits:
+                cache.binding.bind_cpu_input(FIRST_LOGIT, cache.first_logit)
+        cache.ids[:] = ids
         positions = np.ascontiguousarray(np.maximum(mask_BT.cumsum(axis=1) - 1, 0)[:, -length:]) if self.takes_positions else None
         if positions is not None:
             cache.binding.bind_cpu_input("position_ids", positions)
