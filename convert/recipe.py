@@ -137,6 +137,8 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
         mistakes.append((("quantize", limits[1]), "is given beside budget; must be one of them"))
     if limits and "mixed" not in recipe.variants:
         mistakes.append((("quantize", limits[0]), "is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out"))
+    if recipe.quantize.budget is not None and recipe.export.lowering == "switched":
+        mistakes.append((("export", "lowering"), "is 'switched', which writes experts twice; quantize.budget, which counts them once, needs another"))
     if "mixed" in recipe.variants and not limits:
         mistakes.append((("variants",), "has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by"))
     if quantized and recipe.export.device == "cuda" and recipe.export.lowering == "auto" and recipe.quantize.block_size not in CUDA_BLOCKS:

@@ -202,7 +202,7 @@ def _artifact_bytes(
         return sizes
     for variant in recipe.variants:
         sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(
-            plan.target_config, shapes, variant, recipe.quantize, recipe.export.device
+            plan.target_config, shapes, variant, recipe.quantize, recipe.export.device, recipe.export.lowering
         )
     return sizes
 

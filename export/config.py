@@ -161,10 +161,11 @@ class OnnxConfig(Record):
         description="Where it is to run. 'cuda' writes quantized variants in float16, as files that both the CPU and CUDA read; they need "
         "quantize.block_size 64 or 128.",
     )
-    lowering: Literal["auto", "fused", "grouped", "unrolled"] = Field(
+    lowering: Literal["auto", "fused", "grouped", "unrolled", "switched"] = Field(
         "auto",
         description="How experts are written: 'fused' is the MoE or QMoE operator, 'grouped' sorts tokens by expert and has two products an "
-        "expert, 'unrolled' is a subgraph an expert; 'auto' times those that can express the layers on this machine and keeps the fastest, or takes "
+        "expert, 'unrolled' is a subgraph an expert; 'switched' is 'fused' for a decode step and 'grouped' for a prefill, and has quantized experts "
+        "twice in the file and in memory; 'auto' times those that can express the layers on this machine and keeps the fastest, or takes "
         "the first of them where there is no such device to time on.",
     )
     request: RequestConfig = Field(RequestConfig(), description="The request whose time 'auto' makes shortest.")

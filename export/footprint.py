@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from export.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
-from export.config import STATIC, Device, QuantizeConfig, Variant, element_type
+from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type
 from export.errors import ExportError
 from export.family import DecoderFamily, find_decoder_family, rotary_switch
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
@@ -87,8 +87,9 @@ def node_bytes(model: PreTrainedConfig, family: DecoderFamily) -> int:
 
 
 def estimate_bytes(
-    model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig, device: Device = "cpu"
-) -> tuple[int, int]:
+    model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig, device: Device = "cpu",
+    lowering: str = "auto",
+) -> tuple[int, int]:  # fmt: skip
     """Bytes of a variant's ONNX package and of the weights in its quantize artifact (twin and integers), from names and shapes alone.
 
     Variant 'mixed' has its budget, or, where its limit is one of perplexity, as many bytes as 8 bits everywhere; while it is made both candidates of
@@ -114,6 +115,10 @@ def estimate_bytes(
         wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
         package = config.budget or package_bytes(shapes, family, wide, packing, floats // 8) + tables
         artifact += 2 * integer_bytes(wide)
+        plan = wide
+    if lowering == "switched" and variant in QUANTIZED and variant != STATIC:  # quantized experts are written twice
+        experts = {name: shape for name, shape in shapes.items() if classes[name] == "experts" and is_quantized(plan[name])}
+        package += package_bytes(experts, family, plan, packing, floats // 8)
     return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
 
 

@@ -39,13 +39,28 @@ class GraphWriter:
     (docs/OperatorKernels.md, docs/BFloat16_Support.md); no device was at hand.
     """
 
-    def __init__(self, element_type: ElementType = "float32", float_type: ElementType | None = None) -> None:
+    def __init__(
+        self, element_type: ElementType = "float32", float_type: ElementType | None = None, outer: GraphWriter | None = None, prefix: str = ""
+    ) -> None:
         self.element_type, self.float_type = element_type, float_type or element_type
+        self._outer, self._prefix = outer, prefix
         self.dtype = _DATA_TYPES[element_type]
         self.nodes: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._shared: dict[str, ir.Value] = {}
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    def branch(self, prefix: str) -> GraphWriter:
+        """A writer of a subgraph of this graph, whose values begin with `prefix`.
+
+        It may read all values written here so far. Its weights are its own, and small constants are this graph's.
+        """
+        return GraphWriter(self.element_type, self.float_type, self, prefix)
+
+    def close(self, output: ir.Value, name: str) -> ir.Graph:
+        """The subgraph called `name` that was written, with its output in float32."""
+        output.type = ir.TensorType(ir.DataType.FLOAT)
+        return ir.Graph([], [output], nodes=self.nodes, initializers=list(self.initializers.values()), name=name)
 
     def narrow(self, x: ir.Value, name: str | None = None) -> ir.Value:
         """The float32 value x in the graph's element type, cast once however often it is asked for."""
@@ -76,9 +91,9 @@ class GraphWriter:
         self, op_type: str, inputs: Sequence[ir.Value | None], names: Sequence[str], attributes: Mapping[str, Any] | None = None, domain: str = ""
     ) -> Sequence[ir.Value]:
         """Append a node with outputs called `names`; an empty name is an output that nobody reads."""
-        outputs = [ir.Value(name=name) for name in names]
+        outputs = [ir.Value(name=f"{self._prefix}{name}" if name else "") for name in names]
         attrs = [ir.Attr(key, _attribute_type(value), value) for key, value in (attributes or {}).items()]
-        shown = next(name for name in names if name)
+        shown = next(value.name for value in outputs if value.name)
         self.nodes.append(ir.Node(domain, op_type, inputs, attrs, outputs=outputs, name=f"{shown}/{op_type}"))
         return outputs
 
@@ -89,6 +104,8 @@ class GraphWriter:
 
     def constant(self, name: str, value: Array) -> ir.Value:
         """A small initializer; asked for again by the same name, it is the same one."""
+        if self._outer is not None:
+            return self._outer.constant(name, value)
         if name not in self.initializers:
             self.initializers[name] = _initializer(name, ir.tensor(value, name=name), value.shape)
         return self.initializers[name]
@@ -112,6 +129,7 @@ class GraphWriter:
 
     def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
         """A large initializer: `read` is called when the file is written, and its tensor is dropped right after. It is cast to `dtype`."""
+        name = f"{self._prefix}{name}"
 
         def load() -> ir.TensorProtocol:
             tensor = read().to(_TORCH_TYPES[dtype]).contiguous()
@@ -140,6 +158,8 @@ def _attribute_type(value: Any) -> ir.AttributeType:
             return ir.AttributeType.FLOAT
         case str():
             return ir.AttributeType.STRING
+        case ir.Graph():
+            return ir.AttributeType.GRAPH
         case [int(), *_]:
             return ir.AttributeType.INTS
         case _:

@@ -10,6 +10,8 @@ known from the twin: its tensors, and which of them are quantized.
 3. Tokens that have been sent to experts are multiplied by integers, where experts are quantized.
 4. Every matrix is accounted for: those that products read as floats have as many elements as the twin leaves floats, those that they read as integers
    at least as many as it quantizes; more only by neurons of zeros that fill a block.
+
+In a graph with branches all four hold whichever way it goes.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from onnx import NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 
 from export.bits import plan_classes
+from export.branches import take_branches
 from export.errors import ExportError
 from export.family import TensorClass, find_refusal, layer_of
 from export.storage import MODEL_NAME
@@ -49,9 +52,13 @@ def check_graph(directory: Path, twin: Twin) -> None:
     Raises:
         ExportError: one of the four does not hold.
     """
+    for model in take_branches(onnx.load(directory / MODEL_NAME, load_external_data=False)):
+        _check_branch(directory, _Graph(directory, model.graph), twin)
+
+
+def _check_branch(directory: Path, graph: _Graph, twin: Twin) -> None:
     entries = twin.checkpoint.entries
     classes = plan_classes(twin.checkpoint.config, {name: entry.shape for name, entry in entries.items()})
-    graph = _Graph(directory)
     graph.check_norms()
     unused = _gates_of_nothing(twin)
     exact = {name: kind for name, kind in classes.items() if kind in ("router", "norm") and entries[name].num_elements and name not in unused}
@@ -105,9 +112,8 @@ def _is_matrix(shape: Iterable[int]) -> bool:
 class _Graph:
     """A file's graph, with the element type of every value, and who makes and reads it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, proto: onnx.GraphProto) -> None:
         self.directory = directory
-        proto = onnx.load(directory / MODEL_NAME, load_external_data=False).graph
         self.nodes = list(proto.node)
         self.initializers = {tensor.name: tensor for tensor in proto.initializer}
         self.maker = {output: node for node in self.nodes for output in node.output if output}

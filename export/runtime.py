@@ -46,8 +46,8 @@ def is_at_hand(provider: str) -> bool:
 class Cache:
     """The KV cache of one batch.
 
-    Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are real tokens. `bound` is the shape
-    of ids that the binding was last made for, beside the arrays that it points to.
+    Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are real tokens. `bound` is what the
+    binding was last made for: batch, tokens and tokens with logits; the arrays after it are those that it points to.
     """
 
     buffers: dict[str, ort.OrtValue]

@@ -318,7 +318,7 @@ def test_attention_may_have_bits_of_its_own(make: Make, attention_bits: Any) -> 
     assert_same_logits(export)
 
 
-@pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
+@pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled", "switched"])
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 def test_8_bit_activations_cost_little(make: Make, variant: Variant, lowering: str) -> None:
     export = make(variant, None, {"lowering": lowering, "activation_bits": 8})
@@ -494,6 +494,7 @@ FLOAT16_WAYS: list[tuple[Variant, Device, str, str]] = [
     ("int4", "cuda", "fused", "qmoe"),
     ("int4", "cuda", "grouped", "grouped"),
     ("int4", "cuda", "unrolled", "unrolled"),
+    ("int4", "cuda", "switched", "switched"),
 ]
 
 

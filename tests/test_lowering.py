@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from export.config import ElementType
 from export.errors import ExportError
 from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
-from export.lowering import GROUPED, MOE, QMOE, UNROLLED, Expert, Lowering, MoeInput, MoeLayer, find_lowerings
+from export.lowering import GROUPED, MOE, QMOE, SWITCHED, UNROLLED, Expert, Lowering, MoeInput, MoeLayer, find_lowerings
 from export.quantization import dequantize, quantize
 from export.routing import Routing
 from export.twin import FloatWeight, QuantizedWeight
@@ -55,6 +55,11 @@ WAYS = {
     "unrolled_4_rounding": Way(UNROLLED, 4, 8, 3e-2),
     "unrolled_8": Way(UNROLLED, 8, 32, 2e-6),
     "unrolled_8_rounding": Way(UNROLLED, 8, 8, 3e-2),
+    "switched_4": Way(SWITCHED, 4, 32, 2e-6),
+    "switched_4_rounding": Way(SWITCHED, 4, 8, 3e-2),
+    "switched_8_rounding": Way(SWITCHED, 8, 8, 3e-2),
+    "switched_4_float16": Way(SWITCHED, 4, 32, 2e-3, "float16"),
+    "switched_4_zero_points": Way(SWITCHED, 4, 32, 2e-6, zero_points=True),
     "moe_float16": Way(MOE, 16, 32, 2e-3, "float16"),
     "qmoe_4_float16": Way(QMOE, 4, 32, 2e-3, "float16"),
     "qmoe_8_rounding_float16": Way(QMOE, 8, 8, 3e-2, "float16"),
@@ -193,7 +198,7 @@ def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1
 def test_the_layer_is_computed(way: Way, num_experts: int, k: int, tmp_path: Path) -> None:
     layer, values = make_layer(tmp_path, way, softmax(num_experts, k))
     session = load(layer, way.lowering)
-    for batch, length in ((1, 1), (1, 5), (4, 16)):
+    for batch, length in ((1, 1), (1, 4), (1, 5), (4, 16)):
         x, logits = draw(batch, length, 64, num_experts, seed=length)
         assert_close(run(session, x, logits), compute(values, layer.routing, x, logits), way)
 
@@ -398,7 +403,7 @@ def test_a_qmoe_for_cuda_says_that_its_weights_are_raw_and_runs_on_the_cpu(name:
     assert len([name for name in node.input if name]) == 6  # no zero points: CUDA's kernel is symmetric; and no router_weights, which it ignores
     (untold,) = (node for node in build(layer, QMOE).graph.node if node.op_type == "QMoE")
     assert "weights_prepacked" not in {a.name for a in untold.attribute}
-    for batch, length in ((1, 1), (1, 5), (4, 16)):
+    for batch, length in ((1, 1), (1, 4), (1, 5), (4, 16)):
         x, logits = draw(batch, length, 256, 4, seed=length)
         assert_close(run(load(for_cuda(layer), QMOE), x, logits), compute(values, layer.routing, x, logits), way)
 

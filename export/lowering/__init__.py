@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from export.errors import ExportError
 from export.graph import GraphWriter
-from export.lowering import grouped, moe, qmoe, unrolled
+from export.lowering import grouped, moe, qmoe, switched, unrolled
 from export.lowering.layer import Expert, MoeInput, MoeLayer
 from export.lowering.top_k import add_logits
 
@@ -20,7 +20,7 @@ __all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_c
 
 LowerLogits = Callable[[GraphWriter, MoeLayer, MoeInput], ir.Value]
 LowerChosen = Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value, ir.Value], ir.Value]
-LoweringWish = Literal["auto", "fused", "grouped", "unrolled"]
+LoweringWish = Literal["auto", "fused", "grouped", "unrolled", "switched"]
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,30 @@ GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, group
 UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower, unrolled.lower_chosen)
 
 
+def _switch_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    def write(lowering: Lowering) -> Callable[[GraphWriter, MoeLayer], ir.Value]:
+        return lambda branch, own: lowering.lower_chosen(branch, own, tokens, weights, chosen)
+
+    return switched.add_switch(graph, layer, tokens, write(QMOE), write(GROUPED))
+
+
+SWITCHED = Lowering(switched.NAME, switched.min_onnxruntime, switched.refusal, switched.lower, _switch_chosen)
+
+
 def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:
     """The lowerings that fit the wish and can express the layer.
 
-    Where the wish is `auto`, those are all that onnxruntime `runtime` computes rightly: they are to be timed on it. A lowering asked for by its name
-    may need a newer one, and its file says so.
+    Where the wish is `switched`, that is `grouped` for experts that are no integers. Where it is `auto`, those are all that onnxruntime `runtime`
+    computes rightly, in one form each: they are to be timed on it. A lowering asked for by its name may need a newer one, and its file says so.
 
     Raises:
         ExportError: none can.
     """
     fused = QMOE if layer.quantized else MOE
     every = (fused, GROUPED, UNROLLED)
+    by_length = SWITCHED if layer.quantized and not layer.static else GROUPED
     known = tuple(lowering for lowering in every if Version(lowering.min_onnxruntime(layer)) <= Version(runtime))
-    wished = {"auto": known, "fused": (fused,), "grouped": (GROUPED,), "unrolled": (UNROLLED,)}[wish]
+    wished = {"auto": known, "fused": (fused,), "grouped": (GROUPED,), "unrolled": (UNROLLED,), "switched": (by_length,)}[wish]
     found = tuple(lowering for lowering in wished if lowering.refusal(layer) is None)
     if found:
         return found

@@ -55,6 +55,12 @@ class MoeLayer:
         """Whether the experts are integers."""
         return isinstance(self.experts[0].gate, QuantizedWeight)
 
+    @property
+    def static(self) -> bool:
+        """Whether they are integers that multiply integers."""
+        gate = self.experts[0].gate
+        return isinstance(gate, QuantizedWeight) and gate.is_static
+
 
 @dataclass(frozen=True)
 class MoeInput:

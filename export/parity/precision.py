@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 
+from export.branches import take_branches
 from export.config import STATIC, Variant
 from export.errors import ExportError
 from export.storage import MODEL_NAME
@@ -39,8 +40,9 @@ def find_precision(directory: Path) -> Precision:
     path = directory / MODEL_NAME
     if not path.is_file():
         raise ExportError(f"{directory}: no {MODEL_NAME}; it must be a directory with an ONNX decoder")
-    graph = onnx.load(path, load_external_data=False).graph
-    attributes = [(node.op_type, {a.name: a.i for a in node.attribute}) for node in graph.node]
+    branches = [model.graph for model in take_branches(onnx.load(path, load_external_data=False))]
+    graph = branches[0]
+    attributes = [(node.op_type, {a.name: a.i for a in node.attribute}) for branch in branches for node in branch.node]
     bits = [found.get(_BITS[op], 4) for op, found in attributes if op in _BITS]
     dynamic = any(op in _DYNAMIC for op, _ in attributes)
     static = any(op == "QuantizeLinear" for op, _ in attributes)
@@ -50,7 +52,7 @@ def find_precision(directory: Path) -> Precision:
     if bits or dynamic or static:
         variant: Variant = "int4" if min(bits, default=8) < 8 else STATIC if static else "int8"
         return Precision(variant, dynamic or static or rounded or narrow)
-    stored = {tensor.data_type for tensor in graph.initializer}
+    stored = {tensor.data_type for branch in branches for tensor in branch.initializer}
     if onnx.TensorProto.BFLOAT16 in stored:
         return Precision("bfloat16", narrow)
     return Precision("float16", True) if narrow or onnx.TensorProto.FLOAT16 in stored else Precision("float32", False)
