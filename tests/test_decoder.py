@@ -16,6 +16,7 @@ from onnx import TensorProto
 from packaging.version import Version
 from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
+from export.branches import take_branches
 from export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from export.decoder import plan_lowerings
 from export.errors import ExportError
@@ -534,26 +535,28 @@ def test_float16_costs_little_where_experts_are_chosen(make: Make, variant: Vari
 @pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
 def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(make: Make, variant: Variant, device: Device, lowering: str, name: str) -> None:
     export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
-    graph = export.proto.graph
-    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-    norms = [node for node in graph.node if node.op_type.endswith("SimplifiedLayerNormalization")]
-    assert [kinds[node.input[-1]] for node in norms] == [TensorProto.FLOAT] * 5  # two a layer, and the last
-    makers = {output: node for node in graph.node for output in node.output}
-    for n in range(2):
-        router = makers[f"router_logits.{n}"]
-        assert kinds[router.input[1]] == TensorProto.FLOAT
-        flat = makers[router.input[0]]
-        assert flat.op_type == "Reshape"
-        assert makers[flat.input[0]] in norms  # nothing else between: what the router reads was never rounded
-    chosen = [node for node in graph.node if node.op_type == "TopK" and node.output[0].endswith(".top_k")]
-    assert [node.input[0] for node in chosen] == ([] if lowering == "fused" else ["router_logits.0", "router_logits.1"])
-    declared = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
-    caches = {kind for value, kind in declared.items() if value.startswith(("past_key_values.", "present."))}
-    assert (caches, declared["logits"]) == ({TensorProto.FLOAT16}, TensorProto.FLOAT)
-    products = {kinds[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name}
-    assert products <= {TensorProto.FLOAT16}
-    scales = {node.op_type: kinds[node.input[at]] for node in graph.node for kind, at in SCALES.items() if node.op_type == kind}
-    assert set(scales.values()) <= {TensorProto.FLOAT16}
+    for branch, graph in enumerate(model.graph for model in take_branches(export.proto)):
+        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        norms = [node for node in graph.node if node.op_type.endswith("SimplifiedLayerNormalization")]
+        assert [kinds[node.input[-1]] for node in norms] == [TensorProto.FLOAT] * 5  # two a layer, and the last
+        makers = {output: node for node in graph.node for output in node.output}
+        for n in range(2):
+            router = makers[f"router_logits.{n}"]
+            assert kinds[router.input[1]] == TensorProto.FLOAT
+            flat = makers[router.input[0]]
+            assert flat.op_type == "Reshape"
+            assert makers[flat.input[0]] in norms  # nothing else between: what the router reads was never rounded
+        chosen = [node for node in graph.node if node.op_type == "TopK" and node.output[0].endswith(".top_k")]
+        assert [node.input[0] for node in chosen] == (
+            [] if lowering == "fused" or (lowering == "switched" and branch == 0) else ["router_logits.0", "router_logits.1"]
+        )
+        declared = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
+        caches = {kind for value, kind in declared.items() if value.startswith(("past_key_values.", "present."))}
+        assert (caches, declared["logits"]) == ({TensorProto.FLOAT16}, TensorProto.FLOAT)
+        products = {kinds[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name}
+        assert products <= {TensorProto.FLOAT16}
+        scales = {node.op_type: kinds[node.input[at]] for node in graph.node for kind, at in SCALES.items() if node.op_type == kind}
+        assert set(scales.values()) <= {TensorProto.FLOAT16}
 
 
 def test_a_row_of_nothing_but_padding_poisons_no_other_and_is_finite_in_float16(make: Make) -> None:

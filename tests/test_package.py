@@ -56,8 +56,9 @@ def generate_in_genai(model: og.Model, prompt: list[int]) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("lowering", ["auto", "unrolled"])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "lowering"), [*((variant, lowering) for variant in VARIANTS for lowering in ("auto", "unrolled")), ("int4", "switched")]
+)
 def test_genai_generates_the_tokens_of_transformers(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, lowering: str) -> None:
     """Of the twin, so that the quantized packages must agree as well."""
     twin, package, _ = export(mixture_checkpoint, tmp_path, variant, lowering=lowering)

@@ -150,7 +150,8 @@ def expect(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndar
 CASES: list[tuple[str, Variant, str, bool]] = [
     ("olmoe", "float32", "fused", False), ("olmoe", "float32", "grouped", False), ("olmoe", "float32", "unrolled", False),
     ("olmoe", "bfloat16", "fused", False), ("deepseek_v3", "bfloat16", "grouped", False),
-    ("olmoe", "int8", "grouped", False), ("olmoe", "int4", "fused", False), ("olmoe", "int4", "fused", True), ("olmoe", "int4", "grouped", True),
+    ("olmoe", "int8", "grouped", False), ("olmoe", "int4", "fused", False), ("olmoe", "int4", "switched", False),
+    ("olmoe", "int4", "fused", True), ("olmoe", "int4", "grouped", True),
     ("phimoe", "float32", "fused", False), ("phimoe", "float32", "grouped", False), ("phimoe", "int4", "unrolled", False),
     ("deepseek_v3", "float32", "fused", False), ("deepseek_v3", "float32", "grouped", False), ("deepseek_v3", "int8", "unrolled", True),
 ]  # fmt: skip
