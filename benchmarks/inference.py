@@ -9,8 +9,9 @@ weights do not fit into memory together are loaded anew for every turn. In each 
 
 - dense2moe: `quantize` and `write_package` with `lowering: auto`; one scale in float32 for a block of 64 weights, embedding and attention quantized
   as the experts are: 8.5 and 4.5 bits a weight, exactly those of llama.cpp's q8_0 and q4_0 (float16 scales for blocks of 32);
+- dense2moe with `lowering: switched` where experts are integers: the fastest graph, with the experts in it twice;
 - dense2moe on a dense Llama with the same active weights: an FFN of 2 × the width;
-- onnxruntime-genai on dense2moe's package;
+- onnxruntime-genai on dense2moe's packages;
 - llama.cpp on the same weights as GGUF, f32, q8_0 and q4_0; `--llama-cpp` is a Python with llama-cpp-python, gguf and safetensors;
 - and in float32 alone torch in eager mode, transformers' exporter on onnxruntime, and OpenVINO on what transformers' exporter writes for it.
   `--exporter` is a Python with torch, transformers, onnxscript, and openvino for OpenVINO's; `--openvino` is one with openvino.
@@ -52,12 +53,12 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from upcycle.shards import TensorSpec, write_tensors
 
-OURS, DENSE, LLAMA, GENAI, EXPORTER, OPENVINO, TORCH = (
-    "dense2moe", "dense2moe, dense model",
-    "llama.cpp", "onnxruntime-genai", "transformers' exporter", "OpenVINO", "torch eager",
+OURS, SWITCHED, DENSE, LLAMA, GENAI, GENAI_SWITCHED, EXPORTER, OPENVINO, TORCH = (
+    "dense2moe", "dense2moe, switched", "dense2moe, dense model",
+    "llama.cpp", "onnxruntime-genai", "onnxruntime-genai, switched", "transformers' exporter", "OpenVINO", "torch eager",
 )  # fmt: skip
 ENGINES = {
-    OURS: "dense2moe", DENSE: "dense2moe", LLAMA: "llama.cpp", GENAI: "onnxruntime-genai",
+    OURS: "dense2moe", SWITCHED: "dense2moe", DENSE: "dense2moe", LLAMA: "llama.cpp", GENAI: "onnxruntime-genai", GENAI_SWITCHED: "onnxruntime-genai",
     EXPORTER: "transformers-onnx", OPENVINO: "openvino", TORCH: "torch",
 }  # fmt: skip
 NUM_EXPERTS, TOP_K, ROUTER_FACTOR = 8, 2, 20.0
@@ -179,13 +180,13 @@ class Export:
     peak_bytes: int
 
 
-def export_package(source: Path, package: Path, precision: Variant, wishes: Sequence[str], scratch: Path) -> list[Export]:
-    """Quantize, and write one package for each lowering asked for; the first one is kept."""
+def export_package(source: Path, packages: Sequence[Path], precision: Variant, wishes: Sequence[str], scratch: Path) -> list[Export]:
+    """Quantize, and write one package for each lowering asked for; the first ones are kept, as `packages`."""
     twin, exports = scratch / "twin", []
     this = (sys.executable, Path(__file__).resolve())
     run_child((*this, "--run-quantize", source, twin, precision), scratch / "quantize.log")
-    for wish in wishes:
-        output = package if wish == wishes[0] else scratch / "dropped"
+    for number, wish in enumerate(wishes):
+        output = packages[number] if number < len(packages) else scratch / "dropped"
         printed, peak, seconds = run_child((*this, "--run-package", twin, output, wish), scratch / "package.log")
         exports.append(Export(wish, printed.split()[-1], seconds, peak))
         shutil.rmtree(scratch / "dropped", ignore_errors=True)
@@ -419,15 +420,25 @@ def make_rival_files(model: Model, checkpoint: Path, files: Path, pythons: Pytho
 
 
 def find_contenders(
-    precision: Variant, checkpoint: Path, files: Path, packages: tuple[Path, Path], pythons: Pythons, reasons: dict[str, str]
+    precision: Variant, checkpoint: Path, files: Path, packages: tuple[Path, Path, Path], pythons: Pythons, reasons: dict[str, str]
 ) -> tuple[list[Contender], dict[str, str]]:
     """Who runs in a precision, and why the others do not."""
     this, left_out = Path(sys.executable), {}
-    contenders = [Contender(OURS, this, packages[0]), Contender(DENSE, this, packages[1])]
-    if missing := imports(this, "onnxruntime_genai"):
+    package, dense, switched = packages
+    contenders = [Contender(OURS, this, package), Contender(DENSE, this, dense)]
+    missing = imports(this, "onnxruntime_genai")
+    if missing:
         left_out[GENAI] = missing
     else:
-        contenders.append(Contender(GENAI, this, packages[0]))
+        contenders.append(Contender(GENAI, this, package))
+    if precision == "float32":
+        left_out |= dict.fromkeys((SWITCHED, GENAI_SWITCHED), "of integers alone")
+    else:
+        contenders.append(Contender(SWITCHED, this, switched))
+        if missing:
+            left_out[GENAI_SWITCHED] = missing
+        else:
+            contenders.append(Contender(GENAI_SWITCHED, this, switched))
     if not pythons.llama:
         left_out[LLAMA] = "no --llama-cpp"
     elif missing := imports(pythons.llama, "llama_cpp, gguf, safetensors"):
@@ -471,7 +482,7 @@ def compare_logits(results: dict[str, Result]) -> dict[str, float]:
     errors = {
         name: float(np.abs(result.logits - ours).max() / np.abs(ours).max())
         for name, result in results.items()
-        if result.logits is not None and name not in (OURS, DENSE)
+        if result.logits is not None and name not in (OURS, SWITCHED, DENSE)
     }
     wrong = {name: error for name, error in errors.items() if not error <= MOST_RELATIVE_ERROR}
     if wrong:
@@ -507,10 +518,10 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
     outcome = Outcome(model, {}, {}, {}, bandwidth, way)
     for precision in PRECISIONS:
         print(f"{model.name}, {precision}: export", file=sys.stderr)
-        packages = (scratch / "package", scratch / "dense-package")
-        wishes = ("auto", NAMED_LOWERING) if precision == "float32" else ("auto",)
-        outcome.exports[precision] = export_package(checkpoint, packages[0], precision, wishes, scratch)
-        export_package(dense, packages[1], precision, ("auto",), scratch)
+        packages = (scratch / "package", scratch / "dense-package", scratch / "switched")
+        wishes, kept = (("auto", NAMED_LOWERING), packages[:1]) if precision == "float32" else (("auto", "switched"), packages[::2])
+        outcome.exports[precision] = export_package(checkpoint, kept, precision, wishes, scratch)
+        export_package(dense, packages[1:2], precision, ("auto",), scratch)
         contenders, left_out = find_contenders(precision, checkpoint, files, packages, pythons, reasons)
         race = Race(model.vocabulary, arguments.threads, scratch)
         race.results[OURS] = Result(note=f"lowering {outcome.exports[precision][0].lowering}")
@@ -523,7 +534,7 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
         if precision == "float32":
             outcome.errors = compare_logits(race.results)
         for package in packages:
-            shutil.rmtree(package)
+            shutil.rmtree(package, ignore_errors=True)
         if not arguments.cache:
             for path in (files / "onnx", files / "openvino"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -586,25 +597,32 @@ def judge(what: str, value: float, bound: float, at_least: bool, unit: str = "×
     print(f"- {what}: {value:,.2f}{unit}, {'at least' if at_least else 'at most'} {bound:,.2f}{unit}: {'met' if met else 'MISSED'}")
 
 
+def _judge_decoding(what: str, found: dict[str, Result], speed: float, genai: str) -> None:
+    """Against llama.cpp, the fastest of the others, of which `genai` runs the same file, and the dense model."""
+    if LLAMA in found:
+        judge(f"{what}, decode against llama.cpp", speed / found[LLAMA].speeds[1], 1.0, True)
+    rivals = [name for name in (genai, EXPORTER, OPENVINO, TORCH) if name in found]
+    if rivals:
+        best = max(rivals, key=lambda name: found[name].speeds[1])
+        judge(f"{what}, decode against the fastest other rival ({best})", speed / found[best].speeds[1], 1.0, True)
+    judge(f"{what}, time of decoding against the dense model", found[DENSE].speeds[1] / speed, MOST_AGAINST_DENSE, False)
+
+
 def print_targets(outcome: Outcome) -> None:
     print(f"\nTargets, {outcome.model.name}:")
     results = {precision: {name: r for name, r in found.items() if not r.left_out} for precision, found in outcome.results.items()}
     for precision, found in results.items():
-        ours = found[OURS].speeds
-        if LLAMA in found:
-            judge(f"{precision}, decode against llama.cpp", ours[1] / found[LLAMA].speeds[1], 1.0, True)
-        rivals = [name for name in found if name not in (OURS, DENSE, LLAMA)]
-        if rivals:
-            best = max(rivals, key=lambda name: found[name].speeds[1])
-            judge(f"{precision}, decode against the fastest other rival ({best})", ours[1] / found[best].speeds[1], 1.0, True)
-        judge(f"{precision}, time of decoding against the dense model", found[DENSE].speeds[1] / ours[1], MOST_AGAINST_DENSE, False)
+        for name, genai in ((OURS, GENAI), (SWITCHED, GENAI_SWITCHED)):
+            if name in found:
+                _judge_decoding(f"{precision}, {name}", found, found[name].speeds[1], genai)
     found = results["float32"]
     rivals = [name for name in found if name not in (OURS, DENSE)]
     if rivals:
         best = max(rivals, key=lambda name: found[name].speeds[0])
         judge(f"float32, prefill against the fastest rival ({best})", found[OURS].speeds[0] / found[best].speeds[0], 1.0, True)
     for precision in PRECISIONS[1:]:
-        judge(f"{precision}, prefill against float32", results[precision][OURS].speeds[0] / found[OURS].speeds[0], 1.0, True)
+        for name in (OURS, SWITCHED):
+            judge(f"{precision}, {name}, prefill against float32", results[precision][name].speeds[0] / found[OURS].speeds[0], 1.0, True)
     if outcome.model.name == "1b":
         for precision, exports in outcome.exports.items():
             for export in exports:
