@@ -57,6 +57,7 @@ class Cache:
     bound: tuple[int, int, int] | None = None
     ids: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     first_logit: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
+    logits: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
 
     @property
     def capacity(self) -> int:
@@ -187,13 +188,6 @@ class Decoder:
         # What is bound is not copied, so these arrays must live until the run is over; those of a step are bound once and written anew.
         mask_BT = np.ascontiguousarray(cache.slots[:, :total])
         cache.binding.bind_cpu_input("attention_mask", mask_BT)
-        if cache.bound != (batch, length, kept):
-            cache.bound, cache.ids = (batch, length, kept), np.zeros((batch, length), np.int64)
-            cache.first_logit[0] = length - kept
-            cache.binding.bind_cpu_input("input_ids", cache.ids)
-            if self._cuts_logits:
-                cache.binding.bind_cpu_input(FIRST_LOGIT, cache.first_logit)
-        cache.ids[:] = ids
         positions = np.ascontiguousarray(np.maximum(mask_BT.cumsum(axis=1) - 1, 0)[:, -length:]) if self.takes_positions else None
         if positions is not None:
             cache.binding.bind_cpu_input("position_ids", positions)
@@ -201,20 +195,39 @@ class Decoder:
             for name, buffer in cache.buffers.items():
                 cache.binding.bind_ortvalue_input(name, buffer)
                 cache.binding.bind_output(name.replace(_PAST, "present."), self.device)
-        logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
-        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(logits))
+        if cache.bound != (batch, length, kept):
+            self._bind(cache, batch, length, kept)
+        cache.ids[:] = ids
         for name in self.taps:
             cache.binding.bind_output(name)
         self.session.run_with_iobinding(cache.binding)
         cache.length = total
         if not self.shares_buffer:
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first
-        found = {"logits": np.asarray(logits[:, -logits_to_keep:], np.float32)}  # -0 is all of them
+        found = {"logits": self._take_logits(cache, logits_to_keep)}
         if self.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
             tapped = cache.binding.get_outputs()[-len(self.taps) :]
             found |= {name: np.asarray(value.numpy(), np.float32) for name, value in zip(self.taps, tapped, strict=True)}
         return found
+
+    def _bind(self, cache: Cache, batch: int, length: int, kept: int) -> None:
+        """Bind new arrays for ids [B, S] and for the logits of the last `kept` of them."""
+        cache.bound, cache.ids = (batch, length, kept), np.zeros((batch, length), np.int64)
+        cache.logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
+        cache.first_logit[0] = length - kept
+        cache.binding.bind_cpu_input("input_ids", cache.ids)
+        if self._cuts_logits:
+            cache.binding.bind_cpu_input(FIRST_LOGIT, cache.first_logit)
+        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(cache.logits))
+
+    def _take_logits(self, cache: Cache, count: int) -> Floats:
+        """The logits of the last tokens; a copy of those of a step, which the next one writes over."""
+        found = cache.logits[:, -count:]  # -0 is all of them
+        if cache.ids.shape[1] > 1:
+            cache.bound = None  # the next call binds arrays of its own
+            return np.asarray(found, np.float32)
+        return np.array(found, np.float32)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
