@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from onnx import ModelProto, NodeProto, numpy_helper
+from packaging.version import Version
 
 from convert.errors import RecipeError
 from convert.recipe import load_recipe
@@ -110,6 +112,8 @@ def test_the_whole_package_is_its_twin(exact: Path, source: Path) -> None:
 def test_with_rounded_activations_it_is_near_its_twin(source: Path, tmp_path: Path, variant: Variant) -> None:
     facts = export(source, tmp_path, variant)
     assert facts.lowering == "switched"
+    if Version(ort.__version__) < Version(facts.min_onnxruntime):
+        pytest.skip(f"QMoE reads activations of 4-bit weights in 8 bits from onnxruntime {facts.min_onnxruntime} on")
     assert find_precision(tmp_path / "package").variant == variant
     assert find_precision(tmp_path / "package").rounds_activations
     result = check_parity(tmp_path / "package", tmp_path / "twin", source, BLOCKS, variant, True, CONFIG, silent)
