@@ -178,6 +178,7 @@ class Export:
     lowering: str
     seconds: float
     peak_bytes: int
+    num_bytes: int
 
 
 def export_package(source: Path, packages: Sequence[Path], precision: Variant, wishes: Sequence[str], scratch: Path) -> list[Export]:
@@ -188,7 +189,8 @@ def export_package(source: Path, packages: Sequence[Path], precision: Variant, w
     for number, wish in enumerate(wishes):
         output = packages[number] if number < len(packages) else scratch / "dropped"
         printed, peak, seconds = run_child((*this, "--run-package", twin, output, wish), scratch / "package.log")
-        exports.append(Export(wish, printed.split()[-1], seconds, peak))
+        lowering, num_bytes = printed.split()[-2:]
+        exports.append(Export(wish, lowering, seconds, peak, int(num_bytes)))
         shutil.rmtree(scratch / "dropped", ignore_errors=True)
     shutil.rmtree(twin)
     return exports
@@ -208,7 +210,8 @@ def run_package(source: Path, output: Path, lowering: str) -> None:
     from export.package import write_package
 
     output.mkdir()
-    print(write_package(source, output, OnnxConfig.model_validate({"lowering": lowering}), lambda *_: None).lowering)
+    facts = write_package(source, output, OnnxConfig.model_validate({"lowering": lowering}), lambda *_: None)
+    print(facts.lowering, facts.package_bytes)
 
 
 @dataclass(frozen=True)
@@ -584,11 +587,12 @@ def print_speeds(outcome: Outcome, console: Console) -> None:
 
 def print_exports(outcome: Outcome, console: Console) -> None:
     table = Table(title=f"{outcome.model.name}: write_package, each in a process of its own")
-    for heading in ("precision", "lowering asked for", "written", "seconds", "peak resident MB"):
-        table.add_column(heading, justify="right" if heading in ("seconds", "peak resident MB") else "left")
+    for heading in ("precision", "lowering asked for", "written", "package MB", "seconds", "peak resident MB"):
+        table.add_column(heading, justify="right" if heading in ("package MB", "seconds", "peak resident MB") else "left")
     for precision, exports in outcome.exports.items():
         for export in exports:
-            table.add_row(precision, export.wish, export.lowering, f"{export.seconds:.1f}", f"{export.peak_bytes / 1e6:,.0f}")
+            sizes = [f"{size / 1e6:,.0f}" for size in (export.num_bytes, export.peak_bytes)]
+            table.add_row(precision, export.wish, export.lowering, sizes[0], f"{export.seconds:.1f}", sizes[1])
     console.print(table)
 
 

@@ -270,11 +270,12 @@ def generate(
     with uncollected_imports():
         from export.runtime import CPU, CUDA, Decoder
         from export.sampling import Sampling
+        from export.text import start_ids
 
     package = _find_package(directory, variant)
     decoder = Decoder(package, CUDA if cuda else CPU)
     tokenizer = _load_tokenizer(package)
-    ids = [_start_ids(tokenizer, text) for text in texts]
+    ids = [start_ids(tokenizer, text) for text in texts]
     longest = max(ids, key=len)
     room = decoder.context_length - len(longest)
     if room < 1:
@@ -500,14 +501,6 @@ def _read_prompts(path: Path) -> list[str]:
         if not line.strip():
             raise click.ClickException(f"{path}:{number}: is empty; every line must be a prompt")
     return lines
-
-
-def _start_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, after the token that starts one where the tokenizer knows it."""
-    ids: list[int] = tokenizer(text)["input_ids"]
-    if tokenizer.bos_token_id is None or ids[:1] == [tokenizer.bos_token_id]:
-        return ids
-    return [tokenizer.bos_token_id, *ids]
 
 
 def _decode_stream(tokenizer: Any, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:

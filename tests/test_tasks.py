@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from scipy import stats
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from convert.cli import main
@@ -190,6 +191,16 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(t
         encode_task(Task("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2), tiny_tokenizer, 4, 8)
     with pytest.raises(ExportError, match=r"parity\.answer_tokens is 8; must be less than the model's context, which is 8"):
         encode_task(Task("t", "answer", ANSWERS), tiny_tokenizer, 8, 8)
+
+
+def test_an_empty_prompt_needs_a_token_that_starts_a_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    """With none before it the first token of a choice would count in no score."""
+    task = Task("t", "choice", (Choice(prompt="", choices=("a", "b"), answer=0),) * 2)
+    assert {row.start for rows in encode_task(task, tiny_tokenizer, CONTEXT, 8).rows for row in rows} == {1}
+    startless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()), eos_token="</s>")
+    startless.backend_tokenizer.post_processor = processors.ByteLevel()
+    with pytest.raises(ExportError, match="task 't', example 1: the prompt is empty, and the tokenizer has no token that starts a text"):
+        encode_task(task, startless, CONTEXT, 8)
 
 
 def test_a_row_is_not_padded_past_the_switch_of_a_longrope(package: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

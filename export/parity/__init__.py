@@ -48,7 +48,7 @@ from export.parity.records import (
     TaskCheck,
     Tier,
 )
-from export.parity.task_checks import Desk
+from export.parity.task_checks import TaskEvaluation
 from export.parity.tasks import Task
 from export.parity.ties import TIE_MARGIN, same_experts
 from export.progress import Progress
@@ -103,7 +103,7 @@ def _judge(
     """All figures of one provider, and what they break."""
     num_parts = 5
     decoder = Decoder(package, provider, taps=True, attention_taps=True)
-    desk = Desk(twin, tasks, decoder, config.num_examples, config.answer_tokens)
+    evaluation = TaskEvaluation(twin, tasks, decoder, config.num_examples, config.answer_tokens)
     exact, first_blocks = exact_twin and not rounds, blocks[:BATCH]
     progress("measuring noise", 0, num_parts)
     noise = _measure_noise(twin, first_blocks[: config.noise_blocks]) if exact and config.noise_blocks else None
@@ -113,7 +113,7 @@ def _judge(
     if finetuned != twin:
         with open_reference(finetuned) as reference:
             tuned = compare(decoder, reference, blocks)
-            desk.ask_finetuned(reference)
+            evaluation.ask_finetuned(reference)
     progress("comparing with the twin", 2, num_parts)
     with open_reference(twin) as reference:
         own = compare(decoder, reference, blocks, tie_margin)
@@ -127,7 +127,7 @@ def _judge(
         layers = _with_noise(own.layers, noise)
         limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
         progress("doing tasks", 4, num_parts)
-        task_checks = desk.check(reference, limits, tie_margin)
+        task_checks = evaluation.check(reference, limits, tie_margin)
     tuned = tuned or own
     operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)

@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 
 from export.errors import ExportError
+from export.parity.checks import write_greedily
 from export.parity.forward import Reference
 from export.parity.tasks import Answer, Choice, Similarity, Task
 from export.runtime import HIDDEN, Decoder
+from export.text import start_ids
 
 _BATCH = 16
 _MOST_LOGITS = 2**26  # of a batch at once: 256 MB
@@ -110,14 +112,7 @@ class Package:
 
     def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
         """See `Model`."""
-        cache, ids, written = self.decoder.new_cache(1, len(prompt) + num_tokens), torch.tensor([prompt]), []
-        for _ in range(num_tokens):
-            token = int(self.decoder.run(cache, ids.numpy(), logits_to_keep=1)["logits"][0, -1].argmax())
-            written.append(token)
-            if token in stop:
-                break
-            ids = torch.tensor([[token]])
-        return tuple(written)
+        return tuple(write_greedily(self.decoder, prompt, num_tokens, stop))
 
 
 @dataclass(frozen=True)
@@ -175,14 +170,14 @@ def encode_task(task: Task, tokenizer: Any, context: int, num_tokens: int, switc
 
 
 def _encode(tokenizer: Any, text: str) -> Ids:
-    ids = tokenizer(text, verbose=False)["input_ids"]
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return tuple(ids if start is None or ids[:1] == [start] else [start, *ids])
+    return tuple(start_ids(tokenizer, text))
 
 
 def _encode_choices(example: Choice, tokenizer: Any, context: int, where: str) -> tuple[Row, ...]:
     """Rows that are scored from where they first differ from the prompt alone: prompt and choice are one text, whose tokens may lie across both."""
     prompt = _encode(tokenizer, example.prompt)
+    if not prompt:
+        raise ExportError(f"{where}: the prompt is empty, and the tokenizer has no token that starts a text; give a prompt")
     whole = [_encode(tokenizer, example.prompt + choice) for choice in example.choices]
     start = max(1, min(min(_find_parting(prompt, ids), len(ids) - 1) for ids in whole))
     rows = []

@@ -6,7 +6,7 @@ a reference that is fed in the same pieces computes the same function.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,7 +144,7 @@ def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_t
     count = min(num_tokens, decoder.context_length - half)
     for block in blocks:
         prompt = block[:half].tolist()
-        text = prompt + _write_greedily(decoder, prompt, count)
+        text = prompt + write_greedily(decoder, prompt, count)
         ids = torch.tensor([text])
         logits = reference.forward(ids, torch.ones_like(ids), half).logits[0, half - 1 : -1]
         written = ids[0, half:]
@@ -157,10 +157,12 @@ def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_t
     return FreeRun(len(blocks), count, min(prefixes), sum(prefixes) / len(prefixes), len(gaps), max(gaps, default=0.0))
 
 
-def _write_greedily(decoder: Decoder, prompt: Sequence[int], count: int) -> list[int]:
-    cache, ids, written = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt]), []
-    for _ in range(count):
-        logits = decoder.run(cache, ids.numpy())["logits"][0, -1]
+def write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stop: Container[int] = ()) -> list[int]:
+    """The likeliest tokens after a prompt, one after the other, at most so many, up to one of `stop`."""
+    cache, ids = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt])
+    written: list[int] = []
+    while len(written) < count and not (written and written[-1] in stop):
+        logits = decoder.run(cache, ids.numpy(), logits_to_keep=1)["logits"][0, -1]
         written.append(int(logits.argmax()))
         ids = torch.tensor([written[-1:]])
     return written

@@ -21,7 +21,7 @@ from export.parity.ties import find_flips
 from export.runtime import Decoder
 
 
-class Desk:
+class TaskEvaluation:
     """The tasks of one package: its own answers, those of the fine-tuned model if asked, and in the end those of the twin."""
 
     def __init__(self, directory: Path, tasks: Sequence[Task], decoder: Decoder, num_examples: int, answer_tokens: int) -> None:
