@@ -361,7 +361,7 @@ def bench(
 @click.option("--block-size", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens a block.")
 @click.option("--padding/--no-padding", default=True, show_default=True, help="Whether rows padded at their left must be right.")
 @click.option("--max-perplexity-increase", type=click.FloatRange(min=0), help="Relative to the reference's [default: the variant's].")
-@click.option("--task", "tasks", multiple=True, help="File of a task, JSON lines. May be given several times.")
+@click.option("--task", "tasks", multiple=True, type=click.Path(), help="File of a task, JSON lines. May be given several times.")
 @click.option("--max-score-drop", type=click.FloatRange(min=0), help="What its score may lie below the reference's by [default: the variant's].")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for all figures.")
 @_mendable
