@@ -62,18 +62,23 @@ def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int],
     return total
 
 
-def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing, scale_bytes: int) -> int:
-    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`; a scale has `scale_bytes`, one of the embedding 4."""
+def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing) -> int:
+    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`. A tied head is the embedding, unless both are floats.
 
-    def packed(shape: tuple[int, ...], width: int, bytes_of_scales: int) -> int:
+    A scale has 2 bytes, or 4 where a row has one.
+    """
+    scale_bytes = 4 if packing.block_size is None else 2
+
+    def packed(shape: tuple[int, ...], width: int) -> int:
         if not is_quantized(width):
             return width // 8 * math.prod(shape)
         codes, scales, *zero_points = integer_specs("", shape, width, packing)
-        return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales + sum(spec.num_bytes for spec in zero_points)
+        return codes.num_bytes + math.prod(scales.shape) * scale_bytes + sum(spec.num_bytes for spec in zero_points)
 
-    total = sum(packed(shape, plan[name], 4 if name == family.embedding else scale_bytes) for name, shape in shapes.items())
-    if family.embedding in shapes and family.head not in shapes:  # a tied head is written a second time, as a matrix to multiply with
-        total += packed(shapes[family.embedding], plan[family.embedding], scale_bytes)
+    total = sum(packed(shape, plan[name]) for name, shape in shapes.items())
+    is_tied = family.embedding in shapes and family.head not in shapes
+    if is_tied and (packing.block_size is None or not is_quantized(plan[family.embedding])):
+        total += packed(shapes[family.embedding], plan[family.embedding])  # written a second time, as a matrix to multiply with
     return total
 
 
@@ -112,16 +117,16 @@ def estimate_bytes(
         return sum(spec.num_bytes for shape, width in integers for spec in integer_specs("", shape, width, packing))
 
     tables = rotary_bytes(model, floats // 8)
-    package, artifact = package_bytes(shapes, family, plan, packing, floats // 8) + tables, integer_bytes(plan)
+    package, artifact = package_bytes(shapes, family, plan, packing) + tables, integer_bytes(plan)
     if variant == "mixed":
         check_budget(config, package + node_bytes(model, family))
         wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
-        package = config.budget or package_bytes(shapes, family, wide, packing, floats // 8) + tables
+        package = config.budget or package_bytes(shapes, family, wide, packing) + tables
         artifact += 2 * integer_bytes(wide)
         plan = wide
     if lowering == "switched" and variant in QUANTIZED and variant != STATIC:  # quantized experts are written twice
         experts = {name: shape for name, shape in shapes.items() if classes[name] == "experts" and is_quantized(plan[name])}
-        package += package_bytes(experts, family, plan, packing, floats // 8)
+        package += package_bytes(experts, family, plan, packing)
     return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
 
 

@@ -1,6 +1,7 @@
 """The quantize stage: a checkpoint's integers and scales, and the twin that computes with their values.
 
-Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once.
+Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once. Scales are 16 bits in every file: integers are chosen
+for them as they are rounded, so that a step that is off by 0.2 % costs nothing that can be measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, measure_units, options_of
 from export.bits import FLOAT_BITS, check_head, check_overrides, class_bits, mean_bits, plan_bits, plan_classes
-from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits
+from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits, scale_type
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from export.footprint import Packing, check_budget, integer_specs, node_bytes, package_bytes, rotary_bytes, stored_bytes
@@ -189,8 +190,8 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
     else:
-        scale_type = _TORCH_TYPES[job.computes_in]
-        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scale_type, text, record, job.progress, journal)
+        scales = _TORCH_TYPES[scale_type(job.computes_in)]
+        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scales, text, record, job.progress, journal)
     write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=STEM)
     return index_tensors(output, STEM), record
 
@@ -220,7 +221,7 @@ def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | No
     units = find_units(job.classes, shapes)
 
     def count_bytes(plan: Mapping[str, int]) -> int:
-        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing, floats // 8)
+        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing)
 
     graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
     check_budget(config, count_bytes(base) + graph_bytes)
