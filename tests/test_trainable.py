@@ -126,7 +126,7 @@ def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(ar
     adapted = model(ids).logits
     experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")]
     watched = [stacked_weights(each) for each in experts]
-    merge()
+    merge(True)
     for seen, module in zip(watched, (module for module in model.modules() if hasattr(module, "experts")), strict=True):
         torch.testing.assert_close(seen, module.experts.gate_up_proj)  # type: ignore[union-attr]
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before.named_parameters()]

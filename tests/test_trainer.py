@@ -146,7 +146,7 @@ def test_a_stage_begins_with_the_best_weights_of_the_one_before(start: Start) ->
         CONFIG.model_copy(update={"stages": (TrainingStage(steps=4), TrainingStage(steps=2, learning_rate=1e-20, router_learning_rate=1e-20))})
     )
     assert one[0].best_steps == {"fine-tuned": 4}
-    assert both[0].best_steps == {"fine-tuned": 6}
+    assert both[0].best_steps == {"fine-tuned": 4}
     # float32 weights do not move by 1e-20.
     assert changed(one[1], both[1]) == set()
 
@@ -186,8 +186,8 @@ def test_a_stage_by_domain_is_watched_and_judged_as_it_is_trained(start: Start, 
             losses += [next_token_loss(model(blocks).logits, blocks)] * len(blocks)
         for handle in handles:
             handle.remove()
-    (looked,) = [step.validation_loss for step in facts.history if step.validation_loss is not None]
-    assert looked == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    looked = [step.validation_loss for step in facts.history if step.validation_loss is not None]
+    assert looked == pytest.approx([float(torch.stack(losses).mean())] * 2, rel=1e-5)
     last = [step for step in facts.history if step.layers][-1]
     # Four blocks of one or the other domain, whose tokens go to both of its experts.
     assert all(layer.load[0] == layer.load[1] and layer.load[2] == layer.load[3] for layer in last.layers)
@@ -251,7 +251,7 @@ def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(start: St
 
 def test_the_last_weights_are_looked_at_too(start: Start) -> None:
     facts, _ = start(CONFIG.model_copy(update={"steps": 5, "eval_steps": 3}))
-    assert [step.step for step in facts.history if step.validation_loss is not None] == [3, 5]
+    assert [step.step for step in facts.history if step.validation_loss is not None] == [0, 3, 5]
 
 
 # Objectives and rates
@@ -369,7 +369,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
     """With patience it was to end before its last step, and without at it."""
     config = CONFIG.model_copy(update={"patience": patience, "learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1, "steps": 3})
     whole, untouched = start(config)
-    assert whole.num_steps == {"fine-tuned": 2 if patience == 1 else 3}
+    assert whole.num_steps == {"fine-tuned": 1 if patience == 1 else 3}
     plain = os.replace
 
     def replace(fresh: Path, path: Path) -> None:
@@ -429,11 +429,41 @@ def test_only_the_best_checkpoint_and_the_latest_are_kept(start: Start, tmp_path
         if what == "training fine-tuned" and done == 5:
             raise _Killed
 
-    # No look is better than the first.
+    # No look is better than the start.
     with pytest.raises(_Killed):
         start(CONFIG.model_copy(update={"learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1}), tmp_path, progress)
     kept = (tmp_path / "fine-tuned" / "stage-0" / "checkpoints").iterdir()
-    assert {folder.name for folder in kept} == {"checkpoint-1", "checkpoint-4"}
+    assert {folder.name for folder in kept} == {"start", "checkpoint-4"}
+
+
+def test_the_start_is_forgotten_when_a_look_is_better(start: Start, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        start(CONFIG.model_copy(update={"eval_steps": 1}), tmp_path, progress)
+    kept = {folder.name for folder in (tmp_path / "fine-tuned" / "stage-0" / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-4"}
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(at: int, train: str, start: Start, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == at:
+            raise _Killed
+
+    _, learned = start(CONFIG.model_copy(update={"steps": 30}))
+    config = CONFIG.model_copy(update={"steps": 4, "learning_rate": 3.0, "router_learning_rate": 3.0, "train": train, "lora_alpha": 64})
+    whole, _ = start(config, mixture=learned)
+    with pytest.raises(_Killed):
+        start(config, tmp_path, progress, learned)
+    facts, output = start(config, tmp_path, mixture=learned)
+    assert changed(learned, output) == set()
+    assert facts.best_steps == {"fine-tuned": 0}
+    assert facts.history == whole.history
+    assert facts.warnings[0].startswith("fine-tuned: no look at the validation split was better than the start")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -759,7 +789,7 @@ def test_two_processes_have_the_losses_and_the_biases_of_one_at_the_same_global_
         launch(count, dense_checkpoint, biased, data, output, place / "scratch", settings)
         assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
-    assert len(histories[1]) == 2 * (4 + 2)
+    assert len(histories[1]) == 2 * (4 + 3)
     assert_same_losses(histories[1], histories[2])
     assert torch.equal(read_biases(tmp_path / "1" / "output"), read_biases(tmp_path / "2" / "output"))
     assert read_biases(tmp_path / "2" / "output").any()

@@ -22,12 +22,12 @@ from upcycle.balance import LayerRouting
 from upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
 from upcycle.data import prepare_data, read_blocks
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import held_out_loss
+from upcycle.evaluation import Evaluation, held_out_loss
 from upcycle.history import Step
 from upcycle.objective import next_token_loss
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle
-from upcycle.training import FinetuneFacts, Trained, _stretch, _warnings, finetune
+from upcycle.training import FinetuneFacts, Trained, _harm, _stretch, _warnings, finetune
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one
@@ -80,7 +80,7 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    def start(config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint) -> Run:
+    def start(config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint, dense: Path = dense_checkpoint) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
         batches: list[torch.Tensor] = []
         seen: list[tuple[str, int, int]] = []
@@ -92,7 +92,7 @@ def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("upcycle.trainer.next_token_loss", recorded_loss)
             scratch = tmp_path_factory.mktemp("scratch")
-            facts = finetune(dense_checkpoint, mixture, data, output, config, seed, lambda *report: seen.append(report), scratch)
+            facts = finetune(dense, mixture, data, output, config, seed, lambda *report: seen.append(report), scratch)
         return Run(facts, output, tuple(batches), tuple(seen))
 
     return start
@@ -233,9 +233,9 @@ def test_the_history_on_disk_is_the_history(run: Run) -> None:
     lines = [json.loads(line) for line in (run.output / "history.jsonl").read_text().splitlines()]
     assert lines == json.loads(json.dumps([asdict(step) for step in run.facts.history]))
     looks = [(step.model, step.step) for step in run.facts.history if step.validation_loss is not None]
-    assert looks[:6] == [(model, step) for model in ("fine-tuned", "dense continued") for step in (3, 6, 9)]
+    assert looks[:8] == [(model, step) for model in ("fine-tuned", "dense continued") for step in (0, 3, 6, 9)]
     last = run.facts.num_steps["dense, equal time"]
-    assert looks[6:] == [("dense, equal time", step) for step in sorted({*range(3, last + 1, 3), last})]
+    assert looks[8:] == [("dense, equal time", step) for step in sorted({*range(0, last + 1, 3), last})]
 
 
 def test_progress_counts_the_steps_of_both_models(run: Run) -> None:
@@ -320,13 +320,73 @@ def test_the_best_weights_are_kept_whole_when_later_ones_are_worse(start: Callab
 
 
 def test_training_stops_when_the_validation_loss_no_longer_falls(mixture_checkpoint: Path, start: Callable[..., Run]) -> None:
-    # Rates too small to change a weight: no look is better than the first.
+    # Rates too small to change a weight: no look is better than the start.
     changes = {"steps": 9, "eval_steps": 1, "patience": 2, "learning_rate": 1e-20, "expert_learning_rate": 1e-20, "router_learning_rate": 1e-20}
     run = start(SHORT.model_copy(update=changes))
-    assert run.facts.best_steps == {"fine-tuned": 1}
-    assert max(step.step for step in run.facts.history) == 3
+    assert run.facts.best_steps == {"fine-tuned": 0}
+    assert max(step.step for step in run.facts.history) == 2
     before, after = load_file(mixture_checkpoint / "model.safetensors"), load_file(run.output / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+HARM = {"learning_rate": 3.0, "expert_learning_rate": 3.0, "router_learning_rate": 3.0, "steps": 3, "eval_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"train": "lora", "lora_alpha": 64},
+        {"train": "last-1"},
+        {"precision": "bfloat16"},
+        {"patience": 1},
+        {"stages": ({"steps": 2}, {"train": "lora", "steps": 2})},
+    ],
+)
+def test_training_that_only_harms_leaves_the_very_weights_of_the_start_and_says_so(
+    change: dict[str, Any], start: Callable[..., Run], run: Run
+) -> None:
+    """It begins with what the first run learned: a model as it was drawn could only become better."""
+    before = {"fine-tuned": run.output, "dense continued": run.output / "control"}
+    run = start(FinetuneConfig.model_validate(SHORT.model_dump() | HARM | {"control": True} | change), 0, *before.values())
+    for number, (model, folder) in enumerate({"fine-tuned": ".", "dense continued": "control"}.items()):
+        looks = [step for step in of(run, model) if step.validation_loss is not None]
+        assert looks[0].step == 0
+        assert all(look.validation_loss >= looks[0].validation_loss for look in looks)  # type: ignore[operator]
+        assert max(look.step for look in looks) == run.facts.num_steps[model] > 0
+        assert run.facts.best_steps[model] == 0
+        old, new = load_file(before[model] / "model.safetensors"), load_file(run.output / folder / "model.safetensors")
+        assert {name: tensor.numpy().tobytes() for name, tensor in old.items()} == {name: tensor.numpy().tobytes() for name, tensor in new.items()}
+        assert run.facts.warnings[number] == (
+            f"{model}: no look at the validation split was better than the start, so the weights are those of the start; "
+            "lower finetune.learning_rate, or give more text or steps"
+        )
+    assert run.facts.evaluations["fine-tuned"].loss == run.facts.evaluations["upcycled"].loss
+
+
+def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Callable[..., Run]) -> None:
+    """The second stage harms: the step that is kept is one of the first."""
+    stages = ({"steps": 4}, {name: value for name, value in HARM.items() if name != "eval_steps"} | {"steps": 2})
+    run = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "stages": stages}))
+    looks = {(step.stage, step.step): step.validation_loss for step in of(run, "fine-tuned") if step.validation_loss is not None}
+    assert list(looks) == [(0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
+    assert run.facts.best_steps == {"fine-tuned": 4}
+    assert run.facts.warnings == ()
+    assert looks[1, 4] == looks[0, 4]
+    alone = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "steps": 4}))
+    assert (run.output / "model.safetensors").read_bytes() == (alone.output / "model.safetensors").read_bytes()
+
+
+def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
+    def evaluation(loss: float) -> Evaluation:
+        return Evaluation(loss, math.exp(loss), 1, 4, 1.0)
+
+    trained = {"fine-tuned": Trained((), 8, 9, 1.0), "dense continued": Trained((), 9, 9, 1.0)}
+    evaluations = {"upcycled": evaluation(2.0), "fine-tuned": evaluation(2.5), "dense": evaluation(2.0), "dense continued": evaluation(1.5)}
+    assert list(_harm(trained, evaluations)) == [
+        "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had 2.0000; "
+        "lower finetune.learning_rate, or give more text or steps"
+    ]
 
 
 def test_bfloat16_autocast_still_saves_float32(start: Callable[..., Run]) -> None:

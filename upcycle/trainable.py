@@ -45,8 +45,10 @@ class Learning:
     alpha: int = 0
 
 
-def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Callable[[], None]:
-    """Let only what `settings.train` names learn; returns what to call after training, which merges low-rank updates into the weights.
+def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Callable[[bool], None]:
+    """Let only what `settings.train` names learn; returns what to call after training.
+
+    Called with True it merges low-rank updates into the weights, with False it takes them off, so that the weights have the bits that they had.
 
     A dense model, the control of a mixture whose layers `sparse_layers` have experts, learns what corresponds: the FFNs of those layers for the
     experts, and everything for the routers, which it does not have.
@@ -60,9 +62,9 @@ def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_la
         add_prompt(model, settings.prompt_tokens)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in planned.whole)
-    merge = _add_low_rank(model, planned) if planned.low_rank else lambda: None
+    finish = _add_low_rank(model, planned) if planned.low_rank else lambda _: None
     _check_learning(model, planned, names, settings.train)
-    return merge
+    return finish
 
 
 def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Learning:
@@ -179,8 +181,8 @@ def parameter_groups(model: PreTrainedModel, settings: FinetuneConfig, sparse_la
     ]
 
 
-def _add_low_rank(model: PreTrainedModel, planned: Learning) -> Callable[[], None]:
-    """Give matrices low-rank updates (Hu et al. 2021) by peft; returns what merges them into the weights.
+def _add_low_rank(model: PreTrainedModel, planned: Learning) -> Callable[[bool], None]:
+    """Give matrices low-rank updates (Hu et al. 2021) by peft; returns what merges them into the weights, or takes them off.
 
     Experts are parameters of three dimensions and no linear layers, which peft leaves out unless they are named. peft is given the list of layers and
     not the model: of a model of transformers it rewrites targets that end as the experts of an older version did, so that linear layers called
@@ -200,10 +202,13 @@ def _add_low_rank(model: PreTrainedModel, planned: Learning) -> Callable[[], Non
         if id(parameter) in kept:  # peft has frozen all but its own
             parameter.requires_grad_(True)
 
-    def merge() -> None:
-        adapted.merge_and_unload()
+    def finish(learned: bool) -> None:
+        if learned:
+            adapted.merge_and_unload()
+        else:
+            adapted.unload()
 
-    return merge
+    return finish
 
 
 def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[int, str], train: str) -> None:

@@ -11,7 +11,8 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
 4. A checkpoint holds what learns and these biases, by their names in memory. The Trainer's own loses experts and routers when it is loaded: it looks
    for the names in memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written
    last; older ones go after that.
-5. Whatever ends a stage early is one line that says where its last checkpoint is.
+5. The start is a candidate too: it is looked at before the first step, and what learns is kept as it was until a look is better.
+6. Whatever ends a stage early is one line that says where its last checkpoint is.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ _MIN_LR_SHARE = 0.1  # the cosine ends here, as in Llama's and OLMoE's recipes
 _WEIGHTS_NAME = "learning.safetensors"
 _SECONDS_NAME = "seconds.json"
 _HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut off
+_START_NAME = "start"  # beside the checkpoints: what learns, before the first step
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ class Stage:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left besides the weights: the history, the step whose weights were kept, the last step, and the seconds in steps."""
+    """What training left besides the weights: the history, the step whose weights were kept, the last step, and the seconds in steps.
+
+    The step is the one before the first where no look was better than the start.
+    """
 
     history: tuple[Step, ...]
     best_step: int
@@ -121,9 +126,9 @@ def run_stage(
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if trainer.is_fsdp_enabled:
             collect_model(model)
+        watch = trainer.watch
         if not trainer.is_fsdp_enabled or join_processes().is_main_process:
-            finish()
-    watch = trainer.watch
+            finish(watch.best_step > stage.first_step)
     return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
 
 
@@ -494,13 +499,14 @@ class _Watch(TrainerCallback):
 
     @property
     def best_step(self) -> int:
-        """The step, counted over all stages, with the lowest validation loss; the first of equals."""
+        """The step, counted over all stages, with the lowest validation loss; the first of equals, and so the start before all."""
         looks = [step for step in self.history if step.validation_loss is not None]
         return min(looks, key=lambda step: cast(float, step.validation_loss)).step
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is, which is counted over all stages."""
-        return self.scratch / f"checkpoint-{step - self.trainer.stage.first_step}"
+        done = step - self.trainer.stage.first_step
+        return self.scratch / (f"checkpoint-{done}" if done else _START_NAME)
 
     @property
     def patience_is_over(self) -> bool:
@@ -512,6 +518,11 @@ class _Watch(TrainerCallback):
         """Go on from what a checkpoint has told."""
         self.history = list(read_history(checkpoint / _HISTORY_NAME))
         self.seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.history:
+            self.trainer.save_model(str(self.scratch / _START_NAME))
+            self.trainer.evaluate()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = _now()
@@ -536,6 +547,11 @@ class _Watch(TrainerCallback):
         stage = self.trainer.stage
         for value in (*parts.values(), validation):
             if value is not None and not math.isfinite(value):
+                if state.global_step == 0:
+                    raise UpcycleError(
+                        f"finetune: the validation loss of {stage.model} is {value} before the first step of a stage; it must be finite; "
+                        "set finetune.precision: float32, or look for values in the checkpoint that overflow"
+                    )
                 raise UpcycleError(
                     f"finetune: the loss of {stage.model} is {value} at step {stage.first_step + state.global_step}; lower finetune.learning_rate"
                     f"{_where_kept(self.scratch)}"
@@ -568,7 +584,7 @@ class _Watch(TrainerCallback):
             checkpoint, best = self.checkpoint(self.trainer.stage.first_step + state.global_step), self.checkpoint(self.best_step)
             write_whole(checkpoint / _SECONDS_NAME, json.dumps(self.seconds))
             write_history(checkpoint / _HISTORY_NAME, self.history)
-            for folder in set(self.scratch.glob("checkpoint-*")) - {checkpoint, best}:
+            for folder in {*self.scratch.glob("checkpoint-*"), self.scratch / _START_NAME} - {checkpoint, best}:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

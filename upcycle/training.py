@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -58,15 +58,19 @@ class DomainRouting:
 
 @dataclass(frozen=True)
 class FinetuneFacts:
-    """What fine-tuning did: held-out figures of each model, the history, which step was kept, and the steps and seconds of training."""
+    """What fine-tuning did: held-out figures of each model, the history, which step was kept, and the steps and seconds of training.
+
+    Of `best_steps`, 0 is the start: no look at the validation split was better, and the weights are as they were. Without fine-tuning there are the
+    figures of the dense and the upcycled model alone, no precision and no gradient.
+    """
 
     evaluations: dict[str, Evaluation]
     history: tuple[Step, ...]
     best_steps: dict[str, int]
     num_steps: dict[str, int]
     seconds: dict[str, float]
-    precision: str
-    router_task_gradient: float
+    precision: str | None
+    router_task_gradient: float | None
     domains: DomainRouting | None = None
     sparse_layers: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
@@ -86,6 +90,8 @@ def finetune(
     dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress, scratch: Path
 ) -> FinetuneFacts:
     """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output` in float32.
+
+    The weights that training starts from are among those looked at, so what only harms leaves them as they are, with a warning.
 
     With `config.control` the checkpoint in `dense` is continued twice, on the same batches in the same order: for the same steps, into
     `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The history goes to `output/history.jsonl`. What a
@@ -126,8 +132,18 @@ def finetune(
         gradient,
         on_main(lambda: measure_domains(output, data)),
         sparse_layers(shape),
-        tuple(_warnings(history, gradient, stages[-1])),
+        (*_harm(trained, evaluations), *_warnings(history, gradient, stages[-1])),
     )
+
+
+def measure_untrained(dense: Path, mixture: Path, data: Path, output: Path, progress: Progress) -> FinetuneFacts:
+    """The facts of a run without fine-tuning: held-out figures of the dense model and of the mixture, and an empty history in `output`."""
+    test = read_blocks(data, "test")
+    evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
+    if join_processes().is_main_process:
+        write_history(output / HISTORY_NAME, ())
+    domains = on_main(lambda: measure_domains(mixture, data))
+    return FinetuneFacts(evaluations, (), {}, {}, {}, None, None, domains, sparse_layers(_without_weights(mixture)))
 
 
 def _jobs(dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[str, Trained]) -> Iterator[Job]:
@@ -173,6 +189,22 @@ def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
     squares = {id(p): float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None}
     routers = sum(squares.get(id(p), 0.0) for p in router_weights(model))
     return math.sqrt(routers / max(sum(squares.values()), 1e-30))
+
+
+def _harm(trained: Mapping[str, Trained], evaluations: Mapping[str, Evaluation]) -> Iterator[str]:
+    """Where training helped nothing: no look was better than the start, or the weights that were kept are worse on the test split."""
+    for name, each in trained.items():
+        started = evaluations["upcycled" if name == "fine-tuned" else "dense"].loss
+        if each.best_step == 0:
+            yield (
+                f"{name}: no look at the validation split was better than the start, so the weights are those of the start; "
+                "lower finetune.learning_rate, or give more text or steps"
+            )
+        elif (reached := evaluations[name].loss) > started:
+            yield (
+                f"{name}: the weights that were kept, of step {each.best_step}, have a loss of {reached:.4f} on the test split, the start had "
+                f"{started:.4f}; lower finetune.learning_rate, or give more text or steps"
+            )
 
 
 def _warnings(history: tuple[Step, ...], gradient: float, last_stage: FinetuneConfig) -> Iterator[str]:
@@ -256,7 +288,9 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
             shutil.rmtree(place / "checkpoints", ignore_errors=True)  # also those of a run that was killed before this
         facts = json.loads((place / _STAGE_NAME).read_text(encoding="utf-8"))
         history += read_history(place / HISTORY_NAME)
-        source, best_step, first_step, seconds = place, facts["best_step"], facts["last_step"], seconds + facts["seconds"]
+        if facts["best_step"] > first_step:  # otherwise the weights are those that the stage began with
+            best_step = facts["best_step"]
+        source, first_step, seconds = place, facts["last_step"], seconds + facts["seconds"]
     if join_processes().is_main_process:
         shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
         if (folder / EVENTS_DIRECTORY).is_dir():
