@@ -125,7 +125,7 @@ def peak(name: str) -> float:
 
 
 def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Iterator[tuple[float, float]]:
-    """The recipe of `CONFIG` without a Trainer: yields each step's next-token loss and balance loss."""
+    """The recipe of `CONFIG` without a Trainer, and a step in one part: yields each step's next-token loss and balance loss."""
     routers = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
     decays = {name: CONFIG.weight_decay if p.ndim == 2 or p.ndim == 3 else 0.0 for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -134,23 +134,20 @@ def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Ite
     )
     model.train()
     for step in range(CONFIG.steps):
-        losses, balances = [], []
-        for ids in batches[2 * step : 2 * step + 2]:
-            outputs = model(ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {}))
-            loss = outputs.loss - (model.config.router_aux_loss_coef * outputs.aux_loss if routers else 0.0)
-            balance = z = torch.tensor(0.0)
-            if routers:
-                balance = torch.stack([load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]).mean()
-                z = torch.stack([logits.exp().sum(-1).log() ** 2 for logits in outputs.router_logits]).mean()
-            ((loss + CONFIG.balance_coefficient * balance + CONFIG.z_coefficient * z) / 2).backward()
-            losses.append(float(loss.detach()))
-            balances.append(float(balance.detach()))
+        ids = torch.cat(batches[2 * step : 2 * step + 2])
+        outputs = model(ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {}))
+        loss = outputs.loss - (model.config.router_aux_loss_coef * outputs.aux_loss if routers else 0.0)
+        balance = z = torch.tensor(0.0)
+        if routers:
+            balance = torch.stack([load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]).mean()
+            z = torch.stack([logits.exp().sum(-1).log() ** 2 for logits in outputs.router_logits]).mean()
+        (loss + CONFIG.balance_coefficient * balance + CONFIG.z_coefficient * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = peak(group["name"]) * rate(step)
         optimizer.step()
         optimizer.zero_grad()
-        yield sum(losses) / 2, sum(balances) / 2
+        yield float(loss.detach()), float(balance.detach())
 
 
 @pytest.mark.parametrize(("model", "fixture", "first"), [("fine-tuned", "mixture_checkpoint", 0), ("dense continued", "dense_checkpoint", 18)])

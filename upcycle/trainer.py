@@ -4,7 +4,9 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
 
 1. The order of the blocks is one list for the whole stage, drawn from the seed, so that it depends neither on the number of processes nor on where
    a killed run is taken up.
-2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it.
+2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it and however many parts it is computed in.
+   Its gradient in one part needs the load of those to come (a product of two means is no sum over parts), so a step of several parts begins with a
+   forward pass of all of them without gradients, which only counts: about a quarter more time, and only where the loss has a weight.
 3. Where a gate has a selection bias and its router learns, each step ends by moving the bias against the load of all its tokens: of all parts, of
    all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds it. In a stage in which a router does not learn (`prompt`,
    `by-domain`, the first layers of `last-N`) its bias stays: it belongs to the scores that it was balanced for.
@@ -40,7 +42,7 @@ from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_counts, expert_load, move_bias, z_loss
+from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_counts, expert_load, mean_scores, move_bias, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
@@ -257,6 +259,9 @@ class _StageTrainer(Trainer):
         self.router_logits: list[torch.Tensor] = []
         self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
+        self.step_parts: list[dict[str, Any]] = []
+        self.step_load: torch.Tensor | None = None  # of the whole step, where it has several parts and its balance has a weight
+        self.shares: list[tuple[torch.Tensor, torch.Tensor]] = []  # each part's loads and mean scores, where only their history is wanted
         self.counts: dict[int, torch.Tensor] = {}  # of the step so far, by the number of the router
         self.parts: dict[str, list[torch.Tensor]] = {}
         self.loads: list[torch.Tensor] = []
@@ -279,13 +284,34 @@ class _StageTrainer(Trainer):
         if self.is_fsdp_enabled:
             divide_by(self.accelerator)
 
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        """Remember the parts of the step that begins."""
+        samples = super().get_batch_samples(*arguments)
+        self.step_parts, self.step_load = samples[0], None
+        return samples
+
+    def _count_ahead(self, model: Any) -> torch.Tensor:
+        """The load of a step before its first part, with the random numbers that its parts will draw; [layers, num_experts]."""
+        loads = []
+        with torch.no_grad(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            for part in self.step_parts:
+                self.router_logits.clear()
+                ids = cast(Any, self)._prepare_inputs(part)["input_ids"]
+                run_with_prompt(partial(model, logits_to_keep=1), self.mixture, ids, get_prompt(self.mixture))
+                self.routing = tuple(self.router_logits)
+                loads.append(self._measure_load((None,) * len(self.routing)))
+        return torch.stack(loads).mean(0)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
     ) -> Any:
         """The next token's loss and the divergence from the teacher, mixed; plus each layer's balance loss and z-loss, as means over layers."""
         ids, settings = inputs["input_ids"], self.stage.settings
-        self.router_logits.clear()
         self.forced = self._experts_of(inputs["domains"])
+        in_parts = len(self.step_parts) > 1
+        if self.num_experts and self.forced is None and in_parts and settings.balance_coefficient and self.step_load is None:
+            self.step_load = self._count_ahead(model)
+        self.router_logits.clear()
         logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
         for number, bias in self._moving_biases().items():
@@ -301,7 +327,10 @@ class _StageTrainer(Trainer):
         if self.routing:
             self.loads.append(self._measure_load(selection_biases(self.mixture)))
         if self.routing and self.forced is None:
-            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
+            if settings.balance_coefficient or not in_parts:
+                loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
+            else:
+                self.shares.append(self._share())
             if settings.z_coefficient:
                 loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
@@ -329,10 +358,16 @@ class _StageTrainer(Trainer):
         return torch.stack(loads).mean(0)
 
     def _balance(self) -> torch.Tensor:
-        """Mean over layers of each layer's balance loss, with the load of all processes."""
+        """Mean over layers of each layer's balance loss, with the load of all processes and parts."""
         top_k, biases = self.mixture.config.num_experts_per_tok, tuple(selection_biases(self.mixture))
-        loads = self.loads[-1] if all(bias is None for bias in biases) else self._measure_load((None,) * len(biases))
+        loads = self._measure_load((None,) * len(biases)) if self.step_load is None else self.step_load
         return torch.stack([balance_loss(z, top_k, load, bias) for z, load, bias in zip(self.routing, loads, biases, strict=True)]).mean()
+
+    def _share(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a part adds to a balance loss that is only watched: loads over all processes and its mean scores, [layers, num_experts] each."""
+        biases = tuple(selection_biases(self.mixture))
+        scores = [mean_scores(z.detach(), bias) for z, bias in zip(self.routing, biases, strict=True)]
+        return self._measure_load((None,) * len(biases)), torch.stack(scores)
 
     def _moving_biases(self) -> dict[int, torch.Tensor]:
         """By the number of the router, the selection biases that move: those of routers that learn."""
@@ -341,8 +376,12 @@ class _StageTrainer(Trainer):
         pairs = enumerate(zip(router_weights(self.mixture), selection_biases(self.mixture), strict=True))
         return {number: bias for number, (weight, bias) in pairs if bias is not None and weight.requires_grad}
 
-    def move_biases(self) -> None:
-        """End a step: move every selection bias by the tokens counted since the last one."""
+    def end_step(self) -> None:
+        """Note the balance of parts that only watched it, and move every selection bias by the tokens counted since the last step."""
+        if self.shares:
+            loads, scores = (torch.stack(each).mean(0) for each in zip(*self.shares, strict=True))
+            self._note("balance_loss", loads.shape[-1] * (loads * scores).sum(-1).mean())
+            self.shares = []
         for number, bias in self._moving_biases().items():
             counts = self.counts.pop(number)
             if join_processes().num_processes > 1:
@@ -528,7 +567,7 @@ class _Watch(TrainerCallback):
         self.began = _now()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.move_biases()
+        self.trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds += _now() - self.began
