@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
-from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +29,7 @@ from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
-from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.data import find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
@@ -186,7 +185,7 @@ def _router_base(loaded: LoadedRecipe) -> Path:
 def _text_base(loaded: LoadedRecipe, first: str) -> Path:
     """Text files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
     beside = loaded.path.absolute().parent
-    return beside if glob(str(beside / first), recursive=True) else Path.cwd()
+    return beside if find_files(first, beside) else Path.cwd()
 
 
 def _artifact_bytes(
