@@ -156,11 +156,13 @@ def _finetuning_verdicts(finetune: dict[str, Any]) -> Iterator[Verdict]:
     yield _control_verdict(tuned, evaluations["dense continued"]["perplexity"], "continued on the same tokens")
     if "dense, equal time" in evaluations:
         found = _control_verdict(tuned, evaluations["dense, equal time"]["perplexity"], "trained for as long")
-        seconds, steps = ({name: finetune[key][name] for name in ("fine-tuned", "dense, equal time")} for key in ("seconds", "num_steps"))
+        spent = "compute_seconds" if finetune.get("compute_seconds") else "seconds"  # an older run knows the clock's alone
+        seconds, steps = ({name: finetune[key][name] for name in ("fine-tuned", "dense, equal time")} for key in (spent, "num_steps"))
         mixture, control = (f"{format_seconds(seconds[name])} ({steps[name]:,} steps)" for name in seconds)
         ratio = seconds["dense, equal time"] / seconds["fine-tuned"]
         favoured = found.good is not None and (ratio < 1 - _TIME_SLACK if found.good else ratio > 1 + _TIME_SLACK)
-        times = f"The control had {control}, the mixture {mixture}" + (": too unequal to count." if favoured else ".")
+        what = " of computing" if spent == "compute_seconds" else ""
+        times = f"The control had {control}, the mixture {mixture}{what}" + (": too unequal to count." if favoured else ".")
         yield Verdict(f"{found.text} {times}", None if favoured else found.good)
 
 

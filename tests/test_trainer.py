@@ -707,7 +707,7 @@ def first_counts(mixture: Path, data: Path, num_blocks: int) -> torch.Tensor:
     handles = [router.register_forward_hook(count) for router in router_modules(model)]
     train = read_blocks(data, "train")
     with torch.no_grad():
-        model(train[draw_order(len(train), num_blocks, 0)])
+        model(train[list(draw_order(len(train), num_blocks, 0))])
     for handle in handles:
         handle.remove()
     return torch.stack(counts)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -27,7 +28,7 @@ from upcycle.history import Step
 from upcycle.objective import next_token_loss
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle
-from upcycle.training import FinetuneFacts, Trained, _harm, _stretch, _warnings, finetune
+from upcycle.training import FinetuneFacts, Trained, _harm, _stretch, _warnings, draw_order, finetune
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one
@@ -80,7 +81,9 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    def start(config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint, dense: Path = dense_checkpoint) -> Run:
+    def start(
+        config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint, dense: Path = dense_checkpoint, progress: Any = quiet
+    ) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
         batches: list[torch.Tensor] = []
         seen: list[tuple[str, int, int]] = []
@@ -92,7 +95,7 @@ def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("upcycle.trainer.next_token_loss", recorded_loss)
             scratch = tmp_path_factory.mktemp("scratch")
-            facts = finetune(dense, mixture, data, output, config, seed, lambda *report: seen.append(report), scratch)
+            facts = finetune(dense, mixture, data, output, config, seed, lambda *report: (seen.append(report), progress(*report)), scratch)
         return Run(facts, output, tuple(batches), tuple(seen))
 
     return start
@@ -186,12 +189,61 @@ def test_the_control_of_equal_time_has_as_many_steps_as_fit(
 ) -> None:
     stages = tuple(CONFIG.model_copy(update={"steps": count}) for count in (10, 20))
     trained = {
-        "fine-tuned": Trained((), 30, 30, mixture_seconds),
-        "dense continued": Trained((), control_steps, control_steps, control_seconds),
+        "fine-tuned": Trained((), 30, 30, 1.0, mixture_seconds),
+        "dense continued": Trained((), control_steps, control_steps, 9.0, control_seconds),
     }
     stretched = _stretch(stages, trained)
     assert tuple(stage.steps for stage in stretched) == steps
     assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [CONFIG.model_copy(update={"steps": 1})] * 2
+
+
+def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() -> None:
+    generator = torch.Generator().manual_seed(7)
+    expected = torch.cat([torch.randperm(5, generator=generator) for _ in range(4)]).tolist()[:18]
+    order = draw_order(5, 18, 7)
+    assert list(order) == expected
+    assert [order[index] for index in (17, 0, 9, 3)] == [expected[index] for index in (17, 0, 9, 3)]  # as a run that is taken up does
+    assert list(order[4:11]) == expected[4:11]
+    assert list(order[4:11][2:5]) == expected[6:9]
+    assert len(draw_order(5, 10**18, 7)[10**17 : 10**18]) == 9 * 10**17
+
+
+def test_a_thousand_million_steps_begin_at_once(start: Callable[..., Run]) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        start(SHORT.model_copy(update={"steps": 10**9, "eval_steps": 10**9}), progress=stop)
+
+
+def test_a_batch_of_many_times_the_text_is_refused(start: Callable[..., Run]) -> None:
+    with pytest.raises(UpcycleError) as excinfo:
+        start(SHORT.model_copy(update={"batch_size": 10**9}))
+    assert str(excinfo.value) == (
+        "finetune.batch_size is 1000000000; it must be at most 336, 16 times the blocks of the training split; lower it, or give more text"
+    )
+
+
+def test_gradients_are_not_clipped_without_a_norm(start: Callable[..., Run]) -> None:
+    """AdamW without decay does not see a gradient's size, but for its epsilon: the first step shows what it was given."""
+    norms = []
+
+    def take(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    handle = register_optimizer_step_pre_hook(take)
+    try:
+        for norm in (1e-3, 1e9, None):
+            start(SHORT.model_copy(update={"steps": 1, "eval_steps": 1, "max_grad_norm": norm}))
+    finally:
+        handle.remove()
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[1] == norms[2] > 0.1
 
 
 def test_every_block_is_met_once_an_epoch(run: Run, data: Path) -> None:
@@ -378,7 +430,7 @@ def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
     def evaluation(loss: float) -> Evaluation:
         return Evaluation(loss, math.exp(loss), 1, 4, 1.0)
 
-    trained = {"fine-tuned": Trained((), 8, 9, 1.0), "dense continued": Trained((), 9, 9, 1.0)}
+    trained = {"fine-tuned": Trained((), 8, 9, 1.0, 1.0), "dense continued": Trained((), 9, 9, 1.0, 1.0)}
     evaluations = {"upcycled": evaluation(2.0), "fine-tuned": evaluation(2.5), "dense": evaluation(2.0), "dense continued": evaluation(1.5)}
     assert list(_harm(trained, evaluations)) == [
         "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had 2.0000; "

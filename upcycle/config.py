@@ -260,7 +260,7 @@ class FinetuneConfig(Record):
 
     train: str = Field(
         "all",
-        description="What learns: 'all', 'experts' (and routers), 'router' (all routers, and what scales a shared expert), 'last-N' (the last N layers), 'lora' (low-rank updates "
+        description="What learns: 'all', 'experts' (and routers), 'router' (all of them), 'last-N' (the last N layers), 'lora' (low-rank updates "
         "of experts and every linear layer, merged at the end, and the routers whole), or 'prompt' (vectors before the text, in the last stage).",
     )
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(

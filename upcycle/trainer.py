@@ -26,7 +26,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -69,8 +69,8 @@ _START_NAME = "start"  # beside the checkpoints: what learns, before the first s
 class Stage:
     """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
 
-    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size]. validation and
-    validation_domains: the same, held out.
+    blocks: token ids, int64 [blocks, block_size]; domains: the domain of each, int64 [blocks]. order: the places of the blocks in the order in which
+    they are met, as many as steps * batch_size; their own order where there is none. validation and validation_domains: as blocks, held out.
     """
 
     model: str
@@ -86,19 +86,22 @@ class Stage:
     sparse_layers: tuple[int, ...]
     precision: str
     seed: int
+    order: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class Trained:
     """What training left besides the weights: the history, the step whose weights were kept, the last step, and the seconds in steps.
 
-    The step is the one before the first where no look was better than the start.
+    The step is the one before the first where no look was better than the start. `compute_seconds` are the processor's, of all threads, so that
+    they do not grow with what else the machine does; where a GPU computes, the clock's.
     """
 
     history: tuple[Step, ...]
     best_step: int
     last_step: int
     seconds: float
+    compute_seconds: float
 
 
 def run_stage(
@@ -131,7 +134,7 @@ def run_stage(
         watch = trainer.watch
         if not trainer.is_fsdp_enabled or join_processes().is_main_process:
             finish(watch.best_step > stage.first_step)
-    return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
+    return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds, watch.compute_seconds)
 
 
 @contextmanager
@@ -238,14 +241,15 @@ def _routing(trainer: _StageTrainer) -> Iterator[None]:
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, blocks: torch.Tensor, domains: torch.Tensor) -> None:
-        self.blocks, self.domains = blocks, domains
+    def __init__(self, blocks: torch.Tensor, domains: torch.Tensor, order: Sequence[int] | None = None) -> None:
+        self.blocks, self.domains, self.order = blocks, domains, range(len(blocks)) if order is None else order
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[index], "domains": self.domains[index]}
+        place = int(self.order[index])
+        return {"input_ids": self.blocks[place], "domains": self.domains[place]}
 
 
 class _StageTrainer(Trainer):
@@ -269,7 +273,7 @@ class _StageTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(stage, scratch),
-            train_dataset=_Blocks(stage.blocks, stage.domains),
+            train_dataset=_Blocks(stage.blocks, stage.domains, stage.order),
             eval_dataset=_Blocks(stage.validation, stage.validation_domains),
         )
         self.model_accepts_loss_kwargs = False
@@ -502,7 +506,7 @@ def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation_steps // join_processes().num_processes,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         **(checkpointing if settings.gradient_checkpointing else {}),
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=settings.max_grad_norm or 0.0,  # which clips none
         bf16=stage.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         seed=stage.seed,
@@ -533,8 +537,8 @@ class _Watch(TrainerCallback):
         self.trainer, self.scratch, self.progress, self.patience = trainer, scratch, progress, patience
         self.writer = _open_events(events) if events is not None and trainer.is_world_process_zero() else None
         self.history: list[Step] = []
-        self.seconds = 0.0
-        self.began = 0.0
+        self.seconds = self.compute_seconds = 0.0
+        self.began = self.began_computing = 0.0
 
     @property
     def best_step(self) -> int:
@@ -556,7 +560,7 @@ class _Watch(TrainerCallback):
     def take_up(self, checkpoint: Path) -> None:
         """Go on from what a checkpoint has told."""
         self.history = list(read_history(checkpoint / _HISTORY_NAME))
-        self.seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
+        self.seconds, self.compute_seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.history:
@@ -565,12 +569,15 @@ class _Watch(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = _now()
+        self.began_computing = time.process_time()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += _now() - self.began
+        seconds = _now() - self.began
+        self.seconds += seconds
+        self.compute_seconds += seconds if torch.cuda.is_available() else time.process_time() - self.began_computing
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
             # What is logged at a checkpoint is complete there; and the last weights are a candidate too.
             control.should_log = control.should_evaluate = control.should_save = True
@@ -621,7 +628,7 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             checkpoint, best = self.checkpoint(self.trainer.stage.first_step + state.global_step), self.checkpoint(self.best_step)
-            write_whole(checkpoint / _SECONDS_NAME, json.dumps(self.seconds))
+            write_whole(checkpoint / _SECONDS_NAME, json.dumps([self.seconds, self.compute_seconds]))
             write_history(checkpoint / _HISTORY_NAME, self.history)
             for folder in {*self.scratch.glob("checkpoint-*"), self.scratch / _START_NAME} - {checkpoint, best}:
                 shutil.rmtree(folder, ignore_errors=True)
