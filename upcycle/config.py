@@ -302,6 +302,13 @@ class FinetuneConfig(Record):
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")
 
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, value: Any) -> Any:
+        if type(value) is int and value == 0:
+            raise ValueError("is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off")
+        return value
+
     @model_validator(mode="after")
     def _check_stages(self) -> FinetuneConfig:
         stages = self.resolve_stages()
