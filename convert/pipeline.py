@@ -97,12 +97,17 @@ def plan_tasks(preparation: Preparation, until: StageName) -> tuple[Task, ...]:
         if stage.name == "report":
             inputs = {label: label for label in tasks}
         else:
-            inputs = {name: _label(name, variant if name in _EACH_VARIANT else None) for name in stage.reads}
+            inputs = {name: _label(_made_by(preparation, stage, name), variant if name in _EACH_VARIANT else None) for name in stage.reads}
         keys = {name: tasks[label].key for name, label in inputs.items()}
         settings = stage.settings(preparation, variant)
         task = Task(stage, variant, inputs, keys, settings, artifact_key(keys, settings, code_digest(*stage.code)))
         tasks[task.label] = task
     return tuple(tasks.values())
+
+
+def _made_by(preparation: Preparation, stage: Stage, name: StageName) -> StageName:
+    """The stage that makes what `stage` reads as `name`: where fine-tuning is switched off, the mixture to export is the upcycled one."""
+    return "upcycle" if name == "finetune" and stage.each_variant and preparation.loaded.recipe.finetune is None else name
 
 
 def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, display: ProgressDisplay) -> Outcome | None:

@@ -8,7 +8,6 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from datetime import UTC, datetime
-from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -30,13 +29,13 @@ from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
-from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.data import find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
 from upcycle.receipt import write_receipt
 from upcycle.surgery import check_written, upcycle
-from upcycle.training import HISTORY_NAME, check_finetune, finetune
+from upcycle.training import HISTORY_NAME, check_finetune, finetune, measure_untrained
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
@@ -101,16 +100,16 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
         raise RecipeError(f"{loaded.path}: data.block_size: is {recipe.data.block_size}; must be at most the model's context, which is {context}")
-    prompt_tokens = recipe.finetune.prompt_tokens if recipe.finetune.resolve_stages()[-1].train == "prompt" else 0
+    prompt_tokens = next((stage.prompt_tokens for stage in recipe.training_stages if stage.train == "prompt"), 0)
     if recipe.data.block_size + prompt_tokens > context:
         raise RecipeError(
             f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; both together must be at most "
             f"the model's context, which is {context}"
         )
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
-    if plan.conversion.family.task == "text-generation":
+    if recipe.finetune and plan.conversion.family.task == "text-generation":
         check_finetune(recipe.finetune, plan.num_layers)
-    last_stage = _find_last_stage(plan, recipe.finetune)
+    last_stage = _find_last_stage(plan, recipe.training_stages)
     lowerings = {}
     if last_stage is None:
         lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
@@ -132,14 +131,14 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         progress("reading the dense checkpoint", number, len(companions) + len(weights))
         source_files[file.name] = _digest(file)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
-    scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if "finetune" in sizes else 0
+    scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if recipe.finetune and "finetune" in sizes else 0
     return Preparation(
         loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage,
         read_license(directory), tasks, {path.name: _digest(path) for path in task_paths},
     )  # fmt: skip
 
 
-def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, str] | None:
+def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
     """The last stage that can be run for a target and its training, and why the next cannot."""
     if plan.conversion.family.task != "text-generation":
         return "upcycle", f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come"
@@ -147,7 +146,7 @@ def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, 
         find_decoder_family(plan.target_config)
     except ExportError as error:
         return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
-    if finetune.resolve_stages()[-1].train == "prompt":
+    if training and training[-1].train == "prompt":
         return "finetune", "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
     return None
 
@@ -186,7 +185,7 @@ def _router_base(loaded: LoadedRecipe) -> Path:
 def _text_base(loaded: LoadedRecipe, first: str) -> Path:
     """Text files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
     beside = loaded.path.absolute().parent
-    return beside if glob(str(beside / first), recursive=True) else Path.cwd()
+    return beside if find_files(first, beside) else Path.cwd()
 
 
 def _artifact_bytes(
@@ -194,9 +193,9 @@ def _artifact_bytes(
 ) -> dict[str, int]:
     recipe = loaded.recipe
     floats = 4 * plan.num_parameters
-    control = 2 * 4 * checkpoint.num_parameters if recipe.finetune.control else 0
+    control = 2 * 4 * checkpoint.num_parameters if recipe.finetune and recipe.finetune.control else 0
     sizes = {"upcycle": plan.num_bytes}
-    if plan.conversion.family.task == "text-generation":
+    if recipe.finetune and plan.conversion.family.task == "text-generation":
         sizes["finetune"] = floats + control
     if not exported:
         return sizes
@@ -246,9 +245,9 @@ def upcycle_settings(preparation: Preparation, _: Variant | None) -> Facts:
 
 
 def finetune_settings(preparation: Preparation, _: Variant | None) -> Facts:
-    """The training recipe."""
+    """The training recipe; without fine-tuning only figures are taken, which need no settings."""
     recipe = preparation.loaded.recipe
-    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed}
+    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed} if recipe.finetune else {"off": True}
 
 
 def quantize_settings(preparation: Preparation, variant: Variant | None) -> Facts:
@@ -334,9 +333,15 @@ def run_upcycle(job: Job) -> Facts:
 
 
 def run_finetune(job: Job) -> Facts:
-    """The fine-tuned mixture, and the dense control. The history is in a file beside them: megabytes where there are many experts."""
-    inputs = job.inputs
-    facts = finetune(inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress, job.scratch)
+    """The fine-tuned mixture, and the dense control. The history is in a file beside them: megabytes where there are many experts.
+
+    Where fine-tuning is switched off, no model: the held-out figures of the dense and the upcycled model alone.
+    """
+    source, mixture, data, settings = *(job.inputs[name] for name in ("source", "upcycle", "data")), job.recipe.finetune
+    if settings is None:
+        facts = measure_untrained(source, mixture, data, job.output, job.progress)
+    else:
+        facts = finetune(source, mixture, data, job.output, settings, job.recipe.seed, job.progress, job.scratch)
     return {name: value for name, value in _jsonable(facts).items() if name != "history"}
 
 

@@ -30,7 +30,7 @@ class Evaluation:
     decode_tokens_per_second: float
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training
 def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> float:
     """Mean next-token loss in nats over blocks of token ids [blocks, block_size], each after the vectors of `prompt` [P, H] where there are some.
 
