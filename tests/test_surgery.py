@@ -477,7 +477,7 @@ def test_granular_experts_of_a_drawn_router_are_the_dense_model(name: str, granu
     dense, plan = make(name, make_dense, tmp_path, num_experts=8, k=4, logit_std=1.0, kind="granular", granularity=granularity)
     assert plan.keeps_function
     assert not plan.keeps_function_at_zero  # a tie of all may choose the first part of one copy and the second of another
-    assert rounding_limit(plan) == ROUNDING_LIMIT  # powers of two round nothing
+    assert rounding_limit(plan, open_checkpoint(dense)) == ROUNDING_LIMIT  # powers of two round nothing
     assert rel(logits(tmp_path), logits(dense)) <= ROUNDING_LIMIT
 
 
@@ -518,7 +518,7 @@ def test_a_scale_that_is_no_power_of_two_is_rounded_to_the_sources_dtype_and_jud
         part = down[:, number % 3 * 32 : (number % 3 + 1) * 32]
         assert torch.equal(expert.down, (part.float() * 3).to(torch.bfloat16))
     eps = torch.finfo(torch.bfloat16).eps
-    assert rounding_limit(plan) == 10 * eps
+    assert rounding_limit(plan, open_checkpoint(dense)) == 10 * eps
     # A weight is off by half an eps at most; two layers add such errors up, of many weights with either sign. Measured: .5 eps.
     assert ROUNDING_LIMIT < rel(logits(tmp_path), logits(dense)) <= 2 * eps
 
