@@ -33,6 +33,7 @@ from upcycle.config import FinetuneConfig
 from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
+from upcycle.numbers import name_specials
 from upcycle.progress import Progress
 from upcycle.receipt import write_receipt
 from upcycle.surgery import check_written, upcycle
@@ -311,7 +312,7 @@ def run_upcycle(job: Job) -> Facts:
     plan = upcycle(source, job.output, config, seed, job.progress, routers)
     num_written = check_written(source, job.output, plan, seed, job.progress, routers)
     receipt = write_receipt(source, job.output, plan, job.recipe.data.block_size, job.progress)
-    (job.output / RECEIPT_NAME).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
+    (job.output / RECEIPT_NAME).write_text(json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return {
         "target": plan.conversion.target.architecture,
         "num_experts": config.num_experts,
@@ -371,7 +372,7 @@ def run_parity(job: Job) -> Facts:
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
-    (job.output / "parity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 

@@ -28,6 +28,7 @@ from export.static import quantize_static
 from export.text import choose_blocks
 from export.twin import SCHEME_NAME, STEM, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
+from upcycle.numbers import name_specials
 from upcycle.shards import TensorSpec, write_tensors
 
 _SHARD_BYTES = 5_000_000_000
@@ -130,7 +131,7 @@ def quantize_checkpoint(
         "expert_tokens": record.expert_tokens, "input_scales": record.input_scales,
         "routers": {layer: asdict(found) for layer, found in record.routers.items()}, **asdict(facts),
     }  # fmt: skip
-    (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
+    (output / SCHEME_NAME).write_text(json.dumps(name_specials(scheme), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 
