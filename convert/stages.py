@@ -28,8 +28,9 @@ from export.package import write_package
 from export.parity import check_parity
 from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
-from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.checkpoint import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
+from upcycle.config_files import CONFIG_NAME
 from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle

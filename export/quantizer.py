@@ -28,6 +28,7 @@ from export.static import quantize_static
 from export.text import choose_blocks
 from export.twin import SCHEME_NAME, STEM, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
+from upcycle.config_files import save_config
 from upcycle.numbers import name_specials
 from upcycle.shards import TensorSpec, write_tensors
 
@@ -95,7 +96,7 @@ def quantize_checkpoint(
     for number, _ in enumerate(check_values(checkpoint), 1):
         progress("checking weights", number, len(checkpoint.entries))
     checkpoint.config.dtype = torch.float32
-    checkpoint.config.save_pretrained(output)
+    save_config(checkpoint.config, output)
     copy_companions(source, output)
     if variant == "mixed":
         plan, record, search = _search_bits(job, plan, held_out)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
+from upcycle.config_files import CONFIG_NAME, complete_tokenizer
 from upcycle.errors import UpcycleError
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,7 +26,6 @@ READABLE = {
     **DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-CONFIG_NAME = "config.json"
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
 SINGLE_NAME = f"{STEM}.safetensors"
@@ -291,7 +291,8 @@ def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Itera
 
 
 def copy_companions(source: Path, output: Path) -> None:
-    """Copy the tokenizer and the generation config along, unchanged."""
+    """Copy the tokenizer and the generation config along; what of them transformers 4 reads otherwise is told it in its own words."""
     for name in (*TOKENIZER_NAMES, GENERATION_CONFIG_NAME):
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    complete_tokenizer(output)
