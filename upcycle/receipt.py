@@ -122,7 +122,7 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
     dense = open_checkpoint(source)
     mode, limit = choose_mode(plan, dense), rounding_limit(plan, dense)
     text = _read_text(source, block_size)
-    notes = list(text.notes)
+    notes = [*text.notes, *_compare_tokenizers(source, output)]
     if mode == "layers":
         notes.append("compared layer by layer: decoding with a cache and float16 were not run")
     comparisons: list[Comparison] = []
@@ -539,6 +539,19 @@ def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
     """The selection bias, float32 [num_experts], of each layer's router, in order; None of a router without one."""
     for router in router_modules(model):
         yield getattr(router, "e_score_correction_bias", None)
+
+
+def _compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
+    """Whether the tokenizer gives the same ids in both directories; transformers chooses its class, and so its rules, by the model beside it too."""
+    if not any((source / name).is_file() for name in TOKENIZER_NAMES):
+        return
+    text = inspect.getsource(sys.modules[__name__])
+    dense, sparse = (AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (source, output))
+    if dense(text, verbose=False)["input_ids"] != sparse(text, verbose=False)["input_ids"]:
+        yield (
+            f"transformers tokenizes otherwise beside the mixture than beside the dense model: by {type(sparse).__name__} and by "
+            f"{type(dense).__name__}; name the class that is meant in tokenizer_config.json, and see that tokenizer.json has its rules"
+        )
 
 
 def _read_text(source: Path, block_size: int) -> _Text:
