@@ -975,7 +975,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a config of a vast vocabulary": (configure(vocab_size=10**12), "has shape [300, 32]; by config.json it must be [1000000000000, 32]"),
     "a config of absurdly many layers": (configure(num_hidden_layers=10**9), "num_hidden_layers is 1000000000; it must be at most 100000"),
     "a config of more layers than tensors": (configure(num_hidden_layers=1000), "num_hidden_layers is 1000; the files hold"),
-    "a config with code": (configure(auto_map={"AutoModel": "evil.Model"}), "asks for code from the checkpoint, which is never run"),
+    "a config with code": (
+        configure(auto_map={"AutoModel": "evil.Model"}, architectures=["EvilModel"]),
+        "asks for code from the checkpoint, which is never run",
+    ),
     "biases that the target cannot hold": (configure(mlp_bias=True), "mlp_bias is True"),
 }
 
