@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.filesize import decimal
 
+from upcycle.numbers import name_special
+
 if TYPE_CHECKING:  # only the type: importing it would load torch, and this module also serves commands that must answer at once
     from upcycle.progress import Progress
 
@@ -60,7 +62,7 @@ class Artifact:
     @property
     def facts(self) -> dict[str, Any]:
         """What its stage found."""
-        facts: dict[str, Any] = self.manifest["facts"]
+        facts: dict[str, Any] = _restore_specials(self.manifest["facts"])
         return facts
 
 
@@ -88,7 +90,8 @@ class Draft:
 
         Raises:
             ArtifactError: the disk is full, or a link leads nowhere.
-            ValueError: a setting or fact is not JSON (NaN and infinities are not).
+            ValueError: a setting is NaN or infinite, or anything else that JSON does not have. Facts may be NaN or infinite: what a stage measures on
+                a broken model is a finding, and comes back from `Artifact.facts` as the same number.
         """
         assert self.artifact is None, f"{self.final}: sealed twice"
         assert not (self.directory / MANIFEST_NAME).exists(), f"{self.directory}: a stage wrote {MANIFEST_NAME}, the name of the manifest"
@@ -99,7 +102,7 @@ class Draft:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": dict(inputs),
             "settings": dict(settings),
-            "facts": dict(facts),
+            "facts": _mark_specials(dict(facts)),
             "versions": dict(versions),
             "seed": seed,
         }
@@ -304,6 +307,32 @@ def _open(directory: Path, mend: str) -> Artifact:
     if fault:
         raise ArtifactError(f"{path}: {fault}; {mend}")
     return Artifact(directory, manifest)
+
+
+def _mark_specials(value: Any) -> Any:
+    """Facts as strict JSON: NaN and infinities as objects of one key, {"float": "NaN"}, so that no text of a user's can be taken for one."""
+    match value:
+        case Mapping():
+            return {key: _mark_specials(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_mark_specials(item) for item in value]
+        case float() if name := name_special(value):
+            return {"float": name}
+        case _:
+            return value
+
+
+def _restore_specials(value: Any) -> Any:
+    """What `_mark_specials` was given."""
+    match value:
+        case {"float": ("NaN" | "Infinity" | "-Infinity") as name} if len(value) == 1:
+            return float(name)
+        case Mapping():
+            return {key: _restore_specials(item) for key, item in value.items()}
+        case list():
+            return [_restore_specials(item) for item in value]
+        case _:
+            return value
 
 
 def _refuse_constant(name: str) -> None:

@@ -308,7 +308,7 @@ def _distance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     figure, axes = _axes("tokens", "1 − cosine of two experts")
     distances = [[max(0.0, 1 - layer["cosine"]) for layer in step["layers"]] for step in logged]
     _layer_band(axes, logged, distances)
-    axes.set_ylim(0, 1.1 * max(1e-7, *map(max, distances)))
+    axes.set_ylim(0, 1.1 * _largest(distances, 1e-7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _distance(value)))
     furthest, layer = max((value, step["number"]) for value, step in zip(distances[-1], logged[-1]["layers"], strict=True))
     return Picture(
@@ -318,6 +318,11 @@ def _distance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
         f"At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from "
         f"{_distance(fmean(distances[0]))} to {_distance(fmean(distances[-1]))}, furthest in layer {layer} ({_distance(furthest)}).",
     )
+
+
+def _largest(values: Sequence[Sequence[float]], least: float) -> float:
+    """The largest finite number of all, and at least `least`: where an axis may end."""
+    return max([least, *(value for found in values for value in found if math.isfinite(value))])
 
 
 def _distance(value: float) -> str:
@@ -334,7 +339,7 @@ def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     upper.set_ylim(0, 1.05)
-    lower.set_ylim(0, 1.15 * max(1e-3, *map(max, margins)))
+    lower.set_ylim(0, 1.15 * _largest(margins, 1e-3))
     lower.set_xlabel("tokens")
     figure.align_ylabels()
     return Picture(
@@ -406,7 +411,7 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]], model: str) -> Pic
     figure.align_ylabels()
     num_flips = {name: sum(map(_flips, found)) for name, found in margins.items()}
     name = max(num_flips, key=lambda n: num_flips[n])
-    if num_flips[name] < 0.5:
+    if not 0.5 <= num_flips[name] < math.inf:
         caption = f"Of {total:,} choices of experts none came out otherwise than the {model} model's."
     else:
         narrow = sum(map(_flips, margins[name][: len(bins) // 2]))

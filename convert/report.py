@@ -8,7 +8,6 @@ is a finding, not a failure, and stands beside it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +18,7 @@ from convert.page import load_template
 from convert.pictures import draw_pictures
 from convert.summary import COLUMNS, Row, exported_model, find_measured, judge, row_cells, summarize
 from convert.tables import JSON_NAME, Grid, build_table, parity_sections, provenance_sections, receipt_table, tier_table, timing_table, trained_table
+from upcycle.numbers import name_specials
 
 HTML_NAME = "report.html"
 _TEMPLATE_NAME = "report.html.j2"
@@ -35,21 +35,10 @@ def write_report(facts: dict[str, Any], output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     judged = {"summary": [asdict(row) for row in summarize(facts)], "verdicts": [asdict(verdict) for verdict in judge(facts)]}
-    document = _strict({**facts, **judged})
+    document = name_specials({**facts, **judged})
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (output / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     (output / HTML_NAME).write_text(_page(facts), encoding="utf-8")
-
-
-def _strict(value: Any) -> Any:
-    """The same value with non-finite floats as strings."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 # --- The page

@@ -27,11 +27,13 @@ from export.package import write_package
 from export.parity import check_parity
 from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
-from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.checkpoint import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
+from upcycle.config_files import CONFIG_NAME
 from upcycle.data import find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
+from upcycle.numbers import name_specials
 from upcycle.progress import Progress
 from upcycle.receipt import write_receipt
 from upcycle.surgery import check_written, upcycle
@@ -311,7 +313,7 @@ def run_upcycle(job: Job) -> Facts:
     plan = upcycle(source, job.output, config, seed, job.progress, routers)
     num_written = check_written(source, job.output, plan, seed, job.progress, routers)
     receipt = write_receipt(source, job.output, plan, job.recipe.data.block_size, job.progress)
-    (job.output / RECEIPT_NAME).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
+    (job.output / RECEIPT_NAME).write_text(json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return {
         "target": plan.conversion.target.architecture,
         "num_experts": config.num_experts,
@@ -378,7 +380,7 @@ def run_parity(job: Job) -> Facts:
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
-    (job.output / "parity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 

@@ -105,10 +105,17 @@ def receipt_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for c in comparisons:
         row = (f"{c['router']} router", c["text"], c["experts"], f"{c['num_tokens']:,}")
-        cells.setdefault(row, {})[c["dtype"]] = "bitwise equal" if c["bitwise"] else format_error(c["rel"])
+        cells.setdefault(row, {})[c["dtype"]] = _receipt_cell(c)
     return Grid(
         ("router", "text", "experts", "tokens", *dtypes), tuple((*row, *(found.get(d, NONE) for d in dtypes)) for row, found in cells.items())
     )
+
+
+def _receipt_cell(comparison: dict[str, Any]) -> str:
+    if comparison["bitwise"]:
+        return "bitwise equal"
+    error = format_error(comparison["rel"])
+    return f"{error}; bitwise with rounded halves" if comparison.get("halves_bitwise") else error
 
 
 def _words(name: str) -> str:

@@ -29,6 +29,8 @@ from export.static import quantize_static
 from export.text import choose_blocks
 from export.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
+from upcycle.config_files import save_config
+from upcycle.numbers import name_specials
 from upcycle.shards import TensorSpec, write_tensors
 
 _SHARD_BYTES = 5_000_000_000
@@ -99,7 +101,7 @@ def quantize_checkpoint(
     for number, _ in enumerate(check_values(checkpoint), 1):
         progress("checking weights", number, len(checkpoint.entries))
     checkpoint.config.dtype = torch.float32
-    checkpoint.config.save_pretrained(output)
+    save_config(checkpoint.config, output)
     copy_companions(source, output)
     if variant == "mixed":
         plan, record, search = _search_bits(job, plan, held_out)
@@ -135,7 +137,7 @@ def quantize_checkpoint(
         "expert_tokens": record.expert_tokens, "input_scales": record.input_scales,
         "routers": {layer: asdict(found) for layer, found in record.routers.items()}, **asdict(facts),
     }  # fmt: skip
-    (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
+    (output / SCHEME_NAME).write_text(json.dumps(name_specials(scheme), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from upcycle.numbers import perplexity
 from upcycle.objective import next_token_loss
 from upcycle.progress import Progress
 from upcycle.prompt import read_prompt, run_with_prompt
@@ -72,4 +72,4 @@ def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progres
     speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, math.exp(min(loss, 700.0)), weights, size, speed)
+    return Evaluation(loss, perplexity(loss), weights, size, speed)

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from upcycle.balance import expert_load
 from upcycle.checkpoint import copy_companions
 from upcycle.config import FinetuneConfig
+from upcycle.config_files import complete_config
 from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
@@ -32,7 +33,6 @@ from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from upcycle.receipt import load_model, router_modules, router_weights, selection_biases, sparse_layers
-from upcycle.target import add_alias_fields
 from upcycle.trainable import count_last_layers
 from upcycle.trainer import Stage, Trained, check_settings, run_stage
 
@@ -373,7 +373,7 @@ def _load_teacher(dense: Path) -> PreTrainedModel:
 
 def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path, target: Path) -> None:
     model.save_pretrained(target, state_dict=weights)
-    add_alias_fields(target)
+    complete_config(target)
     copy_companions(source, target)
 
 
