@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from glob import glob
 from importlib.metadata import version
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from convert.artifact import open_artifact
 from convert.card import CARD_NAME, CARDS_NAME, read_license, write_card
+from convert.costs import take_costs
 from convert.errors import RecipeError
 from convert.machine import describe_machine, versions
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
@@ -47,7 +48,8 @@ class Preparation:
     """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
 
     `last_stage` is the last that can be run for this target, with the reason; None where all can. `scratch_bytes` is what fine-tuning needs on the
-    disk beside its artifact, while it runs. `license` is what the dense model's own card says of its licence.
+    disk beside its artifact, while it runs. `license` is what the dense model's own card says of its licence. `memory_bytes` is the most memory that
+    each stage is planned to have resident, by label.
     """
 
     loaded: LoadedRecipe
@@ -64,6 +66,15 @@ class Preparation:
     license: Mapping[str, str]
     tasks: tuple[Task, ...] = ()
     task_files: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The plan holds functions, which cannot be sent to another process: it is made anew there, of the same checkpoint and settings."""
+        return _plan_again, ({each.name: getattr(self, each.name) for each in fields(self) if each.name != "plan"},)
+
+
+def _plan_again(known: dict[str, Any]) -> Preparation:
+    return Preparation(**known, plan=plan_upcycle(known["checkpoint"], known["loaded"].recipe.upcycle))
 
 
 @dataclass(frozen=True)
@@ -392,7 +403,8 @@ def run_report(job: Job) -> Facts:
         "license": dict(job.preparation.license),
         "variants": {},
     }
-    for label, stage_facts in job.input_facts.items():
+    found, facts["costs"] = take_costs(job.input_facts)
+    for label, stage_facts in found.items():
         stage, _, variant = label.partition("-")
         if variant:
             facts["variants"].setdefault(variant, {})[stage] = stage_facts
