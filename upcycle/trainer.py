@@ -44,6 +44,7 @@ from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
+from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
@@ -66,7 +67,7 @@ class Stage:
     """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
 
     blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size]. validation and
-    validation_domains: the same, held out.
+    validation_domains: the same, held out. dtype: what the weights are rounded to in the end.
     """
 
     model: str
@@ -82,6 +83,7 @@ class Stage:
     sparse_layers: tuple[int, ...]
     precision: str
     seed: int
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,11 @@ def run_stage(
         finish = choose_trainable(model, stage.settings, stage.sparse_layers)
         if next(router_modules(model), None) is not None:
             use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
+        if is_divided():  # FSDP takes one dtype alone
+            cast(Any, model).float()
+        else:
+            use_low_rank(model)
+            keep_narrow(model)
         trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
         last = _last_checkpoint(scratch.absolute())
         if last is not None:
@@ -122,7 +129,9 @@ def run_stage(
         if trainer.is_fsdp_enabled:
             collect_model(model)
         if not trainer.is_fsdp_enabled or join_processes().is_main_process:
+            merge_low_rank(model, stage.dtype)
             finish()
+        narrow(model, stage.dtype, stage.model)
     watch = trainer.watch
     return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
 
