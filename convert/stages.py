@@ -24,7 +24,7 @@ from export.config import QUANTIZED, Variant, element_type, float_type, rounds_a
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
-from export.footprint import estimate_bytes
+from export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
 from export.package import write_package
 from export.parity import check_parity
 from export.parity.tasks import Task, read_tasks
@@ -32,15 +32,17 @@ from export.quantizer import quantize_checkpoint
 from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
 from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes, layer_receipt_bytes, receipt_bytes
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.progress import Progress
-from upcycle.receipt import write_receipt
+from upcycle.receipt import choose_mode, write_receipt
 from upcycle.surgery import check_written, upcycle
 from upcycle.training import HISTORY_NAME, check_finetune, finetune
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
+_OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     if last_stage is None:
         lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
     data_files: dict[str, str] = {}
-    for where, splits in resolve_files(recipe.data.source, _data_base(loaded)).items():
+    resolved = resolve_files(recipe.data.source, _data_base(loaded))
+    for where, splits in resolved.items():
         for split, files in splits.items():
             data_files |= {f"{where}.{split}/{file}": _digest(file) for file in files}
     domain_files: dict[str, str] = {}
@@ -143,10 +146,12 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         progress("reading the dense checkpoint", number, len(companions) + len(weights))
         source_files[file.name] = _digest(file)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
+    text_bytes = sum(Path(file).stat().st_size for splits in resolved.values() for files in splits.values() for file in files)
+    memory = _memory_bytes(checkpoint, plan, shapes, loaded, sizes, text_bytes)
     scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if "finetune" in sizes else 0
     return Preparation(
         loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage,
-        read_license(directory), tasks, {path.name: _digest(path) for path in task_paths},
+        read_license(directory), tasks, {path.name: _digest(path) for path in task_paths}, memory,
     )  # fmt: skip
 
 
@@ -204,11 +209,11 @@ def _artifact_bytes(
     checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, exported: bool
 ) -> dict[str, int]:
     recipe = loaded.recipe
-    floats = 4 * plan.num_parameters
-    control = 2 * 4 * checkpoint.num_parameters if recipe.finetune.control else 0
+    wide = recipe.finetune.resolve_stages()[-1].dtype == "float32"
+    mixture, dense = (4 * num_parameters if wide else num_bytes for num_parameters, num_bytes in _sizes(checkpoint, plan))
     sizes = {"upcycle": plan.num_bytes}
     if plan.conversion.family.task == "text-generation":
-        sizes["finetune"] = floats + control
+        sizes["finetune"] = mixture + (2 * dense if recipe.finetune.control else 0)
     if not exported:
         return sizes
     for variant in recipe.variants:
@@ -216,6 +221,31 @@ def _artifact_bytes(
             plan.target_config, shapes, variant, recipe.quantize, recipe.export.device, recipe.export.lowering
         )
     return sizes
+
+
+def _sizes(checkpoint: Checkpoint, plan: UpcyclePlan) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters and bytes, as stored, of the mixture and of the dense model."""
+    return (plan.num_parameters, plan.num_bytes), (checkpoint.num_parameters, checkpoint.num_bytes)
+
+
+def _memory_bytes(
+    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, sizes: Mapping[str, int], text_bytes: int
+) -> dict[str, int]:
+    """The most memory that each stage has resident, by label; of the light stages, what the run's own process has."""
+    recipe, own = loaded.recipe, IMPORT_BYTES + _OWN_BYTES
+    block_size = recipe.data.block_size
+    planned = {"source": own, "data": data_bytes(text_bytes)}
+    whole = choose_mode(plan, checkpoint, block_size) == "whole"
+    planned["upcycle"] = receipt_bytes(plan, checkpoint, block_size) if whole else layer_receipt_bytes(plan, checkpoint)
+    if "finetune" in sizes:
+        planned["finetune"] = finetune_bytes(plan, checkpoint, recipe.finetune, recipe.data)
+    for variant in recipe.variants:
+        if (package := sizes.get(f"onnx-{variant}")) is not None:
+            config = plan.target_config
+            planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
+            planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(shapes, package, recipe.export.lowering == "auto")
+            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(config, plan.num_parameters, package, block_size)
+    return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})
 
 
 def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: FinetuneConfig, artifact_bytes: int) -> int:

@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from upcycle.frozen import compute_wide, stored_dtype
+from upcycle.frozen import compute_wide, load_stored
 from upcycle.objective import next_token_loss
 from upcycle.progress import Progress
 from upcycle.prompt import read_prompt, run_with_prompt
-from upcycle.receipt import load_model
 
 EVALUATION_BATCH = 8
 
@@ -68,7 +67,7 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int =
 def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progress) -> Evaluation:
     """Measure a checkpoint on held-out blocks [blocks, block_size]: decoding as stored, the loss in float32."""
     progress(f"evaluating {name}", 0, 1)
-    model = load_model(directory, stored_dtype(directory))
+    model = load_stored(directory)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     compute_wide(model)

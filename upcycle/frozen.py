@@ -37,8 +37,19 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 def load_frozen(directory: Path) -> PreTrainedModel:
     """A checkpoint whose weights are as stored and whose arithmetic is float32; nothing in it learns."""
-    model = load_model(directory, stored_dtype(directory))
+    model = load_stored(directory)
     compute_wide(model)
+    return model
+
+
+def load_stored(directory: Path) -> PreTrainedModel:
+    """A checkpoint in the dtype that it is stored in, in memory of its own.
+
+    A tensor that needs no cast is, to transformers, a view of the mapped file, and one is enough to keep every page of it resident.
+    """
+    model = load_model(directory, stored_dtype(directory))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
     return model
 
 

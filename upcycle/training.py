@@ -28,13 +28,13 @@ from upcycle.config import FinetuneConfig
 from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
-from upcycle.frozen import load_frozen, stored_dtype
+from upcycle.frozen import load_frozen, load_stored, stored_dtype
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
-from upcycle.receipt import load_model, router_modules, router_weights, selection_biases, sparse_layers
+from upcycle.receipt import router_modules, router_weights, selection_biases, sparse_layers
 from upcycle.target import add_alias_fields
 from upcycle.trainable import count_last_layers
 from upcycle.trainer import Stage, Trained, check_settings, run_stage
@@ -259,7 +259,7 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
                 mixture_layers, precision, seed, written if number + 1 == len(job.stages) else torch.float32,
             )  # fmt: skip
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
-            model = load_model(source, stored_dtype(source))
+            model = load_stored(source)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
             gc.collect()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
             if join_processes().is_main_process:
