@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import psutil
 from rich.filesize import decimal
 
 from upcycle.numbers import name_special
@@ -40,6 +42,7 @@ LOCK_NAME = ".lock"
 _FIELDS = {"label": str, "key": str, "inputs": dict, "settings": dict, "facts": dict, "versions": dict, "seed": int, "files": dict, "created": str}
 _SOURCE_SUFFIXES = (".py", ".j2")
 _CHUNK_BYTES = 1 << 20
+_PATIENCE_SECONDS, _MOMENT_SECONDS = 10.0, 0.05
 _REMAKE = "move the directory away, and it will be made again"
 
 
@@ -145,8 +148,11 @@ def code_digest(*packages: str) -> str:
 
 
 @contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[int]:
     """Make the work directory if need be, and hold it for this process alone; the kernel lets go when the process dies, however it dies.
+
+    Yields the open file: a process that is given it holds the directory as well, until both have died. Where the one that is named in the file is
+    dead, its last process is given a moment.
 
     Raises:
         ArtifactError: another run holds it, or it is not a directory that we can write.
@@ -156,17 +162,27 @@ def lock(workdir: Path) -> Iterator[None]:
         file = os.open(workdir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with _one_line_errors(workdir):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            while not _try_lock(file):
                 process = os.pread(file, 20, 0).decode("ascii", "replace")
+                if process.isdigit() and not psutil.pid_exists(int(process)) and time.monotonic() < deadline:
+                    time.sleep(_MOMENT_SECONDS)
+                    continue
                 holder = f"another run (process {process})" if process.isdigit() else "another run"
-                raise ArtifactError(f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir") from None
+                raise ArtifactError(f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir")
             os.ftruncate(file, 0)
             os.pwrite(file, str(os.getpid()).encode(), 0)
-        yield
+        yield file
     finally:
         os.close(file)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def find(workdir: Path, label: str, key: str) -> Artifact | None:

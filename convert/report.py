@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from convert.costs import cost_grid
 from convert.numerals import agree, format_count, format_perplexity, format_size
 from convert.page import load_template
 from convert.pictures import draw_pictures
@@ -62,6 +63,7 @@ def _page(facts: dict[str, Any]) -> str:
         parity=list(parity_sections(facts)),
         builds=build_table(facts),
         timings=timing_table(facts),
+        costs=cost_grid(facts.get("costs", {})),
         provenance=list(provenance_sections(facts)),
         json_name=JSON_NAME,
         subtitle=_subtitle(facts),

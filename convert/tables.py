@@ -294,7 +294,7 @@ def timing_table(facts: dict[str, Any]) -> Grid:
 def provenance_sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Every fact that is shown nowhere else, by the stage that found it."""
     shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
-    elsewhere = {"name", "recipe", "variants"}
+    elsewhere = {"name", "recipe", "variants", "costs"}
     sections = {key: value for key, value in facts.items() if key not in elsewhere}
     yield "run", [pair for key, value in sections.items() if not isinstance(value, dict) for pair in _pairs(value, key)]
     for key, value in sections.items():

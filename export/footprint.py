@@ -1,4 +1,4 @@
-"""Bytes that quantized weights take, from names and shapes alone."""
+"""Bytes that quantized weights take, and memory of the stages, from shapes alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from export.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
 from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type
 from export.errors import ExportError
-from export.family import DecoderFamily, find_decoder_family, rotary_switch
+from export.family import DecoderFamily, find_decoder_family, layer_of, rotary_switch
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
 from export.twin import COLUMN_SCALES
 from upcycle.checkpoint import Checkpoint
@@ -20,6 +20,11 @@ from upcycle.shards import TensorSpec
 
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert: what the largest lowering was seen to take, and some more."""
+
+
+_FLOAT = 4
+_TIMED_BYTES = 256 << 20  # a little more than `export.timing` takes of a model
+_PARITY_BLOCKS, _LOGITS_AT_ONCE = 4, 8  # blocks at once, and arrays as large as their logits: of both sides, and what comparing them makes
 
 
 @dataclass(frozen=True)
@@ -138,3 +143,35 @@ def check_budget(config: QuantizeConfig, fewest_bytes: int) -> None:
     """
     if config.budget is not None and fewest_bytes > config.budget:
         raise ExportError(f"quantize.budget is {config.budget:,} bytes; the fewest bits everywhere take {fewest_bytes:,}; raise it to more than that")
+
+
+def quantizing_memory(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig) -> int:
+    """The most memory that quantizing a variant has resident, imports apart.
+
+    Where it learns from text: the states of all calibration tokens in the float model and in the one quantized so far, what attention and the experts
+    read and give in both, one layer three times over (as it is, as it is quantized, and while it is loaded), and second moments. Otherwise, and
+    always at the end, the largest tensor: as stored, in float32, and as it is written.
+    """
+    largest = 3 * _FLOAT * max(map(math.prod, shapes.values()))
+    if variant not in QUANTIZED or config.method != "gptq":
+        return largest
+    layers: dict[int, int] = {}
+    for name, shape in shapes.items():
+        if (layer := layer_of(name)) >= 0:
+            layers[layer] = layers.get(layer, 0) + math.prod(shape)
+    widest = max((max(shape[-1], 1) for name, shape in shapes.items() if layer_of(name) >= 0), default=1)
+    tokens, hidden = config.calibration_tokens, int(model.hidden_size)
+    states = _FLOAT * tokens * (12 * hidden + 4 * widest)
+    return max(largest, states + 3 * _FLOAT * max(layers.values(), default=0) + 6 * 8 * widest * widest)
+
+
+def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_timed: bool) -> int:
+    """The most memory that writing a package of so many bytes has resident, imports apart: the largest tensor, and what is timed, twice."""
+    timed = 2 * min(package, _TIMED_BYTES) if is_timed else 0
+    return 3 * _FLOAT * max(map(math.prod, shapes.values())) + timed
+
+
+def parity_memory(model: PreTrainedConfig, num_parameters: int, package: int, block_size: int) -> int:
+    """The most memory that parity has resident, imports apart: a reference in float32, the runtime's package, and logits."""
+    logits = _LOGITS_AT_ONCE * _FLOAT * int(model.vocab_size) * _PARITY_BLOCKS * block_size
+    return _FLOAT * num_parameters + 2 * package + logits

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from upcycle.checkpoint import open_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from upcycle.errors import UpcycleError
+from upcycle.footprint import receipt_bytes
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.receipt import (
     ROUNDING_LIMIT,
@@ -557,14 +558,21 @@ def free(num_bytes: float, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_models_that_do_not_fit_into_memory_are_compared_layer_by_layer(
     dense_checkpoint: Path, mixture_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = [load_model(path, torch.float32) for path in (dense_checkpoint, mixture_checkpoint)]
-    # Both in float32, in seven tenths of what is free; the embedding, which is tied, counts once in each.
-    needed = sum(parameter.numel() * 4 for model in models for parameter in model.parameters()) / 0.7
     dense, plan = open_checkpoint(dense_checkpoint), plan_of(dense_checkpoint)
+    needed = receipt_bytes(plan, dense, 32) / 0.7
     free(needed + 2, monkeypatch)
-    assert choose_mode(plan, dense) == "whole"
+    assert choose_mode(plan, dense, 32) == "whole"
     free(needed - 2, monkeypatch)
-    assert choose_mode(plan, dense) == "layers"
+    assert choose_mode(plan, dense, 32) == "layers"
+
+
+def test_models_that_would_need_more_than_three_gigabytes_are_compared_layer_by_layer(dense_checkpoint: Path) -> None:
+    """Both in float32, the mixture's file once more, and six float32 logits for each of 3 × 40 tokens; 0.52 GB are imports."""
+    dense, plan = open_checkpoint(dense_checkpoint), plan_of(dense_checkpoint)
+    assert receipt_bytes(plan, dense, 32) == 520_000_000 + 4 * (2 * plan.num_parameters + dense.num_parameters) + 6 * 4 * 300 * 3 * 40
+    length = 3_000_000_000 // (6 * 4 * 300 * 3)
+    assert choose_mode(plan, dense, length // 2) == "whole"
+    assert choose_mode(plan, dense, length) == "layers"
 
 
 @pytest.mark.parametrize("asked", ["whole", "layers"])

@@ -297,6 +297,9 @@ class FinetuneConfig(Record):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Autocast precision of training; 'auto' takes bfloat16 where the device computes in it natively."
     )
+    dtype: Literal["source", "float32"] = Field(
+        "source", description="What fine-tuned weights are written in: 'source' is the dtype of the dense model's; they are float32 while they learn."
+    )
     control: bool = Field(
         True, description="Also continue the dense model: on the same tokens for the same steps, and for as long as the mixture took to train."
     )

@@ -52,6 +52,7 @@ from transformers.activations import ACT2FN
 
 from upcycle.checkpoint import TOKENIZER_NAMES, Checkpoint, open_checkpoint, read_chunks
 from upcycle.errors import UpcycleError
+from upcycle.footprint import receipt_bytes
 from upcycle.layerwise import apply_head, embed, load_layer, pad_left, run_layers
 from upcycle.mapping import ExpertPart, Keep, Slice, UpcyclePlan
 from upcycle.progress import Progress
@@ -74,6 +75,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _EXPERTS = ("eager", "grouped_mm")
 _GROUPED_ROW_BYTES = 16  # torch's grouped_mm refuses rows that are no multiple of this
 _MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they compute
+_MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a run needs most for
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
         UpcycleError: a limit is broken, so the written checkpoint does not compute what the dense one does.
     """
     dense = open_checkpoint(source)
-    mode, limit = choose_mode(plan, dense), rounding_limit(plan, dense)
+    mode, limit = choose_mode(plan, dense, block_size), rounding_limit(plan, dense)
     text = _read_text(source, block_size)
     notes = [*text.notes, *_compare_tokenizers(source, output)]
     if mode == "layers":
@@ -166,12 +168,12 @@ def _describe_rounding(comparisons: Sequence[Comparison]) -> Iterator[str]:
         )
 
 
-def choose_mode(plan: UpcyclePlan, dense: Checkpoint) -> Literal["whole", "layers"]:
+def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> Literal["whole", "layers"]:
     """Whether both models are held at once, as the settings say or as memory allows. An encoder-decoder is always held whole."""
     if plan.settings.receipt != "auto" and plan.conversion.family.ffn_module is not None:
         return plan.settings.receipt
-    needed = 4 * (plan.num_parameters + dense.num_parameters)
-    fits = needed <= _MEMORY_SHARE * psutil.virtual_memory().available
+    needed = receipt_bytes(plan, dense, block_size)
+    fits = needed <= min(_MOST_BYTES, _MEMORY_SHARE * psutil.virtual_memory().available)
     return "whole" if fits or plan.conversion.family.ffn_module is None else "layers"
 
 

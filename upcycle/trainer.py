@@ -47,6 +47,7 @@ from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
+from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
@@ -70,7 +71,8 @@ class Stage:
     """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
 
     blocks: token ids, int64 [blocks, block_size]; domains: the domain of each, int64 [blocks]. order: the places of the blocks in the order in which
-    they are met, as many as steps * batch_size; their own order where there is none. validation and validation_domains: as blocks, held out.
+    they are met, as many as steps * batch_size; their own order where there is none. validation and validation_domains: as blocks, held out. dtype:
+    what the weights are rounded to in the end.
     """
 
     model: str
@@ -87,6 +89,7 @@ class Stage:
     precision: str
     seed: int
     order: Sequence[int] | None = None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,11 @@ def run_stage(
         finish = choose_trainable(model, stage.settings, stage.sparse_layers)
         if next(router_modules(model), None) is not None:
             use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
+        if is_divided():  # FSDP takes one dtype alone
+            cast(Any, model).float()
+        else:
+            use_low_rank(model)
+            keep_narrow(model)
         trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
         last = _last_checkpoint(scratch.absolute())
         if last is not None:
@@ -133,7 +141,10 @@ def run_stage(
             collect_model(model)
         watch = trainer.watch
         if not trainer.is_fsdp_enabled or join_processes().is_main_process:
-            finish(watch.best_step > stage.first_step)
+            if learned := watch.best_step > stage.first_step:
+                merge_low_rank(model, stage.dtype)
+            finish(learned)
+        narrow(model, stage.dtype, stage.model)
     return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds, watch.compute_seconds)
 
 

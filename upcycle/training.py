@@ -6,6 +6,7 @@ checkpoints. The weights that come out are the same, bit for bit on one machine'
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from upcycle.balance import expert_load
@@ -27,12 +29,13 @@ from upcycle.config_files import complete_config
 from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
+from upcycle.frozen import load_frozen, load_stored, stored_dtype
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
-from upcycle.receipt import load_model, router_modules, router_weights, selection_biases, sparse_layers
+from upcycle.receipt import router_modules, router_weights, selection_biases, sparse_layers
 from upcycle.trainable import count_last_layers
 from upcycle.trainer import Stage, Trained, check_settings, run_stage
 
@@ -40,6 +43,7 @@ CONTROL_DIRECTORY = "control"
 EQUAL_TIME_DIRECTORY = "control-equal-time"
 EVENTS_DIRECTORY = "tensorboard"
 HISTORY_NAME = "history.jsonl"
+_GRADIENT_BLOCKS = 2  # that the routers' task gradient is measured on
 _MAX_REPEATS = 16  # more copies of a block in one step are a slip of the pen
 _STAGE_NAME = "stage.json"  # written last: a stage without it is not finished
 
@@ -92,7 +96,7 @@ class Job:
 def finetune(
     dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress, scratch: Path
 ) -> FinetuneFacts:
-    """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output` in float32.
+    """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output`.
 
     The weights that training starts from are among those looked at, so what only harms leaves them as they are, with a warning.
 
@@ -120,7 +124,7 @@ def finetune(
     test = read_blocks(data, "test")
     evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
     train = read_blocks(data, "train")
-    gradient = on_main(lambda: _router_task_gradient(mixture, train[: min(8, config.batch_size)]))
+    gradient = on_main(lambda: _router_task_gradient(mixture, train[:_GRADIENT_BLOCKS]))
     trained: dict[str, Trained] = {}
     for job in _jobs(dense, mixture, output, config, trained):
         trained[job.name] = train_model(
@@ -188,16 +192,29 @@ def _precision(config: FinetuneConfig) -> str:
 
 
 def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
-    """Norm of the next-token loss's gradient in the routers, relative to that in all weights.
+    """Norm of the next-token loss's gradient in the routers, relative to that in all weights, on a few blocks of token ids [B, S].
 
     About zero (1e-9) while experts are equal and weights are renormalized: the router then learns from the balance loss alone, until the
-    experts have come apart.
+    experts have come apart. Each layer is computed a second time in the backward pass, and each weight's gradient is let go when it is squared: in
+    memory are the weights as stored, one layer's inner values, and the gradient of one weight.
     """
-    model = load_model(mixture, torch.float32)
+    model = load_frozen(mixture)
+    routers = {id(weight) for weight in router_weights(model)}
+    squares = {True: 0.0, False: 0.0}
+
+    def let_go(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        squares[id(parameter) in routers] += float(parameter.grad.float().square().sum())
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.numel():
+            parameter.requires_grad_().register_post_accumulate_grad_hook(let_go)
+    layers: Any = model.get_decoder()
+    for layer in layers.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     next_token_loss(model(input_ids=blocks, use_cache=False).logits, blocks).backward()
-    squares = {id(p): float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None}
-    routers = sum(squares.get(id(p), 0.0) for p in router_weights(model))
-    return math.sqrt(routers / max(sum(squares.values()), 1e-30))
+    return math.sqrt(squares[True] / max(sum(squares.values()), 1e-30))
 
 
 def _harm(trained: Mapping[str, Trained], evaluations: Mapping[str, Evaluation]) -> Iterator[str]:
@@ -268,6 +285,7 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
     order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
     parent = _load_teacher(teacher) if teacher else None
     mixture_layers = sparse_layers(_without_weights(mixture))
+    written = torch.float32 if job.stages[-1].dtype == "float32" else stored_dtype(job.source)
     source, first_step, best_step = job.source, 0, 0
     seconds = compute_seconds = 0.0
     history: list[Step] = []
@@ -280,11 +298,12 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
         if not (place / _STAGE_NAME).is_file():
             stage = Stage(
                 job.name, number, settings, train, domains, len(names), validation, validation_domains, first_step, total,
-                mixture_layers, precision, seed, blocks,
+                mixture_layers, precision, seed, blocks, written if number + 1 == len(job.stages) else torch.float32,
             )  # fmt: skip
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
-            model = load_model(source, torch.float32)
+            model = load_stored(source)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
+            gc.collect()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
             if join_processes().is_main_process:
                 passed_over = {*model.all_tied_weights_keys, PARAMETER}
                 _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, place)
@@ -367,8 +386,7 @@ def draw_order(num_blocks: int, count: int, seed: int) -> BlockOrder:
 
 
 def _load_teacher(dense: Path) -> PreTrainedModel:
-    model = load_model(dense, torch.float32)
-    return cast(PreTrainedModel, cast(Any, model).to(join_processes().device).requires_grad_(False))
+    return cast(PreTrainedModel, cast(Any, load_frozen(dense)).to(join_processes().device))
 
 
 def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path, target: Path) -> None:
@@ -385,7 +403,7 @@ def measure_domains(mixture: Path, data: Path) -> DomainRouting | None:
     parts = {name: blocks[domains == number] for number, name in enumerate(names)}
     if len(parts) < 2 or min(map(len, parts.values())) < 2:
         return None
-    model = load_model(mixture, torch.float32)
+    model = load_frozen(mixture)
     cast(Any, model).to(join_processes().device)
     halves = {name: [_loads(model, part[half::2]) for half in (0, 1)] for name, part in parts.items()}
     wholes = {name: (len(part[0::2]) * halves[name][0] + len(part[1::2]) * halves[name][1]) / len(part) for name, part in parts.items()}
