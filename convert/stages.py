@@ -19,7 +19,7 @@ from convert.errors import RecipeError
 from convert.machine import describe_machine, versions
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
-from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations
+from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations, rounds_to_8_bits
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
@@ -257,7 +257,8 @@ def quantize_settings(preparation: Preparation, variant: Variant | None) -> Fact
     recipe = preparation.loaded.recipe
     settings = recipe.quantize.model_dump(mode="json") if variant in QUANTIZED else {}
     types = {"element_type": element_type(variant, recipe.export.device), "float_type": float_type(variant, recipe.export.device)}
-    return {"variant": variant, **types, **settings}
+    rounds = {"activation_bits": recipe.export.activation_bits} if rounds_to_8_bits(variant, recipe.export.device, 8) else {}
+    return {"variant": variant, **types, **settings, **rounds}
 
 
 def onnx_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -354,6 +355,7 @@ def run_quantize(job: Job) -> Facts:
             read_blocks(data, "train"),
             read_blocks(data, "validation") if job.variant == "mixed" else None,
             job.scratch,
+            recipe.export.activation_bits,
         )
     )
 

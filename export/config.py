@@ -43,8 +43,13 @@ def float_type(variant: Variant, device: Device) -> ElementType:
 
 def rounds_activations(variant: Variant, config: OnnxConfig) -> bool:
     """Whether a variant's graph rounds what it computes with, to 16 or to 8 bits, and so differs from its twin by more than float32 noise."""
-    rounds_to_8_bits = variant == STATIC or (variant in QUANTIZED and config.activation_bits == 8)
-    return rounds_to_8_bits or element_type(variant, config.device) != "float32"
+    static = variant == STATIC
+    return static or rounds_to_8_bits(variant, config.device, config.activation_bits) or element_type(variant, config.device) != "float32"
+
+
+def rounds_to_8_bits(variant: Variant, device: Device, activation_bits: int) -> bool:
+    """Whether a variant's quantized products round what they read to 8 bits as they run; CUDA's read it in their own type."""
+    return variant in QUANTIZED and variant != STATIC and device == "cpu" and activation_bits == 8
 
 
 CUDA_BLOCKS = (64, 128)  # the kernel walks the input dimension in tiles of 64; smaller blocks would want a check on a device
@@ -107,10 +112,11 @@ class QuantizeConfig(Record):
     )
     calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most.")
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
-    input_scaling: Literal["none", "awq"] = Field(
-        "none",
-        description="'awq' scales what matrices read before they are quantized, folded into the norms and matrices before them, so that weights in "
-        "large channels have smaller errors; with any method; learns from the same text.",
+    input_scaling: Literal["auto", "none", "awq", "smooth"] = Field(
+        "auto",
+        description="Scales of what matrices read, folded into the norms and matrices before them; with any method; learn from the same text. 'awq': "
+        "weights in large channels have smaller errors; 'smooth' weighs that against what rounding the inputs to 8 bits costs; 'auto' is 'smooth' "
+        "where the graph rounds them and there is text, and 'none' elsewhere.",
     )
     correct_routers: bool = Field(
         False,

@@ -24,23 +24,31 @@ def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir
             rows = graph.op("Gather", [table, input_ids], "embedded_rows")
             return graph.op("Cast", [rows], "embedded", {"to": int(ir.DataType.FLOAT)})
         case QuantizedWeight():
-            # The same integers as the tied head's, flat along the hidden dimension, as this operator reads them.
-            num_rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
-            misread = weight.zero_points and weight.num_blocks * weight.bits % 8 > 0
-            if columns != weight.shape[1] or misread or weight.is_static:
-                return _add_padded_embedding(graph, weight, input_ids)
-            codes_shape = (num_rows, columns * weight.bits // 8)
-            codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1))
-            scales = graph.weight("embedding.scales", ir.DataType.FLOAT, (num_rows, weight.num_blocks), lambda: weight.read().scales)
-            inputs = [codes, input_ids, scales]
-            if weight.zero_points:
-                shape = (num_rows, zero_point_bytes(weight.shape[1], weight.bits, weight.block_size))
-                inputs.append(graph.weight("embedding.zero_points", ir.DataType.UINT8, shape, lambda: weight.read().own_zero_points()))
-            attributes = {"bits": weight.bits, "block_size": weight.block_size, "gather_axis": 0, "quantize_axis": 1}
-            return graph.op("GatherBlockQuantized", inputs, "embedded", attributes, MICROSOFT)
+            if (scales := weight.read_column_scales()) is not None:
+                rows = _add_rows(graph, weight, input_ids, "embedded_scaled")
+                return graph.op("Mul", [rows, graph.constant("embedding.factors", scales.reciprocal().numpy())], "embedded")
+            return _add_rows(graph, weight, input_ids, "embedded")
 
 
-def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value) -> ir.Value:
+def _add_rows(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, name: str) -> ir.Value:
+    """The rows of the table as its integers have them, float32 [B, S, H], called `name`."""
+    # The same integers as the tied head's, flat along the hidden dimension, as this operator reads them.
+    num_rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
+    misread = weight.zero_points and weight.num_blocks * weight.bits % 8 > 0
+    if columns != weight.shape[1] or misread or weight.is_static:
+        return _add_padded_embedding(graph, weight, input_ids, name)
+    codes_shape = (num_rows, columns * weight.bits // 8)
+    codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1))
+    scales = graph.weight("embedding.scales", ir.DataType.FLOAT, (num_rows, weight.num_blocks), lambda: weight.read().scales)
+    inputs = [codes, input_ids, scales]
+    if weight.zero_points:
+        shape = (num_rows, zero_point_bytes(weight.shape[1], weight.bits, weight.block_size))
+        inputs.append(graph.weight("embedding.zero_points", ir.DataType.UINT8, shape, lambda: weight.read().own_zero_points()))
+    attributes = {"bits": weight.bits, "block_size": weight.block_size, "gather_axis": 0, "quantize_axis": 1}
+    return graph.op("GatherBlockQuantized", inputs, name, attributes, MICROSOFT)
+
+
+def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, name: str) -> ir.Value:
     """What the operator cannot read: gather codes and scales of the rows, dequantize them, and cut the padding off.
 
     That is a width that the block does not divide, and rows whose zero points do not fill their last byte: onnxruntime misreads them before 1.27. And
@@ -78,4 +86,4 @@ def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids
     scaled = graph.op("Mul", [signed, column], "embedding.scaled")
     flat = graph.op("Reshape", [scaled, graph.constant("embedding.flat", int64(0, 0, -1))], "embedding.padded")
     bounds = [graph.constant(f"embedding.{name}", int64(value)) for name, value in (("start", 0), ("end", weight.shape[1]), ("axis", 2))]
-    return graph.op("Slice", [flat, *bounds], "embedded")
+    return graph.op("Slice", [flat, *bounds], name)

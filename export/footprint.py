@@ -14,6 +14,7 @@ from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, el
 from export.errors import ExportError
 from export.family import DecoderFamily, find_decoder_family, rotary_switch
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
+from export.twin import COLUMN_SCALES
 from upcycle.checkpoint import Checkpoint
 from upcycle.shards import TensorSpec
 
@@ -34,8 +35,8 @@ class Packing:
         return cls(None, zero_points=False) if variant == STATIC else cls(config.block_size, config.zero_points)
 
 
-def integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing) -> list[TensorSpec]:
-    """The tensors that hold the integers of one, all of whose dimensions but the last count as rows."""
+def integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing, has_column_scales: bool = False) -> list[TensorSpec]:
+    """The tensors that hold the integers of one, all of whose dimensions but the last count as rows; maybe with the scales of its columns."""
     rows, width = math.prod(shape[:-1]), shape[-1]  # stacked experts lie one below the other
     block_size = packing.block_size or width
     blocks = num_blocks(width, block_size)
@@ -45,6 +46,8 @@ def integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing
     ]
     if packing.zero_points:
         specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, block_size))))
+    if has_column_scales:
+        specs.append(TensorSpec(f"{name}.{COLUMN_SCALES}", torch.float32, (width,)))
     return specs
 
 

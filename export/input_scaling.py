@@ -1,15 +1,20 @@
 """Inputs scaled so that the weights that matter most are rounded least, and the model computes what it did.
 
 A matrix W that reads x computes the same with W diag(s) on x / s, and a weight in a large channel of x, made larger by s, has a smaller relative
-error when it is rounded (AWQ, Lin et al., 2023, section 3.2). s is the mean of |x| to a power, the one with the smallest error of the outputs
-when the matrices are rounded with searched scales, 0 (nothing scaled) among those tried. What divides x is folded into what makes it:
+error when it is rounded (AWQ, Lin et al., 2023, section 3.2). The operators that read x in 8 bits round it too, by the largest of each block of
+channels, and there x / s has blocks of like sizes (SmoothQuant, Xiao et al., 2023, section 4). 'awq' weighs what rounding the weights costs,
+'smooth' both. s is the mean or, for 'smooth', the largest of |x| to a power, the one with the smallest error of the outputs, 0 (nothing scaled)
+among those tried. The error is measured for inputs, on some tokens, and for weights it is that of an even error within each block's step.
+
+What divides x is folded into what makes it, and costs nothing when the model runs:
 
 - query, key and value: the norm before them;
 - attention's output: the rows of value, and its bias; heads that share a value share s;
 - the first matrices of all experts, of a shared one, and of a dense FFN: the norm before them, and so the router and the shared expert's gate are
   multiplied as well;
 - the last matrix of an FFN: the rows of its up;
-- an output head that is not the embedding: the final norm.
+- an output head that is not the embedding: the final norm; of one that is the embedding too, nothing makes only its input, so the graph divides what
+  it reads, and the rows of the embedding, by s (`export.linear`, `export.embedding`).
 
 Where no norm lies just before (those of OLMo 2 come after the block) there is nothing to fold into, and the matrices stay. The result is a plain
 checkpoint of the same architecture.
@@ -17,7 +22,7 @@ checkpoint of the same architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import assert_never
 
@@ -26,10 +31,15 @@ import torch
 from export.calibration import CalibrationWalk, Group
 from export.config import QuantizeConfig
 from export.family import DecoderFamily, bias_name
-from export.quantization import dequantize, is_quantized, quantize
+from export.quantization import is_quantized
 
-_POWERS = tuple(step / 10 for step in range(11))
+_POWERS = tuple(step / 10 for step in range(1, 11))
 _MIN_SCALE = 1e-4
+_SAMPLE_TOKENS = 256
+"""Tokens whose rounding is measured."""
+_GPTQ_SHARE = 0.3
+"""What GPTQ leaves of the squared error of rounding to nearest, about."""
+_LARGEST_INTEGER = 127
 
 
 @dataclass
@@ -137,33 +147,21 @@ def fold(scaled: ScaledLayer, family: DecoderFamily, groups: Sequence[Group], sc
 
 
 def choose_scales(
-    groups: Sequence[Group], walk: CalibrationWalk, plan: Mapping[str, int], config: QuantizeConfig, record: ScalingRecord
-) -> torch.Tensor | None:
-    """Scales [K] of what matrices read, with the smallest error of their outputs; None where that is with nothing scaled. Counts in `record`."""
-    moments, total, num_tokens = [], torch.zeros(()), 0
-    for group in groups:
-        inputs = group.read().actual
-        total, num_tokens = total + inputs.abs().sum(0), num_tokens + len(inputs)
-        moments.append(inputs.T @ inputs)
-    if num_tokens == 0:
+    groups: Sequence[Group], walk: CalibrationWalk, plan: Mapping[str, int], config: QuantizeConfig, record: ScalingRecord,
+    extra_importance: float = 0.0,
+) -> torch.Tensor | None:  # fmt: skip
+    """Scales [K] of what matrices read, with the smallest error of their outputs; None where that is with nothing scaled. Counts in `record`.
+
+    `extra_importance`: what the square of each weight's own error counts, in mean squares of an input, beside its share of the outputs.
+    """
+    parts = [part for group in groups if (part := _Part.of(group, walk)) is not None]
+    if not parts:
         record.num_best_unscaled += 1
         return None
-    mean = total / num_tokens
-    if groups[0].place == "output":
-        heads = walk.checkpoint.config.num_key_value_heads
-        by_head = mean.view(heads, walk.checkpoint.config.num_attention_heads // heads, -1)
-        mean = by_head.mean(1, keepdim=True).expand_as(by_head).flatten()
-    errors, candidates = [], [_scales(mean, power) for power in _POWERS]
-    for scales in candidates:
-        error = 0.0
-        for group, hessian in zip(groups, moments, strict=True):
-            importance = hessian.diagonal() / scales.square()
-            for name, rows in group.matrices:
-                weight = walk.read_matrix(name, rows)
-                found = quantize(weight * scales, plan[name], config.block_size, importance, zero_points=config.zero_points)
-                difference = weight - dequantize(found, weight.shape[1], plan[name]) / scales
-                error += float(((difference @ hessian) * difference).sum())
-        errors.append(error)
+    candidates = [torch.ones_like(parts[0].squares)]
+    for sizes in _channel_sizes(groups[0], parts, walk, config):
+        candidates += [_scales(sizes, power) for power in _POWERS]
+    errors = [sum(part.estimate(scales, plan, config, extra_importance) for part in parts) for scales in candidates]
     best = min(range(len(errors)), key=errors.__getitem__)
     if best == 0:
         record.num_best_unscaled += 1
@@ -172,9 +170,84 @@ def choose_scales(
     return candidates[best]
 
 
-def _scales(mean: torch.Tensor, power: float) -> torch.Tensor:
-    """The mean of |x| [K] to a power, with one between the largest and the smallest; a channel that is always zero is as the smallest that is not."""
-    if not bool((mean > 0).any()):
-        return torch.ones_like(mean)
-    scales = mean.clamp(min=float(mean[mean > 0].min())) ** power
+@dataclass(frozen=True)
+class _Part:
+    """One group and what it reads: its matrices [N, K] with their bits' names, the products W'W [K, K] of all, and of T tokens some [S, K].
+
+    total: the sums of |x| [K]; largest: the largest |x| [K]; squares: the sums of x² [K].
+    """
+
+    matrices: tuple[tuple[str, torch.Tensor], ...]
+    gram: torch.Tensor
+    sample: torch.Tensor
+    num_tokens: int
+    total: torch.Tensor
+    largest: torch.Tensor
+    squares: torch.Tensor
+
+    @classmethod
+    def of(cls, group: Group, walk: CalibrationWalk) -> _Part | None:
+        """The part of a group; None where it reads no token."""
+        inputs = group.read().actual
+        if not len(inputs):
+            return None
+        matrices = tuple((name, walk.read_matrix(name, rows)) for name, rows in group.matrices)
+        gram = sum((weight.T @ weight for _, weight in matrices), torch.zeros(()))
+        sample = inputs[:: max(1, len(inputs) // _SAMPLE_TOKENS)][:_SAMPLE_TOKENS]
+        magnitudes = inputs.abs()
+        return cls(matrices, gram, sample, len(inputs), magnitudes.sum(0), magnitudes.amax(0), inputs.square().sum(0))
+
+    def estimate(self, scales: torch.Tensor, plan: Mapping[str, int], config: QuantizeConfig, extra_importance: float) -> float:
+        """The squared error of the outputs that rounding leaves with these scales, summed over all tokens."""
+        squares = self.squares + extra_importance * self.squares.mean()
+        importance = _by_block(squares / scales.square(), config.block_size).sum(-1)
+        error = 0.0
+        for name, weight in self.matrices:
+            step = _by_block(weight * scales, config.block_size).abs().amax(-1) / ((1 << (plan[name] - 1)) - 1)
+            error += float((step.square().sum(0) * importance).sum()) / 12  # the variance of an error that is even within a step
+        error *= _GPTQ_SHARE if config.method == "gptq" else 1.0
+        if config.input_scaling == "smooth":
+            lost = round_inputs(self.sample / scales, config.block_size) * scales - self.sample
+            error += float(((lost @ self.gram) * lost).sum()) * self.num_tokens / len(self.sample)
+        return error
+
+
+def round_inputs(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """What the operators with 8-bit activations read of x [..., K]: integers from -127 to 127 times a scale for each block of a token.
+
+    Measured to the bit of float32 on onnxruntime's CPU (`MatMulNBits` at accuracy_level 4, `QMoE`): the scale is the block's largest magnitude / 127.
+    """
+    blocks = _by_block(x, block_size)
+    scale = blocks.abs().amax(-1, keepdim=True) / _LARGEST_INTEGER
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros(()))
+    return ((blocks * inverse).round() * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+def _by_block(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """x [..., K] as [..., blocks, block_size], zeros behind its end."""
+    padded: torch.Tensor = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size))
+    return padded.view(*x.shape[:-1], -1, block_size)
+
+
+def _channel_sizes(group: Group, parts: Sequence[_Part], walk: CalibrationWalk, config: QuantizeConfig) -> Iterator[torch.Tensor]:
+    """By what channels are told apart: the mean of |x| [K], and, where inputs are rounded too, the largest."""
+    yield _share_by_head(sum((part.total for part in parts), torch.zeros(())) / sum(part.num_tokens for part in parts), group, walk)
+    if config.input_scaling == "smooth":
+        yield _share_by_head(torch.stack([part.largest for part in parts]).amax(0), group, walk)
+
+
+def _share_by_head(sizes: torch.Tensor, group: Group, walk: CalibrationWalk) -> torch.Tensor:
+    """Of attention's output: the mean over the heads that share a value."""
+    if group.place != "output":
+        return sizes
+    heads = walk.checkpoint.config.num_key_value_heads
+    by_head = sizes.view(heads, walk.checkpoint.config.num_attention_heads // heads, -1)
+    return by_head.mean(1, keepdim=True).expand_as(by_head).flatten()
+
+
+def _scales(sizes: torch.Tensor, power: float) -> torch.Tensor:
+    """Sizes of channels [K] to a power, with one between the largest and the smallest; a size of zero counts as the smallest other."""
+    if not bool((sizes > 0).any()):
+        return torch.ones_like(sizes)
+    scales = sizes.clamp(min=float(sizes[sizes > 0].min())) ** power
     return (scales / (scales.max() * scales.min()).sqrt()).clamp(min=_MIN_SCALE, max=1 / _MIN_SCALE)

@@ -30,7 +30,7 @@ def oldest_onnxruntime(weight: Weight) -> str:
 def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weight], name: str, activation_bits: int) -> ir.Value:
     """x [..., K] times the transpose of a weight [N, K], or of several of one kind below each other; returns [..., N], called `name`.
 
-    x and what is returned are of the graph's element type.
+    x and what is returned are of the graph's element type. Where columns were scaled before they were quantized, x is divided by their scales.
     """
     parts = (weights,) if isinstance(weights, FloatWeight | QuantizedWeight) else tuple(weights)
     rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
@@ -44,6 +44,9 @@ def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weigh
     assert len({(part.bits, part.block_size, part.zero_points) for part in integers}) == 1, f"{name}: parts of several kinds"
     if first.is_static:
         return _add_static(graph, x, integers, name)
+    if (columns := first.read_column_scales()) is not None:
+        assert len(parts) == 1, f"{name}: parts that read different things"
+        x = graph.op("Mul", [x, graph.constant(f"{name}.input_factors", columns.reciprocal().numpy())], f"{name}.input")
 
     def read() -> Quantized:
         return join([part.read() for part in integers])

@@ -43,7 +43,8 @@ class CalibrationRecord:
     layer; groups of matrices with scaled inputs; and the float tensors that stand in the place of the checkpoint's, by name.
 
     `input_scales` are those of static quantization: of what a matrix reads, by the name of its tensor; one an expert where experts that read
-    different things are stacked in it.
+    different things are stacked in it. `column_scales` [K] are what the columns of a matrix were multiplied by before it was quantized, where no
+    tensor has taken that in.
     """
 
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class CalibrationRecord:
     scaling: ScalingRecord = field(default_factory=ScalingRecord)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
     input_scales: dict[str, list[float]] = field(default_factory=dict)
+    column_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, other: CalibrationRecord) -> None:
         """Take in what was seen in another layer."""
@@ -118,8 +120,7 @@ def quantize_tensors(
         walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts, config.correct_routers)
     done = 0
     head = head_name(plan, family)
-    scales_head = config.input_scaling == "awq" and family is not None and head != family.embedding
-    reads_head = head in names and (config.method == "gptq" or scales_head)
+    reads_head = head in names and (config.method == "gptq" or config.input_scaling != "none")
     for name in names if walk is None else [name for name in names if layer_of(name) < 0 and name != head]:
         yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
         done += 1
@@ -184,19 +185,24 @@ def _quantize_head(
     """The matrix that makes the logits, some rows at a time; scaled inputs are folded into the final norm, which is then in `record`.
 
     One that is the embedding too has the error of each of its own values count as much as the mean of an input does. Measured at 4 bits on
-    stories260k upcycled: KL 1.43e-2 where searched scales have 2.16e-2, and more tokens keep their experts than by the head's moments alone.
+    stories260k upcycled: KL 1.43e-2 where searched scales have 2.16e-2, and more tokens keep their experts than by the head's moments alone. Nothing
+    takes its scales in, and they are in `record` by themselves: its integers stand for the weights times them.
     """
     group, bits, is_embedding = walk.read_head(name), plan[name], name == walk.family.embedding
     inputs = group.read()
-    scales = choose_scales([group], walk, plan, config, record.scaling) if config.input_scaling == "awq" and not is_embedding else None
+    scales = None if config.input_scaling == "none" else choose_scales([group], walk, plan, config, record.scaling, float(is_embedding))
     if scales is not None:
-        norm = walk.family.final_norm
-        record.replaced[norm] = walk.checkpoint.read(norm).to(torch.float32) / scales
+        if is_embedding:
+            record.column_scales[name] = scales
+        else:
+            norm = walk.family.final_norm
+            record.replaced[norm] = walk.checkpoint.read(norm).to(torch.float32) / scales
         inputs = Inputs(inputs.actual / scales, inputs.reference / scales)
     height, width = walk.checkpoint.entries[name].shape
     learns = config.method == "gptq" and len(inputs.actual) >= _TOKENS_PER_INPUT * width
     aim = find_aim(inputs) if learns else None
-    hessian = None if aim is None else aim.hessian + aim.hessian.diagonal().mean() * torch.eye(width) * is_embedding
+    own = torch.ones(width) if scales is None else scales.square().reciprocal()
+    hessian = None if aim is None else aim.hessian + (aim.hessian.diagonal() / own).mean() * torch.diag(own) * is_embedding
     moments = None if hessian is None else prepare_moments(hessian, config.block_size)
     importance = None if scales is None else inputs.actual.square().mean(0)
     found, step = [], max(1, _HEAD_ELEMENTS // width)
@@ -218,7 +224,7 @@ def _quantize_layer(
     progress: Callable[[int], None],
 ) -> dict[str, Quantized]:  # fmt: skip
     """Every quantized tensor of a layer; `progress` is told how many matrices are done."""
-    changed = scale_layer(walk, layer, plan, config, record.scaling) if config.input_scaling == "awq" else {}
+    changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
     scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
     for groups in _batch_groups(walk.read_layer(layer, changed), walk):

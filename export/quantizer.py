@@ -15,18 +15,18 @@ import torch
 
 from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, measure_units, options_of
 from export.bits import FLOAT_BITS, check_head, check_overrides, class_bits, mean_bits, plan_bits, plan_classes
-from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type
+from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from export.footprint import Packing, check_budget, integer_specs, node_bytes, package_bytes, rotary_bytes, stored_bytes
 from export.journal import LayerJournal, LineJournal
-from export.methods import CalibrationRecord, order_tensors, quantize_tensors
+from export.methods import CalibrationRecord, head_name, order_tensors, quantize_tensors
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized
 from export.sensitivity import Ruler, Weights
 from export.static import quantize_static
 from export.text import choose_blocks
-from export.twin import SCHEME_NAME, STEM, read_quantized
+from export.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
 from upcycle.shards import TensorSpec, write_tensors
 
@@ -66,13 +66,14 @@ class QuantizeFacts:
 
 def quantize_checkpoint(
     source: Path, output: Path, variant: Variant, config: QuantizeConfig, progress: Progress, device: Device = "cpu",
-    blocks: torch.Tensor | None = None, held_out: torch.Tensor | None = None, scratch: Path | None = None,
+    blocks: torch.Tensor | None = None, held_out: torch.Tensor | None = None, scratch: Path | None = None, activation_bits: int = 8,
 ) -> QuantizeFacts:  # fmt: skip
     """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`; one tensor in memory at a time, or one layer.
 
     `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them `calibration_tokens` are read, blocks taken evenly. `held_out`
     are ids [N, S] that the bits of variant 'mixed' are chosen on, `search_tokens` of them. A killed call is taken up again where it was if it is
-    made again with the same arguments and the same `scratch`; without that nothing is kept.
+    made again with the same arguments and the same `scratch`; without that nothing is kept. `activation_bits` are those that the graph will read
+    the inputs of quantized products with on the CPU.
 
     Raises:
         ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's range where that is needed, or no
@@ -86,6 +87,9 @@ def quantize_checkpoint(
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     check_head(config, checkpoint.config.tie_word_embeddings)
     classes = plan_classes(checkpoint.config, shapes)
+    if config.input_scaling == "auto":
+        smooth = family is not None and blocks is not None and rounds_to_8_bits(variant, device, activation_bits)
+        config = config.model_copy(update={"input_scaling": "smooth" if smooth else "none"})
     check_overrides(config, checkpoint.config)
     job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, scratch)
     bits = class_bits(variant, config, device)
@@ -163,8 +167,14 @@ class _Job:
         """The integers of a plan, in the order in which they are made."""
         return [
             spec for name in order_tensors(plan, self.family) if is_quantized(plan[name])
-            for spec in integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.packing)
+            for spec in integer_specs(name, self.checkpoint.entries[name].shape, plan[name], self.packing, self.has_column_scales(name))
         ]  # fmt: skip
+
+    def has_column_scales(self, name: str) -> bool:
+        """Whether scales of a matrix's inputs lie beside its integers: of a head that is the embedding, where inputs are scaled."""
+        return (
+            self.config.input_scaling != "none" and self.family is not None and name == self.family.embedding == head_name(self.classes, self.family)
+        )
 
 
 def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
@@ -181,7 +191,7 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     else:
         scale_type = _TORCH_TYPES[job.computes_in]
         quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scale_type, text, record, job.progress, journal)
-    write_tensors(output, specs, _integer_tensors(job.checkpoint, quantized), _SHARD_BYTES, stem=STEM)
+    write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=STEM)
     return index_tensors(output, STEM), record
 
 
@@ -258,11 +268,14 @@ class _Tensors(Weights):
         return len(self._checkpoint.entries)
 
 
-def _integer_tensors(checkpoint: Checkpoint, quantized: Iterator[tuple[str, Quantized]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _integer_tensors(job: _Job, quantized: Iterator[tuple[str, Quantized]], record: CalibrationRecord) -> Iterator[tuple[str, torch.Tensor]]:
     for name, found in quantized:
         if not torch.isfinite(found.scales).all():
-            raise _beyond_float16(checkpoint, name, checkpoint.read(name).to(torch.float32))
+            raise _beyond_float16(job.checkpoint, name, job.checkpoint.read(name).to(torch.float32))
         yield from ((f"{name}.{part}", tensor) for part, tensor in found.parts().items())
+        if job.has_column_scales(name):
+            width = job.checkpoint.entries[name].shape[-1]
+            yield f"{name}.{COLUMN_SCALES}", record.column_scales.get(name, torch.ones(width))
 
 
 def _twin_tensors(
@@ -272,7 +285,7 @@ def _twin_tensors(
     for number, (name, bits) in enumerate(plan.items(), 1):
         if is_quantized(bits):
             shape = checkpoint.entries[name].shape
-            yield name, dequantize(read_quantized(name, integers), shape[-1], bits).reshape(shape)
+            yield name, read_dequantized(name, integers, shape, bits)
         else:
             weight = (replaced[name] if name in replaced else checkpoint.read(name)).to(torch.float32)
             rounded = weight.to(narrow).to(torch.float32) if bits == 16 else weight

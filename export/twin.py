@@ -17,11 +17,13 @@ import torch
 
 from export.config import STATIC, ElementType
 from export.family import DecoderFamily, find_decoder_family
-from export.quantization import PARTS, Quantized, num_blocks
+from export.quantization import PARTS, Quantized, dequantize, num_blocks
 from upcycle.checkpoint import TensorEntry, index_tensors, open_checkpoint, read_rows, read_tensor
 
 SCHEME_NAME = "quantization.json"
 STEM = "quantized"
+COLUMN_SCALES = "column_scales"
+"""The part of a quantized matrix that holds what its columns were multiplied by, where its input is to be divided by it as the graph runs."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ class QuantizedWeight:
         rows = (self.start, self.start + self.shape[0])
         return Quantized(*(read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in (PARTS if self.zero_points else PARTS[:2])))
 
+    def read_column_scales(self) -> torch.Tensor | None:
+        """What the columns of the matrix were multiplied by, float32 [width]; None where they are as they were."""
+        entry = self.integers.get(f"{self.name}.{COLUMN_SCALES}")
+        return None if entry is None else read_tensor(entry)
+
 
 Weight = FloatWeight | QuantizedWeight
 
@@ -107,6 +114,13 @@ class Twin:
         rows_of_one = math.prod(shape[:-1]) // len(scales)
         own = scales[start // rows_of_one]
         return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True, input_scale=own)
+
+
+def read_dequantized(name: str, integers: Mapping[str, TensorEntry], shape: tuple[int, ...], bits: int) -> torch.Tensor:
+    """The float32 tensor that integers stand for."""
+    weight = dequantize(read_quantized(name, integers), shape[-1], bits).reshape(shape)
+    entry = integers.get(f"{name}.{COLUMN_SCALES}")
+    return weight if entry is None else weight / read_tensor(entry)
 
 
 def read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized:

@@ -73,13 +73,13 @@ def test_folding_alone_keeps_the_logits_of_transformers(name: str, make_dense: M
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-def plant(mixture: Path, directory: Path) -> Path:
-    """The mixture with norms that make four channels twenty times as large as the others."""
+def plant(mixture: Path, directory: Path, norms: tuple[str, ...] = ("input_layernorm.weight", "post_attention_layernorm.weight")) -> Path:
+    """The mixture with norms that make four channels twenty times as large as the others; its head may be its embedding."""
     shutil.copytree(mixture, directory)
     checkpoint = open_checkpoint(mixture)
     tensors = {key: checkpoint.read(key) for key in checkpoint.entries}
     for key in tensors:
-        if key.endswith(("input_layernorm.weight", "post_attention_layernorm.weight")):
+        if key.endswith(norms):
             tensors[key] = tensors[key].index_fill(0, torch.tensor([3, 9, 17, 26]), 20.0)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

@@ -48,6 +48,7 @@ from export.parity.records import (
     TaskCheck,
     Tier,
 )
+from export.parity.rounding import measure_rounding, rounding_limits
 from export.parity.task_checks import TaskEvaluation
 from export.parity.tasks import Task
 from export.parity.ties import TIE_MARGIN, same_experts
@@ -125,7 +126,9 @@ def _judge(
         free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
         open_blocks = Blocks(package, provider, reference.adds_shared_outside)
         layers = _with_noise(own.layers, noise)
-        limits = configured_limits(variant, exact_twin, config) | (_noise_limits(layers, own.blocks, noise, config, provider) if exact else {})
+        rounding = measure_rounding(reference, twin, package, blocks) if exact_twin and rounds else None
+        limits = rounding_limits(configured_limits(variant, exact_twin, config), rounding)
+        limits |= _noise_limits(layers, own.blocks, noise, config, provider) if exact else {}
         progress("doing tasks", 4, num_parts)
         task_checks = evaluation.check(reference, limits, tie_margin)
     tuned = tuned or own

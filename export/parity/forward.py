@@ -104,6 +104,15 @@ class Reference:
         return selection_scores(logits.reshape(-1, logits.shape[-1]), self.score, self.biases.get(layer))
 
     @contextmanager
+    def rounded(self, twin: Twin) -> Iterator[None]:
+        """Every quantized product reads its inputs rounded as the operators of `twin`'s graph round them."""
+        before, self.rounding = self.rounding, RoundedInputs(self.model, twin)
+        try:
+            yield
+        finally:
+            self.rounding = before
+
+    @contextmanager
     def forced(self, routers: Mapping[int, Any]) -> Iterator[None]:
         """Every router says what `routers` [layer] holds, whatever it is given."""
         self._forced = routers

@@ -1,0 +1,125 @@
+"""8-bit activations: rounded in torch as by onnxruntime, costing less where inputs are scaled, and parity's limits under them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from export.input_scaling import round_inputs
+from export.package import write_package
+from export.parity import check_parity
+from export.parity.records import Limit
+from export.parity.rounding import Rounding, rounding_limits, rounds_as_it_runs
+from export.quantizer import quantize_checkpoint
+from export.runtime import Decoder
+from tests.test_calibration import draw_blocks, load
+from tests.test_input_scaling import plant
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_simulation_rounds_as_the_operator_does(bits: int, block_size: int) -> None:
+    """The node is made by onnx's own helper, and its product of known integers taken in float64."""
+    width, rows, draw = 256, 48, np.random.default_rng(0)
+    codes = draw.integers(0, 1 << bits, (rows, width)).astype(np.uint8)
+    scales = draw.uniform(0.001, 0.01, (rows, width // block_size)).astype(np.float32)
+    packed = codes if bits == 8 else codes[:, 0::2] | codes[:, 1::2] << 4
+    x = (draw.standard_normal((5, width)) * np.exp(draw.standard_normal(width))).astype(np.float32)
+    sizes = {"K": width, "N": rows, "bits": bits, "block_size": block_size, "accuracy_level": 4}
+    node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **sizes)
+    weights = [numpy_helper.from_array(packed.reshape(rows, width // block_size, -1), "codes"), numpy_helper.from_array(scales.ravel(), "scales")]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(helper.make_graph([node], "product", values[:1], values[1:], weights), opset_imports=opsets, ir_version=10)
+    (found,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    weight = (codes - float(1 << (bits - 1))) * np.repeat(scales, block_size, 1)
+    expected = round_inputs(torch.from_numpy(x), block_size).double().numpy() @ weight.T
+    exact = x.astype(np.float64) @ weight.T
+    assert np.abs(found - expected).max() < 1e-6 * np.abs(expected).max()
+    assert np.abs(found - exact).max() > 1e-3 * np.abs(expected).max(), "the operator does round"
+
+
+def test_rounding_pads_a_width_that_the_block_does_not_divide() -> None:
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(round_inputs(x, 32)[:, 32:], round_inputs(x[:, 32:], 8))
+
+
+def make_package(mixture: Path, directory: Path, **fields: object) -> tuple[Path, Path]:
+    twin, package = directory / "twin", directory / "package"
+    for path in (twin, package):
+        path.mkdir(parents=True)
+    config = QuantizeConfig.model_validate({"block_size": 16, "method": "search", **fields})
+    quantize_checkpoint(mixture, twin, "int8", config, lambda *_: None, blocks=draw_blocks(32))
+    write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
+    return twin, package
+
+
+def run(package: Path, ids: torch.Tensor) -> torch.Tensor:
+    decoder = Decoder(package)
+    return torch.from_numpy(np.array(decoder.run(decoder.new_cache(*ids.shape), ids.numpy())["logits"]))
+
+
+def test_outliers_cost_a_rounded_graph_less_where_inputs_are_scaled(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    mixture, ids = plant(mixture_checkpoint, tmp_path / "mixture"), draw_blocks(8, seed=1)
+    with torch.no_grad():
+        expected = load(mixture)(ids).logits
+    errors = {}
+    for scaling in ("none", "auto"):
+        _, package = make_package(mixture, tmp_path / scaling, input_scaling=scaling)
+        errors[scaling] = float((run(package, ids) - expected).square().mean())
+    assert errors["auto"] < 0.6 * errors["none"]
+
+
+def test_a_tied_head_keeps_its_function_and_the_embedding_its_rows(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    """The checkpoint's head is its embedding. With exact activations the graph must compute what plain transformers does with the twin."""
+    mixture = plant(mixture_checkpoint, tmp_path / "mixture", norms=("norm.weight",))
+    twin, package = tmp_path / "twin", tmp_path / "package"
+    for path in (twin, package):
+        path.mkdir()
+    quantize_checkpoint(mixture, twin, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=draw_blocks(64))
+    write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), lambda *_: None)
+    factors = {tensor.name for tensor in onnx.load(package / "model.onnx", load_external_data=False).graph.initializer} & {
+        "embedding.factors", "logits.input_factors",
+    }  # fmt: skip
+    assert len(factors) == 2
+    ids = draw_blocks(4, seed=1)
+    with torch.no_grad():
+        expected = load(twin)(ids).logits
+    assert float((run(package, ids) - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_parity_holds_kl_to_what_rounding_costs_the_twin(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    mixture, blocks = plant(mixture_checkpoint, tmp_path / "mixture"), draw_blocks(8, seed=1)
+    twin, package = make_package(mixture, tmp_path, input_scaling="none")
+    config = ParityConfig(max_kl=1e-9, max_perplexity_increase={}, min_routing_agreement=1.0)
+    found = check_parity(package, twin, mixture, blocks, "int8", True, config, lambda *_: None)
+    result = found.providers["CPUExecutionProvider"]
+    assert not isinstance(result, str)
+    assert found.passed, found.breaches
+    assert result.limits["kl"].origin.startswith("2 times what rounding activations to 8 bits costs the twin in torch")
+    assert result.twin.kl > 0.25 * result.limits["kl"].value, "the limit is near what is measured"
+
+
+def test_limits_are_never_narrower_than_the_settings() -> None:
+    settings = {"kl": Limit(1e-3, "parity.max_kl"), "routing": Limit(0.97, "parity.min_routing_agreement")}
+    assert rounding_limits(settings, Rounding(1e-4, 0.999, 2048)) == settings
+    assert rounding_limits(settings, None) == settings
+    wider = rounding_limits(settings, Rounding(2e-3, 0.96, 2048))
+    assert (wider["kl"].value, round(wider["routing"].value, 6)) == (4e-3, 0.92)
+
+
+def test_a_graph_with_exact_activations_rounds_nothing(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    for bits in (8, 32):
+        twin, package = tmp_path / f"twin{bits}", tmp_path / f"package{bits}"
+        for path in (twin, package):
+            path.mkdir()
+        quantize_checkpoint(mixture_checkpoint, twin, "int4", QuantizeConfig(block_size=16, method="round"), lambda *_: None)
+        write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=bits), lambda *_: None)
+        assert rounds_as_it_runs(package) == (bits == 8)
