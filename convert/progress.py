@@ -1,13 +1,14 @@
-"""Progress on the terminal: bars when there is one, nothing otherwise."""
+"""Progress on stderr: bars on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -15,36 +16,63 @@ if TYPE_CHECKING:  # only the type: importing it would load torch
     from upcycle.progress import Progress
 
 
+_LINE_SECONDS = 10.0
+_DETAIL = ": "
+"""Between what is being done and figures of it that change with each step, as a loss does."""
+
+
 class ProgressDisplay:
     """A line for each stage: a live bar while it runs, its time once it is finished.
 
-    Without a terminal there are no bars and no control codes, only the lines of finished stages. An exception takes the bars away and adds nothing:
-    its text is the caller's to show. Everything goes to the console, by default on stderr; stdout is never touched.
+    Without a terminal there are no bars and no control codes: a stage that runs is told of in a line every `line_seconds`, whether it reports
+    anything or not, so that a long step is not taken for a hang. An exception takes the bars away and adds nothing: its text is the caller's to
+    show. Everything goes to the console, by default on stderr; stdout is never touched.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, line_seconds: float = _LINE_SECONDS) -> None:
         console = console or Console(stderr=True)
+        has_bars = console.is_terminal and console.is_interactive
         self._bars = Bars(
             SpinnerColumn(),
             TextColumn("{task.fields[label]}", markup=False),
             TextColumn("{task.description}", style="dim", markup=False),
             BarColumn(bar_width=20),
+            MofNCompleteColumn(),
             _StageTimeColumn(),
             TimeRemainingColumn(),
             console=console,
             transient=True,
             redirect_stdout=False,  # rich would send what others print on stdout to stderr
-            disable=not (console.is_terminal and console.is_interactive),
+            disable=not has_bars,
         )
         self._running: dict[str, _Stage] = {}
+        self._line_seconds = line_seconds
+        self._last_line = time.monotonic()
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._teller = None if has_bars else threading.Thread(target=self._tell, name="progress lines", daemon=True)
 
     def __enter__(self) -> Self:
         self._bars.start()
+        if self._teller is not None:
+            self._teller.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self._ended.set()
+        if self._teller is not None:
+            self._teller.join()
         self._bars.stop()
         assert error is not None or not self._running, f"never finished: {', '.join(self._running)}"
+
+    def _tell(self) -> None:
+        """Say now and then what is running, until the display ends."""
+        while not self._ended.wait(max(0.0, self._last_line + self._line_seconds - time.monotonic())):
+            for stage in list(self._running.values()):
+                if time.monotonic() - self._last_line >= self._line_seconds:
+                    self._print(stage.describe())
+            if not self._running:
+                self._last_line = time.monotonic()
 
     def stage(self, label: str) -> Progress:
         """Begin a stage; the function returned moves its bar."""
@@ -64,7 +92,9 @@ class ProgressDisplay:
         self._print(f"· {label}  reused")
 
     def _print(self, line: str) -> None:
-        self._bars.console.print(Text(line), soft_wrap=True)
+        with self._lock:
+            self._bars.console.print(Text(line), soft_wrap=True)
+            self._last_line = time.monotonic()
 
 
 class _Stage:
@@ -72,13 +102,21 @@ class _Stage:
         self.started = time.monotonic()
         self.task = bars.add_task("", total=None, label=label, started=self.started)
         self._bars = bars
-        self._what = ""
+        self._label, self._what = label, ""
+        self._state: tuple[str, int, int] | None = None
 
     def show(self, what: str, done: int, total: int) -> None:
-        if what != self._what:  # a new phase: the old one's speed says nothing about it
-            self._what = what
-            self._bars.reset(self.task, description=what)
-        self._bars.update(self.task, completed=done, total=total)
+        self._state = what, done, total
+        phase = what.partition(_DETAIL)[0]
+        if phase != self._what:  # a new phase: the old one's speed says nothing about it
+            self._what = phase
+            self._bars.reset(self.task)
+        self._bars.update(self.task, completed=done, total=total, description=what)
+
+    def describe(self) -> str:
+        """What it does by now, in a line."""
+        elapsed = f"… {self._label}  {describe_seconds(time.monotonic() - self.started)}"
+        return elapsed if self._state is None else "{}  {} {:,} of {:,}".format(elapsed, *self._state)
 
 
 class _StageTimeColumn(ProgressColumn):

@@ -10,7 +10,9 @@ V is fitted on most of the tokens; how far to go from W towards it, the others s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -19,28 +21,55 @@ from export.inputs import Inputs
 DAMPING = 0.01
 """Of the mean of the diagonal of X'X, added to it (GPTQ, section 3.3)."""
 _FITTED_SHARE = 0.75
+_PANELS = 4
+"""Of columns in X'X: with four, three eighths of its products need not be made."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What is read [T, K], how much less it is than in the float model [T, K], and the drift [T, N] where there is one."""
+
+    actual: torch.Tensor
+    lost: torch.Tensor
+    drift: torch.Tensor | None
+
+    def wanted(self, weight: torch.Tensor) -> torch.Tensor:
+        """What the outputs [T, N] of a weight [N, K] are to have more."""
+        lost = self.lost @ weight.T
+        return lost if self.drift is None else lost.add_(self.drift)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """The moments X'X of all inputs, float32 [K, K], and where weights [N, K] are to go: to W + W @ turn + push, fitted on the first tokens.
+    """The moments X'X of all inputs, float32 [K, K], and what says where weights are to go.
 
-    The others are in `held`: what is read [T, K], how much less it is than in the float model [T, K], and the drift [T, N].
+    Steps are fitted on some tokens, and their length on others, which are `held`. `factor` is the Cholesky factor of the damped moments of the fitted
+    tokens, float64.
     """
 
     hessian: torch.Tensor
-    turn: torch.Tensor
-    push: torch.Tensor | None
-    held: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+    fitted: Tokens
+    held: Tokens
+    factor: torch.Tensor
+
+    @cached_property
+    def _turn(self) -> torch.Tensor:
+        """What weights [N, K] are multiplied with to give their step, where no drift is to be made up for; the same for all of them."""
+        return self._solve(self.fitted.actual.T @ self.fitted.lost)
+
+    def _solve(self, products: torch.Tensor) -> torch.Tensor:
+        return torch.cholesky_solve(products.double(), self.factor).T.float()
+
+    def find_step(self, weight: torch.Tensor) -> torch.Tensor:
+        """The step [N, K] from `weight` to the weights of least error on the fitted tokens."""
+        if self.fitted.drift is None:
+            return weight @ self._turn
+        return self._solve(self.fitted.actual.T @ self.fitted.wanted(weight))
 
     def move(self, weight: torch.Tensor) -> torch.Tensor:
         """The weights [N, K] to quantize in the place of `weight`."""
-        step = weight @ self.turn
-        actual, lost, drift = self.held
-        wanted = lost @ weight.T
-        if self.push is not None and drift is not None:
-            step, wanted = step + self.push, wanted + drift
-        gained = actual @ step.T
+        step, wanted = self.find_step(weight), self.held.wanted(weight)
+        gained = self.held.actual @ step.T
         strength = (gained * wanted).sum() / gained.square().sum().clamp(min=1e-30)
         return weight + strength.clamp(0, 1) * step
 
@@ -51,12 +80,21 @@ def find_aim(inputs: Inputs) -> Aim:
     factors = factors / factors.square().mean().sqrt().clamp(min=1e-30)
     actual, lost = inputs.actual * factors, (inputs.reference - inputs.actual) * factors
     drift = None if inputs.drift is None else inputs.drift * factors
-    fitted = int(_FITTED_SHARE * len(actual))
-    x = actual[:fitted]
-    factor = torch.linalg.cholesky(damp(x.T @ x).double())
-    turn = torch.cholesky_solve((x.T @ lost[:fitted]).double(), factor).T.float()
-    push = None if drift is None else torch.cholesky_solve((x.T @ drift[:fitted]).double(), factor).T.float()
-    return Aim(actual.T @ actual, turn, push, (actual[fitted:], lost[fitted:], None if drift is None else drift[fitted:]))
+    num_fitted = int(_FITTED_SHARE * len(actual))
+    fitted, held = (Tokens(actual[part], lost[part], None if drift is None else drift[part]) for part in (slice(num_fitted), slice(num_fitted, None)))
+    moments = square(fitted.actual)
+    return Aim(moments + square(held.actual), fitted, held, torch.linalg.cholesky(damp(moments).double()))
+
+
+def square(x: torch.Tensor) -> torch.Tensor:
+    """X'X [K, K] of x [T, K]; what lies above the diagonal's blocks is copied from below."""
+    width = x.shape[1]
+    result, step = x.new_empty(width, width), max(1, math.ceil(width / _PANELS))
+    for start in range(0, width, step):
+        rows = slice(start, start + step)
+        result[rows, : start + step] = x[:, rows].T @ x[:, : start + step]
+        result[:start, rows] = result[rows, :start].T
+    return result
 
 
 def damp(hessian: torch.Tensor) -> torch.Tensor:

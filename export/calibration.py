@@ -26,6 +26,8 @@ from upcycle.checkpoint import Checkpoint, read_rows
 from upcycle.layerwise import apply_final_norm, embed, load_layer
 
 _BATCH_ROWS = 8
+_BATCH_TOKENS = 1024
+"""Of an FFN at once: what it makes of them fits into a cache."""
 
 Rows = tuple[int, int] | None
 
@@ -125,9 +127,9 @@ class CalibrationWalk:
     def _read_others(self, layer: int, dense: Inputs, shared: Inputs) -> Iterator[Group]:
         """The groups of an FFN in the place of experts, and of one beside them."""
         if self.family.dense is not None and not self.family.has_experts(layer, self.checkpoint.entries):
-            yield from self._read_ffn(self.family.dense, layer, dense, None)
+            yield from self._read_ffn(self.family.dense, layer, partial(_same, dense), None)
         if self.family.shared is not None and self._has_elements(self.family.shared.ffn.up.format(layer=layer)):
-            yield from self._read_ffn(self.family.shared.ffn, layer, shared, None)
+            yield from self._read_ffn(self.family.shared.ffn, layer, partial(_same, shared), None)
 
     def _router(self, layer: int) -> str:
         assert self.family.router is not None
@@ -199,17 +201,19 @@ class CalibrationWalk:
         weights, chosen = choose_experts(logits, routing, self._selection_bias(layer))
         total = torch.tensor(routing.scale) if routing.renormalize else weights.sum(-1, keepdim=True)
         for expert in range(routing.num_experts):
-            visits = chosen == expert
-            own = visits.any(-1)
-            if self.all_experts:
-                mine = replace(inputs, drift=None)
-            else:
-                # Outputs that all have the drift over the sum of their weights have it together.
-                drift = None if inputs.drift is None else (inputs.drift / total)[own]
-                mine = Inputs(inputs.actual[own], inputs.reference[own], drift, weights[visits])
-            yield from self._read_ffn(self.family.experts, layer, mine, expert)
+            yield from self._read_ffn(self.family.experts, layer, partial(self._visits_of, expert, inputs, weights, chosen, total), expert)
 
-    def _read_ffn(self, ffn: GatedFfn, layer: int, inputs: Inputs, expert: int | None) -> Iterator[Group]:
+    def _visits_of(self, expert: int, inputs: Inputs, weights: torch.Tensor, chosen: torch.Tensor, total: torch.Tensor) -> Inputs:
+        """What one expert sees of what its layer reads."""
+        if self.all_experts:
+            return replace(inputs, drift=None)
+        visits = chosen == expert
+        own = visits.any(-1).nonzero()[:, 0]
+        # Outputs that all have the drift over the sum of their weights have it together.
+        drift = None if inputs.drift is None else inputs.drift[own] / (total if total.ndim == 0 else total[own])
+        return Inputs(inputs.actual[own], inputs.reference[own], drift, weights[visits])
+
+    def _read_ffn(self, ffn: GatedFfn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
         """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""
         up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
         if ffn.gate is not None:
@@ -221,16 +225,19 @@ class CalibrationWalk:
             *_, hidden, _ = self.checkpoint.entries[down].shape
             first = ((up, None if expert is None else (height * expert, height * (expert + 1))),)
             second = None if expert is None else (hidden * expert, hidden * (expert + 1))
-        yield Group("first", first, partial(_same, replace(inputs, drift=None)), expert)
+        yield Group("first", first, lambda: replace(read(), drift=None), expert)
 
         def inner(x: torch.Tensor, replaced: Mapping[tuple[str, Rows], torch.Tensor]) -> torch.Tensor:
-            both = torch.cat([replaced[part] if part in replaced else self.read_matrix(*part) for part in first])
-            gate_rows, up_rows = (x @ both.T).chunk(2, dim=-1)
+            both = torch.cat([replaced[part] if part in replaced else self.read_matrix(*part) for part in first]).T
             activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
-            result: torch.Tensor = activation(gate_rows) * up_rows
+            result = x.new_empty(len(x), both.shape[1] // 2)
+            for some, place in zip(x.split(_BATCH_TOKENS), result.split(_BATCH_TOKENS), strict=True):
+                gate_rows, up_rows = (some @ both).chunk(2, dim=-1)
+                torch.mul(activation(gate_rows), up_rows, out=place)
             return result
 
         def read_inner() -> Inputs:
+            inputs = read()
             return replace(inputs, actual=inner(inputs.actual, self._replaced), reference=inner(inputs.reference, {}))
 
         up_rows = self._up_rows(*first[-1], stacked=ffn.gate is None)

@@ -7,21 +7,32 @@ as they then are, with the squared error of each column weighted by its H_jj.
 
 What is found so is improved by coordinate descent: in turn each scale, and each column's integers, take the values that are best for all others as
 they are (as in QuantEase, Behdin et al., 2023, section 3). No step can raise the loss.
+
+The work is one loop over columns, and each of its steps is short, so its speed is that of memory and of calls into torch:
+
+    layout    matrices lie transposed, [K, M, N]: a column of all rows of M matrices is one run of memory, and one call serves them all
+    blocks    a column's change reaches its own block at once, the rest of 128 columns at the block's end, all others by a matrix product
+    no upkeep descent keeps what is left of the weights, W - Q, and takes the slope of 128 columns from it when they come, by one product
+
+So nothing but products is larger than a core's cache, and the short steps use one core, which costs little where another process has the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from export.aim import damp
-from export.quantization import Quantized, cut, encode, num_blocks, round_to, search_scales
+from export.quantization import Quantized, cut, default_zero_point, encode, join, num_blocks, search_scales
 
 _LAZY_COLUMNS = 128
-"""Columns whose errors reach the later ones together; every block size divides it."""
+"""Columns whose changes reach the others together; every block size divides it."""
 _PASSES = 3
 """Of coordinate descent: of what ten passes gain over GPTQ's integers (a tenth of the loss, stories260k upcycled, 4 bits), three gain nine tenths."""
+_LANES = 8192
+"""Rows that are quantized side by side: a block of their columns fits into a core's cache, and a step takes longer than its call."""
 
 
 @dataclass(frozen=True)
@@ -63,74 +74,171 @@ def quantize_gptq(
     Raises:
         ValueError: the weight is no matrix of finite values, or does not fit the moments.
     """
-    rows, width = weight.shape
-    if moments.width != width or not torch.isfinite(weight).all():
-        raise ValueError(f"weight {tuple(weight.shape)} must be finite, and {moments.width} wide as its moments")
-    h, factor, importance = moments.damped, moments.factor, moments.importance
-    blocked = cut(weight, block_size)
-    target, w = blocked.flatten(1), blocked.flatten(1).clone()
-    padded, blocks = len(h), blocked.shape[1]
-    integers, scales, zeros = torch.zeros(rows, padded), torch.zeros(rows, blocks, 1), torch.zeros(rows, blocks, 1)
-    scale = unit = zero = torch.zeros(rows, 1)
-    for start in range(0, padded, _LAZY_COLUMNS):
-        stop = min(start + _LAZY_COLUMNS, padded)
-        errors = torch.zeros(rows, stop - start)
-        for column in range(start, stop):
-            if column % block_size == 0:
-                block = slice(column, column + block_size)
-                found = search_scales(w[:, None, block], bits, importance[None, block], scale_type, zero_points)
-                scale, unit, zero = (value[:, 0] for value in found)
-                scales[:, column // block_size], zeros[:, column // block_size] = scale * unit, zero
-            rounded = round_to(w[:, column : column + 1] / unit, scale, zero, bits)
-            integers[:, column] = rounded[:, 0]
-            error = (w[:, column : column + 1] - rounded * scale * unit) / factor[column, column]
-            w[:, column:stop] -= error * factor[column, column:stop]
-            errors[:, column - start] = error[:, 0]
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
-    row_unit = torch.ldexp(
-        torch.ones(rows, 1), torch.frexp(target.abs().amax(1, keepdim=True)).exponent - 1
-    )  # no square overflows, and none vanishes
-    for _ in range(passes):
-        _descend(target, h, integers, scales, zeros, row_unit, bits, scale_type)
-    return encode(integers.view(rows, blocks, block_size), scales, zeros, bits, zero_points)
+    return quantize_together([weight], [moments], bits, block_size, scale_type, zero_points, passes)[0]
 
 
-def _descend(
-    w: torch.Tensor, h: torch.Tensor, integers: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, unit: torch.Tensor, bits: int,
-    scale_type: torch.dtype,
-) -> None:  # fmt: skip
-    """One pass over all scales [N, blocks, 1] and then all columns of integers [N, K], both changed in place, for weights w and damped moments h.
+def quantize_together(
+    weights: Sequence[torch.Tensor], moments: Sequence[Moments], bits: int, block_size: int, scale_type: torch.dtype = torch.float32,
+    zero_points: bool = False, passes: int = _PASSES,
+) -> list[Quantized]:  # fmt: skip
+    """Quantize weights of one shape [N, K], each for inputs of its own moments, as `quantize_gptq` does one; many small ones take little longer.
 
-    It computes in each row's `unit` [N, 1], a power of two. A value that is not finite there, as beside a scale that is none, is not taken.
+    Raises:
+        ValueError: a weight is no matrix of finite values, or does not fit its moments.
     """
-    rows, padded = w.shape
-    block_size = padded // scales.shape[1]
-    own_scales = scales[..., 0] / unit
-    slope = (w / unit - integers * own_scales.repeat_interleave(block_size, 1)) @ h  # the loss falls by twice this when a dequantized weight rises
-    for number in range(scales.shape[1]):
-        block = slice(number * block_size, (number + 1) * block_size)
-        own = integers[:, block]
-        bent = own @ h[block]
-        square = (bent[:, block] * own).sum(1)
-        step = torch.where(square > 0, (slope[:, block] * own).sum(1) / square.clamp(min=1e-30), torch.zeros(()))
-        old = own_scales[:, number]
-        best = ((old + step) * unit[:, 0]).to(scale_type).to(torch.float32) / unit[:, 0]
-        best = torch.where(torch.isfinite(best), best, old)
-        slope -= (best - old)[:, None] * bent
-        own_scales[:, number] = best
-    scales[..., 0] = torch.where(torch.isfinite(own_scales), own_scales * unit, scales[..., 0])
-    for start in range(0, padded, _LAZY_COLUMNS):
-        stop = min(start + _LAZY_COLUMNS, padded)
-        near, moved = slope[:, start:stop].clone(), torch.zeros(rows, stop - start)
-        for column in range(start, stop):
-            scale, zero = own_scales[:, column // block_size, None], zeros[:, column // block_size]
-            own = integers[:, column : column + 1]
-            best = round_to(own * scale + near[:, column - start, None] / h[column, column], scale, zero, bits)
-            best = torch.where(torch.isfinite(best), best, own)
-            moved[:, column - start] = ((best - own) * scale)[:, 0]
-            integers[:, column] = best[:, 0]
-            near -= moved[:, column - start, None] * h[column, start:stop]
-        slope -= moved @ h[start:stop]
+    for weight, own in zip(weights, moments, strict=True):
+        if own.width != weight.shape[-1] or not torch.isfinite(weight).all():
+            raise ValueError(f"weight {tuple(weight.shape)} must be finite, and {own.width} wide as its moments")
+    found = []
+    for batch, rows in _share_lanes(len(weights), len(weights[0])):
+        part = _Lanes([weight[rows] for weight in weights[batch]], moments[batch], bits, block_size, scale_type, zero_points)
+        part.round_columns()
+        for _ in range(passes):
+            part.refit_scales()
+            part.descend()
+        found.append((batch, part.encode()))
+    return [join([parts[place - batch.start] for batch, parts in found if batch.start <= place < batch.stop]) for place in range(len(weights))]
+
+
+def _share_lanes(count: int, rows: int) -> Iterator[tuple[slice, slice]]:
+    """Which of `count` matrices, and which of their rows, are quantized side by side."""
+    together = max(1, _LANES // rows)
+    for first in range(0, count, together):
+        for start in range(0, rows, _LANES):
+            yield slice(first, min(first + together, count)), slice(start, start + _LANES)
+
+
+class _Lanes:
+    """Rows of M matrices on their way to integers; all tensors have columns first: [K, M, N], or [blocks, M, N] where a block shares a value.
+
+    integers, scales and zeros are what is looked for. `left` is what is still to be rounded while columns are rounded, then W - Q in each row's
+    `unit` [M, N], a power of two near its largest weight, so that no square overflows, and none vanishes.
+    """
+
+    def __init__(
+        self, weights: Sequence[torch.Tensor], moments: Sequence[Moments], bits: int, block_size: int, scale_type: torch.dtype, zero_points: bool
+    ) -> None:
+        self.bits, self.block_size, self.scale_type, self.zero_points = bits, block_size, scale_type, zero_points
+        self.moments = moments
+        self.target = torch.stack([cut(weight, block_size).flatten(1).t() for weight in weights], 1)
+        self.left = self.target.clone()
+        self.integers = torch.zeros_like(self.target)
+        self.scales = self.target.new_zeros(len(self.target) // block_size, *self.target.shape[1:])
+        self.zeros = torch.full_like(self.scales, default_zero_point(bits))
+        self.lowest, self.highest = -default_zero_point(bits), default_zero_point(bits) - 1
+
+    def _chunks(self) -> Iterator[tuple[slice, list[slice]]]:
+        """The columns whose changes reach the others together, and the blocks in them."""
+        for start in range(0, len(self.target), _LAZY_COLUMNS):
+            stop = min(start + _LAZY_COLUMNS, len(self.target))
+            yield slice(start, stop), [slice(first, first + self.block_size) for first in range(start, stop, self.block_size)]
+
+    def _round(self, x: torch.Tensor, number: int) -> None:
+        """Make x [M, N] the nearest integers that codes of block `number` can hold."""
+        x.round_()
+        if self.zero_points:
+            zero = self.zeros[number]
+            torch.clamp(x, -zero, ((1 << self.bits) - 1) - zero, out=x)
+        else:
+            x.clamp_(self.lowest, self.highest)
+
+    def round_columns(self) -> None:
+        """GPTQ's own pass."""
+        left, size = self.left, self.block_size
+        factors = [own.factor for own in self.moments]
+        rows = torch.stack(factors, 1)[..., None]  # [K, M, K, 1]
+        for chunk, blocks in self._chunks():
+            errors = torch.empty_like(left[chunk])
+            for block in blocks:
+                done = slice(chunk.start, block.start)
+                _subtract_products(left[block], [factor[done, block].t() for factor in factors], errors[: block.start - chunk.start])
+                number = block.start // size
+                scale, unit = self._search(block, number)
+                full = self.scales[number] = scale * unit
+                inverse = torch.where(scale == 0, torch.zeros(()), 1 / scale)
+                for column in range(block.start, block.stop):
+                    rounded, error = self.integers[column], errors[column - chunk.start]
+                    self._round(torch.div(left[column], unit, out=rounded).mul_(inverse), number)
+                    torch.addcmul(left[column], rounded, full, value=-1, out=error)
+                    error /= rows[column, :, column]
+                    if column + 1 < block.stop:
+                        later = slice(column + 1, block.stop)
+                        left[later].addcmul_(rows[column, :, later].transpose(0, 1), error, value=-1)
+            later = slice(chunk.stop, None)
+            _subtract_products(left[later], [factor[chunk, later].t() for factor in factors], errors)
+        self._start_descent()
+
+    def _search(self, block: slice, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scale of a block and its unit, [M, N]; its zero points are kept."""
+        importance = torch.stack([own.importance[block] for own in self.moments])
+        found = search_scales(self.left[block].permute(2, 1, 0).contiguous(), self.bits, importance, self.scale_type, self.zero_points)
+        scale, unit, zero = (value[..., 0].t().contiguous() for value in found)
+        self.zeros[number] = zero
+        return scale, unit
+
+    def _start_descent(self) -> None:
+        """Turn `left` from what is still to be rounded into W - Q."""
+        self.unit = _power_below(self.target.abs().amax(0))
+        own = self.scales / self.unit
+        self.own = torch.where(torch.isfinite(own), own, torch.zeros(()))  # a scale beyond its type's range is left as it is
+        torch.div(self.target, self.unit, out=self.left).addcmul_(self.integers, self.own.repeat_interleave(self.block_size, 0), value=-1)
+
+    def refit_scales(self) -> None:
+        """Each scale in turn takes the value that is best for all others as they are."""
+        for block, near, h in self._visit():
+            number = block.start // self.block_size
+            integers, old = self.integers[block], self.own[number]
+            bent = torch.stack([square @ integers[:, m] for m, square in enumerate(h)], 1)
+            square = (bent * integers).sum(0)
+            step = torch.where(square > 0, (near * integers).sum(0) / square.clamp(min=1e-30), torch.zeros(()))
+            best = ((old + step) * self.unit).to(self.scale_type).to(torch.float32) / self.unit
+            change = torch.where(torch.isfinite(best), best - old, torch.zeros(()))
+            self.left[block].addcmul_(integers, change, value=-1)
+            self.own[number] += change
+
+    def descend(self) -> None:
+        """Each column's integers in turn take the values that are best for all others as they are."""
+        for block, near, h in self._visit():
+            number = block.start // self.block_size
+            scale, rows, before = self.own[number], torch.stack(h, 1)[..., None], self.integers[block].clone()  # rows: [block, M, block, 1]
+            inverse = torch.where(scale == 0, torch.zeros(()), 1 / scale)
+            for place in range(self.block_size):
+                best, own = near[place], self.integers[block.start + place]
+                best /= rows[place, :, place]
+                self._round(best.addcmul_(own, scale).mul_(inverse), number)
+                moved = (best - own).mul_(scale)
+                own.copy_(best)
+                self.left[block.start + place] -= moved
+                near[place + 1 :].addcmul_(rows[place, :, place + 1 :].transpose(0, 1), moved, value=-1)
+            chosen = self.integers[block]
+            torch.where(torch.isfinite(chosen), chosen, before, out=chosen)
+
+    def _visit(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
+        """Block by block, while `left` changes: half of the slope by which the loss falls as weights of it rise, [block, M, N], and its moments."""
+        damped = [own.damped for own in self.moments]
+        for chunk, blocks in self._chunks():
+            slope, before = torch.stack([h[chunk] @ self.left[:, m] for m, h in enumerate(damped)], 1), self.left[chunk].clone()
+            for block in blocks:
+                done, near = slice(chunk.start, block.start), slope[block.start - chunk.start : block.stop - chunk.start]
+                moved = before[: block.start - chunk.start] - self.left[done]
+                _subtract_products(near, [h[block, done] for h in damped], moved)
+                yield block, near, [h[block, block] for h in damped]
+
+    def encode(self) -> list[Quantized]:
+        """What was found for each matrix."""
+        blocks, found = len(self.scales), []
+        scales = torch.where(torch.isfinite(self.scales), self.own * self.unit, self.scales)
+        for m in range(len(self.moments)):
+            integers, own, zeros = (value[:, m].t().contiguous() for value in (self.integers, scales, self.zeros))
+            found.append(encode(integers.unflatten(1, (blocks, self.block_size)), own[..., None], zeros[..., None], self.bits, self.zero_points))
+        return found
+
+
+def _subtract_products(values: torch.Tensor, factors: Sequence[torch.Tensor], changes: torch.Tensor) -> None:
+    """Take factor [n, k] times changes [k, M, N] from values [n, M, N], each matrix its own factor."""
+    if len(changes) and len(values):
+        for m, factor in enumerate(factors):
+            values[:, m] -= factor @ changes[:, m]
 
 
 def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
@@ -138,3 +246,8 @@ def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
     factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
     return factor.float()
+
+
+def _power_below(sizes: torch.Tensor) -> torch.Tensor:
+    """The largest power of two that is no larger than each of these sizes, and 1/2 for zero."""
+    return torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - 1)

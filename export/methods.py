@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Container, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
 from export.aim import find_aim
-from export.calibration import CalibrationWalk
+from export.calibration import CalibrationWalk, Group, Rows
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
-from export.gptq import prepare_moments, quantize_gptq
+from export.gptq import Moments, prepare_moments, quantize_gptq, quantize_together
 from export.input_scaling import ScalingRecord, choose_scales, scale_layer
 from export.inputs import Inputs
 from export.journal import KeptLayer, LayerJournal
@@ -28,6 +31,8 @@ _TOKENS_PER_INPUT = 2
 
 
 _HEAD_ELEMENTS = 1 << 22
+_MOMENTS_ELEMENTS = 1 << 25
+"""Of the moments that are in memory at once for experts that are quantized side by side: 128 MB, or those of one expert."""
 
 
 @dataclass
@@ -127,7 +132,7 @@ def quantize_tensors(
             found, own = kept.quantized, CalibrationRecord.read(kept.facts, kept.floats)
         else:
             own = CalibrationRecord()
-            found = _quantize_layer(walk, layer, plan, config, scale_type, own)
+            found = _quantize_layer(walk, layer, plan, config, scale_type, own, partial(_tell, progress, done, len(names)))
             journal.write(layer, KeptLayer(found, own.replaced, own.write()))
         record.add(own)
         expected = [name for name in in_layers if layer_of(name) == layer]
@@ -146,6 +151,11 @@ def quantize_tensors(
         else:
             yield head, _quantize_alone(checkpoint, head, plan[head], config, scale_type)
         progress("quantizing", len(names), len(names))
+
+
+def _tell(progress: Progress, before: int, total: int, done: int) -> None:
+    """Tell of tensors of one layer."""
+    progress("quantizing", before + done, total)
 
 
 def needs_text(config: QuantizeConfig) -> bool:
@@ -210,40 +220,91 @@ def _quantize_head(
 
 
 def _quantize_layer(
-    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord
-) -> dict[str, Quantized]:
+    walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord,
+    progress: Callable[[int], None],
+) -> dict[str, Quantized]:  # fmt: skip
+    """Every quantized tensor of a layer; `progress` is told how many matrices are done."""
     changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
-    scarce = set()
+    scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
-    for group in walk.read_layer(layer, changed):
-        wanted = [(name, rows) for name, rows in group.matrices if is_quantized(plan[name])]
-        if not wanted:
-            continue
-        inputs = group.read()
-        tokens, width = inputs.actual.shape
-        enough = tokens >= _TOKENS_PER_INPUT * width
-        if group.expert is not None:
-            if group.place == "first":
-                record.expert_tokens.setdefault(layer, []).append(tokens)
-            if not enough:
-                scarce.add(group.expert)
-        aim = find_aim(inputs) if enough and config.method == "gptq" else None
-        moments = prepare_moments(aim.hessian, config.block_size) if aim is not None else None
-        for name, rows in wanted:
-            weight = walk.read_matrix(name, rows)
-            if config.method == "round":
-                found = round_to_nearest(weight, plan[name], config.block_size, scale_type, config.zero_points)
-            elif aim is not None and moments is not None:
-                found = quantize_gptq(aim.move(weight), moments, plan[name], config.block_size, scale_type, config.zero_points)
-            else:
-                record.num_searched += config.method == "gptq"
-                importance = inputs.actual.square().mean(0) if tokens else None
-                found = quantize(weight, plan[name], config.block_size, importance, scale_type, config.zero_points)
-            walk.replace(name, rows, dequantize(found, width, plan[name]))
-            parts.setdefault(name, []).append(found)
+    for groups in _batch_groups(walk.read_layer(layer, changed), walk):
+        prepared = [matrix for group in groups for matrix in _prepare(walk, layer, group, plan, config, record, scarce)]
+        for matrix, found in zip(prepared, _quantize_prepared(prepared, config, scale_type), strict=True):
+            walk.replace(matrix.name, matrix.rows, dequantize(found, matrix.weight.shape[-1], matrix.bits))
+            parts.setdefault(matrix.name, []).append(found)
+        progress(len(parts))
     record.scarce_experts[layer] = len(scarce)
     record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
     if layer in walk.routers:
         assert walk.family.router is not None
         record.replaced[walk.family.router.format(layer=layer)], record.routers[layer] = walk.routers.pop(layer)
     return {name: join(found) for name, found in parts.items()}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A matrix and what it is quantized by: the moments of what it reads, or no more than their mean squares, or nothing."""
+
+    name: str
+    rows: Rows
+    bits: int
+    weight: torch.Tensor
+    moments: Moments | None
+    importance: torch.Tensor | None
+
+
+def _prepare(
+    walk: CalibrationWalk, layer: int, group: Group, plan: Mapping[str, int], config: QuantizeConfig, record: CalibrationRecord, scarce: set[int]
+) -> Iterator[_Prepared]:
+    """The matrices of a group that are to be quantized, moved where that can be learned; experts with too few tokens for it go into `scarce`."""
+    wanted = [(name, rows) for name, rows in group.matrices if is_quantized(plan[name])]
+    if not wanted:
+        return
+    inputs = group.read()
+    tokens, width = inputs.actual.shape
+    enough = tokens >= _TOKENS_PER_INPUT * width
+    if group.expert is not None:
+        if group.place == "first":
+            record.expert_tokens.setdefault(layer, []).append(tokens)
+        if not enough:
+            scarce.add(group.expert)
+    learns, searches = enough and config.method == "gptq", not enough or config.method == "search"
+    aim = find_aim(inputs) if learns else None
+    moments = None if aim is None else prepare_moments(aim.hessian, config.block_size)
+    importance = inputs.actual.square().mean(0) if searches and tokens else None
+    for name, rows in wanted:
+        weight = walk.read_matrix(name, rows)
+        record.num_searched += config.method == "gptq" and not learns
+        yield _Prepared(name, rows, plan[name], weight if aim is None else aim.move(weight), moments, importance)
+
+
+def _quantize_prepared(prepared: Sequence[_Prepared], config: QuantizeConfig, scale_type: torch.dtype) -> list[Quantized]:
+    """Matrices of one shape that are learned are quantized side by side."""
+    found: dict[int, Quantized] = {}
+    learned: dict[tuple[torch.Size, int], list[int]] = defaultdict(list)
+    for place, matrix in enumerate(prepared):
+        if matrix.moments is not None:
+            learned[matrix.weight.shape, matrix.bits].append(place)
+        elif config.method == "round":
+            found[place] = round_to_nearest(matrix.weight, matrix.bits, config.block_size, scale_type, config.zero_points)
+        else:
+            found[place] = quantize(matrix.weight, matrix.bits, config.block_size, matrix.importance, scale_type, config.zero_points)
+    for (_, bits), places in learned.items():
+        weights, moments = [prepared[place].weight for place in places], [prepared[place].moments for place in places]
+        together = quantize_together(weights, [own for own in moments if own], bits, config.block_size, scale_type, config.zero_points)
+        found |= dict(zip(places, together, strict=True))
+    return [found[place] for place in range(len(prepared))]
+
+
+def _batch_groups(groups: Iterable[Group], walk: CalibrationWalk) -> Iterator[list[Group]]:
+    """Groups that do not wait for each other, to be quantized side by side: the first matrices of experts, then their last ones; others alone."""
+    for is_expert, alike in itertools.groupby(groups, key=lambda group: group.expert is not None):
+        if not is_expert:
+            yield from ([group] for group in alike)
+            continue
+        both = list(alike)
+        width = max(walk.checkpoint.entries[name].shape[-1] for group in both for name, _ in group.matrices)
+        num_experts = max(1, _MOMENTS_ELEMENTS // (2 * width * width))
+        for start in range(0, len(both), 2 * num_experts):
+            some = both[start : start + 2 * num_experts]
+            yield from ([group for group in some if (group.place == "first") == first] for first in (True, False))

@@ -114,7 +114,11 @@ def round_to_nearest(
     _check(weight)
     w = cut(weight, block_size)
     extreme, unit = _extremes(w)
-    scale, zero = _spread(w / unit, bits) if zero_points else (extreme.abs() / unit / (_middle(bits) - 1), torch.tensor(float(_middle(bits))))
+    scale, zero = (
+        _spread(w / unit, bits)
+        if zero_points
+        else (extreme.abs() / unit / (default_zero_point(bits) - 1), torch.tensor(float(default_zero_point(bits))))
+    )
     scale = (scale * unit).to(scale_type).to(torch.float32)
     return encode(round_to(w / unit, scale / unit, zero, bits), scale, zero, bits, zero_points)
 
@@ -124,7 +128,7 @@ def _check(weight: torch.Tensor) -> None:
         raise ValueError(f"weight of shape {tuple(weight.shape)} must be a matrix of finite values")
 
 
-def _middle(bits: int) -> int:
+def default_zero_point(bits: int) -> int:
     """The zero point of blocks that have none of their own."""
     return 1 << (bits - 1)
 
@@ -145,7 +149,7 @@ def search_scales(
     They have the smallest squared error, weighed by `importance` [num_blocks, block_size]; a block whose importances are all zero is searched as if
     all were one. Units are powers of two near the largest weight: with them no square overflows, and no inverse of a scale.
     """
-    middle = torch.tensor(float(_middle(bits)))
+    middle = torch.tensor(float(default_zero_point(bits)))
     extreme, unit = _extremes(w)
     w, extreme = w / unit, extreme / unit
     weighing = torch.ones(()) if importance is None else _normalize(importance)
@@ -180,7 +184,7 @@ def _spread(w: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     highest = (1 << bits) - 1
     low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
     scale = high / highest - low / highest
-    return scale, torch.where(scale == 0, float(_middle(bits)), (-low / scale).round()).clamp(0, highest)
+    return scale, torch.where(scale == 0, float(default_zero_point(bits)), (-low / scale).round()).clamp(0, highest)
 
 
 def _normalize(importance: torch.Tensor) -> torch.Tensor:
@@ -218,7 +222,7 @@ def dequantize(quantized: Quantized, width: int, bits: int) -> torch.Tensor:
     """The float32 weight [N, width] that the codes stand for."""
     codes = unpack(quantized.codes, bits).to(torch.float32)
     if quantized.zero_points is None:
-        zero = torch.tensor(float(_middle(bits)))
+        zero = torch.tensor(float(default_zero_point(bits)))
     else:
         zero = unpack(quantized.zero_points, bits)[:, : codes.shape[1], None].to(torch.float32)
     return ((codes - zero) * quantized.scales[..., None]).flatten(1)[:, :width].contiguous()

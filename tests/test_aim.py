@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.aim import DAMPING, find_aim
+from export.aim import DAMPING, find_aim, square
 from export.inputs import Inputs
 
 
@@ -40,9 +40,8 @@ def test_the_direction_is_that_of_damped_least_squares_in_float64(drifts: bool, 
     wanted = (reference.double().numpy()[:300] @ weight.double().numpy().T + (drift.double().numpy()[:300] if drifts else 0)) * factors
     ridge = np.sqrt(DAMPING * np.diag(x.T @ x).mean()) * np.eye(16)
     expected = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([wanted, ridge @ weight.double().numpy().T]), rcond=None)[0].T
-    found = weight + weight @ aim.turn + (0 if aim.push is None else aim.push)
+    found = weight + aim.find_step(weight)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
-    assert (aim.push is not None) == drifts
     assert distance(weight, aim.move(weight), inputs) < 0.5 * distance(weight, weight, inputs)
 
 
@@ -55,7 +54,7 @@ def test_where_the_loss_cannot_be_foretold_weights_go_nearly_nowhere() -> None:
     inputs = Inputs(actual, reference, drift)
     aim = find_aim(inputs)
     held = Inputs(actual[30:], reference[30:], drift[30:])
-    step = weight @ aim.turn + (aim.push if aim.push is not None else 0)
+    step = aim.find_step(weight)
     assert distance(weight, aim.move(weight), held) <= distance(weight, weight, held) * (1 + 1e-6)
     assert distance(weight, aim.move(weight), held) <= distance(weight, weight + step, held)
     assert float((fresh @ (aim.move(weight) - weight).T).norm()) < 0.7 * float((fresh @ step.T).norm())
@@ -72,3 +71,11 @@ def test_inputs_that_are_always_zero_move_nothing() -> None:
     moved = find_aim(Inputs(actual, reference)).move(weight)
     assert torch.isfinite(moved).all()
     assert torch.equal(moved[:, 3:5], weight[:, 3:5])
+
+
+@pytest.mark.parametrize("width", [1, 3, 4, 5, 130])
+def test_moments_are_the_product_and_symmetric_to_the_bit(width: int) -> None:
+    x = torch.randn(50, width, generator=torch.Generator().manual_seed(0))
+    found = square(x)
+    np.testing.assert_allclose(found.numpy(), x.double().numpy().T @ x.double().numpy(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.T)

@@ -8,6 +8,7 @@ import pty
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_bar_shows_stage_work_and_times() -> None:
         progress("writing tensors [F32]", 1, 2)
         display._bars.refresh()
         line = text.getvalue().splitlines()[-1]
-        assert re.search(r"upcycle writing tensors \[F32\] ━+.* \d\.\d s -:--:--", line)
+        assert re.search(r"upcycle writing tensors \[F32\] ━+.* 1/2 \d\.\d s -:--:--", line)
         display.finish("upcycle")
 
 
@@ -102,3 +103,33 @@ def test_a_stage_left_unfinished_is_a_bug() -> None:
 )
 def test_a_duration_has_the_units_that_matter(seconds: float, text: str) -> None:
     assert describe_seconds(seconds) == text
+
+
+def test_without_a_terminal_a_running_stage_is_told_of_even_where_it_reports_nothing() -> None:
+    text = io.StringIO()
+    with ProgressDisplay(Console(file=text, width=120), line_seconds=0.02) as display:
+        progress = display.stage("upcycle")
+        while "\n" not in text.getvalue():
+            time.sleep(0.001)
+        progress("writing tensors", 1, 2000)
+        said = len(text.getvalue())
+        while "2,000" not in text.getvalue()[said:]:
+            time.sleep(0.001)
+        display.finish("upcycle")
+    lines = text.getvalue().splitlines()
+    assert re.fullmatch(r"… upcycle  \d\.\d s", lines[0])
+    assert re.fullmatch(r"… upcycle  \d\.\d s  writing tensors 1 of 2,000", lines[-2])
+    assert re.fullmatch(r"✓ upcycle  \d\.\d s", lines[-1])
+
+
+def test_a_loss_changes_with_each_step_and_the_bar_goes_on() -> None:
+    console, text = terminal()
+    with ProgressDisplay(console) as display:
+        progress = display.stage("finetune")
+        progress("training mixture: loss 3.210", 1, 20)
+        started = display._bars.tasks[0].start_time
+        progress("training mixture: loss 3.100", 2, 20)
+        assert display._bars.tasks[0].start_time == started
+        display._bars.refresh()
+        assert re.search(r"finetune training mixture: loss 3\.100 ━+.* +2/20 ", text.getvalue().splitlines()[-1])
+        display.finish("finetune")

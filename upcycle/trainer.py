@@ -593,7 +593,9 @@ class _Watch(TrainerCallback):
             # What is logged at a checkpoint is complete there; and the last weights are a candidate too.
             control.should_log = control.should_evaluate = control.should_save = True
         stage = self.trainer.stage
-        self.progress(f"training {stage.model}", stage.first_step + state.global_step, stage.total_steps)
+        losses = (step.train_loss for step in reversed(self.history) if step.model == stage.model)
+        loss = next((f": loss {loss:.3f}" for loss in losses if loss is not None), "")
+        self.progress(f"training {stage.model}{loss}", stage.first_step + state.global_step, stage.total_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         logs = logs or {}

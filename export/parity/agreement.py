@@ -14,6 +14,8 @@ from export.parity.records import Agreement, LayerCheck, MarginBin, Part
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_margin, find_smallest_margin, same_experts
 from export.runtime import Decoder
 
+_LOGIT_ROWS = 64
+"""Tokens whose logits are compared at once: what is made of them stays near the processor, and is not asked of the system anew each time."""
 MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 """Selection scores: router logits, or scores plus a bias; the last bin is open."""
 
@@ -145,20 +147,14 @@ class _Sums:
 
     def add(self, found: Forward, expected: Forward, ids: torch.Tensor) -> None:
         count = ids.numel()
-        error = (found.logits - expected.logits).abs()
         self.tokens += count
-        self.max_error = float(error.max().clamp(min=self.max_error))  # NaN stays NaN
-        self.mean_error += float(error.mean()) * count
-        kl = divergence(expected.logits, found.logits)
+        following = torch.cat([ids[:, 1:], ids[:, :1]], 1)  # the last token of a row foretells none that is known
+        known = torch.ones_like(ids, dtype=torch.bool)
+        known[:, -1] = False
+        parts = zip(*(values.flatten(0, 1).split(_LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)), strict=True)
+        kl = torch.cat([self._add_logits(*part) for part in parts]).view(ids.shape)
         self.kl += float(kl.sum())
-        self.top1 += float((found.logits.argmax(-1) == expected.logits.argmax(-1)).sum())
-        best, true_best = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices for logits in (found.logits, expected.logits))
-        self.top5 += float((best[..., None] == true_best[..., None, :]).any(-1).float().mean(-1).sum())
-        targets = ids[:, 1:].flatten()
-        self.predictions += len(targets)
-        for n, logits in enumerate((found.logits, expected.logits)):
-            log_probabilities = logits.log_softmax(-1)[:, :-1]
-            self.losses[n] += float(F.nll_loss(log_probabilities.flatten(0, 1), targets, reduction="sum"))
+        self.predictions += int(known.sum())
         flipped = self._add_routing(found, expected, count)
         self.kl_flipped += float(kl[flipped].sum())
         self.num_flipped += int(flipped.sum())
@@ -166,6 +162,19 @@ class _Sums:
         seen = [(a, b) for a, b in zip(found.attended, expected.attended, strict=True) if a is not None and b is not None]
         self.attended = _added(self.attended, [_squares(a, b) for a, b in seen])
         self.undisturbed.add(found, expected, torch.ones_like(ids))
+
+    def _add_logits(self, found: torch.Tensor, expected: torch.Tensor, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+        """Some tokens: logits [T, V] of both, the token that follows each [T], and whether that counts; returns the KL of each, [T]."""
+        error = (found - expected).abs_()
+        self.max_error = float(error.max().clamp(min=self.max_error))  # NaN stays NaN
+        self.mean_error += float(error.mean()) * len(found)
+        self.top1 += float((found.argmax(-1) == expected.argmax(-1)).sum())
+        best, true_best = (logits.topk(min(5, logits.shape[-1]), dim=-1).indices for logits in (found, expected))
+        self.top5 += float((best[..., None] == true_best[..., None, :]).any(-1).float().mean(-1).sum())
+        log_q, log_p = found.log_softmax(-1), expected.log_softmax(-1)
+        for n, log_probabilities in enumerate((log_q, log_p)):
+            self.losses[n] -= float(log_probabilities.gather(-1, following[:, None])[:, 0][known].sum())
+        return (log_p.exp() * log_q.sub_(log_p).neg_()).sum(-1)
 
     def _add_routing(self, found: Forward, expected: Forward, count: int) -> torch.Tensor:
         """Returns which tokens [B, S] some layer sent to other experts."""
