@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from export.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
-from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type
+from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type, scale_type
 from export.errors import ExportError
 from export.family import DecoderFamily, find_decoder_family, layer_of, rotary_switch
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
@@ -29,15 +29,20 @@ _PARITY_BLOCKS, _LOGITS_AT_ONCE = 4, 8  # blocks at once, and arrays as large as
 
 @dataclass(frozen=True)
 class Packing:
-    """How integers lie: weights that share a scale, None being those of a row, and whether blocks have zero points of their own."""
+    """How integers lie: weights that share a scale, None being those of a row, whether blocks have zero points, and what scales are stored in."""
 
     block_size: int | None
     zero_points: bool
+    scale_type: torch.dtype
 
     @classmethod
-    def of(cls, variant: Variant, config: QuantizeConfig) -> Packing:
+    def of(cls, variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> Packing:
         """That of a variant."""
-        return cls(None, zero_points=False) if variant == STATIC else cls(config.block_size, config.zero_points)
+        if variant == STATIC:
+            return cls(None, zero_points=False, scale_type=torch.float32)
+        return cls(
+            config.block_size, config.zero_points, torch.bfloat16 if scale_type(element_type(variant, device)) == "bfloat16" else torch.float16
+        )
 
 
 def integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing, has_column_scales: bool = False) -> list[TensorSpec]:
@@ -47,7 +52,7 @@ def integer_specs(name: str, shape: tuple[int, ...], bits: int, packing: Packing
     blocks = num_blocks(width, block_size)
     specs = [
         TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
-        TensorSpec(f"{name}.scales", torch.float32, (rows, blocks)),
+        TensorSpec(f"{name}.scales", packing.scale_type, (rows, blocks)),
     ]
     if packing.zero_points:
         specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, block_size))))
@@ -68,17 +73,10 @@ def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int],
 
 
 def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing) -> int:
-    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`. A tied head is the embedding, unless both are floats.
-
-    A scale has 2 bytes, or 4 where a row has one.
-    """
-    scale_bytes = 4 if packing.block_size is None else 2
+    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`. A tied head of integers by block is the embedding."""
 
     def packed(shape: tuple[int, ...], width: int) -> int:
-        if not is_quantized(width):
-            return width // 8 * math.prod(shape)
-        codes, scales, *zero_points = integer_specs("", shape, width, packing)
-        return codes.num_bytes + math.prod(scales.shape) * scale_bytes + sum(spec.num_bytes for spec in zero_points)
+        return sum(spec.num_bytes for spec in integer_specs("", shape, width, packing)) if is_quantized(width) else width // 8 * math.prod(shape)
 
     total = sum(packed(shape, plan[name]) for name, shape in shapes.items())
     is_tied = family.embedding in shapes and family.head not in shapes
@@ -113,7 +111,7 @@ def estimate_bytes(
     """
     check_overrides(config, model)
     family = find_decoder_family(model)
-    bits, floats, packing = class_bits(variant, config, device), FLOAT_BITS[element_type(variant, device)], Packing.of(variant, config)
+    bits, floats, packing = class_bits(variant, config, device), FLOAT_BITS[element_type(variant, device)], Packing.of(variant, config, device)
     classes = {name: family.classify(name) for name in shapes}
     plan = plan_bits(shapes, classes, bits, config.overrides)
 

@@ -1,7 +1,7 @@
 """The quantize stage: a checkpoint's integers and scales, and the twin that computes with their values.
 
 Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once. Scales are 16 bits in every file: integers are chosen
-for them as they are rounded, so that a step that is off by 0.2 % costs nothing that can be measured.
+for them as they are rounded, so that a step that is off by 0.2 % at most adds 2 % to the squared error of 8 bits, and less to that of 4.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, measure_units, options_of
 from export.bits import FLOAT_BITS, check_head, check_overrides, class_bits, mean_bits, plan_bits, plan_classes
-from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits, scale_type
+from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from export.footprint import Packing, check_budget, integer_specs, node_bytes, package_bytes, rotary_bytes, stored_bytes
@@ -164,7 +164,7 @@ class _Job:
     @property
     def packing(self) -> Packing:
         """How the integers lie."""
-        return Packing.of(self.variant, self.config)
+        return Packing.of(self.variant, self.config, self.device)
 
     def integer_specs(self, plan: Mapping[str, int]) -> list[TensorSpec]:
         """The integers of a plan, in the order in which they are made."""
@@ -192,7 +192,7 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
     else:
-        scales = _TORCH_TYPES[scale_type(job.computes_in)]
+        scales = job.packing.scale_type
         quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scales, text, record, job.progress, journal)
     write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=STEM)
     return index_tensors(output, STEM), record
@@ -275,7 +275,8 @@ def _integer_tensors(job: _Job, quantized: Iterator[tuple[str, Quantized]], reco
     for name, found in quantized:
         if not torch.isfinite(found.scales).all():
             raise _beyond_float16(job.checkpoint, name, job.checkpoint.read(name).to(torch.float32))
-        yield from ((f"{name}.{part}", tensor) for part, tensor in found.parts().items())
+        narrow = replace(found, scales=found.scales.to(job.packing.scale_type))
+        yield from ((f"{name}.{part}", tensor) for part, tensor in narrow.parts().items())
         if job.has_column_scales(name):
             width = job.checkpoint.entries[name].shape[-1]
             yield f"{name}.{COLUMN_SCALES}", record.column_scales.get(name, torch.ones(width))

@@ -75,7 +75,8 @@ class QuantizedWeight:
     def read(self) -> Quantized:
         """Codes, scales and zero points; see `Quantized`."""
         rows = (self.start, self.start + self.shape[0])
-        return Quantized(*(read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in (PARTS if self.zero_points else PARTS[:2])))
+        parts = PARTS if self.zero_points else PARTS[:2]
+        return _assemble(*(read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in parts))
 
     def read_column_scales(self) -> torch.Tensor | None:
         """What the columns of the matrix were multiplied by, float32 [width]; None where they are as they were."""
@@ -130,4 +131,9 @@ def read_dequantized(name: str, integers: Mapping[str, TensorEntry], shape: tupl
 
 def read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized:
     """The integers of a whole tensor."""
-    return Quantized(*(read_tensor(integers[key]) for part in PARTS if (key := f"{name}.{part}") in integers))
+    return _assemble(*(read_tensor(integers[key]) for part in PARTS if (key := f"{name}.{part}") in integers))
+
+
+def _assemble(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None = None) -> Quantized:
+    """Integers as they are computed with, from what lies on the disk, where scales have 16 bits."""
+    return Quantized(codes, scales.to(torch.float32), zero_points)
