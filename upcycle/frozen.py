@@ -9,7 +9,7 @@ are float32 like what learns.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -74,9 +74,15 @@ def use_narrow(model: PreTrainedModel) -> None:
     """Let the modules whose matrices are narrower than float32 cast them where they use them."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
-            cast(Any, module).forward = partial(_multiply, module)
+            module.__class__ = _narrow_class(type(module), _multiply)
         elif _is_look_up(module) and cast(Any, module).weight.dtype != torch.float32:
-            cast(Any, module).forward = partial(_look_up, cast(nn.Embedding, module))
+            module.__class__ = _narrow_class(type(module), _look_up)
+
+
+@cache
+def _narrow_class(kind: Any, forward: Any) -> Any:
+    """A class of modules with another forward pass. A function on the module itself would be a cycle, and keep a model until garbage is collected."""
+    return type(f"Narrow{kind.__name__}", (kind,), {"forward": forward})
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
@@ -124,8 +130,9 @@ def merge_low_rank(model: nn.Module, dtype: torch.dtype) -> None:
             base.__dict__.pop(LOW_RANK, None)
             matrix = layer.get_param() if hasattr(layer, "parameter_name") else base.weight
             matrix.data = matrix.data.to(torch.float32)
-            layer.merge()
-            matrix.data = matrix.data.to(dtype)
+            (adapter,) = layer.lora_A
+            matrix.data = (matrix.data + layer.get_delta_weight(adapter).detach()).to(dtype)
+            layer.lora_B[adapter].weight.data.zero_()  # what is left for peft to merge
 
 
 def narrow(model: PreTrainedModel, dtype: torch.dtype, where: str) -> None:

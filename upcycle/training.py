@@ -214,6 +214,8 @@ def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
     for layer in layers.layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     next_token_loss(model(input_ids=blocks, use_cache=False).logits, blocks).backward()
+    del model, layers, layer, parameter
+    gc.collect()  # a layer and its checkpointed pass hold each other
     return math.sqrt(squares[True] / max(sum(squares.values()), 1e-30))
 
 
