@@ -10,8 +10,8 @@ names, in one place, wherever a config or a tokenizer's config is written:
 4. In a tokenizer's config, the class `TokenizersBackend` by its name in 4, `PreTrainedTokenizerFast`, an alias in 5; and a list of
    `extra_special_tokens`, of which 4 wants a dict, as `additional_special_tokens`.
 
-transformers 5 reads the same values with and without these. What 4 cannot say stays different there: Qwen2-MoE with windows in some layers alone,
-and with heads of another size than hidden_size / num_attention_heads.
+transformers 5 reads the same values with and without these. What 4 cannot say stays different there: Qwen2-MoE with windows in some layers alone
+computes all layers with the window, and GraniteMoE with heads of another size than hidden_size / num_attention_heads is refused.
 
 Source: configuration_utils.py and modeling_rope_utils.py of both versions (4.57.6, 5.23).
 """
