@@ -129,6 +129,8 @@ def test_a_release_with_code_that_transformers_has_itself_goes_the_whole_road(tm
     done = run(write_recipe(source, tmp_path), "report")
     report = json.loads((find(done, "report") / "report.json").read_text(encoding="utf-8"))
     assert report["variants"]["float32"]["parity"]["passed"] is True
+    control = json.loads((find(done, "finetune") / "control" / "config.json").read_text(encoding="utf-8"))
+    assert "auto_map" not in control  # whose files are not carried
 
 
 @pytest.mark.parametrize("name", ["Llama-3.2-1B-Instruct", "Qwen2-0.5B-Instruct", "gemma-2b-it"])

@@ -19,7 +19,7 @@ from export.config import OnnxConfig, QuantizeConfig
 from export.package import write_package
 from export.quantizer import quantize_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.config_files import complete_tokenizer, old_fields
+from upcycle.config_files import complete_config, complete_tokenizer, old_fields
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle
 
@@ -138,6 +138,26 @@ def test_transformers_4_reads_twins_and_packages_as_transformers_5_does(mixtures
     for twin in twins:
         expected = logits(twin)
         assert float((torch.load(twin / "logits.pt") - expected).abs().max() / expected.abs().max()) <= 1e-5
+
+
+@pytest.mark.transformers4
+def test_transformers_4_reads_dense_controls_as_transformers_5_does(make_dense: MakeDense) -> None:
+    long = {"original_max_position_embeddings": 64, "rope_parameters": ROPES["longrope"]}
+    controls = [
+        make_dense(rope_parameters=dict(ROPES["llama3"])),
+        make_dense(architecture="MistralForCausalLM", sliding_window=40, rope_parameters=dict(ROPES["theta"])),
+        make_dense(architecture="Phi3ForCausalLM", **long),
+        *(make_dense(architecture=f"{name}ForCausalLM", rope_parameters=dict(ROPES["yarn"])) for name in ("Qwen2", "Qwen3", "Granite")),
+        make_dense(architecture="Olmo2ForCausalLM", rope_parameters=dict(ROPES["linear"])),
+        make_dense(architecture="GemmaForCausalLM", head_dim=16, rope_parameters=dict(ROPES["theta"])),
+    ]
+    for control in controls:
+        complete_config(control)
+        complete_tokenizer(control)
+    run_transformers_4(controls)
+    for control in controls:
+        expected = logits(control)
+        assert float((torch.load(control / "logits.pt") - expected).abs().max() / expected.abs().max()) <= 1e-5, control
 
 
 # Without that environment

@@ -10,8 +10,8 @@ names, in one place, wherever a config or a tokenizer's config is written:
 4. In a tokenizer's config, the class `TokenizersBackend` by its name in 4, `PreTrainedTokenizerFast`, an alias in 5; and a list of
    `extra_special_tokens`, of which 4 wants a dict, as `additional_special_tokens`.
 
-transformers 5 reads the same values with and without these. What 4 cannot say stays different there: Qwen2-MoE with windows in some layers alone,
-and with heads of another size than hidden_size / num_attention_heads.
+transformers 5 reads the same values with and without these. What 4 cannot say stays different there: Qwen2-MoE with windows in some layers alone
+computes all layers with the window, and GraniteMoE with heads of another size than hidden_size / num_attention_heads is refused.
 
 Source: configuration_utils.py and modeling_rope_utils.py of both versions (4.57.6, 5.23).
 """
@@ -31,6 +31,9 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 _RENAMED: Mapping[str, Mapping[str, str]] = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 """By model_type, the name in transformers 4 of a field that 5 writes under another."""
 
+_STRICT_SCALINGS: Mapping[str, tuple[str, ...]] = {"phi3": ("long_factor", "short_factor"), "olmo2": ("factor",)}
+"""Architectures that in transformers 4 refuse a scaling with any other keys than these and `type`."""
+
 
 def save_config(config: PreTrainedConfig, directory: Path) -> None:
     """Write a config as `config.json` into `directory`, for transformers 4 and 5."""
@@ -42,6 +45,7 @@ def complete_config(directory: Path) -> None:
     """Add to the `config.json` that transformers 5 saved in `directory` what transformers 4 reads under other names."""
     path = directory / CONFIG_NAME
     values = json.loads(path.read_text(encoding="utf-8"))
+    values.pop("auto_map", None)  # names code beside the dense checkpoint, which is not carried: the class is transformers' own
     path.write_text(json.dumps(values | old_fields(values), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -54,10 +58,16 @@ def old_fields(values: Mapping[str, Any]) -> dict[str, Any]:
     if rope and not any(isinstance(value, dict) for value in rope.values()):  # one for all layers; 4 has no name for one for each kind of layer
         apart = ("rope_theta", "partial_rotary_factor")
         old |= {name: rope[name] for name in apart if name in rope}
-        old["rope_scaling"] = None if rope["rope_type"] == "default" else {name: value for name, value in rope.items() if name not in apart}
+        old["rope_scaling"] = None if rope["rope_type"] == "default" else _old_scaling(values["model_type"], rope)
         if rope["rope_type"] == "longrope" and "original_max_position_embeddings" in rope:
             old["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return old
+
+
+def _old_scaling(model_type: str, rope: Mapping[str, Any]) -> dict[str, Any]:
+    if model_type in _STRICT_SCALINGS:
+        return {"type": rope["rope_type"], **{name: rope[name] for name in _STRICT_SCALINGS[model_type] if name in rope}}
+    return {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
 
 
 def complete_tokenizer(directory: Path) -> None:
