@@ -421,7 +421,10 @@ def run_parity(job: Job) -> Facts:
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
-    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if job.recipe.finetune is None:  # parity calls the model that was exported the fine-tuned one
+        facts["breaches"] = [breach.replace("fine-tuned model", "upcycled model") for breach in facts["breaches"]]
+    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "
+", encoding="utf-8")
     return facts
 
 

@@ -5,7 +5,7 @@ text: a piece of at most 65,536 characters is in memory at a time.
 
 1. A document is what lies between two separators, without blank lines before its first line and without white space behind its last. One that is
    longer than a piece is cut behind lines, and its pieces are tokenized one by one; a separator must fit into a piece.
-2. Where a limit needs only a part of a text of more than 4 million characters, pieces are taken evenly from the whole, about twice as many as are
+2. Where a limit needs only a part of a text of more than a million characters, pieces are taken evenly from the whole, about twice as many as are
    needed, and the rest is not tokenized. Of the blocks that come of it as many as the limit allows are taken evenly.
 """
 
@@ -34,7 +34,7 @@ from upcycle.python_docs import DOMAINS, SPLITS, Split, read_python_docs
 FACTS_NAME = "data.json"
 _HELD_OUT_PER_MILLE = 50
 _PIECE_CHARS = 1 << 16
-_WHOLE_CHARS = 1 << 22  # a text of no more is tokenized whole, whatever the limit
+_WHOLE_CHARS = 1 << 20  # a text of no more is tokenized whole, whatever the limit
 _CHARS_A_TOKEN = 9  # of the first attempt, which should be enough: English has 4 to 5
 
 
