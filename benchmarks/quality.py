@@ -149,7 +149,7 @@ def pretrain(train: Path, data: DataConfig, output: Path, how: Pretraining, batc
         prepare_data(Path(name), Path(name), data, ROOT, quiet)
         blocks = read_blocks(Path(name), "train")
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
-    for step, places in enumerate(draw_order(len(blocks), how.steps * batch_size, 0).split(batch_size)):
+    for step, places in enumerate(torch.tensor(list(draw_order(len(blocks), how.steps * batch_size, 0))).split(batch_size)):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / 100, 0.05 + 0.95 * (1 + math.cos(math.pi * step / how.steps)) / 2)
         batch = blocks[places]

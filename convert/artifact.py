@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,10 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import psutil
 from rich.filesize import decimal
+
+from upcycle.numbers import name_special
 
 if TYPE_CHECKING:  # only the type: importing it would load torch, and this module also serves commands that must answer at once
     from upcycle.progress import Progress
@@ -38,6 +42,7 @@ LOCK_NAME = ".lock"
 _FIELDS = {"label": str, "key": str, "inputs": dict, "settings": dict, "facts": dict, "versions": dict, "seed": int, "files": dict, "created": str}
 _SOURCE_SUFFIXES = (".py", ".j2")
 _CHUNK_BYTES = 1 << 20
+_PATIENCE_SECONDS, _MOMENT_SECONDS = 10.0, 0.05
 _REMAKE = "move the directory away, and it will be made again"
 
 
@@ -60,7 +65,7 @@ class Artifact:
     @property
     def facts(self) -> dict[str, Any]:
         """What its stage found."""
-        facts: dict[str, Any] = self.manifest["facts"]
+        facts: dict[str, Any] = _restore_specials(self.manifest["facts"])
         return facts
 
 
@@ -88,7 +93,8 @@ class Draft:
 
         Raises:
             ArtifactError: the disk is full, or a link leads nowhere.
-            ValueError: a setting or fact is not JSON (NaN and infinities are not).
+            ValueError: a setting is NaN or infinite, or anything else that JSON does not have. Facts may be NaN or infinite: what a stage measures on
+                a broken model is a finding, and comes back from `Artifact.facts` as the same number.
         """
         assert self.artifact is None, f"{self.final}: sealed twice"
         assert not (self.directory / MANIFEST_NAME).exists(), f"{self.directory}: a stage wrote {MANIFEST_NAME}, the name of the manifest"
@@ -99,7 +105,7 @@ class Draft:
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "inputs": dict(inputs),
             "settings": dict(settings),
-            "facts": dict(facts),
+            "facts": _mark_specials(dict(facts)),
             "versions": dict(versions),
             "seed": seed,
         }
@@ -142,8 +148,11 @@ def code_digest(*packages: str) -> str:
 
 
 @contextmanager
-def lock(workdir: Path) -> Iterator[None]:
+def lock(workdir: Path) -> Iterator[int]:
     """Make the work directory if need be, and hold it for this process alone; the kernel lets go when the process dies, however it dies.
+
+    Yields the open file: a process that is given it holds the directory as well, until both have died. Where the one that is named in the file is
+    dead, its last process is given a moment.
 
     Raises:
         ArtifactError: another run holds it, or it is not a directory that we can write.
@@ -153,17 +162,27 @@ def lock(workdir: Path) -> Iterator[None]:
         file = os.open(workdir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with _one_line_errors(workdir):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            while not _try_lock(file):
                 process = os.pread(file, 20, 0).decode("ascii", "replace")
+                if process.isdigit() and not psutil.pid_exists(int(process)) and time.monotonic() < deadline:
+                    time.sleep(_MOMENT_SECONDS)
+                    continue
                 holder = f"another run (process {process})" if process.isdigit() else "another run"
-                raise ArtifactError(f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir") from None
+                raise ArtifactError(f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir")
             os.ftruncate(file, 0)
             os.pwrite(file, str(os.getpid()).encode(), 0)
-        yield
+        yield file
     finally:
         os.close(file)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def find(workdir: Path, label: str, key: str) -> Artifact | None:
@@ -304,6 +323,32 @@ def _open(directory: Path, mend: str) -> Artifact:
     if fault:
         raise ArtifactError(f"{path}: {fault}; {mend}")
     return Artifact(directory, manifest)
+
+
+def _mark_specials(value: Any) -> Any:
+    """Facts as strict JSON: NaN and infinities as objects of one key, {"float": "NaN"}, so that no text of a user's can be taken for one."""
+    match value:
+        case Mapping():
+            return {key: _mark_specials(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_mark_specials(item) for item in value]
+        case float() if name := name_special(value):
+            return {"float": name}
+        case _:
+            return value
+
+
+def _restore_specials(value: Any) -> Any:
+    """What `_mark_specials` was given."""
+    match value:
+        case {"float": ("NaN" | "Infinity" | "-Infinity") as name} if len(value) == 1:
+            return float(name)
+        case Mapping():
+            return {key: _restore_specials(item) for key, item in value.items()}
+        case list():
+            return [_restore_specials(item) for item in value]
+        case _:
+            return value
 
 
 def _refuse_constant(name: str) -> None:

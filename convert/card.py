@@ -13,7 +13,7 @@ from huggingface_hub.repocard import metadata_load
 
 from convert.numerals import format_count
 from convert.page import load_template
-from convert.summary import COLUMNS, find_measured, judge, row_cells, summarize
+from convert.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
 from convert.tables import tier_table
 
 CARD_NAME = "README.md"
@@ -51,6 +51,7 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
         origin=facts["source"]["origin"] if facts["base_model"] else Path(facts["source"]["origin"]).name,
         parity=found["parity"],
         measured=find_measured(found),
+        model=exported_model(facts),
         onnx=found["onnx"],
         quantize=found["quantize"],
         count=format_count,

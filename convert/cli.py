@@ -110,13 +110,14 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     Finished artifacts are reused, so a second run costs seconds, and a killed one goes on at the stage it was in, fine-tuning at its last
     checkpoint. Another setting makes new artifacts beside the old. A broken parity threshold ends in exit code 1, after the report is written.
     """
+    from convert.costs import cost_table, take_costs
     from convert.pipeline import run_pipeline
     from convert.progress import ProgressDisplay
     from convert.report import HTML_NAME
     from convert.summary import summary_table, verdict_lines
     from upcycle.processes import leave_processes
 
-    preparation = _prepare(recipe)
+    preparation = _prepare(recipe, apart=True)
     workdir = workdir or _default_workdir(preparation)
     with ProgressDisplay() as display:
         outcome = run_pipeline(preparation, workdir, until, display)
@@ -124,6 +125,7 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     if outcome is None:
         return  # the first process of several tells what came out
     if (facts := outcome.facts) is not None:
+        _console().print(cost_table(take_costs({label: artifact.facts for label, artifact in outcome.artifacts.items()})[1]))
         _console().print(summary_table(facts))
         for line in verdict_lines(facts):
             click.echo(line)
@@ -141,11 +143,15 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
 def show(directory: Path) -> None:
     """Show the results of RUN, a work directory: its summary table, or how far it came."""
     from convert.artifact import open_artifact
+    from convert.costs import cost_table, take_costs
     from convert.report import HTML_NAME
     from convert.summary import summary_table, verdict_lines
 
     state = _read_run(directory)
     click.echo(f"{state['name']}: {state['status']} ({state['recipe']})")
+    _, costs = take_costs({label: open_artifact(directory / name).facts for label, name in state["artifacts"].items()})
+    if costs:
+        _console().print(cost_table(costs))
     if "report" in state["artifacts"]:
         report = open_artifact(directory / state["artifacts"]["report"])
         _console().print(summary_table(report.facts))
@@ -430,10 +436,14 @@ def schema(report: bool) -> None:
     click.echo(json.dumps(recipe_schema(), indent=2))
 
 
-def _prepare(recipe: Path) -> Preparation:
+def _prepare(recipe: Path, apart: bool = False) -> Preparation:
+    """What a recipe needs; `apart`: stages are to follow, in processes of their own, whose server may begin its imports."""
     from convert.recipe import load_recipe
+    from convert.worker import start_server
 
     loaded = load_recipe(recipe)  # a misspelt key is told in a moment, before the slow imports
+    if apart:
+        start_server()
     with uncollected_imports():
         from transformers.utils import logging
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from convert.costs import StageCost
 from convert.machine import Machine
 from convert.summary import Row, Verdict
 from export.package import OnnxFacts
@@ -87,8 +88,8 @@ class ReportFacts:
     """What `report.json` holds. Losses and KL are in nats a token, sizes in bytes, agreements and loads are shares, errors relative unless named so.
 
     By stage what it found; `keys` and `digests` are SHA-256: of what each artifact was made from, and of the files in the dense checkpoint and in
-    the packages. `base_model` is a model id of the hub, `license` what the dense model's card says. `summary` has a row for each model, `verdicts`
-    what the numbers say: good, bad (false) or neither (null).
+    the packages. `base_model` is a model id of the hub, `license` what the dense model's card says. `costs` is what each stage took, by
+    its label, but for the report's own. `summary` has a row for each model, `verdicts` what the numbers say: good, bad (false) or neither (null).
     """
 
     dense2moe: str
@@ -107,6 +108,7 @@ class ReportFacts:
     upcycle: UpcycleFacts
     finetune: FinetuneFacts
     variants: dict[str, VariantFacts]
+    costs: dict[str, StageCost]
     summary: list[Row]
     verdicts: list[Verdict]
 

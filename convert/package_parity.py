@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from convert.numerals import format_agreement, format_error, format_perplexity
 from convert.summary import describe_task
@@ -18,6 +16,7 @@ from export.parity.precision import find_precision
 from export.parity.tasks import read_tasks
 from export.progress import Progress
 from upcycle.data import read_text_blocks
+from upcycle.numbers import name_specials
 
 
 def check_package(
@@ -46,20 +45,8 @@ def check_package(
 
 def write_json(parity: Parity, path: Path) -> None:
     """All figures as strict JSON: what is no number is a string."""
-    facts = _strict({**asdict(parity), "passed": parity.passed})
+    facts = name_specials({**asdict(parity), "passed": parity.passed})
     path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _strict(value: Any) -> Any:
-    match value:
-        case dict():
-            return {key: _strict(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_strict(item) for item in value]
-        case float() if not math.isfinite(value):
-            return str(value)
-        case _:
-            return value
 
 
 def describe(parity: Parity) -> Iterator[str]:

@@ -32,7 +32,7 @@ from convert.numerals import (
     format_size,
     trim_zeros,
 )
-from convert.summary import Row, find_measured
+from convert.summary import Row, exported_model, find_measured
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,7 @@ def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
     """Every picture that the facts have the numbers for."""
     agreements = {name: m["finetuned"] for name, v in facts["variants"].items() if (m := find_measured(v))}
     finetune = facts["finetune"]
+    model = exported_model(facts)
     logged = [step for step in finetune["history"] if step["layers"]]
     pictures = []
     with matplotlib.rc_context(_RC):
@@ -98,12 +99,12 @@ def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
         if logged and all(len(layer["load"]) > 1 for step in logged for layer in step["layers"]):
             pictures += [_distance_picture(logged), _router_picture(logged)]
         if any(a["routing_agreement"] for a in agreements.values()):
-            pictures.append(_routing_picture(agreements))
+            pictures.append(_routing_picture(agreements, model))
         if any(a["hidden_error"] for a in agreements.values()):
-            pictures.append(_hidden_picture(agreements))
+            pictures.append(_hidden_picture(agreements, model))
         if margins := {name: a["margins"] for name, a in agreements.items() if a.get("margins")}:
-            pictures.append(_margin_picture(margins))
-        pictures.append(_speed_picture(rows))
+            pictures.append(_margin_picture(margins, model))
+        pictures.append(_speed_picture(rows, model))
     return pictures
 
 
@@ -307,7 +308,7 @@ def _distance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     figure, axes = _axes("tokens", "1 − cosine of two experts")
     distances = [[max(0.0, 1 - layer["cosine"]) for layer in step["layers"]] for step in logged]
     _layer_band(axes, logged, distances)
-    axes.set_ylim(0, 1.1 * max(1e-7, *map(max, distances)))
+    axes.set_ylim(0, 1.1 * _largest(distances, 1e-7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _distance(value)))
     furthest, layer = max((value, step["number"]) for value, step in zip(distances[-1], logged[-1]["layers"], strict=True))
     return Picture(
@@ -317,6 +318,11 @@ def _distance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
         f"At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from "
         f"{_distance(fmean(distances[0]))} to {_distance(fmean(distances[-1]))}, furthest in layer {layer} ({_distance(furthest)}).",
     )
+
+
+def _largest(values: Sequence[Sequence[float]], least: float) -> float:
+    """The largest finite number of all, and at least `least`: where an axis may end."""
+    return max([least, *(value for found in values for value in found if math.isfinite(value))])
 
 
 def _distance(value: float) -> str:
@@ -333,7 +339,7 @@ def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     upper.set_ylim(0, 1.05)
-    lower.set_ylim(0, 1.15 * max(1e-3, *map(max, margins)))
+    lower.set_ylim(0, 1.15 * _largest(margins, 1e-3))
     lower.set_xlabel("tokens")
     figure.align_ylabels()
     return Picture(
@@ -346,7 +352,7 @@ def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     )
 
 
-def _routing_picture(agreements: dict[str, dict[str, Any]]) -> Picture:
+def _routing_picture(agreements: dict[str, dict[str, Any]], model: str) -> Picture:
     figure, axes = _axes("layer", "routing agreement")
     _layer_lines(axes, {name: a["routing_agreement"] for name, a in agreements.items()})
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
@@ -357,13 +363,13 @@ def _routing_picture(agreements: dict[str, dict[str, Any]]) -> Picture:
         _svg(figure, "routing"),
         "Line chart: routing agreement by layer, a line for each ONNX variant.",
         f"The lowest is {format_agreement(worst)}, of {name} in layer {layer}; "
-        "at 100 % every token visits the experts that the fine-tuned model chooses."
+        f"at 100 % every token visits the experts that the {model} model chooses."
         if worst < 1
-        else "Every variant sends every token to the fine-tuned model's experts.",
+        else f"Every variant sends every token to the {model} model's experts.",
     )
 
 
-def _hidden_picture(agreements: dict[str, dict[str, Any]]) -> Picture:
+def _hidden_picture(agreements: dict[str, dict[str, Any]], model: str) -> Picture:
     errors = {name: a["hidden_error"] for name, a in agreements.items() if a["hidden_error"]}
     figure, axes = _axes("layer", "relative error of the hidden state")
     _layer_lines(axes, {name: [value if value > 0 else math.nan for value in layers] for name, layers in errors.items()})
@@ -375,11 +381,11 @@ def _hidden_picture(agreements: dict[str, dict[str, Any]]) -> Picture:
         "Hidden-state error",
         _svg(figure, "hidden"),
         "Line chart on a logarithmic scale: relative hidden-state error by layer, a line for each ONNX variant.",
-        f"After the last layer the hidden states differ from the fine-tuned model's by {ends}.",
+        f"After the last layer the hidden states differ from the {model} model's by {ends}.",
     )
 
 
-def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
+def _margin_picture(margins: dict[str, list[dict[str, Any]]], model: str) -> Picture:
     """How wide the reference's margins are, and of each width the share of choices that came out otherwise."""
     bins = next(iter(margins.values()))
     counts = [found["num_choices"] for found in bins]
@@ -405,8 +411,8 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
     figure.align_ylabels()
     num_flips = {name: sum(map(_flips, found)) for name, found in margins.items()}
     name = max(num_flips, key=lambda n: num_flips[n])
-    if num_flips[name] < 0.5:
-        caption = f"Of {total:,} choices of experts none came out otherwise than the fine-tuned model's."
+    if not 0.5 <= num_flips[name] < math.inf:
+        caption = f"Of {total:,} choices of experts none came out otherwise than the {model} model's."
     else:
         narrow = sum(map(_flips, margins[name][: len(bins) // 2]))
         caption = (
@@ -416,7 +422,7 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]]) -> Picture:
     return Picture(
         "Router margins and flips",
         _svg(figure, "margins"),
-        "A histogram of the fine-tuned model's margins, and below it for each ONNX variant the share of choices of each margin that differ.",
+        f"A histogram of the {model} model's margins, and below it for each ONNX variant the share of choices of each margin that differ.",
         caption,
     )
 
@@ -436,7 +442,7 @@ def _number(value: float) -> str:
     return f"{value:g}" if value == 0 or value >= 1e-3 else format_error(value).replace(".0e", "e")
 
 
-def _speed_picture(rows: Sequence[Row]) -> Picture:
+def _speed_picture(rows: Sequence[Row], model: str) -> Picture:
     names = [row.name for row in rows]
     figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
     sides = zip(figure.subplots(1, 2, sharey=True), ("decode, tokens/s", "prefill, tokens/s"), (_BLUE, _GREEN), strict=True)
@@ -456,11 +462,11 @@ def _speed_picture(rows: Sequence[Row]) -> Picture:
         axes.grid(visible=False, axis="y")
     axes.set_ylim(len(rows) - 0.4, -0.6)
     exports = {row.name: row.decode_tokens_per_second for row in rows if row.passed is not None and row.decode_tokens_per_second}
-    torch = next((row.decode_tokens_per_second for row in rows if row.name == "fine-tuned"), None)
+    torch = next((row.decode_tokens_per_second for row in rows if row.name == model), None)
     caption = "A request waits for the prefill once, and for a decode step with every token it is given."
     if exports and torch:
         name = max(exports, key=lambda n: exports[n])
-        caption = f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the fine-tuned model in torch, on the same machine."
+        caption = f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the {model} model in torch, on the same machine."
     return Picture(
         "Tokens per second",
         _svg(figure, "speed"),

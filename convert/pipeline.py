@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from convert import stages
 from convert.artifact import Artifact, ArtifactError, artifact_key, build, check_space, code_digest, find, lock, resume_directory
+from convert.costs import COST, StageCost
 from convert.errors import RecipeError
-from convert.machine import versions
+from convert.machine import peak_resident_bytes, versions
 from convert.progress import ProgressDisplay
 from convert.stages import Facts, Job, Preparation, StageFunction
+from convert.worker import run_apart
 from export.config import Variant
 from upcycle.errors import is_out_of_memory
-from upcycle.processes import join_processes, tell
+from upcycle.processes import have_group, join_processes, tell
+from upcycle.progress import Progress
 
 RUN_NAME = "run.json"
 StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report"]
@@ -28,7 +32,8 @@ StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx",
 class Stage:
     """One row of the pipeline. A stage that runs for each variant reads the same variant of the stages that do too.
 
-    Under `accelerate launch` the first process runs every stage, and the others help in those of `all_processes`.
+    A stage that is `light` runs in the run's own process, any other in one of its own. Under `accelerate launch` the first process runs every stage,
+    and the others help in those of `all_processes`, which are then run by the launched processes themselves.
     """
 
     name: StageName
@@ -38,10 +43,11 @@ class Stage:
     code: tuple[str, ...]
     each_variant: bool = False
     all_processes: bool = False
+    light: bool = False
 
 
 PIPELINE: tuple[Stage, ...] = (
-    Stage("source", (), stages.source_settings, stages.run_source, ("upcycle",)),
+    Stage("source", (), stages.source_settings, stages.run_source, ("upcycle",), light=True),
     Stage("data", ("source",), stages.data_settings, stages.run_data, ("upcycle",)),
     Stage("upcycle", ("source", "data"), stages.upcycle_settings, stages.run_upcycle, ("upcycle",)),
     Stage("finetune", ("source", "data", "upcycle"), stages.finetune_settings, stages.run_finetune, ("upcycle",), all_processes=True),
@@ -52,7 +58,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         "report", ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity"), stages.report_settings, stages.run_report,
-        ("upcycle", "export", "convert"),
+        ("upcycle", "export", "convert"), light=True,
     ),
 )  # fmt: skip
 
@@ -97,12 +103,17 @@ def plan_tasks(preparation: Preparation, until: StageName) -> tuple[Task, ...]:
         if stage.name == "report":
             inputs = {label: label for label in tasks}
         else:
-            inputs = {name: _label(name, variant if name in _EACH_VARIANT else None) for name in stage.reads}
+            inputs = {name: _label(_made_by(preparation, stage, name), variant if name in _EACH_VARIANT else None) for name in stage.reads}
         keys = {name: tasks[label].key for name, label in inputs.items()}
         settings = stage.settings(preparation, variant)
         task = Task(stage, variant, inputs, keys, settings, artifact_key(keys, settings, code_digest(*stage.code)))
         tasks[task.label] = task
     return tuple(tasks.values())
+
+
+def _made_by(preparation: Preparation, stage: Stage, name: StageName) -> StageName:
+    """The stage that makes what `stage` reads as `name`: where fine-tuning is switched off, the mixture to export is the upcycled one."""
+    return "upcycle" if name == "finetune" and stage.each_variant and preparation.loaded.recipe.finetune is None else name
 
 
 def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, display: ProgressDisplay) -> Outcome | None:
@@ -120,7 +131,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
     if not join_processes().is_main_process:
         _help(preparation, {task.label: task for task in tasks})
         return None
-    with lock(workdir):
+    with lock(workdir) as held:
         artifacts = {task.label: artifact for task in tasks if (artifact := find(workdir, task.label, task.key))}
         _check_space(preparation, workdir, tasks, artifacts)
         _record(workdir, preparation, tasks, artifacts, "running")
@@ -129,7 +140,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
                 if task.label in artifacts:
                     display.reuse(task.label)
                 else:
-                    artifacts[task.label] = _make(task, preparation, artifacts, workdir, display)
+                    artifacts[task.label] = _make(task, preparation, artifacts, workdir, held, display)
                     _record(workdir, preparation, tasks, artifacts, "running")
         except BaseException:
             _record(workdir, preparation, tasks, artifacts, "stopped")
@@ -168,7 +179,9 @@ def _label(name: StageName, variant: Variant | None) -> str:
     return f"{name}-{variant}" if variant else name
 
 
-def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], workdir: Path, display: ProgressDisplay) -> Artifact:
+def _make(
+    task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], workdir: Path, held: int, display: ProgressDisplay
+) -> Artifact:  # fmt: skip
     inputs = {name: artifacts[label] for name, label in task.inputs.items()}
     progress = display.stage(task.label)
     scratch = resume_directory(workdir, task.label, task.key)
@@ -177,8 +190,9 @@ def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact
         facts = {name: artifact.facts for name, artifact in inputs.items()}
         if task.stage.all_processes:
             tell(_Work(task.label, directories, facts, draft.directory, scratch))
+        job = Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, scratch, _quiet)
         try:
-            made = task.stage.run(Job(preparation, task.variant, directories, facts, task.input_keys, draft.directory, scratch, progress))
+            made, cost = _run(task, job, held, progress)
         except Exception as error:
             if is_out_of_memory(error):
                 raise ArtifactError(
@@ -186,13 +200,34 @@ def _make(task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact
                     "close other programs, or take a smaller model, data.block_size or finetune.batch_size"
                 ) from error
             raise
+        facts_and_cost = {**made, COST: asdict(cost)}
         artifact = draft.seal(
-            inputs=task.input_keys, settings=task.settings, facts=made, versions=versions(), seed=preparation.loaded.recipe.seed,
+            inputs=task.input_keys, settings=task.settings, facts=facts_and_cost, versions=versions(), seed=preparation.loaded.recipe.seed,
             progress=progress,
         )  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
     display.finish(task.label)
     return artifact
+
+
+def _run(task: Task, job: Job, held: int, progress: Progress) -> tuple[Facts, StageCost]:
+    """A stage's facts, and what they cost."""
+    began = time.monotonic()
+    if task.stage.light or (task.stage.all_processes and have_group()):
+        made, peak = _do((task.stage.run, job), progress), peak_resident_bytes()
+    else:
+        measured = run_apart(_do, (task.stage.run, job), task.label, held, progress)
+        made, peak = measured.found, measured.peak_resident_bytes
+    return made, StageCost(time.monotonic() - began, peak, job.preparation.memory_bytes.get(task.label))
+
+
+def _quiet(*_: object) -> None:
+    """Progress that nobody watches."""
+
+
+def _do(work: tuple[StageFunction, Job], progress: Progress) -> Facts:
+    function, job = work
+    return function(replace(job, progress=progress))
 
 
 @dataclass(frozen=True)
@@ -213,7 +248,7 @@ def _help(preparation: Preparation, tasks: Mapping[str, Task]) -> None:
     """Do what the first process says, until it has no more work."""
     while (work := tell(cast("_Work | None", None))) != _NO_MORE_WORK:
         task = tasks[work.label]
-        task.stage.run(Job(preparation, task.variant, work.directories, work.facts, task.input_keys, work.output, work.scratch, lambda *_: None))
+        task.stage.run(Job(preparation, task.variant, work.directories, work.facts, task.input_keys, work.output, work.scratch, _quiet))
 
 
 def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task], artifacts: Mapping[str, Artifact]) -> None:

@@ -15,12 +15,11 @@ from convert.stages import Preparation
 from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, SelectionBias, UpcyclePlan, Write, Zeros
 
 _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
-_ADAM_BYTES = 16  # float32 weight, gradient and two moments a parameter
 
 
 def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
-    """The models with their parameters, where every tensor comes from, the config's values, and the artifacts with what they need of the machine."""
-    return _models(preparation), _tensors(preparation.plan), _fields(preparation.plan), _artifacts(preparation, workdir)
+    """The models with their parameters, where every tensor comes from, the config's values, and what artifacts and stages need of the machine."""
+    return _models(preparation), _tensors(preparation.plan), _fields(preparation.plan), _artifacts(preparation, workdir), _memory(preparation)
 
 
 def _models(preparation: Preparation) -> Table:
@@ -127,12 +126,23 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
     artifacts.add_row("disk in all", decimal(sum(preparation.artifact_bytes.values())), f"{decimal(shutil.disk_usage(existing).free)} free")
     if "finetune" in preparation.artifact_bytes:
         artifacts.add_row("disk to fine-tune", decimal(preparation.scratch_bytes), "besides, until it is done")
-        artifacts.add_row("memory to fine-tune", decimal(_ADAM_BYTES * preparation.plan.num_parameters), "and activations")
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage
         artifacts.add_section()
         artifacts.add_row(f"runs up to {last}", "", reason)
     return artifacts
+
+
+def _memory(preparation: Preparation) -> Table:
+    """The most memory that each stage has resident in its process, and the most of all."""
+    table = Table(title="memory by stage, at its peak", title_justify="left")
+    for heading in ("stage", "memory"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for label, size in preparation.memory_bytes.items():
+        table.add_row(label, decimal(size))
+    table.add_section()
+    table.add_row("most", decimal(max(preparation.memory_bytes.values(), default=0)))
+    return table
 
 
 def _name_lowerings(lowerings: tuple[str, ...]) -> str:

@@ -74,7 +74,9 @@ class Recipe(Record):
     source: Source = Field(description="The dense checkpoint: a local directory, or an id of the Hugging Face hub with its revision.")
     data: DataConfig = Field(description="The text that the model is fine-tuned and measured on.")
     upcycle: UpcycleConfig = Field(UpcycleConfig(), description="How the dense model becomes a mixture of experts.")
-    finetune: FinetuneConfig = Field(FinetuneConfig(), description="How the mixture of experts is trained.")
+    finetune: FinetuneConfig | None = Field(
+        FinetuneConfig(), description="How the mixture of experts is trained; null switches it off, and the upcycled model is exported as it is."
+    )
     variants: Annotated[tuple[Variant, ...], Field(strict=False)] = Field(
         ("float32", "int8", "int4"),
         min_length=1,
@@ -84,6 +86,11 @@ class Recipe(Record):
     quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the int8, int8-qdq, int4 and mixed variants are quantized.")
     export: OnnxConfig = Field(OnnxConfig(), description="How the ONNX graph is built.")
     parity: ParityConfig = Field(ParityConfig(), description="How closely each ONNX model must agree with the torch model.")
+
+    @property
+    def training_stages(self) -> tuple[FinetuneConfig, ...]:
+        """Every stage of fine-tuning with all of its settings; none where it is switched off."""
+        return self.finetune.resolve_stages() if self.finetune else ()
 
     @field_validator("variants")
     @classmethod
@@ -145,15 +152,15 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
         blocks = " or ".join(map(str, CUDA_BLOCKS))
         text = f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be {blocks} for its QMoE operator"
         mistakes.append((("export", "device"), f"{text}; or name another export.lowering"))
-    rate = recipe.finetune.bias_update_rate
+    rate = recipe.finetune.bias_update_rate if recipe.finetune else None
     if rate and recipe.upcycle.target not in BIASED_TARGETS:
         targets = _either(BIASED_TARGETS)
         text = f"is {rate:g}; must be left out, or upcycle.target be {targets}: the gates of '{recipe.upcycle.target}' have no selection bias"
         mistakes.append((("finetune", "bias_update_rate"), text))
     num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
-    for number, stage in enumerate(recipe.finetune.resolve_stages()):
+    for number, stage in enumerate(recipe.training_stages):
         if stage.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):
-            key: Key = ("finetune", "stages", number, "routing") if recipe.finetune.stages else ("finetune", "routing")
+            key: Key = ("finetune", "stages", number, "routing") if recipe.finetune and recipe.finetune.stages else ("finetune", "routing")
             experts = "groups of granular experts" if recipe.upcycle.group_size > 1 else "experts"
             text = f"is 'by-domain'; the domains, of which the data has {num_domains}, must be 2 or more and divide the {num_rows} {experts} evenly"
             mistakes.append((key, text))

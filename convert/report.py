@@ -8,17 +8,18 @@ is a finding, not a failure, and stands beside it.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from convert.costs import cost_grid
 from convert.numerals import agree, format_count, format_perplexity, format_size
 from convert.page import load_template
 from convert.pictures import draw_pictures
-from convert.summary import COLUMNS, Row, find_measured, judge, row_cells, summarize
+from convert.summary import COLUMNS, Row, exported_model, find_measured, judge, row_cells, summarize
 from convert.tables import JSON_NAME, Grid, build_table, parity_sections, provenance_sections, receipt_table, tier_table, timing_table, trained_table
+from upcycle.numbers import name_specials
 
 HTML_NAME = "report.html"
 _TEMPLATE_NAME = "report.html.j2"
@@ -35,21 +36,10 @@ def write_report(facts: dict[str, Any], output: Path) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     judged = {"summary": [asdict(row) for row in summarize(facts)], "verdicts": [asdict(verdict) for verdict in judge(facts)]}
-    document = _strict({**facts, **judged})
+    document = name_specials({**facts, **judged})
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (output / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     (output / HTML_NAME).write_text(_page(facts), encoding="utf-8")
-
-
-def _strict(value: Any) -> Any:
-    """The same value with non-finite floats as strings."""
-    if isinstance(value, dict):
-        return {key: _strict(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
 
 
 # --- The page
@@ -61,6 +51,7 @@ def _page(facts: dict[str, Any]) -> str:
         facts=facts,
         badge=_badge(rows),
         verdicts=list(judge(facts)),
+        model=exported_model(facts),
         tiles=list(_tiles(facts)),
         summary=Grid(COLUMNS, tuple(row_cells(row) for row in rows)),
         first_onnx_row=next((n for n, row in enumerate(rows) if row.passed is not None), None),
@@ -72,6 +63,7 @@ def _page(facts: dict[str, Any]) -> str:
         parity=list(parity_sections(facts)),
         builds=build_table(facts),
         timings=timing_table(facts),
+        costs=cost_grid(facts.get("costs", {})),
         provenance=list(provenance_sections(facts)),
         json_name=JSON_NAME,
         subtitle=_subtitle(facts),
@@ -98,21 +90,23 @@ def _tiles(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "Parameters", f"{format_count(source['num_parameters'])} → {format_count(upcycle['num_parameters'])}", "dense → mixture"
     active = upcycle["num_active_parameters"]
     yield "Active a token", format_count(active), f"{active / source['num_parameters']:.2f} × the dense model's"
-    dense, tuned = (evaluations[name]["perplexity"] for name in ("dense", "fine-tuned"))
-    yield "Perplexity", f"{format_perplexity(dense, 3)} → {format_perplexity(tuned, 3)}", "dense → fine-tuned, on held-out text"
+    model = exported_model(facts)
+    dense, tuned = (evaluations[name]["perplexity"] for name in ("dense", model))
+    yield "Perplexity", f"{format_perplexity(dense, 3)} → {format_perplexity(tuned, 3)}", f"dense → {model}, on held-out text"
     if facts["variants"]:
         name, size = min(((n, v["onnx"]["package_bytes"]) for n, v in facts["variants"].items()), key=lambda pair: pair[1])
-        yield "Smallest ONNX", format_size(size), f"{name}; torch float32 has {format_size(evaluations['fine-tuned']['weight_bytes'])}"
+        yield "Smallest ONNX", format_size(size), f"{name}; torch float32 has {format_size(evaluations[model]['weight_bytes'])}"
 
 
 def _perplexity_note(facts: dict[str, Any]) -> str:
     """A warning where parity measured perplexity on other text than the evaluations did."""
     measured = next((m for m in map(find_measured, facts["variants"].values()) if m), None)
-    tuned = facts["finetune"]["evaluations"]["fine-tuned"]["perplexity"]
+    model = exported_model(facts)
+    tuned = facts["finetune"]["evaluations"][model]["perplexity"]
     if measured is None or agree(tuned, measured["finetuned_perplexity"], 3):
         return ""
     there = format_perplexity(measured["finetuned_perplexity"])
     return (
-        f"Parity measures perplexity on text of its own, where the fine-tuned torch model has {there} (and {format_perplexity(tuned)} above): "
+        f"Parity measures perplexity on text of its own, where the {model} torch model has {there} (and {format_perplexity(tuned)} above): "
         "compare ONNX rows with each other and with that figure."
     )

@@ -6,15 +6,15 @@ import hashlib
 import json
 import platform
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
-from glob import glob
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from convert.artifact import open_artifact
 from convert.card import CARD_NAME, CARDS_NAME, read_license, write_card
+from convert.costs import take_costs
 from convert.errors import RecipeError
 from convert.machine import describe_machine, versions
 from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
@@ -23,23 +23,27 @@ from export.config import QUANTIZED, Variant, element_type, float_type, rounds_a
 from export.decoder import plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
-from export.footprint import estimate_bytes
+from export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
 from export.package import write_package
 from export.parity import check_parity
 from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
-from upcycle.checkpoint import CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.checkpoint import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
-from upcycle.data import match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.config_files import CONFIG_NAME
+from upcycle.data import find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes, layer_receipt_bytes, receipt_bytes
 from upcycle.hidden_states import read_routers
 from upcycle.mapping import UpcyclePlan, plan_upcycle
+from upcycle.numbers import name_specials
 from upcycle.progress import Progress
-from upcycle.receipt import write_receipt
+from upcycle.receipt import choose_mode, write_receipt
 from upcycle.surgery import check_written, upcycle
-from upcycle.training import HISTORY_NAME, check_finetune, finetune
+from upcycle.training import HISTORY_NAME, check_finetune, finetune, measure_untrained
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
+_OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,8 @@ class Preparation:
     """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
 
     `last_stage` is the last that can be run for this target, with the reason; None where all can. `scratch_bytes` is what fine-tuning needs on the
-    disk beside its artifact, while it runs. `license` is what the dense model's own card says of its licence.
+    disk beside its artifact, while it runs. `license` is what the dense model's own card says of its licence. `memory_bytes` is the most memory that
+    each stage is planned to have resident, by label.
     """
 
     loaded: LoadedRecipe
@@ -64,6 +69,15 @@ class Preparation:
     license: Mapping[str, str]
     tasks: tuple[Task, ...] = ()
     task_files: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """The plan holds functions, which cannot be sent to another process: it is made anew there, of the same checkpoint and settings."""
+        return _plan_again, ({each.name: getattr(self, each.name) for each in fields(self) if each.name != "plan"},)
+
+
+def _plan_again(known: dict[str, Any]) -> Preparation:
+    return Preparation(**known, plan=plan_upcycle(known["checkpoint"], known["loaded"].recipe.upcycle))
 
 
 @dataclass(frozen=True)
@@ -101,21 +115,22 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
         raise RecipeError(f"{loaded.path}: data.block_size: is {recipe.data.block_size}; must be at most the model's context, which is {context}")
-    prompt_tokens = recipe.finetune.prompt_tokens if recipe.finetune.resolve_stages()[-1].train == "prompt" else 0
+    prompt_tokens = next((stage.prompt_tokens for stage in recipe.training_stages if stage.train == "prompt"), 0)
     if recipe.data.block_size + prompt_tokens > context:
         raise RecipeError(
             f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; both together must be at most "
             f"the model's context, which is {context}"
         )
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
-    if plan.conversion.family.task == "text-generation":
+    if recipe.finetune and plan.conversion.family.task == "text-generation":
         check_finetune(recipe.finetune, plan.num_layers)
-    last_stage = _find_last_stage(plan, recipe.finetune)
+    last_stage = _find_last_stage(plan, recipe.training_stages)
     lowerings = {}
     if last_stage is None:
         lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
     data_files: dict[str, str] = {}
-    for where, splits in resolve_files(recipe.data.source, _data_base(loaded)).items():
+    resolved = resolve_files(recipe.data.source, _data_base(loaded))
+    for where, splits in resolved.items():
         for split, files in splits.items():
             data_files |= {f"{where}.{split}/{file}": _digest(file) for file in files}
     domain_files: dict[str, str] = {}
@@ -132,14 +147,16 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         progress("reading the dense checkpoint", number, len(companions) + len(weights))
         source_files[file.name] = _digest(file)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
-    scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if "finetune" in sizes else 0
+    text_bytes = sum(Path(file).stat().st_size for splits in resolved.values() for files in splits.values() for file in files)
+    memory = _memory_bytes(checkpoint, plan, shapes, loaded, sizes, text_bytes)
+    scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if recipe.finetune and "finetune" in sizes else 0
     return Preparation(
         loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage,
-        read_license(directory), tasks, {path.name: _digest(path) for path in task_paths},
+        read_license(directory), tasks, {path.name: _digest(path) for path in task_paths}, memory,
     )  # fmt: skip
 
 
-def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, str] | None:
+def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
     """The last stage that can be run for a target and its training, and why the next cannot."""
     if plan.conversion.family.task != "text-generation":
         return "upcycle", f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come"
@@ -147,7 +164,7 @@ def _find_last_stage(plan: UpcyclePlan, finetune: FinetuneConfig) -> tuple[str, 
         find_decoder_family(plan.target_config)
     except ExportError as error:
         return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
-    if finetune.resolve_stages()[-1].train == "prompt":
+    if training and training[-1].train == "prompt":
         return "finetune", "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
     return None
 
@@ -186,18 +203,18 @@ def _router_base(loaded: LoadedRecipe) -> Path:
 def _text_base(loaded: LoadedRecipe, first: str) -> Path:
     """Text files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
     beside = loaded.path.absolute().parent
-    return beside if glob(str(beside / first), recursive=True) else Path.cwd()
+    return beside if find_files(first, beside) else Path.cwd()
 
 
 def _artifact_bytes(
     checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, exported: bool
 ) -> dict[str, int]:
     recipe = loaded.recipe
-    floats = 4 * plan.num_parameters
-    control = 2 * 4 * checkpoint.num_parameters if recipe.finetune.control else 0
     sizes = {"upcycle": plan.num_bytes}
-    if plan.conversion.family.task == "text-generation":
-        sizes["finetune"] = floats + control
+    if recipe.finetune and plan.conversion.family.task == "text-generation":
+        wide = recipe.finetune.resolve_stages()[-1].dtype == "float32"
+        mixture, dense = (4 * num_parameters if wide else num_bytes for num_parameters, num_bytes in _sizes(checkpoint, plan))
+        sizes["finetune"] = mixture + (2 * dense if recipe.finetune.control else 0)
     if not exported:
         return sizes
     for variant in recipe.variants:
@@ -205,6 +222,31 @@ def _artifact_bytes(
             plan.target_config, shapes, variant, recipe.quantize, recipe.export.device, recipe.export.lowering
         )
     return sizes
+
+
+def _sizes(checkpoint: Checkpoint, plan: UpcyclePlan) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters and bytes, as stored, of the mixture and of the dense model."""
+    return (plan.num_parameters, plan.num_bytes), (checkpoint.num_parameters, checkpoint.num_bytes)
+
+
+def _memory_bytes(
+    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, sizes: Mapping[str, int], text_bytes: int
+) -> dict[str, int]:
+    """The most memory that each stage has resident, by label; of the light stages, what the run's own process has."""
+    recipe, own = loaded.recipe, IMPORT_BYTES + _OWN_BYTES
+    block_size = recipe.data.block_size
+    planned = {"source": own, "data": data_bytes(text_bytes)}
+    whole = choose_mode(plan, checkpoint, block_size) == "whole"
+    planned["upcycle"] = receipt_bytes(plan, checkpoint, block_size) if whole else layer_receipt_bytes(plan, checkpoint)
+    if recipe.finetune and "finetune" in sizes:
+        planned["finetune"] = finetune_bytes(plan, checkpoint, recipe.finetune, recipe.data)
+    for variant in recipe.variants:
+        if (package := sizes.get(f"onnx-{variant}")) is not None:
+            config = plan.target_config
+            planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
+            planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(shapes, package, recipe.export.lowering == "auto")
+            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(config, plan.num_parameters, package, block_size)
+    return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})
 
 
 def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: FinetuneConfig, artifact_bytes: int) -> int:
@@ -246,9 +288,9 @@ def upcycle_settings(preparation: Preparation, _: Variant | None) -> Facts:
 
 
 def finetune_settings(preparation: Preparation, _: Variant | None) -> Facts:
-    """The training recipe."""
+    """The training recipe; without fine-tuning only figures are taken, which need no settings."""
     recipe = preparation.loaded.recipe
-    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed}
+    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed} if recipe.finetune else {"off": True}
 
 
 def quantize_settings(preparation: Preparation, variant: Variant | None) -> Facts:
@@ -312,7 +354,7 @@ def run_upcycle(job: Job) -> Facts:
     plan = upcycle(source, job.output, config, seed, job.progress, routers)
     num_written = check_written(source, job.output, plan, seed, job.progress, routers)
     receipt = write_receipt(source, job.output, plan, job.recipe.data.block_size, job.progress)
-    (job.output / RECEIPT_NAME).write_text(json.dumps(asdict(receipt), indent=2) + "\n", encoding="utf-8")
+    (job.output / RECEIPT_NAME).write_text(json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return {
         "target": plan.conversion.target.architecture,
         "num_experts": config.num_experts,
@@ -334,9 +376,15 @@ def run_upcycle(job: Job) -> Facts:
 
 
 def run_finetune(job: Job) -> Facts:
-    """The fine-tuned mixture, and the dense control. The history is in a file beside them: megabytes where there are many experts."""
-    inputs = job.inputs
-    facts = finetune(inputs["source"], inputs["upcycle"], inputs["data"], job.output, job.recipe.finetune, job.recipe.seed, job.progress, job.scratch)
+    """The fine-tuned mixture, and the dense control. The history is in a file beside them: megabytes where there are many experts.
+
+    Where fine-tuning is switched off, no model: the held-out figures of the dense and the upcycled model alone.
+    """
+    source, mixture, data, settings = *(job.inputs[name] for name in ("source", "upcycle", "data")), job.recipe.finetune
+    if settings is None:
+        facts = measure_untrained(source, mixture, data, job.output, job.progress)
+    else:
+        facts = finetune(source, mixture, data, job.output, settings, job.recipe.seed, job.progress, job.scratch)
     return {name: value for name, value in _jsonable(facts).items() if name != "history"}
 
 
@@ -373,7 +421,7 @@ def run_parity(job: Job) -> Facts:
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
-    (job.output / "parity.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 
@@ -394,7 +442,8 @@ def run_report(job: Job) -> Facts:
         "license": dict(job.preparation.license),
         "variants": {},
     }
-    for label, stage_facts in job.input_facts.items():
+    found, facts["costs"] = take_costs(job.input_facts)
+    for label, stage_facts in found.items():
         stage, _, variant = label.partition("-")
         if variant:
             facts["variants"].setdefault(variant, {})[stage] = stage_facts

@@ -32,7 +32,7 @@ _TIME_SLACK = 0.1  # share by which a control's seconds may differ from the mixt
 
 @dataclass(frozen=True)
 class Row:
-    """One model in the summary; agreement is with the fine-tuned torch model, routing agreement that of the worst layer, both shares."""
+    """One model in the summary; agreement is with the torch model that was exported, routing agreement that of the worst layer, both shares."""
 
     name: str
     perplexity: float | None
@@ -63,6 +63,11 @@ class Verdict:
 
     text: str
     good: bool | None
+
+
+def exported_model(facts: dict[str, Any]) -> str:
+    """What the torch model is called that the ONNX variants were made from: 'fine-tuned', or 'upcycled' where fine-tuning was switched off."""
+    return "fine-tuned" if "fine-tuned" in facts["finetune"]["evaluations"] else "upcycled"
 
 
 def summarize(facts: dict[str, Any]) -> list[Row]:
@@ -118,7 +123,7 @@ def judge(facts: dict[str, Any]) -> Iterator[Verdict]:
     variants = facts["variants"]
     reference = find_measured(variants["float32"]) if "float32" in variants else None
     for name, variant in variants.items():
-        yield _variant_verdict(name, variant, reference)
+        yield _variant_verdict(name, variant, reference, exported_model(facts))
     if not variants:
         yield Verdict("No ONNX variant was asked for, so nothing was exported and no parity was checked.", None)
 
@@ -132,7 +137,14 @@ def _upcycling_verdict(dense: float, upcycled: float) -> Verdict:
 
 def _finetuning_verdicts(finetune: dict[str, Any]) -> Iterator[Verdict]:
     evaluations = finetune["evaluations"]
+    if "fine-tuned" not in evaluations:
+        yield Verdict(
+            "Fine-tuning was switched off: the ONNX variants are those of the upcycled model, which is also what they are compared with.", None
+        )
+        return
     tuned = evaluations["fine-tuned"]["perplexity"]
+    if finetune["best_steps"].get("fine-tuned") == 0:
+        yield Verdict("Fine-tuning helped nothing: no look at the validation split was better than the start, whose weights were kept.", False)
     if "dense continued" not in evaluations:
         dense = evaluations["dense"]["perplexity"]
         yield Verdict(
@@ -144,11 +156,13 @@ def _finetuning_verdicts(finetune: dict[str, Any]) -> Iterator[Verdict]:
     yield _control_verdict(tuned, evaluations["dense continued"]["perplexity"], "continued on the same tokens")
     if "dense, equal time" in evaluations:
         found = _control_verdict(tuned, evaluations["dense, equal time"]["perplexity"], "trained for as long")
-        seconds, steps = ({name: finetune[key][name] for name in ("fine-tuned", "dense, equal time")} for key in ("seconds", "num_steps"))
+        spent = "compute_seconds" if finetune.get("compute_seconds") else "seconds"  # an older run knows the clock's alone
+        seconds, steps = ({name: finetune[key][name] for name in ("fine-tuned", "dense, equal time")} for key in (spent, "num_steps"))
         mixture, control = (f"{format_seconds(seconds[name])} ({steps[name]:,} steps)" for name in seconds)
         ratio = seconds["dense, equal time"] / seconds["fine-tuned"]
         favoured = found.good is not None and (ratio < 1 - _TIME_SLACK if found.good else ratio > 1 + _TIME_SLACK)
-        times = f"The control had {control}, the mixture {mixture}" + (": too unequal to count." if favoured else ".")
+        what = " of computing" if spent == "compute_seconds" else ""
+        times = f"The control had {control}, the mixture {mixture}{what}" + (": too unequal to count." if favoured else ".")
         yield Verdict(f"{found.text} {times}", None if favoured else found.good)
 
 
@@ -194,24 +208,24 @@ def compare_training(facts: dict[str, Any]) -> list[Training]:
     return found
 
 
-def describe_task(task: dict[str, Any]) -> str:
-    """A task in half a sentence: what the package scores, how far that is from the fine-tuned model, and how sure."""
+def describe_task(task: dict[str, Any], model: str = "fine-tuned") -> str:
+    """A task in half a sentence: what the package scores, how far that is from the `model` that it was made from, and how sure."""
     change = f"{format_difference(task['change'], task['standard_error'])} beside" if task["change"] else "as"
-    return f"{task['name']}: {task['metric']} {format_score(task['package'][task['metric']])}, {change} the fine-tuned model's"
+    return f"{task['name']}: {task['metric']} {format_score(task['package'][task['metric']])}, {change} the {model} model's"
 
 
-def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, Any] | None) -> Verdict:
+def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, Any] | None, model: str) -> Verdict:
     measured, parity = find_measured(variant), variant["parity"]
     if measured is None:
         text = "perplexity not measured"
     elif reference is None or name == "float32":
         change = describe_change(measured["perplexity"], measured["finetuned_perplexity"])
-        text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} the fine-tuned torch model's"
+        text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} the {model} torch model's"
     else:
         change = describe_change(measured["perplexity"], reference["perplexity"])
         text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} float32 ONNX's"
     tasks = () if measured is None else measured.get("tasks", ())
-    text = "; ".join([text, *(describe_task(task) for task in tasks if isinstance(task, dict))])
+    text = "; ".join([text, *(describe_task(task, model) for task in tasks if isinstance(task, dict))])
     if parity["passed"]:
         return Verdict(f"ONNX {name}: {text}; parity passed.", True)
     return Verdict(f"ONNX {name}: {text}; parity FAILED: {'; '.join(parity['breaches']) or 'no reason given'}.", False)

@@ -21,7 +21,7 @@ from convert.numerals import (
     format_size,
     format_special,
 )
-from convert.summary import compare_training
+from convert.summary import compare_training, exported_model
 
 JSON_NAME = "report.json"
 
@@ -105,10 +105,17 @@ def receipt_table(comparisons: Sequence[dict[str, Any]]) -> Grid:
     cells: dict[tuple[str, ...], dict[str, str]] = {}
     for c in comparisons:
         row = (f"{c['router']} router", c["text"], c["experts"], f"{c['num_tokens']:,}")
-        cells.setdefault(row, {})[c["dtype"]] = "bitwise equal" if c["bitwise"] else format_error(c["rel"])
+        cells.setdefault(row, {})[c["dtype"]] = _receipt_cell(c)
     return Grid(
         ("router", "text", "experts", "tokens", *dtypes), tuple((*row, *(found.get(d, NONE) for d in dtypes)) for row, found in cells.items())
     )
+
+
+def _receipt_cell(comparison: dict[str, Any]) -> str:
+    if comparison["bitwise"]:
+        return "bitwise equal"
+    error = format_error(comparison["rel"])
+    return f"{error}; bitwise with rounded halves" if comparison.get("halves_bitwise") else error
 
 
 def _words(name: str) -> str:
@@ -126,13 +133,15 @@ def _words(name: str) -> str:
 
 def parity_sections(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """For each variant: whether it passed, why not, and by provider a note, remarks, and tables with their titles."""
+    model = exported_model(facts)
     for name, variant in facts["variants"].items():
         parity = variant["parity"]
         providers = []
         for provider, found in parity["providers"].items():
             if isinstance(found, dict):
-                tables = [(None, _agreements(found)), *_provider_tables(found)]
-                providers.append({"name": provider, "note": _provider_note(found), "remarks": list(_remarks(found)), "tables": tables})
+                tables = [(None, _agreements(found, model)), *_provider_tables(found, model)]
+                note, remarks = _provider_note(found, model), list(_remarks(found, model))
+                providers.append({"name": provider, "note": note, "remarks": remarks, "tables": tables})
             else:
                 providers.append({"name": provider, "note": str(found), "remarks": [], "tables": []})
         yield {"name": name, "passed": parity["passed"], "breaches": parity["breaches"], "providers": providers}
@@ -164,16 +173,16 @@ def tier_table(facts: dict[str, Any]) -> Grid:
     return Grid(headers, tuple((tier, _TIERS.get(tier, ""), *answers[tier]) for tier in tiers))
 
 
-def _provider_note(found: dict[str, Any]) -> str:
+def _provider_note(found: dict[str, Any], model: str) -> str:
     worst = "" if found["worst_layer"] is None else f"worst layer {found['worst_layer']}; "
     return (
         f"onnxruntime {found['onnxruntime']}; perplexity {format_perplexity(found['perplexity'])}, "
-        f"twin {format_perplexity(found['twin_perplexity'])}, fine-tuned {format_perplexity(found['finetuned_perplexity'])}; {worst}"
+        f"twin {format_perplexity(found['twin_perplexity'])}, {model} {format_perplexity(found['finetuned_perplexity'])}; {worst}"
         f"prefill {format_rounded(found['prefill_tokens_per_second'])} and decode {format_rounded(found['decode_tokens_per_second'])} tokens a second"
     )
 
 
-def _remarks(found: dict[str, Any]) -> Iterator[str]:
+def _remarks(found: dict[str, Any], model: str) -> Iterator[str]:
     """What parity found besides its tables, in sentences; a run of an older version may lack any of it."""
     if divergence := found.get("first_divergence"):
         yield (
@@ -201,15 +210,15 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
         )
     if isinstance(forced := found.get("forced"), dict):
         yield (
-            f"With the fine-tuned model's routing forced on it the twin is {format_error(forced['kl'])} nats from it, with its own "
+            f"With the {model} model's routing forced on it the twin is {format_error(forced['kl'])} nats from it, with its own "
             f"{format_error(forced['kl_free'])}: the difference is what other experts cost."
         )
     finetuned = found["finetuned"]
     if finetuned.get("flipped_share") == 0:
-        yield "Every token went to the experts that the fine-tuned model chooses, in all layers."
+        yield f"Every token went to the experts that the {model} model chooses, in all layers."
     elif None not in (finetuned.get("flipped_share"), finetuned.get("kl_flipped"), finetuned.get("kl_unflipped")):
         yield (
-            f"Of the tokens {format_share(finetuned['flipped_share'])} went to other experts than the fine-tuned model's in some layer; there the KL "
+            f"Of the tokens {format_share(finetuned['flipped_share'])} went to other experts than the {model} model's in some layer; there the KL "
             f"is {format_error(finetuned['kl_flipped'])} nats, elsewhere {format_error(finetuned['kl_unflipped'])}."
         )
     if "num_fallback_nodes" in found:
@@ -217,18 +226,18 @@ def _remarks(found: dict[str, Any]) -> Iterator[str]:
         yield f"{count} nodes were placed on another provider than asked for." if count else "No node was placed on another provider."
 
 
-def _provider_tables(found: dict[str, Any]) -> Iterator[tuple[str | None, Grid]]:
+def _provider_tables(found: dict[str, Any], model: str) -> Iterator[tuple[str | None, Grid]]:
     yield None, _records(found["checks"])
     if any(isinstance(task, dict) for task in found.get("tasks", ())):
-        yield "Tasks", _task_table([task for task in found["tasks"] if isinstance(task, dict)])
+        yield "Tasks", _task_table([task for task in found["tasks"] if isinstance(task, dict)], model)
     if limits := found.get("limits"):
         rows = tuple((_words(name), format_error(limit["value"]), str(limit["origin"])) for name, limit in limits.items())
         yield "Where the limits come from", Grid(("limit", "value", "origin"), rows)
 
 
-def _task_table(tasks: Sequence[dict[str, Any]]) -> Grid:
+def _task_table(tasks: Sequence[dict[str, Any]], model: str) -> Grid:
     """A row for each score of each task; the first of a task is the one that is judged."""
-    headers = ("task", "examples", "score", "fine-tuned", "twin", "package", "change", "same as fine-tuned", "same as twin")
+    headers = ("task", "examples", "score", model, "twin", "package", "change", f"same as {model}", "same as twin")
     rows = []
     for task in tasks:
         for metric in (task["metric"], *sorted(set(task["package"]) - {task["metric"]})):
@@ -242,7 +251,7 @@ def _task_table(tasks: Sequence[dict[str, Any]]) -> Grid:
     return Grid(headers, tuple(rows))
 
 
-def _agreements(found: dict[str, Any]) -> Grid:
+def _agreements(found: dict[str, Any], model: str) -> Grid:
     columns: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
         ("max error", lambda a: format_error(a["max_error"])),
         ("mean error", lambda a: format_error(a["mean_error"])),
@@ -252,7 +261,7 @@ def _agreements(found: dict[str, Any]) -> Grid:
         ("worst routing", lambda a: format_agreement(min(a["routing_agreement"], default=None))),
         ("worst hidden error", lambda a: format_error(max(a["hidden_error"])) if a["hidden_error"] else NONE),
     )
-    compared = ((found["twin"], "torch twin, same weights"), (found["finetuned"], "fine-tuned torch model, float32"))
+    compared = ((found["twin"], "torch twin, same weights"), (found["finetuned"], f"{model} torch model, float32"))
     told = [column for column in columns if column[0] != "top-5 agreement" or any("top5_agreement" in a for a, _ in compared)]
     rows = tuple((name, *(text(agreement) for _, text in told)) for agreement, name in compared)
     return Grid(("against", *(header for header, _ in told)), rows)
@@ -285,7 +294,7 @@ def timing_table(facts: dict[str, Any]) -> Grid:
 def provenance_sections(facts: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Every fact that is shown nowhere else, by the stage that found it."""
     shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
-    elsewhere = {"name", "recipe", "variants"}
+    elsewhere = {"name", "recipe", "variants", "costs"}
     sections = {key: value for key, value in facts.items() if key not in elsewhere}
     yield "run", [pair for key, value in sections.items() if not isinstance(value, dict) for pair in _pairs(value, key)]
     for key, value in sections.items():

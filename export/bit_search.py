@@ -24,8 +24,10 @@ from export.progress import Progress
 from export.quantization import is_quantized
 from export.sensitivity import Cost, Ruler, Weights
 from upcycle.layerwise import embed
+from upcycle.numbers import perplexity
 
 SEARCHED: tuple[TensorClass, ...] = ("experts", "attention", "embedding", "head")
+_MOST_NATS = 700.0  # exp of more is no float64
 _NUM_PICTURED = 6
 """Points along the front that are measured to be drawn, besides those that the choice needs."""
 
@@ -251,10 +253,10 @@ class BitSearcher:
             names = [name for names in self.choices.units.values() for name in names]
             points.append(self._point(plan, self.ruler.measure(WeightsOf(names, plan, self._read)), f"{bits} bits everywhere"))
         plan = self.plan
-        chosen = SearchPoint(self.count_bytes(plan), math.exp(cost.loss), "chosen", chosen=True)
+        chosen = SearchPoint(self.count_bytes(plan), perplexity(cost.loss), "chosen", chosen=True)
         return BitSearch(
             points=tuple(sorted([*points, chosen], key=lambda point: (point.package_bytes, point.chosen))),
-            reference_perplexity=math.exp(self.reference.loss),
+            reference_perplexity=perplexity(self.reference.loss),
             limit=f"{self.config.budget:,} bytes" if self.config.budget is not None else f"perplexity at most {self._limit:.3%} higher",
             num_tokens=self.ruler.blocks.numel(),
             bits=_by_layer({unit: plan[next(iter(names))] for unit, names in self.choices.units.items()}),
@@ -267,7 +269,8 @@ class BitSearcher:
         return self.config.max_perplexity_increase
 
     def _increase(self, cost: Cost) -> float:
-        return math.expm1(cost.loss - self.reference.loss)
+        difference = cost.loss - self.reference.loss
+        return math.expm1(difference) if not difference > _MOST_NATS else math.inf
 
     def _keeps_limit(self, count: int) -> bool:
         return self._increase(self._measure(count)) <= self._limit
@@ -284,7 +287,7 @@ class BitSearcher:
         return self._measured[count]
 
     def _point(self, plan: Plan, cost: Cost, label: str) -> SearchPoint:
-        return SearchPoint(self.count_bytes(plan), math.exp(cost.loss), label, chosen=False)
+        return SearchPoint(self.count_bytes(plan), perplexity(cost.loss), label, chosen=False)
 
     def _too_tight(self, increase: float) -> ExportError:
         return ExportError(

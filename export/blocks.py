@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedConfig
 
-from export.config import ElementType, OnnxConfig
+from export.config import ElementType, OnnxConfig, Product
 from export.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from export.gating import add_gate
 from export.graph import MICROSOFT, GraphWriter, int64
@@ -53,7 +53,7 @@ class BlockWriter:
         size = sum(checkpoint.entries[name].num_elements for name in names)
         return self.graph.float_weight("+".join(names), (size,), lambda: torch.cat([checkpoint.read(name) for name in names]))
 
-    def linear(self, x: ir.Value, names: Sequence[str], output: str) -> ir.Value:
+    def linear(self, x: ir.Value, names: Sequence[str], output: str, product: Product) -> ir.Value:
         """x [B, S, K] times the transposed matrices `names` [N, K] below each other, plus their biases where they have some; called `output`.
 
         x and what is returned are of the graph's element type.
@@ -61,8 +61,8 @@ class BlockWriter:
         self.used.update(names)
         biases = [bias_name(name) for name in names if self.has(bias_name(name))]
         assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
-        product = f"{output}_product" if biases else output
-        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], product, self.settings.activation_bits)
+        name = f"{output}_product" if biases else output
+        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], name, self.settings.bits_of(product))
         return self.graph.op("Add", [y, self._biases(biases)], output) if biases else y
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
@@ -82,7 +82,7 @@ class BlockWriter:
         names, c, prefix = self.family.attention, self.config, f"layers.{layer}"
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
-        packed = self.linear(self.graph.narrow(x), matrices, f"{prefix}.query_key_value")
+        packed = self.linear(self.graph.narrow(x), matrices, f"{prefix}.query_key_value", "attention")
         # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
         rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
@@ -111,7 +111,7 @@ class BlockWriter:
             },
             MICROSOFT,
         )  # fmt: skip
-        update = self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output")
+        update = self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output", "attention")
         return self.graph.widen(update), (present_key, present_value)
 
     def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
@@ -175,10 +175,10 @@ class BlockWriter:
 
     def _gated(self, x: ir.Value, ffn: GatedFfn, layer: int, prefix: str) -> ir.Value:
         """One gated FFN over x [B, S, H], both float32."""
-        both = self.linear(self.graph.narrow(x), [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name], f"{prefix}.gate_up")
+        both = self.linear(self.graph.narrow(x), [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name], f"{prefix}.gate_up", "experts")
         gate, up = self.graph.op_multi("Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2})
         inner = add_gate(self.graph, gate, up, prefix, self.config.hidden_act)
-        return self.graph.widen(self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down"))
+        return self.graph.widen(self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down", "experts"))
 
 
 def expert_names(family: DecoderFamily, config: PreTrainedConfig, layer: int) -> set[str]:
@@ -211,7 +211,6 @@ def moe_layer(
 
     bias = None if family.selection_bias is None else weight(family.selection_bias.format(layer=layer), None)
     assert bias is None or isinstance(bias, FloatWeight), "a selection bias is quantized"
-    return MoeLayer(
-        f"layers.{layer}.moe", routing, tuple(expert(number) for number in range(routing.num_experts)), settings.activation_bits, config.hidden_act,
-        bias, element_type, settings.device,
-    )  # fmt: skip
+    experts = tuple(expert(number) for number in range(routing.num_experts))
+    bits = settings.bits_of("experts")
+    return MoeLayer(f"layers.{layer}.moe", routing, experts, bits, config.hidden_act, bias, element_type, settings.device)

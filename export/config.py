@@ -36,6 +36,11 @@ def element_type(variant: Variant, device: Device) -> ElementType:
             assert_never(variant)
 
 
+def scale_type(element: ElementType) -> ElementType:
+    """What the scales of integers are rounded to, and stored in, where a graph computes in `element`: 16 bits, in float32 those with its range."""
+    return "bfloat16" if element == "float32" else element
+
+
 def float_type(variant: Variant, device: Device) -> ElementType:
     """What a variant's float weights are stored in, but for those of routers and norms."""
     return "bfloat16" if variant == "bfloat16" else element_type(variant, device)
@@ -152,6 +157,10 @@ class QuantizeConfig(Record):
     search_tokens: PositiveInt = Field(8192, description="Tokens of the validation split that the search for the bits of 'mixed' reads, at most.")
 
 
+Product = Literal["attention", "experts", "head"]
+"""Kinds of quantized products; an FFN that stands beside experts or in their place counts as one, in a traced decoder as attention."""
+
+
 class RequestConfig(Record):
     """A request to a decoder at batch 1."""
 
@@ -178,6 +187,13 @@ class OnnxConfig(Record):
     activation_bits: Literal[8, 32] = Field(
         8, description="Precision in which quantized matrix products read activations; 8 rounds them, as other engines do; 32 is exact and slower."
     )
+    exact_products: Annotated[tuple[Product, ...], Field(strict=False)] = Field(
+        (), description="Quantized products that read activations exactly although `activation_bits` is 8."
+    )
+
+    def bits_of(self, product: Product) -> Literal[8, 32]:
+        """The precision in which products of a kind read activations."""
+        return 32 if product in self.exact_products else self.activation_bits
 
 
 class ParityConfig(Record):

@@ -104,7 +104,7 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     scaled = multipliers.logits != 1.0
     name = "logits_scaled" if scaled else "logits"
     narrow = f"{name}_narrow" if graph.element_type != "float32" else name
-    logits = graph.widen(add_linear(graph, graph.narrow(normed), twin.weight(head, tokens), narrow, config.activation_bits), name)
+    logits = graph.widen(add_linear(graph, graph.narrow(normed), twin.weight(head, tokens), narrow, config.bits_of("head")), name)
     logits = write.multiply(logits, 1.0 / multipliers.logits, "logits")
     _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", cut.vocabulary if cut else c.vocab_size])
     for present_value in presents:

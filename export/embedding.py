@@ -14,7 +14,7 @@ from export.twin import FloatWeight, QuantizedWeight, Weight
 def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir.Value:
     """The rows [B, S, H] of the table `weight` for input_ids [B, S], float32, called `embedded`.
 
-    Scales stay in float32, so that rows are read exactly in every graph; a float table is of the graph's float type, and its rows are cast.
+    Rows are float32, and exact, in every graph; a float table is of the graph's float type, and its rows are cast. A tied head's integers are these.
     """
     match weight:
         case FloatWeight():
@@ -38,12 +38,13 @@ def _add_rows(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, 
     if columns != weight.shape[1] or misread or weight.is_static:
         return _add_padded_embedding(graph, weight, input_ids, name)
     codes_shape = (num_rows, columns * weight.bits // 8)
-    codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1))
-    scales = graph.weight("embedding.scales", ir.DataType.FLOAT, (num_rows, weight.num_blocks), lambda: weight.read().scales)
+    codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes.flatten(1), weight.content)
+    scales_shape = (num_rows, weight.num_blocks)
+    scales = graph.scales("embedding.scales", scales_shape, lambda: weight.read().scales, ir.DataType.FLOAT, weight.content)
     inputs = [codes, input_ids, scales]
     if weight.zero_points:
-        shape = (num_rows, zero_point_bytes(weight.shape[1], weight.bits, weight.block_size))
-        inputs.append(graph.weight("embedding.zero_points", ir.DataType.UINT8, shape, lambda: weight.read().own_zero_points()))
+        shape, own = (num_rows, zero_point_bytes(weight.shape[1], weight.bits, weight.block_size)), f"{weight.content}, zero points"
+        inputs.append(graph.weight("embedding.zero_points", ir.DataType.UINT8, shape, lambda: weight.read().own_zero_points(), own))
     attributes = {"bits": weight.bits, "block_size": weight.block_size, "gather_axis": 0, "quantize_axis": 1}
     return graph.op("GatherBlockQuantized", inputs, name, attributes, MICROSOFT)
 
@@ -55,9 +56,12 @@ def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids
     it is static quantization, which is for providers of any make, and has standard operators alone.
     """
     codes_shape = (weight.shape[0], weight.num_blocks, weight.block_size * weight.bits // 8)
-    codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes)
+    codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes, weight.content)
     scales_shape = (weight.shape[0], weight.num_blocks)
-    scales = graph.weight("embedding.scales", ir.DataType.FLOAT, scales_shape, lambda: weight.read().scales)
+    if weight.is_static:
+        scales = graph.weight("embedding.scales", ir.DataType.FLOAT, scales_shape, lambda: weight.read().scales)
+    else:
+        scales = graph.scales("embedding.scales", scales_shape, lambda: weight.read().scales, ir.DataType.FLOAT, weight.content)
     rows = graph.op("Gather", [codes, input_ids], "embedding.row_codes")
     row_scales = graph.op("Gather", [scales, input_ids], "embedding.row_scales")
     last = graph.constant("axis_last", int64(-1))

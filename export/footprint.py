@@ -1,4 +1,4 @@
-"""Bytes that quantized weights take, from names and shapes alone."""
+"""Bytes that quantized weights take, and memory of the stages, from shapes alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from export.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
 from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type
 from export.errors import ExportError
-from export.family import DecoderFamily, find_decoder_family, rotary_switch
+from export.family import DecoderFamily, find_decoder_family, layer_of, rotary_switch
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
 from export.twin import COLUMN_SCALES
 from upcycle.checkpoint import Checkpoint
@@ -20,6 +20,11 @@ from upcycle.shards import TensorSpec
 
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert: what the largest lowering was seen to take, and some more."""
+
+
+_FLOAT = 4
+_TIMED_BYTES = 256 << 20  # a little more than `export.timing` takes of a model
+_PARITY_BLOCKS, _LOGITS_AT_ONCE = 4, 8  # blocks at once, and arrays as large as their logits: of both sides, and what comparing them makes
 
 
 @dataclass(frozen=True)
@@ -62,18 +67,23 @@ def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int],
     return total
 
 
-def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing, scale_bytes: int) -> int:
-    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`; a scale has `scale_bytes`, one of the embedding 4."""
+def package_bytes(shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing) -> int:
+    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`. A tied head is the embedding, unless both are floats.
 
-    def packed(shape: tuple[int, ...], width: int, bytes_of_scales: int) -> int:
+    A scale has 2 bytes, or 4 where a row has one.
+    """
+    scale_bytes = 4 if packing.block_size is None else 2
+
+    def packed(shape: tuple[int, ...], width: int) -> int:
         if not is_quantized(width):
             return width // 8 * math.prod(shape)
         codes, scales, *zero_points = integer_specs("", shape, width, packing)
-        return codes.num_bytes + math.prod(scales.shape) * bytes_of_scales + sum(spec.num_bytes for spec in zero_points)
+        return codes.num_bytes + math.prod(scales.shape) * scale_bytes + sum(spec.num_bytes for spec in zero_points)
 
-    total = sum(packed(shape, plan[name], 4 if name == family.embedding else scale_bytes) for name, shape in shapes.items())
-    if family.embedding in shapes and family.head not in shapes:  # a tied head is written a second time, as a matrix to multiply with
-        total += packed(shapes[family.embedding], plan[family.embedding], scale_bytes)
+    total = sum(packed(shape, plan[name]) for name, shape in shapes.items())
+    is_tied = family.embedding in shapes and family.head not in shapes
+    if is_tied and (packing.block_size is None or not is_quantized(plan[family.embedding])):
+        total += packed(shapes[family.embedding], plan[family.embedding])  # written a second time, as a matrix to multiply with
     return total
 
 
@@ -112,16 +122,16 @@ def estimate_bytes(
         return sum(spec.num_bytes for shape, width in integers for spec in integer_specs("", shape, width, packing))
 
     tables = rotary_bytes(model, floats // 8)
-    package, artifact = package_bytes(shapes, family, plan, packing, floats // 8) + tables, integer_bytes(plan)
+    package, artifact = package_bytes(shapes, family, plan, packing) + tables, integer_bytes(plan)
     if variant == "mixed":
         check_budget(config, package + node_bytes(model, family))
         wide = {name: 8 if is_quantized(width) else width for name, width in plan.items()}
-        package = config.budget or package_bytes(shapes, family, wide, packing, floats // 8) + tables
+        package = config.budget or package_bytes(shapes, family, wide, packing) + tables
         artifact += 2 * integer_bytes(wide)
         plan = wide
     if lowering == "switched" and variant in QUANTIZED and variant != STATIC:  # quantized experts are written twice
         experts = {name: shape for name, shape in shapes.items() if classes[name] == "experts" and is_quantized(plan[name])}
-        package += package_bytes(experts, family, plan, packing, floats // 8)
+        package += package_bytes(experts, family, plan, packing)
     return package, artifact + sum(4 * math.prod(shape) for shape in shapes.values())
 
 
@@ -133,3 +143,35 @@ def check_budget(config: QuantizeConfig, fewest_bytes: int) -> None:
     """
     if config.budget is not None and fewest_bytes > config.budget:
         raise ExportError(f"quantize.budget is {config.budget:,} bytes; the fewest bits everywhere take {fewest_bytes:,}; raise it to more than that")
+
+
+def quantizing_memory(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig) -> int:
+    """The most memory that quantizing a variant has resident, imports apart.
+
+    Where it learns from text: the states of all calibration tokens in the float model and in the one quantized so far, what attention and the experts
+    read and give in both, one layer three times over (as it is, as it is quantized, and while it is loaded), and second moments. Otherwise, and
+    always at the end, the largest tensor: as stored, in float32, and as it is written.
+    """
+    largest = 3 * _FLOAT * max(map(math.prod, shapes.values()))
+    if variant not in QUANTIZED or config.method != "gptq":
+        return largest
+    layers: dict[int, int] = {}
+    for name, shape in shapes.items():
+        if (layer := layer_of(name)) >= 0:
+            layers[layer] = layers.get(layer, 0) + math.prod(shape)
+    widest = max((max(shape[-1], 1) for name, shape in shapes.items() if layer_of(name) >= 0), default=1)
+    tokens, hidden = config.calibration_tokens, int(model.hidden_size)
+    states = _FLOAT * tokens * (12 * hidden + 4 * widest)
+    return max(largest, states + 3 * _FLOAT * max(layers.values(), default=0) + 6 * 8 * widest * widest)
+
+
+def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_timed: bool) -> int:
+    """The most memory that writing a package of so many bytes has resident, imports apart: the largest tensor, and what is timed, twice."""
+    timed = 2 * min(package, _TIMED_BYTES) if is_timed else 0
+    return 3 * _FLOAT * max(map(math.prod, shapes.values())) + timed
+
+
+def parity_memory(model: PreTrainedConfig, num_parameters: int, package: int, block_size: int) -> int:
+    """The most memory that parity has resident, imports apart: a reference in float32, the runtime's package, and logits."""
+    logits = _LOGITS_AT_ONCE * _FLOAT * int(model.vocab_size) * _PARITY_BLOCKS * block_size
+    return _FLOAT * num_parameters + 2 * package + logits

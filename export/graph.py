@@ -10,7 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from export.config import ElementType
+from export.config import ElementType, scale_type
+from export.storage import CONTENT
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}
@@ -127,8 +128,31 @@ class GraphWriter:
         """A large initializer of the float type, as it is stored; see `weight`."""
         return self.weight(name, _DATA_TYPES[self.float_type], shape, read)
 
-    def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
-        """A large initializer: `read` is called when the file is written, and its tensor is dropped right after. It is cast to `dtype`."""
+    def scales(self, name: str, shape: Sequence[int], read: Callable[[], torch.Tensor], dtype: ir.DataType, content: str | None = None) -> ir.Value:
+        """Scales of integers, as a value of `dtype`; see `weight`. They lie in the file in the 16 bits that they were rounded to.
+
+        Raises, when the file is written:
+            ValueError: they are not of 16 bits.
+        """
+        narrow = _DATA_TYPES[scale_type(self.element_type)]
+
+        def load() -> torch.Tensor:
+            scales = read()
+            rounded = scales.to(_TORCH_TYPES[narrow])
+            if not torch.equal(rounded.to(scales.dtype), scales):
+                raise ValueError(
+                    f"scales {name}: not of the 16 bits of {narrow.name.lower()}, which they must be rounded to before integers are chosen"
+                )
+            return rounded
+
+        stored = self.weight(name, narrow, shape, load, content)
+        return stored if stored.dtype == dtype else self.op("Cast", [stored], f"{name}.widened", {"to": int(dtype)})
+
+    def weight(self, name: str, dtype: ir.DataType, shape: Sequence[int], read: Callable[[], torch.Tensor], content: str | None = None) -> ir.Value:
+        """A large initializer: `read` is called when the file is written, and its tensor is dropped right after. It is cast to `dtype`.
+
+        `content` tells what it holds: weights with the same bytes of the same content lie in the file once.
+        """
         name = f"{self._prefix}{name}"
 
         def load() -> ir.TensorProtocol:
@@ -143,6 +167,8 @@ class GraphWriter:
             raise ValueError(f"weight {name} is written twice")
         lazy = ir.LazyTensor(load, dtype=dtype, shape=ir.Shape(shape), name=name)
         self.initializers[name] = _initializer(name, lazy, shape)
+        if content is not None:
+            self.initializers[name].meta[CONTENT] = content
         return self.initializers[name]
 
 

@@ -52,13 +52,15 @@ def add_linear(graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weigh
         return join([part.read() for part in integers])
 
     codes_shape = (rows, first.num_blocks, first.block_size * first.bits // 8)
-    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: read().codes)
+    content = first.content if len(parts) == 1 else None
+    codes = graph.weight(f"{name}.codes", ir.DataType.UINT8, codes_shape, lambda: read().codes, content)
     scales_shape = (rows * first.num_blocks,)
-    scales = graph.weight(f"{name}.scales", graph.dtype, scales_shape, lambda: read().scales.flatten())
+    scales = graph.scales(f"{name}.scales", scales_shape, lambda: read().scales.flatten(), graph.dtype, content)
     inputs = [x, codes, scales]
     if first.zero_points:
         size = rows * zero_point_bytes(width, first.bits, first.block_size)
-        inputs.append(graph.weight(f"{name}.zero_points", ir.DataType.UINT8, (size,), lambda: read().own_zero_points().flatten()))
+        own = None if content is None else f"{content}, zero points"
+        inputs.append(graph.weight(f"{name}.zero_points", ir.DataType.UINT8, (size,), lambda: read().own_zero_points().flatten(), own))
     attributes = {"K": width, "N": rows, "bits": first.bits, "block_size": first.block_size, "accuracy_level": _ACCURACY_LEVELS[activation_bits]}
     return graph.op("MatMulNBits", inputs, name, attributes, MICROSOFT)
 

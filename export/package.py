@@ -24,6 +24,7 @@ from export.timing import LoweringTime, cut_for_timing, time_lowerings
 from export.tracing import trace_decoder
 from export.twin import Twin
 from upcycle.checkpoint import copy_companions
+from upcycle.config_files import save_config
 
 Timings = Sequence[LoweringTime]
 Choice = Literal["only", "timed", "first, no such device here to time on"]
@@ -60,7 +61,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     size = save_graph(graph.model, output, progress)
     check_graph(output, twin)
     copy_companions(source, output)
-    twin.checkpoint.config.save_pretrained(output)
+    save_config(twin.checkpoint.config, output)
     description = genai_config(twin.checkpoint.config, shares_buffer=graph.shares_buffer)
     if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
         (output / "genai_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -1,6 +1,7 @@
 """The quantize stage: a checkpoint's integers and scales, and the twin that computes with their values.
 
-Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once.
+Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once. Scales are 16 bits in every file: integers are chosen
+for them as they are rounded, so that a step that is off by 0.2 % costs nothing that can be measured.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from export.bit_search import BitChoices, BitSearch, BitSearcher, find_units, measure_units, options_of
 from export.bits import FLOAT_BITS, check_head, check_overrides, class_bits, mean_bits, plan_bits, plan_classes
-from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits
+from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, element_type, float_type, rounds_to_8_bits, scale_type
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from export.footprint import Packing, check_budget, integer_specs, node_bytes, package_bytes, rotary_bytes, stored_bytes
@@ -28,6 +29,8 @@ from export.static import quantize_static
 from export.text import choose_blocks
 from export.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
+from upcycle.config_files import save_config
+from upcycle.numbers import name_specials
 from upcycle.shards import TensorSpec, write_tensors
 
 _SHARD_BYTES = 5_000_000_000
@@ -98,7 +101,7 @@ def quantize_checkpoint(
     for number, _ in enumerate(check_values(checkpoint), 1):
         progress("checking weights", number, len(checkpoint.entries))
     checkpoint.config.dtype = torch.float32
-    checkpoint.config.save_pretrained(output)
+    save_config(checkpoint.config, output)
     copy_companions(source, output)
     if variant == "mixed":
         plan, record, search = _search_bits(job, plan, held_out)
@@ -134,7 +137,7 @@ def quantize_checkpoint(
         "expert_tokens": record.expert_tokens, "input_scales": record.input_scales,
         "routers": {layer: asdict(found) for layer, found in record.routers.items()}, **asdict(facts),
     }  # fmt: skip
-    (output / SCHEME_NAME).write_text(json.dumps(scheme, indent=2) + "\n", encoding="utf-8")
+    (output / SCHEME_NAME).write_text(json.dumps(name_specials(scheme), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 
@@ -189,8 +192,8 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
     else:
-        scale_type = _TORCH_TYPES[job.computes_in]
-        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scale_type, text, record, job.progress, journal)
+        scales = _TORCH_TYPES[scale_type(job.computes_in)]
+        quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scales, text, record, job.progress, journal)
     write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=STEM)
     return index_tensors(output, STEM), record
 
@@ -220,7 +223,7 @@ def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | No
     units = find_units(job.classes, shapes)
 
     def count_bytes(plan: Mapping[str, int]) -> int:
-        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing, floats // 8)
+        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing)
 
     graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
     check_budget(config, count_bytes(base) + graph_bytes)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 import onnx_ir as ir
 
@@ -13,17 +14,39 @@ MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 MIN_ONNXRUNTIME_KEY = "dense2moe.min_onnxruntime"
 LOWERING_KEY = "dense2moe.lowering"
+CONTENT = "content"
+"""What an initializer holds, in its `meta`: those that hold the same bytes lie in the file once."""
+
+_LEAST_BYTES = 256  # what is smaller lies in the graph's own file
+_PAGE_BYTES, _LEAST_ALIGNED_BYTES = 4096, 1 << 20  # large weights begin at a page, so that they can be mapped
 
 
 def save_graph(model: ir.Model, directory: Path, progress: Progress) -> int:
-    """Write graph and weights, one initializer in memory at a time; returns their bytes."""
-    done, total = 0, len(model.graph.initializers)
-
-    def report(*_: Any) -> None:
-        nonlocal done
-        done += 1
-        progress("writing weights", min(done, total), total)
-
-    ir.save(model, directory / MODEL_NAME, external_data=DATA_NAME, callback=report, max_workers=1)
-    progress("writing weights", total, total)
+    """Write graph and weights, one initializer in memory at a time; returns their bytes. The model then reads its weights from the file."""
+    values = [value for graph in model.graphs() for value in graph.initializers.values()]
+    with (directory / DATA_NAME).open("wb") as file:
+        for number, _ in enumerate(_write_weights(values, file, directory), 1):
+            progress("writing weights", number, len(values))
+    ir.save(model, directory / MODEL_NAME)
     return sum((directory / name).stat().st_size for name in (MODEL_NAME, DATA_NAME))
+
+
+def _write_weights(values: list[ir.Value], file: BinaryIO, directory: Path) -> Iterator[None]:
+    """Move large initializers into the file, and let them refer to it."""
+    written: dict[tuple[object, ir.DataType, int], int] = {}
+    for value in values:
+        tensor = value.const_value
+        assert tensor is not None, f"initializer {value.name} has no value"
+        size, content = tensor.nbytes, value.meta.get(CONTENT)
+        if size >= _LEAST_BYTES:
+            offset = written.get((content, tensor.dtype, size)) if content is not None else None
+            if offset is None:
+                offset = file.tell()
+                if size >= _LEAST_ALIGNED_BYTES:
+                    file.write(bytes(-offset % _PAGE_BYTES))
+                    offset = file.tell()
+                file.write(tensor.numpy().data.cast("B") if tensor.dtype != ir.DataType.BFLOAT16 else tensor.tobytes())
+                written[content, tensor.dtype, size] = offset
+            shape = ir.Shape(tensor.shape.numpy())
+            value.const_value = ir.ExternalTensor(DATA_NAME, offset, size, tensor.dtype, shape=shape, name=value.name or "", base_dir=directory)
+        yield

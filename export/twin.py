@@ -67,6 +67,11 @@ class QuantizedWeight:
         """Blocks along the width."""
         return num_blocks(self.shape[1], self.block_size)
 
+    @property
+    def content(self) -> str:
+        """What it is, in words that no other matrix has."""
+        return f"{self.name}[{self.start}:{self.start + self.shape[0]}]"
+
     def read(self) -> Quantized:
         """Codes, scales and zero points; see `Quantized`."""
         rows = (self.start, self.start + self.shape[0])

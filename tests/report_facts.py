@@ -118,6 +118,7 @@ def make_facts() -> dict[str, Any]:
         "created": "2026-11-23T05:00:00Z",
         "versions": {"python": "3.11.2", "torch": "2.10.0", "transformers": "5.3.0", "onnxruntime": "1.32.0"},
         "machine": {"processor": "x86_64", "cores": 2, "system": "Linux", "memory_bytes": 16_000_000_000},
+        "costs": {"finetune": {"seconds": 127.4, "peak_resident_bytes": 1_200_000_000, "planned_bytes": 1_000_000_000}},
         "recipe": HOSTILE,
         "digests": {"source": {"config.json": "3c" * 32}, **{f"onnx-{name}": {"model.onnx": "a7" * 32} for name in ("float32", "int8", "int4")}},
         "base_model": "someone/python-docs-4m",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -129,10 +130,25 @@ def test_a_draft_that_is_never_sealed_is_a_bug(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_facts_that_are_not_json_are_refused(tmp_path: Path, value: float) -> None:
+def test_settings_that_are_not_json_are_refused(tmp_path: Path, value: float) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"), build(tmp_path, "upcycle", KEY) as draft:
-        draft.seal(**SEAL | {"facts": {"perplexity": value}})
+        draft.seal(**SEAL | {"settings": {"rate": value}})
     assert names(tmp_path) == []
+
+
+def test_facts_that_are_not_finite_come_back_as_they_were(tmp_path: Path) -> None:
+    """In strict JSON, and told from texts of the same letters."""
+    numbers = {"loss": math.nan, "layers": ({"error": math.inf}, {"error": -math.inf}, {"error": 0.5})}
+    texts = {"origin": "NaN", "domains": ["Infinity", "float"], "odd": {"float": "text"}, "odder": {"float": "NaN", "b": 1}}
+    with build(tmp_path, "upcycle", KEY) as draft:
+        sealed = draft.seal(**SEAL | {"facts": numbers | texts})
+    json.loads((sealed.directory / "manifest.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    found = find(tmp_path, "upcycle", KEY)
+    for artifact in (sealed, found):
+        assert math.isnan(artifact.facts["loss"])
+        assert [layer["error"] for layer in artifact.facts["layers"]] == [math.inf, -math.inf, 0.5]
+        assert {name: artifact.facts[name] for name in texts} == texts
+    assert verify(sealed.directory) == []
 
 
 def test_all_is_forced_to_disk_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

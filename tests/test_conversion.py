@@ -289,12 +289,6 @@ NO_CLOSER = "the nearest target is mixtral"
         ("LlamaForCausalLM", {"mlp_bias": True}, {}, f"mlp_bias is True; MixtralForCausalLM needs False: {NO_MLP_BIAS} ({NO_CLOSER})"),
         (
             "LlamaForCausalLM",
-            {"pretraining_tp": 2},
-            {},
-            f"pretraining_tp is 2; MixtralForCausalLM needs 1: tensor-parallel slices change the order of sums ({NO_CLOSER})",
-        ),
-        (
-            "LlamaForCausalLM",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             {},
             f"partial_rotary_factor is 0.5; it must be 1: the targets rotate whole heads ({NO_CLOSER})",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
-from upcycle.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
-from upcycle.data import _choose_evenly, digest_texts, prepare_data, read_blocks, read_domains, read_texts, text_files
+import upcycle.data as data_module
+from upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
+from upcycle.data import Piece, _choose_evenly, prepare_data, read_blocks, read_domains, read_text_blocks, text_files
 from upcycle.errors import UpcycleError
 from upcycle.python_docs import SPLITS, Document, PythonDocs, Split
 
@@ -53,14 +56,46 @@ def sentences(num: int, start: int = 0) -> list[str]:
     return [" ".join(digest[i : i + 7] for i in range(0, 49, 7)) for digest in digests]
 
 
+@dataclass(frozen=True)
+class Read:
+    """All documents of each domain, a tuple for each split, and the facts."""
+
+    domains: dict[str, dict[Split, tuple[str, ...]]]
+    facts: dict[str, str]
+
+
+def read_texts(source: DataSource, base: Path) -> Read:
+    found = data_module.read_texts(source, base)
+    whole: dict[str, dict[Split, tuple[str, ...]]] = {}
+    for name, documents in found.domains.items():
+        whole[name] = {split: tuple(_join(stream())) for split, stream in documents.items()}
+        assert {split: sum(map(len, texts)) for split, texts in whole[name].items()} == found.num_chars[name]
+    return Read(whole, found.facts)
+
+
+def _join(pieces: Iterator[Piece]) -> Iterator[str]:
+    text = ""
+    for piece in pieces:
+        assert piece.first == (text == "")
+        text += piece.text
+        if piece.last:
+            yield text
+            text = ""
+    assert text == ""
+
+
+def digest_texts(documents: Mapping[Split, Sequence[str]]) -> str:
+    return hashlib.sha256("".join(f"{split}\0{text}\0" for split in SPLITS for text in documents[split]).encode()).hexdigest()
+
+
 # Text files
 
 
 def test_given_files_are_the_splits(tmp_path: Path) -> None:
     write(tmp_path, a="  one \n", b="two", c="drei ß")
     found = read_texts(text_data(train=("a.txt",), validation=("b.txt",), test=("c.txt",)), tmp_path)
-    assert found.domains["text"] == {"train": ("one",), "validation": ("two",), "test": ("drei ß",)}
-    digest = hashlib.sha256("train\0one\0validation\0two\0test\0drei ß\0".encode()).hexdigest()
+    assert found.domains["text"] == {"train": ("  one",), "validation": ("two",), "test": ("drei ß",)}
+    digest = hashlib.sha256("train\0  one\0validation\0two\0test\0drei ß\0".encode()).hexdigest()
     assert found.facts == {"digest": digest}
 
 
@@ -157,12 +192,21 @@ def test_a_document_keeps_its_split_when_others_come_and_go_and_copies_stay_toge
     assert all(split_of.get(document, split) == split for split in SPLITS for document in second[split])
 
 
-def test_the_digest_changes_with_every_document_and_its_split() -> None:
-    base = {"train": ["a", "b"], "validation": ["c"], "test": ["d"]}
-    others = [base | {"train": ["b", "a"]}, base | {"train": ["ab"]}, base | {"train": ["a"], "validation": ["b", "c"]}, base | {"test": ["e"]}]
-    digests = [digest_texts(documents) for documents in (base, *others)]  # type: ignore[arg-type]
+def test_the_digest_changes_with_every_document_and_its_split(tmp_path: Path) -> None:
+    cases = {
+        "base": ("a|b", "c", "d"),
+        "order": ("b|a", "c", "d"),
+        "joined": ("ab", "c", "d"),
+        "moved": ("a", "b|c", "d"),
+        "other": ("a|b", "c", "e"),
+    }
+    digests = []
+    for name, texts in cases.items():
+        for split, text in zip(SPLITS, texts, strict=True):
+            write(tmp_path, **{f"{name}-{split}": text})
+        source = text_data(**{split: (f"{name}-{split}.txt",) for split in SPLITS}, separator="|")
+        digests += [read_texts(source, tmp_path).facts["digest"]]
     assert len(set(digests)) == len(digests)
-    assert digest_texts(dict(base)) == digests[0]  # type: ignore[arg-type]
 
 
 def test_python_docs_are_read_from_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -503,6 +547,136 @@ def test_relative_paths_start_at_the_base_and_not_at_the_working_directory(tmp_p
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert text_files(text_data(train=("a.txt",)), tmp_path)["train"] == [tmp_path / "a.txt"]
     assert [os.path.samefile(file, tmp_path / "a.txt") for file in text_files(text_data(train=("a.txt",)), Path(".."))["train"]] == [True]
+
+
+# What a text may be
+
+
+def test_the_indentation_of_a_first_line_and_empty_lines_within_stay(tmp_path: Path) -> None:
+    write(tmp_path, a="\n \n    def f():\n        pass\n\n\n    x = 1\n|\tcode\n|  \n|plain")
+    write(tmp_path, v="v", t="t")
+    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator="|"), tmp_path)
+    assert found.domains["text"]["train"] == ("    def f():\n        pass\n\n\n    x = 1", "\tcode", "plain")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, dense_checkpoint: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
+    write(tmp_path, v="v", t="t")
+    assert read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",)), tmp_path).domains["text"]["train"] == ("one",)
+    write(tmp_path, plain="one")
+    marked, plain = (read_text_blocks(dense_checkpoint, [tmp_path / name], 2, None) for name in ("a.txt", "plain.txt"))
+    assert torch.equal(marked, plain)
+
+
+def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
+    write(tmp_path, a="one", b="two", v="v")
+    (tmp_path / "link.txt").symlink_to("a.txt")
+    found = text_files(text_data(train=("b.txt", "[ab].txt", "*k.txt", "./a.txt"), validation=("v.txt",)), tmp_path)
+    assert [file.name for file in found["train"]] == ["b.txt", "a.txt"]
+
+
+@pytest.mark.parametrize("separator", ["\r\n\r\n", "\n\n", "\r\r"])
+@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
+def test_a_separator_matches_whatever_the_line_ends(separator: str, line_end: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(line_end.join(["one", "", "two", "still two", "", "three"]).encode())
+    write(tmp_path, v="v", t="t")
+    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator=separator), tmp_path)
+    assert found.domains["text"]["train"] == ("one", "two\nstill two", "three")
+
+
+def test_the_home_stands_for_itself_in_paths_and_globs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home [of me]"
+    home.mkdir()
+    write(home, a="one", b="two")
+    monkeypatch.setenv("HOME", str(home))
+    found = text_files(text_data(train=("~/a.txt",), validation=("~/b*",)), tmp_path)
+    assert (found["train"], found["validation"]) == ([home / "a.txt"], [home / "b.txt"])
+    assert refusal(text_files, text_data(train=("~nobody-of-this-name/a.txt",)), tmp_path) == (
+        "'~nobody-of-this-name/a.txt' names no home directory; give the path in full"
+    )
+
+
+# Long texts, in pieces
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "_PIECE_CHARS", 64)
+
+
+@pytest.mark.parametrize("separator", ["<|sep|>", "\n\n", None])
+def test_documents_in_pieces_are_those_of_a_split_of_the_whole(separator: str | None, small_pieces: None, tmp_path: Path) -> None:
+    lines = [line for number, line in enumerate(sentences(80)) for line in (line, *[""] * (number % 3))]
+    text = (
+        "\n".join(lines)
+        if separator != "<|sep|>"
+        else "".join(f"{line}\n{separator if number % 5 == 0 else ''}" for number, line in enumerate(lines))
+    )
+    write(tmp_path, a=text, v="v", t="t")
+    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator=separator), tmp_path).domains["text"]["train"]
+    expected = [document.rstrip().lstrip("\n") for document in (text.split(separator) if separator else [text])]
+    assert list(found) == [document for document in expected if document]
+
+
+@pytest.mark.parametrize("marks_start", [True, False])
+def test_the_tokens_of_a_document_in_pieces_are_those_of_the_whole(
+    marks_start: bool, dense_checkpoint: Path, without_bos: Path, tmp_path: Path, small_pieces: None
+) -> None:
+    directory = dense_checkpoint if marks_start else without_bos
+    documents = ["\n".join(sentences(40)), "short", "\n".join(sentences(30, 50))]
+    write(tmp_path, a="|".join(documents), v="\n".join(sentences(9)), t="\n".join(sentences(9)))
+    prepare_data(directory, tmp_path, settings(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator="|")), tmp_path, quiet)
+    stream = [] if marks_start else [EOS]
+    for document in documents:
+        stream += [BOS, *raw_ids(directory, document)] if marks_start else [*raw_ids(directory, document), EOS]
+    blocks = read_blocks(tmp_path, "train")
+    assert blocks.flatten().tolist() == stream[: blocks.numel()]
+    assert len(stream) - blocks.numel() < 16
+
+
+def test_a_limit_tokenizes_a_part_taken_evenly(dense_checkpoint: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_module, "_WHOLE_CHARS", 1000)
+    lines = [f"#{number:05d} {line}" for number, line in enumerate(sentences(4000))]
+    write(tmp_path, a="\n".join(lines), v="\n".join(sentences(9)), t="\n".join(sentences(9)))
+    config = settings(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",)), max_train_tokens=160 * 16)
+    read = 0
+    plain = data_module._encode
+
+    def encode(tokenizer: Any, pieces: Any) -> Any:
+        def count() -> Iterator[Piece]:
+            nonlocal read
+            for piece in pieces:
+                read += len(piece.text)
+                yield piece
+
+        return plain(tokenizer, count())
+
+    monkeypatch.setattr(data_module, "_encode", encode)
+    found = []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        prepare_data(dense_checkpoint, tmp_path / name, config, tmp_path, quiet)
+        found.append(read_blocks(tmp_path / name, "train"))
+    assert torch.equal(*found)
+    assert len(found[0]) == 160
+    assert read / 2 < sum(map(len, lines)) / 4
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(dense_checkpoint)
+    numbers = [int(number) for block in found[0] for number in re.findall(r"#(\d{5}) ", tokenizer.decode(block))]
+    assert numbers == sorted(numbers)
+    assert min(numbers) < 100
+    assert max(numbers) > 3900
+    assert max(later - earlier for earlier, later in pairwise(numbers)) < 200
+
+
+def test_a_limit_that_the_first_part_does_not_fill_takes_more(
+    dense_checkpoint: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_module, "_WHOLE_CHARS", 1000)
+    monkeypatch.setattr(data_module, "_CHARS_A_TOKEN", 0.1)
+    write(tmp_path, a="\n".join(sentences(400)), v="\n".join(sentences(9)), t="\n".join(sentences(9)))
+    config = settings(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",)), max_train_tokens=100 * 16)
+    prepare_data(dense_checkpoint, tmp_path, config, tmp_path, quiet)
+    assert len(read_blocks(tmp_path, "train")) == 100
 
 
 @pytest.mark.parametrize("fields", [{"train": ()}, {"train": ("a",), "separator": ""}, {"train": ("a",), "seperator": "x"}, {"train": "a.txt"}])

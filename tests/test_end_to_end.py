@@ -129,6 +129,35 @@ def test_the_package_of_a_run_comes_with_its_card(killed_run, tmp_path):
     assert "**Parity passed**" in card
 
 
+def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_run, dense_checkpoint, tmp_path):
+    recipe = write_recipe(tmp_path / "off.yaml", source=dense_checkpoint, text=ROOT / "upcycle" / "*.py", variants="float32, int8")
+    lines = [line if not line.startswith("finetune:") else "finetune: null" for line in recipe.read_text(encoding="utf-8").splitlines()]
+    recipe.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    workdir = tmp_path / "off"
+    told = succeed("run", recipe, "--workdir", workdir)
+    assert "Fine-tuning was switched off" in told
+    assert "fine-tuned" not in told
+    assert succeed("verify", workdir).endswith("11 artifacts, every file as its manifest says\n")
+    assert not list(workdir.glob("finetune-*/*.safetensors"))
+    ours, theirs = (load_file(next(workdir.glob(f"{stage}-*/model.safetensors"))) for stage in ("quantize-float32", "upcycle"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    report = json.loads(next(workdir.glob("report-*/report.json")).read_text(encoding="utf-8"))
+    assert [row["name"] for row in report["summary"]] == ["dense", "upcycled", "ONNX float32", "ONNX int8"]
+    upcycled = report["finetune"]["evaluations"]["upcycled"]["perplexity"]
+    assert report["variants"]["float32"]["parity"]["providers"]["CPUExecutionProvider"]["perplexity"] == pytest.approx(upcycled, rel=0.05)
+    Draft202012Validator(json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))).validate(report)
+    page = next(workdir.glob("report-*/report.html")).read_text(encoding="utf-8")
+    assert "fine-tuned" not in page
+    assert "Agreement is with the upcycled torch model" in page
+    assert succeed("show", workdir)
+    assert "finetune" in succeed("compare", killed_run[0], workdir)
+    succeed("package", workdir, tmp_path / "out", "--variant", "int8")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "sparse upcycling without training" in card
+    assert "fine-tune" not in card.partition("## Recipe")[0]
+
+
 @pytest.mark.parametrize("fsdp", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["copies", "parts"])
 def test_two_processes_share_the_fine_tuning_of_one_run(fsdp, killed_run, tiny_recipe, tmp_path):
     workdir = tmp_path / "shared"

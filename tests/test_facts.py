@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,26 @@ def test_the_published_schema_is_that_of_the_code() -> None:
 
 
 def test_a_report_is_as_the_schema_says(validator, report) -> None:
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(report)] == []
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
+def test_a_report_can_be_written_whatever_its_measurements_are(value: float, validator: Draft202012Validator, tmp_path: Path) -> None:
+    """All measured numbers are the same impossible one: what a broken model gives. What is counted, or set, is finite in every run that ends."""
+    counted = ("seconds", "bits", "load", "learning_rate", "domains")
+
+    def spoil(item: Any) -> Any:
+        match item:
+            case dict():
+                return {key: found if key in counted else spoil(found) for key, found in item.items()}
+            case list() | tuple():
+                return [spoil(found) for found in item]
+            case _:
+                return value if isinstance(item, float) else item
+
+    facts = spoil(tiered(make_facts()))
+    write_report(facts, tmp_path)
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(report)] == []
 
 

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import save_file
 
-from export.config import ElementType
+from export.config import ElementType, scale_type
 from export.errors import ExportError
 from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
 from export.lowering import GROUPED, MOE, QMOE, SWITCHED, UNROLLED, Expert, Lowering, MoeInput, MoeLayer, find_lowerings
@@ -114,7 +114,7 @@ def make_layer(
                 weight = weight.to(getattr(torch, way.element_type)).to(torch.float32)
                 tensors[f"{number}.{name}"] = weight
             else:
-                quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, way.element_type), zero_points=way.zero_points)
+                quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, scale_type(way.element_type)), zero_points=way.zero_points)
                 tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
                 if way.zero_points:
                     tensors[f"{number}.{name}.zero_points"] = quantized.own_zero_points()

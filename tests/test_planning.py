@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -49,7 +51,7 @@ def rendered(table: Table) -> list[tuple[str, ...]]:
 
 
 def shown(source: Path, tmp_path: Path, upcycle: str) -> list[list[tuple[str, ...]]]:
-    """Rows of the four tables: models, tensors, config, artifacts."""
+    """Rows of the five tables: models, tensors, config, artifacts, memory."""
     return [rendered(table) for table in plan_tables(prepared(source, tmp_path, upcycle), tmp_path / "run")]
 
 
@@ -76,7 +78,7 @@ def test_a_llamas_plan_has_its_models(dense_checkpoint: Path, tmp_path: Path) ->
 
 
 def test_a_llamas_plan_has_every_tensor_by_its_pattern(dense_checkpoint: Path, tmp_path: Path) -> None:
-    _, tensors, _, _ = shown(dense_checkpoint, tmp_path, "{num_experts: 4}")
+    _, tensors, *_ = shown(dense_checkpoint, tmp_path, "{num_experts: 4}")
     layer, ffn = "model.layers.N.", "model.layers.N.mlp.{}_proj.weight"
     assert sorted(tensors) == sorted([
         ("1", "model.embed_tokens.weight", "300 × 32 float32", "as it is"),
@@ -139,7 +141,7 @@ def test_the_plan_has_every_value_of_the_config_that_will_be_written(
 
 def test_a_qwen3_with_experts_in_one_layer_shows_which_layers_have_what(make_dense: MakeDense, tmp_path: Path) -> None:
     source = make_dense(architecture="Qwen3ForCausalLM", head_dim=8, num_hidden_layers=3, tie_word_embeddings=False)
-    models, tensors, _, _ = shown(source, tmp_path, "{num_experts: 4, layers: [1], experts: {kind: granular, granularity: 2, drop: 0.5, noise: 0.1}}")
+    models, tensors, *_ = shown(source, tmp_path, "{num_experts: 4, layers: [1], experts: {kind: granular, granularity: 2, drop: 0.5, noise: 0.1}}")
     assert ("layers, with experts", "3", "1") in models
     assert ("computes what the dense one does", "", "no") in models
     layer, change = "model.layers.N.", ", 0.5 of the neurons drawn anew, noise of 0.1"
@@ -157,19 +159,19 @@ def test_a_qwen3_with_experts_in_one_layer_shows_which_layers_have_what(make_den
 
 
 def test_what_becomes_one_tensor_and_what_is_folded_is_said(make_dense: MakeDense, tmp_path: Path) -> None:
-    _, granite, _, _ = shown(make_dense(architecture="GraniteForCausalLM"), tmp_path, "{num_experts: 4, shared_expert: zero}")
+    _, granite, *_ = shown(make_dense(architecture="GraniteForCausalLM"), tmp_path, "{num_experts: 4, shared_expert: zero}")
     layer = "model.layers.N."
     both = f"{layer}mlp.gate_proj.weight and {layer}mlp.up_proj.weight"
     assert ("2", f"{layer}block_sparse_moe.input_linear.weight", "4 × 96 × 32 float32", both) in granite
     assert ("2", f"{layer}shared_mlp.output_linear.weight", "32 × 48 float32", "zeros") in granite
-    _, gemma, _, _ = shown(make_dense(architecture="GemmaForCausalLM"), tmp_path, "{num_experts: 4}")
+    _, gemma, *_ = shown(make_dense(architecture="GemmaForCausalLM"), tmp_path, "{num_experts: 4}")
     assert ("1", "model.embed_tokens.weight", "300 × 32 float32", "model.embed_tokens.weight (MultiplyByRootOfWidth)") in gemma
     assert ("1", "lm_head.weight", "300 × 32 float32", "model.embed_tokens.weight") in gemma
     assert ("1", "model.norm.weight", "32 float32", "model.norm.weight (AddOne)") in gemma
 
 
 def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: Path) -> None:
-    models, tensors, _, artifacts = shown(
+    models, tensors, _, artifacts, _ = shown(
         make_dense(architecture="T5ForConditionalGeneration"), tmp_path, "{num_experts: 4, num_experts_per_tok: 1, layers: every-2}"
     )
     assert ("layers, with experts", "6", "3") in models
@@ -229,7 +231,6 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
     found = {label: (size, note) for label, size, note in rendered(table)}
     assert list(found) == [
         "upcycle", "finetune", "onnx-float32", "quantize-float32", "onnx-int8", "quantize-int8", "disk in all", "disk to fine-tune",
-        "memory to fine-tune",
     ]  # fmt: skip
     assert found["upcycle"] == (decimal(4 * mixture), "")
     assert found["finetune"] == (decimal(4 * mixture + 2 * 4 * DENSE), "")
@@ -238,4 +239,33 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
         )  # fmt: skip
     assert found["disk in all"][0] == decimal(sum(preparation.artifact_bytes.values()))
     assert found["disk to fine-tune"] == (decimal(4 * mixture + 2 * 4 * DENSE + 9 * 4 * mixture), "besides, until it is done")
-    assert found["memory to fine-tune"] == (decimal(16 * mixture), "and activations")
+
+
+def test_every_stage_of_a_run_has_its_memory_and_the_most_is_said(dense_checkpoint: Path, tmp_path: Path) -> None:
+    preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
+    rows = rendered(plan_tables(preparation, tmp_path / "run")[4])
+    assert [label for label, _ in rows[:-1]] == [task.label for task in plan_tasks(preparation, "report")]
+    assert rows[-1] == ("most", decimal(max(preparation.memory_bytes.values())))
+
+
+def test_a_plan_of_fine_tuned_weights_has_the_dtype_that_they_are_written_in(make_dense: MakeDense, tmp_path: Path) -> None:
+    source, mixture = make_dense(dtype=torch.bfloat16), DENSE + 2 * (3 * EXPERT + ROUTER)
+    sizes = [prepared(source, tmp_path, "{num_experts: 4}", f"{{dtype: {dtype}}}").artifact_bytes["finetune"] for dtype in ("source", "float32")]
+    assert sizes == [2 * mixture + 2 * 2 * DENSE, 4 * mixture + 2 * 4 * DENSE]
+
+
+def test_what_training_needs_is_sixteen_bytes_of_what_learns_and_the_rest_as_it_is_stored(make_dense: MakeDense, tmp_path: Path) -> None:
+    """With a model so large, and text so short, that weights are nearly all of it."""
+    source = make_dense(dtype=torch.bfloat16, vocab_size=20_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=8)
+    plans = {}
+    for train in ("all", "router", "last-2"):
+        preparation = prepared(source, tmp_path, "{num_experts: 8, layers: all}", f"{{train: {train}, control: false, batch_size: 1}}")
+        plans[train] = preparation.memory_bytes["finetune"]
+    total = preparation.plan.num_parameters
+    layers = sum(
+        math.prod(write.spec.shape) for write in preparation.plan.writes if ".layers.6." in write.spec.name or ".layers.7." in write.spec.name
+    )
+    fixed = 520_000_000
+    assert plans["all"] == pytest.approx(fixed + 16 * total, rel=0.05)
+    assert plans["last-2"] == pytest.approx(fixed + 16 * layers + 2 * (total - layers), rel=0.1)
+    assert plans["router"] - fixed < 5 * total

@@ -308,6 +308,35 @@ def test_a_control_that_was_not_trained_is_missing_and_said_to_be(facts, written
     assert [row.name for row in summarize(facts)][:3] == ["dense", "upcycled", "fine-tuned"]
 
 
+@pytest.mark.parametrize("tiers", [False, True])
+def test_a_run_without_fine_tuning_speaks_of_the_upcycled_model_alone(tiers, facts, written):
+    facts = tiered(facts) if tiers else facts
+    forget(facts, "fine-tuned", "dense continued", "dense, equal time")
+    facts["finetune"] |= {"precision": None, "router_task_gradient": None, "warnings": []}
+    page = written(facts)
+    text = "".join(Outline(page).text)
+    for word in ("fine-tuned", "dense continued", "equal time", "What the experts bought", "dense control"):
+        assert word not in text, word
+    assert "fine-tuned" not in page  # nor in the words for those who see no picture
+    assert [row.name for row in summarize(facts)][:3] == ["dense", "upcycled", "ONNX float32"]
+    assert verdict_lines(facts)[1] == (
+        "Fine-tuning was switched off: the ONNX variants are those of the upcycled model, which is also what they are compared with."
+    )
+    assert "0.06 % above the upcycled torch model's" not in text  # int8 is compared with float32 ONNX
+    assert "dense → upcycled, on held-out text" in text
+    assert "as fast as the upcycled model in torch" in text
+    assert "Training" not in titles(facts)
+
+
+def test_fine_tuning_that_helped_nothing_is_a_finding(facts):
+    facts["finetune"]["best_steps"]["fine-tuned"] = 0
+    finding = list(judge(facts))[1]
+    assert (finding.good, finding.text) == (
+        False,
+        "Fine-tuning helped nothing: no look at the validation split was better than the start, whose weights were kept.",
+    )
+
+
 def test_a_run_without_the_control_of_equal_time_has_that_of_equal_tokens(facts, written):
     forget(facts, "dense, equal time")
     text = "".join(Outline(written(facts)).text)

@@ -5,6 +5,7 @@ import hashlib
 import pytest
 
 from convert.errors import RecipeError
+from convert.pipeline import plan_tasks
 from convert.recipe import load_recipe
 from convert.stages import data_settings, prepare
 
@@ -73,6 +74,38 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
     assert data_settings(prepared(), None) == data_settings(first, None)
     (tmp_path / "b.txt").write_text("another text", encoding="utf-8")
     assert data_settings(prepared(), None) != data_settings(first, None)
+
+
+@pytest.mark.parametrize("pattern", ["t.txt", "t*.txt", "[t]*.txt"])
+def test_text_beside_a_recipe_in_a_folder_with_brackets_is_found(pattern, tmp_path, dense_checkpoint, monkeypatch):
+    folder = tmp_path / "dir [v2]"
+    folder.mkdir()
+    (folder / "t.txt").write_text("some text", encoding="utf-8")
+    path = folder / "r.yaml"
+    path.write_text(f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: ['{pattern}']}}, block_size: 32}}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert list(prepare(load_recipe(path), lambda *_: None).data_files) == [f"data.source.train/{folder / 't.txt'}"]
+
+
+def test_fine_tuning_is_switched_off_by_null_alone(tmp_path, dense_checkpoint):
+    def load(finetune):
+        path = tmp_path / "off.yaml"
+        path.write_text(
+            f"source: {dense_checkpoint}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\nfinetune: {finetune}\n", encoding="utf-8"
+        )
+        return load_recipe(path)
+
+    preparation = prepare(load("null"), lambda *_: None)
+    assert preparation.scratch_bytes == 0
+    assert "finetune" not in preparation.artifact_bytes
+    tasks = {task.label: task for task in plan_tasks(preparation, "report")}
+    assert "finetune" in tasks
+    assert {name for name, task in tasks.items() if "finetune" in task.inputs.values()} == {"report"}
+    for name in ("quantize-int8", "parity-int8"):
+        assert tasks[name].inputs["finetune"] == "upcycle"
+    with pytest.raises(RecipeError, match=r"finetune\.steps: is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off"):
+        load("{steps: 0}")
+    assert load("{max_grad_norm: null}").recipe.finetune.max_grad_norm is None
 
 
 def test_a_block_longer_than_the_context_is_refused(tmp_path, dense_checkpoint):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from transformers import PreTrainedModel
@@ -67,7 +68,7 @@ def test_experts_that_every_token_visits_learn_with_the_others(make_dense: MakeD
         directory.mkdir()
         upcycle(make_dense(architecture=architecture), directory, UpcycleConfig(num_experts=4, shared_expert="half"), 0, lambda *_: None)
         learned = learning(directory, train="experts")
-        assert learned == names(directory, r"\.experts\.|shared_expert\.|shared_mlp|(mlp\.gate|router)\.weight")
+        assert learned == names(directory, r"\.experts\.|shared_expert\.|shared_mlp|(mlp\.gate|router|shared_expert_gate)\.weight")
         assert any("shared" in name for name in learned)
 
 
@@ -125,7 +126,7 @@ def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(ar
     adapted = model(ids).logits
     experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")]
     watched = [stacked_weights(each) for each in experts]
-    merge()
+    merge(True)
     for seen, module in zip(watched, (module for module in model.modules() if hasattr(module, "experts")), strict=True):
         torch.testing.assert_close(seen, module.experts.gate_up_proj)  # type: ignore[union-attr]
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before.named_parameters()]
@@ -148,6 +149,33 @@ def test_a_shared_expert_of_no_width_has_no_updates(make_dense: MakeDense, tmp_p
     adapted = {name for name, p in model.named_parameters() if "lora_" in name}
     assert adapted
     assert not any(".shared_expert." in name for name in adapted)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda given: given | {"r": 2 * given["r"]}, r"12 .*down_proj: \(\(64, 48\).* learns, \(\(32, 48\).* was meant"),
+        (
+            lambda given: given | {"target_modules": [name for name in given["target_modules"] if "q_proj" not in name]},
+            r"2 .*model\.layers\.0\.self_attn\.q_proj\.weight: nothing learns, \(\(8, 32\), \(32, 8\), 2\.0\) was meant",
+        ),
+        (
+            lambda given: given | {"target_parameters": given["target_parameters"] + ["0.mlp.gate.weight"]},
+            r"1 .*layers\.0\.mlp\.gate\.weight: \(.* learns, whole was meant",
+        ),
+    ],
+)
+def test_what_peft_makes_otherwise_than_asked_is_refused(change: Any, told: str, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = peft.LoraConfig
+    monkeypatch.setattr(peft, "LoraConfig", lambda **given: made(**change(given)))
+    with pytest.raises(UpcycleError, match=told):
+        learning(mixture, train="lora")
+
+
+def test_a_layer_whose_experts_are_called_otherwise_is_refused(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("upcycle.trainable._EXPERT_PARTS", (".specialists.",))
+    with pytest.raises(UpcycleError, match=r"layers \[0, 1\] are to have experts, and no parameter in them is named as experts"):
+        learning(mixture, train="all")
 
 
 # Dropout, and domains

@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests.conftest import MakeDense
 from upcycle.config import (
@@ -43,7 +44,7 @@ from upcycle.prompt import read_prompt
 from upcycle.receipt import load_model, router_modules, selection_biases
 from upcycle.surgery import upcycle
 from upcycle.trainable import parameter_groups
-from upcycle.trainer import Stage, run_stage, schedule_share
+from upcycle.trainer import Stage, _StageTrainer, run_stage, schedule_share
 from upcycle.training import FinetuneFacts, draw_order, finetune
 
 BLOCK = 16
@@ -146,7 +147,7 @@ def test_a_stage_begins_with_the_best_weights_of_the_one_before(start: Start) ->
         CONFIG.model_copy(update={"stages": (TrainingStage(steps=4), TrainingStage(steps=2, learning_rate=1e-20, router_learning_rate=1e-20))})
     )
     assert one[0].best_steps == {"fine-tuned": 4}
-    assert both[0].best_steps == {"fine-tuned": 6}
+    assert both[0].best_steps == {"fine-tuned": 4}
     # float32 weights do not move by 1e-20.
     assert changed(one[1], both[1]) == set()
 
@@ -186,8 +187,8 @@ def test_a_stage_by_domain_is_watched_and_judged_as_it_is_trained(start: Start, 
             losses += [next_token_loss(model(blocks).logits, blocks)] * len(blocks)
         for handle in handles:
             handle.remove()
-    (looked,) = [step.validation_loss for step in facts.history if step.validation_loss is not None]
-    assert looked == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    looked = [step.validation_loss for step in facts.history if step.validation_loss is not None]
+    assert looked == pytest.approx([float(torch.stack(losses).mean())] * 2, rel=1e-5)
     last = [step for step in facts.history if step.layers][-1]
     # Four blocks of one or the other domain, whose tokens go to both of its experts.
     assert all(layer.load[0] == layer.load[1] and layer.load[2] == layer.load[3] for layer in last.layers)
@@ -249,9 +250,55 @@ def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(start: St
         assert loads == [pytest.approx(load, abs=1e-6) for load in whole]
 
 
+@pytest.mark.parametrize(
+    "change", [{}, {"balance_coefficient": 0.0}, {"gradient_checkpointing": True}, {"train": "prompt"}, {"precision": "bfloat16"}]
+)
+@pytest.mark.parametrize("kind", ["mixture_checkpoint", "biased"])
+def test_losses_and_gradients_are_those_of_the_whole_batch_however_many_parts_it_has(
+    kind: str, change: dict[str, Any], start: Start, request: pytest.FixtureRequest
+) -> None:
+    steps, gradients = [], []
+
+    def take(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients.append([p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None])
+
+    handle = register_optimizer_step_pre_hook(take)
+    try:
+        for parts in (1, 2, 4):
+            settings = {"steps": 1, "warmup_steps": 0, "balance_coefficient": 0.5, "z_coefficient": 0.1, "max_grad_norm": 1e9} | change
+            config = CONFIG.model_copy(update=settings | {"gradient_accumulation_steps": parts})
+            facts, _ = start(config, mixture=request.getfixturevalue(kind))
+            steps += [step for step in facts.history if step.train_loss is not None]
+    finally:
+        handle.remove()
+    exact = change.get("precision") is None
+    for step, found in zip(steps[1:], gradients[1:], strict=True):
+        for name in ("train_loss", "balance_loss", "z_loss"):
+            assert getattr(step, name) == pytest.approx(getattr(steps[0], name), rel=1e-5 if exact else 1e-3), name
+        for ours, whole in zip(found, gradients[0], strict=True):
+            # Sums in another order; bfloat16 has 8 significant bits.
+            assert float((ours - whole).norm() / whole.norm()) < (1e-4 if exact else 3e-2)
+
+
+def test_experts_drop_the_same_activations_in_the_pass_that_counts(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is counted ahead is what the parts then measure, bit for bit."""
+    measured: list[torch.Tensor] = []
+    plain = _StageTrainer._measure_load
+
+    def measure(trainer: Any, biases: Any) -> torch.Tensor:
+        measured.append(plain(trainer, biases))
+        return measured[-1]
+
+    monkeypatch.setattr(_StageTrainer, "_measure_load", measure)
+    start(CONFIG.model_copy(update={"steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 2, "expert_dropout": 0.5}))
+    ahead, parts = measured[:2], measured[2:]
+    assert [load.tolist() for load in parts] == [load.tolist() for load in ahead]
+    assert ahead[0].tolist() != ahead[1].tolist()
+
+
 def test_the_last_weights_are_looked_at_too(start: Start) -> None:
     facts, _ = start(CONFIG.model_copy(update={"steps": 5, "eval_steps": 3}))
-    assert [step.step for step in facts.history if step.validation_loss is not None] == [3, 5]
+    assert [step.step for step in facts.history if step.validation_loss is not None] == [0, 3, 5]
 
 
 # Objectives and rates
@@ -369,7 +416,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
     """With patience it was to end before its last step, and without at it."""
     config = CONFIG.model_copy(update={"patience": patience, "learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1, "steps": 3})
     whole, untouched = start(config)
-    assert whole.num_steps == {"fine-tuned": 2 if patience == 1 else 3}
+    assert whole.num_steps == {"fine-tuned": 1 if patience == 1 else 3}
     plain = os.replace
 
     def replace(fresh: Path, path: Path) -> None:
@@ -429,11 +476,41 @@ def test_only_the_best_checkpoint_and_the_latest_are_kept(start: Start, tmp_path
         if what == "training fine-tuned" and done == 5:
             raise _Killed
 
-    # No look is better than the first.
+    # No look is better than the start.
     with pytest.raises(_Killed):
         start(CONFIG.model_copy(update={"learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1}), tmp_path, progress)
     kept = (tmp_path / "fine-tuned" / "stage-0" / "checkpoints").iterdir()
-    assert {folder.name for folder in kept} == {"checkpoint-1", "checkpoint-4"}
+    assert {folder.name for folder in kept} == {"start", "checkpoint-4"}
+
+
+def test_the_start_is_forgotten_when_a_look_is_better(start: Start, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == 5:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        start(CONFIG.model_copy(update={"eval_steps": 1}), tmp_path, progress)
+    kept = {folder.name for folder in (tmp_path / "fine-tuned" / "stage-0" / "checkpoints").iterdir()}
+    assert kept == {"checkpoint-4"}
+
+
+@pytest.mark.parametrize("train", ["all", "lora"])
+@pytest.mark.parametrize("at", [1, 2, 4])
+def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(at: int, train: str, start: Start, tmp_path: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned" and done == at:
+            raise _Killed
+
+    _, learned = start(CONFIG.model_copy(update={"steps": 60, "learning_rate": 1e-2}))
+    config = CONFIG.model_copy(update={"steps": 4, "learning_rate": 3.0, "router_learning_rate": 3.0, "train": train, "lora_alpha": 64})
+    whole, _ = start(config, mixture=learned)
+    with pytest.raises(_Killed):
+        start(config, tmp_path, progress, learned)
+    facts, output = start(config, tmp_path, mixture=learned)
+    assert changed(learned, output) == set()
+    assert facts.best_steps == {"fine-tuned": 0}
+    assert facts.history == whole.history
+    assert facts.warnings[0].startswith("fine-tuned: no look at the validation split was better than the start")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -630,7 +707,7 @@ def first_counts(mixture: Path, data: Path, num_blocks: int) -> torch.Tensor:
     handles = [router.register_forward_hook(count) for router in router_modules(model)]
     train = read_blocks(data, "train")
     with torch.no_grad():
-        model(train[draw_order(len(train), num_blocks, 0)])
+        model(train[list(draw_order(len(train), num_blocks, 0))])
     for handle in handles:
         handle.remove()
     return torch.stack(counts)
@@ -750,7 +827,8 @@ def assert_same_losses(ours: tuple[Step, ...], theirs: tuple[Step, ...]) -> None
 def test_two_processes_have_the_losses_and_the_biases_of_one_at_the_same_global_batch(
     dense_checkpoint: Path, biased: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = CONFIG.model_copy(update={"steps": 4, "z_coefficient": 0.01, "balance_coefficient": 0.1, "control": True}).model_dump_json()
+    changes = {"steps": 4, "z_coefficient": 0.01, "balance_coefficient": 0.1, "control": True, "gradient_accumulation_steps": 2}
+    settings = CONFIG.model_copy(update=changes).model_dump_json()
     histories = {}
     for count in (1, 2):
         place = tmp_path / str(count)
@@ -759,7 +837,7 @@ def test_two_processes_have_the_losses_and_the_biases_of_one_at_the_same_global_
         launch(count, dense_checkpoint, biased, data, output, place / "scratch", settings)
         assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
-    assert len(histories[1]) == 2 * (4 + 2)
+    assert len(histories[1]) == 2 * (4 + 3)
     assert_same_losses(histories[1], histories[2])
     assert torch.equal(read_biases(tmp_path / "1" / "output"), read_biases(tmp_path / "2" / "output"))
     assert read_biases(tmp_path / "2" / "output").any()
@@ -784,12 +862,12 @@ def test_a_killed_run_is_taken_up_by_another_number_of_processes(
     assert_same_losses(whole.history, read_history(output / "history.jsonl"))
 
 
-def assert_same_weights(ours: Path, theirs: Path) -> None:
+def assert_same_weights(ours: Path, theirs: Path, rate: float = 1e-3) -> None:
     one, other = weights(ours), weights(theirs)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         # AdamW divides a gradient by its own size: where it is about zero, rounding is a step of its own, a hundredth of the rate at most.
-        assert torch.allclose(tensor, other[name], atol=1e-4), name
+        assert torch.allclose(tensor, other[name], atol=max(1e-4, 1e-3 * rate)), (name, float((tensor - other[name]).abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -828,7 +906,7 @@ def test_two_processes_that_share_a_model_by_fsdp_end_as_one_and_hold_half_each(
     for ours, theirs in zip(facts.history, shared, strict=True):
         assert [layer.load for layer in theirs.layers] == [pytest.approx(layer.load, abs=1e-6) for layer in ours.layers]
         assert [layer.cosine for layer in theirs.layers] == [pytest.approx(layer.cosine, abs=1e-5) for layer in ours.layers]
-    assert_same_weights(alone, output)
+    assert_same_weights(alone, output, config.learning_rate)
     prompts = [prompt for each in (alone, output) if (prompt := read_prompt(each)) is not None]
     assert not prompts or torch.allclose(prompts[0], prompts[1], atol=1e-4)
     counts = [json.loads((scratch / f"counts-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]

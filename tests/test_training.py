@@ -15,6 +15,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
@@ -22,12 +23,12 @@ from upcycle.balance import LayerRouting
 from upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
 from upcycle.data import prepare_data, read_blocks
 from upcycle.errors import UpcycleError
-from upcycle.evaluation import held_out_loss
+from upcycle.evaluation import Evaluation, held_out_loss
 from upcycle.history import Step
 from upcycle.objective import next_token_loss
 from upcycle.receipt import load_model
 from upcycle.surgery import upcycle
-from upcycle.training import FinetuneFacts, Trained, _stretch, _warnings, finetune
+from upcycle.training import FinetuneFacts, Trained, _harm, _stretch, _warnings, draw_order, finetune
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one
@@ -80,7 +81,9 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="module")
 def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
-    def start(config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint) -> Run:
+    def start(
+        config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint, dense: Path = dense_checkpoint, progress: Any = quiet
+    ) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
         batches: list[torch.Tensor] = []
         seen: list[tuple[str, int, int]] = []
@@ -92,7 +95,7 @@ def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("upcycle.trainer.next_token_loss", recorded_loss)
             scratch = tmp_path_factory.mktemp("scratch")
-            facts = finetune(dense_checkpoint, mixture, data, output, config, seed, lambda *report: seen.append(report), scratch)
+            facts = finetune(dense, mixture, data, output, config, seed, lambda *report: (seen.append(report), progress(*report)), scratch)
         return Run(facts, output, tuple(batches), tuple(seen))
 
     return start
@@ -125,7 +128,7 @@ def peak(name: str) -> float:
 
 
 def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Iterator[tuple[float, float]]:
-    """The recipe of `CONFIG` without a Trainer: yields each step's next-token loss and balance loss."""
+    """The recipe of `CONFIG` without a Trainer, and a step in one part: yields each step's next-token loss and balance loss."""
     routers = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
     decays = {name: CONFIG.weight_decay if p.ndim == 2 or p.ndim == 3 else 0.0 for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
@@ -134,23 +137,20 @@ def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Ite
     )
     model.train()
     for step in range(CONFIG.steps):
-        losses, balances = [], []
-        for ids in batches[2 * step : 2 * step + 2]:
-            outputs = model(ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {}))
-            loss = outputs.loss - (model.config.router_aux_loss_coef * outputs.aux_loss if routers else 0.0)
-            balance = z = torch.tensor(0.0)
-            if routers:
-                balance = torch.stack([load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]).mean()
-                z = torch.stack([logits.exp().sum(-1).log() ** 2 for logits in outputs.router_logits]).mean()
-            ((loss + CONFIG.balance_coefficient * balance + CONFIG.z_coefficient * z) / 2).backward()
-            losses.append(float(loss.detach()))
-            balances.append(float(balance.detach()))
+        ids = torch.cat(batches[2 * step : 2 * step + 2])
+        outputs = model(ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {}))
+        loss = outputs.loss - (model.config.router_aux_loss_coef * outputs.aux_loss if routers else 0.0)
+        balance = z = torch.tensor(0.0)
+        if routers:
+            balance = torch.stack([load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]).mean()
+            z = torch.stack([logits.exp().sum(-1).log() ** 2 for logits in outputs.router_logits]).mean()
+        (loss + CONFIG.balance_coefficient * balance + CONFIG.z_coefficient * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = peak(group["name"]) * rate(step)
         optimizer.step()
         optimizer.zero_grad()
-        yield sum(losses) / 2, sum(balances) / 2
+        yield float(loss.detach()), float(balance.detach())
 
 
 @pytest.mark.parametrize(("model", "fixture", "first"), [("fine-tuned", "mixture_checkpoint", 0), ("dense continued", "dense_checkpoint", 18)])
@@ -189,12 +189,61 @@ def test_the_control_of_equal_time_has_as_many_steps_as_fit(
 ) -> None:
     stages = tuple(CONFIG.model_copy(update={"steps": count}) for count in (10, 20))
     trained = {
-        "fine-tuned": Trained((), 30, 30, mixture_seconds),
-        "dense continued": Trained((), control_steps, control_steps, control_seconds),
+        "fine-tuned": Trained((), 30, 30, 1.0, mixture_seconds),
+        "dense continued": Trained((), control_steps, control_steps, 9.0, control_seconds),
     }
     stretched = _stretch(stages, trained)
     assert tuple(stage.steps for stage in stretched) == steps
     assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [CONFIG.model_copy(update={"steps": 1})] * 2
+
+
+def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() -> None:
+    generator = torch.Generator().manual_seed(7)
+    expected = torch.cat([torch.randperm(5, generator=generator) for _ in range(4)]).tolist()[:18]
+    order = draw_order(5, 18, 7)
+    assert list(order) == expected
+    assert [order[index] for index in (17, 0, 9, 3)] == [expected[index] for index in (17, 0, 9, 3)]  # as a run that is taken up does
+    assert list(order[4:11]) == expected[4:11]
+    assert list(order[4:11][2:5]) == expected[6:9]
+    assert len(draw_order(5, 10**18, 7)[10**17 : 10**18]) == 9 * 10**17
+
+
+def test_a_thousand_million_steps_begin_at_once(start: Callable[..., Run]) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what == "training fine-tuned":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        start(SHORT.model_copy(update={"steps": 10**9, "eval_steps": 10**9}), progress=stop)
+
+
+def test_a_batch_of_many_times_the_text_is_refused(start: Callable[..., Run]) -> None:
+    with pytest.raises(UpcycleError) as excinfo:
+        start(SHORT.model_copy(update={"batch_size": 10**9}))
+    assert str(excinfo.value) == (
+        "finetune.batch_size is 1000000000; it must be at most 336, 16 times the blocks of the training split; lower it, or give more text"
+    )
+
+
+def test_gradients_are_not_clipped_without_a_norm(start: Callable[..., Run]) -> None:
+    """AdamW without decay does not see a gradient's size, but for its epsilon: the first step shows what it was given."""
+    norms = []
+
+    def take(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norms.append(float(torch.cat(gradients).norm()))
+
+    handle = register_optimizer_step_pre_hook(take)
+    try:
+        for norm in (1e-3, 1e9, None):
+            start(SHORT.model_copy(update={"steps": 1, "eval_steps": 1, "max_grad_norm": norm}))
+    finally:
+        handle.remove()
+    assert norms[0] == pytest.approx(1e-3, rel=1e-3)
+    assert norms[1] == norms[2] > 0.1
 
 
 def test_every_block_is_met_once_an_epoch(run: Run, data: Path) -> None:
@@ -233,9 +282,9 @@ def test_the_history_on_disk_is_the_history(run: Run) -> None:
     lines = [json.loads(line) for line in (run.output / "history.jsonl").read_text().splitlines()]
     assert lines == json.loads(json.dumps([asdict(step) for step in run.facts.history]))
     looks = [(step.model, step.step) for step in run.facts.history if step.validation_loss is not None]
-    assert looks[:6] == [(model, step) for model in ("fine-tuned", "dense continued") for step in (3, 6, 9)]
+    assert looks[:8] == [(model, step) for model in ("fine-tuned", "dense continued") for step in (0, 3, 6, 9)]
     last = run.facts.num_steps["dense, equal time"]
-    assert looks[6:] == [("dense, equal time", step) for step in sorted({*range(3, last + 1, 3), last})]
+    assert looks[8:] == [("dense, equal time", step) for step in sorted({*range(0, last + 1, 3), last})]
 
 
 def test_progress_counts_the_steps_of_both_models(run: Run) -> None:
@@ -320,13 +369,73 @@ def test_the_best_weights_are_kept_whole_when_later_ones_are_worse(start: Callab
 
 
 def test_training_stops_when_the_validation_loss_no_longer_falls(mixture_checkpoint: Path, start: Callable[..., Run]) -> None:
-    # Rates too small to change a weight: no look is better than the first.
+    # Rates too small to change a weight: no look is better than the start.
     changes = {"steps": 9, "eval_steps": 1, "patience": 2, "learning_rate": 1e-20, "expert_learning_rate": 1e-20, "router_learning_rate": 1e-20}
     run = start(SHORT.model_copy(update=changes))
-    assert run.facts.best_steps == {"fine-tuned": 1}
-    assert max(step.step for step in run.facts.history) == 3
+    assert run.facts.best_steps == {"fine-tuned": 0}
+    assert max(step.step for step in run.facts.history) == 2
     before, after = load_file(mixture_checkpoint / "model.safetensors"), load_file(run.output / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+HARM = {"learning_rate": 3.0, "expert_learning_rate": 3.0, "router_learning_rate": 3.0, "steps": 3, "eval_steps": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"train": "lora", "lora_alpha": 64},
+        {"train": "last-1"},
+        {"precision": "bfloat16"},
+        {"patience": 1},
+        {"stages": ({"steps": 2}, {"train": "lora", "steps": 2})},
+    ],
+)
+def test_training_that_only_harms_leaves_the_very_weights_of_the_start_and_says_so(
+    change: dict[str, Any], start: Callable[..., Run], run: Run
+) -> None:
+    """It begins with what the first run learned: a model as it was drawn could only become better."""
+    before = {"fine-tuned": run.output, "dense continued": run.output / "control"}
+    run = start(FinetuneConfig.model_validate(SHORT.model_dump() | HARM | {"control": True} | change), 0, *before.values())
+    for number, (model, folder) in enumerate({"fine-tuned": ".", "dense continued": "control"}.items()):
+        looks = [step for step in of(run, model) if step.validation_loss is not None]
+        assert looks[0].step == 0
+        assert all(look.validation_loss >= looks[0].validation_loss for look in looks)  # type: ignore[operator]
+        assert max(look.step for look in looks) == run.facts.num_steps[model] > 0
+        assert run.facts.best_steps[model] == 0
+        old, new = load_file(before[model] / "model.safetensors"), load_file(run.output / folder / "model.safetensors")
+        assert {name: tensor.numpy().tobytes() for name, tensor in old.items()} == {name: tensor.numpy().tobytes() for name, tensor in new.items()}
+        assert run.facts.warnings[number] == (
+            f"{model}: no look at the validation split was better than the start, so the weights are those of the start; "
+            "lower finetune.learning_rate, or give more text or steps"
+        )
+    assert run.facts.evaluations["fine-tuned"].loss == run.facts.evaluations["upcycled"].loss
+
+
+def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Callable[..., Run]) -> None:
+    """The second stage harms: the step that is kept is one of the first."""
+    stages = ({"steps": 4}, {name: value for name, value in HARM.items() if name != "eval_steps"} | {"steps": 2})
+    run = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "stages": stages}))
+    looks = {(step.stage, step.step): step.validation_loss for step in of(run, "fine-tuned") if step.validation_loss is not None}
+    assert list(looks) == [(0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
+    assert run.facts.best_steps == {"fine-tuned": 4}
+    assert run.facts.warnings == ()
+    assert looks[1, 4] == looks[0, 4]
+    alone = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "steps": 4}))
+    assert (run.output / "model.safetensors").read_bytes() == (alone.output / "model.safetensors").read_bytes()
+
+
+def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
+    def evaluation(loss: float) -> Evaluation:
+        return Evaluation(loss, math.exp(loss), 1, 4, 1.0)
+
+    trained = {"fine-tuned": Trained((), 8, 9, 1.0, 1.0), "dense continued": Trained((), 9, 9, 1.0, 1.0)}
+    evaluations = {"upcycled": evaluation(2.0), "fine-tuned": evaluation(2.5), "dense": evaluation(2.0), "dense continued": evaluation(1.5)}
+    assert list(_harm(trained, evaluations)) == [
+        "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had 2.0000; "
+        "lower finetune.learning_rate, or give more text or steps"
+    ]
 
 
 def test_bfloat16_autocast_still_saves_float32(start: Callable[..., Run]) -> None:
@@ -356,7 +465,7 @@ def test_equal_experts_give_the_routers_no_task_gradient_and_a_warning(dense_che
 
 def test_the_task_gradient_is_the_routers_share_of_the_whole(run: Run, mixture_checkpoint: Path, data: Path) -> None:
     model = load_model(mixture_checkpoint, torch.float32)
-    ids = read_blocks(data, "train")[:8]
+    ids = read_blocks(data, "train")[:2]
     model(ids, labels=ids).loss.backward()
     routers = [p.grad.flatten() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]  # type: ignore[union-attr]
     everything = [p.grad.flatten() for p in model.parameters()]  # type: ignore[union-attr]

@@ -133,7 +133,7 @@ def test_the_largest_float16_and_a_huge_norm_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
-def test_for_cuda_the_scales_are_numbers_of_float16_and_the_twin_is_made_of_them(tmp_path: Path, variant: Variant) -> None:
+def test_scales_are_of_16_bits_and_for_cuda_of_float16_and_the_twin_is_made_of_them(tmp_path: Path, variant: Variant) -> None:
     source = make_mixture(tmp_path / "source")
     make_twin(source, tmp_path / "cpu", variant)
     make_twin(source, tmp_path / "cuda", variant, device="cuda")
@@ -141,7 +141,8 @@ def test_for_cuda_the_scales_are_numbers_of_float16_and_the_twin_is_made_of_them
     original, twin = load_file(source / "model.safetensors"), load_file(tmp_path / "cuda" / "model.safetensors")
     for name in (name for name in for_cuda if name.endswith(".scales")):
         np.testing.assert_array_equal(for_cuda[name], for_cuda[name].numpy().astype(np.float16).astype(np.float32))
-        np.testing.assert_array_equal(for_cuda[name], for_cpu[name].numpy().astype(np.float16).astype(np.float32))
+        assert torch.equal(for_cpu[name], for_cpu[name].bfloat16().float())
+        torch.testing.assert_close(for_cuda[name], for_cpu[name], rtol=2**-8, atol=0)
         key = name.removesuffix(".scales")
         # Integers are rounded to the rounded scale, so a weight is half a step away at most, and a step more where it was cut off.
         steps = for_cuda[name].abs().repeat_interleave(16, dim=1)[:, : original[key].shape[1]]
@@ -177,7 +178,7 @@ def test_the_twin_holds_what_the_integers_stand_for(tmp_path: Path, variant: Var
     own = 8 if variant == "int8" else 4
     for name in twin.scheme["tensors"]:
         bits = 8 if "embed" in name else own
-        direct = quantize(expected[name], bits, block_size, zero_points=zero_points)
+        direct = quantize(expected[name], bits, block_size, scale_type=torch.bfloat16, zero_points=zero_points)
         weight = twin.weight(name)
         assert isinstance(weight, QuantizedWeight)
         assert (weight.bits, weight.block_size, weight.shape) == (bits, block_size, tuple(expected[name].shape))

@@ -19,12 +19,17 @@ def balance_loss(router_logits: torch.Tensor, top_k: int, load: torch.Tensor | N
     num_experts * sum_e load_e * probability_e, where load_e is the share of the (token, slot) pairs that go to expert e and probability_e its mean
     softmax probability (Switch Transformer, Fedus et al. 2022, section 2.2, equations 4-6; load averaged over the k slots). Computed for one
     layer: pooled over layers, as `transformers` does it, every layer could collapse onto another expert and still score 1. Gradients flow through
-    the probabilities alone; the load is a count. Where several processes share a batch, `load` is the whole batch's, and the mean of their losses is
-    the loss of the batch. Sigmoid scores are divided by their sum over all experts, and the load is of their top k, whatever a bias chooses instead
-    (DeepSeek-V3, equations 17-20, over a batch as here and not a sequence): the loss balances what the router says by itself.
+    the probabilities alone; the load is a count. Where several processes or parts share a batch, `load` is the whole batch's, and the mean of their
+    losses is the loss of the batch. Sigmoid scores are divided by their sum over all experts, and the load is of their top k, whatever a bias chooses
+    instead (DeepSeek-V3, equations 17-20, over a batch as here and not a sequence): the loss balances what the router says by itself.
     """
     load = expert_load(router_logits, top_k) if load is None else load
-    return router_logits.shape[-1] * torch.dot(load, _log_scores(router_logits, bias).softmax(-1).mean(0))
+    return router_logits.shape[-1] * torch.dot(load, mean_scores(router_logits, bias))
+
+
+def mean_scores(router_logits: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The mean over tokens of each expert's share of a token's scores, from logits [tokens, num_experts]; float32 [num_experts], sums to 1."""
+    return _log_scores(router_logits, bias).softmax(-1).mean(0)
 
 
 def _log_scores(router_logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

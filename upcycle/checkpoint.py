@@ -11,13 +11,15 @@ import json
 import math
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from upcycle.config_files import CONFIG_NAME, complete_tokenizer
 from upcycle.errors import UpcycleError
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -25,7 +27,6 @@ READABLE = {
     **DTYPES, "F64": torch.float64, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-CONFIG_NAME = "config.json"
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
 SINGLE_NAME = f"{STEM}.safetensors"
@@ -36,6 +37,9 @@ TOKENIZER_NAMES = (
 )  # fmt: skip
 GENERATION_CONFIG_NAME = "generation_config.json"
 
+# The name of an embedding in the models that we read, and the others that share its matrix where it is tied.
+_TIED_DECODER = ("model.embed_tokens.weight", ("lm_head.weight",))
+_TIED_SEQ2SEQ = ("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"))
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CHUNK_BYTES = 1 << 24
@@ -134,7 +138,17 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         raise UpcycleError(f"{directory}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
     if not directory.is_dir():
         raise UpcycleError(f"{directory}: is a file; it must be a checkpoint directory with config.json and *.safetensors")
-    return Checkpoint(directory, _read_config(directory), index_tensors(directory))
+    config = _read_config(directory)
+    return Checkpoint(directory, config, _name_tied(config, index_tensors(directory)))
+
+
+def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """The entries, a tied embedding under its own name where the file has it under another, such as the head's; transformers loads either."""
+    name, others = _TIED_SEQ2SEQ if config.is_encoder_decoder else _TIED_DECODER
+    stored = next((other for other in others if other in entries), None)
+    if not getattr(config, "tie_word_embeddings", False) or name in entries or stored is None:
+        return entries
+    return {**{key: entry for key, entry in entries.items() if key != stored}, name: replace(entries[stored], name=name)}
 
 
 def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
@@ -169,17 +183,35 @@ def _read_config(directory: Path) -> PreTrainedConfig:
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
         if isinstance(count := raw.get(name), int) and count > _MAX_LAYERS:  # config classes build lists of this length
             raise UpcycleError(f"{path}: {name} is {count}; it must be at most {_MAX_LAYERS}; the file is corrupt")
-    if "auto_map" in raw:
+    if raw.get("auto_map") and not _is_known(raw):
         raise UpcycleError(f"{path}: 'auto_map' asks for code from the checkpoint, which is never run; use a model that transformers itself knows")
-    if "quantization_config" in raw:
+    if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown") if isinstance(raw["quantization_config"], dict) else "unknown"
         raise UpcycleError(f"{path}: the weights are quantized ({method}); upcycling needs float32, float16 or bfloat16 weights")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many kinds here, strict dataclass errors among them; each is the file's fault
         reason = " ".join(str(error).split())
-        raise UpcycleError(f"{path}: transformers cannot read this config: {reason[:300]}") from error
+        raise UpcycleError(f"{path}: transformers cannot read this config: {reason[:300]}{_hint(raw)}") from error
     return config
+
+
+def _hint(raw: Mapping[str, Any]) -> str:
+    rope = raw.get("rope_scaling")
+    if isinstance(rope, dict) and rope.get("type") == "su":
+        return "; rope_scaling.type is 'su', the first name of 'longrope'; write that"
+    return ""
+
+
+def _is_known(raw: Mapping[str, Any]) -> bool:
+    """Whether transformers itself has the config and every class that a config file names, so that its `auto_map` is not needed: Phi-3's is such."""
+    names = raw.get("architectures")
+    return (
+        raw["model_type"] in CONFIG_MAPPING
+        and isinstance(names, list)
+        and len(names) > 0
+        and all(isinstance(name, str) and hasattr(transformers, name) for name in names)
+    )
 
 
 def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
@@ -291,7 +323,8 @@ def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Itera
 
 
 def copy_companions(source: Path, output: Path) -> None:
-    """Copy the tokenizer and the generation config along, unchanged."""
+    """Copy the tokenizer and the generation config along; what of them transformers 4 reads otherwise is told it in its own words."""
     for name in (*TOKENIZER_NAMES, GENERATION_CONFIG_NAME):
         if (source / name).is_file():
             shutil.copyfile(source / name, output / name)
+    complete_tokenizer(output)

@@ -165,7 +165,11 @@ class PythonDocsData(Record):
 
 
 class TextData(Record):
-    """Text files, as paths or globs. Without `validation` or `test`, 5 % of the documents are held out for each, by a hash of their text."""
+    """Text files, as paths or globs. Without `validation` or `test`, 5 % of the documents are held out for each, by a hash of their text.
+
+    Blank lines before a document and white space behind it are left out; the first line keeps its indentation. A file that two patterns match is read
+    once, and a byte-order mark is no text.
+    """
 
     kind: Literal["text"]
     train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(description="Files or globs, UTF-8.")
@@ -219,7 +223,9 @@ class DataConfig(Record):
 
     source: Annotated[DataSource, Field(discriminator="kind")]
     block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block.")
-    max_train_tokens: PositiveInt | None = Field(None, description="Use at most this many tokens, taken evenly from the whole.")
+    max_train_tokens: PositiveInt | None = Field(
+        None, description="Use at most this many tokens, taken evenly from the whole; of a large text no more than about twice as many are tokenized."
+    )
     max_validation_tokens: PositiveInt = Field(32_768, description="Tokens of the validation split that are used, taken evenly from the whole.")
     max_test_tokens: PositiveInt = Field(32_768, description="Tokens of the test split that are used, taken evenly from the whole.")
 
@@ -254,7 +260,7 @@ class FinetuneConfig(Record):
 
     train: str = Field(
         "all",
-        description="What learns: 'all', 'experts' (and routers), 'router' (all routers), 'last-N' (the last N layers), 'lora' (low-rank updates "
+        description="What learns: 'all', 'experts' (and routers), 'router' (all of them), 'last-N' (the last N layers), 'lora' (low-rank updates "
         "of experts and every linear layer, merged at the end, and the routers whole), or 'prompt' (vectors before the text, in the last stage).",
     )
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
@@ -273,7 +279,7 @@ class FinetuneConfig(Record):
     schedule: Schedule = Field("cosine", description="Shape of the rate after the warm-up; 'cosine' and 'linear' end at a tenth of the peak.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
     weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW; routers and norms have none.")
-    max_grad_norm: PositiveFloat = Field(1.0, description="Gradients are clipped to this norm.")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradients are clipped to this norm; null clips none.")
     balance_coefficient: NonNegative = Field(1e-2, description="Weight of the load-balance loss, computed for each layer by itself.")
     bias_update_rate: NonNegative | None = Field(
         None,
@@ -291,10 +297,20 @@ class FinetuneConfig(Record):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="Autocast precision of training; 'auto' takes bfloat16 where the device computes in it natively."
     )
+    dtype: Literal["source", "float32"] = Field(
+        "source", description="What fine-tuned weights are written in: 'source' is the dtype of the dense model's; they are float32 while they learn."
+    )
     control: bool = Field(
         True, description="Also continue the dense model: on the same tokens for the same steps, and for as long as the mixture took to train."
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, value: Any) -> Any:
+        if type(value) is int and value == 0:
+            raise ValueError("is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off")
+        return value
 
     @model_validator(mode="after")
     def _check_stages(self) -> FinetuneConfig:

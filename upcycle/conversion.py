@@ -155,7 +155,6 @@ _DECODER_FIELDS = (
 _WIDTH = ("intermediate_size",)  # becomes the experts' width
 _NO_WINDOW = {"use_sliding_window": False, "sliding_window": None, "max_window_layers": 0}
 _MLP_BIAS = Required(False, "no mixture-of-experts architecture of transformers has expert biases with this FFN")
-_PRETRAINING_TP = Required(1, "tensor-parallel slices change the order of sums")
 
 
 def _partial_rotary(config: Any) -> float:
@@ -258,11 +257,11 @@ CONVERSIONS: tuple[Conversion, ...] = (
         required={
             "attention_bias": Required(False, "Mixtral's attention has no biases"),
             "mlp_bias": _MLP_BIAS,
-            "pretraining_tp": _PRETRAINING_TP,
         },
         conditions=(_WHOLE_ROTARY,),
         derived=lambda _: {"sliding_window": None},
         consumed=_WIDTH,
+        neutral=("pretraining_tp",),  # read by no model of transformers 5
     ),
     Conversion(
         LLAMA,
@@ -271,29 +270,31 @@ CONVERSIONS: tuple[Conversion, ...] = (
         required={
             "attention_bias": Required(False, "its attention has no bias after the output projection"),
             "mlp_bias": _MLP_BIAS,
-            "pretraining_tp": _PRETRAINING_TP,
         },
         conditions=(_WHOLE_ROTARY,),
         derived=_qwen2_moe_of_llama,
         consumed=(*_WIDTH, "head_dim"),
+        neutral=("pretraining_tp",),  # read by no model of transformers 5
     ),
     Conversion(
         LLAMA,
         GRANITE_MOE,
         carried=(*_DECODER_FIELDS, "attention_bias"),
-        required={"mlp_bias": _MLP_BIAS, "pretraining_tp": _PRETRAINING_TP},
+        required={"mlp_bias": _MLP_BIAS},
         conditions=(_WHOLE_ROTARY,),
         derived=_granite_of_llama,
         consumed=(*_WIDTH, "head_dim"),
+        neutral=("pretraining_tp",),  # read by no model of transformers 5
     ),
     Conversion(
         LLAMA,
         GRANITE_MOE_SHARED,
         carried=(*_DECODER_FIELDS, "attention_bias"),
-        required={"mlp_bias": _MLP_BIAS, "pretraining_tp": _PRETRAINING_TP},
+        required={"mlp_bias": _MLP_BIAS},
         conditions=(_WHOLE_ROTARY,),
         derived=_granite_of_llama,
         consumed=(*_WIDTH, "head_dim"),
+        neutral=("pretraining_tp",),  # read by no model of transformers 5
     ),
     Conversion(
         MISTRAL,
@@ -401,12 +402,12 @@ CONVERSIONS: tuple[Conversion, ...] = (
         required={
             "attention_bias": Required(False, "its attention has no bias after the output projection"),
             "mlp_bias": _MLP_BIAS,
-            "pretraining_tp": _PRETRAINING_TP,
         },
         conditions=(_WHOLE_ROTARY,),
         derived=_glm4_moe,
         consumed=(*_WIDTH, "head_dim", "rope_parameters"),
         by_name_alone=True,
+        neutral=("pretraining_tp",),  # read by no model of transformers 5
     ),
     Conversion(
         MISTRAL,

@@ -1,12 +1,24 @@
-"""Text to blocks of tokens: read, split, tokenize, pack."""
+"""Text to blocks of tokens: read, split, tokenize, pack.
+
+Text is read as a stream, from the disk each time that it is asked for, so memory grows with the tokens that are kept (4 bytes each) and not with the
+text: a piece of at most 65,536 characters is in memory at a time.
+
+1. A document is what lies between two separators, without blank lines before its first line and without white space behind its last. One that is
+   longer than a piece is cut behind lines, and its pieces are tokenized one by one; a separator must fit into a piece.
+2. Where a limit needs only a part of a text of more than 4 million characters, pieces are taken evenly from the whole, about twice as many as are
+   needed, and the rest is not tokenized. Of the blocks that come of it as many as the limit allows are taken evenly.
+"""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, assert_never, cast
 
@@ -21,13 +33,30 @@ from upcycle.python_docs import DOMAINS, SPLITS, Split, read_python_docs
 
 FACTS_NAME = "data.json"
 _HELD_OUT_PER_MILLE = 50
+_PIECE_CHARS = 1 << 16
+_WHOLE_CHARS = 1 << 22  # a text of no more is tokenized whole, whatever the limit
+_CHARS_A_TOKEN = 9  # of the first attempt, which should be enough: English has 4 to 5
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of text: a document, or a part of a long one, which begins with `first` and ends with `last`."""
+
+    text: str
+    first: bool = True
+    last: bool = True
+
+
+Stream = Callable[[], Iterator[Piece]]
+"""Documents, read anew at each call."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of each domain, a split each, and where they come from in words and digests."""
+    """Documents of each domain, a stream for each split, their characters, and where they come from in words and digests."""
 
-    domains: dict[str, dict[Split, tuple[str, ...]]]
+    domains: dict[str, dict[Split, Stream]]
+    num_chars: dict[str, dict[Split, int]]
     facts: dict[str, str]
 
 
@@ -37,28 +66,44 @@ def read_texts(source: DataSource, base: Path) -> Texts:
     Raises:
         UpcycleError: a file or data set is missing, not UTF-8 or empty.
     """
+    streams, facts = _open_streams(source, base)
+    surveys = {name: _survey(documents) for name, documents in streams.items()}
+    if not isinstance(source, PythonDocsData):  # which has a digest of its own
+        digests = {name: digest for name, (_, digest) in surveys.items()}
+        facts |= {f"digest of {name}": digest for name, digest in digests.items()} if isinstance(source, DomainsData) else {"digest": digests["text"]}
+    return Texts(streams, {name: num_chars for name, (num_chars, _) in surveys.items()}, facts)
+
+
+def _open_streams(source: DataSource, base: Path) -> tuple[dict[str, dict[Split, Stream]], dict[str, str]]:
     match source:
         case PythonDocsData():
             docs = read_python_docs()
-            domains = {domain: {split: tuple(d.text for d in docs.documents[split] if d.domain == domain) for split in SPLITS} for domain in DOMAINS}
-            return Texts(
-                {str(name): documents for name, documents in domains.items()}, {"interpreter": f"CPython {docs.version}", "digest": docs.digest}
-            )
+            texts = {domain: {split: [d.text for d in docs.documents[split] if d.domain == domain] for split in SPLITS} for domain in DOMAINS}
+            streams = {str(domain): {split: partial(map, Piece, found[split]) for split in SPLITS} for domain, found in texts.items()}
+            return cast("dict[str, dict[Split, Stream]]", streams), {"interpreter": f"CPython {docs.version}", "digest": docs.digest}
         case TextData():
-            documents = _read_files(source, base, "data.source")
-            return Texts({"text": documents}, {"digest": digest_texts(documents)})
+            return {"text": _open_files(source, base, "data.source")}, {}
         case HubData():
-            documents = _read_hub(source, "data.source")
-            return Texts({"text": documents}, {"data set": source.path, "digest": digest_texts(documents)})
+            return {"text": _open_hub(source, "data.source")}, {"data set": source.path}
         case DomainsData():
             resolve_files(source, base)
-            named = {
-                name: _read_files(part, base, domain_place(name)) if isinstance(part, TextData) else _read_hub(part, domain_place(name))
+            return {
+                name: _open_files(part, base, domain_place(name)) if isinstance(part, TextData) else _open_hub(part, domain_place(name))
                 for name, part in source.domains.items()
-            }
-            return Texts(named, {f"digest of {name}": digest_texts(documents) for name, documents in named.items()})
+            }, {}
         case _:
             assert_never(source)
+
+
+def _survey(documents: Mapping[Split, Stream]) -> tuple[dict[Split, int], str]:
+    """How many characters each split has, and the SHA-256 of all documents with their splits, in order; each is read once."""
+    digest, num_chars = hashlib.sha256(), {}
+    for split in SPLITS:
+        num_chars[split] = 0
+        for piece in documents[split]():
+            num_chars[split] += len(piece.text)
+            digest.update((f"{split}\0" if piece.first else "").encode() + piece.text.encode() + (b"\0" if piece.last else b""))
+    return num_chars, digest.hexdigest()
 
 
 def domain_place(name: str) -> str:
@@ -112,45 +157,130 @@ def resolve_files(source: DataSource, base: Path) -> dict[str, dict[Split, list[
     return files
 
 
+def find_files(pattern: str, base: Path) -> list[Path]:
+    """The files that a path or glob below `base` means, sorted; `~` is the home, and a name that is there may hold brackets.
+
+    Raises:
+        UpcycleError: it begins with `~`, and there is no such home.
+    """
+    parts = Path(pattern).parts
+    root, name = base, pattern
+    if parts and parts[0].startswith("~"):
+        try:
+            root, name = Path(parts[0]).expanduser(), str(Path(*parts[1:]))
+        except RuntimeError as error:
+            raise UpcycleError(f"'{pattern}' names no home directory; give the path in full") from error
+    if (root / name).is_file():
+        return [root / name]
+    return [root / found for found in sorted(glob.glob(name, root_dir=root, recursive=True)) if (root / found).is_file()]
+
+
 def match_files(patterns: Iterable[str], base: Path, where: str) -> list[Path]:
-    """The files that paths and globs below `base` mean, in the order given; `where` names them in a refusal.
+    """The files that paths and globs below `base` mean, in the order given, each once; `where` names them in a refusal.
 
     Raises:
         UpcycleError: a path or glob matches no file.
     """
-    files: list[Path] = []
+    files: dict[Path, Path] = {}
     for pattern in patterns:
-        literal = (base / pattern).is_file()  # a name may hold brackets
-        names = [pattern] if literal else sorted(glob.glob(pattern, root_dir=base, recursive=True))
-        found = [base / name for name in names if (base / name).is_file()]
+        found = find_files(pattern, base)
         if not found:
             raise UpcycleError(f"{where}: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files")
-        files += found
-    return files
+        for file in found:
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
-def _read_files(source: TextData, base: Path, where: str) -> dict[Split, tuple[str, ...]]:
-    documents: dict[Split, list[str]] = {split: [] for split in SPLITS}
-    held_out = [split for split in ("test", "validation") if not getattr(source, split)]
-    for split, files in text_files(source, base, where).items():
-        for file in files:
-            text = _read_file(file)
-            for document in text.split(source.separator) if source.separator else [text]:
-                if document := document.strip():
-                    documents[_hashed_split(document, cast("list[Split]", held_out)) if split == "train" else split].append(document)
+def _open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
+    """The documents of each split; without a single one in a split they are refused.
+
+    Without `validation` or `test` files the hash of a document, of its first piece if it is long, decides which of the train files' it falls into.
+    """
+    files = text_files(source, base, where)
+    separator = source.separator and source.separator.replace("\r\n", "\n").replace("\r", "\n")  # as Python reads line ends
+    held_out = cast("list[Split]", [split for split in ("test", "validation") if not getattr(source, split)])
+
+    def read(split: Split) -> Iterator[Piece]:
+        if split in held_out or split == "train":
+            for file in files["train"]:
+                belongs = False
+                for piece in _read_documents(file, separator):
+                    belongs = _hashed_split(piece.text.strip(), held_out) == split if piece.first else belongs
+                    if belongs:
+                        yield piece
+        else:
+            for file in files[split]:
+                yield from _read_documents(file, separator)
+
     for split in SPLITS:
-        if not documents[split]:
+        if next(read(split), None) is None:
             raise UpcycleError(
                 f"{where}: no document falls into the {split} split; give `{split}:` files, or a `separator` that makes more documents"
             )
-    return {s: tuple(d) for s, d in documents.items()}
+    return {split: partial(read, split) for split in SPLITS}
 
 
-def _read_file(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UpcycleError(f"{file}: not UTF-8 at byte {error.start}; convert it") from error
+def read_file(file: Path) -> Iterator[str]:
+    """The text of a file, a piece at a time, without a byte-order mark, every line end as one newline.
+
+    Raises:
+        UpcycleError: it is not UTF-8.
+    """
+    with file.open(encoding="utf-8-sig") as stream:
+        try:
+            while text := stream.read(_PIECE_CHARS):
+                yield text
+        except UnicodeDecodeError:
+            raise UpcycleError(f"{file}: not UTF-8 at byte {_find_bad_byte(file)}; convert it") from None
+
+
+def _find_bad_byte(file: Path) -> int:
+    """Where a file's first byte is that is not UTF-8: a stream that decodes only tells the place in its own buffer."""
+    done = 0
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return done + error.start
+            done += len(line)
+    return done
+
+
+def _read_documents(file: Path, separator: str | None) -> Iterator[Piece]:
+    """The documents of a file that are not blank, in order, the long ones in pieces."""
+    held = ""
+    first, open_document = True, False  # whether the next piece is its document's first, and whether one of it has been given
+    for text in read_file(file):
+        *whole, held = (held + text).split(separator) if separator else [held + text]
+        for document in whole:
+            if (piece := _trim(document, first, last=True)) or open_document:
+                yield Piece(piece, first, True)
+            first, open_document = True, False
+        while len(held) > 2 * _PIECE_CHARS:
+            cut = _find_cut(held)
+            if piece := _trim(held[:cut], first, last=False):
+                yield Piece(piece, first, False)
+                first, open_document = False, True
+            held = held[cut:]
+    if (piece := _trim(held, first, last=True)) or open_document:
+        yield Piece(piece, first, True)
+
+
+def _trim(text: str, first: bool, last: bool) -> str:
+    """Text without the blank lines before a document, whose first line keeps its indentation, and without white space behind it."""
+    if last:
+        text = text.rstrip()
+    return re.sub(r"\A(?:[^\S\n]*\n)+", "", text) if first and text.strip() else "" if first else text
+
+
+def _find_cut(text: str) -> int:
+    """Where to cut a long text: behind a line that another one follows without white space, where most tokenizers begin a new token."""
+    for pattern in (r"\S\n(?=\S)", r"\n(?=\S)", r"\S(?=\s)"):
+        places = [found.end() for found in re.finditer(pattern, text[: _PIECE_CHARS + 1])]
+        if places:
+            return places[-1]
+    return _PIECE_CHARS
 
 
 def _hashed_split(document: str, held_out: list[Split]) -> Split:
@@ -162,11 +292,11 @@ def _hashed_split(document: str, held_out: list[Split]) -> Split:
     return "train"
 
 
-def _read_hub(source: HubData, place: str) -> dict[Split, tuple[str, ...]]:
+def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:
     import datasets  # slow to import, and only this needs it
 
     where = f"{place}: data set '{source.path}'"
-    documents: dict[Split, list[str]] = {}
+    documents: dict[Split, Stream] = {}
     for split in SPLITS:
         name = getattr(source, split)
         try:
@@ -175,21 +305,19 @@ def _read_hub(source: HubData, place: str) -> dict[Split, tuple[str, ...]]:
             raise UpcycleError(f"{where}, split '{name}': {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
         if source.text_column not in rows.column_names:
             raise UpcycleError(f"{where}: no column '{source.text_column}'; it has {', '.join(rows.column_names)}")
-        if other := {type(text).__name__ for text in rows[source.text_column]} - {"str", "NoneType"}:
-            raise UpcycleError(f"{where}: column '{source.text_column}' of split '{name}' holds {', '.join(sorted(other))}; it must hold text")
-        documents[split] = [text for text in rows[source.text_column] if text and text.strip()]
-        if not documents[split]:
+        documents[split] = partial(_read_rows, rows, source.text_column, f"{where}: column '{source.text_column}' of split '{name}'")
+        if next(documents[split](), None) is None:
             raise UpcycleError(f"{where}: split '{name}' has no text in column '{source.text_column}'")
-    return {s: tuple(d) for s, d in documents.items()}
+    return documents
 
 
-def digest_texts(documents: Mapping[Split, Sequence[str]]) -> str:
-    """SHA-256 of all documents with their splits, in order."""
-    digest = hashlib.sha256()
-    for split in SPLITS:
-        for text in documents[split]:
-            digest.update(f"{split}\0{text}\0".encode())
-    return digest.hexdigest()
+def _read_rows(rows: Any, column: str, where: str) -> Iterator[Piece]:
+    """The documents of a data set, which lies on the disk; rows without text are left out."""
+    for row in rows.select_columns([column]):
+        if not isinstance(text := row[column], str | None):
+            raise UpcycleError(f"{where} holds {type(text).__name__}; it must hold text")
+        if text and text.strip():
+            yield Piece(text)
 
 
 def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, progress: Progress) -> dict[str, Any]:
@@ -207,7 +335,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     num_tokens = {}
     for number, split in enumerate(SPLITS):
         progress("tokenizing", number, len(SPLITS))
-        packed = [_pack(tokenizer, documents[split], config.block_size) for documents in texts.domains.values()]
+        packed = _pack_domains(tokenizer, texts, split, limits[split], config.block_size)
         for name, blocks in zip(texts.domains, packed, strict=True):
             if len(blocks) == 0:
                 whose = f"of domain '{name}' " if len(packed) > 1 else ""
@@ -247,7 +375,8 @@ def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, nu
     Raises:
         UpcycleError: no tokenizer in the directory `tokenizer`, a file that is not UTF-8, or too little text for one block.
     """
-    blocks = _pack(_load_tokenizer(tokenizer), [_read_file(file) for file in files], block_size)
+    pieces = (piece for file in files for piece in _join(read_file(file)))
+    blocks = _pack(_load_tokenizer(tokenizer), pieces, block_size)
     if len(blocks) == 0:
         names = ", ".join(map(str, files))
         raise UpcycleError(f"{names}: fewer tokens than one block of {block_size}; give more text or a smaller block size")
@@ -265,21 +394,75 @@ def read_domains(directory: Path, split: Split) -> tuple[tuple[str, ...], torch.
     return tuple(names), load_file(directory / f"{split}.safetensors")["domains"].to(torch.int64)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str]) -> Iterator[int]:
+def _join(texts: Iterator[str]) -> Iterator[Piece]:
+    """The text of a file as one document, as it is."""
+    held = ""
+    first = True
+    for text in texts:
+        held += text
+        while len(held) > 2 * _PIECE_CHARS:
+            cut = _find_cut(held)
+            yield Piece(held[:cut], first, False)
+            held, first = held[cut:], False
+    yield Piece(held, first, True)
+
+
+def _pack_domains(tokenizer: PreTrainedTokenizerBase, texts: Texts, split: Split, limit: int | None, block_size: int) -> list[torch.Tensor]:
+    """Blocks of each domain, int32 [blocks, block_size]: of all text, or of as much of each as a limit needs at least."""
+    num_chars = sum(of_domain[split] for of_domain in texts.num_chars.values())
+    share = 1.0 if limit is None or num_chars <= _WHOLE_CHARS else min(1.0, _CHARS_A_TOKEN * max(limit, block_size) / num_chars)
+    while True:
+        packed = [_pack(tokenizer, _take_evenly(documents[split](), share), block_size) for documents in texts.domains.values()]
+        if share == 1.0 or (all(map(len, packed)) and sum(blocks.numel() for blocks in packed) >= cast(int, limit)):
+            return packed
+        share = min(1.0, 2 * share)  # text of long tokens, or a domain of few pieces
+
+
+def _take_evenly(pieces: Iterator[Piece], share: float) -> Iterator[Piece]:
+    """About this share of the text, in pieces taken evenly; what follows a gap begins a document, and what goes before one ends it."""
+    if share == 1.0:
+        yield from pieces
+        return
+    seen = kept = 0
+    is_open = False
+    for piece in pieces:
+        taken = kept <= share * seen
+        seen += len(piece.text)
+        if taken:
+            kept += len(piece.text)
+            yield replace(piece, first=not is_open)
+            is_open = not piece.last
+        elif is_open:
+            yield Piece("", False, True)
+            is_open = False
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]) -> Iterator[Sequence[int]]:
     """Token ids of all documents. Where the tokenizer itself marks no start, the end-of-text token divides them, and opens the stream."""
-    marks_start = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    divider = None if marks_start else tokenizer.eos_token_id
-    if divider is not None:
-        yield divider
-    for document in documents:
-        yield from tokenizer(document, verbose=False)["input_ids"]
-        if divider is not None:
-            yield divider
+    marked: list[int] = tokenizer("a")["input_ids"]
+    marks_start = tokenizer.bos_token_id is not None and marked[:1] == [tokenizer.bos_token_id]
+    divider = [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    begin = next((place for place in range(len(marked) - len(bare) + 1) if marked[place : place + len(bare)] == bare), 0)
+    before, behind = marked[:begin], marked[begin + len(bare) :]
+    yield divider
+    for piece in pieces:
+        if piece.first and piece.last:
+            yield tokenizer(piece.text, verbose=False)["input_ids"]
+        else:
+            yield before if piece.first else ()
+            yield tokenizer(piece.text, verbose=False, add_special_tokens=False)["input_ids"]
+            yield behind if piece.last else ()
+        yield divider if piece.last else ()
 
 
-def _pack(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], block_size: int) -> torch.Tensor:
-    stream = torch.tensor(list(_encode(tokenizer, documents)), dtype=torch.int32)
-    return stream[: len(stream) // block_size * block_size].view(-1, block_size)
+def _pack(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], block_size: int) -> torch.Tensor:
+    """Blocks of all tokens in order, int32 [blocks, block_size]; what is left of the last is dropped."""
+    stream = array("i")
+    for ids in _encode(tokenizer, pieces):
+        stream.extend(ids)
+    tokens = torch.frombuffer(stream, dtype=torch.int32) if stream else torch.empty(0, dtype=torch.int32)
+    return tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
 
 
 def _choose_evenly(count: int, wanted: int | None) -> torch.Tensor:

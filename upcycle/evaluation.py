@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,17 +10,21 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
+from upcycle.frozen import compute_wide, load_stored
+from upcycle.numbers import perplexity
 from upcycle.objective import next_token_loss
 from upcycle.progress import Progress
 from upcycle.prompt import read_prompt, run_with_prompt
-from upcycle.receipt import load_model
 
 EVALUATION_BATCH = 8
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A torch model on held-out text: mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding."""
+    """A torch model on held-out text: mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding.
+
+    Decoding is what plain transformers does with the checkpoint in the dtype that it has.
+    """
 
     loss: float
     perplexity: float
@@ -30,7 +33,7 @@ class Evaluation:
     decode_tokens_per_second: float
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training
 def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> float:
     """Mean next-token loss in nats over blocks of token ids [blocks, block_size], each after the vectors of `prompt` [P, H] where there are some.
 
@@ -62,14 +65,15 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int =
 
 
 def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progress) -> Evaluation:
-    """Load a checkpoint in float32 and measure it on held-out blocks [blocks, block_size]."""
+    """Measure a checkpoint on held-out blocks [blocks, block_size]: decoding as stored, the loss in float32."""
     progress(f"evaluating {name}", 0, 1)
-    model = load_model(directory, torch.float32)
+    model = load_stored(directory)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
+    speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
+    compute_wide(model)
     prompt = read_prompt(directory)
     loss = held_out_loss(model, blocks, None if prompt is None else prompt.to(model.device))
     weights = sum(p.numel() for p in model.parameters())
-    speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, math.exp(min(loss, 700.0)), weights, size, speed)
+    return Evaluation(loss, perplexity(loss), weights, size, speed)

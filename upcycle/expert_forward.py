@@ -3,17 +3,26 @@
 What transformers' `eager` does for each expert in turn (find its tokens, gather them, scatter what they give) is done here once for all: the tokens
 are sorted by expert and gathered, each expert multiplies its own rows, and one sum brings them back. And its `gate_up_proj[expert]` costs, in the
 backward pass, a tensor of zeros as large as all experts together for every expert; `unbind` costs one for all.
+
+Of an expert's inner values, the largest of a layer, the least is kept for the backward pass: what its first product gives where its weights learn,
+and only what it reads where they are frozen, which then costs that product once more in place of the gradients of weights.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from upcycle.products import product
+
 NAME = "dense2moe_sorted"
+LOW_RANK = "dense2moe_low_rank"
+"""An attribute of experts: by the name of a stack of matrices, what gives the factors of their updates and the scale; where they are not merged."""
 
 
 def sorted_experts_forward(experts: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
@@ -27,10 +36,46 @@ def sorted_experts_forward(experts: Any, hidden: torch.Tensor, top_k_index: torc
     counts = top_k_index.flatten().bincount(minlength=experts.num_experts).tolist()
     tokens = order // top_k_index.shape[1]
     parts = hidden.index_select(0, tokens).split(counts)
-    weights = zip(experts.gate_up_proj.unbind(0), experts.down_proj.unbind(0), strict=True)
-    given = [F.linear(experts._apply_gate(F.linear(part, up)), down) for part, (up, down) in zip(parts, weights, strict=True) if len(part)]
+    weights = zip(_matrices(experts, "gate_up_proj"), _matrices(experts, "down_proj"), strict=True)
+    given = [_run_expert(experts, part, up, down) for part, (up, down) in zip(parts, weights, strict=True) if len(part)]
     weighted = torch.cat(given) * top_k_weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(hidden).index_add(0, tokens, weighted.to(hidden.dtype))
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """An expert's matrix [out, in], and its low-rank update: factors [rank, in] and [out, rank], float32, and the scale of their product."""
+
+    weight: torch.Tensor
+    update: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+    @property
+    def learns(self) -> bool:
+        return self.weight.requires_grad
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found = product(x, self.weight)
+        if self.update is None:
+            return found
+        first, second, scale = self.update
+        return found + F.linear(F.linear(x, first), second).to(found.dtype) * scale
+
+
+def _matrices(experts: Any, name: str) -> list[_Matrix]:
+    weights = getattr(experts, name).unbind(0)
+    factors = getattr(experts, LOW_RANK, {}).get(name)
+    if factors is None:
+        return [_Matrix(weight) for weight in weights]
+    first, second, scale = factors()
+    return [_Matrix(weight, (a, b, scale)) for weight, a, b in zip(weights, first, second, strict=True)]
+
+
+def _run_expert(experts: Any, part: torch.Tensor, up: _Matrix, down: _Matrix) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return down(experts._apply_gate(up(part)))
+    if up.learns or down.learns:
+        return cast(torch.Tensor, checkpoint(lambda inner: down(experts._apply_gate(inner)), up(part), use_reentrant=False))
+    return down(cast(torch.Tensor, checkpoint(lambda x: experts._apply_gate(up(x)), part, use_reentrant=False)))
 
 
 def use_sorted_experts(model: Any) -> None:

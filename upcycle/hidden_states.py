@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from upcycle.checkpoint import open_checkpoint
 from upcycle.config import Domain, RouterConfig, UpcycleConfig
-from upcycle.data import match_files
+from upcycle.data import match_files, read_file
 from upcycle.errors import UpcycleError
 from upcycle.experts import seeded_generator
 from upcycle.layerwise import pad_left, real_tokens, run_layers
@@ -106,10 +106,7 @@ def _read_sequences(source: Path, settings: RouterConfig, blocks: torch.Tensor, 
 def _read_domain(domain: Domain, number: int, base: Path) -> list[str]:
     texts = list(domain.prompts)
     for file in match_files(domain.files, base, f"upcycle.router.domains[{number}].files"):
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise UpcycleError(f"{file}: not UTF-8 at byte {error.start}; convert it") from error
+        text = "".join(read_file(file))
         if not text.strip():  # a tokenizer's own <s> would be all of the domain
             raise UpcycleError(f"{file}: has no text; upcycle.router.domains[{number}].files must be files with text; fill it or leave it out")
         texts.append(text)

@@ -154,7 +154,7 @@ class UpcyclePlan:
 
     @property
     def bitwise_at_zero(self) -> bool:
-        """Whether it does so bit for bit, where torch's activation allows it: one half of one number and one half of it again are the number."""
+        """Whether it does so bit for bit, where torch's activation allows it: ½x + ½x = x, unless ½x is smaller than the dtype's normal numbers."""
         plain = self.settings.experts.kind == "copies" and self.settings.shared_expert != "half"
         return self.keeps_function_at_zero and plain and self.settings.num_experts_per_tok <= 2 and self.conversion.zero_router == "bitwise"
 

@@ -25,6 +25,12 @@ def join_processes() -> PartialState:
     return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
 
 
+def have_group() -> bool:
+    """Whether a launcher began this process, which then belongs to a group; one it began alone is a group too."""
+    join_processes()
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def leave_processes() -> None:
     """Part from the others when all have come to an end: one that is gone while another still listens takes that one down.
 

@@ -11,6 +11,7 @@ import torch
 
 from upcycle.checkpoint import DTYPES, Checkpoint, copy_companions, open_checkpoint, read_chunks
 from upcycle.config import UpcycleConfig
+from upcycle.config_files import save_config
 from upcycle.errors import UpcycleError
 from upcycle.experts import Moments, add_noise, choose_neurons, measure_moments, redraw_neurons, seeded_generator
 from upcycle.family import AddOne, MultiplyByRootOfWidth
@@ -18,7 +19,6 @@ from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, SelectionBias, 
 from upcycle.progress import Progress
 from upcycle.router import draw_router
 from upcycle.shards import Content, Span, read_span, write_tensors
-from upcycle.target import add_alias_fields
 
 GivenRouters = Mapping[int, torch.Tensor]
 """Router rows read from hidden states, float32 [rows, hidden] for each FFN that becomes experts, by its number."""
@@ -37,8 +37,7 @@ def upcycle(source: Path, output: Path, config: UpcycleConfig, seed: int, progre
     checkpoint = open_checkpoint(source)
     plan = plan_upcycle(checkpoint, config)
     surgeon = _Surgeon(checkpoint, plan, seed, routers or {})
-    plan.target_config.save_pretrained(output)
-    add_alias_fields(output)
+    save_config(plan.target_config, output)
     copy_companions(source, output)
     specs = [write.spec for write in plan.writes]
     contents = ((write.spec.name, surgeon.make(write)) for write in plan.writes)

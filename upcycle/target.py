@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
-
-from upcycle.checkpoint import CONFIG_NAME
 
 
 @dataclass(frozen=True)
@@ -51,8 +47,8 @@ class SharedNames:
 class MoeTarget:
     """One mixture-of-experts architecture of transformers.
 
-    `fixed` are config fields whose value does not depend on the source; `alias_fields` are json keys that other readers look for beside the ones that
-    transformers writes. `top_1`: each token visits one expert, whose output is multiplied by its probability. `partial_layers`: "last" are those
+    `fixed` are config fields whose value does not depend on the source. `top_1`: each token visits one expert, whose output is multiplied by its
+    probability. `partial_layers`: "last" are those
     behind the first few.
     """
 
@@ -65,7 +61,6 @@ class MoeTarget:
     fixed: Mapping[str, Any]
     partial_layers: Literal["none", "list", "step", "last"] = "none"
     shared: SharedNames | None = None
-    alias_fields: Mapping[str, str] = field(default_factory=dict)
     top_1: bool = False
     min_experts: int = 1
 
@@ -133,7 +128,6 @@ QWEN3_MOE = MoeTarget(
     width_field="moe_intermediate_size",
     fixed={"norm_topk_prob": True, "decoder_sparse_step": 1},
     partial_layers="list",
-    alias_fields={"num_experts": "num_local_experts"},
 )
 GRANITE_MOE = MoeTarget(
     model_type="granitemoe",
@@ -218,15 +212,3 @@ SWITCH_TRANSFORMERS = MoeTarget(
     partial_layers="step",
     top_1=True,
 )
-
-TARGETS = (MIXTRAL, QWEN2_MOE, QWEN3_MOE, GRANITE_MOE, GRANITE_MOE_SHARED, GLM4_MOE, FLEX_OLMO, SWITCH_TRANSFORMERS)
-
-
-def add_alias_fields(directory: Path) -> None:
-    """Write values of the config.json that transformers saved in `directory` under the keys that other readers look for too; see `alias_fields`."""
-    path = directory / CONFIG_NAME
-    values = json.loads(path.read_text(encoding="utf-8"))
-    aliases = next((target.alias_fields for target in TARGETS if target.model_type == values["model_type"]), {})
-    if aliases:
-        values |= {alias: values[name] for alias, name in aliases.items()}
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,10 +1,15 @@
-"""What of a model learns, and at which rate."""
+"""Which parameters train, and their learning rates.
+
+A plan of names and shapes comes first, then the model is changed, then what learns is compared with the plan: libraries between us and the model
+rename, merge and skip without a word.
+"""
 
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,7 +18,7 @@ from transformers import PreTrainedModel
 
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError
-from upcycle.prompt import add_prompt
+from upcycle.prompt import PARAMETER, add_prompt
 from upcycle.receipt import router_modules, router_weights
 
 Named = Iterator[tuple[str, nn.Parameter]]
@@ -24,39 +29,105 @@ _EXPERT_PARTS = (
     ".shared_experts.",
     ".shared_mlp.",
 )  # of every target: the routed ones, and those that every token visits
+_SHARED_GATE = ".shared_expert_gate."  # Qwen2-MoE scales the shared expert's output for each token; it learns as routers do
 
 
-def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Callable[[], None]:
-    """Let only what `settings.train` names learn; returns what to call after training, which merges low-rank updates into the weights.
+@dataclass(frozen=True)
+class Learning:
+    """What is to learn, by name in memory: whole parameters, and matrices that get low-rank updates.
+
+    low_rank: of each matrix the shape (number of matrices stacked in it, rows, columns). Each of the stacked gets `rank`, multiplied by alpha / rank.
+    """
+
+    whole: frozenset[str]
+    low_rank: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    rank: int = 0
+    alpha: int = 0
+
+
+def choose_trainable(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Callable[[bool], None]:
+    """Let only what `settings.train` names learn; returns what to call after training.
+
+    Called with True it merges low-rank updates into the weights, with False it takes them off, so that the weights have the bits that they had.
 
     A dense model, the control of a mixture whose layers `sparse_layers` have experts, learns what corresponds: the FFNs of those layers for the
     experts, and everything for the routers, which it does not have.
 
     Raises:
-        UpcycleError: `last-N` asks for more layers than there are.
+        UpcycleError: `last-N` asks for more layers than there are, or something else would learn than what is meant.
+    """
+    planned = plan_learning(model, settings, sparse_layers)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if PARAMETER in planned.whole:
+        add_prompt(model, settings.prompt_tokens)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in planned.whole)
+    finish = _add_low_rank(model, planned) if planned.low_rank else lambda _: None
+    _check_learning(model, planned, names, settings.train)
+    return finish
+
+
+def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Learning:
+    """What of a model learns by `settings.train`, from names and shapes alone; a model without weights will do.
+
+    Raises:
+        UpcycleError: `last-N` asks for more layers than there are, or a layer with experts has none by the names that this module knows.
     """
     routers = {id(weight) for weight in router_weights(model)}
+    named = {name: parameter for name, parameter in model.named_parameters() if _has_gradient(model, name, parameter)}
+    router_names = {name for name, parameter in named.items() if id(parameter) in routers}
+    gates = router_names | {name for name in named if _SHARED_GATE in name}
+    experts = {name for name, _ in expert_parameters(model, sparse_layers)} & named.keys()
     num_layers = model.config.num_hidden_layers
-    learning: set[int]
+    if routers:
+        _check_found(experts, router_names, sparse_layers)
     match settings.train:
         case "all":
-            learning = {id(p) for p in model.parameters()}
+            whole = set(named)
         case "experts":
-            learning = {id(p) for _, p in expert_parameters(model, sparse_layers)} | routers
+            whole = experts | gates
         case "router":
-            learning = routers or {id(p) for p in model.parameters()}
+            whole = gates or set(named)
         case "lora":
-            return _add_lora(model, settings, routers)
+            whole = gates
         case "prompt":
-            learning = {id(add_prompt(model, settings.prompt_tokens))}
+            return Learning(frozenset({PARAMETER}))
         case last:
             count = count_last_layers(last, num_layers)
-            learning = {id(p) for name, p in model.named_parameters() if _layer_of(name, num_layers) >= num_layers - count}
+            whole = {name for name in named if _layer_of(name, num_layers) >= num_layers - count}
     if settings.routing == "by-domain":
-        learning -= routers
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in learning and parameter.numel() > 0)  # FSDP has no gradient of width 0
-    return lambda: None
+        whole = whole - router_names
+    if settings.train != "lora":
+        return Learning(frozenset(whole))
+    return Learning(frozenset(whole), _low_rank_shapes(model, named.keys() - gates), settings.lora_rank, settings.lora_alpha)
+
+
+def _has_gradient(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has anything to learn: not with a width of 0, where FSDP fails, nor as the gate of a shared expert of width 0."""
+    if _SHARED_GATE in name:
+        block: Any = model.get_submodule(name.partition(_SHARED_GATE)[0])
+        return any(weight.numel() for weight in block.shared_expert.parameters())
+    return parameter.numel() > 0
+
+
+def _check_found(experts: set[str], routers: set[str], sparse_layers: tuple[int, ...]) -> None:
+    for what, names in (("experts", experts), ("a router", routers)):
+        if missing := set(sparse_layers) - {_layer_of(name, -1) for name in names}:
+            raise UpcycleError(
+                f"finetune: layers {sorted(missing)} are to have experts, and no parameter in them is named as {what} of a known architecture; "
+                "this version of transformers names them otherwise: install the versions of constraints.txt"
+            )
+
+
+def _low_rank_shapes(model: PreTrainedModel, names: AbstractSet[str]) -> dict[str, tuple[int, int, int]]:
+    """Those of `names` that are matrices of a linear layer or of a layer's experts, between the embeddings."""
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name in names and ".layers." in name and (name in linear or (".experts." in name and parameter.ndim == 3)):
+            rows, columns = parameter.shape[-2:]
+            found[name] = (parameter.numel() // (rows * columns), rows, columns)
+    return found
 
 
 def count_last_layers(train: str, num_layers: int) -> int:
@@ -88,8 +159,11 @@ def _layer_of(name: str, num_layers: int) -> int:
 
 
 def parameter_groups(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> list[dict[str, Any]]:
-    """AdamW's groups of what learns: routers (own rate, no decay), experts (own rate), the rest; norms and biases have no decay."""
-    routers = {id(weight) for weight in router_weights(model)}
+    """AdamW's groups of what learns: routers and gates of shared experts (own rate, no decay), experts (own rate), the rest.
+
+    Norms and biases have no decay.
+    """
+    routers = {id(weight) for weight in router_weights(model)} | {id(p) for name, p in model.named_parameters() if _SHARED_GATE in name}
     experts = {id(p) for _, p in expert_parameters(model, sparse_layers)}
     rates = {
         "routers": settings.router_learning_rate,
@@ -107,27 +181,78 @@ def parameter_groups(model: PreTrainedModel, settings: FinetuneConfig, sparse_la
     ]
 
 
-def _add_lora(model: PreTrainedModel, settings: FinetuneConfig, routers: set[int]) -> Callable[[], None]:
-    """Low-rank updates (Hu et al. 2021) of every linear layer and of each expert's matrices, by peft; routers learn whole.
+def _add_low_rank(model: PreTrainedModel, planned: Learning) -> Callable[[bool], None]:
+    """Give matrices low-rank updates (Hu et al. 2021) by peft; returns what merges them into the weights, or takes them off.
 
-    Experts are parameters of three dimensions and no linear layers, which peft leaves out unless they are named.
+    Experts are parameters of three dimensions and no linear layers, which peft leaves out unless they are named. peft is given the list of layers and
+    not the model: of a model of transformers it rewrites targets that end as the experts of an older version did, so that linear layers called
+    `gate_proj` lose their updates and experts get two ranks in one (peft 0.21, `_convert_peft_config_moe`).
     """
     import peft  # slow to import, and only this needs it
 
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module.weight.numel() and ".layers." in name]
-    stacked = sorted({".".join(name.split(".")[-2:]) for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3})
-    config = peft.LoraConfig(r=settings.lora_rank, lora_alpha=settings.lora_alpha, target_modules=linear, target_parameters=stacked or None)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-        adapted = peft.get_peft_model(model, config)
-    for parameter in model.parameters():
-        if id(parameter) in routers:
-            parameter.requires_grad_(settings.routing == "learned")
+    layers: Any = model.get_decoder().layers
+    names = {id(parameter): name for name, parameter in layers.named_parameters()}
+    wanted = {name: names[id(parameter)] for name, parameter in model.named_parameters() if name in planned.low_rank}
+    stacked = sorted(inner for name, inner in wanted.items() if not name.endswith(".weight"))
+    linear = sorted(inner.removesuffix(".weight") for name, inner in wanted.items() if name.endswith(".weight"))
+    kept = {id(parameter) for parameter in layers.parameters() if parameter.requires_grad}
+    config = peft.LoraConfig(r=planned.rank, lora_alpha=planned.alpha, target_modules=linear, target_parameters=stacked or None)
+    adapted = peft.LoraModel(layers, config, "default")
+    for parameter in layers.parameters():
+        if id(parameter) in kept:  # peft has frozen all but its own
+            parameter.requires_grad_(True)
 
-    def merge() -> None:
-        adapted.merge_and_unload()
+    def finish(learned: bool) -> None:
+        if learned:
+            adapted.merge_and_unload()
+        else:
+            adapted.unload()
 
-    return merge
+    return finish
+
+
+def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[int, str], train: str) -> None:
+    """Compare what learns with what is meant to: names, ranks, shapes and scales. `names`: by identity, what parameters were called before.
+
+    Raises:
+        UpcycleError: something is missing, too much, or of another size.
+    """
+    updates, adapters = _read_updates(model, names)
+    expected: dict[str, Any] = {
+        name: ((planned.rank * count, columns), (rows, planned.rank * count), planned.alpha / planned.rank)
+        for name, (count, rows, columns) in planned.low_rank.items()
+    }
+    expected |= dict.fromkeys(planned.whole, "whole")
+    found: dict[str, Any] = {
+        names.get(id(parameter), name): "whole"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapters
+    }
+    found |= updates
+    if found != expected:
+        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        told = "; ".join(f"{name}: {found.get(name, 'nothing')} learns, {expected.get(name, 'nothing')} was meant" for name in wrong[:3])
+        raise UpcycleError(
+            f"finetune: train is '{train}', and {len(wrong)} parameters would not learn as meant ({told}); "
+            "peft or transformers did something else than asked: install the versions of constraints.txt, or choose another finetune.train"
+        )
+
+
+def _read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict[str, Any], set[int]]:
+    """Shapes of both factors and the scale of each matrix's low-rank update, as peft made it; and the identities of the factors that learn."""
+    updates: dict[str, Any] = {}
+    adapters: set[int] = set()
+    for module in model.modules():
+        if (factors := getattr(module, "lora_A", None)) is None:
+            continue
+        layer: Any = module
+        matrix = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
+        for adapter in factors:
+            pair = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+            shapes = tuple(tuple(factor.shape) if factor.requires_grad else () for factor in pair)
+            updates[names.get(id(matrix), "an unknown matrix")] = (*shapes, layer.scaling[adapter])
+            adapters |= {id(factor) for factor in pair}
+    return updates, adapters
 
 
 def stacked_weights(experts: Any) -> torch.Tensor:

@@ -4,14 +4,17 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
 
 1. The order of the blocks is one list for the whole stage, drawn from the seed, so that it depends neither on the number of processes nor on where
    a killed run is taken up.
-2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it.
+2. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it and however many parts it is computed in.
+   Its gradient in one part needs the load of those to come (a product of two means is no sum over parts), so a step of several parts begins with a
+   forward pass of all of them without gradients, which only counts: about a quarter more time, and only where the loss has a weight.
 3. Where a gate has a selection bias and its router learns, each step ends by moving the bias against the load of all its tokens: of all parts, of
    all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds it. In a stage in which a router does not learn (`prompt`,
    `by-domain`, the first layers of `last-N`) its bias stays: it belongs to the scores that it was balanced for.
 4. A checkpoint holds what learns and these biases, by their names in memory. The Trainer's own loses experts and routers when it is loaded: it looks
    for the names in memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written
    last; older ones go after that.
-5. Whatever ends a stage early is one line that says where its last checkpoint is.
+5. The start is a candidate too: it is looked at before the first step, and what learns is kept as it was until a look is better.
+6. Whatever ends a stage early is one line that says where its last checkpoint is.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ import os
 import random
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,11 +42,12 @@ from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_counts, expert_load, move_bias, z_loss
+from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_counts, expert_load, mean_scores, move_bias, z_loss
 from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
+from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
@@ -59,14 +63,16 @@ _MIN_LR_SHARE = 0.1  # the cosine ends here, as in Llama's and OLMoE's recipes
 _WEIGHTS_NAME = "learning.safetensors"
 _SECONDS_NAME = "seconds.json"
 _HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut off
+_START_NAME = "start"  # beside the checkpoints: what learns, before the first step
 
 
 @dataclass(frozen=True)
 class Stage:
     """One stage of one model's training: its settings, the blocks of each step in order, and where it stands in the whole.
 
-    blocks: token ids, int64 [steps * batch_size, block_size]; domains: the domain of each, int64 [steps * batch_size]. validation and
-    validation_domains: the same, held out.
+    blocks: token ids, int64 [blocks, block_size]; domains: the domain of each, int64 [blocks]. order: the places of the blocks in the order in which
+    they are met, as many as steps * batch_size; their own order where there is none. validation and validation_domains: as blocks, held out. dtype:
+    what the weights are rounded to in the end.
     """
 
     model: str
@@ -82,16 +88,23 @@ class Stage:
     sparse_layers: tuple[int, ...]
     precision: str
     seed: int
+    order: Sequence[int] | None = None
+    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left besides the weights: the history, the step whose weights were kept, the last step, and the seconds in steps."""
+    """What training left besides the weights: the history, the step whose weights were kept, the last step, and the seconds in steps.
+
+    The step is the one before the first where no look was better than the start. `compute_seconds` are the processor's, of all threads, so that
+    they do not grow with what else the machine does; where a GPU computes, the clock's.
+    """
 
     history: tuple[Step, ...]
     best_step: int
     last_step: int
     seconds: float
+    compute_seconds: float
 
 
 def run_stage(
@@ -110,6 +123,11 @@ def run_stage(
         finish = choose_trainable(model, stage.settings, stage.sparse_layers)
         if next(router_modules(model), None) is not None:
             use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
+        if is_divided():  # FSDP takes one dtype alone
+            cast(Any, model).float()
+        else:
+            use_low_rank(model)
+            keep_narrow(model)
         trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
         last = _last_checkpoint(scratch.absolute())
         if last is not None:
@@ -121,10 +139,13 @@ def run_stage(
                 trainer.train(resume_from_checkpoint=None if last is None else str(last))
         if trainer.is_fsdp_enabled:
             collect_model(model)
+        watch = trainer.watch
         if not trainer.is_fsdp_enabled or join_processes().is_main_process:
-            finish()
-    watch = trainer.watch
-    return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds)
+            if learned := watch.best_step > stage.first_step:
+                merge_low_rank(model, stage.dtype)
+            finish(learned)
+        narrow(model, stage.dtype, stage.model)
+    return Trained(tuple(watch.history), watch.best_step, watch.history[-1].step, watch.seconds, watch.compute_seconds)
 
 
 @contextmanager
@@ -231,14 +252,15 @@ def _routing(trainer: _StageTrainer) -> Iterator[None]:
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, blocks: torch.Tensor, domains: torch.Tensor) -> None:
-        self.blocks, self.domains = blocks, domains
+    def __init__(self, blocks: torch.Tensor, domains: torch.Tensor, order: Sequence[int] | None = None) -> None:
+        self.blocks, self.domains, self.order = blocks, domains, range(len(blocks)) if order is None else order
 
     def __len__(self) -> int:
-        return len(self.blocks)
+        return len(self.order)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[index], "domains": self.domains[index]}
+        place = int(self.order[index])
+        return {"input_ids": self.blocks[place], "domains": self.domains[place]}
 
 
 class _StageTrainer(Trainer):
@@ -252,6 +274,9 @@ class _StageTrainer(Trainer):
         self.router_logits: list[torch.Tensor] = []
         self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
+        self.step_parts: list[dict[str, Any]] = []
+        self.step_load: torch.Tensor | None = None  # of the whole step, where it has several parts and its balance has a weight
+        self.shares: list[tuple[torch.Tensor, torch.Tensor]] = []  # each part's loads and mean scores, where only their history is wanted
         self.counts: dict[int, torch.Tensor] = {}  # of the step so far, by the number of the router
         self.parts: dict[str, list[torch.Tensor]] = {}
         self.loads: list[torch.Tensor] = []
@@ -259,7 +284,7 @@ class _StageTrainer(Trainer):
         super().__init__(
             model=model,
             args=_arguments(stage, scratch),
-            train_dataset=_Blocks(stage.blocks, stage.domains),
+            train_dataset=_Blocks(stage.blocks, stage.domains, stage.order),
             eval_dataset=_Blocks(stage.validation, stage.validation_domains),
         )
         self.model_accepts_loss_kwargs = False
@@ -274,13 +299,34 @@ class _StageTrainer(Trainer):
         if self.is_fsdp_enabled:
             divide_by(self.accelerator)
 
+    def get_batch_samples(self, *arguments: Any) -> Any:
+        """Remember the parts of the step that begins."""
+        samples = super().get_batch_samples(*arguments)
+        self.step_parts, self.step_load = samples[0], None
+        return samples
+
+    def _count_ahead(self, model: Any) -> torch.Tensor:
+        """The load of a step before its first part, with the random numbers that its parts will draw; [layers, num_experts]."""
+        loads = []
+        with torch.no_grad(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            for part in self.step_parts:
+                self.router_logits.clear()
+                ids = cast(Any, self)._prepare_inputs(part)["input_ids"]
+                run_with_prompt(partial(model, logits_to_keep=1), self.mixture, ids, get_prompt(self.mixture))
+                self.routing = tuple(self.router_logits)
+                loads.append(self._measure_load((None,) * len(self.routing)))
+        return torch.stack(loads).mean(0)
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: torch.Tensor | int | None = None
     ) -> Any:
         """The next token's loss and the divergence from the teacher, mixed; plus each layer's balance loss and z-loss, as means over layers."""
         ids, settings = inputs["input_ids"], self.stage.settings
-        self.router_logits.clear()
         self.forced = self._experts_of(inputs["domains"])
+        in_parts = len(self.step_parts) > 1
+        if self.num_experts and self.forced is None and in_parts and settings.balance_coefficient and self.step_load is None:
+            self.step_load = self._count_ahead(model)
+        self.router_logits.clear()
         logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
         for number, bias in self._moving_biases().items():
@@ -296,7 +342,10 @@ class _StageTrainer(Trainer):
         if self.routing:
             self.loads.append(self._measure_load(selection_biases(self.mixture)))
         if self.routing and self.forced is None:
-            loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
+            if settings.balance_coefficient or not in_parts:
+                loss = loss + settings.balance_coefficient * self._note("balance_loss", self._balance())
+            else:
+                self.shares.append(self._share())
             if settings.z_coefficient:
                 loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
@@ -324,10 +373,16 @@ class _StageTrainer(Trainer):
         return torch.stack(loads).mean(0)
 
     def _balance(self) -> torch.Tensor:
-        """Mean over layers of each layer's balance loss, with the load of all processes."""
+        """Mean over layers of each layer's balance loss, with the load of all processes and parts."""
         top_k, biases = self.mixture.config.num_experts_per_tok, tuple(selection_biases(self.mixture))
-        loads = self.loads[-1] if all(bias is None for bias in biases) else self._measure_load((None,) * len(biases))
+        loads = self._measure_load((None,) * len(biases)) if self.step_load is None else self.step_load
         return torch.stack([balance_loss(z, top_k, load, bias) for z, load, bias in zip(self.routing, loads, biases, strict=True)]).mean()
+
+    def _share(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a part adds to a balance loss that is only watched: loads over all processes and its mean scores, [layers, num_experts] each."""
+        biases = tuple(selection_biases(self.mixture))
+        scores = [mean_scores(z.detach(), bias) for z, bias in zip(self.routing, biases, strict=True)]
+        return self._measure_load((None,) * len(biases)), torch.stack(scores)
 
     def _moving_biases(self) -> dict[int, torch.Tensor]:
         """By the number of the router, the selection biases that move: those of routers that learn."""
@@ -336,8 +391,12 @@ class _StageTrainer(Trainer):
         pairs = enumerate(zip(router_weights(self.mixture), selection_biases(self.mixture), strict=True))
         return {number: bias for number, (weight, bias) in pairs if bias is not None and weight.requires_grad}
 
-    def move_biases(self) -> None:
-        """End a step: move every selection bias by the tokens counted since the last one."""
+    def end_step(self) -> None:
+        """Note the balance of parts that only watched it, and move every selection bias by the tokens counted since the last step."""
+        if self.shares:
+            loads, scores = (torch.stack(each).mean(0) for each in zip(*self.shares, strict=True))
+            self._note("balance_loss", loads.shape[-1] * (loads * scores).sum(-1).mean())
+            self.shares = []
         for number, bias in self._moving_biases().items():
             counts = self.counts.pop(number)
             if join_processes().num_processes > 1:
@@ -458,7 +517,7 @@ def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation_steps // join_processes().num_processes,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         **(checkpointing if settings.gradient_checkpointing else {}),
-        max_grad_norm=settings.max_grad_norm,
+        max_grad_norm=settings.max_grad_norm or 0.0,  # which clips none
         bf16=stage.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
         seed=stage.seed,
@@ -489,18 +548,19 @@ class _Watch(TrainerCallback):
         self.trainer, self.scratch, self.progress, self.patience = trainer, scratch, progress, patience
         self.writer = _open_events(events) if events is not None and trainer.is_world_process_zero() else None
         self.history: list[Step] = []
-        self.seconds = 0.0
-        self.began = 0.0
+        self.seconds = self.compute_seconds = 0.0
+        self.began = self.began_computing = 0.0
 
     @property
     def best_step(self) -> int:
-        """The step, counted over all stages, with the lowest validation loss; the first of equals."""
+        """The step, counted over all stages, with the lowest validation loss; the first of equals, and so the start before all."""
         looks = [step for step in self.history if step.validation_loss is not None]
         return min(looks, key=lambda step: cast(float, step.validation_loss)).step
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is, which is counted over all stages."""
-        return self.scratch / f"checkpoint-{step - self.trainer.stage.first_step}"
+        done = step - self.trainer.stage.first_step
+        return self.scratch / (f"checkpoint-{done}" if done else _START_NAME)
 
     @property
     def patience_is_over(self) -> bool:
@@ -511,16 +571,24 @@ class _Watch(TrainerCallback):
     def take_up(self, checkpoint: Path) -> None:
         """Go on from what a checkpoint has told."""
         self.history = list(read_history(checkpoint / _HISTORY_NAME))
-        self.seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
+        self.seconds, self.compute_seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if not self.history:
+            self.trainer.save_model(str(self.scratch / _START_NAME))
+            self.trainer.evaluate()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.began = _now()
+        self.began_computing = time.process_time()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.move_biases()
+        self.trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.seconds += _now() - self.began
+        seconds = _now() - self.began
+        self.seconds += seconds
+        self.compute_seconds += seconds if torch.cuda.is_available() else time.process_time() - self.began_computing
         if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
             # What is logged at a checkpoint is complete there; and the last weights are a candidate too.
             control.should_log = control.should_evaluate = control.should_save = True
@@ -538,6 +606,11 @@ class _Watch(TrainerCallback):
         stage = self.trainer.stage
         for value in (*parts.values(), validation):
             if value is not None and not math.isfinite(value):
+                if state.global_step == 0:
+                    raise UpcycleError(
+                        f"finetune: the validation loss of {stage.model} is {value} before the first step of a stage; it must be finite; "
+                        "set finetune.precision: float32, or look for values in the checkpoint that overflow"
+                    )
                 raise UpcycleError(
                     f"finetune: the loss of {stage.model} is {value} at step {stage.first_step + state.global_step}; lower finetune.learning_rate"
                     f"{_where_kept(self.scratch)}"
@@ -568,9 +641,9 @@ class _Watch(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             checkpoint, best = self.checkpoint(self.trainer.stage.first_step + state.global_step), self.checkpoint(self.best_step)
-            write_whole(checkpoint / _SECONDS_NAME, json.dumps(self.seconds))
+            write_whole(checkpoint / _SECONDS_NAME, json.dumps([self.seconds, self.compute_seconds]))
             write_history(checkpoint / _HISTORY_NAME, self.history)
-            for folder in set(self.scratch.glob("checkpoint-*")) - {checkpoint, best}:
+            for folder in {*self.scratch.glob("checkpoint-*"), self.scratch / _START_NAME} - {checkpoint, best}:
                 shutil.rmtree(folder, ignore_errors=True)
 
 

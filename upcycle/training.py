@@ -6,33 +6,36 @@ checkpoints. The weights that come out are the same, bit for bit on one machine'
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, overload
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from upcycle.balance import expert_load
 from upcycle.checkpoint import copy_companions
 from upcycle.config import FinetuneConfig
+from upcycle.config_files import complete_config
 from upcycle.data import read_blocks, read_domains
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
+from upcycle.frozen import load_frozen, load_stored, stored_dtype
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
-from upcycle.receipt import load_model, router_modules, router_weights, selection_biases, sparse_layers
-from upcycle.target import add_alias_fields
+from upcycle.receipt import router_modules, router_weights, selection_biases, sparse_layers
 from upcycle.trainable import count_last_layers
 from upcycle.trainer import Stage, Trained, check_settings, run_stage
 
@@ -40,6 +43,8 @@ CONTROL_DIRECTORY = "control"
 EQUAL_TIME_DIRECTORY = "control-equal-time"
 EVENTS_DIRECTORY = "tensorboard"
 HISTORY_NAME = "history.jsonl"
+_GRADIENT_BLOCKS = 2  # that the routers' task gradient is measured on
+_MAX_REPEATS = 16  # more copies of a block in one step are a slip of the pen
 _STAGE_NAME = "stage.json"  # written last: a stage without it is not finished
 
 
@@ -58,18 +63,24 @@ class DomainRouting:
 
 @dataclass(frozen=True)
 class FinetuneFacts:
-    """What fine-tuning did: held-out figures of each model, the history, which step was kept, and the steps and seconds of training."""
+    """What fine-tuning did: held-out figures of each model, the history, which step was kept, and the steps and seconds of training.
+
+    Of `best_steps`, 0 is the start: no look at the validation split was better, and the weights are as they were. Without fine-tuning there are the
+    figures of the dense and the upcycled model alone, no precision and no gradient. `compute_seconds` are the processor's, of all threads, or the
+    clock's where a GPU computes: by them the control of equal time gets its steps, since the clock also counts what else the machine does.
+    """
 
     evaluations: dict[str, Evaluation]
     history: tuple[Step, ...]
     best_steps: dict[str, int]
     num_steps: dict[str, int]
     seconds: dict[str, float]
-    precision: str
-    router_task_gradient: float
+    precision: str | None
+    router_task_gradient: float | None
     domains: DomainRouting | None = None
     sparse_layers: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    compute_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -85,7 +96,9 @@ class Job:
 def finetune(
     dense: Path, mixture: Path, data: Path, output: Path, config: FinetuneConfig, seed: int, progress: Progress, scratch: Path
 ) -> FinetuneFacts:
-    """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output` in float32.
+    """Fine-tune the checkpoint in `mixture` on the blocks in `data`; writes the best weights (by validation loss) to `output`.
+
+    The weights that training starts from are among those looked at, so what only harms leaves them as they are, with a warning.
 
     With `config.control` the checkpoint in `dense` is continued twice, on the same batches in the same order: for the same steps, into
     `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The history goes to `output/history.jsonl`. What a
@@ -99,14 +112,19 @@ def finetune(
     """
     shape = _without_weights(mixture)
     check_finetune(config, shape.config.num_hidden_layers)
-    stages, (domains, _) = config.resolve_stages(), read_domains(data, "train")
+    stages, (domains, of_blocks) = config.resolve_stages(), read_domains(data, "train")
+    if config.batch_size > _MAX_REPEATS * len(of_blocks):
+        raise UpcycleError(
+            f"finetune.batch_size is {config.batch_size}; it must be at most {_MAX_REPEATS * len(of_blocks)}, {_MAX_REPEATS} times the blocks of the "
+            "training split; lower it, or give more text"
+        )
     for settings in stages:
         check_settings(shape, settings, len(domains))
     precision = _precision(config)
     test = read_blocks(data, "test")
     evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
     train = read_blocks(data, "train")
-    gradient = on_main(lambda: _router_task_gradient(mixture, train[: min(8, config.batch_size)]))
+    gradient = on_main(lambda: _router_task_gradient(mixture, train[:_GRADIENT_BLOCKS]))
     trained: dict[str, Trained] = {}
     for job in _jobs(dense, mixture, output, config, trained):
         trained[job.name] = train_model(
@@ -126,8 +144,19 @@ def finetune(
         gradient,
         on_main(lambda: measure_domains(output, data)),
         sparse_layers(shape),
-        tuple(_warnings(history, gradient, stages[-1])),
+        (*_harm(trained, evaluations), *_warnings(history, gradient, stages[-1])),
+        {name: each.compute_seconds for name, each in trained.items()},
     )
+
+
+def measure_untrained(dense: Path, mixture: Path, data: Path, output: Path, progress: Progress) -> FinetuneFacts:
+    """The facts of a run without fine-tuning: held-out figures of the dense model and of the mixture, and an empty history in `output`."""
+    test = read_blocks(data, "test")
+    evaluations = on_main(lambda: {"dense": evaluate(dense, test, "dense", progress), "upcycled": evaluate(mixture, test, "upcycled", progress)})
+    if join_processes().is_main_process:
+        write_history(output / HISTORY_NAME, ())
+    domains = on_main(lambda: measure_domains(mixture, data))
+    return FinetuneFacts(evaluations, (), {}, {}, {}, None, None, domains, sparse_layers(_without_weights(mixture)))
 
 
 def _jobs(dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[str, Trained]) -> Iterator[Job]:
@@ -163,16 +192,45 @@ def _precision(config: FinetuneConfig) -> str:
 
 
 def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
-    """Norm of the next-token loss's gradient in the routers, relative to that in all weights.
+    """Norm of the next-token loss's gradient in the routers, relative to that in all weights, on a few blocks of token ids [B, S].
 
     About zero (1e-9) while experts are equal and weights are renormalized: the router then learns from the balance loss alone, until the
-    experts have come apart.
+    experts have come apart. Each layer is computed a second time in the backward pass, and each weight's gradient is let go when it is squared: in
+    memory are the weights as stored, one layer's inner values, and the gradient of one weight.
     """
-    model = load_model(mixture, torch.float32)
+    model = load_frozen(mixture)
+    routers = {id(weight) for weight in router_weights(model)}
+    squares = {True: 0.0, False: 0.0}
+
+    def let_go(parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        squares[id(parameter) in routers] += float(parameter.grad.float().square().sum())
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.numel():
+            parameter.requires_grad_().register_post_accumulate_grad_hook(let_go)
+    layers: Any = model.get_decoder()
+    for layer in layers.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     next_token_loss(model(input_ids=blocks, use_cache=False).logits, blocks).backward()
-    squares = {id(p): float(p.grad.square().sum()) for p in model.parameters() if p.grad is not None}
-    routers = sum(squares.get(id(p), 0.0) for p in router_weights(model))
-    return math.sqrt(routers / max(sum(squares.values()), 1e-30))
+    return math.sqrt(squares[True] / max(sum(squares.values()), 1e-30))
+
+
+def _harm(trained: Mapping[str, Trained], evaluations: Mapping[str, Evaluation]) -> Iterator[str]:
+    """Where training helped nothing: no look was better than the start, or the weights that were kept are worse on the test split."""
+    for name, each in trained.items():
+        started = evaluations["upcycled" if name == "fine-tuned" else "dense"].loss
+        if each.best_step == 0:
+            yield (
+                f"{name}: no look at the validation split was better than the start, so the weights are those of the start; "
+                "lower finetune.learning_rate, or give more text or steps"
+            )
+        elif (reached := evaluations[name].loss) > started:
+            yield (
+                f"{name}: the weights that were kept, of step {each.best_step}, have a loss of {reached:.4f} on the test split, the start had "
+                f"{started:.4f}; lower finetune.learning_rate, or give more text or steps"
+            )
 
 
 def _warnings(history: tuple[Step, ...], gradient: float, last_stage: FinetuneConfig) -> Iterator[str]:
@@ -208,9 +266,9 @@ def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
 
 
 def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, Trained]) -> tuple[FinetuneConfig, ...]:
-    """The stages with as many steps in all as the dense model does while the mixture trains, by the seconds that both have taken."""
+    """The stages with as many steps in all as the dense model does while the mixture trains, by the seconds of computing that both took."""
     mixture, control = trained["fine-tuned"], trained["dense continued"]
-    ratio = mixture.seconds / (control.seconds / control.last_step) / sum(stage.steps for stage in stages)
+    ratio = mixture.compute_seconds / (control.compute_seconds / control.last_step) / sum(stage.steps for stage in stages)
     return tuple(stage.model_copy(update={"steps": max(stage.warmup_steps + 1, round(stage.steps * ratio))}) for stage in stages)
 
 
@@ -227,7 +285,9 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
     order = draw_order(len(train), sum(stage.steps * stage.batch_size for stage in job.stages), seed)
     parent = _load_teacher(teacher) if teacher else None
     mixture_layers = sparse_layers(_without_weights(mixture))
-    source, first_step, seconds, best_step = job.source, 0, 0.0, 0
+    written = torch.float32 if job.stages[-1].dtype == "float32" else stored_dtype(job.source)
+    source, first_step, best_step = job.source, 0, 0
+    seconds = compute_seconds = 0.0
     history: list[Step] = []
     taken = 0
     total = sum(stage.steps for stage in job.stages)
@@ -237,32 +297,36 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
         taken += len(blocks)
         if not (place / _STAGE_NAME).is_file():
             stage = Stage(
-                job.name, number, settings, train[blocks], domains[blocks], len(names), validation, validation_domains, first_step, total,
-                mixture_layers, precision, seed,
+                job.name, number, settings, train, domains, len(names), validation, validation_domains, first_step, total,
+                mixture_layers, precision, seed, blocks, written if number + 1 == len(job.stages) else torch.float32,
             )  # fmt: skip
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
-            model = load_model(source, torch.float32)
+            model = load_stored(source)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
+            gc.collect()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
             if join_processes().is_main_process:
                 passed_over = {*model.all_tied_weights_keys, PARAMETER}
                 _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, place)
                 if (prompt := get_prompt(model)) is not None:
                     write_prompt(prompt, model, place / PROMPT_DIRECTORY)
                 write_history(place / HISTORY_NAME, result.history)
-                facts = {"best_step": result.best_step, "last_step": result.last_step, "seconds": result.seconds}
+                facts = {name: getattr(result, name) for name in ("best_step", "last_step", "seconds", "compute_seconds")}
                 write_whole(place / _STAGE_NAME, json.dumps(facts))
             join_processes().wait_for_everyone()
         if join_processes().is_main_process:
             shutil.rmtree(place / "checkpoints", ignore_errors=True)  # also those of a run that was killed before this
         facts = json.loads((place / _STAGE_NAME).read_text(encoding="utf-8"))
         history += read_history(place / HISTORY_NAME)
-        source, best_step, first_step, seconds = place, facts["best_step"], facts["last_step"], seconds + facts["seconds"]
+        if facts["best_step"] > first_step:  # otherwise the weights are those that the stage began with
+            best_step = facts["best_step"]
+        source, first_step = place, facts["last_step"]
+        seconds, compute_seconds = seconds + facts["seconds"], compute_seconds + facts["compute_seconds"]
     if join_processes().is_main_process:
         shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
         if (folder / EVENTS_DIRECTORY).is_dir():
             shutil.copytree(folder / EVENTS_DIRECTORY, job.target / EVENTS_DIRECTORY, dirs_exist_ok=True)
     join_processes().wait_for_everyone()
-    return Trained(tuple(history), best_step, first_step, seconds)
+    return Trained(tuple(history), best_step, first_step, seconds, compute_seconds)
 
 
 def _without_weights(directory: Path) -> PreTrainedModel:
@@ -283,20 +347,51 @@ def _settle(job: Job, folder: Path) -> Job:
     return Job(job.name, job.source, job.target, stages)
 
 
-def draw_order(num_blocks: int, count: int, seed: int) -> torch.Tensor:
-    """The places of `count` blocks in the order in which training meets them, epoch after epoch; int64. Each epoch is shuffled anew."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([torch.randperm(num_blocks, generator=generator) for _ in range(math.ceil(count / num_blocks))])[:count]
+class BlockOrder(Sequence[int]):
+    """The places of blocks in the order in which training meets them, epoch after epoch, each shuffled anew and drawn when it is come to."""
+
+    def __init__(self, num_blocks: int, size: int, seed: int, first: int = 0) -> None:
+        self.num_blocks, self.size, self.seed, self.first = num_blocks, size, seed, first
+        self._epoch = -1
+        self._generator = torch.Generator()
+        self._places = torch.empty(0, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+    @overload
+    def __getitem__(self, index: slice) -> BlockOrder: ...
+    def __getitem__(self, index: int | slice) -> int | BlockOrder:
+        if isinstance(index, slice):
+            start, stop, step = index.indices(self.size)
+            assert step == 1
+            return BlockOrder(self.num_blocks, max(0, stop - start), self.seed, self.first + start)
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        epoch, place = divmod(self.first + index, self.num_blocks)
+        if epoch < self._epoch or self._epoch < 0:
+            self._generator.manual_seed(self.seed)
+            self._epoch = -1
+        while self._epoch < epoch:
+            self._places = torch.randperm(self.num_blocks, generator=self._generator)
+            self._epoch += 1
+        return int(self._places[place])
+
+
+def draw_order(num_blocks: int, count: int, seed: int) -> BlockOrder:
+    """The order of `count` blocks by a seed."""
+    return BlockOrder(num_blocks, count, seed)
 
 
 def _load_teacher(dense: Path) -> PreTrainedModel:
-    model = load_model(dense, torch.float32)
-    return cast(PreTrainedModel, cast(Any, model).to(join_processes().device).requires_grad_(False))
+    return cast(PreTrainedModel, cast(Any, load_frozen(dense)).to(join_processes().device))
 
 
 def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path, target: Path) -> None:
     model.save_pretrained(target, state_dict=weights)
-    add_alias_fields(target)
+    complete_config(target)
     copy_companions(source, target)
 
 
@@ -308,7 +403,7 @@ def measure_domains(mixture: Path, data: Path) -> DomainRouting | None:
     parts = {name: blocks[domains == number] for number, name in enumerate(names)}
     if len(parts) < 2 or min(map(len, parts.values())) < 2:
         return None
-    model = load_model(mixture, torch.float32)
+    model = load_frozen(mixture)
     cast(Any, model).to(join_processes().device)
     halves = {name: [_loads(model, part[half::2]) for half in (0, 1)] for name, part in parts.items()}
     wholes = {name: (len(part[0::2]) * halves[name][0] + len(part[1::2]) * halves[name][1]) / len(part) for name, part in parts.items()}

@@ -85,7 +85,7 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
         codes = graph.weight(
             f"{layer.name}.{name}.codes", ir.DataType.UINT8, (num_experts, rows, columns * bits // 8), lambda: read().codes.flatten(2)
         )
-        scales = graph.weight(f"{layer.name}.{name}.scales", graph.dtype, (num_experts, rows, columns // block), lambda: read().scales)
+        scales = graph.scales(f"{layer.name}.{name}.scales", (num_experts, rows, columns // block), lambda: read().scales, graph.dtype)
         if not down.zero_points:
             return codes, scales, None
         shape = (num_experts, rows, zero_point_bytes(columns, bits, block))

@@ -58,6 +58,7 @@ from export.runtime import CPU, CUDA, Decoder, is_at_hand
 from export.speed import measure_speed
 from export.text import choose_blocks
 from export.twin import SCHEME_NAME, Twin
+from upcycle.numbers import perplexity
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
 
@@ -147,8 +148,8 @@ def _judge(
     placement = find_placement(package, provider)
     progress("measuring speed", 1, 1)
     result = ProviderParity(
-        ort.__version__, checks, own.agreement, tuned.agreement, _perplexity(own.package_loss), _perplexity(own.reference_loss),
-        _perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
+        ort.__version__, checks, own.agreement, tuned.agreement, perplexity(own.package_loss), perplexity(own.reference_loss),
+        perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
         layers=layers or "not run: the package shows no hidden states",
         operators=operators,
         free_run=free,
@@ -193,11 +194,6 @@ def _with_tiers(result: ProviderParity, broken: list[tuple[Tier, str]], exact: b
 def _worst_layer(agreement: Agreement) -> int | None:
     layers = range(len(agreement.hidden_error))
     return min(layers, key=lambda n: (agreement.routing_agreement[n], -agreement.hidden_error[n])) if layers else None
-
-
-def _perplexity(loss: float) -> float:
-    """exp(loss), infinite beyond float64: a broken package is a breach and no crash."""
-    return float(torch.tensor(loss, dtype=torch.float64).exp())
 
 
 def _measure_noise(twin: Path, ids: torch.Tensor) -> MeasuredNoise:

@@ -125,7 +125,7 @@ def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: fl
     error = (found.logits - expected.logits).abs().amax(-1)
     top1 = found.logits.argmax(-1) == expected.logits.argmax(-1)
     largest = float(error[judged].max()) if judged.any() else 0.0
-    scale = float(expected.logits[real].abs().max())
+    scale = max(float(expected.logits[real].abs().max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
     mean = float((found.logits - expected.logits)[real].abs().mean())
     check = Check(
         case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),

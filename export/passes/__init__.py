@@ -21,15 +21,15 @@ def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tupl
     Raises:
         ExportError: none can.
     """
-    return find_lowerings(describe_layer(trace, twin, next(iter(trace.experts)), config.activation_bits), config.lowering)
+    return find_lowerings(describe_layer(trace, twin, next(iter(trace.experts)), config.bits_of("experts")), config.lowering)
 
 
 def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
     """The graph of a package from a trace, which is left as it was; weights are read when the model is saved."""
     traced = Trace(trace.model.clone(), trace.located, trace.experts, trace.num_layers)
     model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
-    lower_experts(traced, graph, twin, lowering, config.activation_bits)
-    lower_linears(traced, graph, twin, config.activation_bits)
+    lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
+    lower_linears(traced, graph, twin, config)
     lower_embedding(traced, graph, twin)
     lower_taps(traced, graph)
     name_interface(traced, graph)
@@ -40,5 +40,5 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
     del model.graph.opset_imports[DOMAIN]
     model.graph.opset_imports[MICROSOFT] = OPSETS[MICROSOFT]
     model.producer_name, model.graph.name = "dense2moe", twin.checkpoint.config.model_type
-    layer = describe_layer(trace, twin, next(iter(trace.experts)), config.activation_bits)
+    layer = describe_layer(trace, twin, next(iter(trace.experts)), config.bits_of("experts"))
     return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, [layer], config.device), shares_buffer=False)

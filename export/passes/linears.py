@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 
+from export.config import OnnxConfig
 from export.errors import ExportError
 from export.graph import GraphWriter
 from export.linear import add_linear
@@ -23,7 +24,7 @@ from export.tracing import Trace
 from export.twin import Twin
 
 
-def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, activation_bits: int) -> None:
+def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, config: OnnxConfig) -> None:
     """Replace every `Linear`."""
     seen: set[str] = set()
     for marker, name in find_markers(trace, "Linear"):
@@ -32,7 +33,7 @@ def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, activation_bits:
         seen.add(name)
         (x,) = marker.inputs
         assert x is not None
-        y = add_linear(graph, x, weights_of(trace, twin, f"{name}.weight"), name, activation_bits)
+        y = add_linear(graph, x, weights_of(trace, twin, f"{name}.weight"), name, config.bits_of("head" if name.endswith("lm_head") else "attention"))
         if f"{name}.bias" in trace.located:
             y = graph.op("Add", [y, _add_bias(graph, twin, f"{name}.bias", trace.located[f"{name}.bias"])], f"{name}.biased")
         replace_marker(trace, marker, graph, y)

@@ -1,0 +1,188 @@
+"""A process of its own for a stage: what it took is free when it ends.
+
+torch, onnxruntime and the C library keep much of what a stage has freed, so a run in one process holds the most that any of its stages took. A
+stage's process is forked from a server that has imported everything and computed nothing: no thread of torch, no CUDA, no lock of anyone else is in
+it, and no stage waits for imports. What holds for all of them:
+
+1. Progress, the result, the most memory that was resident, and an error with what caused it come back over a pipe. A bug keeps its traceback.
+2. The process never sees Ctrl-C: the run's own process does, and ends it. It ends itself when that one is gone, however that came about.
+3. It holds the lock of the work directory too, so no other run begins while it still writes.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import multiprocessing
+import multiprocessing.connection
+import multiprocessing.forkserver
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing import reduction
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from convert.artifact import ArtifactError
+
+if TYPE_CHECKING:  # only the type: importing it would load torch
+    from upcycle.progress import Progress
+
+_PRELOADED = "convert.stages"
+
+Argument = TypeVar("Argument")
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Measured(Generic[Found]):
+    """What a function returned, and the most memory of its process that was resident, in bytes."""
+
+    found: Found
+    peak_resident_bytes: int
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """An exception and what caused it, the first cause last, and their traceback as text."""
+
+    errors: tuple[BaseException, ...]
+    traceback: str
+
+
+class _WorkerTraceback(Exception):  # noqa: N818 (it is no error of its own: it is where another one was raised)
+    """The traceback of the process in which an exception was raised."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'
+
+
+class _Held:
+    """An open file that another process is to hold too."""
+
+    def __init__(self, file: int) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[[Any], int], tuple[Any]]:
+        return _receive, (reduction.DupFd(self.file),)
+
+
+def _receive(file: Any) -> int:
+    return int(file.detach())
+
+
+def start_server() -> None:
+    """Let the server begin its imports, which take seconds; a later call does nothing. `run_apart` does it too."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_PRELOADED])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the server and its processes inherit
+    try:
+        multiprocessing.forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_apart(function: Callable[[Argument, Progress], Found], argument: Argument, label: str, held: int, progress: Progress) -> Measured[Found]:
+    """What `function` makes of `argument` in a process of its own; both, and what it returns, must be picklable. `held` is a file that is kept open.
+
+    Raises:
+        ArtifactError: the process was killed, as the kernel does where memory runs out.
+        Exception: whatever the function raises.
+    """
+    import torch  # this module is imported before it is known that there is work at all
+
+    start_server()
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_work, args=(sender, _Held(held), function, argument, torch.get_num_threads()), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return _listen(receiver, process, label, progress)
+    finally:
+        process.kill()  # it has nothing left to do, or we have no use for it
+        process.join()
+        process.close()
+        receiver.close()
+
+
+def _listen(
+    receiver: multiprocessing.connection.Connection, process: multiprocessing.process.BaseProcess, label: str, progress: Progress
+) -> Measured[Any]:
+    while True:
+        try:
+            message = receiver.recv()
+        except EOFError:
+            process.join()
+            raise ArtifactError(
+                f"{label}: its process was ended by {_describe_end(process.exitcode)}; where that was for want of memory, close other programs, or "
+                "take a smaller model, data.block_size or finetune.batch_size; what is finished is kept, and the same command goes on from there"
+            ) from None
+        match message:
+            case Measured():
+                return message
+            case _Failure():
+                raise _link(message)
+            case _:
+                progress(*message)
+
+
+def _describe_end(code: int | None) -> str:
+    return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
+
+
+def _work(sender: multiprocessing.connection.Connection, _: int, function: Callable[[Any, Progress], Any], argument: Any, num_threads: int) -> None:
+    """What the stage's process does."""
+    import torch
+    from transformers.utils import logging
+
+    from convert.machine import peak_resident_bytes
+
+    gc.freeze()  # what the server imported stays in the pages that all share
+    threading.Thread(target=_follow_parent, daemon=True).start()
+    torch.set_num_threads(num_threads)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        found = function(argument, lambda *said: sender.send(said))
+        sender.send(Measured(found, peak_resident_bytes()))
+    except BaseException as error:
+        sender.send(_Failure(tuple(map(_portable, _causes(error))), traceback.format_exc()))
+
+
+def _follow_parent() -> None:
+    """End this process when the one that began it has ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The exception, or where it cannot be sent, one that says what it is."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 (it was made a moment ago)
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _link(failure: _Failure) -> BaseException:
+    """The exception with its causes, and the traceback of its process behind them."""
+    chain = [*failure.errors, _WorkerTraceback(failure.traceback)]
+    for error, cause in itertools.pairwise(chain):
+        error.__cause__ = cause
+    return chain[0]

@@ -1,0 +1,127 @@
+"""What has changed after a step is what was to learn: every tensor of the checkpoint is counted, for every target and every `train`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import MakeDense
+from upcycle.config import ExpertsConfig, FinetuneConfig, RouterConfig, UpcycleConfig
+from upcycle.receipt import load_model, sparse_layers
+from upcycle.surgery import upcycle
+from upcycle.trainer import Stage, run_stage
+
+RANK = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A mixture, and what its tensors on the disk are called, beside `self_attn` and norms."""
+
+    architecture: str
+    settings: dict[str, Any]
+    experts: str
+    routers: str
+    dense_ffn: str = "nothing"
+    gates: str = "nothing"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+
+QWEN_DENSE = r"layers\.\d\.mlp\.\w+_proj"
+QWEN_ROUTERS = r"mlp\.gate\.weight"
+SHAPES = {
+    "mixtral": Shape("LlamaForCausalLM", {}, r"block_sparse_moe\.experts", r"block_sparse_moe\.gate"),
+    "qwen2_moe": Shape("Qwen2ForCausalLM", {}, r"mlp\.experts", QWEN_ROUTERS),
+    "qwen2_moe, shared": Shape(
+        "Qwen2ForCausalLM", {"shared_expert": "half"}, r"mlp\.(experts|shared_expert)\.", QWEN_ROUTERS, gates="shared_expert_gate"
+    ),
+    "qwen2_moe, some layers": Shape("LlamaForCausalLM", {"layers": [1]}, r"mlp\.experts", QWEN_ROUTERS, QWEN_DENSE),
+    "qwen2_moe, some layers, shared": Shape(
+        "Qwen2ForCausalLM",
+        {"layers": [0], "shared_expert": "half"},
+        r"mlp\.(experts|shared_expert)\.",
+        QWEN_ROUTERS,
+        QWEN_DENSE,
+        "shared_expert_gate",
+    ),
+    "qwen3_moe": Shape("Qwen3ForCausalLM", {}, r"mlp\.experts", QWEN_ROUTERS),
+    "qwen3_moe, some layers": Shape("Qwen3ForCausalLM", {"layers": [0]}, r"mlp\.experts", QWEN_ROUTERS, QWEN_DENSE),
+    "granitemoe": Shape("GraniteForCausalLM", {}, r"block_sparse_moe\.(in|out)put_linear", r"router\.layer"),
+    "granitemoeshared": Shape(
+        "GraniteForCausalLM", {"shared_expert": "half"}, r"(block_sparse_moe|shared_mlp)\.(in|out)put_linear", r"router\.layer"
+    ),
+    "glm4_moe": Shape("LlamaForCausalLM", {"target": "glm4_moe"}, r"mlp\.experts", QWEN_ROUTERS),
+    "glm4_moe, some layers, shared": Shape(
+        "LlamaForCausalLM", {"target": "glm4_moe", "layers": [1], "shared_expert": "half"}, r"mlp\.(shared_)?experts\.", QWEN_ROUTERS, QWEN_DENSE
+    ),
+    "flex_olmo": Shape("Olmo2ForCausalLM", {}, r"mlp\.experts", QWEN_ROUTERS),
+}
+
+
+def make(shape: Shape, make_dense: MakeDense, directory: Path) -> None:
+    settings = {"num_experts": 4, "experts": ExpertsConfig(noise=0.5), "router": RouterConfig(logit_std=1.0)} | shape.settings
+    upcycle(make_dense(architecture=shape.architecture, **shape.overrides), directory, UpcycleConfig.model_validate(settings), 0, lambda *_: None)
+
+
+def step(directory: Path, output: Path, **settings: Any) -> None:
+    """Train the checkpoint for one step on 512 tokens, and save it."""
+    config = FinetuneConfig(
+        steps=1, warmup_steps=0, learning_rate=1e-2, router_learning_rate=1e-2, precision="float32", control=False, bias_update_rate=0.0,
+        lora_rank=RANK, lora_alpha=4, **settings,
+    )  # fmt: skip
+    blocks, domains = torch.randint(300, (8, 64), generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.int64)
+    model = load_model(directory, torch.float32)
+    stage = Stage("m", 0, config, blocks, domains, 1, blocks, domains, 0, 1, sparse_layers(model), "float32", 0)
+    run_stage(model, None, stage, output / "checkpoints", None, lambda *_: None)
+    model.save_pretrained(output)
+
+
+def expect(name: str, train: str, shape: Shape) -> bool:
+    """Whether a tensor is to change."""
+
+    def is_a(pattern: str) -> bool:
+        return re.search(pattern, name) is not None
+
+    gates = is_a(shape.routers) or is_a(shape.gates)
+    match train:
+        case "all":
+            return True
+        case "experts":
+            return is_a(shape.experts) or gates
+        case "router":
+            return gates
+        case "last-1":
+            return "layers.1." in name or name == "model.norm.weight"  # the head is the embedding
+        case _:
+            return is_a(r"self_attn\.\w_proj\.weight") or is_a(shape.experts) or is_a(shape.dense_ffn) or gates
+
+
+@pytest.mark.parametrize("train", ["all", "experts", "router", "lora", "last-1"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_one_step_changes_what_is_meant_and_by_the_rank_that_is_meant(name: str, train: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    shape = SHAPES[name]
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    make(shape, make_dense, before)
+    step(before, after, train=train)
+    old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
+    assert old.keys() == new.keys()
+    tensors = {key for key in old if old[key].numel() and "e_score_correction_bias" not in key}
+    if not re.search("shared", name):
+        tensors = {key for key in tensors if "shared" not in key}  # Qwen2-MoE's gate of a shared expert of width 0
+    changed = {key for key in tensors if not torch.equal(old[key], new[key])}
+    assert changed == {key for key in tensors if expect(key, train, shape)}
+    assert all(torch.equal(old[key], new[key]) for key in old.keys() - tensors)
+    for key in changed:
+        difference = (new[key] - old[key]).double()
+        if train != "lora" or re.search(f"{shape.routers}|{shape.gates}", key):
+            continue
+        assert difference.ndim >= 2
+        ranks = torch.linalg.matrix_rank(difference, rtol=1e-3)
+        assert bool((ranks == RANK).all()), (key, ranks)

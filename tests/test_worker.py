@@ -1,0 +1,129 @@
+"""A stage's process: what comes back over the pipe, and how it ends."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from convert.artifact import ArtifactError, lock
+from convert.worker import run_apart
+from upcycle.progress import Progress
+
+
+def double(number: int, progress: Progress) -> int:
+    progress("doubling", number, 2 * number)
+    return 2 * number
+
+
+def take(num_bytes: int, progress: Progress) -> int:
+    bytearray(b"\1") * num_bytes
+    return os.getpid()
+
+
+class UnpicklableError(Exception):
+    """One that cannot be made of its own arguments."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+
+
+def fail(kind: str, progress: Progress) -> None:
+    if kind == "caused":
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
+        except OSError as error:
+            raise RuntimeError("cannot be written") from error
+    if kind == "unpicklable":
+        raise UnpicklableError("here", "this")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait(marker: str, progress: Progress) -> None:
+    Path(marker).write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(600)
+
+
+@pytest.fixture
+def held(tmp_path: Path):
+    with lock(tmp_path / "work") as file:
+        yield file
+
+
+def test_what_a_function_returns_and_what_it_says_come_back(held: int) -> None:
+    said: list[tuple[object, ...]] = []
+    assert run_apart(double, 21, "data", held, lambda *words: said.append(words)).found == 42
+    assert said == [("doubling", 21, 42)]
+
+
+def test_the_memory_that_it_took_is_told_and_free_again(held: int) -> None:
+    before = psutil.Process().memory_info().rss
+    small, large = (run_apart(take, count, "data", held, lambda *_: None) for count in (1, 500_000_000))
+    assert large.found != os.getpid()
+    assert 490e6 < large.peak_resident_bytes - small.peak_resident_bytes < 600e6
+    assert psutil.Process().memory_info().rss - before < 50e6
+
+
+def test_an_error_keeps_its_kind_its_cause_and_where_it_was_raised(held: int) -> None:
+    with pytest.raises(RuntimeError, match="cannot be written") as caught:
+        run_apart(fail, "caused", "data", held, lambda *_: None)
+    cause = caught.value.__cause__
+    assert isinstance(cause, OSError)
+    assert (cause.errno, cause.filename) == (errno.ENOSPC, "somewhere")
+    assert "in fail" in str(cause.__cause__)
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words(held: int) -> None:
+    with pytest.raises(RuntimeError, match="UnpicklableError: here: this"):
+        run_apart(fail, "unpicklable", "data", held, lambda *_: None)
+
+
+def test_a_process_that_the_kernel_killed_is_one_line(held: int) -> None:
+    with pytest.raises(
+        ArtifactError, match=r"^onnx-int8: its process was ended by SIGKILL; where that was for want of memory, .*goes on from there$"
+    ):
+        run_apart(fail, "killed", "onnx-int8", held, lambda *_: None)
+
+
+PARENT = """
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_worker import wait
+from convert.artifact import lock
+from convert.worker import run_apart
+if __name__ == "__main__":
+    with lock(Path({work!r})) as held:
+        run_apart(wait, {marker!r}, "data", held, lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Path, how: signal.Signals) -> None:
+    script, marker, work = tmp_path / "parent.py", tmp_path / "marker", tmp_path / "work"
+    root = Path(__file__).parent.parent
+    script.write_text(PARENT.format(tests=str(root / "tests"), root=str(root), work=str(work), marker=str(marker)), encoding="utf-8")
+    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
+    deadline = time.monotonic() + 300
+    while not (marker.exists() and marker.read_text(encoding="utf-8")):
+        assert parent.poll() is None, parent.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    stage = psutil.Process(int(marker.read_text(encoding="utf-8")))
+    if how == signal.SIGINT:
+        os.killpg(parent.pid, how)  # as a terminal does
+    else:
+        parent.send_signal(how)
+    _, said = parent.communicate()
+    with lock(work):
+        pass
+    stage.wait(10)
+    assert not stage.is_running()
+    assert said.count(b"KeyboardInterrupt") == (how == signal.SIGINT)

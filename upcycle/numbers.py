@@ -1,0 +1,36 @@
+"""Numbers that are not finite: perplexities beyond float64, and JSON.
+
+A loss, a divergence or an error of a broken model is NaN or infinite, and saying so is the job of every record; it must neither end a run nor become
+a token that JSON does not have.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a loss in nats; infinite beyond float64, NaN of NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def name_special(value: float) -> str | None:
+    """The name of NaN or an infinity, as Python's own JSON writes it: "NaN", "Infinity", "-Infinity"; None of a finite number."""
+    return None if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def name_specials(value: Any) -> Any:
+    """The same value of lists, dicts and scalars, each float that is not finite as its name, so that it is strict JSON; tuples become lists."""
+    match value:
+        case dict():
+            return {key: name_specials(item) for key, item in value.items()}
+        case list() | tuple():
+            return [name_specials(item) for item in value]
+        case float():
+            return name_special(value) or value
+        case _:
+            return value

@@ -1,0 +1,52 @@
+"""Products with a matrix that may be narrower than what it multiplies."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+_CAST_ELEMENTS = 1 << 24  # of a matrix that are cast at once: 64 MB in float32
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T, of x [..., in] and weight [out, in], in the dtype of x or as autocast says; the weight may be narrower than x."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight)
+    if weight.requires_grad and torch.is_grad_enabled():
+        return F.linear(x, weight.to(x.dtype))
+    return cast(torch.Tensor, cast(Any, _Product).apply(x, weight))
+
+
+class _Product(torch.autograd.Function):
+    """A product with a frozen matrix, of which nothing but the narrow matrix is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(weight)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        x = x.to(dtype)
+        parts = _parts(weight)
+        if len(parts) == 1:
+            return F.linear(x, weight.to(dtype))
+        found = x.new_empty(*x.shape[:-1], len(weight))
+        for rows in parts:
+            found[..., rows] = F.linear(x, weight[rows].to(dtype))
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        first, *others = _parts(weight)
+        found = gradient[..., first] @ weight[first].to(gradient.dtype)
+        for rows in others:
+            found += gradient[..., rows] @ weight[rows].to(gradient.dtype)
+        return found, None
+
+
+def _parts(weight: torch.Tensor) -> list[slice]:
+    """The rows of a matrix, as many at once as may be cast at once."""
+    step = max(1, _CAST_ELEMENTS // max(1, weight.shape[1]))
+    return [slice(start, start + step) for start in range(0, max(1, len(weight)), step)]
