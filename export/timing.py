@@ -1,8 +1,8 @@
 """Which lowering is the fastest here: the candidates timed side by side on this machine.
 
 No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits. What is timed is the model
-itself, cut to so many layers that their weights do not stay in the processor's caches, since that is what decoding waits for; a traced model is timed
-whole. The candidates take turns, and each is loaded for its turn alone: one at a time is in memory.
+itself, cut to its first layer with experts, or to a few where their weights are few; layers are alike, and a model's time is that of its layers. A
+traced model is timed whole. The candidates take turns, and each is loaded for its turn alone: one at a time is in memory.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from export.speed import Speed, measure_speed
 from export.storage import save_graph
 from export.twin import Twin
 
-_TIMED_BYTES = 192 << 20
-"""Layers are taken until their weights have as many bytes, or all of them; it is more than most processors keep."""
+_TIMED_BYTES = 16 << 20
+"""Layers are taken until their weights have as many bytes, or all of them: more than a core's own cache keeps, and one layer of most models."""
 _TIMED_VOCABULARY = 4096
 """Rows of embedding and head; they are the same for all candidates."""
 _NUM_ROUNDS = 3
+_MOST_NEW_TOKENS = 32
+"""Decode steps that are timed; a request's others take as long."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def time_lowerings(
         for number, name in enumerate(turns, len(candidates)):
             progress("timing lowerings", number, total)
             decoder = Decoder(Path(scratch) / name, PROVIDERS[config.device])
-            speeds[name].append(measure_speed(decoder, prompt.tolist(), config.request.new_tokens, num_rounds=1))
+            speeds[name].append(measure_speed(decoder, prompt.tolist(), min(config.request.new_tokens, _MOST_NEW_TOKENS), num_rounds=1))
             del decoder  # before the next one is loaded
         progress("timing lowerings", total, total)
     times = [_time(name, found, config) for name, found in speeds.items()]
@@ -69,7 +71,7 @@ def time_lowerings(
 
 
 def cut_for_timing(twin: Twin) -> Cut:
-    """The part of a model that is timed: so many of the first layers as are too large for caches, one with experts among them."""
+    """The part of a model that is timed: so many of the first layers as are too large for a core's cache, one with experts among them."""
     sizes: dict[int, int] = {}
     for name, entry in twin.checkpoint.entries.items():
         if (layer := layer_of(name)) >= 0:

@@ -21,6 +21,8 @@ from transformers import MixtralForCausalLM
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
+from export.parity.agreement import _Sums
+from export.parity.forward import Forward
 from export.parity.limits import configured_limits, noise_limit
 from export.parity.records import FreeRun, Limit, OperatorCheck, Tier
 from export.quantizer import quantize_checkpoint
@@ -481,6 +483,39 @@ def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
     seen: list[tuple[str, int, int]] = []
     exported = exports["float32"]
     check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:2], "float32", False, LIMITS, lambda *step: seen.append(step))
-    assert seen[0] == ("measuring noise", 0, 5)
-    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
-    assert seen[-1] == ("doing tasks", 5, 5)
+    assert seen[0] == ("measuring noise", 0, 1)
+    assert all(done <= total for _, done, total in seen)
+    assert ("comparing with the twin", 2, 2) in seen
+    assert sum(what == "checking logits" for what, _, _ in seen) > 3
+    assert seen[-1] == ("measuring speed", 1, 1)
+
+
+def test_the_fine_tuned_perplexity_is_that_of_all_blocks_however_few_are_compared(
+    exports: dict[Variant, Exported], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported, found = exports["int8"], []
+    for count in (4, 6):
+        monkeypatch.setattr("export.parity._TUNED_BLOCKS", count)
+        parity = check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:6], "int8", True, LIMITS, lambda *_: None)
+        found.append(parity.providers[CPU])
+    few, all_blocks = found
+    assert not isinstance(few, str) and not isinstance(all_blocks, str)
+    assert few.finetuned_perplexity == pytest.approx(all_blocks.finetuned_perplexity, rel=1e-6)
+    assert few.perplexity == all_blocks.perplexity
+    assert few.finetuned.kl != all_blocks.finetuned.kl
+
+
+def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(2, 7, 11, generator=generator) for _ in range(2))
+    ids = torch.randint(0, 11, (2, 7), generator=generator)
+    monkeypatch.setattr("export.parity.agreement._LOGIT_ROWS", 3)
+    sums = _Sums()
+    sums.add(Forward(ours, (), (), (), 2), Forward(theirs, (), (), (), 2), ids)
+    p, q = (logits.double().softmax(-1) for logits in (theirs, ours))
+    assert sums.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
+    assert sums.losses[0] == pytest.approx(-sum(float(q[b, t, ids[b, t + 1]].log()) for b in range(2) for t in range(6)), rel=1e-5)
+    assert sums.losses[1] == pytest.approx(-sum(float(p[b, t, ids[b, t + 1]].log()) for b in range(2) for t in range(6)), rel=1e-5)
+    assert sums.predictions == 12
+    assert sums.max_error == float((ours - theirs).abs().max())
+    assert sums.top1 == sum(int(q[b, t].argmax() == p[b, t].argmax()) for b in range(2) for t in range(7))

@@ -21,7 +21,8 @@ that row are left out of the largest error, and nothing else is.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ import onnxruntime as ort
 import torch
 
 from export.config import ParityConfig, Variant
-from export.parity.agreement import Comparison, compare, divergence
+from export.parity.agreement import Comparison, compare, divergence, measure_loss
 from export.parity.checks import plan_cases, run_case, run_free
 from export.parity.forward import BATCH, Block, Reference, open_reference
 from export.parity.judge import find_breaches, find_divergence, judge_tiers
@@ -63,6 +64,8 @@ __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "fi
 
 _TIMED_TOKENS = 32
 _FREE_ROWS = 3
+_TUNED_BLOCKS = 16
+"""Blocks on which package and fine-tuned model are compared token by token, for the report; the perplexities, which are judged, are of all."""
 
 
 def check_parity(
@@ -103,41 +106,47 @@ def _judge(
     tasks: Sequence[Task], provider: str, progress: Progress,
 ) -> tuple[ProviderParity, list[tuple[Tier, str]]]:  # fmt: skip
     """All figures of one provider, and what they break."""
-    num_parts = 5
     decoder = Decoder(package, provider, taps=True, attention_taps=True)
     evaluation = TaskEvaluation(twin, tasks, decoder, config.num_examples, config.answer_tokens)
     exact, first_blocks = exact_twin and not rounds, blocks[:BATCH]
-    progress("measuring noise", 0, num_parts)
+    progress("measuring noise", 0, 1)
     noise = _measure_noise(twin, first_blocks[: config.noise_blocks]) if exact and config.noise_blocks else None
     tie_margin = noise.noise.tie_margin if noise else TIE_MARGIN
     tuned: Comparison | None = None
-    progress("comparing with the fine-tuned model", 1, num_parts)
     if finetuned != twin:
         with open_reference(finetuned) as reference:
-            tuned = compare(decoder, reference, blocks)
+            some = blocks[:_TUNED_BLOCKS]
+            tuned = compare(decoder, reference, some, tell=_teller(progress, "comparing with the fine-tuned model", len(some)))
+            if len(blocks) > len(some):
+                tell = _teller(progress, "measuring the fine-tuned model", len(blocks) - len(some))
+                rest = measure_loss(reference, blocks[len(some) :], tell)
+                share = len(some) / len(blocks)
+                tuned = replace(tuned, reference_loss=share * tuned.reference_loss + (1 - share) * rest)
             evaluation.ask_finetuned(reference)
-    progress("comparing with the twin", 2, num_parts)
     with open_reference(twin) as reference:
-        own = compare(decoder, reference, blocks, tie_margin)
+        own = compare(decoder, reference, blocks, tie_margin, _teller(progress, "comparing with the twin", len(blocks)))
         forced = _force_routing(reference, first_blocks, tuned)
-        progress("checking logits", 3, num_parts)
         window = getattr(reference.model.config, "sliding_window", None)
         cases = plan_cases(blocks, decoder.context_length, window, own.margins, config)
-        errors = [run_case(decoder, reference, case, tie_margin) for case in cases]
+        errors = []
+        for number, case in enumerate(cases):
+            progress("checking logits", number, len(cases))
+            errors.append(run_case(decoder, reference, case, tie_margin))
         free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
         open_blocks = Blocks(package, provider, reference.adds_shared_outside)
         layers = _with_noise(own.layers, noise)
         rounding = measure_rounding(reference, twin, package, blocks) if exact_twin and rounds else None
         limits = rounding_limits(configured_limits(variant, exact_twin, config), rounding)
         limits |= _noise_limits(layers, own.blocks, noise, config, provider) if exact else {}
-        progress("doing tasks", 4, num_parts)
+        progress("doing tasks", 0, 1)
         task_checks = evaluation.check(reference, limits, tie_margin)
     tuned = tuned or own
     operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
+    progress("measuring speed", 0, 1)
     speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
     placement = find_placement(package, provider)
-    progress("doing tasks", num_parts, num_parts)
+    progress("measuring speed", 1, 1)
     result = ProviderParity(
         ort.__version__, checks, own.agreement, tuned.agreement, perplexity(own.package_loss), perplexity(own.reference_loss),
         perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
@@ -154,6 +163,11 @@ def _judge(
     )  # fmt: skip
     broken = find_breaches(result)
     return _with_tiers(result, broken, exact, exact_twin), broken
+
+
+def _teller(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    progress(what, 0, total)
+    return lambda done: progress(what, done, total)
 
 
 def _not_judged(exact_twin: bool) -> str:

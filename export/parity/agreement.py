@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,8 +41,10 @@ class Comparison:
     blocks: dict[int, Block]
 
 
-def compare(decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN) -> Comparison:
-    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties."""
+def compare(
+    decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None
+) -> Comparison:
+    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties. `tell` is told how many blocks are done."""
     sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
     first: tuple[Forward, dict[int, Block]] | None = None
     for batch in ids.split(BATCH):
@@ -53,12 +55,23 @@ def compare(decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margi
         margins += [] if smallest is None else [smallest]
         found = run_package(decoder, batch, mask, batch.shape[1])
         sums.add(found, expected.seen_by(found), batch)
+        tell(sums.tokens // ids.shape[1])
     assert first is not None
     package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
     return Comparison(
         sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
         torch.cat(margins) if margins else None, *first,
     )  # fmt: skip
+
+
+def measure_loss(reference: Reference, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> float:
+    """The reference's mean next-token loss over blocks of ids [N, S], as `compare` measures it."""
+    total = 0.0
+    for number, block in enumerate(ids, 1):
+        logits = reference.forward(block[None], torch.ones_like(block[None])).logits[0, :-1]
+        total += float(F.cross_entropy(logits, block[1:], reduction="sum"))
+        tell(number)
+    return total / ids[:, 1:].numel()
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
