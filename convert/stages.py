@@ -423,8 +423,7 @@ def run_parity(job: Job) -> Facts:
     facts = {**_jsonable(parity), "passed": parity.passed}
     if job.recipe.finetune is None:  # parity calls the model that was exported the fine-tuned one
         facts["breaches"] = [breach.replace("fine-tuned model", "upcycled model") for breach in facts["breaches"]]
-    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "
-", encoding="utf-8")
+    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
 from export.parity.forward import BATCH, Block, Forward, Reference, run_package
 from export.parity.records import Agreement, LayerCheck, MarginBin, Part
