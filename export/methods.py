@@ -39,8 +39,9 @@ _MOMENTS_ELEMENTS = 1 << 25
 class CalibrationRecord:
     """What calibration saw and changed.
 
-    Tokens of each expert by layer, by layer the experts with too few of them for GPTQ, and their matrices; routing before and after correction by
-    layer; groups of matrices with scaled inputs; and the float tensors that stand in the place of the checkpoint's, by name.
+    Tokens of each expert by layer, by layer the experts with too few of them for GPTQ, their matrices, and how many times the text would be enough
+    for the one that lacks most; routing before and after correction by layer; groups of matrices with scaled inputs; and the float tensors that stand
+    in the place of the checkpoint's, by name.
 
     `input_scales` are those of static quantization: of what a matrix reads, by the name of its tensor; one an expert where experts that read
     different things are stacked in it. `column_scales` [K] are what the columns of a matrix were multiplied by before it was quantized, where no
@@ -50,6 +51,7 @@ class CalibrationRecord:
     expert_tokens: dict[int, list[int]] = field(default_factory=dict)
     scarce_experts: dict[int, int] = field(default_factory=dict)
     num_searched: int = 0
+    largest_lack: float = 1.0
     routers: dict[int, RouterFacts] = field(default_factory=dict)
     scaling: ScalingRecord = field(default_factory=ScalingRecord)
     replaced: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -61,6 +63,7 @@ class CalibrationRecord:
         self.expert_tokens |= other.expert_tokens
         self.scarce_experts |= other.scarce_experts
         self.num_searched += other.num_searched
+        self.largest_lack = max(self.largest_lack, other.largest_lack)
         self.routers |= other.routers
         self.scaling.add(other.scaling)
         self.replaced |= other.replaced
@@ -68,7 +71,7 @@ class CalibrationRecord:
 
     def write(self) -> dict[str, Any]:
         """Facts for JSON; the tensors in `replaced` are not among them."""
-        facts = {name: getattr(self, name) for name in ("expert_tokens", "scarce_experts", "num_searched", "input_scales")}
+        facts = {name: getattr(self, name) for name in ("expert_tokens", "scarce_experts", "num_searched", "largest_lack", "input_scales")}
         return facts | {"routers": {layer: asdict(found) for layer, found in self.routers.items()}, "scaling": asdict(self.scaling)}
 
     @classmethod
@@ -268,6 +271,8 @@ def _prepare(
             record.expert_tokens.setdefault(layer, []).append(tokens)
         if not enough:
             scarce.add(group.expert)
+    if not enough and config.method == "gptq":
+        record.largest_lack = max(record.largest_lack, _TOKENS_PER_INPUT * width / max(1, tokens))
     learns, searches = enough and config.method == "gptq", not enough or config.method == "search"
     aim = find_aim(inputs) if learns else None
     moments = None if aim is None else prepare_moments(aim.hessian, config.block_size)

@@ -7,6 +7,7 @@ for them as they are rounded, so that a step that is off by 0.2 % at most adds 2
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +47,7 @@ class QuantizeFacts:
     Bits are the mean of a class where its tensors differ. Of calibration: tokens of the expert that saw the fewest, None without calibration, and
     matrices that saw too few for GPTQ; by layer, tokens of its experts, and its routing before and after correction, in words; groups of matrices
     whose inputs are scaled, those that are best unscaled, and those that have nothing to fold scales into. `search` is how the bits of variant
-    'mixed' were found.
+    'mixed' were found. `warnings` say what makes the variant worse than it could be, and how to mend it.
     """
 
     bits: dict[TensorClass, float]
@@ -65,6 +66,7 @@ class QuantizeFacts:
     num_groups_best_unscaled: int
     num_groups_without_place: int
     search: BitSearch | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def quantize_checkpoint(
@@ -130,6 +132,7 @@ def quantize_checkpoint(
         num_groups_best_unscaled=record.scaling.num_best_unscaled,
         num_groups_without_place=record.scaling.num_without_place,
         search=search,
+        warnings=tuple(_warnings(job, plan, record)),
     )
     integer_widths = {name: width for name, width in plan.items() if is_quantized(width)}
     scheme = {
@@ -139,6 +142,19 @@ def quantize_checkpoint(
     }  # fmt: skip
     (output / SCHEME_NAME).write_text(json.dumps(name_specials(scheme), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
+
+
+def _warnings(job: _Job, plan: Mapping[str, int], record: CalibrationRecord) -> Iterator[str]:
+    if job.blocks is None or not record.num_searched:
+        return
+    read = _choose_text(job.blocks, job.config).numel()
+    enough = math.ceil(read * record.largest_lack)
+    count = sum(is_quantized(bits) for bits in plan.values())
+    more = "" if enough <= job.blocks.numel() else f", and data.max_train_tokens or the text must give as many: it has {job.blocks.numel():,}"
+    yield (
+        f"{record.num_searched} of {count} matrices saw too few tokens for GPTQ, which needs two for each input, and have searched scales, which "
+        f"lose more; calibration read {read:,} tokens, about {enough:,} are enough; set quantize.calibration_tokens to that{more}"
+    )
 
 
 @dataclass(frozen=True)
@@ -180,6 +196,11 @@ class _Job:
         )
 
 
+def _choose_text(blocks: torch.Tensor, config: QuantizeConfig) -> torch.Tensor:
+    """The blocks [N, S] that calibration reads, taken evenly."""
+    return choose_blocks(blocks, config.calibration_tokens // blocks.shape[1])
+
+
 def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
     """Quantize by a plan, and write the integers into `output`, in the place of those that are there; returns where they are."""
     for old in output.glob(f"{STEM}*.safetensors*"):
@@ -187,7 +208,7 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
         return {}, record
-    text = None if job.blocks is None else choose_blocks(job.blocks, job.config.calibration_tokens // job.blocks.shape[1])
+    text = None if job.blocks is None else _choose_text(job.blocks, job.config)
     journal = LayerJournal(job.scratch, plan, job.config.model_dump_json())
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)

@@ -154,6 +154,9 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpo
     assert sum(counts) == 2 * 2 * blocks.numel()
     assert facts.fewest_expert_tokens == min(counts) == 0
     assert facts.num_matrices_with_few_tokens == sum(bits < 32 for name, bits in scheme["tensors"].items() if ".layers." in name)
+    (warning,) = facts.warnings
+    enough = 2 * 48 * blocks.numel()  # the FFN's width is 48, and an expert with the fewest tokens counts as if it had one
+    assert f"calibration read 2 tokens, about {enough:,} are enough; set quantize.calibration_tokens to that, and data.max_train_tokens" in warning
     searched = QuantizeConfig(method="search", block_size=16, zero_points=zero_points)
     quantize_checkpoint(mixture_checkpoint, none, "int4", searched, lambda *_: None)
     layer, expert = next((layer, n) for layer, found in scheme["expert_tokens"].items() for n, count in enumerate(found) if count == 0)
