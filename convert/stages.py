@@ -416,9 +416,11 @@ def run_onnx(job: Job) -> Facts:
 def run_parity(job: Job) -> Facts:
     """The package against its twin and against the fine-tuned model; thresholds are judged after the report is written."""
     assert job.variant is not None
+    trained = "upcycled" if job.recipe.finetune is None else "fine-tuned"
     parity = check_parity(
         job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
+        finetuned_loss=job.input_facts["finetune"]["evaluations"][trained]["loss"],
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
     if job.recipe.finetune is None:  # parity calls the model that was exported the fine-tuned one

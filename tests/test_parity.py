@@ -490,19 +490,22 @@ def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
     assert seen[-1] == ("measuring speed", 1, 1)
 
 
-def test_the_fine_tuned_perplexity_is_that_of_all_blocks_however_few_are_compared(
-    exports: dict[Variant, Exported], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_perplexities_are_of_all_blocks_however_few_are_compared(exports: dict[Variant, Exported], monkeypatch: pytest.MonkeyPatch) -> None:
     exported, found = exports["int8"], []
-    for count in (4, 6):
-        monkeypatch.setattr("export.parity._TUNED_BLOCKS", count)
-        parity = check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:6], "int8", True, LIMITS, lambda *_: None)
+    blocks, silent = BLOCKS[:6], lambda *_: None
+    for tokens in (4 * 48, 6 * 48):
+        monkeypatch.setattr("export.parity._COMPARED_TOKENS", tokens)
+        parity = check_parity(exported.package, exported.twin, exported.finetuned, blocks, "int8", True, LIMITS, silent)
         found.append(parity.providers[CPU])
-    few, all_blocks = found
-    assert not isinstance(few, str) and not isinstance(all_blocks, str)
-    assert few.finetuned_perplexity == pytest.approx(all_blocks.finetuned_perplexity, rel=1e-6)
-    assert few.perplexity == all_blocks.perplexity
-    assert few.finetuned.kl != all_blocks.finetuned.kl
+    few, whole = found
+    assert not isinstance(few, str) and not isinstance(whole, str)
+    assert few.finetuned_perplexity == pytest.approx(whole.finetuned_perplexity, rel=1e-6)
+    assert few.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
+    assert few.twin_perplexity == pytest.approx(whole.twin_perplexity, rel=1e-4)
+    assert few.twin.kl != whole.twin.kl
+    told = check_parity(exported.package, exported.twin, exported.finetuned, blocks, "int8", True, LIMITS, silent, finetuned_loss=2.5)
+    known = told.providers[CPU]
+    assert not isinstance(known, str) and known.finetuned_perplexity == pytest.approx(math.exp(2.5))
 
 
 def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

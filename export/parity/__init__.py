@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +63,28 @@ __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "fi
 
 _TIMED_TOKENS = 32
 _FREE_ROWS = 3
-_TUNED_BLOCKS = 16
-"""Blocks on which package and fine-tuned model are compared token by token, for the report; the perplexities, which are judged, are of all."""
+_COMPARED_TOKENS = 4096
+"""Of the text on which a package is set beside a torch model token by token, which torch takes most of the time for. Means over so many tokens have a
+standard error of a few hundredths of themselves, where the limits leave room for twice them. The perplexities that are judged are of all text."""
 
 
 def check_parity(
     package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds_activations: bool, config: ParityConfig,
     progress: Progress, exact_twin: bool = True, tasks: Sequence[Task] = (),
+    finetuned_loss: float | None = None,
 ) -> Parity:  # fmt: skip
     """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
 
     `rounds_activations`: the graph computes in 16 bits or with 8-bit activations, so its logits are held to `max_kl` and not to a multiple of
     float32's noise. `exact_twin`: the twin has the very weights of the package; without it only the perplexity, and what `tasks` score,
-    are held to a limit. A package that no provider here can run is a breach.
+    are held to a limit. `finetuned_loss` is the fine-tuned model's mean next-token loss over all blocks in float32, where that is known already;
+    it is not used where `config.num_blocks` takes some of them. A package that no provider here can run is a breach.
 
     Raises:
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
     """
     if config.num_blocks is not None:
-        blocks = choose_blocks(blocks, config.num_blocks)
+        blocks, finetuned_loss = choose_blocks(blocks, config.num_blocks), None
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
     computes_in = Twin(twin).element_type if (twin / SCHEME_NAME).is_file() else "float32"
@@ -93,7 +95,9 @@ def check_parity(
         if provider == CUDA and not is_at_hand(provider):
             providers[provider] = "not run: no CUDA device"
             continue
-        result, broken = _judge(package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, tasks, provider, progress)
+        result, broken = _judge(
+            package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, tasks, provider, progress, finetuned_loss
+        )
         providers[provider] = result
         breaches += [f"{provider}: {tier}: {breach}" for tier, breach in broken]
     if all(isinstance(found, str) for found in providers.values()):
@@ -103,7 +107,7 @@ def check_parity(
 
 def _judge(
     package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds: bool, exact_twin: bool, config: ParityConfig,
-    tasks: Sequence[Task], provider: str, progress: Progress,
+    tasks: Sequence[Task], provider: str, progress: Progress, finetuned_loss: float | None,
 ) -> tuple[ProviderParity, list[tuple[Tier, str]]]:  # fmt: skip
     """All figures of one provider, and what they break."""
     decoder = Decoder(package, provider, taps=True, attention_taps=True)
@@ -113,18 +117,18 @@ def _judge(
     noise = _measure_noise(twin, first_blocks[: config.noise_blocks]) if exact and config.noise_blocks else None
     tie_margin = noise.noise.tie_margin if noise else TIE_MARGIN
     tuned: Comparison | None = None
+    some = blocks[: max(BATCH, _COMPARED_TOKENS // blocks.shape[1])]
+    rest = blocks[len(some) :]
     if finetuned != twin:
         with open_reference(finetuned) as reference:
-            some = blocks[:_TUNED_BLOCKS]
             tuned = compare(decoder, reference, some, tell=_teller(progress, "comparing with the fine-tuned model", len(some)))
-            if len(blocks) > len(some):
-                tell = _teller(progress, "measuring the fine-tuned model", len(blocks) - len(some))
-                rest = measure_loss(reference, blocks[len(some) :], tell)
-                share = len(some) / len(blocks)
-                tuned = replace(tuned, reference_loss=share * tuned.reference_loss + (1 - share) * rest)
+            if finetuned_loss is None:
+                finetuned_loss = _extend(tuned.reference_loss, some, reference, rest, progress)
             evaluation.ask_finetuned(reference)
     with open_reference(twin) as reference:
-        own = compare(decoder, reference, blocks, tie_margin, _teller(progress, "comparing with the twin", len(blocks)))
+        own = compare(decoder, reference, some, tie_margin, _teller(progress, "comparing with the twin", len(some)))
+        if finetuned_loss is None:
+            finetuned_loss = _extend(own.reference_loss, some, reference, rest, progress)
         forced = _force_routing(reference, first_blocks, tuned)
         window = getattr(reference.model.config, "sliding_window", None)
         cases = plan_cases(blocks, decoder.context_length, window, own.margins, config)
@@ -144,12 +148,15 @@ def _judge(
     operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     progress("measuring speed", 0, 1)
-    speed = measure_speed(Decoder(package, provider), blocks[0].tolist(), _TIMED_TOKENS)
+    plain = Decoder(package, provider)
+    speed = measure_speed(plain, blocks[0].tolist(), _TIMED_TOKENS)
+    package_loss = _extend(own.package_loss, some, plain, rest, progress)
+    twin_loss = package_loss + own.reference_loss - own.package_loss  # beyond the text that is compared the two differ as they do on it
     placement = find_placement(package, provider)
     progress("measuring speed", 1, 1)
     result = ProviderParity(
-        ort.__version__, checks, own.agreement, tuned.agreement, perplexity(own.package_loss), perplexity(own.reference_loss),
-        perplexity(tuned.reference_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
+        ort.__version__, checks, own.agreement, tuned.agreement, perplexity(package_loss), perplexity(twin_loss),
+        perplexity(finetuned_loss), _worst_layer(own.agreement), speed.prefill, speed.decode,
         layers=layers or "not run: the package shows no hidden states",
         operators=operators,
         free_run=free,
@@ -163,6 +170,14 @@ def _judge(
     )  # fmt: skip
     broken = find_breaches(result)
     return _with_tiers(result, broken, exact, exact_twin), broken
+
+
+def _extend(loss: float, some: torch.Tensor, model: Reference | Decoder, rest: torch.Tensor, progress: Progress) -> float:
+    """The mean loss of a model over `some` blocks, which is known, and the rest [N, S]."""
+    if not len(rest):
+        return loss
+    other = measure_loss(model, rest, _teller(progress, "measuring perplexity", len(rest)))
+    return (len(some) * loss + len(rest) * other) / (len(some) + len(rest))
 
 
 def _teller(progress: Progress, what: str, total: int) -> Callable[[int], None]:

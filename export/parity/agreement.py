@@ -65,13 +65,16 @@ def compare(
     )  # fmt: skip
 
 
-def measure_loss(reference: Reference, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> float:
-    """The reference's mean next-token loss over blocks of ids [N, S], as `compare` measures it."""
-    total = 0.0
-    for number, block in enumerate(ids, 1):
-        logits = reference.forward(block[None], torch.ones_like(block[None])).logits[0, :-1]
-        total += float(F.cross_entropy(logits, block[1:], reduction="sum"))
-        tell(number)
+def measure_loss(model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> float:
+    """A model's mean next-token loss over blocks of ids [N, S], as `compare` measures it; `tell` is told how many blocks are done."""
+    total, done = 0.0, 0
+    for batch in ids.split(BATCH):
+        mask = torch.ones_like(batch)
+        logits = model.forward(batch, mask).logits if isinstance(model, Reference) else run_package(model, batch, mask, batch.shape[1]).logits
+        for row, block in zip(logits, batch, strict=True):
+            total += float(F.cross_entropy(row[:-1], block[1:], reduction="sum"))
+        done += len(batch)
+        tell(done)
     return total / ids[:, 1:].numel()
 
 

@@ -182,7 +182,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class ProviderParity:
-    """All figures of one execution provider; losses and perplexities over the same held-out tokens, speeds at batch 1.
+    """All figures of one execution provider; perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
 
     `worst_layer` is None where the package shows nothing of its layers. What was not run is a sentence that says why.
     """
