@@ -74,9 +74,9 @@ def use_narrow(model: PreTrainedModel) -> None:
     """Let the modules whose matrices are narrower than float32 cast them where they use them."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
-            module.__class__ = _narrow_class(type(module), _multiply)
+            module.__class__ = _narrow_class(cast(Any, type(module)), _multiply)
         elif _is_look_up(module) and cast(Any, module).weight.dtype != torch.float32:
-            module.__class__ = _narrow_class(type(module), _look_up)
+            module.__class__ = _narrow_class(cast(Any, type(module)), _look_up)
 
 
 @cache
