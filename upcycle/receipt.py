@@ -34,6 +34,7 @@ half of the stream is a thousand times what a layer adds: 2e-6.
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import math
 import sys
@@ -419,6 +420,7 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
     Raises:
         UpcycleError: weights are missing, left over or of another shape.
     """
+    gc.collect()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -193,6 +194,7 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     Raises:
         ExportError: transformers cannot load it.
     """
+    gc.collect()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager", local_files_only=True)
     except (OSError, ValueError) as error:
