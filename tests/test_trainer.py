@@ -784,12 +784,12 @@ def test_a_killed_run_is_taken_up_by_another_number_of_processes(
     assert_same_losses(whole.history, read_history(output / "history.jsonl"))
 
 
-def assert_same_weights(ours: Path, theirs: Path) -> None:
+def assert_same_weights(ours: Path, theirs: Path, rate: float = 0.1) -> None:
     one, other = weights(ours), weights(theirs)
     assert one.keys() == other.keys()
     for name, tensor in one.items():
-        # AdamW divides a gradient by its own size: where it is about zero, rounding is a step of its own, a hundredth of the rate at most.
-        assert torch.allclose(tensor, other[name], atol=1e-4), name
+        # AdamW divides a gradient by its own size: where it is about zero, rounding is a step of its own, a thousandth of the rate at most.
+        assert torch.allclose(tensor, other[name], atol=1e-3 * rate), name
 
 
 @pytest.mark.parametrize(
@@ -828,7 +828,7 @@ def test_two_processes_that_share_a_model_by_fsdp_end_as_one_and_hold_half_each(
     for ours, theirs in zip(facts.history, shared, strict=True):
         assert [layer.load for layer in theirs.layers] == [pytest.approx(layer.load, abs=1e-6) for layer in ours.layers]
         assert [layer.cosine for layer in theirs.layers] == [pytest.approx(layer.cosine, abs=1e-5) for layer in ours.layers]
-    assert_same_weights(alone, output)
+    assert_same_weights(alone, output, max(0.1, config.learning_rate))
     prompts = [prompt for each in (alone, output) if (prompt := read_prompt(each)) is not None]
     assert not prompts or torch.allclose(prompts[0], prompts[1], atol=1e-4)
     counts = [json.loads((scratch / f"counts-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
