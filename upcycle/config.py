@@ -269,7 +269,10 @@ class FinetuneConfig(Record):
     steps: PositiveInt = Field(200, description="Optimizer steps at most.")
     batch_size: PositiveInt = Field(8, description="Blocks a step, over all devices and parts of a step.")
     gradient_accumulation_steps: PositiveInt = Field(1, description="Parts that a step is computed in, one after the other, to save memory.")
-    gradient_checkpointing: bool = Field(False, description="Compute the layers' inner values twice instead of keeping them, to save memory.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute the layers' inner values twice instead of keeping them, to save memory; done anyway where most weights do not learn.",
+    )
     routing: Literal["learned", "by-domain"] = Field(
         "learned", description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the router says."
     )

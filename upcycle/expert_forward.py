@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from upcycle.products import product
 
 NAME = "dense2moe_sorted"
+_RECOMPUTES = "dense2moe_recomputes"
 LOW_RANK = "dense2moe_low_rank"
 """An attribute of experts: by the name of a stack of matrices, what gives the factors of their updates and the scale; where they are not merged."""
 
@@ -71,14 +72,20 @@ def _matrices(experts: Any, name: str) -> list[_Matrix]:
 
 
 def _run_expert(experts: Any, part: torch.Tensor, up: _Matrix, down: _Matrix) -> torch.Tensor:
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not getattr(experts, _RECOMPUTES, True):
         return down(experts._apply_gate(up(part)))
     if up.learns or down.learns:
         return cast(torch.Tensor, checkpoint(lambda inner: down(experts._apply_gate(inner)), up(part), use_reentrant=False))
     return down(cast(torch.Tensor, checkpoint(lambda x: experts._apply_gate(up(x)), part, use_reentrant=False)))
 
 
-def use_sorted_experts(model: Any) -> None:
-    """Make the experts of a model of transformers compute by `sorted_experts_forward`."""
+def use_sorted_experts(model: Any, recomputes: bool = True) -> None:
+    """Make the experts of a model of transformers compute by `sorted_experts_forward`.
+
+    Without `recomputes` they keep their inner values, as is best where whole layers are computed twice.
+    """
     ALL_EXPERTS_FUNCTIONS.register(NAME, sorted_experts_forward)
     model.set_experts_implementation(NAME)
+    for module in model.modules():
+        if "gate_up_proj" in getattr(module, "_parameters", {}):
+            setattr(module, _RECOMPUTES, recomputes)

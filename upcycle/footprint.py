@@ -133,8 +133,8 @@ def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig,
     num_tokens = num_blocks * (block_size + (stage.prompt_tokens if stage.train == "prompt" else 0))
     learns = stage.train not in ("router", "lora", "prompt") or (stage.train == "router" and learning == total)
     layers = shape.num_layers * shape.kept(num_tokens, learns)
-    if stage.gradient_checkpointing:
-        layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + shape.kept(num_tokens, learns=True)
+    if stage.gradient_checkpointing or 2 * learning < total:
+        layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
     look = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size)
     held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning))

@@ -122,7 +122,8 @@ def run_stage(
     with _one_line_errors(stage, scratch), _own_randomness(stage.seed), _lent(model, stage.settings):
         finish = choose_trainable(model, stage.settings, stage.sparse_layers)
         if next(router_modules(model), None) is not None:
-            use_sorted_experts(model)  # the fastest on the CPU by benchmarks/finetune.py; not measured on CUDA
+            # The fastest on the CPU by benchmarks/finetune.py; not measured on CUDA.
+            use_sorted_experts(model, recomputes=not _checkpoints_layers(model, stage.settings))
         if is_divided():  # FSDP takes one dtype alone
             cast(Any, model).float()
         else:
@@ -283,7 +284,7 @@ class _StageTrainer(Trainer):
         settings = stage.settings
         super().__init__(
             model=model,
-            args=_arguments(stage, scratch),
+            args=_arguments(stage, scratch, _checkpoints_layers(model, settings)),
             train_dataset=_Blocks(stage.blocks, stage.domains, stage.order),
             eval_dataset=_Blocks(stage.validation, stage.validation_domains),
         )
@@ -507,7 +508,16 @@ def schedule_share(schedule: str, warmup_steps: int, total_steps: int, step: int
     return _MIN_LR_SHARE + (1 - _MIN_LR_SHARE) * falling
 
 
-def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
+def _checkpoints_layers(model: PreTrainedModel, settings: FinetuneConfig) -> bool:
+    """Whether layers are computed a second time in the backward pass: as the settings say, and where most weights are frozen.
+
+    The second time then takes no longer than the gradients of weights would, and inner values would be most of the memory.
+    """
+    learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return settings.gradient_checkpointing or 2 * learning < sum(parameter.numel() for parameter in model.parameters())
+
+
+def _arguments(stage: Stage, scratch: Path, checkpoints_layers: bool) -> TrainingArguments:
     settings = stage.settings
     eval_steps = min(settings.eval_steps, settings.steps)
     checkpointing: dict[str, Any] = {_CHECKPOINTING: True, f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False}}
@@ -516,7 +526,7 @@ def _arguments(stage: Stage, scratch: Path) -> TrainingArguments:
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size // settings.gradient_accumulation_steps // join_processes().num_processes,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        **(checkpointing if settings.gradient_checkpointing else {}),
+        **(checkpointing if checkpoints_layers else {}),
         max_grad_norm=settings.max_grad_norm or 0.0,  # which clips none
         bf16=stage.precision == "bfloat16",
         use_cpu=not torch.cuda.is_available(),
