@@ -3,8 +3,8 @@
     python benchmarks/data.py ../shared/data/wikitext-2/train.txt --repeat 1,4
 
 The text is written `--repeat` times into one file of one document, so that it grows and its words do not. Each measurement is a process of its own;
-its peak resident memory is taken less what the same process has once the tokenizer is loaded and has read a short text. Kept tokens are 4 bytes each
-(English has 4 to 5 characters a token), so "all" is about 1 byte a character while blocks are made and as much again while they are written.
+its peak resident memory is taken less what the same process has once the tokenizer is loaded and has read a short text. Kept tokens are 4 bytes each,
+about a byte a character of English; an array that grows and a file that is written hold them twice.
 """
 
 from __future__ import annotations

@@ -350,7 +350,9 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
                     f"data.max_{split}_tokens is {limit}; it leaves none of the blocks of domain '{name}', which are {len(packed[number])} of "
                     f"{len(domains)}; raise it"
                 )
-        blocks = torch.cat(packed)[places]
+        blocks = packed[0] if len(packed) == 1 else torch.cat(packed)
+        blocks = blocks[places] if len(places) < len(blocks) else blocks
+        del packed
         num_tokens[split] = blocks.numel()
         save_file({"input_ids": blocks, "domains": domains[places]}, output / f"{split}.safetensors")
     progress("tokenizing", len(SPLITS), len(SPLITS))
