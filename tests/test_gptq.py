@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from export.gptq import prepare_moments
+from export.gptq import prepare_moments, quantize_together
 from export.gptq import quantize_gptq as quantize_prepared
 from export.quantization import Quantized, dequantize, quantize, round_to_nearest
 
@@ -202,3 +202,18 @@ def test_importance_moves_the_error_to_where_it_counts_little(bits: int) -> None
 def test_importances_that_are_all_zero_count_alike() -> None:
     weight, _ = draw(8, 32, 1)
     assert torch.equal(quantize(weight, 4, 16, torch.zeros(32)).codes, quantize(weight, 4, 16).codes)
+
+
+@pytest.mark.parametrize("lanes", [4, 8, 20, 8192])
+def test_matrices_quantized_side_by_side_are_those_quantized_alone(lanes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows, and so parts of a matrix or matrices, are taken at a time."""
+    drawn = [draw(8, 160, 500, seed) for seed in range(3)]
+    moments = [prepare_moments(inputs.T @ inputs, 32) for _, inputs in drawn]
+    alone = [quantize_prepared(weight, own, 4, 32) for (weight, _), own in zip(drawn, moments, strict=True)]
+    monkeypatch.setattr("export.gptq._LANES", lanes)
+    together = quantize_together([weight for weight, _ in drawn], moments, 4, 32)
+    assert len(together) == 3
+    for (weight, inputs), found, expected in zip(drawn, together, alone, strict=True):
+        values = [dequantize(quantized, 160, 4) for quantized in (found, expected)]
+        assert (found.codes == expected.codes).float().mean() > 0.999  # sums of another shape may be rounded otherwise
+        assert loss(weight, inputs, values[0]) == pytest.approx(loss(weight, inputs, values[1]), rel=1e-3)
