@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--mixture", action="store_true", help="the checkpoint is a mixture already")
     parser.add_argument("--variants", nargs="+", default=["int8", "int4"])
     parser.add_argument("--chunks", type=int, default=24)
-    parser.add_argument("--calibration-tokens", type=int, default=QuantizeConfig().calibration_tokens)
+    parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--llama-cpp", type=Path)
     parser.add_argument("--convert", type=Path)

@@ -67,6 +67,7 @@ OURS: dict[str, dict[str, Any]] = {
     "GPTQ, blocks of 64": {"method": "gptq", "block_size": 64},  # the size of llama.cpp's formats, whose scales have 16 bits
 }  # fmt: skip
 VARIANTS: dict[int, Variant] = {4: "int4", 8: "int8", 32: "float32"}
+CALIBRATION_TOKENS = 32768
 TARGETS = {8: 0.001, 4: 0.015}  # the largest increase of perplexity by the default method, with the bits that a recipe has by default
 SHARE_OF_ROUNDING = 2 / 3  # the largest part of rounding's loss that it may have with 4 bits
 HEADINGS = (
@@ -115,7 +116,7 @@ class Bench:
 
     def __init__(self, mixture: Path, data: Path, folder: Path, arguments: argparse.Namespace) -> None:
         train, self.test = read_blocks(data, "train"), choose_blocks(read_blocks(data, "test"), arguments.blocks)
-        self.calibration = choose_blocks(train, QuantizeConfig().calibration_tokens // train.shape[1])
+        self.calibration = choose_blocks(train, CALIBRATION_TOKENS // train.shape[1])
         self.mixture, self.folder, self.arguments = mixture, folder, arguments
         self.settings = {"block_size": arguments.block_size, "attention_bits": "variant", "embedding_bits": 16}
         self.kept = mixture.parent.parent / "outcomes"

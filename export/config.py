@@ -115,7 +115,11 @@ class QuantizeConfig(Record):
         description="How integers are chosen: 'round' takes the scale from the largest weight of a block, 'search' takes the scale with the smallest "
         "squared error, 'gptq' also lets weights make up on calibration text for the errors of all that were chosen before them.",
     )
-    calibration_tokens: PositiveInt = Field(32768, description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most.")
+    calibration_tokens: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most; 'auto' is four for each input of an expert's matrices where "
+        "the experts have equal shares, and 8,192 to 32,768 in all.",
+    )
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
     input_scaling: Literal["auto", "none", "awq", "smooth"] = Field(
         "auto",

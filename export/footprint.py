@@ -14,6 +14,7 @@ from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, el
 from export.errors import ExportError
 from export.family import DecoderFamily, find_decoder_family, layer_of, rotary_switch
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
+from export.text import count_calibration_tokens
 from export.twin import COLUMN_SCALES
 from upcycle.checkpoint import Checkpoint
 from upcycle.shards import TensorSpec
@@ -158,7 +159,7 @@ def quantizing_memory(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, .
         if (layer := layer_of(name)) >= 0:
             layers[layer] = layers.get(layer, 0) + math.prod(shape)
     widest = max((max(shape[-1], 1) for name, shape in shapes.items() if layer_of(name) >= 0), default=1)
-    tokens, hidden = config.calibration_tokens, int(model.hidden_size)
+    tokens, hidden = count_calibration_tokens(config, model), int(model.hidden_size)
     states = _FLOAT * tokens * (12 * hidden + 4 * widest)
     return max(largest, states + 3 * _FLOAT * max(layers.values(), default=0) + 6 * 8 * widest * widest)
 

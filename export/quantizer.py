@@ -27,7 +27,7 @@ from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized
 from export.sensitivity import Ruler, Weights
 from export.static import quantize_static
-from export.text import choose_blocks
+from export.text import choose_blocks, count_calibration_tokens
 from export.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
 from upcycle.config_files import save_config
@@ -147,7 +147,7 @@ def quantize_checkpoint(
 def _warnings(job: _Job, plan: Mapping[str, int], record: CalibrationRecord) -> Iterator[str]:
     if job.blocks is None or not record.num_searched:
         return
-    read = _choose_text(job.blocks, job.config).numel()
+    read = _choose_text(job.blocks, job).numel()
     enough = math.ceil(read * record.largest_lack)
     count = sum(is_quantized(bits) for bits in plan.values())
     more = "" if enough <= job.blocks.numel() else f", and data.max_train_tokens or the text must give as many: it has {job.blocks.numel():,}"
@@ -196,9 +196,9 @@ class _Job:
         )
 
 
-def _choose_text(blocks: torch.Tensor, config: QuantizeConfig) -> torch.Tensor:
+def _choose_text(blocks: torch.Tensor, job: _Job) -> torch.Tensor:
     """The blocks [N, S] that calibration reads, taken evenly."""
-    return choose_blocks(blocks, config.calibration_tokens // blocks.shape[1])
+    return choose_blocks(blocks, count_calibration_tokens(job.config, job.checkpoint.config) // blocks.shape[1])
 
 
 def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
@@ -208,7 +208,7 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
         return {}, record
-    text = None if job.blocks is None else _choose_text(job.blocks, job.config)
+    text = None if job.blocks is None else _choose_text(job.blocks, job)
     journal = LayerJournal(job.scratch, plan, job.config.model_dump_json())
     if job.variant == STATIC:
         quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)

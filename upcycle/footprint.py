@@ -23,6 +23,8 @@ IMPORT_BYTES = 520_000_000
 _FLOAT, _ADAM = 4, 16  # bytes of a float32 number; of a parameter that learns: weight, gradient and two moments
 _EVALUATION_BLOCKS, _GRADIENT_BLOCKS, _RECEIPT_ROWS = 8, 2, 3
 _EXPERT_PARTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".shared_mlp.")
+_KEPT_BYTES = 1 << 30  # of inner values at most; where they are more, layers are computed twice
+_TOKENIZER_BYTES = 50_000_000
 _CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `upcycle.products`
 
 
@@ -80,8 +82,8 @@ def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
 
 
 def data_bytes(text_bytes: int) -> int:
-    """Of text that is read, cut into documents and tokenized: 125 bytes a character, most of them the tokenizer's, measured."""
-    return IMPORT_BYTES + 125 * text_bytes
+    """Of text that is streamed: the tokenizer's work on pieces of it, and 2 bytes a character that is kept, by `benchmarks/data.py`."""
+    return IMPORT_BYTES + _TOKENIZER_BYTES + 2 * text_bytes
 
 
 def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> int:
@@ -126,6 +128,18 @@ def _evaluation_bytes(shape: _Shape, weight_bytes: int, block_size: int) -> int:
     return IMPORT_BYTES + weight_bytes + max(weight_bytes, running)
 
 
+def keeps_much(config: Any, num_tokens: int) -> bool:
+    """Whether the inner values of all layers, of a mixture or a dense model, for so many tokens at once are more than layers should keep."""
+    c = getattr(config, "decoder", config)
+    width = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
+    shape = _Shape.of(config, int(width), int(getattr(c, "num_experts_per_tok", 1)))
+    return _keeps_much(shape, num_tokens)
+
+
+def _keeps_much(shape: _Shape, num_tokens: int) -> bool:
+    return shape.num_layers * shape.kept(num_tokens, learns=True) > _KEPT_BYTES
+
+
 def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig, frozen_bytes: int, block_size: int, num_layers: int) -> int:
     """Of one stage: before the backward pass all inner values, after it all gradients; or a look at the validation split without either."""
     total, learning = sum(sizes.values()), count_learning(sizes, stage, num_layers)
@@ -133,7 +147,7 @@ def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig,
     num_tokens = num_blocks * (block_size + (stage.prompt_tokens if stage.train == "prompt" else 0))
     learns = stage.train not in ("router", "lora", "prompt") or (stage.train == "router" and learning == total)
     layers = shape.num_layers * shape.kept(num_tokens, learns)
-    if stage.gradient_checkpointing or 2 * learning < total:
+    if stage.gradient_checkpointing or 2 * learning < total or _keeps_much(shape, num_tokens):
         layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
     look = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size)

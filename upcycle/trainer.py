@@ -48,6 +48,7 @@ from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
 from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
+from upcycle.footprint import keeps_much
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
@@ -123,7 +124,7 @@ def run_stage(
         finish = choose_trainable(model, stage.settings, stage.sparse_layers)
         if next(router_modules(model), None) is not None:
             # The fastest on the CPU by benchmarks/finetune.py; not measured on CUDA.
-            use_sorted_experts(model, recomputes=not _checkpoints_layers(model, stage.settings))
+            use_sorted_experts(model, recomputes=not _checkpoints_layers(model, stage))
         if is_divided():  # FSDP takes one dtype alone
             cast(Any, model).float()
         else:
@@ -284,7 +285,7 @@ class _StageTrainer(Trainer):
         settings = stage.settings
         super().__init__(
             model=model,
-            args=_arguments(stage, scratch, _checkpoints_layers(model, settings)),
+            args=_arguments(stage, scratch, _checkpoints_layers(model, stage)),
             train_dataset=_Blocks(stage.blocks, stage.domains, stage.order),
             eval_dataset=_Blocks(stage.validation, stage.validation_domains),
         )
@@ -508,13 +509,19 @@ def schedule_share(schedule: str, warmup_steps: int, total_steps: int, step: int
     return _MIN_LR_SHARE + (1 - _MIN_LR_SHARE) * falling
 
 
-def _checkpoints_layers(model: PreTrainedModel, settings: FinetuneConfig) -> bool:
-    """Whether layers are computed a second time in the backward pass: as the settings say, and where most weights are frozen.
+def _checkpoints_layers(model: PreTrainedModel, stage: Stage) -> bool:
+    """Whether layers are computed a second time in the backward pass: as the settings say, where most weights are frozen, and for many inner values.
 
-    The second time then takes no longer than the gradients of weights would, and inner values would be most of the memory.
+    Where most weights are frozen the second time takes no longer than the gradients of weights would, and inner values would be most of the memory.
     """
+    settings = stage.settings
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return settings.gradient_checkpointing or 2 * learning < sum(parameter.numel() for parameter in model.parameters())
+    num_tokens = settings.batch_size // settings.gradient_accumulation_steps // join_processes().num_processes * stage.blocks.shape[1]
+    return (
+        settings.gradient_checkpointing
+        or 2 * learning < sum(parameter.numel() for parameter in model.parameters())
+        or keeps_much(model.config, num_tokens)
+    )
 
 
 def _arguments(stage: Stage, scratch: Path, checkpoints_layers: bool) -> TrainingArguments:
