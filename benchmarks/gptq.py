@@ -1,8 +1,8 @@
 """GPTQ's time and loss beside a plain loop over columns.
 
-`python benchmarks/gptq.py [--rounds N]`: the matrices of one layer of experts, in SmolLM2-135M's shape by default, with inputs that depend on each other. The plain loop holds matrices as they
-are stored, a row after the other, and takes them one by one; both know the same moments. Contenders take turns; printed are the medians of their
-seconds, their ratio, and the ratio of losses, weighed by the damped moments, which both make small.
+`python benchmarks/gptq.py [--rounds N]`: the matrices of one layer of experts, in SmolLM2-135M's shape by default, with inputs that depend on each
+other. The plain loop holds matrices as they are stored, a row after the other, and takes them one by one; both know the same moments. Contenders
+take turns; printed are the medians of their seconds, their ratio, and the ratio of losses, weighed by the damped moments, which both make small.
 """
 
 from __future__ import annotations

@@ -117,8 +117,8 @@ class QuantizeConfig(Record):
     )
     calibration_tokens: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most; 'auto' is four for each input of an expert's matrices where "
-        "the experts have equal shares, and 8,192 to 32,768 in all.",
+        description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most; 'auto' is four for each input of an expert's matrices "
+        "where the experts have equal shares, and 8,192 to 32,768 in all.",
     )
     calibrate_all_experts: bool = Field(False, description="Whether in calibration every expert sees all tokens, and not its own alone.")
     input_scaling: Literal["auto", "none", "awq", "smooth"] = Field(

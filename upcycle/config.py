@@ -271,7 +271,8 @@ class FinetuneConfig(Record):
     gradient_accumulation_steps: PositiveInt = Field(1, description="Parts that a step is computed in, one after the other, to save memory.")
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute the layers' inner values twice instead of keeping them, to save memory; done anyway where most weights do not learn.",
+        description="Compute the layers' inner values twice instead of keeping them, to save memory; done anyway where most weights do not "
+        "learn, or the values would take more than 1 GB.",
     )
     routing: Literal["learned", "by-domain"] = Field(
         "learned", description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the router says."

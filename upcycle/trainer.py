@@ -47,8 +47,8 @@ from upcycle.config import FinetuneConfig
 from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
-from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.footprint import keeps_much
+from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
