@@ -22,6 +22,7 @@ from export.family import DecoderFamily, GatedFfn
 from export.inputs import Inputs
 from export.router_correction import RouterFacts, correct_router
 from export.routing import choose_experts
+from export.text import choose_blocks
 from upcycle.checkpoint import Checkpoint, read_rows
 from upcycle.layerwise import apply_final_norm, embed, load_layer
 
@@ -66,11 +67,12 @@ class CalibrationWalk:
         """Let the groups that follow in this layer be behind a matrix of another value."""
         self._replaced[name, rows] = weight
 
-    def read_float(self, layer: int) -> Iterator[Group]:
-        """The groups of the layer that is next as they are in the float model alone; nothing moves on."""
+    def read_float(self, layer: int, num_tokens: int | None = None) -> Iterator[Group]:
+        """The groups of the layer that is next as they are in the float model alone, on about `num_tokens` of the text; nothing moves on."""
         self._changed, self._replaced = {}, {}
         model = load_layer(self.checkpoint, layer, torch.float32)
-        _, caught = self._run(model, self.reference_states, ("attention", "attended", "ffn"), stop=True)
+        count = len(self.reference_states) if num_tokens is None else math.ceil(num_tokens / self.reference_states.shape[1])
+        _, caught = self._run(model, choose_blocks(self.reference_states, count), ("attention", "attended", "ffn"), stop=True)
         yield self._read_attention(layer, Inputs(caught["attention"], caught["attention"]))
         yield self._read_output(layer, Inputs(caught["attended"], caught["attended"]))
         routed = Inputs(caught["ffn"], caught["ffn"])

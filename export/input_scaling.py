@@ -35,6 +35,8 @@ from export.quantization import is_quantized
 
 _POWERS = tuple(step / 10 for step in range(1, 11))
 _MIN_SCALE = 1e-4
+_READ_TOKENS = 4096
+"""Tokens whose sizes of channels are measured."""
 _SAMPLE_TOKENS = 256
 """Tokens whose rounding is measured."""
 _GPTQ_SHARE = 0.3
@@ -88,7 +90,7 @@ def scale_layer(walk: CalibrationWalk, layer: int, plan: Mapping[str, int], conf
     scaled = ScaledLayer(walk, layer)
     family = walk.family
     first, num_first = [], 0
-    for group in walk.read_float(layer):
+    for group in walk.read_float(layer, _READ_TOKENS):
         num_first += group.place == "first"
         if not all(is_quantized(plan[name]) for name, _ in group.matrices):
             continue
