@@ -373,7 +373,7 @@ def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, low
     if variant in stored:
         assert set(experts.values()) == {stored[variant]}
     else:
-        assert {name.rsplit(".", 1)[1]: kind for name, kind in experts.items()} == {"codes": TensorProto.UINT8, "scales": TensorProto.FLOAT}
+        assert {name.rsplit(".", 1)[1]: kind for name, kind in experts.items()} == {"codes": TensorProto.UINT8, "scales": TensorProto.BFLOAT16}
 
 
 @pytest.mark.parametrize("width", [32, 40])
