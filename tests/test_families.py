@@ -393,6 +393,8 @@ def test_a_config_value_that_is_lost_shows_in_the_logits(name: str, sprung: Mapp
     path = tmp_path / "config.json"
     written = json.loads(path.read_text())
     assert all(written[key] != value for key, value in sprung.items())
+    if "rope_parameters" in sprung:  # transformers 4's names say the same, and are lost with it
+        written = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling")}
     path.write_text(json.dumps(written | dict(sprung)))
     target = getattr(transformers, plan.conversion.target.architecture)
     with torch.random.fork_rng(devices=[]):
