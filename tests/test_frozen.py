@@ -106,7 +106,7 @@ def test_a_low_rank_update_is_merged_in_float32(narrow_mixture: Path) -> None:
             update = torch.einsum("orE,Eri->Eoi", second.view(rows, -1, count), first.view(count, -1, columns)) * 2
             expected[id(module.get_param())] = (module.get_param().float() + update, module.get_param())
     merge_low_rank(model, torch.float32)
-    finish()
+    finish(True)
     for wanted, parameter in expected.values():
         torch.testing.assert_close(parameter.data, wanted.detach(), rtol=0, atol=1e-6)
 

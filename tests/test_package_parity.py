@@ -295,7 +295,7 @@ def test_a_user_s_own_test_fails_with_a_line_for_each_limit(pytester: pytest.Pyt
     result = run_user_test(pytester, own_package, mixture_checkpoint, ", noise_blocks=0, max_relative_error=1e-9")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        [f"{own_package} is not {mixture_checkpoint}:", f"{CPU}: operator: layer 0, router logits *", f"{CPU}: logits: prefill*"]
+        [f"{own_package} is not {mixture_checkpoint}:", f"{CPU}: operator: layer 0, *on the reference's own input*", f"{CPU}: logits: prefill*"]
     )
 
 
