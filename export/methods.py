@@ -226,16 +226,16 @@ def _quantize_layer(
     walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord,
     progress: Callable[[int], None],
 ) -> dict[str, Quantized]:  # fmt: skip
-    """Every quantized tensor of a layer; `progress` is told how many matrices are done."""
+    """Every quantized tensor of a layer; `progress` is told how many matrices are done, and not of the last, since the layer is not kept yet."""
     changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
     scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
     for groups in _batch_groups(walk.read_layer(layer, changed), walk):
+        progress(len(parts))
         prepared = [matrix for group in groups for matrix in _prepare(walk, layer, group, plan, config, record, scarce)]
         for matrix, found in zip(prepared, _quantize_prepared(prepared, config, scale_type), strict=True):
             walk.replace(matrix.name, matrix.rows, dequantize(found, matrix.weight.shape[-1], matrix.bits))
             parts.setdefault(matrix.name, []).append(found)
-        progress(len(parts))
     record.scarce_experts[layer] = len(scarce)
     record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
     if layer in walk.routers:

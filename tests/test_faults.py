@@ -117,7 +117,7 @@ def leave_weights_unnormalized(g: Graph) -> None:
 
 def scale_one_expert_by_2_percent(g: Graph) -> None:
     name = f"layers.{LAYER}.moe.expert.2.down.scales"
-    g.write(name, g.read(name) * np.float32(1.02))
+    g.write(name, (g.read(name) * np.float32(1.02)).astype(g.read(name).dtype))
 
 
 def quantize_the_router(g: Graph) -> None:

@@ -207,7 +207,7 @@ def scale_one_expert_by_2_percent(weights: Weights) -> None:
         if name in (f"{FUSED}2.scales", f"{FUSED}2"):
             weights[name] = (weights[name] * np.float32([1, 1, 1.02, 1])[:, None, None]).astype(weights[name].dtype)
         if name == f"{GROUPED}2.down.scales":
-            weights[name] = weights[name] * np.float32(1.02)
+            weights[name] = (weights[name] * np.float32(1.02)).astype(weights[name].dtype)
 
 
 def lose_a_head_to_nan(weights: Weights) -> None:
