@@ -248,7 +248,7 @@ def test_an_unknown_section_names_the_one_that_was_meant():
 
 def test_a_key_like_no_other_lists_the_keys():
     assert mistakes(GOOD + "export: {zzz: 1}\n") == [
-        "r.yaml:3: export.zzz: unknown key; the keys here are device, lowering, request, activation_bits"
+        "r.yaml:3: export.zzz: unknown key; the keys here are device, lowering, request, activation_bits, exact_products"
     ]
 
 
@@ -360,7 +360,7 @@ def test_an_empty_section_is_refused():
         ("parity: {max_perplexity_increase: 1}", "parity.max_perplexity_increase: is 1 (an integer); must be a mapping"),
         ("quantize: {block_size: 33}", "quantize.block_size: is 33; must be 16, 32, 64 or 128"),
         ("quantize: {attention_bits: 4}", "quantize.attention_bits: is 4; must be 'variant', 8 or 16"),
-        ("export: [fused]", "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits"),
+        ("export: [fused]", "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits, exact_products"),
         ("variants: int8", "variants: is 'int8' (a string); must be a list"),
         ("variants: []", "variants: is an empty list; must be a list of at least 1 item"),
         ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'"),
