@@ -25,6 +25,7 @@ import math
 import os
 import random
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -37,7 +38,6 @@ import numpy
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -56,12 +56,14 @@ from upcycle.progress import Progress
 from upcycle.prompt import get_prompt, run_with_prompt
 from upcycle.receipt import router_modules, router_weights, selection_biases
 from upcycle.sharding import collect, collect_model, collect_optimizer, divide_by, fill_optimizer, gathered, is_divided, reshard
+from upcycle.shards import TensorSpec, write_tensors
 from upcycle.trainable import add_expert_dropout, choose_trainable, domain_experts, parameter_groups, stacked_weights
 
 # What transformers calls it, before 5.23 and since.
 _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
 _MIN_LR_SHARE = 0.1  # the cosine ends here, as in Llama's and OLMoE's recipes
-_WEIGHTS_NAME = "learning.safetensors"
+_WEIGHTS_STEM = "learning"
+_WEIGHTS_NAME = f"{_WEIGHTS_STEM}.safetensors"
 _SECONDS_NAME = "seconds.json"
 _HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut off
 _START_NAME = "start"  # beside the checkpoints: what learns, before the first step
@@ -460,7 +462,9 @@ class _StageTrainer(Trainer):
         if self.args.should_save:
             assert output_dir is not None
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(changing, Path(output_dir) / _WEIGHTS_NAME)
+            specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in changing.items()]
+            # One tensor after the other: safetensors' own writer makes a copy of them all.
+            write_tensors(Path(output_dir), specs, changing.items(), sys.maxsize, stem=_WEIGHTS_STEM)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Read back what `save_model` wrote."""

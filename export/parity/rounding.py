@@ -13,7 +13,7 @@ import onnx
 import torch
 
 from export.parity.agreement import divergence
-from export.parity.forward import BATCH, Reference
+from export.parity.forward import Reference
 from export.parity.records import Limit
 from export.parity.ties import same_experts
 from export.storage import MODEL_NAME
@@ -59,7 +59,7 @@ def measure_rounding(reference: Reference, directory: Path, package: Path, block
         return None
     ids = choose_blocks(blocks, max(1, _TOKENS // blocks.shape[1]))
     twin, kl, same = Twin(directory), 0.0, list[float]()
-    for batch in ids.split(BATCH):
+    for batch in ids.split(1):
         mask = torch.ones_like(batch)
         expected = reference.forward(batch, mask)
         with reference.rounded(twin):
