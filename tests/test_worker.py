@@ -12,43 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from worker_jobs import double, fail, take
 
 from convert.artifact import ArtifactError, lock
 from convert.worker import run_apart
-from upcycle.progress import Progress
-
-
-def double(number: int, progress: Progress) -> int:
-    progress("doubling", number, 2 * number)
-    return 2 * number
-
-
-def take(num_bytes: int, progress: Progress) -> int:
-    bytearray(b"\1") * num_bytes
-    return os.getpid()
-
-
-class UnpicklableError(Exception):
-    """One that cannot be made of its own arguments."""
-
-    def __init__(self, where: str, what: str) -> None:
-        super().__init__(f"{where}: {what}")
-
-
-def fail(kind: str, progress: Progress) -> None:
-    if kind == "caused":
-        try:
-            raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
-        except OSError as error:
-            raise RuntimeError("cannot be written") from error
-    if kind == "unpicklable":
-        raise UnpicklableError("here", "this")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def wait(marker: str, progress: Progress) -> None:
-    Path(marker).write_text(str(os.getpid()), encoding="utf-8")
-    time.sleep(600)
 
 
 @pytest.fixture
@@ -96,7 +63,7 @@ PARENT = """
 import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
-from test_worker import wait
+from worker_jobs import wait
 from convert.artifact import lock
 from convert.worker import run_apart
 if __name__ == "__main__":
