@@ -40,7 +40,7 @@ _READ_TOKENS = 4096
 _SAMPLE_TOKENS = 256
 """Tokens whose rounding is measured."""
 _GPTQ_SHARE = 0.3
-"""What GPTQ leaves of the squared error of rounding to nearest, about."""
+"""What GPTQ leaves of the error of searched scales, about: 4.6e-3 of 1.6e-2 nats on the embedded model's mixture (README, "Measured")."""
 _LARGEST_INTEGER = 127
 
 
@@ -174,9 +174,10 @@ def choose_scales(
 
 @dataclass(frozen=True)
 class _Part:
-    """One group and what it reads: its matrices [N, K] with their bits' names, the products W'W [K, K] of all, and of T tokens some [S, K].
+    """One group and what it reads, x.
 
-    total: the sums of |x| [K]; largest: the largest |x| [K]; squares: the sums of x² [K].
+    matrices: [N, K] each, with the name of the tensor that it is in; gram: the sum of W'W [K, K] over them; sample: some tokens [S, K] of the
+    `num_tokens` that are read; total, largest, squares: by channel [K] the sum of |x|, the largest |x| and the sum of x², over all tokens.
     """
 
     matrices: tuple[tuple[str, torch.Tensor], ...]

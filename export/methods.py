@@ -68,6 +68,7 @@ class CalibrationRecord:
         self.scaling.add(other.scaling)
         self.replaced |= other.replaced
         self.input_scales |= other.input_scales
+        self.column_scales |= other.column_scales
 
     def write(self) -> dict[str, Any]:
         """Facts for JSON; the tensors in `replaced` are not among them."""
