@@ -95,7 +95,7 @@ def _tiles(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "Perplexity", f"{format_perplexity(dense, 3)} → {format_perplexity(tuned, 3)}", f"dense → {model}, on held-out text"
     if facts["variants"]:
         name, size = min(((n, v["onnx"]["package_bytes"]) for n, v in facts["variants"].items()), key=lambda pair: pair[1])
-        yield "Smallest ONNX", format_size(size), f"{name}; torch float32 has {format_size(evaluations[model]['weight_bytes'])}"
+        yield "Smallest ONNX", format_size(size), f"{name}; the {model} checkpoint has {format_size(evaluations[model]['weight_bytes'])}"
 
 
 def _perplexity_note(facts: dict[str, Any]) -> str:

@@ -124,7 +124,7 @@ def judge(facts: dict[str, Any]) -> Iterator[Verdict]:
     reference = find_measured(variants["float32"]) if "float32" in variants else None
     for name, variant in variants.items():
         yield _variant_verdict(name, variant, reference, exported_model(facts))
-        yield from (Verdict(f"ONNX {name}: {warning}.", False) for warning in variant["quantize"].get("warnings", ()))
+        yield from (Verdict(f"ONNX {name}: {warning}.", None) for warning in variant["quantize"].get("warnings", ()))
     if not variants:
         yield Verdict("No ONNX variant was asked for, so nothing was exported and no parity was checked.", None)
 
