@@ -230,9 +230,7 @@ def test_a_broken_threshold_fails_the_run_after_the_report(killed_run, tiny_reci
     strict.write_text(text, encoding="utf-8")
     finished = dense2moe("run", strict, "--workdir", killed_run[0])
     assert finished.returncode == 1
-    assert (
-        "Error: parity was broken:\nfloat32: CPUExecutionProvider: operator: layer 0, router logits on the reference's own input" in finished.stderr
-    )
+    assert "Error: parity was broken:\nfloat32: CPUExecutionProvider: operator: layer 0, " in finished.stderr
     assert "worst layer" in finished.stderr
     assert "report: " in finished.stdout
 
