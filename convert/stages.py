@@ -416,14 +416,14 @@ def run_onnx(job: Job) -> Facts:
 def run_parity(job: Job) -> Facts:
     """The package against its twin and against the fine-tuned model; thresholds are judged after the report is written."""
     assert job.variant is not None
-    trained = "upcycled" if job.recipe.finetune is None else "fine-tuned"
+    trained = job.recipe.finetune is not None
     parity = check_parity(
         job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
-        finetuned_loss=job.input_facts["finetune"]["evaluations"][trained]["loss"],
+        finetuned_loss=job.input_facts["finetune"]["evaluations"]["fine-tuned"]["loss"] if trained else None,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
-    if job.recipe.finetune is None:  # parity calls the model that was exported the fine-tuned one
+    if not trained:  # parity calls the model that was exported the fine-tuned one
         facts["breaches"] = [breach.replace("fine-tuned model", "upcycled model") for breach in facts["breaches"]]
     (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts

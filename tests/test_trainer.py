@@ -578,10 +578,11 @@ def test_a_stage_that_fails_leaves_the_model_as_it_was_lent(mixture_checkpoint: 
     ids, domains = torch.zeros(4, BLOCK, dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
     with pytest.raises(_Killed):
         run_stage(model, None, Stage("m", 0, settings, ids, domains, 1, ids, domains, 0, 1, (0, 1), "float32", 0), tmp_path, None, quiet)
-    assert not any(module._forward_hooks for module in model.modules())
+    assert [(name, module._forward_hooks) for name, module in model.named_modules() if module._forward_hooks] == []
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert [each.act_fn for each in experts] == activations
     assert model.config.use_cache
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 @pytest.mark.parametrize(
@@ -598,7 +599,7 @@ def test_a_stage_that_fails_leaves_the_model_as_it_was_lent(mixture_checkpoint: 
 def test_what_a_later_stage_cannot_do_is_told_before_any_work(
     stage: TrainingStage, message: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upcycle.training.read_domains", lambda *_: (("a", "b", "c"), torch.zeros(0)))
+    monkeypatch.setattr("upcycle.training.read_domains", lambda *_: (("a", "b", "c"), torch.zeros(16)))
     seen: list[str] = []
     with pytest.raises(UpcycleError) as excinfo:
         start(CONFIG.model_copy(update={"stages": (TrainingStage(), stage)}), progress=lambda what, *_: seen.append(what))
@@ -640,14 +641,20 @@ def test_a_lack_of_memory_is_one_line_that_names_the_last_checkpoint(
     )
 
 
-@pytest.mark.parametrize("writer", ["upcycle.trainer.save_file", "torch.save"])
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        ("upcycle.trainer.write_tensors", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+        ("torch.save", RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1: file write failed")),
+    ],
+)
 def test_a_full_disk_is_told_as_one_and_keeps_the_checkpoint_before(
-    writer: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writer: str, error: Exception, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, untouched = start(CONFIG)
 
     def full(*_: Any, **__: Any) -> None:
-        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file data/1: file write failed")
+        raise error
 
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == 3:

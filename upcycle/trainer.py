@@ -174,6 +174,9 @@ def _lent(model: PreTrainedModel, settings: FinetuneConfig) -> Iterator[None]:
         yield
     finally:
         remove_dropout()
+        if getattr(model, f"is_{_CHECKPOINTING}"):  # the Trainer switches it on, with a hook at the embedding
+            getattr(model, f"{_CHECKPOINTING}_disable")()
+            model.disable_input_require_grads()
         model.config.use_cache = uses_cache
         for parameter in model.parameters():
             parameter.requires_grad_(True)
