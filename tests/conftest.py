@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,12 @@ from upcycle.surgery import upcycle
 MakeDense = Callable[..., Path]
 
 torch.set_num_threads(1)  # models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: garbage collections that tests ask for, by loading models, need not look through all of it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

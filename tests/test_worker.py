@@ -72,12 +72,16 @@ if __name__ == "__main__":
 """
 
 
+UNIGNORED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, sys.argv[1]])"
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Path, how: signal.Signals) -> None:
     script, marker, work = tmp_path / "parent.py", tmp_path / "marker", tmp_path / "work"
     root = Path(__file__).parent.parent
     script.write_text(PARENT.format(tests=str(root / "tests"), root=str(root), work=str(work), marker=str(marker)), encoding="utf-8")
-    parent = subprocess.Popen([sys.executable, str(script)], stderr=subprocess.PIPE, start_new_session=True)
+    command = [sys.executable, "-c", UNIGNORED, str(script)]  # whoever began these tests in the background had SIGINT ignored by all below it
+    parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 300
     while not (marker.exists() and marker.read_text(encoding="utf-8")):
         assert parent.poll() is None, parent.communicate()[1]

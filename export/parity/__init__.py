@@ -129,7 +129,7 @@ def _judge(
         own = compare(decoder, reference, some, tie_margin, _teller(progress, "comparing with the twin", len(some)))
         if finetuned_loss is None:
             finetuned_loss = _extend(own.reference_loss, some, reference, rest, progress)
-        forced = _force_routing(reference, first_blocks, tuned)
+        forced = _force_routing(reference, blocks, tuned)
         window = getattr(reference.model.config, "sliding_window", None)
         cases = plan_cases(blocks, decoder.context_length, window, own.margins, config)
         errors = []
@@ -137,7 +137,7 @@ def _judge(
             progress("checking logits", number, len(cases))
             errors.append(run_case(decoder, reference, case, tie_margin))
         free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
-        open_blocks = Blocks(package, provider, reference.adds_shared_outside)
+        shared_outside = reference.adds_shared_outside
         layers = _with_noise(own.layers, noise)
         rounding = measure_rounding(reference, twin, package, blocks) if exact_twin and rounds else None
         limits = rounding_limits(configured_limits(variant, exact_twin, config), rounding)
@@ -145,7 +145,8 @@ def _judge(
         progress("doing tasks", 0, 1)
         task_checks = evaluation.check(reference, limits, tie_margin)
     tuned = tuned or own
-    operators = _check_operators(open_blocks, own.blocks, own.first.top_k, limits, noise)
+    del decoder, evaluation, reference  # a package's sessions are opened one after the other: each holds all weights once more
+    operators = _check_operators(Blocks(package, provider, shared_outside), own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     progress("measuring speed", 0, 1)
     plain = Decoder(package, provider)
@@ -219,15 +220,16 @@ def _measure_noise(twin: Path, ids: torch.Tensor) -> MeasuredNoise:
         return measure_noise(exact, ids, first, blocks)
 
 
-def _force_routing(twin: Reference, ids: torch.Tensor, tuned: Comparison | None) -> Forced | str:
+def _force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | None) -> Forced | str:
     """The twin with the fine-tuned model's routing: what remains is the error of the weights alone."""
     if tuned is None:
         return "not run: one checkpoint is both references"
     if not tuned.blocks:
         return "not run: no layer has experts"
+    ids = blocks[: len(tuned.first.logits)]
     mask = torch.ones_like(ids)
     free = twin.forward(ids, mask).logits
-    with twin.forced({n: block.router for n, block in tuned.blocks.items()}):
+    with twin.forced(tuned.routers):
         forced = twin.forward(ids, mask).logits
     kl, kl_free = (max(float(divergence(tuned.first.logits, logits).mean()), 0.0) for logits in (forced, free))
     return Forced(kl, kl_free, ids.numel())

@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from export.parity.forward import BATCH, Block, Forward, Reference, run_package
+from export.parity.forward import BATCH, Block, Forward, Reference, join_blocks, run_package, split_batches
 from export.parity.records import Agreement, LayerCheck, MarginBin, Part
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_margin, find_smallest_margin, same_experts
 from export.runtime import Decoder
 
-_LOGIT_ROWS = 64
+LOGIT_ROWS = 64
 """Tokens whose logits are compared at once: what is made of them stays near the processor, and is not asked of the system anew each time."""
 MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 """Selection scores: router logits, or scores plus a bias; the last bin is open."""
@@ -28,8 +29,9 @@ Place = tuple[int, Part]
 class Comparison:
     """What one comparison found: figures, the mean next-token losses of both sides, errors by layer, and parts that later tiers go on from.
 
-    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `first` is the reference on the first batch, `blocks`
-    what its blocks of experts read and said there. `by_position` has the largest relative error [S] of attention's outputs and of hidden states.
+    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `first` is the reference on the first batch, `routers`
+    what its routers said there; `blocks` is what its blocks of experts read and said on the first `BATCH` blocks of text. `by_position` has the
+    largest relative error [S] of attention's outputs and of hidden states.
     """
 
     agreement: Agreement
@@ -39,6 +41,7 @@ class Comparison:
     by_position: dict[Place, torch.Tensor]
     margins: torch.Tensor | None
     first: Forward
+    routers: dict[int, Any]
     blocks: dict[int, Block]
 
 
@@ -47,35 +50,48 @@ def compare(
 ) -> Comparison:
     """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties. `tell` is told how many blocks are done."""
     sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
-    first: tuple[Forward, dict[int, Block]] | None = None
-    for batch in ids.split(BATCH):
+    first: Forward | None = None
+    blocks: list[dict[int, Block]] = []
+
+    def add(batch: torch.Tensor) -> Forward:
         mask = torch.ones_like(batch)
         expected = reference.forward(batch, mask)
-        first = first or (expected, reference.blocks())
+        if sums.tokens < BATCH * batch.shape[1]:
+            blocks.append(reference.blocks())
         smallest = find_smallest_margin(expected.routers, expected.top_k)
-        margins += [] if smallest is None else [smallest]
+        margins.extend([] if smallest is None else [smallest])
         found = run_package(decoder, batch, mask, batch.shape[1])
         sums.add(found, expected.seen_by(found), batch)
+        return expected
+
+    for batch in split_batches(ids, decoder.vocab_size):
+        if first is None:
+            first = add(batch)
+        else:
+            add(batch)  # nothing of it is kept: one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
     assert first is not None
     package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
     return Comparison(
         sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
-        torch.cat(margins) if margins else None, *first,
+        torch.cat(margins) if margins else None, first, {n: block.router for n, block in blocks[0].items()}, join_blocks(blocks),
     )  # fmt: skip
 
 
 def measure_loss(model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> float:
     """A model's mean next-token loss over blocks of ids [N, S], as `compare` measures it; `tell` is told how many blocks are done."""
     total, done = 0.0, 0
-    for batch in ids.split(BATCH):
-        mask = torch.ones_like(batch)
-        logits = model.forward(batch, mask).logits if isinstance(model, Reference) else run_package(model, batch, mask, batch.shape[1]).logits
-        for row, block in zip(logits, batch, strict=True):
-            total += float(F.cross_entropy(row[:-1], block[1:], reduction="sum"))
+    for batch in split_batches(ids, int(model.model.config.vocab_size) if isinstance(model, Reference) else model.vocab_size):
+        total += _sum_loss(model, batch)
         done += len(batch)
         tell(done)
     return total / ids[:, 1:].numel()
+
+
+def _sum_loss(model: Reference | Decoder, batch: torch.Tensor) -> float:
+    mask = torch.ones_like(batch)
+    logits = model.forward(batch, mask).logits if isinstance(model, Reference) else run_package(model, batch, mask, batch.shape[1]).logits
+    return sum(float(F.cross_entropy(row[:-1], block[1:], reduction="sum")) for row, block in zip(logits, batch, strict=True))
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -167,7 +183,7 @@ class _Sums:
         following = torch.cat([ids[:, 1:], ids[:, :1]], 1)  # the last token of a row foretells none that is known
         known = torch.ones_like(ids, dtype=torch.bool)
         known[:, -1] = False
-        parts = zip(*(values.flatten(0, 1).split(_LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)), strict=True)
+        parts = zip(*(values.flatten(0, 1).split(LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)), strict=True)
         kl = torch.cat([self._add_logits(*part) for part in parts]).view(ids.shape)
         self.kl += float(kl.sum())
         self.predictions += int(known.sum())

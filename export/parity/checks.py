@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from export.config import ParityConfig
+from export.parity.agreement import LOGIT_ROWS
 from export.parity.forward import Forward, Reference, run_package
 from export.parity.records import Check, FreeRun
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips
@@ -122,16 +123,22 @@ def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: fl
     real = case.mask.bool()
     flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
     judged = before_flips(flips, case.mask)
-    error = (found.logits - expected.logits).abs().amax(-1)
-    top1 = found.logits.argmax(-1) == expected.logits.argmax(-1)
+    parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits)), strict=True)
+    error, mean_error, size, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
     largest = float(error[judged].max()) if judged.any() else 0.0
-    scale = max(float(expected.logits[real].abs().max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
-    mean = float((found.logits - expected.logits)[real].abs().mean())
+    scale = max(float(size[real].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
+    mean = float(mean_error[real].mean())
     check = Check(
         case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),
         padded=not bool(real.all()), decoded=case.num_prefill < case.ids.shape[1],
     )  # fmt: skip
     return Errors(case, check, error / scale, judged)
+
+
+def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits [T, V]: the largest and the mean difference, the largest that is expected, and whether the likeliest token is the same; each [T]."""
+    error = (found - expected).abs_()
+    return error.amax(-1), error.mean(-1), expected.abs().amax(-1), found.argmax(-1) == expected.argmax(-1)
 
 
 def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_tokens: int) -> FreeRun:

@@ -22,6 +22,8 @@ from export.simulation import RoundedInputs
 from export.twin import SCHEME_NAME, Twin
 
 BATCH = 4
+_LOGITS_BYTES = 2**26
+"""Of logits at once: every side's, copies of them and what the runtime keeps for them are several times as much."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,21 @@ class Block:
     output: torch.Tensor
     router: tuple[torch.Tensor, ...] | torch.Tensor
     scores: torch.Tensor
+
+
+def join_blocks(parts: Sequence[Mapping[int, Block]]) -> dict[int, Block]:
+    """The blocks of experts of several batches as those of one."""
+
+    def joined(*found: Any) -> Any:
+        return tuple(map(joined, *found)) if isinstance(found[0], tuple) else torch.cat(found)
+
+    return {n: Block(*map(joined, *((each[n].given, each[n].output, each[n].router, each[n].scores) for each in parts))) for n in parts[0]}
+
+
+def split_batches(ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
+    """Blocks of ids [N, S] in batches whose logits are not too many to hold at once; of one block, if need be."""
+    rows = _LOGITS_BYTES // (4 * ids.shape[1] * vocab_size)
+    return cast("tuple[torch.Tensor, ...]", ids.split(min(max(rows, 1), BATCH)))
 
 
 @dataclass
@@ -228,8 +245,9 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
     parts += [decoder.run(cache, ids[:, n : n + 1].numpy()) for n in range(num_prefill, ids.shape[1])]
 
     def joined(name: str) -> torch.Tensor:
-        pieces = [part[name].reshape(len(ids), -1, part[name].shape[-1]) for part in parts]
-        return torch.from_numpy(np.concatenate(pieces, axis=1))
+        pieces = [part.pop(name) for part in parts]
+        pieces = [piece.reshape(len(ids), -1, piece.shape[-1]) for piece in pieces]
+        return torch.from_numpy(np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])
 
     def shown(*patterns: str) -> tuple[torch.Tensor | None, ...]:
         """By layer the first of these values that the package shows."""
