@@ -67,12 +67,19 @@ class CalibrationWalk:
         """Let the groups that follow in this layer be behind a matrix of another value."""
         self._replaced[name, rows] = weight
 
-    def read_float(self, layer: int, num_tokens: int | None = None) -> Iterator[Group]:
-        """The groups of the layer that is next as they are in the float model alone, on about `num_tokens` of the text; nothing moves on."""
-        self._changed, self._replaced = {}, {}
-        model = load_layer(self.checkpoint, layer, torch.float32)
+    def read_float(
+        self, layer: int, num_tokens: int | None = None, changed: Mapping[str, torch.Tensor] | None = None, moves: bool = False
+    ) -> Iterator[Group]:
+        """The groups of the layer that is next as they are in the float model alone, on about `num_tokens` of the text.
+
+        `changed` is as for `read_layer`. Where it `moves`, both streams are those of the float model behind the layer; else nothing moves on.
+        """
+        self._changed, self._replaced = changed or {}, {}
+        model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
         count = len(self.reference_states) if num_tokens is None else math.ceil(num_tokens / self.reference_states.shape[1])
-        _, caught = self._run(model, choose_blocks(self.reference_states, count), ("attention", "attended", "ffn"), stop=True)
+        after, caught = self._run(model, choose_blocks(self.reference_states, count), ("attention", "attended", "ffn"), stop=not moves)
+        if moves:
+            self.states = self.reference_states = after
         yield self._read_attention(layer, Inputs(caught["attention"], caught["attention"]))
         yield self._read_output(layer, Inputs(caught["attended"], caught["attended"]))
         routed = Inputs(caught["ffn"], caught["ffn"])
@@ -80,10 +87,11 @@ class CalibrationWalk:
             yield from self._read_experts(layer, routed, self.read(self._router(layer)))
         yield from self._read_others(layer, routed, routed)
 
-    def read_layer(self, layer: int, changed: Mapping[str, torch.Tensor] | None = None) -> Iterator[Group]:
+    def read_layer(self, layer: int, changed: Mapping[str, torch.Tensor] | None = None, attention_learns: bool = True) -> Iterator[Group]:
         """The groups of the layer that is next, in the order in which they compute, experts in order; each is behind what `replace` was told of.
 
-        `changed` are tensors in the place of the checkpoint's with which the layer computes the same function.
+        `changed` are tensors in the place of the checkpoint's with which the layer computes the same function. Where attention does not learn, its
+        groups are those of the float model.
         """
         self._changed, self._replaced, self._num_read = changed or {}, {}, layer + 1
         model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
@@ -94,11 +102,14 @@ class CalibrationWalk:
             _, reference = self._run(model, before, places, stop=True)
         else:
             self.reference_states, reference = self._run(model, before, places, stop=False)
-        read = self._run(model, self.states, ("attention",), stop=True)[1]["attention"]
-        yield self._read_attention(layer, Inputs(read, reference.pop("attention")))
+        true = reference.pop("attention")
+        read = self._run(model, self.states, ("attention",), stop=True)[1]["attention"] if attention_learns else true
+        yield self._read_attention(layer, Inputs(read, true))
         self._put(model, layer)
-        read = self._run(model, self.states, ("attended",), stop=True)[1]["attended"]
-        yield self._read_output(layer, Inputs(read, reference.pop("attended"), drift))
+        true = reference.pop("attended")
+        read = self._run(model, self.states, ("attended",), stop=True)[1]["attended"] if attention_learns else true
+        yield self._read_output(layer, Inputs(read, true, drift if attention_learns else None))
+        del read, true
         self._put(model, layer)
         _, caught = self._run(model, self.states, ("residual", "ffn"), stop=True)
         del model
@@ -113,11 +124,19 @@ class CalibrationWalk:
             yield from self._read_experts(layer, routed, router)
         yield from self._read_others(layer, routed, replace(routed, drift=None))
 
+    def pass_float(self, layer: int) -> None:
+        """Go on behind the layer, which is not read, as the float model computes it."""
+        self._changed = {}
+        after, _ = self._run(load_layer(self.checkpoint, layer, torch.float32), self.reference_states, (), stop=False)
+        self.states = self.reference_states = after
+
     def read_head(self, name: str) -> Group:
         """The matrix that makes logits, `name`, behind the last layer."""
         self._changed, self._replaced = {}, {}
-        both = [apply_final_norm(self.checkpoint, states.flatten(0, -2), torch.float32) for states in (self.states, self.reference_states)]
-        return Group("head", ((name, None),), partial(_same, Inputs(*both)))
+        true = apply_final_norm(self.checkpoint, self.reference_states.flatten(0, -2), torch.float32)
+        is_float = self.states is self.reference_states
+        read = true if is_float else apply_final_norm(self.checkpoint, self.states.flatten(0, -2), torch.float32)
+        return Group("head", ((name, None),), partial(_same, Inputs(read, true)))
 
     def _read_attention(self, layer: int, inputs: Inputs) -> Group:
         a = self.family.attention
@@ -213,7 +232,8 @@ class CalibrationWalk:
         own = visits.any(-1).nonzero()[:, 0]
         # Outputs that all have the drift over the sum of their weights have it together.
         drift = None if inputs.drift is None else inputs.drift[own] / (total if total.ndim == 0 else total[own])
-        return Inputs(inputs.actual[own], inputs.reference[own], drift, weights[visits])
+        actual = inputs.actual[own]
+        return Inputs(actual, actual if inputs.is_float else inputs.reference[own], drift, weights[visits])
 
     def _read_ffn(self, ffn: GatedFfn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
         """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""
@@ -240,7 +260,9 @@ class CalibrationWalk:
 
         def read_inner() -> Inputs:
             inputs = read()
-            return replace(inputs, actual=inner(inputs.actual, self._replaced), reference=inner(inputs.reference, {}))
+            actual = inner(inputs.actual, self._replaced)
+            same = inputs.is_float and not self._replaced
+            return replace(inputs, actual=actual, reference=actual if same else inner(inputs.reference, {}))
 
         up_rows = self._up_rows(*first[-1], stacked=ffn.gate is None)
         yield Group("last", ((down, second),), read_inner, expert, (first[-1][0], up_rows))

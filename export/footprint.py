@@ -13,6 +13,7 @@ from export.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
 from export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type, scale_type
 from export.errors import ExportError
 from export.family import DecoderFamily, find_decoder_family, layer_of, rotary_switch
+from export.input_scaling import READ_TOKENS
 from export.quantization import is_quantized, num_blocks, zero_point_bytes
 from export.text import count_calibration_tokens
 from export.twin import COLUMN_SCALES
@@ -152,14 +153,15 @@ def quantizing_memory(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, .
     always at the end, the largest tensor: as stored, in float32, and as it is written.
     """
     largest = 3 * _FLOAT * max(map(math.prod, shapes.values()))
-    if variant not in QUANTIZED or config.method != "gptq":
+    learns = config.method == "gptq" or (config.method == "auto" and variant != "int8")
+    if variant not in QUANTIZED or not (learns or config.input_scaling in ("auto", "smooth", "awq")):
         return largest
     layers: dict[int, int] = {}
     for name, shape in shapes.items():
         if (layer := layer_of(name)) >= 0:
             layers[layer] = layers.get(layer, 0) + math.prod(shape)
     widest = max((max(shape[-1], 1) for name, shape in shapes.items() if layer_of(name) >= 0), default=1)
-    tokens, hidden = count_calibration_tokens(config, model), int(model.hidden_size)
+    tokens, hidden = count_calibration_tokens(config, model) if learns else READ_TOKENS, int(model.hidden_size)
     states = _FLOAT * tokens * (12 * hidden + 4 * widest)
     return max(largest, states + 3 * _FLOAT * max(layers.values(), default=0) + 6 * 8 * widest * widest)
 

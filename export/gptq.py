@@ -242,10 +242,13 @@ def _subtract_products(values: torch.Tensor, factors: Sequence[torch.Tensor], ch
 
 
 def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped H, float32 [K, K]; an input that is always zero stands alone in it."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped.double()))
-    factor: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return factor.float()
+    """The upper Cholesky factor of the inverse of the damped H, float32 [K, K]; an input that is always zero stands alone in it.
+
+    With rows and columns reversed H = L L', so H = R R' of an upper R, and the inverse is (R⁻¹)' R⁻¹: one factor, and one inverse of a triangle.
+    """
+    upper = torch.linalg.cholesky(damped.double().flip(0, 1)).flip(0, 1)
+    inverse: torch.Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=torch.float64), upper=True)
+    return inverse.float()
 
 
 def _power_below(sizes: torch.Tensor) -> torch.Tensor:

@@ -33,9 +33,10 @@ from export.config import QuantizeConfig
 from export.family import DecoderFamily, bias_name
 from export.quantization import is_quantized
 
-_POWERS = tuple(step / 10 for step in range(1, 11))
+_POWERS = tuple(step / 10 for step in range(2, 11, 2))  # and then those between the best and its neighbours: errors are smooth in them
+_FINE_STEP = 0.1
 _MIN_SCALE = 1e-4
-_READ_TOKENS = 4096
+READ_TOKENS = 4096
 """Tokens whose sizes of channels are measured."""
 _SAMPLE_TOKENS = 256
 """Tokens whose rounding is measured."""
@@ -90,7 +91,7 @@ def scale_layer(walk: CalibrationWalk, layer: int, plan: Mapping[str, int], conf
     scaled = ScaledLayer(walk, layer)
     family = walk.family
     first, num_first = [], 0
-    for group in walk.read_float(layer, _READ_TOKENS):
+    for group in walk.read_float(layer, READ_TOKENS):
         num_first += group.place == "first"
         if not all(is_quantized(plan[name]) for name, _ in group.matrices):
             continue
@@ -160,16 +161,23 @@ def choose_scales(
     if not parts:
         record.num_best_unscaled += 1
         return None
-    candidates = [torch.ones_like(parts[0].squares)]
+
+    def estimate(scales: torch.Tensor) -> float:
+        return sum(part.estimate(scales, plan, config, extra_importance) for part in parts)
+
+    best, least = None, estimate(torch.ones_like(parts[0].squares))
     for sizes in _channel_sizes(groups[0], parts, walk, config):
-        candidates += [_scales(sizes, power) for power in _POWERS]
-    errors = [sum(part.estimate(scales, plan, config, extra_importance) for part in parts) for scales in candidates]
-    best = min(range(len(errors)), key=errors.__getitem__)
-    if best == 0:
+        errors = {power: estimate(_scales(sizes, power)) for power in _POWERS}
+        middle = min(errors, key=errors.__getitem__)
+        errors |= {power: estimate(_scales(sizes, power)) for power in (middle - _FINE_STEP, middle + _FINE_STEP) if power <= _POWERS[-1]}
+        power = min(errors, key=errors.__getitem__)
+        if errors[power] < least:
+            best, least = _scales(sizes, power), errors[power]
+    if best is None:
         record.num_best_unscaled += 1
-        return None
-    record.num_scaled += 1
-    return candidates[best]
+    else:
+        record.num_scaled += 1
+    return best
 
 
 @dataclass(frozen=True)
@@ -207,8 +215,8 @@ class _Part:
         error = 0.0
         for name, weight in self.matrices:
             step = _by_block(weight * scales, config.block_size).abs().amax(-1) / ((1 << (plan[name] - 1)) - 1)
-            error += float((step.square().sum(0) * importance).sum()) / 12  # the variance of an error that is even within a step
-        error *= _GPTQ_SHARE if config.method == "gptq" else 1.0
+            left = _GPTQ_SHARE if config.method_of(plan[name]) == "gptq" else 1.0
+            error += left * float((step.square().sum(0) * importance).sum()) / 12  # the variance of an error that is even within a step
         if config.input_scaling == "smooth":
             lost = round_inputs(self.sample / scales, config.block_size) * scales - self.sample
             error += float(((lost @ self.gram) * lost).sum()) * self.num_tokens / len(self.sample)

@@ -20,3 +20,8 @@ class Inputs:
     reference: torch.Tensor
     drift: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing before them is quantized: both are one tensor."""
+        return self.actual is self.reference

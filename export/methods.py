@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,13 @@ from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import DecoderFamily, layer_of
 from export.gptq import Moments, prepare_moments, quantize_gptq, quantize_together
-from export.input_scaling import ScalingRecord, choose_scales, scale_layer
+from export.input_scaling import READ_TOKENS, ScalingRecord, choose_scales, scale_layer
 from export.inputs import Inputs
 from export.journal import KeptLayer, LayerJournal
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized, join, quantize, round_to_nearest
 from export.router_correction import RouterFacts
+from export.text import choose_blocks
 from upcycle.checkpoint import Checkpoint
 
 _TOKENS_PER_INPUT = 2
@@ -107,8 +109,9 @@ def quantize_tensors(
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
     """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
-    Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
-    instead, errors weighed by its inputs' mean squares. An embedding has searched scales always, unless it is the head as well, and so has a model
+    Method gptq reads `blocks` [N, S] of token ids; without it some thousand of them are enough for input scaling, and are read by the float model. A
+    matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales instead of GPTQ, errors weighed by its inputs'
+    mean squares. An embedding has searched scales always, unless it is the head as well, and so has a model
     that no family describes (`family` None), which cannot be walked. Layers that are in the journal are taken from it.
 
     Raises:
@@ -117,14 +120,16 @@ def quantize_tensors(
     names = [name for name in order_tensors(plan, family) if is_quantized(plan[name])]
     in_layers = [name for name in names if layer_of(name) >= 0]
     walk = None
-    if in_layers and family is not None and needs_text(config):
+    learns = config.correct_routers or any(config.method_of(plan[name]) == "gptq" for name in in_layers)
+    if in_layers and family is not None and (learns or config.input_scaling != "none"):
         if blocks is None:
             setting, mend = _learner(config)
             raise ExportError(f"{setting}, which learns from text, and there is none; give blocks of it, or {mend}")
-        walk = CalibrationWalk(checkpoint, family, blocks, config.calibrate_all_experts, config.correct_routers)
+        text = blocks if learns else choose_blocks(blocks, math.ceil(READ_TOKENS / blocks.shape[1]))
+        walk = CalibrationWalk(checkpoint, family, text, config.calibrate_all_experts, config.correct_routers)
     done = 0
     head = head_name(plan, family)
-    reads_head = head in names and (config.method == "gptq" or config.input_scaling != "none")
+    reads_head = head is not None and head in names and (config.method_of(plan[head]) == "gptq" or config.input_scaling != "none")
     for name in names if walk is None else [name for name in names if layer_of(name) < 0 and name != head]:
         yield name, _quantize_alone(checkpoint, name, plan[name], config, scale_type)
         done += 1
@@ -136,7 +141,7 @@ def quantize_tensors(
             found, own = kept.quantized, CalibrationRecord.read(kept.facts, kept.floats)
         else:
             own = CalibrationRecord()
-            found = _quantize_layer(walk, layer, plan, config, scale_type, own, partial(_tell, progress, done, len(names)))
+            found = _quantize_layer(walk, layer, plan, config, scale_type, own, learns, partial(_tell, progress, done, len(names)))
             journal.write(layer, KeptLayer(found, own.replaced, own.write()))
         record.add(own)
         expected = [name for name in in_layers if layer_of(name) == layer]
@@ -145,7 +150,10 @@ def quantize_tensors(
             yield name, found[name]
         done += len(expected)
         progress("quantizing", done, len(names))
-        if layer + 1 < checkpoint.config.num_hidden_layers or reads_head:
+        if not learns:
+            if kept is not None:
+                walk.pass_float(layer)
+        elif layer + 1 < checkpoint.config.num_hidden_layers or reads_head:
             shapes = {name: checkpoint.entries[name].shape for name in found}
             quantized = {name: dequantize(q, shapes[name][-1], plan[name]).reshape(shapes[name]) for name, q in found.items()}
             walk.advance(layer, quantized | own.replaced)
@@ -160,11 +168,6 @@ def quantize_tensors(
 def _tell(progress: Progress, before: int, total: int, done: int) -> None:
     """Tell of tensors of one layer."""
     progress("quantizing", before + done, total)
-
-
-def needs_text(config: QuantizeConfig) -> bool:
-    """Whether any setting learns from calibration text."""
-    return config.method == "gptq" or config.correct_routers or config.input_scaling != "none"
 
 
 def _learner(config: QuantizeConfig) -> tuple[str, str]:
@@ -203,7 +206,8 @@ def _quantize_head(
             record.replaced[norm] = walk.checkpoint.read(norm).to(torch.float32) / scales
         inputs = Inputs(inputs.actual / scales, inputs.reference / scales)
     height, width = walk.checkpoint.entries[name].shape
-    learns = config.method == "gptq" and len(inputs.actual) >= _TOKENS_PER_INPUT * width
+    method = config.method_of(bits)
+    learns = method == "gptq" and len(inputs.actual) >= _TOKENS_PER_INPUT * width
     aim = find_aim(inputs) if learns else None
     own = torch.ones(width) if scales is None else scales.square().reciprocal()
     hessian = None if aim is None else aim.hessian + (aim.hessian.diagonal() / own).mean() * torch.diag(own) * is_embedding
@@ -216,7 +220,7 @@ def _quantize_head(
         if aim is not None and moments is not None:
             moved = weight if is_embedding else aim.move(weight)
             found.append(quantize_gptq(moved, moments, bits, config.block_size, scale_type, config.zero_points))
-        elif config.method == "round":
+        elif method == "round":
             found.append(round_to_nearest(weight, bits, config.block_size, scale_type, config.zero_points))
         else:
             found.append(quantize(weight, bits, config.block_size, importance, scale_type, config.zero_points))
@@ -225,17 +229,28 @@ def _quantize_head(
 
 def _quantize_layer(
     walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, scale_type: torch.dtype, record: CalibrationRecord,
-    progress: Callable[[int], None],
+    learns: bool, progress: Callable[[int], None],
 ) -> dict[str, Quantized]:  # fmt: skip
-    """Every quantized tensor of a layer; `progress` is told how many matrices are done, and not of the last, since the layer is not kept yet."""
+    """Every quantized tensor of a layer, behind what is quantized before it where anything `learns`, or else as the float model has it.
+
+    `progress` is told how many matrices are done, and not of the last, since the layer is not kept yet.
+    """
     changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
     scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
-    for groups in _batch_groups(walk.read_layer(layer, changed), walk):
+    if learns:
+        a = walk.family.attention
+        in_attention = [name.format(layer=layer) for name in (a.query, a.key, a.value, a.output)]
+        attention_learns = any(is_quantized(plan[name]) and config.method_of(plan[name]) == "gptq" for name in in_attention if name in plan)
+        read = walk.read_layer(layer, changed, attention_learns)
+    else:
+        read = walk.read_float(layer, changed=changed, moves=True)
+    for groups in _batch_groups(read, walk):
         progress(len(parts))
         prepared = [matrix for group in groups for matrix in _prepare(walk, layer, group, plan, config, record, scarce)]
         for matrix, found in zip(prepared, _quantize_prepared(prepared, config, scale_type), strict=True):
-            walk.replace(matrix.name, matrix.rows, dequantize(found, matrix.weight.shape[-1], matrix.bits))
+            if learns:
+                walk.replace(matrix.name, matrix.rows, dequantize(found, matrix.weight.shape[-1], matrix.bits))
             parts.setdefault(matrix.name, []).append(found)
     record.scarce_experts[layer] = len(scarce)
     record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
@@ -264,6 +279,7 @@ def _prepare(
     wanted = [(name, rows) for name, rows in group.matrices if is_quantized(plan[name])]
     if not wanted:
         return
+    gptq = {name for name, _ in wanted if config.method_of(plan[name]) == "gptq"}
     inputs = group.read()
     tokens, width = inputs.actual.shape
     enough = tokens >= _TOKENS_PER_INPUT * width
@@ -272,16 +288,18 @@ def _prepare(
             record.expert_tokens.setdefault(layer, []).append(tokens)
         if not enough:
             scarce.add(group.expert)
-    if not enough and config.method == "gptq":
+    if not enough and gptq:
         record.largest_lack = max(record.largest_lack, _TOKENS_PER_INPUT * width / max(1, tokens))
-    learns, searches = enough and config.method == "gptq", not enough or config.method == "search"
-    aim = find_aim(inputs) if learns else None
+    aim = find_aim(inputs) if enough and gptq else None
     moments = None if aim is None else prepare_moments(aim.hessian, config.block_size)
-    importance = inputs.actual.square().mean(0) if searches and tokens else None
+    importance = inputs.actual.square().mean(0) if tokens else None
     for name, rows in wanted:
         weight = walk.read_matrix(name, rows)
-        record.num_searched += config.method == "gptq" and not learns
-        yield _Prepared(name, rows, plan[name], weight if aim is None else aim.move(weight), moments, importance)
+        if aim is not None and name in gptq:
+            yield _Prepared(name, rows, plan[name], aim.move(weight), moments, None)
+        else:
+            record.num_searched += name in gptq
+            yield _Prepared(name, rows, plan[name], weight, None, importance)
 
 
 def _quantize_prepared(prepared: Sequence[_Prepared], config: QuantizeConfig, scale_type: torch.dtype) -> list[Quantized]:
@@ -291,7 +309,7 @@ def _quantize_prepared(prepared: Sequence[_Prepared], config: QuantizeConfig, sc
     for place, matrix in enumerate(prepared):
         if matrix.moments is not None:
             learned[matrix.weight.shape, matrix.bits].append(place)
-        elif config.method == "round":
+        elif config.method_of(matrix.bits) == "round":
             found[place] = round_to_nearest(matrix.weight, matrix.bits, config.block_size, scale_type, config.zero_points)
         else:
             found[place] = quantize(matrix.weight, matrix.bits, config.block_size, matrix.importance, scale_type, config.zero_points)

@@ -95,6 +95,8 @@ def quantize_checkpoint(
     if config.input_scaling == "auto":
         smooth = family is not None and blocks is not None and rounds_to_8_bits(variant, device, activation_bits)
         config = config.model_copy(update={"input_scaling": "smooth" if smooth else "none"})
+    if config.method == "auto" and (family is None or blocks is None):
+        config = config.model_copy(update={"method": "search"})
     check_overrides(config, checkpoint.config)
     job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, scratch)
     bits = class_bits(variant, config, device)
@@ -123,7 +125,7 @@ def quantize_checkpoint(
         quantized_expert_share=share,
         quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
         num_quantized_tensors=sum(map(is_quantized, plan.values())),
-        method="round" if variant == STATIC else "search" if config.method == "gptq" and family is None else config.method,
+        method=_describe_method(job, plan),
         fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
         num_matrices_with_few_tokens=record.num_searched,
         tokens_by_layer=record.describe_tokens(),
@@ -142,6 +144,17 @@ def quantize_checkpoint(
     }  # fmt: skip
     (output / SCHEME_NAME).write_text(json.dumps(name_specials(scheme), indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return facts
+
+
+def _describe_method(job: _Job, plan: Mapping[str, int]) -> str:
+    if job.variant == STATIC:
+        return "round"
+    if job.config.method == "gptq" and job.family is None:
+        return "search"
+    found = {job.config.method_of(bits): bits for bits in sorted(plan.values()) if is_quantized(bits)}
+    if len(found) > 1:
+        return ", ".join(f"{method} for {bits} bits" for method, bits in found.items())
+    return next(iter(found), job.config.method)
 
 
 def _warnings(job: _Job, plan: Mapping[str, int], record: CalibrationRecord) -> Iterator[str]:

@@ -153,7 +153,7 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpo
     assert len(counts) == 2 * 4
     assert sum(counts) == 2 * 2 * blocks.numel()
     assert facts.fewest_expert_tokens == min(counts) == 0
-    assert facts.num_matrices_with_few_tokens == sum(bits < 32 for name, bits in scheme["tensors"].items() if ".layers." in name)
+    assert facts.num_matrices_with_few_tokens == sum(bits < 8 for name, bits in scheme["tensors"].items() if ".layers." in name)
     (warning,) = facts.warnings
     enough = 2 * 48 * blocks.numel()  # the FFN's width is 48, and an expert with the fewest tokens counts as if it had one
     assert f"calibration read 2 tokens, about {enough:,} are enough; set quantize.calibration_tokens to that, and data.max_train_tokens" in warning
@@ -189,7 +189,34 @@ def test_groups_name_their_experts_in_order(mixture_checkpoint: Path) -> None:
 def test_gptq_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_path: Path) -> None:
     message = r"^quantize\.method is 'gptq', which learns from text, and there is none; give blocks of it, or set method to 'search'$"
     with pytest.raises(ExportError, match=message):
-        quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(), lambda *_: None)
+        quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(method="gptq"), lambda *_: None)
+
+
+def test_by_default_4_bits_are_learned_and_8_bits_searched(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    found, methods = {}, {}
+    for method in ("auto", "search"):
+        (tmp_path / method).mkdir()
+        config = QuantizeConfig(method=method, block_size=16, input_scaling="awq")
+        facts = quantize_checkpoint(mixture_checkpoint, tmp_path / method, "int4", config, lambda *_: None, blocks=draw_blocks(16))
+        checkpoint = open_checkpoint(tmp_path / method)
+        found[method], methods[method] = {name: checkpoint.read(name) for name in checkpoint.entries}, facts.method
+    assert methods == {"auto": "gptq for 4 bits, search for 8 bits", "search": "search"}
+    same = {name for name, tensor in found["auto"].items() if torch.equal(tensor, found["search"][name])}
+    first = {name for name in found["auto"] if ".layers.0." in name}
+    assert {name for name in first if "self_attn" in name} <= same
+    assert not {name for name in first if "experts" in name} & same
+
+
+def test_8_bits_are_searched_on_the_float_model_or_without_text(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("nothing of int8 is behind what is quantized")
+
+    monkeypatch.setattr(CalibrationWalk, "read_layer", fail)
+    monkeypatch.setattr(CalibrationWalk, "advance", fail)
+    for name, blocks in (("text", draw_blocks(16)), ("none", None)):
+        (tmp_path / name).mkdir()
+        facts = quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=blocks)
+        assert (facts.method, facts.num_scaled_groups > 0, facts.warnings) == ("search", blocks is not None, ())
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoeshared", "flex_olmo"])

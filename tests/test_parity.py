@@ -512,7 +512,7 @@ def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypat
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(2, 7, 11, generator=generator) for _ in range(2))
     ids = torch.randint(0, 11, (2, 7), generator=generator)
-    monkeypatch.setattr("export.parity.agreement._LOGIT_ROWS", 3)
+    monkeypatch.setattr("export.parity.agreement.LOGIT_ROWS", 3)
     sums = _Sums()
     sums.add(Forward(ours, (), (), (), 2), Forward(theirs, (), (), (), 2), ids)
     p, q = (logits.double().softmax(-1) for logits in (theirs, ours))

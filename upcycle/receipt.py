@@ -34,7 +34,6 @@ half of the stream is a thousand times what a layer adds: 2e-6.
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import math
 import sys
@@ -56,6 +55,7 @@ from upcycle.errors import UpcycleError
 from upcycle.footprint import receipt_bytes
 from upcycle.layerwise import apply_head, embed, load_layer, pad_left, run_layers
 from upcycle.mapping import ExpertPart, Keep, Slice, UpcyclePlan
+from upcycle.memory import release_memory
 from upcycle.progress import Progress
 
 ROUNDING_LIMIT = 1e-5
@@ -420,7 +420,7 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
     Raises:
         UpcycleError: weights are missing, left over or of another shape.
     """
-    gc.collect()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
+    release_memory()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0

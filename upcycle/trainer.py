@@ -357,6 +357,13 @@ class _StageTrainer(Trainer):
                 loss = loss + settings.z_coefficient * self._note("z_loss", torch.stack([z_loss(z) for z in self.routing]).mean())
         return loss
 
+    def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """One part of a step; then nothing refers to what it computed on the way, which a router's logits do as long as they have a gradient."""
+        loss: torch.Tensor = super().training_step(*arguments, **keywords)
+        self.router_logits.clear()
+        self.routing = tuple(logits.detach() for logits in self.routing)
+        return loss
+
     def _experts_of(self, domains: torch.Tensor) -> torch.Tensor | None:
         """The experts of each token of blocks of these domains; none where the routers decide."""
         if not self.num_experts or self.stage.settings.routing == "learned":
@@ -493,7 +500,9 @@ class _StageTrainer(Trainer):
             cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def load_best(self) -> None:
-        """Read back the weights of the best checkpoint."""
+        """Read back the weights of the best checkpoint, if they are not in memory."""
+        if self.watch.best_step == self.stage.first_step + self.state.global_step:
+            return
         self._load_from_checkpoint(str(self.watch.checkpoint(self.watch.best_step)))
 
     _load_best_model = load_best

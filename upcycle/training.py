@@ -6,7 +6,6 @@ checkpoints. The weights that come out are the same, bit for bit on one machine'
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import json
 import math
@@ -31,6 +30,7 @@ from upcycle.errors import UpcycleError
 from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from upcycle.frozen import load_frozen, load_stored, stored_dtype
 from upcycle.history import Step, read_history, write_history, write_whole
+from upcycle.memory import release_memory
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
 from upcycle.progress import Progress
@@ -215,7 +215,7 @@ def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     next_token_loss(model(input_ids=blocks, use_cache=False).logits, blocks).backward()
     del model, layers, layer, parameter
-    gc.collect()  # a layer and its checkpointed pass hold each other
+    release_memory()  # a layer and its checkpointed pass hold each other
     return math.sqrt(squares[True] / max(sum(squares.values()), 1e-30))
 
 
@@ -305,7 +305,7 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
             events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_stored(source)
             result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
-            gc.collect()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
+            release_memory()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
             if join_processes().is_main_process:
                 passed_over = {*model.all_tied_weights_keys, PARAMETER}
                 _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, place)

@@ -46,9 +46,13 @@ class Comparison:
 
 
 def compare(
-    decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None
-) -> Comparison:
-    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties. `tell` is told how many blocks are done."""
+    decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None,
+    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None,
+) -> Comparison:  # fmt: skip
+    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties.
+
+    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared.
+    """
     sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
     first: Forward | None = None
     blocks: list[dict[int, Block]] = []
@@ -62,6 +66,8 @@ def compare(
         margins.extend([] if smallest is None else [smallest])
         found = run_package(decoder, batch, mask, batch.shape[1])
         sums.add(found, expected.seen_by(found), batch)
+        del found
+        watch(batch, expected)
         return expected
 
     for batch in split_batches(ids, decoder.vocab_size):

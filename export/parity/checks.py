@@ -6,7 +6,7 @@ a reference that is fed in the same pieces computes the same function.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from export.parity.records import Check, FreeRun
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips
 from export.runtime import Decoder
 
+_BATCH_LENGTH = 128  # of the rows of a batch: where they lie and how they are padded shows in short ones as well
 _NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a tie
 
 
@@ -29,6 +30,12 @@ class Case:
     ids: torch.Tensor
     mask: torch.Tensor
     num_prefill: int
+
+    def shares_text(self, other: Case, reference: Reference) -> bool:
+        """Whether one forward of the reference serves both."""
+        if not (torch.equal(self.ids, other.ids) and torch.equal(self.mask, other.mask)):
+            return False
+        return self.num_prefill == other.num_prefill or not reference.reads_in_pieces(self.ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -52,14 +59,18 @@ def plan_cases(blocks: torch.Tensor, context: int, window: int | None, margins: 
     size = min(blocks.shape[1], context)
     short, steps = max(2, size // 7), min(config.decode_steps, size - 1)
     start = size - steps
+    alone = blocks[:1, :size]
+    ones = torch.ones_like(alone)
+    cases = [
+        Case("prefill, batch 1, 1 token", alone[:, :1], ones[:, :1], 1),
+        Case(f"prefill, batch 1, {short} tokens", alone[:, :short], ones[:, :short], short),
+        Case(f"prefill, batch 1, {size} tokens", alone, ones, size),
+        Case(f"{steps} decode steps after {start} tokens, batch 1", alone, ones, start),
+    ]
+    size = min(size, max(_BATCH_LENGTH, 2 * steps))
+    start = size - steps
     batch = blocks[: min(3, len(blocks)), :size]
     ones = torch.ones_like(batch)
-    cases = [
-        Case("prefill, batch 1, 1 token", batch[:1, :1], ones[:1, :1], 1),
-        Case(f"prefill, batch 1, {short} tokens", batch[:1, :short], ones[:1, :short], short),
-        Case(f"prefill, batch 1, {size} tokens", batch[:1], ones[:1], size),
-        Case(f"{steps} decode steps after {start} tokens, batch 1", batch[:1], ones[:1], start),
-    ]
     if len(batch) > 1:
         cases.append(Case(f"{steps} decode steps after {start} tokens, batch {len(batch)}", batch, ones, start))
     if config.left_padding:
@@ -111,11 +122,20 @@ def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding:
     return [Case(name, ids, mask, width)]
 
 
-def run_case(decoder: Decoder, reference: Reference, case: Case, tie_margin: float = TIE_MARGIN) -> Errors:
-    """Feed the package as the case says, and compare with one full forward of the reference."""
-    found = run_package(decoder, case.ids, case.mask, case.num_prefill)
-    expected = reference.forward(case.ids, case.mask, case.num_prefill)
-    return measure_errors(case, found, expected.seen_by(found), tie_margin)
+def run_cases(
+    decoder: Decoder, reference: Reference, cases: Sequence[Case], tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None
+) -> list[Errors]:
+    """Feed the package as each case says, and compare with one full forward of the reference; cases of one text that follow each other share it."""
+    known: tuple[Case, Forward] | None = None
+    errors = []
+    for number, case in enumerate(cases):
+        tell(number)
+        found = run_package(decoder, case.ids, case.mask, case.num_prefill)
+        if known is None or not known[0].shares_text(case, reference):
+            known = None  # before the next is computed
+            known = case, reference.forward(case.ids, case.mask, case.num_prefill)
+        errors.append(measure_errors(case, found, known[1].seen_by(found), tie_margin))
+    return errors
 
 
 def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN) -> Errors:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from export.routing import Score, selection_scores
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
 from export.twin import SCHEME_NAME, Twin
+from upcycle.memory import release_memory
 
 BATCH = 4
 _LOGITS_BYTES = 2**26
@@ -96,13 +96,18 @@ class Reference:
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int | None = None) -> Forward:
         """Over ids and mask [B, S], of which the package reads `num_prefill` at once, before one at a time; all of them, if it is None."""
-        size, switch = ids.shape[1], rotary_switch(self.model.config)
-        if switch is None or size <= switch:
+        size = ids.shape[1]
+        if not self.reads_in_pieces(size):
             return self._read(ids, mask, None)
         first = num_prefill or size
         cache, ends = DynamicCache(), [first, *range(first + 1, size + 1)]
         pieces = zip([0, *ends], ends, strict=False)
         return _join([self._read(ids[:, start:end], mask[:, :end], cache) for start, end in pieces])
+
+    def reads_in_pieces(self, size: int) -> bool:
+        """Whether rows of so many tokens are fed as the package is fed, since a longrope switches within them."""
+        switch = rotary_switch(self.model.config)
+        return switch is not None and size > switch
 
     def blocks(self) -> dict[int, Block]:
         """The blocks of experts as they were in the last forward."""
@@ -211,7 +216,7 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     Raises:
         ExportError: transformers cannot load it.
     """
-    gc.collect()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
+    release_memory()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager", local_files_only=True)
     except (OSError, ValueError) as error:

@@ -12,12 +12,11 @@ from pathlib import Path
 import onnx
 import torch
 
-from export.parity.agreement import divergence
-from export.parity.forward import Reference
+from export.parity.agreement import LOGIT_ROWS, divergence
+from export.parity.forward import Forward, Reference
 from export.parity.records import Limit
 from export.parity.ties import same_experts
 from export.storage import MODEL_NAME
-from export.text import choose_blocks
 from export.twin import SCHEME_NAME, Twin
 
 _TOKENS = 2048
@@ -53,22 +52,36 @@ def _reads_8_bits(node: onnx.NodeProto) -> bool:
             return False
 
 
-def measure_rounding(reference: Reference, directory: Path, package: Path, blocks: torch.Tensor) -> Rounding | None:
-    """What the twin in `directory`, open as `reference`, loses on some of blocks [N, S] by rounding as the graph; None where that rounds nothing."""
-    if not (directory / SCHEME_NAME).is_file() or not rounds_as_it_runs(package):
-        return None
-    ids = choose_blocks(blocks, max(1, _TOKENS // blocks.shape[1]))
-    twin, kl, same = Twin(directory), 0.0, list[float]()
-    for batch in ids.split(1):
-        mask = torch.ones_like(batch)
-        expected = reference.forward(batch, mask)
-        with reference.rounded(twin):
-            found = reference.forward(batch, mask)
-        kl += float(divergence(expected.logits, found.logits).sum())
+class RoundingMeasure:
+    """Sums, over batches of text, of what a twin loses by rounding as its graph does."""
+
+    def __init__(self, reference: Reference, directory: Path) -> None:
+        """Of the twin in `directory`, open as `reference`."""
+        self._reference, self._twin = reference, Twin(directory)
+        self._kl, self._same, self._num_tokens = 0.0, list[float](), 0
+
+    def add(self, ids: torch.Tensor, expected: Forward) -> None:
+        """Some more text, ids [B, S], and what the twin says to it unrounded; no more than enough of it is taken."""
+        if self._num_tokens >= _TOKENS:
+            return
+        with self._reference.rounded(self._twin):
+            found = self._reference.forward(ids, torch.ones_like(ids))
+        parts = zip(expected.logits.flatten(0, 1).split(LOGIT_ROWS), found.logits.flatten(0, 1).split(LOGIT_ROWS), strict=True)
+        self._kl += sum(float(divergence(*part).sum()) for part in parts)
+        self._num_tokens += ids.numel()
         pairs = [(a, b) for a, b in zip(found.routers, expected.routers, strict=True) if a is not None and b is not None]
         counts = [float(same_experts(a, b, expected.top_k).sum()) for a, b in pairs]
-        same = [old + new for old, new in zip(same or [0.0] * len(counts), counts, strict=True)]
-    return Rounding(max(kl / ids.numel(), 0.0), min(same, default=float(ids.numel())) / ids.numel(), ids.numel())
+        self._same = [old + new for old, new in zip(self._same or [0.0] * len(counts), counts, strict=True)]
+
+    def result(self) -> Rounding:
+        """What was found."""
+        count = self._num_tokens
+        return Rounding(max(self._kl / count, 0.0), min(self._same, default=float(count)) / count, count)
+
+
+def open_rounding(reference: Reference, directory: Path, package: Path) -> RoundingMeasure | None:
+    """A measure for the twin in `directory`; None where the package rounds nothing."""
+    return RoundingMeasure(reference, directory) if (directory / SCHEME_NAME).is_file() and rounds_as_it_runs(package) else None
 
 
 def rounding_limits(limits: dict[str, Limit], found: Rounding | None) -> dict[str, Limit]:
