@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import math
 import os
@@ -583,6 +584,18 @@ def test_a_stage_that_fails_leaves_the_model_as_it_was_lent(mixture_checkpoint: 
     assert [each.act_fn for each in experts] == activations
     assert model.config.use_cache
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, start: Start) -> None:
+    kept: list[tuple[int, ...]] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("training fine-tuned"):
+            kept.extend(tuple(each.shape) for each in gc.get_objects() if type(each) is torch.Tensor and each.grad_fn is not None)
+
+    start(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}), progress=progress)
+    assert kept == []
 
 
 @pytest.mark.parametrize(
