@@ -23,6 +23,7 @@ IMPORT_BYTES = 520_000_000
 _FLOAT, _ADAM = 4, 16  # bytes of a float32 number; of a parameter that learns: weight, gradient and two moments
 _EVALUATION_BLOCKS, _GRADIENT_BLOCKS, _RECEIPT_ROWS = 8, 2, 3
 _EXPERT_PARTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".shared_mlp.")
+_HEAP_SHARE = 0.5  # of gradients' bytes: what the heap keeps free between blocks that are in use, by `benchmarks/memory.py`
 _KEPT_BYTES = 1 << 30  # of inner values at most; where they are more, layers are computed twice
 _TOKENIZER_BYTES = 50_000_000
 _CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `upcycle.products`
@@ -151,7 +152,7 @@ def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig,
         layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
     look = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size)
-    held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning))
+    held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning)) + int(_HEAP_SHARE * _FLOAT * learning)
     return IMPORT_BYTES + held + _CAST_BYTES + max((_ADAM - _FLOAT) * learning + max(inner, look), _ADAM * learning)
 
 

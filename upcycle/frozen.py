@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from upcycle.checkpoint import DTYPES, open_checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.expert_forward import LOW_RANK, use_sorted_experts
+from upcycle.memory import leave_file
 from upcycle.products import product
 from upcycle.receipt import load_model, router_modules
 
@@ -43,13 +44,9 @@ def load_frozen(directory: Path) -> PreTrainedModel:
 
 
 def load_stored(directory: Path) -> PreTrainedModel:
-    """A checkpoint in the dtype that it is stored in, in memory of its own.
-
-    A tensor that needs no cast is, to transformers, a view of the mapped file, and one is enough to keep every page of it resident.
-    """
+    """A checkpoint in the dtype that it is stored in, in memory of its own."""
     model = load_model(directory, stored_dtype(directory))
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    leave_file(model)
     return model
 
 

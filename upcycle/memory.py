@@ -5,7 +5,19 @@ from __future__ import annotations
 import ctypes
 import gc
 from functools import cache
+from itertools import chain
 from typing import Any
+
+from torch import nn
+
+
+def leave_file(model: nn.Module) -> None:
+    """Copy every tensor of a model that was loaded, and so let go of its file.
+
+    A tensor that needs no cast is, to transformers, a view of the mapped file, and one is enough to keep every page of it resident.
+    """
+    for tensor in chain(model.parameters(), model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def release_memory() -> None:

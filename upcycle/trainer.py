@@ -486,7 +486,9 @@ class _StageTrainer(Trainer):
                 fill(tensor, stored.get_tensor(name))
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Write both in one form, however many processes there are, and whether FSDP divides the state or not."""
+        """Write both in one form, however many processes there are, and whether FSDP divides the state or not; after the last step neither."""
+        if self.state.global_step >= self.state.max_steps:
+            return
         state = collect_optimizer(cast(torch.optim.Optimizer, self.optimizer))
         if self.args.should_save:
             torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
@@ -494,7 +496,7 @@ class _StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read back what `_save_optimizer_and_scheduler` wrote."""
-        if checkpoint is not None:
+        if checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
             state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
             fill_optimizer(cast(torch.optim.Optimizer, self.optimizer), state)
             cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))

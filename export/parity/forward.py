@@ -19,7 +19,7 @@ from export.routing import Score, selection_scores
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
 from export.twin import SCHEME_NAME, Twin
-from upcycle.memory import release_memory
+from upcycle.memory import leave_file, release_memory
 
 BATCH = 4
 _LOGITS_BYTES = 2**26
@@ -222,6 +222,8 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory}: no decoder that transformers can load ({' '.join(str(error).split())[:200]})") from error
     model.eval()
+    leave_file(model)
+    release_memory()  # experts were stacked: single ones are free again
     has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
     reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
     reference._watch()
