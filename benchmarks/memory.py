@@ -26,7 +26,7 @@ from convert.costs import cost_table, take_costs
 RECIPE = """\
 source: {source}
 data:
-  source: {{kind: text, train: [{text}], validation: [{text}], test: [{text}]}}
+  source: {{kind: text, train: [{folder}/train.txt], validation: [{folder}/validation.txt], test: [{folder}/test.txt]}}
   block_size: 256
   max_train_tokens: 65536
   max_validation_tokens: {tokens}
@@ -49,12 +49,15 @@ def main(model: Path, text: Path, trains: str, until: str, blocks: int, batch: i
     """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
         source = draw(model, Path(folder) / "model") if is_random else model.absolute()
+        split(text, Path(folder))
         for number, train in enumerate(trains.split(",")):
             recipe, workdir = Path(folder) / "memory.yaml", Path(folder) / "run"
-            recipe.write_text(RECIPE.format(source=source, text=text.absolute(), train=train, tokens=256 * blocks, batch=batch), encoding="utf-8")
+            recipe.write_text(RECIPE.format(source=source, folder=folder, train=train, tokens=256 * blocks, batch=batch), encoding="utf-8")
             last = "finetune" if number or train == "prompt" else until
             command = [sys.executable, "-m", "convert", "run", str(recipe), "--workdir", str(workdir), "--until", last]
             finished = subprocess.run(command, capture_output=True, text=True, check=False)
+            if not (workdir / "run.json").is_file():
+                raise SystemExit(finished.stderr.strip().splitlines()[-1])
             state = json.loads((workdir / "run.json").read_text(encoding="utf-8"))
             facts = {label: open_artifact(workdir / name).facts for label, name in state["artifacts"].items()}
             costs = take_costs(facts)[1]
@@ -65,6 +68,13 @@ def main(model: Path, text: Path, trains: str, until: str, blocks: int, batch: i
             for made in workdir.glob("finetune-*"):
                 if number:
                     shutil.rmtree(made)
+
+
+def split(text: Path, folder: Path) -> None:
+    """Write the lines of a text into three files, one for each split of the data."""
+    lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
+    for number, name in enumerate(("train", "validation", "test")):
+        (folder / f"{name}.txt").write_text("".join(lines[number * len(lines) // 3 : (number + 1) * len(lines) // 3]), encoding="utf-8")
 
 
 def draw(model: Path, output: Path) -> Path:
