@@ -50,6 +50,7 @@ from upcycle.expert_forward import use_sorted_experts
 from upcycle.footprint import keeps_much
 from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
+from upcycle.memory import release_memory
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
 from upcycle.progress import Progress
@@ -435,6 +436,7 @@ class _StageTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The plain next-token loss on the validation blocks, by every process, routed as in training."""
+        release_memory()  # what steps leave free in the heap would lie beside the logits of more blocks than a step's
         self.mixture.eval()
         total = 0.0
         for blocks, domains in zip(self.stage.validation.split(EVALUATION_BATCH), self.stage.validation_domains.split(EVALUATION_BATCH), strict=True):
