@@ -54,6 +54,7 @@ POINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "scaled, head exact": ({"input_scaling": "smooth"}, {"exact_products": ["head"]}),
     "scaled, attention exact": ({"input_scaling": "smooth"}, {"exact_products": ["attention"]}),
     "scaled, experts exact": ({"input_scaling": "smooth"}, {"exact_products": ["experts"]}),
+    "scaled, by GPTQ": ({"input_scaling": "smooth", "method": "gptq"}, {}),
     "scaled, by search": ({"input_scaling": "smooth", "method": "search"}, {}),
 }
 LLAMA_CPP = ("Q8_0", "Q4_0", "Q4_K_M")

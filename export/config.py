@@ -101,7 +101,7 @@ class BitsOverride(Record):
     bits: Literal[8, 16] = Field(description="Bits that it has at least; 16 leaves it as floats.")
 
 
-_SEARCHED_BITS = 8
+_SEARCHED_BITS = 8  # and more: by default such weights are searched, and do not learn
 
 
 class QuantizeConfig(Record):

@@ -153,7 +153,7 @@ def quantizing_memory(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, .
     always at the end, the largest tensor: as stored, in float32, and as it is written.
     """
     largest = 3 * _FLOAT * max(map(math.prod, shapes.values()))
-    learns = config.method == "gptq" or (config.method == "auto" and variant != "int8")
+    learns = config.method_of(8 if variant == "int8" else 4) == "gptq"
     if variant not in QUANTIZED or not (learns or config.input_scaling in ("auto", "smooth", "awq")):
         return largest
     layers: dict[int, int] = {}

@@ -109,10 +109,10 @@ def quantize_tensors(
 ) -> Iterator[tuple[str, Quantized]]:  # fmt: skip
     """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`; one layer in memory at a time.
 
-    Method gptq reads `blocks` [N, S] of token ids; without it some thousand of them are enough for input scaling, and are read by the float model. A
-    matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales instead of GPTQ, errors weighed by its inputs'
-    mean squares. An embedding has searched scales always, unless it is the head as well, and so has a model
-    that no family describes (`family` None), which cannot be walked. Layers that are in the journal are taken from it.
+    Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two tokens for each of its inputs is quantized with searched scales
+    instead, errors weighed by its inputs' mean squares. An embedding has searched scales always, unless it is the head as well, and so has a model
+    that no family describes (`family` None), which cannot be walked. Where no matrix in a layer learns and inputs are scaled, a few of the blocks are
+    read, by the float model. Layers that are in the journal are taken from it.
 
     Raises:
         ExportError: gptq without text.

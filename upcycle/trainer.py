@@ -498,7 +498,7 @@ class _StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read back what `_save_optimizer_and_scheduler` wrote."""
-        if checkpoint is not None and (Path(checkpoint) / OPTIMIZER_NAME).is_file():
+        if checkpoint is not None and int(Path(checkpoint).name.rsplit("-", 1)[1]) < self.stage.settings.steps:
             state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
             fill_optimizer(cast(torch.optim.Optimizer, self.optimizer), state)
             cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
