@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from upcycle.surgery import upcycle
 MakeDense = Callable[..., Path]
 
 torch.set_num_threads(1)  # models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
 
 
 def pytest_collection_finish() -> None:

@@ -132,7 +132,8 @@ def test_the_package_of_a_run_comes_with_its_card(killed_run, tmp_path):
 def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_run, dense_checkpoint, tmp_path):
     recipe = write_recipe(tmp_path / "off.yaml", source=dense_checkpoint, text=ROOT / "upcycle" / "*.py", variants="float32, int8")
     lines = [line if not line.startswith("finetune:") else "finetune: null" for line in recipe.read_text(encoding="utf-8").splitlines()]
-    recipe.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    text = "\n".join(lines).replace("num_blocks: 4, ", "")  # on all text, as the torch models are measured
+    recipe.write_text(f"{text}\n", encoding="utf-8")
     workdir = tmp_path / "off"
     told = succeed("run", recipe, "--workdir", workdir)
     assert "Fine-tuning was switched off" in told
@@ -145,7 +146,7 @@ def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_
     report = json.loads(next(workdir.glob("report-*/report.json")).read_text(encoding="utf-8"))
     assert [row["name"] for row in report["summary"]] == ["dense", "upcycled", "ONNX float32", "ONNX int8"]
     upcycled = report["finetune"]["evaluations"]["upcycled"]["perplexity"]
-    assert report["variants"]["float32"]["parity"]["providers"]["CPUExecutionProvider"]["perplexity"] == pytest.approx(upcycled, rel=0.05)
+    assert report["variants"]["float32"]["parity"]["providers"]["CPUExecutionProvider"]["perplexity"] == pytest.approx(upcycled, rel=1e-4)
     Draft202012Validator(json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))).validate(report)
     page = next(workdir.glob("report-*/report.html")).read_text(encoding="utf-8")
     assert "fine-tuned" not in page
