@@ -22,6 +22,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -596,6 +597,21 @@ def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, start: Start)
 
     start(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}), progress=progress)
     assert kept == []
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_backward_pass_keeps_no_more_of_routers_than_the_forward_pass(recomputes: bool, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[int] = []
+    backward = Accelerator.backward
+
+    def count(*arguments: Any, **keywords: Any) -> None:
+        backward(*arguments, **keywords)
+        shapes = [tuple(each.shape) for each in gc.get_objects() if type(each) is torch.Tensor and each.grad_fn is not None]
+        kept.append(shapes.count((CONFIG.batch_size * BLOCK, 4)))
+
+    monkeypatch.setattr(Accelerator, "backward", count)
+    start(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}))
+    assert kept == [2, 2]  # of two layers
 
 
 @pytest.mark.parametrize(

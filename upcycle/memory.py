@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+_GROWTH_BYTES = 192 << 20  # of what is resident, between two layers, before the heap is given back
 
 
 def leave_file(model: nn.Module) -> None:
@@ -28,6 +35,44 @@ def release_memory() -> None:
     gc.collect()
     if (trim := _find_trim()) is not None:
         trim(0)
+
+
+@contextmanager
+def small_heap(model: nn.Module) -> Iterator[None]:
+    """For the length of a `with`: between two layers of a model the heap is given back wherever what is resident has grown by much.
+
+    How many tokens an expert gets, and so how large its tensors are, is another number each time: what one leaves free in the heap does not fit the
+    next, and in a step the heap grows to several times what is in use. To give it back takes as long as to fill its pages once more.
+    """
+    trim, resident = _find_trim(), _find_resident()
+    if trim is None or resident is None:
+        yield
+        return
+    least = resident()
+
+    def give_back(*_: Any) -> None:
+        nonlocal least
+        least = min(least, resident())
+        if resident() > least + _GROWTH_BYTES:
+            trim(0)
+            least = resident()
+
+    # The hook is on a product in each layer: hooks of a layer are not called where its backward pass computes it once more.
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    products = (next((part for part in layer.modules() if isinstance(part, nn.Linear)), layer) for layer in layers)
+    handles = [product.register_forward_pre_hook(give_back) for product in products]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@cache
+def _find_resident() -> Callable[[], int] | None:
+    """What reads the bytes that the process has resident, where the system tells them at little cost (Linux)."""
+    source, page = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    return (lambda: int(source.read_bytes().split()[1]) * page) if source.exists() else None
 
 
 @cache

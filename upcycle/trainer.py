@@ -50,7 +50,7 @@ from upcycle.expert_forward import use_sorted_experts
 from upcycle.footprint import keeps_much
 from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
-from upcycle.memory import release_memory
+from upcycle.memory import release_memory, small_heap
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
 from upcycle.progress import Progress
@@ -137,7 +137,7 @@ def run_stage(
         last = _last_checkpoint(scratch.absolute())
         if last is not None:
             trainer.watch.take_up(last)
-        with closing(trainer.watch), _routing(trainer):
+        with closing(trainer.watch), _routing(trainer), small_heap(model):
             if trainer.watch.patience_is_over:  # it was killed between its last checkpoint and its end
                 trainer.load_best()
             else:
@@ -246,7 +246,8 @@ def _routing(trainer: _StageTrainer) -> Iterator[None]:
     """For the length of a `with`: the trainer sees every router's logits, and overrules the routers where domains have experts of their own."""
 
     def watch(_: Any, __: Any, output: tuple[torch.Tensor, ...]) -> Any:
-        trainer.router_logits.append(output[0])
+        if trainer.listens:
+            trainer.router_logits.append(output[0])
         if trainer.forced is None:
             return None
         return output[0], torch.full_like(trainer.forced, 1 / trainer.forced.shape[1], dtype=output[1].dtype), trainer.forced
@@ -280,6 +281,7 @@ class _StageTrainer(Trainer):
         self.mixture, self.teacher, self.stage = model, teacher, stage
         self.num_experts = _num_experts(model)
         self.router_logits: list[torch.Tensor] = []
+        self.listens = False
         self.routing: tuple[torch.Tensor, ...] = ()
         self.forced: torch.Tensor | None = None
         self.step_parts: list[dict[str, Any]] = []
@@ -318,10 +320,9 @@ class _StageTrainer(Trainer):
         loads = []
         with torch.no_grad(), torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
             for part in self.step_parts:
-                self.router_logits.clear()
                 ids = cast(Any, self)._prepare_inputs(part)["input_ids"]
-                run_with_prompt(partial(model, logits_to_keep=1), self.mixture, ids, get_prompt(self.mixture))
-                self.routing = tuple(self.router_logits)
+                with self._listening():
+                    run_with_prompt(partial(model, logits_to_keep=1), self.mixture, ids, get_prompt(self.mixture))
                 loads.append(self._measure_load((None,) * len(self.routing)))
         return torch.stack(loads).mean(0)
 
@@ -334,9 +335,8 @@ class _StageTrainer(Trainer):
         in_parts = len(self.step_parts) > 1
         if self.num_experts and self.forced is None and in_parts and settings.balance_coefficient and self.step_load is None:
             self.step_load = self._count_ahead(model)
-        self.router_logits.clear()
-        logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
-        self.routing = tuple(self.router_logits)  # a layer that is computed twice calls its router again, in the backward pass
+        with self._listening():
+            logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         for number, bias in self._moving_biases().items():
             counts = expert_counts(self.routing[number], self.mixture.config.num_experts_per_tok, bias)
             self.counts[number] = self.counts[number] + counts if number in self.counts else counts
@@ -361,9 +361,22 @@ class _StageTrainer(Trainer):
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
         """One part of a step; then nothing refers to what it computed on the way, which a router's logits do as long as they have a gradient."""
         loss: torch.Tensor = super().training_step(*arguments, **keywords)
-        self.router_logits.clear()
         self.routing = tuple(logits.detach() for logits in self.routing)
         return loss
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """For the length of a `with`, a forward pass: `routing` becomes what the routers say.
+
+        A layer that is computed twice calls its router again in the backward pass: who kept that would keep all that the router was reached by.
+        """
+        self.listens = True
+        try:
+            yield
+            self.routing = tuple(self.router_logits)
+        finally:
+            self.listens = False
+            self.router_logits.clear()
 
     def _experts_of(self, domains: torch.Tensor) -> torch.Tensor | None:
         """The experts of each token of blocks of these domains; none where the routers decide."""
