@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from upcycle.frozen import compute_wide, load_stored
+from upcycle.memory import small_heap
 from upcycle.numbers import perplexity
 from upcycle.objective import next_token_loss
 from upcycle.progress import Progress
@@ -72,7 +73,8 @@ def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progres
     speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     compute_wide(model)
     prompt = read_prompt(directory)
-    loss = held_out_loss(model, blocks, None if prompt is None else prompt.to(model.device))
+    with small_heap(model):
+        loss = held_out_loss(model, blocks, None if prompt is None else prompt.to(model.device))
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)

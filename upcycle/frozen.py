@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from upcycle.checkpoint import DTYPES, open_checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.expert_forward import LOW_RANK, use_sorted_experts
-from upcycle.memory import leave_file
 from upcycle.products import product
 from upcycle.receipt import load_model, router_modules
 
@@ -44,10 +43,8 @@ def load_frozen(directory: Path) -> PreTrainedModel:
 
 
 def load_stored(directory: Path) -> PreTrainedModel:
-    """A checkpoint in the dtype that it is stored in, in memory of its own."""
-    model = load_model(directory, stored_dtype(directory))
-    leave_file(model)
-    return model
+    """A checkpoint in the dtype that it is stored in."""
+    return load_model(directory, stored_dtype(directory))
 
 
 def compute_wide(model: PreTrainedModel) -> None:

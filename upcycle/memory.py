@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,6 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _GROWTH_BYTES = 192 << 20  # of what is resident, between two layers, before the heap is given back
-
-
-def leave_file(model: nn.Module) -> None:
-    """Copy every tensor of a model that was loaded, and so let go of its file.
-
-    A tensor that needs no cast is, to transformers, a view of the mapped file, and one is enough to keep every page of it resident.
-    """
-    for tensor in chain(model.parameters(), model.buffers()):
-        tensor.data = tensor.data.clone()
 
 
 def release_memory() -> None:
@@ -44,28 +34,33 @@ def small_heap(model: nn.Module) -> Iterator[None]:
     How many tokens an expert gets, and so how large its tensors are, is another number each time: what one leaves free in the heap does not fit the
     next, and in a step the heap grows to several times what is in use. To give it back takes as long as to fill its pages once more.
     """
-    trim, resident = _find_trim(), _find_resident()
-    if trim is None or resident is None:
-        yield
-        return
-    least = resident()
-
-    def give_back(*_: Any) -> None:
-        nonlocal least
-        least = min(least, resident())
-        if resident() > least + _GROWTH_BYTES:
-            trim(0)
-            least = resident()
-
+    give_back = watch_heap()
     # The hook is on a product in each layer: hooks of a layer are not called where its backward pass computes it once more.
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     products = (next((part for part in layer.modules() if isinstance(part, nn.Linear)), layer) for layer in layers)
-    handles = [product.register_forward_pre_hook(give_back) for product in products]
+    handles = [product.register_forward_pre_hook(lambda *_: give_back()) for product in products]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def watch_heap() -> Callable[[], None]:
+    """What gives the heap back when it is called and the process has grown by much since it last did; where the system lets it."""
+    trim, resident = _find_trim(), _find_resident()
+    if trim is None or resident is None:
+        return lambda: None
+    least = resident()
+
+    def give_back() -> None:
+        nonlocal least
+        if (now := resident()) > least + _GROWTH_BYTES:
+            trim(0)
+            least = resident()
+        least = min(least, now)
+
+    return give_back
 
 
 @cache

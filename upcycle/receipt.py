@@ -54,8 +54,8 @@ from upcycle.checkpoint import TOKENIZER_NAMES, Checkpoint, open_checkpoint, rea
 from upcycle.errors import UpcycleError
 from upcycle.footprint import receipt_bytes
 from upcycle.layerwise import apply_head, embed, load_layer, pad_left, run_layers
+from upcycle.loading import load_pretrained
 from upcycle.mapping import ExpertPart, Keep, Slice, UpcyclePlan
-from upcycle.memory import release_memory
 from upcycle.progress import Progress
 
 ROUNDING_LIMIT = 1e-5
@@ -420,17 +420,11 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
     Raises:
         UpcycleError: weights are missing, left over or of another shape.
     """
-    release_memory()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
-        model, info = auto_class.from_pretrained(
-            directory,
-            dtype=dtype,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # only so that they are listed, and refused below, instead of a RuntimeError without their names
-            output_loading_info=True,
-        )
+        # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
+        model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[kind]:
             raise UpcycleError(f"{directory}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")

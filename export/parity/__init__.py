@@ -57,6 +57,7 @@ from export.runtime import CPU, CUDA, Decoder, is_at_hand
 from export.speed import measure_speed
 from export.text import choose_blocks
 from export.twin import SCHEME_NAME, Twin
+from upcycle.memory import release_memory
 from upcycle.numbers import perplexity
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
@@ -145,6 +146,7 @@ def _judge(
         task_checks = evaluation.check(reference, limits, tie_margin)
     tuned = tuned or own
     del decoder, evaluation, reference  # a package's sessions are opened one after the other: each holds all weights once more
+    release_memory()
     operators = _check_operators(Blocks(package, provider, shared_outside), own.blocks, own.first.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     progress("measuring speed", 0, 1)

@@ -24,7 +24,10 @@ _NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a 
 
 @dataclass(frozen=True)
 class Case:
-    """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time."""
+    """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time.
+
+    Logits are judged of a whole prefill, or of what is decoded and of the last token before: all of such a prefill is judged in a case of its own.
+    """
 
     name: str
     ids: torch.Tensor
@@ -40,7 +43,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Errors:
-    """One case measured: errors of logits [B, S] relative to the largest, and which tokens are judged by them."""
+    """One case measured: errors of logits [B, L] of the last L tokens relative to the largest, and which of them are judged by them."""
 
     case: Case
     check: Check
@@ -50,7 +53,7 @@ class Errors:
     def judge(self, limit: float) -> Check:
         """The check, with the first token of a row that is beyond the limit."""
         beyond = self.judged & ~(self.errors <= limit)
-        places = (self.case.mask.cumsum(1) - 1)[beyond]
+        places = (self.case.mask.cumsum(1) - 1)[:, -beyond.shape[1] :][beyond]
         return Check(**{**self.check.__dict__, "first_position": int(places.min()) if len(places) else None})
 
 
@@ -140,9 +143,10 @@ def run_cases(
 
 def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN) -> Errors:
     """The errors of logits; a row is judged up to its first near-tie flip."""
-    real = case.mask.bool()
+    kept = found.logits.shape[1]
+    real = case.mask[:, -kept:].bool()
     flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
-    judged = before_flips(flips, case.mask)
+    judged = before_flips(flips, case.mask)[:, -kept:]
     parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits)), strict=True)
     error, mean_error, size, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
     largest = float(error[judged].max()) if judged.any() else 0.0
@@ -150,7 +154,7 @@ def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: fl
     mean = float(mean_error[real].mean())
     check = Check(
         case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),
-        padded=not bool(real.all()), decoded=case.num_prefill < case.ids.shape[1],
+        padded=not bool(case.mask.all()), decoded=case.num_prefill < case.ids.shape[1],
     )  # fmt: skip
     return Errors(case, check, error / scale, judged)
 

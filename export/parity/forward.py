@@ -19,7 +19,8 @@ from export.routing import Score, selection_scores
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
 from export.twin import SCHEME_NAME, Twin
-from upcycle.memory import leave_file, release_memory
+from upcycle.loading import load_pretrained
+from upcycle.memory import small_heap
 
 BATCH = 4
 _LOGITS_BYTES = 2**26
@@ -28,12 +29,11 @@ _LOGITS_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Forward:
-    """What one computation of ids [B, S] gave: logits [B, S, V], by layer selection scores [B, S, E] and residual stream [B, S, H]; and k.
+    """What one computation of ids [B, S] gave: logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and k.
 
-    Selection scores are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more than the logits.
-
-    A layer without experts has None for selection scores, one that does not show its attention's output [B, S, H] None for that. A package that shows
-    no residual streams has no layers here at all.
+    Selection scores [B, S, E] are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more than the
+    logits. A layer's residual stream is [B, S, H]. A layer without experts has None for selection scores, one that does not show its attention's
+    output [B, S, H] None for that. A package that shows no residual streams has no layers here at all.
     """
 
     logits: torch.Tensor
@@ -43,8 +43,10 @@ class Forward:
     top_k: int
 
     def seen_by(self, other: Forward) -> Forward:
-        """Without the layers, if the other shows none."""
-        return self if other.hiddens else Forward(self.logits, (), (), (), self.top_k)
+        """With the logits of as many tokens as the other, and without the layers, if the other shows none."""
+        logits = self.logits[:, -other.logits.shape[1] :]
+        layers = (self.routers, self.hiddens, self.attended) if other.hiddens else ((), (), ())
+        return Forward(logits, *layers, self.top_k)
 
 
 @dataclass(frozen=True)
@@ -216,19 +218,17 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     Raises:
         ExportError: transformers cannot load it.
     """
-    release_memory()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
     try:
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, experts_implementation="eager", local_files_only=True)
+        model, _ = load_pretrained(AutoModelForCausalLM, directory, dtype, experts_implementation="eager")
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory}: no decoder that transformers can load ({' '.join(str(error).split())[:200]})") from error
     model.eval()
-    leave_file(model)
-    release_memory()  # experts were stacked: single ones are free again
     has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
     reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
     reference._watch()
     try:
-        yield reference
+        with small_heap(model):
+            yield reference
     finally:
         reference._forget()
 
@@ -246,9 +246,10 @@ def _join(parts: Sequence[Forward]) -> Forward:
 
 
 def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> Forward:
-    """The package over ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time."""
+    """The package over ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone."""
     cache = decoder.new_cache(len(ids), ids.shape[1])
-    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy())]
+    kept = 0 if num_prefill == ids.shape[1] else 1
+    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy(), logits_to_keep=kept)]
     parts += [decoder.run(cache, ids[:, n : n + 1].numpy()) for n in range(num_prefill, ids.shape[1])]
 
     def joined(name: str) -> torch.Tensor:
