@@ -245,7 +245,8 @@ def _memory_bytes(
             config = plan.target_config
             planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
             planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(shapes, package, recipe.export.lowering == "auto")
-            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(config, plan.num_parameters, package, block_size)
+            row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
+            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(config, plan.num_parameters, package, block_size, row)
     return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})
 
 

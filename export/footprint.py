@@ -26,7 +26,9 @@ _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 
 _FLOAT = 4
 _TIMED_BYTES = 256 << 20  # a little more than `export.timing` takes of a model
-_PARITY_BLOCKS, _LOGITS_AT_ONCE = 4, 8  # blocks at once, and arrays as large as their logits: of both sides, and what comparing them makes
+_HEAP_BYTES = 192 << 20  # that may be free in the heap before it is given back; see `upcycle.memory`
+_LOGITS_BYTES, _KEPT_BLOCKS = 1 << 26, 4  # as in `export.parity.forward`: logits at once, and blocks whose experts' inputs and outputs are kept
+_SESSION_SHARE = 1.4  # of a package's bytes: what a session has resident
 
 
 @dataclass(frozen=True)
@@ -172,7 +174,14 @@ def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_tim
     return 3 * _FLOAT * max(map(math.prod, shapes.values())) + timed
 
 
-def parity_memory(model: PreTrainedConfig, num_parameters: int, package: int, block_size: int) -> int:
-    """The most memory that parity has resident, imports apart: a reference in float32, the runtime's package, and logits."""
-    logits = _LOGITS_AT_ONCE * _FLOAT * int(model.vocab_size) * _PARITY_BLOCKS * block_size
-    return _FLOAT * num_parameters + 2 * package + logits
+def parity_memory(model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int) -> int:
+    """The most memory that parity has resident, imports apart.
+
+    A reference in float32 beside the runtime's package; both sides' logits of the longest row, or of a batch, three times over with what comparing
+    them makes; and what both sides show of every layer, of the longest row and of the blocks of text whose experts are compared alone.
+    """
+    vocabulary, hidden, layers = (int(getattr(model, name)) for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
+    batch = max(_LOGITS_BYTES, _FLOAT * vocabulary * block_size)
+    logits = max(2 * _FLOAT * vocabulary * longest_row, 2 * batch) + batch
+    shown = _FLOAT * layers * hidden * (4 * longest_row + 2 * _KEPT_BLOCKS * block_size)
+    return _FLOAT * num_parameters + int(_SESSION_SHARE * package) + logits + shown + _HEAP_BYTES

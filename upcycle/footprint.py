@@ -1,8 +1,7 @@
 """The most memory that the stages of this floor have resident, from shapes and settings alone.
 
 What is counted: weights as they are held; of what learns, gradients and AdamW's two moments in float32; inner values that the backward pass needs;
-logits, the largest of them; the pages of a file that transformers has mapped while it loads; and what imports take. Constants are measured, by
-`benchmarks/memory.py`.
+logits, the largest of them; what is free in the heap; and what imports take. Constants are measured, by `benchmarks/memory.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ IMPORT_BYTES = 520_000_000
 _FLOAT, _ADAM = 4, 16  # bytes of a float32 number; of a parameter that learns: weight, gradient and two moments
 _EVALUATION_BLOCKS, _GRADIENT_BLOCKS, _RECEIPT_ROWS = 8, 2, 3
 _EXPERT_PARTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".shared_mlp.")
-_HEAP_SHARE = 0.5  # of gradients' bytes: what the heap keeps free between blocks that are in use, by `benchmarks/memory.py`
+_HEAP_BYTES = 192 << 20  # that may be free in the heap before it is given back; see `upcycle.memory`
 _KEPT_BYTES = 1 << 30  # of inner values at most; where they are more, layers are computed twice
 _TOKENIZER_BYTES = 50_000_000
 _CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `upcycle.products`
@@ -66,11 +65,11 @@ class _Shape:
 
 
 def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
-    """Of both models held at once: float32 copies, the larger file mapped while it is read, and the logits of texts as both say them."""
+    """Of both models held at once: float32 copies, and the logits of texts as both say them."""
     length = max(block_size + block_size // 4, 16)
     vocabulary = int(getattr(dense.config, "vocab_size", 0))
     logits = 6 * _FLOAT * vocabulary * _RECEIPT_ROWS * length
-    return IMPORT_BYTES + _FLOAT * (plan.num_parameters + dense.num_parameters) + plan.num_bytes + logits
+    return IMPORT_BYTES + _FLOAT * (plan.num_parameters + dense.num_parameters) + logits
 
 
 def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
@@ -124,9 +123,9 @@ def _gradient_bytes(shape: _Shape, weight_bytes: int, largest: int, block_size: 
 
 
 def _evaluation_bytes(shape: _Shape, weight_bytes: int, block_size: int) -> int:
-    """Of a checkpoint that is measured: its file mapped while it is loaded; then logits of several blocks."""
+    """Of a checkpoint that is measured: its weights, and logits of several blocks."""
     running = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size) + _CAST_BYTES
-    return IMPORT_BYTES + weight_bytes + max(weight_bytes, running)
+    return IMPORT_BYTES + weight_bytes + running + _HEAP_BYTES
 
 
 def keeps_much(config: Any, num_tokens: int) -> bool:
@@ -152,7 +151,7 @@ def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig,
         layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
     look = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size)
-    held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning)) + int(_HEAP_SHARE * _FLOAT * learning)
+    held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning)) + _HEAP_BYTES
     return IMPORT_BYTES + held + _CAST_BYTES + max((_ADAM - _FLOAT) * learning + max(inner, look), _ADAM * learning)
 
 

@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from upcycle.checkpoint import Checkpoint
 from upcycle.errors import UpcycleError
+from upcycle.memory import give_heap_back
 
 _BLOCKS = "model.layers.{layer}."
 _EMBEDDING = "model.embed_tokens.weight"
@@ -32,6 +33,7 @@ def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, replaced:
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
     """
+    give_heap_back()  # what the layer before left there does not fit this one
     config = _config_of_layer(checkpoint.config, layer)
     prefix = _BLOCKS.format(layer=layer)
     other = replaced or {}

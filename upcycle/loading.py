@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
 
 from upcycle.checkpoint import GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME
-from upcycle.memory import release_memory, watch_heap
+from upcycle.memory import give_heap_back, release_memory
 
 _READS_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether tensors are read by their turn
 
@@ -65,8 +65,7 @@ def _find_class(auto_class: Any, config: Any) -> Any:
 def _open_tensors(files: list[Path]) -> dict[str, Any]:
     """What reads each tensor of some files, by its name."""
     opened: list[Any] = [safe_open(file, framework="pt", device="cpu", backend="pread") for file in files]
-    give_back = watch_heap()
-    return {name: _Tensor(file, name, give_back) for file in opened for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
+    return {name: _Tensor(file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,9 @@ class _Tensor:
 
     file: Any
     name: str
-    give_back: Callable[[], None]
 
     def __getitem__(self, index: Any) -> torch.Tensor:
-        self.give_back()
+        give_heap_back()
         return self.file.get_tensor(self.name)[index]  # type: ignore[no-any-return]
 
 

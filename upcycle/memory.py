@@ -15,6 +15,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 _GROWTH_BYTES = 192 << 20  # of what is resident, between two layers, before the heap is given back
+_least = [0]  # that was resident since it last was
 
 
 def release_memory() -> None:
@@ -34,11 +35,10 @@ def small_heap(model: nn.Module) -> Iterator[None]:
     How many tokens an expert gets, and so how large its tensors are, is another number each time: what one leaves free in the heap does not fit the
     next, and in a step the heap grows to several times what is in use. To give it back takes as long as to fill its pages once more.
     """
-    give_back = watch_heap()
     # The hook is on a product in each layer: hooks of a layer are not called where its backward pass computes it once more.
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     products = (next((part for part in layer.modules() if isinstance(part, nn.Linear)), layer) for layer in layers)
-    handles = [product.register_forward_pre_hook(lambda *_: give_back()) for product in products]
+    handles = [product.register_forward_pre_hook(lambda *_: give_heap_back()) for product in products]
     try:
         yield
     finally:
@@ -46,21 +46,15 @@ def small_heap(model: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
-def watch_heap() -> Callable[[], None]:
-    """What gives the heap back when it is called and the process has grown by much since it last did; where the system lets it."""
+def give_heap_back() -> None:
+    """Give the heap back if what is resident has grown by much since this last did, and the system lets it."""
     trim, resident = _find_trim(), _find_resident()
     if trim is None or resident is None:
-        return lambda: None
-    least = resident()
-
-    def give_back() -> None:
-        nonlocal least
-        if (now := resident()) > least + _GROWTH_BYTES:
-            trim(0)
-            least = resident()
-        least = min(least, now)
-
-    return give_back
+        return
+    if resident() > _least[0] + _GROWTH_BYTES:
+        trim(0)
+        _least[0] = resident()
+    _least[0] = min(_least[0], resident())
 
 
 @cache
