@@ -118,6 +118,9 @@ class Decoder:
         self._cuts_logits = _let_logits_be_cut(model)
         _check_interface(model, path)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        self._run_options = ort.RunOptions()
+        if taps and provider == CPU:  # who looks inside has a model of torch beside it: what a long text took is given back
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
         self.config: dict[str, Any] = _read_config(directory)
@@ -200,7 +203,7 @@ class Decoder:
         cache.ids[:] = ids
         for name in self.taps:
             cache.binding.bind_output(name)
-        self.session.run_with_iobinding(cache.binding)
+        self.session.run_with_iobinding(cache.binding, self._run_options)
         cache.length = total
         if not self.shares_buffer:
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first

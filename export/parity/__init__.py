@@ -123,7 +123,8 @@ def _judge(
     rest = blocks[len(some) :]
     if finetuned != twin:
         with open_reference(finetuned) as reference:
-            tuned = compare(decoder, reference, some, tell=_teller(progress, "comparing with the fine-tuned model", len(some)))
+            tell = _teller(progress, "comparing with the fine-tuned model", len(some))
+            tuned = compare(decoder, reference, some, tell=tell, keeps_blocks=False)
             if finetuned_loss is None:
                 finetuned_loss = _extend(tuned.reference_loss, some, reference, rest, progress)
             evaluation.ask_finetuned(reference)
@@ -229,7 +230,7 @@ def _force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | No
     """The twin with the fine-tuned model's routing: what remains is the error of the weights alone."""
     if tuned is None:
         return "not run: one checkpoint is both references"
-    if not tuned.blocks:
+    if not tuned.routers:
         return "not run: no layer has experts"
     ids = blocks[: len(tuned.first.logits)]
     mask = torch.ones_like(ids)

@@ -47,20 +47,22 @@ class Comparison:
 
 def compare(
     decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None,
-    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None,
+    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None, keeps_blocks: bool = True,
 ) -> Comparison:  # fmt: skip
     """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties.
 
-    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared.
+    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared. Without `keeps_blocks` the
+    result has no blocks of experts.
     """
     sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
     first: Forward | None = None
     blocks: list[dict[int, Block]] = []
+    routers: dict[int, Any] = {}
 
     def add(batch: torch.Tensor) -> Forward:
         mask = torch.ones_like(batch)
         expected = reference.forward(batch, mask)
-        if sums.tokens < BATCH * batch.shape[1]:
+        if keeps_blocks and sums.tokens < BATCH * batch.shape[1]:
             blocks.append(reference.blocks())
         smallest = find_smallest_margin(expected.routers, expected.top_k)
         margins.extend([] if smallest is None else [smallest])
@@ -72,7 +74,7 @@ def compare(
 
     for batch in split_batches(ids, decoder.vocab_size):
         if first is None:
-            first = add(batch)
+            first, routers = add(batch), dict(reference.routers)
         else:
             add(batch)  # nothing of it is kept: one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
@@ -80,7 +82,7 @@ def compare(
     package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
     return Comparison(
         sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
-        torch.cat(margins) if margins else None, first, {n: block.router for n, block in blocks[0].items()}, join_blocks(blocks),
+        torch.cat(margins) if margins else None, first, routers, join_blocks(blocks) if blocks else {},
     )  # fmt: skip
 
 
