@@ -18,6 +18,7 @@ from export.quantization import is_quantized, num_blocks, zero_point_bytes
 from export.text import count_calibration_tokens
 from export.twin import COLUMN_SCALES
 from upcycle.checkpoint import Checkpoint
+from upcycle.memory import HEAP_BYTES
 from upcycle.shards import TensorSpec
 
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
@@ -26,8 +27,8 @@ _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 
 _FLOAT = 4
 _TIMED_BYTES = 256 << 20  # a little more than `export.timing` takes of a model
-_HEAP_BYTES = 192 << 20  # that may be free in the heap before it is given back; see `upcycle.memory`
-_LOGITS_BYTES, _KEPT_BLOCKS = 1 << 26, 4  # as in `export.parity.forward`: logits at once, and blocks whose experts' inputs and outputs are kept
+LOGITS_BYTES, PARITY_BATCH = 1 << 26, 4
+"""Of logits that parity has at once, of each side; and blocks of text at once at most, which is as many as have their experts compared alone."""
 _SESSION_SHARE = 1.4  # of a package's bytes: what a session has resident
 
 
@@ -174,14 +175,19 @@ def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_tim
     return 3 * _FLOAT * max(map(math.prod, shapes.values())) + timed
 
 
-def parity_memory(model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int) -> int:
+def parity_memory(
+    model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int, measures_noise: bool = False
+) -> int:  # fmt: skip
     """The most memory that parity has resident, imports apart.
 
-    A reference in float32 beside the runtime's package; both sides' logits of the longest row, or of a batch, three times over with what comparing
-    them makes; and what both sides show of every layer, of the longest row and of the blocks of text whose experts are compared alone.
+    A reference in float32 beside the runtime's package; logits of both sides and a copy, of the longest row or of a batch; and what both sides show
+    of every layer of the longest row, and of the blocks of text whose experts are compared alone. Where float32's noise is measured, the reference
+    is in float64 once.
     """
     vocabulary, hidden, layers = (int(getattr(model, name)) for name in ("vocab_size", "hidden_size", "num_hidden_layers"))
-    batch = max(_LOGITS_BYTES, _FLOAT * vocabulary * block_size)
+    batch = max(LOGITS_BYTES, _FLOAT * vocabulary * block_size)
     logits = max(2 * _FLOAT * vocabulary * longest_row, 2 * batch) + batch
-    shown = _FLOAT * layers * hidden * (4 * longest_row + 2 * _KEPT_BLOCKS * block_size)
-    return _FLOAT * num_parameters + int(_SESSION_SHARE * package) + logits + shown + _HEAP_BYTES
+    shown = _FLOAT * layers * hidden * (6 * longest_row + 2 * PARITY_BATCH * block_size)
+    read = _FLOAT * num_parameters + logits + shown
+    exact = 2 * _FLOAT * num_parameters + 2 * (batch + _FLOAT * layers * hidden * 4 * PARITY_BATCH * block_size) if measures_noise else 0
+    return max(read, exact) + int(_SESSION_SHARE * package) + HEAP_BYTES

@@ -194,8 +194,9 @@ def test_the_common_greedy_prefix_is_that_of_generate(package: Path, mixture_che
 def test_noise_is_the_difference_of_two_precisions(package: Path, mixture_checkpoint: Path) -> None:
     with open_reference(mixture_checkpoint) as reference:
         found = compare(Decoder(package, taps=True), reference, BLOCKS)
+        first = reference.forward(BLOCKS, torch.ones_like(BLOCKS))
     with open_reference(mixture_checkpoint, torch.float64) as exact:
-        noise = measure_noise(exact, BLOCKS, found.first, found.blocks)
+        noise = measure_noise(exact, BLOCKS, first, found.blocks)
     narrow, wide = outputs_of(mixture_checkpoint)[0], outputs_of(mixture_checkpoint, torch.float64)[0]
     assert noise.noise.logits == pytest.approx(float((narrow - wide).abs().max() / wide.abs().max()), rel=1e-6)
     assert 2.0**-26 < noise.noise.logits < 1e-5

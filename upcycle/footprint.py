@@ -15,6 +15,7 @@ from typing import Any
 from upcycle.checkpoint import Checkpoint
 from upcycle.config import DataConfig, FinetuneConfig
 from upcycle.mapping import UpcyclePlan
+from upcycle.memory import HEAP_BYTES
 
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""
@@ -22,7 +23,6 @@ IMPORT_BYTES = 520_000_000
 _FLOAT, _ADAM = 4, 16  # bytes of a float32 number; of a parameter that learns: weight, gradient and two moments
 _EVALUATION_BLOCKS, _GRADIENT_BLOCKS, _RECEIPT_ROWS = 8, 2, 3
 _EXPERT_PARTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".shared_mlp.")
-_HEAP_BYTES = 192 << 20  # that may be free in the heap before it is given back; see `upcycle.memory`
 _KEPT_BYTES = 1 << 30  # of inner values at most; where they are more, layers are computed twice
 _TOKENIZER_BYTES = 50_000_000
 _CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `upcycle.products`
@@ -125,7 +125,7 @@ def _gradient_bytes(shape: _Shape, weight_bytes: int, largest: int, block_size: 
 def _evaluation_bytes(shape: _Shape, weight_bytes: int, block_size: int) -> int:
     """Of a checkpoint that is measured: its weights, and logits of several blocks."""
     running = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size) + _CAST_BYTES
-    return IMPORT_BYTES + weight_bytes + running + _HEAP_BYTES
+    return IMPORT_BYTES + weight_bytes + running + HEAP_BYTES
 
 
 def keeps_much(config: Any, num_tokens: int) -> bool:
@@ -151,7 +151,7 @@ def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig,
         layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
     look = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size)
-    held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning)) + _HEAP_BYTES
+    held = frozen_bytes * (total if stage.train == "lora" else max(0, total - learning)) + HEAP_BYTES
     return IMPORT_BYTES + held + _CAST_BYTES + max((_ADAM - _FLOAT) * learning + max(inner, look), _ADAM * learning)
 
 

@@ -183,6 +183,7 @@ def run_layers(
             model(inputs_embeds=part, attention_mask=part_mask, use_cache=False).last_hidden_state
             for part, part_mask in zip(states.split(batch_rows), mask.split(batch_rows), strict=True)
         ])  # fmt: skip
+        del model, module  # before the next layer is loaded
         yield layer, states, torch.cat(read), after
         states = after
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,31 +18,34 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig
+from transformers.utils import CONFIG_NAME
 
-from upcycle.checkpoint import GENERATION_CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from upcycle.checkpoint import INDEX_NAME, SINGLE_NAME
 from upcycle.memory import give_heap_back, release_memory
 
-_READS_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether tensors are read by their turn
+_READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
 
 
 def load_pretrained(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """`auto_class.from_pretrained(directory)` with its loading info, for a checkpoint in safetensors; all of the model is in memory of its own.
+    """`auto_class.from_pretrained(directory)` with its loading info.
+
+    The weights of a checkpoint in safetensors are all in memory of their own; any other is loaded as transformers does it.
 
     Raises:
         OSError, ValueError: what transformers raises where it cannot load a checkpoint.
     """
     release_memory()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
-    files = _find_files(directory)
-    if not all(file.is_file() for file in files):  # transformers says what is wrong
-        return auto_class.from_pretrained(directory, dtype=dtype, local_files_only=True, output_loading_info=True, **settings)  # type: ignore[no-any-return]
+    settings |= {"dtype": dtype, "output_loading_info": True}
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    model_class = _find_class(auto_class, config)
-    with _by_turn():
-        model, info = model_class.from_pretrained(
-            None, config=config, state_dict=_open_tensors(files), dtype=dtype, output_loading_info=True, **settings
-        )
-    if (directory / GENERATION_CONFIG_NAME).is_file() and model.can_generate():
-        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    files, model_class = _find_files(directory), _find_class(auto_class, config)
+    if model_class is None or not all(file.is_file() for file in files):
+        return auto_class.from_pretrained(directory, local_files_only=True, **settings)  # type: ignore[no-any-return]
+    with ExitStack() as opened, _by_turn():
+        tensors = {tensor.name: tensor for file in files for tensor in _open_tensors(file, opened)}
+        model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    model.name_or_path = model.config.name_or_path = str(directory)
+    if model.can_generate():
+        model.generation_config = _read_generation_config(directory)
     release_memory()  # experts were stacked: single ones are free again
     return model, info
 
@@ -54,7 +57,9 @@ def _find_files(directory: Path) -> list[Path]:
 
 
 def _find_class(auto_class: Any, config: Any) -> Any:
-    """The class of models that an auto class takes for a config: by its architecture where there are several, else the first."""
+    """The class of models that an auto class takes for a config, by its architecture where there are several; None where only itself can tell."""
+    if type(config) not in auto_class._model_mapping or getattr(config, "sub_configs", None):
+        return None
     found = auto_class._model_mapping[type(config)]
     if not isinstance(found, list | tuple):
         return found
@@ -62,10 +67,12 @@ def _find_class(auto_class: Any, config: Any) -> Any:
     return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), found[0])
 
 
-def _open_tensors(files: list[Path]) -> dict[str, Any]:
-    """What reads each tensor of some files, by its name."""
-    opened: list[Any] = [safe_open(file, framework="pt", device="cpu", backend="pread") for file in files]
-    return {name: _Tensor(file, name) for file in opened for name in file.keys()}  # noqa: SIM118 (the file is no mapping)
+def _read_generation_config(directory: Path) -> GenerationConfig:
+    """That of a checkpoint, or what its config says of generation, as `from_pretrained` takes them."""
+    try:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(directory, config_file_name=CONFIG_NAME, _from_model_config=True, local_files_only=True)
 
 
 @dataclass(frozen=True)
@@ -77,18 +84,23 @@ class _Tensor:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         give_heap_back()
-        return self.file.get_tensor(self.name)[index]  # type: ignore[no-any-return]
+        return self.file.get_tensor(self.name)[index].clone()  # type: ignore[no-any-return]  # in memory as torch aligns it, which products want
+
+
+def _open_tensors(file: Path, opened: ExitStack) -> Iterator[_Tensor]:
+    """All tensors of a file, which is closed with `opened`."""
+    found: Any = opened.enter_context(safe_open(file, framework="pt", device="cpu", backend="pread"))
+    yield from (_Tensor(found, name) for name in found.keys())  # noqa: SIM118 (the file is no mapping)
 
 
 @contextmanager
 def _by_turn() -> Iterator[None]:
     """For the length of a `with`: transformers reads no tensor before its turn."""
-    before = os.environ.get(_READS_AHEAD)
-    os.environ[_READS_AHEAD] = "1"
+    before = os.environ.get(_READS_BY_TURN)
+    os.environ[_READS_BY_TURN] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[_READS_AHEAD]
-        else:
-            os.environ[_READS_AHEAD] = before
+        os.environ.pop(_READS_BY_TURN, None)
+        if before is not None:
+            os.environ[_READS_BY_TURN] = before

@@ -14,8 +14,14 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-_GROWTH_BYTES = 192 << 20  # of what is resident, between two layers, before the heap is given back
-_least = [0]  # that was resident since it last was
+HEAP_BYTES = 192 << 20
+"""What may be free in the heap before it is given back, beside what is in use."""
+
+
+class _Least:
+    """The least that the process has had resident, in bytes, since the heap was last given back."""
+
+    bytes = 0
 
 
 def release_memory() -> None:
@@ -47,14 +53,14 @@ def small_heap(model: nn.Module) -> Iterator[None]:
 
 
 def give_heap_back() -> None:
-    """Give the heap back if what is resident has grown by much since this last did, and the system lets it."""
+    """Give the heap back if the process has more resident by `HEAP_BYTES` than it has had at least since this was last done; where a system can."""
     trim, resident = _find_trim(), _find_resident()
     if trim is None or resident is None:
         return
-    if resident() > _least[0] + _GROWTH_BYTES:
+    if resident() > _Least.bytes + HEAP_BYTES:
         trim(0)
-        _least[0] = resident()
-    _least[0] = min(_least[0], resident())
+        _Least.bytes = resident()
+    _Least.bytes = min(_Least.bytes, resident())
 
 
 @cache

@@ -495,7 +495,7 @@ class _StageTrainer(Trainer):
         """Read back what `save_model` wrote."""
         reshard(self.mixture)
         changing = self._changing()
-        with safe_open(Path(resume_from_checkpoint) / _WEIGHTS_NAME, framework="pt") as stored:
+        with safe_open(Path(resume_from_checkpoint) / _WEIGHTS_NAME, framework="pt", backend="pread") as stored:
             assert set(stored.keys()) == changing.keys()
             for name, tensor in changing.items():
                 fill(tensor, stored.get_tensor(name))

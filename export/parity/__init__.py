@@ -29,7 +29,7 @@ import onnxruntime as ort
 import torch
 
 from export.config import ParityConfig, Variant
-from export.parity.agreement import Comparison, compare, divergence, measure_loss
+from export.parity.agreement import Comparison, compare, mean_divergence, measure_loss
 from export.parity.checks import plan_cases, run_cases, run_free
 from export.parity.forward import BATCH, Block, Reference, open_reference
 from export.parity.judge import find_breaches, find_divergence, judge_tiers
@@ -124,7 +124,7 @@ def _judge(
     if finetuned != twin:
         with open_reference(finetuned) as reference:
             tell = _teller(progress, "comparing with the fine-tuned model", len(some))
-            tuned = compare(decoder, reference, some, tell=tell, keeps_blocks=False)
+            tuned = compare(decoder, reference, some, tell=tell, keeps="first")
             if finetuned_loss is None:
                 finetuned_loss = _extend(tuned.reference_loss, some, reference, rest, progress)
             evaluation.ask_finetuned(reference)
@@ -146,9 +146,9 @@ def _judge(
         progress("doing tasks", 0, 1)
         task_checks = evaluation.check(reference, limits, tie_margin)
     tuned = tuned or own
-    del decoder, evaluation, reference  # a package's sessions are opened one after the other: each holds all weights once more
+    del decoder, evaluation, reference, measure, watch  # a package's sessions are opened one after the other: each holds all weights once more
     release_memory()
-    operators = _check_operators(Blocks(package, provider, shared_outside), own.blocks, own.first.top_k, limits, noise)
+    operators = _check_operators(Blocks(package, provider, shared_outside), own.blocks, own.top_k, limits, noise)
     checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
     progress("measuring speed", 0, 1)
     plain = Decoder(package, provider)
@@ -232,12 +232,13 @@ def _force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | No
         return "not run: one checkpoint is both references"
     if not tuned.routers:
         return "not run: no layer has experts"
-    ids = blocks[: len(tuned.first.logits)]
+    assert tuned.first is not None
+    ids = blocks[: len(tuned.first)]
     mask = torch.ones_like(ids)
     free = twin.forward(ids, mask).logits
     with twin.forced(tuned.routers):
         forced = twin.forward(ids, mask).logits
-    kl, kl_free = (max(float(divergence(tuned.first.logits, logits).mean()), 0.0) for logits in (forced, free))
+    kl, kl_free = (max(mean_divergence(tuned.first, logits), 0.0) for logits in (forced, free))
     return Forced(kl, kl_free, ids.numel())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,9 +29,9 @@ Place = tuple[int, Part]
 class Comparison:
     """What one comparison found: figures, the mean next-token losses of both sides, errors by layer, and parts that later tiers go on from.
 
-    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `first` is the reference on the first batch, `routers`
-    what its routers said there; `blocks` is what its blocks of experts read and said on the first `BATCH` blocks of text. `by_position` has the
-    largest relative error [S] of attention's outputs and of hidden states.
+    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `by_position` has the largest relative error [S] of
+    attention's outputs and of hidden states. One of two is kept besides: `first`, the reference's logits on the first batch, and `routers`, what its
+    routers said there; or `blocks`, what its blocks of experts read and said on the first `BATCH` blocks of text.
     """
 
     agreement: Agreement
@@ -40,29 +40,33 @@ class Comparison:
     layers: tuple[LayerCheck, ...]
     by_position: dict[Place, torch.Tensor]
     margins: torch.Tensor | None
-    first: Forward
+    top_k: int
+    first: torch.Tensor | None
     routers: dict[int, Any]
     blocks: dict[int, Block]
 
 
 def compare(
     decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None,
-    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None, keeps_blocks: bool = True,
+    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None, keeps: Literal["first", "blocks"] = "blocks",
 ) -> Comparison:  # fmt: skip
     """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties.
 
-    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared. Without `keeps_blocks` the
-    result has no blocks of experts.
+    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared. `keeps` says which of the
+    reference's values are in the result.
     """
     sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
-    first: Forward | None = None
+    first: torch.Tensor | None = None
     blocks: list[dict[int, Block]] = []
     routers: dict[int, Any] = {}
 
-    def add(batch: torch.Tensor) -> Forward:
+    def add(batch: torch.Tensor) -> int:
+        nonlocal first, routers
         mask = torch.ones_like(batch)
         expected = reference.forward(batch, mask)
-        if keeps_blocks and sums.tokens < BATCH * batch.shape[1]:
+        if keeps == "first" and first is None:
+            first, routers = expected.logits, dict(reference.routers)
+        if keeps == "blocks" and sums.tokens < BATCH * batch.shape[1]:
             blocks.append(reference.blocks())
         smallest = find_smallest_margin(expected.routers, expected.top_k)
         margins.extend([] if smallest is None else [smallest])
@@ -70,19 +74,16 @@ def compare(
         sums.add(found, expected.seen_by(found), batch)
         del found
         watch(batch, expected)
-        return expected
+        return expected.top_k
 
+    top_k = 0
     for batch in split_batches(ids, decoder.vocab_size):
-        if first is None:
-            first, routers = add(batch), dict(reference.routers)
-        else:
-            add(batch)  # nothing of it is kept: one batch of logits is in memory
+        top_k = add(batch)  # a call of its own, so that one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
-    assert first is not None
     package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
     return Comparison(
         sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
-        torch.cat(margins) if margins else None, first, routers, join_blocks(blocks) if blocks else {},
+        torch.cat(margins) if margins else None, top_k, first, routers, join_blocks(blocks) if blocks else {},
     )  # fmt: skip
 
 
@@ -106,6 +107,12 @@ def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """KL [...] in nats of logits `found` [..., V] from `expected`."""
     log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def mean_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
+    """The mean of `divergence` over tokens, of logits [B, S, V]."""
+    parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (expected, found)), strict=True)
+    return sum(float(divergence(*part).sum()) for part in parts) / found[..., 0].numel()
 
 
 def check_layers(found: Forward, expected: Forward, mask: torch.Tensor, tie_margin: float) -> tuple[LayerCheck, ...]:

@@ -84,6 +84,8 @@ def plan_cases(blocks: torch.Tensor, context: int, window: int | None, margins: 
             Case(f"prefill, batch {len(batch)}, {size} tokens, left padding", batch, padded, size),
             Case(f"{steps} decode steps after {start} tokens, batch {len(batch)}, left padding", batch, padded, start),
         ]
+    elif len(batch) > 1:
+        cases.append(Case(f"prefill, batch {len(batch)}, {size} tokens", batch, ones, size))
     cases += _long_cases(blocks, context, window, steps, config.longest_row)
     return cases + _tie_cases(blocks[:, :size], margins, config.left_padding)
 
@@ -142,15 +144,16 @@ def run_cases(
 
 
 def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN) -> Errors:
-    """The errors of logits; a row is judged up to its first near-tie flip."""
+    """The errors of logits, relative to the largest that is expected anywhere; a row is judged up to its first near-tie flip."""
     kept = found.logits.shape[1]
     real = case.mask[:, -kept:].bool()
     flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
     judged = before_flips(flips, case.mask)[:, -kept:]
-    parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits)), strict=True)
-    error, mean_error, size, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
+    parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits[:, -kept:])), strict=True)
+    error, mean_error, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
     largest = float(error[judged].max()) if judged.any() else 0.0
-    scale = max(float(size[real].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
+    size = torch.cat([part.abs().amax(-1) for part in expected.logits.flatten(0, 1).split(LOGIT_ROWS)]).view(case.mask.shape)
+    scale = max(float(size[case.mask.bool()].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
     mean = float(mean_error[real].mean())
     check = Check(
         case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),
@@ -159,10 +162,10 @@ def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: fl
     return Errors(case, check, error / scale, judged)
 
 
-def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits [T, V]: the largest and the mean difference, the largest that is expected, and whether the likeliest token is the same; each [T]."""
+def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits [T, V]: the largest and the mean difference, and whether the likeliest token is the same; each [T]."""
     error = (found - expected).abs_()
-    return error.amax(-1), error.mean(-1), expected.abs().amax(-1), found.argmax(-1) == expected.argmax(-1)
+    return error.amax(-1), error.mean(-1), found.argmax(-1) == expected.argmax(-1)
 
 
 def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_tokens: int) -> FreeRun:

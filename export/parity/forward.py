@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from export.errors import ExportError
 from export.family import find_decoder_family, find_refusal, rotary_switch
+from export.footprint import LOGITS_BYTES, PARITY_BATCH
 from export.routing import Score, selection_scores
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
@@ -22,9 +23,7 @@ from export.twin import SCHEME_NAME, Twin
 from upcycle.loading import load_pretrained
 from upcycle.memory import small_heap
 
-BATCH = 4
-_LOGITS_BYTES = 2**26
-"""Of logits at once: every side's, copies of them and what the runtime keeps for them are several times as much."""
+BATCH = PARITY_BATCH
 
 
 @dataclass(frozen=True)
@@ -43,10 +42,8 @@ class Forward:
     top_k: int
 
     def seen_by(self, other: Forward) -> Forward:
-        """With the logits of as many tokens as the other, and without the layers, if the other shows none."""
-        logits = self.logits[:, -other.logits.shape[1] :]
-        layers = (self.routers, self.hiddens, self.attended) if other.hiddens else ((), (), ())
-        return Forward(logits, *layers, self.top_k)
+        """Without the layers, if the other shows none."""
+        return self if other.hiddens else Forward(self.logits, (), (), (), self.top_k)
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ def join_blocks(parts: Sequence[Mapping[int, Block]]) -> dict[int, Block]:
 
 def split_batches(ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
     """Blocks of ids [N, S] in batches whose logits are not too many to hold at once; of one block, if need be."""
-    rows = _LOGITS_BYTES // (4 * ids.shape[1] * vocab_size)
+    rows = LOGITS_BYTES // (4 * ids.shape[1] * vocab_size)
     return cast("tuple[torch.Tensor, ...]", ids.split(min(max(rows, 1), BATCH)))
 
 
@@ -160,7 +157,8 @@ class Reference:
         """Let go of the model, which holds the hooks, which hold this: else all would stay in memory until the next collection of cycles."""
         self.model = None
         self.rounding = nullcontext()
-        self.modules.clear()
+        for caught in (self.modules, self.hiddens, self.attended, self.routers, self.given, self.outputs, self.biases):
+            cast("dict[int, Any]", caught).clear()
 
     def _watch(self) -> None:
         config = self.model.config
