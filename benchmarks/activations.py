@@ -154,7 +154,10 @@ def run_llama_cpp(mixture: Path, cache: Path, arguments: argparse.Namespace, num
         file, told = cache / f"{kind}.gguf", cache / f"{kind}.txt"
         if not told.exists():
             run(tools / "llama-quantize", *(["--imatrix", importance] if kind == "Q4_K_M" else []), whole, file, kind, arguments.threads)
-            told.write_text(run(tools / "llama-perplexity", "-m", file, *measured, "--kl-divergence"), encoding="utf-8")
+            text = ""
+            while "Mean    KLD" not in text:  # the tool may end before it has written out its last lines
+                text = run(tools / "llama-perplexity", "-m", file, *measured, "--kl-divergence")
+            told.write_text(text, encoding="utf-8")
         text = told.read_text(encoding="utf-8")
         kl, ratio = (float(re.search(rf"Mean +{name} *: +([-\d.]+)", text)[1]) for name in ("KLD", r"PPL\(Q\)/PPL\(base\)"))  # type: ignore[index]
         yield f"llama.cpp {kind}{', importance' if kind == 'Q4_K_M' else ''}", Loss(kl, ratio - 1), file.stat().st_size
