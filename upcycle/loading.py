@@ -46,7 +46,7 @@ def load_pretrained(auto_class: Any, directory: Path, dtype: torch.dtype, **sett
     model.name_or_path = model.config.name_or_path = str(directory)
     if model.can_generate():
         model.generation_config = _read_generation_config(directory)
-    release_memory()  # experts were stacked: single ones are free again
+    give_heap_back()  # experts were stacked: single ones are free again
     return model, info
 
 
