@@ -449,12 +449,13 @@ class _StageTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The plain next-token loss on the validation blocks, by every process, routed as in training."""
-        release_memory()  # what steps leave free in the heap would lie beside the logits of more blocks than a step's
         self.mixture.eval()
         total = 0.0
         for blocks, domains in zip(self.stage.validation.split(EVALUATION_BATCH), self.stage.validation_domains.split(EVALUATION_BATCH), strict=True):
+            release_memory()  # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             self.forced = self._experts_of(domains.to(self.mixture.device))
             total += held_out_loss(self.mixture, blocks, get_prompt(self.mixture)) * len(blocks)
+        release_memory()
         metrics = {f"{metric_key_prefix}_loss": total / len(self.stage.validation)}
         self.mixture.train()
         self.log(metrics)
