@@ -125,10 +125,10 @@ def make_packages(mixture: Path, calibration: torch.Tensor, variant: str, cache:
 
 
 def race(packages: dict[str, Path], prompt: list[int], rounds: int, threads: int) -> dict[str, tuple[float, float]]:
-    """Tokens per second of prefill and decode, medians; in a round every package is loaded for its turn."""
+    """Tokens per second of prefill and decode, medians; in a round every package is loaded for its turn, and every other round goes backwards."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in packages}
-    for _ in range(rounds):
-        for name, package in packages.items():
+    for number in range(rounds):
+        for name, package in list(packages.items())[:: -1 if number % 2 else 1]:
             speed = measure_speed(Decoder(package, num_threads=threads), prompt, 32, num_rounds=1)
             found[name].append((speed.prefill, speed.decode))
     return {name: tuple(map(statistics.median, zip(*speeds, strict=True))) for name, speeds in found.items()}  # type: ignore[misc]
