@@ -455,7 +455,6 @@ class _StageTrainer(Trainer):
             release_memory()  # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             self.forced = self._experts_of(domains.to(self.mixture.device))
             total += held_out_loss(self.mixture, blocks, get_prompt(self.mixture)) * len(blocks)
-        release_memory()
         metrics = {f"{metric_key_prefix}_loss": total / len(self.stage.validation)}
         self.mixture.train()
         self.log(metrics)
