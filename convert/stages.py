@@ -245,15 +245,9 @@ def _memory_bytes(
             config = plan.target_config
             planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
             planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(shapes, package, recipe.export.lowering == "auto")
-            row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
-            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(
-                config,
-                plan.num_parameters,
-                package,
-                block_size,
-                row,
-                recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export),
-            )
+            longest_row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
+            noise = recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export)
+            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(config, plan.num_parameters, package, block_size, longest_row, noise)
     return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})
 
 

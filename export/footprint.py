@@ -176,7 +176,7 @@ def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_tim
 
 
 def parity_memory(
-    model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int, measures_noise: bool = False
+    model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int, measures_noise: bool
 ) -> int:  # fmt: skip
     """The most memory that parity has resident, imports apart.
 
