@@ -587,13 +587,19 @@ def test_a_stage_that_fails_leaves_the_model_as_it_was_lent(mixture_checkpoint: 
     assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
+def computed() -> list[torch.Tensor]:
+    """All that is kept with the graph that computed it."""
+    return [each for each in gc.get_objects() if type(each) is torch.Tensor and each.grad_fn is not None]
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, start: Start) -> None:
     kept: list[tuple[int, ...]] = []
+    before = computed()  # by a test before this one
 
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned"):
-            kept.extend(tuple(each.shape) for each in gc.get_objects() if type(each) is torch.Tensor and each.grad_fn is not None)
+            kept.extend(tuple(each.shape) for each in computed() if not any(each is other for other in before))
 
     start(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}), progress=progress)
     assert kept == []
@@ -603,10 +609,11 @@ def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, start: Start)
 def test_a_backward_pass_keeps_no_more_of_routers_than_the_forward_pass(recomputes: bool, start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
     backward = Accelerator.backward
+    before = computed()  # by a test before this one
 
     def count(*arguments: Any, **keywords: Any) -> None:
         backward(*arguments, **keywords)
-        shapes = [tuple(each.shape) for each in gc.get_objects() if type(each) is torch.Tensor and each.grad_fn is not None]
+        shapes = [tuple(each.shape) for each in computed() if not any(each is other for other in before)]
         kept.append(shapes.count((CONFIG.batch_size * BLOCK, 4)))
 
     monkeypatch.setattr(Accelerator, "backward", count)

@@ -27,11 +27,12 @@ class _Least:
 def release_memory() -> None:
     """Free objects that only hold each other, as models of transformers and trainers do, and give what the heap has free back to the system.
 
-    The heap keeps blocks of up to 32 MB that are freed (glibc), of which gradients and optimizers leave gigabytes.
+    The heap keeps blocks of up to 32 MB that are freed (glibc), of which gradients and optimizers leave gigabytes. A process that has not grown is
+    left as it is: with all that torch and transformers import, to look for such objects takes half a second.
     """
-    gc.collect()
-    if (trim := _find_trim()) is not None:
-        trim(0)
+    if _has_grown():
+        gc.collect()
+        _give_back()
 
 
 @contextmanager
@@ -53,14 +54,25 @@ def small_heap(model: nn.Module) -> Iterator[None]:
 
 
 def give_heap_back() -> None:
-    """Give the heap back if the process has more resident by `HEAP_BYTES` than it has had at least since this was last done; where a system can."""
+    """Give the heap back if the process has grown by `HEAP_BYTES`; where a system can."""
+    if _find_resident() is not None and _has_grown():
+        _give_back()
+
+
+def _has_grown() -> bool:
+    """Whether more is resident by `HEAP_BYTES` than there was at least since the heap was last given back; or the system does not tell."""
+    if (resident := _find_resident()) is None:
+        return True
+    _Least.bytes = min(_Least.bytes, now := resident())
+    return now > _Least.bytes + HEAP_BYTES
+
+
+def _give_back() -> None:
     trim, resident = _find_trim(), _find_resident()
-    if trim is None or resident is None:
-        return
-    if resident() > _Least.bytes + HEAP_BYTES:
+    if trim is not None:
         trim(0)
+    if resident is not None:
         _Least.bytes = resident()
-    _Least.bytes = min(_Least.bytes, resident())
 
 
 @cache
