@@ -16,6 +16,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -48,7 +50,10 @@ class Picture:
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dense2moe",
+    "figure.facecolor": "none",
+    "figure.edgecolor": "none",
     "font.size": 9,
+    "axes.facecolor": "none",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.edgecolor": "#8a8a8a",
@@ -544,6 +549,7 @@ def _ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) ->
 
 def _place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
     """Write each name beside its point, at the first of some places where it covers nothing else, or else where it covers least."""
+    FigureCanvasAgg(figure)  # which keeps what measures text, where a figure by itself makes that anew for each label
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
     taken = [Bbox(axes.transData.transform([(x, y), (x, y)])).padded(4) for x, y, _ in points]
@@ -558,6 +564,8 @@ def _place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, floa
             bounds = label.get_window_extent()
             covered = sum(bounds.overlaps(other) for other in taken) + 2 * (not frame.containsx(bounds.x0) or not frame.containsx(bounds.x1))
             found.append((covered, number, label, bounds))
+            if not covered:
+                break
         chosen = min(found, key=lambda item: item[:2])
         for candidate in found:
             if candidate is not chosen:
@@ -568,7 +576,7 @@ def _place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, floa
 def _svg(figure: Figure, prefix: str) -> Markup:
     """The drawing as an `svg` element to stand in a page: no prolog, metadata or style of its own, and ids that no other picture has."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})  # type: ignore[no-untyped-call]  # `savefig` would draw it twice
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", text, flags=re.DOTALL)
