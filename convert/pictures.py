@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from operator import itemgetter
 from statistics import fmean
@@ -47,6 +48,7 @@ class Picture:
     caption: str
 
 
+_Drawing = tuple[Markup, str, str]  # what a picture has beside its title
 _RC: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dense2moe",
@@ -87,33 +89,46 @@ _TRAINED: tuple[tuple[str, str, str, Any], ...] = (
 
 def draw_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> list[Picture]:
     """Every picture that the facts have the numbers for."""
+    return [draw() for draw in plan_pictures(facts, rows).values()]
+
+
+def plan_pictures(facts: dict[str, Any], rows: Sequence[Row]) -> dict[str, Callable[[], Picture]]:
+    """By its title, what draws each picture that the facts have the numbers for."""
     agreements = {name: m["finetuned"] for name, v in facts["variants"].items() if (m := find_measured(v))}
     finetune = facts["finetune"]
     model = exported_model(facts)
     logged = [step for step in finetune["history"] if step["layers"]]
-    pictures = []
+    plan: dict[str, Callable[[], _Drawing]] = {}
+    if any(step["validation_loss"] is not None for step in finetune["history"]):
+        plan["Training"] = partial(_training_picture, finetune)
+    plan["Size and perplexity"] = partial(_size_picture, rows)
+    for name, variant in facts["variants"].items():
+        if search := variant["quantize"].get("search"):
+            plan[f"Search of bits, {name}"] = partial(_search_picture, name, search)
+    if logged:
+        plan["Expert load"] = partial(_load_picture, logged[-1])
+        plan["Load over training"] = partial(_balance_picture, logged)
+    if finetune["domains"]:
+        plan["Specialization"] = partial(_specialization_picture, finetune["domains"], finetune["sparse_layers"])
+    if logged and all(len(layer["load"]) > 1 for step in logged for layer in step["layers"]):
+        plan["Experts coming apart"] = partial(_distance_picture, logged)
+        plan["Routers over training"] = partial(_router_picture, logged)
+    if any(a["routing_agreement"] for a in agreements.values()):
+        plan["Routing agreement"] = partial(_routing_picture, agreements, model)
+    if any(a["hidden_error"] for a in agreements.values()):
+        plan["Hidden-state error"] = partial(_hidden_picture, agreements, model)
+    if margins := {name: a["margins"] for name, a in agreements.items() if a.get("margins")}:
+        plan["Router margins and flips"] = partial(_margin_picture, margins, model)
+    plan["Tokens per second"] = partial(_speed_picture, rows, model)
+    return {title: partial(_draw, title, drawing) for title, drawing in plan.items()}
+
+
+def _draw(title: str, drawing: Callable[[], _Drawing]) -> Picture:
     with matplotlib.rc_context(_RC):
-        if any(step["validation_loss"] is not None for step in finetune["history"]):
-            pictures.append(_training_picture(finetune))
-        pictures.append(_size_picture(rows))
-        pictures += [_search_picture(name, search) for name, v in facts["variants"].items() if (search := v["quantize"].get("search"))]
-        if logged:
-            pictures += [_load_picture(logged[-1]), _balance_picture(logged)]
-        if finetune["domains"]:
-            pictures.append(_specialization_picture(finetune["domains"], finetune["sparse_layers"]))
-        if logged and all(len(layer["load"]) > 1 for step in logged for layer in step["layers"]):
-            pictures += [_distance_picture(logged), _router_picture(logged)]
-        if any(a["routing_agreement"] for a in agreements.values()):
-            pictures.append(_routing_picture(agreements, model))
-        if any(a["hidden_error"] for a in agreements.values()):
-            pictures.append(_hidden_picture(agreements, model))
-        if margins := {name: a["margins"] for name, a in agreements.items() if a.get("margins")}:
-            pictures.append(_margin_picture(margins, model))
-        pictures.append(_speed_picture(rows, model))
-    return pictures
+        return Picture(title, *drawing())
 
 
-def _training_picture(finetune: dict[str, Any]) -> Picture:
+def _training_picture(finetune: dict[str, Any]) -> _Drawing:
     figure, axes = _axes("tokens", "loss, nats a token")
     ends: list[str] = []
     drawn: list[Line2D] = []
@@ -143,15 +158,14 @@ def _training_picture(finetune: dict[str, Any]) -> Picture:
     figure.legend(handles=drawn, loc="outside upper left", ncols=2, handlelength=2.6, labelspacing=0.35, columnspacing=1.4)
     reached = f"{', '.join(ends[:-1])} and {ends[-1]}" if len(ends) > 1 else ends[0]
     stages = "; a thin vertical line is where a stage begins, grey where it is the mixture's" if marked else ""
-    return Picture(
-        "Training",
+    return (
         _svg(figure, "training"),
         "Line chart: training and validation loss against tokens.",
         f"The validation loss reached {reached}; a ring marks the weights that were kept{stages}.",
     )
 
 
-def _size_picture(rows: Sequence[Row]) -> Picture:
+def _size_picture(rows: Sequence[Row]) -> _Drawing:
     figure, axes = _axes("size of the files", "perplexity on held-out text")
     placed = [(row, row.perplexity) for row in rows if row.perplexity is not None and math.isfinite(row.perplexity)]
     for row, perplexity in placed:
@@ -172,10 +186,10 @@ def _size_picture(rows: Sequence[Row]) -> Picture:
             f"Down and to the left is better: {name} is {whole_size / size:.1f} times smaller than ONNX float32, "
             f"its perplexity {describe_change(perplexity, whole_perplexity)} that one's."
         )
-    return Picture("Size and perplexity", _svg(figure, "size"), "Scatter chart: perplexity against file size, a point for each model.", caption)
+    return _svg(figure, "size"), "Scatter chart: perplexity against file size, a point for each model.", caption
 
 
-def _search_picture(variant: str, search: dict[str, Any]) -> Picture:
+def _search_picture(variant: str, search: dict[str, Any]) -> _Drawing:
     points = [point for point in search["points"] if math.isfinite(point["perplexity"])]
     chosen = next((point for point in points if point["chosen"]), None)
     sizes, perplexities = [point["package_bytes"] for point in points], [point["perplexity"] for point in points]
@@ -202,20 +216,19 @@ def _search_picture(variant: str, search: dict[str, Any]) -> Picture:
             f"Of {len(points)} mixtures of bits those on the line are beaten by none in both size and perplexity; the ring is the one chosen, "
             f"{format_size(chosen['package_bytes'])}, its perplexity {change} the reference's (dashed); the limit: {search['limit']}."
         )
-    return Picture(
-        f"Search of bits, {variant}", _svg(figure, f"search-{re.sub('[^a-z0-9]', '-', variant)}"),
+    return (
+        _svg(figure, f"search-{re.sub('[^a-z0-9]', '-', variant)}"),
         "Scatter chart: perplexity against file size of every mixture of bits that was tried, with the best of each size joined by a line.", caption,
     )  # fmt: skip
 
 
-def _load_picture(step: dict[str, Any]) -> Picture:
+def _load_picture(step: dict[str, Any]) -> _Drawing:
     shares = _fair_shares([layer["load"] for layer in step["layers"]])
     names = [layer["number"] for layer in step["layers"]]
     figure, _ = _heat_map(shares, names, max(map(len, shares)))
     cells = [(share, y, x) for y, layer in enumerate(shares) for x, share in enumerate(layer)]
     (high, y, x), low = max(cells, key=itemgetter(0)), min(cells, key=itemgetter(0))
-    return Picture(
-        "Expert load",
+    return (
         _svg(figure, "load"),
         "Heat map: load of each expert in each layer, relative to its fair share.",
         f"At step {step['step']} the busiest expert ({x} of layer {names[y]}) got {high:.2f} times its fair share of the tokens "
@@ -223,7 +236,7 @@ def _load_picture(step: dict[str, Any]) -> Picture:
     )
 
 
-def _specialization_picture(domains: dict[str, Any], names: Sequence[int]) -> Picture:
+def _specialization_picture(domains: dict[str, Any], names: Sequence[int]) -> _Drawing:
     shares = {domain: _fair_shares(loads) for domain, loads in domains["loads"].items()}
     num_experts = len(next(iter(shares.values()))[0])
     figure, axes = _heat_map([list(chain(*layer)) for layer in zip(*shares.values(), strict=True)], names, num_experts)
@@ -237,8 +250,7 @@ def _specialization_picture(domains: dict[str, Any], names: Sequence[int]) -> Pi
     (layer, expert), furthest = max(taken.items(), key=lambda item: max(item[1])[0] - min(item[1])[0])
     (most, here), (least, there) = max(furthest), min(furthest)
     finding = "know" if between > 2 * within else "hardly know" if between > within else "do not know"
-    return Picture(
-        "Specialization",
+    return (
         _svg(figure, "specialization"),
         "Heat map: load of each expert in each layer, relative to its fair share, side by side for each domain of the held-out text.",
         f"From one domain to another {format_share(between)} of a layer's load moves to other experts, from one half of a domain to the other "
@@ -285,7 +297,7 @@ def _column_edge(column: int, num_experts: int, num_groups: int) -> float:
     return column + column // num_experts * num_experts * num_groups / 64
 
 
-def _balance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
+def _balance_picture(logged: Sequence[dict[str, Any]]) -> _Drawing:
     figure, axes = _axes("tokens", "load ÷ fair share")
     tokens = [step["num_tokens"] for step in logged]
     shares = [_fair_shares([layer["load"] for layer in step["layers"]]) for step in logged]
@@ -300,8 +312,7 @@ def _balance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     _token_axis(axes)
     _mark_stages(axes, _stage_starts(logged), _GREY)
     axes.legend(loc="upper right", handlelength=2.2, labelspacing=0.35)
-    return Picture(
-        "Load over training",
+    return (
         _svg(figure, "balance"),
         "Line chart: largest and smallest expert load against tokens, relative to the fair share.",
         f"Experts that share the work evenly all stand at 1: the busiest went from {highest[0]:.2f} to {highest[-1]:.2f}, "
@@ -309,15 +320,14 @@ def _balance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     )
 
 
-def _distance_picture(logged: Sequence[dict[str, Any]]) -> Picture:
+def _distance_picture(logged: Sequence[dict[str, Any]]) -> _Drawing:
     figure, axes = _axes("tokens", "1 − cosine of two experts")
     distances = [[max(0.0, 1 - layer["cosine"]) for layer in step["layers"]] for step in logged]
     _layer_band(axes, logged, distances)
     axes.set_ylim(0, 1.1 * _largest(distances, 1e-7))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _distance(value)))
     furthest, layer = max((value, step["number"]) for value, step in zip(distances[-1], logged[-1]["layers"], strict=True))
-    return Picture(
-        "Experts coming apart",
+    return (
         _svg(figure, "distance"),
         "Line chart: distance between the weights of a layer's experts against tokens, the mean over layers with their range.",
         f"At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from "
@@ -334,7 +344,7 @@ def _distance(value: float) -> str:
     return f"{value:.2g}" if value >= 1e-3 else format_error(value)
 
 
-def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
+def _router_picture(logged: Sequence[dict[str, Any]]) -> _Drawing:
     figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
     upper, lower = figure.subplots(2, sharex=True)
     entropies = [[layer["entropy"] / math.log(len(layer["load"])) for layer in step["layers"]] for step in logged]
@@ -347,8 +357,7 @@ def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     lower.set_ylim(0, 1.15 * _largest(margins, 1e-3))
     lower.set_xlabel("tokens")
     figure.align_ylabels()
-    return Picture(
-        "Routers over training",
+    return (
         _svg(figure, "router"),
         "Two line charts against tokens, the mean over layers with their range: the routers' entropy relative to its largest, and their margin.",
         "A router that knows its experts has an entropy well below 1, which is chance, and a wide margin between the last expert chosen and the "
@@ -357,14 +366,13 @@ def _router_picture(logged: Sequence[dict[str, Any]]) -> Picture:
     )
 
 
-def _routing_picture(agreements: dict[str, dict[str, Any]], model: str) -> Picture:
+def _routing_picture(agreements: dict[str, dict[str, Any]], model: str) -> _Drawing:
     figure, axes = _axes("layer", "routing agreement")
     _layer_lines(axes, {name: a["routing_agreement"] for name, a in agreements.items()})
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     worst, layer, name = min((share, n, name) for name, a in agreements.items() for n, share in enumerate(a["routing_agreement"]))
-    return Picture(
-        "Routing agreement",
+    return (
         _svg(figure, "routing"),
         "Line chart: routing agreement by layer, a line for each ONNX variant.",
         f"The lowest is {format_agreement(worst)}, of {name} in layer {layer}; "
@@ -374,7 +382,7 @@ def _routing_picture(agreements: dict[str, dict[str, Any]], model: str) -> Pictu
     )
 
 
-def _hidden_picture(agreements: dict[str, dict[str, Any]], model: str) -> Picture:
+def _hidden_picture(agreements: dict[str, dict[str, Any]], model: str) -> _Drawing:
     errors = {name: a["hidden_error"] for name, a in agreements.items() if a["hidden_error"]}
     figure, axes = _axes("layer", "relative error of the hidden state")
     _layer_lines(axes, {name: [value if value > 0 else math.nan for value in layers] for name, layers in errors.items()})
@@ -382,15 +390,14 @@ def _hidden_picture(agreements: dict[str, dict[str, Any]], model: str) -> Pictur
         axes.set_yscale(_scale(positive))
         _ticks(axes.yaxis, positive, lambda value: format_error(value).replace(".0e", "e"))
     ends = ", ".join(f"{format_error(layers[-1])} ({name})" for name, layers in errors.items())
-    return Picture(
-        "Hidden-state error",
+    return (
         _svg(figure, "hidden"),
         "Line chart on a logarithmic scale: relative hidden-state error by layer, a line for each ONNX variant.",
         f"After the last layer the hidden states differ from the {model} model's by {ends}.",
     )
 
 
-def _margin_picture(margins: dict[str, list[dict[str, Any]]], model: str) -> Picture:
+def _margin_picture(margins: dict[str, list[dict[str, Any]]], model: str) -> _Drawing:
     """How wide the reference's margins are, and of each width the share of choices that came out otherwise."""
     bins = next(iter(margins.values()))
     counts = [found["num_choices"] for found in bins]
@@ -424,8 +431,7 @@ def _margin_picture(margins: dict[str, list[dict[str, Any]]], model: str) -> Pic
             f"A narrow margin is nearly a tie, and there routing flips: of the {round(num_flips[name]):,} flips of {name} in {total:,} choices "
             f"{format_share(narrow / num_flips[name])} had a margin below {_number(bins[len(bins) // 2]['least'])}."
         )
-    return Picture(
-        "Router margins and flips",
+    return (
         _svg(figure, "margins"),
         f"A histogram of the {model} model's margins, and below it for each ONNX variant the share of choices of each margin that differ.",
         caption,
@@ -447,7 +453,7 @@ def _number(value: float) -> str:
     return f"{value:g}" if value == 0 or value >= 1e-3 else format_error(value).replace(".0e", "e")
 
 
-def _speed_picture(rows: Sequence[Row], model: str) -> Picture:
+def _speed_picture(rows: Sequence[Row], model: str) -> _Drawing:
     names = [row.name for row in rows]
     figure = Figure(figsize=_INCHES, dpi=72, layout="constrained")
     sides = zip(figure.subplots(1, 2, sharey=True), ("decode, tokens/s", "prefill, tokens/s"), (_BLUE, _GREEN), strict=True)
@@ -472,8 +478,7 @@ def _speed_picture(rows: Sequence[Row], model: str) -> Picture:
     if exports and torch:
         name = max(exports, key=lambda n: exports[n])
         caption = f"At batch 1 {name} decodes {exports[name] / torch:.1f} times as fast as the {model} model in torch, on the same machine."
-    return Picture(
-        "Tokens per second",
+    return (
         _svg(figure, "speed"),
         "Bar chart: decoding and prefill speed of each model; torch models have no prefill figure.",
         caption,
