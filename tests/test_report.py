@@ -12,7 +12,7 @@ import pytest
 from report_facts import HOSTILE, make_facts, routing, searched, tiered
 from rich.console import Console
 
-from convert.pictures import Picture, draw_pictures
+from convert.pictures import Picture, plan_pictures
 from convert.report import write_report
 from convert.summary import Row, Verdict, judge, summarize, summary_table, verdict_lines
 
@@ -62,8 +62,21 @@ def written(tmp_path):
     return write
 
 
-def test_the_page_refers_to_nothing_outside_itself(facts, written):
-    page = written(facts)
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is asked of the text, the tables or the JSON: drawing takes a hundred times as long as all else."""
+    monkeypatch.setattr("convert.report.draw_pictures", lambda facts, rows: [])
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of the facts as they are, with its pictures."""
+    output = tmp_path_factory.mktemp("report")
+    write_report(make_facts(), output)
+    return (output / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_page_refers_to_nothing_outside_itself(page):
     tags = Outline(page).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "img", "image", "iframe", "object", "use:href"}
     targets = [value for _, attributes in tags for name, value in attributes.items() if name in ("href", "src", "xlink:href", "srcset", "action")]
@@ -75,8 +88,7 @@ def test_the_page_refers_to_nothing_outside_itself(facts, written):
     assert "https://" not in page
 
 
-def test_every_id_is_unique_and_every_reference_is_met(facts, written):
-    page = written(facts)
+def test_every_id_is_unique_and_every_reference_is_met(page):
     tags = Outline(page).tags
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     references = {attributes["href"][1:] for _, attributes in tags if "href" in attributes} | set(re.findall(r"url\(#(.*?)\)", page))
@@ -84,14 +96,14 @@ def test_every_id_is_unique_and_every_reference_is_met(facts, written):
     assert references <= set(ids)
 
 
-def test_the_page_is_balanced_html_with_ten_described_pictures(facts, written):
-    tags = Outline(written(facts)).tags
+def test_the_page_is_balanced_html_with_ten_described_pictures(page):
+    tags = Outline(page).tags
     assert sum(tag == "svg" for tag, _ in tags) == sum(tag == "figcaption" for tag, _ in tags) == 10
     assert all(attributes["aria-label"] for _, attributes in tags if attributes.get("role") == "img")
 
 
-def test_the_page_holds_the_perplexity_of_every_model_and_variant(facts, written):
-    text = " ".join(Outline(written(facts)).text)
+def test_the_page_holds_the_perplexity_of_every_model_and_variant(page):
+    text = " ".join(Outline(page).text)
     for perplexity in ("14.88", "12.30", "11.23", "11.24", "11.51"):
         assert perplexity in text
 
@@ -107,8 +119,8 @@ def test_text_from_the_recipe_is_escaped(facts, written):
     assert HOSTILE in "".join(Outline(page).text)
 
 
-def test_the_same_facts_write_the_same_page(facts, written):
-    assert written(facts) == written(copy.deepcopy(facts))
+def test_the_same_facts_write_the_same_page(facts, written, page):
+    assert written(facts) == page
 
 
 def test_writing_leaves_the_facts_and_matplotlib_as_they_were(facts, written):
@@ -120,6 +132,7 @@ def test_writing_leaves_the_facts_and_matplotlib_as_they_were(facts, written):
     assert dict(matplotlib.rcParams) == settings
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_json_is_the_facts_the_summary_and_the_verdicts(facts, tmp_path):
     write_report(facts, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -129,6 +142,7 @@ def test_the_json_is_the_facts_the_summary_and_the_verdicts(facts, tmp_path):
     assert [Row(**row) for row in summary] == summarize(facts)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_json_is_sorted_and_has_no_nan(facts, tmp_path):
     facts["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["kl"] = float("nan")
     facts["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["perplexity"] = float("inf")
@@ -189,6 +203,7 @@ EQUAL_TIME = "the dense model trained for as long"
 TIMES = "The control had {}, the mixture 45.0 s (80 steps)"
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("control", "text", "good"),
     [
@@ -233,6 +248,7 @@ def test_the_verdict_says_what_the_experts_cost(facts):
     )
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_page_tells_what_each_trained_model_reached_and_took(facts, written):
     facts["finetune"]["seconds"]["dense, equal time"] = 141.0
     text = " ".join(" ".join(Outline(written(facts)).text).split())
@@ -244,6 +260,7 @@ def test_the_page_tells_what_each_trained_model_reached_and_took(facts, written)
         assert row in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(("tuned", "change"), [(12.5510, "2.00 % above"), (12.3049, "equal to"), (float("nan"), "not comparable with")])
 def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned, change):
     facts["finetune"]["evaluations"]["fine-tuned"]["perplexity"] = tuned
@@ -271,13 +288,13 @@ def test_without_a_float32_variant_each_is_compared_with_torch(facts):
     assert verdict_lines(facts)[-2] == "ONNX int8: perplexity 11.24, 0.06 % above the fine-tuned torch model's; parity passed."
 
 
-def test_a_run_that_agrees_passes(facts, written):
-    page = written(facts)
+def test_a_run_that_agrees_passes(page):
     assert '<span class="badge pass">PASS</span>' in page
     assert ">FAIL<" not in page
     assert "3 of 3 ONNX variants agree" in page
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_failed_parity_shows_its_breach_and_a_fail_badge(facts, written):
     breach = "CPUExecutionProvider: top-1 agreement is 0.91; it must be at least 0.95"
     facts["variants"]["int4"]["parity"].update(passed=False, breaches=[breach])
@@ -346,11 +363,11 @@ def test_a_run_without_the_control_of_equal_time_has_that_of_equal_tokens(facts,
 
 
 def picture(facts: dict[str, Any], title: str) -> Picture:
-    return next(p for p in draw_pictures(facts, summarize(facts)) if p.title == title)
+    return plan_pictures(facts, summarize(facts))[title]()
 
 
 def titles(facts: dict[str, Any]) -> set[str]:
-    return {p.title for p in draw_pictures(facts, summarize(facts))}
+    return set(plan_pictures(facts, summarize(facts)))
 
 
 def test_the_training_curve_shows_the_mixture_and_both_controls(facts):
@@ -449,8 +466,8 @@ def test_a_run_without_variants_claims_no_parity(facts, written):
     assert "nothing was exported" in verdict_lines(facts)[-1]
 
 
-def test_a_provider_that_did_not_run_says_why(facts, written):
-    assert "not run: no CUDA device" in written(facts)
+def test_a_provider_that_did_not_run_says_why(page):
+    assert "not run: no CUDA device" in page
 
 
 def test_a_variant_measured_nowhere_has_a_row_without_figures(facts, written):
@@ -469,6 +486,7 @@ def test_figures_that_are_no_numbers_still_make_a_page(facts, written):
     assert "NaN" in text
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_perplexity_on_other_text_is_pointed_out(facts, written):
     assert "text of its own" not in written(facts)
     for variant in facts["variants"].values():
@@ -476,6 +494,7 @@ def test_perplexity_on_other_text_is_pointed_out(facts, written):
     assert "text of its own" in written(facts)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_unknown_facts_are_shown_in_the_provenance(facts, written):
     facts["source"]["licence"] = "Apache-2.0"
     facts["data"]["interpreter"] = {"implementation": "CPython", "modules": list(range(100))}
@@ -508,8 +527,7 @@ def test_a_large_model_makes_a_page(facts, written):
     Outline(written(facts))
 
 
-def test_nothing_is_wider_than_a_phone(facts, written):
-    page = written(facts)
+def test_nothing_is_wider_than_a_phone(page):
     style = re.search(r"<style>(.*?)</style>", page, re.DOTALL).group(1)
     widths = re.findall(r"(?<![-\w])(?:min-)?width:\s*([^;}]+)", style)
     assert widths
@@ -519,15 +537,12 @@ def test_nothing_is_wider_than_a_phone(facts, written):
     assert all("width" not in attributes for tag, attributes in Outline(page).tags if tag == "svg")
 
 
-def test_light_dark_and_paper_each_have_their_colours(facts, written):
-    page = written(facts)
+def test_light_dark_and_paper_each_have_their_colours(page):
     assert "prefers-color-scheme: dark" in page
     assert "@media print" in page
 
 
-def test_the_timed_lowerings_are_a_table(facts: dict[str, Any], tmp_path) -> None:
-    write_report(facts, tmp_path)
-    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_timed_lowerings_are_a_table(page) -> None:
     section = page[page.index("Which way of writing the experts is fastest here") :]
     cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section[: section.index("</table>")])
     assert cells[:15] == [
@@ -537,6 +552,7 @@ def test_the_timed_lowerings_are_a_table(facts: dict[str, Any], tmp_path) -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_named_lowering_leaves_no_empty_table(facts: dict[str, Any], tmp_path) -> None:
     for found in facts["variants"].values():
         found["onnx"]["timings"] = []
@@ -579,6 +595,7 @@ def test_a_search_shows_its_front_and_what_was_chosen(facts) -> None:
     assert "none met the limit: +3 %" in picture(facts, "Search of bits, int4").caption
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) -> None:
     variants = tiered(facts)["variants"]
     variants["int4"]["parity"]["providers"]["CPUExecutionProvider"]["tiers"]["routing"] = "broken"
@@ -594,7 +611,7 @@ def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) ->
     assert "top-5 agreement" in text
 
 
-def test_the_digests_of_the_packages_are_in_the_provenance(facts, written) -> None:
-    text = "".join(Outline(written(facts)).text)
+def test_the_digests_of_the_packages_are_in_the_provenance(page) -> None:
+    text = "".join(Outline(page).text)
     assert "onnx-int8.model.onnx" in text
     assert "a7" * 32 in text
