@@ -432,13 +432,22 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("name", ["llama to mixtral", "gemma", "qwen3", "olmo2"])
-def test_a_fault_in_one_layer_is_named_by_that_layer(name: str, fault: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(intermediate_size=EXACT, num_hidden_layers=3, **fields), tmp_path / "mixture"
+@pytest.fixture(scope="module")
+def three_layers(request: pytest.FixtureRequest, make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, UpcyclePlan]:
+    """A dense model of a family, its mixture, of which the receipt is good layer by layer, and the plan. Shared: read only."""
+    fields, overrides = DECODERS[request.param]
+    dense, mixture = make_dense(intermediate_size=EXACT, num_hidden_layers=3, **fields), tmp_path_factory.mktemp("faultless") / "mixture"
     plan = make_mixture(dense, mixture, receipt="layers", **overrides)
     receipt(dense, mixture, plan)
+    return dense, mixture, plan
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("three_layers", ["llama to mixtral", "gemma", "qwen3", "olmo2"], indirect=True)
+def test_a_fault_in_one_layer_is_named_by_that_layer(three_layers: tuple[Path, Path, UpcyclePlan], fault: str, tmp_path: Path) -> None:
+    dense, faultless, plan = three_layers
+    mixture = tmp_path / "mixture"
+    shutil.copytree(faultless, mixture)
     rewrite(mixture, FAULTS[fault])
     assert re.fullmatch(
         re.escape(f"{mixture}: shipped router, float32, eager experts, layer 1: differs from the dense model by ")
