@@ -138,16 +138,18 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
         claim = _Claim(plan, dtype, plan.bitwise_at_zero and _can_be_bitwise(dense.config, dtype), limit if dtype == "float32" else None)
         compare = _compare_models if mode == "whole" else _compare_layers
         try:
-            comparisons += list(compare(source, output, claim, read, experts))
+            found = list(compare(source, output, claim, read, experts))
         except _DenseNotFiniteError as error:
             if dtype == "float32":  # what every claim is about
                 raise UpcycleError(
                     f"{source}: the dense model is not finite in float32 ({error}), so nothing can be compared; the weights are broken; use others"
                 ) from error
             notes.append(f"{dtype} was not compared: the dense model itself is not finite in it ({error})")
+            continue
+        for comparison in found:
+            _check(comparison, output)
+        comparisons += found
     progress("comparing with the dense model", len(_DTYPES), len(_DTYPES))
-    for comparison in comparisons:
-        _check(comparison, output)
     return Receipt(mode, tuple(comparisons), (*notes, *_describe_rounding(comparisons)))
 
 
