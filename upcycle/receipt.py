@@ -72,6 +72,7 @@ _MAX_TOKENS = 640
 _MAX_WINDOW_TOKENS = 2048  # a text is made longer than _MAX_TOKENS only to cross a window, and no longer than this
 _MAX_HALF_TOKENS = 96  # in half precision, which the CPU computes at a tenth of the speed
 _DECODE_STEPS = 8
+_LETTERS_PER_TOKEN = 64  # read for each token that is wanted: many times what tokens of English have, and a small part of the text
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _EXPERTS = ("eager", "grouped_mm")
 _GROUPED_ROW_BYTES = 16  # torch's grouped_mm refuses rows that are no multiple of this
@@ -570,8 +571,8 @@ def _read_text(source: Path, block_size: int) -> _Text:
     if length <= window < context:
         notes = (f"the text of {length} tokens does not cross the window of {window}; that it was kept is known from the config alone",)
     if any((source / name).is_file() for name in TOKENIZER_NAMES):
-        text = inspect.getsource(sys.modules[__name__])
-        stream = AutoTokenizer.from_pretrained(source, local_files_only=True)(text * 4, verbose=False)["input_ids"]
+        text = (inspect.getsource(sys.modules[__name__]) * 4)[: _LETTERS_PER_TOKEN * length]
+        stream = AutoTokenizer.from_pretrained(source, local_files_only=True)(text, verbose=False)["input_ids"]
     else:
         stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
     ids, mask = pad_left([stream[row : row + count] for row, count in enumerate((length, max(_DECODE_STEPS + 1, length // 2), 3))])
