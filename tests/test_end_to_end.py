@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from jsonschema import Draft202012Validator
+from programs import dense2moe, fork, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,10 +46,6 @@ def write_recipe(path: Path, **fields: object) -> Path:
     return path
 
 
-def dense2moe(*arguments: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "convert", *map(str, arguments)], capture_output=True, text=True, check=False, **kwargs)
-
-
 def succeed(*arguments: object) -> str:
     finished = dense2moe(*arguments)
     assert finished.returncode == 0, finished.stderr
@@ -64,21 +61,22 @@ def tiny_recipe(tmp_path_factory, dense_checkpoint):
 @pytest.fixture(scope="module")
 def killed_run(tiny_recipe):
     """A work directory whose run was killed by SIGKILL once in the middle of each stage, and then finished; and how each was killed."""
-    workdir = tiny_recipe.parent / "killed"
+    workdir, said = tiny_recipe.parent / "killed", tiny_recipe.parent / "said.txt"
     partials = {}
     for stage in STAGES:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "convert", "run", str(tiny_recipe), "--workdir", str(workdir)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-        )
+        process = fork(run_command, ["run", str(tiny_recipe), "--workdir", str(workdir)], said=said)
         deadline = time.monotonic() + 120
         while not (found := list(workdir.glob(f"{stage}-*.partial"))):
-            assert process.poll() is None, f"ended before {stage}: {process.stderr.read().decode()}"
+            assert process.exitcode is None, f"ended before {stage}: {said.read_text(encoding='utf-8')}"
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.kill()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 255)  # 255: in the middle of beginning a stage, which ends the server as well
         partials[stage] = [path.name for path in found]
-    succeed("run", tiny_recipe, "--workdir", workdir)
+    last = [sys.executable, "-m", "convert", "run", str(tiny_recipe), "--workdir", str(workdir)]  # as its users start it
+    finished = subprocess.run(last, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
     return workdir, partials
 
 

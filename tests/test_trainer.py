@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,8 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from programs import fork, launch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+from worker_jobs import train
 
 from tests.conftest import MakeDense
 from upcycle.config import (
@@ -73,7 +74,7 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Two domains: letters, and digits."""
     directory = tmp_path_factory.mktemp("data")
     draw = torch.Generator().manual_seed(0)
-    for split, count in (("train", 120), ("validation", 40), ("test", 80)):
+    for split, count in (("train", 120), ("validation", 20), ("test", 20)):
         for domain, alphabet in (("letters", "abcdefgh"), ("digits", "01234567")):
             words = [" ".join(alphabet[i] * 2 for i in torch.randint(8, (12,), generator=draw)) for _ in range(count)]
             (directory / f"{domain}-{split}.txt").write_text("\n".join(words), encoding="utf-8")
@@ -817,44 +818,14 @@ def test_the_best_weights_come_back_with_their_biases(start: Start, biased: Path
 
 # Many processes
 
-WORKER = """
-import json, os, sys
-from pathlib import Path
-from torch.optim.optimizer import register_optimizer_step_post_hook
-from upcycle.config import FinetuneConfig
-from upcycle.processes import leave_processes
-from upcycle.training import finetune
-dense, mixture, data, output, scratch, settings = sys.argv[1:]
-
-def measure(optimizer, *_):  # numbers in this process: parameters, gradients, the two moments of AdamW
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    kept = [parameters, [p.grad for p in parameters], *([optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq"))]
-    counts = [sum(getattr(t, "_local_tensor", t).numel() for t in tensors) for tensors in kept]
-    Path(scratch, f"counts-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts))
-
-def progress(what, done, total):
-    if what.startswith("training fine-tuned") and str(done) == os.environ.get("KILLED_AT"):
-        os._exit(9)
-
-register_optimizer_step_post_hook(measure)
-finetune(*map(Path, (dense, mixture, data, output)), FinetuneConfig.model_validate_json(settings), 0, progress, Path(scratch))
-Path(scratch, f"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}").touch()
-leave_processes()
-threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
-assert "FSDP_VERSION" in os.environ or not any("gloo" in name for name in threads), threads
-"""
-
-
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
 
-def launch(num_processes: int, *arguments: object, killed_at: int = 0, **variables: str) -> None:
-    script = Path(str(arguments[3])).parent / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "KILLED_AT": str(killed_at)} | variables
-    result = subprocess.run([*command, str(script), *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert (result.returncode == 0) == (killed_at == 0), result.stderr[-3000:]
+def share(num_processes: int, *arguments: Any, killed_at: int = 0, **variables: str) -> None:
+    """Fine-tune in processes of one group, up to the step at which they are killed, if any."""
+    said = Path(arguments[3]).parent / "said.txt"
+    codes = launch(num_processes, train, *arguments, killed_at, said=said, environment=variables)
+    assert (set(codes) == {0}) == (killed_at == 0), said.read_text(encoding="utf-8")[-3000:]
 
 
 def assert_same_losses(ours: tuple[Step, ...], theirs: tuple[Step, ...]) -> None:
@@ -877,7 +848,7 @@ def test_two_processes_have_the_losses_and_the_biases_of_one_at_the_same_global_
         place = tmp_path / str(count)
         output = place / "output"
         output.mkdir(parents=True)
-        launch(count, dense_checkpoint, biased, data, output, place / "scratch", settings)
+        share(count, dense_checkpoint, biased, data, output, place / "scratch", settings)
         assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"]
     assert len(histories[1]) == 2 * (4 + 3)
@@ -901,7 +872,7 @@ def test_a_killed_run_is_taken_up_by_another_number_of_processes(
     output.mkdir()
     with pytest.raises(_Killed):
         start(config, scratch, progress)
-    launch(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json(), **(FSDP if fsdp else {}))
+    share(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json(), **(FSDP if fsdp else {}))
     assert_same_losses(whole.history, read_history(output / "history.jsonl"))
 
 
@@ -943,7 +914,7 @@ def test_two_processes_that_share_a_model_by_fsdp_end_as_one_and_hold_half_each(
     assert (facts.num_steps, facts.best_steps) == ({"fine-tuned": num_steps}, {"fine-tuned": best_step})
     output, scratch = tmp_path / "output", tmp_path / "scratch"
     output.mkdir()
-    launch(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json(), **FSDP)
+    share(2, dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json(), **FSDP)
     shared = read_history(output / "history.jsonl")
     assert_same_losses(facts.history, shared)
     for ours, theirs in zip(facts.history, shared, strict=True):
@@ -966,8 +937,8 @@ def test_a_run_under_fsdp_that_is_killed_is_taken_up_by_fsdp_and_by_one_process(
     output, scratch = tmp_path / "output", tmp_path / "scratch"
     output.mkdir()
     arguments = (dense_checkpoint, mixture_checkpoint, data, output, scratch, config.model_dump_json())
-    launch(2, *arguments, killed_at=2, **FSDP)
-    launch(2, *arguments, killed_at=4, **FSDP)
+    share(2, *arguments, killed_at=2, **FSDP)
+    share(2, *arguments, killed_at=4, **FSDP)
     assert (scratch / "fine-tuned" / "stage-0" / "checkpoints" / "checkpoint-3" / "history.jsonl").is_file()
     taken_up, alone = start(config, scratch)
     assert_same_losses(whole.history, taken_up.history)
@@ -981,24 +952,19 @@ def test_a_process_that_is_killed_for_real_is_taken_up(dense_checkpoint: Path, m
     for kill in (False, True):
         place = tmp_path / str(kill)
         (place / "output").mkdir(parents=True)
-        script = place / "worker.py"
-        script.write_text(WORKER, encoding="utf-8")
-        command = [
-            sys.executable,
-            str(script),
-            *map(str, (dense_checkpoint, mixture_checkpoint, data, place / "output", place / "scratch")),
-            settings,
-        ]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        arguments = (dense_checkpoint, mixture_checkpoint, data, place / "output", place / "scratch", settings)
         if kill:
-            process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+            process = fork(train, *arguments, said=place / "said.txt")
             checkpoints = place / "scratch" / "fine-tuned" / "stage-0" / "checkpoints"
             deadline = time.monotonic() + 300
-            while not any(checkpoints.glob("checkpoint-*/history.jsonl")) and time.monotonic() < deadline and process.poll() is None:
+            while not any(checkpoints.glob("checkpoint-*/history.jsonl")) and time.monotonic() < deadline and process.is_alive():
                 time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL, "it had ended before the kill"
-        subprocess.run(command, env=environment, check=True, capture_output=True)
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL, "it had ended before the kill"
+        process = fork(train, *arguments, said=place / "said.txt")
+        process.join()
+        assert process.exitcode == 0, (place / "said.txt").read_text(encoding="utf-8")
         outputs.append(place / "output")
     assert changed(*outputs) == set()
     assert json.loads((outputs[0] / "config.json").read_text()) == json.loads((outputs[1] / "config.json").read_text())

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import time
 from pathlib import Path
 
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from upcycle.config import FinetuneConfig
+from upcycle.processes import leave_processes
 from upcycle.progress import Progress
+from upcycle.training import finetune
 
 
 def double(number: int, progress: Progress) -> int:
@@ -42,3 +49,24 @@ def fail(kind: str, progress: Progress) -> None:
 def wait(marker: str, progress: Progress) -> None:
     Path(marker).write_text(str(os.getpid()), encoding="utf-8")
     time.sleep(600)
+
+
+def train(dense: Path, mixture: Path, data: Path, output: Path, scratch: Path, settings: str, killed_at: int = 0) -> None:
+    """Fine-tune as one process of a group; `scratch` is told what of the model and of the optimizer's state this process has, and that it is done."""
+
+    def measure(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        kept = [parameters, [p.grad for p in parameters], *([optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq"))]
+        counts = [sum(getattr(t, "_local_tensor", t).numel() for t in tensors) for tensors in kept]
+        (scratch / f"counts-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts), encoding="utf-8")
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what.startswith("training fine-tuned") and done == killed_at:
+            os._exit(9)
+
+    register_optimizer_step_post_hook(measure)
+    finetune(dense, mixture, data, output, FinetuneConfig.model_validate_json(settings), 0, progress, scratch)
+    (scratch / f"rank-{os.environ.get('RANK', 0)}-of-{os.environ.get('WORLD_SIZE', 1)}").touch()
+    leave_processes()
+    threads = [file.read_text(encoding="utf-8").strip() for file in Path("/proc/self/task").glob("*/comm")]
+    assert "FSDP_VERSION" in os.environ or not any("gloo" in name for name in threads), threads

@@ -1,0 +1,93 @@
+"""Our programs in tests: in this process, or forked from the server of stages, which has imported all that they need."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from click.testing import CliRunner
+
+from convert.cli import main
+from convert.worker import start_server
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a command ended, and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def dense2moe(*arguments: object) -> Finished:
+    """The command in this process; its stages have processes of their own, as ever."""
+    result = CliRunner().invoke(main, [str(each) for each in arguments], prog_name="dense2moe")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Finished(result.exit_code, result.stdout, result.stderr)
+
+
+def fork(function: Callable[..., object], *arguments: Any, said: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
+    """Begin a function of a module, with picklable arguments, in a process that can be killed; what it says goes into the file `said`."""
+    start_server()
+    process = multiprocessing.get_context("forkserver").Process(target=_do, args=(function, arguments, str(said), dict(environment or {})))
+    process.start()
+    return process
+
+
+def run_command(arguments: Iterable[str]) -> None:
+    """The command, in a process of its own."""
+    main(list(arguments), prog_name="dense2moe")
+
+
+def launch(
+    num_processes: int, function: Callable[..., object], *arguments: Any, said: Path, environment: Mapping[str, str] | None = None
+) -> list[int | None]:
+    """Let processes of one group do a function, as torchrun would; returns their exit codes."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    processes = [
+        fork(function, *arguments, said=said, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})})
+        for rank in range(num_processes)
+    ]
+    while all(process.exitcode in (None, 0) for process in processes) and any(process.is_alive() for process in processes):
+        for process in processes:
+            process.join(0.1)
+    if any(process.exitcode for process in processes):  # as torchrun does where one of them fails
+        for process in processes:
+            process.kill()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _do(function: Callable[..., object], arguments: tuple[Any, ...], said: str, environment: dict[str, str]) -> None:
+    import torch
+
+    with open(said, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    # The server that this process comes from serves it too; another one would have to import everything again.
+    server: Any = multiprocessing.forkserver
+    server.ensure_running = server._forkserver.ensure_running = lambda: None
+    try:
+        function(*arguments)
+    except SystemExit:
+        raise
+    except BaseException:
+        traceback.print_exc()
+        sys.exit(1)
