@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import upcycle.expert_forward
 from tests.conftest import MakeDense
 from upcycle.config import ExpertsConfig, UpcycleConfig
 from upcycle.expert_forward import sorted_experts_forward, use_sorted_experts
 from upcycle.receipt import load_model
-from upcycle.surgery import upcycle
+from upcycle.surgery import upcycle as convert
 
 ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "GemmaForCausalLM")
 
@@ -38,9 +40,13 @@ def every_expert(experts: Experts, hidden: torch.Tensor, weights: torch.Tensor) 
     return torch.einsum("tei,ehi,te->th", F.silu(gate) * up, experts.down_proj, weights)
 
 
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(num_tokens: int, top_k: int) -> None:
+def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(
+    num_tokens: int, top_k: int, filled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("upcycle.expert_forward._is_compiled_by_size", lambda _: filled)
     experts, generator = Experts(), torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(num_tokens, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     scores = torch.randn(num_tokens, 3, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -58,6 +64,26 @@ def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(num_tokens:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+def test_in_bfloat16_products_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    run = upcycle.expert_forward._run_expert
+
+    def count(experts: Any, part: torch.Tensor, *matrices: Any) -> torch.Tensor:
+        sizes.append(len(part))
+        return run(experts, part, *matrices)
+
+    monkeypatch.setattr(upcycle.expert_forward, "_run_expert", count)
+    chosen = torch.tensor([0] * 33 + [1] * 7)[:, None]
+    experts, hidden = Experts(), torch.randn(40, 4, dtype=torch.float64)
+    sorted_experts_forward(experts, hidden, chosen, torch.ones(40, 1))
+    assert sizes == [33, 7]
+    experts.gate_up_proj, experts.down_proj = experts.gate_up_proj.detach().float(), experts.down_proj.detach().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sorted_experts_forward(experts, hidden.float(), chosen, torch.ones(40, 1))
+    assert sizes[2:] == [64, 32]
+    assert found.shape == hidden.shape
+
+
 def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
     experts = Experts()
     index = torch.tensor([[0], [2], [2]])
@@ -69,7 +95,7 @@ def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_step_of_every_target_is_the_step_of_transformers_own_experts(architecture: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    upcycle(make_dense(architecture=architecture), tmp_path, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)), 0, lambda *_: None)
+    convert(make_dense(architecture=architecture), tmp_path, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)), 0, lambda *_: None)
     ours, theirs = load_model(tmp_path, torch.float32), load_model(tmp_path, torch.float32)  # with `eager` experts
     use_sorted_experts(ours)
     ids = torch.randint(ours.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))

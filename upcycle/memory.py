@@ -14,6 +14,10 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+# oneDNN, which multiplies in bfloat16, keeps the code of each product that it has compiled, by its sizes. By default it keeps 1,024, most of which
+# are never asked for again where experts have another number of tokens every time: 0.3 GB for a model of 135 M. It is read at the first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+
 HEAP_BYTES = 192 << 20
 """What may be free in the heap before it is given back, beside what is in use."""
 
