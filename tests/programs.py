@@ -7,6 +7,7 @@ import multiprocessing.forkserver
 import os
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,27 @@ def fork(function: Callable[..., object], *arguments: Any, said: Path, environme
     process = multiprocessing.get_context("forkserver").Process(target=_do, args=(function, arguments, str(said), dict(environment or {})))
     process.start()
     return process
+
+
+def kill(process: BaseProcess) -> None:
+    """Kill it, and wait until the server can fork again: one that is killed while it asks for a process of its own takes the server down with it."""
+    process.kill()
+    process.join()
+    deadline = time.monotonic() + 120
+    while not _is_up():
+        assert time.monotonic() < deadline, "no process can be forked"
+        time.sleep(0.1)
+
+
+def _is_up() -> bool:
+    start_server()
+    probe = multiprocessing.get_context("forkserver").Process(target=os.getpid)
+    try:
+        probe.start()
+    except ConnectionError:
+        return False
+    probe.join()
+    return probe.exitcode == 0
 
 
 def run_command(arguments: Iterable[str]) -> None:

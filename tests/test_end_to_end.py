@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from programs import dense2moe, fork, run_command
+from programs import dense2moe, fork, kill, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -70,9 +70,8 @@ def killed_run(tiny_recipe):
             assert process.exitcode is None, f"ended before {stage}: {said.read_text(encoding='utf-8')}"
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        process.kill()
-        process.join()
-        assert process.exitcode in (-signal.SIGKILL, 255)  # 255: in the middle of beginning a stage, which ends the server as well
+        kill(process)
+        assert process.exitcode in (-signal.SIGKILL, 255)  # 255: the server was taken down with it
         partials[stage] = [path.name for path in found]
     last = [sys.executable, "-m", "convert", "run", str(tiny_recipe), "--workdir", str(workdir)]  # as its users start it
     finished = subprocess.run(last, capture_output=True, text=True, check=False)

@@ -48,7 +48,7 @@ def sorted_experts_forward(experts: Any, hidden: torch.Tensor, top_k_index: torc
 
 
 def _is_compiled_by_size(hidden: torch.Tensor) -> bool:
-    """Whether products are oneDNN's, which compiles code for each number of rows that it has not met; a step of 135 M takes a fifth less without."""
+    """Whether products are oneDNN's, which compiles code for each number of rows that it has not met; a step of 135 M takes a sixth less without."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
     return hidden.device.type == "cpu" and dtype == torch.bfloat16
 
