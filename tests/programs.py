@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -19,6 +20,8 @@ from click.testing import CliRunner
 
 from convert.cli import main
 from convert.worker import start_server
+
+_PATIENCE = 600  # seconds
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ def kill(process: BaseProcess) -> None:
     """Kill it, and wait until the server can fork again: one that is killed while it asks for a process of its own takes the server down with it."""
     process.kill()
     process.join()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + _PATIENCE
     while not _is_up():
         assert time.monotonic() < deadline, "no process can be forked"
         time.sleep(0.1)
@@ -61,10 +64,10 @@ def _is_up() -> bool:
     probe = multiprocessing.get_context("forkserver").Process(target=os.getpid)
     try:
         probe.start()
-    except ConnectionError:
+        probe.join(_PATIENCE)
+        return probe.exitcode == 0
+    except (OSError, EOFError):
         return False
-    probe.join()
-    return probe.exitcode == 0
 
 
 def run_command(arguments: Iterable[str]) -> None:
@@ -84,13 +87,15 @@ def launch(
         fork(function, *arguments, said=said, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})})
         for rank in range(num_processes)
     ]
+    deadline = time.monotonic() + _PATIENCE
     while all(process.exitcode in (None, 0) for process in processes) and any(process.is_alive() for process in processes):
+        if time.monotonic() > deadline:
+            break
         for process in processes:
             process.join(0.1)
-    if any(process.exitcode for process in processes):  # as torchrun does where one of them fails
-        for process in processes:
+    for process in processes:  # as torchrun does where one of them fails
+        if process.exitcode is None:
             process.kill()
-    for process in processes:
         process.join()
     return [process.exitcode for process in processes]
 
@@ -98,6 +103,7 @@ def launch(
 def _do(function: Callable[..., object], arguments: tuple[Any, ...], said: str, environment: dict[str, str]) -> None:
     import torch
 
+    gc.freeze()
     with open(said, "a", encoding="utf-8") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

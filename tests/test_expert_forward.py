@@ -46,7 +46,7 @@ def every_expert(experts: Experts, hidden: torch.Tensor, weights: torch.Tensor) 
 def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(
     num_tokens: int, top_k: int, filled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upcycle.expert_forward._is_compiled_by_size", lambda _: filled)
+    monkeypatch.setattr("upcycle.expert_forward._uses_onednn", lambda _: filled)
     experts, generator = Experts(), torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(num_tokens, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     scores = torch.randn(num_tokens, 3, dtype=torch.float64, generator=generator, requires_grad=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Generation
 import upcycle.memory
 from tests.conftest import MakeDense
 from upcycle.loading import load_pretrained
-from upcycle.memory import HEAP_BYTES, give_heap_back, small_heap
+from upcycle.memory import HEAP_BYTES, give_heap_back, release_growth, release_memory, small_heap
 
 
 def check_equal(auto_class: Any, directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -88,6 +89,21 @@ def test_the_heap_is_given_back_when_the_process_has_grown_and_then_not_again(mo
         resident[0] = size
         give_heap_back()
         assert len(given) == times
+
+
+class _Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+def test_what_holds_only_itself_is_freed_whether_the_process_has_grown_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    resident = upcycle.memory._find_resident()
+    monkeypatch.setattr(upcycle.memory._Least, "bytes", 1 << 50 if resident is None else resident())  # by hooks, with all in use
+    cycle = weakref.ref(_Cycle())
+    release_growth()
+    assert (cycle() is None) == (resident is None)
+    release_memory()
+    assert cycle() is None
 
 
 def test_a_system_that_tells_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

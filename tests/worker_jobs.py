@@ -17,6 +17,9 @@ from upcycle.processes import leave_processes
 from upcycle.progress import Progress
 from upcycle.training import finetune
 
+KILLED = 9
+"""The exit code of a process that `train` ended where it was told to."""
+
 
 def double(number: int, progress: Progress) -> int:
     progress("doubling", number, 2 * number)
@@ -51,7 +54,7 @@ def wait(marker: str, progress: Progress) -> None:
     time.sleep(600)
 
 
-def train(dense: Path, mixture: Path, data: Path, output: Path, scratch: Path, settings: str, killed_at: int = 0) -> None:
+def train(dense: Path, mixture: Path, data: Path, output: Path, scratch: Path, settings: str, killed_at: int | None = None) -> None:
     """Fine-tune as one process of a group; `scratch` is told what of the model and of the optimizer's state this process has, and that it is done."""
 
     def measure(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -62,7 +65,7 @@ def train(dense: Path, mixture: Path, data: Path, output: Path, scratch: Path, s
 
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == killed_at:
-            os._exit(9)
+            os._exit(KILLED)
 
     register_optimizer_step_post_hook(measure)
     finetune(dense, mixture, data, output, FinetuneConfig.model_validate_json(settings), 0, progress, scratch)

@@ -2,7 +2,7 @@
 
 What transformers' `eager` does for each expert in turn (find its tokens, gather them, scatter what they give) is done here once for all: the tokens
 are sorted by expert and gathered, each expert multiplies its own rows, and one sum brings them back. Where a product is compiled for its number of
-rows, that number is rounded up: the first token fills the rest, and what is made of it there is dropped. And transformers'
+rows, that number is rounded up: an expert's first token fills the rest, and what is made of it there is dropped. And transformers'
 `gate_up_proj[expert]` costs, in the backward pass, a tensor of zeros as large as all experts together for every expert; `unbind` costs one for all.
 
 Of an expert's inner values, the largest of a layer, the least is kept for the backward pass: what its first product gives where its weights learn,
@@ -22,7 +22,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from upcycle.products import product
 
 NAME = "dense2moe_sorted"
-_ROWS = 32  # of an expert are computed at once where each number of them is compiled for: it is rounded up to a multiple of these
+_ROWS = 32
+"""Where oneDNN compiles code for each number of rows, an expert computes a multiple of these."""
 _RECOMPUTES = "dense2moe_recomputes"
 LOW_RANK = "dense2moe_low_rank"
 """An attribute of experts: by the name of a stack of matrices, what gives the factors of their updates and the scale; where they are not merged."""
@@ -38,17 +39,19 @@ def sorted_experts_forward(experts: Any, hidden: torch.Tensor, top_k_index: torc
     order = top_k_index.flatten().argsort(stable=True)
     counts = top_k_index.flatten().bincount(minlength=experts.num_experts).tolist()
     tokens = order // top_k_index.shape[1]
-    step = _ROWS if _is_compiled_by_size(hidden) else 1
-    padded = [F.pad(own, (0, -len(own) % step)) for own in tokens.split(counts)]
-    parts = hidden.index_select(0, torch.cat(padded)).split([len(own) for own in padded])
+    if _uses_onednn(hidden):
+        filled = [torch.cat([own, own[:1].expand(-len(own) % _ROWS)]) for own in tokens.split(counts)]
+        parts = hidden.index_select(0, torch.cat(filled)).split([len(own) for own in filled])
+    else:
+        parts = hidden.index_select(0, tokens).split(counts)
     weights = zip(_matrices(experts, "gate_up_proj"), _matrices(experts, "down_proj"), strict=True)
     given = [_run_expert(experts, part, up, down)[:count] for part, count, (up, down) in zip(parts, counts, weights, strict=True) if count]
     weighted = torch.cat(given) * top_k_weights.flatten().index_select(0, order)[:, None]
     return torch.zeros_like(hidden).index_add(0, tokens, weighted.to(hidden.dtype))
 
 
-def _is_compiled_by_size(hidden: torch.Tensor) -> bool:
-    """Whether products are oneDNN's, which compiles code for each number of rows that it has not met; a step of 135 M takes a sixth less without."""
+def _uses_onednn(hidden: torch.Tensor) -> bool:
+    """Whether experts multiply in bfloat16 on the CPU: oneDNN does that, and compiles code for each number of rows that it has not met."""
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
     return hidden.device.type == "cpu" and dtype == torch.bfloat16
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from upcycle.checkpoint import DTYPES, open_checkpoint
 from upcycle.errors import UpcycleError
 from upcycle.expert_forward import LOW_RANK, use_sorted_experts
+from upcycle.memory import give_heap_back
 from upcycle.products import product
 from upcycle.receipt import load_model, router_modules
 
@@ -127,6 +128,7 @@ def merge_low_rank(model: nn.Module, dtype: torch.dtype) -> None:
             (adapter,) = layer.lora_A
             matrix.data = (matrix.data + layer.get_delta_weight(adapter).detach()).to(dtype)
             layer.lora_B[adapter].weight.data.zero_()  # what is left for peft to merge
+            give_heap_back()
 
 
 def narrow(model: PreTrainedModel, dtype: torch.dtype, where: str) -> None:

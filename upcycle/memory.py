@@ -16,7 +16,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 # oneDNN, which multiplies in bfloat16, keeps the code of each product that it has compiled, by its sizes. By default it keeps 1,024, most of which
 # are never asked for again where experts have another number of tokens every time: 0.3 GB for a model of 135 M. It is read at the first product.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # its older name
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 HEAP_BYTES = 192 << 20
 """What may be free in the heap before it is given back, beside what is in use."""
@@ -31,12 +32,16 @@ class _Least:
 def release_memory() -> None:
     """Free objects that only hold each other, as models of transformers and trainers do, and give what the heap has free back to the system.
 
-    The heap keeps blocks of up to 32 MB that are freed (glibc), of which gradients and optimizers leave gigabytes. A process that has not grown is
-    left as it is: with all that torch and transformers import, to look for such objects takes half a second.
+    The heap keeps blocks of up to 32 MB that are freed (glibc), of which gradients and optimizers leave gigabytes.
     """
+    gc.collect()
+    _give_back()
+
+
+def release_growth() -> None:
+    """`release_memory`, if the process has grown by `HEAP_BYTES`: with all that torch and transformers import, a collection takes half a second."""
     if _has_grown():
-        gc.collect()
-        _give_back()
+        release_memory()
 
 
 @contextmanager

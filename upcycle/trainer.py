@@ -50,7 +50,7 @@ from upcycle.expert_forward import use_sorted_experts
 from upcycle.footprint import keeps_much
 from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from upcycle.history import Step, read_history, write_history, write_whole
-from upcycle.memory import release_memory, small_heap
+from upcycle.memory import release_growth, small_heap
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
 from upcycle.progress import Progress
@@ -452,7 +452,7 @@ class _StageTrainer(Trainer):
         self.mixture.eval()
         total = 0.0
         for blocks, domains in zip(self.stage.validation.split(EVALUATION_BATCH), self.stage.validation_domains.split(EVALUATION_BATCH), strict=True):
-            release_memory()  # what steps leave free in the heap would lie beside the logits of more blocks than a step's
+            release_growth()  # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             self.forced = self._experts_of(domains.to(self.mixture.device))
             total += held_out_loss(self.mixture, blocks, get_prompt(self.mixture)) * len(blocks)
         metrics = {f"{metric_key_prefix}_loss": total / len(self.stage.validation)}
