@@ -9,6 +9,7 @@ shape of a model that is not at hand. Prints a row for each stage: seconds, peak
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
 import subprocess
 import sys
@@ -48,7 +49,12 @@ variants: [int8, int4]
 def main(model: Path, text: Path, trains: str, until: str, blocks: int, batch: int, is_random: bool) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory() as folder:
-        source = draw(model, Path(folder) / "model") if is_random else model.absolute()
+        source = model.absolute()
+        if is_random:  # in a process of its own: those begun after it would inherit the most memory that it had
+            source = Path(folder) / "model"
+            drawing = multiprocessing.get_context("spawn").Process(target=draw, args=(model, source))
+            drawing.start()
+            drawing.join()
         split(text, Path(folder))
         for number, train in enumerate(trains.split(",")):
             recipe, workdir = Path(folder) / "memory.yaml", Path(folder) / "run"
@@ -77,14 +83,13 @@ def split(text: Path, folder: Path) -> None:
         (folder / f"{name}.txt").write_text("".join(lines[number * len(lines) // 3 : (number + 1) * len(lines) // 3]), encoding="utf-8")
 
 
-def draw(model: Path, output: Path) -> Path:
-    """A checkpoint with a model's config and tokenizer, and normally distributed weights in bfloat16."""
+def draw(model: Path, output: Path) -> None:
+    """Write a checkpoint with a model's config and tokenizer, and normally distributed weights in bfloat16."""
     config = AutoConfig.from_pretrained(model)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(output)
     for file in model.glob("*token*"):
         shutil.copyfile(file, output / file.name)
-    return output
 
 
 if __name__ == "__main__":
