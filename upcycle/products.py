@@ -14,20 +14,21 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x @ weight.T, of x [..., in] and weight [out, in], in the dtype of x or as autocast says; the weight may be narrower than x."""
     if weight.dtype == x.dtype:
         return F.linear(x, weight)
-    if weight.requires_grad and torch.is_grad_enabled():
-        return F.linear(x, weight.to(x.dtype))
     return cast(torch.Tensor, cast(Any, _Product).apply(x, weight))
 
 
 class _Product(torch.autograd.Function):
-    """A product with a frozen matrix, of which nothing but the narrow matrix is kept for the backward pass."""
+    """A product with a narrow matrix, of which nothing but that matrix is kept for the backward pass, and the input where the matrix learns.
+
+    The matrix's gradient is rounded to its own dtype, some rows at a time, as autograd rounds that of a matrix that was cast.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(weight)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         x = x.to(dtype)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
         parts = _parts(weight)
         if len(parts) == 1:
             return F.linear(x, weight.to(dtype))
@@ -37,13 +38,18 @@ class _Product(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (weight,) = ctx.saved_tensors
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight, x = ctx.saved_tensors
         first, *others = _parts(weight)
         found = gradient[..., first] @ weight[first].to(gradient.dtype)
         for rows in others:
             found += gradient[..., rows] @ weight[rows].to(gradient.dtype)
-        return found, None
+        if x is None:
+            return found, None
+        learned, read = torch.empty_like(weight), x.flatten(0, -2)
+        for rows in (first, *others):
+            learned[rows] = gradient[..., rows].flatten(0, -2).T @ read
+        return found, learned
 
 
 def _parts(weight: torch.Tensor) -> list[slice]:
