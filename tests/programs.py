@@ -11,12 +11,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from convert.cli import main
 from convert.worker import start_server
@@ -24,21 +23,9 @@ from convert.worker import start_server
 _PATIENCE = 600  # seconds
 
 
-@dataclass(frozen=True)
-class Finished:
-    """How a command ended, and what it said."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def dense2moe(*arguments: object) -> Finished:
-    """The command in this process; its stages have processes of their own, as ever."""
-    result = CliRunner().invoke(main, [str(each) for each in arguments], prog_name="dense2moe")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Finished(result.exit_code, result.stdout, result.stderr)
+def dense2moe(*arguments: object, **settings: Any) -> Result:
+    """The command in this process, where a bug keeps its traceback; `settings` are those of click's runner, such as `input`."""
+    return CliRunner().invoke(main, [str(each) for each in arguments], prog_name="dense2moe", catch_exceptions=False, **settings)
 
 
 def fork(function: Callable[..., object], *arguments: Any, said: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
@@ -88,11 +75,8 @@ def launch(
         for rank in range(num_processes)
     ]
     deadline = time.monotonic() + _PATIENCE
-    while all(process.exitcode in (None, 0) for process in processes) and any(process.is_alive() for process in processes):
-        if time.monotonic() > deadline:
-            break
-        for process in processes:
-            process.join(0.1)
+    while {process.exitcode for process in processes} in ({None}, {None, 0}) and time.monotonic() < deadline:
+        time.sleep(0.05)
     for process in processes:  # as torchrun does where one of them fails
         if process.exitcode is None:
             process.kill()

@@ -10,10 +10,9 @@ from typing import Any
 import onnx
 import psutil
 import pytest
-from click.testing import CliRunner
+from programs import dense2moe
 
 from convert.bench import bench_package, bench_table
-from convert.cli import main
 from export.runtime import Decoder
 from export.speed import Load, time_loads
 from export.storage import MODEL_NAME
@@ -88,8 +87,7 @@ def test_the_figures_are_those_of_the_rounds(foreign) -> None:
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="dense2moe")
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    result = dense2moe(*arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

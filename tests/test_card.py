@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from huggingface_hub import ModelCard
+from programs import dense2moe
 from report_facts import HOSTILE, make_facts, tiered
 
 from convert.artifact import build
 from convert.card import read_license, write_card
-from convert.cli import main
 from convert.report import write_report
 from export.config import OnnxConfig, QuantizeConfig
 from export.package import write_package
@@ -138,8 +137,7 @@ def workdir(facts, package, tmp_path) -> Path:
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    result = dense2moe(*arguments)
     return result.exit_code, result.output
 
 

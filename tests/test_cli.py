@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from programs import dense2moe
 from safetensors.torch import load_file, save_file
 
 from convert.cli import main
@@ -43,9 +43,7 @@ def recipe(tmp_path, dense_checkpoint):
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments], prog_name="dense2moe")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
+    result = dense2moe(*arguments)
     return result.exit_code, result.output
 
 
@@ -235,7 +233,7 @@ def test_several_prompts_give_what_each_gives_alone(package, tmp_path):
 
 
 def test_a_prompt_may_be_read_from_standard_input(package):
-    result = CliRunner().invoke(main, ["generate", str(package), "--prompt", "-", "--max-new-tokens", "5"], input="the work\n")
+    result = dense2moe("generate", package, "--prompt", "-", "--max-new-tokens", 5, input="the work\n")
     assert result.output == invoke("generate", package, "--prompt", "the work", "--max-new-tokens", 5)[1]
 
 

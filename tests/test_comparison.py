@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from programs import dense2moe
 from report_facts import make_facts
 
 from convert.artifact import build
-from convert.cli import main
 from convert.comparison import compare_runs
 
 RECIPE = """\
@@ -92,8 +91,7 @@ def write_run(workdir: Path, facts: dict[str, Any] | None) -> Path:
 
 
 def invoke(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    result = dense2moe(*arguments)
     return result.exit_code, result.output
 
 

@@ -48,7 +48,7 @@ def write_recipe(path: Path, **fields: object) -> Path:
 
 def succeed(*arguments: object) -> str:
     finished = dense2moe(*arguments)
-    assert finished.returncode == 0, finished.stderr
+    assert finished.exit_code == 0, finished.stderr
     return finished.stdout
 
 
@@ -173,7 +173,7 @@ def test_two_processes_share_the_fine_tuning_of_one_run(fsdp, killed_run, tiny_r
 
 def test_a_second_run_reuses_everything(killed_run, tiny_recipe):
     finished = dense2moe("run", tiny_recipe, "--workdir", killed_run[0])
-    assert finished.returncode == 0
+    assert finished.exit_code == 0
     assert finished.stderr.splitlines() == [f"· {stage}  reused" for stage in STAGES]
 
 
@@ -183,7 +183,7 @@ def test_a_changed_recipe_makes_new_artifacts_beside_the_old(killed_run, tiny_re
     changed = tmp_path / tiny_recipe.name
     changed.write_text(tiny_recipe.read_text(encoding="utf-8") + "export: {lowering: unrolled}\n", encoding="utf-8")
     finished = dense2moe("run", changed, "--workdir", workdir)
-    assert finished.returncode == 0
+    assert finished.exit_code == 0
     made = [line for line in finished.stderr.splitlines() if line.startswith("✓")]
     assert [line.split()[1] for line in made] == ["onnx-float32", "parity-float32", "report"]
     assert before < {path.name for path in workdir.iterdir()}
@@ -215,7 +215,7 @@ def test_a_second_run_in_one_work_directory_is_refused(tiny_recipe, tmp_path):
     workdir = tmp_path / "two"
     with lock(workdir):
         second = dense2moe("run", tiny_recipe, "--workdir", workdir)
-    assert second.returncode == 1
+    assert second.exit_code == 1
     expected = f"Error: {workdir}: another run (process {os.getpid()}) is using this work directory; wait for it to end, or give another --workdir\n"
     assert second.stderr == expected
     assert {path.name for path in workdir.iterdir()} == {".lock"}
@@ -226,7 +226,7 @@ def test_a_broken_threshold_fails_the_run_after_the_report(killed_run, tiny_reci
     text = tiny_recipe.read_text(encoding="utf-8").replace("parity: {", "parity: {max_relative_error: 1.0e-12, ")
     strict.write_text(text, encoding="utf-8")
     finished = dense2moe("run", strict, "--workdir", killed_run[0])
-    assert finished.returncode == 1
+    assert finished.exit_code == 1
     assert "Error: parity was broken:\nfloat32: CPUExecutionProvider: operator: layer 0, " in finished.stderr
     assert "worst layer" in finished.stderr
     assert "report: " in finished.stdout
@@ -250,7 +250,7 @@ def test_verify_names_a_flipped_byte(killed_run, tmp_path):
     data[100] ^= 1
     (package / "model.onnx.data").write_bytes(data)
     finished = dense2moe("verify", package)
-    assert finished.returncode == 1
+    assert finished.exit_code == 1
     assert finished.stderr.startswith(f"Error: {package}: model.onnx.data: SHA-256")
 
 
@@ -317,7 +317,7 @@ def test_more_last_layers_than_there_are_is_told_before_any_work(make_dense, tmp
     recipe = write_family_recipe(tmp_path, "last", make_dense())
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("finetune: {", "finetune: {train: last-3, "), encoding="utf-8")
     checked = dense2moe("check", recipe)
-    assert (checked.returncode, checked.stderr) == (1, "Error: finetune.train is last-3; it must be at most last-2, the layers of the model\n")
+    assert (checked.exit_code, checked.stderr) == (1, "Error: finetune.train is last-3; it must be at most last-2, the layers of the model\n")
 
 
 def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
@@ -326,7 +326,7 @@ def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
     workdir = tmp_path / "work"
     whole = dense2moe("run", recipe, "--workdir", workdir)
     reason = "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
-    assert (whole.returncode, whole.stderr) == (1, f"Error: {recipe}: {reason}; run it with --until finetune\n")
+    assert (whole.exit_code, whole.stderr) == (1, f"Error: {recipe}: {reason}; run it with --until finetune\n")
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 32", "block_size: 250"), encoding="utf-8")
     assert dense2moe("check", recipe).stderr == (
         f"Error: {recipe}: finetune.prompt_tokens: is 16, before blocks of 250; both together must be at most the model's context, which is 256\n"
@@ -343,7 +343,7 @@ def test_a_target_without_a_graph_builder_goes_as_far_as_it_can_and_says_so(name
     recipe = write_family_recipe(tmp_path, name, make_dense(architecture=architecture, **overrides), k=k)
     workdir = tmp_path / "work"
     whole = dense2moe("run", recipe, "--workdir", workdir)
-    assert whole.returncode == 1
+    assert whole.exit_code == 1
     assert whole.stderr == f"Error: {recipe}: {reason}; run it with --until {last}\n"
     assert not workdir.exists()
     succeed("run", recipe, "--workdir", workdir, "--until", last)

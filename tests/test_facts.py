@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
 from jsonschema import Draft202012Validator
+from programs import dense2moe
 from report_facts import make_facts, tiered
 
-from convert.cli import main
 from convert.facts import report_schema
 from convert.report import write_report
 
@@ -38,7 +37,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_the_published_schema_is_that_of_the_code() -> None:
     """If not: `dense2moe schema --report > recipes/report.schema.json`."""
-    printed = CliRunner().invoke(main, ["schema", "--report"]).output
+    printed = dense2moe("schema", "--report").output
     assert json.loads(printed) == report_schema() == json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))
 
 

@@ -14,10 +14,10 @@ import onnx
 import onnx_ir
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
+from programs import dense2moe
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from convert.cli import main
 from export.config import OnnxConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity.placement import count_elsewhere, find_placement
@@ -44,8 +44,7 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def parity(package: Path, reference: Path, *options: object, text: Path = TEXT) -> Result:
-    arguments = ["parity", package, "--reference", reference, "--data", text, "--blocks", "4", "--block-size", "48", *options]
-    return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
+    return dense2moe("parity", package, "--reference", reference, "--data", text, "--blocks", 4, "--block-size", 48, *options)
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-
-from convert.cli import main
+from programs import dense2moe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,7 +53,7 @@ def test_a_module_s_comment_is_the_first_line_of_its_docstring():
 @pytest.mark.parametrize("arguments", [["--help"], ["run", "--help"], ["generate", "--help"]])
 def test_help_texts_are_those_of_the_command(arguments):
     shown = code_block("console", f"$ dense2moe {' '.join(arguments)}\n")
-    result = CliRunner().invoke(main, arguments, prog_name="dense2moe", terminal_width=100)
+    result = dense2moe(*arguments, terminal_width=100)
     assert shown.split("\n", 1)[1].rstrip() == result.output.rstrip()
 
 

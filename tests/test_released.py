@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
+from programs import dense2moe
 from released import CHAT, RELEASES
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer
 
-from convert.cli import main
 from upcycle.receipt import load_model
 
 NAMES = list(RELEASES)
@@ -83,7 +82,7 @@ def write_recipe(source: Path, folder: Path, **upcycle: Any) -> Path:
 
 def run(recipe: Path, until: str) -> Path:
     """The work directory of a run that must end well."""
-    finished = CliRunner().invoke(main, ["run", str(recipe), "--workdir", str(recipe.parent / "run"), "--until", until], catch_exceptions=False)
+    finished = dense2moe("run", recipe, "--workdir", recipe.parent / "run", "--until", until)
     assert finished.exit_code == 0, finished.output[-1000:]
     return recipe.parent / "run"
 
@@ -164,6 +163,6 @@ def test_a_tied_matrix_that_is_stored_under_the_heads_name_is_the_embedding(name
 def test_what_matters_is_still_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     source = make_release("Phi-3-mini-4k-instruct", tmp_path / "release")
     (source / "config.json").write_text(json.dumps(RELEASES["Phi-3-mini-4k-instruct"][0] | changes), encoding="utf-8")
-    finished = CliRunner().invoke(main, ["check", str(write_recipe(source, tmp_path))])
+    finished = dense2moe("check", write_recipe(source, tmp_path))
     assert finished.exit_code == 1
     assert message in " ".join(finished.output.split())

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from programs import dense2moe
 from scipy import stats
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from convert.cli import main
 from convert.errors import RecipeError
 from convert.recipe import load_recipe
 from convert.stages import parity_settings, prepare
@@ -400,8 +399,8 @@ def test_another_answer_is_a_breach_where_the_twin_is_surer_than_rounding() -> N
 def test_the_command_takes_tasks(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
     def parity(file: Path, *options: str) -> Any:
         text = str(Path(__file__).parent.parent / "LICENSE")
-        given = ["parity", str(package), "--reference", str(mixture_checkpoint), "--data", text, "--blocks", "4", "--block-size", "48"]
-        return CliRunner().invoke(main, [*given, "--task", str(file), "--json", str(tmp_path / "parity.json"), *options], catch_exceptions=False)
+        given = ["parity", package, "--reference", mixture_checkpoint, "--data", text, "--blocks", 4, "--block-size", 48]
+        return dense2moe(*given, "--task", file, "--json", tmp_path / "parity.json", *options)
 
     result = parity(write_task(tmp_path / "words.jsonl", CHOICES))
     assert result.exit_code == 0, result.output
