@@ -169,6 +169,16 @@ def test_the_cosine_is_the_mean_over_pairs() -> None:
     assert float(expert_cosine(weights[:1])) == 1.0
 
 
+def test_the_cosine_of_near_copies_is_more_than_rounding() -> None:
+    draw = torch.Generator().manual_seed(0)
+    base = 0.2 * torch.randn(300_000, generator=draw)
+    experts = torch.stack([base + size * torch.randn(300_000, generator=draw) for size in (0.0, 1e-4, 2e-4)])
+    pairs = [F.cosine_similarity(experts[a].double(), experts[b].double(), dim=0) for a in range(3) for b in range(a)]
+    assert 1 - float(expert_cosine(experts)) == pytest.approx(1 - float(sum(pairs) / 3), rel=1e-3)
+    assert 1 - float(expert_cosine(experts)) == pytest.approx(4.2e-7, rel=0.1)
+    assert float(expert_cosine(base.expand(3, -1))) == 1.0
+
+
 def test_watching_leaves_no_gradient() -> None:
     logits = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     assert not expert_load(logits, 1).requires_grad
