@@ -2,7 +2,8 @@
 
 A work directory holds one directory an artifact, `<label>-<first 12 hex digits of its key>`. While a stage writes, the name ends in `.partial`;
 sealing records every file in `manifest.json`, forces everything to disk and renames once. So a directory without `.partial` is whole, whenever
-the power went, and another setting, input or version of the code is another key and another directory.
+the power went, and another setting, input or version of the code is another key and another directory. The manifest holds a digest of itself, which
+every reading checks: facts that were edited are noticed, and so are files, through their digests, before a stage reads them.
 """
 
 from __future__ import annotations
@@ -34,16 +35,22 @@ if TYPE_CHECKING:  # only the type: importing it would load torch, and this modu
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
-FORMAT = 1
+FORMAT = 2
 """Version of the manifest's layout; part of every key, so a new layout never meets an old directory."""
 MANIFEST_NAME = "manifest.json"
 LOCK_NAME = ".lock"
 
-_FIELDS = {"label": str, "key": str, "inputs": dict, "settings": dict, "facts": dict, "versions": dict, "seed": int, "files": dict, "created": str}
+_SEAL = "sha256"
+"""The manifest's digest of all else in it."""
+_FIELDS = {
+    "label": str, "key": str, "inputs": dict, "settings": dict, "facts": dict, "versions": dict, "seed": int, "files": dict, "created": str,
+    _SEAL: str,
+}  # fmt: skip
 _SOURCE_SUFFIXES = (".py", ".j2")
 _CHUNK_BYTES = 1 << 20
 _PATIENCE_SECONDS, _MOMENT_SECONDS = 10.0, 0.05
 _REMAKE = "move the directory away, and it will be made again"
+_GIVE = "give the directory of a sealed artifact"
 
 
 class ArtifactError(ValueError):
@@ -98,7 +105,7 @@ class Draft:
         """
         assert self.artifact is None, f"{self.final}: sealed twice"
         assert not (self.directory / MANIFEST_NAME).exists(), f"{self.directory}: a stage wrote {MANIFEST_NAME}, the name of the manifest"
-        manifest = {
+        manifest: dict[str, Any] = {
             "dense2moe": FORMAT,
             "label": self.label,
             "key": self.key,
@@ -111,6 +118,7 @@ class Draft:
         }
         with _one_line_errors(self.directory):
             manifest["files"] = _record_files(self.directory, progress)
+            manifest[_SEAL] = _digest_manifest(manifest)
             fault = _find_fault(manifest)
             assert not fault, fault
             text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
@@ -186,10 +194,10 @@ def _try_lock(file: int) -> bool:
 
 
 def find(workdir: Path, label: str, key: str) -> Artifact | None:
-    """The sealed artifact of this key, or None. Files are checked by size, which costs nothing; `verify` also reads them.
+    """The sealed artifact of this key, or None. Files are checked by size, which costs nothing; `check_files` and `verify` also read them.
 
     Raises:
-        ArtifactError: something else has the artifact's name, or a file of it is gone; nothing is ever deleted for that.
+        ArtifactError: something else has the artifact's name, its manifest was changed, or a file of it is gone; nothing is ever deleted for that.
     """
     final = _name_directory(workdir, label, key)
     if not os.path.lexists(final):
@@ -200,6 +208,19 @@ def find(workdir: Path, label: str, key: str) -> Artifact | None:
     for mismatch in _mismatches(artifact, None):
         raise ArtifactError(f"{final}: {mismatch}; {_REMAKE}")
     return artifact
+
+
+def check_files(artifact: Artifact, progress: Progress | None = None, largest_bytes: int | None = None) -> None:
+    """Read the files of an artifact, or those of at most `largest_bytes`, before something is made of them.
+
+    Raises:
+        ArtifactError: a file is not as the manifest says; nothing is ever deleted for that.
+    """
+    files = artifact.manifest["files"]
+    names = [name for name, record in files.items() if largest_bytes is None or record["size"] <= largest_bytes]
+    advance = _count_bytes(f"checking files of {artifact.manifest['label']}", sum(files[name]["size"] for name in names), progress)
+    for mismatch in _mismatches(artifact, lambda path: _hash(path, advance), names):
+        raise ArtifactError(f"{artifact.directory}: {mismatch}; {_REMAKE}")
 
 
 @contextmanager
@@ -232,24 +253,26 @@ def open_artifact(directory: Path) -> Artifact:
     """The artifact in a directory, wherever that lies and whatever its name.
 
     Raises:
-        ArtifactError: there is none, or its manifest is malformed or names a path outside the directory.
+        ArtifactError: there is none, or its manifest is malformed, was changed or names a path outside the directory.
     """
-    return _open(directory, "give the directory of a sealed artifact")
+    return _open(directory, _GIVE)
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[str]:
-    """Every way in which the files differ from the manifest, a line each; empty when all is well.
+    """Every way in which the manifest differs from its own digest and the files from the manifest, a line each; empty when all is well.
 
     Raises:
-        ArtifactError: as `open_artifact`, or a folder cannot be listed.
+        ArtifactError: as `open_artifact`, but for a manifest that was changed, or a folder cannot be listed.
     """
-    artifact = open_artifact(directory)
+    artifact = _open(directory, _GIVE, sealed=False)
+    broken = _find_broken_seal(artifact.manifest)
     files: dict[str, dict[str, Any]] = artifact.manifest["files"]
     advance = _count_bytes("verifying files", sum(record["size"] for record in files.values()), progress)
     with _one_line_errors(directory):
         names = {path.relative_to(directory).as_posix() for path in _walk(directory)}
-        extra = sorted(names - files.keys() - {MANIFEST_NAME})
-        return [*_mismatches(artifact, lambda path: _hash(path, advance)), *(f"{repr(name)[1:-1]}: extra; not in the manifest" for name in extra)]
+        extra = [f"{repr(name)[1:-1]}: extra; not in the manifest" for name in sorted(names - files.keys() - {MANIFEST_NAME})]
+        changed = [f"{MANIFEST_NAME}: {broken}"] if broken else []
+        return [*changed, *_mismatches(artifact, lambda path: _hash(path, advance)), *extra]
 
 
 def check_space(directory: Path, needed_bytes: int) -> None:
@@ -307,7 +330,8 @@ def _name_directory(workdir: Path, label: str, key: str) -> Path:
     return workdir / f"{label}-{key[:12]}"
 
 
-def _open(directory: Path, mend: str) -> Artifact:
+def _open(directory: Path, mend: str, sealed: bool = True) -> Artifact:
+    """The artifact in a directory; `sealed`: its manifest must be as it was written."""
     path = directory / MANIFEST_NAME
     with _one_line_errors(directory):
         if not directory.is_dir():
@@ -322,6 +346,8 @@ def _open(directory: Path, mend: str) -> Artifact:
     fault = _find_fault(manifest)
     if fault:
         raise ArtifactError(f"{path}: {fault}; {mend}")
+    if sealed and (broken := _find_broken_seal(manifest)):
+        raise ArtifactError(f"{path}: {broken}; {_REMAKE}")
     return Artifact(directory, manifest)
 
 
@@ -359,13 +385,15 @@ def _find_fault(manifest: object) -> str | None:
     """What is wrong with a manifest: its layout, or a path that leaves the directory or would spoil a line of text."""
     if not isinstance(manifest, dict):
         return f"is a {type(manifest).__name__}; must be an object"
-    if manifest.get("dense2moe") != FORMAT:
-        return f"'dense2moe' is {manifest.get('dense2moe')!r:.40}; must be {FORMAT}"
+    if (layout := manifest.get("dense2moe")) != FORMAT:
+        by = "; made by another version of dense2moe, and made anew by a run with this one" if isinstance(layout, int) else ""
+        return f"'dense2moe' is {layout!r:.40}; must be {FORMAT}{by}"
     for field, kind in _FIELDS.items():
         if not isinstance(manifest.get(field), kind):
             return f"'{field}' is {manifest.get(field)!r:.40}; must be of type {kind.__name__}"
-    if not _is_digest(manifest["key"]):
-        return f"'key' is {manifest['key']!r:.80}; must be 64 hex digits"
+    for field in ("key", _SEAL):
+        if not _is_digest(manifest[field]):
+            return f"'{field}' is {manifest[field]!r:.80}; must be 64 hex digits"
     for name, record in manifest["files"].items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST_NAME) or not name.isprintable():
@@ -375,6 +403,17 @@ def _find_fault(manifest: object) -> str | None:
         if not _is_digest(record.get("sha256")) or not isinstance(record.get("link", ""), str):
             return f"'files' has {record!r:.80} for {name}; must have 64 hex digits as sha256, and text as link if any"
     return None
+
+
+def _find_broken_seal(manifest: Mapping[str, Any]) -> str | None:
+    """Whether the content of a manifest is another than was sealed, in words."""
+    found, sealed = _digest_manifest(manifest), manifest[_SEAL]
+    return None if found == sealed else f"was changed after it was sealed: SHA-256 of its content {found[:12]}...; must be {sealed[:12]}..."
+
+
+def _digest_manifest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all in a manifest but this digest, as reading it gives it back."""
+    return _digest_json(json.loads(json.dumps({name: value for name, value in manifest.items() if name != _SEAL}, allow_nan=False)))
 
 
 def _is_digest(value: object) -> bool:
@@ -401,11 +440,12 @@ def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[
     return files
 
 
-def _mismatches(artifact: Artifact, digest: Callable[[Path], str] | None) -> Iterator[str]:
-    """A line for each recorded file that is not as recorded; without `digest`, as far as can be told without reading it."""
-    for name, record in artifact.manifest["files"].items():
+def _mismatches(artifact: Artifact, digest: Callable[[Path], str] | None, names: Sequence[str] | None = None) -> Iterator[str]:
+    """A line for each recorded file, or each of `names`, that is not as recorded; without `digest`, as far as can be told without reading it."""
+    files = artifact.manifest["files"]
+    for name in files if names is None else names:
         try:
-            mismatch = _compare(artifact.directory, name, record, digest)
+            mismatch = _compare(artifact.directory, name, files[name], digest)
         except OSError as error:
             mismatch = f"cannot be read ({error.strerror})"
         if mismatch:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from convert import stages
-from convert.artifact import Artifact, ArtifactError, artifact_key, build, check_space, code_digest, find, lock, resume_directory
+from convert.artifact import Artifact, ArtifactError, artifact_key, build, check_files, check_space, code_digest, find, lock, resume_directory
 from convert.costs import COST, StageCost
 from convert.errors import RecipeError
 from convert.machine import peak_resident_bytes, versions
@@ -25,6 +25,8 @@ from upcycle.processes import have_group, join_processes, tell
 from upcycle.progress import Progress
 
 RUN_NAME = "run.json"
+_SMALL_BYTES = 32_000_000
+"""Of an input's file, the most that a light stage reads: configs, a training history; weights it leaves alone."""
 StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report"]
 
 
@@ -123,7 +125,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
     report shows it, and the caller fails the run.
 
     Raises:
-        ArtifactError: the work directory is in use or not writable, or the disk too small.
+        ArtifactError: the work directory is in use or not writable, the disk too small, or what an earlier run made was changed.
         UpcycleError, ExportError: a stage refused its input.
     """
     refuse_beyond_last_stage(preparation, until)
@@ -133,6 +135,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
         return None
     with lock(workdir) as held:
         artifacts = {task.label: artifact for task in tasks if (artifact := find(workdir, task.label, task.key))}
+        hashed: set[str] = set()  # labels of artifacts whose files this run has made or read
         _check_space(preparation, workdir, tasks, artifacts)
         _record(workdir, preparation, tasks, artifacts, "running")
         try:
@@ -140,7 +143,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
                 if task.label in artifacts:
                     display.reuse(task.label)
                 else:
-                    artifacts[task.label] = _make(task, preparation, artifacts, workdir, held, display)
+                    artifacts[task.label] = _make(task, preparation, artifacts, hashed, workdir, held, display)
                     _record(workdir, preparation, tasks, artifacts, "running")
         except BaseException:
             _record(workdir, preparation, tasks, artifacts, "stopped")
@@ -180,10 +183,11 @@ def _label(name: StageName, variant: Variant | None) -> str:
 
 
 def _make(
-    task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], workdir: Path, held: int, display: ProgressDisplay
+    task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], hashed: set[str], workdir: Path, held: int, display: ProgressDisplay
 ) -> Artifact:  # fmt: skip
     inputs = {name: artifacts[label] for name, label in task.inputs.items()}
     progress = display.stage(task.label)
+    _check_inputs(task, artifacts, hashed, progress)
     scratch = resume_directory(workdir, task.label, task.key)
     with build(workdir, task.label, task.key) as draft:
         directories = {name: artifact.directory for name, artifact in inputs.items()}
@@ -206,8 +210,22 @@ def _make(
             progress=progress,
         )  # fmt: skip
     shutil.rmtree(scratch, ignore_errors=True)
+    hashed.add(task.label)
     display.finish(task.label)
     return artifact
+
+
+def _check_inputs(task: Task, artifacts: Mapping[str, Artifact], hashed: set[str], progress: Progress) -> None:
+    """Check the files that a stage is about to read, of artifacts that an earlier run made, each once a run.
+
+    Raises:
+        ArtifactError: a file is not what it was when it was sealed.
+    """
+    for label in task.inputs.values():
+        if label not in hashed:
+            check_files(artifacts[label], progress, _SMALL_BYTES if task.stage.light else None)
+            if not task.stage.light:
+                hashed.add(label)
 
 
 def _run(task: Task, job: Job, held: int, progress: Progress) -> tuple[Facts, StageCost]:

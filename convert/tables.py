@@ -148,12 +148,14 @@ def parity_sections(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 _TIERS = {
-    "operator": "Does each layer of experts compute what the torch layer does, on the same input?",
-    "layer": "Where do the two first part ways, layer by layer?",
+    "weights": "Is every row of every matrix in the file the torch twin's?",
+    "operator": "Does each router and each layer of experts compute what the torch layer does, on the same input?",
+    "layer": "Does every other place, from the embedding to the head, on the same input?",
     "logits": "Are the logits the same however the tokens are fed?",
     "language": "Does it predict as well?",
     "task": "Does it do its tasks as well?",
     "routing": "Does every token visit the same experts?",
+    "files": "Do tokenizer and configs say what the checkpoint's say?",
 }
 
 
@@ -184,19 +186,17 @@ def _provider_note(found: dict[str, Any], model: str) -> str:
 
 def _remarks(found: dict[str, Any], model: str) -> Iterator[str]:
     """What parity found besides its tables, in sentences; a run of an older version may lack any of it."""
-    if divergence := found.get("first_divergence"):
+    if isinstance(weights := found.get("weights"), dict):
+        wrong = f"{weights['num_wrong']:,} differ from the twin's" if weights["num_wrong"] else "all are the twin's"
+        yield f"The file's weights were read row by row: of {weights['num_rows']:,} rows and {weights['num_vectors']:,} vectors {wrong}."
+    if isinstance(places := found.get("places"), list) and places:
+        worst = max(places, key=lambda place: place["error"] / place["limit"])
+        flips = sum(place["num_flips"] for place in places)
+        told = f" {flips:,} flips of an 8-bit rounding inside an operator were told apart." if flips else ""
+        where = worst["part"] if worst["layer"] < 0 else f"{worst['part']} of layer {worst['layer']}"
         yield (
-            f"The first divergence is in the {divergence['part']} of layer {divergence['layer']}: an error of {format_error(divergence['error'])}, "
-            f"at most {format_error(divergence['limit'])}."
-        )
-    if isinstance(operators := found.get("operators"), list) and operators:
-        worst = max(operators, key=lambda layer: layer["output_error"])
-        wrong = [f"{', '.join(map(str, layer['experts']))} of layer {layer['layer']}" for layer in operators if layer["experts"]]
-        noise = worst["output_noise"]
-        yield (
-            f"Each layer's experts alone, on the torch layer's own input: the largest error is {format_error(worst['output_error'])}, in layer "
-            f"{worst['layer']}{'' if noise is None else f', where float32 itself has {format_error(noise)}'}; "
-            f"{'wrong experts: ' + '; '.join(wrong) if wrong else 'no expert is wrong'}."
+            f"Each of {len(places):,} places inside the graph was compared on the graph's own input: nearest to its limit is the {where}, with an "
+            f"error of {format_error(worst['error'])}, at most {format_error(worst['limit'])}.{told}"
         )
     if run := found.get("free_run"):
         yield (
@@ -230,9 +230,26 @@ def _provider_tables(found: dict[str, Any], model: str) -> Iterator[tuple[str | 
     yield None, _records(found["checks"])
     if any(isinstance(task, dict) for task in found.get("tasks", ())):
         yield "Tasks", _task_table([task for task in found["tasks"] if isinstance(task, dict)], model)
+    if isinstance(places := found.get("places"), list) and places:
+        yield "Places inside the graph, each on its own input: the worst layer of each", _places(places)
     if limits := found.get("limits"):
         rows = tuple((_words(name), format_error(limit["value"]), str(limit["origin"])) for name, limit in limits.items())
         yield "Where the limits come from", Grid(("limit", "value", "origin"), rows)
+
+
+def _places(places: Sequence[dict[str, Any]]) -> Grid:
+    """A row for each kind of place, with its worst layer."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for place in places:
+        kinds.setdefault(place["part"], []).append(place)
+    rows = []
+    for part, found in kinds.items():
+        worst = max(found, key=lambda place: place["error"] / place["limit"])
+        layer = NONE if worst["layer"] < 0 else str(worst["layer"])
+        noise = NONE if worst["noise"] is None else format_error(worst["noise"])
+        flips = sum(place["num_flips"] for place in found)
+        rows.append((part, layer, format_error(worst["error"]), format_error(worst["limit"]), noise, f"{worst['num_tokens']:,}", f"{flips:,}"))
+    return Grid(("place", "worst layer", "relative error", "limit", "noise of float32", "tokens", "flips"), tuple(rows))
 
 
 def _task_table(tasks: Sequence[dict[str, Any]], model: str) -> Grid:

@@ -229,8 +229,9 @@ def round_inputs(x: torch.Tensor, block_size: int) -> torch.Tensor:
     Measured to the bit of float32 on onnxruntime's CPU (`MatMulNBits` at accuracy_level 4, `QMoE`): the scale is the block's largest magnitude / 127.
     """
     blocks = _by_block(x, block_size)
-    scale = blocks.abs().amax(-1, keepdim=True) / _LARGEST_INTEGER
-    inverse = torch.where(scale > 0, 1 / scale, torch.zeros(()))
+    largest = blocks.abs().amax(-1, keepdim=True)
+    scale = largest / _LARGEST_INTEGER
+    inverse = torch.where(largest > 0, _LARGEST_INTEGER / largest, torch.zeros(()))
     return ((blocks * inverse).round() * scale).flatten(-2)[..., : x.shape[-1]]
 
 

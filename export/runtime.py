@@ -32,6 +32,7 @@ SELECTION_SCORES = "layers.{}.moe.biased_scores"  # of layers whose experts are 
 ATTENTION_OUTPUT = "layers.{}.attention_output"
 FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
+ROUTER_NUDGE = "router_nudge"
 _PAST = "past_key_values."
 PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
 _ELEMENT_TYPES = {"tensor(float)": onnx.TensorProto.FLOAT, "tensor(float16)": onnx.TensorProto.FLOAT16, "tensor(bfloat16)": onnx.TensorProto.BFLOAT16}
@@ -47,7 +48,8 @@ class Cache:
     """The KV cache of one batch.
 
     Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are real tokens. `bound` is what the
-    binding was last made for: batch, tokens and tokens with logits; the arrays after it are those that it points to.
+    binding was last made for: batch, tokens and tokens with logits; the arrays after it are those that it points to. `taps` are the values inside
+    the graph that a run shows.
     """
 
     buffers: dict[str, ort.OrtValue]
@@ -57,6 +59,7 @@ class Cache:
     bound: tuple[int, int, int] | None = None
     ids: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
     first_logit: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
+    taps: tuple[str, ...] = ()
     logits: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
 
     @property
@@ -73,8 +76,9 @@ class Cache:
 class Decoder:
     """An ONNX decoder package, ready to run.
 
-    With `taps`, the graph's router logits and residual streams become outputs too, and with `attention_taps` what its attentions
-    give; nothing else changes.
+    With `taps`, the graph's router logits and residual streams become outputs too, with `attention_taps` what its attentions give, and with
+    `more_taps` values of these names; nothing else changes. Where `nudges` has names of router logits, a run can add to them, for `num_experts`
+    experts.
     """
 
     def __init__(
@@ -85,6 +89,9 @@ class Decoder:
         num_threads: int = 0,
         attention_taps: bool = False,
         profile: Path | None = None,
+        more_taps: Sequence[str] = (),
+        nudges: Sequence[str] = (),
+        num_experts: int = 0,
     ) -> None:
         """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
 
@@ -103,6 +110,7 @@ class Decoder:
             raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
         self.provider = provider
         self.taps = (_tap_names(model) if taps else []) + (_attention_names(model) if attention_taps else [])
+        shown = list(dict.fromkeys([*self.taps, *more_taps]))
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.log_severity_level = 3
@@ -114,12 +122,14 @@ class Decoder:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
-        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)  # onnxruntime infers the type
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in shown)  # onnxruntime infers the type
+        self.num_experts = num_experts if nudges else 0
+        _let_routers_be_nudged(model, nudges)
         self._cuts_logits = _let_logits_be_cut(model)
         _check_interface(model, path)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
         self._run_options = ort.RunOptions()
-        if taps and provider == CPU:  # who looks inside has a model of torch beside it: what a long text took is given back
+        if shown and provider == CPU:  # who looks inside has a model of torch beside it: what a long text took is given back
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
@@ -154,8 +164,8 @@ class Decoder:
         """Tokens that it has logits for."""
         return self._vocab_size
 
-    def new_cache(self, batch_size: int, capacity: int) -> Cache:
-        """An empty cache for `batch_size` rows of at most `capacity` tokens.
+    def new_cache(self, batch_size: int, capacity: int, taps: Sequence[str] | None = None) -> Cache:
+        """An empty cache for `batch_size` rows of at most `capacity` tokens, whose runs show `taps`, or all that the decoder was opened with.
 
         Raises:
             ExportError: `capacity` is beyond the model's context.
@@ -168,7 +178,7 @@ class Decoder:
             if self.shares_buffer:
                 binding.bind_ortvalue_input(name, buffers[name])
                 binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffers[name])
-        return Cache(buffers, binding, np.zeros((batch_size, capacity), np.int64))
+        return Cache(buffers, binding, np.zeros((batch_size, capacity), np.int64), taps=tuple(self.taps if taps is None else taps))
 
     def _new_buffer(self, shape: tuple[int, ...], element_type: int) -> ort.OrtValue:
         """Zeros on the device. bfloat16, which numpy does not have, is not written: attention reads no slot before it has written it."""
@@ -176,10 +186,15 @@ class Decoder:
             return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, self.device, 0)
         return ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(element_type)), self.device, 0)
 
-    def run(self, cache: Cache, ids: Ints, mask: Ints | None = None, logits_to_keep: int = 0) -> dict[str, Floats]:
+    def read_cache(self, cache: Cache) -> dict[str, Floats]:
+        """The keys and values in a cache by the names of their inputs, [B, heads, capacity (or length), head_dim]."""
+        return {name: np.asarray(buffer.numpy(), np.float32) for name, buffer in cache.buffers.items()}
+
+    def run(self, cache: Cache, ids: Ints, mask: Ints | None = None, logits_to_keep: int = 0, nudge: torch.Tensor | None = None) -> dict[str, Floats]:
         """Feed ids [B, S] (mask [B, S]: 1 real, 0 padding) after what the cache holds; returns logits [B, S, V] and the taps by name, float32.
 
-        With `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed, and then cut.
+        With `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed, and then cut. `nudge`
+        [B * S, E] is added to the router logits of every layer.
         More than one token after a prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
         """
         batch, length = ids.shape
@@ -201,17 +216,20 @@ class Decoder:
         if cache.bound != (batch, length, kept):
             self._bind(cache, batch, length, kept)
         cache.ids[:] = ids
-        for name in self.taps:
+        if self.num_experts:
+            added = np.zeros((1, self.num_experts), np.float32) if nudge is None else np.ascontiguousarray(nudge.numpy(), np.float32)
+            cache.binding.bind_cpu_input(ROUTER_NUDGE, added)
+        for name in cache.taps:
             cache.binding.bind_output(name)
         self.session.run_with_iobinding(cache.binding, self._run_options)
         cache.length = total
         if not self.shares_buffer:
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first
         found = {"logits": self._take_logits(cache, logits_to_keep)}
-        if self.taps:
+        if cache.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
-            tapped = cache.binding.get_outputs()[-len(self.taps) :]
-            found |= {name: np.asarray(value.numpy(), np.float32) for name, value in zip(self.taps, tapped, strict=True)}
+            tapped = cache.binding.get_outputs()[-len(cache.taps) :]
+            found |= {name: np.asarray(value.numpy(), np.float32) for name, value in zip(cache.taps, tapped, strict=True)}
         return found
 
     def _bind(self, cache: Cache, batch: int, length: int, kept: int) -> None:
@@ -277,7 +295,7 @@ def _check_interface(model: onnx.ModelProto, path: Path) -> None:
     inputs = {value.name for value in model.graph.input} - weights
     past = {name for name in inputs if name.startswith(_PAST)}
     needed = {"input_ids", "attention_mask"}
-    strange = inputs - past - needed - {"position_ids", FIRST_LOGIT}
+    strange = inputs - past - needed - {"position_ids", FIRST_LOGIT, ROUTER_NUDGE}
     lacking = needed - inputs | ({"logits"} | {name.replace(_PAST, "present.") for name in past}) - {value.name for value in model.graph.output}
     if strange or lacking or not past:
         what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has the input {min(strange)}" if strange else f"lacks {_PAST}0.key"
@@ -313,6 +331,25 @@ def _attention_names(model: onnx.ModelProto) -> list[str]:
     made = {name for node in model.graph.node for name in node.output}
     num_layers = sum(value.name.startswith(_PAST) for value in model.graph.input) // 2
     return [name for n in range(num_layers) if (name := ATTENTION_OUTPUT.format(n)) in made]
+
+
+def _let_routers_be_nudged(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Add an input `router_nudge` [T or 1, E] that is added to router logits of these names.
+
+    So experts that a text does not visit can be visited: what reads the logits reads the sum, and the logits are as they were.
+    """
+    if not names:
+        return
+    nodes = model.graph.node
+    for name in names:
+        for node in nodes:
+            node.input[:] = [f"{name}.nudged" if read == name else read for read in node.input]
+            for attribute in node.attribute:
+                for inner in attribute.g.node if attribute.HasField("g") else ():
+                    inner.input[:] = [f"{name}.nudged" if read == name else read for read in inner.input]
+        place = next(number for number, node in enumerate(nodes) if name in node.output)
+        nodes.insert(place + 1, onnx.helper.make_node("Add", [name, ROUTER_NUDGE], [f"{name}.nudged"]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info(ROUTER_NUDGE, onnx.TensorProto.FLOAT, ["nudged", "num_experts"]))
 
 
 def _let_logits_be_cut(model: onnx.ModelProto) -> bool:

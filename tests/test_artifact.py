@@ -23,6 +23,7 @@ from convert.artifact import (
     ArtifactError,
     artifact_key,
     build,
+    check_files,
     check_space,
     code_digest,
     describe_os_error,
@@ -89,7 +90,7 @@ def test_what_was_never_made_is_not_found(tmp_path: Path) -> None:
 
 
 def test_the_key_is_the_digest_of_canonical_json() -> None:
-    text = '{"code":"c","dense2moe":1,"inputs":{"a":"1","b":"2"},"settings":{"x":[1,null],"y":0.5}}'
+    text = '{"code":"c","dense2moe":2,"inputs":{"a":"1","b":"2"},"settings":{"x":[1,null],"y":0.5}}'
     key = artifact_key({"b": "2", "a": "1"}, {"y": 0.5, "x": (1, None)}, "c")
     assert key == hashlib.sha256(text.encode()).hexdigest()
 
@@ -338,8 +339,12 @@ def test_a_hostile_path_is_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"dense2moe": 2}, "'dense2moe' is 2; must be 1"),
+        ({"dense2moe": 1}, "'dense2moe' is 1; must be 2; made by another version of dense2moe, and made anew by a run with this one"),
+        ({"dense2moe": 3}, "'dense2moe' is 3; must be 2; made by another version of dense2moe, and made anew by a run with this one"),
+        ({"dense2moe": None}, "'dense2moe' is None; must be 2"),
         ({"key": "abc"}, "'key' is 'abc'; must be 64 hex digits"),
+        ({"sha256": "ABC"}, "'sha256' is 'ABC'; must be 64 hex digits"),
+        ({"sha256": None}, "'sha256' is None; must be of type str"),
         ({"label": None}, "'label' is None; must be of type str"),
         ({"files": []}, "'files' is []; must be of type dict"),
         ({"files": {"a": 1}}, "'files' has 1 for a; must be an object with a size in bytes"),
@@ -353,6 +358,109 @@ def test_a_malformed_manifest_is_refused(tmp_path: Path, changes: dict[str, Any]
     with pytest.raises(ArtifactError) as caught:
         open_artifact(directory)
     assert str(caught.value) == f"{path}: {fault}; {MEND}"
+
+
+# The manifest's own digest
+
+
+def test_the_manifest_holds_the_digest_of_canonical_json_of_all_else_in_it(tmp_path: Path) -> None:
+    manifest = json.loads((make(tmp_path).directory / "manifest.json").read_text())
+    created = manifest["created"]
+    files = ",".join(
+        f'"{name}":{{"sha256":"{hashlib.sha256(data).hexdigest()}","size":{len(data)}}}'
+        for name, data in (("config.json", b"{}"), ("onnx/model.onnx", b"weights"))
+    )
+    text = (
+        f'{{"created":"{created}","dense2moe":2,"facts":{{"perplexity":12.5}},"files":{{{files}}},"inputs":{{"source":"{"a" * 64}"}},"key":"{KEY}",'
+        '"label":"upcycle","seed":7,"settings":{"num_experts":4},"versions":{"torch":"2"}}'
+    )
+    assert manifest["sha256"] == hashlib.sha256(text.encode()).hexdigest()
+
+
+CHANGES: dict[str, Any] = {
+    "facts": {"perplexity": 12.4},
+    "settings": {},
+    "inputs": {"source": "b" * 64},
+    "versions": {"torch": "3"},
+    "seed": 8,
+    "created": "2020-01-01T00:00:00+00:00",
+    "sha256": "0" * 64,
+    "note": "added",
+}
+
+
+@pytest.mark.parametrize("field", CHANGES)
+def test_whatever_is_changed_in_a_manifest_is_noticed_by_every_reader(field: str, tmp_path: Path) -> None:
+    directory = make(tmp_path).directory
+    sealed = json.loads((directory / "manifest.json").read_text())["sha256"]
+    path = edit(directory, **{field: CHANGES[field]})
+    if field == "sha256":
+        fault = f"was changed after it was sealed: SHA-256 of its content {sealed[:12]}...; must be 000000000000..."
+    else:
+        content = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+        found = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        assert found != sealed
+        fault = f"was changed after it was sealed: SHA-256 of its content {found[:12]}...; must be {sealed[:12]}..."
+    assert verify(directory) == [f"manifest.json: {fault}"]
+    for read in (lambda: open_artifact(directory), lambda: find(tmp_path, "upcycle", KEY)):
+        with pytest.raises(ArtifactError) as caught:
+            read()
+        assert str(caught.value) == f"{path}: {fault}; move the directory away, and it will be made again"
+
+
+def test_a_changed_manifest_hides_no_changed_file(tmp_path: Path) -> None:
+    directory = make(tmp_path).directory
+    line = flip(directory)
+    edit(directory, facts={})
+    changed, *others = verify(directory)
+    assert changed.startswith("manifest.json: was changed after it was sealed") and others == [line]
+
+
+def test_a_manifest_that_is_only_written_in_another_way_is_the_same(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    path = made.directory / "manifest.json"
+    path.write_text(json.dumps(dict(reversed(json.loads(path.read_text()).items())), indent=7))
+    assert open_artifact(made.directory) == made and verify(made.directory) == []
+
+
+def test_what_an_older_version_made_is_left_where_it_is_and_made_anew(tmp_path: Path) -> None:
+    """By the layout without a digest, whose number was in its key."""
+    text = json.dumps({"code": "code", "dense2moe": 1, "inputs": {"source": "a" * 64}, "settings": {"num_experts": 4}}, sort_keys=True)
+    old_key = hashlib.sha256(text.replace(", ", ",").replace(": ", ":").encode()).hexdigest()
+    old = tmp_path / f"upcycle-{old_key[:12]}"
+    make(tmp_path).directory.rename(old)
+    manifest = json.loads((old / "manifest.json").read_text()) | {"dense2moe": 1, "key": old_key}
+    del manifest["sha256"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert find(tmp_path, "upcycle", KEY) is None
+    assert verify(make(tmp_path).directory) == []
+    assert names(tmp_path) == sorted([old.name, DIRECTORY])
+
+
+# Files that a stage is to read
+
+
+def test_files_are_read_before_something_is_made_of_them(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    seen: list[tuple[str, int, int]] = []
+    check_files(made, lambda *step: seen.append(step))
+    assert seen == [("checking files of upcycle", 2, 9), ("checking files of upcycle", 9, 9)]
+    line = flip(made.directory)
+    assert find(tmp_path, "upcycle", KEY) == made  # its size is what it was
+    with pytest.raises(ArtifactError) as caught:
+        check_files(made)
+    assert str(caught.value) == f"{made.directory}: {line}; move the directory away, and it will be made again"
+
+
+def test_files_that_are_too_large_to_be_read_are_left_alone(tmp_path: Path) -> None:
+    made = make(tmp_path)
+    flip(made.directory)
+    check_files(made, largest_bytes=6)
+    with pytest.raises(ArtifactError, match=r"onnx/model\.onnx"):
+        check_files(made, largest_bytes=7)
+    (made.directory / "config.json").write_bytes(b"[]")
+    with pytest.raises(ArtifactError, match=r"config\.json: SHA-256"):
+        check_files(made, largest_bytes=6)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"\xff", b"[" * 100_000, b'{"seed": NaN}'])

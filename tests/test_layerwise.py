@@ -213,8 +213,33 @@ def test_a_head_that_lacks_a_tensor_is_refused(tied: bool, name: str, make_dense
     state = load_file(directory / "model.safetensors")
     del state[name]
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UpcycleError, match=f"^{re.escape(str(directory))}: head: loading by transformers reports missing keys: "):
+    where = re.escape(f"{directory}: head: tensor '{name}' missing, which transformers would draw at random")
+    with pytest.raises(UpcycleError, match=f"^{where}"):
         apply_head(open_checkpoint(directory), torch.zeros(3, 32), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["equal", "different", "alone"])
+def test_a_head_stored_beside_a_tied_embedding_is_tied_where_transformers_ties_it(
+    kind: str, dtype: torch.dtype, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever our own rule says of it."""
+    directory = make_dense()
+    state = load_file(directory / "model.safetensors")
+    table = state["model.embed_tokens.weight"]
+    state["lm_head.weight"] = table.flip(0).contiguous() if kind == "different" else table.clone()
+    if kind == "alone":
+        del state["model.embed_tokens.weight"]
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
+    states: list[torch.Tensor] = []
+    model.model.norm.register_forward_pre_hook(lambda _, given, into=states: into.append(given[0][0]))
+    with torch.no_grad():
+        expected = model(torch.tensor([[7, 7, 299, 0, 3, 250]]), use_cache=False).logits[0]
+    for blind in (False, True):
+        if blind:
+            monkeypatch.setattr("upcycle.checkpoint._are_equal", lambda *_: True)
+        assert torch.equal(apply_head(open_checkpoint(directory), states[0], dtype), expected)
 
 
 def test_sharded_checkpoints_run_too(make_dense: MakeDense, dense: Dense) -> None:
@@ -260,8 +285,14 @@ def test_a_layer_of_a_mixture_is_that_of_the_whole_mixture(name: str, dtype: tor
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda state: state.pop("model.layers.1.mlp.up_proj.weight"), "missing keys: ['layers.0.mlp.up_proj.weight']"),
-        (lambda state: state.update({"model.layers.1.extra.weight": torch.ones(1)}), "unexpected keys: ['layers.0.extra.weight']"),
+        (
+            lambda state: state.pop("model.layers.1.mlp.up_proj.weight"),
+            "tensor 'model.layers.1.mlp.up_proj.weight' missing, which transformers would draw at random; restore the file that held it",
+        ),
+        (
+            lambda state: state.update({"model.layers.1.extra.weight": torch.ones(1)}),
+            "tensor 'model.layers.1.extra.weight' left over, which transformers would pass over; remove it, or correct config.json",
+        ),
     ],
 )
 def test_a_layer_with_tensors_missing_or_left_over_is_refused_by_its_number(
@@ -275,7 +306,7 @@ def test_a_layer_with_tensors_missing_or_left_over_is_refused_by_its_number(
     load_layer(checkpoint, 0, torch.float32)
     with pytest.raises(UpcycleError) as excinfo:
         load_layer(checkpoint, 1, torch.float32)
-    assert str(excinfo.value) == f"{tmp_path}: layer 1: loading by transformers reports {reason}"
+    assert str(excinfo.value) == f"{tmp_path}: layer 1: {reason}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64])

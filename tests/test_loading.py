@@ -1,20 +1,25 @@
-"""A model that is read tensor by tensor is what transformers' own loading gives."""
+"""A model that is read tensor by tensor is what transformers' own loading gives, and one that is not whole is refused in one line."""
 
 from __future__ import annotations
 
 import gc
+import json
+import pickle
 import shutil
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
 import upcycle.memory
 from tests.conftest import MakeDense
-from upcycle.loading import load_pretrained
+from upcycle.errors import UpcycleError
+from upcycle.loading import check_whole, load_pretrained, load_whole
 from upcycle.memory import HEAP_BYTES, give_heap_back, release_growth, release_memory, small_heap
 
 
@@ -62,6 +67,181 @@ def test_what_transformers_refuses_is_refused_by_transformers(make_dense: MakeDe
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(OSError, match=r"model\.safetensors"):
         load_pretrained(AutoModelForCausalLM, tmp_path, torch.float32)
+
+
+# Whole or refused
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(directory: Path, **fields: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def refusal(load: Callable[..., Any], *arguments: Any) -> str:
+    with pytest.raises(UpcycleError) as caught:
+        load(*arguments)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+    return str(caught.value)
+
+
+@pytest.fixture
+def copy(dense_checkpoint: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(dense_checkpoint, tmp_path / "copy"))
+
+
+def test_a_whole_checkpoint_is_loaded_as_transformers_loads_it(dense_checkpoint: Path, mixture_checkpoint: Path, make_dense: MakeDense) -> None:
+    seq2seq = make_dense(architecture="T5ForConditionalGeneration")
+    for auto_class, directory in (
+        (AutoModelForCausalLM, dense_checkpoint),
+        (AutoModelForCausalLM, mixture_checkpoint),
+        (AutoModelForSeq2SeqLM, seq2seq),
+    ):
+        check_whole(auto_class, directory)
+        model = load_whole(auto_class, directory, torch.bfloat16)
+        assert not model.training
+        expected = auto_class.from_pretrained(directory, dtype=torch.bfloat16).state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    eager = load_whole(AutoModelForCausalLM, mixture_checkpoint, torch.float32, experts_implementation="eager")
+    assert eager.config._experts_implementation == "eager"
+
+
+SHAPES = "of shape [16]; by config.json it must be [32]; correct one of the two"
+INCOMPLETE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "missing": (
+        lambda state: state.pop("model.norm.weight"),
+        "tensor 'model.norm.weight' missing, which transformers would draw at random; restore the file that held it",
+    ),
+    "left over": (
+        lambda state: state.update({"evil\nname": torch.ones(1)}),
+        "tensor 'evil\\nname' left over, which transformers would pass over; remove it, or correct config.json",
+    ),
+    "another shape": (lambda state: state.update({"model.norm.weight": torch.ones(16)}), f"tensor 'model.norm.weight' {SHAPES}"),
+}
+
+
+@pytest.mark.parametrize("fault", INCOMPLETE)
+def test_what_transformers_would_only_warn_about_is_refused(fault: str, copy: Path) -> None:
+    change, reason = INCOMPLETE[fault]
+    rewrite(copy, change)
+    assert refusal(load_whole, AutoModelForCausalLM, copy, torch.float32) == f"{copy}: {reason}"
+    assert refusal(check_whole, AutoModelForCausalLM, copy) == f"{copy}: {reason}"
+
+
+def test_names_and_shapes_are_checked_without_reading_a_weight(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for reader in ("upcycle.checkpoint._read", "upcycle.loading.safe_open", "safetensors.safe_open", "transformers.modeling_utils.safe_open"):
+        monkeypatch.setattr(reader, lambda *_, **__: pytest.fail("a weight was read"))
+    check_whole(AutoModelForCausalLM, copy)
+
+
+def test_rotary_tensors_of_old_checkpoints_are_harmless(copy: Path) -> None:
+    rewrite(copy, lambda state: state.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    check_whole(AutoModelForCausalLM, copy)
+    load_whole(AutoModelForCausalLM, copy, torch.float32)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "cut weights": lambda directory: cut(directory / "model.safetensors"),
+    "empty weights": lambda directory: (directory / "model.safetensors").write_bytes(b""),
+    "a pointer of git-lfs": lambda directory: (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n"),
+    "cut config": lambda directory: cut(directory / "config.json"),
+    "a config that is a list": lambda directory: (directory / "config.json").write_text("[]"),
+    "no config": lambda directory: (directory / "config.json").unlink(),
+    "no weights": lambda directory: (directory / "model.safetensors").unlink(),
+    "a config that makes no model": lambda directory: edit_config(directory, num_attention_heads=0),
+    "a negative width": lambda directory: edit_config(directory, intermediate_size=-3),
+    "more layers than tensors": lambda directory: edit_config(directory, num_hidden_layers=99_999),
+    "a vocabulary that no memory holds": lambda directory: edit_config(directory, vocab_size=10**14),
+    "an unknown activation": lambda directory: edit_config(directory, hidden_act="nonesuch"),
+    "an unknown rotary embedding": lambda directory: edit_config(directory, rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}),
+    "a generation config that transformers refuses": lambda directory: (directory / "generation_config.json").write_text('{"max_new_tokens": -5}'),
+    "a generation config that is a list": lambda directory: (directory / "generation_config.json").write_text("[]"),
+    "an index that is no JSON": lambda directory: (
+        (directory / "model.safetensors").rename(directory / "a.safetensors"),
+        (directory / "model.safetensors.index.json").write_text("{"),
+    ),
+    "quantized weights": lambda directory: edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "a directory that is a file": lambda directory: (shutil.rmtree(directory), directory.write_text("")),
+    "no directory": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_one_line_of_ours_that_begins_with_the_directory(damage: str, copy: Path) -> None:
+    DAMAGES[damage](copy)
+    assert refusal(load_whole, AutoModelForCausalLM, copy, torch.float32).startswith(str(copy))
+
+
+def test_a_model_of_another_kind_is_refused_without_a_list_of_all_kinds(make_dense: MakeDense) -> None:
+    directory = make_dense(architecture="T5ForConditionalGeneration")
+    assert refusal(load_whole, AutoModelForCausalLM, directory, torch.float32) == (
+        f"{directory / 'config.json'}: model_type is t5, which transformers' AutoModelForCausalLM does not load; give a checkpoint of the right kind"
+    )
+
+
+def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
+
+    monkeypatch.setattr("upcycle.loading.load_pretrained", run_out)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_whole(AutoModelForCausalLM, copy, torch.float32)
+
+
+class _Trap:
+    """What a pickle would do."""
+
+    def __init__(self, into: Path) -> None:
+        self.into = into
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.into,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_no_pickle_is_ever_read(name: str, copy: Path, tmp_path: Path) -> None:
+    (copy / name).write_bytes(pickle.dumps(_Trap(tmp_path / "owned")))
+    load_whole(AutoModelForCausalLM, copy, torch.float32)  # beside safetensors, it is left alone
+    (copy / "model.safetensors").unlink()
+    message = refusal(load_whole, AutoModelForCausalLM, copy, torch.float32)
+    assert message == f"{copy / name}: pickled weights can run code and are never loaded; convert them to model.safetensors first"
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        load_pretrained(AutoModelForCausalLM, copy, torch.float32)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(("architecture", "loads"), [("LlamaForCausalLM", True), ("OwnForCausalLM", False)])
+def test_code_beside_a_checkpoint_is_never_run(architecture: str, loads: bool, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("was asked whether code may be run"))
+    source = f"from pathlib import Path\nPath({str(tmp_path / 'owned')!r}).touch()\n"
+    (copy / "own.py").write_text(f"{source}from transformers import LlamaConfig as Own, LlamaForCausalLM as OwnForCausalLM\n")
+    auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit_config(copy, auto_map=auto_map, architectures=[architecture])
+    if loads:
+        assert type(load_whole(AutoModelForCausalLM, copy, torch.float32)).__name__ == architecture
+    else:
+        assert "'auto_map' asks for code from the checkpoint" in refusal(load_whole, AutoModelForCausalLM, copy, torch.float32)
+    assert not (tmp_path / "owned").exists()
+
+
+@torch.no_grad()
+def test_a_head_that_transformers_did_not_tie_is_told_untied(copy: Path, tmp_path: Path) -> None:
+    rewrite(copy, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].flip(0).contiguous()}))
+    model = load_whole(AutoModelForCausalLM, copy, torch.float32)
+    assert model.config.tie_word_embeddings is False
+    ids = torch.arange(2, 20)[None]
+    assert torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(copy, dtype=torch.float32)(ids).logits)
+    model.save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
 def test_no_file_stays_mapped(mixture_checkpoint: Path) -> None:

@@ -40,6 +40,8 @@ EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight
 EXACT = 64  # an FFN width of which the vector loop of `silu` leaves no rest, so that equal means bitwise
 NUMBER = r"\d\.\de-\d\d"
 T5 = "T5ForConditionalGeneration"
+MISSING = "{} missing, which transformers would draw at random; restore the file that held it"
+LEFT_OVER = "{} left over, which transformers would pass over; remove it, or correct config.json"
 WINDOW = 12
 # Every decoder family, with what is its own, and settings that lead to each target.
 DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -500,7 +502,89 @@ def test_a_head_that_is_tied_on_one_side_alone_is_refused_layer_by_layer(make_de
     plan = make_mixture(dense, mixture, receipt="layers")
     path = mixture / "config.json"
     path.write_text(path.read_text().replace('"tie_word_embeddings": false', '"tie_word_embeddings": true'))
+    receipt(dense, mixture, plan)  # transformers ties no head that is stored and different
+    rewrite(mixture, lambda state: state.pop("lm_head.weight"))
     assert "float32, no experts, head: differs from the dense model by " in refusal(dense, mixture, plan)
+
+
+# What a checkpoint holds besides
+
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def store_another_head(directory: Path) -> None:
+    rewrite(directory, lambda state: state.update({HEAD: state[EMBEDDING].flip(0).contiguous()}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+@pytest.mark.parametrize("name", [name for name in DECODERS if name != "gemma"])
+def test_a_head_that_config_json_ties_and_transformers_does_not_is_kept(name: str, mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+    fields, overrides = DECODERS[name]
+    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
+    store_another_head(dense)
+    plan = make_mixture(dense, mixture, receipt=mode, **overrides)
+    receipt(dense, mixture, plan)
+    assert plan.dropped == ()
+    assert json.loads((mixture / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(mixture / "model.safetensors")[HEAD], load_file(dense / "model.safetensors")[HEAD])
+    ids = torch.arange(2, 42)[None]
+    expected, found = (load(path)(ids).logits for load, path in ((AutoModelForCausalLM.from_pretrained, dense), (load_as_float32, mixture)))
+    assert float((found - expected).abs().max() / expected.abs().max()) <= ROUNDING_LIMIT  # by the tied head it is more than 1
+
+
+def load_as_float32(directory: Path) -> Any:
+    return load_model(directory, torch.float32)
+
+
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+def test_a_copy_of_the_embedding_stored_as_its_head_is_dropped(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
+    rewrite(dense, lambda state: state.update({HEAD: state[EMBEDDING].clone()}))
+    plan = make_mixture(dense, mixture, receipt=mode)
+    receipt(dense, mixture, plan)
+    assert plan.dropped == (HEAD,)
+    assert json.loads((mixture / "config.json").read_text())["tie_word_embeddings"] is True
+    assert HEAD not in load_file(mixture / "model.safetensors")
+
+
+@pytest.mark.parametrize(("mode", "part"), [("whole", "eager experts, one long text"), ("layers", "no experts, head")])
+def test_a_conversion_that_drops_the_head_is_found_by_the_receipt_itself(
+    mode: Any, part: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the rule that should have kept it switched off."""
+    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
+    store_another_head(dense)
+    monkeypatch.setattr("upcycle.checkpoint._are_equal", lambda *_: True)
+    plan = make_mixture(dense, mixture, receipt=mode)
+    assert plan.dropped == (HEAD,)
+    assert f"float32, {part}: differs from the dense model by" in refusal(dense, mixture, plan)
+
+
+OUTSIDE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "a tensor too many": (lambda state: state.update({"model.extra": torch.ones(3)}), LEFT_OVER.format("tensor 'model.extra'")),
+    "a layer too many": (lambda state: state.update({"model.layers.2.x": torch.ones(3)}), LEFT_OVER.format("tensor 'model.layers.2.x'")),
+    "no norm": (lambda state: state.pop("model.norm.weight"), MISSING.format("tensor 'model.norm.weight'")),
+    "no head": (lambda state: state.pop(HEAD), MISSING.format(f"tensor '{HEAD}'")),
+    "no embedding": (lambda state: state.pop(EMBEDDING), MISSING.format(f"tensor '{EMBEDDING}'")),
+    "a wider head": (
+        lambda state: state.update({HEAD: torch.ones(301, 32)}),
+        f"tensor '{HEAD}' of shape [301, 32]; by config.json it must be [300, 32]; correct one of the two",
+    ),
+}
+
+
+@pytest.mark.parametrize("side", ["dense", "mixture"])
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+@pytest.mark.parametrize("fault", OUTSIDE)
+def test_what_is_missing_or_left_over_on_either_side_is_refused(fault: str, mode: Any, side: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    change, reason = OUTSIDE[fault]
+    dense, mixture = make_dense(intermediate_size=EXACT, tie_word_embeddings=False), tmp_path / "mixture"
+    plan = make_mixture(dense, mixture, receipt=mode)
+    changed = dense if side == "dense" else mixture
+    rewrite(changed, change)
+    assert refusal(dense, mixture, plan) == f"{changed}: {reason}"
 
 
 def enlarge(size: float) -> Callable[[dict[str, torch.Tensor]], Any]:
@@ -768,8 +852,15 @@ def test_a_written_mixture_loads_without_a_key_missing_or_left_over(mixture_chec
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("model.norm.weight"), "loading by transformers reports missing keys: ['model.norm.weight']"),
-        (lambda state: state.update({"extra.weight": torch.ones(1)}), "loading by transformers reports unexpected keys: ['extra.weight']"),
+        (lambda state: state.pop("model.norm.weight"), MISSING.format("tensor 'model.norm.weight'")),
+        (lambda state: state.update({"extra.weight": torch.ones(1)}), LEFT_OVER.format("tensor 'extra.weight'")),
+        (
+            lambda state: [state.pop(name) for name in list(state) if "norm" in name],
+            MISSING.format(
+                "tensors 'model.layers.0.input_layernorm.weight', 'model.layers.0.post_attention_layernorm.weight', "
+                "'model.layers.1.input_layernorm.weight' and 2 more"
+            ),
+        ),
     ],
 )
 def test_what_transformers_only_warns_about_is_refused(
@@ -789,8 +880,8 @@ def test_a_mixture_that_lacks_one_experts_matrix_is_refused(mixture_checkpoint: 
     rewrite(directory, lambda state: state.pop(EXPERT.format(layer=1, expert=3, matrix="w2")))
     with pytest.raises(UpcycleError) as excinfo:
         load_model(directory, torch.float32)
-    stacked = "('model.layers.1.mlp.experts.down_proj', torch.Size([3, 32, 48]), torch.Size([4, 32, 48]))"
-    assert str(excinfo.value) == f'{directory}: loading by transformers reports mismatched keys: ["{stacked}"]'
+    shapes = "of shape [3, 32, 48]; by config.json it must be [4, 32, 48]; correct one of the two"
+    assert str(excinfo.value) == f"{directory}: tensor 'model.layers.1.mlp.experts.down_proj' {shapes}"
 
 
 def test_a_model_is_loaded_with_the_head_of_its_task(make_dense: MakeDense, dense_checkpoint: Path) -> None:

@@ -36,11 +36,13 @@ TOKENIZER_NAMES = (
     "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
 GENERATION_CONFIG_NAME = "generation_config.json"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # The name of an embedding in the models that we read, and the others that share its matrix where it is tied.
 _TIED_DECODER = ("model.embed_tokens.weight", ("lm_head.weight",))
 _TIED_SEQ2SEQ = ("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"))
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_DISTRIBUTED = "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"  # as transformers 5.23 names them, distributed/checkpoint.py
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _CHUNK_BYTES = 1 << 24
 _MAX_LAYERS = 100_000  # a hundred times the deepest model there is
@@ -66,11 +68,16 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint directory: its loaded config and where every tensor lies. Holds no tensor."""
+    """A checked checkpoint directory: its loaded config and where every tensor lies. Holds no tensor.
+
+    `untied` names stored copies of a tied embedding whose values differ from it. transformers 5 ties equal weights alone and loads these as they are;
+    so the config of such a decoder says here that its embeddings are not tied, whatever the file says.
+    """
 
     directory: Path
     config: PreTrainedConfig
     entries: Mapping[str, TensorEntry]
+    untied: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -129,17 +136,79 @@ def _read(entry: TensorEntry, position: int, shape: tuple[int, ...]) -> torch.Te
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
-    """Open a checkpoint directory and check everything that can be checked without reading the weights.
+    """Open a checkpoint directory as plain transformers understands it, and check everything that can be checked without reading the weights.
+
+    Only where config.json ties the embeddings and a copy of them is stored nevertheless, the copies are read and compared.
 
     Raises:
-        UpcycleError: the directory, its config, its index or a header is missing, truncated, inconsistent, hostile or of an unsupported kind.
+        UpcycleError: the directory, its config, its index or a header is missing, truncated, inconsistent, hostile or of an unsupported kind; or
+            transformers would take other weights from the directory than those in its safetensors files, such as an adapter's.
     """
     if not directory.exists():
         raise UpcycleError(f"{directory}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
     if not directory.is_dir():
         raise UpcycleError(f"{directory}: is a file; it must be a checkpoint directory with config.json and *.safetensors")
+    refuse_adapter(directory)
     config = _read_config(directory)
-    return Checkpoint(directory, config, _name_tied(config, index_tensors(directory)))
+    entries = index_tensors(directory)
+    _refuse_other_weights(directory, config, entries)
+    entries = _name_tied(config, entries)
+    untied = tuple(_find_untied(config, entries))
+    if untied and not config.is_encoder_decoder:
+        config.tie_word_embeddings = False
+    return Checkpoint(directory, config, entries, untied)
+
+
+def refuse_adapter(directory: Path) -> None:
+    """Refuse a directory with an adapter, which transformers applies to the model whenever it loads the directory.
+
+    Raises:
+        UpcycleError: the adapter must be merged first, and how.
+    """
+    path = directory / ADAPTER_CONFIG_NAME
+    if not path.is_file():
+        return
+    what = "an adapter, which transformers applies to the model beside it" if (directory / CONFIG_NAME).is_file() else "an adapter without its model"
+    raise UpcycleError(
+        f"{path}: {what}; a checkpoint must be whole: merge it by peft's PeftModel.from_pretrained(model, adapter).merge_and_unload(), write the "
+        "result with save_pretrained() into a new directory, and give that"
+    )
+
+
+def _refuse_other_weights(directory: Path, config: PreTrainedConfig, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuse weights that transformers prefers to those in `entries`, which are what is read here."""
+    other = next((entry.file.name for entry in entries.values() if entry.file.name != SINGLE_NAME), None)
+    if other is not None and (directory / SINGLE_NAME).is_file():
+        raise UpcycleError(
+            f"{directory / INDEX_NAME}: names {other}, and transformers loads {SINGLE_NAME} beside it instead; remove the one that is stale: the "
+            f"index with its files, or {SINGLE_NAME}"
+        )
+    named = getattr(config, "transformers_weights", None)
+    if named not in (None, SINGLE_NAME):
+        raise UpcycleError(
+            f"{directory / CONFIG_NAME}: transformers_weights is {named!r:.80}, which transformers loads in place of {SINGLE_NAME}; "
+            f"load the model and write it with save_pretrained() into a new directory, or remove the field if {SINGLE_NAME} is meant"
+        )
+    if (shard := next(iter(sorted(directory.glob(_DISTRIBUTED))), None)) is not None:
+        raise UpcycleError(
+            f"{shard}: part of a distributed checkpoint, which transformers loads in place of {SINGLE_NAME}; "
+            "load the model and write it with save_pretrained() into a new directory, or remove these files if they are stale"
+        )
+
+
+def _find_untied(config: PreTrainedConfig, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
+    """The stored copies of a tied embedding whose values, in float32, are not all equal to it; `_tied_params_are_equal` of transformers 5.23."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    name, others = _TIED_SEQ2SEQ if config.is_encoder_decoder else _TIED_DECODER
+    yield from (other for other in others if other in entries and name in entries and not _are_equal(entries[name], entries[other]))
+
+
+def _are_equal(first: TensorEntry, second: TensorEntry) -> bool:
+    if first.shape != second.shape:
+        return False
+    pairs = zip(read_chunks(first), read_chunks(second), strict=True)
+    return all(torch.equal(one.to(torch.float32), other.to(torch.float32)) for one, other in pairs)
 
 
 def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from upcycle.checkpoint import Checkpoint
-from upcycle.errors import UpcycleError
+from upcycle.loading import refuse_incomplete
 from upcycle.memory import give_heap_back
 
 _BLOCKS = "model.layers.{layer}."
@@ -46,17 +46,16 @@ def load_layer(checkpoint: Checkpoint, layer: int, dtype: torch.dtype, replaced:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
         model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    _refuse_report(info, f"{checkpoint.directory}: layer {layer}")
+    refuse_incomplete(info, f"{checkpoint.directory}: layer {layer}", lambda name: f"model.{name}".replace("model.layers.0.", prefix, 1))
     model.norm = torch.nn.Identity()
     if any(hasattr(module, "experts") for module in model.modules()):
         model.set_experts_implementation("eager")
     return cast(PreTrainedModel, model.eval())
 
 
-def _refuse_report(info: Mapping[str, Any], where: str) -> None:
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if found := [key for key in info[kind] if "inv_freq" not in str(key)]:
-            raise UpcycleError(f"{where}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, found))[:3]}")
+def _name_in_decoder(name: str) -> str:
+    """What a tensor of the base model is called in the whole decoder, and in its files."""
+    return f"model.{name}"
 
 
 def _model_class(config: Any) -> Any:
@@ -109,7 +108,7 @@ def embed(checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype, replace
         table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
     state = {"embed_tokens.weight": table, "norm.weight": torch.zeros(config.hidden_size)}
     model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    _refuse_report(info, f"{checkpoint.directory}: embedding")
+    refuse_incomplete(info, f"{checkpoint.directory}: embedding", _name_in_decoder)
     states = model.embed_tokens(places)
     return cast(torch.Tensor, states * getattr(config, "embedding_multiplier", 1.0))
 
@@ -125,7 +124,7 @@ def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.
     config.vocab_size = 1
     state = {"embed_tokens.weight": torch.zeros(1, config.hidden_size), "norm.weight": checkpoint.read(_NORM)}
     model, info = _model_class(config).from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    _refuse_report(info, f"{checkpoint.directory}: final norm")
+    refuse_incomplete(info, f"{checkpoint.directory}: final norm", _name_in_decoder)
     return cast(torch.Tensor, model.norm(states))
 
 
@@ -142,7 +141,8 @@ def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype)
 def load_head(checkpoint: Checkpoint, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None) -> PreTrainedModel:
     """A model of the final norm and the head, and no layer, in `dtype`: the last layer's states as `inputs_embeds` in, `logits` out.
 
-    Tensors in `replaced`, by their names in the checkpoint, stand in for its own.
+    Tensors in `replaced`, by their names in the checkpoint, stand in for its own. Without them, where config.json ties a head that is stored as well,
+    transformers is given both matrices and decides whether it ties them.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -150,17 +150,21 @@ def load_head(checkpoint: Checkpoint, dtype: torch.dtype, replaced: Mapping[str,
     config = _config_without_layers(checkpoint.config)
     if hasattr(config, "embedding_multiplier"):
         config.embedding_multiplier = 1.0  # what comes in is hidden states
-    # The head is given as a tied one, in the embedding's place, whether it is or not: so that its matrix is held once, and no embedding beside it.
-    stored = {_NORM: _NORM, _EMBEDDING: _EMBEDDING if config.tie_word_embeddings else _HEAD}
-    config.tie_word_embeddings = True
     other = replaced or {}
+    if not other and _HEAD in checkpoint.entries and (config.tie_word_embeddings or checkpoint.untied):
+        stored = {name: name for name in (_NORM, _EMBEDDING, _HEAD)}
+    else:
+        # The head is given as a tied one, in the embedding's place, whether it is or not: its matrix is held once, and no embedding beside it.
+        stored = {_NORM: _NORM, _EMBEDDING: _EMBEDDING if config.tie_word_embeddings else _HEAD}
+    config.tie_word_embeddings = True
     state = {
         name: other[source] if source in other else checkpoint.read(source)
         for name, source in stored.items() if source in checkpoint.entries
     }  # fmt: skip
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     model, info = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, output_loading_info=True)
-    _refuse_report(info, f"{checkpoint.directory}: head")
+    named = stored | {_HEAD: stored.get(_HEAD, stored[_EMBEDDING])}
+    refuse_incomplete(info, f"{checkpoint.directory}: head", lambda name: named.get(name, name))
     return cast(PreTrainedModel, model.eval())
 
 

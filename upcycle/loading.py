@@ -1,5 +1,8 @@
 """Models of transformers, loaded without their files beside them in memory.
 
+Weights are read from safetensors alone, and code beside a checkpoint is never run. `load_whole` is the one place where a checkpoint of somebody else
+becomes a model: what transformers would draw at random, leave out or only warn about, and whatever it raises, is one line there.
+
 `from_pretrained` maps a checkpoint's files, and every page that it has read stays resident until the last tensor is loaded; it reads ahead, and
 stacks experts from single ones. So a model takes twice its weights while it is loaded. Here safetensors reads each tensor into memory of its own when
 its turn comes; transformers names, casts, stacks and counts them as ever.
@@ -9,7 +12,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,26 +21,135 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from upcycle.checkpoint import INDEX_NAME, SINGLE_NAME
+from upcycle.checkpoint import INDEX_NAME, READABLE, SINGLE_NAME, Checkpoint, index_tensors, open_checkpoint
+from upcycle.errors import UpcycleError, is_out_of_memory
 from upcycle.memory import give_heap_back, release_memory
 
 _READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
+_HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config
+_MOST_NAMES = 3  # in a message
+_MOST_LETTERS = 300
+
+
+def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
+    """`auto_class.from_pretrained(directory)` in evaluation mode, every weight of which is in the files, and every weight of the files in it.
+
+    Where transformers did not tie a head to the embedding because their values differ, the model's config says so, and so does what is saved of it.
+
+    Raises:
+        UpcycleError: the directory is no whole checkpoint in safetensors, is damaged, asks for code of its own, or is no model for `auto_class`.
+    """
+    checkpoint = check_whole(auto_class, directory)
+    with _quiet(), _one_line_errors(directory):
+        # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
+        model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True, **settings)
+    refuse_incomplete(info, str(directory))
+    if set(checkpoint.untied) - set(model.all_tied_weights_keys) and not model.config.is_encoder_decoder:
+        model.config.tie_word_embeddings = False
+    return model.eval()
+
+
+def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
+    """Open a checkpoint and refuse what `load_whole` would, as far as names and shapes tell: transformers loads tensors without values.
+
+    So a size that is wrong costs no memory. Of a model of several parts (text and image), nothing but its config and headers is checked.
+
+    Raises:
+        UpcycleError: as `load_whole`.
+    """
+    checkpoint = open_checkpoint(directory)
+    _check_config(auto_class, checkpoint)
+    config = _read_config(directory)
+    model_class = _find_class(auto_class, config)
+    if model_class is None:
+        return checkpoint
+    tensors = {name: torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="meta") for name, entry in index_tensors(directory).items()}
+    with _quiet(), _one_line_errors(directory):
+        settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        _, info = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **settings)
+    refuse_incomplete(info, str(directory))
+    return checkpoint
+
+
+def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str) -> None:
+    """Refuse what transformers only warns about in its loading info; `rename` gives a tensor of the model the name that it has in the files.
+
+    Raises:
+        UpcycleError: a tensor is missing, left over or of another shape, and what transformers would have done.
+    """
+    missing, unexpected = (sorted({rename(key) for key in info[kind] if _HARMLESS not in key}) for kind in ("missing_keys", "unexpected_keys"))
+    if missing:
+        raise UpcycleError(f"{where}: {_list_tensors(missing)} missing, which transformers would draw at random; restore the file that held it")
+    if unexpected:
+        raise UpcycleError(f"{where}: {_list_tensors(unexpected)} left over, which transformers would pass over; remove it, or correct {CONFIG_NAME}")
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UpcycleError(
+            f"{where}: {_list_tensors([rename(name)])} of shape {list(found)}; by {CONFIG_NAME} it must be {list(expected)}; correct one of the two"
+        )
+    for message in info["error_msgs"]:
+        raise UpcycleError(f"{where}: loading by transformers reports: {_shorten(message)}")
+
+
+def _list_tensors(names: list[str]) -> str:
+    """One name or several in a line of text."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(map(repr, names[:_MOST_NAMES])) + more
+
+
+def _shorten(text: object) -> str:
+    return " ".join(str(text).split())[:_MOST_LETTERS]
+
+
+def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a config of which the auto class has no model, before it lists all those that it has, and one of more layers than there are tensors."""
+    config, path = checkpoint.config, checkpoint.directory / CONFIG_NAME
+    if type(config) not in auto_class._model_mapping:
+        raise UpcycleError(
+            f"{path}: model_type is {config.model_type}, which transformers' {auto_class.__name__} does not load; give a checkpoint of the right kind"
+        )
+    num_layers, num_tensors = getattr(config, "num_hidden_layers", 0), len(checkpoint.entries)
+    if isinstance(num_layers, int) and num_layers > num_tensors:
+        raise UpcycleError(f"{path}: num_hidden_layers is {num_layers}; the files hold {num_tensors} tensors, too few; correct it")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """For the length of a `with`: no warning of a shared expert of width 0."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+        yield
+
+
+@contextmanager
+def _one_line_errors(directory: Path) -> Iterator[None]:
+    """For the length of a `with`: an error of transformers, safetensors or torch is one line about the checkpoint. Out of memory stays what it is."""
+    try:
+        yield
+    except UpcycleError:
+        raise
+    except Exception as error:  # transformers raises many kinds for files that are damaged or make no model; each is the checkpoint's fault
+        if is_out_of_memory(error):
+            raise
+        raise UpcycleError(
+            f"{directory}: transformers cannot load this checkpoint ({type(error).__name__}: {_shorten(error)}); download it again, or correct it"
+        ) from error
 
 
 def load_pretrained(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """`auto_class.from_pretrained(directory)` with its loading info.
 
-    The weights of a checkpoint in safetensors are all in memory of their own; any other is loaded as transformers does it.
+    The weights are all in memory of their own, but for models of several parts (text and image), which are loaded as transformers does it. Nothing is
+    checked; see `load_whole`.
 
     Raises:
         OSError, ValueError: what transformers raises where it cannot load a checkpoint.
     """
     release_memory()  # models of transformers hold themselves; one that nobody names any more would lie beside the new one
-    settings |= {"dtype": dtype, "output_loading_info": True}
-    config = AutoConfig.from_pretrained(directory, local_files_only=True)
+    settings |= {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+    config = _read_config(directory)
     files, model_class = _find_files(directory), _find_class(auto_class, config)
     if model_class is None or not all(file.is_file() for file in files):
         return auto_class.from_pretrained(directory, local_files_only=True, **settings)  # type: ignore[no-any-return]
@@ -48,6 +161,10 @@ def load_pretrained(auto_class: Any, directory: Path, dtype: torch.dtype, **sett
         model.generation_config = _read_generation_config(directory)
     give_heap_back()  # experts were stacked: single ones are free again
     return model, info
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
 
 
 def _find_files(directory: Path) -> list[Path]:

@@ -18,11 +18,13 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry
 from upcycle.config import UpcycleConfig
-from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion, resolve_layers
+from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion, find_family, resolve_layers
 from upcycle.errors import UpcycleError
 from upcycle.family import DenseFamily, Ffn, Fold, Matrix
 from upcycle.shards import TensorSpec
 from upcycle.target import ExpertNames, MoeTarget, SharedNames
+
+_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -171,6 +173,7 @@ def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
             unknown or of another shape than the config says.
     """
     where = str(checkpoint.directory / "config.json")
+    _refuse_untied(checkpoint, find_family(checkpoint.config.model_type, checkpoint.config.architectures, where))
     conversion = choose_conversion(checkpoint.config, config, where)
     family, target = conversion.family, conversion.target
     _refuse_unknown_fields(checkpoint.config, conversion, where)
@@ -330,6 +333,17 @@ class _Planner:
             yield Write(TensorSpec(names.scale.format(layer=layer), self._dtype([up]), (1, hidden)), (Zeros(hidden),))
 
 
+def _refuse_untied(checkpoint: Checkpoint, family: DenseFamily) -> None:
+    """Refuse a copy of the embedding with other values where the target takes the embedding in its place."""
+    if not checkpoint.untied or (not checkpoint.config.is_encoder_decoder and family.moves.get(_HEAD) == Matrix(_HEAD)):
+        return
+    name = checkpoint.untied[0]
+    raise UpcycleError(
+        f"{checkpoint.entries[name].file}: tensor '{name}' differs from the embedding, so transformers uses both; a mixture made of "
+        f"{family.architecture} has one for both; remove the tensor if the embedding alone is meant"
+    )
+
+
 def _refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> None:
     """Refuse a value other than the default of a field that no table knows: a newer transformers may have given it a meaning."""
     known = {
@@ -400,7 +414,7 @@ def _check_tensors(checkpoint: Checkpoint, family: DenseFamily) -> tuple[str, ..
     expected, tied = _expected(checkpoint.config, family.architecture, str(checkpoint.directory / "config.json"))
     num_layers = max(getattr(checkpoint.config, ffn.num_layers) for ffn in family.ffns)
     droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
-    droppable |= tied  # transformers ties it to the embedding whatever is stored
+    droppable |= tied  # copies of the embedding with equal values: with others, `open_checkpoint` says that nothing is tied
     dropped = tuple(sorted(droppable & set(checkpoint.entries)))
     for name, shape in expected.items():
         if name not in checkpoint.entries:

@@ -23,7 +23,9 @@ The receipt tries the activation at the width; there it asks for rounding instea
 
 Two models that do not fit into memory together are compared part by part: the embedding, each layer of both on what the dense one's layer before
 gave, and the head (final norm, head, scale of the logits) on what its last layer gave. The embedding and the head have no experts: they are equal
-bit for bit in every dtype, or within rounding where the dense model's arithmetic was folded into their weights.
+bit for bit in every dtype, or within rounding where the dense model's arithmetic was folded into their weights. Before that, transformers loads the
+names and shapes of both checkpoints, without values, and must find none missing and none left over. Whether it ties a head that is stored is left to
+transformers as well, which is given both matrices.
 
 A layer's "rel" is of what it adds, so that a large residual stream does not hide its FFN: the difference of what the layers give, divided by
 max |what the dense layer gives - what it reads|. Where an element of the stream is more than twenty times that, a twentieth of the element divides:
@@ -37,7 +39,6 @@ import functools
 import inspect
 import math
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ from upcycle.checkpoint import TOKENIZER_NAMES, Checkpoint, open_checkpoint, rea
 from upcycle.errors import UpcycleError
 from upcycle.footprint import receipt_bytes
 from upcycle.layerwise import apply_head, embed, load_layer, pad_left, run_layers
-from upcycle.loading import load_pretrained
+from upcycle.loading import check_whole, load_whole
 from upcycle.mapping import ExpertPart, Keep, Slice, UpcyclePlan
 from upcycle.progress import Progress
 
@@ -129,6 +130,8 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
     notes = [*text.notes, *_compare_tokenizers(source, output)]
     if mode == "layers":
         notes.append("compared layer by layer: decoding with a cache and float16 were not run")
+        for directory in (source, output):  # a layer, the embedding and the head each load a few tensors, and none would miss or find the others
+            check_whole(_auto_class(plan.conversion.family.task), directory)
     comparisons: list[Comparison] = []
     for number, dtype in enumerate(_DTYPES):
         progress("comparing with the dense model", number, len(_DTYPES))
@@ -418,23 +421,20 @@ def _check(c: Comparison, output: Path) -> None:
 
 
 def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
-    """Load a model by transformers alone and refuse what it would only warn about; `task` names the head as Hugging Face names tasks.
+    """Load a model by transformers alone, whole or not at all; `task` names the head as Hugging Face names tasks.
 
     Raises:
-        UpcycleError: weights are missing, left over or of another shape.
+        UpcycleError: weights are missing, left over or of another shape, or the checkpoint is damaged; see `load_whole`.
     """
-    auto_class = TasksManager.get_model_class_for_task(task, framework="pt")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
-        # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
-        model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if info[kind]:
-            raise UpcycleError(f"{directory}: loading by transformers reports {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
+    model = load_whole(_auto_class(task), directory, dtype)
     if next(router_weights(model), None) is not None and not model.config.is_encoder_decoder:
         # The default, grouped_mm, refuses bfloat16 experts whose rows are no multiple of 16 bytes; eager takes every width.
         model.set_experts_implementation("eager")
-    return cast(PreTrainedModel, model.eval())
+    return cast(PreTrainedModel, model)
+
+
+def _auto_class(task: str) -> Any:
+    return TasksManager.get_model_class_for_task(task, framework="pt")
 
 
 def _can_be_bitwise(config: Any, dtype: str) -> bool:
@@ -547,7 +547,7 @@ def _compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
     if not any((source / name).is_file() for name in TOKENIZER_NAMES):
         return
     text = inspect.getsource(sys.modules[__name__])
-    dense, sparse = (AutoTokenizer.from_pretrained(path, local_files_only=True) for path in (source, output))
+    dense, sparse = (AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False) for path in (source, output))
     if dense(text, verbose=False)["input_ids"] != sparse(text, verbose=False)["input_ids"]:
         yield (
             f"transformers tokenizes otherwise beside the mixture than beside the dense model: by {type(sparse).__name__} and by "
@@ -561,7 +561,7 @@ def _read_text(source: Path, block_size: int) -> _Text:
     The text is this package's own documentation: at hand on every machine, and tokens that follow each other as in real text. A checkpoint
     without a tokenizer gets seeded random ids instead.
     """
-    config = AutoConfig.from_pretrained(source, local_files_only=True)
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     context = getattr(config, "max_position_embeddings", _MAX_TOKENS)
     window = getattr(config, "sliding_window", None) or 0
     beyond = window + 4 * _DECODE_STEPS
@@ -572,7 +572,7 @@ def _read_text(source: Path, block_size: int) -> _Text:
         notes = (f"the text of {length} tokens does not cross the window of {window}; that it was kept is known from the config alone",)
     if any((source / name).is_file() for name in TOKENIZER_NAMES):
         text = (inspect.getsource(sys.modules[__name__]) * 4)[: _LETTERS_PER_TOKEN * length]
-        stream = AutoTokenizer.from_pretrained(source, local_files_only=True)(text, verbose=False)["input_ids"]
+        stream = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)(text, verbose=False)["input_ids"]
     else:
         stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
     ids, mask = pad_left([stream[row : row + count] for row, count in enumerate((length, max(_DECODE_STEPS + 1, length // 2), 3))])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from export.parity.forward import BATCH, Block, Forward, Reference, join_blocks, run_package, split_batches
-from export.parity.records import Agreement, LayerCheck, MarginBin, Part
-from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_margin, find_smallest_margin, same_experts
+from export.parity.forward import Forward, Reference, run_package, split_batches
+from export.parity.records import Agreement, MarginBin
+from export.parity.ties import find_margin, find_smallest_margin, same_experts
 from export.runtime import Decoder
 
 LOGIT_ROWS = 64
@@ -21,53 +21,43 @@ MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 """Selection scores: router logits, or scores plus a bias; the last bin is open."""
 
 
-Place = tuple[int, Part]
-"""A layer, and what of it."""
-
-
 @dataclass(frozen=True)
 class Comparison:
-    """What one comparison found: figures, the mean next-token losses of both sides, errors by layer, and parts that later tiers go on from.
+    """What one comparison found: figures, the mean next-token losses of both sides, and parts that later tiers go on from.
 
-    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `by_position` has the largest relative error [S] of
-    attention's outputs and of hidden states. One of two is kept besides: `first`, the reference's logits on the first batch, and `routers`, what its
-    routers said there; or `blocks`, what its blocks of experts read and said on the first `BATCH` blocks of text.
+    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `factor`: the package's logits are so many times the
+    reference's. `first` are the reference's logits on the first batch, and `routers` what its routers said there, where they are kept.
     """
 
     agreement: Agreement
     package_loss: float
     reference_loss: float
-    layers: tuple[LayerCheck, ...]
-    by_position: dict[Place, torch.Tensor]
     margins: torch.Tensor | None
     top_k: int
+    factor: float
     first: torch.Tensor | None
     routers: dict[int, Any]
-    blocks: dict[int, Block]
 
 
 def compare(
-    decoder: Decoder, reference: Reference, ids: torch.Tensor, tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None,
-    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None, keeps: Literal["first", "blocks"] = "blocks",
+    decoder: Decoder, reference: Reference, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None,
+    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None, keeps_first: bool = False,
 ) -> Comparison:  # fmt: skip
-    """Compare over all blocks of ids [N, S]; routers' margins below `tie_margin` are near-ties.
+    """Compare over all blocks of ids [N, S].
 
-    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared. `keeps` says which of the
-    reference's values are in the result.
+    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared. `keeps_first`: the first
+    batch of the reference is in the result.
     """
-    sums, margins = _Sums(undisturbed=_LayerSums(tie_margin)), []
+    sums, margins = _Sums(), []
     first: torch.Tensor | None = None
-    blocks: list[dict[int, Block]] = []
     routers: dict[int, Any] = {}
 
     def add(batch: torch.Tensor) -> int:
         nonlocal first, routers
         mask = torch.ones_like(batch)
         expected = reference.forward(batch, mask)
-        if keeps == "first" and first is None:
+        if keeps_first and first is None:
             first, routers = expected.logits, dict(reference.routers)
-        if keeps == "blocks" and sums.tokens < BATCH * batch.shape[1]:
-            blocks.append(reference.blocks())
         smallest = find_smallest_margin(expected.routers, expected.top_k)
         margins.extend([] if smallest is None else [smallest])
         found = run_package(decoder, batch, mask, batch.shape[1])
@@ -81,10 +71,8 @@ def compare(
         top_k = add(batch)  # a call of its own, so that one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
     package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
-    return Comparison(
-        sums.agreement(), package_loss, reference_loss, sums.undisturbed.layers(), sums.undisturbed.by_position,
-        torch.cat(margins) if margins else None, top_k, first, routers, join_blocks(blocks) if blocks else {},
-    )  # fmt: skip
+    factor = sums.parts[0] / max(sums.parts[1], 1e-300)
+    return Comparison(sums.agreement(), package_loss, reference_loss, torch.cat(margins) if margins else None, top_k, factor, first, routers)
 
 
 def measure_loss(model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> float:
@@ -115,53 +103,19 @@ def mean_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
     return sum(float(divergence(*part).sum()) for part in parts) / found[..., 0].numel()
 
 
-def check_layers(found: Forward, expected: Forward, mask: torch.Tensor, tie_margin: float) -> tuple[LayerCheck, ...]:
-    """The errors of one forward by layer, tokens from the first near-tie flip of their row on left out."""
-    sums = _LayerSums(tie_margin)
-    sums.add(found, expected, mask)
-    return sums.layers()
-
-
-@dataclass
-class _LayerSums:
-    """Sums of squares by layer, of differences and of the reference, for the residual stream and for attention's output."""
-
-    tie_margin: float = TIE_MARGIN
-    hidden: list[list[float]] = field(default_factory=list)
-    attended: list[list[float] | None] = field(default_factory=list)
-    by_position: dict[Place, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, found: Forward, expected: Forward, mask: torch.Tensor) -> None:
-        flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, expected.top_k, self.tie_margin)
-        judged = before_flips(flips, mask)
-        hidden = [_squares(a[judged], b[judged]) for a, b in zip(found.hiddens, expected.hiddens, strict=True)]
-        attended = [
-            None if a is None or b is None else _squares(a[judged], b[judged]) for a, b in zip(found.attended, expected.attended, strict=True)
-        ]
-        self.hidden = _added(self.hidden, hidden)
-        self.attended = [new if old is None or new is None else _added([old], [new])[0] for old, new in _paired(self.attended, attended)]
-        for n, (a, b, c, d) in enumerate(zip(found.attended, expected.attended, found.hiddens, expected.hiddens, strict=True)):
-            self._add_positions((n, "ffn"), c, d, judged)
-            if a is not None and b is not None:
-                self._add_positions((n, "attention"), a, b, judged)
-
-    def _add_positions(self, place: Place, found: torch.Tensor, expected: torch.Tensor, judged: torch.Tensor) -> None:
-        errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=1e-30)
-        worst = errors.where(judged, 0.0).amax(0)
-        self.by_position[place] = torch.maximum(self.by_position[place], worst) if place in self.by_position else worst
-
-    def layers(self) -> tuple[LayerCheck, ...]:
-        pairs = enumerate(zip(self.attended, self.hidden, strict=True))
-        return tuple(LayerCheck(n, None if attended is None else _ratio(attended), _ratio(hidden)) for n, (attended, hidden) in pairs)
+def factor_of(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
+    """Sums of found times expected, and of expected squared, of logits [..., V] about each token's own mean: their ratio is a factor."""
+    product = square = 0.0
+    for a, b in zip(*(logits.flatten(0, -2).split(LOGIT_ROWS) for logits in (found, expected)), strict=True):
+        own = b - b.mean(-1, keepdim=True)
+        product += float((a * own).sum(dtype=torch.float64))
+        square += float((b * own).sum(dtype=torch.float64))
+    return product, square
 
 
 def _squares(found: torch.Tensor, expected: torch.Tensor) -> list[float]:
     """Of the difference and of what it must be."""
     return [float((found - expected).square().sum()), float(expected.square().sum())]
-
-
-def _paired(old: Sequence[list[float] | None], new: Sequence[list[float] | None]) -> list[tuple[list[float] | None, list[float] | None]]:
-    return list(zip(old or [None] * len(new), new, strict=True))
 
 
 def _added(old: Sequence[list[float]], new: Sequence[list[float]]) -> list[list[float]]:
@@ -186,11 +140,11 @@ class _Sums:
     top1: float = 0.0
     top5: float = 0.0
     losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    parts: tuple[float, float] = (0.0, 0.0)
     same_routing: list[float] = field(default_factory=list)
     squares: list[list[float]] = field(default_factory=list)
     attended: list[list[float]] = field(default_factory=list)
     by_margin: list[list[float]] = field(default_factory=lambda: [[0.0, 0.0] for _ in MARGIN_BOUNDS])
-    undisturbed: _LayerSums = field(default_factory=_LayerSums)
 
     def add(self, found: Forward, expected: Forward, ids: torch.Tensor) -> None:
         count = ids.numel()
@@ -200,6 +154,8 @@ class _Sums:
         known[:, -1] = False
         parts = zip(*(values.flatten(0, 1).split(LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)), strict=True)
         kl = torch.cat([self._add_logits(*part) for part in parts]).view(ids.shape)
+        product, square = factor_of(found.logits, expected.logits)
+        self.parts = self.parts[0] + product, self.parts[1] + square
         self.kl += float(kl.sum())
         self.predictions += int(known.sum())
         flipped = self._add_routing(found, expected, count)
@@ -208,7 +164,6 @@ class _Sums:
         self.squares = _added(self.squares, [_squares(a, b) for a, b in zip(found.hiddens, expected.hiddens, strict=True)])
         seen = [(a, b) for a, b in zip(found.attended, expected.attended, strict=True) if a is not None and b is not None]
         self.attended = _added(self.attended, [_squares(a, b) for a, b in seen])
-        self.undisturbed.add(found, expected, torch.ones_like(ids))
 
     def _add_logits(self, found: torch.Tensor, expected: torch.Tensor, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         """Some tokens: logits [T, V] of both, the token that follows each [T], and whether that counts; returns the KL of each, [T]."""

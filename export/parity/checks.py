@@ -13,12 +13,14 @@ import torch
 
 from export.config import ParityConfig
 from export.parity.agreement import LOGIT_ROWS
-from export.parity.forward import Forward, Reference, run_package
+from export.parity.forward import Forward, Reference, forward_of
 from export.parity.records import Check, FreeRun
+from export.parity.taps import Seen, look
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips
-from export.runtime import Decoder
+from export.runtime import ROUTER_LOGITS, Decoder
 
 _BATCH_LENGTH = 128  # of the rows of a batch: where they lie and how they are padded shows in short ones as well
+_NUDGE = 30.0  # of a router logit: no router is as sure
 _NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a tie
 
 
@@ -54,6 +56,8 @@ class Errors:
         """The check, with the first token of a row that is beyond the limit."""
         beyond = self.judged & ~(self.errors <= limit)
         places = (self.case.mask.cumsum(1) - 1)[:, -beyond.shape[1] :][beyond]
+        if self.check.place is not None:
+            return self.check
         return Check(**{**self.check.__dict__, "first_position": int(places.min()) if len(places) else None})
 
 
@@ -109,6 +113,20 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
     return cases
 
 
+def every_expert(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
+    """What is added to router logits [T, E] so that each expert is visited, beside every other in turn, by more than any tie."""
+    nudge = torch.zeros(num_tokens, num_experts)
+    tokens = torch.arange(num_tokens)
+    for place in range(top_k):
+        step = 1 + tokens // num_experts % max(1, num_experts - 1)
+        nudge[tokens, (tokens + place * step) % num_experts] += _NUDGE
+    chosen = (nudge > 0).sum(-1)
+    for token in (chosen < top_k).nonzero()[:, 0].tolist():  # steps that meet
+        free = (nudge[token] == 0).nonzero()[: top_k - int(chosen[token]), 0]
+        nudge[token, free] = _NUDGE
+    return nudge.clamp(max=_NUDGE)
+
+
 def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding: bool) -> list[Case]:
     """The rows that end at the tokens whose routing is nearest to a tie: one batch where padding is asked for, else the nearest alone."""
     if margins is None or not torch.isfinite(margins).any():
@@ -127,30 +145,115 @@ def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding:
     return [Case(name, ids, mask, width)]
 
 
+WayCheck = Callable[[Seen], tuple[str, int | None] | None]
+"""What is wrong inside a graph in one way of feeding it, in words, and the first token of a row at which it is; None where nothing is."""
+
+
 def run_cases(
-    decoder: Decoder, reference: Reference, cases: Sequence[Case], tie_margin: float = TIE_MARGIN, tell: Callable[[int], None] = lambda _: None
-) -> list[Errors]:
-    """Feed the package as each case says, and compare with one full forward of the reference; cases of one text that follow each other share it."""
+    decoder: Decoder, reference: Reference, cases: Sequence[Case], names: Sequence[str], look_inside: WayCheck, tie_margin: float = TIE_MARGIN,
+    tell: Callable[[int], None] = lambda _: None,
+) -> list[Errors]:  # fmt: skip
+    """Feed the package as each case says, and compare with one full forward of the reference; cases of one text that follow each other share it.
+
+    `names` are the places that are seen beside what the decoder shows anyway.
+    """
     known: tuple[Case, Forward] | None = None
     errors = []
     for number, case in enumerate(cases):
         tell(number)
-        found = run_package(decoder, case.ids, case.mask, case.num_prefill)
+        seen = look(decoder, case.ids, case.mask, case.num_prefill, [*decoder.taps, *names], with_cache=True)
         if known is None or not known[0].shares_text(case, reference):
             known = None  # before the next is computed
             known = case, reference.forward(case.ids, case.mask, case.num_prefill)
-        errors.append(measure_errors(case, found, known[1].seen_by(found), tie_margin))
+        found = forward_of(seen, decoder)
+        errors.append(_with_place(measure_errors(case, found, known[1].seen_by(found), tie_margin), look_inside(seen)))
     return errors
 
 
-def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN) -> Errors:
-    """The errors of logits, relative to the largest that is expected anywhere; a row is judged up to its first near-tie flip."""
+def run_cases_alone(
+    decoder: Decoder, cases: Sequence[Case], names: Sequence[str], look_inside: WayCheck, tie_margin: float, share: float = 1.0,
+    tell: Callable[[int], None] = lambda _: None,
+) -> list[Errors]:  # fmt: skip
+    """Feed the package as each case says, and compare with one full prefill, by the same package, of each row by itself.
+
+    What computes in rounded numbers has no other equal: two graphs part where one rounds up and the other down, and so does a graph from itself, but
+    no more than two equally rounded computations do. Where routers are seen, what follows a near-tie flip in its row is left out; where they are not,
+    the error of a case is that of the token beyond which `1 - share` of them lie.
+    """
+    prefills = _Prefills(decoder, [name for name in names if name.startswith(ROUTER_LOGITS)])
+    errors = []
+    for number, case in enumerate(cases):
+        tell(number)
+        seen = look(decoder, case.ids, case.mask, case.num_prefill, names, with_cache=True)
+        found = _without_streams(forward_of(seen, decoder), seen)
+        if case.num_prefill == case.ids.shape[1] and len(case.ids) == 1:
+            prefills.keep(seen)
+        expected = prefills.of(case)
+        errors.append(_with_place(measure_errors(case, found, expected, tie_margin, share), look_inside(seen)))
+    return errors
+
+
+def _with_place(errors: Errors, wrong: tuple[str, int | None] | None) -> Errors:
+    if wrong is None:
+        return errors
+    place, first = wrong
+    return Errors(errors.case, Check(**{**errors.check.__dict__, "place": place, "first_position": first}), errors.errors, errors.judged)
+
+
+def _without_streams(found: Forward, seen: Seen) -> Forward:
+    """Logits, and what routers said, by layer."""
+    routers = [value.reshape(*seen.ids.shape, -1) for name, value in seen.values.items() if name.startswith(ROUTER_LOGITS)]
+    streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
+    return Forward(found.logits, tuple(routers), streams, (), found.top_k)
+
+
+class _Prefills:
+    """Full prefills of single rows by a package; what begins a row that is known needs none of its own."""
+
+    def __init__(self, decoder: Decoder, routers: Sequence[str]) -> None:
+        self._decoder, self._routers = decoder, routers
+        self._known: list[tuple[list[int], Forward]] = []
+
+    def keep(self, seen: Seen) -> None:
+        """One that was done already, unless a longer one is known."""
+        ids = seen.ids[0].tolist()
+        if not any(longer[: len(ids)] == ids for longer, _ in self._known):
+            self._known.append((ids, _without_streams(forward_of(seen, self._decoder), seen)))
+
+    def of(self, case: Case) -> Forward:
+        """What each row of a case has in its own full prefill, padded as the case is."""
+        parts = [self._row(ids[mask.bool()].tolist()) for ids, mask in zip(case.ids, case.mask, strict=True)]
+        size = case.ids.shape[1]
+
+        def padded(values: Sequence[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([torch.nn.functional.pad(value, (0, 0, size - value.shape[1], 0)) for value in values])
+
+        routers = tuple(padded(layer) for layer in zip(*(part.routers for part in parts), strict=True))
+        return Forward(padded([part.logits for part in parts]), routers, tuple(r.new_zeros(*r.shape[:2], 1) for r in routers), (), parts[0].top_k)
+
+    def _row(self, ids: list[int]) -> Forward:
+        count = len(ids)
+        for longer, known in self._known:
+            if longer[:count] == ids:
+                routers = tuple(r[:, :count] for r in known.routers if r is not None)
+                return Forward(known.logits[:, :count], routers, (), (), known.top_k)
+        row = torch.tensor([ids])
+        self.keep(look(self._decoder, row, torch.ones_like(row), count, self._routers))
+        return self._row(ids)
+
+
+def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN, share: float = 1.0) -> Errors:
+    """The errors of logits, relative to the largest that is expected anywhere.
+
+    A row is judged up to its first near-tie flip, and of all tokens the `share` with the smallest errors.
+    """
     kept = found.logits.shape[1]
     real = case.mask[:, -kept:].bool()
     flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
     judged = before_flips(flips, case.mask)[:, -kept:]
     parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits[:, -kept:])), strict=True)
     error, mean_error, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
+    judged &= ~(error > error[judged].quantile(share)) if share < 1 and judged.any() else judged
     largest = float(error[judged].max()) if judged.any() else 0.0
     size = torch.cat([part.abs().amax(-1) for part in expected.logits.flatten(0, 1).split(LOGIT_ROWS)]).view(case.mask.shape)
     scale = max(float(size[case.mask.bool()].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from export.errors import ExportError
 from export.family import find_decoder_family, find_refusal, rotary_switch
 from export.footprint import LOGITS_BYTES, PARITY_BATCH
+from export.parity.taps import Seen, look
 from export.routing import Score, selection_scores
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
@@ -126,9 +126,9 @@ class Reference:
         return selection_scores(logits.reshape(-1, logits.shape[-1]), self.score, self.biases.get(layer))
 
     @contextmanager
-    def rounded(self, twin: Twin) -> Iterator[None]:
-        """Every quantized product reads its inputs rounded as the operators of `twin`'s graph round them."""
-        before, self.rounding = self.rounding, RoundedInputs(self.model, twin)
+    def computing(self, mode: AbstractContextManager[Any]) -> Iterator[None]:
+        """Every forward computes in another arithmetic, as a graph has it."""
+        before, self.rounding = self.rounding, mode
         try:
             yield
         finally:
@@ -245,22 +245,17 @@ def _join(parts: Sequence[Forward]) -> Forward:
 
 def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> Forward:
     """The package over ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone."""
-    cache = decoder.new_cache(len(ids), ids.shape[1])
-    kept = 0 if num_prefill == ids.shape[1] else 1
-    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy(), logits_to_keep=kept)]
-    parts += [decoder.run(cache, ids[:, n : n + 1].numpy()) for n in range(num_prefill, ids.shape[1])]
+    return forward_of(look(decoder, ids, mask, num_prefill, decoder.taps), decoder)
 
-    def joined(name: str) -> torch.Tensor:
-        pieces = [part.pop(name) for part in parts]
-        pieces = [piece.reshape(len(ids), -1, piece.shape[-1]) for piece in pieces]
-        return torch.from_numpy(np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])
+
+def forward_of(seen: Seen, decoder: Decoder) -> Forward:
+    """What was seen of a package as one computation; of the places that were not looked at there is nothing."""
 
     def shown(*patterns: str) -> tuple[torch.Tensor | None, ...]:
         """By layer the first of these values that the package shows."""
-        names = [[name for pattern in patterns if (name := pattern.format(layer)) in decoder.taps] for layer in layers]
-        return tuple(joined(found[0]) if found else None for found in names)
+        return tuple(next((seen.values[name] for each in patterns if (name := each.format(n)) in seen.values), None) for n in layers)
 
-    layers = range(sum(name.startswith(HIDDEN) for name in decoder.taps))
-    hiddens = tuple(joined(f"{HIDDEN}{n}") for n in layers)
+    layers = range(sum(name.startswith(HIDDEN) for name in seen.values))
+    hiddens = tuple(seen.values[f"{HIDDEN}{n}"] for n in layers)
     top_k = int(decoder.config.get("num_experts_per_tok", 0))
-    return Forward(joined("logits"), shown(SELECTION_SCORES, ROUTER_LOGITS + "{}"), hiddens, shown(ATTENTION_OUTPUT), top_k)
+    return Forward(seen.logits, shown(SELECTION_SCORES, ROUTER_LOGITS + "{}"), hiddens, shown(ATTENTION_OUTPUT), top_k)

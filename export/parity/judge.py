@@ -3,88 +3,107 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-
-import torch
+from collections.abc import Iterator
 
 from export.parity.limits import gap_limit
-from export.parity.records import TIERS, Check, Divergence, LayerCheck, Limit, OperatorCheck, Part, ProviderParity, Tier
+from export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
+from export.parity.taps import Part
+
+_FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains it
 
 
 def find_breaches(result: ProviderParity) -> list[tuple[Tier, str]]:
     """Every limit that the figures break, the tiers in their order; a figure without a limit is not judged."""
-    return [*_operator(result), *_layer(result), *_logits(result), *_language(result), *_task(result), *_routing(result)]
+    tiers = (_weights, _operator, _layer, _logits, _language, _task, _routing, _files)
+    return [breach for tier in tiers for breach in tier(result)]
+
+
+def _weights(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
+    check = result.weights
+    if isinstance(check, str) or not check.num_wrong:
+        return
+    for wrong in check.wrong:
+        yield "weights", str(wrong)
+    if (more := check.num_wrong - sum(wrong.count for wrong in check.wrong)) > 0:
+        yield "weights", f"{more:,} more rows of {check.num_rows:,} differ from the twin's"
+
+
+def _files(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
+    if not isinstance(result.files, str):
+        yield from (("files", difference) for difference in result.files.differences)
 
 
 def _operator(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
-    limits = result.limits
-    if isinstance(result.operators, str):
+    """Routers and experts, each layer by itself."""
+    if isinstance(result.places, str):
         return
-    for check in result.operators:
-        router, output = limits.get(f"router of layer {check.layer}"), limits.get(f"experts of layer {check.layer}")
-        if router is not None and not check.router_error <= router.value:
-            yield "operator", f"layer {check.layer}, router logits on the reference's own input: relative error {_over(check.router_error, router)}"
-        if output is not None and not check.output_error <= output.value:
-            yield "operator", f"layer {check.layer}, {_wrong_experts(check)}: relative error {_over(check.output_error, output)}"
+    for check in result.places:
+        if check.is_right or check.part not in ("router", "experts"):
+            continue
+        what = "router logits" if check.part == "router" else _wrong_experts(check)
+        yield "operator", f"layer {check.layer}, {what} on the graph's own input: relative error {_beyond(check)}{_describe_factor(check)}"
 
 
-def _wrong_experts(check: OperatorCheck) -> str:
-    given = "on the reference's own input"
+def _wrong_experts(check: PlaceCheck) -> str:
     if check.factors is not None and len(check.experts) != 1:
         least, largest = check.factors
-        return (
-            f"experts {given}, each token's output a multiple of the reference's, {least:.2f} to {largest:.2f} times (are the weights renormalized?)"
-        )
+        return f"experts, each token's output a multiple of the twin's, {least:.2f} to {largest:.2f} times (are the weights renormalized?),"
     match check.experts:
         case ():
-            return f"experts {given}, none of them in every token"
+            return "experts, none of them in every token,"
         case (expert,):
-            return f"expert {expert} {given}"
+            return f"expert {expert}"
         case _:
-            return f"experts {', '.join(map(str, check.experts))} {given}"
-
-
-def find_divergence(
-    layers: tuple[LayerCheck, ...], by_position: Mapping[tuple[int, Part], torch.Tensor], limits: Mapping[str, Limit]
-) -> Divergence | None:
-    """The first place in the order of computation that is beyond its limit; `by_position` has the largest error [S] at each."""
-    for check in layers:
-        places: tuple[tuple[Part, str, float | None], ...] = (
-            ("attention", "attention", check.attention_error), ("ffn", "hidden state", check.hidden_error),
-        )  # fmt: skip
-        for part, name, error in places:
-            limit = limits.get(f"{name} of layer {check.layer}")
-            if limit is not None and error is not None and not error <= limit.value:
-                beyond = (~(by_position[check.layer, part] <= limit.value)).nonzero()[:, 0].tolist()
-                return Divergence(check.layer, part, error, limit.value, beyond[0] if beyond else None)
-    return None
+            return f"experts {', '.join(map(str, check.experts))}"
 
 
 def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
-    found = result.first_divergence
-    if found is None:
+    """The first place of each kind, in the order of computation, that is not what the twin computes from the same input."""
+    if isinstance(result.places, str):
         return
-    name = f"{'attention' if found.part == 'attention' else 'hidden state'} of layer {found.layer}"
-    first = "" if found.first_position is None else f", from token {found.first_position} on"
-    yield (
-        "layer",
-        (
-            f"first divergence in layer {found.layer}, in {_describe_part(result, found)}: relative error "
-            f"{_over(found.error, result.limits[name])}{first}{_describe_start(found)}"
-        ),
-    )
+    wrong: dict[Part, list[PlaceCheck]] = {}
+    for check in result.places:
+        if not check.is_right and check.part not in ("router", "experts"):
+            wrong.setdefault(check.part, []).append(check)
+    for part, checks in wrong.items():
+        first = checks[0]
+        where = name_place(first.layer, part)
+        begins = "" if not first.first_position else f", from token {first.first_position} on"
+        others = "" if len(checks) == 1 else f"; and in {len(checks) - 1} more layers"
+        error = f"relative error {_beyond(first)}{_describe_factor(first)}"
+        yield "layer", f"{where}, on the graph's own input: {error}{begins}{_describe_start(first)}{others}"
 
 
-def _describe_part(result: ProviderParity, found: Divergence) -> str:
-    if found.part == "attention":
-        return "the output of attention"
-    return "the hidden state, after a right attention" if f"attention of layer {found.layer}" in result.limits else "the hidden state"
+def name_place(layer: int, part: Part) -> str:
+    """A place in words."""
+    return _NAMES.get(part, part) if layer < 0 else f"layer {layer}, {_NAMES.get(part, part)}"
 
 
-def _describe_start(found: Divergence) -> str:
+_NAMES: dict[Part, str] = {
+    "embedding": "the embedding", "head": "the head", "final norm": "the final norm", "cache": "the keys and values that are cached",
+    "FFN norm": "the norm before the FFN", "attention norm": "the norm before attention", "attention": "attention, from its queries, keys and values",
+    "attention output": "the output matrix of attention", "query, key and value": "the products that make query, key and value",
+    "FFN": "the FFN", "residual stream": "the residual stream behind it",
+}  # fmt: skip
+
+
+def _describe_factor(check: PlaceCheck) -> str:
+    """A factor that explains the error."""
+    return f" ({check.factor:.5g} times the twin's)" if abs(check.factor - 1) > _FACTOR_SHARE * check.error else ""
+
+
+def _beyond(check: PlaceCheck) -> str:
+    if check.error <= check.limit and check.factor_limit is not None:
+        return f"of all tokens alike {abs(check.factor - 1):.1e} > {check.factor_limit:.1e}"
+    return f"{check.error:.1e} > {check.limit:.1e}"
+
+
+def _describe_start(found: PlaceCheck) -> str:
     """What the first wrong token says of attention: the first token reads itself alone, whatever positions and mask are."""
-    if found.part != "attention" or not found.first_position:
+    if found.part not in ("attention", "cache") or not found.first_position:
         return ""
+    if found.first_position == 1 and found.part == "cache":
+        return " (the first token is right: look at positions and rotary tables)"
     if found.first_position == 1:
         return " (a token that reads itself alone is right: look at positions and rotary tables)"
     return f" (every token before {found.first_position} is right: look at the window and the mask of attention)"
@@ -94,11 +113,15 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     limit = result.limits.get("logits")
     if limit is None:
         return
-    broken = [check for check in result.checks if not check.relative_error <= limit.value]
+    broken = [check for check in result.checks if check.place is not None or not check.relative_error <= limit.value]
     pattern = describe_pattern(result.checks, broken)
     for check in broken:
         first = "" if check.first_position is None else f", from token {check.first_position} on"
-        yield "logits", f"{check.name}: relative error {_over(check.relative_error, limit)}{first} ({pattern or _worst(result)})"
+        error = f"relative error {_over(check.relative_error, limit)}" if check.place is None else check.place
+        yield "logits", f"{check.name}: {error}{first} ({pattern or _worst(result)})"
+    factor = limits_factor(result)
+    if factor is not None and result.logits_factor is not None and not abs(result.logits_factor - 1) <= factor.value:
+        yield "logits", f"logits are {result.logits_factor:.5g} times the twin's; a right package's differ from 1 by {factor.value:.1e} at most"
     free = result.free_run
     if free is not None and not free.largest_gap <= 2 * limit.value:  # each of two logits may be off by the limit
         yield (
@@ -108,6 +131,11 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
                 f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit ({pattern or _worst(result)})"
             ),
         )
+
+
+def limits_factor(result: ProviderParity) -> Limit | None:
+    """The limit of the factor between the logits of package and twin."""
+    return result.limits.get("factor")
 
 
 def describe_pattern(checks: tuple[Check, ...], broken: list[Check]) -> str | None:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import torch
 
 from export.config import ParityConfig, Variant
-from export.parity.agreement import check_layers
 from export.parity.checks import Case, measure_errors
-from export.parity.forward import Block, Forward, Reference
-from export.parity.operators import measure_block_noise
-from export.parity.records import LayerCheck, Limit, Noise
+from export.parity.forward import Forward, Reference
+from export.parity.records import Limit, Noise
 from export.parity.tasks import TaskKind
 from export.parity.ties import find_tie_margin
 from export.runtime import CPU
@@ -20,16 +17,7 @@ from export.runtime import CPU
 _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is rounded to less
 
 
-@dataclass(frozen=True)
-class MeasuredNoise:
-    """Float32 against float64 torch: of logits, by layer, and by block of experts (router logits, output)."""
-
-    noise: Noise
-    layers: tuple[LayerCheck, ...]
-    blocks: dict[int, tuple[float, float]] = field(default_factory=dict)
-
-
-def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward, blocks: Mapping[int, Block]) -> MeasuredNoise:
+def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward) -> Noise:
     """What `first`, the float32 reference's forward over ids [B, S], differs by from the same checkpoint in float64; routers' ties are left out.
 
     Norms, rotary tables and the softmax of routers are float32 in both, as transformers has them; their rounding is in the figures.
@@ -39,8 +27,7 @@ def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward, blocks: M
     narrow = _as_double(first)
     tie_margin = find_tie_margin(narrow.routers, true.routers)
     check = measure_errors(Case("noise", ids, mask, ids.shape[1]), narrow, true, tie_margin).check
-    noise = Noise(max(check.relative_error, _LEAST_NOISE), check.num_tokens, tie_margin)
-    return MeasuredNoise(noise, check_layers(narrow, true, mask, tie_margin), measure_block_noise(blocks, exact, first.top_k))
+    return Noise(max(check.relative_error, _LEAST_NOISE), check.num_tokens, tie_margin)
 
 
 def _as_double(forward: Forward) -> Forward:
@@ -78,8 +65,5 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
 
 
 def gap_limit(kind: TaskKind, limits: Mapping[str, Limit]) -> Limit | None:
-    """The limit that a task's gap is held to: that of logits, or of the last hidden state where texts are compared; None where there is none."""
-    if kind != "similarity":
-        return limits.get("logits")
-    hidden = [limit for name, limit in limits.items() if name.startswith("hidden state of layer ")]
-    return hidden[-1] if hidden else None
+    """The limit that a task's gap is held to, that of logits or of the last hidden state where texts are compared; None where there is none."""
+    return limits.get("logits" if kind != "similarity" else "last hidden state")

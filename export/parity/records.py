@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from export.parity.files import FilesCheck
+from export.parity.taps import Part
 from export.parity.tasks import TaskKind
+from export.parity.weights import WeightsCheck
 
-Part = Literal["attention", "ffn"]
-Tier = Literal["operator", "layer", "logits", "language", "task", "routing"]
-TIERS: tuple[Tier, ...] = ("operator", "layer", "logits", "language", "task", "routing")
+Tier = Literal["weights", "operator", "layer", "logits", "language", "task", "routing", "files"]
+TIERS: tuple[Tier, ...] = ("weights", "operator", "layer", "logits", "language", "task", "routing", "files")
 """From the one that says most exactly where a fault is to the one that says what it costs."""
 
 
@@ -23,9 +25,10 @@ class Limit:
 
 @dataclass(frozen=True)
 class Check:
-    """Logits of one way of feeding the package, against one full forward of the twin.
+    """Logits of one way of feeding the package, against one full forward: of the twin, or of the package itself where it rounds as it computes.
 
-    `first_position`: the first token of a row, padding not counted, whose error is beyond the limit; None where none is.
+    `first_position`: the first token of a row, padding not counted, whose error is beyond the limit; None where none is. `place`: where inside the
+    graph this way is wrong, on the graph's own input there, in words; None where nothing is.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Check:
     padded: bool = False
     decoded: bool = False
     first_position: int | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)
@@ -74,35 +78,33 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class LayerCheck:
-    """One layer over held-out text, tokens from the first near-tie flip of their row on left out: errors relative to the reference's length.
+class PlaceCheck:
+    """One place of the graph on the graph's own input to it, beside the twin with the same arithmetic; errors relative, the worst token's.
 
-    Noise is what float32 torch differs by from float64. `attention_error` is None where the package does not show attention's output.
+    `layer` is -1 outside of layers. noise: what float32 torch differs by from float64 there, None where it was not measured. `num_flips`: tokens
+    whose difference is a flip of a rounding inside, told apart. `factor`: the graph's values are so many times the twin's. `first_position`: the
+    first token of a row that is beyond the limit. `experts`: those whose every token is wrong. `factors`: the least and largest factor, where each
+    token's output is the twin's times a factor of its own and nothing else is wrong. `factor_limit`: what `factor` may differ from 1 by, in a place
+    that is computed in 16 bits: their rounding hides small errors of a token, and none that all have alike.
     """
 
     layer: int
-    attention_error: float | None
-    hidden_error: float
-    attention_noise: float | None = None
-    hidden_noise: float | None = None
-
-
-@dataclass(frozen=True)
-class OperatorCheck:
-    """The experts of one layer on the reference's own input, so that no other layer's error is in it; errors relative, the worst token's.
-
-    `experts`: those whose every token is wrong. `factors`: the least and largest factor, where each token's output is the reference's times a
-    factor of its own and nothing else is wrong.
-    """
-
-    layer: int
+    part: Part
+    error: float
+    limit: float
+    noise: float | None
     num_tokens: int
-    router_error: float
-    output_error: float
-    router_noise: float | None = None
-    output_noise: float | None = None
+    num_flips: int = 0
+    factor: float = 1.0
+    first_position: int | None = None
     experts: tuple[int, ...] = ()
     factors: tuple[float, float] | None = None
+    factor_limit: float | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether it is within its limits."""
+        return self.error <= self.limit and (self.factor_limit is None or abs(self.factor - 1) <= self.factor_limit)
 
 
 @dataclass(frozen=True)
@@ -170,17 +172,6 @@ class Noise:
 
 
 @dataclass(frozen=True)
-class Divergence:
-    """The first place, layer by layer, whose error is beyond its limit, and the first position of a row at which it is."""
-
-    layer: int
-    part: Part
-    error: float
-    limit: float
-    first_position: int | None = None
-
-
-@dataclass(frozen=True)
 class ProviderParity:
     """All figures of one execution provider; perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
 
@@ -197,14 +188,15 @@ class ProviderParity:
     worst_layer: int | None
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
-    layers: tuple[LayerCheck, ...] | str = ()
-    operators: tuple[OperatorCheck, ...] | str = ()
+    places: tuple[PlaceCheck, ...] | str = ()
+    weights: WeightsCheck | str = "not run"
+    files: FilesCheck | str = "not run"
     free_run: FreeRun | None = None
     tasks: tuple[TaskCheck | str, ...] = ()
     forced: Forced | str = "not run"
     noise: Noise | str = "not run"
     limits: dict[str, Limit] = field(default_factory=dict)
-    first_divergence: Divergence | None = None
+    logits_factor: float | None = None
     tiers: dict[Tier, str] = field(default_factory=dict)
     placement: dict[str, dict[str, int]] = field(default_factory=dict)
     num_fallback_nodes: int = 0

@@ -1,96 +1,96 @@
-"""What 8-bit activations cost a twin, simulated in torch, and the limits of a package that follow.
+"""How far two equally rounded computations of one text part, and the limits of whole models that follow.
 
-No bound on the logits of a deep model that rounds its activations can be as tight as that of one product: two right computations that round by other
-sums part as far from each other as both do from the unrounded twin. So the language tier is held to what the same rounding costs the twin itself.
+Where a graph rounds what it computes with, to 8 or to 16 bits, two right computations part at every number that lies between two steps: a sum in
+another order takes the other one, and from there on both go their own ways, layer by layer. So no bound on the logits of a deep model can be as tight
+as that of one product (`export.parity.local` has these). What can be asked of whole models is that they part no further than the twin does from
+itself, rounded in the same way, when what its products read is moved by a small part of a step.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
-import onnx
 import torch
 
-from export.parity.agreement import mean_divergence
+from export.parity.agreement import factor_of, mean_divergence
 from export.parity.forward import Forward, Reference
-from export.parity.records import Limit
-from export.parity.ties import same_experts
-from export.storage import MODEL_NAME
-from export.twin import SCHEME_NAME, Twin
+from export.parity.records import Limit, Noise
+from export.parity.ties import TIE_MARGIN, find_tie_margin, same_experts
 
-_TOKENS = 2048
-_MULTIPLE = 2.0
-"""Of the simulated loss. On SmolLM2-135M with 4 experts graph and simulation lose the same within a fifth over as many tokens."""
-_INT8 = 4  # accuracy_level of the operators that read activations in 8 bits
+_TOKENS = 512
+_KL_MULTIPLE = 3.0
+_LOGITS_MULTIPLE = 4.0
+_FACTOR_MULTIPLE = 8.0
+_LEAST_FACTOR = 2e-5
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding costs the twin: KL in nats from itself unrounded, and the agreement of its experts in the worst layer."""
+    """Two equally rounded computations of the twin: KL in nats, agreement of experts in the worst layer, the largest relative error of a token.
+
+    `factor`: what the logits of one are times those of the other, less one.
+    """
 
     kl: float
     routing: float
+    logits: float
+    factor: float
+    tie_margin: float
     num_tokens: int
 
-
-def rounds_as_it_runs(package: Path) -> bool:
-    """Whether the graph of a package has operators that read their inputs in 8 bits, with scales that they find as they run."""
-    outer = onnx.load(package / MODEL_NAME, load_external_data=False).graph.node
-    inner = (node for holder in outer for attribute in holder.attribute if attribute.HasField("g") for node in attribute.g.node)
-    return any(_reads_8_bits(node) for node in (*outer, *inner))
-
-
-def _reads_8_bits(node: onnx.NodeProto) -> bool:
-    values: dict[str, int] = {attribute.name: attribute.i for attribute in node.attribute}
-    match node.op_type:
-        case "MatMulNBits":
-            return values.get("accuracy_level", 0) == _INT8
-        case "QMoE":
-            return values.get("accuracy_level", 0) == _INT8 or values.get("expert_weight_bits", 4) == 8
-        case _:
-            return False
+    @property
+    def noise(self) -> Noise:
+        """As a record of noise."""
+        return Noise(self.logits, self.num_tokens, self.tie_margin)
 
 
 class RoundingMeasure:
-    """Sums, over batches of text, of what a twin loses by rounding as its graph does."""
+    """Sums, over batches of text, of what a rounded twin differs by from itself when what its products read is moved."""
 
-    def __init__(self, reference: Reference, directory: Path) -> None:
-        """Of the twin in `directory`, open as `reference`."""
-        self._reference, self._twin = reference, Twin(directory)
+    def __init__(self, reference: Reference, moved: Callable[[], AbstractContextManager[None]]) -> None:
+        """`moved` is entered for the second computation."""
+        self._reference, self._moved = reference, moved
         self._kl, self._same, self._num_tokens = 0.0, list[float](), 0
+        self._error, self._parts, self._margin = 0.0, (0.0, 0.0), TIE_MARGIN
 
     def add(self, ids: torch.Tensor, expected: Forward) -> None:
-        """Some more text, ids [B, S], and what the twin says to it unrounded; no more than enough of it is taken."""
-        if self._num_tokens >= _TOKENS:
+        """Some more text, ids [B, S], and what the twin says to it; no more than enough of it is taken."""
+        count = min(len(ids), -(-(_TOKENS - self._num_tokens) // ids.shape[1]))
+        if count <= 0:
             return
-        with self._reference.rounded(self._twin):
-            found = self._reference.forward(ids, torch.ones_like(ids))
-        self._kl += mean_divergence(expected.logits, found.logits) * ids.numel()
-        self._num_tokens += ids.numel()
-        pairs = [(a, b) for a, b in zip(found.routers, expected.routers, strict=True) if a is not None and b is not None]
+        with self._moved():
+            found = self._reference.forward(ids[:count], torch.ones_like(ids[:count]))
+        own = expected.logits[:count]
+        self._kl += mean_divergence(own, found.logits) * found.logits[..., 0].numel()
+        self._num_tokens += found.logits[..., 0].numel()
+        self._error = max(self._error, float((found.logits - own).abs().max() / own.abs().max()))
+        self._parts = tuple(map(sum, zip(self._parts, factor_of(found.logits, own), strict=True)))  # type: ignore[assignment]
+        pairs = [(a, b[:count]) for a, b in zip(found.routers, expected.routers, strict=True) if a is not None and b is not None]
+        self._margin = max(self._margin, find_tie_margin([a for a, _ in pairs], [b for _, b in pairs]))
         counts = [float(same_experts(a, b, expected.top_k).sum()) for a, b in pairs]
         self._same = [old + new for old, new in zip(self._same or [0.0] * len(counts), counts, strict=True)]
 
     def result(self) -> Rounding:
         """What was found."""
-        count = self._num_tokens
-        return Rounding(max(self._kl / count, 0.0), min(self._same, default=float(count)) / count, count)
+        count, (product, square) = self._num_tokens, self._parts
+        return Rounding(
+            max(self._kl / count, 0.0), min(self._same, default=float(count)) / count, self._error, abs(product / max(square, 1e-300) - 1),
+            self._margin, count,
+        )  # fmt: skip
 
 
-def open_rounding(reference: Reference, directory: Path, package: Path) -> RoundingMeasure | None:
-    """A measure for the twin in `directory`; None where the package rounds nothing."""
-    return RoundingMeasure(reference, directory) if (directory / SCHEME_NAME).is_file() and rounds_as_it_runs(package) else None
-
-
-def rounding_limits(limits: dict[str, Limit], found: Rounding | None) -> dict[str, Limit]:
-    """The limits of KL and routing, widened to a multiple of what rounding costs the twin itself, where that is more."""
-    if found is None:
-        return limits
+def rounding_limits(limits: dict[str, Limit], found: Rounding, judges_logits: bool) -> dict[str, Limit]:
+    """The limits of whole models from two equally rounded computations; those of KL and routing are never tighter than the settings say."""
     wider = dict(limits)
-    cost = f"{_MULTIPLE:g} times what rounding activations to 8 bits costs the twin in torch"
-    if "kl" in limits and (kl := _MULTIPLE * found.kl) > limits["kl"].value:
-        wider["kl"] = Limit(kl, f"{cost}, {found.kl:.1e} nats on {found.num_tokens:,} tokens")
-    if "routing" in limits and (routing := 1 - _MULTIPLE * (1 - found.routing)) < limits["routing"].value:
-        wider["routing"] = Limit(routing, f"{cost}: {found.routing:.2%} of {found.num_tokens:,} tokens keep their experts in the worst layer")
+    cost = f"what two equally rounded computations of the twin part by on {found.num_tokens:,} tokens"
+    if "kl" in limits and (kl := _KL_MULTIPLE * found.kl) > limits["kl"].value:
+        wider["kl"] = Limit(kl, f"{_KL_MULTIPLE:g} times {cost}, {found.kl:.1e} nats")
+    if "routing" in limits and (routing := 1 - _KL_MULTIPLE * (1 - found.routing)) < limits["routing"].value:
+        wider["routing"] = Limit(routing, f"{_KL_MULTIPLE:g} times {cost}: {found.routing:.2%} keep their experts in the worst layer")
+    if judges_logits:
+        wider["logits"] = Limit(_LOGITS_MULTIPLE * found.logits, f"{_LOGITS_MULTIPLE:g} times {cost}, {found.logits:.1e} of the largest logit")
+        least = max(found.factor, _LEAST_FACTOR)
+        wider["factor"] = Limit(_FACTOR_MULTIPLE * least, f"{_FACTOR_MULTIPLE:g} times {cost}: logits that are {found.factor:.1e} larger or smaller")
     return wider

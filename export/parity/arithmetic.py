@@ -1,0 +1,60 @@
+"""How a graph computes each product of its twin: read from the file, and probed on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import torch
+
+from export.parity.constants import Matrix, Operator
+from export.parity.flips import Round
+from export.parity.probe import find_group
+from export.parity.products import Arithmetic, Narrowing
+from export.parity.weights import Found
+from export.simulation import BlockRounding, StaticRounding
+from export.storage import MODEL_NAME
+
+_NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
+
+
+def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
+    """The roundings of a package's products, by the tensors of its twin that were found in it."""
+    narrow = find_narrow(package)
+    rounds: dict[str, Round] = {}
+    unknown: list[str] = []
+    for tensor, matrices in found.operators.items():
+        product = next((matrix for matrix in matrices if matrix.use in ("product", "experts")), None)
+        if product is None or (product.operator.op in ("MatMul", "Gemm", "FusedMatMul") and product.narrow is None and narrow is None):
+            continue
+        rounding = _find_rounding(product, provider, narrow)
+        if rounding is None and product.operator.rounds_inputs:
+            unknown.append(_describe(product.operator))
+        if rounding is not None:
+            rounds[tensor] = rounding
+    return Arithmetic(rounds, narrow, tuple(dict.fromkeys(unknown)))
+
+
+def find_narrow(package: Path) -> torch.dtype | None:
+    """The 16 bits that a graph's attention computes in: those of its cache; None where they are 32."""
+    model = onnx.load(package / MODEL_NAME, load_external_data=False)
+    types = {value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("past_key_values.")}
+    return next((_NARROW[kind] for kind in types if kind in _NARROW), None)
+
+
+def _find_rounding(matrix: Matrix, provider: str, narrow: torch.dtype | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    if matrix.input_scale is not None:
+        return StaticRounding(matrix.input_scale)
+    if matrix.operator.rounds_inputs:
+        group = find_group(matrix.operator, provider)
+        if group is None:
+            return None
+        if group:
+            factors = None if matrix.input_factors is None else 1 / torch.from_numpy(matrix.input_factors())
+            return BlockRounding(group, factors)
+    return None if narrow is None else Narrowing(narrow)
+
+
+def _describe(operator: Operator) -> str:
+    return f"{operator.op} with {operator.bits}-bit weights in blocks of {operator.block_size}"

@@ -1,0 +1,388 @@
+"""The constants of a graph as the numbers that they stand for: whoever wrote it, and whatever its values are called.
+
+A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `Matrix`: float32 rows [N, K], read from the
+file when they are asked for. Formats are those of the operators' documentation (ONNX `DequantizeLinear`; onnxruntime `MatMulNBits`, `QMoE`,
+`GatherBlockQuantized`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import NodeProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_tensor
+
+from export.branches import take_branches
+from export.quantization import Quantized, dequantize, num_blocks, zero_point_bytes
+from export.storage import MODEL_NAME
+
+Floats = npt.NDArray[np.float32]
+Use = Literal["product", "table", "experts", "stored"]
+INT8 = 4  # accuracy_level of the operators that read activations in 8 bits
+_VIEWS = ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten")
+_KEPT = 3  # codes, scales and zero points
+_LEAST_MATRIX = 256  # bytes of integers
+_NARROW = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The arithmetic of a product: its operator, the bits and block of its integers, and whether it finds 8-bit scales of its inputs as it runs."""
+
+    op: str
+    bits: int = 32
+    block_size: int = 0
+    rounds_inputs: bool = False
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows [N, K] that one node multiplies its input by, or takes its rows from (`table`); of stacked experts those of one.
+
+    What no node is known to multiply by is `stored`: it stands in the file, once as it is and once turned.
+
+    `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits. `input_factors` [K]: what the input is
+    multiplied by just before, which may belong to the matrix or not.
+    """
+
+    value: str
+    given: str
+    use: Use
+    operator: Operator
+    shape: tuple[int, int]
+    read: Callable[[], Floats]
+    part: str = ""
+    expert: int | None = None
+    narrow: torch.dtype | None = None
+    input_factors: Callable[[], Floats] | None = None
+    input_scale: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is in the graph, in words."""
+        return self.value + (f", {self.part}" if self.part else "") + ("" if self.expert is None else f", expert {self.expert}")
+
+
+@dataclass(frozen=True)
+class Constants:
+    """All matrices of a graph, and all vectors of floats, by name; `unread` are integers that nothing is known to read as a matrix."""
+
+    matrices: tuple[Matrix, ...]
+    vectors: dict[str, Floats]
+    unread: tuple[str, ...] = ()
+
+
+def read_constants(package: Path) -> Constants:
+    """Those of a package; a graph with branches has the constants of both."""
+    matrices: dict[str, Matrix] = {}
+    vectors: dict[str, Floats] = {}
+    unread: list[str] = []
+    for model in take_branches(onnx.load(package / MODEL_NAME, load_external_data=False)):
+        graph = _Graph(model.graph, package)
+        matrices |= {matrix.place: matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
+        vectors |= dict(graph.vectors())
+        matrices |= {matrix.place: matrix for matrix in graph.stored()}
+        unread += graph.unread()
+    return Constants(tuple(matrices.values()), vectors, tuple(dict.fromkeys(unread)))
+
+
+class _Graph:
+    """Nodes, and constants by name, of one graph."""
+
+    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+        self.nodes = list(graph.node)
+        self.folder = folder
+        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
+        for node in self.nodes:
+            if node.op_type == "Constant":
+                self.tensors.update((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")
+        self.makers = {name: node for node in self.nodes for name in node.output if name}
+        self.last: dict[str, npt.NDArray[Any]] = {}
+        self.read: set[str] = set()
+
+    def matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
+        """What a node multiplies by, or takes rows of."""
+        for matrix in self._matrices_of(node):
+            self.read |= {source for name in node.input if name for source in self._chain(name) or ()}
+            yield matrix
+
+    def _matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
+        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        match node.op_type:
+            case "MatMulNBits":
+                yield from self._integers(node, settings)
+            case "QMoE":
+                yield from self._expert_integers(node, settings)
+            case "MoE":
+                yield from self._experts(node)
+            case "GatherBlockQuantized":
+                yield from self._integer_table(node, settings)
+            case "MatMul" | "FusedMatMul" | "Gemm":
+                yield from self._product(node, settings)
+            case "Gather" if (found := self._find(node.input[0])) is not None and len(found[1]) == 2 and settings.get("axis", 0) == 0:
+                read, shape, narrow = found
+                if _is_float(self._source(node.input[0])):
+                    yield self._matrix(node, node.input[1], "table", Operator("Gather"), shape, read, narrow=narrow)
+
+    def stored(self) -> Iterator[Matrix]:
+        """Float matrices that no product was seen to read, as they are and turned."""
+        for name, tensor in self.tensors.items():
+            if name in self.read or not _is_float(tensor) or len(tensor.dims) < 2 or min(tensor.dims[-2:]) < 2:
+                continue
+            rows, width = int(np.prod(tensor.dims[:-1])), int(tensor.dims[-1])
+            narrow = _NARROW.get(tensor.data_type)
+            yield Matrix(name, "", "stored", Operator("stored"), (rows, width), partial(self._stored, name, False), narrow=narrow)
+            turned = (rows // int(tensor.dims[-2]) * width, int(tensor.dims[-2]))
+            yield Matrix(name, "", "stored", Operator("stored"), turned, partial(self._stored, name, True), "turned", narrow=narrow)
+
+    def _stored(self, name: str, turned: bool) -> Floats:
+        whole = self._array(name).astype(np.float32)
+        whole = np.swapaxes(whole, -1, -2) if turned else whole
+        return np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]))
+
+    def unread(self) -> list[str]:
+        """Integers that may be matrices, and that no product was seen to read."""
+        kinds = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)
+        many = (name for name, tensor in self.tensors.items() if tensor.data_type in kinds and np.prod(tensor.dims) >= _LEAST_MATRIX)
+        return [name for name in many if name not in self.read]
+
+    def vectors(self) -> Iterator[tuple[str, Floats]]:
+        """Float constants of one dimension that counts, of two numbers at least."""
+        for name, tensor in self.tensors.items():
+            dims = [size for size in tensor.dims if size != 1]
+            if len(dims) == 1 and _is_float(tensor):
+                yield name, self._array(name).astype(np.float32).reshape(-1)
+
+    def _product(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+        found = self._find(node.input[1])
+        if found is None or len(found[1]) < 2:
+            return
+        read, shape, narrow = found
+        turned = not settings.get("transB", 0)
+        rows, width = (shape[-1], shape[-2]) if turned else (shape[-2], shape[-1])
+        operator, scale = Operator(node.op_type), None
+        if (weight := self.makers.get(node.input[1])) is not None and weight.op_type == "DequantizeLinear":
+            operator = Operator("QDQ" if (scale := self._static_scale(node.input[0])) is not None else "DQ", 8)
+
+        def one(number: int) -> Floats:
+            whole = read().reshape(-1, *shape[-2:])[number]
+            return np.ascontiguousarray(whole.T if turned else whole)
+
+        many = int(np.prod(shape[:-2])) if len(shape) > 2 else 0
+        for number in range(max(many, 1)):
+            expert = number if many else None
+            yield self._matrix(
+                node, node.input[0], "product", operator, (rows, width), partial(one, number), narrow=narrow, expert=expert, scale=scale
+            )
+
+    def _static_scale(self, name: str) -> float | None:
+        """The scale of an input that is rounded to integers by one that is part of the file."""
+        dequantized = self.makers.get(name)
+        if dequantized is None or dequantized.op_type != "DequantizeLinear":
+            return None
+        quantized = self.makers.get(dequantized.input[0])
+        if quantized is None or quantized.op_type != "QuantizeLinear" or quantized.input[1] not in self.tensors:
+            return None
+        scale = self._array(quantized.input[1])
+        return float(scale.reshape(-1)[0]) if scale.size == 1 else None
+
+    def _integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+        rows, width, bits, block = settings["N"], settings["K"], settings.get("bits", 4), settings["block_size"]
+        names = [*node.input, "", "", "", ""]
+        if self._find(names[1]) is None or self._find(names[2]) is None:
+            return
+        operator = Operator("MatMulNBits", bits, block, settings.get("accuracy_level", 0) == INT8, bool(names[3]))
+        read = partial(self._dequantize, (names[1], names[2], names[3]), operator, (rows, width))
+        yield self._matrix(node, names[0], "product", operator, (rows, width), read)
+
+    def _integer_table(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+        names = [*node.input, ""]
+        codes = self.tensors.get(names[0])
+        if codes is None or settings.get("gather_axis", 0) != 0 or len(codes.dims) != 2:
+            return
+        bits, block = settings.get("bits", 4), settings.get("block_size", 128)
+        width = codes.dims[1] * (8 // bits if codes.data_type == TensorProto.UINT8 else 1)
+        operator, shape = Operator("GatherBlockQuantized", bits, block, zero_points=bool(names[3])), (codes.dims[0], width)
+        yield self._matrix(node, names[1], "table", operator, shape, partial(self._dequantize, (names[0], names[2], names[3]), operator, shape))
+
+    def _expert_integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+        bits, block = settings.get("expert_weight_bits", 4), settings.get("block_size", 0)
+        names = [*node.input, *[""] * 15]
+        rounds = bits == 8 or settings.get("accuracy_level", 0) == INT8
+        for part, codes, scales, zeros in (("fc1", 2, 3, 11), ("fc2", 5, 6, 12)):
+            if names[codes] not in self.tensors or self._find(names[scales]) is None:
+                continue
+            dims = self.tensors[names[codes]].dims
+            shape = (int(dims[1]), int(dims[2]) * 8 // bits)
+            operator = Operator("QMoE", bits, block or shape[1], rounds, bool(names[zeros]))
+            for expert in range(dims[0]):
+                read = partial(self._dequantize, (names[codes], names[scales], names[zeros]), operator, shape, expert)
+                yield self._matrix(node, node.input[0], "experts", operator, shape, read, part=part, expert=expert)
+
+    def _experts(self, node: NodeProto) -> Iterator[Matrix]:
+        for part, place in (("fc1", 2), ("fc2", 4)):
+            found = self._find(node.input[place]) if place < len(node.input) and node.input[place] else None
+            if found is None:
+                continue
+            read, shape, narrow = found
+            for expert in range(shape[0]):
+                own = partial(_take, read, expert)
+                yield self._matrix(node, node.input[0], "experts", Operator("MoE"), shape[1:], own, part=part, expert=expert, narrow=narrow)
+
+    def _matrix(
+        self, node: NodeProto, given: str, use: Use, operator: Operator, shape: tuple[int, ...], read: Callable[[], Floats], part: str = "",
+        expert: int | None = None, narrow: torch.dtype | None = None, scale: float | None = None,
+    ) -> Matrix:  # fmt: skip
+        factors = self._factors(given, shape[1]) if use != "table" else self._row_factors(node.output[0], shape[1])
+        return Matrix(node.output[0], given, use, operator, (shape[0], shape[1]), read, part, expert, narrow, factors, scale)
+
+    def _factors(self, given: str, width: int) -> Callable[[], Floats] | None:
+        """A vector [K] that a value is multiplied by just before."""
+        maker = self.makers.get(given)
+        if maker is None or maker.op_type != "Mul":
+            return None
+        return self._vector(list(maker.input), width)
+
+    def _row_factors(self, value: str, width: int) -> Callable[[], Floats] | None:
+        """A vector [K] that rows of a table are multiplied by just behind."""
+        reader = next((node for node in self.nodes if node.op_type == "Mul" and value in node.input), None)
+        return None if reader is None else self._vector(list(reader.input), width)
+
+    def _vector(self, names: list[str], width: int) -> Callable[[], Floats] | None:
+        found = next((name for name in names if (source := self.tensors.get(name)) is not None and list(source.dims)[-1:] == [width]), None)
+        return None if found is None else lambda: self._array(found).astype(np.float32).reshape(-1)
+
+    def _dequantize(self, names: tuple[str, str, str], operator: Operator, shape: tuple[int, int], expert: int | None = None) -> Floats:
+        """The rows that integers, scales and zero points stand for; of one expert, where they are stacked."""
+        codes, scales, zeros = names
+        (rows, width), bits, block = shape, operator.bits, operator.block_size
+        blocks = num_blocks(width, block)
+
+        def tensor(name: str) -> torch.Tensor:
+            whole = self._resolve(name)
+            return torch.from_numpy(np.array(whole if expert is None else whole[expert]))
+
+        packed = tensor(codes)
+        packed = _pack_again(packed, bits) if self.tensors[codes].data_type not in (TensorProto.UINT8, TensorProto.INT8) else packed.view(torch.uint8)
+        packed = packed.reshape(rows, -1)
+        short = blocks * block * bits // 8 - packed.shape[1]  # a table's last block is as wide as the row leaves it
+        packed = torch.nn.functional.pad(packed, (0, short)) if short > 0 else packed
+        own = tensor(scales).to(torch.float32).reshape(rows, blocks)
+        points = None
+        if zeros:
+            found = tensor(zeros)
+            if found.is_floating_point():
+                codes_only = dequantize(Quantized(packed.reshape(rows, blocks, -1), torch.ones_like(own)), blocks * block, bits)
+                middle = float(1 << (bits - 1))
+                shifted = codes_only.reshape(rows, blocks, block) + middle - found.reshape(rows, blocks, 1).to(torch.float32)
+                return (shifted * own[..., None]).reshape(rows, -1)[:, :width].numpy()
+            points = found.view(torch.uint8).reshape(rows, -1)[:, : zero_point_bytes(width, bits, block)]
+        return dequantize(Quantized(packed.reshape(rows, blocks, -1), own, points), width, bits).numpy()
+
+    def _find(self, name: str) -> tuple[Callable[[], Floats], tuple[int, ...], torch.dtype | None] | None:
+        """How to read a value that is made of constants alone, its shape, and the 16 bits that it is stored in; None if it is not such a one."""
+        chain = self._chain(name)
+        if chain is None:
+            return None
+        tensor = self.tensors[chain[-1]]
+        shape = tuple(tensor.dims)
+        for node_name in reversed(chain[:-1]):
+            node = self.makers[node_name]
+            if node.op_type == "Transpose":
+                order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(len(shape)))[::-1])
+                shape = tuple(shape[place] for place in order)
+            elif node.op_type in _VIEWS:
+                shape = self._resolve(node_name).shape
+        return lambda: self._resolve(name).astype(np.float32), shape, _NARROW.get(tensor.data_type)
+
+    def _chain(self, name: str) -> list[str] | None:
+        """A value and what it is made of, down to the constant."""
+        chain = [name]
+        while chain[-1] not in self.tensors:
+            node = self.makers.get(chain[-1])
+            if node is None or node.op_type not in (*_VIEWS, "Cast", "Transpose", "DequantizeLinear"):
+                return None
+            chain.append(node.input[0])
+        return chain
+
+    def _source(self, name: str) -> TensorProto:
+        chain = self._chain(name)
+        assert chain is not None
+        found: TensorProto = self.tensors[chain[-1]]
+        return found
+
+    def _resolve(self, name: str) -> npt.NDArray[Any]:
+        """A value made of constants alone, as numbers."""
+        if name in self.tensors:
+            return self._array(name)
+        node = self.makers[name]
+        inner = self._resolve(node.input[0])
+        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        match node.op_type:
+            case "Transpose":
+                return np.transpose(inner, settings.get("perm"))
+            case "Cast":
+                kind = settings["to"]
+                return inner.astype(np.float32 if kind == TensorProto.BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(kind))
+            case "Reshape":
+                return inner.reshape([size or inner.shape[n] for n, size in enumerate(self._array(node.input[1]).tolist())])
+            case "DequantizeLinear":
+                return self._dequantize_linear(node, inner, settings)
+            case "Identity":
+                return inner
+            case _:
+                return inner.reshape([size for size in inner.shape if size != 1])
+
+    def _dequantize_linear(self, node: NodeProto, codes: npt.NDArray[Any], settings: dict[str, Any]) -> npt.NDArray[Any]:
+        axis, block = settings.get("axis", 1), settings.get("block_size", 0)
+        scales = self._resolve(node.input[1]).astype(np.float32)
+        zeros = self._resolve(node.input[2]).astype(np.float32) if len(node.input) > 2 and node.input[2] else np.zeros_like(scales)
+        if block:
+            scales, zeros = (np.repeat(each, block, axis=axis).take(range(codes.shape[axis]), axis=axis) for each in (scales, zeros))
+        elif scales.size > 1:
+            form = [1] * codes.ndim
+            form[axis] = -1
+            scales, zeros = scales.reshape(form), zeros.reshape(form)
+        found: npt.NDArray[Any] = (codes.astype(np.float32) - zeros) * scales
+        return found
+
+    def _array(self, name: str) -> npt.NDArray[Any]:
+        """A constant as numbers; the last few are kept, since stacked experts are read one after the other."""
+        if name not in self.last:
+            while len(self.last) >= _KEPT:
+                del self.last[next(iter(self.last))]
+            self.last[name] = self._load(name)
+        return self.last[name]
+
+    def _load(self, name: str) -> npt.NDArray[Any]:
+        tensor = TensorProto()
+        tensor.CopyFrom(self.tensors[name])
+        if onnx.external_data_helper.uses_external_data(tensor):
+            load_external_data_for_tensor(tensor, str(self.folder))
+        array = onnx.numpy_helper.to_array(tensor)
+        return array.astype(np.float32) if tensor.data_type == TensorProto.BFLOAT16 else array
+
+
+def _take(read: Callable[[], Floats], place: int) -> Floats:
+    """One of several matrices that are stacked."""
+    return np.ascontiguousarray(read()[place])
+
+
+def _is_float(tensor: TensorProto) -> bool:
+    return tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, *_NARROW)
+
+
+def _pack_again(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Integers one an element as the packed codes that they are read from."""
+    whole = codes.to(torch.int16)
+    unsigned = (whole + (1 << (bits - 1)) if int(whole.min()) < 0 else whole).to(torch.uint8)
+    return unsigned if bits == 8 else unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)

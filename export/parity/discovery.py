@@ -1,0 +1,132 @@
+"""Places inside a graph of any maker, found by the weights that it multiplies by.
+
+Names of values are their exporter's own, but a product by the output matrix of layer 3's attention gives what that attention gives, and reads what
+its heads have attended to; what its result is added to is the residual stream before it. So a graph whose weights are known (`export.parity.weights`)
+is known inside, as far as its nodes are those of a decoder: products, and additions to one residual stream. What is not found is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx
+
+from export.family import DecoderFamily
+from export.parity.constants import Matrix
+from export.parity.taps import OUTSIDE, Part, Place, Taps
+from export.parity.weights import Found
+
+_VIEWS = ("Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze")
+_JOINS = ("Add", "SkipSimplifiedLayerNormalization")
+
+
+def discover_taps(model: onnx.ModelProto, found: Found, family: DecoderFamily, tied: bool, shared_outside: bool) -> Taps:
+    """The places of a graph, by what was found of its weights. `tied`: the head is the embedding's matrix."""
+    graph = _Graph(model.graph, found)
+    num_layers = sum(value.name.startswith("past_key_values.") for value in model.graph.input) // 2
+    names: dict[Place, tuple[str, ...]] = {}
+
+    def add(layer: int, part: Part, *values: str | None) -> None:
+        if all(values):
+            names[layer, part] = tuple(dict.fromkeys(value for value in values if value))
+
+    routers: list[str] = []
+    num_experts = 0
+    for n in range(num_layers):
+        a = family.attention
+        products = [graph.product(pattern.format(layer=n)) for pattern in (a.query, a.key, a.value)]
+        if all(products):
+            add(n, "query, key and value", *(graph.with_bias(product.value) for product in products if product))
+            if family.attention_norm is not None and len({product.given for product in products if product}) == 1:
+                add(n, "attention norm", products[0].given if products[0] else None)
+        output = graph.product(a.output.format(layer=n))
+        if output is None:
+            continue
+        given = graph.with_bias(output.value)
+        add(n, "attention", output.given)
+        add(n, "attention output", given)
+        before, attended = graph.join(given)
+        add(*((n - 1, "residual stream") if n else (OUTSIDE, "embedding")), before)
+        router = graph.product(family.router.format(layer=n)) if family.router is not None else None
+        if router is not None:
+            add(n, "router", router.value)
+            if router.narrow is None:
+                routers.append(router.value)
+                num_experts = router.shape[0]
+        dense = graph.product(family.dense.up.format(layer=n)) if family.dense is not None and router is None else None
+        if family.ffn_norm is not None and (first := router or dense) is not None:
+            add(n, "FFN norm", first.given)
+        update, behind = graph.join(attended, update_is_other=True) if attended else (None, None)
+        add(n, "residual stream", behind)
+        if not shared_outside or router is None:
+            add(n, "experts" if router is not None else "FFN", graph.before_factor(update) if update else None)
+    head = graph.product(family.embedding if tied else family.head)
+    if head is not None:
+        add(OUTSIDE, "final norm", head.given)
+    return Taps(names, num_layers, tuple(routers), num_experts)
+
+
+class _Graph:
+    """Who makes and who reads each value, and which products there are by each tensor of the twin."""
+
+    def __init__(self, graph: onnx.GraphProto, found: Found) -> None:
+        self.makers = {name: node for node in graph.node for name in node.output if name}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+        self.constants |= {node.output[0]: a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"}
+        self.found = found
+
+    def product(self, tensor: str) -> Matrix | None:
+        """The one product by a tensor; None where there is none, or more."""
+        products = [matrix for matrix in self.found.operators.get(tensor, ()) if matrix.use == "product" and matrix.expert is None]
+        return products[0] if len({product.value for product in products}) == 1 else None
+
+    def with_bias(self, value: str) -> str:
+        """A product's result, with the vector that is added to it."""
+        for node in self.readers.get(value, ()):
+            if node.op_type == "Add" and any(self._is_vector(name) for name in node.input):
+                return str(node.output[0])
+        return value
+
+    def join(self, value: str, update_is_other: bool = False) -> tuple[str | None, str | None]:
+        """Where a value is added to another: the other, and the sum. With `update_is_other` no factor stands before it."""
+        if not update_is_other:
+            while (only := self._only_reader(value)) is not None and (only.op_type in _VIEWS or self._scales(only)):
+                value = only.output[0]
+        for node in self.readers.get(value, ()):
+            if node.op_type in _JOINS and not any(self._is_constant(name) for name in node.input[:2]):
+                other = node.input[1] if node.input[0] == value else node.input[0]
+                behind = node.output[0] if node.op_type == "Add" else node.output[3] if len(node.output) > 3 else ""
+                return (other, behind) if behind else (other, None)
+        return None, None
+
+    def before_factor(self, value: str) -> str:
+        """What a value is before it is multiplied by a number."""
+        maker = self.makers.get(value)
+        if maker is None or not self._scales(maker):
+            return value
+        return next(str(name) for name in maker.input if not self._is_constant(name))
+
+    def _only_reader(self, value: str) -> onnx.NodeProto | None:
+        readers = self.readers.get(value, [])
+        return readers[0] if len(readers) == 1 else None
+
+    def _scales(self, node: onnx.NodeProto) -> bool:
+        return node.op_type == "Mul" and any(self._is_constant(name) and not self._is_vector(name) for name in node.input)
+
+    def _is_constant(self, name: str) -> bool:
+        return name in self.constants or all(source in self.constants for source in self._sources(name))
+
+    def _sources(self, name: str) -> Iterator[str]:
+        maker = self.makers.get(name)
+        if maker is None or maker.op_type not in _VIEWS:
+            yield name
+        else:
+            yield from self._sources(maker.input[0])
+
+    def _is_vector(self, name: str) -> bool:
+        tensor = self.constants.get(name)
+        return tensor is not None and len(tensor.dims) > 0 and any(size > 1 for size in tensor.dims)

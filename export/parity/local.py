@@ -1,0 +1,431 @@
+"""Each product and each layer of a package on its own input, beside the twin's.
+
+One forward of the twin goes beside what the graph showed. At every place that the graph shows, the twin's value is compared with the graph's and then
+replaced by it. So each part of the twin reads what the same part of the graph has read, an error is not carried on, and what is found wrong is wrong
+there. That holds for rounded activations too: an operator that rounds its input rounds the same numbers as the twin, and so gives what the twin gives
+to float32's own noise, where whole models that round by other sums part from layer to layer.
+
+The noise is measured by the same layers in float64, on the same inputs. A number that lies between two integers may be rounded to either; inside the
+experts of a fused operator such a number cannot even be seen. These flips are told apart (`export.parity.flips`), counted, and no errors.
+
+The twin's routers say what the graph's said, so no near-tie sends a token to other experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+
+from export.family import DecoderFamily
+from export.parity.flips import Inside
+from export.parity.forward import Reference, first_of
+from export.parity.products import Arithmetic, ProductMode
+from export.parity.taps import OUTSIDE, Part, Place, Seen, Taps
+from export.parity.ties import EXACT_TIE, find_margin
+
+LEAST_NOISE = 2.0**-22
+"""Two units in the last place of float32: a norm's factor is rounded by as much, alike for all elements of a token."""
+_PROVISIONAL = 32  # of the least noise, where the noise is not known yet
+_MOST_EXPLAINED = 256
+_FLIPPED = 30.0
+"""Times the median error of tokens: beyond it a token of the noise's own text is one with a flip."""
+_HEARD = 0.05  # an expert with less weight than this in a token is not judged by it
+_STRAIGHT = 1e-3  # relative; an output that differs from a multiple of the twin's by less is that multiple
+_TINY = 1e-30
+_NARROW_PARTS = ("query, key and value", "cache", "attention", "attention output", "experts", "FFN", "head")
+"""Of a graph in 16 bits what is computed in them, whatever it is widened to then; our residual stream, norms and routers are float32."""
+_NARROW_SHARE = 0.2  # of the type's epsilon: rounding to the nearest errs by a fifth of it in the mean of squares
+_NOISE_TOKENS = 16  # of the head, whose matrix is large
+
+
+@dataclass
+class Measured:
+    """One place on one text: relative errors [B, S] of each token, which of them are judged, and tokens whose error is a flip of rounding.
+
+    `parts` are the sums over tokens of found times expected, and of expected squared: their ratio is the factor between both.
+    """
+
+    errors: torch.Tensor
+    judged: torch.Tensor
+    flips: int = 0
+    parts: tuple[float, float] = (0.0, 0.0)
+
+    @property
+    def worst(self) -> float:
+        """The largest judged error; NaN where one is."""
+        some = self.errors[self.judged]
+        return float(some.max()) if len(some) else 0.0
+
+    def first(self, limit: float) -> int | None:
+        """The first place in a row that is beyond the limit, pads not counted."""
+        beyond = self.judged & ~(self.errors <= limit)
+        places = (self.judged.cumsum(1) - 1)[beyond]
+        return int(places.min()) if len(places) else None
+
+
+@dataclass
+class LocalCheck:
+    """The twin, hooked at every place that a package shows. `noise` grows with each text that it is measured on."""
+
+    reference: Reference
+    taps: Taps
+    family: DecoderFamily | None
+    arithmetic: Arithmetic
+    noise: dict[Place, float] = field(default_factory=dict)
+    found: dict[Place, Measured] = field(default_factory=dict)
+    limit: Callable[[Place], float] = lambda _: math.inf
+    _seen: Seen | None = None
+    _span: slice = field(default_factory=lambda: slice(None))
+    _parts: frozenset[Part] | None = None
+    _measures_noise: bool = False
+    _expected: dict[Place, torch.Tensor] = field(default_factory=dict)
+    narrow_noise: dict[Place, float] = field(default_factory=dict)
+    narrow_taps: frozenset[str] = frozenset()
+    blame: dict[int, tuple[tuple[int, ...], tuple[float, float] | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Hook the modules, and find their weights."""
+        self._mode = ProductMode(self.reference, self.family, self.arithmetic, self._say, self._unseen)
+        self._handles: list[Any] = []
+        model = self.reference.model
+        layers = model.get_decoder().layers
+        for n, layer in enumerate(layers):
+            self._hook_layer(n, layer)
+        norm = getattr(model.get_decoder(), "norm", None)
+        if norm is not None:
+            self._handles.append(norm.register_forward_pre_hook(lambda _, given: self._replace_input(given, (len(layers) - 1, "residual stream"))))
+            self._handles.append(norm.register_forward_hook(self._at((OUTSIDE, "final norm"))))
+
+    @property
+    def mode(self) -> ProductMode:
+        """Entered around any forward of the twin, it computes with the graph's arithmetic."""
+        return self._mode
+
+    def moved(self) -> AbstractContextManager[None]:
+        """For the length of a `with`: what rounded products read is moved by a small part of a step."""
+        return self._mode.moved()
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+        self._mode.close()
+
+    def measure(self, seen: Seen, parts: Sequence[Part] | None = None, measures_noise: bool = False) -> dict[Place, Measured]:
+        """Compare what was seen at all places, or at some parts of layers alone; the rest of the twin is then not computed."""
+        self._seen, self._parts, self.found = seen, None if parts is None else frozenset(parts), {}
+        self._measures_noise, self._mode.leaves_out = measures_noise, parts is not None
+        size = seen.ids.shape[1]
+        pieces = [(0, size)]
+        if self.reference.reads_in_pieces(size):
+            ends = [seen.num_prefill, *range(seen.num_prefill + 1, size + 1)]
+            pieces = list(zip([0, *ends], ends, strict=False))
+        cache = DynamicCache()
+        with torch.inference_mode(), self._mode:
+            for start, stop in pieces:
+                self._span = slice(start, stop)
+                positions = (seen.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
+                output = self.reference.model(
+                    input_ids=seen.ids[:, start:stop], attention_mask=seen.mask[:, :stop], position_ids=positions, past_key_values=cache,
+                    use_cache=True,
+                    **({"logits_to_keep": 1} if self._parts is not None else {}),
+                )  # fmt: skip
+                if self._parts is None:
+                    self._compare_head(output.logits, seen.logits)
+            if bool(seen.mask.all()):  # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
+                self._compare_cache(cache)
+        self._seen, self._parts, self._measures_noise, self._mode.leaves_out = None, None, False, False
+        return self.found
+
+    def _compare_head(self, own: torch.Tensor, shown: torch.Tensor) -> None:
+        """The logits of the last tokens, from the final norm that was replaced by the graph's."""
+        tokens = min(own.shape[1], shown.shape[1])
+        assert self._seen is not None
+        stop = self._span.indices(self._seen.ids.shape[1])[1]
+        self._span = slice(stop - tokens, stop)
+        head, final = self.reference.model.get_output_embeddings(), self._tap((OUTSIDE, "final norm"))
+        place: Place = (OUTSIDE, "head")
+        if self._measures_noise and final is not None and isinstance(head, nn.Linear):
+            some = final[:, :_NOISE_TOKENS].reshape(-1, final.shape[-1])
+            exact = some.double() @ head.weight.double().T
+            self.noise[place] = max(self.noise.get(place, 0.0), float(((some @ head.weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
+        scale = float(getattr(self.reference.model.config, "logits_scaling", 1.0))
+        inside = self._mode.inside_of(head, final, scale) if final is not None else None
+        self._measures_noise, before = False, self._measures_noise
+        self._compare(place, own[:, -tokens:], shown[:, -tokens:], inside)
+        self._measures_noise = before
+
+    def _compare_cache(self, cache: DynamicCache) -> None:
+        assert self._seen is not None
+        for n, (key, value) in self._seen.cache.items():
+            layer: Any = cache.layers[n]
+            if getattr(layer, "keys", None) is None:
+                continue
+            keys, values = layer.keys, layer.values
+            length = min(keys.shape[2], key.shape[2])  # of a window the last ones alone may be kept
+            self._span = slice(key.shape[2] - length, None)
+            own, shown = (torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2) for a, b in ((keys, values), (key, value)))
+            by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=_TINY)
+            self._keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
+
+    # Hooks
+
+    def _hook_layer(self, n: int, layer: nn.Module) -> None:
+        handles, taps = self._handles, self.taps.names
+        before: Place = (n - 1, "residual stream") if n else (OUTSIDE, "embedding")
+        handles.append(layer.register_forward_pre_hook(lambda _, given, named: self._enter_layer(before, given, named), with_kwargs=True))
+        # Functions, since a copy of the layer in float64 has the same hooks, and a bound method would be copied with all that it is bound to.
+        leave = lambda module, given, named, output: self._leave_layer(n, module, given, named, output)  # noqa: E731
+        handles.append(layer.register_forward_hook(leave, with_kwargs=True))
+        attention = getattr(layer, "self_attn", None)
+        if attention is not None:
+            projections = [getattr(attention, f"{letter}_proj", None) for letter in "qkv"]
+            if (n, "query, key and value") in taps and all(isinstance(each, nn.Linear) for each in projections):
+                start = 0
+                for each in cast("list[nn.Linear]", projections):
+                    rows = slice(start, start + each.out_features)
+                    handles.append(each.register_forward_hook(self._at((n, "query, key and value"), rows)))
+                    start = rows.stop
+            output = getattr(attention, "o_proj", None)
+            if output is not None:
+                handles.append(output.register_forward_pre_hook(lambda _, given: self._read_attention(n, given)))
+                handles.append(output.register_forward_hook(self._at((n, "attention output"))))
+        norms = {"attention norm": self.family and self.family.attention_norm, "FFN norm": self.family and self.family.ffn_norm}
+        for part, pattern in norms.items():
+            if pattern and (n, part) in taps:
+                module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").split(f"layers.{n}.")[1])
+                handles.append(module.register_forward_hook(self._at((n, cast(Part, part)))))
+        block = self.reference.modules.get(n)
+        if block is not None:
+            handles.append(block.register_forward_hook(lambda _, given, output: self._leave_block(n, given, output)))
+        elif (n, "FFN") in taps and hasattr(layer, "mlp"):
+            handles.append(cast(nn.Module, layer.mlp).register_forward_hook(self._at((n, "FFN"))))
+
+    def _tap(self, place: Place) -> torch.Tensor | None:
+        """What the graph showed at a place in the piece that is fed, where it is looked at."""
+        names = self.taps.names.get(place, ())
+        if self._seen is None or (self._parts is not None and place[1] not in self._parts):
+            return None
+        pieces = [self._seen.values[name][:, self._span] for name in names if name in self._seen.values]
+        if not pieces or len(pieces) < len(names):
+            return None
+        found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        return found.double() if self._mode.in_double else found
+
+    def _replace_input(self, given: tuple[Any, ...], place: Place) -> tuple[Any, ...] | None:
+        tap = self._tap(place)
+        return None if tap is None or self._mode.in_double else (tap, *given[1:])
+
+    def _enter_layer(self, place: Place, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        tap = self._tap(place)
+        if tap is None or self._mode.in_double:
+            return None
+        if place == (OUTSIDE, "embedding"):
+            self._compare(place, given[0] if given else named["hidden_states"], tap)
+        return ((tap, *given[1:]), named) if given else (given, {**named, "hidden_states": tap})
+
+    def _leave_layer(self, n: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        if self._seen is None or self._mode.in_double:
+            return
+        tap = self._tap((n, "residual stream"))
+        if tap is not None:
+            self._compare((n, "residual stream"), first_of(output), tap)
+        if self._measures_noise:
+            self._run_in_double(module, given, named)
+
+    def _at(self, place: Place, part: slice | None = None) -> Callable[..., Any]:
+        """A hook: what a module gives is compared with the graph's, and replaced by it."""
+
+        def hook(module: Any, given: Any, output: Any) -> Any:
+            tap = self._tap(place)
+            if tap is None:
+                return None
+            own = first_of(output)
+            some = (tap if part is None else tap[..., part]).reshape(own.shape)
+            if self._parts is None:
+                self._compare(place, own, some, self._mode.inside_of(module, given[0]))
+            return (some, *output[1:]) if isinstance(output, tuple) else some
+
+        return hook
+
+    def _read_attention(self, n: int, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        tap = self._tap((n, "attention"))
+        if tap is None:
+            return None
+        self._compare((n, "attention"), given[0], tap)
+        return (tap.reshape(given[0].shape), *given[1:])
+
+    def _leave_block(self, n: int, given: tuple[Any, ...], output: Any) -> Any:
+        tap = self._tap((n, "experts"))
+        if tap is None:
+            return None
+        own = first_of(output)
+        some = tap.reshape(own.shape)
+        x = given[0].reshape(-1, given[0].shape[-1])
+        decided = self._is_decided(n, len(x)).reshape(self._view(own).shape[:-1])
+        self._compare((n, "experts"), own, some, self._mode.inside_experts(n, x), decided)
+        if not self._mode.in_double:
+            self._find_blame(n, own, some, decided)
+        return (some, *output[1:]) if isinstance(output, tuple) else some
+
+    def _find_blame(self, n: int, own: torch.Tensor, shown: torch.Tensor, decided: torch.Tensor) -> None:
+        """Which experts are wrong in every token that hears them, and whether each token's output is the twin's times a factor."""
+        place: Place = (n, "experts")
+        limit = self.limit(place) if place in self.noise else _PROVISIONAL * LEAST_NOISE
+        wrong = ~(self.found[place].errors[:, self._span] <= limit)
+        assert self._seen is not None
+        judged = (decided & self._seen.mask.bool()[:, self._span]).flatten()
+        wrong = wrong.flatten()[judged]
+        if not wrong.any():
+            return
+        scores = self.reference._scores(n)[judged]
+        top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
+        best = scores.topk(top_k, dim=-1).indices
+        weights = scores.gather(-1, best).softmax(-1)  # whoever is heard by this is by sigmoids, which are less far apart
+        chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(scores.shape[-1])]
+        experts = tuple(number for number, heard in enumerate(chosen) if heard.any() and wrong[heard].all())
+        a, b = (self._view(value).flatten(0, 1)[judged].double() for value in (shown, own))
+        size = b.norm(dim=-1).clamp(min=_TINY)
+        factor = (a * b).sum(-1) / size.square()
+        straight = bool(((a - factor[:, None] * b).norm(dim=-1) <= _STRAIGHT * size).all())
+        self.blame[n] = experts, (float(factor.min()), float(factor.max())) if straight else None
+
+    def is_narrow(self, place: Place) -> bool:
+        """Whether a place is computed in 16 bits."""
+        return place[1] in _NARROW_PARTS or any(name in self.narrow_taps for name in self.taps.names.get(place, ()))
+
+    def _is_decided(self, n: int, count: int) -> torch.Tensor:
+        """Tokens whose experts are chosen by more than a rounding: of equal logits every operator may choose others."""
+        scores = self.reference._scores(n)
+        top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
+        decided: torch.Tensor = find_margin(scores, top_k).reshape(count) >= EXACT_TIE
+        return decided
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """For the length of a `with`: nothing is compared and nothing replaced."""
+        seen, self._seen = self._seen, None
+        try:
+            yield
+        finally:
+            self._seen = seen
+
+    def _say(self, n: int, own: torch.Tensor) -> torch.Tensor:
+        """What a router says: the graph's own logits, with what was added to them; `own` [T, E] are the twin's."""
+        tap = self._tap((n, "router"))
+        if tap is None:
+            return own
+        assert self._seen is not None
+        batch = len(self._seen.ids)
+        shown = tap.reshape(batch, -1, own.shape[-1])
+        self._compare((n, "router"), own.view(shown.shape), shown)
+        if self._seen.nudge is not None:
+            shown = shown + self._seen.nudge.view(batch, -1, own.shape[-1])[:, self._span]
+        return shown.reshape(own.shape).to(own.dtype)
+
+    # Comparing
+
+    def _view(self, value: torch.Tensor) -> torch.Tensor:
+        assert self._seen is not None
+        return value.reshape(len(self._seen.ids), -1, value.shape[-1])
+
+    def _errors(self, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+        """Relative errors [B, S] of tokens."""
+        found, expected = self._view(found), self._view(expected)
+        errors: torch.Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=_TINY)
+        return errors
+
+    def _compare(
+        self, place: Place, expected: torch.Tensor, found: torch.Tensor, inside: Inside | None = None, decided: torch.Tensor | None = None
+    ) -> None:
+        """Keep a place's errors; `inside` knows what flips of a rounding may have added to tokens."""
+        if self._mode.in_double:
+            self._add_noise(place, expected)
+            return
+        if self._measures_noise:
+            before = self._expected.get(place)
+            self._expected[place] = expected if before is None or place[1] != "query, key and value" else torch.cat([before, expected], -1)
+        errors = self._errors(found, expected)
+        flips = self._tell_flips_apart(place, errors, found, expected, inside)
+        self._keep(place, errors, found, expected, decided, flips)
+
+    def _tell_flips_apart(self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, inside: Inside | None) -> int:
+        """Tokens that are beyond the limit by flips of a rounding alone get what is left as their error; returns how many there were."""
+        assert self._seen is not None
+        if inside is None:
+            return 0
+        limit = self.limit(place) if place in self.noise else min(self.limit(place), _PROVISIONAL * LEAST_NOISE)
+        real = self._seen.mask.bool()[:, self._span][:, -errors.shape[1] :]
+        rows = (real & ~(errors <= limit)).flatten().nonzero()[:_MOST_EXPLAINED, 0]
+        ours = self._view(found).flatten(0, 1)
+        count = 0
+        for row, error in inside.explain(rows, ours[rows].double(), self._view(expected).flatten(0, 1)[rows].double(), limit):
+            errors[divmod(row, errors.shape[1])] = error
+            count += 1
+        return count
+
+    def _keep(
+        self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, decided: torch.Tensor | None = None, flips: int = 0
+    ) -> None:
+        assert self._seen is not None
+        real = self._seen.mask.bool()[:, self._span][:, -errors.shape[1] :]
+        judged = real if decided is None else real & decided
+        a, b = self._view(found)[judged].double(), self._view(expected)[judged].double()
+        parts = float((a * b).sum()), float((b * b).sum())
+        before = self.found.get(place)
+        if before is None:
+            whole = torch.zeros(self._seen.mask.shape)
+            before = Measured(whole, torch.zeros_like(whole, dtype=torch.bool))
+            self.found[place] = before
+        columns = slice(*self._span.indices(whole_length := before.errors.shape[1]))
+        start = (columns.stop if columns.stop is not None else whole_length) - errors.shape[1]
+        place_of = slice(start, start + errors.shape[1])
+        kept = before.errors[:, place_of]
+        before.errors[:, place_of] = torch.where(errors.float().isnan() | kept.isnan(), torch.nan, torch.maximum(kept, errors.float()))
+        before.judged[:, place_of] |= judged
+        before.flips += flips
+        before.parts = before.parts[0] + parts[0], before.parts[1] + parts[1]
+        kind = self.arithmetic.narrow
+        if kind is not None and place[1] not in ("embedding", "router"):
+            rounded = self._errors(expected.to(kind).to(expected.dtype), expected)[judged]
+            least = _NARROW_SHARE * torch.finfo(kind).eps  # what is rounded already loses nothing more
+            self.narrow_noise[place] = max(self.narrow_noise.get(place, least), float(rounded.mean()) if len(rounded) else 0.0)
+
+    def _run_in_double(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        """The layer once more in float64, on the same inputs; each of its places adds to the noise there."""
+
+        def widen(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                return value.double()
+            return tuple(map(widen, value)) if isinstance(value, tuple) else value
+
+        wide = copy.deepcopy(module).double()
+        caught = [dict(each) for each in (self.reference.routers, self.reference.given)]
+        try:
+            with self._mode.doubled(module, wide):
+                wide(*map(widen, given), **{name: None if name == "past_key_values" else widen(value) for name, value in named.items()})
+        finally:
+            self.reference.routers.update(caught[0])
+            self.reference.given.update(caught[1])
+        self._expected = {}
+
+    def _add_noise(self, place: Place, exact: torch.Tensor) -> None:
+        narrow = self._expected.get(place)
+        if narrow is None:
+            return
+        if place[1] == "query, key and value":  # one after the other
+            self._expected[place], narrow = narrow[..., exact.shape[-1] :], narrow[..., : exact.shape[-1]]
+        errors = self._errors(narrow.double().reshape(exact.shape), exact)
+        assert self._seen is not None
+        some = errors[self._seen.mask.bool()[:, self._span]]
+        some = some[some <= max(_FLIPPED * float(some.median()), LEAST_NOISE)] if len(some) else some
+        if len(some):
+            self.noise[place] = max(self.noise.get(place, 0.0), float(some.max()))

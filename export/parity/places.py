@@ -1,0 +1,139 @@
+"""All places of a package on its own inputs: on text, with every expert visited, and in every way of feeding it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from export.config import ParityConfig
+from export.family import DecoderFamily
+from export.parity.checks import every_expert
+from export.parity.forward import Reference
+from export.parity.judge import name_place
+from export.parity.local import LEAST_NOISE, LocalCheck, Measured
+from export.parity.products import Arithmetic
+from export.parity.records import PlaceCheck
+from export.parity.taps import ATTENTION_PARTS, OUTSIDE, Part, Place, Seen, Taps, look
+from export.runtime import CPU, Decoder
+
+_EXPERT_TOKENS = 64
+_NARROW_MULTIPLE = 8.0
+"""Of what rounding a result to 16 bits alone costs: operators that compute in 16 bits round a few times on the way."""
+_FACTOR_SHARE = 1 / 6
+"""Of a head's limit in 16 bits: what its logits may be larger or smaller by, all of them alike."""
+_BEHIND_MULTIPLE = 4.0
+"""Of it in a place in 32 bits behind one in 16: a runtime that computes that one in 32 bits need not round what it gives on."""
+_NARROW_TYPES = ("tensor(float16)", "tensor(bfloat16)")
+_ORDER: tuple[Part, ...] = (
+    "embedding", "attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "FFN",
+    "residual stream", "final norm", "head",
+)  # fmt: skip
+
+
+class PlacesCheck:
+    """The places that a package shows, checked one text after the other; `result` has the worst of each."""
+
+    def __init__(
+        self, reference: Reference, decoder: Decoder, taps: Taps, family: DecoderFamily | None, arithmetic: Arithmetic, config: ParityConfig,
+        provider: str, exact_twin: bool,
+    ) -> None:  # fmt: skip
+        """Without an exact twin, or where this processor's rounding is not known, nothing inside is checked."""
+        self._local = LocalCheck(reference, taps, family, arithmetic)
+        self._local.limit = self._limit
+        self._local.narrow_taps = frozenset(value.name for value in decoder.session.get_outputs() if value.type in _NARROW_TYPES)
+        self._decoder, self._taps, self._config, self._provider = decoder, taps, config, provider
+        self._judges = exact_twin and not arithmetic.unknown
+        self._exact_twin = exact_twin
+        self._worst: dict[Place, PlaceCheck] = {}
+
+    @property
+    def way_names(self) -> tuple[str, ...]:
+        """What is seen of every way of feeding the package."""
+        return self._taps.of_layers(ATTENTION_PARTS) if self._judges else ()
+
+    def computing(self) -> AbstractContextManager[object]:
+        """For the length of a `with`: every forward of the twin computes in the graph's arithmetic."""
+        return self._local.reference.computing(self._local.mode) if self._exact_twin else nullcontext()
+
+    def moved(self) -> AbstractContextManager[None]:
+        """For the length of a `with`: what rounded products of the twin read is moved by a small part of a step."""
+        return self._local.moved()
+
+    def close(self) -> None:
+        """Let go of the twin."""
+        self._local.close()
+
+    def check_text(self, blocks: torch.Tensor, tell: Callable[[int], None]) -> None:
+        """One row of text in which every expert is visited, on which the noise is measured, and one as it is."""
+        if not self._judges:
+            return
+        names = self._taps.all
+        row = blocks[:1, : min(_EXPERT_TOKENS, blocks.shape[1])]
+        ones = torch.ones_like(row)
+        nudge = None
+        if self._taps.routers:
+            top_k = int(getattr(self._local.reference.model.config, "num_experts_per_tok", 1))
+            nudge = every_expert(row.shape[1], self._taps.num_experts, top_k)
+        seen = look(self._decoder, row, ones, row.shape[1], names, nudge, with_cache=True)
+        self._add(self._local.measure(seen, measures_noise=self._config.noise_blocks > 0))
+        tell(1)
+        whole = blocks[:1, : min(blocks.shape[1], self._decoder.context_length)]
+        self._add(self._local.measure(look(self._decoder, whole, torch.ones_like(whole), whole.shape[1], names, with_cache=True)))
+        tell(2)
+
+    def look_inside(self, seen: Seen) -> tuple[str, int | None] | None:
+        """What is wrong in one way of feeding the package, and from which token on."""
+        if not self._judges or not self.way_names:
+            return None
+        found = self._local.measure(seen, ATTENTION_PARTS)
+        for place in sorted(found, key=_order):
+            measured, limit = found[place], self._limit(place)
+            if not measured.worst <= limit:
+                return f"{name_place(*place)}, on the graph's own input: relative error {measured.worst:.1e} > {limit:.1e}", measured.first(limit)
+        return None
+
+    def result(self) -> tuple[PlaceCheck, ...] | str:
+        """The worst of every place, in the order of computation."""
+        if not self._exact_twin:
+            return "not judged: no checkpoint with the package's own weights was given"
+        if not self._worst:
+            return "not run: the package shows nothing of its layers"
+        return tuple(self._worst[place] for place in sorted(self._worst, key=_order))
+
+    def _limit(self, place: Place) -> float:
+        if self._provider != CPU:
+            return self._config.max_relative_error  # products in float32 may round their factors to TF32
+        noise = max(self._local.noise.get(place, 0.0), LEAST_NOISE)
+        narrow = self._local.narrow_noise.get(place, 0.0)
+        multiple = _NARROW_MULTIPLE if self._local.is_narrow(place) else _BEHIND_MULTIPLE
+        return max(self._config.noise_multiple * noise, multiple * narrow)
+
+    def _add(self, found: dict[Place, Measured]) -> None:
+        for place, measured in found.items():
+            limit = self._limit(place)
+            experts, factors = self._local.blame.get(place[0], ((), None)) if place[1] == "experts" else ((), None)
+            product, square = measured.parts
+            check = PlaceCheck(
+                *place, measured.worst, limit, self._local.noise.get(place), int(measured.judged.sum()), measured.flips,
+                product / square if square > 0 else 1.0, measured.first(limit), experts, factors,
+                limit * _FACTOR_SHARE if self._local.arithmetic.narrow is not None and place[1] == "head" else None,
+            )  # fmt: skip
+            before = self._worst.get(place)
+            flips = check.num_flips + (before.num_flips if before else 0)
+            tokens = check.num_tokens + (before.num_tokens if before else 0)
+            worse = check if before is None or _badness(check) > _badness(before) else before
+            self._worst[place] = PlaceCheck(**{**worse.__dict__, "num_flips": flips, "num_tokens": tokens})
+
+
+def _badness(check: PlaceCheck) -> float:
+    ratio = max(check.error / check.limit, abs(check.factor - 1) / check.factor_limit if check.factor_limit else 0.0)
+    return ratio if math.isfinite(ratio) else math.inf
+
+
+def _order(place: Place) -> tuple[int, int]:
+    """Places in the order of computation."""
+    layer, part = place
+    return (layer if layer != OUTSIDE or part == "embedding" else 1 << 30), _ORDER.index(part)

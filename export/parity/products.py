@@ -1,0 +1,210 @@
+"""Products of the twin as the graph computes them: inputs rounded as its operators round them, and what is not looked at left out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from export.family import DecoderFamily
+from export.parity.flips import Ffn, Inside, Product, Round, near_middle
+from export.parity.forward import Reference, first_of
+from export.simulation import BlockRounding
+
+_MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
+_EMBEDDING = "model.embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """Inputs cast to 16 bits, as a graph of that type reads them, and outputs as it gives them."""
+
+    dtype: torch.dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The rounded numbers, in the type that they came in."""
+        return x.to(self.dtype).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a graph computes what its twin computes.
+
+    rounds: by the name of a tensor how its input is rounded. narrow: the 16 bits of its products, where they are. unknown: products, in words, whose
+    rounding on this processor is none that is known.
+    """
+
+    rounds: Mapping[str, Round]
+    narrow: torch.dtype | None = None
+    unknown: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A rounded product that was computed: its input, its matrix, and the rounding."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    rounding: Round
+
+
+class ProductMode(TorchFunctionMode):
+    """While it is entered, products of the twin read their inputs as the graph's do.
+
+    Weights are told by their addresses; experts are stacked, so theirs are told by the module that is computing. With `leaves_out` no product is
+    computed but those of routers. `in_double`: what computes is a copy of a layer in float64.
+    """
+
+    def __init__(
+        self, reference: Reference, family: DecoderFamily | None, arithmetic: Arithmetic, route: Callable[[int, torch.Tensor], torch.Tensor],
+        unseen: Callable[[], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        """`route`: what a layer's router is to say, of its own logits. `unseen` is entered around what is computed beside the text."""
+        super().__init__()
+        self._reference, self._route, self._unseen = reference, route, unseen
+        self._width = int(reference.model.config.hidden_size)
+        self._scope: tuple[str, int] | None = None
+        self._only: torch.Tensor | None = None
+        self._generator: torch.Generator | None = None
+        self._calls: list[_Call] | None = None
+        self.leaves_out = self.in_double = False
+        model, rounds = reference.model, arithmetic.rounds
+        self._rounds = {parameter.data_ptr(): rounds[name] for name, parameter in model.named_parameters() if name in rounds}
+        if getattr(model.config, "tie_word_embeddings", False) and _EMBEDDING in rounds:
+            self._rounds[model.get_output_embeddings().weight.data_ptr()] = rounds[_EMBEDDING]
+        self._inside = {n: _find_inside(family, rounds, n) for n in reference.modules}
+        self._handles: list[Any] = []
+        for n, block in reference.modules.items():
+            parts = {"router": getattr(block, "gate", None) or block.router, "experts": block.experts}
+            for name, part in parts.items():
+                self._watch(cast(nn.Module, part), (name, n))
+
+    def _watch(self, module: nn.Module, scope: tuple[str, int]) -> None:
+        def enter(*_: Any) -> None:
+            self._scope = scope
+
+        def leave(*_: Any) -> None:
+            self._scope = None
+
+        self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+
+    def close(self) -> None:
+        """Take the hooks off, and let go of the twin's weights."""
+        for handle in self._handles:
+            handle.remove()
+        self._rounds.clear()
+
+    @contextmanager
+    def doubled(self, module: nn.Module, wide: nn.Module) -> Iterator[None]:
+        """For the length of a `with`: what computes is a copy of a module in float64, whose weights are known as the module's."""
+        pairs = zip(module.parameters(), wide.parameters(), strict=True)
+        added = {b.data_ptr(): self._rounds[a.data_ptr()] for a, b in pairs if a.data_ptr() in self._rounds}
+        self._rounds |= added
+        self.in_double = True
+        try:
+            yield
+        finally:
+            self.in_double = False
+            for address in added:
+                del self._rounds[address]
+
+    @contextmanager
+    def moved(self) -> Iterator[None]:
+        """For the length of a `with`: what rounded products read is moved by a small part of a step."""
+        self._generator = torch.Generator().manual_seed(0)
+        try:
+            yield
+        finally:
+            self._generator = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch; `linear` as the graph's product."""
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        x, weight, *rest = args
+        if self._scope is not None and self._scope[0] == "router":
+            own = func(*args, **(kwargs or {}))
+            return self._only.to(own.dtype) if self._only is not None else self._route(self._scope[1], own)
+        if self.leaves_out and self._only is None:
+            return x.new_zeros(*x.shape[:-1], weight.shape[0])
+        rounding = self._find(weight)
+        if rounding is None:
+            return func(*args, **(kwargs or {}))
+        if self._calls is not None:
+            self._calls.append(_Call(x, weight, rounding))
+        if self._generator is not None:
+            x = x * (1 + _MOVE * torch.randn(x.shape, generator=self._generator))
+        found = func(rounding(x.float()).to(x.dtype), weight, *rest, **(kwargs or {}))
+        return rounding(found) if isinstance(rounding, Narrowing) else found
+
+    def _find(self, weight: torch.Tensor) -> Round | None:
+        """How the product by a matrix rounds its input."""
+        rounding = self._rounds.get(weight.data_ptr())
+        if rounding is not None or self._scope is None:
+            return rounding
+        first, last = self._inside[self._scope[1]]
+        # Where an expert is as wide as the residual stream, its first matrix has twice as many rows as its last.
+        return last if weight.shape[1] != self._width or weight.shape[0] == self._width else first
+
+    def inside_of(self, module: nn.Module, given: torch.Tensor, divisor: float = 1.0) -> Inside | None:
+        """The rounding of a product, or inside a dense FFN, where there is one that finds its scales as it runs; what a product gives is divided."""
+        flat = given.reshape(-1, given.shape[-1])
+        if isinstance(module, nn.Linear):
+            rounding = self._rounds.get(module.weight.data_ptr())
+            return Product(flat, module.weight, rounding, divisor) if isinstance(rounding, BlockRounding) else None
+        last = getattr(module, "down_proj", None)
+        rounding = self._rounds.get(last.weight.data_ptr()) if isinstance(last, nn.Linear) else None
+        if not isinstance(rounding, BlockRounding):
+            return None
+        return Ffn(flat, lambda some, _: self._run_alone(module, some, None), rounding)
+
+    def inside_experts(self, n: int, given: torch.Tensor) -> Inside | None:
+        """The rounding inside a layer's experts, of tokens [T, H] that its router sends where the graph's has."""
+        first, last = self._inside[n]
+        if not isinstance(last, BlockRounding):
+            return None
+        logits = first_of(self._reference.routers[n])
+        logits = logits.reshape(-1, logits.shape[-1])
+        return Ffn(given, lambda some, rows: self._run_alone(self._reference.modules[n], some, logits[rows]), first)
+
+    def _run_alone(self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        """An FFN or block of experts on rows [T, H], sent by router logits [T, E]; its outputs, and by row what flips inside may add to them."""
+        reference, scope = self._reference, self._scope
+        caught: tuple[dict[int, Any], ...] = (reference.routers, reference.given, reference.outputs)
+        before = [dict(each) for each in caught]
+        self._only, self._calls = logits, []
+        try:
+            with self._unseen():
+                output = first_of(module(given[None])).reshape(given.shape)
+        finally:
+            calls, self._calls, self._only, self._scope = self._calls, None, None, scope
+            for each, old in zip(caught, before, strict=True):
+                each.update(old)
+        found: list[list[torch.Tensor]] = [[] for _ in given]
+        for first, last in pairwise(calls):
+            x, inner = first.x.flatten(0, -2), last.x.flatten(0, -2)
+            if x.shape[1] != given.shape[1] or last.weight.shape[0] != given.shape[1] or len(x) != len(inner):
+                continue
+            for row, columns in zip(x, near_middle(inner, last.weight, last.rounding, "inner"), strict=True):
+                for place in (given == row).all(-1).nonzero()[:, 0].tolist() if columns else ():
+                    found[place] += columns
+        return output, found
+
+
+def _find_inside(family: DecoderFamily | None, rounds: Mapping[str, Round], n: int) -> tuple[Round | None, Round | None]:
+    """How a layer's experts round what their first matrices and their last read."""
+    if family is not None and family.experts is not None:
+        first, last = (pattern.format(layer=n, expert=0) for pattern in (family.experts.up, family.experts.down))
+        return rounds.get(first), rounds.get(last)
+    names = [name for name in rounds if f"layers.{n}." in name and "expert" in name and "shared" not in name]
+    lasts = [name for name in names if any(word in name for word in ("down", "w2", "output_linear"))]
+    return rounds.get(next((name for name in names if name not in lasts), "")), rounds.get(next(iter(lasts), ""))

@@ -1,0 +1,148 @@
+"""Places inside a package's graph that can be looked at, and what is seen there.
+
+Graphs that we build keep the names of these values (`export.decoder`); a traced one has residual streams and router logits alone, and one of other
+makers none. A place that a graph does not show is not judged by itself: what it computes is judged with the next one behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import onnx
+import torch
+
+from export.runtime import ATTENTION_OUTPUT, FINAL_NORMED, HIDDEN, ROUTER_LOGITS, Decoder
+
+Part = Literal[
+    "embedding", "attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "FFN",
+    "residual stream", "final norm", "head",
+]  # fmt: skip
+OUTSIDE = -1
+"""The layer of what is outside of layers."""
+Place = tuple[int, Part]
+ATTENTION_PARTS: tuple[Part, ...] = ("query, key and value", "attention")
+"""What shows of a way of feeding: positions, masks and the cache."""
+
+
+@dataclass(frozen=True)
+class Taps:
+    """The names of a graph's values by place, and how many layers it has. What stands behind a norm or factor is the block's own output.
+
+    A place may have several values, which stand side by side. `routers`: of router logits those that experts are chosen by in the graph, and can be
+    added to, for so many experts.
+    """
+
+    names: Mapping[Place, tuple[str, ...]]
+    num_layers: int
+    routers: tuple[str, ...] = ()
+    num_experts: int = 0
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """The names of all places."""
+        return tuple(dict.fromkeys(name for names in self.names.values() for name in names))
+
+    def of_layers(self, parts: Sequence[Part]) -> tuple[str, ...]:
+        """The names of these parts in all layers."""
+        return tuple(name for (_, part), names in self.names.items() if part in parts for name in names)
+
+
+def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
+    """The places of a graph by the names that our builder gives them.
+
+    `shared_outside`: in the reference a shared expert stands beside the block of experts, so its part is left out here too.
+    """
+    makers = {name: node for node in model.graph.node for name in node.output if name}
+    num_layers = sum(value.name.startswith("past_key_values.") for value in model.graph.input) // 2
+    names: dict[Place, tuple[str, ...]] = {}
+
+    def add(place: Place, *candidates: str) -> None:
+        if (found := next((name for name in candidates if name in makers), None)) is not None:
+            names[place] = (found,)
+
+    add((OUTSIDE, "embedding"), "embedded_multiplied", "embedded")
+    for n in range(num_layers):
+        prefix = f"layers.{n}"
+        add((n, "attention norm"), f"{prefix}.normed")
+        add((n, "query, key and value"), f"{prefix}.query_key_value")
+        add((n, "attention"), f"{prefix}.attention")
+        add((n, "attention output"), ATTENTION_OUTPUT.format(n))
+        add((n, "FFN norm"), f"{prefix}.ffn_normed")
+        add((n, "router"), f"{ROUTER_LOGITS}{n}")
+        add((n, "residual stream"), f"{HIDDEN}{n}")
+        joined = makers.get(f"{HIDDEN}{n}")
+        if joined is not None and len(joined.input) > 1 and (n, "attention output") in names:
+            update = _block_output(makers, joined.input[1], shared_outside)
+            if update in makers:
+                names[n, "experts" if (n, "router") in names else "FFN"] = (update,)
+    add((OUTSIDE, "final norm"), FINAL_NORMED)
+    read = {name for node in model.graph.node for name in (*node.input, *_inner_reads(node))}
+    routers = [name for (_, part), (name, *_) in names.items() if part == "router" and name in read and makers[name].op_type == "MatMul"]
+    shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
+    num_experts = next((shapes[name][-1] for router in routers[:1] for name in makers[router].input if name in shapes), 0)
+    return Taps(names, num_layers, tuple(routers) if num_experts else (), num_experts)
+
+
+def _inner_reads(node: onnx.NodeProto) -> list[str]:
+    """What the nodes of a node's branches read."""
+    return [name for attribute in node.attribute if attribute.HasField("g") for inner in attribute.g.node for name in inner.input]
+
+
+def _block_output(makers: Mapping[str, onnx.NodeProto], update: str, shared_outside: bool) -> str:
+    """What a block itself computes, before a norm, a factor or a shared expert joins it to the residual stream."""
+    while update.endswith(("_multiplied", "_normed")):
+        update = makers[update].input[0]
+    return makers[update].input[0] if shared_outside and update.endswith(".mixed") else update
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A package fed once: ids and mask [B, S], how many of them at once, and what it showed, float32 [B, S, ...] by name.
+
+    `nudge` [T, E] or [1, E]: what was added to the router logits of every layer, tokens of all rows one after the other. `cache`: by layer keys and
+    values [B, heads, S, head_dim] as the graph gave them back. `logits` are of the last tokens.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    num_prefill: int
+    logits: torch.Tensor
+    values: Mapping[str, torch.Tensor]
+    cache: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    nudge: torch.Tensor | None = None
+
+
+def look(
+    decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int, names: Sequence[str] = (), nudge: torch.Tensor | None = None,
+    num_logits: int = 0, with_cache: bool = False,
+) -> Seen:  # fmt: skip
+    """Feed ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone."""
+    cache = decoder.new_cache(len(ids), ids.shape[1], taps=names)
+    kept = num_logits if num_prefill == ids.shape[1] else 1
+    wide = None if nudge is None else nudge.view(len(ids), ids.shape[1], -1)
+
+    def part(start: int, stop: int) -> torch.Tensor | None:
+        return None if wide is None else wide[:, start:stop].flatten(0, 1)
+
+    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy(), kept, part(0, num_prefill))]
+    parts += [decoder.run(cache, ids[:, n : n + 1].numpy(), nudge=part(n, n + 1)) for n in range(num_prefill, ids.shape[1])]
+
+    def joined(name: str) -> torch.Tensor:
+        pieces = [each.pop(name) for each in parts]
+        pieces = [piece.reshape(len(ids), -1, piece.shape[-1]) for piece in pieces]
+        return torch.from_numpy(np.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0])
+
+    values = {name: joined(name) for name in dict.fromkeys(names)}
+    held = _read_cache(decoder.read_cache(cache), ids.shape[1]) if with_cache else {}
+    return Seen(ids, mask, num_prefill, joined("logits"), values, held, nudge)
+
+
+def _read_cache(buffers: Mapping[str, np.ndarray], length: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
+    found: dict[int, dict[str, torch.Tensor]] = {}
+    for name, buffer in buffers.items():
+        *_, layer, kind = name.split(".")
+        found.setdefault(int(layer), {})[kind] = torch.from_numpy(np.array(buffer[:, :, :length], np.float32))
+    return {layer: (pair["key"], pair["value"]) for layer, pair in found.items()}
