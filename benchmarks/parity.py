@@ -42,6 +42,7 @@ from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant, rou
 from export.errors import ExportError
 from export.package import write_package
 from export.parity import ProviderParity, check_parity
+from export.parity.local import LEAST_NOISE
 from export.parity.precision import find_precision
 from export.quantizer import quantize_checkpoint
 from export.runtime import CPU
@@ -99,18 +100,14 @@ def judge(seed: int, folder: Path) -> tuple[ProviderParity, tuple[str, ...]]:
 
 
 def find_ratios(result: ProviderParity) -> dict[str, float]:
-    """The largest error over the noise of float32 in the same place, by tier."""
+    """The largest error over the noise of float32 in the same place: of logits, and of each kind of place whose noise was measured."""
     assert not isinstance(result.noise, str)
     ratios: dict[str, float] = defaultdict(float)
     ratios["logits"] = max(check.relative_error for check in result.checks) / result.noise.logits
-    for layer in result.layers:
-        assert not isinstance(layer, str)
-        ratios["attention"] = max(ratios["attention"], (layer.attention_error or 0.0) / (layer.attention_noise or 1.0))
-        ratios["hidden"] = max(ratios["hidden"], layer.hidden_error / (layer.hidden_noise or 1.0))
-    for block in result.operators:
-        assert not isinstance(block, str)
-        ratios["router"] = max(ratios["router"], block.router_error / (block.router_noise or 1.0))
-        ratios["experts"] = max(ratios["experts"], block.output_error / (block.output_noise or 1.0))
+    for place in result.places:
+        assert not isinstance(place, str)
+        if place.noise is not None:
+            ratios[place.part] = max(ratios[place.part], place.error / max(place.noise, LEAST_NOISE))
     return dict(ratios)
 
 

@@ -257,7 +257,10 @@ class ParityConfig(Record):
     )
     num_examples: Annotated[int, Field(ge=2)] = Field(100, description="Examples of a task at most, taken evenly.")
     answer_tokens: PositiveInt = Field(32, description="Tokens of a written answer at most.")
-    num_blocks: PositiveInt | None = Field(
-        None, description="Compare on at most this many held-out blocks, taken evenly; all of the test split without it."
+    language_tokens: PositiveInt = Field(
+        4096,
+        description="Held-out tokens on which perplexities are compared, in blocks taken evenly; the perplexity of all text is the fine-tuned "
+        "model's there times the ratio of both.",
     )
+    num_blocks: PositiveInt | None = Field(None, description="The same in blocks, instead of `language_tokens`.")
     decode_steps: PositiveInt = Field(16, description="Decode steps chained after a prefill, teacher-forced.")

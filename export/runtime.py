@@ -322,7 +322,8 @@ def _tap_names(model: onnx.ModelProto) -> list[str]:
     """Router logits, selection scores and residual streams of every layer, in order; none in a package of other makers."""
     start, end = SELECTION_SCORES.split("{}")
     made = [name for node in model.graph.node for name in node.output]
-    found = {name for name in made if name.startswith((ROUTER_LOGITS, HIDDEN)) or (name.startswith(start) and name.endswith(end))}
+    numbered = {name for name in made if name.startswith((ROUTER_LOGITS, HIDDEN)) and name.rpartition(".")[2].isdigit()}
+    found = numbered | {name for name in made if name.startswith(start) and name.endswith(end)}
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
 
 

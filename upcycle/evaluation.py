@@ -24,7 +24,7 @@ EVALUATION_BATCH = 8
 class Evaluation:
     """A torch model on held-out text: mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding.
 
-    Decoding is what plain transformers does with the checkpoint in the dtype that it has.
+    Decoding is what plain transformers does with the checkpoint in the dtype that it has. `block_losses` has the loss of each block.
     """
 
     loss: float
@@ -32,6 +32,7 @@ class Evaluation:
     num_parameters: int
     weight_bytes: int
     decode_tokens_per_second: float
+    block_losses: tuple[float, ...] = ()
 
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training
@@ -40,12 +41,19 @@ def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Te
 
     No position sees another block.
     """
-    total = 0.0
+    losses = held_out_losses(model, blocks, prompt)
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def held_out_losses(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> list[float]:
+    """The mean next-token loss of each block; see `held_out_loss`."""
+    losses: list[float] = []
     for batch in blocks.split(EVALUATION_BATCH):
         batch = batch.to(model.device)
         logits = run_with_prompt(model, model, batch, prompt)
-        total += float(next_token_loss(logits, batch)) * len(batch)
-    return total / len(blocks)
+        losses += [float(next_token_loss(row[None], block[None])) for row, block in zip(logits, batch, strict=True)]
+    return losses
 
 
 @torch.inference_mode()
@@ -74,8 +82,9 @@ def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progres
     compute_wide(model)
     prompt = read_prompt(directory)
     with small_heap(model):
-        loss = held_out_loss(model, blocks, None if prompt is None else prompt.to(model.device))
+        losses = held_out_losses(model, blocks, None if prompt is None else prompt.to(model.device))
+    loss = sum(losses) / len(losses)
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, perplexity(loss), weights, size, speed)
+    return Evaluation(loss, perplexity(loss), weights, size, speed, tuple(losses))

@@ -26,6 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean, stdev
 
 import onnx
 import onnxruntime as ort
@@ -34,13 +35,13 @@ from transformers import AutoConfig
 
 from export.config import ParityConfig, Variant
 from export.family import DecoderFamily, find_decoder_family, find_refusal
-from export.parity.agreement import Comparison, compare, mean_divergence, measure_loss
+from export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
 from export.parity.arithmetic import find_arithmetic, find_narrow
 from export.parity.checks import Errors, plan_cases, run_cases, run_cases_alone, run_free
 from export.parity.constants import read_constants
 from export.parity.discovery import discover_taps
 from export.parity.files import check_files
-from export.parity.forward import BATCH, Reference, open_reference
+from export.parity.forward import BATCH, Forward, Reference, open_reference
 from export.parity.judge import find_breaches, judge_tiers
 from export.parity.limits import configured_limits, measure_noise, noise_limit
 from export.parity.placement import count_elsewhere, find_placement
@@ -48,7 +49,7 @@ from export.parity.places import PlacesCheck
 from export.parity.products import Arithmetic
 from export.parity.records import Agreement, Check, Forced, Limit, Noise, Parity, ProviderParity, TaskCheck, Tier
 from export.parity.rounding import RoundingMeasure, rounding_limits
-from export.parity.taps import OUTSIDE, Taps, find_taps
+from export.parity.taps import OUTSIDE, Seen, Taps, find_taps
 from export.parity.task_checks import TaskEvaluation
 from export.parity.tasks import Task
 from export.parity.ties import TIE_MARGIN, same_experts
@@ -69,7 +70,11 @@ _FREE_ROWS = 3
 _COMPARED_TOKENS = 1024
 """Of the text on which a package is set beside a torch model token by token, which torch takes most of the time for. Means over so many tokens have a
 standard error of a few hundredths of themselves (KL of int8 from SmolLM2-135M's mixture: 1.33e-3 ± 0.04e-3 over four times as many), where the limits
-leave room for twice them. The perplexities that are judged are of all text."""
+leave room for twice them."""
+_TWIN_TOKENS = 512
+"""Of it the part on which the package is set beside its twin, as a whole: its places are compared one by one besides."""
+_MOST_TIES = 0.1
+"""Of all tokens: where routers tie in more, every operator has an order of its own, and two right packages write other texts."""
 _SHARE = 0.7
 """Of a case's tokens, where a package rounds what it computes with and does not show its routers: the others may have gone to other experts."""
 
@@ -77,24 +82,27 @@ _SHARE = 0.7
 def check_parity(
     package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds_activations: bool, config: ParityConfig,
     progress: Progress, exact_twin: bool = True, tasks: Sequence[Task] = (),
-    finetuned_loss: float | None = None,
+    finetuned_losses: Sequence[float] | None = None,
 ) -> Parity:  # fmt: skip
     """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
 
     `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`: the twin has the very weights of the package; without
-    it the package is judged by its perplexity, by what `tasks` score, and by itself. `finetuned_loss` is the fine-tuned model's mean next-token loss
-    over all blocks in float32, where that is known already; it is not used where `config.num_blocks` takes some of them. A package that no provider
-    here can run is a breach.
+    it the package is judged by its perplexity, by what `tasks` score, and by itself. `finetuned_losses` are the fine-tuned model's mean next-token
+    losses of all blocks in float32, where they are known already. Perplexities are compared on some blocks, taken evenly, and told for all text: what
+    the fine-tuned model has there, times the ratio of both on these blocks. A package that no provider here can run is a breach.
 
     Raises:
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
     """
-    if config.num_blocks is not None:
-        blocks, finetuned_loss = choose_blocks(blocks, config.num_blocks), None
+    count = config.num_blocks or -(-config.language_tokens // blocks.shape[1])
+    known = None if finetuned_losses is None else torch.tensor(finetuned_losses, dtype=torch.float64)
+    whole_loss = None if known is None else float(known.mean())
+    blocks, known = choose_blocks(blocks, count), None if known is None else choose_blocks(known, count)
     providers: dict[str, ProviderParity | str] = {}
     breaches: list[str] = []
     computes_in = Twin(twin).element_type if (twin / SCHEME_NAME).is_file() else "float32"
-    judgement = _Judgement(package, twin, finetuned, blocks, variant, rounds_activations, exact_twin, config, tasks, progress, finetuned_loss)
+    settings = (variant, rounds_activations, exact_twin, config, tasks)
+    judgement = _Judgement(package, twin, finetuned, blocks, *settings, progress, None if known is None else known.tolist(), whole_loss)
     for provider in (CPU, CUDA):
         if provider == CPU and computes_in == "bfloat16":
             providers[provider] = "not run: onnxruntime's CPU does not compute in bfloat16"
@@ -115,10 +123,11 @@ class _Judgement:
 
     def __init__(
         self, package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds: bool, exact_twin: bool,
-        config: ParityConfig, tasks: Sequence[Task], progress: Progress, finetuned_loss: float | None,
+        config: ParityConfig, tasks: Sequence[Task], progress: Progress, finetuned_losses: list[float] | None, whole_loss: float | None,
     ) -> None:  # fmt: skip
         self.package, self.twin, self.finetuned, self.blocks, self.variant = package, twin, finetuned, blocks, variant
-        self.config, self.tasks, self.progress, self.finetuned_loss = config, tasks, progress, finetuned_loss
+        self.config, self.tasks, self.progress, self.finetuned_losses = config, tasks, progress, finetuned_losses
+        self.whole_loss = whole_loss
         self.exact_twin, self.rounds = exact_twin, rounds
         progress("comparing weights", 0, 1)
         self.weights: Found | None = check_weights(read_constants(package), twin) if exact_twin else None
@@ -145,23 +154,27 @@ class _Judgement:
             places = PlacesCheck(reference, decoder, taps, self.family, arithmetic, config, provider, self.exact_twin)
             with places.computing():
                 places.check_text(blocks, _teller(progress, "comparing places inside", 2))
-                measure = RoundingMeasure(reference, places.moved) if self.exact_twin and self.rounds else None
+                follow = self._follow(places)
+                measure = RoundingMeasure(reference, places.moved, follow) if self.exact_twin and self.rounds else None
                 watch = measure.add if measure else _ignore
-                own = compare(decoder, reference, self.some, _teller(progress, "comparing with the twin", len(self.some)), watch)
-                if self.finetuned_loss is None:
-                    rest = blocks[len(self.some) :]
-                    self.finetuned_loss = _extend(own.reference_loss, self.some, reference, rest, progress)
+                few = self.some[: max(1, _TWIN_TOKENS // blocks.shape[1])]
+                own = compare(decoder, reference, few, _teller(progress, "comparing with the twin", len(few)), watch, follow=follow)
+                if self.finetuned_losses is None:
+                    self.finetuned_losses = _extend([], reference, blocks, progress)  # which goes its own ways
                 forced = _force_routing(reference, blocks, tuned)
                 rounding = measure.result() if measure else None
                 tie_margin = rounding.tie_margin if rounding else noise.tie_margin if noise else TIE_MARGIN
                 limits = configured_limits(self.variant, self.exact_twin, config)
                 if rounding is not None:
                     limits = rounding_limits(limits, rounding, judges_logits=True)
+                ties = 0.0 if own.margins is None else float((own.margins < TIE_MARGIN).float().mean())
+                if ties > _MOST_TIES:  # then right packages go ways of their own, and only what they compute on their way can be judged
+                    limits = {name: limit for name, limit in limits.items() if name not in ("kl", "routing", "factor")}
                 if self.exact:
                     limits["logits"] = noise_limit(noise.logits if noise else None, config, "the logits", provider)
                     limits["last hidden state"] = limits["logits"]
                 errors = self._run_cases(decoder, reference, places, own, taps, tie_margin)
-                free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens)
+                free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens, follow, taps.of_layers(("router",)))
                 progress("doing tasks", 0, 1)
                 task_checks = evaluation.check(reference, limits, tie_margin)
             found_places = places.result()
@@ -173,7 +186,7 @@ class _Judgement:
         result = self._measure_alone(provider, own, tuned, checks, limits)
         result = ProviderParity(**{
             **result.__dict__, "places": found_places, "weights": self.weights.check if self.weights else "not judged: " + self._why_not(),
-            "files": self.files, "free_run": free, "tasks": task_checks, "forced": forced,
+            "files": self.files, "free_run": free, "tie_share": ties, "tasks": task_checks, "forced": forced,
             "noise": noise or (rounding.noise if rounding else "not measured: " + ("parity.noise_blocks is 0" if self.exact else self._why_not())),
             "limits": limits, "logits_factor": own.factor if "factor" in limits else None,
         })  # fmt: skip
@@ -199,6 +212,21 @@ class _Judgement:
         tied = bool(getattr(AutoConfig.from_pretrained(self.twin, local_files_only=True, trust_remote_code=False), "tie_word_embeddings", False))
         return discover_taps(model, self.weights, self.family, tied, shared_outside)
 
+    @staticmethod
+    def _follow(places: PlacesCheck) -> Follow:
+        """Run the twin with what the package's routers said; the routing in the result is what its own would have said."""
+
+        def follow(reference: Reference, seen: Seen) -> Forward:
+            with places.following(seen):
+                found = reference.forward(seen.ids, seen.mask)
+            own = places.own_routers
+            routers = tuple(
+                reference.score_of(n, own[n]).reshape(*seen.ids.shape, -1) if n in own else router for n, router in enumerate(found.routers)
+            )
+            return Forward(found.logits, routers, found.hiddens, found.attended, found.top_k)
+
+        return follow
+
     def _measure_noise(self) -> Noise:
         """The twin in float32 against itself in float64, one after the other in memory."""
         self.progress("measuring noise", 0, 1)
@@ -215,8 +243,8 @@ class _Judgement:
         with open_reference(self.finetuned) as reference:
             tell = _teller(self.progress, "comparing with the fine-tuned model", len(self.some))
             tuned = compare(decoder, reference, self.some, tell, keeps_first=True)
-            if self.finetuned_loss is None:
-                self.finetuned_loss = _extend(tuned.reference_loss, self.some, reference, self.blocks[len(self.some) :], self.progress)
+            if self.finetuned_losses is None:
+                self.finetuned_losses = _extend(tuned.reference_losses, reference, self.blocks, self.progress)
             evaluation.ask_finetuned(reference)
         return tuned
 
@@ -234,19 +262,23 @@ class _Judgement:
         self, provider: str, own: Comparison, tuned: Comparison, checks: tuple[Check, ...], limits: dict[str, Limit]
     ) -> ProviderParity:
         """What the package does with no torch model beside it: its speed, its perplexity over all text, where its nodes run."""
-        assert self.finetuned_loss is not None
-        rest = self.blocks[len(self.some) :]
+        assert self.finetuned_losses is not None
         self.progress("measuring speed", 0, 1)
         plain = Decoder(self.package, provider)
         speed = measure_speed(plain, self.blocks[0].tolist(), _TIMED_TOKENS)
-        package_loss = _extend(own.package_loss, self.some, plain, rest, self.progress)
-        twin_loss = package_loss + own.reference_loss - own.package_loss  # beyond the text that is compared the two differ as they do on it
+        losses = _extend(tuned.package_losses, plain, self.blocks, self.progress)
+        mean, tuned_mean, own_mean, twin_mean = (fmean(each) for each in (losses, self.finetuned_losses, own.package_losses, own.reference_losses))
+        beyond = 0.0 if self.whole_loss is None else self.whole_loss - tuned_mean  # what all text is harder by than these blocks
+        twin_loss = mean + twin_mean - own_mean  # beyond the text that is compared the two differ as they do on it
+        differences = [loss - other for loss, other in zip(losses, self.finetuned_losses, strict=True)]
+        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        package_loss, twin_loss, finetuned_loss = (loss + beyond for loss in (mean, twin_loss, tuned_mean))
         placement = find_placement(self.package, provider)
         self.progress("measuring speed", 1, 1)
         return ProviderParity(
-            ort.__version__, checks, own.agreement, tuned.agreement, perplexity(package_loss), perplexity(twin_loss), perplexity(self.finetuned_loss),
+            ort.__version__, checks, own.agreement, tuned.agreement, perplexity(package_loss), perplexity(twin_loss), perplexity(finetuned_loss),
             _worst_layer(own.agreement), speed.prefill, speed.decode, limits=limits, placement=placement,
-            num_fallback_nodes=count_elsewhere(placement, provider),
+            num_fallback_nodes=count_elsewhere(placement, provider), perplexity_error=error, num_language_tokens=self.blocks.numel(),
         )  # fmt: skip
 
     def _why_not(self) -> str:
@@ -266,6 +298,8 @@ class _Judgement:
         if arithmetic.unknown:
             text = f"not judged: how this processor rounds the inputs of {' and of '.join(arithmetic.unknown)} is not known"
             why_not |= {"operator": text, "layer": text}
+        if result.tie_share > _MOST_TIES:
+            why_not["routing"] = f"not judged: the routers tie in {result.tie_share:.0%} of all tokens"
         if not result.twin.routing_agreement:
             why_not["routing"] = "not run: the package shows no router logits"
         if not any(isinstance(check, TaskCheck) for check in result.tasks):
@@ -273,12 +307,10 @@ class _Judgement:
         return ProviderParity(**{**result.__dict__, "tiers": judge_tiers(broken, why_not)})
 
 
-def _extend(loss: float, some: torch.Tensor, model: Reference | Decoder, rest: torch.Tensor, progress: Progress) -> float:
-    """The mean loss of a model over `some` blocks, which is known, and the rest [N, S]."""
-    if not len(rest):
-        return loss
-    other = measure_loss(model, rest, _teller(progress, "measuring perplexity", len(rest)))
-    return (len(some) * loss + len(rest) * other) / (len(some) + len(rest))
+def _extend(losses: list[float], model: Reference | Decoder, blocks: torch.Tensor, progress: Progress) -> list[float]:
+    """The mean losses of a model of all blocks [N, S], of which those of the first are known."""
+    rest = blocks[len(losses) :]
+    return losses + (measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else [])
 
 
 def _ignore(*_: object) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from export.parity.forward import Forward, Reference, run_package, split_batches
+from export.parity.forward import Forward, Reference, forward_of, run_package, split_batches
 from export.parity.records import Agreement, MarginBin
+from export.parity.taps import Seen, look
 from export.parity.ties import find_margin, find_smallest_margin, same_experts
 from export.runtime import Decoder
 
+Follow = Callable[[Reference, Seen], Forward]
+"""A reference on what a package was seen with."""
 LOGIT_ROWS = 64
 """Tokens whose logits are compared at once: what is made of them stays near the processor, and is not asked of the system anew each time."""
 MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
@@ -23,15 +26,15 @@ MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one comparison found: figures, the mean next-token losses of both sides, and parts that later tiers go on from.
+    """What one comparison found: figures, the mean next-token losses of both sides by block, and parts that later tiers go on from.
 
     `margins` [N, S] is each token's smallest margin in the reference, None without routers. `factor`: the package's logits are so many times the
     reference's. `first` are the reference's logits on the first batch, and `routers` what its routers said there, where they are kept.
     """
 
     agreement: Agreement
-    package_loss: float
-    reference_loss: float
+    package_losses: list[float]
+    reference_losses: list[float]
     margins: torch.Tensor | None
     top_k: int
     factor: float
@@ -41,12 +44,13 @@ class Comparison:
 
 def compare(
     decoder: Decoder, reference: Reference, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None,
-    watch: Callable[[torch.Tensor, Forward], None] = lambda *_: None, keeps_first: bool = False,
+    watch: Callable[[torch.Tensor, Forward, Seen], None] = lambda *_: None, keeps_first: bool = False, follow: Follow | None = None,
 ) -> Comparison:  # fmt: skip
     """Compare over all blocks of ids [N, S].
 
-    `tell` is told how many blocks are done, and `watch` shown each batch and the reference on it, when both are compared. `keeps_first`: the first
-    batch of the reference is in the result.
+    `tell` is told how many blocks are done, and `watch` shown each batch and both sides of it, when they are compared. `keeps_first`: the first batch
+    of the reference is in the result. `follow` runs the reference with what the package's routers said, so that no near-tie sends a token to other
+    experts; the routing that is compared is then what its own routers would have said.
     """
     sums, margins = _Sums(), []
     first: torch.Tensor | None = None
@@ -55,40 +59,38 @@ def compare(
     def add(batch: torch.Tensor) -> int:
         nonlocal first, routers
         mask = torch.ones_like(batch)
-        expected = reference.forward(batch, mask)
+        seen = look(decoder, batch, mask, batch.shape[1], decoder.taps)
+        expected = reference.forward(batch, mask) if follow is None else follow(reference, seen)
         if keeps_first and first is None:
             first, routers = expected.logits, dict(reference.routers)
         smallest = find_smallest_margin(expected.routers, expected.top_k)
         margins.extend([] if smallest is None else [smallest])
-        found = run_package(decoder, batch, mask, batch.shape[1])
+        found = forward_of(seen, decoder)
         sums.add(found, expected.seen_by(found), batch)
-        del found
-        watch(batch, expected)
+        watch(batch, expected, seen)
         return expected.top_k
 
     top_k = 0
     for batch in split_batches(ids, decoder.vocab_size):
         top_k = add(batch)  # a call of its own, so that one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
-    package_loss, reference_loss = (total / sums.predictions for total in sums.losses)
     factor = sums.parts[0] / max(sums.parts[1], 1e-300)
-    return Comparison(sums.agreement(), package_loss, reference_loss, torch.cat(margins) if margins else None, top_k, factor, first, routers)
+    return Comparison(sums.agreement(), *sums.losses, torch.cat(margins) if margins else None, top_k, factor, first, routers)
 
 
-def measure_loss(model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> float:
-    """A model's mean next-token loss over blocks of ids [N, S], as `compare` measures it; `tell` is told how many blocks are done."""
-    total, done = 0.0, 0
+def measure_losses(model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> list[float]:
+    """A model's mean next-token loss of each block of ids [N, S], as `compare` measures it; `tell` is told how many blocks are done."""
+    losses: list[float] = []
     for batch in split_batches(ids, int(model.model.config.vocab_size) if isinstance(model, Reference) else model.vocab_size):
-        total += _sum_loss(model, batch)
-        done += len(batch)
-        tell(done)
-    return total / ids[:, 1:].numel()
+        losses += _block_losses(model, batch)
+        tell(len(losses))
+    return losses
 
 
-def _sum_loss(model: Reference | Decoder, batch: torch.Tensor) -> float:
+def _block_losses(model: Reference | Decoder, batch: torch.Tensor) -> list[float]:
     mask = torch.ones_like(batch)
     logits = model.forward(batch, mask).logits if isinstance(model, Reference) else run_package(model, batch, mask, batch.shape[1]).logits
-    return sum(float(F.cross_entropy(row[:-1], block[1:], reduction="sum")) for row, block in zip(logits, batch, strict=True))
+    return [float(F.cross_entropy(row[:-1], block[1:])) for row, block in zip(logits, batch, strict=True)]
 
 
 def divergence(expected: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
@@ -139,8 +141,9 @@ class _Sums:
     num_flipped: int = 0
     top1: float = 0.0
     top5: float = 0.0
-    losses: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    losses: tuple[list[float], list[float]] = field(default_factory=lambda: ([], []))
     parts: tuple[float, float] = (0.0, 0.0)
+    _token_losses: tuple[list[torch.Tensor], list[torch.Tensor]] = field(default_factory=lambda: ([], []))
     same_routing: list[float] = field(default_factory=list)
     squares: list[list[float]] = field(default_factory=list)
     attended: list[list[float]] = field(default_factory=list)
@@ -153,7 +156,10 @@ class _Sums:
         known = torch.ones_like(ids, dtype=torch.bool)
         known[:, -1] = False
         parts = zip(*(values.flatten(0, 1).split(LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)), strict=True)
+        self._token_losses = ([], [])
         kl = torch.cat([self._add_logits(*part) for part in parts]).view(ids.shape)
+        for own, tokens in zip(self.losses, self._token_losses, strict=True):
+            own += (torch.cat(tokens).view(ids.shape).sum(-1, dtype=torch.float64) / max(1, ids.shape[1] - 1)).tolist()
         product, square = factor_of(found.logits, expected.logits)
         self.parts = self.parts[0] + product, self.parts[1] + square
         self.kl += float(kl.sum())
@@ -175,7 +181,7 @@ class _Sums:
         self.top5 += float((best[..., None] == true_best[..., None, :]).any(-1).float().mean(-1).sum())
         log_q, log_p = found.log_softmax(-1), expected.log_softmax(-1)
         for n, log_probabilities in enumerate((log_q, log_p)):
-            self.losses[n] -= float(log_probabilities.gather(-1, following[:, None])[:, 0][known].sum())
+            self._token_losses[n].append(-log_probabilities.gather(-1, following[:, None])[:, 0].where(known, 0.0))
         return (log_p.exp() * log_q.sub_(log_p).neg_()).sum(-1)
 
     def _add_routing(self, found: Forward, expected: Forward, count: int) -> torch.Tensor:

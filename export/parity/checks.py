@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from export.config import ParityConfig
-from export.parity.agreement import LOGIT_ROWS
+from export.parity.agreement import LOGIT_ROWS, Follow
 from export.parity.forward import Forward, Reference, forward_of
 from export.parity.records import Check, FreeRun
 from export.parity.taps import Seen, look
@@ -271,10 +271,13 @@ def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor
     return error.amax(-1), error.mean(-1), found.argmax(-1) == expected.argmax(-1)
 
 
-def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_tokens: int) -> FreeRun:
+def run_free(
+    decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_tokens: int, follow: Follow | None = None, routers: Sequence[str] = ()
+) -> FreeRun:
     """Let the package go on greedily from the first halves of blocks [N, S], each by itself, and ask the reference what it would have written.
 
-    One forward of the reference over the package's text is enough: up to the first token that differs, both have read the same.
+    One forward of the reference over the package's text is enough: up to the first token that differs, both have read the same. `follow` runs it with
+    what the package's routers say to that text, whose logits are called `routers`.
     """
     prefixes, gaps = [], []
     half = max(1, min(blocks.shape[1], decoder.context_length) // 2)
@@ -283,7 +286,11 @@ def run_free(decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_t
         prompt = block[:half].tolist()
         text = prompt + write_greedily(decoder, prompt, count)
         ids = torch.tensor([text])
-        logits = reference.forward(ids, torch.ones_like(ids), half).logits[0, half - 1 : -1]
+        ones = torch.ones_like(ids)
+        if follow is None or not routers:
+            logits = reference.forward(ids, ones, half).logits[0, half - 1 : -1]
+        else:
+            logits = follow(reference, look(decoder, ids, ones, len(text), routers)).logits[0, half - 1 : -1]
         written = ids[0, half:]
         chosen = logits.argmax(-1)
         differs = (chosen != written).nonzero()[:, 0].tolist()

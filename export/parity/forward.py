@@ -122,7 +122,10 @@ class Reference:
 
     def _scores(self, layer: int) -> torch.Tensor:
         """What the layer's experts were chosen by in the last forward, [B * S, E]."""
-        logits = first_of(self.routers[layer])
+        return self.score_of(layer, first_of(self.routers[layer]))
+
+    def score_of(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
+        """What a layer's experts are chosen by, [B * S, E], where its router says these logits."""
         return selection_scores(logits.reshape(-1, logits.shape[-1]), self.score, self.biases.get(layer))
 
     @contextmanager

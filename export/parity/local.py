@@ -13,11 +13,11 @@ The twin's routers say what the graph's said, so no near-tie sends a token to ot
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -42,6 +42,7 @@ _STRAIGHT = 1e-3  # relative; an output that differs from a multiple of the twin
 _TINY = 1e-30
 _NARROW_PARTS = ("query, key and value", "cache", "attention", "attention output", "experts", "FFN", "head")
 """Of a graph in 16 bits what is computed in them, whatever it is widened to then; our residual stream, norms and routers are float32."""
+_SHAKEN = 2.0  # queries, keys and values rounded once more give the worst token; that of the limit is a mean one
 _NARROW_SHARE = 0.2  # of the type's epsilon: rounding to the nearest errs by a fifth of it in the mean of squares
 _NOISE_TOKENS = 16  # of the head, whose matrix is large
 
@@ -85,7 +86,10 @@ class LocalCheck:
     _seen: Seen | None = None
     _span: slice = field(default_factory=lambda: slice(None))
     _parts: frozenset[Part] | None = None
+    own_routers: dict[int, torch.Tensor] = field(default_factory=dict)
     _measures_noise: bool = False
+    _follows: bool = False
+    _shakes: bool = False
     _expected: dict[Place, torch.Tensor] = field(default_factory=dict)
     narrow_noise: dict[Place, float] = field(default_factory=dict)
     narrow_taps: frozenset[str] = frozenset()
@@ -129,7 +133,7 @@ class LocalCheck:
             ends = [seen.num_prefill, *range(seen.num_prefill + 1, size + 1)]
             pieces = list(zip([0, *ends], ends, strict=False))
         cache = DynamicCache()
-        with torch.inference_mode(), self._mode:
+        with torch.inference_mode(), self._mode, self._without_ffns():
             for start, stop in pieces:
                 self._span = slice(start, stop)
                 positions = (seen.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
@@ -144,6 +148,22 @@ class LocalCheck:
                 self._compare_cache(cache)
         self._seen, self._parts, self._measures_noise, self._mode.leaves_out = None, None, False, False
         return self.found
+
+    @contextmanager
+    def _without_ffns(self) -> Iterator[None]:
+        """For the length of a `with`: where parts of attention alone are looked at, and what is behind it is replaced, layers have no FFN."""
+        replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        if self._parts is not None and self.family is not None:
+            for n, layer in enumerate(self.reference.model.get_decoder().layers):
+                block: Any = self.reference.modules.get(n, getattr(layer, "mlp", None))
+                replaced += [(layer, name, module) for name, module in layer.named_children() if module is block]
+        for layer, name, _ in replaced:
+            setattr(layer, name, nn.Identity())
+        try:
+            yield
+        finally:
+            for layer, name, module in replaced:
+                setattr(layer, name, module)
 
     def _compare_head(self, own: torch.Tensor, shown: torch.Tensor) -> None:
         """The logits of the last tokens, from the final norm that was replaced by the graph's."""
@@ -182,9 +202,7 @@ class LocalCheck:
         handles, taps = self._handles, self.taps.names
         before: Place = (n - 1, "residual stream") if n else (OUTSIDE, "embedding")
         handles.append(layer.register_forward_pre_hook(lambda _, given, named: self._enter_layer(before, given, named), with_kwargs=True))
-        # Functions, since a copy of the layer in float64 has the same hooks, and a bound method would be copied with all that it is bound to.
-        leave = lambda module, given, named, output: self._leave_layer(n, module, given, named, output)  # noqa: E731
-        handles.append(layer.register_forward_hook(leave, with_kwargs=True))
+        handles.append(layer.register_forward_hook(partial(self._leave_layer, n), with_kwargs=True))
         attention = getattr(layer, "self_attn", None)
         if attention is not None:
             projections = [getattr(attention, f"{letter}_proj", None) for letter in "qkv"]
@@ -204,6 +222,9 @@ class LocalCheck:
                 module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").split(f"layers.{n}.")[1])
                 handles.append(module.register_forward_hook(self._at((n, cast(Part, part)))))
         block = self.reference.modules.get(n)
+        if self.family is not None and self.family.ffn_norm is None and (n, "FFN norm") in taps:
+            ffn = cast(nn.Module, block if block is not None else layer.mlp)
+            handles.append(ffn.register_forward_pre_hook(lambda _, given: self._enter_ffn(n, given)))
         if block is not None:
             handles.append(block.register_forward_hook(lambda _, given, output: self._leave_block(n, given, output)))
         elif (n, "FFN") in taps and hasattr(layer, "mlp"):
@@ -218,6 +239,9 @@ class LocalCheck:
         if not pieces or len(pieces) < len(names):
             return None
         found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+        if self._shakes and place[1] == "query, key and value" and self.arithmetic.narrow is not None:
+            step = torch.finfo(self.arithmetic.narrow).eps
+            found = found * (1 + step * (torch.rand(found.shape, generator=torch.Generator().manual_seed(place[0])) - 0.5))
         return found.double() if self._mode.in_double else found
 
     def _replace_input(self, given: tuple[Any, ...], place: Place) -> tuple[Any, ...] | None:
@@ -256,6 +280,14 @@ class LocalCheck:
 
         return hook
 
+    def _enter_ffn(self, n: int, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """What an FFN reads where no norm stands before it."""
+        tap = self._tap((n, "FFN norm"))
+        if tap is None:
+            return None
+        self._compare((n, "FFN norm"), given[0], tap.reshape(given[0].shape))
+        return (tap.reshape(given[0].shape), *given[1:])
+
     def _read_attention(self, n: int, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         tap = self._tap((n, "attention"))
         if tap is None:
@@ -279,8 +311,7 @@ class LocalCheck:
     def _find_blame(self, n: int, own: torch.Tensor, shown: torch.Tensor, decided: torch.Tensor) -> None:
         """Which experts are wrong in every token that hears them, and whether each token's output is the twin's times a factor."""
         place: Place = (n, "experts")
-        limit = self.limit(place) if place in self.noise else _PROVISIONAL * LEAST_NOISE
-        wrong = ~(self.found[place].errors[:, self._span] <= limit)
+        wrong = ~(self.found[place].errors[:, self._span] <= self.limit(place))
         assert self._seen is not None
         judged = (decided & self._seen.mask.bool()[:, self._span]).flatten()
         wrong = wrong.flatten()[judged]
@@ -310,6 +341,22 @@ class LocalCheck:
         return decided
 
     @contextmanager
+    def following(self, seen: Seen) -> Iterator[None]:
+        """For the length of a `with`: the twin's routers say what the graph's said on the same text, and nothing else is replaced or compared.
+
+        `own_routers` has what they would have said.
+        """
+        self._seen = Seen(seen.ids, seen.mask, seen.num_prefill, seen.logits, {name: seen.values[name] for name in self._router_names(seen)})
+        self._follows, self._span, self.own_routers = True, slice(None), {}
+        try:
+            yield
+        finally:
+            self._seen, self._follows = None, False
+
+    def _router_names(self, seen: Seen) -> list[str]:
+        return [name for (_, part), names in self.taps.names.items() if part == "router" for name in names if name in seen.values]
+
+    @contextmanager
     def _unseen(self) -> Iterator[None]:
         """For the length of a `with`: nothing is compared and nothing replaced."""
         seen, self._seen = self._seen, None
@@ -326,7 +373,10 @@ class LocalCheck:
         assert self._seen is not None
         batch = len(self._seen.ids)
         shown = tap.reshape(batch, -1, own.shape[-1])
-        self._compare((n, "router"), own.view(shown.shape), shown)
+        if self._follows:
+            self.own_routers[n] = own
+        else:
+            self._compare((n, "router"), own.view(shown.shape), shown)
         if self._seen.nudge is not None:
             shown = shown + self._seen.nudge.view(batch, -1, own.shape[-1])[:, self._span]
         return shown.reshape(own.shape).to(own.dtype)
@@ -394,7 +444,7 @@ class LocalCheck:
         before.flips += flips
         before.parts = before.parts[0] + parts[0], before.parts[1] + parts[1]
         kind = self.arithmetic.narrow
-        if kind is not None and place[1] not in ("embedding", "router"):
+        if kind is not None and (self.is_narrow(place) or place[1] not in ("embedding", "router")):
             rounded = self._errors(expected.to(kind).to(expected.dtype), expected)[judged]
             least = _NARROW_SHARE * torch.finfo(kind).eps  # what is rounded already loses nothing more
             self.narrow_noise[place] = max(self.narrow_noise.get(place, least), float(rounded.mean()) if len(rounded) else 0.0)
@@ -407,12 +457,17 @@ class LocalCheck:
                 return value.double()
             return tuple(map(widen, value)) if isinstance(value, tuple) else value
 
-        wide = copy.deepcopy(module).double()
         caught = [dict(each) for each in (self.reference.routers, self.reference.given)]
+        expected = dict(self._expected)
+        arguments = tuple(map(widen, given)), {name: None if name == "past_key_values" else widen(value) for name, value in named.items()}
+        self._mode.in_double = True
         try:
-            with self._mode.doubled(module, wide):
-                wide(*map(widen, given), **{name: None if name == "past_key_values" else widen(value) for name, value in named.items()})
+            module(*arguments[0], **arguments[1])
+            if self.arithmetic.narrow is not None:  # heads are rotated in 16 bits, and rounded once more
+                self._expected, self._shakes = expected, True
+                module(*arguments[0], **arguments[1])
         finally:
+            self._mode.in_double = self._shakes = False
             self.reference.routers.update(caught[0])
             self.reference.given.update(caught[1])
         self._expected = {}
@@ -425,6 +480,11 @@ class LocalCheck:
             self._expected[place], narrow = narrow[..., exact.shape[-1] :], narrow[..., : exact.shape[-1]]
         errors = self._errors(narrow.double().reshape(exact.shape), exact)
         assert self._seen is not None
+        if self._shakes:
+            if place[1] == "attention":
+                some = errors[self._seen.mask.bool()[:, self._span]]
+                self.narrow_noise[place] = max(self.narrow_noise.get(place, 0.0), float(some.max()) / _SHAKEN)
+            return
         some = errors[self._seen.mask.bool()[:, self._span]]
         some = some[some <= max(_FLIPPED * float(some.median()), LEAST_NOISE)] if len(some) else some
         if len(some):

@@ -20,6 +20,7 @@ from export.parity.taps import ATTENTION_PARTS, OUTSIDE, Part, Place, Seen, Taps
 from export.runtime import CPU, Decoder
 
 _EXPERT_TOKENS = 64
+_TEXT_TOKENS = 128  # every product and norm is in every token; where attention looks in long rows is asked of the ways of feeding
 _NARROW_MULTIPLE = 8.0
 """Of what rounding a result to 16 bits alone costs: operators that compute in 16 bits round a few times on the way."""
 _FACTOR_SHARE = 1 / 6
@@ -62,6 +63,15 @@ class PlacesCheck:
         """For the length of a `with`: what rounded products of the twin read is moved by a small part of a step."""
         return self._local.moved()
 
+    def following(self, seen: Seen) -> AbstractContextManager[None]:
+        """For the length of a `with`: the twin's routers say what the graph's said on the same text."""
+        return self._local.following(seen) if self._exact_twin else nullcontext()
+
+    @property
+    def own_routers(self) -> dict[int, torch.Tensor]:
+        """What the twin's routers would have said, by layer, where they followed."""
+        return self._local.own_routers
+
     def close(self) -> None:
         """Let go of the twin."""
         self._local.close()
@@ -80,7 +90,7 @@ class PlacesCheck:
         seen = look(self._decoder, row, ones, row.shape[1], names, nudge, with_cache=True)
         self._add(self._local.measure(seen, measures_noise=self._config.noise_blocks > 0))
         tell(1)
-        whole = blocks[:1, : min(blocks.shape[1], self._decoder.context_length)]
+        whole = blocks[:1, : min(_TEXT_TOKENS, blocks.shape[1], self._decoder.context_length)]
         self._add(self._local.measure(look(self._decoder, whole, torch.ones_like(whole), whole.shape[1], names, with_cache=True)))
         tell(2)
 
@@ -104,12 +114,11 @@ class PlacesCheck:
         return tuple(self._worst[place] for place in sorted(self._worst, key=_order))
 
     def _limit(self, place: Place) -> float:
-        if self._provider != CPU:
-            return self._config.max_relative_error  # products in float32 may round their factors to TF32
-        noise = max(self._local.noise.get(place, 0.0), LEAST_NOISE)
-        narrow = self._local.narrow_noise.get(place, 0.0)
+        limit = self._config.max_relative_error  # on CUDA it alone holds: products in float32 may round their factors to TF32
+        if self._provider == CPU and self._config.noise_blocks:
+            limit = min(limit, self._config.noise_multiple * max(self._local.noise.get(place, 0.0), LEAST_NOISE))
         multiple = _NARROW_MULTIPLE if self._local.is_narrow(place) else _BEHIND_MULTIPLE
-        return max(self._config.noise_multiple * noise, multiple * narrow)
+        return max(limit, multiple * self._local.narrow_noise.get(place, 0.0))
 
     def _add(self, found: dict[Place, Measured]) -> None:
         for place, measured in found.items():

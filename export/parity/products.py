@@ -59,7 +59,7 @@ class ProductMode(TorchFunctionMode):
     """While it is entered, products of the twin read their inputs as the graph's do.
 
     Weights are told by their addresses; experts are stacked, so theirs are told by the module that is computing. With `leaves_out` no product is
-    computed but those of routers. `in_double`: what computes is a copy of a layer in float64.
+    computed but those of routers. `in_double`: inputs are float64, and so are products.
     """
 
     def __init__(
@@ -102,20 +102,6 @@ class ProductMode(TorchFunctionMode):
         self._rounds.clear()
 
     @contextmanager
-    def doubled(self, module: nn.Module, wide: nn.Module) -> Iterator[None]:
-        """For the length of a `with`: what computes is a copy of a module in float64, whose weights are known as the module's."""
-        pairs = zip(module.parameters(), wide.parameters(), strict=True)
-        added = {b.data_ptr(): self._rounds[a.data_ptr()] for a, b in pairs if a.data_ptr() in self._rounds}
-        self._rounds |= added
-        self.in_double = True
-        try:
-            yield
-        finally:
-            self.in_double = False
-            for address in added:
-                del self._rounds[address]
-
-    @contextmanager
     def moved(self) -> Iterator[None]:
         """For the length of a `with`: what rounded products read is moved by a small part of a step."""
         self._generator = torch.Generator().manual_seed(0)
@@ -131,14 +117,17 @@ class ProductMode(TorchFunctionMode):
         if func is not F.linear:
             return func(*args, **(kwargs or {}))
         x, weight, *rest = args
+        rounding = None if self._scope is not None and self._scope[0] == "router" else self._find(weight)
+        if self.in_double:
+            weight, rest = weight.double(), [None if value is None else value.double() for value in rest]
+            x = x.double()
         if self._scope is not None and self._scope[0] == "router":
-            own = func(*args, **(kwargs or {}))
+            own = func(x, weight, *rest, **(kwargs or {}))
             return self._only.to(own.dtype) if self._only is not None else self._route(self._scope[1], own)
         if self.leaves_out and self._only is None:
             return x.new_zeros(*x.shape[:-1], weight.shape[0])
-        rounding = self._find(weight)
         if rounding is None:
-            return func(*args, **(kwargs or {}))
+            return func(x, weight, *rest, **(kwargs or {}))
         if self._calls is not None:
             self._calls.append(_Call(x, weight, rounding))
         if self._generator is not None:

@@ -175,7 +175,9 @@ class Noise:
 class ProviderParity:
     """All figures of one execution provider; perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
 
-    `worst_layer` is None where the package shows nothing of its layers. What was not run is a sentence that says why.
+    `perplexity_error`: the standard error of the package's perplexity relative to the fine-tuned model's, over blocks of `num_language_tokens`.
+    `tie_share`: of tokens, those that some layer's router sends by less than a near-tie. `worst_layer` is None where the package shows nothing of its
+    layers. What was not run is a sentence that says why.
     """
 
     onnxruntime: str
@@ -197,6 +199,9 @@ class ProviderParity:
     noise: Noise | str = "not run"
     limits: dict[str, Limit] = field(default_factory=dict)
     logits_factor: float | None = None
+    perplexity_error: float = 0.0
+    num_language_tokens: int = 0
+    tie_share: float = 0.0
     tiers: dict[Tier, str] = field(default_factory=dict)
     placement: dict[str, dict[str, int]] = field(default_factory=dict)
     num_fallback_nodes: int = 0

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import torch
 
-from export.parity.agreement import factor_of, mean_divergence
+from export.parity.agreement import Follow, factor_of, mean_divergence
 from export.parity.forward import Forward, Reference
 from export.parity.records import Limit, Noise
+from export.parity.taps import Seen
 from export.parity.ties import TIE_MARGIN, find_tie_margin, same_experts
 
-_TOKENS = 512
+_TOKENS = 256
 _KL_MULTIPLE = 3.0
 _LOGITS_MULTIPLE = 4.0
 _FACTOR_MULTIPLE = 8.0
@@ -49,19 +50,19 @@ class Rounding:
 class RoundingMeasure:
     """Sums, over batches of text, of what a rounded twin differs by from itself when what its products read is moved."""
 
-    def __init__(self, reference: Reference, moved: Callable[[], AbstractContextManager[None]]) -> None:
-        """`moved` is entered for the second computation."""
-        self._reference, self._moved = reference, moved
+    def __init__(self, reference: Reference, moved: Callable[[], AbstractContextManager[None]], follow: Follow) -> None:
+        """`moved` is entered for the second computation; `follow` runs the twin with what the package's routers said."""
+        self._reference, self._moved, self._follow = reference, moved, follow
         self._kl, self._same, self._num_tokens = 0.0, list[float](), 0
         self._error, self._parts, self._margin = 0.0, (0.0, 0.0), TIE_MARGIN
 
-    def add(self, ids: torch.Tensor, expected: Forward) -> None:
-        """Some more text, ids [B, S], and what the twin says to it; no more than enough of it is taken."""
+    def add(self, ids: torch.Tensor, expected: Forward, seen: Seen) -> None:
+        """Some more text, ids [B, S], what the twin says to it, and the package beside it; no more than enough of it is taken."""
         count = min(len(ids), -(-(_TOKENS - self._num_tokens) // ids.shape[1]))
         if count <= 0:
             return
         with self._moved():
-            found = self._reference.forward(ids[:count], torch.ones_like(ids[:count]))
+            found = self._follow(self._reference, seen.of_rows(count))
         own = expected.logits[:count]
         self._kl += mean_divergence(own, found.logits) * found.logits[..., 0].numel()
         self._num_tokens += found.logits[..., 0].numel()

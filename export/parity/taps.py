@@ -70,7 +70,7 @@ def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
         add((n, "query, key and value"), f"{prefix}.query_key_value")
         add((n, "attention"), f"{prefix}.attention")
         add((n, "attention output"), ATTENTION_OUTPUT.format(n))
-        add((n, "FFN norm"), f"{prefix}.ffn_normed")
+        add((n, "FFN norm"), f"{prefix}.ffn_normed", f"{prefix}.attended")
         add((n, "router"), f"{ROUTER_LOGITS}{n}")
         add((n, "residual stream"), f"{HIDDEN}{n}")
         joined = makers.get(f"{HIDDEN}{n}")
@@ -113,6 +113,10 @@ class Seen:
     values: Mapping[str, torch.Tensor]
     cache: Mapping[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     nudge: torch.Tensor | None = None
+
+    def of_rows(self, count: int) -> Seen:
+        """The first rows alone, without the cache."""
+        return Seen(self.ids[:count], self.mask[:count], self.num_prefill, self.logits[:count], {n: v[:count] for n, v in self.values.items()})
 
 
 def look(

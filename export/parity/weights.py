@@ -2,7 +2,7 @@
 
 Rows are recognized by what they hold, not by names: so a package of any exporter is judged, whatever it calls its matrices, in whatever order it has
 laid their rows, and whether it has packed them, turned them or put several below each other. A row of K numbers is told from others by its products
-with three fixed vectors of signs; two rows that differ anywhere differ there, but for an accident of one in many millions.
+with two fixed vectors of signs, and its length; two rows that differ anywhere differ there, but for an accident of one in many millions.
 
 Each row of the twin must be in the file, and the file must have no row besides, but for rows of zeros, which only fill a block. Where a row of the
 one and a row of the other are left over, they belong together by what they have in common, and the message says how they differ.
@@ -24,9 +24,9 @@ from scipy.spatial import cKDTree
 from export.parity.constants import Constants, Floats, Matrix, Operator
 from upcycle.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
 
-_KEYS = 3
 _TOLERANCE = 1e-5
 """Of a row's length: what its products with signs may differ by in float32, 39 numbers of which round to 2e-6 each at most (K = 1,536)."""
+_NO_KEY = 1e30
 _MOST_PAIRS = 2048
 _MOST_TOLD = 5
 _SAME = 1e-4  # of the largest difference of two rows: columns that differ by less are told as equal
@@ -85,24 +85,24 @@ class Found:
 
 @dataclass
 class _Rows:
-    """Rows of one width from many matrices: keys [rows, 3], lengths [rows], and where each matrix begins."""
+    """Rows of one width from many matrices: their keys [rows, 3], and where each matrix begins."""
 
     owners: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     keys: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    lengths: list[npt.NDArray[np.float32]] = field(default_factory=list)
     total: int = 0
 
-    def add(self, owner: str, keys: npt.NDArray[np.float32], lengths: npt.NDArray[np.float32]) -> None:
+    def add(self, owner: str, keys: npt.NDArray[np.float32]) -> None:
         if not self.owners or self.owners[-1] != owner:
             self.owners.append(owner)
             self.starts.append(self.total)
         self.keys.append(keys)
-        self.lengths.append(lengths)
         self.total += len(keys)
 
-    def joined(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        return np.concatenate(self.keys), np.concatenate(self.lengths)
+    def joined(self) -> npt.NDArray[np.float32]:
+        if len(self.keys) > 1:
+            self.keys = [np.concatenate(self.keys)]
+        return self.keys[0]
 
     def locate(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """By place, the number of its owner and the row in it."""
@@ -144,11 +144,12 @@ def check_weights(constants: Constants, twin: Path, skipped: Sequence[str] = ())
 
 
 def _signs(width: int) -> torch.Tensor:
-    return torch.randint(0, 2, (width, _KEYS), generator=torch.Generator().manual_seed(width)).float() * 2 - 1
+    return torch.randint(0, 2, (2, width), generator=torch.Generator().manual_seed(width)).float() * 2 - 1
 
 
-def _key(rows: torch.Tensor, signs: torch.Tensor) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    return (rows @ signs).numpy(), rows.norm(dim=-1).numpy()
+def _key(rows: torch.Tensor, signs: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Of each row [N, K] its products with two vectors of signs, and its length; float32 [N, 3]."""
+    return torch.stack([rows @ signs[0], rows @ signs[1], rows.norm(dim=-1)], -1).numpy()
 
 
 def _match(
@@ -162,28 +163,31 @@ def _match(
         for chunk in read_chunks(entry):
             rows = chunk.to(torch.float32).reshape(-1, width)
             for kind, known in theirs.items():
-                known.add(name, *_key(rows if kind is None else rows.to(kind).to(torch.float32), signs))
-    trees = {kind: (cKDTree(known.joined()[0]), known) for kind, known in theirs.items()}
+                known.add(name, _key(rows if kind is None else rows.to(kind).to(torch.float32), signs))
+    trees = {kind: (cKDTree(known.joined()), known) for kind, known in theirs.items()}
+    ours: dict[torch.dtype | None, list[npt.NDArray[np.float32]]] = {}
     some = theirs[None]
     names = some.owners
-    is_found = np.zeros(some.total, bool)
     surplus: list[tuple[Matrix, int]] = []
     strange: list[Matrix] = []
     zeros: set[str] = set()
     for each in matrices:
         matrix = each
         tree, known = trees[matrix.narrow]
-        places, good, lengths = _look_up(torch.from_numpy(matrix.read()), tree, signs)
+        keys = _key(torch.from_numpy(matrix.read()), signs)
+        places, good = _look_up(keys, tree)
+        scaled = None
         if matrix.input_factors is not None and good.mean() < 0.5:
-            scaled = torch.from_numpy(matrix.read()) * torch.from_numpy(matrix.input_factors())
-            again = _look_up(scaled, tree, signs)
+            scaled = _key(torch.from_numpy(_read(matrix)), signs)
+            again = _look_up(scaled, tree)
             if again[1].mean() > good.mean():
-                places, good, lengths = again
+                keys, (places, good) = scaled, again
             else:
-                matrix = replace(matrix, input_factors=None)
-        else:
+                scaled = None
+        if scaled is None:
             matrix = replace(matrix, input_factors=None)
-        is_found[_equals(tree, known, places[good])] = True
+        ours.setdefault(matrix.narrow, []).append(keys)
+        lengths = keys[:, 2]
         owners, _ = known.locate(places[good])
         if good.mean() >= 0.5:
             for owner in np.unique(owners):
@@ -194,30 +198,21 @@ def _match(
             strange.append(matrix)
         else:
             zeros |= {names[owner] for owner in np.unique(owners)} if (lengths == 0).any() else set()
-            surplus += [(matrix, int(row)) for row in np.nonzero(~good & (lengths > 0))[0]]
+            surplus += [(matrix, int(row)) for row in np.nonzero(~good & (lengths != 0))[0]]
             surplus += _misplaced(matrix, places, good, known)
+    is_found = np.zeros(some.total, bool)
+    for kind, found in ours.items():
+        is_found |= _look_up(theirs[kind].joined(), cKDTree(np.concatenate(found)))[1]
     missing = np.nonzero(~is_found)[0]
     if not len(missing) and not surplus:
         return [], 0
     return _describe(entries, some, missing, surplus, strange, zeros)
 
 
-def _look_up(rows: torch.Tensor, tree: cKDTree, signs: torch.Tensor) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_], npt.NDArray[np.float32]]:
-    """The nearest row of the twin, whether it is the same, and the length of each row."""
-    keys, lengths = _key(rows, signs)
+def _look_up(keys: npt.NDArray[np.float32], tree: cKDTree) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """The nearest of the rows in a tree, and whether it is the same."""
     distances, places = tree.query(keys)
-    return places, distances <= _TOLERANCE * np.maximum(lengths, 1e-20), lengths
-
-
-def _equals(tree: cKDTree, known: _Rows, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """All rows of the twin that are the same as some of these: copies of one expert are all found where one is."""
-    keys, lengths = known.joined()
-    unique = np.unique(places)
-    if not len(unique):
-        return unique
-    near = tree.query(keys[unique], k=2)[0][:, 1] <= _TOLERANCE * np.maximum(lengths[unique], 1e-20) if len(keys) > 1 else np.zeros(len(unique), bool)
-    copies = [tree.query_ball_point(keys[place], _TOLERANCE * max(float(lengths[place]), 1e-20)) for place in unique[near]]
-    return np.concatenate([unique, *(np.asarray(each, np.int64) for each in copies)])
+    return places, distances <= _TOLERANCE * np.maximum(keys[:, 2], 1e-20)
 
 
 def _misplaced(matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: _Rows) -> list[tuple[Matrix, int]]:
@@ -226,7 +221,8 @@ def _misplaced(matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[
     is_head = matrix.use == "product" and all(known.owners[owner] in _BY_TOKEN for owner in np.unique(owners[good]))
     if matrix.use != "table" and not is_head:
         return []
-    keys, lengths = known.joined()
+    keys = known.joined()
+    lengths = keys[:, 2]
     place_of_own = places - rows + np.arange(len(rows))
     inside = place_of_own < len(keys)
     same = np.zeros(len(rows), bool)
@@ -283,7 +279,7 @@ def _nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
     """The row that is most like another, if any is at all."""
     if not rows:
         return None
-    distances = np.abs(np.stack(rows) - true).sum(-1)
+    distances = np.nan_to_num(np.abs(np.stack(rows) - true).sum(-1), nan=np.inf)
     best = int(distances.argmin())
     return best if distances[best] <= _LIKE * np.abs(true).sum() else None
 
