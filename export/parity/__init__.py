@@ -26,7 +26,8 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
+from typing import Any
 
 import onnx
 import onnxruntime as ort
@@ -271,7 +272,7 @@ class _Judgement:
         beyond = 0.0 if self.whole_loss is None else self.whole_loss - tuned_mean  # what all text is harder by than these blocks
         twin_loss = mean + twin_mean - own_mean  # beyond the text that is compared the two differ as they do on it
         differences = [loss - other for loss, other in zip(losses, self.finetuned_losses, strict=True)]
-        error = stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        error = float(torch.tensor(differences, dtype=torch.float64).std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
         package_loss, twin_loss, finetuned_loss = (loss + beyond for loss in (mean, twin_loss, tuned_mean))
         placement = find_placement(self.package, provider)
         self.progress("measuring speed", 1, 1)
@@ -334,10 +335,16 @@ def _force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | No
     if not tuned.routers:
         return "not run: no layer has experts"
     assert tuned.first is not None
-    ids = blocks[: len(tuned.first)]
+    ids = blocks[:1]
     mask = torch.ones_like(ids)
+    routers = {n: _first_tokens(said, ids.numel()) for n, said in tuned.routers.items()}
     free = twin.forward(ids, mask).logits
-    with twin.forced(tuned.routers):
+    with twin.forced(routers):
         forced = twin.forward(ids, mask).logits
-    kl, kl_free = (max(mean_divergence(tuned.first, logits), 0.0) for logits in (forced, free))
+    kl, kl_free = (max(mean_divergence(tuned.first[:1], logits), 0.0) for logits in (forced, free))
     return Forced(kl, kl_free, ids.numel())
+
+
+def _first_tokens(said: Any, count: int) -> Any:
+    """What a router said of the first tokens of a batch."""
+    return tuple(part[:count] for part in said) if isinstance(said, tuple) else said[:count]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from export.config import ParityConfig
 from export.parity.agreement import LOGIT_ROWS, Follow
@@ -29,12 +30,14 @@ class Case:
     """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time.
 
     Logits are judged of a whole prefill, or of what is decoded and of the last token before: all of such a prefill is judged in a case of its own.
+    Of a long one that a package is only held against itself, the last `num_logits` are.
     """
 
     name: str
     ids: torch.Tensor
     mask: torch.Tensor
     num_prefill: int
+    num_logits: int = 0
 
     def shares_text(self, other: Case, reference: Reference) -> bool:
         """Whether one forward of the reference serves both."""
@@ -102,7 +105,7 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
     if size > blocks.shape[1]:
         what = "the whole context" if size == context else "of several blocks"
         cases = [
-            Case(f"prefill, batch 1, {size} tokens, {what}", row, ones, size),
+            Case(f"prefill, batch 1, {size} tokens, {what}", row, ones, size, steps + 1),
             Case(f"{steps} decode steps after {size - steps} tokens, batch 1, {what}", row, ones, size - steps),
         ]
     if window is not None and window < size:
@@ -184,11 +187,11 @@ def run_cases_alone(
     errors = []
     for number, case in enumerate(cases):
         tell(number)
-        seen = look(decoder, case.ids, case.mask, case.num_prefill, names, with_cache=True)
+        seen = look(decoder, case.ids, case.mask, case.num_prefill, names, num_logits=case.num_logits, with_cache=True)
         found = _without_streams(forward_of(seen, decoder), seen)
         if case.num_prefill == case.ids.shape[1] and len(case.ids) == 1:
             prefills.keep(seen)
-        expected = prefills.of(case)
+        expected = prefills.of(case, found.logits.shape[1])
         errors.append(_with_place(measure_errors(case, found, expected, tie_margin, share), look_inside(seen)))
     return errors
 
@@ -218,28 +221,34 @@ class _Prefills:
         """One that was done already, unless a longer one is known."""
         ids = seen.ids[0].tolist()
         if not any(longer[: len(ids)] == ids for longer, _ in self._known):
-            self._known.append((ids, _without_streams(forward_of(seen, self._decoder), seen)))
+            self._known.append((ids, self._read(seen)))
 
-    def of(self, case: Case) -> Forward:
-        """What each row of a case has in its own full prefill, padded as the case is."""
-        parts = [self._row(ids[mask.bool()].tolist()) for ids, mask in zip(case.ids, case.mask, strict=True)]
+    def of(self, case: Case, num_logits: int) -> Forward:
+        """What each row of a case has in its own full prefill, padded as the case is, with the logits of its last tokens."""
+        parts = [self._row(ids[mask.bool()].tolist(), num_logits) for ids, mask in zip(case.ids, case.mask, strict=True)]
         size = case.ids.shape[1]
 
-        def padded(values: Sequence[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([torch.nn.functional.pad(value, (0, 0, size - value.shape[1], 0)) for value in values])
+        def padded(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:
+            return torch.cat([F.pad(value, (0, 0, width - value.shape[1], 0)) for value in values])
 
-        routers = tuple(padded(layer) for layer in zip(*(part.routers for part in parts), strict=True))
-        return Forward(padded([part.logits for part in parts]), routers, tuple(r.new_zeros(*r.shape[:2], 1) for r in routers), (), parts[0].top_k)
+        routers = tuple(padded(layer, size) for layer in zip(*(part.routers for part in parts), strict=True))
+        streams = tuple(router.new_zeros(*router.shape[:2], 1) for router in routers)
+        return Forward(padded([part.logits for part in parts], num_logits), routers, streams, (), parts[0].top_k)
 
-    def _row(self, ids: list[int]) -> Forward:
+    def _row(self, ids: list[int], num_logits: int) -> Forward:
         count = len(ids)
         for longer, known in self._known:
-            if longer[:count] == ids:
-                routers = tuple(r[:, :count] for r in known.routers if r is not None)
-                return Forward(known.logits[:, :count], routers, (), (), known.top_k)
+            first = len(longer) - known.logits.shape[1]  # that has logits
+            start = max(0, count - num_logits)
+            if longer[:count] == ids and first <= start:
+                routers = tuple(router[:, :count] for router in known.routers if router is not None)
+                return Forward(known.logits[:, start - first : count - first], routers, (), (), known.top_k)
         row = torch.tensor([ids])
-        self.keep(look(self._decoder, row, torch.ones_like(row), count, self._routers))
-        return self._row(ids)
+        self._known.append((ids, self._read(look(self._decoder, row, torch.ones_like(row), count, self._routers))))
+        return self._row(ids, num_logits)
+
+    def _read(self, seen: Seen) -> Forward:
+        return _without_streams(forward_of(seen, self._decoder), seen)
 
 
 def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN, share: float = 1.0) -> Errors:
@@ -255,8 +264,8 @@ def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: fl
     error, mean_error, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
     judged &= ~(error > error[judged].quantile(share)) if share < 1 and judged.any() else judged
     largest = float(error[judged].max()) if judged.any() else 0.0
-    size = torch.cat([part.abs().amax(-1) for part in expected.logits.flatten(0, 1).split(LOGIT_ROWS)]).view(case.mask.shape)
-    scale = max(float(size[case.mask.bool()].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
+    size = torch.cat([part.abs().amax(-1) for part in expected.logits[:, -kept:].flatten(0, 1).split(LOGIT_ROWS)]).view(real.shape)
+    scale = max(float(size[real].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
     mean = float(mean_error[real].mean())
     check = Check(
         case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),

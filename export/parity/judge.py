@@ -102,8 +102,9 @@ def _describe_start(found: PlaceCheck) -> str:
     """What the first wrong token says of attention: the first token reads itself alone, whatever positions and mask are."""
     if found.part not in ("attention", "cache") or not found.first_position:
         return ""
-    if found.first_position == 1 and found.part == "cache":
-        return " (the first token is right: look at positions and rotary tables)"
+    if found.part == "cache":
+        right = "the first token is" if found.first_position == 1 else f"every token before {found.first_position} is"
+        return f" ({right} right: look at positions and rotary tables)"
     if found.first_position == 1:
         return " (a token that reads itself alone is right: look at positions and rotary tables)"
     return f" (every token before {found.first_position} is right: look at the window and the mask of attention)"

@@ -2,7 +2,7 @@
 
 Rows are recognized by what they hold, not by names: so a package of any exporter is judged, whatever it calls its matrices, in whatever order it has
 laid their rows, and whether it has packed them, turned them or put several below each other. A row of K numbers is told from others by its products
-with two fixed vectors of signs, and its length; two rows that differ anywhere differ there, but for an accident of one in many millions.
+with two fixed random vectors, and its length; two rows that differ anywhere differ there, but for an accident of one in many millions.
 
 Each row of the twin must be in the file, and the file must have no row besides, but for rows of zeros, which only fill a block. Where a row of the
 one and a row of the other are left over, they belong together by what they have in common, and the message says how they differ.
@@ -25,8 +25,8 @@ from export.parity.constants import Constants, Floats, Matrix, Operator
 from upcycle.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
 
 _TOLERANCE = 1e-5
-"""Of a row's length: what its products with signs may differ by in float32, 39 numbers of which round to 2e-6 each at most (K = 1,536)."""
-_NO_KEY = 1e30
+"""Of a row's length: what its products with such vectors may differ by in float32, 39 numbers of which round to 2e-6 each at most (K = 1,536)."""
+_NO_KEY = 1e30  # of a row that is not all numbers: no other is as long
 _MOST_PAIRS = 2048
 _MOST_TOLD = 5
 _SAME = 1e-4  # of the largest difference of two rows: columns that differ by less are told as equal
@@ -143,27 +143,31 @@ def check_weights(constants: Constants, twin: Path, skipped: Sequence[str] = ())
     return Found(check, {name: tuple(found) for name, found in operators.items()})
 
 
-def _signs(width: int) -> torch.Tensor:
-    return torch.randint(0, 2, (2, width), generator=torch.Generator().manual_seed(width)).float() * 2 - 1
+def _draw_vectors(width: int) -> torch.Tensor:
+    """Two vectors [2, K] no two entries of which are alike, so that a row with two entries exchanged is another."""
+    return torch.randn(2, width, generator=torch.Generator().manual_seed(width))
 
 
-def _key(rows: torch.Tensor, signs: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Of each row [N, K] its products with two vectors of signs, and its length; float32 [N, 3]."""
-    return torch.stack([rows @ signs[0], rows @ signs[1], rows.norm(dim=-1)], -1).numpy()
+def _key(rows: torch.Tensor, vectors: torch.Tensor) -> npt.NDArray[np.float32]:
+    """Of each row [N, K] its products with two vectors, and its length; float32 [N, 3]. Of rows that are not all numbers all three are one number."""
+    lengths = rows.norm(dim=-1)
+    good = lengths.isfinite()
+    products = [torch.where(good, rows @ vector, _NO_KEY) for vector in vectors]
+    return torch.stack([*products, torch.where(good, lengths, _NO_KEY)], -1).numpy()
 
 
 def _match(
     entries: dict[str, TensorEntry], matrices: Sequence[Matrix], width: int, operators: dict[str, list[Matrix]]
 ) -> tuple[list[WrongRows], int]:
     """The rows of all tensors of one width against those of all matrices of it."""
-    signs = _signs(width)
+    vectors = _draw_vectors(width)
     narrow = {matrix.narrow for matrix in matrices}
     theirs: dict[torch.dtype | None, _Rows] = {kind: _Rows() for kind in narrow | {None}}
     for name, entry in entries.items():
         for chunk in read_chunks(entry):
             rows = chunk.to(torch.float32).reshape(-1, width)
             for kind, known in theirs.items():
-                known.add(name, _key(rows if kind is None else rows.to(kind).to(torch.float32), signs))
+                known.add(name, _key(rows if kind is None else rows.to(kind).to(torch.float32), vectors))
     trees = {kind: (cKDTree(known.joined()), known) for kind, known in theirs.items()}
     ours: dict[torch.dtype | None, list[npt.NDArray[np.float32]]] = {}
     some = theirs[None]
@@ -174,11 +178,11 @@ def _match(
     for each in matrices:
         matrix = each
         tree, known = trees[matrix.narrow]
-        keys = _key(torch.from_numpy(matrix.read()), signs)
+        keys = _key(torch.from_numpy(matrix.read()), vectors)
         places, good = _look_up(keys, tree)
         scaled = None
         if matrix.input_factors is not None and good.mean() < 0.5:
-            scaled = _key(torch.from_numpy(_read(matrix)), signs)
+            scaled = _key(torch.from_numpy(_read(matrix)), vectors)
             again = _look_up(scaled, tree)
             if again[1].mean() > good.mean():
                 keys, (places, good) = scaled, again
@@ -298,7 +302,8 @@ def _compare(found: Floats, true: Floats) -> str:
     first, last = int(columns[0]), int(columns[-1])
     part, own = found[first : last + 1].astype(np.float64), true[first : last + 1].astype(np.float64)
     where = f"columns {first} to {last}" if last > first else f"column {first}"
-    where = "the whole row" if first == 0 and last == len(true) - 1 and last > 0 else where
+    outside = np.concatenate([true[:first], true[last + 1 :]])
+    where = "the whole row" if not outside.any() and len(true) > 1 else where
     factor = float(part @ own / max(float(own @ own), 1e-300))
     if np.linalg.norm(part - factor * own) <= _STRAIGHT * np.linalg.norm(part):
         return f"{where} in the file {'is' if where == 'the whole row' or first == last else 'are'} {factor:.4g} times the twin's"
