@@ -418,7 +418,8 @@ def parity(
     if not found.passed:
         raise click.ClickException("\n".join(["parity was broken:", *found.breaches]))
     alone = twin is None and find_precision(package).rounds_weights
-    click.echo("parity passed" + (": where weights are rounded only the perplexity is judged, unless --twin is given" if alone else ""))
+    only = ": where weights are rounded only the perplexity, the files and the package against itself are judged, unless --twin is given"
+    click.echo(f"parity passed{only if alone else ''}")
 
 
 @main.command()
@@ -497,7 +498,7 @@ def _load_tokenizer(package: Path) -> Any:
 
     logging.set_verbosity_error()
     try:
-        return AutoTokenizer.from_pretrained(package, local_files_only=True)
+        return AutoTokenizer.from_pretrained(package, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise click.ClickException(f"{package}: no tokenizer that transformers can load; put tokenizer.json there") from error
 

@@ -28,7 +28,7 @@ from export.package import write_package
 from export.parity import check_parity
 from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
-from upcycle.checkpoint import GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.checkpoint import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
 from upcycle.config import FinetuneConfig
 from upcycle.config_files import CONFIG_NAME
 from upcycle.data import find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
@@ -180,7 +180,7 @@ def _locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
 def _download(hub: str, revision: str) -> Path:
     from huggingface_hub import snapshot_download  # only a hub source needs it
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, CARD_NAME, *TOKENIZER_NAMES]
+    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, CARD_NAME, ADAPTER_CONFIG_NAME, *TOKENIZER_NAMES]
     try:
         return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
     except Exception as error:  # huggingface_hub raises many kinds for no network, no such model, no access

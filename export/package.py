@@ -23,7 +23,7 @@ from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_g
 from export.timing import LoweringTime, cut_for_timing, time_lowerings
 from export.tracing import trace_decoder
 from export.twin import Twin
-from upcycle.checkpoint import copy_companions
+from upcycle.checkpoint import GENERATION_CONFIG_NAME, copy_companions
 from upcycle.config_files import save_config
 
 Timings = Sequence[LoweringTime]
@@ -62,7 +62,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     check_graph(output, twin)
     copy_companions(source, output)
     save_config(twin.checkpoint.config, output)
-    description = genai_config(twin.checkpoint.config, shares_buffer=graph.shares_buffer)
+    description = genai_config(twin.checkpoint.config, graph.shares_buffer, _read_ends(output))
     if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
         (output / "genai_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(
@@ -124,13 +124,22 @@ def _cache_shape(description: dict[str, Any]) -> tuple[Any, Any]:
     return decoder["num_key_value_heads"], decoder["head_size"]
 
 
-def genai_config(config: PreTrainedConfig, shares_buffer: bool = True) -> dict[str, Any]:
+def _read_ends(directory: Path) -> int | list[int] | None:
+    """The tokens that end a text by generation_config.json, which for a model that chats has more than config.json; None where it says nothing."""
+    path = directory / GENERATION_CONFIG_NAME
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    return found if isinstance(found, int | list) and found else None
+
+
+def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, ends: int | list[int] | None = None) -> dict[str, Any]:
     """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names.
+
+    `ends` are the tokens that end a text, where they are others than the config's.
 
     It knows one shape of keys and values, so a model whose shapes differ, as with latent attention, gets none.
     """
     heads = config.num_attention_heads
-    eos = config.eos_token_id if config.eos_token_id is not None else 0
+    eos = ends if ends is not None else config.eos_token_id if config.eos_token_id is not None else 0
     first_eos = eos[0] if isinstance(eos, list) else eos
     bos = config.bos_token_id if config.bos_token_id is not None else first_eos
     pad = config.pad_token_id if config.pad_token_id is not None else first_eos

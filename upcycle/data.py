@@ -363,7 +363,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
 
 def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=True)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers and tokenizers raise many kinds here, plain Exception among them; each is the file's fault
         raise UpcycleError(
             f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there"

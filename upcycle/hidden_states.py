@@ -93,7 +93,7 @@ def _read_sequences(source: Path, settings: RouterConfig, blocks: torch.Tensor, 
         wanted = max(1, settings.max_tokens // blocks.shape[1])
         places = torch.linspace(0, len(blocks) - 1, min(wanted, len(blocks))).round().long()
         return [blocks[places].tolist()]
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     domains = []
     for number, domain in enumerate(settings.domains):
         rows = _tokenize(tokenizer, _read_domain(domain, number, base), settings.max_tokens)

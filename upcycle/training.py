@@ -334,7 +334,9 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
 def _without_weights(directory: Path) -> PreTrainedModel:
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)  # a shared expert of width 0
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True)))
+        return cast(
+            PreTrainedModel, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
+        )
 
 
 def _settle(job: Job, folder: Path) -> Job:

@@ -38,13 +38,13 @@ from export.config import ParityConfig, Variant
 from export.family import DecoderFamily, find_decoder_family, find_refusal
 from export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
 from export.parity.arithmetic import find_arithmetic, find_narrow
-from export.parity.checks import Errors, plan_cases, run_cases, run_cases_alone, run_free
+from export.parity.checks import Errors, own_noise, plan_cases, run_cases, run_cases_alone, run_free
 from export.parity.constants import read_constants
 from export.parity.discovery import discover_taps
 from export.parity.files import check_files
 from export.parity.forward import BATCH, Forward, Reference, open_reference
-from export.parity.judge import find_breaches, judge_tiers
-from export.parity.limits import configured_limits, measure_noise, noise_limit
+from export.parity.judge import MOST_TIES, find_breaches, judge_tiers
+from export.parity.limits import configured_limits, measure_noise, noise_limit, own_limit
 from export.parity.placement import count_elsewhere, find_placement
 from export.parity.places import PlacesCheck
 from export.parity.products import Arithmetic
@@ -74,8 +74,6 @@ standard error of a few hundredths of themselves (KL of int8 from SmolLM2-135M's
 leave room for twice them."""
 _TWIN_TOKENS = 512
 """Of it the part on which the package is set beside its twin, as a whole: its places are compared one by one besides."""
-_MOST_TIES = 0.1
-"""Of all tokens: where routers tie in more, every operator has an order of its own, and two right packages write other texts."""
 _SHARE = 0.7
 """Of a case's tokens, where a package rounds what it computes with and does not show its routers: the others may have gone to other experts."""
 
@@ -169,12 +167,14 @@ class _Judgement:
                 if rounding is not None:
                     limits = rounding_limits(limits, rounding, judges_logits=True)
                 ties = 0.0 if own.margins is None else float((own.margins < TIE_MARGIN).float().mean())
-                if ties > _MOST_TIES:  # then right packages go ways of their own, and only what they compute on their way can be judged
+                if ties > MOST_TIES:  # then right packages go ways of their own, and only what they compute on their way can be judged
                     limits = {name: limit for name, limit in limits.items() if name not in ("kl", "routing", "factor")}
                 if self.exact:
                     limits["logits"] = noise_limit(noise.logits if noise else None, config, "the logits", provider)
                     limits["last hidden state"] = limits["logits"]
                 errors = self._run_cases(decoder, reference, places, own, taps, tie_margin)
+                if not self.exact_twin:
+                    limits["logits"] = own_limit(own_noise(errors), self.rounds, config)
                 free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens, follow, taps.of_layers(("router",)))
                 progress("doing tasks", 0, 1)
                 task_checks = evaluation.check(reference, limits, tie_margin)
@@ -287,9 +287,11 @@ class _Judgement:
 
     def _with_tiers(self, result: ProviderParity, broken: list[tuple[Tier, str]], arithmetic: Arithmetic) -> ProviderParity:
         why_not: dict[Tier, str] = {}
+        if self.weights is not None and (lost := self.weights.check.not_judged):
+            why_not["weights"] = f"passed but for {len(lost)} tensors that were not found by their rows: {lost[0]} and others"
         if not self.exact_twin:
             why_not = {tier: f"not judged: {self._why_not()}" for tier in ("weights", "operator", "layer", "routing")}
-            why_not["logits"] = "not judged against torch: " + self._why_not()
+            why_not["logits"] = "passed: each way of feeding it against itself; not judged against torch: " + self._why_not()
         elif isinstance(result.places, str):
             why_not = {"operator": result.places, "layer": result.places}
         elif not any(check.part == "experts" for check in result.places):
@@ -299,7 +301,7 @@ class _Judgement:
         if arithmetic.unknown:
             text = f"not judged: how this processor rounds the inputs of {' and of '.join(arithmetic.unknown)} is not known"
             why_not |= {"operator": text, "layer": text}
-        if result.tie_share > _MOST_TIES:
+        if result.tie_share > MOST_TIES:
             why_not["routing"] = f"not judged: the routers tie in {result.tie_share:.0%} of all tokens"
         if not result.twin.routing_agreement:
             why_not["routing"] = "not run: the package shows no router logits"

@@ -39,6 +39,11 @@ class Case:
     num_prefill: int
     num_logits: int = 0
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a prefill of one row with all its logits."""
+        return len(self.ids) == 1 and self.num_prefill == self.ids.shape[1] and not self.num_logits and bool(self.mask.all())
+
     def shares_text(self, other: Case, reference: Reference) -> bool:
         """Whether one forward of the reference serves both."""
         if not (torch.equal(self.ids, other.ids) and torch.equal(self.mask, other.mask)):
@@ -184,16 +189,23 @@ def run_cases_alone(
     the error of a case is that of the token beyond which `1 - share` of them lie.
     """
     prefills = _Prefills(decoder, [name for name in names if name.startswith(ROUTER_LOGITS)])
-    errors = []
-    for number, case in enumerate(cases):
-        tell(number)
+    errors: dict[int, Errors] = {}
+    # Of prefills that begin one text the longest comes first, so that the others are held against it.
+    for done, number in enumerate(sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)):
+        case = cases[number]
+        tell(done)
         seen = look(decoder, case.ids, case.mask, case.num_prefill, names, num_logits=case.num_logits, with_cache=True)
         found = _without_streams(forward_of(seen, decoder), seen)
         if case.num_prefill == case.ids.shape[1] and len(case.ids) == 1:
             prefills.keep(seen)
         expected = prefills.of(case, found.logits.shape[1])
-        errors.append(_with_place(measure_errors(case, found, expected, tie_margin, share), look_inside(seen)))
-    return errors
+        errors[number] = _with_place(measure_errors(case, found, expected, tie_margin, share), look_inside(seen))
+    return [errors[number] for number in range(len(cases))]
+
+
+def own_noise(errors: Sequence[Errors]) -> float:
+    """What a graph's prefills of one text differ by from each other: the part of them that both have."""
+    return max((each.check.relative_error for each in errors if each.case.is_plain), default=0.0)
 
 
 def _with_place(errors: Errors, wrong: tuple[str, int | None] | None) -> Errors:

@@ -20,7 +20,8 @@ from export.routing import Score, selection_scores
 from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from export.simulation import RoundedInputs
 from export.twin import SCHEME_NAME, Twin
-from upcycle.loading import load_pretrained
+from upcycle.errors import UpcycleError
+from upcycle.loading import load_whole
 from upcycle.memory import small_heap
 
 BATCH = PARITY_BATCH
@@ -217,13 +218,12 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     In float64 the norms, the rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.
 
     Raises:
-        ExportError: transformers cannot load it.
+        ExportError: transformers cannot load it, or a weight is missing or left over.
     """
     try:
-        model, _ = load_pretrained(AutoModelForCausalLM, directory, dtype, experts_implementation="eager")
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{directory}: no decoder that transformers can load ({' '.join(str(error).split())[:200]})") from error
-    model.eval()
+        model = load_whole(AutoModelForCausalLM, directory, dtype, experts_implementation="eager")
+    except UpcycleError as error:
+        raise ExportError(str(error)) from error
     has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
     reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
     reference._watch()

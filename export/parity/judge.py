@@ -9,6 +9,8 @@ from export.parity.limits import gap_limit
 from export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
 from export.parity.taps import Part
 
+MOST_TIES = 0.1
+"""Of all tokens: where routers tie in more, every operator has an order of its own, and two right packages write other texts."""
 _FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains it
 
 
@@ -126,7 +128,7 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     if factor is not None and result.logits_factor is not None and not abs(result.logits_factor - 1) <= factor.value:
         yield "logits", f"logits are {result.logits_factor:.5g} times the twin's; a right package's differ from 1 by {factor.value:.1e} at most"
     free = result.free_run
-    follows = "routing" in result.limits or not result.twin.routing_agreement  # else its routers tie, and its text may part at any token
+    follows = result.tie_share <= MOST_TIES and not isinstance(result.weights, str)  # else its text may part from the reference's at any token
     if free is not None and follows and not free.largest_gap <= 2 * limit.value:  # each of two logits may be off by the limit
         yield (
             "logits",

@@ -14,6 +14,8 @@ from export.parity.tasks import TaskKind
 from export.parity.ties import find_tie_margin
 from export.runtime import CPU
 
+_OWN_MULTIPLE = 4.0
+_OWN_LEAST = 0.05  # of the largest logit: what a deep model that rounds its activations differs by from itself
 _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is rounded to less
 
 
@@ -49,6 +51,13 @@ def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: 
     if value <= most:
         return Limit(value, f"{multiple} {max(noise, _LEAST_NOISE):.1e}, what float32 torch differs by from float64 in {what} on this text")
     return Limit(most, f"parity.max_relative_error; {multiple} the noise of float32 in {what} would be {value:.1e}")
+
+
+def own_limit(noise: float, rounds: bool, config: ParityConfig) -> Limit:
+    """Of a package without a checkpoint of its own weights, each way of feeding it against its own prefill."""
+    least = _OWN_LEAST if rounds else config.max_relative_error
+    said = f"{_OWN_MULTIPLE:g} times what the package's own prefills of one text differ by, {noise:.1e} of the largest logit"
+    return Limit(max(least, _OWN_MULTIPLE * noise), said if _OWN_MULTIPLE * noise > least else f"{said}, and {least:g} at least")
 
 
 def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) -> dict[str, Limit]:

@@ -32,7 +32,7 @@ class TaskEvaluation:
         """
         self.decoder, self.answer_tokens = decoder, answer_tokens
         self.tokenizer = _load_tokenizer(directory) if tasks else None
-        switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True)) if tasks else None
+        switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)) if tasks else None
         cut = [task.cut(num_examples) for task in tasks]
         self.encoded = [encode_task(task, self.tokenizer, decoder.context_length, answer_tokens, switch) for task in cut]
         self.found = self._ask(Package(decoder))
@@ -59,7 +59,7 @@ class TaskEvaluation:
 
 def _load_tokenizer(directory: Path) -> Any:
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ExportError(f"{directory}: no tokenizer that transformers can load; tasks are text, so put tokenizer.json there") from error
 
