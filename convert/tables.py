@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -190,7 +191,7 @@ def _remarks(found: dict[str, Any], model: str) -> Iterator[str]:
         wrong = f"{weights['num_wrong']:,} differ from the twin's" if weights["num_wrong"] else "all are the twin's"
         yield f"The file's weights were read row by row: of {weights['num_rows']:,} rows and {weights['num_vectors']:,} vectors {wrong}."
     if isinstance(places := found.get("places"), list) and places:
-        worst = max(places, key=lambda place: place["error"] / place["limit"])
+        worst = max(places, key=_share_of_limit)
         flips = sum(place["num_flips"] for place in places)
         told = f" {flips:,} flips of an 8-bit rounding inside an operator were told apart." if flips else ""
         where = worst["part"] if worst["layer"] < 0 else f"{worst['part']} of layer {worst['layer']}"
@@ -237,6 +238,10 @@ def _provider_tables(found: dict[str, Any], model: str) -> Iterator[tuple[str | 
         yield "Where the limits come from", Grid(("limit", "value", "origin"), rows)
 
 
+def _share_of_limit(place: dict[str, Any]) -> float:
+    return float(place["error"] / place["limit"]) if place["limit"] else math.inf
+
+
 def _places(places: Sequence[dict[str, Any]]) -> Grid:
     """A row for each kind of place, with its worst layer."""
     kinds: dict[str, list[dict[str, Any]]] = {}
@@ -244,7 +249,7 @@ def _places(places: Sequence[dict[str, Any]]) -> Grid:
         kinds.setdefault(place["part"], []).append(place)
     rows = []
     for part, found in kinds.items():
-        worst = max(found, key=lambda place: place["error"] / place["limit"])
+        worst = max(found, key=_share_of_limit)
         layer = NONE if worst["layer"] < 0 else str(worst["layer"])
         noise = NONE if worst["noise"] is None else format_error(worst["noise"])
         flips = sum(place["num_flips"] for place in found)

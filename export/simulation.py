@@ -1,8 +1,8 @@
 """8-bit activations in torch: products read their inputs rounded, as those of the graph do.
 
 With static scales the checkpoint cannot hold that inputs are rounded, so a twin's model rounds them always. The operators that find their scales as
-they run (`MatMulNBits` at accuracy_level 4, `QMoE`) round by each block of a token; their twin computes with exact inputs, and with rounded ones when
-it is asked what rounding costs.
+they run (`MatMulNBits` at accuracy_level 4, `QMoE`) round by each block of a token; parity finds out which do (`export.parity.probe`), and has their
+twin round the same.
 """
 
 from __future__ import annotations

@@ -237,17 +237,22 @@ def tiered(facts: dict[str, Any]) -> dict[str, Any]:
     """The same facts with what parity's tiers tell."""
     for number, variant in enumerate(facts["variants"].values()):
         found = variant["parity"]["providers"]["CPUExecutionProvider"]
-        found["tiers"] = {"operator": "passed", "layer": "passed", "logits": "passed", "language": "passed", "routing": "passed"}
+        found["tiers"] = dict.fromkeys(("weights", "operator", "layer", "logits", "language", "routing", "files"), "passed")
         found["limits"] = {"logits": {"value": 1.2e-5, "origin": "32 times what float32 differs from float64 on this text"}}
-        found["noise"] = {"logits": 3.7e-7, "tie_margin": 1e-5, "hidden": [1e-7] * 4, "attention": [1e-7] * 4, "num_tokens": 512}
-        found["operators"] = [
+        found["noise"] = {"logits": 3.7e-7, "tie_margin": 1e-5, "num_tokens": 512}
+        found["places"] = [
             {
-                "layer": n, "router_error": 1e-7, "output_error": 2e-7, "router_noise": None if number else 1e-7,
-                "output_noise": None if number else 1e-7, "experts": [], "num_tokens": 256,
+                "layer": n, "part": part, "error": 1e-7 * (1 + n + 4 * (part == "experts")), "limit": 3.2e-6, "noise": 1e-7 if n else None,
+                "num_tokens": 112, "num_flips": number * (part == "experts"), "factor": 1.0, "first_position": None, "experts": [], "factors": None,
+                "factor_limit": None,
             }
-            for n in range(4)
+            for part in ("router", "experts") for n in range(4)
         ]  # fmt: skip
-        found["first_divergence"] = None
+        head = {"layer": -1, "part": "head", "error": 0.0, "limit": 7.6e-6, "noise": 1e-7, "num_tokens": 112, "num_flips": 0}
+        found["places"].append({**head, "factor": 1.0, "first_position": None, "experts": [], "factors": None, "factor_limit": None})
+        found["weights"] = {"num_rows": 12345, "num_vectors": 9, "num_wrong": 0, "wrong": [], "not_judged": []}
+        found["files"] = {"compared": ["tokenizer.json", "config.json"], "missing": [], "differences": []}
+        found["logits_factor"] = None
         found["free_run"] = {
             "num_rows": 8, "num_tokens": 64, "shortest_prefix": 64 - 20 * number, "mean_prefix": 64 - 5.5 * number, "num_diverged": number,
             "largest_gap": 1e-3 * number,

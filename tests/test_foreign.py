@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from export.config import ParityConfig, Variant
+from export.parity import ProviderParity, check_parity
 from export.parity.precision import Precision, find_precision
-from export.runtime import Decoder
+from export.runtime import CPU, Decoder
 from export.storage import MODEL_NAME
 from tests.faults import FAULTS, Exported, Inexpressible, plant
 from tests.foreign import VARIANTS, Kind, make_foreign
@@ -77,9 +79,9 @@ def test_a_package_of_another_maker_computes_what_its_twin_does(kind: Kind, fold
                 assert floats(exported.package) == 0, variant  # a router is a Gemm, which the quantizer leaves alone
 
 
-def test_asymmetric_integers_have_a_twin_too_and_so_has_a_fused_graph(tmp_path: Path) -> None:
+def test_asymmetric_integers_have_a_twin_too_and_so_has_a_fused_graph(folders: Callable[[Kind], Path]) -> None:
     for variant in ("int8", "int4"):
-        exported = make_foreign("llama", variant, tmp_path, accuracy=0, symmetric=False, fusions="cpu")
+        exported = make_foreign("llama", variant, folders("llama"), accuracy=0, symmetric=False, fusions="cpu")
         assert errors(exported, exported.twin).max() < EXACT
 
 
@@ -96,3 +98,60 @@ def test_every_fault_can_be_planted_in_a_package_of_another_maker(folders: Calla
             except Inexpressible:
                 left_out.add(fault.words)
     assert left_out == {"KV cache one token short"}
+
+
+# What parity says of them.
+
+TEXT = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
+CONFIG = ParityConfig(max_perplexity_increase={}, free_tokens=4, decode_steps=8, longest_row=48, noise_blocks=1)
+PARTS = ("attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "residual stream")
+NAMED = (
+    "two experts swapped", "one expert's scale wrong by 2 %", "0.05 added to a router logit behind its name", "rope theta wrong",
+    "KV cache off by one", "wrong pad side",
+)  # fmt: skip
+"""Faults of every tier that names a place; `benchmarks/parity.py --faults` has all of them."""
+
+
+def judge(exported: Exported, blocks: torch.Tensor = TEXT) -> tuple[tuple[str, ...], ProviderParity]:
+    precision = find_precision(exported.package)
+    parity = check_parity(
+        exported.package, exported.twin, exported.source, blocks, precision.variant, precision.rounds_activations, CONFIG, lambda *_: None
+    )  # fmt: skip
+    result = parity.providers[CPU]
+    assert isinstance(result, ProviderParity)
+    return parity.breaches, result
+
+
+@pytest.mark.parametrize("variant", ["float32", "int8", "int4", "mixed"])
+def test_places_are_found_by_their_weights_and_all_are_right(folders: Callable[[Kind], Path], variant: Variant) -> None:
+    """With activations in 8 bits too: the twin rounds as the operators do, and only the order of sums is left."""
+    breaches, result = judge(make_foreign("mixtral", variant, folders("mixtral")))
+    assert breaches == ()
+    untold = {"task": "not run: no task was given", "routing": "not run: the package shows no router logits"}
+    assert {tier: told for tier, told in result.tiers.items() if told != "passed"} == untold
+    assert isinstance(result.places, tuple)
+    layers = [(n, part) for n in (0, 1) for part in PARTS]
+    assert [(place.layer, place.part) for place in result.places] == [(-1, "embedding"), *layers, (-1, "final norm"), (-1, "head")]
+    assert max(place.error for place in result.places) < 1e-5
+    assert not isinstance(result.weights, str)
+    assert result.weights.not_judged == ()
+
+
+def test_faults_in_a_package_of_another_maker_are_named(folders: Callable[[Kind], Path], tmp_path: Path) -> None:
+    exported = make_foreign("mixtral", "int4", folders("mixtral"))
+    for words in NAMED:
+        folder = tmp_path / words.replace("%", "")
+        folder.mkdir()
+        breaches, _ = judge(plant(exported, folder, FAULTS[words], TEXT))
+        assert breaches
+        assert FAULTS[words].is_named(breaches[0]), (words, breaches[0])
+
+
+def test_angles_that_are_multiplied_in_16_bits_are_told(folders: Callable[[Kind], Path]) -> None:
+    """Which onnxruntime's converter does: the longer a row, the less is right of its positions."""
+    text = torch.randint(2, 300, (2, 160), generator=torch.Generator().manual_seed(0))
+    breaches, result = judge(make_foreign("llama", "float16", folders("llama"), fusions="cpu"), text)
+    assert isinstance(result.places, tuple)
+    assert {place.part for place in result.places if not place.is_right} <= {"cache", "attention"}
+    assert all("look at positions and rotary tables" in breach for breach in breaches if ": layer: " in breach and "cached" in breach)
+    assert any("the keys and values that are cached" in breach for breach in breaches)

@@ -600,12 +600,15 @@ def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) ->
     variants = tiered(facts)["variants"]
     variants["int4"]["parity"]["providers"]["CPUExecutionProvider"]["tiers"]["routing"] = "broken"
     text = " ".join(" ".join(Outline(written(facts)).text).split())
-    assert "tier question float32 int8 int4 operator Does each layer of experts" in text
+    assert "tier question float32 int8 int4 weights Is every row of every matrix in the file the torch twin's? passed passed passed operator" in text
     assert "Does every token visit the same experts? passed passed FAILED" in text
     assert "32 times what float32 differs from float64 on this text" in text
     assert "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 parted from it" in text
     assert "wrote 8 texts of 64 tokens, each token as the torch twin did." in text
-    assert "the largest error is 2.0e-7, in layer 0, where float32 itself has 1.0e-7; no expert is wrong." in text
+    assert "The file's weights were read row by row: of 12,345 rows and 9 vectors all are the twin's." in text
+    assert "Each of 9 places inside the graph was compared on the graph's own input: nearest to its limit is the experts of layer 3, with an" in text
+    assert "with an error of 8.0e-7, at most 3.2e-6. 8 flips of an 8-bit rounding inside an operator were told apart." in text
+    assert "place worst layer relative error limit noise of float32 tokens flips router 3 4.0e-7 3.2e-6 1.0e-7 112 0 experts 3 8.0e-7" in text
     assert "Every token went to the experts that the fine-tuned model chooses" in text
     assert "No node was placed on another provider." in text
     assert "top-5 agreement" in text

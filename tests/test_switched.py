@@ -137,11 +137,12 @@ def scale_weights(package: Path, output: Path, branch: str, ending: str) -> Path
 
 
 @pytest.mark.parametrize(("branch", "ending"), [("then_branch", "fc2.scales"), ("else_branch", "expert.2.down.scales")])
-def test_a_fault_in_one_branch_is_named_by_the_operator_tier(exact: Path, source: Path, tmp_path: Path, branch: str, ending: str) -> None:
+def test_a_fault_in_one_branch_is_named_by_its_weights(exact: Path, source: Path, tmp_path: Path, branch: str, ending: str) -> None:
     faulty = scale_weights(exact / "package", tmp_path / "faulty", branch, ending)
     tier, line = find_breaches(judge(exact, faulty, source))[0]
-    assert tier == "operator"
-    assert line.startswith("layer 1, expert")
+    assert tier == "weights"
+    assert line.startswith("'layers.1.moe.")
+    assert "rows differ from the twin's" in line
 
 
 @pytest.mark.parametrize("branch", ["then_branch", "else_branch"])

@@ -364,7 +364,7 @@ def test_without_tasks_the_tier_says_that_there_were_none(package: Path, mixture
 
 
 CHECK = TaskCheck("intents", "choice", 100, "accuracy", {"accuracy": 0.6}, {"accuracy": 0.6}, {"accuracy": 0.7}, -0.1, 0.02, 1.0, 0.9, 0.0)
-SKELETON = {"checks": (), "perplexity": 10.0, "finetuned_perplexity": 10.0, "operators": "not run", "first_divergence": None, "free_run": None}
+SKELETON = {"checks": (), "perplexity": 10.0, "finetuned_perplexity": 10.0, "places": "not run", "logits_factor": None, "free_run": None}
 
 
 def breaches_of(check: TaskCheck, **limits: float) -> list[str]:

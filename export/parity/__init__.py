@@ -56,7 +56,7 @@ from export.parity.tasks import Task
 from export.parity.ties import TIE_MARGIN, same_experts
 from export.parity.weights import Found, check_weights
 from export.progress import Progress
-from export.runtime import CPU, CUDA, Decoder, is_at_hand
+from export.runtime import CPU, CUDA, SELECTION_SCORES, Decoder, is_at_hand
 from export.speed import measure_speed
 from export.storage import MODEL_NAME
 from export.text import choose_blocks
@@ -256,8 +256,9 @@ class _Judgement:
         tell = _teller(self.progress, "checking logits", len(cases))
         if self.exact:
             return run_cases(decoder, reference, cases, places.way_names, places.look_inside, tie_margin, tell)
-        share = 1.0 if taps.routers or not own.top_k else _SHARE
-        return run_cases_alone(decoder, cases, [*places.way_names, *taps.routers], places.look_inside, tie_margin, share, tell)
+        routers = [SELECTION_SCORES.format(n) if SELECTION_SCORES.format(n) in decoder.taps else name for n, name in taps.by_layer("router")]
+        share = 1.0 if routers or not own.top_k else _SHARE
+        return run_cases_alone(decoder, cases, places.way_names, routers, places.look_inside, tie_margin, share, tell)
 
     def _measure_alone(
         self, provider: str, own: Comparison, tuned: Comparison, checks: tuple[Check, ...], limits: dict[str, Limit]

@@ -18,7 +18,7 @@ from export.parity.forward import Forward, Reference, forward_of
 from export.parity.records import Check, FreeRun
 from export.parity.taps import Seen, look
 from export.parity.ties import TIE_MARGIN, before_flips, find_flips
-from export.runtime import ROUTER_LOGITS, Decoder
+from export.runtime import Decoder
 
 _BATCH_LENGTH = 128  # of the rows of a batch: where they lie and how they are padded shows in short ones as well
 _NUDGE = 30.0  # of a router logit: no router is as sure
@@ -179,23 +179,23 @@ def run_cases(
 
 
 def run_cases_alone(
-    decoder: Decoder, cases: Sequence[Case], names: Sequence[str], look_inside: WayCheck, tie_margin: float, share: float = 1.0,
-    tell: Callable[[int], None] = lambda _: None,
+    decoder: Decoder, cases: Sequence[Case], names: Sequence[str], routers: Sequence[str], look_inside: WayCheck, tie_margin: float,
+    share: float = 1.0, tell: Callable[[int], None] = lambda _: None,
 ) -> list[Errors]:  # fmt: skip
     """Feed the package as each case says, and compare with one full prefill, by the same package, of each row by itself.
 
     What computes in rounded numbers has no other equal: two graphs part where one rounds up and the other down, and so does a graph from itself, but
-    no more than two equally rounded computations do. Where routers are seen, what follows a near-tie flip in its row is left out; where they are not,
-    the error of a case is that of the token beyond which `1 - share` of them lie.
+    no more than two equally rounded computations do. Where what experts are chosen by is seen (`routers`), what follows a near-tie flip in
+    its row is left out; where it is not, the error of a case is that of the token beyond which `1 - share` of them lie.
     """
-    prefills = _Prefills(decoder, [name for name in names if name.startswith(ROUTER_LOGITS)])
+    prefills = _Prefills(decoder, routers)
     errors: dict[int, Errors] = {}
     # Of prefills that begin one text the longest comes first, so that the others are held against it.
     for done, number in enumerate(sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)):
         case = cases[number]
         tell(done)
-        seen = look(decoder, case.ids, case.mask, case.num_prefill, names, num_logits=case.num_logits, with_cache=True)
-        found = _without_streams(forward_of(seen, decoder), seen)
+        seen = look(decoder, case.ids, case.mask, case.num_prefill, [*names, *routers], num_logits=case.num_logits, with_cache=True)
+        found = prefills.read(seen)
         if case.num_prefill == case.ids.shape[1] and len(case.ids) == 1:
             prefills.keep(seen)
         expected = prefills.of(case, found.logits.shape[1])
@@ -215,13 +215,6 @@ def _with_place(errors: Errors, wrong: tuple[str, int | None] | None) -> Errors:
     return Errors(errors.case, Check(**{**errors.check.__dict__, "place": place, "first_position": first}), errors.errors, errors.judged)
 
 
-def _without_streams(found: Forward, seen: Seen) -> Forward:
-    """Logits, and what routers said, by layer."""
-    routers = [value.reshape(*seen.ids.shape, -1) for name, value in seen.values.items() if name.startswith(ROUTER_LOGITS)]
-    streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
-    return Forward(found.logits, tuple(routers), streams, (), found.top_k)
-
-
 class _Prefills:
     """Full prefills of single rows by a package; what begins a row that is known needs none of its own."""
 
@@ -233,7 +226,7 @@ class _Prefills:
         """One that was done already, unless a longer one is known."""
         ids = seen.ids[0].tolist()
         if not any(longer[: len(ids)] == ids for longer, _ in self._known):
-            self._known.append((ids, self._read(seen)))
+            self._known.append((ids, self.read(seen)))
 
     def of(self, case: Case, num_logits: int) -> Forward:
         """What each row of a case has in its own full prefill, padded as the case is, with the logits of its last tokens."""
@@ -256,11 +249,14 @@ class _Prefills:
                 routers = tuple(router[:, :count] for router in known.routers if router is not None)
                 return Forward(known.logits[:, start - first : count - first], routers, (), (), known.top_k)
         row = torch.tensor([ids])
-        self._known.append((ids, self._read(look(self._decoder, row, torch.ones_like(row), count, self._routers))))
+        self._known.append((ids, self.read(look(self._decoder, row, torch.ones_like(row), count, self._routers))))
         return self._row(ids, num_logits)
 
-    def _read(self, seen: Seen) -> Forward:
-        return _without_streams(forward_of(seen, self._decoder), seen)
+    def read(self, seen: Seen) -> Forward:
+        """Logits, and what experts are chosen by, by layer."""
+        routers = [seen.values[name].reshape(*seen.ids.shape, -1) for name in self._routers]
+        streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
+        return Forward(seen.logits, tuple(routers), streams, (), int(self._decoder.config.get("num_experts_per_tok", 0)))
 
 
 def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN, share: float = 1.0) -> Errors:

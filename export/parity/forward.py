@@ -47,25 +47,6 @@ class Forward:
         return self if other.hiddens else Forward(self.logits, (), (), (), self.top_k)
 
 
-@dataclass(frozen=True)
-class Block:
-    """The block of experts of one layer in one forward: its input and output [B, S, H], all that its router said, and selection scores [B * S, E]."""
-
-    given: torch.Tensor
-    output: torch.Tensor
-    router: tuple[torch.Tensor, ...] | torch.Tensor
-    scores: torch.Tensor
-
-
-def join_blocks(parts: Sequence[Mapping[int, Block]]) -> dict[int, Block]:
-    """The blocks of experts of several batches as those of one."""
-
-    def joined(*found: Any) -> Any:
-        return tuple(map(joined, *found)) if isinstance(found[0], tuple) else torch.cat(found)
-
-    return {n: Block(*map(joined, *((each[n].given, each[n].output, each[n].router, each[n].scores) for each in parts))) for n in parts[0]}
-
-
 def split_batches(ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
     """Blocks of ids [N, S] in batches whose logits are not too many to hold at once; of one block, if need be."""
     rows = LOGITS_BYTES // (4 * ids.shape[1] * vocab_size)
@@ -85,12 +66,9 @@ class Reference:
     hiddens: dict[int, torch.Tensor] = field(default_factory=dict)
     attended: dict[int, torch.Tensor] = field(default_factory=dict)
     routers: dict[int, Any] = field(default_factory=dict)
-    given: dict[int, torch.Tensor] = field(default_factory=dict)
-    outputs: dict[int, torch.Tensor] = field(default_factory=dict)
     modules: dict[int, torch.nn.Module] = field(default_factory=dict)
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
     score: Score = "softmax"
-    adds_shared_outside: bool = False
     _forced: Mapping[int, Any] | None = None
 
     @torch.inference_mode()
@@ -108,18 +86,6 @@ class Reference:
         """Whether rows of so many tokens are fed as the package is fed, since a longrope switches within them."""
         switch = rotary_switch(self.model.config)
         return switch is not None and size > switch
-
-    def blocks(self) -> dict[int, Block]:
-        """The blocks of experts as they were in the last forward."""
-        return {n: Block(self.given[n], self.outputs[n], self.routers[n], self._scores(n)) for n in self.modules}
-
-    @torch.inference_mode()
-    def run_block(self, layer: int, given: torch.Tensor) -> Block:
-        """One block of experts by itself; `given` is taken to the model's type."""
-        given = given.to(self.model.dtype)
-        with self.rounding:
-            output = first_of(self.modules[layer](given))
-        return Block(given, output.reshape(given.shape), self.routers[layer], self._scores(layer))
 
     def _scores(self, layer: int) -> torch.Tensor:
         """What the layer's experts were chosen by in the last forward, [B * S, E]."""
@@ -161,7 +127,7 @@ class Reference:
         """Let go of the model, which holds the hooks, which hold this: else all would stay in memory until the next collection of cycles."""
         self.model = None
         self.rounding = nullcontext()
-        for caught in (self.modules, self.hiddens, self.attended, self.routers, self.given, self.outputs, self.biases):
+        for caught in (self.modules, self.hiddens, self.attended, self.routers, self.biases):
             cast("dict[int, Any]", caught).clear()
 
     def _watch(self) -> None:
@@ -178,12 +144,9 @@ class Reference:
                 if hasattr(module, "experts"):
                     router = cast(torch.nn.Module, getattr(module, "gate", None) or module.router)
                     router.register_forward_hook(self._route(n))
-                    module.register_forward_hook(_catch(self.outputs, n))
-                    module.register_forward_pre_hook(_catch_input(self.given, n))
                     self.modules[n] = module
                     if biased:
                         self.biases[n] = cast(torch.Tensor, router.e_score_correction_bias)
-            self.adds_shared_outside |= hasattr(layer, "shared_mlp")
 
     def _route(self, layer: int) -> Callable[..., Any]:
         def hook(module: Any, inputs: Any, output: Any) -> Any:
@@ -200,10 +163,6 @@ class Reference:
 
 def _catch(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
     return lambda _module, _inputs, output: caught.update({layer: first_of(output)})
-
-
-def _catch_input(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
-    return lambda _module, inputs: caught.update({layer: inputs[0]})
 
 
 def first_of(output: Any) -> torch.Tensor:

@@ -124,6 +124,8 @@ class PlacesCheck:
         for place, measured in found.items():
             limit = self._limit(place)
             experts, factors = self._local.blame.get(place[0], ((), None)) if place[1] == "experts" else ((), None)
+            if (first := self._worst.get(place)) is not None and first.experts and not first.is_right:
+                experts, factors = first.experts, first.factors  # each was heard beside every other there
             product, square = measured.parts
             check = PlaceCheck(
                 *place, measured.worst, limit, self._local.noise.get(place), int(measured.judged.sum()), measured.flips,

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from export.family import DecoderFamily
 from export.parity.flips import Ffn, Inside, Product, Round, near_middle
 from export.parity.forward import Reference, first_of
-from export.simulation import BlockRounding
+from export.simulation import BlockRounding, RoundedInputs, StaticRounding
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
 _EMBEDDING = "model.embed_tokens.weight"
@@ -79,6 +79,8 @@ class ProductMode(TorchFunctionMode):
         self._rounds = {parameter.data_ptr(): rounds[name] for name, parameter in model.named_parameters() if name in rounds}
         if getattr(model.config, "tie_word_embeddings", False) and _EMBEDDING in rounds:
             self._rounds[model.get_output_embeddings().weight.data_ptr()] = rounds[_EMBEDDING]
+        if isinstance(reference.rounding, RoundedInputs):  # scales that the twin has: of experts each its own
+            self._rounds |= {address: rounding for address, rounding in reference.rounding.rounds.items() if isinstance(rounding, StaticRounding)}
         self._inside = {n: _find_inside(family, rounds, n) for n in reference.modules}
         self._handles: list[Any] = []
         for n, block in reference.modules.items():
@@ -168,16 +170,14 @@ class ProductMode(TorchFunctionMode):
     def _run_alone(self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
         """An FFN or block of experts on rows [T, H], sent by router logits [T, E]; its outputs, and by row what flips inside may add to them."""
         reference, scope = self._reference, self._scope
-        caught: tuple[dict[int, Any], ...] = (reference.routers, reference.given, reference.outputs)
-        before = [dict(each) for each in caught]
+        before = dict(reference.routers)
         self._only, self._calls = logits, []
         try:
             with self._unseen():
                 output = first_of(module(given[None])).reshape(given.shape)
         finally:
             calls, self._calls, self._only, self._scope = self._calls, None, None, scope
-            for each, old in zip(caught, before, strict=True):
-                each.update(old)
+            reference.routers.update(before)
         found: list[list[torch.Tensor]] = [[] for _ in given]
         for first, last in pairwise(calls):
             x, inner = first.x.flatten(0, -2), last.x.flatten(0, -2)

@@ -45,6 +45,10 @@ class Taps:
         """The names of all places."""
         return tuple(dict.fromkeys(name for names in self.names.values() for name in names))
 
+    def by_layer(self, part: Part) -> list[tuple[int, str]]:
+        """The layers that show a part, and its name there."""
+        return [(layer, names[0]) for (layer, own), names in self.names.items() if own == part]
+
     def of_layers(self, parts: Sequence[Part]) -> tuple[str, ...]:
         """The names of these parts in all layers."""
         return tuple(name for (_, part), names in self.names.items() if part in parts for name in names)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from scipy.spatial import cKDTree
 
-from export.parity.constants import Constants, Floats, Matrix, Operator
+from export.parity.constants import Constants, Floats, Matrix
 from upcycle.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
 
 _TOLERANCE = 1e-5
@@ -34,6 +34,8 @@ _STRAIGHT = 1e-2  # of a row's part: what is left of it beside a multiple, where
 _LIKE = 1.001  # of a row's own size: a row of zeros differs by as much
 _MOST_STRANGE = 16
 _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
+_WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
+"""Operators that multiply by nothing but a model's weights, where others may have constants of the graph's own."""
 _WITHOUT = "no row of the file is the twin's"
 _WORDS = {"embed_tokens": "the embedding", "lm_head": "the head", "gate": "router", "layer": "router", "norm": "the final norm"}
 
@@ -76,11 +78,6 @@ class Found:
 
     check: WeightsCheck
     operators: dict[str, tuple[Matrix, ...]] = field(default_factory=dict)
-
-    def operator_of(self, tensor: str) -> Operator | None:
-        """The arithmetic of the products by a tensor of the twin; None where the file multiplies by no row of it."""
-        products = [matrix for matrix in self.operators.get(tensor, ()) if matrix.use in ("product", "experts")]
-        return products[0].operator if products else None
 
 
 @dataclass
@@ -200,6 +197,8 @@ def _match(
             continue
         if good.mean() < 0.5:  # it is no matrix of the twin: a rotary table, a constant of the graph's own, or one that is wrong throughout
             strange.append(matrix)
+            if matrix.operator.op in _WEIGHTS_ALONE and lengths.any():  # the rows may be right elsewhere, as in another branch
+                surplus += [(matrix, int(row)) for row in np.nonzero(~good)[0]]
         else:
             zeros |= {names[owner] for owner in np.unique(owners)} if (lengths == 0).any() else set()
             surplus += [(matrix, int(row)) for row in np.nonzero(~good & (lengths != 0))[0]]
@@ -243,7 +242,8 @@ def _describe(
 
     `strange` are matrices of which most rows are none of the twin's, `zeros` tensors beside whose rows there are rows of zeros in the file.
     """
-    heads = [matrix for matrix, _ in surplus if matrix.use == "product" and matrix.shape[0] == max(entry.shape[0] for entry in entries.values())]
+    tokens = {entry.shape[0] for name, entry in entries.items() if name in _BY_TOKEN}
+    heads = [matrix for matrix, _ in surplus if matrix.use == "product" and matrix.shape[0] in tokens]
     owners, rows = some.locate(missing)
     groups: dict[tuple[str, int], list[int]] = {}
     for owner, row in zip(owners.tolist(), rows.tolist(), strict=True):
