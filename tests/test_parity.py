@@ -134,7 +134,7 @@ def test_every_place_of_a_right_export_is_seen_and_right(exports: dict[Variant, 
         assert each.error <= each.limit < (float16 if variant == "float16" else float32)
         assert each.num_flips == 0
         assert each.factor == pytest.approx(1, abs=each.limit)
-        assert each.num_tokens in ((2 * 48,) if each.part != "experts" else range(90, 97))  # where a nudged token is tied no operator is wrong
+        assert each.num_tokens in ((100,) if each.part != "experts" else range(94, 101))  # 48, 48 and 4; a tied token is left out
     assert isinstance(result.weights, WeightsCheck)
     tensors = load_file(exported.twin / "model.safetensors")
     rows = sum(tensor[..., 0].numel() for tensor in tensors.values() if tensor.ndim > 1)

@@ -20,6 +20,7 @@ from export.parity.taps import ATTENTION_PARTS, OUTSIDE, Part, Place, Seen, Taps
 from export.runtime import CPU, Decoder
 
 _EXPERT_TOKENS = 64
+_FEW_TOKENS = 4  # as many as an operator may compute by another kernel, and a graph by another branch
 _TEXT_TOKENS = 128  # every product and norm is in every token; where attention looks in long rows is asked of the ways of feeding
 _NARROW_MULTIPLE = 8.0
 """Of what rounding a result to 16 bits alone costs: operators that compute in 16 bits round a few times on the way."""
@@ -77,7 +78,7 @@ class PlacesCheck:
         self._local.close()
 
     def check_text(self, blocks: torch.Tensor, tell: Callable[[int], None]) -> None:
-        """One row of text in which every expert is visited, on which the noise is measured, and one as it is."""
+        """A row of text in which every expert is visited, on which the noise is measured, its first tokens alone, and a row as it is."""
         if not self._judges:
             return
         names = self._taps.all
@@ -90,6 +91,9 @@ class PlacesCheck:
         seen = look(self._decoder, row, ones, row.shape[1], names, nudge, with_cache=True)
         self._add(self._local.measure(seen, measures_noise=self._config.noise_blocks > 0))
         tell(1)
+        few = row[:, :_FEW_TOKENS]
+        some = None if nudge is None else nudge[:_FEW_TOKENS]
+        self._add(self._local.measure(look(self._decoder, few, ones[:, :_FEW_TOKENS], few.shape[1], names, some, with_cache=True)))
         whole = blocks[:1, : min(_TEXT_TOKENS, blocks.shape[1], self._decoder.context_length)]
         self._add(self._local.measure(look(self._decoder, whole, torch.ones_like(whole), whole.shape[1], names, with_cache=True)))
         tell(2)
