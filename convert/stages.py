@@ -422,7 +422,7 @@ def run_parity(job: Job) -> Facts:
     parity = check_parity(
         job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
         rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
-        finetuned_losses=job.input_facts["finetune"]["evaluations"]["fine-tuned" if trained else "upcycled"]["block_losses"],
+        finetuned_losses=job.input_facts["finetune"]["evaluations"]["fine-tuned"]["block_losses"] if trained else None,
     )  # fmt: skip
     facts = {**_jsonable(parity), "passed": parity.passed}
     if not trained:  # parity calls the model that was exported the fine-tuned one

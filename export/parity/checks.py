@@ -304,7 +304,7 @@ def run_free(
         text = prompt + write_greedily(decoder, prompt, count)
         ids = torch.tensor([text])
         ones = torch.ones_like(ids)
-        if follow is None or not routers:
+        if follow is None or not routers or reference.reads_in_pieces(len(text)):
             logits = reference.forward(ids, ones, half).logits[0, half - 1 : -1]
         else:
             logits = follow(reference, look(decoder, ids, ones, len(text), routers)).logits[0, half - 1 : -1]

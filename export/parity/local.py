@@ -91,6 +91,7 @@ class LocalCheck:
     _follows: bool = False
     _shakes: bool = False
     _expected: dict[Place, torch.Tensor] = field(default_factory=dict)
+    _attended: dict[int, torch.Tensor] = field(default_factory=dict)
     narrow_noise: dict[Place, float] = field(default_factory=dict)
     narrow_taps: frozenset[str] = frozenset()
     blame: dict[int, tuple[tuple[int, ...], tuple[float, float] | None]] = field(default_factory=dict)
@@ -132,22 +133,31 @@ class LocalCheck:
         if self.reference.reads_in_pieces(size):
             ends = [seen.num_prefill, *range(seen.num_prefill + 1, size + 1)]
             pieces = list(zip([0, *ends], ends, strict=False))
-        cache = DynamicCache()
         with torch.inference_mode(), self._mode, self._without_ffns():
-            for start, stop in pieces:
-                self._span = slice(start, stop)
-                positions = (seen.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
-                output = self.reference.model(
-                    input_ids=seen.ids[:, start:stop], attention_mask=seen.mask[:, :stop], position_ids=positions, past_key_values=cache,
-                    use_cache=True,
-                    **({"logits_to_keep": 1} if self._parts is not None else {}),
-                )  # fmt: skip
-                if self._parts is None:
-                    self._compare_head(output.logits, seen.logits)
+            cache = self._run(seen, pieces)
+            if self._parts is not None and self.arithmetic.narrow is not None:  # the longer a row, the more its rounding weighs
+                self._shakes = True
+                self._run(seen, pieces)
+                self._shakes = False
+            self._attended.clear()
             if bool(seen.mask.all()):  # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
                 self._compare_cache(cache)
         self._seen, self._parts, self._measures_noise, self._mode.leaves_out = None, None, False, False
         return self.found
+
+    def _run(self, seen: Seen, pieces: Sequence[tuple[int, int]]) -> DynamicCache:
+        """One forward of the twin beside what was seen, in pieces; returns its cache."""
+        cache = DynamicCache()
+        for start, stop in pieces:
+            self._span = slice(start, stop)
+            positions = (seen.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
+            output = self.reference.model(
+                input_ids=seen.ids[:, start:stop], attention_mask=seen.mask[:, :stop], position_ids=positions, past_key_values=cache,
+                use_cache=True, **({"logits_to_keep": 1} if self._parts is not None else {}),
+            )  # fmt: skip
+            if self._parts is None:
+                self._compare_head(output.logits, seen.logits)
+        return cache
 
     @contextmanager
     def _without_ffns(self) -> Iterator[None]:
@@ -292,8 +302,21 @@ class LocalCheck:
         tap = self._tap((n, "attention"))
         if tap is None:
             return None
+        if self._shakes and not self._mode.in_double:
+            self._add_shaken(n, given[0])
+            return (tap.reshape(given[0].shape), *given[1:])
+        if self.arithmetic.narrow is not None and not self._mode.in_double:
+            self._attended[n] = torch.cat([self._attended[n], given[0]], 1) if n in self._attended else given[0]
         self._compare((n, "attention"), given[0], tap)
         return (tap.reshape(given[0].shape), *given[1:])
+
+    def _add_shaken(self, n: int, shaken: torch.Tensor) -> None:
+        """What attention gives when its queries, keys and values are rounded once more, beside what it gave: its noise in 16 bits on this text."""
+        assert self._seen is not None
+        place: Place = (n, "attention")
+        some = self._errors(shaken, self._attended[n][:, self._span])[self._seen.mask.bool()[:, self._span]]
+        if len(some):
+            self.narrow_noise[place] = max(self.narrow_noise.get(place, 0.0), float(some.max()) / _SHAKEN)
 
     def _leave_block(self, n: int, given: tuple[Any, ...], output: Any) -> Any:
         tap = self._tap((n, "experts"))

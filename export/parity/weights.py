@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -110,17 +111,20 @@ class _Rows:
 def check_weights(constants: Constants, twin: Path, skipped: Sequence[str] = ()) -> Found:
     """Compare a file's constants with a checkpoint; tensors in `skipped` need not be in the file as matrices."""
     checkpoint = open_checkpoint(twin)
-    entries = {name: entry for name, entry in checkpoint.entries.items() if entry.num_elements}
+    # What belongs to an expert without neurons, as its gate does, computes nothing, and no graph needs it.
+    empty = tuple(name.rsplit(".", 2)[0] for name, entry in checkpoint.entries.items() if not entry.num_elements)
+    entries = {name: entry for name, entry in checkpoint.entries.items() if entry.num_elements and not (empty and name.startswith(empty))}
     matrices = {name: entry for name, entry in entries.items() if len(entry.shape) > 1 and min(entry.shape[-2:]) > 1}
     vectors = {name: entry for name, entry in entries.items() if name not in matrices}
     by_width: dict[int, list[Matrix]] = {}
-    for matrix in constants.matrices:
+    widths = {entry.shape[-1] for entry in matrices.values()}
+    for matrix in (_without_padding(matrix, widths) for matrix in constants.matrices):
         by_width.setdefault(matrix.shape[1], []).append(matrix)
     operators: dict[str, list[Matrix]] = {}
     wrong: list[WrongRows] = []
     not_judged: list[str] = []
     num_wrong = num_rows = 0
-    for width in sorted({entry.shape[-1] for entry in matrices.values()}):
+    for width in sorted(widths):
         own = {name: entry for name, entry in matrices.items() if entry.shape[-1] == width}
         tables = {matrix.use == "table" for matrix in by_width.get(width, ())}
         looked_for = {name: entry for name, entry in own.items() if name not in skipped or True in tables}
@@ -138,6 +142,21 @@ def check_weights(constants: Constants, twin: Path, skipped: Sequence[str] = ())
         num_wrong += 1
     check = WeightsCheck(num_rows, len(vectors), num_wrong, tuple(wrong[:_MOST_TOLD]), tuple(not_judged))
     return Found(check, {name: tuple(found) for name, found in operators.items()})
+
+
+def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
+    """A matrix without the columns of zeros that fill its last block, where it is as wide as one of the twin's then."""
+    rows, width = matrix.shape
+    own = max((each for each in widths if width - matrix.operator.block_size < each < width), default=None)
+    if width in widths or own is None or not matrix.operator.block_size:
+        return matrix
+    return replace(matrix, shape=(rows, own), read=partial(_cut, matrix.read, own))
+
+
+def _cut(read: Callable[[], Floats], width: int) -> Floats:
+    """The first columns of a matrix; all of them where those behind are no zeros, which no row of the twin is then."""
+    whole = read()
+    return np.ascontiguousarray(whole[:, :width]) if not whole[:, width:].any() else np.full((len(whole), width), np.nan, np.float32)
 
 
 def _draw_vectors(width: int) -> torch.Tensor:
