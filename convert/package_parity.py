@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from convert.numerals import format_agreement, format_error, format_perplexity
+from convert.numerals import format_agreement, format_error, format_perplexity, format_share
 from convert.summary import describe_task
 from export.config import ParityConfig
 from export.errors import ExportError
@@ -63,8 +63,14 @@ def describe(parity: Parity) -> Iterator[str]:
 
 def _describe_figures(found: ProviderParity) -> Iterator[str]:
     a = found.finetuned
+    if not isinstance(found.weights, str):
+        yield f"  weights: {found.weights.num_rows:,} rows and {found.weights.num_vectors:,} vectors, {found.weights.num_wrong:,} not the twin's"
+    if not isinstance(found.places, str):
+        wrong, flips = sum(not place.is_right for place in found.places), sum(place.num_flips for place in found.places)
+        yield f"  places inside: {len(found.places):,}, each on its own input; {wrong} wrong, {flips} flips of a rounding told apart"
+    beside = f"± {format_share(found.perplexity_error)} beside the reference's {format_perplexity(found.finetuned_perplexity)}"
     yield (
-        f"  perplexity {format_perplexity(found.perplexity)}, reference {format_perplexity(found.finetuned_perplexity)}; KL {format_error(a.kl)}, "
+        f"  perplexity {format_perplexity(found.perplexity)} {beside}; KL {format_error(a.kl)}, "
         f"top-1 {format_agreement(a.top1_agreement)}, top-5 {format_agreement(a.top5_agreement)}"
     )
     largest = max(check.relative_error for check in found.checks)

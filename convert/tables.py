@@ -178,8 +178,9 @@ def tier_table(facts: dict[str, Any]) -> Grid:
 
 def _provider_note(found: dict[str, Any], model: str) -> str:
     worst = "" if found["worst_layer"] is None else f"worst layer {found['worst_layer']}; "
+    error = f" ± {format_share(found['perplexity_error'])} on {found['num_language_tokens']:,} tokens" if found.get("perplexity_error") else ""
     return (
-        f"onnxruntime {found['onnxruntime']}; perplexity {format_perplexity(found['perplexity'])}, "
+        f"onnxruntime {found['onnxruntime']}; perplexity {format_perplexity(found['perplexity'])}{error}, "
         f"twin {format_perplexity(found['twin_perplexity'])}, {model} {format_perplexity(found['finetuned_perplexity'])}; {worst}"
         f"prefill {format_rounded(found['prefill_tokens_per_second'])} and decode {format_rounded(found['decode_tokens_per_second'])} tokens a second"
     )

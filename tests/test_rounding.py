@@ -150,10 +150,11 @@ def test_what_two_computations_part_by_is_measured_on_enough_text(mixture_checkp
 
 def test_limits_are_never_narrower_than_the_settings() -> None:
     settings = {"kl": Limit(1e-3, "parity.max_kl"), "routing": Limit(0.97, "parity.min_routing_agreement")}
-    assert rounding_limits(settings, Rounding(1e-4, 0.999, 0.01, 1e-3, 1e-4, 512), judges_logits=False) == settings
-    wider = rounding_limits(settings, Rounding(2e-3, 0.96, 0.01, 1e-3, 1e-4, 512), judges_logits=True)
+    narrow = rounding_limits(settings, Rounding(1e-4, 0.999, 0.01, 1e-3, 1e-4, 512))
+    assert {name: narrow[name] for name in settings} == settings
+    wider = rounding_limits(settings, Rounding(2e-3, 0.96, 0.01, 1e-3, 1e-4, 512))
     assert {name: round(limit.value, 9) for name, limit in wider.items()} == {"kl": 6e-3, "routing": 0.88, "logits": 0.04, "factor": 8e-3}
-    exact = rounding_limits(settings, Rounding(0.0, 1.0, 0.0, 0.0, 1e-4, 512), judges_logits=True)
+    exact = rounding_limits(settings, Rounding(0.0, 1.0, 0.0, 0.0, 1e-4, 512))
     assert exact["factor"].value == pytest.approx(8 * 2e-5), "sums in another order make logits larger by as much"
 
 

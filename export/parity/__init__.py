@@ -165,7 +165,7 @@ class _Judgement:
                 tie_margin = rounding.tie_margin if rounding else noise.tie_margin if noise else TIE_MARGIN
                 limits = configured_limits(self.variant, self.exact_twin, config)
                 if rounding is not None:
-                    limits = rounding_limits(limits, rounding, judges_logits=True)
+                    limits = rounding_limits(limits, rounding)
                 ties = 0.0 if own.margins is None else float((own.margins < TIE_MARGIN).float().mean())
                 if ties > MOST_TIES:  # then right packages go ways of their own, and only what they compute on their way can be judged
                     limits = {name: limit for name, limit in limits.items() if name not in ("kl", "routing", "factor")}
@@ -173,11 +173,11 @@ class _Judgement:
                     limits["logits"] = noise_limit(noise.logits if noise else None, config, "the logits", provider)
                     limits["last hidden state"] = limits["logits"]
                 errors = self._run_cases(decoder, reference, places, own, taps, tie_margin)
-                if not self.exact_twin:
-                    limits["logits"] = own_limit(own_noise(errors), self.rounds, config)
                 free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens, follow, taps.of_layers(("router",)))
                 progress("doing tasks", 0, 1)
                 task_checks = evaluation.check(reference, limits, tie_margin)
+                if not self.exact_twin:  # of the ways of feeding it alone: answers are another model's
+                    limits["logits"] = own_limit(own_noise(errors), self.rounds, config)
             found_places = places.result()
             places.close()
         tuned = tuned or own

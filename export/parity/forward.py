@@ -87,7 +87,7 @@ class Reference:
         switch = rotary_switch(self.model.config)
         return switch is not None and size > switch
 
-    def _scores(self, layer: int) -> torch.Tensor:
+    def scores(self, layer: int) -> torch.Tensor:
         """What the layer's experts were chosen by in the last forward, [B * S, E]."""
         return self.score_of(layer, first_of(self.routers[layer]))
 
@@ -118,7 +118,7 @@ class Reference:
         with self.rounding:
             found = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
         layers = range(len(self.hiddens))
-        routers = tuple(self._scores(n).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
+        routers = tuple(self.scores(n).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
         top_k = getattr(self.model.config, "num_experts_per_tok", 0)
         hiddens, attended = tuple(self.hiddens[n] for n in layers), tuple(self.attended.get(n) for n in layers)
         return Forward(found.logits, routers, hiddens, attended, top_k)

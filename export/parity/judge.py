@@ -11,6 +11,7 @@ from export.parity.taps import Part
 
 MOST_TIES = 0.1
 """Of all tokens: where routers tie in more, every operator has an order of its own, and two right packages write other texts."""
+OWN_INPUT = ", on the graph's own input"
 _FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains it
 
 
@@ -73,7 +74,7 @@ def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         begins = "" if not first.first_position else f", from token {first.first_position} on"
         others = "" if len(checks) == 1 else f"; and in {len(checks) - 1} more layers"
         error = f"relative error {_beyond(first)}{_describe_factor(first)}"
-        yield "layer", f"{where}, on the graph's own input: {error}{begins}{_describe_start(first)}{others}"
+        yield "layer", f"{where}{OWN_INPUT}: {error}{begins}{_describe_start(first)}{others}"
 
 
 def name_place(layer: int, part: Part) -> str:
@@ -113,18 +114,19 @@ def _describe_start(found: PlaceCheck) -> str:
 
 
 def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
-    limit = result.limits.get("logits")
+    limits = result.limits
+    limit = limits.get("logits")
     if limit is None:
         return
-    known = [] if isinstance(result.places, str) else [name_place(place.layer, place.part) for place in result.places if not place.is_right]
+    told = set() if isinstance(result.places, str) else {name_place(place.layer, place.part) for place in result.places if not place.is_right}
     broken = [check for check in result.checks if check.place is not None or not check.relative_error <= limit.value]
-    broken = [check for check in broken if check.place is None or not check.place.startswith(tuple(known) or ("\0",))]  # told already
+    broken = [check for check in broken if check.place is None or check.place.partition(OWN_INPUT)[0] not in told]
     pattern = describe_pattern(result.checks, broken)
     for check in broken:
         first = "" if check.first_position is None else f", from token {check.first_position} on"
         error = f"relative error {_over(check.relative_error, limit)}" if check.place is None else check.place
         yield "logits", f"{check.name}: {error}{first} ({pattern or _worst(result)})"
-    factor = limits_factor(result)
+    factor = limits.get("factor")
     if factor is not None and result.logits_factor is not None and not abs(result.logits_factor - 1) <= factor.value:
         yield "logits", f"logits are {result.logits_factor:.5g} times the twin's; a right package's differ from 1 by {factor.value:.1e} at most"
     free = result.free_run
@@ -137,11 +139,6 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
                 f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit ({pattern or _worst(result)})"
             ),
         )
-
-
-def limits_factor(result: ProviderParity) -> Limit | None:
-    """The limit of the factor between the logits of package and twin."""
-    return result.limits.get("factor")
 
 
 def describe_pattern(checks: tuple[Check, ...], broken: list[Check]) -> str | None:

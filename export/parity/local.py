@@ -133,17 +133,24 @@ class LocalCheck:
         if self.reference.reads_in_pieces(size):
             ends = [seen.num_prefill, *range(seen.num_prefill + 1, size + 1)]
             pieces = list(zip([0, *ends], ends, strict=False))
-        with torch.inference_mode(), self._mode, self._without_ffns():
+        with self._ending(), torch.inference_mode(), self._mode, self._without_ffns():
             cache = self._run(seen, pieces)
             if self._parts is not None and self.arithmetic.narrow is not None:  # the longer a row, the more its rounding weighs
                 self._shakes = True
                 self._run(seen, pieces)
-                self._shakes = False
-            self._attended.clear()
             if bool(seen.mask.all()):  # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
                 self._compare_cache(cache)
-        self._seen, self._parts, self._measures_noise, self._mode.leaves_out = None, None, False, False
         return self.found
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever happens within a `with`, nothing is looked at behind it."""
+        try:
+            yield
+        finally:
+            self._seen, self._parts, self._measures_noise, self._mode.leaves_out = None, None, False, False
+            self._shakes = False
+            self._attended.clear()
 
     def _run(self, seen: Seen, pieces: Sequence[tuple[int, int]]) -> DynamicCache:
         """One forward of the twin beside what was seen, in pieces; returns its cache."""
@@ -340,7 +347,7 @@ class LocalCheck:
         wrong = wrong.flatten()[judged]
         if not wrong.any():
             return
-        scores = self.reference._scores(n)[judged]
+        scores = self.reference.scores(n)[judged]
         top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
         best = scores.topk(top_k, dim=-1).indices
         weights = scores.gather(-1, best).softmax(-1)  # whoever is heard by this is by sigmoids, which are less far apart
@@ -358,7 +365,7 @@ class LocalCheck:
 
     def _is_decided(self, n: int, count: int) -> torch.Tensor:
         """Tokens whose experts are chosen by more than a rounding: of equal logits every operator may choose others."""
-        scores = self.reference._scores(n)
+        scores = self.reference.scores(n)
         top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
         decided: torch.Tensor = find_margin(scores, top_k).reshape(count) >= EXACT_TIE
         return decided

@@ -12,7 +12,7 @@ from export.config import ParityConfig
 from export.family import DecoderFamily
 from export.parity.checks import every_expert
 from export.parity.forward import Reference
-from export.parity.judge import name_place
+from export.parity.judge import OWN_INPUT, name_place
 from export.parity.local import LEAST_NOISE, LocalCheck, Measured
 from export.parity.products import Arithmetic
 from export.parity.records import PlaceCheck
@@ -106,7 +106,7 @@ class PlacesCheck:
         for place in sorted(found, key=_order):
             measured, limit = found[place], self._limit(place)
             if not measured.worst <= limit:
-                return f"{name_place(*place)}, on the graph's own input: relative error {measured.worst:.1e} > {limit:.1e}", measured.first(limit)
+                return f"{name_place(*place)}{OWN_INPUT}: relative error {measured.worst:.1e} > {limit:.1e}", measured.first(limit)
         return None
 
     def result(self) -> tuple[PlaceCheck, ...] | str:

@@ -82,7 +82,7 @@ class RoundingMeasure:
         )  # fmt: skip
 
 
-def rounding_limits(limits: dict[str, Limit], found: Rounding, judges_logits: bool) -> dict[str, Limit]:
+def rounding_limits(limits: dict[str, Limit], found: Rounding) -> dict[str, Limit]:
     """The limits of whole models from two equally rounded computations; those of KL and routing are never tighter than the settings say."""
     wider = dict(limits)
     cost = f"what two equally rounded computations of the twin part by on {found.num_tokens:,} tokens"
@@ -90,8 +90,7 @@ def rounding_limits(limits: dict[str, Limit], found: Rounding, judges_logits: bo
         wider["kl"] = Limit(kl, f"{_KL_MULTIPLE:g} times {cost}, {found.kl:.1e} nats")
     if "routing" in limits and (routing := 1 - _KL_MULTIPLE * (1 - found.routing)) < limits["routing"].value:
         wider["routing"] = Limit(routing, f"{_KL_MULTIPLE:g} times {cost}: {found.routing:.2%} keep their experts in the worst layer")
-    if judges_logits:
-        wider["logits"] = Limit(_LOGITS_MULTIPLE * found.logits, f"{_LOGITS_MULTIPLE:g} times {cost}, {found.logits:.1e} of the largest logit")
-        least = max(found.factor, _LEAST_FACTOR)
-        wider["factor"] = Limit(_FACTOR_MULTIPLE * least, f"{_FACTOR_MULTIPLE:g} times {cost}: logits that are {found.factor:.1e} larger or smaller")
+    wider["logits"] = Limit(_LOGITS_MULTIPLE * found.logits, f"{_LOGITS_MULTIPLE:g} times {cost}, {found.logits:.1e} of the largest logit")
+    least = max(found.factor, _LEAST_FACTOR)
+    wider["factor"] = Limit(_FACTOR_MULTIPLE * least, f"{_FACTOR_MULTIPLE:g} times {cost}: logits that are {found.factor:.1e} larger or smaller")
     return wider

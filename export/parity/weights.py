@@ -108,8 +108,8 @@ class _Rows:
         return owner, places - np.asarray(self.starts)[owner]
 
 
-def check_weights(constants: Constants, twin: Path, skipped: Sequence[str] = ()) -> Found:
-    """Compare a file's constants with a checkpoint; tensors in `skipped` need not be in the file as matrices."""
+def check_weights(constants: Constants, twin: Path) -> Found:
+    """Compare a file's constants with a checkpoint."""
     checkpoint = open_checkpoint(twin)
     # What belongs to an expert without neurons, as its gate does, computes nothing, and no graph needs it.
     empty = tuple(name.rsplit(".", 2)[0] for name, entry in checkpoint.entries.items() if not entry.num_elements)
@@ -125,9 +125,7 @@ def check_weights(constants: Constants, twin: Path, skipped: Sequence[str] = ())
     not_judged: list[str] = []
     num_wrong = num_rows = 0
     for width in sorted(widths):
-        own = {name: entry for name, entry in matrices.items() if entry.shape[-1] == width}
-        tables = {matrix.use == "table" for matrix in by_width.get(width, ())}
-        looked_for = {name: entry for name, entry in own.items() if name not in skipped or True in tables}
+        looked_for = {name: entry for name, entry in matrices.items() if entry.shape[-1] == width}
         found, count = _match(looked_for, by_width.get(width, []), width, operators)
         if constants.unread and count:  # integers that nobody is known to read may be these
             lost = [name for name in looked_for if name not in operators]
@@ -191,8 +189,7 @@ def _match(
     surplus: list[tuple[Matrix, int]] = []
     strange: list[Matrix] = []
     zeros: set[str] = set()
-    for each in matrices:
-        matrix = each
+    for matrix in matrices:
         tree, known = trees[matrix.narrow]
         keys = _key(torch.from_numpy(matrix.read()), vectors)
         places, good = _look_up(keys, tree)
@@ -204,24 +201,23 @@ def _match(
                 keys, (places, good) = scaled, again
             else:
                 scaled = None
-        if scaled is None:
-            matrix = replace(matrix, input_factors=None)
+        taken = matrix if scaled is not None else replace(matrix, input_factors=None)
         ours.setdefault(matrix.narrow, []).append(keys)
         lengths = keys[:, 2]
         owners, _ = known.locate(places[good])
         if good.mean() >= 0.5:
             for owner in np.unique(owners):
-                operators.setdefault(names[owner], []).append(matrix)
-        if good.mean() < 0.5 and matrix.use == "stored":
+                operators.setdefault(names[owner], []).append(taken)
+        elif matrix.use == "stored":
             continue
         if good.mean() < 0.5:  # it is no matrix of the twin: a rotary table, a constant of the graph's own, or one that is wrong throughout
-            strange.append(matrix)
+            strange.append(taken)
             if matrix.operator.op in _WEIGHTS_ALONE and lengths.any():  # the rows may be right elsewhere, as in another branch
-                surplus += [(matrix, int(row)) for row in np.nonzero(~good)[0]]
+                surplus += [(taken, int(row)) for row in np.nonzero(~good)[0]]
         else:
             zeros |= {names[owner] for owner in np.unique(owners)} if (lengths == 0).any() else set()
-            surplus += [(matrix, int(row)) for row in np.nonzero(~good & (lengths != 0))[0]]
-            surplus += _misplaced(matrix, places, good, known)
+            surplus += [(taken, int(row)) for row in np.nonzero(~good & (lengths != 0))[0]]
+            surplus += _misplaced(taken, places, good, known)
     is_found = np.zeros(some.total, bool)
     for kind, found in ours.items():
         is_found |= _look_up(theirs[kind].joined(), cKDTree(np.concatenate(found)))[1]
