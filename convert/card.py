@@ -15,6 +15,7 @@ from convert.numerals import format_count
 from convert.page import load_template
 from convert.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
 from convert.tables import tier_table
+from export.storage import GENAI_CONFIG_NAME
 
 CARD_NAME = "README.md"
 CARDS_NAME = "cards"
@@ -58,7 +59,7 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
         figures=_markdown_table(COLUMNS, [row_cells(row) for row in rows]),
         tiers=_tier_lines(facts, variant),
         findings=[verdict.text for verdict in judge(facts) if not any(verdict.text.startswith(other) for other in others)],
-        genai=(package / "genai_config.json").is_file(),
+        genai=(package / GENAI_CONFIG_NAME).is_file(),
         tell_heads=config.get("num_key_value_heads") not in (None, config.get("num_attention_heads")),
         context=config.get("max_position_embeddings"),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", facts["recipe"])), default=0)),

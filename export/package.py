@@ -19,7 +19,7 @@ from export.lowering import Lowering
 from export.passes import find_traced_candidates, lower_trace
 from export.progress import Progress
 from export.runtime import PROVIDERS, is_at_hand
-from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
+from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
 from export.timing import LoweringTime, cut_for_timing, time_lowerings
 from export.tracing import trace_decoder
 from export.twin import Twin
@@ -64,7 +64,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     save_config(twin.checkpoint.config, output)
     description = genai_config(twin.checkpoint.config, graph.shares_buffer, _read_ends(output))
     if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
-        (output / "genai_config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        (output / GENAI_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(
         device=config.device,
         element_type=twin.element_type,

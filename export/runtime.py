@@ -22,7 +22,7 @@ from packaging.version import Version
 from export.config import Device
 from export.errors import ExportError
 from export.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
-from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
+from export.storage import GENAI_CONFIG_NAME, MIN_ONNXRUNTIME_KEY, MODEL_NAME
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -310,9 +310,9 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if (directory / "config.json").is_file():
         config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         return config
-    if not (directory / "genai_config.json").is_file():
+    if not (directory / GENAI_CONFIG_NAME).is_file():
         raise ExportError(f"{directory}: no config.json; copy it there from the checkpoint that the package was made from")
-    model = json.loads((directory / "genai_config.json").read_text(encoding="utf-8"))["model"]
+    model = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))["model"]
     decoder = model["decoder"]
     known = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
     return known | {"max_position_embeddings": model["context_length"], "vocab_size": model["vocab_size"], "head_dim": decoder["head_size"]}

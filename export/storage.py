@@ -12,6 +12,7 @@ from export.progress import Progress
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
+GENAI_CONFIG_NAME = "genai_config.json"  # onnxruntime-genai's description of a package
 MIN_ONNXRUNTIME_KEY = "dense2moe.min_onnxruntime"
 LOWERING_KEY = "dense2moe.lowering"
 CONTENT = "content"

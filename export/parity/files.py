@@ -27,11 +27,10 @@ from typing import Any, TypeVar
 import onnx
 from transformers import AutoConfig, AutoTokenizer
 
-from export.storage import LOWERING_KEY, MODEL_NAME
+from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
 from upcycle.checkpoint import GENERATION_CONFIG_NAME
 from upcycle.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
 
-GENAI_CONFIG_NAME = "genai_config.json"
 _TEMPLATE_NAME = "chat_template.jinja"
 _VOCABULARY_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt")
 _TOKENIZER_JSON_NAMES = ("tokenizer.json", TOKENIZER_CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "vocab.json")
