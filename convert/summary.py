@@ -28,6 +28,8 @@ from convert.numerals import (
 TORCH_MODELS = ("dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned")
 COLUMNS = ("Model", "Perplexity", "Size", "Top-1 agreement", "Routing agreement", "Decode tokens/s", "Prefill tokens/s", "Parity")
 _TIME_SLACK = 0.1  # share by which a control's seconds may differ from the mixture's in the favour of the better one
+_LEAST_ERROR = 1e-4
+"""Of a perplexity: a standard error below it is no figure that anyone reads."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,8 @@ def _variant_verdict(name: str, variant: dict[str, Any], reference: dict[str, An
     else:
         change = describe_change(measured["perplexity"], reference["perplexity"])
         text = f"perplexity {format_perplexity(measured['perplexity'])}, {change} float32 ONNX's"
+    if measured is not None and measured.get("perplexity_error", 0.0) >= _LEAST_ERROR:
+        text += f" (± {format_share(measured['perplexity_error'])} on {measured['num_language_tokens']:,} tokens)"
     tasks = () if measured is None else measured.get("tasks", ())
     text = "; ".join([text, *(describe_task(task, model) for task in tasks if isinstance(task, dict))])
     if parity["passed"]:

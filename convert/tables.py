@@ -95,8 +95,8 @@ def trained_table(facts: dict[str, Any]) -> Grid:
 
 
 def _records(records: Sequence[dict[str, Any]]) -> Grid:
-    """Records as a table; a column for every name that any of them has."""
-    names = tuple(dict.fromkeys(name for record in records for name in record))
+    """Records as a table; a column for every name that any of them has a value for."""
+    names = tuple(dict.fromkeys(name for record in records for name, value in record.items() if value is not None))
     return Grid(tuple(_words(n) for n in names), tuple(tuple(_value(n, r.get(n)) for n in names) for r in records))
 
 
@@ -148,10 +148,11 @@ def parity_sections(facts: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {"name": name, "passed": parity["passed"], "breaches": parity["breaches"], "providers": providers}
 
 
+_TOLD_BY_NAME = ("padded", "decoded")
 _TIERS = {
     "weights": "Is every row of every matrix in the file the torch twin's?",
-    "operator": "Does each router and each layer of experts compute what the torch layer does, on the same input?",
-    "layer": "Does every other place, from the embedding to the head, on the same input?",
+    "operator": "Are router and experts of each layer right, on the same input?",
+    "layer": "Is every other place, from the embedding to the head?",
     "logits": "Are the logits the same however the tokens are fed?",
     "language": "Does it predict as well?",
     "task": "Does it do its tasks as well?",
@@ -189,8 +190,9 @@ def _provider_note(found: dict[str, Any], model: str) -> str:
 def _remarks(found: dict[str, Any], model: str) -> Iterator[str]:
     """What parity found besides its tables, in sentences; a run of an older version may lack any of it."""
     if isinstance(weights := found.get("weights"), dict):
-        wrong = f"{weights['num_wrong']:,} differ from the twin's" if weights["num_wrong"] else "all are the twin's"
-        yield f"The file's weights were read row by row: of {weights['num_rows']:,} rows and {weights['num_vectors']:,} vectors {wrong}."
+        told = f"{weights['num_rows']:,} rows and {weights['num_vectors']:,} vectors"
+        wrong = f"{weights['num_wrong']:,} of {told} differ from the twin's" if weights["num_wrong"] else f"all {told} are the twin's"
+        yield f"The file's weights were read row by row: {wrong}."
     if isinstance(places := found.get("places"), list) and places:
         worst = max(places, key=_share_of_limit)
         flips = sum(place["num_flips"] for place in places)
@@ -229,7 +231,7 @@ def _remarks(found: dict[str, Any], model: str) -> Iterator[str]:
 
 
 def _provider_tables(found: dict[str, Any], model: str) -> Iterator[tuple[str | None, Grid]]:
-    yield None, _records(found["checks"])
+    yield None, _records([{name: value for name, value in check.items() if name not in _TOLD_BY_NAME} for check in found["checks"]])
     if any(isinstance(task, dict) for task in found.get("tasks", ())):
         yield "Tasks", _task_table([task for task in found["tasks"] if isinstance(task, dict)], model)
     if isinstance(places := found.get("places"), list) and places:

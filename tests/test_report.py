@@ -605,7 +605,7 @@ def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) ->
     assert "32 times what float32 differs from float64 on this text" in text
     assert "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 parted from it" in text
     assert "wrote 8 texts of 64 tokens, each token as the torch twin did." in text
-    assert "The file's weights were read row by row: of 12,345 rows and 9 vectors all are the twin's." in text
+    assert "The file's weights were read row by row: all 12,345 rows and 9 vectors are the twin's." in text
     assert "Each of 9 places inside the graph was compared on the graph's own input: nearest to its limit is the experts of layer 3, with an" in text
     assert "with an error of 8.0e-7, at most 3.2e-6. 8 flips of an 8-bit rounding inside an operator were told apart." in text
     assert "place worst layer relative error limit noise of float32 tokens flips router 3 4.0e-7 3.2e-6 1.0e-7 112 0 experts 3 8.0e-7" in text
