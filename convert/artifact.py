@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import psutil
 from rich.filesize import decimal
 
+from upcycle.errors import MendableError
 from upcycle.numbers import name_special
 
 if TYPE_CHECKING:  # only the type: importing it would load torch, and this module also serves commands that must answer at once
@@ -53,7 +54,7 @@ _REMAKE = "move the directory away, and it will be made again"
 _GIVE = "give the directory of a sealed artifact"
 
 
-class ArtifactError(ValueError):
+class ArtifactError(MendableError):
     """Something about a work directory or an artifact that the user can mend; its text is one line."""
 
 

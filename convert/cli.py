@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
+from upcycle.errors import MendableError
 from upcycle.imports import uncollected_imports
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
@@ -31,19 +32,16 @@ def _mendable(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
     @wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        from convert.artifact import ArtifactError, describe_os_error
-        from convert.errors import RecipeError
+        from convert.artifact import describe_os_error
 
         try:
             return function(*args, **kwargs)
-        except (RecipeError, ArtifactError) as error:
+        except MendableError as error:
             raise click.ClickException(str(error)) from error
         except KeyboardInterrupt:
             click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
             sys.exit(130)
         except Exception as error:
-            if type(error).__name__ in ("UpcycleError", "ExportError"):
-                raise click.ClickException(str(error)) from error
             if (cause := _disk_error(error)) is not None:
                 workdir = kwargs.get("workdir")
                 where = workdir if isinstance(workdir, Path) else Path("the work directory")

@@ -1,5 +1,7 @@
 """The one error that a user can mend."""
 
+from upcycle.errors import MendableError
 
-class RecipeError(ValueError):
+
+class RecipeError(MendableError):
     """Mistakes in a recipe; each line of its text says where, what is, what must be and how to mend it."""

@@ -1,5 +1,7 @@
 """The one error that a user can mend."""
 
+from upcycle.errors import MendableError
 
-class ExportError(ValueError):
+
+class ExportError(MendableError):
     """A mistake in what the user gave or asked for; its text says where, what is, what must be and how to mend it, in one line."""

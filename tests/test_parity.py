@@ -21,11 +21,13 @@ from transformers import MixtralForCausalLM
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from export.package import write_package
 from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
+from export.parity.advice import advise
 from export.parity.agreement import _Sums
 from export.parity.files import FilesCheck
 from export.parity.forward import Forward
 from export.parity.limits import configured_limits, noise_limit
 from export.parity.records import TIERS, FreeRun, Limit, PlaceCheck, Tier
+from export.parity.taps import Part
 from export.parity.weights import WeightsCheck, WrongRows
 from export.quantizer import quantize_checkpoint
 from export.runtime import CPU, CUDA, Decoder
@@ -474,29 +476,33 @@ WRONG = PlaceCheck(layer=1, part="experts", error=0.5, limit=1e-5, noise=1e-7, n
 
 def test_an_operator_is_named_with_its_experts() -> None:
     given = "on the graph's own input"
+    right = "its weights are all in the file: look at"
+    look = f"({right} the order of experts and of gate and up, the activation, biases, and what router logits become as weights of experts)"
     expected = {
-        (): f"layer 1, experts, none of them in every token, {given}: relative error 5.0e-01 > 1.0e-05",
-        (2,): f"layer 1, expert 2 {given}: relative error 5.0e-01 > 1.0e-05",
-        (0, 3): f"layer 1, experts 0, 3 {given}: relative error 5.0e-01 > 1.0e-05",
+        (): f"layer 1, experts, none of them in every token, {given}: relative error 5.0e-01 > 1.0e-05 {look}",
+        (2,): f"layer 1, expert 2 {given}: relative error 5.0e-01 > 1.0e-05 {look}",
+        (0, 3): f"layer 1, experts 0, 3 {given}: relative error 5.0e-01 > 1.0e-05 {look}",
     }
-    right = replace(WRONG, layer=0, error=1e-5)
+    fine = replace(WRONG, layer=0, error=1e-5)
     for experts, line in expected.items():
-        assert breaches_of(places=(right, replace(WRONG, experts=experts))) == [("operator", line)]
-    line = f"layer 1, router logits {given}: relative error 3.0e-02 > 1.0e-05"
+        assert breaches_of(places=(fine, replace(WRONG, experts=experts))) == [("operator", line)]
+    line = f"layer 1, router logits {given}: relative error 3.0e-02 > 1.0e-05 ({right} its bias, what it reads, and the type that it is computed in)"
     assert breaches_of(places=(replace(WRONG, part="router", error=0.03),)) == [("operator", line)]
     straight = replace(WRONG, experts=(0, 1, 2), factors=(0.5, 0.75))
     line = f"layer 1, experts, each token's output a multiple of the twin's, 0.50 to 0.75 times (are the weights renormalized?), {given}"
-    assert breaches_of(places=(straight,)) == [("operator", f"{line}: relative error 5.0e-01 > 1.0e-05")]
+    assert breaches_of(places=(straight,)) == [("operator", f"{line}: relative error 5.0e-01 > 1.0e-05 {look}")]
 
 
 def test_a_layer_names_the_first_place_of_each_kind() -> None:
     attention, head = replace(WRONG, part="attention"), replace(WRONG, layer=-1, part="head")
     given, error = "on the graph's own input: relative error", "5.0e-01 > 1.0e-05"
+    scale, bias = "look at the scale and the mask of attention, and the order of its heads", "a factor, a cap or a bias behind it"
+    bias = f"its weights are all in the file: look at {bias}"
     alike = replace(head, error=1e-6, factor=1.001, factor_limit=2e-4)
     expected = {
-        (attention,): f"layer 1, attention, from its queries, keys and values, {given} {error}",
+        (attention,): f"layer 1, attention, from its queries, keys and values, {given} {error} ({scale})",
         (replace(attention, layer=0), attention, replace(attention, layer=2)): (
-            f"layer 0, attention, from its queries, keys and values, {given} {error}; and in 2 more layers"
+            f"layer 0, attention, from its queries, keys and values, {given} {error}; and in 2 more layers ({scale})"
         ),
         (replace(attention, first_position=1),): (
             f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 1 on (a token that reads itself alone is right: "
@@ -514,9 +520,9 @@ def test_a_layer_names_the_first_place_of_each_kind() -> None:
             f"layer 1, the keys and values that are cached, {given} {error}, from token 32 on (every token before 32 is right: look at positions and "
             "rotary tables)"
         ),
-        (replace(head, first_position=4),): f"the head, {given} {error}, from token 4 on",
-        (replace(head, error=0.02, factor=1.02),): f"the head, {given} 2.0e-02 > 1.0e-05 (1.02 times the twin's)",
-        (alike,): f"the head, {given} of all tokens alike 1.0e-03 > 2.0e-04 (1.001 times the twin's)",
+        (replace(head, first_position=4),): f"the head, {given} {error}, from token 4 on ({bias})",
+        (replace(head, error=0.02, factor=1.02),): f"the head, {given} 2.0e-02 > 1.0e-05, 1.02 times the twin's ({bias})",
+        (alike,): f"the head, {given} of all tokens alike 1.0e-03 > 2.0e-04, 1.001 times the twin's ({bias})",
     }
     for places, line in expected.items():
         assert breaches_of(places=places) == [("layer", line)]
@@ -524,6 +530,20 @@ def test_a_layer_names_the_first_place_of_each_kind() -> None:
     assert [line.split(",")[0] for _, line in both] == ["layer 1", "the head"]
     assert breaches_of(places=(replace(alike, factor=1.0001),)) == []
     assert [tier for tier, _ in breaches_of(places=(replace(head, error=math.nan),))] == ["layer"]
+
+
+def test_what_is_known_of_a_place_s_weights_says_where_to_look() -> None:
+    right = WeightsCheck(8, 8, 0, ())
+    norm, head = replace(WRONG, part="FFN norm"), replace(WRONG, layer=-1, part="head")
+    experts = WeightsCheck(8, 8, 1, (WrongRows("layer 1, expert 2, w2", 0, 1, 4, "is all zeros in the file"),))
+    assert advise(norm, right) == ("its weights are all in the file: look at epsilon, whether 1 is added to the weight, and which values it reads")
+    assert advise(WRONG, experts) == "its weights in the file are not the twin's: look at these first"
+    assert advise(replace(WRONG, layer=11), experts).startswith("look at the order of experts")  # more may be wrong than the first few that are told
+    assert advise(head, replace(right, not_judged=("lm_head.weight",))) == "look at a factor, a cap or a bias behind it"
+    lost = WeightsCheck(8, 8, 1, (WrongRows("the head", 3, 1, 9, "no row of the file is the twin's"),))
+    assert advise(head, lost) == "its weights in the file are not the twin's: look at these first"
+    assert advise(replace(WRONG, part="attention", first_position=1), right).startswith("a token that reads itself alone is right")
+    assert {advise(replace(WRONG, part=part), "not judged").startswith("look at ") for part in get_args(Part)} == {True}
 
 
 def test_a_way_of_feeding_is_named_with_the_place_inside() -> None:

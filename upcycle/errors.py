@@ -1,14 +1,58 @@
-"""The one error that a user can mend."""
+"""Errors that a user can mend, and the door through which errors of other libraries become one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
-class UpcycleError(ValueError):
-    """A mistake in what the user gave; its text says where, what is, what must be and how to mend it, in one line."""
+class MendableError(ValueError):
+    """A mistake that the user can mend; its text says where, what is, what must be and how to mend it, in one line."""
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "bad allocation", "Failed to allocate memory")
-"""How torch (CUDA's and the CPU's allocator) and onnxruntime say that memory ran out; neither has a type of its own for all of it."""
+class UpcycleError(MendableError):
+    """A mistake in what the user gave."""
 
 
-def is_out_of_memory(error: Exception) -> bool:
+_NO_MEMORY = ("out of memory", "can't allocate memory", "bad allocation", "bad_alloc", "Failed to allocate memory", "unable to mmap")
+"""How torch (CUDA's and the CPU's allocator) and onnxruntime say that memory ran out; none has a type of its own for all of it."""
+_MOST_LETTERS = 300
+
+
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, and nobody has said so yet in words of ours."""
-    return isinstance(error, MemoryError) or (not isinstance(error, UpcycleError) and any(words in str(error) for words in _NO_MEMORY))
+    return isinstance(error, MemoryError) or (not isinstance(error, MendableError) and any(words in str(error) for words in _NO_MEMORY))
+
+
+@contextmanager
+def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] = UpcycleError) -> Iterator[None]:
+    """For the length of a `with`, which holds calls of other libraries alone: what they raise about the file `path` is one line.
+
+    The line says the path, `what` is wrong with it, the library's own words, and how to `mend` it. Panics of libraries written in Rust are
+    `BaseException`s and told alike; an interrupt, and running out of memory, stay what they are.
+
+    Raises:
+        MendableError: of this `kind`.
+    """
+    try:
+        yield
+    except (MendableError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if is_out_of_memory(error):
+            raise
+        raise kind(f"{path}: {what} ({describe_error(error)}); {mend}") from error
+
+
+def describe_error(error: BaseException) -> str:
+    """An error of another library in a few words of one line: what the file system says, or its kind and its own text."""
+    if isinstance(error, OSError) and error.errno:
+        return os.strerror(error.errno)
+    return f"{type(error).__name__}: {shorten(error)}".removesuffix(": ")
+
+
+def shorten(text: object) -> str:
+    """A text of somebody else for a line of ours: in one line, without control characters, not too long."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))[:_MOST_LETTERS]

@@ -14,7 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,12 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from upcycle.checkpoint import INDEX_NAME, READABLE, SINGLE_NAME, Checkpoint, index_tensors, open_checkpoint
-from upcycle.errors import UpcycleError, is_out_of_memory
+from upcycle.errors import UpcycleError, one_line_errors, shorten
 from upcycle.memory import give_heap_back, release_memory
 
 _READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
 _HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config
 _MOST_NAMES = 3  # in a message
-_MOST_LETTERS = 300
 
 
 def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
@@ -43,7 +42,7 @@ def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings:
         UpcycleError: the directory is no whole checkpoint in safetensors, is damaged, asks for code of its own, or is no model for `auto_class`.
     """
     checkpoint = check_whole(auto_class, directory)
-    with _quiet(), _one_line_errors(directory):
+    with _quiet(), _one_line(directory):
         # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
         model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True, **settings)
     refuse_incomplete(info, str(directory))
@@ -67,7 +66,7 @@ def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
     if model_class is None:
         return checkpoint
     tensors = {name: torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="meta") for name, entry in index_tensors(directory).items()}
-    with _quiet(), _one_line_errors(directory):
+    with _quiet(), _one_line(directory):
         settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
         _, info = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **settings)
     refuse_incomplete(info, str(directory))
@@ -90,17 +89,13 @@ def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str
             f"{where}: {_list_tensors([rename(name)])} of shape {list(found)}; by {CONFIG_NAME} it must be {list(expected)}; correct one of the two"
         )
     for message in info["error_msgs"]:
-        raise UpcycleError(f"{where}: loading by transformers reports: {_shorten(message)}")
+        raise UpcycleError(f"{where}: loading by transformers reports: {shorten(message)}")
 
 
 def _list_tensors(names: list[str]) -> str:
     """One name or several in a line of text."""
     more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
     return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(map(repr, names[:_MOST_NAMES])) + more
-
-
-def _shorten(text: object) -> str:
-    return " ".join(str(text).split())[:_MOST_LETTERS]
 
 
 def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
@@ -123,19 +118,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _one_line_errors(directory: Path) -> Iterator[None]:
-    """For the length of a `with`: an error of transformers, safetensors or torch is one line about the checkpoint. Out of memory stays what it is."""
-    try:
-        yield
-    except UpcycleError:
-        raise
-    except Exception as error:  # transformers raises many kinds for files that are damaged or make no model; each is the checkpoint's fault
-        if is_out_of_memory(error):
-            raise
-        raise UpcycleError(
-            f"{directory}: transformers cannot load this checkpoint ({type(error).__name__}: {_shorten(error)}); download it again, or correct it"
-        ) from error
+def _one_line(directory: Path) -> AbstractContextManager[None]:
+    """For the length of a `with`: an error of transformers, safetensors or torch is one line about the checkpoint."""
+    return one_line_errors(directory, "transformers cannot load this checkpoint", "download it again, or correct it")
 
 
 def load_pretrained(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> tuple[Any, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from export.parity.advice import advise
 from export.parity.limits import gap_limit
 from export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
 from export.parity.taps import Part
@@ -44,7 +45,8 @@ def _operator(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         if check.is_right or check.part not in ("router", "experts"):
             continue
         what = "router logits" if check.part == "router" else _wrong_experts(check)
-        yield "operator", f"layer {check.layer}, {what} on the graph's own input: relative error {_beyond(check)}{_describe_factor(check)}"
+        error = f"relative error {_beyond(check)}{_describe_factor(check)}"
+        yield "operator", f"layer {check.layer}, {what} on the graph's own input: {error} ({advise(check, result.weights)})"
 
 
 def _wrong_experts(check: PlaceCheck) -> str:
@@ -74,7 +76,7 @@ def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         begins = "" if not first.first_position else f", from token {first.first_position} on"
         others = "" if len(checks) == 1 else f"; and in {len(checks) - 1} more layers"
         error = f"relative error {_beyond(first)}{_describe_factor(first)}"
-        yield "layer", f"{where}{OWN_INPUT}: {error}{begins}{_describe_start(first)}{others}"
+        yield "layer", f"{where}{OWN_INPUT}: {error}{begins}{others} ({advise(first, result.weights)})"
 
 
 def name_place(layer: int, part: Part) -> str:
@@ -92,25 +94,13 @@ _NAMES: dict[Part, str] = {
 
 def _describe_factor(check: PlaceCheck) -> str:
     """A factor that explains the error."""
-    return f" ({check.factor:.5g} times the twin's)" if abs(check.factor - 1) > _FACTOR_SHARE * check.error else ""
+    return f", {check.factor:.5g} times the twin's" if abs(check.factor - 1) > _FACTOR_SHARE * check.error else ""
 
 
 def _beyond(check: PlaceCheck) -> str:
     if check.error <= check.limit and check.factor_limit is not None:
         return f"of all tokens alike {abs(check.factor - 1):.1e} > {check.factor_limit:.1e}"
     return f"{check.error:.1e} > {check.limit:.1e}"
-
-
-def _describe_start(found: PlaceCheck) -> str:
-    """What the first wrong token says of attention: the first token reads itself alone, whatever positions and mask are."""
-    if found.part not in ("attention", "cache") or not found.first_position:
-        return ""
-    if found.part == "cache":
-        right = "the first token is" if found.first_position == 1 else f"every token before {found.first_position} is"
-        return f" ({right} right: look at positions and rotary tables)"
-    if found.first_position == 1:
-        return " (a token that reads itself alone is right: look at positions and rotary tables)"
-    return f" (every token before {found.first_position} is right: look at the window and the mask of attention)"
 
 
 def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
