@@ -1,1 +1,6 @@
 """From a mixture of experts to a quantized ONNX package, shown to agree with torch."""
+
+import os
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+"""onnxruntime 1.29 and later look up names and write a device id below the user's cache directory, unless told before their first import."""

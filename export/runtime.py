@@ -7,8 +7,8 @@ new tokens, the mask so far and the place of its logits, each an address in memo
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,10 @@ from packaging.version import Version
 
 from export.config import Device
 from export.errors import ExportError
+from export.opening import Config, onnxruntime_errors, open_package, read_config
 from export.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
-from export.storage import GENAI_CONFIG_NAME, MIN_ONNXRUNTIME_KEY, MODEL_NAME
+from export.storage import MIN_ONNXRUNTIME_KEY
+from upcycle.errors import one_line_errors, shorten
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
@@ -34,6 +36,7 @@ FINAL_NORMED = "final_normed"
 FIRST_LOGIT = "first_logit"
 ROUTER_NUDGE = "router_nudge"
 _PAST = "past_key_values."
+_STATE_NAME = re.compile(re.escape(_PAST) + r"\d+\.(key|value)")
 PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
 _ELEMENT_TYPES = {"tensor(float)": onnx.TensorProto.FLOAT, "tensor(float16)": onnx.TensorProto.FLOAT16, "tensor(bfloat16)": onnx.TensorProto.BFLOAT16}
 
@@ -96,30 +99,24 @@ class Decoder:
         """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
 
         Raises:
-            ExportError: no package there, a runtime older than it needs, or a provider that is not to be had.
+            ExportError: no package there, a damaged one, a runtime older than it needs, or a provider that is not to be had.
         """
-        path = directory / MODEL_NAME
-        if not path.is_file():
-            raise ExportError(f"{directory}: no {MODEL_NAME}; it must be an ONNX package, as `dense2moe run` writes it")
+        package = open_package(directory)
+        path, model = package.path, package.model
         if provider not in ort.get_available_providers():
             raise ExportError(f"{provider} is not in this onnxruntime ({', '.join(ort.get_available_providers())}); install the [gpu] extra")
-        model = onnx.load(path, load_external_data=False)
-        self.metadata = {entry.key: entry.value for entry in model.metadata_props}
-        needed = self.metadata.get(MIN_ONNXRUNTIME_KEY, "0")
-        if Version(ort.__version__) < Version(needed):
-            raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
+        self.path, self.metadata = path, {entry.key: entry.value for entry in model.metadata_props}
+        _check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), path)
         self.provider = provider
         self.taps = (_tap_names(model) if taps else []) + (_attention_names(model) if attention_taps else [])
         shown = list(dict.fromkeys([*self.taps, *more_taps]))
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
-        options.log_severity_level = 3
         options.enable_mem_pattern = False  # one is kept for every shape of the inputs, and the mask has another with each token
         if (
             not torch.cpu._is_vnni_supported()
         ):  # sums of products of 8 bits would saturate; with VNNI the exact kernel takes twice the time for nothing
             options.add_session_config_entry("session.x64quantprecision", "1")
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory.resolve()))
         if profile is not None:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in shown)  # onnxruntime infers the type
@@ -127,42 +124,40 @@ class Decoder:
         _let_routers_be_nudged(model, nudges)
         self._cuts_logits = _let_logits_be_cut(model)
         _check_interface(model, path)
-        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=[provider])
+        config = read_config(directory)
+        self.config, self.context_length = dict(config.values), config.size("max_position_embeddings")
+        self.num_experts_per_tok = config.size("num_experts_per_tok", default=0, least=0)
+        self.session = package.start_session(options, provider)
         self._run_options = ort.RunOptions()
         if shown and provider == CPU:  # who looks inside has a model of torch beside it: what a long text took is given back
             self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         if self.session.get_providers()[0] != provider:
             raise ExportError(f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the driver")
-        self.config: dict[str, Any] = _read_config(directory)
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
-        self.past = {
-            value.name: (self._cache_shape(value), _ELEMENT_TYPES[value.type]) for value in self.session.get_inputs() if value.name.startswith(_PAST)
-        }
+        values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        _check_types(values, path)
+        self.past = {name: (_cache_shape(value, config), _ELEMENT_TYPES[value.type]) for name, value in values.items() if name.startswith(_PAST)}
         self.device = "cuda" if provider == CUDA else "cpu"
-        logits = next(value for value in self.session.get_outputs() if value.name == "logits")
-        self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else int(self.config["vocab_size"])
+        logits = values["logits"]
+        self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else config.size("vocab_size")
         self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(_ELEMENT_TYPES[logits.type])
-
-    def _cache_shape(self, value: ort.NodeArg) -> tuple[Any, int, Any, int]:
-        """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
-        batch, heads, length, head_dim = value.shape
-        c = self.config
-        if not isinstance(heads, int):
-            heads = c.get("num_key_value_heads") or c["num_attention_heads"]
-        if not isinstance(head_dim, int):
-            head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        return batch, int(heads), length, int(head_dim)
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that the model can see at once."""
-        return int(self.config["max_position_embeddings"])
 
     @property
     def vocab_size(self) -> int:
         """Tokens that it has logits for."""
         return self._vocab_size
+
+    def check_ids(self, where: str, ids: Iterable[int]) -> None:
+        """Refuse tokens that the model does not know; `where` says what has them.
+
+        Raises:
+            ExportError: an id is beyond the vocabulary.
+        """
+        if (largest := max(ids, default=0)) >= self._vocab_size:
+            raise ExportError(
+                f"{where} has the token {largest}; {self.path} knows {self._vocab_size:,}, from 0 on; the tokenizer must be that of its checkpoint"
+            )
 
     def new_cache(self, batch_size: int, capacity: int, taps: Sequence[str] | None = None) -> Cache:
         """An empty cache for `batch_size` rows of at most `capacity` tokens, whose runs show `taps`, or all that the decoder was opened with.
@@ -221,7 +216,8 @@ class Decoder:
             cache.binding.bind_cpu_input(ROUTER_NUDGE, added)
         for name in cache.taps:
             cache.binding.bind_output(name)
-        self.session.run_with_iobinding(cache.binding, self._run_options)
+        with onnxruntime_errors(self.path, "run"):
+            self.session.run_with_iobinding(cache.binding, self._run_options)
         cache.length = total
         if not self.shares_buffer:
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))  # the outputs that were bound first
@@ -260,7 +256,7 @@ class Decoder:
         the seed and the prompt alone.
 
         Raises:
-            ExportError: a prompt is empty, or the context too short.
+            ExportError: a prompt is empty or has a token that the model does not know, or the context is too short.
         """
         for number, prompt in enumerate(prompts, 1):
             where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
@@ -268,20 +264,26 @@ class Decoder:
                 raise ExportError(f"{where} has no tokens; give some text")
             if len(prompt) > self.context_length:
                 raise ExportError(f"{where} has {len(prompt)} tokens; the model's context holds {self.context_length}; shorten it")
+            self.check_ids(where, prompt)
         if max_new_tokens < 1 or not prompts:
             return
         width = max(len(prompt) for prompt in prompts)
         cache = self.new_cache(len(prompts), width + max_new_tokens)
         uniforms = draw_uniforms(prompts, sampling.seed, max_new_tokens)
+        seen = np.zeros((len(prompts), self.vocab_size), np.bool_) if sampling.repetition_penalty != 1 else None
         ids, mask = np.zeros((2, len(prompts), width), np.int64)
         for row, prompt in enumerate(prompts):
+            if seen is not None:
+                seen[row, list(prompt)] = True
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
         running = [True] * len(prompts)
         for step in range(max_new_tokens):
             logits = self.run(cache, ids, mask if step == 0 else None, logits_to_keep=1)["logits"][:, -1]
-            chosen = choose_tokens(logits, sampling, uniforms[step])
+            chosen = choose_tokens(logits, sampling, uniforms[step], seen)
             tokens = chosen.tolist()
+            if seen is not None:
+                seen[np.arange(len(prompts)), chosen] = True
             yield tuple(token if runs else None for token, runs in zip(tokens, running, strict=True))
             running = [runs and token not in stop for token, runs in zip(tokens, running, strict=True)]
             if not any(running):
@@ -295,7 +297,7 @@ def _check_interface(model: onnx.ModelProto, path: Path) -> None:
     inputs = {value.name for value in model.graph.input} - weights
     past = {name for name in inputs if name.startswith(_PAST)}
     needed = {"input_ids", "attention_mask"}
-    strange = inputs - past - needed - {"position_ids", FIRST_LOGIT, ROUTER_NUDGE}
+    strange = {name for name in past if _STATE_NAME.fullmatch(name) is None} | inputs - past - needed - {"position_ids", FIRST_LOGIT, ROUTER_NUDGE}
     lacking = needed - inputs | ({"logits"} | {name.replace(_PAST, "present.") for name in past}) - {value.name for value in model.graph.output}
     if strange or lacking or not past:
         what = f"lacks {', '.join(sorted(lacking))}" if lacking else f"has the input {min(strange)}" if strange else f"lacks {_PAST}0.key"
@@ -305,17 +307,37 @@ def _check_interface(model: onnx.ModelProto, path: Path) -> None:
         )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
-    """The model's config, or what onnxruntime-genai's description says of it."""
-    if (directory / "config.json").is_file():
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return config
-    if not (directory / GENAI_CONFIG_NAME).is_file():
-        raise ExportError(f"{directory}: no config.json; copy it there from the checkpoint that the package was made from")
-    model = json.loads((directory / GENAI_CONFIG_NAME).read_text(encoding="utf-8"))["model"]
-    decoder = model["decoder"]
-    known = {name: decoder[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")}
-    return known | {"max_position_embeddings": model["context_length"], "vocab_size": model["vocab_size"], "head_dim": decoder["head_size"]}
+def _check_version(needed: str, path: Path) -> None:
+    """Whether this onnxruntime is as new as a package says that it needs."""
+    with one_line_errors(path, f"says that it needs onnxruntime {shorten(needed)!r}", "export it again", ExportError):
+        oldest = Version(needed)
+    if Version(ort.__version__) < oldest:
+        raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
+
+
+def _check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
+    """Whether inputs and outputs have the types and ranks that a decoder package has."""
+    for name, value in values.items():
+        is_state = name == "logits" or name.startswith((_PAST, "present."))
+        types = (
+            tuple(_ELEMENT_TYPES) if is_state else ("tensor(int64)",) if name in ("input_ids", "attention_mask", "position_ids") else (value.type,)
+        )
+        if value.type not in types:
+            raise ExportError(f"{path}: {name} is a {value.type}; must be a {' or '.join(types)}; export it so")
+        rank = 3 if name == "logits" else 4 if name.startswith(_PAST) else None
+        if rank is not None and len(value.shape) != rank:
+            shown = {3: "[batch, tokens, vocabulary]", 4: "[batch, heads, tokens, head size]"}[rank]
+            raise ExportError(f"{path}: {name} has {len(value.shape)} dimensions; must be {shown}; export it so")
+
+
+def _cache_shape(value: ort.NodeArg, config: Config) -> tuple[Any, int, Any, int]:
+    """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
+    batch, heads, length, head_dim = value.shape
+    if not isinstance(heads, int):
+        heads = config.size("num_key_value_heads" if "num_key_value_heads" in config.values else "num_attention_heads")
+    if not isinstance(head_dim, int):
+        head_dim = config.size("head_dim") if "head_dim" in config.values else config.size("hidden_size") // config.size("num_attention_heads")
+    return batch, int(heads), length, int(head_dim)
 
 
 def _tap_names(model: onnx.ModelProto) -> list[str]:
@@ -323,7 +345,7 @@ def _tap_names(model: onnx.ModelProto) -> list[str]:
     start, end = SELECTION_SCORES.split("{}")
     made = [name for node in model.graph.node for name in node.output]
     numbered = {name for name in made if name.startswith((ROUTER_LOGITS, HIDDEN)) and name.rpartition(".")[2].isdigit()}
-    found = numbered | {name for name in made if name.startswith(start) and name.endswith(end)}
+    found = numbered | {name for name in made if name.startswith(start) and name.endswith(end) and name[len(start) : -len(end)].isdigit()}
     return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
 
 

@@ -29,13 +29,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import onnx
 import onnxruntime as ort
 import torch
 from transformers import AutoConfig
 
 from export.config import ParityConfig, Variant
 from export.family import DecoderFamily, find_decoder_family, find_refusal
+from export.opening import open_package
 from export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
 from export.parity.arithmetic import find_arithmetic, find_narrow
 from export.parity.checks import Errors, own_noise, plan_cases, run_cases, run_cases_alone, run_free
@@ -58,7 +58,6 @@ from export.parity.weights import Found, check_weights
 from export.progress import Progress
 from export.runtime import CPU, CUDA, SELECTION_SCORES, Decoder, is_at_hand
 from export.speed import measure_speed
-from export.storage import MODEL_NAME
 from export.text import choose_blocks
 from export.twin import SCHEME_NAME, Twin
 from upcycle.memory import release_memory
@@ -205,7 +204,7 @@ class _Judgement:
 
     def _find_taps(self) -> Taps:
         """The places of the graph that can be looked at: by our names, or else by the weights that it multiplies by."""
-        model = onnx.load(self.package / MODEL_NAME, load_external_data=False)
+        model = open_package(self.package).model
         shared_outside = self.family is not None and self.family.model_type == "granitemoeshared"
         taps = find_taps(model, shared_outside)
         if taps.names or self.weights is None or self.family is None:

@@ -8,13 +8,13 @@ from pathlib import Path
 import onnx
 import torch
 
+from export.opening import open_package
 from export.parity.constants import Matrix, Operator
 from export.parity.flips import Round
 from export.parity.probe import find_group
 from export.parity.products import Arithmetic, Narrowing
 from export.parity.weights import Found
 from export.simulation import BlockRounding, StaticRounding
-from export.storage import MODEL_NAME
 
 _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
 
@@ -38,7 +38,7 @@ def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
 
 def find_narrow(package: Path) -> torch.dtype | None:
     """The 16 bits that a graph's attention computes in: those of its cache; None where they are 32."""
-    model = onnx.load(package / MODEL_NAME, load_external_data=False)
+    model = open_package(package).model
     types = {value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("past_key_values.")}
     return next((_NARROW[kind] for kind in types if kind in _NARROW), None)
 

@@ -18,11 +18,10 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import NodeProto, TensorProto
-from onnx.external_data_helper import load_external_data_for_tensor
 
 from export.branches import take_branches
+from export.opening import Package, open_package
 from export.quantization import Quantized, dequantize, num_blocks, zero_point_bytes
-from export.storage import MODEL_NAME
 
 Floats = npt.NDArray[np.float32]
 Use = Literal["product", "table", "experts", "stored"]
@@ -81,12 +80,17 @@ class Constants:
     unread: tuple[str, ...] = ()
 
 
-def read_constants(package: Path) -> Constants:
-    """Those of a package; a graph with branches has the constants of both."""
+def read_constants(directory: Path) -> Constants:
+    """Those of a package; a graph with branches has the constants of both.
+
+    Raises:
+        ExportError: no package there, or a damaged one.
+    """
+    package = open_package(directory)
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, Floats] = {}
     unread: list[str] = []
-    for model in take_branches(onnx.load(package / MODEL_NAME, load_external_data=False)):
+    for model in take_branches(package.model):
         graph = _Graph(model.graph, package)
         matrices |= {matrix.place: matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
         vectors |= dict(graph.vectors())
@@ -98,9 +102,9 @@ def read_constants(package: Path) -> Constants:
 class _Graph:
     """Nodes, and constants by name, of one graph."""
 
-    def __init__(self, graph: onnx.GraphProto, folder: Path) -> None:
+    def __init__(self, graph: onnx.GraphProto, package: Package) -> None:
         self.nodes = list(graph.node)
-        self.folder = folder
+        self.package = package
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
         for node in self.nodes:
             if node.op_type == "Constant":
@@ -364,11 +368,8 @@ class _Graph:
         return self.last[name]
 
     def _load(self, name: str) -> npt.NDArray[Any]:
-        tensor = TensorProto()
-        tensor.CopyFrom(self.tensors[name])
-        if onnx.external_data_helper.uses_external_data(tensor):
-            load_external_data_for_tensor(tensor, str(self.folder))
-        array = onnx.numpy_helper.to_array(tensor)
+        tensor = self.tensors[name]
+        array = self.package.read_tensor(tensor)
         return array.astype(np.float32) if tensor.data_type == TensorProto.BFLOAT16 else array
 
 

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import onnx
 from transformers import AutoConfig, AutoTokenizer
 
+from export.opening import open_package
 from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
 from upcycle.checkpoint import GENERATION_CONFIG_NAME
 from upcycle.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
@@ -135,7 +135,7 @@ def check_files(package: Path, twin: Path) -> FilesCheck:
     """
     config = _attempt(_load_config, twin)
     tokenizer = None if isinstance(config, _Failure) else _load_tokenizer(twin, config)
-    graph = _attempt(_read_graph, package / MODEL_NAME)
+    graph = _attempt(_read_graph, package)
     failures = tuple(
         f"{name}: {whose} cannot be read ({found.reason}); {cure}"
         for name, whose, found, cure in (
@@ -174,8 +174,8 @@ def _load_config(directory: Path) -> Any:
     return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).get_text_config(decoder=True)
 
 
-def _read_graph(path: Path) -> _Graph:
-    model = onnx.load(path, load_external_data=False)
+def _read_graph(package: Path) -> _Graph:
+    model = open_package(package).model
     weights = {tensor.name for tensor in model.graph.initializer}
     return _Graph(
         is_ours=any(entry.key == LOWERING_KEY for entry in model.metadata_props),

@@ -9,8 +9,7 @@ import onnx
 
 from export.branches import take_branches
 from export.config import STATIC, Variant
-from export.errors import ExportError
-from export.storage import MODEL_NAME
+from export.opening import open_package
 
 _BITS = {"MatMulNBits": "bits", "QMoE": "expert_weight_bits"}
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger")
@@ -35,12 +34,9 @@ def find_precision(directory: Path) -> Precision:
     """Read it from the graph, the smallest bits of any product's weights counting.
 
     Raises:
-        ExportError: no package there.
+        ExportError: no package there, or a damaged one.
     """
-    path = directory / MODEL_NAME
-    if not path.is_file():
-        raise ExportError(f"{directory}: no {MODEL_NAME}; it must be a directory with an ONNX decoder")
-    branches = [model.graph for model in take_branches(onnx.load(path, load_external_data=False))]
+    branches = [model.graph for model in take_branches(open_package(directory).model)]
     graph = branches[0]
     attributes = [(node.op_type, {a.name: a.i for a in node.attribute}) for branch in branches for node in branch.node]
     bits = [found.get(_BITS[op], 4) for op, found in attributes if op in _BITS]
