@@ -17,9 +17,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -49,6 +50,7 @@ _FIELDS = {
 }  # fmt: skip
 _SOURCE_SUFFIXES = (".py", ".j2")
 _CHUNK_BYTES = 1 << 20
+_LEFTOVER = re.compile(r"(?P<label>[a-z0-9][a-z0-9._-]*)-[0-9a-f]{12}\.(?P<kind>partial|resume)")
 _PATIENCE_SECONDS, _MOMENT_SECONDS = 10.0, 0.05
 _REMAKE = "move the directory away, and it will be made again"
 _GIVE = "give the directory of a sealed artifact"
@@ -97,7 +99,7 @@ class Draft:
         seed: int,
         progress: Progress | None = None,
     ) -> Artifact:
-        """Hash and record every file, force it all to disk, and give the directory its final name.
+        """Hash and record every file, force it all to disk, and give the directory its final name; modes are as the umask says.
 
         Raises:
             ArtifactError: the disk is full, or a link leads nowhere.
@@ -118,6 +120,7 @@ class Draft:
             "seed": seed,
         }
         with _one_line_errors(self.directory):
+            _open_modes(self.directory)
             manifest["files"] = _record_files(self.directory, progress)
             manifest[_SEAL] = _digest_manifest(manifest)
             fault = _find_fault(manifest)
@@ -161,7 +164,7 @@ def lock(workdir: Path) -> Iterator[int]:
     """Make the work directory if need be, and hold it for this process alone; the kernel lets go when the process dies, however it dies.
 
     Yields the open file: a process that is given it holds the directory as well, until both have died. Where the one that is named in the file is
-    dead, its last process is given a moment.
+    dead, its last process is given a while; another one a moment, since `is_locked` holds the lock as long as it looks.
 
     Raises:
         ArtifactError: another run holds it, or it is not a directory that we can write.
@@ -171,10 +174,11 @@ def lock(workdir: Path) -> Iterator[int]:
         file = os.open(workdir / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with _one_line_errors(workdir):
-            deadline = time.monotonic() + _PATIENCE_SECONDS
+            began = time.monotonic()
             while not _try_lock(file):
                 process = os.pread(file, 20, 0).decode("ascii", "replace")
-                if process.isdigit() and not psutil.pid_exists(int(process)) and time.monotonic() < deadline:
+                is_dead = process.isdigit() and not psutil.pid_exists(int(process))
+                if time.monotonic() < began + (_PATIENCE_SECONDS if is_dead else 2 * _MOMENT_SECONDS):
                     time.sleep(_MOMENT_SECONDS)
                     continue
                 holder = f"another run (process {process})" if process.isdigit() else "another run"
@@ -186,9 +190,26 @@ def lock(workdir: Path) -> Iterator[int]:
         os.close(file)
 
 
-def _try_lock(file: int) -> bool:
+def is_locked(workdir: Path) -> bool:
+    """Whether a process holds the lock of a work directory.
+
+    Raises:
+        ArtifactError: the lock cannot be read.
+    """
+    with _one_line_errors(workdir):
+        try:
+            file = os.open(workdir / LOCK_NAME, os.O_RDONLY)
+        except FileNotFoundError:
+            return False
+        try:
+            return not _try_lock(file, fcntl.LOCK_SH)
+        finally:
+            os.close(file)
+
+
+def _try_lock(file: int, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -290,23 +311,35 @@ def check_space(directory: Path, needed_bytes: int) -> None:
         raise ArtifactError(f"{directory}: {free} free on this disk; {needed} needed; free some space, or give another --workdir")
 
 
-def describe_os_error(error: OSError, directory: Path) -> str:
-    """One line on where (the error's own path, or else `directory`), what happened, and how to mend it."""
+def describe_os_error(error: OSError, directory: Path, option: str = "--workdir") -> str:
+    """One line on where (the error's own path, or else `directory`), what happened, and how to mend it, by another `option` if need be."""
     match error.errno:
         case errno.ENOSPC:
-            what, mend = "the disk is full", "free some space, or give another --workdir"
+            what, mend = "the disk is full", f"free some space, or give another {option}"
         case errno.EDQUOT:
-            what, mend = "your disk quota is used up", "free some space, or give another --workdir"
+            what, mend = "your disk quota is used up", f"free some space, or give another {option}"
         case errno.EFBIG:
-            what, mend = "a file grew past the largest size allowed", "raise the limit (ulimit -f), or give a --workdir on another file system"
+            what, mend = "a file grew past the largest size allowed", f"raise the limit (ulimit -f), or give a {option} on another file system"
         case errno.EACCES | errno.EPERM:
-            what, mend = "no permission; must be yours to read and write", "change its owner or mode, or give another --workdir"
+            what, mend = "no permission; must be yours to read and write", f"change its owner or mode, or give another {option}"
         case errno.EROFS:
-            what, mend = "no write permission: the file system is read-only", "give another --workdir"
+            what, mend = "no write permission: the file system is read-only", f"give another {option}"
         case errno.ENOTDIR | errno.EEXIST:
-            what, mend = "a file is in the way; must be a directory", "move it away, or give another --workdir"
+            what, mend = "a file is in the way; must be a directory", f"move it away, or give another {option}"
+        case errno.EISDIR:
+            what, mend = "a directory is in the way; must be a file", f"move it away, or give another {option}"
+        case errno.EIO | errno.ENXIO | errno.ENODEV | errno.ESTALE:
+            what, mend = f"the disk fails ({error.strerror})", f"look at the disk, or give another {option}, and run again"
+        case errno.ENOENT:
+            what, mend = "is gone; must stay while it is used", "put it back, or run again"
+        case errno.EMFILE | errno.ENFILE:
+            what, mend = "too many files are open", "raise the limit (ulimit -n), and run again"
+        case errno.ENAMETOOLONG:
+            what, mend = "the name is too long", f"give a shorter {option}"
+        case errno.ELOOP:
+            what, mend = "links lead in a circle", "remove one of them"
         case _:
-            what, mend = error.strerror or " ".join(str(error).split()) or type(error).__name__, "mend that, or give another --workdir, and run again"
+            what, mend = error.strerror or " ".join(str(error).split()) or type(error).__name__, f"mend that, or give another {option}, and run again"
     return f"{error.filename if isinstance(error.filename, str) else directory}: {what}; {mend}"
 
 
@@ -322,6 +355,21 @@ def resume_directory(workdir: Path, label: str, key: str) -> Path:
     """Where a stage that can be taken up again keeps what it needs for that; it outlives a killed run, and goes when the artifact is sealed."""
     final = _name_directory(workdir, label, key)
     return final.with_name(f"{final.name}.resume")
+
+
+def delete_leftovers(workdir: Path, stages: Collection[str], finished: Collection[str] = ()) -> None:
+    """Delete what killed runs of these stages left and none will take up; the caller holds the lock, so no process writes there.
+
+    That is every unfinished artifact, and what a stage kept for being taken up where its artifact is sealed, or where its label is among those
+    `finished` with other settings. What cannot be deleted is left for the next run.
+    """
+    with suppress(OSError):
+        for path in sorted(workdir.iterdir()):
+            found = _LEFTOVER.fullmatch(path.name)
+            if found is None or found["label"].partition("-")[0] not in stages or path.is_symlink():
+                continue
+            if found["kind"] == "partial" or found["label"] in finished or path.with_suffix("").is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _name_directory(workdir: Path, label: str, key: str) -> Path:
@@ -419,6 +467,17 @@ def _digest_manifest(manifest: Mapping[str, Any]) -> str:
 
 def _is_digest(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) is not None
+
+
+def _open_modes(directory: Path) -> None:
+    """Give files and folders the modes that the umask says, whatever their writers gave them: safetensors' own writer lets only the owner read."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for parent, _, names in os.walk(directory):
+        for path in (Path(parent), *(Path(parent) / name for name in names)):
+            mode, wanted = stat.S_IMODE(path.lstat().st_mode), (0o777 if path.is_dir() else 0o666) & ~umask
+            if not path.is_symlink() and mode | wanted != mode:
+                path.chmod(mode | wanted)
 
 
 def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[str, JSON]]:

@@ -7,12 +7,26 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from convert import stages
-from convert.artifact import Artifact, ArtifactError, artifact_key, build, check_files, check_space, code_digest, find, lock, resume_directory
+from convert.artifact import (
+    Artifact,
+    ArtifactError,
+    artifact_key,
+    build,
+    check_files,
+    check_space,
+    code_digest,
+    delete_leftovers,
+    describe_os_error,
+    find,
+    lock,
+    resume_directory,
+)
 from convert.costs import COST, StageCost
 from convert.errors import RecipeError
 from convert.machine import peak_resident_bytes, versions
@@ -20,7 +34,8 @@ from convert.progress import ProgressDisplay
 from convert.stages import Facts, Job, Preparation, StageFunction
 from convert.worker import run_apart
 from export.config import Variant
-from upcycle.errors import is_out_of_memory
+from upcycle.durable import discard_damage
+from upcycle.errors import MendableError, find_os_error, is_out_of_memory
 from upcycle.processes import have_group, join_processes, tell
 from upcycle.progress import Progress
 
@@ -136,6 +151,7 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
     with lock(workdir) as held:
         artifacts = {task.label: artifact for task in tasks if (artifact := find(workdir, task.label, task.key))}
         hashed: set[str] = set()  # labels of artifacts whose files this run has made or read
+        delete_leftovers(workdir, STAGE_NAMES)
         _check_space(preparation, workdir, tasks, artifacts)
         _record(workdir, preparation, tasks, artifacts, "running")
         try:
@@ -146,8 +162,10 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
                     artifacts[task.label] = _make(task, preparation, artifacts, hashed, workdir, held, display)
                     _record(workdir, preparation, tasks, artifacts, "running")
         except BaseException:
-            _record(workdir, preparation, tasks, artifacts, "stopped")
+            with suppress(OSError):  # the disk may be what stopped it: that is to be told, not this
+                _record(workdir, preparation, tasks, artifacts, "stopped")
             raise
+        delete_leftovers(workdir, STAGE_NAMES, [task.label for task in tasks])
         tell(_NO_MORE_WORK)
         breaches = tuple(
             f"{task.variant}: {breach}" for task in tasks if task.stage.name == "parity" for breach in artifacts[task.label].facts["breaches"]
@@ -189,6 +207,8 @@ def _make(
     progress = display.stage(task.label)
     _check_inputs(task, artifacts, hashed, progress)
     scratch = resume_directory(workdir, task.label, task.key)
+    for damage in discard_damage(scratch, progress):
+        display.note(damage)
     with build(workdir, task.label, task.key) as draft:
         directories = {name: artifact.directory for name, artifact in inputs.items()}
         facts = {name: artifact.facts for name, artifact in inputs.items()}
@@ -203,6 +223,8 @@ def _make(
                     f"{task.label}: out of memory; what is finished is kept, and the same command goes on from there; "
                     "close other programs, or take a smaller model, data.block_size or finetune.batch_size"
                 ) from error
+            if not isinstance(error, MendableError) and (refusal := find_os_error(error)) is not None:
+                raise ArtifactError(describe_os_error(refusal, draft.directory)) from error
             raise
         facts_and_cost = {**made, COST: asdict(cost)}
         artifact = draft.seal(
@@ -289,5 +311,9 @@ def _record(workdir: Path, preparation: Preparation, tasks: Sequence[Task], arti
         "artifacts": {task.label: artifacts[task.label].directory.name for task in tasks if task.label in artifacts},
     }
     fresh = workdir / f"{RUN_NAME}.partial"
-    fresh.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-    os.replace(fresh, workdir / RUN_NAME)
+    try:
+        fresh.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        os.replace(fresh, workdir / RUN_NAME)
+    except OSError:
+        fresh.unlink(missing_ok=True)
+        raise

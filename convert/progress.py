@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -91,10 +92,15 @@ class ProgressDisplay:
         """Say that a stage was not run, because its artifact is there."""
         self._print(f"· {label}  reused")
 
+    def note(self, line: str) -> None:
+        """Say something that the user should know, and that stops nothing."""
+        self._print(f"! {line}")
+
     def _print(self, line: str) -> None:
         with self._lock:
-            self._bars.console.print(Text(line), soft_wrap=True)
             self._last_line = time.monotonic()
+            with suppress(OSError):  # a terminal that is gone, or a full disk behind stderr, stops no run
+                self._bars.console.print(Text(line), soft_wrap=True)
 
 
 class _Stage:

@@ -5,7 +5,8 @@ stage's process is forked from a server that has imported everything and compute
 it, and no stage waits for imports. What holds for all of them:
 
 1. Progress, the result, the most memory that was resident, and an error with what caused it come back over a pipe. A bug keeps its traceback.
-2. The process never sees Ctrl-C: the run's own process does, and ends it. It ends itself when that one is gone, however that came about.
+2. The process never sees Ctrl-C, SIGTERM or SIGHUP: the run's own process does, and ends it. It ends itself when that one is gone, however that came
+   about, and then it and the server say nothing: nobody waits for it.
 3. It holds the lock of the work directory too, so no other run begins while it still writes.
 """
 
@@ -22,6 +23,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -31,7 +33,8 @@ from convert.artifact import ArtifactError
 if TYPE_CHECKING:  # only the type: importing it would load torch
     from upcycle.progress import Progress
 
-_PRELOADED = "convert.stages"
+_PRELOADED = ["convert.stages", "convert.stage_server"]
+_TOLD_TO_RUN_ALONE = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 Argument = TypeVar("Argument")
 Found = TypeVar("Found")
@@ -81,8 +84,8 @@ def _receive(file: Any) -> int:
 def start_server() -> None:
     """Let the server begin its imports, which take seconds; a later call does nothing. `run_apart` does it too."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([_PRELOADED])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which the server and its processes inherit
+    context.set_forkserver_preload(_PRELOADED)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TOLD_TO_RUN_ALONE)  # which the server and its processes inherit
     try:
         multiprocessing.forkserver.ensure_running()
     finally:
@@ -154,7 +157,8 @@ def _work(sender: multiprocessing.connection.Connection, _: int, function: Calla
         found = function(argument, lambda *said: sender.send(said))
         sender.send(Measured(found, peak_resident_bytes()))
     except BaseException as error:
-        sender.send(_Failure(tuple(map(_portable, _causes(error))), traceback.format_exc()))
+        with suppress(ConnectionError):  # the run is gone
+            sender.send(_Failure(tuple(map(_portable, _causes(error))), traceback.format_exc()))
 
 
 def _follow_parent() -> None:

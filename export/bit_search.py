@@ -19,7 +19,7 @@ import torch
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.family import TensorClass, layer_of
-from export.journal import LineJournal
+from export.journal import RecordJournal
 from export.progress import Progress
 from export.quantization import is_quantized
 from export.sensitivity import Cost, Ruler, Weights
@@ -156,7 +156,7 @@ def options_of(unit: Unit, config: QuantizeConfig, floats: int) -> tuple[int, ..
 
 def measure_units(
     ruler: Ruler, units: Mapping[Unit, Collection[str]], options: Mapping[Unit, tuple[int, ...]], floats: int, count_bytes: CountBytes,
-    read: ReadCandidate, progress: Progress, journal: LineJournal,
+    read: ReadCandidate, progress: Progress, journal: RecordJournal,
 ) -> list[Sensitivity]:  # fmt: skip
     """What every unit costs by itself in every number of bits that it may have; floats cost nothing. Those in the journal are taken from it."""
     found = [Sensitivity(**{**record, "unit": Unit(**record["unit"])}) for record in journal.read()]

@@ -21,7 +21,7 @@ from export.config import STATIC, Device, ElementType, QuantizeConfig, Variant, 
 from export.errors import ExportError
 from export.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from export.footprint import Packing, check_budget, integer_specs, node_bytes, package_bytes, rotary_bytes, stored_bytes
-from export.journal import LayerJournal, LineJournal
+from export.journal import LayerJournal, RecordJournal
 from export.methods import CalibrationRecord, head_name, order_tensors, quantize_tensors
 from export.progress import Progress
 from export.quantization import Quantized, dequantize, is_quantized
@@ -31,6 +31,7 @@ from export.text import choose_blocks, count_calibration_tokens
 from export.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
 from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
 from upcycle.config_files import save_config
+from upcycle.durable import begin
 from upcycle.numbers import name_specials
 from upcycle.shards import TensorSpec, write_tensors
 
@@ -77,8 +78,8 @@ def quantize_checkpoint(
 
     `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them `calibration_tokens` are read, blocks taken evenly. `held_out`
     are ids [N, S] that the bits of variant 'mixed' are chosen on, `search_tokens` of them. A killed call is taken up again where it was if it is
-    made again with the same arguments and the same `scratch`; without that nothing is kept. `activation_bits` are those that the graph will read
-    the inputs of quantized products with on the CPU.
+    made again with the same arguments and the same `scratch`, which the caller hands to `durable.discard_damage` before; without that nothing is
+    kept. `activation_bits` are those that the graph will read the inputs of quantized products with on the CPU.
 
     Raises:
         ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's range where that is needed, or no
@@ -266,7 +267,7 @@ def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | No
         folder = job.scratch or Path(temporary)
         candidates: dict[int, dict[str, TensorEntry]] = {}
         for bits in (4, 8):
-            (folder / f"{bits}-bits").mkdir(parents=True, exist_ok=True)
+            begin(folder / f"{bits}-bits")
             plan = {name: bits if any(name in names for names in units.values()) else width for name, width in base.items()}
             candidates[bits], _ = _write_integers(alone, plan, folder / f"{bits}-bits")
 
@@ -275,7 +276,7 @@ def _search_bits(job: _Job, base: Mapping[str, int], held_out: torch.Tensor | No
 
         ruler = Ruler(job.checkpoint, choose_blocks(held_out, config.search_tokens // held_out.shape[1]))
         options = {unit: options_of(unit, config, floats) for unit in units}
-        journal = LineJournal(folder / "sensitivities.jsonl")
+        journal = RecordJournal(folder / "sensitivities")
         sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress, journal)
         searcher = BitSearcher(
             ruler, BitChoices(base, units, sensitivities), sensitivities, config, lambda plan: count_bytes(plan) + graph_bytes, read, job.progress

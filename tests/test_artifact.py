@@ -529,7 +529,7 @@ except OSError as error:
         (errno.EPERM, "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir"),
         (errno.EROFS, "w: no write permission: the file system is read-only; give another --workdir"),
         (errno.ENOTDIR, "w: a file is in the way; must be a directory; move it away, or give another --workdir"),
-        (errno.EIO, "w: Input/output error; mend that, or give another --workdir, and run again"),
+        (errno.EIO, "w: the disk fails (Input/output error); look at the disk, or give another --workdir, and run again"),
     ],
 )
 def test_an_error_of_the_system_is_one_line(number: int, line: str) -> None:

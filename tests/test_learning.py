@@ -78,7 +78,7 @@ def step(directory: Path, output: Path, **settings: Any) -> None:
     blocks, domains = torch.randint(300, (8, 64), generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.int64)
     model = load_model(directory, torch.float32)
     stage = Stage("m", 0, config, blocks, domains, 1, blocks, domains, 0, 1, sparse_layers(model), "float32", 0)
-    run_stage(model, None, stage, output / "checkpoints", None, lambda *_: None)
+    run_stage(model, None, stage, output / "checkpoints", lambda *_: None)
     model.save_pretrained(output)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,14 @@ class UpcycleError(MendableError):
 _NO_MEMORY = ("out of memory", "can't allocate memory", "bad allocation", "bad_alloc", "Failed to allocate memory", "unable to mmap")
 """How torch (CUDA's and the CPU's allocator) and onnxruntime say that memory ran out; none has a type of its own for all of it."""
 _MOST_LETTERS = 300
+_REFUSALS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE, errno.ENFILE,
+    errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ESTALE,
+)  # fmt: skip
+"""What the file system refuses."""
+_STATES = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY)
+"""What programs also ask for and handle, so that it says nothing where it is only the context of another error."""
+_TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_container")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -44,6 +53,27 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
         if is_out_of_memory(error):
             raise
         raise kind(f"{path}: {what} ({describe_error(error)}); {mend}") from error
+
+
+def find_os_error(error: BaseException | None) -> OSError | None:
+    """The system's refusal behind an exception of any library: an `OSError`, or one made of its number or words where only these are left.
+
+    Libraries written in Rust quote the number; torch, where it opens the file itself, only says that it cannot write.
+    """
+    numbers: tuple[int, ...] = (*_REFUSALS, *_STATES)
+    torch_cannot_write = False
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in numbers:
+            return error
+        text = str(error)
+        for number in numbers:
+            if f"(os error {number})" in text:
+                return OSError(number, os.strerror(number))
+        torch_cannot_write |= isinstance(error, RuntimeError) and any(words in text for words in _TORCH_CANNOT_WRITE)
+        if error.__cause__ is None:
+            numbers = _REFUSALS
+        error = error.__cause__ or error.__context__
+    return OSError(errno.EIO, "a file cannot be written") if torch_cannot_write else None
 
 
 def describe_error(error: BaseException) -> str:

@@ -11,24 +11,20 @@ The Trainer, on accelerate, runs the loop, so that one process and many are the 
    all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds it. In a stage in which a router does not learn (`prompt`,
    `by-domain`, the first layers of `last-N`) its bias stays: it belongs to the scores that it was balanced for.
 4. A checkpoint holds what learns and these biases, by their names in memory. The Trainer's own loses experts and routers when it is loaded: it looks
-   for the names in memory, where experts are stacked, and the file has one tensor an expert. It is whole once its history is in it, which is written
-   last; older ones go after that.
+   for the names in memory, where experts are stacked, and the file has one tensor an expert. It is whole once it is sealed (`upcycle.durable`); older
+   ones go after that.
 5. The start is a candidate too: it is looked at before the first step, and what learns is kept as it was until a look is better.
 6. Whatever ends a stage early is one line that says where its last checkpoint is.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
 import random
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,12 +40,13 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from upcycle.balance import balance_loss, chosen_load, describe_routing, expert_counts, expert_load, mean_scores, move_bias, z_loss
 from upcycle.config import FinetuneConfig
-from upcycle.errors import UpcycleError, is_out_of_memory
+from upcycle.durable import begin, discard, is_kept, keep, make, read_facts
+from upcycle.errors import UpcycleError, find_os_error, is_out_of_memory
 from upcycle.evaluation import EVALUATION_BATCH, held_out_loss
 from upcycle.expert_forward import use_sorted_experts
 from upcycle.footprint import keeps_much
 from upcycle.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
-from upcycle.history import Step, read_history, write_history, write_whole
+from upcycle.history import Step, read_history, write_history
 from upcycle.memory import release_growth, small_heap
 from upcycle.objective import distillation_loss, next_token_loss
 from upcycle.processes import fill, join_processes
@@ -65,8 +62,7 @@ _CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in Tra
 _MIN_LR_SHARE = 0.1  # the cosine ends here, as in Llama's and OLMoE's recipes
 _WEIGHTS_STEM = "learning"
 _WEIGHTS_NAME = f"{_WEIGHTS_STEM}.safetensors"
-_SECONDS_NAME = "seconds.json"
-_HISTORY_NAME = "history.jsonl"  # written last: a checkpoint without it was cut off
+_HISTORY_NAME = "history.jsonl"
 _START_NAME = "start"  # beside the checkpoints: what learns, before the first step
 
 
@@ -111,9 +107,7 @@ class Trained:
     compute_seconds: float
 
 
-def run_stage(
-    model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, events: Path | None, progress: Progress
-) -> Trained:
+def run_stage(model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, progress: Progress) -> Trained:
     """Train `model` through one stage and leave its best weights in it. Checkpoints go to `scratch`, where a killed run is taken up again.
 
     Where FSDP divides the model, its weights are left in the first process alone.
@@ -133,11 +127,13 @@ def run_stage(
         else:
             use_low_rank(model)
             keep_narrow(model)
-        trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), events, progress)
+        if join_processes().is_main_process:
+            make(scratch)
+        trainer = _StageTrainer(model, teacher, stage, scratch.absolute(), progress)
         last = _last_checkpoint(scratch.absolute())
-        if last is not None:
-            trainer.watch.take_up(last)
-        with closing(trainer.watch), _routing(trainer), small_heap(model):
+        while last is not None and not trainer.watch.take_up(last):
+            last = _last_checkpoint(scratch.absolute(), last)
+        with _routing(trainer), small_heap(model):
             if trainer.watch.patience_is_over:  # it was killed between its last checkpoint and its end
                 trainer.load_best()
             else:
@@ -209,15 +205,15 @@ def _num_experts(model: PreTrainedModel) -> int:
     return 0 if first is None else first.shape[0]
 
 
-def _last_checkpoint(scratch: Path) -> Path | None:
-    """The newest whole checkpoint; what was cut off is deleted."""
-    whole = []
-    for folder in scratch.glob("checkpoint-*"):
-        if (folder / _HISTORY_NAME).is_file():
-            whole.append(folder)
-        elif join_processes().is_main_process:
-            shutil.rmtree(folder, ignore_errors=True)
-    return max(whole, key=lambda folder: int(folder.name.rsplit("-", 1)[1]), default=None)
+def _last_checkpoint(scratch: Path, before: Path | None = None) -> Path | None:
+    """The newest whole checkpoint, or the newest of those before one."""
+    steps = {_count_steps(folder): folder for folder in scratch.glob("checkpoint-*") if is_kept(folder)}
+    return max((item for item in steps.items() if before is None or item[0] < _count_steps(before)), default=(0, None))[1]
+
+
+def _count_steps(checkpoint: Path) -> int:
+    """How many steps of the stage were done at a checkpoint."""
+    return int(checkpoint.name.rsplit("-", 1)[1])
 
 
 @contextmanager
@@ -225,9 +221,8 @@ def _one_line_errors(stage: Stage, scratch: Path) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, SafetensorError) as error:  # torch's own out-of-memory error is a RuntimeError
-        text = str(error)
-        if "PytorchStreamWriter" in text or "No space left" in text:  # how torch and safetensors say that a file could not be written
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(scratch)) from error
+        if (refusal := find_os_error(error)) is not None:
+            raise OSError(refusal.errno, str(refusal.strerror), refusal.filename or str(scratch)) from error
         if not is_out_of_memory(error):
             raise
         raise UpcycleError(
@@ -275,9 +270,7 @@ class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 class _StageTrainer(Trainer):
     """The Trainer with a mixture's losses, rates and checkpoints; a model without routers trains with the same tokens and rates."""
 
-    def __init__(
-        self, model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, events: Path | None, progress: Progress
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, progress: Progress) -> None:
         self.mixture, self.teacher, self.stage = model, teacher, stage
         self.num_experts = _num_experts(model)
         self.router_logits: list[torch.Tensor] = []
@@ -299,7 +292,7 @@ class _StageTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
-        self.watch = _Watch(self, scratch, progress, settings.patience, events)
+        self.watch = _Watch(self, scratch, progress, settings.patience)
         self.add_callback(self.watch)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -506,12 +499,13 @@ class _StageTrainer(Trainer):
             return
         state = collect_optimizer(cast(torch.optim.Optimizer, self.optimizer))
         if self.args.should_save:
-            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
-            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            for name, content in ((OPTIMIZER_NAME, state), (SCHEDULER_NAME, cast(Any, self.lr_scheduler).state_dict())):
+                with (Path(output_dir) / name).open("wb") as file:  # torch loses the reason of a failure where it opens the file itself
+                    torch.save(content, file)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Read back what `_save_optimizer_and_scheduler` wrote."""
-        if checkpoint is not None and int(Path(checkpoint).name.rsplit("-", 1)[1]) < self.stage.settings.steps:
+        if checkpoint is not None and _count_steps(Path(checkpoint)) < self.stage.settings.steps:
             state = torch.load(Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=self.is_fsdp_enabled, weights_only=True)
             fill_optimizer(cast(torch.optim.Optimizer, self.optimizer), state)
             cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
@@ -594,9 +588,8 @@ def _arguments(stage: Stage, scratch: Path, checkpoints_layers: bool) -> Trainin
 class _Watch(TrainerCallback):
     """Moves what the Trainer logs into our history, times the steps, and stops on a loss that is no number or no longer falls."""
 
-    def __init__(self, trainer: _StageTrainer, scratch: Path, progress: Progress, patience: int, events: Path | None) -> None:
+    def __init__(self, trainer: _StageTrainer, scratch: Path, progress: Progress, patience: int) -> None:
         self.trainer, self.scratch, self.progress, self.patience = trainer, scratch, progress, patience
-        self.writer = _open_events(events) if events is not None and trainer.is_world_process_zero() else None
         self.history: list[Step] = []
         self.seconds = self.compute_seconds = 0.0
         self.began = self.began_computing = 0.0
@@ -618,14 +611,23 @@ class _Watch(TrainerCallback):
         losses = [step.validation_loss for step in self.history if step.validation_loss is not None]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.patience
 
-    def take_up(self, checkpoint: Path) -> None:
-        """Go on from what a checkpoint has told."""
+    def take_up(self, checkpoint: Path) -> bool:
+        """Go on from what a checkpoint has told, unless the best checkpoint that it tells of is gone."""
         self.history = list(read_history(checkpoint / _HISTORY_NAME))
-        self.seconds, self.compute_seconds = json.loads((checkpoint / _SECONDS_NAME).read_text(encoding="utf-8"))
+        self.seconds, self.compute_seconds = read_facts(checkpoint)
+        if is_kept(self.checkpoint(self.best_step)):
+            return True
+        self.history, self.seconds, self.compute_seconds = [], 0.0, 0.0
+        return False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not self.history:
-            self.trainer.save_model(str(self.scratch / _START_NAME))
+            start = self.scratch / _START_NAME
+            if state.is_world_process_zero:
+                begin(start)
+            self.trainer.save_model(str(start))
+            if state.is_world_process_zero:
+                keep(start)
             self.trainer.evaluate()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -671,13 +673,6 @@ class _Watch(TrainerCallback):
         rate = logs.get("learning_rate")
         line = Step(stage.model, step, num_tokens, stage.number, **parts, validation_loss=validation, learning_rate=rate, layers=layers)
         self.history.append(line)
-        if self.writer is not None:
-            _write_event(line, self.writer)
-
-    def close(self) -> None:
-        """Write TensorBoard's events out, however the stage ended."""
-        if self.writer is not None:
-            self.writer.close()
 
     def _describe(self) -> Any:
         """How each layer routes: its load over all that was read since the last call; entropy and margin over this process's last part."""
@@ -689,12 +684,13 @@ class _Watch(TrainerCallback):
         control.should_training_stop |= self.patience_is_over
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        join_processes().wait_for_everyone()  # each has a file of random numbers in it
         if state.is_world_process_zero:
             checkpoint, best = self.checkpoint(self.trainer.stage.first_step + state.global_step), self.checkpoint(self.best_step)
-            write_whole(checkpoint / _SECONDS_NAME, json.dumps([self.seconds, self.compute_seconds]))
             write_history(checkpoint / _HISTORY_NAME, self.history)
+            keep(checkpoint, [self.seconds, self.compute_seconds])
             for folder in {*self.scratch.glob("checkpoint-*"), self.scratch / _START_NAME} - {checkpoint, best}:
-                shutil.rmtree(folder, ignore_errors=True)
+                discard(folder)
 
 
 def _stacked_weights(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -710,18 +706,19 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _open_events(events: Path) -> Any:
+def write_events(directory: Path, history: Iterable[Step]) -> None:
+    """Write TensorBoard's events: losses and rate of each step, and of each layer the largest and the smallest load, entropy, margin and cosine."""
     from tensorboardX import SummaryWriter  # an extra of its own
 
-    return SummaryWriter(str(events))
+    with SummaryWriter(str(directory)) as writer:
+        for step in history:
+            _write_event(step, writer)
 
 
 def _write_event(step: Step, writer: Any) -> None:
-    """Add a step to TensorBoard's events: its losses and rate, and of each layer the largest and the smallest load, entropy, margin and cosine."""
     scalars = {name: value for name, value in asdict(step).items() if isinstance(value, float)}
     for layer in step.layers:
         found = {"largest load": max(layer.load), "smallest load": min(layer.load), **asdict(layer)}
         scalars |= {f"layer {layer.number}/{name}": value for name, value in found.items() if isinstance(value, float)}
     for name, value in scalars.items():
         writer.add_scalar(name.replace(" ", "_"), value, step.step)
-    writer.flush()

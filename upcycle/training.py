@@ -1,13 +1,12 @@
 """A brief fine-tune, stage by stage, of the mixture and its dense controls.
 
 A killed run is taken up from its last checkpoint: a finished stage leaves its weights and its history in the scratch directory, an unfinished one its
-checkpoints. The weights that come out are the same, bit for bit on one machine's CPU.
+checkpoints, each in a folder that `upcycle.durable` seals. The weights that come out are the same, bit for bit on one machine's CPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import shutil
 import warnings
@@ -26,10 +25,11 @@ from upcycle.checkpoint import copy_companions
 from upcycle.config import FinetuneConfig
 from upcycle.config_files import complete_config
 from upcycle.data import read_blocks, read_domains
+from upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
 from upcycle.errors import UpcycleError
 from upcycle.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from upcycle.frozen import load_frozen, load_stored, stored_dtype
-from upcycle.history import Step, read_history, write_history, write_whole
+from upcycle.history import Step, read_history, write_history
 from upcycle.memory import release_memory
 from upcycle.objective import next_token_loss
 from upcycle.processes import join_processes, on_main, whole
@@ -37,7 +37,7 @@ from upcycle.progress import Progress
 from upcycle.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from upcycle.receipt import router_modules, router_weights, selection_biases, sparse_layers
 from upcycle.trainable import count_last_layers
-from upcycle.trainer import Stage, Trained, check_settings, run_stage
+from upcycle.trainer import Stage, Trained, check_settings, run_stage, write_events
 
 CONTROL_DIRECTORY = "control"
 EQUAL_TIME_DIRECTORY = "control-equal-time"
@@ -45,7 +45,8 @@ EVENTS_DIRECTORY = "tensorboard"
 HISTORY_NAME = "history.jsonl"
 _GRADIENT_BLOCKS = 2  # that the routers' task gradient is measured on
 _MAX_REPEATS = 16  # more copies of a block in one step are a slip of the pen
-_STAGE_NAME = "stage.json"  # written last: a stage without it is not finished
+_TRAINED_NAME = "trained"  # a finished stage, beside its checkpoints
+_STEPS_NAME = "steps"
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def finetune(
 
     With `config.control` the checkpoint in `dense` is continued twice, on the same batches in the same order: for the same steps, into
     `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The history goes to `output/history.jsonl`. What a
-    killed run needs to go on is kept in `scratch`, which the caller deletes when all is well.
+    killed run needs to go on is kept in `scratch`, which the caller hands to `durable.discard_damage` before, and deletes when all is well.
 
     Under `accelerate launch` every process calls this, and `leave_processes` in the end; the first one writes, and all of them return the same facts.
 
@@ -295,38 +296,41 @@ def train_model(job: Job, mixture: Path, data: Path, precision: str, seed: int, 
     total = sum(stage.steps for stage in job.stages)
     for number, settings in enumerate(job.stages):
         place = folder / f"stage-{number}"
+        finished = place / _TRAINED_NAME
         blocks = order[taken : taken + settings.steps * settings.batch_size]
         taken += len(blocks)
-        if not (place / _STAGE_NAME).is_file():
+        if not is_kept(finished):
+            if join_processes().is_main_process:
+                for later in range(number + 1, len(job.stages)):
+                    discard(folder / f"stage-{later}")  # it went on from what is made again here
             stage = Stage(
                 job.name, number, settings, train, domains, len(names), validation, validation_domains, first_step, total,
                 mixture_layers, precision, seed, blocks, written if number + 1 == len(job.stages) else torch.float32,
             )  # fmt: skip
-            events = folder / EVENTS_DIRECTORY if settings.tensorboard else None
             model = load_stored(source)
-            result = run_stage(model, parent, stage, place / "checkpoints", events, progress)
+            result = run_stage(model, parent, stage, place / "checkpoints", progress)
             release_memory()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
             if join_processes().is_main_process:
+                begin(finished)
                 passed_over = {*model.all_tied_weights_keys, PARAMETER}
-                _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, place)
+                _save(model, {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}, job.source, finished)
                 if (prompt := get_prompt(model)) is not None:
-                    write_prompt(prompt, model, place / PROMPT_DIRECTORY)
-                write_history(place / HISTORY_NAME, result.history)
-                facts = {name: getattr(result, name) for name in ("best_step", "last_step", "seconds", "compute_seconds")}
-                write_whole(place / _STAGE_NAME, json.dumps(facts))
+                    write_prompt(prompt, model, finished / PROMPT_DIRECTORY)
+                write_history(finished / HISTORY_NAME, result.history)
+                keep(finished, {name: getattr(result, name) for name in ("best_step", "last_step", "seconds", "compute_seconds")})
             join_processes().wait_for_everyone()
         if join_processes().is_main_process:
-            shutil.rmtree(place / "checkpoints", ignore_errors=True)  # also those of a run that was killed before this
-        facts = json.loads((place / _STAGE_NAME).read_text(encoding="utf-8"))
-        history += read_history(place / HISTORY_NAME)
+            discard(place / "checkpoints")  # also those of a run that was killed before this
+        facts = read_facts(finished)
+        history += read_history(finished / HISTORY_NAME)
         if facts["best_step"] > first_step:  # otherwise the weights are those that the stage began with
             best_step = facts["best_step"]
-        source, first_step = place, facts["last_step"]
+        source, first_step = finished, facts["last_step"]
         seconds, compute_seconds = seconds + facts["seconds"], compute_seconds + facts["compute_seconds"]
     if join_processes().is_main_process:
-        shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(_STAGE_NAME, HISTORY_NAME))
-        if (folder / EVENTS_DIRECTORY).is_dir():
-            shutil.copytree(folder / EVENTS_DIRECTORY, job.target / EVENTS_DIRECTORY, dirs_exist_ok=True)
+        shutil.copytree(source, job.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME))
+        if any(settings.tensorboard for settings in job.stages):
+            write_events(job.target / EVENTS_DIRECTORY, [step for step in history if job.stages[step.stage].tensorboard])
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds, compute_seconds)
 
@@ -341,12 +345,11 @@ def _without_weights(directory: Path) -> PreTrainedModel:
 
 def _settle(job: Job, folder: Path) -> Job:
     """The job with the steps that it was begun with: measured seconds decide them, and would be others on the next start."""
-    path = folder / "steps.json"
-    if join_processes().is_main_process and not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps([stage.steps for stage in job.stages]))
+    if join_processes().is_main_process and not is_kept(folder / _STEPS_NAME):
+        begin(folder)  # what is left of other steps is of no use
+        keep(folder / _STEPS_NAME, [stage.steps for stage in job.stages])
     join_processes().wait_for_everyone()
-    steps = json.loads(path.read_text(encoding="utf-8"))
+    steps = read_facts(folder / _STEPS_NAME)
     stages = tuple(stage.model_copy(update={"steps": count}) for stage, count in zip(job.stages, steps, strict=True))
     return Job(job.name, job.source, job.target, stages)
 
