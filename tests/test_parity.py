@@ -337,8 +337,10 @@ def test_nan_is_caught_and_stays_nan(exports: dict[Variant, Exported], tmp_path:
     limit, worst = result.limits["logits"].value, f"(worst layer 1: routing agreement 1.0000, hidden error {result.twin.hidden_error[1]:.1e})"
     starts = [0, 0, 0, 31, 31, 0, 31 - 21, 0, 47, 0]  # of decode steps the last token before them; a row begins with 21 of padding
     assert isinstance(result.places, tuple)
-    assert parity.breaches[0] == f"{CPU}: layer: the head, on the graph's own input: relative error nan > {result.places[-1].limit:.1e}"
-    assert parity.breaches[1:-3] == tuple(
+    assert parity.breaches[0] == f"{CPU}: weights: the head: 300 of 300 rows differ from the twin's; row 0: is not all numbers in the file"
+    where, look = "the head, on the graph's own input: relative error nan", "its weights in the file are not the twin's: look at these first"
+    assert parity.breaches[1] == f"{CPU}: layer: {where} > {result.places[-1].limit:.1e} ({look})"
+    assert parity.breaches[2:-3] == tuple(
         f"{CPU}: logits: {each.name}: relative error nan > {limit:.1e}, from token {start} on {worst}"
         for each, start in zip(result.checks, starts, strict=True)
     )

@@ -67,12 +67,10 @@ __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "fi
 
 _TIMED_TOKENS = 32
 _FREE_ROWS = 3
-_COMPARED_TOKENS = 1024
+_COMPARED_TOKENS = 512
 """Of the text on which a package is set beside a torch model token by token, which torch takes most of the time for. Means over so many tokens have a
-standard error of a few hundredths of themselves (KL of int8 from SmolLM2-135M's mixture: 1.33e-3 ± 0.04e-3 over four times as many), where the limits
-leave room for twice them."""
-_TWIN_TOKENS = 512
-"""Of it the part on which the package is set beside its twin, as a whole: its places are compared one by one besides."""
+standard error of less than a tenth of themselves (KL of int8 from SmolLM2-135M's mixture: 1.33e-3 ± 0.04e-3 over eight times as many), where the
+limits leave room for twice them; perplexities are compared on more."""
 _SHARE = 0.7
 """Of a case's tokens, where a package rounds what it computes with and does not show its routers: the others may have gone to other experts."""
 
@@ -130,7 +128,7 @@ class _Judgement:
         progress("comparing weights", 0, 1)
         self.weights: Found | None = check_weights(read_constants(package), twin) if exact_twin else None
         self.files = check_files(package, twin)
-        self.some = blocks[: max(BATCH, _COMPARED_TOKENS // blocks.shape[1])]
+        self.some = blocks[: max(1, _COMPARED_TOKENS // blocks.shape[1])]
 
     @property
     def exact(self) -> bool:
@@ -155,8 +153,8 @@ class _Judgement:
                 follow = self._follow(places)
                 measure = RoundingMeasure(reference, places.moved, follow) if self.exact_twin and self.rounds else None
                 watch = measure.add if measure else _ignore
-                few = self.some[: max(1, _TWIN_TOKENS // blocks.shape[1])]
-                own = compare(decoder, reference, few, _teller(progress, "comparing with the twin", len(few)), watch, follow=follow)
+                tell = _teller(progress, "comparing with the twin", len(self.some))
+                own = compare(decoder, reference, self.some, tell, watch, follow=follow)
                 if self.finetuned_losses is None:
                     self.finetuned_losses = _extend([], reference, blocks, progress)  # which goes its own ways
                 forced = _force_routing(reference, blocks, tuned)
