@@ -14,6 +14,7 @@ from export.config import Device, ElementType, OnnxConfig
 from export.decoder import DecoderGraph, build_decoder, find_candidates
 from export.errors import ExportError
 from export.family import find_refusal
+from export.generation import Generation, read_generation
 from export.invariants import check_graph
 from export.lowering import Lowering
 from export.passes import find_traced_candidates, lower_trace
@@ -23,9 +24,11 @@ from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY,
 from export.timing import LoweringTime, cut_for_timing, time_lowerings
 from export.tracing import trace_decoder
 from export.twin import Twin
-from upcycle.checkpoint import GENERATION_CONFIG_NAME, copy_companions
+from upcycle.checkpoint import copy_companions
 from upcycle.config_files import save_config
 
+MAX_LENGTH = 4096
+"""Tokens of prompt and answer for which onnxruntime-genai allocates its cache, unless it is told another number."""
 Timings = Sequence[LoweringTime]
 Choice = Literal["only", "timed", "first, no such device here to time on"]
 
@@ -62,7 +65,7 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     check_graph(output, twin)
     copy_companions(source, output)
     save_config(twin.checkpoint.config, output)
-    description = genai_config(twin.checkpoint.config, graph.shares_buffer, _read_ends(output))
+    description = genai_config(twin.checkpoint.config, graph.shares_buffer, read_generation(output))
     if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
         (output / GENAI_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(
@@ -124,22 +127,16 @@ def _cache_shape(description: dict[str, Any]) -> tuple[Any, Any]:
     return decoder["num_key_value_heads"], decoder["head_size"]
 
 
-def _read_ends(directory: Path) -> int | list[int] | None:
-    """The tokens that end a text by generation_config.json, which for a model that chats has more than config.json; None where it says nothing."""
-    path = directory / GENERATION_CONFIG_NAME
-    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-    return found if isinstance(found, int | list) and found else None
-
-
-def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, ends: int | list[int] | None = None) -> dict[str, Any]:
+def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, generation: Generation | None = None) -> dict[str, Any]:
     """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names.
 
-    `ends` are the tokens that end a text, where they are others than the config's.
-
-    It knows one shape of keys and values, so a model whose shapes differ, as with latent attention, gets none.
+    Text ends, and is drawn, as `generation` says. It may be as long as the context, but by default no longer than 4,096 tokens: the cache of all of
+    `search.max_length` is allocated at once, 34 GB for 131,072 tokens of an 8 B model. It knows one shape of keys and values, so a model whose shapes
+    differ, as with latent attention, gets none.
     """
     heads = config.num_attention_heads
-    eos = ends if ends is not None else config.eos_token_id if config.eos_token_id is not None else 0
+    ends = list(generation.ends) if generation is not None and generation.ends else config.eos_token_id
+    eos = 0 if ends is None else ends[0] if isinstance(ends, list) and len(ends) == 1 else ends
     first_eos = eos[0] if isinstance(eos, list) else eos
     bos = config.bos_token_id if config.bos_token_id is not None else first_eos
     pad = config.pad_token_id if config.pad_token_id is not None else first_eos
@@ -169,5 +166,17 @@ def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, ends: int
                 "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
             },
         },
-        "search": {"max_length": context, "do_sample": False, "past_present_share_buffer": shares_buffer},
+        "search": {
+            "max_length": min(context, MAX_LENGTH),
+            "past_present_share_buffer": shares_buffer,
+            **_genai_search(generation or Generation(), config.vocab_size),
+        },
     }
+
+
+def _genai_search(generation: Generation, vocab_size: int) -> dict[str, Any]:
+    """How onnxruntime-genai chooses tokens; it has no min_p, and takes a top_k of 0 for greedy."""
+    sampling = generation.sampling
+    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k or vocab_size, "top_p": sampling.top_p} if generation.draws else {}
+    penalty = {"repetition_penalty": sampling.repetition_penalty} if sampling.repetition_penalty != 1 else {}
+    return {"do_sample": generation.draws, **drawn, **penalty}

@@ -274,7 +274,7 @@ class Decoder:
         ids, mask = np.zeros((2, len(prompts), width), np.int64)
         for row, prompt in enumerate(prompts):
             if seen is not None:
-                seen[row, list(prompt)] = True
+                seen[row, [token for token in prompt if token < self.vocab_size]] = True
             ids[row, width - len(prompt) :] = prompt
             mask[row, width - len(prompt) :] = 1
         running = [True] * len(prompts)

@@ -16,12 +16,18 @@ Doubles = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn; temperature 0 is greedy."""
+    """How the next token is drawn; temperature 0 is greedy.
+
+    repetition_penalty: what the logits of tokens that are in the text already are divided by, or multiplied where they are negative (Keskar et al.
+    2019, section 4.1). min_p: the least probability of a token that may be drawn, as a share of the likeliest one's.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 def draw_uniforms(prompts: Sequence[Sequence[int]], seed: int, num_steps: int) -> Doubles:
@@ -34,12 +40,16 @@ def draw_uniforms(prompts: Sequence[Sequence[int]], seed: int, num_steps: int) -
     return np.stack([stream.random(num_steps) for stream in streams], axis=1)
 
 
-def choose_tokens(logits: Floats, sampling: Sampling, uniforms: Doubles) -> Ints:
+def choose_tokens(logits: Floats, sampling: Sampling, uniforms: Doubles, seen: Bools | None = None) -> Ints:
     """The next token [B] of each row of logits [B, V]: greedy at temperature 0, else a draw from the softmax of the likeliest.
 
-    Those are the top-k of them, and then the top-p (nucleus) of these. A draw is the token at which the running sum of the probabilities
-    passes the row's number of uniforms [B]. Of equal logits the first is larger.
+    Those are the top-k of them, then the top-p (nucleus) of these, then those of min_p or more. A draw is the token at which the running sum of the
+    probabilities passes the row's number of uniforms [B]. Of equal logits the first is larger. `seen` [B, V] marks the tokens of each text so far,
+    for the repetition penalty. Order: transformers' `_get_logits_processor` (generation/utils.py, 5.23).
     """
+    if seen is not None and sampling.repetition_penalty != 1:
+        penalty = np.float32(sampling.repetition_penalty)
+        logits = np.where(seen, np.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampling.temperature == 0:
         greedy: Ints = logits.argmax(axis=1)
         return greedy
@@ -57,6 +67,8 @@ def _draw(logits: Floats, sampling: Sampling, uniforms: Doubles) -> Ints:
     mass: Floats = np.exp(scaled_BV)
     if sampling.top_p < 1:
         mass = np.where(_nucleus(mass, sampling.top_p), mass, np.float32(0))
+    if sampling.min_p > 0:
+        mass = np.where(mass < sampling.min_p, np.float32(0), mass)  # the likeliest one's is 1
     running_BV = mass.cumsum(axis=1, dtype=np.float64)
     drawn: Ints = (running_BV > uniforms[:, None] * running_BV[:, -1:]).argmax(axis=1)
     return drawn

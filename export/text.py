@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 
 from export.config import QuantizeConfig
+from export.errors import ExportError
+from upcycle.errors import one_line_errors
 
 _TOKENS_PER_INPUT = 4  # twice what GPTQ needs, for experts that are visited less than others
 _FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's tokens of a byte
+_CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # clean_up_tokenization takes spaces out of these, in this order
+_TAILS = sorted({each[place:] for pattern in _CLEANED for each in (pattern, pattern.replace("'", " ' ")) for place in range(1, len(each))})
+"""What may follow, of which the beginning is there already; of a contraction also what the clean-up itself makes into one."""
 
 
 def count_calibration_tokens(config: QuantizeConfig, model: PreTrainedConfig) -> int:
@@ -35,9 +43,75 @@ def choose_places(total: int, count: int) -> list[int]:
     return [place * total // count for place in range(count)]
 
 
-def start_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a text, after the token that starts one where the tokenizer knows it."""
-    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-    if tokenizer.bos_token_id is None or ids[:1] == [tokenizer.bos_token_id]:
-        return ids
-    return [tokenizer.bos_token_id, *ids]
+def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:
+    """The tokens of a text, as the tokenizer gives them: a token before them only where it puts one itself.
+
+    A text without any is the token `start` alone, or the tokenizer's own that starts a text; empty where neither is known.
+
+    Raises:
+        ExportError: the tokenizer cannot encode the text.
+    """
+    with one_line_errors(tokenizer.name_or_path, "the tokenizer cannot encode a text", "copy its files from the checkpoint again", ExportError):
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    start = tokenizer.bos_token_id if start is None else start
+    return ids if ids or start is None else [start]
+
+
+def chat_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a conversation in which the user has said `text` and it is the model's turn.
+
+    Raises:
+        ExportError: the tokenizer has no chat template, or it refuses.
+    """
+    if not tokenizer.chat_template:
+        raise ExportError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; give the prompt as a text to go on from")
+    with one_line_errors(tokenizer.name_or_path, "the chat template fails", "correct it, or give the prompt as a text to go on from", ExportError):
+        found = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True)
+    return list(found["input_ids"])
+
+
+def decode_stream(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Text as tokens come, which together is what transformers decodes of all of them without special tokens, beyond what it decodes of the prompt.
+
+    A piece is held back as long as a later token could change it: bytes of a character that is not whole, or a space before punctuation where the
+    tokenizer cleans up. What is held back at the end is the last piece, as transformers decodes it.
+    """
+    ids = list(prompt)
+    shown = len(_decode(tokenizer, ids))
+    for token in tokens:
+        ids.append(token)
+        text = _settled(tokenizer, ids)
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+    if rest := _decode(tokenizer, ids)[shown:]:
+        yield rest
+
+
+def _decode(tokenizer: Any, ids: Sequence[int], **settings: Any) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, **settings)
+    return text
+
+
+def _settled(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The beginning of a decoded text that stays whatever tokens follow."""
+    end = len(ids)
+    while end and _may_be_in_run(tokenizer, ids[end - 1]):  # sentencepiece decodes a run of bytes as a whole: as characters, or each as U+FFFD
+        end -= 1
+    text = _decode(tokenizer, ids[:end])
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        raw = _decode(tokenizer, ids[:end], clean_up_tokenization_spaces=False)
+        cleaned = tokenizer.clean_up_tokenization(raw)
+        if cleaned == raw or text != raw:  # else it has no effect: transformers passes over it for byte-level BPE
+            text = _common_start([text, *(tokenizer.clean_up_tokenization(raw + tail) for tail in _TAILS)])
+    return text.rstrip("\ufffd")
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # all others lie between
+    return first[: next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))]
+
+
+def _may_be_in_run(tokenizer: Any, token: int) -> bool:
+    """Whether a token is a byte, or without text, as special tokens are, which are left out before bytes are decoded."""
+    return _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))) is not None or not _decode(tokenizer, [token])

@@ -124,7 +124,7 @@ def test_genai_config_describes_the_model(mixture_checkpoint: Path, tmp_path: Pa
                 "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
             },
         },
-        "search": {"max_length": 256, "do_sample": False, "past_present_share_buffer": True},
+        "search": {"max_length": 256, "past_present_share_buffer": True, "do_sample": False},
     }
 
 

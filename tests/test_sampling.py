@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from export.sampling import Sampling, choose_tokens, draw_uniforms
 
@@ -34,6 +45,9 @@ LOGITS = [np.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
         (Sampling(temperature=1.0, top_p=0.75), {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}),
         (Sampling(temperature=1.0, top_k=3, top_p=0.75), {1: 4 / 7, 3: 3 / 7}),  # of the best three, the best two hold 7/9
         (Sampling(temperature=1.0, top_p=0.0), {1: 1.0}),
+        (Sampling(temperature=1.0, min_p=0.6), {1: 4 / 7, 3: 3 / 7}),  # of the likeliest one's 0.4 at least 0.24
+        (Sampling(temperature=0.5, min_p=0.6), {1: 1.0}),  # after the temperature, which makes 9 of 16 of three quarters
+        (Sampling(temperature=1.0, top_k=3, min_p=0.5), {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}),
     ],
 )
 def test_tokens_are_drawn_by_their_probabilities(sampling: Sampling, expected: dict[int, float]) -> None:
@@ -102,3 +116,21 @@ def test_numbers_depend_on_the_seed_and_the_prompt_alone() -> None:
     np.testing.assert_array_equal(together[:4, 1:2], draw_uniforms([[7]], 3, 4))
     assert len(set(together[0])) == 3
     assert draw_uniforms([[7]], 4, 1) != draw_uniforms([[7]], 3, 1)
+
+
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02), Sampling(1.4, min_p=0.1)])
+def test_what_is_drawn_is_what_transformers_would_draw(sampling: Sampling, penalty: float) -> None:
+    """Its processors, in the order in which its `generate` applies them."""
+    random = np.random.default_rng(1)
+    logits = random.normal(scale=3.0, size=(1, 50)).astype(np.float32)
+    text = random.integers(0, 50, (1, 20))
+    seen = np.isin(np.arange(50), text)[None]
+    processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
+    if sampling.temperature:
+        processors += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), MinPLogitsWarper(sampling.min_p)]
+        processors[2:2] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+    scores = processors(torch.from_numpy(text), torch.from_numpy(logits))[0].double()
+    expected = scores.softmax(-1).numpy() if sampling.temperature else np.eye(50)[int(scores.argmax())]
+    drawn = choose_tokens(np.repeat(logits, len(EVEN), 0), replace(sampling, repetition_penalty=penalty), EVEN, np.repeat(seen, len(EVEN), 0))
+    assert np.bincount(drawn, minlength=50) / len(EVEN) == pytest.approx(expected, abs=1e-4)

@@ -25,6 +25,7 @@ from convert.summary import describe_task, verdict_lines
 from convert.tables import parity_sections
 from export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from export.errors import ExportError
+from export.generation import Generation
 from export.package import write_package
 from export.parity import ProviderParity, check_parity, find_breaches
 from export.parity.answers import Outcome, Package, Row, Torch, answer_task, encode_task
@@ -39,6 +40,7 @@ from tests.report_facts import make_facts, tiered
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONTEXT = 256
+GENERATION = Generation(start=0, ends=(1,))  # of the tiny tokenizer
 WORDS = ("License", "work", "the terms of", "You may", "derivative", " and conditions", "a copy", "in whole or in part", "Contribution")
 MARKS = (",", ";", ")")  # a token each, so that none wins by being short
 CHOICES = tuple(
@@ -142,7 +144,7 @@ def load(directory: Path) -> MixtralForCausalLM:
 
 def both_models(package: Path, task: Task, num_tokens: int = 8) -> list[list[Outcome] | None]:
     tokenizer = AutoTokenizer.from_pretrained(package)
-    encoded = encode_task(task, tokenizer, CONTEXT, num_tokens)
+    encoded = encode_task(task, tokenizer, GENERATION, CONTEXT, num_tokens)
     with open_reference(package.parent / "twin") as reference:
         return [answer_task(model, encoded, tokenizer, num_tokens) for model in (Torch(reference), Package(Decoder(package, taps=True)))]
 
@@ -173,33 +175,33 @@ def test_a_choice_is_scored_from_where_its_tokens_leave_the_prompt(tiny_tokenize
     prompt = tuple(tiny_tokenizer("Licens").input_ids)
     whole = [tuple(tiny_tokenizer("Licens" + choice).input_ids) for choice in example.choices]
     assert whole[0][: len(prompt)] != prompt  # "License" is a token, or ends in one that covers both
-    rows = encode_task(Task("t", "choice", (example, example)), tiny_tokenizer, CONTEXT, 8).rows[0]
+    rows = encode_task(Task("t", "choice", (example, example)), tiny_tokenizer, GENERATION, CONTEXT, 8).rows[0]
     start = next(n for n, pair in enumerate(zip(prompt, whole[0], strict=False)) if pair[0] != pair[1])
     assert rows == tuple(Row(ids, start) for ids in whole)
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     long = Choice(prompt="work " * 20, choices=(" the", " of"), answer=0)
-    (row, _), *_ = encode_task(Task("t", "choice", (long, long)), tiny_tokenizer, 16, 8).rows
+    (row, _), *_ = encode_task(Task("t", "choice", (long, long)), tiny_tokenizer, GENERATION, 16, 8).rows
     whole = tiny_tokenizer(long.prompt + " the").input_ids
     assert len(row.fed) == 16
     assert row.ids == tuple(whole[-17:])
     with pytest.raises(ExportError, match=r"task 't', example 1: a choice has .* tokens; the model's context holds 4"):
-        encode_task(Task("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2), tiny_tokenizer, 4, 8)
+        encode_task(Task("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2), tiny_tokenizer, GENERATION, 4, 8)
     with pytest.raises(ExportError, match=r"example 1: a text has .* tokens; the model's context holds 4"):
-        encode_task(Task("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2), tiny_tokenizer, 4, 8)
+        encode_task(Task("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2), tiny_tokenizer, GENERATION, 4, 8)
     with pytest.raises(ExportError, match=r"parity\.answer_tokens is 8; must be less than the model's context, which is 8"):
-        encode_task(Task("t", "answer", ANSWERS), tiny_tokenizer, 8, 8)
+        encode_task(Task("t", "answer", ANSWERS), tiny_tokenizer, GENERATION, 8, 8)
 
 
 def test_an_empty_prompt_needs_a_token_that_starts_a_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """With none before it the first token of a choice would count in no score."""
     task = Task("t", "choice", (Choice(prompt="", choices=("a", "b"), answer=0),) * 2)
-    assert {row.start for rows in encode_task(task, tiny_tokenizer, CONTEXT, 8).rows for row in rows} == {1}
+    assert {row.start for rows in encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8).rows for row in rows} == {1}
     startless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()), eos_token="</s>")
     startless.backend_tokenizer.post_processor = processors.ByteLevel()
     with pytest.raises(ExportError, match="task 't', example 1: the prompt is empty, and the tokenizer has no token that starts a text"):
-        encode_task(task, startless, CONTEXT, 8)
+        encode_task(task, startless, Generation(), CONTEXT, 8)
 
 
 def test_a_row_is_not_padded_past_the_switch_of_a_longrope(package: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -216,7 +218,7 @@ def test_a_row_is_not_padded_past_the_switch_of_a_longrope(package: Path, tiny_t
     task = Task("t", "similarity", tuple(Similarity(texts=(text, texts[0]), score=float(n)) for n, text in enumerate(texts)))
     for switch in (None, 6):
         read.clear()
-        answer_task(Watched(Decoder(package, taps=True)), encode_task(task, tiny_tokenizer, CONTEXT, 8, switch), tiny_tokenizer, 8)
+        answer_task(Watched(Decoder(package, taps=True)), encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8, switch), tiny_tokenizer, 8)
         if switch is None:
             assert read == [(5, max(lengths))]
         else:
@@ -312,7 +314,7 @@ def tasks_of(checkpoint: Path) -> list[Task]:
     made = []
     with open_reference(checkpoint) as reference:
         for task in given:
-            outcomes = answer_task(Torch(reference), encode_task(task, tokenizer, CONTEXT, 8), tokenizer, 8)
+            outcomes = answer_task(Torch(reference), encode_task(task, tokenizer, GENERATION, CONTEXT, 8), tokenizer, 8)
             assert outcomes is not None
             pairs = zip(task.examples, outcomes, strict=True)
             update = {

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 
 from export.errors import ExportError
+from export.generation import Generation
 from export.parity.checks import write_greedily
 from export.parity.forward import Reference
 from export.parity.tasks import Answer, Choice, Similarity, Task
 from export.runtime import HIDDEN, Decoder
 from export.text import start_ids
+from upcycle.errors import shorten
 
 _BATCH = 16
 _MOST_LOGITS = 2**26  # of a batch at once: 256 MB
@@ -44,11 +46,13 @@ class Row:
 class EncodedTask:
     """A task with its texts as token ids: rows for each choice of each example, a prompt each, or two texts each.
 
-    `switch`: a row beyond so many tokens changes what is computed of all of them, so none that is shorter is padded to more; see `rotary_switch`.
+    `ends`: the tokens that end a written answer. `switch`: a row beyond so many tokens changes what is computed of all of them, so none that is
+    shorter is padded to more; see `rotary_switch`.
     """
 
     task: Task
     rows: tuple[tuple[Row, ...], ...]
+    ends: frozenset[int]
     switch: int | None = None
 
 
@@ -146,8 +150,8 @@ class Torch:
         return tuple(found[0, len(prompt) :].tolist())
 
 
-def encode_task(task: Task, tokenizer: Any, context: int, num_tokens: int, switch: int | None = None) -> EncodedTask:
-    """The task's texts as token ids, after the token that starts a text where the tokenizer has one; prompts that are too long lose their beginning.
+def encode_task(task: Task, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None) -> EncodedTask:
+    """The task's texts as token ids, as the tokenizer gives them; prompts that are too long lose their beginning.
 
     Raises:
         ExportError: a choice, an answer of `num_tokens` or a text to be compared does not fit into the context.
@@ -157,28 +161,35 @@ def encode_task(task: Task, tokenizer: Any, context: int, num_tokens: int, switc
         where = f"task '{task.name}', example {number}"
         match example:
             case Choice():
-                rows.append(_encode_choices(example, tokenizer, context, where))
+                rows.append(_encode_choices(example, tokenizer, generation.start, context, where))
             case Answer():
                 if num_tokens >= context:
                     raise ExportError(f"parity.answer_tokens is {num_tokens}; must be less than the model's context, which is {context}")
-                rows.append((Row(_encode(tokenizer, example.prompt)[num_tokens - context :], 1),))
+                rows.append((Row(_encode(tokenizer, example.prompt, generation.start, where)[num_tokens - context :], 1),))
             case Similarity(texts=texts):
-                rows.append(tuple(Row(_encode(tokenizer, text), 1) for text in texts))
+                rows.append(tuple(Row(_encode(tokenizer, text, generation.start, where), 1) for text in texts))
                 if (longest := max(len(row.ids) for row in rows[-1])) > context:
                     raise ExportError(f"{where}: a text has {longest} tokens; the model's context holds {context}; shorten it")
-    return EncodedTask(task, tuple(rows), switch)
+    return EncodedTask(task, tuple(rows), frozenset(generation.ends), switch)
 
 
-def _encode(tokenizer: Any, text: str) -> Ids:
-    return tuple(start_ids(tokenizer, text))
+def _encode(tokenizer: Any, text: str, start: int | None, where: str) -> Ids:
+    ids = start_ids(tokenizer, text, start)
+    if not ids:
+        what = f"the text {shorten(text)!r} has no tokens" if text else "the prompt is empty"
+        raise ExportError(f"{where}: {what}, and the tokenizer has no token that starts a text; give some text")
+    return tuple(ids)
 
 
-def _encode_choices(example: Choice, tokenizer: Any, context: int, where: str) -> tuple[Row, ...]:
-    """Rows that are scored from where they first differ from the prompt alone: prompt and choice are one text, whose tokens may lie across both."""
-    prompt = _encode(tokenizer, example.prompt)
-    if not prompt:
-        raise ExportError(f"{where}: the prompt is empty, and the tokenizer has no token that starts a text; give a prompt")
-    whole = [_encode(tokenizer, example.prompt + choice) for choice in example.choices]
+def _encode_choices(example: Choice, tokenizer: Any, start_token: int | None, context: int, where: str) -> tuple[Row, ...]:
+    """Rows that are scored from where they first differ from the prompt alone: prompt and choice are one text, whose tokens may lie across both.
+
+    A prompt without tokens is the token that starts a text, before every choice.
+    """
+    prompt = _encode(tokenizer, example.prompt, start_token, where)
+    whole = [_encode(tokenizer, example.prompt + choice, start_token, where) for choice in example.choices]
+    if not tokenizer(example.prompt, verbose=False)["input_ids"]:
+        whole = [prompt + ids for ids in whole]
     start = max(1, min(min(_find_parting(prompt, ids), len(ids) - 1) for ids in whole))
     rows = []
     for ids in whole:
@@ -203,8 +214,7 @@ def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: 
             return _compare(model, encoded)
         case "answer":
             examples = cast("tuple[Answer, ...]", encoded.task.examples)
-            stop = frozenset({tokenizer.eos_token_id, tokenizer.bos_token_id} - {None})
-            return [_write(model, row, example, tokenizer, num_tokens, stop) for (row,), example in zip(encoded.rows, examples, strict=True)]
+            return [_write(model, row, example, tokenizer, num_tokens, encoded.ends) for (row,), example in zip(encoded.rows, examples, strict=True)]
 
 
 def _batches(rows: Iterable[Ids], model: Model, switch: int | None) -> Iterator[tuple[list[Ids], torch.Tensor]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
-from export.errors import ExportError
 from export.family import rotary_switch
+from export.generation import read_generation
+from export.opening import load_tokenizer
 from export.parity.answers import EncodedTask, Ids, Model, Outcome, Package, Torch, answer_task, encode_task, written_gap
 from export.parity.forward import Reference, run_package
 from export.parity.limits import gap_limit
@@ -31,12 +32,15 @@ class TaskEvaluation:
             ExportError: no tokenizer there, or an example does not fit into the context.
         """
         self.decoder, self.answer_tokens = decoder, answer_tokens
-        self.tokenizer = _load_tokenizer(directory) if tasks else None
-        switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)) if tasks else None
-        cut = [task.cut(num_examples) for task in tasks]
-        self.encoded = [encode_task(task, self.tokenizer, decoder.context_length, answer_tokens, switch) for task in cut]
+        self.tokenizer = load_tokenizer(directory) if tasks else None
+        self.encoded = self._encode(directory, [task.cut(num_examples) for task in tasks]) if tasks else []
         self.found = self._ask(Package(decoder))
         self.tuned: list[list[Outcome] | None] | None = None
+
+    def _encode(self, directory: Path, tasks: Sequence[Task]) -> list[EncodedTask]:
+        switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
+        generation = read_generation(directory, self.tokenizer)
+        return [encode_task(task, self.tokenizer, generation, self.decoder.context_length, self.answer_tokens, switch) for task in tasks]
 
     def ask_finetuned(self, reference: Reference) -> None:
         """Ask the fine-tuned model, where it is not the twin."""
@@ -55,13 +59,6 @@ class TaskEvaluation:
 
     def _ask(self, model: Model) -> list[list[Outcome] | None]:
         return [answer_task(model, encoded, self.tokenizer, self.answer_tokens) for encoded in self.encoded]
-
-
-def _load_tokenizer(directory: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ExportError(f"{directory}: no tokenizer that transformers can load; tasks are text, so put tokenizer.json there") from error
 
 
 def score_task(task: Task, outcomes: Sequence[Outcome]) -> dict[str, float]:
