@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import click
 
-from upcycle.errors import MendableError
+from upcycle.errors import MendableError, one_line_errors
 from upcycle.imports import uncollected_imports
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
@@ -174,6 +174,7 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     from convert.artifact import open_artifact
     from convert.comparison import compare_runs, comparison_tables, write_comparison
 
+    _check_output(output, "--html")
     states = [_read_run(directory) for directory in (first, second)]
     for directory, state in zip((first, second), states, strict=True):
         if "report" not in state["artifacts"]:
@@ -188,10 +189,8 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     for note in found.notes:
         click.echo(note)
     if output is not None:
-        try:
+        with one_line_errors(output, "cannot be written", "give another --html"):
             write_comparison(found, output)
-        except OSError as error:
-            raise click.ClickException(f"{output}: cannot be written ({error.strerror}); give another --html") from error
         click.echo(f"comparison: {output}")
 
 
@@ -226,10 +225,20 @@ def package(directory: Path, output: Path, variant: str | None) -> None:
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @_mendable
 def verify(directory: Path) -> None:
-    """Check every file of ARTIFACT against the digests in its manifest; a work directory stands for all of its run's artifacts."""
+    """Check every file of ARTIFACT against its recorded digests.
+
+    ARTIFACT is an artifact of a run, a work directory, which stands for all of its run's artifacts, or a package that `dense2moe package` made.
+    """
+    from convert import digests
+    from convert.artifact import MANIFEST_NAME
     from convert.artifact import verify as find_mismatches
     from convert.pipeline import RUN_NAME
 
+    if not (directory / MANIFEST_NAME).exists() and (directory / digests.DIGESTS_NAME).is_file():
+        if mismatches := [f"{directory}: {line}" for line in digests.find_mismatches(directory)]:
+            raise click.ClickException("\n".join(mismatches))
+        click.echo(f"{directory}: a package, every file as {digests.DIGESTS_NAME} says")
+        return
     directories = [directory]
     if (directory / RUN_NAME).is_file():
         directories = [directory / name for name in _read_run(directory)["artifacts"].values()]
@@ -390,13 +399,14 @@ def parity(
     texts (two) and score.
     """
     package = _find_package(directory, variant)
+    _check_output(json_path, "--json")
     for file in files:
         if not file.is_file():
             raise click.ClickException(f"{file}: no such file; --data must be a text file in UTF-8")
     with uncollected_imports():
         from transformers.utils import logging
 
-        from convert.package_parity import check_package, describe, write_json
+        from convert.package_parity import check_package, describe, is_judged_alone, write_json
         from convert.progress import ProgressDisplay
         from export.config import ParityConfig
         from export.parity.precision import find_precision
@@ -410,14 +420,14 @@ def parity(
         found = check_package(package, reference, files, block_size, blocks, config, display.stage("parity"), twin)
         display.finish("parity")
     if json_path is not None:
-        write_json(found, json_path)
+        with one_line_errors(json_path, "cannot be written", "give another --json"):
+            write_json(found, json_path)
     for line in describe(found):
         click.echo(line)
     if not found.passed:
         raise click.ClickException("\n".join(["parity was broken:", *found.breaches]))
-    alone = twin is None and find_precision(package).rounds_weights
-    only = ": where weights are rounded only the perplexity, the files and the package against itself are judged, unless --twin is given"
-    click.echo(f"parity passed{only if alone else ''}")
+    only = ": its weights are not the reference's: only the perplexity, the files and the package against itself are judged, unless --twin is given"
+    click.echo(f"parity passed{only if is_judged_alone(found) else ''}")
 
 
 @main.command()
@@ -477,10 +487,25 @@ def _read_run(directory: Path) -> dict[str, Any]:
     return state
 
 
+def _check_output(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written, before the work."""
+    if path is None:
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise click.ClickException(f"{path}: {folder} is no directory; make it, or give another {option}")
+    if path.is_dir():
+        raise click.ClickException(f"{path}: is a directory; {option} must name a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise click.ClickException(f"{path}: no permission to write it; give another {option}")
+
+
 def _find_package(directory: Path, variant: str | None) -> Path:
     from convert.pipeline import RUN_NAME
 
     if not (directory / RUN_NAME).is_file():
+        if variant is not None:
+            raise click.ClickException(f"{directory}: is not the work directory of a run, which --variant chooses from; leave it out")
         return directory
     packages = {label.removeprefix("onnx-"): name for label, name in _read_run(directory)["artifacts"].items() if label.startswith("onnx-")}
     if not packages:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from convert.artifact import Artifact, ArtifactError, check_space, describe_os_error, verify
 from convert.card import CARD_NAME, CARDS_NAME
+from convert.digests import DIGESTS_NAME, write_digests
 from convert.report import HTML_NAME
 
 
 def gather_package(package: Artifact, report: Artifact, variant: str, output: Path) -> list[str]:
-    """Copy a package, its card as `README.md` and the report into the new directory `output`; returns the names of its files.
+    """Copy a package, its card as `README.md` and the report into the new directory `output`, with their digests; returns the names of its files.
 
     The artifacts stay as they are. Every file is checked against its manifest first, and `output` is there whole or not at all.
 
@@ -36,8 +37,9 @@ def gather_package(package: Artifact, report: Artifact, variant: str, output: Pa
         for name, source in sources.items():
             (fresh / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, fresh / name)
+        write_digests(fresh, {name: record["sha256"] for name, record in package.manifest["files"].items()})
         fresh.rename(output)
     except OSError as error:
         shutil.rmtree(fresh, ignore_errors=True)
         raise ArtifactError(describe_os_error(error, output)) from error
-    return sorted(sources)
+    return sorted([*sources, DIGESTS_NAME])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def test_a_package_is_gathered_with_its_card_and_runs(workdir, package, tmp_path
     code, output = invoke("package", workdir, tmp_path / "out")
     assert (code, output.startswith(f"{tmp_path / 'out'}: float32, ")) == (0, True), output
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {path.name for path in package.iterdir()} | {"README.md", "report.html"}
+    assert names == {path.name for path in package.iterdir()} | {"README.md", "report.html", "SHA256SUMS"}
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     assert ModelCard.load(tmp_path / "out" / "README.md").data.library_name == "onnx"
     assert invoke("generate", tmp_path / "out", "--prompt", "a", "--max-new-tokens", 4) == invoke(
@@ -154,6 +155,34 @@ def test_a_package_is_gathered_with_its_card_and_runs(workdir, package, tmp_path
     )
     again = invoke("package", workdir, tmp_path / "out")
     assert again == (1, f"Error: {tmp_path / 'out'}: is there already; give a directory that is to be made\n")
+
+
+def test_what_was_gathered_is_verified_by_its_digests(workdir, tmp_path) -> None:
+    output = tmp_path / "out"
+    assert invoke("package", workdir, output)[0] == 0
+    assert invoke("verify", output) == (0, f"{output}: a package, every file as SHA256SUMS says\n")
+    checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=output, capture_output=True, text=True, check=False)
+    assert (checked.returncode, checked.stdout) == (0, "")
+    (output / ".gitattributes").write_text("*.data filter=lfs\n", encoding="utf-8")  # as the hub puts it there
+    assert invoke("verify", output)[0] == 0
+    (output / "config.json").write_text("{}", encoding="utf-8")
+    (output / "report.html").unlink()
+    (output / "other.txt").touch()
+    code, said = invoke("verify", output)
+    assert code == 1
+    assert re.sub("[0-9a-f]{12}", "DIGEST", said).replace(f"{output}: ", "").removeprefix("Error: ").splitlines() == [
+        "config.json: SHA-256 DIGEST...; must be DIGEST...", "report.html: missing", "other.txt: extra; not in SHA256SUMS",
+    ]  # fmt: skip
+    (output / "SHA256SUMS").write_text(f"{64 * '0'}  ../config.json\n", encoding="utf-8")
+    code, said = invoke("verify", output)
+    assert code == 1
+    assert said.startswith(f"Error: {output / 'SHA256SUMS'}:1: is '000") and said.count("\n") == 1
+
+
+def test_a_variant_of_a_package_is_refused(package) -> None:
+    message = f"Error: {package}: is not the work directory of a run, which --variant chooses from; leave it out\n"
+    for arguments in (("generate", "--prompt", "a"), ("bench",), ("parity", "--reference", package, "--data", "text")):
+        assert invoke(*arguments, package, "--variant", "float32") == (1, message)
 
 
 def test_a_spoilt_package_is_not_given_away(workdir, tmp_path) -> None:

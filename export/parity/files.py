@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 from transformers import AutoConfig, AutoTokenizer
 
 from export.opening import open_package
+from export.parity.precision import has_experts, is_dense
 from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
 from upcycle.checkpoint import GENERATION_CONFIG_NAME
 from upcycle.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
@@ -108,6 +109,7 @@ class _Graph:
     """Of a graph: whether we wrote it, its names of inputs and outputs, and whether past and present can share a buffer."""
 
     is_ours: bool
+    has_experts: bool
     names: Mapping[str, Collection[str]]
     can_share: bool
 
@@ -126,6 +128,11 @@ class _Sides:
     def is_ours(self) -> bool:
         """Whether we wrote the package, so that nothing may be missing."""
         return self.graph is not None and self.graph.is_ours
+
+    @property
+    def is_parent(self) -> bool:
+        """Whether the checkpoint is dense and the package a mixture, made from it or from another: one architecture has the other's sizes."""
+        return self.graph is not None and self.graph.has_experts and self.config is not None and is_dense(self.config)
 
 
 def check_files(package: Path, twin: Path) -> FilesCheck:
@@ -179,6 +186,7 @@ def _read_graph(package: Path) -> _Graph:
     weights = {tensor.name for tensor in model.graph.initializer}
     return _Graph(
         is_ours=any(entry.key == LOWERING_KEY for entry in model.metadata_props),
+        has_experts=has_experts(model),
         names={
             "inputs": {value.name for value in model.graph.input} - weights,
             "outputs": {value.name for value in model.graph.output},
@@ -408,7 +416,11 @@ def _check_config(sides: _Sides) -> FilesCheck:
     both = _read_sides(sides, name)
     if isinstance(both, FilesCheck):
         return both
-    return FilesCheck((name,), (), tuple(_compare_configs(_flatten(both[0]), _flatten(both[1]), sides.config)))
+    found, expected = map(_flatten, both)
+    if not sides.is_parent:
+        return FilesCheck((name,), (), tuple(_compare_configs(found, expected, sides.config)))
+    left_out = f"{name}: model_type is not compared; the package is a mixture, the checkpoint dense"
+    return FilesCheck((name,), (left_out,), tuple(_compare_configs(found, {**expected, "model_type": found.get("model_type")}, sides.config)))
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:

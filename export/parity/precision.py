@@ -4,25 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx
 
 from export.branches import take_branches
 from export.config import STATIC, Variant
 from export.opening import open_package
+from export.runtime import ROUTER_LOGITS
 
 _BITS = {"MatMulNBits": "bits", "QMoE": "expert_weight_bits"}
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger")
 _NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""How configs name the number of experts."""
 _ACCURACY_INT8 = 4  # `accuracy_level` of MatMulNBits and QMoE: activations in 8 bits
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The variant that a package is, and whether its graph rounds what it computes with, to 16 or to 8 bits."""
+    """The variant that a package is, and whether its graph rounds what it computes with, to 16 or to 8 bits.
+
+    `has_experts`: operators or names in the graph show that tokens go to experts.
+    """
 
     variant: Variant
     rounds_activations: bool
+    has_experts: bool = False
 
     @property
     def rounds_weights(self) -> bool:
@@ -36,7 +44,9 @@ def find_precision(directory: Path) -> Precision:
     Raises:
         ExportError: no package there, or a damaged one.
     """
-    branches = [model.graph for model in take_branches(open_package(directory).model)]
+    model = open_package(directory).model
+    experts = has_experts(model)
+    branches = [each.graph for each in take_branches(model)]
     graph = branches[0]
     attributes = [(node.op_type, {a.name: a.i for a in node.attribute}) for branch in branches for node in branch.node]
     bits = [found.get(_BITS[op], 4) for op, found in attributes if op in _BITS]
@@ -47,8 +57,20 @@ def find_precision(directory: Path) -> Precision:
     narrow = any(value.type.tensor_type.elem_type in _NARROW for value in graph.input)  # the cache is of the type that attention computes in
     if bits or dynamic or static:
         variant: Variant = "int4" if min(bits, default=8) < 8 else STATIC if static else "int8"
-        return Precision(variant, dynamic or static or rounded or narrow)
+        return Precision(variant, dynamic or static or rounded or narrow, experts)
     stored = {tensor.data_type for branch in branches for tensor in branch.initializer}
     if onnx.TensorProto.BFLOAT16 in stored:
-        return Precision("bfloat16", narrow)
-    return Precision("float16", True) if narrow or onnx.TensorProto.FLOAT16 in stored else Precision("float32", False)
+        return Precision("bfloat16", narrow, experts)
+    if narrow or onnx.TensorProto.FLOAT16 in stored:
+        return Precision("float16", True, experts)
+    return Precision("float32", False, experts)
+
+
+def has_experts(model: onnx.ModelProto) -> bool:
+    """Whether tokens go to experts, as far as operators and our own names tell."""
+    return any(node.op_type in ("MoE", "QMoE") or any(name.startswith(ROUTER_LOGITS) for name in node.output) for node in model.graph.node)
+
+
+def is_dense(config: Any) -> bool:
+    """Whether a checkpoint's config knows no experts."""
+    return not any(getattr(config, name, None) for name in EXPERT_COUNTS)
