@@ -294,14 +294,24 @@ class _Document:
             for name, child in node.value:
                 if not isinstance(name, ScalarNode) or name.value == "":
                     raise RecipeError(f"{self.file}:{_line(name)}: has a key that is no word; must have words for keys")
-                if name.value in values:
-                    self.mistakes.append(((*key, name.value), f"is given again at line {_line(name)}; must be given once"))
+                word = self._join_halves(name)
+                if word in values:
+                    self.mistakes.append(((*key, word), f"is given again at line {_line(name)}; must be given once"))
                 else:
-                    values[name.value] = self._read_at(child, (*key, name.value), name)
+                    values[word] = self._read_at(child, (*key, word), name)
             return values
         if isinstance(node, ScalarNode) and (tag == "str" or (tag in _CORE_SCHEMA and _CORE_SCHEMA[tag].match(node.value))):
-            return self._convert(node.value, tag, key)
+            return self._convert(self._join_halves(node), tag, key)
         raise RecipeError(f"{self.file}:{_line(node)}: has the tag {reprlib.repr(str(node.tag))}, which does not fit; remove the tag")
+
+    def _join_halves(self, node: ScalarNode) -> str:
+        """Text of a node; JSON escapes a character beyond 16 bits in two halves, which YAML leaves apart."""
+        text = str(node.value)
+        try:
+            return text.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError as error:
+            place = f"{self.file}:{_line(node)}"
+            raise RecipeError(f"{place}: has half a character, {text[:60]!a}; must have both halves, or the character itself") from error
 
     def _read_at(self, node: Node, key: Key, named_by: Node) -> object:
         self._lines[key] = _line(named_by)

@@ -185,6 +185,8 @@ TOO_LARGE = "r.yaml: has more than 10000 values or 20 levels, aliases counted; m
         ("a: 1\n---\nb: 1\n", "r.yaml:2: column 1: is not YAML: expected a single document in the stream, but found another document"),
         ("a: *b\n", "r.yaml:1: column 4: is not YAML: found undefined alias 'b'"),
         ("a: 1\nb: \a\n", "r.yaml:2: has the character 0x7; YAML allows no such character"),
+        ('a: 1\nb: "\\ud83d"\n', r"r.yaml:2: has half a character, '\ud83d'; must have both halves, or the character itself"),
+        ('"\\ude00\\ud83d": 1\n', r"r.yaml:1: has half a character, '\ude00\ud83d'; must have both halves, or the character itself"),
         (b"a: 1\nb: \xff\n", "r.yaml:2: is not UTF-8 (byte 0xff); save it as UTF-8"),
         ("a: 1\n? [1]\n: 2\n", "r.yaml:2: has a key that is no word; must have words for keys"),
         ("a: !python/name:os.system x\n", "r.yaml:1: has the tag '!python/name:os.system', which does not fit; remove the tag"),
@@ -199,6 +201,10 @@ TOO_LARGE = "r.yaml: has more than 10000 values or 20 levels, aliases counted; m
 )
 def test_what_is_no_recipe_at_all_is_one_line(text, message):
     assert mistakes(text) == [message]
+
+
+def test_a_character_that_json_escapes_in_two_halves_is_one():
+    assert load(GOOD.replace("dense", '"\\ud83d\\ude00"')).recipe.source == LocalSource(path="\U0001f600")
 
 
 def test_a_file_that_cannot_be_read_is_one_line():
