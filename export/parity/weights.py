@@ -189,6 +189,7 @@ def _match(
     surplus: list[tuple[Matrix, int]] = []
     strange: list[Matrix] = []
     zeros: set[str] = set()
+    shapes = {entry.shape[-2:] for entry in entries.values()}
     for matrix in matrices:
         tree, known = trees[matrix.narrow]
         keys = _key(torch.from_numpy(matrix.read()), vectors)
@@ -212,7 +213,8 @@ def _match(
             continue
         if good.mean() < 0.5:  # it is no matrix of the twin: a rotary table, a constant of the graph's own, or one that is wrong throughout
             strange.append(taken)
-            if matrix.operator.op in _WEIGHTS_ALONE and lengths.any():  # the rows may be right elsewhere, as in another branch
+            if lengths.any() and (matrix.operator.op in _WEIGHTS_ALONE or (matrix.use == "product" and matrix.shape in shapes)):
+                # The rows may be right elsewhere, as in another branch, or in the table of a tied head.
                 surplus += [(taken, int(row)) for row in np.nonzero(~good)[0]]
         else:
             zeros |= {names[owner] for owner in np.unique(owners)} if (lengths == 0).any() else set()
@@ -290,6 +292,7 @@ def _describe(
             by_token = matrix.use == "table" or matrix in heads
             tensor = ("the embedding" if matrix.use == "table" else "the head") if by_token else f"'{where}' in the graph"
             what = "is that of another token, or of none" if by_token else "is no row of the twin"
+            what = what if np.isfinite(_read(matrix)[row]).all() else "is not all numbers in the file"
             told.append(WrongRows(tensor, row, len(places), matrix.shape[0], what))
     return told, max(len(missing), len(surplus))
 
