@@ -8,12 +8,13 @@ import platform
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
+from glob import escape
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
 from convert.artifact import open_artifact
-from convert.card import CARD_NAME, CARDS_NAME, read_license, write_card
+from convert.card import CARDS_NAME, read_license, write_card
 from convert.costs import take_costs
 from convert.errors import RecipeError
 from convert.machine import describe_machine, versions
@@ -28,12 +29,16 @@ from export.package import write_package
 from export.parity import check_parity
 from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
-from upcycle.checkpoint import ADAPTER_CONFIG_NAME, GENERATION_CONFIG_NAME, TOKENIZER_NAMES, Checkpoint, check_values, open_checkpoint
+from upcycle.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, check_values, open_checkpoint, read_config, read_index, refuse_adapter
+from upcycle.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
 from upcycle.config import FinetuneConfig
 from upcycle.config_files import CONFIG_NAME
-from upcycle.data import find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.conversion import find_family
+from upcycle.data import check_data, find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
+from upcycle.errors import one_line_errors
 from upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes, layer_receipt_bytes, receipt_bytes
 from upcycle.hidden_states import read_routers
+from upcycle.loading import check_generation_config
 from upcycle.mapping import UpcyclePlan, plan_upcycle
 from upcycle.numbers import name_specials
 from upcycle.progress import Progress
@@ -139,13 +144,14 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         domain_files |= {f"{number}/{file}": _digest(file) for file in files}
     task_paths = [resolve_path(path, loaded.path) for path in recipe.parity.tasks]
     tasks = read_tasks(task_paths)
-    names = [CONFIG_NAME, *TOKENIZER_NAMES, GENERATION_CONFIG_NAME]
-    companions = [directory / name for name in names if (directory / name).is_file()]
-    weights = sorted({entry.file for entry in checkpoint.entries.values()} | set(directory.glob("*.safetensors.index.json")))
+    check_generation_config(directory)
+    check_data(directory, recipe.data, _data_base(loaded), checkpoint.config.vocab_size)
+    weights = sorted({entry.file.name for entry in checkpoint.entries.values()} | {file.name for file in directory.glob("*.safetensors.index.json")})
+    source_names = [CONFIG_NAME, *find_companions(directory), *weights]
     source_files = {}
-    for number, file in enumerate([*companions, *weights]):
-        progress("reading the dense checkpoint", number, len(companions) + len(weights))
-        source_files[file.name] = _digest(file)
+    for number, name in enumerate(source_names):
+        progress("reading the dense checkpoint", number, len(source_names))
+        source_files[name] = _digest(directory / name)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
     text_bytes = sum(Path(file).stat().st_size for splits in resolved.values() for files in splits.values() for file in files)
     memory = _memory_bytes(checkpoint, plan, shapes, loaded, sizes, text_bytes)
@@ -178,16 +184,19 @@ def _locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
 
 
 def _download(hub: str, revision: str) -> Path:
+    """A model of the hub, as far as it is needed: what belongs to it, and then, of one commit, the weights that its index names."""
     from huggingface_hub import snapshot_download  # only a hub source needs it
 
-    patterns = ["*.safetensors", "*.safetensors.index.json", CONFIG_NAME, GENERATION_CONFIG_NAME, CARD_NAME, ADAPTER_CONFIG_NAME, *TOKENIZER_NAMES]
-    try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # huggingface_hub raises many kinds for no network, no such model, no access
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise RecipeError(
-            f"source: {hub} at revision '{revision}' cannot be fetched from the hub ({reason}); check the id, or give a path"
-        ) from error
+    remedy = "check the id, or give a path"
+    with one_line_errors(Path(hub), f"revision '{revision}' cannot be fetched from the hub", remedy, RecipeError):
+        directory = Path(snapshot_download(hub, revision=revision, ignore_patterns=list(HUB_IGNORED)))
+    refuse_adapter(directory)
+    config = read_config(directory)
+    find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME))  # before gigabytes are fetched for nothing
+    weights = read_index(directory) if (directory / INDEX_NAME).is_file() else ()
+    names = [escape(name) for name in (SINGLE_NAME, *weights)]
+    with one_line_errors(Path(hub), f"the weights of revision '{revision}' cannot be fetched from the hub", remedy, RecipeError):
+        return Path(snapshot_download(hub, revision=directory.name, allow_patterns=[*names, TEMPLATES_PATTERN]))
 
 
 def _data_base(loaded: LoadedRecipe) -> Path:
@@ -263,7 +272,7 @@ def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: Finetune
 
 
 def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
+    with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -332,6 +341,7 @@ def run_source(job: Job) -> Facts:
     for number, _ in enumerate(check_values(checkpoint, job.preparation.plan.dropped), 1):
         job.progress("checking values", number, len(checkpoint.entries))
     for name in job.preparation.source_files:
+        (job.output / name).parent.mkdir(exist_ok=True)
         (job.output / name).symlink_to((checkpoint.directory / name).resolve())
     return {
         "origin": job.preparation.origin,

@@ -536,8 +536,11 @@ def test_a_source_without_a_usable_tokenizer_is_refused(content: str | None, cor
     if content is not None:
         (directory / "tokenizer.json").write_text(content)
     message = refusal(prepare_data, directory, tmp_path, settings(corpus[0]), corpus[1], quiet)
-    assert message.startswith(f"{directory}: no tokenizer that transformers can load (")
-    assert message.endswith("); put tokenizer.json there")
+    if content is None:
+        assert message == f"{directory}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
+    else:
+        assert message.startswith(f"{directory / 'tokenizer.json'}: transformers cannot load the tokenizer (")
+        assert message.endswith("); download the tokenizer's files again, or put the model's own tokenizer.json there")
 
 
 def test_relative_paths_start_at_the_base_and_not_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

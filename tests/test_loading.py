@@ -118,8 +118,8 @@ INCOMPLETE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         "tensor 'model.norm.weight' missing, which transformers would draw at random; restore the file that held it",
     ),
     "left over": (
-        lambda state: state.update({"evil\nname": torch.ones(1)}),
-        "tensor 'evil\\nname' left over, which transformers would pass over; remove it, or correct config.json",
+        lambda state: state.update({"evil name": torch.ones(1)}),
+        "tensor 'evil name' left over, which transformers would pass over; remove it, or correct config.json",
     ),
     "another shape": (lambda state: state.update({"model.norm.weight": torch.ones(16)}), f"tensor 'model.norm.weight' {SHAPES}"),
 }

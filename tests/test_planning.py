@@ -25,7 +25,7 @@ MakeDense = Callable[..., Path]
 RECIPE = """\
 source: {source}
 data:
-  source: {{kind: text, train: [text.txt]}}
+  source: {{kind: text, train: [text.txt], separator: '|'}}
   block_size: 32
 upcycle: {upcycle}
 finetune: {finetune}
@@ -36,7 +36,7 @@ parity: {{decode_steps: 8}}
 
 
 def prepared(source: Path, tmp_path: Path, upcycle: str, finetune: str = "{}") -> Preparation:
-    (tmp_path / "text.txt").write_text("a line of text\n" * 100)
+    (tmp_path / "text.txt").write_text("|".join(f"line {number} of a text of many documents\n" for number in range(100)))
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(source=source, upcycle=upcycle, finetune=finetune))
     return prepare(load_recipe(path), lambda what, done, total: None)

@@ -1,6 +1,7 @@
 """Stages: what is known before any work, and sources on the hub."""
 
 import hashlib
+from fnmatch import fnmatchcase
 
 import pytest
 
@@ -8,7 +9,9 @@ from convert.errors import RecipeError
 from convert.pipeline import plan_tasks
 from convert.recipe import load_recipe
 from convert.stages import data_settings, prepare
+from upcycle.errors import UpcycleError
 
+DOCUMENTS = "|".join(f"Document {number} tells of house {number % 7} and its garden." for number in range(200))
 HUB = """\
 source: {hub: nobody/tiny-llama, revision: abc123}
 data:
@@ -24,19 +27,51 @@ def hub_recipe(tmp_path):
     return load_recipe(path)
 
 
-def test_a_hub_source_is_fetched_at_its_revision_without_pickles(hub_recipe, dense_checkpoint, monkeypatch):
-    asked = {}
+def test_a_hub_source_is_fetched_at_its_revision_without_pickles(hub_recipe, make_dense, tmp_path, monkeypatch):
+    """First what belongs to the model, then the weights of the same commit that its index names, and nothing else."""
+    commit = tmp_path / "0a1b2c"
+    fetched = []
 
-    def snapshot_download(repo_id, revision, allow_patterns):
-        asked.update(repo_id=repo_id, revision=revision, allow_patterns=allow_patterns)
-        return str(dense_checkpoint)
+    def snapshot_download(repo_id, revision, ignore_patterns=(), allow_patterns=("*",)):
+        assert (repo_id, revision) == ("nobody/tiny-llama", "abc123" if not fetched else commit.name)
+        chosen = {
+            name
+            for name in in_the_repository
+            if any(fnmatchcase(name, pattern) for pattern in allow_patterns) and not any(fnmatchcase(name, pattern) for pattern in ignore_patterns)
+        }
+        for name in chosen:
+            (commit / name).parent.mkdir(parents=True, exist_ok=True)
+            (commit / name).write_bytes(in_the_repository[name])
+        fetched.append(chosen)
+        return str(commit)
 
+    in_the_repository = {path.name: path.read_bytes() for path in make_dense(max_shard_size="20KB").iterdir()}
+    own = set(in_the_repository)
+    shards = {name for name in own if name.endswith(".safetensors")}
+    assert len(shards) > 1
+    other = (
+        "consolidated.safetensors", "original/consolidated.00.pth", "original/tokenizer.model", "fp8/model.safetensors", "pytorch_model.bin",
+        "run.py", "onnx/model.onnx", "model.fp16.safetensors",
+    )  # fmt: skip
+    in_the_repository |= dict.fromkeys((*other, "LICENSE", "README.md", "additional_chat_templates/tools.jinja"), b"text")
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     preparation = prepare(hub_recipe, lambda *_: None)
-    assert (asked["repo_id"], asked["revision"]) == ("nobody/tiny-llama", "abc123")
-    assert not any(pattern.endswith((".bin", ".pt", ".py")) or pattern == "*" for pattern in asked["allow_patterns"])
+    assert fetched == [own - shards | {"LICENSE", "README.md"}, shards | {"additional_chat_templates/tools.jinja"}]
     assert preparation.origin == "nobody/tiny-llama@abc123"
-    assert preparation.checkpoint.directory == dense_checkpoint
+    assert preparation.checkpoint.directory == commit
+    assert set(preparation.source_files) == own | {"LICENSE", "additional_chat_templates/tools.jinja"}
+
+
+def test_no_weights_are_fetched_of_a_family_that_cannot_be_upcycled(hub_recipe, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+
+    def snapshot_download(*_, allow_patterns=None, **__):
+        assert allow_patterns is None
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    with pytest.raises(UpcycleError, match="BertForMaskedLM"):
+        prepare(hub_recipe, lambda *_: None)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(hub_recipe, monkeypatch):
@@ -47,18 +82,17 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub_recipe, monkeypatch):
     with pytest.raises(RecipeError) as caught:
         prepare(hub_recipe, lambda *_: None)
     assert str(caught.value) == (
-        "source: nobody/tiny-llama at revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); "
-        "check the id, or give a path"
+        "nobody/tiny-llama: revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); check the id, or give a path"
     )
 
 
 def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_checkpoint):
     for name in ("a", "b", "held"):
-        (tmp_path / f"{name}.txt").write_text(f"{name} " * 50, encoding="utf-8")
+        (tmp_path / f"{name}.txt").write_text(f"{name} {DOCUMENTS}", encoding="utf-8")
     path = tmp_path / "domains.yaml"
     path.write_text(
         f"source: {dense_checkpoint}\ndata:\n  block_size: 32\n  source:\n    kind: domains\n    domains:\n"
-        "      one: {kind: text, train: [a.txt], test: [held.txt]}\n      two: {kind: text, train: [b.txt]}\n",
+        "      one: {kind: text, train: [a.txt], test: [held.txt], separator: '|'}\n      two: {kind: text, train: [b.txt], separator: '|'}\n",
         encoding="utf-8",
     )
 
@@ -72,7 +106,7 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
         for place, name in places.items()
     }
     assert data_settings(prepared(), None) == data_settings(first, None)
-    (tmp_path / "b.txt").write_text("another text", encoding="utf-8")
+    (tmp_path / "b.txt").write_text(f"another {DOCUMENTS}", encoding="utf-8")
     assert data_settings(prepared(), None) != data_settings(first, None)
 
 
@@ -80,9 +114,11 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
 def test_text_beside_a_recipe_in_a_folder_with_brackets_is_found(pattern, tmp_path, dense_checkpoint, monkeypatch):
     folder = tmp_path / "dir [v2]"
     folder.mkdir()
-    (folder / "t.txt").write_text("some text", encoding="utf-8")
+    (folder / "t.txt").write_text(DOCUMENTS, encoding="utf-8")
     path = folder / "r.yaml"
-    path.write_text(f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: ['{pattern}']}}, block_size: 32}}\n", encoding="utf-8")
+    path.write_text(
+        f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: ['{pattern}'], separator: '|'}}, block_size: 32}}\n", encoding="utf-8"
+    )
     monkeypatch.chdir(tmp_path)
     assert list(prepare(load_recipe(path), lambda *_: None).data_files) == [f"data.source.train/{folder / 't.txt'}"]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,8 +20,10 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from upcycle.companions import find_companions, is_training_state
 from upcycle.config_files import CONFIG_NAME, complete_tokenizer
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, one_line_errors, shorten
+from upcycle.pointers import POINTER_REMEDY, is_pointer
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 READABLE = {
@@ -30,11 +33,6 @@ READABLE = {
 STEM = "model"
 INDEX_NAME = f"{STEM}.safetensors.index.json"
 SINGLE_NAME = f"{STEM}.safetensors"
-# What makes a checkpoint usable beside its weights; copied along unchanged wherever a checkpoint is written.
-TOKENIZER_NAMES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja",
-)  # fmt: skip
 GENERATION_CONFIG_NAME = "generation_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
@@ -44,7 +42,9 @@ _TIED_SEQ2SEQ = ("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DISTRIBUTED = "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"  # as transformers 5.23 names them, distributed/checkpoint.py
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_READ_AGAIN = "mend its mode or its disk, or download it again"
 _CHUNK_BYTES = 1 << 24
+_MOST_LETTERS = 500  # of a tensor's name, in which a path of modules fits many times
 _MAX_LAYERS = 100_000  # a hundred times the deepest model there is
 CHUNK_ELEMENTS = 1 << 22
 
@@ -122,7 +122,7 @@ def read_chunks(entry: TensorEntry, start: int = 0, stop: int | None = None) -> 
 
 def _read(entry: TensorEntry, position: int, shape: tuple[int, ...]) -> torch.Tensor:
     buffer = bytearray(math.prod(shape) * READABLE[entry.dtype].itemsize)
-    with entry.file.open("rb", buffering=0) as file:
+    with one_line_errors(entry.file, "cannot be read", _READ_AGAIN), entry.file.open("rb", buffering=0) as file:
         file.seek(position)
         view = memoryview(buffer)
         while view:
@@ -149,7 +149,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     if not directory.is_dir():
         raise UpcycleError(f"{directory}: is a file; it must be a checkpoint directory with config.json and *.safetensors")
     refuse_adapter(directory)
-    config = _read_config(directory)
+    for name in find_companions(directory):
+        refuse_pointer(directory / name)
+    config = read_config(directory)
     entries = index_tensors(directory)
     _refuse_other_weights(directory, config, entries)
     entries = _name_tied(config, entries)
@@ -173,6 +175,18 @@ def refuse_adapter(directory: Path) -> None:
         f"{path}: {what}; a checkpoint must be whole: merge it by peft's PeftModel.from_pretrained(model, adapter).merge_and_unload(), write the "
         "result with save_pretrained() into a new directory, and give that"
     )
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a pointer that git-LFS leaves in the place of a file.
+
+    Raises:
+        UpcycleError: it is one, or cannot be read at all.
+    """
+    with one_line_errors(file, "cannot be read", _READ_AGAIN):
+        found = is_pointer(file)
+    if found:
+        raise UpcycleError(f"{file}: is a git-LFS pointer, not the file itself; {POINTER_REMEDY}, or download the file")
 
 
 def _refuse_other_weights(directory: Path, config: PreTrainedConfig, entries: Mapping[str, TensorEntry]) -> None:
@@ -235,18 +249,22 @@ def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
                 raise UpcycleError(f"{file}: tensor '{entry.name}' is not listed for this file in the index; mend the index")
             entries[entry.name] = entry
         if expected is not None and (missing := sorted(expected - entries.keys())):
-            raise UpcycleError(f"{file}: tensor '{missing[0]}' must be here by the index but is not; download this file again")
+            raise UpcycleError(f"{file}: tensor '{shorten(missing[0])}' must be here by the index but is not; download this file again")
     return entries
 
 
-def _read_config(directory: Path) -> PreTrainedConfig:
+def read_config(directory: Path) -> PreTrainedConfig:
+    """The config of a checkpoint, as transformers reads it.
+
+    Raises:
+        UpcycleError: it is missing or damaged, asks for code, says that the weights are quantized, or transformers refuses it.
+    """
     path = directory / CONFIG_NAME
     if not path.is_file():
         raise UpcycleError(f"{directory}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
-    try:
+    refuse_pointer(path)
+    with one_line_errors(path, "not valid JSON", "restore the file"):
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UpcycleError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise UpcycleError(f"{path}: no 'model_type'; it must be the config of a transformers model")
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
@@ -256,20 +274,20 @@ def _read_config(directory: Path) -> PreTrainedConfig:
         raise UpcycleError(f"{path}: 'auto_map' asks for code from the checkpoint, which is never run; use a model that transformers itself knows")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown") if isinstance(raw["quantization_config"], dict) else "unknown"
-        raise UpcycleError(f"{path}: the weights are quantized ({method}); upcycling needs float32, float16 or bfloat16 weights")
-    try:
+        raise UpcycleError(
+            f"{path}: the weights are quantized ({shorten(method)}); upcycling needs float32, float16 or bfloat16 weights; give the model as it was "
+            "before, or dequantize it and remove 'quantization_config'"
+        )
+    with one_line_errors(path, "transformers cannot read this config", _mend_config(raw)):
         config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # transformers raises many kinds here, strict dataclass errors among them; each is the file's fault
-        reason = " ".join(str(error).split())
-        raise UpcycleError(f"{path}: transformers cannot read this config: {reason[:300]}{_hint(raw)}") from error
     return config
 
 
-def _hint(raw: Mapping[str, Any]) -> str:
+def _mend_config(raw: Mapping[str, Any]) -> str:
     rope = raw.get("rope_scaling")
     if isinstance(rope, dict) and rope.get("type") == "su":
-        return "; rope_scaling.type is 'su', the first name of 'longrope'; write that"
-    return ""
+        return "rope_scaling.type is 'su', the first name of 'longrope'; write that"
+    return "correct the file"
 
 
 def _is_known(raw: Mapping[str, Any]) -> bool:
@@ -285,31 +303,38 @@ def _is_known(raw: Mapping[str, Any]) -> bool:
 
 def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
     """The safetensors files, each with the names that the index gives it (None without an index)."""
-    index_path = directory / f"{stem}.safetensors.index.json"
-    if index_path.is_file():
-        try:
-            weight_map = json.loads(index_path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)["weight_map"]
-            pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UpcycleError(f"{index_path}: not a safetensors index ({error}); it must hold a 'weight_map' object of name to file") from error
-        files: dict[Path, set[str] | None] = {}
-        for name, file_name in pairs:
-            if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-                raise UpcycleError(f"{index_path}: '{name}' is said to be in '{file_name}'; it must be a *.safetensors file beside the index")
-            expected = files.setdefault(directory / file_name, set())
-            assert expected is not None
-            expected.add(name)
+    if (directory / f"{stem}.safetensors.index.json").is_file():
+        files = {directory / name: expected for name, expected in read_index(directory, stem).items()}
         for file in files:
             if not file.is_file():
-                raise UpcycleError(f"{index_path}: names {file.name}, which is not there; download it")
-        return files
+                raise UpcycleError(f"{directory / f'{stem}.safetensors.index.json'}: names {file.name}, which is not there; download it")
+        return dict(files)
     single = directory / f"{stem}.safetensors"
     if single.is_file():
         return {single: None}
-    if any(next(directory.glob(pattern), None) for pattern in _PICKLES):
-        pickle = next(p for pattern in _PICKLES for p in directory.glob(pattern))
+    pickles = (path for pattern in _PICKLES for path in sorted(directory.glob(pattern)))
+    if (pickle := next((path for path in pickles if not is_training_state(path.name)), None)) is not None:
         raise UpcycleError(f"{pickle}: pickled weights can run code and are never loaded; convert them to {SINGLE_NAME} first")
     raise UpcycleError(f"{directory}: no {SINGLE_NAME} and no {INDEX_NAME}; the weights must be in safetensors")
+
+
+def read_index(directory: Path, stem: str = STEM) -> dict[str, set[str]]:
+    """The names of the files of weights that the index of a checkpoint lists, each with its tensors.
+
+    Raises:
+        UpcycleError: there is no index, or it is damaged or names a file elsewhere.
+    """
+    path = directory / f"{stem}.safetensors.index.json"
+    refuse_pointer(path)
+    with one_line_errors(path, "not a safetensors index", "it must hold a 'weight_map' object of name to file; download it again"):
+        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)["weight_map"]
+        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
+    files: dict[str, set[str]] = {}
+    for name, file_name in pairs:
+        if Path(file_name).name != file_name or not file_name.endswith(".safetensors") or not file_name.isprintable():
+            raise UpcycleError(f"{path}: '{shorten(name)}' is said to be in '{shorten(file_name)}'; it must be a *.safetensors file beside the index")
+        files.setdefault(file_name, set()).add(name)
+    return files
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -326,22 +351,23 @@ def read_header(file: Path) -> list[TensorEntry]:
     Raises:
         UpcycleError: truncated, oversized or malformed header; overlapping, missing or leftover bytes; duplicate names; unsupported dtype.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
+    refuse_pointer(file)
+    with one_line_errors(file, "cannot be read", _READ_AGAIN), file.open("rb") as stream:
+        size, prefix = os.fstat(stream.fileno()).st_size, stream.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length < 2:
             raise UpcycleError(f"{file}: not a safetensors file ({size} bytes, no header); download it again")
         if length > _MAX_HEADER_BYTES or 8 + length > size:
             raise UpcycleError(f"{file}: header says {length} bytes in a file of {size}; truncated or not safetensors; download it again")
-        try:
-            header = json.loads(stream.read(length).decode("utf-8"), object_pairs_hook=_refuse_duplicates)
-            if not isinstance(header, dict):
-                raise ValueError("the header is no JSON object")
-            header.pop("__metadata__", None)
-            spans = [_span(name, value) for name, value in header.items()]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UpcycleError(f"{file}: malformed safetensors header ({error}); download it again") from error
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
+        if not isinstance(header, dict):
+            raise ValueError("the header is no JSON object")
+        header.pop("__metadata__", None)
+        spans = [_span(name, value) for name, value in header.items()]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UpcycleError(f"{file}: malformed safetensors header ({shorten(error)}); download it again") from error
     position = 0
     entries = []
     for name, dtype, shape, begin, end in sorted(spans, key=lambda s: (s[3], s[4])):
@@ -349,7 +375,7 @@ def read_header(file: Path) -> list[TensorEntry]:
             kind = "overlaps another tensor" if begin < position else "leaves a gap before it"
             raise UpcycleError(f"{file}: tensor '{name}' {kind} at byte {begin} (expected {position}); the file is corrupt; download it again")
         if dtype not in READABLE:
-            raise UpcycleError(f"{file}: tensor '{name}' has dtype {dtype}; it must be one of {', '.join(DTYPES)}")
+            raise UpcycleError(f"{file}: tensor '{name}' has dtype {shorten(dtype)}; it must be one of {', '.join(DTYPES)}")
         needed = math.prod(shape) * READABLE[dtype].itemsize
         if end - begin != needed:
             raise UpcycleError(f"{file}: tensor '{name}' of shape {list(shape)} {dtype} has {end - begin} bytes; it must have {needed}")
@@ -362,6 +388,8 @@ def read_header(file: Path) -> list[TensorEntry]:
 
 def _span(name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
     dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    if not name.isprintable() or len(name) > _MOST_LETTERS:
+        raise ValueError(f"tensor '{shorten(name)[:60]}' must have a name of printable characters, {_MOST_LETTERS} at most")
     if not isinstance(dtype, str) or not isinstance(shape, list):
         raise ValueError(f"tensor '{name}' has no dtype and shape")
     for number in (*shape, begin, end):
@@ -392,8 +420,8 @@ def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Itera
 
 
 def copy_companions(source: Path, output: Path) -> None:
-    """Copy the tokenizer and the generation config along; what of them transformers 4 reads otherwise is told it in its own words."""
-    for name in (*TOKENIZER_NAMES, GENERATION_CONFIG_NAME):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, output / name)
+    """Copy what belongs to the model along, see `companions`; what of its tokenizer transformers 4 reads otherwise is told it in its own words."""
+    for name in find_companions(source):
+        (output / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source / name, output / name)
     complete_tokenizer(output)

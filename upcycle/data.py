@@ -24,17 +24,20 @@ from typing import Any, assert_never, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from upcycle.checkpoint import refuse_pointer
 from upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, describe_error, one_line_errors, shorten
 from upcycle.progress import Progress
-from upcycle.python_docs import DOMAINS, SPLITS, Split, read_python_docs
+from upcycle.python_docs import DOMAINS, SPLITS, Split, read_python_docs, read_sample
+from upcycle.tokenizer import check_ids, encode, load_tokenizer
 
 FACTS_NAME = "data.json"
 _HELD_OUT_PER_MILLE = 50
 _PIECE_CHARS = 1 << 16
 _WHOLE_CHARS = 1 << 20  # a text of no more is tokenized whole, whatever the limit
+_SAMPLE = "A sentence, as any tokenizer has tokens for."
 _CHARS_A_TOKEN = 9  # of the first attempt, which should be enough: English has 4 to 5
 
 
@@ -224,9 +227,10 @@ def read_file(file: Path) -> Iterator[str]:
     """The text of a file, a piece at a time, without a byte-order mark, every line end as one newline.
 
     Raises:
-        UpcycleError: it is not UTF-8.
+        UpcycleError: it is not UTF-8, a pointer of git-LFS, or cannot be read.
     """
-    with file.open(encoding="utf-8-sig") as stream:
+    refuse_pointer(file)
+    with one_line_errors(file, "cannot be read", "mend its mode or its disk"), file.open(encoding="utf-8-sig") as stream:
         try:
             while text := stream.read(_PIECE_CHARS):
                 yield text
@@ -302,9 +306,9 @@ def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:
         try:
             rows = datasets.load_dataset(source.path, source.name, revision=source.revision, split=name)
         except Exception as error:  # datasets raises many kinds for a missing set, split, revision or network
-            raise UpcycleError(f"{where}, split '{name}': {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+            raise UpcycleError(f"{where}, split '{name}': {describe_error(error)}") from error
         if source.text_column not in rows.column_names:
-            raise UpcycleError(f"{where}: no column '{source.text_column}'; it has {', '.join(rows.column_names)}")
+            raise UpcycleError(f"{where}: no column '{source.text_column}'; it has {shorten(', '.join(rows.column_names))}")
         documents[split] = partial(_read_rows, rows, source.text_column, f"{where}: column '{source.text_column}' of split '{name}'")
         if next(documents[split](), None) is None:
             raise UpcycleError(f"{where}: split '{name}' has no text in column '{source.text_column}'")
@@ -329,7 +333,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     Raises:
         UpcycleError: no tokenizer, no text, or too little text for one block of a domain in a split, or a limit that leaves none.
     """
-    tokenizer = _load_tokenizer(source)
+    tokenizer = load_tokenizer(source)
     texts = read_texts(config.source, base)
     limits = {"train": config.max_train_tokens, "validation": config.max_validation_tokens, "test": config.max_test_tokens}
     num_tokens = {}
@@ -338,10 +342,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
         packed = _pack_domains(tokenizer, texts, split, limits[split], config.block_size)
         for name, blocks in zip(texts.domains, packed, strict=True):
             if len(blocks) == 0:
-                whose = f"of domain '{name}' " if len(packed) > 1 else ""
-                raise UpcycleError(
-                    f"data: the {split} split {whose}has fewer tokens than one block of {config.block_size}; give more text or a smaller block_size"
-                )
+                raise _too_short(split, name if len(packed) > 1 else None, config.block_size)
         domains = torch.cat([torch.full((len(blocks),), number, dtype=torch.int32) for number, blocks in enumerate(packed)])
         places = _choose_evenly(len(domains), None if (limit := limits[split]) is None else max(1, limit // config.block_size))
         for number, name in enumerate(texts.domains):
@@ -361,14 +362,38 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
     return facts
 
 
-def _load_tokenizer(source: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds here, plain Exception among them; each is the file's fault
-        raise UpcycleError(
-            f"{source}: no tokenizer that transformers can load ({' '.join(str(error).split())[:200]}); put tokenizer.json there"
-        ) from error
-    return tokenizer
+def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> None:
+    """Refuse what `prepare_data` would, as far as that is known at once, and a tokenizer with ids beyond the embedding's `num_rows` rows.
+
+    Of each domain and split as much text is tokenized as makes one block. Data sets of the hub, and Python's documentation, are not opened.
+
+    Raises:
+        UpcycleError: no tokenizer, or one that fails or does not fit the model; no text, or too little for one block.
+    """
+    tokenizer = load_tokenizer(source)
+    sample = read_sample() if isinstance(config.source, PythonDocsData) else _SAMPLE
+    check_ids(tokenizer, num_rows, sample)
+    parts = text_sources(config.source)
+    for where, part in parts.items():
+        name = where.removeprefix(domain_place("")) if isinstance(config.source, DomainsData) else None
+        for split, documents in _open_files(part, base, where).items():
+            if not _fills_block(tokenizer, documents(), config.block_size):
+                raise _too_short(split, name, config.block_size)
+
+
+def _fills_block(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[Piece], block_size: int) -> bool:
+    """Whether text has tokens for one block; no more of it is tokenized."""
+    num_tokens = 0
+    for ids in _encode(tokenizer, pieces):
+        num_tokens += len(ids)
+        if num_tokens >= block_size:
+            return True
+    return False
+
+
+def _too_short(split: Split, domain: str | None, block_size: int) -> UpcycleError:
+    whose = f"of domain '{domain}' " if domain is not None else ""
+    return UpcycleError(f"data: the {split} split {whose}has fewer tokens than one block of {block_size}; give more text or a smaller block_size")
 
 
 def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, num_blocks: int | None) -> torch.Tensor:
@@ -378,7 +403,7 @@ def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, nu
         UpcycleError: no tokenizer in the directory `tokenizer`, a file that is not UTF-8, or too little text for one block.
     """
     pieces = (piece for file in files for piece in _join(read_file(file)))
-    blocks = _pack(_load_tokenizer(tokenizer), pieces, block_size)
+    blocks = _pack(load_tokenizer(tokenizer), pieces, block_size)
     if len(blocks) == 0:
         names = ", ".join(map(str, files))
         raise UpcycleError(f"{names}: fewer tokens than one block of {block_size}; give more text or a smaller block size")
@@ -441,19 +466,19 @@ def _take_evenly(pieces: Iterator[Piece], share: float) -> Iterator[Piece]:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]) -> Iterator[Sequence[int]]:
     """Token ids of all documents. Where the tokenizer itself marks no start, the end-of-text token divides them, and opens the stream."""
-    marked: list[int] = tokenizer("a")["input_ids"]
+    marked = encode(tokenizer, "a")
     marks_start = tokenizer.bos_token_id is not None and marked[:1] == [tokenizer.bos_token_id]
     divider = [] if marks_start or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    bare = encode(tokenizer, "a", special=False)
     begin = next((place for place in range(len(marked) - len(bare) + 1) if marked[place : place + len(bare)] == bare), 0)
     before, behind = marked[:begin], marked[begin + len(bare) :]
     yield divider
     for piece in pieces:
         if piece.first and piece.last:
-            yield tokenizer(piece.text, verbose=False)["input_ids"]
+            yield encode(tokenizer, piece.text)
         else:
             yield before if piece.first else ()
-            yield tokenizer(piece.text, verbose=False, add_special_tokens=False)["input_ids"]
+            yield encode(tokenizer, piece.text, special=False)
             yield behind if piece.last else ()
         yield divider if piece.last else ()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from upcycle.checkpoint import open_checkpoint
 from upcycle.config import Domain, RouterConfig, UpcycleConfig
@@ -18,6 +18,7 @@ from upcycle.layerwise import pad_left, real_tokens, run_layers
 from upcycle.mapping import Site, plan_upcycle
 from upcycle.progress import Progress
 from upcycle.router import kmeans_rows, prototype_rows, ridge_rows, router_load
+from upcycle.tokenizer import encode, load_tokenizer
 
 _MAX_ROW_TOKENS = 512
 _BATCH_ROWS = 8
@@ -93,7 +94,7 @@ def _read_sequences(source: Path, settings: RouterConfig, blocks: torch.Tensor, 
         wanted = max(1, settings.max_tokens // blocks.shape[1])
         places = torch.linspace(0, len(blocks) - 1, min(wanted, len(blocks))).round().long()
         return [blocks[places].tolist()]
-    tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(source)
     domains = []
     for number, domain in enumerate(settings.domains):
         rows = _tokenize(tokenizer, _read_domain(domain, number, base), settings.max_tokens)
@@ -118,7 +119,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_toke
     rows: list[list[int]] = []
     left = max_tokens
     for text in texts:
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"][:left]
+        ids = encode(tokenizer, text)[:left]
         rows += [ids[start : start + _MAX_ROW_TOKENS] for start in range(0, len(ids), _MAX_ROW_TOKENS)]
         left -= len(ids)
     return rows

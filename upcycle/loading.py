@@ -24,7 +24,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from upcycle.checkpoint import INDEX_NAME, READABLE, SINGLE_NAME, Checkpoint, index_tensors, open_checkpoint
+from upcycle.checkpoint import GENERATION_CONFIG_NAME, INDEX_NAME, READABLE, SINGLE_NAME, Checkpoint, index_tensors, open_checkpoint
 from upcycle.errors import UpcycleError, one_line_errors, shorten
 from upcycle.memory import give_heap_back, release_memory
 
@@ -167,6 +167,18 @@ def _find_class(auto_class: Any, config: Any) -> Any:
         return found
     named = {each.__name__: each for each in found}
     return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), found[0])
+
+
+def check_generation_config(directory: Path) -> None:
+    """Refuse settings for generation beside a checkpoint that transformers cannot read.
+
+    Raises:
+        UpcycleError: what it says of them.
+    """
+    path = directory / GENERATION_CONFIG_NAME
+    if path.is_file():
+        with one_line_errors(path, "transformers cannot read these settings for generation", "correct the file, or remove it"):
+            GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def _read_generation_config(directory: Path) -> GenerationConfig:

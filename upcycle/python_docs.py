@@ -73,10 +73,7 @@ def read_python_docs() -> PythonDocs:
         by_split[split_of(document.module)].append(document)
     for split, texts in by_split.items():
         if not texts:
-            raise UpcycleError(
-                f"data 'python-docs': this interpreter ({sys.executable}) gives no text for the {split} split; "
-                "it must come with the standard library's source and pydoc_data; use a full CPython, or data of kind 'text'"
-            )
+            raise UpcycleError(_no_text(split))
     held_out: set[str] = set()
     for split in ("test", "validation", "train"):
         by_split[split] = [d for d in (_without(d, held_out) for d in by_split[split]) if d.text.strip()]
@@ -87,6 +84,25 @@ def read_python_docs() -> PythonDocs:
         for document in by_split[split]:
             digest.update(f"{split}\0{document.module}\0{document.domain}\0{document.text}\0".encode())
     return PythonDocs({s: tuple(d) for s, d in by_split.items()}, platform.python_version(), digest.hexdigest())
+
+
+def read_sample() -> str:
+    """A document of the data set, found at once.
+
+    Raises:
+        UpcycleError: as `read_python_docs`.
+    """
+    sample = next(_topics(), None)
+    if sample is None or not (Path(sysconfig.get_paths()["stdlib"]) / "os.py").is_file():
+        raise UpcycleError(_no_text("any"))
+    return sample.text
+
+
+def _no_text(split: str) -> str:
+    return (
+        f"data 'python-docs': this interpreter ({sys.executable}) gives no text for the {split} split; "
+        "it must come with the standard library's source and pydoc_data; use a full CPython, or data of kind 'text'"
+    )
 
 
 def split_of(module: str) -> Split:

@@ -48,16 +48,17 @@ from typing import Any, Literal, cast
 import psutil
 import torch
 from optimum.exporters.tasks import TasksManager
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
-from upcycle.checkpoint import TOKENIZER_NAMES, Checkpoint, open_checkpoint, read_chunks
+from upcycle.checkpoint import Checkpoint, open_checkpoint, read_chunks
 from upcycle.errors import UpcycleError
 from upcycle.footprint import receipt_bytes
 from upcycle.layerwise import apply_head, embed, load_layer, pad_left, run_layers
 from upcycle.loading import check_whole, load_whole
 from upcycle.mapping import ExpertPart, Keep, Slice, UpcyclePlan
 from upcycle.progress import Progress
+from upcycle.tokenizer import encode, has_tokenizer, load_tokenizer
 
 ROUNDING_LIMIT = 1e-5
 """Largest rel in float32 of a router that weighs experts unequally: measured 3e-7 to 1e-6 on 4 to 32 layers of every family, times ten."""
@@ -544,11 +545,11 @@ def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
 
 def _compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
     """Whether the tokenizer gives the same ids in both directories; transformers chooses its class, and so its rules, by the model beside it too."""
-    if not any((source / name).is_file() for name in TOKENIZER_NAMES):
+    if not has_tokenizer(source):
         return
     text = inspect.getsource(sys.modules[__name__])
-    dense, sparse = (AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False) for path in (source, output))
-    if dense(text, verbose=False)["input_ids"] != sparse(text, verbose=False)["input_ids"]:
+    dense, sparse = (load_tokenizer(path) for path in (source, output))
+    if encode(dense, text) != encode(sparse, text):
         yield (
             f"transformers tokenizes otherwise beside the mixture than beside the dense model: by {type(sparse).__name__} and by "
             f"{type(dense).__name__}; name the class that is meant in tokenizer_config.json, and see that tokenizer.json has its rules"
@@ -570,9 +571,9 @@ def _read_text(source: Path, block_size: int) -> _Text:
     notes: tuple[str, ...] = ()
     if length <= window < context:
         notes = (f"the text of {length} tokens does not cross the window of {window}; that it was kept is known from the config alone",)
-    if any((source / name).is_file() for name in TOKENIZER_NAMES):
+    if has_tokenizer(source):
         text = (inspect.getsource(sys.modules[__name__]) * 4)[: _LETTERS_PER_TOKEN * length]
-        stream = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)(text, verbose=False)["input_ids"]
+        stream = encode(load_tokenizer(source), text)
     else:
         stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
     ids, mask = pad_left([stream[row : row + count] for row, count in enumerate((length, max(_DECODE_STEPS + 1, length // 2), 3))])
