@@ -1,6 +1,6 @@
 """How mutated recipes, checkpoints, packages, data and runs end: the table of the campaign, or one of its cases again.
 
-    python benchmarks/robustness.py --cases 1000                                      # of each kind of input: two tables, and every distinct failure
+    python benchmarks/robustness.py --cases 1000              # of each kind of input: two tables, every distinct failure, what was refused late
     python benchmarks/robustness.py --cases 200 --kinds packages,recipes --seed 2
     python benchmarks/robustness.py --case 'recipes | check | recipe.yaml: set @7'    # what the command says, as a failure names the case
 
@@ -48,6 +48,7 @@ def main() -> None:
                 print(f"{kind}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
             print(table.markdown())
             print(table.report())
+            print(*(f"late: {case}\n    {verdict.reason.strip()}" for case, verdict in table.late), sep="\n")
         runner.watched.close()
 
 

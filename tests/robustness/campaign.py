@@ -6,7 +6,9 @@ A case is a kind of input, a command and one or two mutations; `run_case` says h
    commands promise), without control characters; no traceback, and nothing that other libraries print past our streams.
 2. Nothing is written but below the work directory: not among the inputs, in the current directory, in the home or the temporary directory.
 3. No process is left, none dies or hangs.
-4. A success that says something that can be checked is right: an upcycled artifact has a receipt that passed, and files as its manifest says.
+4. A success that says something that can be checked is right: an upcycled artifact has a receipt, and files as its manifest says.
+
+Where `run` refuses an input, `check` is asked too: what it calls good was refused late.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from tests.robustness.inputs import Input, Inputs, Kind
 from tests.robustness.mutations import Mutation
 from tests.robustness.worker import Answer, Watched
 
-End = Literal["success", "refused", "failed"]
+End = Literal["success", "refused", "late", "failed"]
 _LONGEST_LINE = 2000
 
 
@@ -55,7 +57,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended: where it failed by what, and what tells its kind from other failures."""
+    """How a case ended: where it failed by what, and what tells its kind from other failures. `late`: refused, but not by `check`."""
 
     end: End
     reason: str = ""
@@ -103,7 +105,7 @@ class Runner:
             (self._case / name).mkdir(parents=True)
         copied = self._case / "input"
         shutil.copytree(found.folder, copied, symlinks=True)
-        for mutation in case.mutations:
+        for mutation in sorted(case.mutations, key=lambda each: -len(found.table[each.name][0])):  # a file before its folder
             mutation.apply(copied, found.table)
         work = self._case / "work"
         arguments = [each.format(input=copied, work=work) for each in found.commands[case.command]]
@@ -112,7 +114,11 @@ class Runner:
         before = {folder: _listing(folder) for folder in watched}
         answer = self.watched.run(arguments, self._case / "cwd")
         changed = [path for folder in watched for path in _differences(folder, before[folder])]
-        return judge(case, answer, changed, work), answer
+        verdict = judge(case, answer, changed, work)
+        if verdict.end == "refused" and case.command == "run" and "check" in found.commands:
+            checked = self.watched.run([each.format(input=copied) for each in found.commands["check"]], self._case / "cwd")
+            verdict = Verdict("late", answer.errors) if checked.code == 0 else verdict
+        return verdict, answer
 
 
 def _listing(folder: Path) -> dict[str, str]:
@@ -207,10 +213,11 @@ def _group(reason: str) -> str:
 
 @dataclass
 class Table:
-    """How cases ended, by kind of input and mutation, and the cases that failed."""
+    """How cases ended, by kind of input and mutation, and the cases that failed or were refused late."""
 
     ends: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     failures: dict[tuple[str, str], list[tuple[Case, Verdict, Answer]]] = field(default_factory=lambda: defaultdict(list))
+    late: list[tuple[Case, Verdict]] = field(default_factory=list)
 
     def add(self, case: Case, verdict: Verdict, answer: Answer) -> None:
         """Count a case under each of its mutations and once under its kind."""
@@ -219,6 +226,8 @@ class Table:
             self.ends[case.kind, mutation.name][verdict.end] += 1
         if verdict.end == "failed":
             self.failures[case.kind, verdict.group].append((case, verdict, answer))
+        if verdict.end == "late":
+            self.late.append((case, verdict))
 
     def total(self) -> Counter[str]:
         """Ends of all cases."""
@@ -226,7 +235,7 @@ class Table:
 
     def markdown(self) -> str:
         """The tables, for a page: by kind of input, then by file and mutation."""
-        head = ["cases", "success", "refused in one line", "failed"]
+        head = ["cases", "success", "refused in one line", "of these late", "failed"]
         kinds = [(kind, counts) for (kind, name), counts in self.ends.items() if not name]
         rows = [_row(head, "input"), _rule(head, 1), *(_row(_counts(counts), kind) for kind, counts in kinds)]
         rows += [_row(_counts(self.total()), "all"), "", _row(head, "input", "mutation"), _rule(head, 2)]
@@ -243,7 +252,8 @@ class Table:
 
 
 def _counts(counts: Counter[str]) -> list[str]:
-    return [str(sum(counts.values())), str(counts["success"]), str(counts["refused"]), str(counts["failed"])]
+    refused = counts["refused"] + counts["late"]
+    return [str(each) for each in (sum(counts.values()), counts["success"], refused, counts["late"], counts["failed"])]
 
 
 def _row(cells: Sequence[str], *names: str) -> str:

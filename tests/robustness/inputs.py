@@ -134,11 +134,11 @@ class Inputs:
 
     def of(self, kind: Kind) -> Input:
         """The input of a kind."""
-        write, files, commands = _KINDS[kind]
+        write, folder_name, files, commands = _KINDS[kind]
         folder = self._make(kind, lambda folder: write(self, folder))
         if kind == "runs":
             files = {path.relative_to(folder).as_posix(): JSON for path in sorted((folder / "work").rglob("*.json")) if path.name in _RUN_FILES}
-        return Input(folder, tabulate(files), commands)
+        return Input(folder, tabulate(files, folder_name), commands)
 
     def _make(self, name: str, write: Callable[[Path], None]) -> Path:
         """The folder of this name, written once."""
@@ -254,17 +254,17 @@ _SHARDS = {"model.safetensors.index.json": JSON} | {f"model-0000{n}-of-00002.saf
 _PACKAGE = {"model.onnx": MODEL, "model.onnx.data": {}, "genai_config.json": JSON} | _COMPANIONS
 _RUN_FILES = ("run.json", "manifest.json", "report.json")
 
-_KINDS: dict[Kind, tuple[Callable[[Inputs, Path], None], Files, Mapping[str, Command]]] = {
-    "recipes": (_write_recipe, {"recipe.yaml": YAML}, _RECIPES),
-    "checkpoints": (_write_checkpoint, _below("checkpoint", _WHOLE), _CHECKPOINT),
-    "sharded checkpoints": (_write_sharded, _below("checkpoint", _SHARDS), _CHECKPOINT),
-    "references": (_write_package, _below("reference", _WHOLE), {"parity": _PARITY}),
-    "packages": (_write_package, _below("package", _PACKAGE), _GENERATE | _BENCH | {"parity": (*_PARITY, "--json", "{work}/parity.json")}),
-    "int8 packages": (_write_int8, _below("package", {"model.onnx": MODEL, "model.onnx.data": {}}), _GENERATE | _BENCH),
-    "texts": (_write_data, {"text.txt": TEXT}, _CHECK | {"run": (*_RUN, "data"), "parity": _PARITY}),
-    "tasks": (_write_data, {"tasks.jsonl": TEXT | JSON_LINES}, _CHECK | {"parity": (*_PARITY, *_TASK)}),
-    "prompts": (_write_data, {"prompts.txt": TEXT}, _PROMPTS),
-    "runs": (_write_run, {}, _RUNS),
+_KINDS: dict[Kind, tuple[Callable[[Inputs, Path], None], str | None, Files, Mapping[str, Command]]] = {
+    "recipes": (_write_recipe, None, {"recipe.yaml": YAML}, _RECIPES),
+    "checkpoints": (_write_checkpoint, "checkpoint", _below("checkpoint", _WHOLE), _CHECKPOINT),
+    "sharded checkpoints": (_write_sharded, "checkpoint", _below("checkpoint", _SHARDS), _CHECKPOINT),
+    "references": (_write_package, "reference", _below("reference", _WHOLE), {"parity": _PARITY}),
+    "packages": (_write_package, "package", _below("package", _PACKAGE), _GENERATE | _BENCH | {"parity": (*_PARITY, "--json", "{work}/parity.json")}),
+    "int8 packages": (_write_int8, None, _below("package", {"model.onnx": MODEL, "model.onnx.data": {}}), _GENERATE | _BENCH),
+    "texts": (_write_data, None, {"text.txt": TEXT}, _CHECK | {"run": (*_RUN, "data"), "parity": _PARITY}),
+    "tasks": (_write_data, None, {"tasks.jsonl": TEXT | JSON_LINES}, _CHECK | {"parity": (*_PARITY, *_TASK)}),
+    "prompts": (_write_data, None, {"prompts.txt": TEXT}, _PROMPTS),
+    "runs": (_write_run, None, {}, _RUNS),
 }
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -348,6 +349,57 @@ FILES: dict[str, Change] = {
     "encode": _encode, "LFS pointer": _point, "directory": _make_directory, "dangling link": _link_to_nothing, "looping link": _link_to_itself,
     "another file": _take_place_of,
 } | ({} if os.geteuid() == 0 else {"forbid": _forbid})  # fmt: skip
+
+
+# Folders, and files that were not there.
+
+
+def _remove_folder(path: Path, random: Random) -> None:
+    shutil.rmtree(path)
+
+
+def _empty_folder(path: Path, random: Random) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def _turn_into_file(path: Path, random: Random) -> None:
+    shutil.rmtree(path)
+    path.write_bytes(random.choice((b"", b"x", b"{}")))
+
+
+def _link_folder_to_itself(path: Path, random: Random) -> None:
+    shutil.rmtree(path)
+    path.symlink_to(path.name)
+
+
+def _link_files(path: Path, random: Random) -> None:
+    """As the hub's cache has them: each file a link to one of another name elsewhere, which is no fault."""
+    blobs = path.with_name(f"{path.name} blobs")
+    blobs.mkdir()
+    for number, file in enumerate(sorted(path.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("..") / blobs.name / str(number))
+
+
+_STRAY = (
+    b"", b"{}", b"[]", b"null", b'{"x": 1}', b"\xff\xfe", b"{% for x in", b"{{ raise_exception('x') }}", b"PK\x03\x04", b"import os\nos.abort()\n",
+)  # fmt: skip
+
+
+def _write_stray(path: Path, random: Random) -> None:
+    path.write_bytes(random.choice((*_STRAY, _POINTER.encode(), json.dumps(odd_value(random)).encode())))
+
+
+FOLDER: dict[str, Change] = {
+    "remove": _remove_folder, "empty": _empty_folder, "file": _turn_into_file, "looping link": _link_folder_to_itself, "links": _link_files,
+}  # fmt: skip
+STRAYS = (
+    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin",
+    "tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "README.md", "modeling_x.py", "model.safetensors.index.json",
+    "preprocessor_config.json", "manifest.json", "run.json", "[x]\x1b[31m.json", "model.onnx.data", "config.json~",
+)  # fmt: skip
+"""Files that may lie beside a model; where there is one already, it is replaced."""
 
 
 # Safetensors.
@@ -729,6 +781,10 @@ YAML: dict[str, Change] = {what: partial(_change_yaml, what=what) for what in _T
 MODEL: dict[str, Change] = {what: partial(_change_onnx, what=what) for what in _ONNX}
 
 
-def tabulate(files: Mapping[str, Mapping[str, Change]]) -> Table:
-    """All that can be done to each file: its own changes, and those of any file."""
-    return {f"{file}: {what}": (file, change) for file, changes in files.items() for what, change in (FILES | dict(changes)).items()}
+def tabulate(files: Mapping[str, Mapping[str, Change]], folder: str | None = None) -> Table:
+    """All that can be done to each file, its own changes and those of any file, and to the folder of a model, to which strays can be added."""
+    table = {f"{file}: {what}": (file, change) for file, changes in files.items() for what, change in (FILES | dict(changes)).items()}
+    if folder is not None:
+        table |= {f"{folder}: {what}": (folder, change) for what, change in FOLDER.items()}
+        table |= {f"{folder}: stray {name!a}": (f"{folder}/{name}", _write_stray) for name in STRAYS}
+    return table
