@@ -128,7 +128,7 @@ def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path
     loose = parity(package, llama, "--no-padding", "--max-perplexity-increase", 10, "--json", tmp_path / "parity.json")
     assert loose.exit_code == 0
     judged = "only the perplexity, the files and the package against itself are judged, unless --twin is given"
-    assert loose.stdout.endswith(f"parity passed: where weights are rounded {judged}\n")
+    assert loose.stdout.endswith(f"parity passed: its weights are not the reference's: {judged}\n")
     figures = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]
     without = "no checkpoint with the package's own weights was given"
     assert figures["tiers"]["logits"] == f"passed: each way of feeding it against itself; not judged against torch: {without}"
@@ -212,7 +212,7 @@ def test_a_quantized_package_with_its_twin_is_held_to_it(mixture_checkpoint: Pat
     ],
 )
 def test_the_precision_is_read_from_the_graph(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, activation_bits: int, rounds: bool) -> None:
-    assert find_precision(export(mixture_checkpoint, tmp_path, variant, activation_bits)) == Precision(variant, rounds)
+    assert find_precision(export(mixture_checkpoint, tmp_path, variant, activation_bits)) == Precision(variant, rounds, has_experts=True)
 
 
 # What a user can mend is one line.
@@ -238,8 +238,8 @@ def test_a_text_that_is_too_short_is_one_line(own_package: Path, mixture_checkpo
 
 
 def test_a_directory_without_a_package_or_a_checkpoint_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
-    assert refusal(parity(tmp_path, mixture_checkpoint)) == f"{tmp_path}: no {MODEL_NAME}; it must be a directory with an ONNX decoder"
-    message = f"{tmp_path}: no config.json; it must be a checkpoint that transformers can load"
+    assert refusal(parity(tmp_path, mixture_checkpoint)) == f"{tmp_path}: no {MODEL_NAME}; it must be an ONNX package, as `dense2moe run` writes it"
+    message = f"{tmp_path}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
     assert refusal(parity(own_package, tmp_path)) == message
 
 
