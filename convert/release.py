@@ -1,21 +1,26 @@
-"""A package made ready to be given away: its files, its model card, the report."""
+"""A package made ready to be given away: its files, its model card, the report, their digests."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from convert.artifact import Artifact, ArtifactError, check_space, describe_os_error, verify
 from convert.card import CARD_NAME, CARDS_NAME
 from convert.digests import DIGESTS_NAME, write_digests
 from convert.report import HTML_NAME
+from upcycle.durable import sync_tree
 
 
 def gather_package(package: Artifact, report: Artifact, variant: str, output: Path) -> list[str]:
-    """Copy a package, its card as `README.md` and the report into the new directory `output`, with their digests; returns the names of its files.
+    """Copy a package, its card as `README.md` and the report into the new directory `output`; returns the names of its files.
 
-    The artifacts stay as they are. Every file is checked against its manifest first, and `output` is there whole or not at all.
+    The artifacts stay as they are. Every file is checked against its manifest first, and `output` is there whole or not at all, with the digests of
+    its files in `SHA256SUMS`. Links become files.
 
     Raises:
         ArtifactError: `output` is there already, a file is not as its manifest says, the report has no card, or the disk is full.
@@ -31,15 +36,32 @@ def gather_package(package: Artifact, report: Artifact, variant: str, output: Pa
     sources = {name: package.directory / name for name in package.manifest["files"]}
     sources |= {CARD_NAME: card, HTML_NAME: report.directory / HTML_NAME}
     check_space(output, sum(source.stat().st_size for source in sources.values()))
-    fresh = output.with_name(f"{output.name}.partial")
+    known = {name: record["sha256"] for name, record in package.manifest["files"].items() if name not in (CARD_NAME, HTML_NAME)}
     try:
-        shutil.rmtree(fresh, ignore_errors=True)
-        for name, source in sources.items():
-            (fresh / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, fresh / name)
-        write_digests(fresh, {name: record["sha256"] for name, record in package.manifest["files"].items()})
-        fresh.rename(output)
+        with _fresh_directory(output) as fresh:
+            for name, source in sources.items():
+                (fresh / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, fresh / name)
+            write_digests(fresh, known)
+            sync_tree(fresh)
+            fresh.rename(output)
     except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise ArtifactError(describe_os_error(error, output)) from error
+        raise ArtifactError(describe_os_error(error, output, "DIRECTORY")) from error
     return sorted([*sources, DIGESTS_NAME])
+
+
+@contextmanager
+def _fresh_directory(output: Path) -> Iterator[Path]:
+    """A new directory beside `output`, which goes away with the parents made for it unless it is renamed in the block."""
+    missing = [parent for parent in output.absolute().parents if not parent.exists()]
+    fresh = output.with_name(f".{output.name[:100]}-{secrets.token_hex(8)}.partial")
+    try:
+        output.absolute().parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        yield fresh
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        with suppress(OSError):  # the first that is not empty is not ours alone
+            for parent in missing:
+                parent.rmdir()
+        raise
