@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import errno
+import io
 import json
 import os
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
 
 import click
 
-from upcycle.errors import MendableError, one_line_errors
+from upcycle.errors import MendableError, find_os_error, is_out_of_memory, one_line_errors, shorten
 from upcycle.imports import uncollected_imports
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
@@ -22,51 +24,63 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; only the com
 
 _STAGES = ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report")
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_KEPT = "what is finished is kept, and the same command goes on from there"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 
 
 def _mendable(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """What the user can mend ends in one line and exit code 1; a bug keeps its traceback."""
+    """What the user can mend ends in one line and exit code 1, a signal in one line and its own code; a bug keeps its traceback."""
 
     @wraps(function)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        from convert.artifact import describe_os_error
+        from convert.termination import Terminated, termination_raised
 
         try:
-            return function(*args, **kwargs)
+            with termination_raised():
+                return function(*args, **kwargs)
         except MendableError as error:
             raise click.ClickException(str(error)) from error
+        except Terminated as error:
+            _end(f"{'terminated' if error.signal == signal.SIGTERM else 'hung up'}; {_KEPT}", error.signal)
         except KeyboardInterrupt:
-            click.echo("interrupted; what is finished is kept, and the same command goes on from there", err=True)
-            sys.exit(130)
+            _end(f"interrupted; {_KEPT}", signal.SIGINT)
+        except (click.ClickException, click.Abort, click.exceptions.Exit):
+            raise
+        except EOFError as error:  # click would take it for the end of its own input, and say 'Aborted!' alone
+            raise RuntimeError("a file or a pipe ended early") from error
         except Exception as error:
-            if (cause := _disk_error(error)) is not None:
-                workdir = kwargs.get("workdir")
-                where = workdir if isinstance(workdir, Path) else Path("the work directory")
-                raise click.ClickException(describe_os_error(cause, where)) from error
+            if (line := _describe_system(error, kwargs)) is not None:
+                raise click.ClickException(line) from error
             raise
 
     return wrapped
 
 
-def _disk_error(error: BaseException | None) -> OSError | None:
-    """The disk's or the file system's refusal behind an exception; libraries written in Rust only quote its number."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return error
-        for number in _DISK_ERRORS:
-            if f"(os error {number})" in str(error):
-                return OSError(number, os.strerror(number))
-        error = error.__cause__ or error.__context__
-    return None
+def _end(line: str, number: int) -> NoReturn:
+    with suppress(OSError):  # the terminal may be what is gone
+        click.echo(line, err=True)
+    sys.exit(128 + number)
+
+
+def _describe_system(error: Exception, arguments: Mapping[str, Any]) -> str | None:
+    """One line on what the system refused, the disk or memory, whichever library passed it on; None where it refused nothing."""
+    from convert.artifact import describe_os_error
+
+    if is_out_of_memory(error):
+        return f"out of memory ({shorten(error) or type(error).__name__}); close other programs, or take a smaller model or less text"
+    if (cause := find_os_error(error)) is None:
+        return None
+    place = next((value for name in ("workdir", "output", "directory") if isinstance(value := arguments.get(name), Path)), None)
+    return describe_os_error(cause, place or Path("the work directory"), "--workdir" if place is None or "workdir" in arguments else "directory")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="dense2moe", prog_name="dense2moe")
 def main() -> None:
     """Turn a pretrained dense transformer into a Mixture of Experts in ONNX, and show that it is the same model."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no command; stderr is made so by Python
 
 
 @main.command()
@@ -140,13 +154,14 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
 @_mendable
 def show(directory: Path) -> None:
     """Show the results of RUN, a work directory: its summary table, or how far it came."""
-    from convert.artifact import open_artifact
+    from convert.artifact import is_locked, open_artifact
     from convert.costs import cost_table, take_costs
     from convert.report import HTML_NAME
     from convert.summary import summary_table, verdict_lines
 
     state = _read_run(directory)
-    click.echo(f"{state['name']}: {state['status']} ({state['recipe']})")
+    status = "stopped" if state["status"] == "running" and not is_locked(directory) else state["status"]  # as a kill or a power cut leaves it
+    click.echo(f"{state['name']}: {status} ({state['recipe']})")
     _, costs = take_costs({label: open_artifact(directory / name).facts for label, name in state["artifacts"].items()})
     if costs:
         _console().print(cost_table(costs))
@@ -470,7 +485,8 @@ def _default_workdir(preparation: Preparation) -> Path:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=100, force_terminal=False)
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # texts are also the user's: brackets and colons stay as they are
+    return Console(**plain) if sys.stdout.isatty() else Console(width=100, force_terminal=False, **plain)
 
 
 def _read_run(directory: Path) -> dict[str, Any]:
@@ -480,11 +496,20 @@ def _read_run(directory: Path) -> dict[str, Any]:
     if not path.is_file():
         raise click.ClickException(f"{directory}: no {RUN_NAME}; it must be the work directory of a run, such as runs/quickstart")
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _ = state["name"], state["status"], state["recipe"], state["artifacts"].items()
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise click.ClickException(f"{path}: not the state of a run ({error}); run the recipe again") from error
-    return state
+        state: Any = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise click.ClickException(f"{path}: not JSON ({shorten(error)}); run the recipe again") from error
+    match state:
+        case {"name": str(), "status": str(), "recipe": str(), "artifacts": {**artifacts}} if all(map(_is_name, artifacts.values())):
+            return cast(dict[str, Any], state)
+    raise click.ClickException(
+        f"{path}: not the state of a run, which has name, status, recipe, and artifacts with the names of their directories; run the recipe again"
+    )
+
+
+def _is_name(value: object) -> bool:
+    """Whether it is the name of a file or directory, and no path out of the folder that holds it."""
+    return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and value.isprintable()
 
 
 def _check_output(path: Path | None, option: str) -> None:
