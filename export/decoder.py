@@ -188,12 +188,13 @@ def plan_lowerings(
     def describe(bits: int) -> MoeLayer:
         def weight(name: str, rows: tuple[int, int] | None) -> Weight:
             shape = shapes[name]
+            entry = TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape))
             if not is_quantized(bits) or len(shape) == 1:
-                return FloatWeight(TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape)), rows)
+                return FloatWeight(entry, rows)
             start, stop = rows or (0, math.prod(shape[:-1]))
             if variant == STATIC:
-                return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True)
-            return QuantizedWeight(name, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points)
+                return QuantizedWeight(entry, {}, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True)
+            return QuantizedWeight(entry, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points)
 
         return moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config)
 

@@ -106,7 +106,7 @@ def estimate_bytes(
     model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig, device: Device = "cpu",
     lowering: str = "auto",
 ) -> tuple[int, int]:  # fmt: skip
-    """Bytes of a variant's ONNX package and of the weights in its quantize artifact (twin and integers), from names and shapes alone.
+    """Bytes of a variant's ONNX package, and of the twin and its integers while both are made, from names and shapes alone.
 
     Variant 'mixed' has its budget, or, where its limit is one of perplexity, as many bytes as 8 bits everywhere; while it is made both candidates of
     all weights lie beside it.

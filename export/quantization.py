@@ -218,11 +218,26 @@ def round_to(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
     return (w * inverse).round().clamp(-zero, (1 << bits) - 1 - zero)
 
 
+def recover(weight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int, block_size: int) -> Quantized:
+    """The integers that a dequantized weight [N, K] was made of, bit for bit, from its scales and zero points; see `Quantized`.
+
+    A float32 w = integer * scale is off by one rounding, and so w / scale nearest to that integer. Scales may be smaller than 1 / the largest number.
+    """
+    scale = scales[..., None].to(torch.float64)
+    integers = torch.where(scale == 0, 0.0, cut(weight, block_size) / scale).round().to(torch.float32)
+    codes = _pack((integers + _zeros(zero_points, scales.shape[1], bits)).to(torch.uint8), bits)
+    return Quantized(codes, scales, zero_points)
+
+
 def dequantize(quantized: Quantized, width: int, bits: int) -> torch.Tensor:
     """The float32 weight [N, width] that the codes stand for."""
     codes = unpack(quantized.codes, bits).to(torch.float32)
-    if quantized.zero_points is None:
-        zero = torch.tensor(float(default_zero_point(bits)))
-    else:
-        zero = unpack(quantized.zero_points, bits)[:, : codes.shape[1], None].to(torch.float32)
+    zero = _zeros(quantized.zero_points, codes.shape[1], bits)
     return ((codes - zero) * quantized.scales[..., None]).flatten(1)[:, :width].contiguous()
+
+
+def _zeros(zero_points: torch.Tensor | None, blocks: int, bits: int) -> torch.Tensor:
+    """Packed zero points as numbers, float32 [N, blocks, 1], or the one number of all."""
+    if zero_points is None:
+        return torch.tensor(float(default_zero_point(bits)))
+    return unpack(zero_points, bits)[:, :blocks, None].to(torch.float32)

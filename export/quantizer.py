@@ -29,12 +29,13 @@ from export.sensitivity import Ruler, Weights
 from export.static import quantize_static
 from export.text import choose_blocks, count_calibration_tokens
 from export.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
-from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint
+from upcycle.checkpoint import Checkpoint, TensorEntry, check_values, copy_companions, index_tensors, open_checkpoint, read_tensor
 from upcycle.config_files import save_config
 from upcycle.durable import begin
 from upcycle.numbers import name_specials
 from upcycle.shards import TensorSpec, write_tensors
 
+_INTEGERS, _CODES = "integers", ".codes"
 _SHARD_BYTES = 5_000_000_000
 _TORCH_TYPES: dict[ElementType, torch.dtype] = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -217,7 +218,7 @@ def _choose_text(blocks: torch.Tensor, job: _Job) -> torch.Tensor:
 
 def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
     """Quantize by a plan, and write the integers into `output`, in the place of those that are there; returns where they are."""
-    for old in output.glob(f"{STEM}*.safetensors*"):
+    for old in output.glob(f"{_INTEGERS}*.safetensors*"):
         old.unlink()
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
@@ -229,15 +230,21 @@ def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[d
     else:
         scales = job.packing.scale_type
         quantized = quantize_tensors(job.checkpoint, job.family, plan, job.config, scales, text, record, job.progress, journal)
-    write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=STEM)
-    return index_tensors(output, STEM), record
+    write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=_INTEGERS)
+    return index_tensors(output, _INTEGERS), record
 
 
 def _write_twin(job: _Job, plan: dict[str, int]) -> CalibrationRecord:
-    """Write the integers of a plan, and the checkpoint that has their values."""
-    integers, record = _write_integers(job, plan, job.output)
-    specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
-    write_tensors(job.output, specs, _twin_tensors(job, integers, plan, record.replaced), _SHARD_BYTES)
+    """Write the checkpoint that has the values of a plan's integers, and of these the scales, from which both can be told."""
+    for old in job.output.glob(f"{STEM}*.safetensors*"):
+        old.unlink()
+    with tempfile.TemporaryDirectory(dir=job.output) as folder:
+        integers, record = _write_integers(job, plan, Path(folder))
+        specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
+        write_tensors(job.output, specs, _twin_tensors(job, integers, plan, record.replaced), _SHARD_BYTES)
+        kept = [spec for spec in job.integer_specs(plan) if not spec.name.endswith(_CODES)]
+        if kept:
+            write_tensors(job.output, kept, ((spec.name, read_tensor(integers[spec.name])) for spec in kept), _SHARD_BYTES, stem=STEM)
     return record
 
 

@@ -1,7 +1,8 @@
 """The twin: a checkpoint in float32 that computes with the values of integers beside it, and how the graph builder reads both.
 
 The directory is a plain Hugging Face checkpoint whose weights are the dequantized ones, so transformers alone can run exactly what the ONNX file
-will hold. Beside it `quantized.safetensors` keeps the integers and scales that the graph packs.
+will hold. Beside it `scales.safetensors` keeps the scales and zero points; from these and the weights the integers, which the graph packs, follow
+to the bit.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ import torch
 
 from export.config import STATIC, ElementType
 from export.family import DecoderFamily, find_decoder_family
-from export.quantization import PARTS, Quantized, dequantize, num_blocks
-from upcycle.checkpoint import TensorEntry, index_tensors, open_checkpoint, read_rows, read_tensor
+from export.quantization import PARTS, Quantized, dequantize, join, num_blocks, recover
+from upcycle.checkpoint import CHUNK_ELEMENTS, TensorEntry, index_tensors, open_checkpoint, read_rows, read_tensor
 
 SCHEME_NAME = "quantization.json"
-STEM = "quantized"
+STEM = "scales"
 COLUMN_SCALES = "column_scales"
 """The part of a quantized matrix that holds what its columns were multiplied by, where its input is to be divided by it as the graph runs."""
 
@@ -47,13 +48,13 @@ class FloatWeight:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A quantized matrix [rows, width] in the twin: where its integers are, and the first of its rows there.
+    """A quantized matrix [rows, width] in the twin: its weights, where its scales are, and the first of its rows in both.
 
     `is_static`: its rows have one scale each, a block being as wide as they are, and it reads integers times `input_scale`.
     """
 
-    name: str
-    integers: Mapping[str, TensorEntry]
+    entry: TensorEntry
+    scales: Mapping[str, TensorEntry]
     shape: tuple[int, int]
     bits: int
     block_size: int
@@ -61,6 +62,11 @@ class QuantizedWeight:
     zero_points: bool = False
     is_static: bool = False
     input_scale: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """What its tensor is called."""
+        return self.entry.name
 
     @property
     def num_blocks(self) -> int:
@@ -73,14 +79,20 @@ class QuantizedWeight:
         return f"{self.name}[{self.start}:{self.start + self.shape[0]}]"
 
     def read(self) -> Quantized:
-        """Codes, scales and zero points; see `Quantized`."""
-        rows = (self.start, self.start + self.shape[0])
-        parts = PARTS if self.zero_points else PARTS[:2]
-        return _assemble(*(read_rows(self.integers[f"{self.name}.{part}"], *rows) for part in parts))
+        """Codes, scales and zero points; see `Quantized`. Floats are in memory some rows at a time."""
+        step, stop = max(1, CHUNK_ELEMENTS // self.shape[1]), self.start + self.shape[0]
+        columns = self.read_column_scales()
+        return join([self._read_rows(start, min(start + step, stop), columns) for start in range(self.start, stop, step)])
+
+    def _read_rows(self, start: int, stop: int, columns: torch.Tensor | None) -> Quantized:
+        scales = read_rows(self.scales[f"{self.name}.scales"], start, stop).to(torch.float32)
+        zero_points = read_rows(self.scales[f"{self.name}.zero_points"], start, stop) if self.zero_points else None
+        weight = FloatWeight(self.entry, (start, stop)).read()
+        return recover(weight if columns is None else weight * columns, scales, zero_points, self.bits, self.block_size)
 
     def read_column_scales(self) -> torch.Tensor | None:
         """What the columns of the matrix were multiplied by, float32 [width]; None where they are as they were."""
-        entry = self.integers.get(f"{self.name}.{COLUMN_SCALES}")
+        entry = self.scales.get(f"{self.name}.{COLUMN_SCALES}")
         return None if entry is None else read_tensor(entry)
 
 
@@ -96,7 +108,7 @@ class Twin:
         self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
         self.element_type: ElementType = self.scheme["element_type"]
         self.float_type: ElementType = self.scheme["float_type"]
-        self.integers = index_tensors(directory, STEM) if self.scheme["tensors"] else {}
+        self.scales = index_tensors(directory, STEM) if self.scheme["tensors"] else {}
 
     @cached_property
     def family(self) -> DecoderFamily:
@@ -109,17 +121,17 @@ class Twin:
 
     def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:
         """The matrix `name`, quantized or not, or some of its rows; all dimensions but the last count as rows."""
-        shape = self.checkpoint.entries[name].shape
-        bits = self.scheme["tensors"].get(name)
+        entry, bits = self.checkpoint.entries[name], self.scheme["tensors"].get(name)
         if bits is None:
-            return FloatWeight(self.checkpoint.entries[name], rows)
+            return FloatWeight(entry, rows)
+        shape = entry.shape
         start, stop = rows or (0, math.prod(shape[:-1]))
         if self.scheme["variant"] != STATIC:
-            return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, self.scheme["block_size"], start, self.scheme["zero_points"])
+            return QuantizedWeight(entry, self.scales, (stop - start, shape[-1]), bits, self.scheme["block_size"], start, self.scheme["zero_points"])
         scales = self.scheme["input_scales"].get(name, [1.0])  # an embedding that is only read row by row multiplies nothing
         rows_of_one = math.prod(shape[:-1]) // len(scales)
         own = scales[start // rows_of_one]
-        return QuantizedWeight(name, self.integers, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True, input_scale=own)
+        return QuantizedWeight(entry, self.scales, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True, input_scale=own)
 
 
 def read_dequantized(name: str, integers: Mapping[str, TensorEntry], shape: tuple[int, ...], bits: int) -> torch.Tensor:
@@ -131,9 +143,5 @@ def read_dequantized(name: str, integers: Mapping[str, TensorEntry], shape: tupl
 
 def read_quantized(name: str, integers: Mapping[str, TensorEntry]) -> Quantized:
     """The integers of a whole tensor."""
-    return _assemble(*(read_tensor(integers[key]) for part in PARTS if (key := f"{name}.{part}") in integers))
-
-
-def _assemble(codes: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None = None) -> Quantized:
-    """Integers as they are computed with, from what lies on the disk, where scales have 16 bits."""
-    return Quantized(codes, scales.to(torch.float32), zero_points)
+    codes, scales, *zero_points = (read_tensor(integers[key]) for part in PARTS if (key := f"{name}.{part}") in integers)
+    return Quantized(codes, scales.to(torch.float32), *zero_points)

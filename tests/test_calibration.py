@@ -176,7 +176,8 @@ def test_quantizing_twice_gives_the_same_integers(mixture_checkpoint: Path, tmp_
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks=draw_blocks(16))
-    assert (tmp_path / "first" / "quantized.safetensors").read_bytes() == (tmp_path / "second" / "quantized.safetensors").read_bytes()
+    for file in ("model.safetensors", "scales.safetensors"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
 
 def test_groups_name_their_experts_in_order(mixture_checkpoint: Path) -> None:

@@ -115,10 +115,10 @@ def make_layer(
                 tensors[f"{number}.{name}"] = weight
             else:
                 quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, scale_type(way.element_type)), zero_points=way.zero_points)
-                tensors |= {f"{number}.{name}.codes": quantized.codes, f"{number}.{name}.scales": quantized.scales}
+                tensors[f"{number}.{name}.scales"] = quantized.scales
                 if way.zero_points:
                     tensors[f"{number}.{name}.zero_points"] = quantized.own_zero_points()
-                weight = dequantize(quantized, shape[1], way.bits)
+                tensors[f"{number}.{name}"] = weight = dequantize(quantized, shape[1], way.bits)
             values[-1].append(weight.double().numpy())
     if selection_bias is not None:
         tensors["selection_bias"] = torch.from_numpy(selection_bias)[None]
@@ -126,8 +126,8 @@ def make_layer(
     entries = index_tensors(directory, "layer")
 
     def weight_of(number: int, name: str, shape: tuple[int, int]) -> FloatWeight | QuantizedWeight:
-        key = f"{number}.{name}"
-        return FloatWeight(entries[key]) if way.bits >= 16 else QuantizedWeight(key, entries, shape, way.bits, block, zero_points=way.zero_points)
+        entry = entries[f"{number}.{name}"]
+        return FloatWeight(entry) if way.bits >= 16 else QuantizedWeight(entry, entries, shape, way.bits, block, zero_points=way.zero_points)
 
     experts = tuple(
         Expert(weight_of(n, "gate", (inner, hidden)), weight_of(n, "up", (inner, hidden)), weight_of(n, "down", (hidden, inner)))

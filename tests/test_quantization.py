@@ -15,7 +15,7 @@ from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from packaging.version import Version
 
 from export.gptq import prepare_moments, quantize_gptq
-from export.quantization import Quantized, dequantize, join, num_blocks, quantize, round_to_nearest
+from export.quantization import Quantized, dequantize, join, num_blocks, quantize, recover, round_to_nearest
 
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128)
@@ -187,6 +187,22 @@ def test_qmoe_reads_the_same_codes(bits: int, block_size: int, hidden_blocks: in
     expected = gate / (1 + np.exp(-gate)) * up @ decode(parts[1], inner, bits).T
     # Float32 sums of 384 products twice: 1e-6 of the largest value measured. Beside 8-bit weights activations are rounded to 8 bits: 1.6e-2.
     np.testing.assert_allclose(found, expected, rtol=0, atol={4: 1e-5, 8: 3e-2}[bits] * np.abs(expected).max())
+
+
+@ZERO_POINTS
+@pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e20])
+@pytest.mark.parametrize("method", [by_rounding, by_search, by_gptq])
+@pytest.mark.parametrize("bits", BITS)
+def test_integers_follow_from_the_weights_and_their_scales(bits: int, method: Method, size: float, zero_points: bool) -> None:
+    for width in WIDTHS:
+        weight = draw(24, width)
+        weight[3], weight[:, :16] = 0, 0
+        quantized = method(weight, bits, 16, zero_points)
+        quantized = Quantized(quantized.codes, quantized.scales * size, quantized.zero_points)
+        columns = 1 + draw(width, seed=3).abs()
+        for divided in (torch.ones(width), columns)[: 1 if size < 1e-30 else 2]:  # numbers below the normal ones have few digits
+            found = recover(dequantize(quantized, width, bits) / divided * divided, quantized.scales, quantized.zero_points, bits, 16)
+            assert torch.equal(found.codes, quantized.codes)
 
 
 @ZERO_POINTS

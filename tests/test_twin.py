@@ -75,7 +75,7 @@ def test_a_float32_twin_equals_its_source_bitwise(tmp_path: Path, dtype: torch.d
     for name, tensor in expected.items():
         assert found[name].dtype == torch.float32
         assert torch.equal(found[name], tensor.to(torch.float32)), name  # every half-precision number is a float32
-    assert not (tmp_path / "twin" / "quantized.safetensors").exists()
+    assert not (tmp_path / "twin" / "scales.safetensors").exists()
     assert (facts.quantized_expert_share, facts.quantized_bytes, facts.num_quantized_tensors) == (0.0, 0, 0)
     assert facts.expert_bytes == 2 * 4 * 3 * 40 * 44 * 4  # layers, experts, matrices, sizes, bytes
 
@@ -137,7 +137,7 @@ def test_scales_are_of_16_bits_and_for_cuda_of_float16_and_the_twin_is_made_of_t
     source = make_mixture(tmp_path / "source")
     make_twin(source, tmp_path / "cpu", variant)
     make_twin(source, tmp_path / "cuda", variant, device="cuda")
-    for_cpu, for_cuda = (load_file(tmp_path / device / "quantized.safetensors") for device in ("cpu", "cuda"))
+    for_cpu, for_cuda = (load_file(tmp_path / device / "scales.safetensors") for device in ("cpu", "cuda"))
     original, twin = load_file(source / "model.safetensors"), load_file(tmp_path / "cuda" / "model.safetensors")
     for name in (name for name in for_cuda if name.endswith(".scales")):
         assert (for_cpu[name].dtype, for_cuda[name].dtype) == (torch.bfloat16, torch.float16)
@@ -156,13 +156,13 @@ def test_every_expert_is_quantized_and_routers_and_norms_are_not(tmp_path: Path,
     facts = make_twin(source, tmp_path / "twin", variant)
     assert facts.quantized_expert_share == 1.0
     expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
-    integers = load_file(tmp_path / "twin" / "quantized.safetensors")
+    integers = load_file(tmp_path / "twin" / "scales.safetensors")
     assert found.keys() == expected.keys()
     untouched = {name for name in expected if torch.equal(found[name], expected[name])}
     assert untouched == {name for name in expected if "norm" in name or name.endswith("block_sparse_moe.gate.weight")}
-    assert integers.keys() == {f"{name}.{part}" for name in expected.keys() - untouched for part in ("codes", "scales")}
+    assert integers.keys() == {f"{name}.{part}" for name in expected.keys() - untouched for part in ("scales",)}
     assert facts.num_quantized_tensors == len(expected) - len(untouched)
-    assert sum("experts" in name for name in integers) == 2 * 2 * 4 * 3  # codes and scales, layers, experts, matrices
+    assert sum("experts" in name for name in integers) == 2 * 4 * 3  # layers, experts, matrices
 
 
 @ZERO_POINTS
@@ -220,7 +220,12 @@ def test_the_bytes_of_the_integers_follow_from_the_shapes(tmp_path: Path, varian
     attention = 2 * (2 * stored(40, 40) + 2 * stored(8, 40))
     assert facts.expert_bytes == experts
     assert facts.quantized_bytes == experts + attention + stored(96, 40)
-    assert data_bytes(tmp_path / "twin" / "quantized.safetensors") == facts.quantized_bytes
+    twin = Twin(tmp_path / "twin")
+    parts = [part for name in twin.scheme["tensors"] for part in twin.weight(name).read().parts().values()]
+    scales = sum(part.numel() for part in parts if part.dtype == torch.float32)
+    assert sum(part.nbytes for part in parts) - 2 * scales == facts.quantized_bytes  # in memory they have 32 bits
+    codes = sum(twin.weight(name).read().codes.nbytes for name in twin.scheme["tensors"])
+    assert data_bytes(tmp_path / "twin" / "scales.safetensors") == facts.quantized_bytes - codes
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -254,7 +259,8 @@ def test_estimated_bytes_are_the_bytes_written(
         assert artifact > weights
         assert facts.package_bytes <= package == budget
         return
-    assert artifact == weights
+    twin = Twin(tmp_path / "twin")
+    assert artifact == weights + sum(twin.weight(name).read().codes.nbytes for name in twin.scheme["tensors"])  # while it is made
     data = (tmp_path / "package" / "model.onnx.data").stat().st_size
     # Every tensor starts at a multiple of a page or so.
     assert package == pytest.approx(data, rel=0.03)
@@ -435,9 +441,10 @@ def test_the_scheme_beside_the_twin_says_what_was_done(tmp_path: Path, zero_poin
     assert scheme["zero_points"] is facts.zero_points is zero_points
     assert scheme["quantized_bytes"] == facts.quantized_bytes
     assert len(scheme["tensors"]) == facts.num_quantized_tensors
-    with safe_open(tmp_path / "twin" / "quantized.safetensors", "pt") as file:
+    with safe_open(tmp_path / "twin" / "scales.safetensors", "pt") as file:
         for name, bits in scheme["tensors"].items():
-            rows, blocks, block_bytes = file.get_slice(f"{name}.codes").get_shape()
+            found = Twin(tmp_path / "twin").weight(name).read()
+            rows, blocks, block_bytes = found.codes.shape
             assert block_bytes == 16 * bits // 8
             assert file.get_slice(f"{name}.scales").get_shape() == [rows, blocks]
 
