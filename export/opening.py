@@ -26,12 +26,12 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-from transformers import AutoTokenizer
 
 from export.errors import ExportError
 from export.storage import GENAI_CONFIG_NAME, MODEL_NAME
+from upcycle import tokenizer
 from upcycle.config_files import CONFIG_NAME
-from upcycle.errors import one_line_errors, shorten
+from upcycle.errors import UpcycleError, one_line_errors, shorten
 from upcycle.pointers import POINTER_REMEDY, is_pointer
 
 _AGAIN = "download the package again, or export it again"
@@ -102,6 +102,7 @@ def open_package(directory: Path) -> Package:
         model = onnx.load(path, load_external_data=False)
     if not model.graph.node:
         raise ExportError(f"{path}: is {'empty' if not path.stat().st_size else 'no ONNX model: it has no nodes'}; {_AGAIN}")
+    _check_branches(model, path)
     outside = [tensor for tensor in _walk_tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
     files = {location: _find_file(directory, location) for location in dict.fromkeys(_locate(tensor, path) for tensor in outside)}
     folder = Path(os.path.commonpath([file.parent for file in files.values()])) if files else directory.resolve()
@@ -137,6 +138,14 @@ def onnxruntime_errors(path: Path, verb: str) -> Iterator[None]:
 def _refuse_pointer(file: Path) -> None:
     if is_pointer(file):
         raise ExportError(f"{file}: is a git-LFS pointer, not the file itself; {POINTER_REMEDY}")
+
+
+def _check_branches(model: onnx.ModelProto, path: Path) -> None:
+    """Whether every `If` has two branches that return what it returns."""
+    for node in model.graph.node:
+        bodies = [attribute.g for attribute in node.attribute if attribute.name in ("then_branch", "else_branch")]
+        if node.op_type == "If" and not (len(bodies) == 2 and all(len(body.output) == len(node.output) for body in bodies)):
+            raise ExportError(f"{path}: the node {shorten(node.name)!r} lacks a branch, or what a branch must return; {_AGAIN}")
 
 
 def _walk_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -252,5 +261,7 @@ def load_tokenizer(directory: Path) -> Any:
     Raises:
         ExportError: transformers cannot load one.
     """
-    with one_line_errors(directory, "no tokenizer that transformers can load", "put the checkpoint's tokenizer files there", ExportError):
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    try:
+        return tokenizer.load_tokenizer(directory)
+    except UpcycleError as error:
+        raise ExportError(str(error)) from error

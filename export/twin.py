@@ -13,16 +13,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from export.config import STATIC, ElementType
+from export.errors import ExportError
 from export.family import DecoderFamily, find_decoder_family
 from export.quantization import PARTS, Quantized, dequantize, join, num_blocks, recover
 from upcycle.checkpoint import CHUNK_ELEMENTS, TensorEntry, index_tensors, open_checkpoint, read_rows, read_tensor
+from upcycle.errors import one_line_errors, shorten
 
 SCHEME_NAME = "quantization.json"
 STEM = "scales"
+_SCHEME_FIELDS = {
+    "variant": str, "element_type": str, "float_type": str, "tensors": dict, "input_scales": dict, "block_size": int, "zero_points": bool,
+}  # fmt: skip
+_RESTORE = "copy it again from the run that quantized the model"
 COLUMN_SCALES = "column_scales"
 """The part of a quantized matrix that holds what its columns were multiplied by, where its input is to be divided by it as the graph runs."""
 
@@ -103,9 +110,14 @@ class Twin:
     """A directory that `quantize_checkpoint` wrote, opened for the graph builder."""
 
     def __init__(self, directory: Path) -> None:
+        """Open it.
+
+        Raises:
+            ExportError, UpcycleError: it is no checkpoint, or its `quantization.json` is damaged.
+        """
         self.directory = directory
         self.checkpoint = open_checkpoint(directory)
-        self.scheme = json.loads((directory / SCHEME_NAME).read_text(encoding="utf-8"))
+        self.scheme = _read_scheme(directory / SCHEME_NAME)
         self.element_type: ElementType = self.scheme["element_type"]
         self.float_type: ElementType = self.scheme["float_type"]
         self.scales = index_tensors(directory, STEM) if self.scheme["tensors"] else {}
@@ -132,6 +144,16 @@ class Twin:
         rows_of_one = math.prod(shape[:-1]) // len(scales)
         own = scales[start // rows_of_one]
         return QuantizedWeight(entry, self.scales, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True, input_scale=own)
+
+
+def _read_scheme(path: Path) -> dict[str, Any]:
+    with one_line_errors(path, "is no JSON", _RESTORE, ExportError):
+        scheme: Any = json.loads(path.read_text(encoding="utf-8"))
+    values = scheme if isinstance(scheme, dict) else {}
+    wrong = next((name for name, kind in _SCHEME_FIELDS.items() if not isinstance(values.get(name), kind)), None)
+    if wrong is not None:
+        raise ExportError(f"{path}: {wrong} is {shorten(json.dumps(values.get(wrong)))}; must be a {_SCHEME_FIELDS[wrong].__name__}; {_RESTORE}")
+    return values
 
 
 def read_dequantized(name: str, integers: Mapping[str, TensorEntry], shape: tuple[int, ...], bits: int) -> torch.Tensor:

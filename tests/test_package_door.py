@@ -208,6 +208,11 @@ def test_a_config_of_several_parts_has_the_sizes_of_its_language_model(copy: Pat
     assert Decoder(copy).context_length == 256
 
 
+def test_a_branch_that_is_missing_is_one_line(copy: Path) -> None:
+    change_graph(copy, lambda model: model.graph.node.add(op_type="If", name="by_length", input=["one"], output=["either"]))
+    assert refusal(find_precision, copy) == f"{copy / MODEL_NAME}: the node 'by_length' lacks a branch, or what a branch must return; {AGAIN}"
+
+
 def test_what_onnxruntime_lacks_is_said_with_its_version(copy: Path) -> None:
     change_graph(copy, lambda model: setattr(model.graph.node[3], "op_type", "OfTomorrow"))
     start = f"{copy / MODEL_NAME}: onnxruntime {ort.__version__} cannot load it (InvalidGraph: This is an invalid model. In Node, "
@@ -310,6 +315,18 @@ def test_files_that_parity_cannot_read_or_write_are_told_before_the_work(package
     code, said, error = parity(package, mixture_checkpoint, text=tmp_path / "latin.txt")
     assert (code, said) == (1, "")
     assert error.startswith(f"Error: {tmp_path / 'latin.txt'}")
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [("{", "is no JSON (JSONDecodeError: "), ("[]", "variant is null; must be a str"), ('{"variant": "int4"}', "element_type is null")],
+)
+def test_a_twin_whose_scheme_is_damaged_is_one_line(package: Path, mixture_checkpoint: Path, tmp_path: Path, text: str, what: str) -> None:
+    twin = shutil.copytree(mixture_checkpoint, tmp_path / "twin")
+    (twin / "quantization.json").write_text(text, encoding="utf-8")
+    code, said, error = parity(package, mixture_checkpoint, "--twin", twin)
+    assert (code, said) == (1, "")
+    assert error.startswith(f"Error: {twin / 'quantization.json'}: {what}")
 
 
 def test_blocks_beyond_the_context_are_one_line(package: Path, mixture_checkpoint: Path) -> None:
