@@ -24,11 +24,13 @@ from ruamel.yaml.tag import Tag
 
 from convert.errors import RecipeError
 from export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from upcycle.config import BIASED_TARGETS, DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains
+from upcycle.config import BIASED_TARGETS, DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains, named_value
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000
 _MAX_DEPTH: Final = 20
+
+HUB_ID: Final = r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$"
 
 Key = tuple[str | int, ...]
 Mistake = tuple[Key, str]
@@ -43,7 +45,7 @@ class LocalSource(Record):
 class HubSource(Record):
     """A dense checkpoint of the Hugging Face hub."""
 
-    hub: str = Field(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$", description="Model id, such as 'HuggingFaceTB/SmolLM2-135M'.")
+    hub: str = Field(pattern=HUB_ID, description="Model id, such as 'HuggingFaceTB/SmolLM2-135M'.")
     revision: str = Field("main", min_length=1, description="Commit, tag or branch; a commit makes the run repeatable.")
 
 
@@ -60,7 +62,7 @@ def _source_tag(value: object) -> str | None:
 Source = Annotated[
     Annotated[LocalSource, Branch("path")] | Annotated[HubSource, Branch("hub")],
     Discriminator(_source_tag),
-    BeforeValidator(_from_shorthand, json_schema_input_type=str | LocalSource | HubSource),
+    BeforeValidator(_from_shorthand, json_schema_input_type=Annotated[str, Field(min_length=1)] | LocalSource | HubSource),
 ]
 
 
@@ -126,14 +128,15 @@ class _ContradictionError(ValueError):
 
 def _contradictions(recipe: Recipe) -> list[Mistake]:
     mistakes: list[Mistake] = []
-    block_size = recipe.data.block_size
+    block_size, named_size = recipe.data.block_size, named_value(recipe.data, "block_size")
     for field in ("max_train_tokens", "max_validation_tokens", "max_test_tokens"):
         tokens = getattr(recipe.data, field)
         if tokens is not None and tokens < block_size:
-            mistakes.append((("data", field), f"is {tokens}; must be at least data.block_size, which is {block_size}, to hold one block"))
+            text = f"is {named_value(recipe.data, field)}; must be at least data.block_size, which is {named_size}, to hold one block"
+            mistakes.append((("data", field), text))
     if recipe.parity.decode_steps >= block_size:
-        steps = recipe.parity.decode_steps
-        mistakes.append((("parity", "decode_steps"), f"is {steps}; must be less than data.block_size, which is {block_size}, to leave a prompt"))
+        steps = named_value(recipe.parity, "decode_steps")
+        mistakes.append((("parity", "decode_steps"), f"is {steps}; must be less than data.block_size, which is {named_size}, to leave a prompt"))
     if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
         mistakes.append((("parity", "max_perplexity_increase"), f"lacks {_either(missing, 'and')}; must have a limit for each of the variants"))
     if STATIC in recipe.variants and recipe.export.device == "cuda":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
@@ -18,10 +19,10 @@ from convert.card import CARDS_NAME, read_license, write_card
 from convert.costs import take_costs
 from convert.errors import RecipeError
 from convert.machine import describe_machine, versions
-from convert.recipe import HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
+from convert.recipe import HUB_ID, HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
 from convert.report import write_report
 from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations, rounds_to_8_bits
-from export.decoder import plan_lowerings
+from export.decoder import find_operator_limit, plan_lowerings
 from export.errors import ExportError
 from export.family import find_decoder_family
 from export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
@@ -31,7 +32,7 @@ from export.parity.tasks import Task, read_tasks
 from export.quantizer import quantize_checkpoint
 from upcycle.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, check_values, open_checkpoint, read_config, read_index, refuse_adapter
 from upcycle.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
-from upcycle.config import FinetuneConfig
+from upcycle.config import FinetuneConfig, named_value
 from upcycle.config_files import CONFIG_NAME
 from upcycle.conversion import find_family
 from upcycle.data import check_data, find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
@@ -119,7 +120,8 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     plan = plan_upcycle(checkpoint, recipe.upcycle)
     context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
-        raise RecipeError(f"{loaded.path}: data.block_size: is {recipe.data.block_size}; must be at most the model's context, which is {context}")
+        block_size = named_value(recipe.data, "block_size")
+        raise RecipeError(f"{loaded.path}: data.block_size: is {block_size}; must be at most the model's context, which is {context}")
     prompt_tokens = next((stage.prompt_tokens for stage in recipe.training_stages if stage.train == "prompt"), 0)
     if recipe.data.block_size + prompt_tokens > context:
         raise RecipeError(
@@ -170,6 +172,8 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
         find_decoder_family(plan.target_config)
     except ExportError as error:
         return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
+    if (limit := find_operator_limit(plan.target_config)) is not None:
+        return "finetune", f"no ONNX model of this shape can run ({limit})"
     if training and training[-1].train == "prompt":
         return "finetune", "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
     return None
@@ -178,9 +182,19 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
 def _locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
     match loaded.recipe.source:
         case LocalSource(path=path):
-            return resolve_path(path, loaded.path).resolve(), path
+            return _resolve_source(path, loaded.path).resolve(), path
         case HubSource(hub=hub, revision=revision):
             return _download(hub, revision), f"{hub}@{revision}"
+
+
+def _resolve_source(path: str, recipe_path: Path) -> Path:
+    """The directory of a local source; one that is not there may be meant as an id of the hub."""
+    try:
+        return resolve_path(path, recipe_path)
+    except RecipeError as error:
+        if not re.fullmatch(HUB_ID, path):
+            raise
+        raise RecipeError(f"{error}, or write `source: {{hub: {path}}}` for a model of the Hugging Face hub") from error
 
 
 def _download(hub: str, revision: str) -> Path:
@@ -192,7 +206,7 @@ def _download(hub: str, revision: str) -> Path:
         directory = Path(snapshot_download(hub, revision=revision, ignore_patterns=list(HUB_IGNORED)))
     refuse_adapter(directory)
     config = read_config(directory)
-    find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME))  # before gigabytes are fetched for nothing
+    find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME), config)  # before gigabytes are fetched for nothing
     weights = read_index(directory) if (directory / INDEX_NAME).is_file() else ()
     names = [escape(name) for name in (SINGLE_NAME, *weights)]
     with one_line_errors(Path(hub), f"the weights of revision '{revision}' cannot be fetched from the hub", remedy, RecipeError):

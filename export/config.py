@@ -69,12 +69,17 @@ class Record(BaseModel):
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
 
+_NUMBER = r"[0-9]+\.?[0-9]*|\.[0-9]+"
+_SIZE = rf"\s*({_NUMBER})\s*({'|'.join(_UNITS)})\s*"
+_PERCENTAGE = rf"\s*({_NUMBER})\s*%\s*"
+
+
 def _read_size(value: object) -> object:
     """Bytes of a size as people write it, such as '0.6 GB'."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([kKMGT]?i?B)\s*", value)
-    if found is None or found[2] not in _UNITS:
+    found = re.fullmatch(_SIZE, value)
+    if found is None:
         raise ValueError(f"is '{value}'; must be a size such as '0.6 GB', with one of the units {', '.join(_UNITS)}")
     return int(float(found[1]) * _UNITS[found[2]])
 
@@ -83,14 +88,16 @@ def _read_percentage(value: object) -> object:
     """The share that a percentage such as '1 %' is."""
     if not isinstance(value, str):
         return value
-    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*%\s*", value)
+    found = re.fullmatch(_PERCENTAGE, value)
     if found is None:
         raise ValueError(f"is '{value}'; must be a percentage such as '1 %', or a number such as 0.01")
     return float(found[1]) / 100
 
 
-NumBytes = Annotated[PositiveInt, BeforeValidator(_read_size, json_schema_input_type=int | str)]
-Percentage = Annotated[NonNegative, BeforeValidator(_read_percentage, json_schema_input_type=float | str)]
+NumBytes = Annotated[PositiveInt, BeforeValidator(_read_size, json_schema_input_type=PositiveInt | Annotated[str, Field(pattern=f"^{_SIZE}$")])]
+Percentage = Annotated[
+    NonNegative, BeforeValidator(_read_percentage, json_schema_input_type=NonNegative | Annotated[str, Field(pattern=f"^{_PERCENTAGE}$")])
+]
 
 
 class BitsOverride(Record):

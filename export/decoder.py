@@ -29,6 +29,7 @@ from export.bits import check_head, class_bits
 from export.blocks import BlockWriter, moe_layer
 from export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from export.embedding import add_embedding
+from export.errors import ExportError
 from export.family import find_decoder_family
 from export.graph import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from export.linear import add_linear
@@ -40,6 +41,8 @@ from upcycle.checkpoint import TensorEntry
 
 _MIN_ONNXRUNTIME = "1.23"  # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 _MIN_ONNXRUNTIME_CUDA = "1.29"  # before it, CUDA's GroupQueryAttention refuses attention_bias
+
+_HEAD_MULTIPLE = 8
 
 NO_LOWERING = "none"
 """What a model without experts is written with."""
@@ -154,13 +157,26 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
 
 
+def find_operator_limit(c: PreTrainedConfig) -> str | None:
+    """What of a config no operator of onnxruntime computes, although the builder would write it, or None.
+
+    Only a session that runs would tell it, after all the work. On the CPU and on CUDA (contrib_ops/*/bert/group_query_attention*, 1.24 to 1.32).
+    """
+    head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    if head_dim % _HEAD_MULTIPLE:
+        return f"config.json: heads have {head_dim} elements; GroupQueryAttention of onnxruntime computes multiples of {_HEAD_MULTIPLE} alone"
+    return None
+
+
 def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
     """The lowerings that fit the config and can express the layers with experts; none where there are no such layers.
 
     Raises:
-        ExportError: none can.
+        ExportError: none can, or onnxruntime has a limit that the model is beyond.
     """
     c, entries = twin.checkpoint.config, twin.checkpoint.entries
+    if (limit := find_operator_limit(c)) is not None:
+        raise ExportError(limit)
     shapes = {name: entry.shape for name, entry in entries.items()}
     sparse = [n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)]
     layers = [moe_layer(twin.family, c, n, shapes, twin.weight, twin.element_type, config) for n in sparse]

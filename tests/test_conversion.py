@@ -134,17 +134,48 @@ def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
 @pytest.mark.parametrize(
     ("model_type", "architectures", "named"),
     [
-        ("llama", ["LlamaForSequenceClassification"], "LlamaForSequenceClassification (llama)"),
-        ("t5", ["T5EncoderModel"], "T5EncoderModel (t5)"),
         ("mixtral", ["MixtralForCausalLM"], "MixtralForCausalLM (mixtral)"),
         ("mamba", None, "mamba"),
     ],
 )
 def test_an_unknown_architecture_is_refused_by_name(model_type: str, architectures: list[str] | None, named: str) -> None:
     assert refusal(find_family, model_type, architectures, "here/config.json") == (
-        f"here/config.json: {named} cannot be upcycled; supported: LlamaForCausalLM, MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, "
-        "Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, GraniteForCausalLM, T5ForConditionalGeneration"
+        f"here/config.json: {named} cannot be upcycled: no table says what its tensors and config values mean; supported: LlamaForCausalLM, "
+        "MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, GraniteForCausalLM, "
+        "T5ForConditionalGeneration"
     )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "found", "needed"),
+    [("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"), ("t5", "T5EncoderModel", "T5ForConditionalGeneration")],
+)
+def test_another_head_of_a_known_family_is_told(model_type: str, found: str, needed: str) -> None:
+    assert refusal(find_family, model_type, [found], "here/config.json") == (
+        f"here/config.json: {found} ({model_type}) has another head than {needed}; give the model with the head that the family was trained with"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "missing"),
+    [
+        ("qwen3_next", "is a mixture of experts already"),
+        ("gpt_oss", "is a mixture of experts already"),
+        ("deepseek_v3", "is a mixture of experts already"),
+        ("minicpm3", "has latent attention"),
+        ("vaultgemma", "has soft caps on attention scores or logits"),
+        ("mamba2", "has layers of a state space, a recurrence or a convolution"),
+        ("recurrent_gemma", "has layers of a state space, a recurrence or a convolution"),
+        ("falcon_h1", "has layers of a state space, a recurrence or a convolution"),
+        ("lfm2", "has layers of a state space, a recurrence or a convolution"),
+        ("gemma3", "has parts that read images or sound beside the text model"),
+        ("marian", "has an encoder"),
+        ("codegen", "has LayerNorm"),
+    ],
+)
+def test_a_family_that_no_table_names_is_told_by_what_its_config_has(model_type: str, missing: str) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    assert refusal(find_family, model_type, None, "config.json", config).startswith(f"config.json: {model_type} {missing}")
 
 
 @pytest.mark.parametrize(

@@ -839,9 +839,9 @@ def test_a_tensor_of_another_shape_is_refused(dense_checkpoint: Path, tmp_path: 
     ("dtype", "stored", "hint"),
     [
         (torch.float64, "F64", ""),
-        (torch.int32, "I32", ""),
-        (torch.float8_e4m3fn, "F8_E4M3", "; dequantize it first"),
-        (torch.float8_e5m2, "F8_E5M2", "; dequantize it first"),
+        (torch.int32, "I32", "; dequantize the model first, or give it as it was before"),
+        (torch.float8_e4m3fn, "F8_E4M3", "; dequantize the model first, or give it as it was before"),
+        (torch.float8_e5m2, "F8_E5M2", "; dequantize the model first, or give it as it was before"),
     ],
 )
 def test_a_tensor_of_another_dtype_is_refused_by_name(dtype: torch.dtype, stored: str, hint: str, dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -890,3 +890,25 @@ def test_expected_shapes_leave_out_tied_copies(dense_checkpoint: Path, make_dens
         checkpoint = open_checkpoint(directory)
         stored = {name: entry.shape for name, entry in checkpoint.entries.items()}
         assert expected_shapes(checkpoint.config, "LlamaForCausalLM", "config.json") == stored
+
+
+def test_scales_of_quantized_weights_are_not_to_be_removed(dense_checkpoint: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    directory = edited(dense_checkpoint, tmp_path / "dense", tensors=lambda state: state.update({name: torch.ones(1)}))
+    assert refusal(directory, tmp_path) == (
+        f"{directory}: tensor '{name}' belongs to quantized weights, which are wrong without it; dequantize the model first, or give it as it was before"
+    )
+
+
+@pytest.mark.parametrize(("field", "value"), [("sliding_window", 4096), ("attention_chunk_size", 8)])
+def test_a_window_that_only_the_cache_would_see_is_refused(field: str, value: int, dense_checkpoint: Path, tmp_path: Path) -> None:
+    """Llama has none, and decodes with one where its config says so."""
+    directory = Path(shutil.copytree(dense_checkpoint, tmp_path / "windowed"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {field: value}))
+    assert refusal(directory, tmp_path) == (
+        f"{directory / 'config.json'}: {field} is {value}; LlamaForCausalLM has no windows, but the key-value cache of transformers takes them from "
+        "there, so that decoding differs from reading at once; remove the field"
+    )
+    (directory / "config.json").write_text(json.dumps(config | {field: None}))
+    plan_upcycle(open_checkpoint(directory), UpcycleConfig())

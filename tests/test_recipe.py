@@ -385,7 +385,7 @@ def test_a_message_of_a_stages_own_check_is_passed_on():
     text = GOOD + "upcycle: {num_experts: 2, num_experts_per_tok: 3}\nfinetune: {steps: 5}\n"
     assert mistakes(text) == [
         "r.yaml:3: upcycle: num_experts_per_tok is 3; it must be at most num_experts, which is 2",
-        "r.yaml:4: finetune: warmup_steps is 10; it must be fewer than steps, which is 5",
+        "r.yaml:4: finetune: warmup_steps is 10 by default; it must be fewer than steps, which is 5",
     ]
 
 
@@ -600,7 +600,9 @@ def test_static_8_bits_are_not_for_cuda():
 
 def test_checks_across_records_hold_in_python_too():
     data = DataConfig(source=PythonDocsData(kind="python-docs"), max_test_tokens=8)
-    with pytest.raises(ValidationError, match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256, to hold one block"):
+    with pytest.raises(
+        ValidationError, match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256 by default, to hold one block"
+    ):
         Recipe(source="dense", data=data)
 
 
@@ -661,7 +663,7 @@ def test_the_schema_describes_every_setting_of_the_recipe():
 def test_the_schema_knows_the_shorthand_and_the_defaults_of_the_stages():
     properties = schema()["properties"]
     branches = properties["source"]["anyOf"]
-    assert branches == [{"type": "string"}, {"$ref": "#/$defs/LocalSource"}, {"$ref": "#/$defs/HubSource"}]
+    assert branches == [{"minLength": 1, "type": "string"}, {"$ref": "#/$defs/LocalSource"}, {"$ref": "#/$defs/HubSource"}]
     assert properties["finetune"]["default"] == FinetuneConfig().model_dump(mode="json")
     assert properties["variants"]["uniqueItems"] is True
 
@@ -672,6 +674,10 @@ def test_the_schema_agrees_with_the_loader():
     validator = jsonschema.Draft202012Validator(schema())
     data = {"source": {"kind": "python-docs"}}
     good = [{"source": source, "data": data} for source in ("dense", {"path": "dense"}, {"hub": "o/n", "revision": "v1"})]
+    good += [{"source": "dense", "data": data, "finetune": {"stages": [{"train": "last-2"}, {"train": "all"}]}}]
+    good += [{"source": "dense", "data": data, "upcycle": {"layers": layers}} for layers in ("all", "last-half", "every-2", [0, 3])]
+    limits = ({"budget": "0.6 GB"}, {"budget": 600_000_000}, {"max_perplexity_increase": "1 %"}, {"max_perplexity_increase": 0.01})
+    good += [{"source": "dense", "data": data, "variants": ["mixed"], "quantize": limit} for limit in limits]
     bad = [
         {"data": data},
         {"source": {"path": "a", "hub": "b"}, "data": data},
@@ -679,6 +685,14 @@ def test_the_schema_agrees_with_the_loader():
         {"source": "dense", "data": data, "seed": "1"},
         {"source": "dense", "data": data, "upcycle": {"topk": 2}},
         {"source": "dense", "data": data, "variants": ["int8", "int8"]},
+        {"source": "", "data": data},
+        {"source": "dense", "data": data, "finetune": {"train": "last-0"}},
+        {"source": "dense", "data": data, "finetune": {"stages": [{"train": "everything"}]}},
+        *({"source": "dense", "data": data, "upcycle": {"layers": layers}} for layers in ("half", "every-0", [], [1, 1], [-1])),
+        {"source": "dense", "data": data, "upcycle": {"num_experts": 1_000_000}},
+        {"source": "dense", "data": data, "upcycle": {"router": {"kind": "kmeans", "domains": [{}]}}},
+        *({"source": "dense", "data": data, "variants": ["mixed"], "quantize": {"budget": size}} for size in ("0.6", "1 gb", "GB", 0, -1)),
+        *({"source": "dense", "data": data, "variants": ["mixed"], "quantize": {"max_perplexity_increase": share}} for share in ("1", "%", -0.1)),
     ]
     for values in good:
         assert validator.is_valid(values)

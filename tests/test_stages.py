@@ -1,6 +1,7 @@
 """Stages: what is known before any work, and sources on the hub."""
 
 import hashlib
+import shutil
 from fnmatch import fnmatchcase
 
 import pytest
@@ -150,3 +151,33 @@ def test_a_block_longer_than_the_context_is_refused(tmp_path, dense_checkpoint):
     with pytest.raises(RecipeError) as caught:
         prepare(load_recipe(path), lambda *_: None)
     assert str(caught.value) == f"{path}: data.block_size: is 1024; must be at most the model's context, which is 256"
+
+
+def test_heads_that_no_operator_computes_are_told_before_any_work(tmp_path, make_dense):
+    """OpenLLaMA 3B has heads of 100."""
+    source = make_dense(hidden_size=40, num_attention_heads=2, num_key_value_heads=1)
+    path = tmp_path / "heads.yaml"
+    path.write_text(f"source: {source}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\n", encoding="utf-8")
+    preparation = prepare(load_recipe(path), lambda *_: None)
+    reason = "config.json: heads have 20 elements; GroupQueryAttention of onnxruntime computes multiples of 8 alone"
+    assert preparation.last_stage == ("finetune", f"no ONNX model of this shape can run ({reason})")
+    assert preparation.lowerings == {}
+
+
+def test_a_source_that_may_be_an_id_of_the_hub_is_told_how_to_write_one(tmp_path):
+    path = tmp_path / "hub.yaml"
+    path.write_text("source: nobody/tiny-llama\ndata: {source: {kind: python-docs}}\n", encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        prepare(load_recipe(path), lambda *_: None)
+    assert str(caught.value).endswith("; correct the path, or write `source: {hub: nobody/tiny-llama}` for a model of the Hugging Face hub")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
+def test_a_generation_config_that_transformers_refuses_is_told(text, tmp_path, dense_checkpoint):
+    source = shutil.copytree(dense_checkpoint, tmp_path / "dense")
+    (source / "generation_config.json").write_text(text)
+    path = tmp_path / "r.yaml"
+    path.write_text(f"source: {source}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\n", encoding="utf-8")
+    with pytest.raises(UpcycleError) as caught:
+        prepare(load_recipe(path), lambda *_: None)
+    assert str(caught.value).startswith(f"{source / 'generation_config.json'}: transformers cannot read these settings for generation (")

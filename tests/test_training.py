@@ -503,7 +503,7 @@ def test_routers_that_never_learned_are_told_instead_of_dead_experts() -> None:
     ("fields", "message"),
     [
         ({"steps": 5, "warmup_steps": 5}, "warmup_steps is 5; it must be fewer than steps, which is 5"),
-        ({"stages": [{}, {"steps": 9}]}, r"stages\[1\]: warmup_steps is 10; it must be fewer than steps, which is 9"),
+        ({"stages": [{}, {"steps": 9}]}, r"stages\[1\]: warmup_steps is 10 by default; it must be fewer than steps, which is 9"),
         ({"train": "last-0"}, "train is 'last-0'; must be all, experts, router, lora, prompt or last-N"),
         ({"stages": [{"train": "prompts"}]}, r"stages\[0\]: train is 'prompts'; must be all, experts, router, lora, prompt or last-N"),
         ({"stages": [{"train": "prompt"}, {}]}, r"stages\[0\]: train is 'prompt'; it must be that of the last stage"),

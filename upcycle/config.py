@@ -16,6 +16,11 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
+def named_value(record: Record, field: str) -> str:
+    """A value for a message, which says where it is none of the file's own but the default."""
+    return f"{getattr(record, field)}{'' if field in record.model_fields_set else ' by default'}"
+
+
 class ExpertsConfig(Record):
     """How the FFN becomes experts. Without noise and redrawing, the mixture computes what the dense model does."""
 
@@ -46,6 +51,8 @@ class ExpertsConfig(Record):
 
 class Domain(Record):
     """Text of one domain, whose hidden states make one router row."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
 
     prompts: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Texts, in the recipe.")
     files: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Files or globs, UTF-8.")
@@ -89,6 +96,10 @@ BIASED_TARGETS: tuple[TargetName, ...] = ("glm4_moe",)
 """Targets whose gates have a selection bias."""
 
 
+MOST_EXPERTS = 4096
+"""Twice the most of any public model, Switch-C; a slip of the pen beyond it would be planned for hours."""
+
+
 class UpcycleConfig(Record):
     """Sparse upcycling (Komatsuzaki et al. 2022): the FFN becomes experts, and a router is added."""
 
@@ -97,10 +108,18 @@ class UpcycleConfig(Record):
         description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense model. 'glm4_moe', whose gates "
         "have a selection bias, is chosen by name alone.",
     )
-    num_experts: PositiveInt = Field(8, description="Experts a layer.")
+    num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)] = Field(8, description="Experts a layer.")
     num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")
     layers: Annotated[
-        str | tuple[Annotated[int, Field(ge=0)], ...], Field(json_schema_extra={"examples": ["all", "last-half", "every-2", [1, 3, 5]]})
+        str | tuple[Annotated[int, Field(ge=0)], ...],
+        Field(
+            json_schema_extra={
+                "examples": ["all", "last-half", "every-2", [1, 3, 5]],
+                "pattern": f"^({_LAYERS.pattern})$",
+                "minItems": 1,
+                "uniqueItems": True,
+            }
+        ),
     ] = Field("all", description="Layers that get experts: 'all', 'last-half', 'every-N' (the N-th, the 2N-th, …), or a list of numbers from 0.")
     shared_expert: Literal["none", "half", "zero"] = Field(
         "none",
@@ -244,7 +263,7 @@ Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
 class TrainingStage(Record):
     """One stage of training: what differs in it from the settings around the list."""
 
-    train: str | None = Field(None, description="As `finetune.train`.")
+    train: str | None = Field(None, description="As `finetune.train`.", json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"})
     steps: PositiveInt | None = Field(None, description="As `finetune.steps`.")
     routing: Literal["learned", "by-domain"] | None = Field(None, description="As `finetune.routing`.")
     learning_rate: PositiveFloat | None = Field(None, description="As `finetune.learning_rate`.")
@@ -262,6 +281,7 @@ class FinetuneConfig(Record):
         "all",
         description="What learns: 'all', 'experts' (and routers), 'router' (all of them), 'last-N' (the last N layers), 'lora' (low-rank updates "
         "of experts and every linear layer, merged at the end, and the routers whole), or 'prompt' (vectors before the text, in the last stage).",
+        json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"},
     )
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
         (), description="Stages that follow each other, each with what differs in it from the settings here; one stage without the list."
@@ -324,7 +344,8 @@ class FinetuneConfig(Record):
             if not _TRAINED.fullmatch(stage.train):
                 raise ValueError(f"{where}train is '{stage.train}'; must be all, experts, router, lora, prompt or last-N")
             if stage.warmup_steps >= stage.steps:
-                raise ValueError(f"{where}warmup_steps is {stage.warmup_steps}; it must be fewer than steps, which is {stage.steps}")
+                given, steps = named_value(stage, "warmup_steps"), named_value(stage, "steps")
+                raise ValueError(f"{where}warmup_steps is {given}; it must be fewer than steps, which is {steps}")
             if stage.train == "prompt" and number + 1 < len(stages):
                 raise ValueError(f"{where}train is 'prompt'; it must be that of the last stage, since what follows would not know the prompt")
             if stage.routing == "by-domain" and stage.train != "experts":

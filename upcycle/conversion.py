@@ -12,8 +12,23 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upcycle.config import UpcycleConfig
-from upcycle.errors import UpcycleError
-from upcycle.family import DENSE_FAMILIES, GEMMA, GRANITE, LLAMA, MISTRAL, NO_TWIN, OLMO2, PHI3, QWEN2, QWEN3, T5, DenseFamily
+from upcycle.errors import UpcycleError, shorten
+from upcycle.family import (
+    DENSE_FAMILIES,
+    EXPERT_COUNTS,
+    GEMMA,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    NO_TWIN,
+    OLMO2,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    T5,
+    TRAITS,
+    DenseFamily,
+)
 from upcycle.target import (
     FLEX_OLMO,
     GLM4_MOE,
@@ -467,23 +482,35 @@ COMMON_NEUTRAL = frozenset({
 })  # fmt: skip
 
 
-def find_family(model_type: str, architectures: Any, where: str) -> DenseFamily:
-    """The family of a config; `where` names the config in a refusal.
+def find_family(model_type: str, architectures: Any, where: str, config: Any = None) -> DenseFamily:
+    """The family of a config; `where` names it in a refusal, and what it holds tells what is missing of a family that no table names.
 
     Raises:
         UpcycleError: `architectures` is neither None nor a list of names; no family covers it: says why, where that is known, and what is supported.
     """
     if architectures is not None and not (isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)):
-        raise UpcycleError(f"{where}: architectures is {architectures!r}; it must be a list of class names, such as ['LlamaForCausalLM']")
+        raise UpcycleError(
+            f"{where}: architectures is {shorten(repr(architectures))}; it must be a list of class names, such as ['LlamaForCausalLM']"
+        )
     for family in DENSE_FAMILIES:
         if family.model_type == model_type and (not architectures or family.architecture in architectures):
             return family
-    named = f"{architectures[0]} ({model_type})" if architectures else model_type
+    named = shorten(f"{architectures[0]} ({model_type})" if architectures else model_type)
+    related = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
+    if related is not None:
+        raise UpcycleError(
+            f"{where}: {named} has another head than {related.architecture}; give the model with the head that the family was trained with"
+        )
     if (known := NO_TWIN.get(model_type)) is not None:
         nearest = f"; the nearest target is {known.nearest}" if known.nearest else ""
         raise UpcycleError(f"{where}: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds that{nearest}")
+    values = vars(config) if config is not None else {}
+    if any(isinstance(count := values.get(name), int) and count > 1 for name in EXPERT_COUNTS):
+        raise UpcycleError(f"{where}: {named} is a mixture of experts already; give a dense model, such as the one that it was made from")
     supported = ", ".join(family.architecture for family in DENSE_FAMILIES)
-    raise UpcycleError(f"{where}: {named} cannot be upcycled; supported: {supported}")
+    if reasons := [trait.reason for trait in TRAITS if any(values.get(name) for name in trait.fields)]:
+        raise UpcycleError(f"{where}: {named} has {' and '.join(reasons[:2])}, which no target has that can be upcycled to; supported: {supported}")
+    raise UpcycleError(f"{where}: {named} cannot be upcycled: no table says what its tensors and config values mean; supported: {supported}")
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
@@ -492,7 +519,7 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
     Raises:
         UpcycleError: none does; the reasons are those of the target that comes nearest, the one with the fewest. A layer is not in the source.
     """
-    family = find_family(source.model_type, source.architectures, where)
+    family = find_family(source.model_type, source.architectures, where, source)
     rows = [row for row in CONVERSIONS if row.family is family]
     if config.target != "auto":
         asked = [row for row in rows if row.target.model_type == config.target]

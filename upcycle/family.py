@@ -227,6 +227,17 @@ NO_TWIN: Mapping[str, NoTwin] = {
     "glm": NoTwin("rotary embeddings of a part of each head, interleaved", "mixtral"),
     "glm4": NoTwin("norms on both sides of attention and FFN, and interleaved rotary embeddings", "mixtral"),
     "smollm3": NoTwin("layers without rotary embeddings", "mixtral"),
+    "ernie4_5": NoTwin("interleaved rotary embeddings", "mixtral"),
+    "helium": NoTwin("interleaved rotary embeddings", "mixtral"),
+    "hunyuan_v1_dense": NoTwin("norms of query and key behind the rotary embedding", "qwen3_moe"),
+    "exaone4": NoTwin("norms behind the blocks, and windows and no rotary embedding in some layers", "flex_olmo"),
+    "olmo3": NoTwin("norms behind the blocks, and windows in some layers", "flex_olmo"),
+    "gemma4_text": NoTwin("norms on both sides of the FFN, and layers that share keys and values", "qwen3_moe"),
+    "diffllama": NoTwin("differential attention", "mixtral"),
+    "bitnet": NoTwin("norms inside attention and FFN, and weights of three values", "mixtral"),
+    "arcee": NoTwin("an FFN without a gate"),
+    "apertus": NoTwin("an FFN without a gate"),
+    "nemotron": NoTwin("LayerNorm, and an FFN without a gate"),
     "starcoder2": _UNGATED,
     "gpt2": _UNGATED,
     "gpt_bigcode": _UNGATED,
@@ -248,3 +259,41 @@ NO_TWIN: Mapping[str, NoTwin] = {
     "umt5": NoTwin("a gated FFN, where the only encoder-decoder target has none", "switch_transformers"),
 }
 """Families that users ask for and that have no native twin; our own layer of experts is to take their FFN's place."""
+
+
+@dataclass(frozen=True)
+class Trait:
+    """What a config shows by having a value in one of these fields, that no target of ours has."""
+
+    fields: tuple[str, ...]
+    reason: str
+
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""The fields, over all families, that say how many experts a layer has."""
+
+TRAITS: tuple[Trait, ...] = (
+    Trait(("vision_config", "audio_config", "text_config"), "parts that read images or sound beside the text model"),
+    Trait(("kv_lora_rank",), "latent attention"),
+    Trait(("attn_logit_softcapping", "final_logit_softcapping"), "soft caps on attention scores or logits"),
+    Trait(
+        (
+            "state_size",
+            "ssm_state_size",
+            "mamba_d_state",
+            "mamba_d_ssm",
+            "lru_width",
+            "linear_conv_kernel_dim",
+            "conv_L_cache",
+            "mlstm_round_up_to_multiple_of",
+        ),
+        "layers of a state space, a recurrence or a convolution",
+    ),
+    Trait(("parallel_attn", "use_parallel_residual"), "attention and FFN in parallel"),
+    Trait(("alibi",), "ALiBi positions"),
+    Trait(("no_rope_layers", "no_rope_layer_interval"), "layers without rotary embeddings"),
+    Trait(("attention_chunk_size",), "attention within chunks"),
+    Trait(("is_encoder_decoder",), "an encoder"),
+    Trait(("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), "LayerNorm"),
+)
+"""For families that no table names."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,16 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from upcycle.checkpoint import DTYPES, Checkpoint, TensorEntry
 from upcycle.config import UpcycleConfig
 from upcycle.conversion import COMMON_NEUTRAL, Conversion, choose_conversion, find_family, resolve_layers
-from upcycle.errors import UpcycleError
+from upcycle.errors import UpcycleError, describe_error, shorten
 from upcycle.family import DenseFamily, Ffn, Fold, Matrix
 from upcycle.shards import TensorSpec
 from upcycle.target import ExpertNames, MoeTarget, SharedNames
 
 _HEAD = "lm_head.weight"
+_WINDOW_FIELDS = {"sliding_window", "layer_types", "attention_chunk_size"}
+"""What transformers' cache reads of any config, whether its class has the field or not (`get_layer_types_and_kwargs`, cache_utils.py, 5.23)."""
+_SCALE_ENDS = ("scale", "scale_inv", ".scales", ".qzeros", ".g_idx", ".absmax", ".quant_map", "zero_point", ".SCB")
+_UNQUANTIZED = ("F64", "I64", "BOOL")
 
 
 @dataclass(frozen=True)
@@ -173,7 +178,7 @@ def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
             unknown or of another shape than the config says.
     """
     where = str(checkpoint.directory / "config.json")
-    _refuse_untied(checkpoint, find_family(checkpoint.config.model_type, checkpoint.config.architectures, where))
+    _refuse_untied(checkpoint, find_family(checkpoint.config.model_type, checkpoint.config.architectures, where, checkpoint.config))
     conversion = choose_conversion(checkpoint.config, config, where)
     family, target = conversion.family, conversion.target
     _refuse_unknown_fields(checkpoint.config, conversion, where)
@@ -350,10 +355,17 @@ def _refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, whe
         *conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional, *conversion.neutral, *COMMON_NEUTRAL,
     }  # fmt: skip
     defaults = type(source)()
+    for name in sorted(_WINDOW_FIELDS - set(type(source).__dataclass_fields__)):
+        if getattr(source, name, None) is not None:
+            raise UpcycleError(
+                f"{where}: {name} is {shorten(getattr(source, name))}; {conversion.family.architecture} has no windows, but the key-value cache of "
+                "transformers takes them from there, so that decoding differs from reading at once; remove the field"
+            )
     for name in type(source).__dataclass_fields__:
         if name not in known and hasattr(source, name) and (value := getattr(source, name)) != getattr(defaults, name, None):
             raise UpcycleError(
-                f"{where}: {name} is {value}, and what it does is not known to {conversion.target.architecture}; remove it or set its default"
+                f"{where}: {name} is {shorten(value)}, and what it does is not known to {conversion.target.architecture}; remove it or set its "
+                "default"
             )
 
 
@@ -376,7 +388,7 @@ def _target_config(checkpoint: Checkpoint, conversion: Conversion, config: Upcyc
     try:
         made: PreTrainedConfig = AutoConfig.for_model(target.model_type, **fields)
     except Exception as error:  # the target's own validation: transformers raises strict dataclass errors of several kinds
-        raise UpcycleError(f"{where}: {target.architecture} refuses these values: {' '.join(str(error).split())[:300]}") from error
+        raise UpcycleError(f"{where}: {target.architecture} refuses these values: {shorten(error)}") from error
     made.architectures = [target.architecture]
     made.dtype = source.dtype
     return made
@@ -416,19 +428,31 @@ def _check_tensors(checkpoint: Checkpoint, family: DenseFamily) -> tuple[str, ..
     droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
     droppable |= tied  # copies of the embedding with equal values: with others, `open_checkpoint` says that nothing is tied
     dropped = tuple(sorted(droppable & set(checkpoint.entries)))
+    for name, entry in checkpoint.entries.items():
+        if name not in dropped:
+            _refuse_quantized(entry, checkpoint.directory)
     for name, shape in expected.items():
         if name not in checkpoint.entries:
             raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' is missing; by config.json it must be there with shape {list(shape)}")
         found = checkpoint.entries[name].shape
         if found != shape:
             raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' has shape {list(found)}; by config.json it must be {list(shape)}")
-    for name, entry in checkpoint.entries.items():
+    for name in checkpoint.entries:
         if name not in expected and name not in dropped:
             raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' has no place in {family.architecture}; it would be lost; remove it")
-        if name not in dropped and entry.dtype not in DTYPES:
-            hint = "; dequantize it first" if entry.dtype.startswith("F8") else ""
-            raise UpcycleError(f"{checkpoint.directory}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}")
     return dropped
+
+
+def _refuse_quantized(entry: TensorEntry, directory: Path) -> None:
+    """Refuse integers and narrow floats, and the scales beside them, which the weights are wrong without."""
+    if entry.dtype not in DTYPES:
+        hint = "" if entry.dtype in _UNQUANTIZED else "; dequantize the model first, or give it as it was before"
+        raise UpcycleError(f"{directory}: tensor '{entry.name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}")
+    if entry.name.endswith(_SCALE_ENDS):
+        raise UpcycleError(
+            f"{directory}: tensor '{entry.name}' belongs to quantized weights, which are wrong without it; dequantize the model first, or give it "
+            "as it was before"
+        )
 
 
 def _check_depth(checkpoint: Checkpoint, family: DenseFamily) -> None:
@@ -457,8 +481,9 @@ def _expected(config: PreTrainedConfig, architecture: str, where: str) -> tuple[
         with torch.device("meta"):
             model: PreTrainedModel = getattr(transformers, architecture)(config)
     except Exception as error:  # torch and transformers raise many kinds for values that make no model, plain asserts and KeyErrors among them
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise UpcycleError(f"{where}: transformers cannot build {architecture} of these values ({reason}); correct the file") from error
+        raise UpcycleError(
+            f"{where}: transformers cannot build {architecture} of these values ({describe_error(error)}); correct the file"
+        ) from error
     tied = set(model.all_tied_weights_keys)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
 
