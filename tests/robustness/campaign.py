@@ -27,6 +27,7 @@ from typing import Literal
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
 
 from convert.artifact import verify
 from tests.robustness.inputs import Input, Inputs, Kind
@@ -75,7 +76,7 @@ def cases(kind: Kind, found: Input) -> st.SearchStrategy[Case]:
 
 
 def draw(kind: Kind, found: Input, count: int, number: int, visit: Callable[[Case], None]) -> None:
-    """Let `visit` see so many cases, always the same for a `number`."""
+    """Let `visit` see so many cases, the same for a `number`, but for those that hypothesis makes of numbers that it finds in our code."""
 
     @seed(number)
     @settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
@@ -96,6 +97,7 @@ class Runner:
         self.inputs = Inputs(folder / "inputs")
         self.watched = Watched(folder / "watched")
         self._case = folder / "case"
+        set_hypothesis_home_dir(folder / "hypothesis")  # and not the current directory
 
     def run(self, case: Case) -> tuple[Verdict, Answer]:
         """Mutate a copy of the input, run the command, and look at what it did."""

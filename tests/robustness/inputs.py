@@ -234,7 +234,6 @@ _RUNS = {
     "compare": ("compare", "{input}/other", "{input}/work", "--html", "{work}/comparison.html"),
     "generate": ("generate", "{input}/work", "--prompt", "The owner", "--max-new-tokens", "2"),
     "package": ("package", "{input}/work", "{work}/package"),
-    "run": ("run", "{input}/of/recipe.json", "--workdir", "{input}/work"),
 }
 _RECIPES = {"check": ("check", "{input}/recipe.yaml"), "plan": ("plan", "{input}/recipe.yaml", "--workdir", "{work}")}
 
