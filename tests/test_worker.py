@@ -65,9 +65,10 @@ from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 from worker_jobs import wait
 from convert.artifact import lock
+from convert.termination import termination_raised
 from convert.worker import run_apart
 if __name__ == "__main__":
-    with lock(Path({work!r})) as held:
+    with lock(Path({work!r})) as held, termination_raised():
         run_apart(wait, {marker!r}, "data", held, lambda *_: None)
 """
 
@@ -75,7 +76,7 @@ if __name__ == "__main__":
 UNIGNORED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, sys.argv[1]])"
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Path, how: signal.Signals) -> None:
     script, marker, work = tmp_path / "parent.py", tmp_path / "marker", tmp_path / "work"
     root = Path(__file__).parent.parent
@@ -88,8 +89,8 @@ def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Pa
         assert time.monotonic() < deadline
         time.sleep(0.05)
     stage = psutil.Process(int(marker.read_text(encoding="utf-8")))
-    if how == signal.SIGINT:
-        os.killpg(parent.pid, how)  # as a terminal does
+    if how != signal.SIGKILL:
+        os.killpg(parent.pid, how)  # as a terminal does, and who ends a service
     else:
         parent.send_signal(how)
     _, said = parent.communicate()
@@ -97,4 +98,27 @@ def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Pa
         pass
     stage.wait(10)
     assert not stage.is_running()
-    assert said.count(b"KeyboardInterrupt") == (how == signal.SIGINT)
+    last = {signal.SIGINT: b"KeyboardInterrupt", signal.SIGTERM: b"convert.termination.Terminated"}.get(how, b"")
+    assert said.splitlines()[-1:] == ([last] if last else []), said  # the server and the stage say nothing
+    assert said.count(b"Traceback") == bool(last)
+
+
+CUT_OFF = """
+import multiprocessing.forkserver, os, socket, sys
+sys.path.insert(0, {root!r})
+from convert import worker
+worker._PRELOADED = ["convert.stage_server"]
+if __name__ == "__main__":
+    worker.start_server()
+    server = multiprocessing.forkserver._forkserver
+    with socket.socket(socket.AF_UNIX) as asking:
+        asking.connect(server._forkserver_address)
+    print(os.waitpid(server._forkserver_pid, 0)[1])
+"""
+
+
+def test_a_server_whose_run_is_killed_while_it_asks_for_a_process_says_nothing(tmp_path: Path) -> None:
+    script = tmp_path / "cut_off.py"
+    script.write_text(CUT_OFF.format(root=str(Path(__file__).parent.parent)), encoding="utf-8")
+    finished = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "256\n", "")  # it has ended by an exception
