@@ -15,11 +15,16 @@ from convert.numerals import format_count
 from convert.page import load_template
 from convert.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
 from convert.tables import tier_table
+from export.generation import Generation, read_generation
+from export.opening import load_tokenizer
+from export.package import MAX_LENGTH
 from export.storage import GENAI_CONFIG_NAME
+from upcycle.tokenizer import has_tokenizer
 
 CARD_NAME = "README.md"
 CARDS_NAME = "cards"
 _TEMPLATE_NAME = "card.md.j2"
+_MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
 _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
@@ -42,6 +47,10 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
     model came from the hub.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
+    context = config["max_position_embeddings"]
+    tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
+    generation = read_generation(package, tokenizer)
+    chat = bool(tokenizer and tokenizer.chat_template)
     found = facts["variants"][variant]
     rows = [row for row in summarize(facts) if row.passed is None or row.name == f"ONNX {variant}"]
     others = {f"ONNX {name}:" for name in facts["variants"] if name != variant}
@@ -49,8 +58,10 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
         metadata=_metadata(facts, variant),
         facts=facts,
         variant=variant,
-        origin=facts["source"]["origin"] if facts["base_model"] else Path(facts["source"]["origin"]).name,
+        name=escape(facts["name"]),
+        origin=escape(facts["source"]["origin"] if facts["base_model"] else Path(facts["source"]["origin"]).name),
         parity=found["parity"],
+        breaches=[escape(breach) for breach in found["parity"]["breaches"]],
         measured=find_measured(found),
         model=exported_model(facts),
         onnx=found["onnx"],
@@ -58,15 +69,42 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
         count=format_count,
         figures=_markdown_table(COLUMNS, [row_cells(row) for row in rows]),
         tiers=_tier_lines(facts, variant),
-        findings=[verdict.text for verdict in judge(facts) if not any(verdict.text.startswith(other) for other in others)],
+        findings=[escape(verdict.text) for verdict in judge(facts) if not any(verdict.text.startswith(other) for other in others)],
         genai=(package / GENAI_CONFIG_NAME).is_file(),
         tell_heads=config.get("num_key_value_heads") not in (None, config.get("num_attention_heads")),
-        context=config.get("max_position_embeddings"),
+        context=context,
+        chat=chat,
+        prompt="Tell me a story." if chat else "Once",
+        num_tokens=min(40, context // 2),
+        genai_length=min(context, MAX_LENGTH),
+        checkpoint=f"finetune-{facts['keys']['finetune'][:12]}",
+        generation=generation,
+        sampling=_tell_sampling(generation),
+        ends=_tell_ends(generation, tokenizer),
         fence="`" * max(3, 1 + max(map(len, re.findall("`+", facts["recipe"])), default=0)),
         digests=facts["digests"][f"onnx-{variant}"],
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / CARD_NAME).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def escape(text: str) -> str:
+    """A text that is no Markdown, for a line of it: what would be a mark or HTML there is shown as it is."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _tell_sampling(generation: Generation) -> str:
+    """The settings of a draw, or of greedy decoding; empty where it has none."""
+    sampling = generation.sampling
+    drawn = [f"temperature {sampling.temperature:g}", f"top-k {sampling.top_k}", f"top-p {sampling.top_p:g}"] if generation.draws else []
+    drawn += [f"min-p {sampling.min_p:g}"] if generation.draws and sampling.min_p else []
+    return ", ".join([*drawn, *([f"a repetition penalty of {sampling.repetition_penalty:g}"] if sampling.repetition_penalty != 1 else [])])
+
+
+def _tell_ends(generation: Generation, tokenizer: Any) -> str:
+    """The tokens that end a text, by name where there is a tokenizer."""
+    names = {token: None if tokenizer is None else tokenizer.convert_ids_to_tokens(token) for token in generation.ends}
+    return " or ".join(f"token {token}" if name is None else f"{escape(str(name))} ({token})" for token, name in names.items())
 
 
 def _metadata(facts: dict[str, Any], variant: str) -> str:
@@ -98,4 +136,4 @@ def _tiers(facts: dict[str, Any]) -> Iterator[str]:
         told = "; ".join(
             f"{answer} ({header.partition(', ')[2]})" if ", " in header else answer for header, answer in zip(table.headers[2:], answers, strict=True)
         )
-        yield f"{tier}: {question} {told}."
+        yield escape(f"{tier}: {question} {told}.")

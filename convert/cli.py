@@ -268,10 +268,13 @@ def verify(directory: Path) -> None:
 @click.option("--prompt", "prompts", multiple=True, help="Text to go on from; - reads standard input. May be given several times.")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with a prompt on each line.")
 @click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to write at most.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="Draw from the k likeliest tokens; 0 from all.")
-@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), default=1.0, show_default=True, help="Draw from this much of the mass.")
+@click.option("--chat", is_flag=True, help="Each prompt is what a user says, in the tokenizer's chat template; only the answer is printed.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), help="Tokens to write at most [default: the package's, or 128].")
+@click.option("--temperature", type=click.FloatRange(min=0), help="0 is greedy [default: the package's; 1 where another option draws].")
+@click.option("--top-k", type=click.IntRange(min=0), help="Draw from the k likeliest tokens; 0 from all [default: the package's, or 50].")
+@click.option("--top-p", type=click.FloatRange(min=0, max=1, min_open=True), help="Nucleus sampling: keep this mass [default: the package's, or 1].")
+@click.option("--min-p", type=click.FloatRange(min=0, max=1), help="Least share of the likeliest token's mass [default: the package's, or 0].")
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), help="1 is none [default: the package's, or 1].")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
 @_mendable
@@ -280,47 +283,61 @@ def generate(
     prompts: tuple[str, ...],
     prompts_file: Path | None,
     variant: str | None,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    chat: bool,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
     seed: int,
     cuda: bool,
 ) -> None:
     """Go on from prompts with the ONNX model in ARTIFACT, a package or a work directory.
 
-    One text is printed as it comes. Several are one batch, and printed with a heading each when all have ended.
+    One text is printed as it comes. Several are one batch, and printed with a heading each when all have ended. Where a text ends, and how tokens
+    are chosen, is what transformers reads in the package's generation_config.json; options here go before it. --top-k, --top-p or --min-p alone
+    draws, at the package's temperature or 1.
     """
     texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
     texts += [] if prompts_file is None else _read_prompts(prompts_file)
     if not texts:
         raise click.ClickException("no prompt; give --prompt, or --prompts with a file of them")
     with uncollected_imports():
-        from export.runtime import CPU, CUDA, Decoder
-        from export.sampling import Sampling
-        from export.text import start_ids
+        from transformers.utils import logging
 
+        from export.generation import read_generation
+        from export.opening import load_tokenizer
+        from export.runtime import CPU, CUDA, Decoder
+        from export.text import chat_ids, decode_stream, start_ids
+
+    logging.set_verbosity_error()
     package = _find_package(directory, variant)
     decoder = Decoder(package, CUDA if cuda else CPU)
-    tokenizer = _load_tokenizer(package)
-    ids = [start_ids(tokenizer, text) for text in texts]
+    tokenizer = load_tokenizer(package)
+    generation = read_generation(package, tokenizer)
+    ids = [chat_ids(tokenizer, text) if chat else start_ids(tokenizer, text, generation.start) for text in texts]
     longest = max(ids, key=len)
     room = decoder.context_length - len(longest)
     if room < 1:
         where = "--prompt" if len(ids) == 1 else f"prompt {ids.index(longest) + 1}"
         raise click.ClickException(f"{where}: has {len(longest)} tokens; the model's context holds {decoder.context_length}; shorten it")
-    stop = {tokenizer.eos_token_id, tokenizer.bos_token_id} - {None}
-    steps = decoder.generate(ids, min(max_new_tokens, room), Sampling(temperature, top_k, top_p, seed), tuple(stop))
+    if generation.strange:
+        click.echo(f"{package}: generation_config.json has settings that are not followed here: {', '.join(generation.strange)}", err=True)
+    sampling = generation.choose_sampling(seed, temperature, top_k, top_p, min_p, repetition_penalty)
+    steps = decoder.generate(ids, min(max_new_tokens or generation.max_new_tokens or 128, room), sampling, generation.ends)
+    shown = ["" if chat else text for text in texts]
+    before: list[list[int]] = [[] for _ in ids] if chat else ids
     if len(texts) == 1:
-        click.echo(texts[0], nl=False)
-        for piece in _decode_stream(tokenizer, ids[0], (token for (token,) in steps if token is not None and token not in stop)):
+        click.echo(shown[0], nl=False)
+        for piece in decode_stream(tokenizer, before[0], (token for (token,) in steps if token is not None)):
             click.echo(piece, nl=False)
             sys.stdout.flush()
         click.echo()
         return
-    for number, (text, start, row) in enumerate(zip(texts, ids, zip(*steps, strict=True), strict=True), 1):
+    for number, (text, start, row) in enumerate(zip(shown, before, zip(*steps, strict=True), strict=True), 1):
         click.echo(f"== {number} of {len(texts)}")
-        click.echo(text + "".join(_decode_stream(tokenizer, start, (token for token in row if token is not None and token not in stop))))
+        click.echo(text + "".join(decode_stream(tokenizer, start, (token for token in row if token is not None))))
 
 
 def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
@@ -540,17 +557,6 @@ def _find_package(directory: Path, variant: str | None) -> Path:
     return directory / str(packages[variant or next(iter(packages))])
 
 
-def _load_tokenizer(package: Path) -> Any:
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    try:
-        return AutoTokenizer.from_pretrained(package, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise click.ClickException(f"{package}: no tokenizer that transformers can load; put tokenizer.json there") from error
-
-
 def _read_prompts(path: Path) -> list[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -560,16 +566,3 @@ def _read_prompts(path: Path) -> list[str]:
         if not line.strip():
             raise click.ClickException(f"{path}:{number}: is empty; every line must be a prompt")
     return lines
-
-
-def _decode_stream(tokenizer: Any, prompt: list[int], tokens: Iterator[int]) -> Iterator[str]:
-    """Text as tokens come: what a longer sequence decodes to, less what a shorter one did, and nothing of a character still incomplete."""
-    ids = list(prompt)
-    shown = tokenizer.decode(ids, skip_special_tokens=True)
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if text.endswith("\ufffd"):
-            continue
-        yield text[len(shown) :]
-        shown = text

@@ -19,8 +19,9 @@ from export.opening import load_tokenizer
 from export.sampling import Sampling
 from export.storage import GENAI_CONFIG_NAME
 from upcycle.checkpoint import GENERATION_CONFIG_NAME
-from upcycle.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
+from upcycle.config_files import CONFIG_NAME
 from upcycle.errors import one_line_errors
+from upcycle.tokenizer import has_tokenizer
 
 _TOP_K = 50  # transformers' default where tokens are drawn
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -85,7 +86,7 @@ def read_generation(directory: Path, tokenizer: Any = None) -> Generation:
         starts.append(model.get("bos_token_id"))
         ends.append(model.get("eos_token_id"))
     found = next(filter(None, map(_as_ids, ends)), ())
-    if tokenizer is None and not found and (directory / TOKENIZER_CONFIG_NAME).is_file():
+    if tokenizer is None and not found and has_tokenizer(directory):
         tokenizer = load_tokenizer(directory)
     starts.append(getattr(tokenizer, "bos_token_id", None))
     where = directory / GENERATION_CONFIG_NAME

@@ -1,4 +1,4 @@
-"""Text as token ids, of its own or in blocks [N, S]."""
+"""Text as token ids and back, and in blocks [N, S]."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from upcycle.errors import one_line_errors
+from upcycle.tokenizer import encode
 
 _TOKENS_PER_INPUT = 4  # twice what GPTQ needs, for experts that are visited less than others
 _FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
@@ -49,10 +50,9 @@ def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:
     A text without any is the token `start` alone, or the tokenizer's own that starts a text; empty where neither is known.
 
     Raises:
-        ExportError: the tokenizer cannot encode the text.
+        UpcycleError: the tokenizer fails on the text.
     """
-    with one_line_errors(tokenizer.name_or_path, "the tokenizer cannot encode a text", "copy its files from the checkpoint again", ExportError):
-        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    ids = encode(tokenizer, text)
     start = tokenizer.bos_token_id if start is None else start
     return ids if ids or start is None else [start]
 

@@ -101,16 +101,6 @@ def test_a_recipe_with_a_fence_does_not_end_its_own(facts, package, tmp_path) ->
     assert "\n`````yaml\nname: x # ```` and\n```\n# injected\n`````\n" in text
 
 
-@pytest.mark.filterwarnings("default")
-def test_the_code_of_the_card_runs_in_onnxruntime_genai(facts, package, tmp_path, monkeypatch, capsys) -> None:
-    pytest.importorskip("onnxruntime_genai")
-    code = re.findall(r"```python\n(.*?)```", card_of(facts, package, tmp_path).text, flags=re.DOTALL)
-    (genai,) = (block for block in code if "onnxruntime_genai" in block)
-    monkeypatch.chdir(package)
-    exec(compile(genai, "card", "exec"), {})
-    assert capsys.readouterr().out.startswith("<s>Once")
-
-
 def test_a_card_names_no_runtime_that_cannot_read_the_package(facts, package, tmp_path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "config.json").write_text((package / "config.json").read_text(encoding="utf-8"), encoding="utf-8")

@@ -14,6 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from export.config import QuantizeConfig
 from export.errors import ExportError
 from export.text import chat_ids, count_calibration_tokens, decode_stream, start_ids
+from upcycle.errors import UpcycleError
 
 
 def test_calibration_reads_four_tokens_for_each_input_of_an_expert_that_has_its_share() -> None:
@@ -48,7 +49,7 @@ def test_a_text_without_tokens_is_the_token_that_starts_one() -> None:
 
 def test_a_tokenizer_that_cannot_encode_a_text_is_one_line() -> None:
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")), name_or_path="words")
-    with pytest.raises(ExportError, match=r"^words: the tokenizer cannot encode a text [^\n]*; copy its files from the checkpoint again$"):
+    with pytest.raises(UpcycleError, match=r"^words: the tokenizer fails on a text \([^\n]*\); [^\n]*$"):
         start_ids(words, "b")
 
 

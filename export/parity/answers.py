@@ -23,6 +23,7 @@ from export.parity.tasks import Answer, Choice, Similarity, Task
 from export.runtime import HIDDEN, Decoder
 from export.text import start_ids
 from upcycle.errors import shorten
+from upcycle.tokenizer import encode
 
 _BATCH = 16
 _MOST_LOGITS = 2**26  # of a batch at once: 256 MB
@@ -188,7 +189,7 @@ def _encode_choices(example: Choice, tokenizer: Any, start_token: int | None, co
     """
     prompt = _encode(tokenizer, example.prompt, start_token, where)
     whole = [_encode(tokenizer, example.prompt + choice, start_token, where) for choice in example.choices]
-    if not tokenizer(example.prompt, verbose=False)["input_ids"]:
+    if not encode(tokenizer, example.prompt):
         whole = [prompt + ids for ids in whole]
     start = max(1, min(min(_find_parting(prompt, ids), len(ids) - 1) for ids in whole))
     rows = []
