@@ -74,10 +74,10 @@ def test_what_is_written_elsewhere_is_a_failure(case: Case, tmp_path: Path) -> N
 
 
 def test_a_command_that_crashes_hangs_or_leaves_a_process_is_told_and_the_next_one_runs(tmp_path: Path) -> None:
-    with Watched(tmp_path, patience=5.0) as watched:
+    with Watched(tmp_path, patience=20.0) as watched:
         assert watched.call(crash, directory=tmp_path).died == "ended with code -6"
-        assert "still ran after 5 s" in watched.call(hang, directory=tmp_path).died
-        assert "sleep 30" in watched.call(leave, directory=tmp_path).left[0]
+        assert "still ran after 20 s" in watched.call(hang, directory=tmp_path).died
+        assert "sleep 40" in watched.call(leave, directory=tmp_path).left[0]
         assert watched.run(["--version"], tmp_path).output == "dense2moe, version 0.1.0\n"
 
 
@@ -91,7 +91,7 @@ def hang() -> Answer:
 
 
 def leave() -> Answer:
-    os.posix_spawnp("sleep", ["sleep", "30"], os.environ)
+    os.posix_spawnp("sleep", ["sleep", "40"], os.environ)
     return Answer(0)
 
 

@@ -87,7 +87,7 @@ class Watched:
         """End the process."""
         if self._process is not None and self._connection is not None:
             self._connection.close()
-            self._process.wait(_PATIENCE)
+            self._process.wait(self._patience)
             self._process = self._connection = None
 
     def start(self) -> None:
@@ -98,7 +98,7 @@ class Watched:
         kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")}
         own = {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_ROOT)}
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
-        command = [sys.executable, "-m", "tests.robustness.worker", str(theirs.fileno())]
+        command = [sys.executable, "-c", f"from tests.robustness.worker import watch; watch({theirs.fileno()})"]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=kept | own | threads, stdin=subprocess.DEVNULL)
         theirs.close()
         self._connection = ours
@@ -108,8 +108,9 @@ class Watched:
 # In the process that watches.
 
 
-def watch(connection: Connection) -> None:
-    """Answer what is asked until nobody asks any more."""
+def watch(descriptor: int) -> None:
+    """Answer what is asked through an inherited connection, until nobody asks any more."""
+    connection = Connection(descriptor)
     said = Path(os.environ["TMPDIR"]).parent / "said.txt"
     said.touch()
     process, pipe, num_cases = None, None, 0
@@ -142,7 +143,8 @@ def watch(connection: Connection) -> None:
             answer = Answer(**vars(answer) | {"said": file.read().decode("utf-8", "replace"), "left": _left(before)})
         connection.send(answer)
     if process is not None:
-        kill(process)
+        process.kill()
+        process.join()
 
 
 def _descendants() -> set[psutil.Process]:
@@ -190,7 +192,3 @@ def run_command(arguments: list[str]) -> Answer:
     known: Any = result.exception is None or isinstance(result.exception, SystemExit)
     found = "" if known else "".join(traceback.format_exception(*result.exc_info)) if result.exc_info else repr(result.exception)
     return Answer(result.exit_code, result.stdout, result.stderr, traceback=found)
-
-
-if __name__ == "__main__":
-    watch(Connection(int(sys.argv[1])))
