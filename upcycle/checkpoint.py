@@ -315,7 +315,7 @@ def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
     pickles = (path for pattern in _PICKLES for path in sorted(directory.glob(pattern)))
     if (pickle := next((path for path in pickles if not is_training_state(path.name)), None)) is not None:
         raise UpcycleError(f"{pickle}: pickled weights can run code and are never loaded; convert them to {SINGLE_NAME} first")
-    raise UpcycleError(f"{directory}: no {SINGLE_NAME} and no {INDEX_NAME}; the weights must be in safetensors")
+    raise UpcycleError(f"{directory}: no {single.name} and no {single.name}.index.json; the weights must be in safetensors")
 
 
 def read_index(directory: Path, stem: str = STEM) -> dict[str, set[str]]:
@@ -364,7 +364,9 @@ def read_header(file: Path) -> list[TensorEntry]:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
         if not isinstance(header, dict):
             raise ValueError("the header is no JSON object")
-        header.pop("__metadata__", None)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is no object of texts")
         spans = [_span(name, value) for name, value in header.items()]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UpcycleError(f"{file}: malformed safetensors header ({shorten(error)}); download it again") from error
