@@ -329,6 +329,14 @@ def test_a_tensor_s_name_that_no_line_can_show_is_refused(name: str, tmp_path: P
     assert message.endswith("must have a name of printable characters, 500 at most); download it again")
 
 
+@pytest.mark.parametrize("metadata", [[], "pt", {"format": 1}])
+def test_metadata_that_safetensors_refuses_is_refused(metadata: object, tmp_path: Path) -> None:
+    header = json.dumps({"__metadata__": metadata}).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    assert refusal(read_header, file) == f"{file}: malformed safetensors header (__metadata__ is no object of texts); download it again"
+
+
 def test_a_state_of_training_is_not_called_weights(tmp_path: Path) -> None:
     (tmp_path / "training_args.bin").write_bytes(b"arguments")
     (tmp_path / "optimizer.pt").write_bytes(b"moments")

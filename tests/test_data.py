@@ -539,7 +539,7 @@ def test_a_source_without_a_usable_tokenizer_is_refused(content: str | None, cor
     if content is None:
         assert message == f"{directory}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
     else:
-        assert message.startswith(f"{directory / 'tokenizer.json'}: transformers cannot load the tokenizer (")
+        assert message.split(": ")[1].startswith("transformers cannot load the tokenizer (")
         assert message.endswith("); download the tokenizer's files again, or put the model's own tokenizer.json there")
 
 

@@ -896,7 +896,8 @@ def test_scales_of_quantized_weights_are_not_to_be_removed(dense_checkpoint: Pat
     name = "model.layers.0.mlp.up_proj.weight_scale_inv"
     directory = edited(dense_checkpoint, tmp_path / "dense", tensors=lambda state: state.update({name: torch.ones(1)}))
     assert refusal(directory, tmp_path) == (
-        f"{directory}: tensor '{name}' belongs to quantized weights, which are wrong without it; dequantize the model first, or give it as it was before"
+        f"{directory}: tensor '{name}' belongs to quantized weights, which are wrong without it; dequantize the model first, or give it as it was "
+        "before"
     )
 
 

@@ -61,6 +61,8 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(copy: Path) -> None:
     """transformers makes one, which gives no tokens for any text."""
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    (copy / "vocab.json").write_text("{}")
+    (copy / "merges.txt").write_text("")
     assert refusal(check_ids, load_tokenizer(copy), 300, "a text") == (
         f"{copy}: the tokenizer gives no tokens for 'a text', as if it had no vocabulary; {RESTORE}"
     )
@@ -77,7 +79,6 @@ def test_a_damaged_small_file_is_named(name: str, text: str, reason: str, copy: 
     "edit",
     [
         lambda j: j.pop("model"),
-        lambda j: j.pop("added_tokens"),
         lambda j: j["model"].update(vocab=7),
         lambda j: j["model"].update(merges=[["x", "never"]]),
         lambda j: j.update(model={"type": "WordPiece"}),
@@ -89,6 +90,18 @@ def test_a_damaged_tokenizer_is_named(edit: Change, copy: Path) -> None:
     message = refusal(load_tokenizer, copy)
     assert message.startswith(f"{copy / 'tokenizer.json'}: transformers cannot load the tokenizer (")
     assert message.endswith(f"); {RESTORE}")
+
+
+def test_a_fault_of_the_files_beside_tokenizer_json_is_not_called_its_own(copy: Path) -> None:
+    change(copy / "tokenizer_config.json", lambda j: j.update(truncation_side="middle"))
+    message = refusal(load_tokenizer, copy)
+    assert message.startswith(f"{copy}: transformers cannot load the tokenizer (ValueError: Truncation side should be ")
+    assert message.endswith(f"); {RESTORE}")
+
+
+def test_a_config_of_a_tokenizer_without_its_vocabulary_is_no_tokenizer(copy: Path) -> None:
+    (copy / "tokenizer.json").unlink()
+    assert refusal(load_tokenizer, copy) == f"{copy}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
 
 
 def test_a_panic_of_rust_in_the_tokenizer_is_one_line(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +119,7 @@ def test_a_panic_of_rust_in_the_tokenizer_is_one_line(copy: Path, capfd: pytest.
 
 
 def test_a_tokenizer_of_code_is_never_asked_for(copy: Path) -> None:
-    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer.json").rename(copy / "vocab.json")
     change(copy / "tokenizer_config.json", lambda j: j.update(auto_map={"AutoTokenizer": [None, "mine.Mine"]}, tokenizer_class="Mine"))
     (copy / "mine.py").write_text("raise SystemExit('run')")
     assert "transformers cannot load the tokenizer (" in refusal(load_tokenizer, copy)

@@ -16,7 +16,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
 
-def named_value(record: Record, field: str) -> str:
+def named_value(record: BaseModel, field: str) -> str:
     """A value for a message, which says where it is none of the file's own but the default."""
     return f"{getattr(record, field)}{'' if field in record.model_fields_set else ' by default'}"
 

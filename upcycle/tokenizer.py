@@ -10,15 +10,17 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from upcycle.config_files import TOKENIZER_CONFIG_NAME
 from upcycle.errors import UpcycleError, one_line_errors, shorten
 
 TOKENIZER_NAME = "tokenizer.json"
-_PATTERNS = ("tokenizer*.json", "*.model", "*.tiktoken", "tekken.json", "vocab.*", "vocab-*", "merges.txt")
-"""The files that a tokenizer of transformers is read from; `tokenizer_config.json` alone names one that needs no other, as for bytes."""
+_PATTERNS = (TOKENIZER_NAME, "*.model", "*.tiktoken", "tekken.json", "vocab.*", "vocab-*", "merges.txt")
+"""The files that a tokenizer of transformers is read from; the others only describe it."""
 _SMALL_NAMES = (TOKENIZER_CONFIG_NAME, "special_tokens_map.json", "added_tokens.json")
+_CANNOT_LOAD = "transformers cannot load the tokenizer"
 _RESTORE = f"download the tokenizer's files again, or put the model's own {TOKENIZER_NAME} there"
 
 
@@ -38,8 +40,14 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     for name in _SMALL_NAMES:
         _check_json(directory / name)
     file = directory / TOKENIZER_NAME
-    with one_line_errors(file if file.is_file() else directory, "transformers cannot load the tokenizer", _mend_loading(directory)):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with one_line_errors(directory, _CANNOT_LOAD, _mend_loading(directory)):
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        except Exception:
+            if file.is_file():
+                with one_line_errors(file, _CANNOT_LOAD, _RESTORE):  # where it is this file's fault
+                    Tokenizer.from_file(str(file))
+            raise
     return tokenizer
 
 
