@@ -42,14 +42,16 @@ def main() -> None:
             print(answer.output, answer.errors, answer.said, answer.traceback, verdict, sep="\n")
         else:
             table = Table()
-            for each in options.kinds.split(","):
-                kind, _, count = each.partition("=")
-                start = time.monotonic()
-                campaign(runner, kind, int(count or options.cases), options.seed, table)
-                print(f"{kind}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-            print(table.markdown())
-            print(table.report())
-            print(*(f"late: {case}\n    {verdict.reason.strip()}" for case, verdict in table.late), sep="\n")
+            try:
+                for each in options.kinds.split(","):
+                    kind, _, count = each.partition("=")
+                    start = time.monotonic()
+                    campaign(runner, kind, int(count or options.cases), options.seed, table)
+                    print(f"{kind}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+            finally:  # an interrupted campaign has found something too
+                print(table.markdown())
+                print(table.report())
+                print(*(f"late: {case}\n    {verdict.reason.strip()}" for case, verdict in table.late), sep="\n")
         runner.watched.close()
 
 

@@ -50,7 +50,7 @@ data:
         kind: text
         train: [text.txt, "t*.txt"]
         validation: [held.txt]
-        test: []
+        separator: "\\n\\n"
   block_size: 32
   max_train_tokens: 640
   max_validation_tokens: 128

@@ -34,7 +34,7 @@ _MOST_BYTES = 6 << 30
 _MOST_CASES = 400
 """Commands in one process; the next ones get a new one, so that what libraries keep does not add up."""
 _PATIENCE = 10.0
-"""Seconds for the processes of stages to end behind a command."""
+"""Seconds at most for the processes of stages to end behind a command."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Watched:
         """Run a command in a directory."""
         return self.call(run_command, list(arguments), directory=directory)
 
-    def call(self, function: Callable[..., Answer], *arguments: Any, directory: Path) -> Answer:
+    def call(self, function: Callable[..., Answer], *arguments: Any, directory: Path, patience: float | None = None) -> Answer:
         """Call a function of a module there; `run` does it with the command line."""
         self.start()
         assert self._connection is not None
-        self._connection.send((function, arguments, str(directory), self._patience))
+        self._connection.send((function, arguments, str(directory), patience or self._patience))
         answer: Answer = self._connection.recv()
         return answer
 
@@ -140,7 +140,7 @@ def watch(descriptor: int) -> None:
                 answer, process = Answer(None, died=f"still ran after {patience:.0f} s, and was killed"), None
         with said.open("rb") as file:
             file.seek(start)
-            answer = Answer(**vars(answer) | {"said": file.read().decode("utf-8", "replace"), "left": _left(before)})
+            answer = Answer(**vars(answer) | {"said": file.read().decode("utf-8", "replace"), "left": _left(before, min(patience, _PATIENCE))})
         connection.send(answer)
     if process is not None:
         process.kill()
@@ -151,8 +151,8 @@ def _descendants() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
 
-def _left(before: set[psutil.Process]) -> tuple[str, ...]:
-    deadline = time.monotonic() + _PATIENCE
+def _left(before: set[psutil.Process], patience: float) -> tuple[str, ...]:
+    deadline = time.monotonic() + patience
     while (left := _descendants() - before) and time.monotonic() < deadline:
         time.sleep(0.05)
     return tuple(sorted(_describe(process) for process in left))
