@@ -160,7 +160,7 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
 def find_operator_limit(c: PreTrainedConfig) -> str | None:
     """What of a config no operator of onnxruntime computes, although the builder would write it, or None.
 
-    Only a session that runs would tell it, after all the work. On the CPU and on CUDA (contrib_ops/*/bert/group_query_attention*, 1.24 to 1.32).
+    Only a session that runs would tell it, after all the work: so says the operator of onnxruntime 1.32 on the CPU.
     """
     head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     if head_dim % _HEAD_MULTIPLE:
