@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import MixtralConfig
 
 from export.parity.constants import Operator, read_constants
-from export.parity.weights import Found, check_weights
+from export.parity.weights import Found, _nearest, check_weights
 from export.quantization import Quantized, dequantize, join, quantize, unpack
 from export.storage import MODEL_NAME
 
@@ -313,3 +313,10 @@ def test_two_columns_exchanged_make_other_rows(tmp_path: Path, form: Form) -> No
         found = judge(folder, form, exchanged(0, number)).check
         assert found.wrong[0].tensor == "layer 0, attention's q_proj"
         assert found.num_wrong > 0.8 * WIDTH  # of some rows both numbers are the same
+
+
+def test_rows_that_are_no_numbers_or_huge_ones_are_like_no_other() -> None:
+    """And numpy warns of nothing, which would be printed before what parity says."""
+    true = np.ones(4, np.float32)
+    rows = [np.full(4, value, np.float32) for value in (np.nan, np.inf, 3e38, 1.01)]
+    assert _nearest(true, rows) == 3

@@ -301,7 +301,8 @@ def _nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
     """The row that is most like another, if any is at all."""
     if not rows:
         return None
-    distances = np.nan_to_num(np.abs(np.stack(rows) - true).sum(-1), nan=np.inf)
+    with np.errstate(invalid="ignore", over="ignore"):  # of a damaged file
+        distances = np.nan_to_num(np.abs(np.stack(rows) - true).sum(-1), nan=np.inf)
     best = int(distances.argmin())
     return best if distances[best] <= _LIKE * np.abs(true).sum() else None
 
