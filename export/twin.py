@@ -27,7 +27,7 @@ from upcycle.errors import one_line_errors, shorten
 SCHEME_NAME = "quantization.json"
 STEM = "scales"
 _SCHEME_FIELDS = {
-    "variant": str, "element_type": str, "float_type": str, "tensors": dict, "input_scales": dict, "block_size": int, "zero_points": bool,
+    "variant": str, "element_type": str, "float_type": str, "tensors": dict, "input_scales": dict, "block_size": int | None, "zero_points": bool,
 }  # fmt: skip
 _RESTORE = "copy it again from the run that quantized the model"
 COLUMN_SCALES = "column_scales"
@@ -150,9 +150,11 @@ def _read_scheme(path: Path) -> dict[str, Any]:
     with one_line_errors(path, "is no JSON", _RESTORE, ExportError):
         scheme: Any = json.loads(path.read_text(encoding="utf-8"))
     values = scheme if isinstance(scheme, dict) else {}
-    wrong = next((name for name, kind in _SCHEME_FIELDS.items() if not isinstance(values.get(name), kind)), None)
+    wrong, kind = next(((name, kind) for name, kind in _SCHEME_FIELDS.items() if not isinstance(values.get(name), kind)), (None, None))
     if wrong is not None:
-        raise ExportError(f"{path}: {wrong} is {shorten(json.dumps(values.get(wrong)))}; must be a {_SCHEME_FIELDS[wrong].__name__}; {_RESTORE}")
+        raise ExportError(
+            f"{path}: {wrong} is {shorten(json.dumps(values.get(wrong)))}; must be of type {getattr(kind, '__name__', kind)}; {_RESTORE}"
+        )
     return values
 
 

@@ -136,7 +136,8 @@ def test_a_missing_source_names_the_places_tried(recipe, tmp_path):
     path = recipe(source="nowhere")
     code, output = invoke("check", path)
     assert code == 1
-    assert output == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; correct the path\n"
+    remedy = "correct the path, or write `source: {hub: nowhere}` for a model of the Hugging Face hub"
+    assert output == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; {remedy}\n"
 
 
 def test_a_refused_run_leaves_nothing(recipe, tmp_path):
@@ -177,10 +178,10 @@ def test_a_reader_that_goes_away_is_no_error(recipe, tmp_path):
 
 def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
     def fail(*_):
-        raise FileNotFoundError(2, "planted")
+        raise KeyError("planted")
 
     monkeypatch.setattr("convert.stages.prepare", fail)
-    with pytest.raises(FileNotFoundError, match="planted"):
+    with pytest.raises(KeyError, match="planted"):
         invoke("check", recipe())
 
 

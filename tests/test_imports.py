@@ -53,7 +53,10 @@ def test_what_was_imported_is_left_alone_and_nothing_is_where_all_was_there(coll
 def test_the_command_line_imports_so(dense_checkpoint: Path, tmp_path: Path) -> None:
     """The collector never runs while `check` imports, and what it made is frozen."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: [{recipe}]}}}}\n")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"This is document {number}.\n" for number in range(500)))
+    data = f"{{block_size: 32, source: {{kind: text, train: [{text}], separator: .}}}}"
+    recipe.write_text(f"source: {dense_checkpoint}\ndata: {data}\n")
     code = """
 import gc, sys
 import convert.cli

@@ -8,7 +8,6 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import sys
 import time
@@ -549,24 +548,6 @@ def test_what_was_trained_is_not_trained_again(start: Start, tmp_path: Path) -> 
     assert seen == [1, 2, 3, 4, 5, 5, 6]
 
 
-def test_a_checkpoint_that_was_cut_off_is_passed_over(start: Start, tmp_path: Path) -> None:
-    def progress(what: str, done: int, total: int) -> None:
-        if what.startswith("training fine-tuned") and done == 5:
-            raise _Killed
-
-    _, untouched = start(CONFIG)
-    with pytest.raises(_Killed):
-        start(CONFIG, tmp_path, progress)
-    checkpoints = tmp_path / "fine-tuned" / "stage-0" / "checkpoints"
-    shutil.copytree(checkpoints / "checkpoint-4", checkpoints / "checkpoint-6")
-    (checkpoints / "checkpoint-6" / "history.jsonl").unlink()
-    (checkpoints / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
-    seen: list[int] = []
-    _, output = start(CONFIG, tmp_path, lambda what, done, _: seen.append(done) if what.startswith("training fine-tuned") else None)
-    assert seen == [5, 6]
-    assert changed(untouched, output) == set()
-
-
 # What ends a stage
 
 
@@ -649,7 +630,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(start: Start, t
     stages = (TrainingStage(steps=2), TrainingStage(steps=4, learning_rate=1e30, router_learning_rate=1e30))
     with pytest.raises(UpcycleError, match=r"finetune: the loss of fine-tuned is (nan|inf) at step \d; lower finetune\.learning_rate"):
         start(CONFIG.model_copy(update={"stages": stages}), tmp_path)
-    assert (tmp_path / "fine-tuned" / "stage-0" / "model.safetensors").is_file()
+    assert (tmp_path / "fine-tuned" / "stage-0" / "trained" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int, sample: str) ->
         UpcycleError: the token, its id, and how to make the embedding larger.
     """
     directory = tokenizer.name_or_path
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda pair: pair[1], default=("", -1))
+    token, largest = max(_read_vocabulary(tokenizer).items(), key=lambda pair: pair[1], default=("", -1))
     if largest >= num_rows:
         raise UpcycleError(
             f"{directory}: token '{shorten(token)}' has the id {largest}; the model's embedding has {num_rows} rows, for ids up to {num_rows - 1}; "
@@ -98,6 +98,15 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int, sample: str) ->
         raise UpcycleError(f"{directory}: the tokenizer gives the id {beyond}; the model's embedding has {num_rows} rows; {_RESTORE}")
     if sample.strip() and not encode(tokenizer, sample, special=False):
         raise UpcycleError(f"{directory}: the tokenizer gives no tokens for '{shorten(sample)[:40]}', as if it had no vocabulary; {_RESTORE}")
+
+
+def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The tokens that its own file has; a class of transformers may add others of its family, which no text of this model holds."""
+    file = Path(tokenizer.name_or_path) / TOKENIZER_NAME
+    if not file.is_file():
+        return tokenizer.get_vocab()
+    vocabulary: dict[str, int] = Tokenizer.from_file(str(file)).get_vocab(with_added_tokens=True)
+    return vocabulary
 
 
 def _find_beyond(ids: Iterable[int], num_rows: int) -> int | None:
