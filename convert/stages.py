@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import re
 from collections.abc import Callable, Mapping
@@ -350,13 +351,17 @@ def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
 
 
 def run_source(job: Job) -> Facts:
-    """Links to the dense checkpoint's files, every value that something is made of read once and found finite."""
+    """Links to the dense checkpoint's files, every value that something is made of read once and found finite.
+
+    They are relative: work directory and checkpoint can be moved together, or be seen at another place from a container.
+    """
     checkpoint = job.preparation.checkpoint
     for number, _ in enumerate(check_values(checkpoint, job.preparation.plan.dropped), 1):
         job.progress("checking values", number, len(checkpoint.entries))
     for name in job.preparation.source_files:
-        (job.output / name).parent.mkdir(exist_ok=True)
-        (job.output / name).symlink_to((checkpoint.directory / name).resolve())
+        link = job.output / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath((checkpoint.directory / name).resolve(), link.parent.resolve()))
     return {
         "origin": job.preparation.origin,
         "architecture": (checkpoint.config.architectures or ["?"])[0],

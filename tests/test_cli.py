@@ -140,6 +140,17 @@ def test_a_missing_source_names_the_places_tried(recipe, tmp_path):
     assert output == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; {remedy}\n"
 
 
+def test_a_run_and_its_source_can_be_moved_together(recipe, tmp_path, dense_checkpoint):
+    home, moved = tmp_path / "home", tmp_path / "elsewhere" / "moved"
+    shutil.copytree(dense_checkpoint, home / "dense")
+    assert invoke("run", recipe(source=home / "dense"), "--workdir", home / "run", "--until", "source")[0] == 0
+    moved.parent.mkdir()
+    home.rename(moved)
+    (source,) = (path for path in (moved / "run").iterdir() if path.is_dir())
+    assert (source / "config.json").is_symlink()
+    assert invoke("verify", source)[0] == 0
+
+
 def test_a_refused_run_leaves_nothing(recipe, tmp_path):
     workdir = tmp_path / "work"
     code, _ = invoke("run", recipe("upcycle: {num_experts: 0}"), "--workdir", workdir)
