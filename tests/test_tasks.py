@@ -240,6 +240,15 @@ def test_answers_are_what_transformers_generates(package: Path, tiny_tokenizer: 
         assert [outcome.text for outcome in outcomes] == expected
 
 
+def test_answers_are_the_likeliest_tokens_whatever_a_checkpoint_forbids(package: Path, tmp_path: Path) -> None:
+    task = Task("t", "answer", ANSWERS)
+    expected = both_models(package, task)
+    home = shutil.copytree(package.parent, tmp_path / "home")
+    settings = {"suppress_tokens": list(range(3, 200)), "no_repeat_ngram_size": 1, "min_new_tokens": 6, "repetition_penalty": 1.7}
+    (home / "twin" / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert both_models(home / package.name, task) == expected
+
+
 @torch.inference_mode()
 def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(package: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     model = load(package.parent / "twin")

@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
 
 from export.errors import ExportError
 from export.generation import Generation
@@ -143,10 +144,12 @@ class Torch:
     def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
         """See `Model`."""
         ids = torch.tensor([prompt])
+        model = self.reference.model
+        model.generation_config = GenerationConfig()  # the likeliest tokens, whatever the checkpoint's own forbids, forces or makes rarer
         with self.reference.rounding:
-            found = self.reference.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
-                eos_token_id=sorted(stop) or None, pad_token_id=min(stop, default=0),
+            found = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=sorted(stop) or None,
+                pad_token_id=min(stop, default=0),
             )  # fmt: skip
         return tuple(found[0, len(prompt) :].tolist())
 
