@@ -238,12 +238,15 @@ class Table:
         return sum((counts for (_, name), counts in self.ends.items() if not name), Counter[str]())
 
     def markdown(self) -> str:
-        """The tables, for a page: by kind of input, then by file and mutation."""
+        """The tables, for a page: by kind of input, and by mutation, whatever the file; a case of two mutations is under both."""
         head = ["cases", "success", "refused in one line", "of these late", "failed"]
-        kinds = [(kind, counts) for (kind, name), counts in self.ends.items() if not name]
-        rows = [_row(head, "input"), _rule(head, 1), *(_row(_counts(counts), kind) for kind, counts in kinds)]
-        rows += [_row(_counts(self.total()), "all"), "", _row(head, "input", "mutation"), _rule(head, 2)]
-        return "\n".join([*rows, *(_row(_counts(counts), kind, name) for (kind, name), counts in sorted(self.ends.items()) if name)]) + "\n"
+        mutations: dict[str, Counter[str]] = defaultdict(Counter)
+        for (_, name), counts in sorted(self.ends.items()):
+            if name:
+                mutations[re.sub(r"stray .*", "stray file", name.partition(": ")[2])] += counts
+        rows = [_row(head, "input"), _rule(head), *(_row(_counts(counts), kind) for (kind, name), counts in self.ends.items() if not name)]
+        rows += [_row(_counts(self.total()), "all"), "", _row(head, "mutation"), _rule(head)]
+        return "\n".join([*rows, *(_row(_counts(counts), name) for name, counts in sorted(mutations.items()))]) + "\n"
 
     def report(self, most_lines: int = 12) -> str:
         """Every distinct failure: how often, how to see it again, and the end of its traceback."""
@@ -260,12 +263,12 @@ def _counts(counts: Counter[str]) -> list[str]:
     return [str(each) for each in (sum(counts.values()), counts["success"], refused, counts["late"], counts["failed"])]
 
 
-def _row(cells: Sequence[str], *names: str) -> str:
-    return f"| {' | '.join([*names, *cells])} |"
+def _row(cells: Sequence[str], name: str) -> str:
+    return f"| {' | '.join([name, *cells])} |"
 
 
-def _rule(cells: Sequence[str], num_names: int) -> str:
-    return "|" + "---|" * num_names + "--:|" * len(cells)
+def _rule(cells: Sequence[str]) -> str:
+    return "|---|" + "--:|" * len(cells)
 
 
 def campaign(runner: Runner, kind: Kind, count: int, number: int, table: Table) -> None:
