@@ -15,6 +15,7 @@ onnxruntime, json, tokenizers and the file system say of its files becomes an `E
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +36,8 @@ from upcycle.errors import UpcycleError, one_line_errors, shorten
 from upcycle.pointers import POINTER_REMEDY, is_pointer
 
 _AGAIN = "download the package again, or export it again"
+_PACKED_BITS = {getattr(onnx.TensorProto, name): int(name[-1]) for name in ("INT4", "UINT4", "INT2", "UINT2") if hasattr(onnx.TensorProto, name)}
+"""Types of which several lie in a byte."""
 _GENAI_SIZES = {
     "max_position_embeddings": "model.context_length", "vocab_size": "model.vocab_size", "hidden_size": "model.decoder.hidden_size",
     "num_attention_heads": "model.decoder.num_attention_heads", "num_key_value_heads": "model.decoder.num_key_value_heads",
@@ -109,6 +112,7 @@ def open_package(directory: Path) -> Package:
     sizes = {location: file.stat().st_size for location, file in files.items()}
     for tensor in outside:
         location, offset, length = _find_span(tensor)
+        _check_size(tensor, length, path)
         if (end := offset + (length or 0)) > sizes[location]:
             raise ExportError(
                 f"{directory / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in {MODEL_NAME} ends at {end:,}, "
@@ -116,6 +120,18 @@ def open_package(directory: Path) -> Package:
             )
         next(entry for entry in tensor.external_data if entry.key == "location").value = files[location].relative_to(folder).as_posix()
     return Package(directory, model, folder)
+
+
+def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> None:
+    """Refuse a tensor whose shape says another size than its file; onnxruntime would allocate what the shape says first."""
+    name = shorten(tensor.name)
+    with one_line_errors(path, f"the tensor {name!r} has a type that onnx does not know", _AGAIN, ExportError):
+        bits = _PACKED_BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    needed = math.ceil(math.prod(tensor.dims) * bits / 8)
+    if min(tensor.dims, default=0) < 0 or (length is not None and needed != length):
+        raise ExportError(
+            f"{path}: the tensor {name!r} of shape {list(tensor.dims)} takes {needed:,} bytes; {length or 0:,} are said to be there; {_AGAIN}"
+        )
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -158,6 +159,19 @@ def snapshot(package: Path, tmp_path: Path) -> Path:
         shutil.copyfile(file, blobs / digest)
         (found / file.name).symlink_to(Path("../../blobs") / digest)
     return found
+
+
+@pytest.mark.parametrize("size", [1 << 62, -4, 3])
+def test_a_shape_that_its_bytes_do_not_have_is_one_line(copy: Path, size: int) -> None:
+    """onnxruntime would first ask for the memory, and print that it has none."""
+    model = onnx.load(copy / MODEL_NAME, load_external_data=False)
+    tensor = next(each for each in model.graph.initializer if each.data_location == TensorProto.EXTERNAL)
+    length = int(next(entry.value for entry in tensor.external_data if entry.key == "length"))
+    tensor.dims[0] = size
+    onnx.save(model, copy / MODEL_NAME)
+    takes = 4 * math.prod(tensor.dims)
+    where = f"{copy / MODEL_NAME}: the tensor {tensor.name!r} of shape {list(tensor.dims)}"
+    assert refusal(open_package, copy) == f"{where} takes {takes:,} bytes; {length:,} are said to be there; {AGAIN}"
 
 
 def test_a_package_in_the_hub_s_cache_is_the_package(snapshot: Path, package: Path, mixture_checkpoint: Path) -> None:
@@ -319,7 +333,7 @@ def test_files_that_parity_cannot_read_or_write_are_told_before_the_work(package
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("{", "is no JSON (JSONDecodeError: "), ("[]", "variant is null; must be a str"), ('{"variant": "int4"}', "element_type is null")],
+    [("{", "is no JSON (JSONDecodeError: "), ("[]", "variant is null; must be of type str"), ('{"variant": "int4"}', "element_type is null")],
 )
 def test_a_twin_whose_scheme_is_damaged_is_one_line(package: Path, mixture_checkpoint: Path, tmp_path: Path, text: str, what: str) -> None:
     twin = shutil.copytree(mixture_checkpoint, tmp_path / "twin")

@@ -23,6 +23,7 @@ from export.package import write_package
 from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
 from export.parity.advice import advise
 from export.parity.agreement import _Sums
+from export.parity.checks import Case, measure_errors
 from export.parity.files import FilesCheck
 from export.parity.forward import Forward
 from export.parity.limits import configured_limits, noise_limit
@@ -546,6 +547,18 @@ def test_what_is_known_of_a_place_s_weights_says_where_to_look() -> None:
     assert advise(head, lost) == "its weights in the file are not the twin's: look at these first"
     assert advise(replace(WRONG, part="attention", first_position=1), right).startswith("a token that reads itself alone is right")
     assert {advise(replace(WRONG, part=part), "not judged").startswith("look at ") for part in get_args(Part)} == {True}
+
+
+def test_logits_that_are_no_numbers_are_no_logits_that_are_left_out() -> None:
+    """Also where routers say no numbers either, whose choices would else count as flips."""
+    ids = torch.ones(1, 4, dtype=torch.int64)
+    case = Case("decode", ids, torch.tensor([[0, 1, 1, 1]]), 2)
+    lost, routers = torch.full((1, 4, 5), math.nan), (torch.full((1, 4, 3), math.nan),)
+    forward = Forward(lost, routers, (torch.zeros(1, 4, 1),), (), 2)
+    for share in (1.0, 0.7):
+        assert math.isnan(measure_errors(case, forward, forward, share=share).check.relative_error)
+    right = Forward(torch.cat([lost[:, :1], torch.ones(1, 3, 5)], 1), (), (), (), 0)
+    assert measure_errors(case, right, right).check.relative_error == 0  # padding may be anything
 
 
 def test_a_way_of_feeding_is_named_with_the_place_inside() -> None:

@@ -271,6 +271,7 @@ def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: fl
     parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits[:, -kept:])), strict=True)
     error, mean_error, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
     judged &= ~(error > error[judged].quantile(share)) if share < 1 and judged.any() else judged
+    judged |= error.isnan() & real  # a router that says no number has no expert that it chooses, and none that it could flip to
     largest = float(error[judged].max()) if judged.any() else 0.0
     size = torch.cat([part.abs().amax(-1) for part in expected.logits[:, -kept:].flatten(0, 1).split(LOGIT_ROWS)]).view(real.shape)
     scale = max(float(size[real].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
