@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import psutil
 from rich.filesize import decimal
 
+from upcycle.durable import sync
 from upcycle.errors import MendableError
 from upcycle.numbers import name_special
 
@@ -127,11 +128,11 @@ class Draft:
             assert not fault, fault
             text = json.dumps(manifest, indent=2, allow_nan=False) + "\n"
             (self.directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
-            _sync(self.directory / MANIFEST_NAME)
+            sync(self.directory / MANIFEST_NAME)
             for parent, _, _ in os.walk(self.directory):
-                _sync(Path(parent))
+                sync(Path(parent))
             os.rename(self.directory, self.final)
-            _sync(self.final.parent)
+            sync(self.final.parent)
         self.artifact = Artifact(self.final, json.loads(text))
         return self.artifact
 
@@ -241,7 +242,7 @@ def check_files(artifact: Artifact, progress: Progress | None = None, largest_by
     files = artifact.manifest["files"]
     names = [name for name, record in files.items() if largest_bytes is None or record["size"] <= largest_bytes]
     advance = _count_bytes(f"checking files of {artifact.manifest['label']}", sum(files[name]["size"] for name in names), progress)
-    for mismatch in _mismatches(artifact, lambda path: _hash(path, advance), names):
+    for mismatch in _mismatches(artifact, lambda path: digest_file(path, advance), names):
         raise ArtifactError(f"{artifact.directory}: {mismatch}; {_REMAKE}")
 
 
@@ -294,7 +295,7 @@ def verify(directory: Path, progress: Progress | None = None) -> list[str]:
         names = {path.relative_to(directory).as_posix() for path in _walk(directory)}
         extra = [f"{repr(name)[1:-1]}: extra; not in the manifest" for name in sorted(names - files.keys() - {MANIFEST_NAME})]
         changed = [f"{MANIFEST_NAME}: {broken}"] if broken else []
-        return [*changed, *_mismatches(artifact, lambda path: _hash(path, advance)), *extra]
+        return [*changed, *_mismatches(artifact, lambda path: digest_file(path, advance)), *extra]
 
 
 def check_space(directory: Path, needed_bytes: int) -> None:
@@ -490,12 +491,12 @@ def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[
     advance = _count_bytes("hashing files", sum(path.stat().st_size for path in paths), progress)
     files: dict[str, dict[str, JSON]] = {}
     for path in paths:
-        record: dict[str, JSON] = {"size": path.stat().st_size, "sha256": _hash(path, advance)}
+        record: dict[str, JSON] = {"size": path.stat().st_size, "sha256": digest_file(path, advance)}
         if path.is_symlink():
             record["link"] = os.readlink(path)
             assert directory.name not in Path(os.readlink(path)).parts, f"{path}: names the directory, which is about to be renamed"
         else:
-            _sync(path)
+            sync(path)
         files[path.relative_to(directory).as_posix()] = record
     return files
 
@@ -547,16 +548,12 @@ def _delete(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def _sync(path: Path) -> None:
-    """Force a file's contents, or a directory's entries, to disk."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
+def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file in 64 hex digits; `advance` is told how many bytes were read.
 
-
-def _hash(path: Path, advance: Callable[[int], None]) -> str:
+    Raises:
+        OSError: it cannot be read.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK_BYTES):

@@ -6,12 +6,11 @@ that whoever downloads it can check it with `dense2moe verify`, or with `sha256s
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from convert.artifact import ArtifactError
+from convert.artifact import ArtifactError, digest_file
 from upcycle.errors import describe_error, one_line_errors, shorten
 
 DIGESTS_NAME = "SHA256SUMS"
@@ -26,7 +25,7 @@ def write_digests(directory: Path, known: Mapping[str, str]) -> None:
         OSError: the disk is full or not writable.
     """
     names = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
-    lines = (f"{known.get(name) or _digest(directory / name)}  {name}\n" for name in names)
+    lines = (f"{known.get(name) or digest_file(directory / name)}  {name}\n" for name in names)
     (directory / DIGESTS_NAME).write_text("".join(lines), encoding="utf-8")
 
 
@@ -63,14 +62,9 @@ def _compare(directory: Path, digests: Mapping[str, str]) -> Iterator[str]:
             yield f"{shorten(name)}: missing"
             continue
         try:
-            found = _digest(path)
+            found = digest_file(path)
         except OSError as error:
             yield f"{shorten(name)}: cannot be read ({describe_error(error)})"
             continue
         if found != expected:
             yield f"{shorten(name)}: SHA-256 {found[:12]}...; must be {expected[:12]}..."
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

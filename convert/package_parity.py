@@ -16,10 +16,11 @@ from export.config import ParityConfig
 from export.errors import ExportError
 from export.family import find_refusal
 from export.parity import Parity, ProviderParity, check_parity
-from export.parity.precision import EXPERT_COUNTS, Precision, find_precision, is_dense
+from export.parity.precision import Precision, find_precision, is_dense
 from export.parity.tasks import read_tasks
 from export.progress import Progress
 from export.runtime import CPU, CUDA, Decoder, is_at_hand
+from upcycle.config_files import EXPERT_COUNTS
 from upcycle.data import read_text_blocks
 from upcycle.loading import check_whole
 from upcycle.memory import release_memory

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from convert.artifact import open_artifact
+from convert.artifact import digest_file, open_artifact
 from convert.card import CARDS_NAME, read_license, write_card
 from convert.costs import take_costs
 from convert.errors import RecipeError
@@ -287,8 +286,8 @@ def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: Finetune
 
 
 def _digest(file: Path) -> str:
-    with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"), file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"):
+        return digest_file(file)
 
 
 # Settings: what of the recipe, and of the world, decides a stage's output.

@@ -217,9 +217,7 @@ def _choose_text(blocks: torch.Tensor, job: _Job) -> torch.Tensor:
 
 
 def _write_integers(job: _Job, plan: Mapping[str, int], output: Path) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
-    """Quantize by a plan, and write the integers into `output`, in the place of those that are there; returns where they are."""
-    for old in output.glob(f"{_INTEGERS}*.safetensors*"):
-        old.unlink()
+    """Quantize by a plan, and write the integers into the empty folder `output`; returns where they are."""
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
         return {}, record

@@ -14,6 +14,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from export.config import OnnxConfig, QuantizeConfig
+from export.package import write_package
+from export.quantizer import quantize_checkpoint
 from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from upcycle.surgery import upcycle
 
@@ -98,4 +101,13 @@ def mixture_checkpoint(dense_checkpoint: Path, tmp_path_factory: pytest.TempPath
     output = tmp_path_factory.mktemp("mixture")
     config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
     upcycle(dense_checkpoint, output, config, 0, lambda what, done, total: None)
+    return output
+
+
+@pytest.fixture(scope="session")
+def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The float32 package of `mixture_checkpoint`, grouped. Shared: read only."""
+    twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
+    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="round"), lambda *_: None)
+    write_package(twin, output, OnnxConfig(lowering="grouped"), lambda *_: None)
     return output

@@ -12,20 +12,7 @@ import torch
 from programs import dense2moe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-
 PROMPT = "the work"
-
-
-@pytest.fixture(scope="module")
-def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The float32 package of the tiny mixture. Shared: read only."""
-    twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
-    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="round"), lambda *_: None)
-    write_package(twin, output, OnnxConfig(lowering="grouped"), lambda *_: None)
-    return output
 
 
 def change(package: Path, folder: Path, generation: dict[str, Any], post_processor: bool = True) -> Path:

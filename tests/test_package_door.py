@@ -21,13 +21,10 @@ import pytest
 from onnx import ModelProto, TensorProto
 from programs import dense2moe
 
-from export.config import OnnxConfig, QuantizeConfig
 from export.errors import ExportError
 from export.opening import open_package
-from export.package import write_package
 from export.parity.constants import read_constants
 from export.parity.precision import find_precision
-from export.quantizer import quantize_checkpoint
 from export.runtime import Decoder
 from export.sampling import Sampling
 from export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
@@ -38,15 +35,6 @@ TEXT = ROOT / "LICENSE"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 AGAIN = "download the package again, or export it again"
 COPY = "copy the file from the checkpoint that the package was made from"
-
-
-@pytest.fixture(scope="module")
-def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The float32 package of the mixture. Shared: read only."""
-    twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
-    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="search"), lambda *_: None)
-    write_package(twin, output, OnnxConfig(lowering="grouped"), lambda *_: None)
-    return output
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upcycle.config import UpcycleConfig
+from upcycle.config_files import EXPERT_COUNTS
 from upcycle.errors import UpcycleError, shorten
 from upcycle.family import (
     DENSE_FAMILIES,
-    EXPERT_COUNTS,
     GEMMA,
     GRANITE,
     LLAMA,

@@ -44,7 +44,7 @@ def make(folder: Path) -> None:
         return
     make(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def keep(folder: Path, facts: Any = None) -> None:
@@ -59,10 +59,10 @@ def keep(folder: Path, facts: Any = None) -> None:
     content = {"facts": facts, "files": files}
     fresh = folder / f"{RECORD_NAME}.partial"
     fresh.write_text(json.dumps({**content, "checksum": _checksum_json(content)}), encoding="utf-8")
-    _sync(fresh)
+    sync(fresh)
     os.replace(fresh, folder / RECORD_NAME)
-    _sync(folder)
-    _sync(folder.parent)
+    sync(folder)
+    sync(folder.parent)
 
 
 def is_kept(folder: Path) -> bool:
@@ -164,12 +164,16 @@ def sync_tree(folder: Path) -> None:
     """
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
-            _sync(Path(parent) / name)
-        _sync(Path(parent))
+            sync(Path(parent) / name)
+        sync(Path(parent))
 
 
-def _sync(path: Path) -> None:
-    """Force a file's contents, or a directory's entries, to disk."""
+def sync(path: Path) -> None:
+    """Force a file's contents, or a directory's entries, to disk.
+
+    Raises:
+        OSError: the disk is full or fails.
+    """
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

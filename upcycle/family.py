@@ -269,9 +269,6 @@ class Trait:
     reason: str
 
 
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""The fields, over all families, that say how many experts a layer has."""
-
 TRAITS: tuple[Trait, ...] = (
     Trait(("vision_config", "audio_config", "text_config"), "parts that read images or sound beside the text model"),
     Trait(("kv_lora_rank",), "latent attention"),

@@ -12,12 +12,11 @@ from export.branches import take_branches
 from export.config import STATIC, Variant
 from export.opening import open_package
 from export.runtime import ROUTER_LOGITS
+from upcycle.config_files import EXPERT_COUNTS
 
 _BITS = {"MatMulNBits": "bits", "QMoE": "expert_weight_bits"}
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger")
 _NARROW = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""How configs name the number of experts."""
 _ACCURACY_INT8 = 4  # `accuracy_level` of MatMulNBits and QMoE: activations in 8 bits
 
 
