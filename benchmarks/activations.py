@@ -1,21 +1,27 @@
-"""What 8-bit activations cost and save, product by product, beside llama.cpp's own quantizers and engine on the same text.
+"""What 8-bit activations cost and save, product by product.
 
-    python benchmarks/activations.py CHECKPOINT --train FILE --test FILE [--mixture DIRECTORY] [--variants int8 int4] [--chunks 24]
-        [--calibration-tokens N] [--rounds 5] [--llama-cpp DIRECTORY --convert SCRIPT] [--cache DIRECTORY] [--threads N] [--only NAME …]
+Beside llama.cpp's own quantizers and engine on the same text.
+    python benchmarks/activations.py CHECKPOINT --train FILE --test FILE [--mixture DIRECTORY] [--variants int8 int4]
+    [--chunks 24]
+        [--calibration-tokens N] [--rounds 5] [--llama-cpp DIRECTORY --convert SCRIPT] [--cache DIRECTORY] [--threads N]
+        [--only NAME …]
 
-CHECKPOINT is a dense Llama, or with `--mixture` the mixture that is to be quantized; a dense one is upcycled to 4 experts, 2 of them chosen, and
-not trained. All packages have the lowering `grouped`, so that only what their products read differs:
+CHECKPOINT is a dense Llama, or with `--mixture` the mixture that is to be quantized; a dense one is upcycled to 4
+experts, 2 of them chosen, and not trained. All packages have the lowering `grouped`, so that only what their products
+read differs:
 
 - exact: every product reads its input in float32, and inputs are not scaled;
 - rounded: every product rounds its input to 8 bits by each block, inputs not scaled;
 - scaled: the same behind scaled inputs (`quantize.input_scaling: smooth`), what a recipe has by default;
 - scaled, … exact: products of one kind read their scaled input exactly.
 
-KL in nats from the float32 torch model, and the increase of perplexity, are those of llama-perplexity: text in chunks of 256 tokens, of which the
-second half counts. Tokens per second are medians over rounds in which all packages have their turns; a ratio is to `rounded`.
+KL in nats from the float32 torch model, and the increase of perplexity, are those of llama-perplexity: text in chunks
+of 256 tokens, of which the second half counts. Tokens per second are medians over rounds in which all packages have
+their turns; a ratio is to `rounded`.
 
-With `--llama-cpp` (the folder of llama-quantize, llama-imatrix and llama-perplexity) and `--convert` (its convert_hf_to_gguf.py) the same mixture is
-quantized by llama.cpp: q8_0, q4_0, and Q4_K_M with an importance matrix of as much of the training text; the figures are what its tool prints.
+With `--llama-cpp` (the folder of llama-quantize, llama-imatrix and llama-perplexity) and `--convert` (its
+convert_hf_to_gguf.py) the same mixture is quantized by llama.cpp: q8_0, q4_0, and Q4_K_M with an importance matrix of
+as much of the training text; the figures are what its tool prints.
 """
 
 from __future__ import annotations
@@ -35,16 +41,15 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from dense2moe.convert.machine import describe_machine
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.speed import measure_speed
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import UpcycleConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from convert.machine import describe_machine
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder
-from export.speed import measure_speed
-from upcycle.config import UpcycleConfig
-from upcycle.surgery import upcycle
 
 CHUNK = 256
 POINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -79,7 +84,10 @@ def read_chunks(tokenizer: Any, file: Path, count: int) -> torch.Tensor:
 
 
 def float_log_probabilities(mixture: Path, chunks: torch.Tensor) -> list[torch.Tensor]:
-    """What the float model says, float16 [CHUNK / 2, V] a chunk: of tokens from the last of the first half on, as llama-perplexity counts them."""
+    """What the float model says, float16 [CHUNK / 2, V] a chunk.
+
+    Of tokens from the last of the first half on, as llama-perplexity counts them.
+    """
     model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32, experts_implementation="eager").eval()
     with torch.inference_mode():
         return [counted(model(ids[None], use_cache=False).logits[0]) for ids in chunks]
@@ -106,7 +114,9 @@ def package_bytes(package: Path) -> int:
     return sum(path.stat().st_size for path in package.glob("model.onnx*"))
 
 
-def make_packages(mixture: Path, calibration: torch.Tensor, variant: str, cache: Path, names: list[str]) -> Iterator[tuple[str, Path]]:
+def make_packages(
+    mixture: Path, calibration: torch.Tensor, variant: str, cache: Path, names: list[str]
+) -> Iterator[tuple[str, Path]]:
     """A package for every point; points with the same integers share a twin, and what is there already is kept."""
     for name in names:
         quantize, export = POINTS[name]
@@ -125,7 +135,10 @@ def make_packages(mixture: Path, calibration: torch.Tensor, variant: str, cache:
 
 
 def race(packages: dict[str, Path], prompt: list[int], rounds: int, threads: int) -> dict[str, tuple[float, float]]:
-    """Tokens per second of prefill and decode, medians; in a round every package is loaded for its turn, and every other round goes backwards."""
+    """Tokens per second of prefill and decode, medians.
+
+    In a round every package is loaded for its turn, and every other round goes backwards.
+    """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in packages}
     for number in range(rounds):
         for name, package in list(packages.items())[:: -1 if number % 2 else 1]:
@@ -134,14 +147,31 @@ def race(packages: dict[str, Path], prompt: list[int], rounds: int, threads: int
     return {name: tuple(map(statistics.median, zip(*speeds, strict=True))) for name, speeds in found.items()}  # type: ignore[misc]
 
 
-def run_llama_cpp(mixture: Path, cache: Path, arguments: argparse.Namespace, num_calibration_chunks: int) -> Iterator[tuple[str, Loss, int]]:
+def run_llama_cpp(
+    mixture: Path, cache: Path, arguments: argparse.Namespace, num_calibration_chunks: int
+) -> Iterator[tuple[str, Loss, int]]:
     """llama.cpp's own quantizers and its own measure of them."""
-    tools, whole, importance, base = arguments.llama_cpp, cache / "f32.gguf", cache / "importance.gguf", cache / "base.kld"
+    tools, whole, importance, base = (
+        arguments.llama_cpp,
+        cache / "f32.gguf",
+        cache / "importance.gguf",
+        cache / "base.kld",
+    )
     common = ["-c", str(CHUNK), "-b", str(CHUNK), "-t", str(arguments.threads)]
-    measured = [*common, "-f", str(arguments.test), "--chunks", str(arguments.chunks), "--kl-divergence-base", str(base)]
+    measured = [
+        *common,
+        "-f",
+        str(arguments.test),
+        "--chunks",
+        str(arguments.chunks),
+        "--kl-divergence-base",
+        str(base),
+    ]
 
     def run(*command: object) -> str:
-        done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        done = subprocess.run(
+            list(map(str, command)), check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         return done.stdout
 
     if not whole.exists():
@@ -149,17 +179,37 @@ def run_llama_cpp(mixture: Path, cache: Path, arguments: argparse.Namespace, num
     if not base.exists():
         run(tools / "llama-perplexity", "-m", whole, *measured)
     if not importance.exists():
-        run(tools / "llama-imatrix", "-m", whole, "-f", arguments.train, *common, "--chunks", num_calibration_chunks, "-o", importance)
+        run(
+            tools / "llama-imatrix",
+            "-m",
+            whole,
+            "-f",
+            arguments.train,
+            *common,
+            "--chunks",
+            num_calibration_chunks,
+            "-o",
+            importance,
+        )
     for kind in LLAMA_CPP:
         file, told = cache / f"{kind}.gguf", cache / f"{kind}.txt"
         if not told.exists():
-            run(tools / "llama-quantize", *(["--imatrix", importance] if kind == "Q4_K_M" else []), whole, file, kind, arguments.threads)
+            run(
+                tools / "llama-quantize",
+                *(["--imatrix", importance] if kind == "Q4_K_M" else []),
+                whole,
+                file,
+                kind,
+                arguments.threads,
+            )
             text = ""
             while "Mean    KLD" not in text:  # the tool may end before it has written out its last lines
                 text = run(tools / "llama-perplexity", "-m", file, *measured, "--kl-divergence")
             told.write_text(text, encoding="utf-8")
         text = told.read_text(encoding="utf-8")
-        kl, ratio = (float(re.search(rf"Mean +{name} *: +([-\d.]+)", text)[1]) for name in ("KLD", r"PPL\(Q\)/PPL\(base\)"))  # type: ignore[index]
+        kl, ratio = (
+            float(re.search(rf"Mean +{name} *: +([-\d.]+)", text)[1]) for name in ("KLD", r"PPL\(Q\)/PPL\(base\)")
+        )  # type: ignore[index]
         yield f"llama.cpp {kind}{', importance' if kind == 'Q4_K_M' else ''}", Loss(kl, ratio - 1), file.stat().st_size
 
 
@@ -189,8 +239,14 @@ def main() -> None:
     chunks = read_chunks(tokenizer, arguments.test, arguments.chunks)
     calibration = read_chunks(tokenizer, arguments.train, arguments.calibration_tokens // CHUNK)
     expected = float_log_probabilities(mixture, chunks)
-    print(f"{describe_machine()}; onnxruntime {ort.__version__}; {chunks.numel() // 2:,} tokens counted, {calibration.numel():,} to calibrate on\n")
-    print("| weights | activations | KL, nats | perplexity | MB | prefill, tokens/s | decode, tokens/s | prefill | decode |")
+    print(
+        f"{describe_machine()}; onnxruntime {ort.__version__}; {chunks.numel() // 2:,} tokens counted, "
+        f"{calibration.numel():,} to calibrate on\n"
+    )
+    print(
+        "| weights | activations | KL, nats | perplexity | MB | prefill, tokens/s | decode, tokens/s | prefill | "
+        "decode |"
+    )
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for variant in arguments.variants:
         packages = dict(make_packages(mixture, calibration, variant, cache, arguments.only))
@@ -202,7 +258,9 @@ def main() -> None:
             ratios = f"{prefill / base[0]:.2f} × | {decode / base[1]:.2f} ×"
             size = package_bytes(package) / 1e6
             print(
-                f"| {variant} | {name} | {loss.kl:.2e} | {loss.increase:+.2%} | {size:.1f} | {prefill:,.0f} | {decode:,.1f} | {ratios} |", flush=True
+                f"| {variant} | {name} | {loss.kl:.2e} | {loss.increase:+.2%} | {size:.1f} | {prefill:,.0f} | "
+                f"{decode:,.1f} | {ratios} |",
+                flush=True,
             )
     if arguments.llama_cpp:
         for name, loss, size in run_llama_cpp(mixture, cache, arguments, max(1, len(calibration))):

@@ -1,10 +1,12 @@
-"""Peak memory of preparing data, in bytes a character: all of a text, a part of it, and in one list as scripts often do.
+"""Peak memory of preparing data, in bytes a character.
 
+All of a text, a part of it, and in one list as scripts often do.
     python benchmarks/data.py ../shared/data/wikitext-2/train.txt --repeat 1,4
 
-The text is written `--repeat` times into one file of one document, so that it grows and its words do not. Each measurement is a process of its own;
-its peak resident memory is taken less what the same process has once the tokenizer is loaded and has read a short text. Kept tokens are 4 bytes each,
-about a byte a character of English; an array that grows and a file that is written hold them twice.
+The text is written `--repeat` times into one file of one document, so that it grows and its words do not. Each
+measurement is a process of its own; its peak resident memory is taken less what the same process has once the tokenizer
+is loaded and has read a short text. Kept tokens are 4 bytes each, about a byte a character of English; an array that
+grows and a file that is written hold them twice.
 """
 
 from __future__ import annotations
@@ -16,12 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from dense2moe.upcycle.config import DataConfig, TextData
+from dense2moe.upcycle.data.blocks import prepare_data
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
-
-from upcycle.config import DataConfig, TextData
-from upcycle.data import prepare_data
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("all", "limit", "list")
@@ -36,7 +37,9 @@ def prepare(model: Path, folder: Path, train: str, limit: int | None) -> None:
     source = TextData(kind="text", train=(train,), validation=("held.txt",), test=("held.txt",))
     output = folder / "out"
     output.mkdir(exist_ok=True)
-    prepare_data(model, output, DataConfig(source=source, block_size=256, max_train_tokens=limit), folder, lambda *_: None)
+    prepare_data(
+        model, output, DataConfig(source=source, block_size=256, max_train_tokens=limit), folder, lambda *_: None
+    )
 
 
 def measure(way: str, model: Path, folder: Path, limit: int) -> None:
@@ -55,7 +58,12 @@ def measure(way: str, model: Path, folder: Path, limit: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, nargs="?", help="a text file in UTF-8")
-    parser.add_argument("--model", type=Path, default=ROOT / "recipes" / "models" / "python-docs-4m", help="a directory with a tokenizer")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=ROOT / "recipes" / "models" / "python-docs-4m",
+        help="a directory with a tokenizer",
+    )
     parser.add_argument("--repeat", default="1,4", help="how often the text is repeated")
     parser.add_argument("--limit", type=int, default=262_144, help="max_train_tokens of 'limit'")
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
@@ -73,10 +81,23 @@ def main() -> None:
             (folder / "train.txt").write_text(text * repeat, encoding="utf-8")
             for name in ("short", "held"):
                 (folder / f"{name}.txt").write_text(text[:200_000], encoding="utf-8")
-            command = [sys.executable, __file__, "--model", str(arguments.model), "--limit", str(arguments.limit), "--measure"]
-            found = [int(subprocess.run([*command, way, scratch], check=True, capture_output=True, text=True).stdout) for way in WAYS]
+            command = [
+                sys.executable,
+                __file__,
+                "--model",
+                str(arguments.model),
+                "--limit",
+                str(arguments.limit),
+                "--measure",
+            ]
+            found = [
+                int(subprocess.run([*command, way, scratch], check=True, capture_output=True, text=True).stdout)
+                for way in WAYS
+            ]
         each = [taken / (len(text) * repeat) for taken in found]
-        table.add_row(f"{len(text) * repeat:,}", *(f"{value:.2f}" for value in each), f"{each[2] / max(each[0], 1e-9):.1f} ×")
+        table.add_row(
+            f"{len(text) * repeat:,}", *(f"{value:.2f}" for value in each), f"{each[2] / max(each[0], 1e-9):.1f} ×"
+        )
     Console().print(table)
 
 

@@ -2,8 +2,9 @@
 
     python benchmarks/decode.py [CHECKPOINT]
 
-Upcycles CHECKPOINT (default: the embedded one) to 4 experts, exports every variant, and times 64 greedy tokens after a prompt of 128 at batch 1.
-The engines take turns, and the medians of 5 rounds and their ratios are printed. Our runtime and genai run the same file.
+Upcycles CHECKPOINT (default: the embedded one) to 4 experts, exports every variant, and times 64 greedy tokens after a
+prompt of 128 at batch 1. The engines take turns, and the medians of 5 rounds and their ratios are printed. Our runtime
+and genai run the same file.
 """
 
 from __future__ import annotations
@@ -21,17 +22,16 @@ import numpy as np
 import onnxruntime as ort
 import onnxruntime_genai as og
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import RouterConfig, UpcycleConfig
 from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
-
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder
-from upcycle.config import RouterConfig, UpcycleConfig
-from upcycle.receipt import load_model
-from upcycle.surgery import upcycle
 
 EMBEDDED = Path(__file__).parent.parent / "recipes" / "models" / "python-docs-4m"
 NUM_PROMPT, NUM_TOKENS, ROUNDS = 128, 64, 5
@@ -60,7 +60,9 @@ def genai(package: Path) -> Engine:
 
     def run(prompt: np.ndarray) -> tuple[float, float]:
         options = og.GeneratorParams(model)
-        options.set_search_options(min_length=NUM_PROMPT + NUM_TOKENS + 1, max_length=NUM_PROMPT + NUM_TOKENS + 1, do_sample=False)
+        options.set_search_options(
+            min_length=NUM_PROMPT + NUM_TOKENS + 1, max_length=NUM_PROMPT + NUM_TOKENS + 1, do_sample=False
+        )
         started = time.perf_counter()
         generator = og.Generator(model, options)
         generator.append_tokens(prompt)
@@ -82,7 +84,9 @@ def torch_eager(checkpoint: Path) -> Engine:
         output = model(input_ids=torch.from_numpy(prompt)[None], use_cache=True)
         middle = time.perf_counter()
         for _ in range(NUM_TOKENS):
-            output = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True)
+            output = model(
+                input_ids=output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values, use_cache=True
+            )
         return middle - started, time.perf_counter() - middle
 
     return run
@@ -94,9 +98,12 @@ def make_engines(checkpoint: Path, folder: Path) -> dict[tuple[str, str], Engine
     upcycle(checkpoint, mixture, UpcycleConfig(num_experts=4, router=RouterConfig(logit_std=1.0)), 0, lambda *_: None)
     engines: dict[tuple[str, str], Engine] = {("float32", "torch"): torch_eager(mixture)}
     variants: list[tuple[str, Variant, int]] = [
-        ("float32", "float32", 32), ("int8", "int8", 8), ("int8, exact activations", "int8", 32), ("int4", "int4", 8),
+        ("float32", "float32", 32),
+        ("int8", "int8", 8),
+        ("int8, exact activations", "int8", 32),
+        ("int4", "int4", 8),
         ("int4, exact activations", "int4", 32),
-    ]  # fmt: skip
+    ]
     for name, variant, activation_bits in variants:
         twin, package = folder / f"twin {name}", folder / f"package {name}"
         twin.mkdir()
@@ -124,9 +131,13 @@ def main() -> None:
                 if number:  # the first round warms up
                     seconds[key].append(measured)
     speeds = {
-        key: (NUM_PROMPT / statistics.median(s[0] for s in runs), NUM_TOKENS / statistics.median(s[1] for s in runs)) for key, runs in seconds.items()
+        key: (NUM_PROMPT / statistics.median(s[0] for s in runs), NUM_TOKENS / statistics.median(s[1] for s in runs))
+        for key, runs in seconds.items()
     }
-    table = Table(title=f"tokens per second, {os.cpu_count()} cores, onnxruntime {ort.__version__}, genai {og.__version__}, {platform.machine()}")
+    table = Table(
+        title=f"tokens per second, {os.cpu_count()} cores, onnxruntime {ort.__version__}, genai {og.__version__}, "
+        f"{platform.machine()}"
+    )
     for heading in ("variant", "engine", "prefill", "decode", "decode against torch", "decode against genai"):
         table.add_column(heading, justify="left" if heading in ("variant", "engine") else "right")
     for (variant, engine), (prefill, decode) in speeds.items():

@@ -3,10 +3,11 @@
     PYTHON benchmarks/engines.py run ENGINE PATH THREADS
     PYTHON benchmarks/engines.py make gguf|onnx|openvino CHECKPOINT OUTPUT [TYPE]
 
-A rival lives in a Python of its own, so nothing but numpy is imported before it is known which engine this is. A line in is a request as JSON,
-`{"prompt": [...], "tokens": [...], "num_logits": 0}` with ids; a line out is its answer, `{"prefill": seconds, "decode": seconds, "logits": [...]}`:
-the prompt at once, then the tokens one by one, every time until the last token's logits can be read; of so many runs they are in the answer.
-`make` writes the file that a rival runs.
+A rival lives in a Python of its own, so nothing but numpy is imported before it is known which engine this is. A line
+in is a request as JSON, `{"prompt": [...], "tokens": [...], "num_logits": 0}` with ids; a line out is its answer,
+`{"prefill": seconds, "decode": seconds, "logits": [...]}`: the prompt at once, then the tokens one by one, every time
+until the last token's logits can be read; of so many runs they are in the answer. `make` writes the file that a rival
+runs.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Ours:
     packages = ("onnxruntime",)
 
     def __init__(self, path: Path, threads: int) -> None:
-        from export.runtime import Decoder
+        from dense2moe.export.runtime.decoder import Decoder
 
         self.decoder = Decoder(path, num_threads=threads)
 
@@ -122,7 +123,10 @@ class ExportedOnnx:
 
 
 class OpenVino:
-    """OpenVINO on what transformers' exporter wrote for it, its cache inside; all in float32, where its default would be bfloat16."""
+    """OpenVINO on what transformers' exporter wrote for it, its cache inside.
+
+    All in float32, where its default would be bfloat16.
+    """
 
     packages = ("openvino",)
 
@@ -130,7 +134,12 @@ class OpenVino:
         import openvino
 
         core = openvino.Core()
-        settings = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "PERFORMANCE_HINT": "LATENCY"}
+        settings = {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "KV_CACHE_PRECISION": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        }
         self.compiled = core.compile_model(core.read_model(path / "openvino_model.xml"), "CPU", settings)
 
     def reset(self, capacity: int) -> None:
@@ -155,8 +164,12 @@ class LlamaCpp:
         import llama_cpp
 
         self.library = llama_cpp
-        cache = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if path.stem.endswith("f32") else {}
-        self.model = llama_cpp.Llama(str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=1024, verbose=False, **cache)
+        cache = (
+            {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if path.stem.endswith("f32") else {}
+        )
+        self.model = llama_cpp.Llama(
+            str(path), n_ctx=1024, n_threads=threads, n_threads_batch=threads, n_batch=1024, verbose=False, **cache
+        )
 
     def reset(self, capacity: int) -> None:
         self.model.reset()
@@ -170,7 +183,10 @@ class LlamaCpp:
 
 
 class Torch:
-    """transformers in eager torch, float32, under the fastest of its experts implementations for prefill, and for decoding."""
+    """transformers in eager torch, float32, under the fastest of its experts implementations for prefill.
+
+    And for decoding.
+    """
 
     packages = ("torch", "transformers")
     # `batched_mm` gathers each token's experts: as many gigabytes as a prompt has tokens.
@@ -211,7 +227,9 @@ class Torch:
             self.current = self.fastest[phase]
             self.model.set_experts_implementation(self.current)
         with self.torch.inference_mode():
-            output = self.model(input_ids=self.torch.from_numpy(ids)[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            output = self.model(
+                input_ids=self.torch.from_numpy(ids)[None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            )
         self.cache, self.found = output.past_key_values, output.logits
 
     def logits(self) -> np.ndarray:
@@ -219,12 +237,20 @@ class Torch:
 
 
 ENGINES: dict[str, Callable[[Path, int], Engine]] = {
-    "dense2moe": Ours, "onnxruntime-genai": Genai, "transformers-onnx": ExportedOnnx, "openvino": OpenVino, "llama.cpp": LlamaCpp, "torch": Torch,
-}  # fmt: skip
+    "dense2moe": Ours,
+    "onnxruntime-genai": Genai,
+    "transformers-onnx": ExportedOnnx,
+    "openvino": OpenVino,
+    "llama.cpp": LlamaCpp,
+    "torch": Torch,
+}
 
 
 def answer(engine: Engine, prompt: list[int], tokens: list[int], num_logits: int) -> dict[str, Any]:
-    """Seconds of prefill and decoding, and the logits [num_logits, V] after the prompt and after each of the first tokens."""
+    """Seconds of prefill and decoding.
+
+    And the logits [num_logits, V] after the prompt and after each of the first tokens.
+    """
     ids, steps = np.array(prompt, np.int64), [np.array([token], np.int64) for token in tokens]
     found: list[np.ndarray] = []
     engine.reset(len(prompt) + len(tokens))
@@ -237,7 +263,11 @@ def answer(engine: Engine, prompt: list[int], tokens: list[int], num_logits: int
         engine.feed(step)
         if len(found) < num_logits:
             found.append(engine.logits().copy())
-    return {"prefill": middle - started, "decode": time.perf_counter() - middle, "logits": [row.tolist() for row in found]}
+    return {
+        "prefill": middle - started,
+        "decode": time.perf_counter() - middle,
+        "logits": [row.tolist() for row in found],
+    }
 
 
 def run(name: str, path: Path, threads: int) -> None:
@@ -250,19 +280,35 @@ def run(name: str, path: Path, threads: int) -> None:
     print(json.dumps({"versions": versions, "note": note}), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        print(json.dumps(answer(engine, request["prompt"], request["tokens"], request["num_logits"])), file=answers, flush=True)
+        print(
+            json.dumps(answer(engine, request["prompt"], request["tokens"], request["num_logits"])),
+            file=answers,
+            flush=True,
+        )
 
 
 def make_gguf(checkpoint: Path, output: Path, kind: str) -> None:
-    """A Mixtral checkpoint as GGUF of the kind f32, q8_0 or q4_0: every matrix but the routers, one tensor in memory at a time."""
+    """A Mixtral checkpoint as GGUF of the kind f32, q8_0 or q4_0.
+
+    Every matrix but the routers, one tensor in memory at a time.
+    """
     import gguf
     from safetensors import safe_open
 
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     hidden, heads, kv_heads = config["hidden_size"], config["num_attention_heads"], config["num_key_value_heads"]
     vocabulary, num_experts = config["vocab_size"], config["num_local_experts"]
-    kinds = {"f32": gguf.GGMLQuantizationType.F32, "q8_0": gguf.GGMLQuantizationType.Q8_0, "q4_0": gguf.GGMLQuantizationType.Q4_0}
-    files = {name: file for path in checkpoint.glob("*.safetensors") for file in [safe_open(path, "np")] for name in file.keys()}  # noqa: SIM118
+    kinds = {
+        "f32": gguf.GGMLQuantizationType.F32,
+        "q8_0": gguf.GGMLQuantizationType.Q8_0,
+        "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    }
+    files = {
+        name: file
+        for path in checkpoint.glob("*.safetensors")
+        for file in [safe_open(path, "np")]
+        for name in file.keys()  # noqa: SIM118
+    }
 
     def read(name: str) -> np.ndarray:
         return np.ascontiguousarray(files[name].get_tensor(name), dtype=np.float32)
@@ -270,7 +316,9 @@ def make_gguf(checkpoint: Path, output: Path, kind: str) -> None:
     def rotated(name: str, count: int) -> np.ndarray:
         """Rows of a head in pairs, as llama.cpp rotates them, and not in halves."""
         rows = read(name)
-        return np.ascontiguousarray(rows.reshape(count, 2, len(rows) // count // 2, hidden).swapaxes(1, 2).reshape(rows.shape))
+        return np.ascontiguousarray(
+            rows.reshape(count, 2, len(rows) // count // 2, hidden).swapaxes(1, 2).reshape(rows.shape)
+        )
 
     reads: dict[str, tuple[Callable[[], np.ndarray], tuple[int, ...], bool]] = {}
 
@@ -296,7 +344,11 @@ def make_gguf(checkpoint: Path, output: Path, kind: str) -> None:
         for theirs, matrix in (("gate", "w1"), ("up", "w3"), ("down", "w2")):
             shape = (num_experts, hidden, width) if theirs == "down" else (num_experts, width, hidden)
             experts = [f"{m}.experts.{expert}.{matrix}.weight" for expert in range(num_experts)]
-            add(f"{block}.ffn_{theirs}_exps.weight", lambda experts=experts: np.stack([read(name) for name in experts]), shape)
+            add(
+                f"{block}.ffn_{theirs}_exps.weight",
+                lambda experts=experts: np.stack([read(name) for name in experts]),
+                shape,
+            )
 
     writer = gguf.GGUFWriter(output, "llama")
     writer.add_context_length(config["max_position_embeddings"])
@@ -334,7 +386,10 @@ def make_gguf(checkpoint: Path, output: Path, kind: str) -> None:
 
 
 def make_export(kind: str, checkpoint: Path, output: Path) -> None:
-    """What transformers' exporter makes for onnxruntime, or for OpenVINO: one graph for prefill and decode, of any length, at batch 1."""
+    """What transformers' exporter makes for onnxruntime, or for OpenVINO.
+
+    One graph for prefill and decode, of any length, at batch 1.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.exporters import OnnxConfig, OnnxExporter, OpenVINOConfig, OpenVINOExporter
@@ -346,16 +401,23 @@ def make_export(kind: str, checkpoint: Path, output: Path) -> None:
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     step, inputs = decompose_for_generation(model, inputs, multi_token_decode=True)["decode"]
     # All dimensions would be taken as dynamic, and the export then takes longer.
-    shapes = {name: _lengths_only(found) for name, found in get_auto_dynamic_shapes(inputs).items() if found is not None}
+    shapes = {
+        name: _lengths_only(found) for name, found in get_auto_dynamic_shapes(inputs).items() if found is not None
+    }
     if kind == "onnx":
-        exported = OnnxExporter().export(step, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu"))
+        exported = OnnxExporter().export(
+            step, inputs, config=OnnxConfig(dynamic=True, dynamic_shapes=shapes, ort_fusions="cpu")
+        )
     else:
         exported = OpenVINOExporter().export(step, inputs, config=OpenVINOConfig(dynamic=True, dynamic_shapes=shapes))
     exported.save_pretrained(output)
 
 
 def _lengths_only(shapes: Any) -> Any:
-    """Of each tensor's dynamic dimensions the length: of ids and positions [B, S], and of the cache [B, heads, S, head_dim]."""
+    """Of each tensor's dynamic dimensions the length.
+
+    Of ids and positions [B, S], and of the cache [B, heads, S, head_dim].
+    """
     if isinstance(shapes, dict):
         length = {2: 1, 4: 2}[len(shapes)]
         return {length: shapes[length]}

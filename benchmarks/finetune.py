@@ -2,15 +2,17 @@
 
     python benchmarks/finetune.py
 
-All are the Trainer of transformers over the same blocks, with the same AdamW and clipping, one step after the other; seconds are of whole steps. A
-Mixtral of random weights (4 layers, 512/1408, 8 experts of which 2 are chosen, vocabulary 4096; 79 M parameters) is trained
+All are the Trainer of transformers over the same blocks, with the same AdamW and clipping, one step after the other;
+seconds are of whole steps. A Mixtral of random weights (4 layers, 512/1408, 8 experts of which 2 are chosen, vocabulary
+4096; 79 M parameters) is trained
 
-- by dense2moe: `upcycle.trainer`, with its balance loss a layer;
-- by transformers alone, with `output_router_logits` and so with its own load-balancing loss, once for each of its experts implementations that the
-  device runs; `grouped_mm` is its default;
+- by dense2moe: `dense2moe.upcycle.training.trainer`, with its balance loss a layer;
+- by transformers alone, with `output_router_logits` and so with its own load-balancing loss, once for each of its
+  experts implementations that the device runs; `grouped_mm` is its default;
 
-and a Llama whose FFN is 2 × 1408 wide, so that a token meets as many FFN weights as in the mixture. The contenders take turns, each round from the
-next one on; a round is `--steps` steps after one that is not counted. Medians over all steps.
+and a Llama whose FFN is 2 × 1408 wide, so that a token meets as many FFN weights as in the mixture. The contenders take
+turns, each round from the next one on; a round is `--steps` steps after one that is not counted. Medians over all
+steps.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from dense2moe.upcycle.config import FinetuneConfig
+from dense2moe.upcycle.training.trainer import Stage, run_stage
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -43,16 +47,17 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from upcycle.config import FinetuneConfig
-from upcycle.trainer import Stage, run_stage
-
 LAYERS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 4, 512, 1408, 8, 2, 4096
 OURS, DENSE = "dense2moe", "dense, same active FFN"
 LEAST_AGAINST_TRANSFORMERS, LEAST_AGAINST_DENSE = 1.0, 0.7
 SHAPE = {
-    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": VOCABULARY, "num_attention_heads": 8, "num_key_value_heads": 4,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "vocab_size": VOCABULARY,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
-}  # fmt: skip
+}
 
 
 class Stopwatch(TrainerCallback):
@@ -88,9 +93,25 @@ class Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
 def run_ours(model: PreTrainedModel, blocks: torch.Tensor, batch: int, bfloat16: bool) -> list[float]:
     steps, watch = len(blocks) // batch, Stopwatch()
-    settings = FinetuneConfig(steps=steps, batch_size=batch, warmup_steps=0, eval_steps=steps, precision="bfloat16" if bfloat16 else "float32")
+    settings = FinetuneConfig(
+        steps=steps, batch_size=batch, warmup_steps=0, eval_steps=steps, precision="bfloat16" if bfloat16 else "float32"
+    )
     domains = torch.zeros(len(blocks), dtype=torch.int64)
-    stage = Stage(OURS, 0, settings, blocks, domains, 1, blocks[:1], domains[:1], 0, steps, tuple(range(LAYERS)), settings.precision, 0)
+    stage = Stage(
+        OURS,
+        0,
+        settings,
+        blocks,
+        domains,
+        1,
+        blocks[:1],
+        domains[:1],
+        0,
+        steps,
+        tuple(range(LAYERS)),
+        settings.precision,
+        0,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         run_stage(model, None, stage, Path(scratch), None, watch.on_step_end)
     return watch.seconds
@@ -100,10 +121,22 @@ def run_transformers(model: PreTrainedModel, blocks: torch.Tensor, batch: int, b
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch, max_steps=len(blocks) // batch, per_device_train_batch_size=batch, learning_rate=3e-4, adam_beta2=0.95,
-            lr_scheduler_type="cosine", warmup_steps=0, bf16=bfloat16, use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to=[],
-            disable_tqdm=True, train_sampling_strategy="sequential", dataloader_pin_memory=False, logging_steps=1,
-        )  # fmt: skip
+            output_dir=scratch,
+            max_steps=len(blocks) // batch,
+            per_device_train_batch_size=batch,
+            learning_rate=3e-4,
+            adam_beta2=0.95,
+            lr_scheduler_type="cosine",
+            warmup_steps=0,
+            bf16=bfloat16,
+            use_cpu=not torch.cuda.is_available(),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            train_sampling_strategy="sequential",
+            dataloader_pin_memory=False,
+            logging_steps=1,
+        )
         trainer = Trainer(model=model, args=arguments, train_dataset=Blocks(blocks), callbacks=[watch])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -142,12 +175,19 @@ def contenders() -> dict[str, Callable[[torch.Tensor, int, bool], list[float]]]:
 def race(arguments: argparse.Namespace, bfloat16: bool) -> dict[str, list[float]]:
     entries = contenders()
     names = list(entries)
-    blocks = torch.randint(VOCABULARY, ((arguments.steps + 1) * arguments.batch, arguments.length), generator=torch.Generator().manual_seed(0))
+    blocks = torch.randint(
+        VOCABULARY,
+        ((arguments.steps + 1) * arguments.batch, arguments.length),
+        generator=torch.Generator().manual_seed(0),
+    )
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(arguments.rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
             seconds[name] += entries[name](blocks, arguments.batch, bfloat16)
-            print(f"round {number + 1} of {arguments.rounds}, {name}: {statistics.median(seconds[name]):.2f} s a step", file=sys.stderr)
+            print(
+                f"round {number + 1} of {arguments.rounds}, {name}: {statistics.median(seconds[name]):.2f} s a step",
+                file=sys.stderr,
+            )
     return seconds
 
 
@@ -163,7 +203,10 @@ def print_table(seconds: dict[str, list[float]], tokens: int, precision: str) ->
         ("the faster of transformers' steps", fastest / medians[OURS], LEAST_AGAINST_TRANSFORMERS),
         ("the dense model", medians[DENSE] / medians[OURS], LEAST_AGAINST_DENSE),
     ):
-        print(f"- tokens a second against {what}: {ratio:.2f}×, at least {least:.2f}×: {'met' if ratio >= least else 'MISSED'}")
+        print(
+            f"- tokens a second against {what}: {ratio:.2f}×, at least {least:.2f}×: "
+            f"{'met' if ratio >= least else 'MISSED'}"
+        )
     print()
 
 
@@ -175,9 +218,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     arguments = parser.parse_args()
     logging.set_verbosity_error()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
-    print(f"{datetime.date.today()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {__version__};")
-    print(f"{arguments.batch} blocks of {arguments.length} tokens a step, {arguments.rounds} rounds of {arguments.steps} steps\n")
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    )
+    print(
+        f"{datetime.date.today()}, {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"transformers {__version__};"
+    )
+    print(
+        f"{arguments.batch} blocks of {arguments.length} tokens a step, {arguments.rounds} rounds of "
+        f"{arguments.steps} steps\n"
+    )
     for bfloat16 in (False, True):
         name = "bfloat16 autocast" if bfloat16 else "float32"
         print_table(race(arguments, bfloat16), arguments.batch * arguments.length, name)

@@ -1,8 +1,9 @@
 """GPTQ's time and loss beside a plain loop over columns.
 
-`python benchmarks/gptq.py [--rounds N]`: the matrices of one layer of experts, in SmolLM2-135M's shape by default, with inputs that depend on each
-other. The plain loop holds matrices as they are stored, a row after the other, and takes them one by one; both know the same moments. Contenders
-take turns; printed are the medians of their seconds, their ratio, and the ratio of losses, weighed by the damped moments, which both make small.
+`python benchmarks/gptq.py [--rounds N]`: the matrices of one layer of experts, in SmolLM2-135M's shape by default, with
+inputs that depend on each other. The plain loop holds matrices as they are stored, a row after the other, and takes
+them one by one; both know the same moments. Contenders take turns; printed are the medians of their seconds, their
+ratio, and the ratio of losses, weighed by the damped moments, which both make small.
 """
 
 from __future__ import annotations
@@ -13,9 +14,16 @@ from collections.abc import Callable
 
 import click
 import torch
-
-from export.gptq import Moments, prepare_moments, quantize_together
-from export.quantization import Quantized, cut, default_zero_point, dequantize, encode, round_to, search_scales
+from dense2moe.export.quantization.blockwise import (
+    Quantized,
+    cut,
+    default_zero_point,
+    dequantize,
+    encode,
+    round_to,
+    search_scales,
+)
+from dense2moe.export.quantization.gptq import Moments, prepare_moments, quantize_together
 
 _BLOCK = 32
 _PASSES = 3
@@ -43,14 +51,18 @@ def quantize_plainly(weight: torch.Tensor, moments: Moments, bits: int) -> Quant
             block = slice(number * _BLOCK, (number + 1) * _BLOCK)
             bent = integers[:, block] @ h[block]
             square = (bent[:, block] * integers[:, block]).sum(1)
-            step = torch.where(square > 0, (slope[:, block] * integers[:, block]).sum(1) / square.clamp(min=1e-30), torch.zeros(()))
+            step = torch.where(
+                square > 0, (slope[:, block] * integers[:, block]).sum(1) / square.clamp(min=1e-30), torch.zeros(())
+            )
             slope -= step[:, None] * bent
             scales[:, number] += step
         for column in range(width):
             own, old = scales[:, column // _BLOCK], integers[:, column].clone()
             integers[:, column] = round_to(old * own + slope[:, column] / h[column, column], own, zero, bits)
             slope -= ((integers[:, column] - old) * own)[:, None] * h[column]
-    return encode(integers.view(rows, -1, _BLOCK), scales[..., None], zero.expand(rows, width // _BLOCK, 1), bits, False)
+    return encode(
+        integers.view(rows, -1, _BLOCK), scales[..., None], zero.expand(rows, width // _BLOCK, 1), bits, False
+    )
 
 
 def loss(weight: torch.Tensor, moments: Moments, quantized: Quantized, bits: int) -> float:
@@ -61,7 +73,9 @@ def loss(weight: torch.Tensor, moments: Moments, quantized: Quantized, bits: int
 
 def draw_moments(width: int, generator: torch.Generator) -> Moments:
     """Of inputs that depend on each other and differ in size."""
-    inputs = torch.randn(4 * width, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5
+    inputs = (
+        torch.randn(4 * width, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5
+    )
     inputs *= torch.rand(width, generator=generator) + 0.1
     return prepare_moments(inputs.T @ inputs, _BLOCK)
 
@@ -98,7 +112,8 @@ def main(hidden: int, inner: int, experts: int, bits: str, rounds: int) -> None:
                 losses[name] = sum(loss(*each, width) for each in zip(weights, moments, found, strict=True))
         ours, plain = (statistics.median(seconds[name]) for name in contenders)
         click.echo(
-            f"{kind}: {count} matrices [{height}, {columns}], {bits} bits: {ours:.2f} s, plain loop {plain:.2f} s, {plain / ours:.1f} times as fast; "
+            f"{kind}: {count} matrices [{height}, {columns}], {bits} bits: {ours:.2f} s, plain loop {plain:.2f} s, "
+            f"{plain / ours:.1f} times as fast; "
             f"loss {losses['GPTQ'] / losses['plain loop']:.5f} times the plain loop's"
         )
 

@@ -1,24 +1,30 @@
-"""Prefill and decode of a mixture in float32, int8 and int4: dense2moe against llama.cpp, OpenVINO, onnxruntime-genai and others.
+"""Prefill and decode of a mixture in float32, int8 and int4.
 
+Dense2moe against llama.cpp, OpenVINO, onnxruntime-genai and others.
     python benchmarks/inference.py --llama-cpp PYTHON --openvino PYTHON --exporter PYTHON
 
-Two Mixtrals of random weights (8 experts of which 2 are chosen, routers scaled so that the choice is decided): `150m`, 8 layers of 512/1408, and
-`1b`, 12 layers of 1024/2816. Each engine is a process of its own (`engines.py`) with `--threads` threads; they take turns, each round from the next
-one on. A turn is a prefill of 256 random tokens and 64 more one by one, so that different experts are met; medians over all rounds. Engines whose
-weights do not fit into memory together are loaded anew for every turn. In each precision
+Two Mixtrals of random weights (8 experts of which 2 are chosen, routers scaled so that the choice is decided): `150m`,
+8 layers of 512/1408, and `1b`, 12 layers of 1024/2816. Each engine is a process of its own (`engines.py`) with
+`--threads` threads; they take turns, each round from the next one on. A turn is a prefill of 256 random tokens and 64
+more one by one, so that different experts are met; medians over all rounds. Engines whose weights do not fit into
+memory together are loaded anew for every turn. In each precision
 
-- dense2moe: `quantize` and `write_package` with `lowering: auto`; one scale in float32 for a block of 64 weights, embedding and attention quantized
-  as the experts are: 8.5 and 4.5 bits a weight, exactly those of llama.cpp's q8_0 and q4_0 (float16 scales for blocks of 32);
+- dense2moe: `quantize` and `write_package` with `lowering: auto`; one scale in float32 for a block of 64 weights,
+  embedding and attention quantized as the experts are: 8.5 and 4.5 bits a weight, exactly those of llama.cpp's q8_0 and
+  q4_0 (float16 scales for blocks of 32);
 - dense2moe with `lowering: switched` where experts are integers: the fastest graph, with the experts in it twice;
 - dense2moe on a dense Llama with the same active weights: an FFN of 2 × the width;
 - onnxruntime-genai on dense2moe's packages;
-- llama.cpp on the same weights as GGUF, f32, q8_0 and q4_0; `--llama-cpp` is a Python with llama-cpp-python, gguf and safetensors;
-- and in float32 alone torch in eager mode, transformers' exporter on onnxruntime, and OpenVINO on what transformers' exporter writes for it.
-  `--exporter` is a Python with torch, transformers, onnxscript, and openvino for OpenVINO's; `--openvino` is one with openvino.
+- llama.cpp on the same weights as GGUF, f32, q8_0 and q4_0; `--llama-cpp` is a Python with llama-cpp-python, gguf and
+  safetensors;
+- and in float32 alone torch in eager mode, transformers' exporter on onnxruntime, and OpenVINO on what transformers'
+  exporter writes for it. `--exporter` is a Python with torch, transformers, onnxscript, and openvino for OpenVINO's;
+  `--openvino` is one with openvino.
 
-In float32 the logits of every engine are compared with dense2moe's; more than 1e-3 of the largest ends the run. The limit is the bandwidth of reading
-2 GiB, measured here, divided by the bytes of the weights that a token meets: its experts, attention, norms, routers, head, a row of the embedding.
-What the processor's caches keep is read faster than that, and the share may then exceed 100 %.
+In float32 the logits of every engine are compared with dense2moe's; more than 1e-3 of the largest ends the run. The
+limit is the bandwidth of reading 2 GiB, measured here, divided by the bytes of the weights that a token meets: its
+experts, attention, norms, routers, head, a row of the embedding. What the processor's caches keep is read faster than
+that, and the share may then exceed 100 %.
 """
 
 from __future__ import annotations
@@ -46,21 +52,34 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from upcycle.shards import TensorSpec, write_tensors
-
 OURS, SWITCHED, DENSE, LLAMA, GENAI, GENAI_SWITCHED, EXPORTER, OPENVINO, TORCH = (
-    "dense2moe", "dense2moe, switched", "dense2moe, dense model",
-    "llama.cpp", "onnxruntime-genai", "onnxruntime-genai, switched", "transformers' exporter", "OpenVINO", "torch eager",
-)  # fmt: skip
+    "dense2moe",
+    "dense2moe, switched",
+    "dense2moe, dense model",
+    "llama.cpp",
+    "onnxruntime-genai",
+    "onnxruntime-genai, switched",
+    "transformers' exporter",
+    "OpenVINO",
+    "torch eager",
+)
 ENGINES = {
-    OURS: "dense2moe", SWITCHED: "dense2moe", DENSE: "dense2moe", LLAMA: "llama.cpp", GENAI: "onnxruntime-genai", GENAI_SWITCHED: "onnxruntime-genai",
-    EXPORTER: "transformers-onnx", OPENVINO: "openvino", TORCH: "torch",
-}  # fmt: skip
+    OURS: "dense2moe",
+    SWITCHED: "dense2moe",
+    DENSE: "dense2moe",
+    LLAMA: "llama.cpp",
+    GENAI: "onnxruntime-genai",
+    GENAI_SWITCHED: "onnxruntime-genai",
+    EXPORTER: "transformers-onnx",
+    OPENVINO: "openvino",
+    TORCH: "torch",
+}
 NUM_EXPERTS, TOP_K, ROUTER_FACTOR = 8, 2, 20.0
 NUM_PROMPT, NUM_TOKENS, NUM_COMPARED = 256, 64, 9
 PRECISIONS: tuple[Variant, ...] = ("float32", "int8", "int4")
@@ -85,13 +104,21 @@ class Model:
     def config(self, dense: bool) -> PreTrainedConfig:
         """The config of transformers; heads of 64, half as many of keys and values."""
         shape = {
-            "vocab_size": self.vocabulary, "hidden_size": self.hidden, "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads // 2, "max_position_embeddings": 2048, "tie_word_embeddings": False, "dtype": torch.float32,
-        }  # fmt: skip
+            "vocab_size": self.vocabulary,
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.heads // 2,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "dtype": torch.float32,
+        }
         if dense:
             return LlamaConfig(intermediate_size=TOP_K * self.intermediate, architectures=["LlamaForCausalLM"], **shape)
         experts = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": TOP_K, "sliding_window": None}
-        return MixtralConfig(intermediate_size=self.intermediate, architectures=["MixtralForCausalLM"], **experts, **shape)
+        return MixtralConfig(
+            intermediate_size=self.intermediate, architectures=["MixtralForCausalLM"], **experts, **shape
+        )
 
     def tensors(self, dense: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Names and shapes of the checkpoint."""
@@ -108,7 +135,11 @@ class Model:
             else:
                 sparse = f"{prefix}.block_sparse_moe"
                 yield f"{sparse}.gate.weight", (NUM_EXPERTS, hidden)
-                matrices = {f"{sparse}.experts.{expert}.{part}": part == "w2" for expert in range(NUM_EXPERTS) for part in ("w1", "w2", "w3")}
+                matrices = {
+                    f"{sparse}.experts.{expert}.{part}": part == "w2"
+                    for expert in range(NUM_EXPERTS)
+                    for part in ("w1", "w2", "w3")
+                }
             for name, down in matrices.items():
                 yield f"{name}.weight", (hidden, width) if down else (width, hidden)
         yield "model.norm.weight", (hidden,)
@@ -124,7 +155,9 @@ class Model:
         total = 0.0
         for name, shape in self.tensors(False):
             bits = 32.0 if len(shape) == 1 or name.endswith("gate.weight") else WEIGHT_BITS[precision]
-            share = TOP_K / NUM_EXPERTS if ".experts." in name else 1 / self.vocabulary if "embed_tokens" in name else 1.0
+            share = (
+                TOP_K / NUM_EXPERTS if ".experts." in name else 1 / self.vocabulary if "embed_tokens" in name else 1.0
+            )
             total += share * math.prod(shape) * bits / 8
         return total
 
@@ -142,7 +175,9 @@ def make_checkpoint(model: Model, directory: Path, dense: bool) -> None:
             deviation = 0.02 * (ROUTER_FACTOR if name.endswith("gate.weight") else 1.0)
             yield name, torch.ones(shape) if len(shape) == 1 else torch.randn(shape) * deviation
 
-    write_tensors(directory, [TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()], draw(), 5_000_000_000)
+    write_tensors(
+        directory, [TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()], draw(), 5_000_000_000
+    )
     model.config(dense).save_pretrained(directory)
 
 
@@ -181,7 +216,9 @@ class Export:
     num_bytes: int
 
 
-def export_package(source: Path, packages: Sequence[Path], precision: Variant, wishes: Sequence[str], scratch: Path) -> list[Export]:
+def export_package(
+    source: Path, packages: Sequence[Path], precision: Variant, wishes: Sequence[str], scratch: Path
+) -> list[Export]:
     """Quantize, and write one package for each lowering asked for; the first ones are kept, as `packages`."""
     twin, exports = scratch / "twin", []
     this = (sys.executable, Path(__file__).resolve())
@@ -197,17 +234,21 @@ def export_package(source: Path, packages: Sequence[Path], precision: Variant, w
 
 
 def run_quantize(source: Path, output: Path, precision: str) -> None:
-    from export.quantizer import quantize_checkpoint
+    from dense2moe.export.quantization.quantizer import quantize_checkpoint
 
     output.mkdir()
     variant = next(name for name in PRECISIONS if name == precision)
     quantize_checkpoint(
-        source, output, variant, QuantizeConfig(method="search", block_size=64, attention_bits="variant", embedding_bits="variant"), lambda *_: None
+        source,
+        output,
+        variant,
+        QuantizeConfig(method="search", block_size=64, attention_bits="variant", embedding_bits="variant"),
+        lambda *_: None,
     )
 
 
 def run_package(source: Path, output: Path, lowering: str) -> None:
-    from export.package import write_package
+    from dense2moe.export.package import write_package
 
     output.mkdir()
     facts = write_package(source, output, OnnxConfig.model_validate({"lowering": lowering}), lambda *_: None)
@@ -235,10 +276,22 @@ class Running:
     def __init__(self, contender: Contender, threads: int, folder: Path) -> None:
         self.log = folder / f"{contender.name}.log"
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        command = [contender.python, Path(__file__).resolve().with_name("engines.py"), "run", ENGINES[contender.name], contender.path, threads]
+        command = [
+            contender.python,
+            Path(__file__).resolve().with_name("engines.py"),
+            "run",
+            ENGINES[contender.name],
+            contender.path,
+            threads,
+        ]
         with self.log.open("w") as errors:
             self.process = subprocess.Popen(
-                [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True
+                [str(part) for part in command],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                env=environment,
+                text=True,
             )
         self.hello = self._read()
 
@@ -289,7 +342,10 @@ class Race:
         self.results: dict[str, Result] = {}
 
     def run(self, contenders: Sequence[Contender], rounds: int) -> None:
-        """Rounds after a start that is not counted; of engines that do not fit into memory together, half as many with two requests a turn."""
+        """Rounds after a start that is not counted.
+
+        Of engines that do not fit into memory together, half as many with two requests a turn.
+        """
         # Weights are mapped, and once more packed for the processor's kernels.
         together = 2 * sum(contender.num_bytes for contender in contenders) < 0.8 * psutil.virtual_memory().available
         with contextlib.ExitStack() as stack:
@@ -314,7 +370,13 @@ class Race:
             running = Running(contender, self.threads, self.folder)
             result.versions, result.note = running.hello["versions"], result.note or running.hello["note"]
             request = self._request(0)
-            answer = running.ask({"prompt": request["prompt"], "tokens": request["tokens"][: NUM_COMPARED - 1], "num_logits": NUM_COMPARED})
+            answer = running.ask(
+                {
+                    "prompt": request["prompt"],
+                    "tokens": request["tokens"][: NUM_COMPARED - 1],
+                    "num_logits": NUM_COMPARED,
+                }
+            )
         except EngineError as error:
             result.left_out = str(error)
             return None
@@ -346,7 +408,8 @@ class Race:
 def measure_bandwidth(threads: int) -> tuple[float, str]:
     """Bytes per second of reading 2 GiB, and the fastest of the ways to read them, best of three.
 
-    It has a process of its own: Linux counts what this one held at its peak as the peak of every child that it starts later.
+    It has a process of its own: Linux counts what this one held at its peak as the peak of every child that it starts
+    later.
     """
     torch.set_num_threads(threads)
     matrix = torch.ones(1 << 15, 1 << 14)
@@ -358,8 +421,10 @@ def measure_bandwidth(threads: int) -> tuple[float, str]:
             list(pool.map(lambda half: np.dot(half[: len(half) // 2], half[len(half) // 2 :]), halves))
 
     ways: dict[str, Callable[[], object]] = {
-        "torch.sum": lambda: matrix.sum(), "torch.mv": lambda: matrix @ vector, "numpy.dot, a thread a part": dot_in_threads,
-    }  # fmt: skip
+        "torch.sum": lambda: matrix.sum(),
+        "torch.mv": lambda: matrix @ vector,
+        "numpy.dot, a thread a part": dot_in_threads,
+    }
     found = {}
     for name, way in ways.items():
         seconds = []
@@ -398,7 +463,10 @@ class Pythons:
 
 
 def make_rival_files(model: Model, checkpoint: Path, files: Path, pythons: Pythons) -> dict[str, str]:
-    """What transformers' exporter writes, for onnxruntime and OpenVINO side by side where memory allows; returns why one could not be made."""
+    """What transformers' exporter writes, for onnxruntime and OpenVINO side by side where memory allows.
+
+    Returns why one could not be made.
+    """
     jobs = {EXPORTER: ("onnx", imports(pythons.exporter, "torch, transformers, onnxscript"))}
     if pythons.openvino:
         jobs[OPENVINO] = ("openvino", imports(pythons.exporter, "torch, transformers, openvino"))
@@ -423,7 +491,12 @@ def make_rival_files(model: Model, checkpoint: Path, files: Path, pythons: Pytho
 
 
 def find_contenders(
-    precision: Variant, checkpoint: Path, files: Path, packages: tuple[Path, Path, Path], pythons: Pythons, reasons: dict[str, str]
+    precision: Variant,
+    checkpoint: Path,
+    files: Path,
+    packages: tuple[Path, Path, Path],
+    pythons: Pythons,
+    reasons: dict[str, str],
 ) -> tuple[list[Contender], dict[str, str]]:
     """Who runs in a precision, and why the others do not."""
     this, left_out = Path(sys.executable), {}
@@ -451,7 +524,10 @@ def find_contenders(
         script = Path(__file__).resolve().with_name("engines.py")
         command = (python, script, "make", "gguf", checkpoint)
         try:
-            path = made(files / f"model-{kind}.gguf", lambda partial: run_child((*command, partial, kind), files / "make-gguf.log"))
+            path = made(
+                files / f"model-{kind}.gguf",
+                lambda partial: run_child((*command, partial, kind), files / "make-gguf.log"),
+            )
             contenders.append(Contender(LLAMA, python, path))
         except EngineError as error:
             left_out[LLAMA] = str(error)
@@ -489,13 +565,19 @@ def compare_logits(results: dict[str, Result]) -> dict[str, float]:
     }
     wrong = {name: error for name, error in errors.items() if not error <= MOST_RELATIVE_ERROR}
     if wrong:
-        raise SystemExit(f"logits in float32 differ from dense2moe's by {wrong}; must be at most {MOST_RELATIVE_ERROR}: not the same model")
+        raise SystemExit(
+            f"logits in float32 differ from dense2moe's by {wrong}; must be at most {MOST_RELATIVE_ERROR}: not the "
+            "same model"
+        )
     return errors
 
 
 @dataclass
 class Outcome:
-    """One model, raced: results by precision and engine, exports by precision, the errors in float32, and the bandwidth."""
+    """One model, raced.
+
+    Results by precision and engine, exports by precision, the errors in float32, and the bandwidth.
+    """
 
     model: Model
     results: dict[Variant, dict[str, Result]]
@@ -522,7 +604,11 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
     for precision in PRECISIONS:
         print(f"{model.name}, {precision}: export", file=sys.stderr)
         packages = (scratch / "package", scratch / "dense-package", scratch / "switched")
-        wishes, kept = (("auto", NAMED_LOWERING), packages[:1]) if precision == "float32" else (("auto", "switched"), packages[::2])
+        wishes, kept = (
+            (("auto", NAMED_LOWERING), packages[:1])
+            if precision == "float32"
+            else (("auto", "switched"), packages[::2])
+        )
         outcome.exports[precision] = export_package(checkpoint, kept, precision, wishes, scratch)
         export_package(dense, packages[1:2], precision, ("auto",), scratch)
         contenders, left_out = find_contenders(precision, checkpoint, files, packages, pythons, reasons)
@@ -550,20 +636,41 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
 def print_machine(outcome: Outcome, threads: int) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    cache = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("cache size")), "of an unknown size")
+    processor = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+    cache = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("cache size")), "of an unknown size"
+    )
     memory = psutil.virtual_memory().total / GB
-    found = [version for results in outcome.results.values() for result in results.values() for version in result.versions]
+    found = [
+        version for results in outcome.results.values() for result in results.values() for version in result.versions
+    ]
     versions = [f"dense2moe {importlib.metadata.version('dense2moe')}", *dict.fromkeys(found)]
-    print(f"\n{datetime.date.today()}, {processor}, {os.cpu_count()} cores, last cache {cache}, {memory:.0f} GB memory, {threads} threads an engine,")
+    print(
+        f"\n{datetime.date.today()}, {processor}, {os.cpu_count()} cores, last cache {cache}, {memory:.0f} GB "
+        f"memory, {threads} threads an engine,"
+    )
     print(f"Python {platform.python_version()}, {', '.join(versions)}")
 
 
 def print_speeds(outcome: Outcome, console: Console) -> None:
     model = outcome.model
-    title = f"{model.name}: {model.num_weights / 1e6:,.0f} M weights; tokens per second, prompt {NUM_PROMPT}, {NUM_TOKENS} tokens, batch 1"
+    title = (
+        f"{model.name}: {model.num_weights / 1e6:,.0f} M weights; tokens per second, prompt {NUM_PROMPT}, "
+        f"{NUM_TOKENS} tokens, batch 1"
+    )
     table = Table(title=title)
-    for heading in ("precision", "engine", "prefill", "decode", "dense2moe / it: prefill", "decode", "share of limit", ""):
+    for heading in (
+        "precision",
+        "engine",
+        "prefill",
+        "decode",
+        "dense2moe / it: prefill",
+        "decode",
+        "share of limit",
+        "",
+    ):
         table.add_column(heading, justify="left" if heading in ("precision", "engine", "") else "right")
     for precision, results in outcome.results.items():
         ours = results[OURS].speeds
@@ -578,17 +685,25 @@ def print_speeds(outcome: Outcome, console: Console) -> None:
             table.add_row(precision, name, *(f"{speed:,.0f}" for speed in speeds), *ratios, share, result.note)
         table.add_section()
     console.print(table)
-    print(f"Bandwidth {outcome.bandwidth / GB:.1f} GB/s ({outcome.way}); active weights and the limit of decoding:", end=" ")
+    print(
+        f"Bandwidth {outcome.bandwidth / GB:.1f} GB/s ({outcome.way}); active weights and the limit of decoding:",
+        end=" ",
+    )
     parts = [f"{p} {outcome.model.active_bytes(p) / 1e6:.1f} MB, {outcome.limit(p):,.0f} tokens/s" for p in PRECISIONS]
     print("; ".join(parts))
     errors = ", ".join(f"{name} {error:.1e}" for name, error in outcome.errors.items())
-    print(f"Largest difference from dense2moe's logits in float32, relative to the largest logit: {errors or 'nobody to compare with'}")
+    print(
+        "Largest difference from dense2moe's logits in float32, relative to the largest logit: "
+        f"{errors or 'nobody to compare with'}"
+    )
 
 
 def print_exports(outcome: Outcome, console: Console) -> None:
     table = Table(title=f"{outcome.model.name}: write_package, each in a process of its own")
     for heading in ("precision", "lowering asked for", "written", "package MB", "seconds", "peak resident MB"):
-        table.add_column(heading, justify="right" if heading in ("package MB", "seconds", "peak resident MB") else "left")
+        table.add_column(
+            heading, justify="right" if heading in ("package MB", "seconds", "peak resident MB") else "left"
+        )
     for precision, exports in outcome.exports.items():
         for export in exports:
             sizes = [f"{size / 1e6:,.0f}" for size in (export.num_bytes, export.peak_bytes)]
@@ -598,7 +713,10 @@ def print_exports(outcome: Outcome, console: Console) -> None:
 
 def judge(what: str, value: float, bound: float, at_least: bool, unit: str = "×") -> None:
     met = value >= bound if at_least else value <= bound
-    print(f"- {what}: {value:,.2f}{unit}, {'at least' if at_least else 'at most'} {bound:,.2f}{unit}: {'met' if met else 'MISSED'}")
+    print(
+        f"- {what}: {value:,.2f}{unit}, {'at least' if at_least else 'at most'} {bound:,.2f}{unit}: "
+        f"{'met' if met else 'MISSED'}"
+    )
 
 
 def _judge_decoding(what: str, found: dict[str, Result], speed: float, genai: str) -> None:
@@ -609,12 +727,17 @@ def _judge_decoding(what: str, found: dict[str, Result], speed: float, genai: st
     if rivals:
         best = max(rivals, key=lambda name: found[name].speeds[1])
         judge(f"{what}, decode against the fastest other rival ({best})", speed / found[best].speeds[1], 1.0, True)
-    judge(f"{what}, time of decoding against the dense model", found[DENSE].speeds[1] / speed, MOST_AGAINST_DENSE, False)
+    judge(
+        f"{what}, time of decoding against the dense model", found[DENSE].speeds[1] / speed, MOST_AGAINST_DENSE, False
+    )
 
 
 def print_targets(outcome: Outcome) -> None:
     print(f"\nTargets, {outcome.model.name}:")
-    results = {precision: {name: r for name, r in found.items() if not r.left_out} for precision, found in outcome.results.items()}
+    results = {
+        precision: {name: r for name, r in found.items() if not r.left_out}
+        for precision, found in outcome.results.items()
+    }
     for precision, found in results.items():
         for name, genai in ((OURS, GENAI), (SWITCHED, GENAI_SWITCHED)):
             if name in found:
@@ -623,10 +746,20 @@ def print_targets(outcome: Outcome) -> None:
     rivals = [name for name in found if name not in (OURS, DENSE)]
     if rivals:
         best = max(rivals, key=lambda name: found[name].speeds[0])
-        judge(f"float32, prefill against the fastest rival ({best})", found[OURS].speeds[0] / found[best].speeds[0], 1.0, True)
+        judge(
+            f"float32, prefill against the fastest rival ({best})",
+            found[OURS].speeds[0] / found[best].speeds[0],
+            1.0,
+            True,
+        )
     for precision in PRECISIONS[1:]:
         for name in (OURS, SWITCHED):
-            judge(f"{precision}, {name}, prefill against float32", results[precision][name].speeds[0] / found[OURS].speeds[0], 1.0, True)
+            judge(
+                f"{precision}, {name}, prefill against float32",
+                results[precision][name].speeds[0] / found[OURS].speeds[0],
+                1.0,
+                True,
+            )
     if outcome.model.name == "1b":
         for precision, exports in outcome.exports.items():
             for export in exports:
@@ -637,14 +770,22 @@ def print_targets(outcome: Outcome) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=(*MODELS, "both"), default="both")
-    parser.add_argument("--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python, gguf and safetensors")
+    parser.add_argument(
+        "--llama-cpp", type=Path, metavar="PYTHON", help="a Python with llama-cpp-python, gguf and safetensors"
+    )
     parser.add_argument("--openvino", type=Path, metavar="PYTHON", help="a Python with openvino")
     parser.add_argument(
-        "--exporter", type=Path, metavar="PYTHON", default=Path(sys.executable), help="a Python with torch, transformers, onnxscript, openvino"
+        "--exporter",
+        type=Path,
+        metavar="PYTHON",
+        default=Path(sys.executable),
+        help="a Python with torch, transformers, onnxscript, openvino",
     )
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cache", type=Path, help="keep the checkpoints and the rivals' files in this directory, and use those there")
+    parser.add_argument(
+        "--cache", type=Path, help="keep the checkpoints and the rivals' files in this directory, and use those there"
+    )
     # The parts that this script runs as processes of their own.
     parser.add_argument("--run-quantize", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--run-package", nargs=3, help=argparse.SUPPRESS)
@@ -663,7 +804,9 @@ def main() -> None:
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
-    given = [path.absolute() if path else None for path in (arguments.llama_cpp, arguments.openvino, arguments.exporter)]
+    given = [
+        path.absolute() if path else None for path in (arguments.llama_cpp, arguments.openvino, arguments.exporter)
+    ]
     for path in given:
         if path and not os.access(path, os.X_OK):
             raise SystemExit(f"{path}: not an executable; must be the path of a Python")

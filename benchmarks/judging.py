@@ -1,4 +1,7 @@
-"""How benchmarks/quantization.py judges: a package against the float32 one on held-out tokens, by its logits and by its routing."""
+"""How benchmarks/quantization.py judges.
+
+A package against the float32 one on held-out tokens, by its logits and by its routing.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-
-from export.parity import same_experts
-from export.runtime import ROUTER_LOGITS, Decoder
-from export.storage import MODEL_NAME
+from dense2moe.export.parity import same_experts
+from dense2moe.export.runtime.decoder import ROUTER_LOGITS, Decoder
+from dense2moe.export.storage import MODEL_NAME
 
 Routers = dict[str, np.ndarray]
 """Router logits of one batch, by the name that the graph has for them."""
@@ -22,7 +24,10 @@ Routers = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Outcome:
-    """One model against the float32 one over the same tokens: losses in nats, shares of tokens. None is what could not be had."""
+    """One model against the float32 one over the same tokens: losses in nats, shares of tokens.
+
+    None is what could not be had.
+    """
 
     loss: float
     increase_error: float  # the standard error over blocks of its loss above float32's
@@ -40,7 +45,11 @@ def products(model: onnx.ModelProto, *kinds: str) -> Iterator[onnx.NodeProto]:
     """The products with the matrices that are quantized: all but those of the routers and the head."""
     constants = {tensor.name for tensor in model.graph.initializer}
     for node in model.graph.node:
-        if node.op_type in kinds and node.input[1] in constants and not node.output[0].startswith((ROUTER_LOGITS, "logits")):
+        if (
+            node.op_type in kinds
+            and node.input[1] in constants
+            and not node.output[0].startswith((ROUTER_LOGITS, "logits"))
+        ):
             yield node
 
 
@@ -66,7 +75,11 @@ def copy(package: Path, folder: Path, *but: str) -> Path:
 def feeds(model: onnx.ModelProto, ids: torch.Tensor) -> dict[str, np.ndarray]:
     """What a session takes to run ids [B, S] after nothing."""
     shapes = {value.name: [size.dim_value for size in value.type.tensor_type.shape.dim] for value in model.graph.input}
-    past = {name: np.zeros((len(ids), shape[1], 0, shape[3]), np.float32) for name, shape in shapes.items() if name.startswith("past_key_values.")}
+    past = {
+        name: np.zeros((len(ids), shape[1], 0, shape[3]), np.float32)
+        for name, shape in shapes.items()
+        if name.startswith("past_key_values.")
+    }
     return {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64), **past}
 
 
@@ -82,7 +95,9 @@ def force_routers(package: Path, folder: Path, num_threads: int) -> Callable[[to
     options.log_severity_level = 3  # it would tell that the routers are unused
     options.intra_op_num_threads = num_threads
     session = ort.InferenceSession(folder / MODEL_NAME, options, providers=["CPUExecutionProvider"])
-    return lambda ids, routers: torch.from_numpy(session.run(["logits"], feeds(model, ids) | routers)[0]).log_softmax(-1)
+    return lambda ids, routers: torch.from_numpy(session.run(["logits"], feeds(model, ids) | routers)[0]).log_softmax(
+        -1
+    )
 
 
 def run(decoder: Decoder, ids: torch.Tensor) -> tuple[torch.Tensor, Routers]:
@@ -111,31 +126,55 @@ class Judge:
         decoder = Decoder(floats, taps=True, num_threads=num_threads)
         self.top_k: int = decoder.config["num_experts_per_tok"]
         self.expected = [run(decoder, ids) for ids in self.batches]
-        self.loss = float(torch.cat([next_losses(log_p, ids) for (log_p, _), ids in zip(self.expected, self.batches, strict=True)]).mean())
+        self.loss = float(
+            torch.cat(
+                [next_losses(log_p, ids) for (log_p, _), ids in zip(self.expected, self.batches, strict=True)]
+            ).mean()
+        )
 
     def compare(self, found: list[torch.Tensor], num_bytes: int) -> Outcome:
         """By log probabilities [B, S, V] of every batch alone."""
-        triples = [(log_q, log_p, ids) for log_q, (log_p, _), ids in zip(found, self.expected, self.batches, strict=True)]
+        triples = [
+            (log_q, log_p, ids) for log_q, (log_p, _), ids in zip(found, self.expected, self.batches, strict=True)
+        ]
         losses = torch.cat([next_losses(log_q, ids) for log_q, _, ids in triples])
         increases = (losses - torch.cat([next_losses(log_p, ids) for _, log_p, ids in triples])).mean(-1)
         same = torch.cat([log_q.argmax(-1) == log_p.argmax(-1) for log_q, log_p, _ in triples])
         kl = torch.cat([divergence(log_p, log_q) for log_q, log_p, _ in triples])
-        return Outcome(float(losses.mean()), float(increases.std() / len(increases) ** 0.5), float(kl.mean()), float(same.float().mean()), num_bytes)
+        return Outcome(
+            float(losses.mean()),
+            float(increases.std() / len(increases) ** 0.5),
+            float(kl.mean()),
+            float(same.float().mean()),
+            num_bytes,
+        )
 
     def compare_package(self, package: Path, folder: Path, num_bytes: int | None = None) -> Outcome:
         """By its routing too. `folder` is to be made, and worked in; the bytes are the package's own if not given."""
-        decoder, forced = Decoder(package, taps=True, num_threads=self.num_threads), force_routers(package, folder, self.num_threads)
+        decoder, forced = (
+            Decoder(package, taps=True, num_threads=self.num_threads),
+            force_routers(package, folder, self.num_threads),
+        )
         found = [run(decoder, ids) for ids in self.batches]
-        same = torch.cat([self._same(routers, own) for (_, routers), (_, own) in zip(found, self.expected, strict=True)], dim=1)  # [L, N * S]
+        # [L, N * S]
+        same = torch.cat(
+            [self._same(routers, own) for (_, routers), (_, own) in zip(found, self.expected, strict=True)], dim=1
+        )
         kl = torch.cat([divergence(log_p, log_q) for (log_q, _), (log_p, _) in zip(found, self.expected, strict=True)])
-        told = [divergence(log_p, forced(ids, own)) for (log_p, own), ids in zip(self.expected, self.batches, strict=True)]
+        told = [
+            divergence(log_p, forced(ids, own)) for (log_p, own), ids in zip(self.expected, self.batches, strict=True)
+        ]
         everywhere = same.all(0)
         halves = [float(kl[chosen].mean()) if chosen.any() else 0.0 for chosen in (everywhere, ~everywhere)]
         plain = self.compare([log_q for log_q, _ in found], weight_bytes(package) if num_bytes is None else num_bytes)
         return replace(
-            plain, routing=tuple(same.float().mean(1).tolist()), same=float(everywhere.float().mean()), kl_same=halves[0], kl_flipped=halves[1],
+            plain,
+            routing=tuple(same.float().mean(1).tolist()),
+            same=float(everywhere.float().mean()),
+            kl_same=halves[0],
+            kl_flipped=halves[1],
             kl_forced=float(torch.cat(told).mean()),
-        )  # fmt: skip
+        )
 
     def _same(self, routers: Routers, own: Routers) -> torch.Tensor:
         """Whether each token of a batch meets the same experts, by layer [L, B * S]."""

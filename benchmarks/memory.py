@@ -1,9 +1,11 @@
 """Peak memory of every stage and of every way to train, each in a fresh process, beside what `dense2moe plan` says.
 
-    python benchmarks/memory.py MODEL TEXT [--train all,router,lora] [--until finetune] [--blocks 8] [--batch 4] [--random]
+    python benchmarks/memory.py MODEL TEXT [--train all,router,lora] [--until finetune] [--blocks 8] [--batch 4]
+    [--random]
 
-MODEL is a checkpoint of a decoder, TEXT a text file in UTF-8. With `--random` only its config and tokenizer are read, and its weights are drawn: the
-shape of a model that is not at hand. Prints a row for each stage: seconds, peak resident memory, what was planned, and their ratio.
+MODEL is a checkpoint of a decoder, TEXT a text file in UTF-8. With `--random` only its config and tokenizer are read,
+and its weights are drawn: the shape of a model that is not at hand. Prints a row for each stage: seconds, peak resident
+memory, what was planned, and their ratio.
 """
 
 from __future__ import annotations
@@ -18,11 +20,10 @@ from pathlib import Path
 
 import click
 import torch
+from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.report.costs import cost_table, take_costs
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
-
-from convert.artifact import open_artifact
-from convert.costs import cost_table, take_costs
 
 RECIPE = """\
 source: {source}
@@ -33,7 +34,9 @@ data:
   max_validation_tokens: {tokens}
   max_test_tokens: {tokens}
 upcycle: {{num_experts: 4, num_experts_per_tok: 2}}
-finetune: {{train: {train}, steps: 2, warmup_steps: 1, eval_steps: 1, batch_size: {batch}, learning_rate: 2.0e-5, control: false}}
+finetune:
+  {{train: {train}, steps: 2, warmup_steps: 1, eval_steps: 1, batch_size: {batch}, learning_rate: 2.0e-5,
+    control: false}}
 variants: [int8, int4]
 """
 
@@ -41,8 +44,19 @@ variants: [int8, int4]
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True))
 @click.argument("text", type=click.Path(path_type=Path, exists=True))
-@click.option("--train", "trains", default="all,router,experts,last-2,lora,prompt", show_default=True, help="Ways to train, divided by commas.")
-@click.option("--until", default="finetune", show_default=True, help="Last stage; the ones after fine-tuning are run for the first of --train.")
+@click.option(
+    "--train",
+    "trains",
+    default="all,router,experts,last-2,lora,prompt",
+    show_default=True,
+    help="Ways to train, divided by commas.",
+)
+@click.option(
+    "--until",
+    default="finetune",
+    show_default=True,
+    help="Last stage; the ones after fine-tuning are run for the first of --train.",
+)
 @click.option("--blocks", default=8, show_default=True, help="Held-out blocks of 256 tokens.")
 @click.option("--batch", default=4, show_default=True, help="Blocks a step.")
 @click.option("--random", "is_random", is_flag=True, help="Draw weights in bfloat16 for MODEL's config.")
@@ -58,9 +72,22 @@ def main(model: Path, text: Path, trains: str, until: str, blocks: int, batch: i
         split(text, Path(folder))
         for number, train in enumerate(trains.split(",")):
             recipe, workdir = Path(folder) / "memory.yaml", Path(folder) / "run"
-            recipe.write_text(RECIPE.format(source=source, folder=folder, train=train, tokens=256 * blocks, batch=batch), encoding="utf-8")
+            recipe.write_text(
+                RECIPE.format(source=source, folder=folder, train=train, tokens=256 * blocks, batch=batch),
+                encoding="utf-8",
+            )
             last = "finetune" if number or train == "prompt" else until
-            command = [sys.executable, "-m", "convert", "run", str(recipe), "--workdir", str(workdir), "--until", last]
+            command = [
+                sys.executable,
+                "-m",
+                "dense2moe",
+                "run",
+                str(recipe),
+                "--workdir",
+                str(workdir),
+                "--until",
+                last,
+            ]
             finished = subprocess.run(command, capture_output=True, text=True, check=False)
             if not (workdir / "run.json").is_file():
                 raise SystemExit(finished.stderr.strip().splitlines()[-1])
@@ -80,7 +107,9 @@ def split(text: Path, folder: Path) -> None:
     """Write the lines of a text into three files, one for each split of the data."""
     lines = text.read_text(encoding="utf-8").splitlines(keepends=True)
     for number, name in enumerate(("train", "validation", "test")):
-        (folder / f"{name}.txt").write_text("".join(lines[number * len(lines) // 3 : (number + 1) * len(lines) // 3]), encoding="utf-8")
+        (folder / f"{name}.txt").write_text(
+            "".join(lines[number * len(lines) // 3 : (number + 1) * len(lines) // 3]), encoding="utf-8"
+        )
 
 
 def draw(model: Path, output: Path) -> None:

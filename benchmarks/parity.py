@@ -1,13 +1,14 @@
 """What parity names of planted faults, and how often it is wrong about correct exports.
 
-    python benchmarks/parity.py                                  # false alarms over 50 seeds, and how far float32 is from each limit
-    python benchmarks/parity.py --seeds 10 --variants int8,int4 --families 'qwen3|granite'
-    python benchmarks/parity.py --faults --exporters foreign --variants int8 --only 'cache|padding'
+    python benchmarks/parity.py                                  # false alarms over 50 seeds, and how far float32 is
+    from each limit python benchmarks/parity.py --seeds 10 --variants int8,int4 --families 'qwen3|granite' python
+    benchmarks/parity.py --faults --exporters foreign --variants int8 --only 'cache|padding'
 
-With `--faults` every fault of `tests/faults.py` is planted in every variant of one model, exported by us and by others; a line says what parity says
-first of it that it does not say of the package without it. Else every seed is another tiny model of each family (layers, widths, experts, window,
-lowering and bits of activations change with it), and some models that are hard to judge: routers of zeros, and depth. Of float32 Mixtrals the second
-table is the largest error over the noise of float32 in the same place, tier by tier: what `parity.noise_multiple` has to leave room for.
+With `--faults` every fault of `tests/faults.py` is planted in every variant of one model, exported by us and by others;
+a line says what parity says first of it that it does not say of the package without it. Else every seed is another tiny
+model of each family (layers, widths, experts, window, lowering and bits of activations change with it), and some models
+that are hard to judge: routers of zeros, and depth. Of float32 Mixtrals the second table is the largest error over the
+noise of float32 in the same place, tier by tier: what `parity.noise_multiple` has to leave room for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant, rounds_activations
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.parity.local import LEAST_NOISE
+from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU
 from transformers import (
     AutoModelForCausalLM,
     FlexOlmoConfig,
@@ -38,15 +47,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant, rounds_activations
-from export.errors import ExportError
-from export.package import write_package
-from export.parity import ProviderParity, check_parity
-from export.parity.local import LEAST_NOISE
-from export.parity.precision import find_precision
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU
-
 if TYPE_CHECKING:
     from tests.faults import Exported, Fault
     from tests.foreign import Kind
@@ -56,7 +56,10 @@ ROTATION: tuple[Literal["fused", "grouped", "unrolled", "switched"], ...] = ("fu
 VARIANTS: tuple[Variant, ...] = ("float32", "float16", "int8", "int4", "mixed")
 Exporter = Literal["ours", "foreign", "fused"]
 EXPORTERS: tuple[Exporter, ...] = get_args(Exporter)
-"""Ours; transformers' exporter with onnxruntime's quantizer and converter; and the same after transformers' fusions for onnxruntime."""
+"""Ours; transformers' exporter with onnxruntime's quantizer and converter.
+
+And the same after transformers' fusions for onnxruntime.
+"""
 
 BLOCK = 32
 LOOSE = ParityConfig(max_perplexity_increase={}, free_tokens=8)
@@ -72,10 +75,19 @@ def silent(what: str, done: int, total: int) -> None:
 
 def make_mixture(directory: Path, seed: int) -> Path:
     config = MixtralConfig(
-        vocab_size=300, hidden_size=(32, 64)[seed % 2], intermediate_size=48, num_hidden_layers=2 + seed % 3, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=(4, 8)[seed // 2 % 2], num_experts_per_tok=2, max_position_embeddings=128,
-        sliding_window=(None, 20)[seed // 3 % 2], initializer_range=0.2, tie_word_embeddings=seed % 2 == 0,
-    )  # fmt: skip
+        vocab_size=300,
+        hidden_size=(32, 64)[seed % 2],
+        intermediate_size=48,
+        num_hidden_layers=2 + seed % 3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=(4, 8)[seed // 2 % 2],
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        sliding_window=(None, 20)[seed // 3 % 2],
+        initializer_range=0.2,
+        tie_word_embeddings=seed % 2 == 0,
+    )
     torch.manual_seed(seed)
     model = MixtralForCausalLM(config)
     for name, parameter in model.named_parameters():
@@ -100,7 +112,10 @@ def judge(seed: int, folder: Path) -> tuple[ProviderParity, tuple[str, ...]]:
 
 
 def find_ratios(result: ProviderParity) -> dict[str, float]:
-    """The largest error over the noise of float32 in the same place: of logits, and of each kind of place whose noise was measured."""
+    """The largest error over the noise of float32 in the same place.
+
+    Of logits, and of each kind of place whose noise was measured.
+    """
     assert not isinstance(result.noise, str)
     ratios: dict[str, float] = defaultdict(float)
     ratios["logits"] = max(check.relative_error for check in result.checks) / result.noise.logits
@@ -117,24 +132,42 @@ def find_ratios(result: ProviderParity) -> dict[str, float]:
 def sizes(seed: int) -> dict[str, Any]:
     """What every config has; widths that blocks of 32 divide, so that any lowering can be."""
     return {
-        "vocab_size": 300, "hidden_size": (32, 64)[seed % 2], "intermediate_size": (96, 64)[seed // 2 % 2], "num_hidden_layers": 2 + seed % 3,
-        "num_attention_heads": 4, "num_key_value_heads": (2, 4)[seed // 2 % 2], "max_position_embeddings": 128, "initializer_range": 0.2,
-        "tie_word_embeddings": seed % 2 == 0, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
-    }  # fmt: skip
+        "vocab_size": 300,
+        "hidden_size": (32, 64)[seed % 2],
+        "intermediate_size": (96, 64)[seed // 2 % 2],
+        "num_hidden_layers": 2 + seed % 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": (2, 4)[seed // 2 % 2],
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": seed % 2 == 0,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": None,
+    }
 
 
 def routing(seed: int) -> dict[str, Any]:
-    return {"num_experts": (4, 8)[seed // 2 % 2], "num_experts_per_tok": (2, 1, 3)[seed % 3], "norm_topk_prob": seed % 4 != 3}
+    return {
+        "num_experts": (4, 8)[seed // 2 % 2],
+        "num_experts_per_tok": (2, 1, 3)[seed % 3],
+        "norm_topk_prob": seed % 4 != 3,
+    }
 
 
 def mixtral(seed: int) -> PreTrainedConfig:
     return MixtralConfig(
-        **sizes(seed), num_local_experts=(4, 8)[seed // 2 % 2], num_experts_per_tok=2, sliding_window=(None, 20)[seed // 3 % 2]
-    )  # fmt: skip
+        **sizes(seed),
+        num_local_experts=(4, 8)[seed // 2 % 2],
+        num_experts_per_tok=2,
+        sliding_window=(None, 20)[seed // 3 % 2],
+    )
 
 
 def qwen2_moe(seed: int) -> PreTrainedConfig:
-    return Qwen2MoeConfig(**sizes(seed), **routing(seed), moe_intermediate_size=64, shared_expert_intermediate_size=(64, 32)[seed % 2])
+    return Qwen2MoeConfig(
+        **sizes(seed), **routing(seed), moe_intermediate_size=64, shared_expert_intermediate_size=(64, 32)[seed % 2]
+    )
 
 
 def qwen3_moe(seed: int) -> PreTrainedConfig:
@@ -143,9 +176,14 @@ def qwen3_moe(seed: int) -> PreTrainedConfig:
 
 def granitemoe(seed: int) -> PreTrainedConfig:
     return GraniteMoeConfig(
-        **sizes(seed), num_local_experts=(4, 8)[seed // 2 % 2], num_experts_per_tok=2, embedding_multiplier=6.0, attention_multiplier=0.3,
-        residual_multiplier=0.4, logits_scaling=4.0,
-    )  # fmt: skip
+        **sizes(seed),
+        num_local_experts=(4, 8)[seed // 2 % 2],
+        num_experts_per_tok=2,
+        embedding_multiplier=6.0,
+        attention_multiplier=0.3,
+        residual_multiplier=0.4,
+        logits_scaling=4.0,
+    )
 
 
 def flex_olmo(seed: int) -> PreTrainedConfig:
@@ -155,10 +193,19 @@ def flex_olmo(seed: int) -> PreTrainedConfig:
 def glm4_moe(seed: int) -> PreTrainedConfig:
     own = routing(seed)
     return Glm4MoeConfig(
-        **sizes(seed), n_routed_experts=own["num_experts"], num_experts_per_tok=own["num_experts_per_tok"], norm_topk_prob=own["norm_topk_prob"],
-        head_dim=16, moe_intermediate_size=64, n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1, partial_rotary_factor=1.0,
+        **sizes(seed),
+        n_routed_experts=own["num_experts"],
+        num_experts_per_tok=own["num_experts_per_tok"],
+        norm_topk_prob=own["norm_topk_prob"],
+        head_dim=16,
+        moe_intermediate_size=64,
+        n_group=1,
+        topk_group=1,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        partial_rotary_factor=1.0,
         attention_bias=seed % 2 == 0,
-    )  # fmt: skip
+    )
 
 
 def llama(seed: int) -> PreTrainedConfig:
@@ -166,7 +213,9 @@ def llama(seed: int) -> PreTrainedConfig:
 
 
 def deep(seed: int) -> PreTrainedConfig:
-    return MixtralConfig(**sizes(seed) | {"num_hidden_layers": 12, "initializer_range": 0.5}, num_local_experts=4, num_experts_per_tok=2)
+    return MixtralConfig(
+        **sizes(seed) | {"num_hidden_layers": 12, "initializer_range": 0.5}, num_local_experts=4, num_experts_per_tok=2
+    )
 
 
 def scale_routers(model: torch.nn.Module, factor: float) -> None:
@@ -219,7 +268,10 @@ def draw_blocks(seed: int, count: int = 4, length: int = 48) -> torch.Tensor:
 
 
 def export(source: Path, folder: Path, variant: Variant, lowering: str, activation_bits: int) -> tuple[Path, Path, str]:
-    """The twin, the package and the lowering that it has: the wished one, or `grouped` where that cannot express the layers."""
+    """The twin, the package and the lowering that it has.
+
+    The wished one, or `grouped` where that cannot express the layers.
+    """
     twin, package = folder / "twin", folder / "package"
     twin.mkdir(parents=True)
     package.mkdir()
@@ -227,9 +279,19 @@ def export(source: Path, folder: Path, variant: Variant, lowering: str, activati
     settings = QuantizeConfig.model_validate({"method": "round", "block_size": BLOCK, **search})
     text = draw_blocks(1000, 8)
     quantize_checkpoint(
-        source, twin, variant, settings, silent, blocks=text if variant == "int8-qdq" else None, held_out=text, activation_bits=activation_bits
+        source,
+        twin,
+        variant,
+        settings,
+        silent,
+        blocks=text if variant == "int8-qdq" else None,
+        held_out=text,
+        activation_bits=activation_bits,
     )
-    wishes = [OnnxConfig.model_validate({"lowering": wish, "activation_bits": activation_bits}) for wish in (lowering, "grouped")]
+    wishes = [
+        OnnxConfig.model_validate({"lowering": wish, "activation_bits": activation_bits})
+        for wish in (lowering, "grouped")
+    ]
     try:
         return twin, package, write_package(twin, package, wishes[0], silent).lowering
     except ExportError:
@@ -244,7 +306,9 @@ class Verdict(NamedTuple):
     result: ProviderParity | None = None
 
 
-def ask_parity(package: Path, twin: Path, source: Path, blocks: torch.Tensor, variant: Variant, rounds: bool) -> Verdict:
+def ask_parity(
+    package: Path, twin: Path, source: Path, blocks: torch.Tensor, variant: Variant, rounds: bool
+) -> Verdict:
     """A package judged by its twin; an exception is a breach of its own kind."""
     start = time.monotonic()
     try:
@@ -305,7 +369,9 @@ def print_ratios(seeds: range) -> None:
 # Faults.
 
 
-def make_packages(exporter: Exporter, variant: Variant, kind: Kind, folder: Path, bits: int, lowering: str) -> tuple[Exported, bool]:
+def make_packages(
+    exporter: Exporter, variant: Variant, kind: Kind, folder: Path, bits: int, lowering: str
+) -> tuple[Exported, bool]:
     """A correct package and its twin, and whether it rounds activations; each exporter's model is the same one."""
     from tests.faults import Exported
     from tests.foreign import make_checkpoint, make_foreign
@@ -315,12 +381,18 @@ def make_packages(exporter: Exporter, variant: Variant, kind: Kind, folder: Path
         make_checkpoint(kind, source, num_hidden_layers=3)
     if exporter == "ours":
         twin, package, _ = export(source, folder / f"ours-{variant}", variant, lowering, bits)
-        return Exported(source, twin, package), rounds_activations(variant, OnnxConfig(activation_bits=32 if bits == 32 else 8))
-    made = make_foreign(kind, variant, folder, accuracy=4 if bits == 8 else 0, fusions="cpu" if exporter == "fused" else None)
+        return Exported(source, twin, package), rounds_activations(
+            variant, OnnxConfig(activation_bits=32 if bits == 32 else 8)
+        )
+    made = make_foreign(
+        kind, variant, folder, accuracy=4 if bits == 8 else 0, fusions="cpu" if exporter == "fused" else None
+    )
     return made, find_precision(made.package).rounds_activations
 
 
-def judge_faults(exported: Exported, variant: Variant, rounds: bool, blocks: torch.Tensor, only: str) -> Iterator[tuple[str, str, str]]:
+def judge_faults(
+    exported: Exported, variant: Variant, rounds: bool, blocks: torch.Tensor, only: str
+) -> Iterator[tuple[str, str, str]]:
     """Fault, verdict and first breach: of the correct package, and of each faulty one."""
     from tests.faults import FAULTS, Inexpressible, plant
 
@@ -364,7 +436,9 @@ def as_cell(breaches: tuple[str, ...]) -> str:
     return f"`{breaches[0].replace('|', '/')}`" if breaches else ""
 
 
-def print_faults(exporters: Sequence[Exporter], variants: Sequence[Variant], kind: Kind, only: str, bits: int, lowering: str) -> None:
+def print_faults(
+    exporters: Sequence[Exporter], variants: Sequence[Variant], kind: Kind, only: str, bits: int, lowering: str
+) -> None:
     blocks = draw_blocks(0)
     counts: dict[tuple[Exporter, Variant], Counter[str]] = defaultdict(Counter)
     print("| fault | exporter | variant | verdict | first breach |\n|---|---|---|---|---|")
@@ -389,10 +463,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=50, help="correct exports of each family and variant")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--faults", action="store_true", help="plant faults instead")
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="also bfloat16 and int8-qdq, which are ours alone")
+    parser.add_argument(
+        "--variants", default=",".join(VARIANTS), help="also bfloat16 and int8-qdq, which are ours alone"
+    )
     parser.add_argument("--families", default="", help="a regular expression of: " + "; ".join(FAMILIES))
     parser.add_argument("--exporters", default="ours,foreign", help=", ".join(EXPORTERS))
-    parser.add_argument("--kind", default="mixtral", choices=["llama", "mixtral", "qwen2_moe"], help="the model that faults are planted in")
+    parser.add_argument(
+        "--kind",
+        default="mixtral",
+        choices=["llama", "mixtral", "qwen2_moe"],
+        help="the model that faults are planted in",
+    )
     parser.add_argument("--only", default="", help="a regular expression of faults")
     parser.add_argument("--activation-bits", type=int, default=8, choices=[8, 32], help="with --faults")
     parser.add_argument("--lowering", default="grouped", choices=ROTATION, help="of our exports with --faults")

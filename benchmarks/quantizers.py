@@ -1,11 +1,13 @@
 """The quantizers of others that benchmarks/quantization.py compares, each in a Python of its own.
 
-    PYTHON benchmarks/quantizers.py NAME CHECKPOINT OUTPUT --calibration FILE --held-out FILE [--bits 4] [--block-size 32]
+    PYTHON benchmarks/quantizers.py NAME CHECKPOINT OUTPUT --calibration FILE --held-out FILE [--bits 4] [--block-size
+    32]
 
-Each reads a Mixtral in float32, quantizes the matrices of its experts and attention, and leaves router, embedding and head as they are. It writes the
-checkpoint again into OUTPUT, with the weights that its integers stand for, for the benchmark to judge as any other, and `facts.json`: its version
-and the bytes of the integers with their scales and offsets. Token ids come as .npy, [N, S]. llama.cpp also runs the held-out ones itself, which
-rounds activations to 8 bits: its logits [N, S, V] are `logits.npy`.
+Each reads a Mixtral in float32, quantizes the matrices of its experts and attention, and leaves router, embedding and
+head as they are. It writes the checkpoint again into OUTPUT, with the weights that its integers stand for, for the
+benchmark to judge as any other, and `facts.json`: its version and the bytes of the integers with their scales and
+offsets. Token ids come as .npy, [N, S]. llama.cpp also runs the held-out ones itself, which rounds activations to 8
+bits: its logits [N, S, V] are `logits.npy`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,11 @@ MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3")
 def read_tensors(checkpoint: Path) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
-    return {name: tensor.astype(np.float32) for path in sorted(checkpoint.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor.astype(np.float32)
+        for path in sorted(checkpoint.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def write_checkpoint(checkpoint: Path, output: Path, weights: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
@@ -49,7 +55,10 @@ def write_checkpoint(checkpoint: Path, output: Path, weights: dict[str, np.ndarr
 
 
 def run_llama_cpp(kind: str, arguments: argparse.Namespace) -> None:
-    """llama.cpp's own quantizer, every matrix of the one kind; with importance, weighted by each input's mean square on the calibration text."""
+    """llama.cpp's own quantizer, every matrix of the one kind.
+
+    With importance, weighted by each input's mean square on the calibration text.
+    """
     import gguf
     import llama_cpp
     from engines import make_gguf
@@ -58,7 +67,11 @@ def run_llama_cpp(kind: str, arguments: argparse.Namespace) -> None:
     make_gguf(arguments.checkpoint, whole, "f32")
     kind, _, weighted = kind.partition("+")
     settings = llama_cpp.llama_model_quantize_default_params()
-    file_type = {"q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0", "q4_k": "LLAMA_FTYPE_MOSTLY_Q4_K_S"}[kind]
+    file_type = {
+        "q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0",
+        "q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0",
+        "q4_k": "LLAMA_FTYPE_MOSTLY_Q4_K_S",
+    }[kind]
     settings.ftype = getattr(llama_cpp, file_type)
     settings.pure = True
     settings.output_tensor_type = settings.token_embedding_type = llama_cpp.GGML_TYPE_F32
@@ -66,7 +79,11 @@ def run_llama_cpp(kind: str, arguments: argparse.Namespace) -> None:
         importance = {name: values.astype(np.float32).ravel() for name, values in np.load(arguments.importance).items()}
         entries = (llama_cpp.llama_model_imatrix_data * (len(importance) + 1))()  # a nameless one ends it
         for entry, (name, values) in zip(entries, importance.items(), strict=False):
-            entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size
+            entry.name, entry.data, entry.size = (
+                name.encode(),
+                values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+                values.size,
+            )
         settings.imatrix = entries
     assert llama_cpp.llama_model_quantize(str(whole).encode(), str(small).encode(), ctypes.byref(settings)) == 0
     config = json.loads((arguments.checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -86,12 +103,22 @@ def run_llama_cpp(kind: str, arguments: argparse.Namespace) -> None:
             weights[f"model.layers.{number}.self_attn.{name}.weight"] = values
         else:
             name = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}[part]
-            weights |= {f"model.layers.{number}.block_sparse_moe.experts.{n}.{name}.weight": matrix for n, matrix in enumerate(values)}
+            weights |= {
+                f"model.layers.{number}.block_sparse_moe.experts.{n}.{name}.weight": matrix
+                for n, matrix in enumerate(values)
+            }
     held_out = np.load(arguments.held_out)
     model = llama_cpp.Llama(
-        str(small), n_ctx=held_out.shape[1], n_batch=held_out.shape[1], logits_all=True, verbose=False, n_threads=arguments.threads,
-        n_threads_batch=arguments.threads, type_k=llama_cpp.GGML_TYPE_F32, type_v=llama_cpp.GGML_TYPE_F32,
-    )  # fmt: skip
+        str(small),
+        n_ctx=held_out.shape[1],
+        n_batch=held_out.shape[1],
+        logits_all=True,
+        verbose=False,
+        n_threads=arguments.threads,
+        n_threads_batch=arguments.threads,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     logits = np.empty((*held_out.shape, model.n_vocab()), np.float32)
     for row, ids in zip(logits, held_out, strict=True):
         model.reset()
@@ -100,12 +127,21 @@ def run_llama_cpp(kind: str, arguments: argparse.Namespace) -> None:
     np.save(arguments.output / "logits.npy", logits)
     whole.unlink()
     version = f"llama-cpp-python {importlib.metadata.version('llama_cpp_python')}"
-    write_checkpoint(arguments.checkpoint, arguments.output, weights, {"version": version, "num_bytes": num_bytes, "kinds": sorted(kinds)})
+    write_checkpoint(
+        arguments.checkpoint,
+        arguments.output,
+        weights,
+        {"version": version, "num_bytes": num_bytes, "kinds": sorted(kinds)},
+    )
 
 
 def run_gptqmodel(arguments: argparse.Namespace) -> None:
     """GPTQ by GPTQModel on the CPU, symmetric, inputs in their own order; read back from the integers of its file."""
-    os.environ |= {"GPTQMODEL_CPU_WORKERS": "2", "GPTQMODEL_DISABLE_PACK_EXT": "1"}  # it refuses to start with the one of two cores; and no compiler
+    # it refuses to start with the one of two cores; and no compiler
+    os.environ |= {
+        "GPTQMODEL_CPU_WORKERS": "2",
+        "GPTQMODEL_DISABLE_PACK_EXT": "1",
+    }
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from safetensors.torch import load_file
@@ -119,16 +155,30 @@ def run_gptqmodel(arguments: argparse.Namespace) -> None:
     tensors = {name: tensor for path in packed.glob("*.safetensors") for name, tensor in load_file(path).items()}
     weights, num_bytes = {}, 0
     for name in [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]:
-        words, scales, groups = (tensors[f"{name}.{part}"] for part in ("qweight", "scales", "g_idx"))  # [I / 8 or 4, O], [groups, O], [I]
+        # [I / 8 or 4, O], [groups, O], [I]
+        words, scales, groups = (tensors[f"{name}.{part}"] for part in ("qweight", "scales", "g_idx"))
         shifts = np.arange(0, 32, arguments.bits, dtype=np.uint32)[None, :, None]
-        codes = (words.numpy().view(np.uint32)[:, None] >> shifts & (2**arguments.bits - 1)).reshape(-1, words.shape[1]).astype(np.float32)
+        codes = (
+            (words.numpy().view(np.uint32)[:, None] >> shifts & (2**arguments.bits - 1))
+            .reshape(-1, words.shape[1])
+            .astype(np.float32)
+        )
         codes = codes[: len(groups)]  # the last word may hold more inputs than there are
         weight = (codes - 2 ** (arguments.bits - 1)) * scales.float().numpy()[groups.numpy()]
-        for theirs, ours in {".mlp.experts.": ".block_sparse_moe.experts.", ".gate_proj": ".w1", ".down_proj": ".w2", ".up_proj": ".w3"}.items():
+        for theirs, ours in {
+            ".mlp.experts.": ".block_sparse_moe.experts.",
+            ".gate_proj": ".w1",
+            ".down_proj": ".w2",
+            ".up_proj": ".w3",
+        }.items():
             name = name.replace(theirs, ours)
         weights[f"{name}.weight"] = weight.T
         num_bytes += words.nbytes + scales.nbytes  # no zero points, since all are the middle
-    facts = {"version": f"gptqmodel {importlib.metadata.version('gptqmodel')}", "num_bytes": num_bytes, "kinds": ["symmetric"]}
+    facts = {
+        "version": f"gptqmodel {importlib.metadata.version('gptqmodel')}",
+        "num_bytes": num_bytes,
+        "kinds": ["symmetric"],
+    }
     write_checkpoint(arguments.checkpoint, arguments.output, weights, facts)
 
 

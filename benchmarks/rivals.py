@@ -1,7 +1,8 @@
-"""The quantizers of others in benchmarks/quantization.py: onnxruntime's own on our float32 package, and those of `quantizers.py`.
+"""The quantizers of others in benchmarks/quantization.py.
 
-onnxruntime's GPTQ is left out: that of 1.32.0 takes the upper triangle of its factor and reads the lower one, so that no weight makes up for another,
-and its integers are those of "onnxruntime, zero points".
+Onnxruntime's own on our float32 package, and those of `quantizers.py`. onnxruntime's GPTQ is left out: that of 1.32.0
+takes the upper triangle of its factor and reads the lower one, so that no weight makes up for another, and its integers
+are those of "onnxruntime, zero points".
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from judging import copy, feeds, products
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
@@ -25,11 +27,13 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     MatMulNBitsQuantizer,
 )
 
-from export.storage import DATA_NAME, MODEL_NAME
-
 ONNXRUNTIME: dict[str, Callable[[int, int], Any]] = {
-    "onnxruntime, symmetric": lambda bits, block: DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=True, bits=bits),
-    "onnxruntime, zero points": lambda bits, block: DefaultWeightOnlyQuantConfig(block_size=block, is_symmetric=False, bits=bits),
+    "onnxruntime, symmetric": lambda bits, block: DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=True, bits=bits
+    ),
+    "onnxruntime, zero points": lambda bits, block: DefaultWeightOnlyQuantConfig(
+        block_size=block, is_symmetric=False, bits=bits
+    ),
     "onnxruntime, k-quant": lambda bits, block: KQuantWeightOnlyQuantConfig(),
     "onnxruntime, HQQ": lambda bits, block: HQQWeightOnlyQuantConfig(block_size=block, bits=bits, axis=1),
 }
@@ -61,7 +65,9 @@ def write_onnxruntime(floats: Path, folder: Path, bits: int, block_size: int, al
     model = onnx.load(floats / MODEL_NAME)
     chosen = {node.name for node in products(model, "MatMul")}
     kept = [node.name for node in model.graph.node if node.op_type == "MatMul" and node.name not in chosen]
-    quantizer = MatMulNBitsQuantizer(model, bits=bits, block_size=block_size, accuracy_level=1, nodes_to_exclude=kept, algo_config=algorithm)
+    quantizer = MatMulNBitsQuantizer(
+        model, bits=bits, block_size=block_size, accuracy_level=1, nodes_to_exclude=kept, algo_config=algorithm
+    )
     quantizer.process()
     quantizer.model.save_model_to_file(str(folder / MODEL_NAME), use_external_data_format=True)
     found = onnx.load(folder / MODEL_NAME, load_external_data=False)
@@ -70,7 +76,10 @@ def write_onnxruntime(floats: Path, folder: Path, bits: int, block_size: int, al
 
 
 def mean_squares(floats: Path, folder: Path, calibration: torch.Tensor) -> dict[str, np.ndarray]:
-    """Of every input of a matrix its mean square on the calibration text, by GGUF's name of the tensor: what llama.cpp calls importance."""
+    """Of every input of a matrix its mean square on the calibration text, by GGUF's name of the tensor.
+
+    What llama.cpp calls importance.
+    """
     copy(floats, folder)
     model = onnx.load(floats / MODEL_NAME, load_external_data=False)
     names = sorted({node.input[0] for node in products(model, "MatMul")})
@@ -87,17 +96,33 @@ def mean_squares(floats: Path, folder: Path, calibration: torch.Tensor) -> dict[
     for layer in range(len([name for name in names if name.endswith(".normed")])):
         here = f"layers.{layer}"
         num_experts = len([name for name in names if name.startswith(f"{here}.moe.input.")])
-        gate, down = (np.stack([means[f"{here}.moe.{part}.{expert}"] for expert in range(num_experts)]) for part in ("input", "inner"))
+        gate, down = (
+            np.stack([means[f"{here}.moe.{part}.{expert}"] for expert in range(num_experts)])
+            for part in ("input", "inner")
+        )
         found |= {f"blk.{layer}.attn_{part}.weight": means[f"{here}.normed"] for part in "qkv"}
-        found |= {f"blk.{layer}.attn_output.weight": means[f"{here}.attention"], f"blk.{layer}.ffn_down_exps.weight": down}
+        found |= {
+            f"blk.{layer}.attn_output.weight": means[f"{here}.attention"],
+            f"blk.{layer}.ffn_down_exps.weight": down,
+        }
         found |= {f"blk.{layer}.ffn_{part}_exps.weight": gate for part in ("gate", "up")}
     return found
 
 
 def run_other(
-    other: Other, python: Path, mixture: Path, folder: Path, bits: int, block_size: int, threads: int, inputs: dict[str, Path]
+    other: Other,
+    python: Path,
+    mixture: Path,
+    folder: Path,
+    bits: int,
+    block_size: int,
+    threads: int,
+    inputs: dict[str, Path],
 ) -> dict[str, Any] | str:
-    """Quantize in a process of its own into `folder`, where a checkpoint is then; returns its facts, or the last thing that it said."""
+    """Quantize in a process of its own into `folder`, where a checkpoint is then.
+
+    Returns its facts, or the last thing that it said.
+    """
     settings = {"bits": bits, "block-size": block_size, "threads": threads, **inputs}
     command = [python, Path(__file__).resolve().with_name("quantizers.py"), other.name, mixture, folder]
     command += [part for name, value in settings.items() for part in (f"--{name}", str(value))]

@@ -1,8 +1,9 @@
 """How mutated recipes, checkpoints, packages, data and runs end: the table of the campaign, or one of its cases again.
 
-    python benchmarks/robustness.py --cases 1000              # of each kind of input: two tables, every distinct failure, what was refused late
-    python benchmarks/robustness.py --cases 200 --kinds packages,recipes=5000 --seed 2
-    python benchmarks/robustness.py --case 'recipes | check | recipe.yaml: set @7'    # what the command says, as a failure names the case
+    python benchmarks/robustness.py --cases 1000              # of each kind of input: two tables, every distinct
+    failure, what was refused late python benchmarks/robustness.py --cases 200 --kinds packages,recipes=5000 --seed 2
+    python benchmarks/robustness.py --case 'recipes | check | recipe.yaml: set @7'    # what the command says, as a
+    failure names the case
 
 `tests/robustness/` says what is mutated, and what is held of every case.
 """
@@ -31,7 +32,9 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100, help="of each kind of input")
-    parser.add_argument("--kinds", default=",".join(get_args(Kind)), help="divided by commas, with =COUNT where it is another")
+    parser.add_argument(
+        "--kinds", default=",".join(get_args(Kind)), help="divided by commas, with =COUNT where it is another"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--case", type=Case.parse, help="this one alone")
     options = parser.parse_args()

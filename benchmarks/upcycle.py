@@ -2,19 +2,22 @@
 
     python benchmarks/upcycle.py [--mergekit PATH/TO/mergekit-moe] [--workdir DIRECTORY]
 
-Makes a bfloat16 checkpoint of random weights in the shape of TinyLlama 1.1B and turns it into 4 experts: plain copies and a random router. The least
-that this can cost is the writing, and that is what `cp -r` of the finished output measures. The contenders take turns; medians of 3 rounds and their
-ratios are printed. It needs 18 GB of free disk, 8 times the checkpoint, and an idle machine. Smaller shapes only try it out: imports fill their time.
+Makes a bfloat16 checkpoint of random weights in the shape of TinyLlama 1.1B and turns it into 4 experts: plain copies
+and a random router. The least that this can cost is the writing, and that is what `cp -r` of the finished output
+measures. The contenders take turns; medians of 3 rounds and their ratios are printed. It needs 18 GB of free disk, 8
+times the checkpoint, and an idle machine. Smaller shapes only try it out: imports fill their time.
 
-What is measured. Each contender is a fresh process, so its start and its imports count; a row shows what they are alone. dense2moe imports as its
-command line does (`upcycle/imports.py`). The contenders take turns, each round from the next one on. The clock stops when the data is on the disk: a
-`sync` before it starts, and another inside the span. What one reads (for `cp` the mixture, for the others the dense checkpoint) is read once just
-before, so that all find it in the page cache, as far as memory allows. On a file system that shares blocks between copies, `cp` writes nothing and
-its ratio says nothing. Memory is the kernel's count of the process's peak, mapped file pages included, the largest of the rounds. A process starts
-with the peak of the one that started it, which is why this one imports nothing but the standard library, and why `cp` shows a few MB more than it
-takes.
+What is measured. Each contender is a fresh process, so its start and its imports count; a row shows what they are
+alone. dense2moe imports as its command line does (`upcycle/imports.py`). The contenders take turns, each round from the
+next one on. The clock stops when the data is on the disk: a `sync` before it starts, and another inside the span. What
+one reads (for `cp` the mixture, for the others the dense checkpoint) is read once just before, so that all find it in
+the page cache, as far as memory allows. On a file system that shares blocks between copies, `cp` writes nothing and its
+ratio says nothing. Memory is the kernel's count of the process's peak, mapped file pages included, the largest of the
+rounds. A process starts with the peak of the one that started it, which is why this one imports nothing but the
+standard library, and why `cp` shows a few MB more than it takes.
 
-mergekit-moe runs from its own environment (`pip install mergekit==0.1.5`), with its own settings; it demands a tokenizer, so the checkpoint has one.
+mergekit-moe runs from its own environment (`pip install mergekit==0.1.5`), with its own settings; it demands a
+tokenizer, so the checkpoint has one.
 """
 
 from __future__ import annotations
@@ -34,10 +37,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-
-# Running a script puts its folder first on the path, and there this file has the name of the package `upcycle`. With the package's folder as its own,
-# it stands in for it, for itself and for every script beside it.
-__path__ = [str(Path(__file__).parent.parent / "upcycle")]
 
 NUM_EXPERTS, NUM_HEADS, NUM_KV_HEADS = 4, 32, 4
 SHARD_BYTES = 1_000_000_000
@@ -73,13 +72,22 @@ def make_checkpoint(directory: Path, layers: int, hidden: int, intermediate: int
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=NUM_HEADS,
-        num_key_value_heads=NUM_KV_HEADS, max_position_embeddings=2048, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=NUM_HEADS,
+        num_key_value_heads=NUM_KV_HEADS,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
-    )  # fmt: skip
+    )
     config.save_pretrained(directory)
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>").save_pretrained(directory)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     shards: list[list[str]] = [[]]
@@ -96,7 +104,10 @@ def make_checkpoint(directory: Path, layers: int, hidden: int, intermediate: int
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # A norm's weights lie around 1, a matrix's around 0.
         tensors = {
-            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(float(len(shapes[name]) == 1), 0.02, generator=generator) for name in names
+            name: torch.empty(shapes[name], dtype=torch.bfloat16).normal_(
+                float(len(shapes[name]) == 1), 0.02, generator=generator
+            )
+            for name in names
         }
         save_file(tensors, directory / file, {"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
@@ -104,14 +115,17 @@ def make_checkpoint(directory: Path, layers: int, hidden: int, intermediate: int
 
 
 def run_upcycle(experts: str, source: Path, output: Path) -> None:
-    from upcycle.imports import uncollected_imports
+    from dense2moe.upcycle.imports import uncollected_imports
 
     with uncollected_imports():
-        from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-        from upcycle.surgery import upcycle
+        from dense2moe.upcycle.building.surgery import upcycle
+        from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 
     config = UpcycleConfig(
-        num_experts=NUM_EXPERTS, num_experts_per_tok=2, experts=ExpertsConfig.model_validate_json(experts), router=RouterConfig(logit_std=1.0)
+        num_experts=NUM_EXPERTS,
+        num_experts_per_tok=2,
+        experts=ExpertsConfig.model_validate_json(experts),
+        router=RouterConfig(logit_std=1.0),
     )
     output.mkdir()
     upcycle(source, output, config, 0, lambda *_: None)
@@ -119,13 +133,13 @@ def run_upcycle(experts: str, source: Path, output: Path) -> None:
 
 def run_plan(source: Path, output: Path) -> None:
     """What comes before the first byte: the interpreter, the imports and the plan."""
-    from upcycle.imports import uncollected_imports
+    from dense2moe.upcycle.imports import uncollected_imports
 
     with uncollected_imports():
-        from upcycle.checkpoint import open_checkpoint
-        from upcycle.config import UpcycleConfig
-        from upcycle.mapping import plan_upcycle
-        from upcycle.surgery import upcycle  # noqa: F401 (imported for its time)
+        from dense2moe.upcycle.building.plan import plan_upcycle
+        from dense2moe.upcycle.building.surgery import upcycle  # noqa: F401 (imported for its time)
+        from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+        from dense2moe.upcycle.config import UpcycleConfig
 
     plan_upcycle(open_checkpoint(source), UpcycleConfig(num_experts=NUM_EXPERTS))
     output.mkdir()
@@ -135,7 +149,9 @@ def this_script(command: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, str(Path(__file__).resolve()), f"--{command}", *map(str, arguments))
 
 
-def contenders(folder: Path, source: Path, mixture: Path, mergekit: Path | None, initializations: bool) -> dict[str, Contender]:
+def contenders(
+    folder: Path, source: Path, mixture: Path, mergekit: Path | None, initializations: bool
+) -> dict[str, Contender]:
     result = {CP: Contender(("cp", "-r", str(mixture)), mixture)}
     for name, experts in EXPERTS.items():
         if name == COPIES or initializations:
@@ -145,7 +161,13 @@ def contenders(folder: Path, source: Path, mixture: Path, mergekit: Path | None,
         if name == COPIES and mergekit:
             config = folder / "mergekit.yml"  # JSON is YAML
             experts_of_copies = [{"source_model": str(source)}] * NUM_EXPERTS
-            fields = {"base_model": str(source), "gate_mode": "random", "dtype": "bfloat16", "experts_per_token": 2, "experts": experts_of_copies}
+            fields = {
+                "base_model": str(source),
+                "gate_mode": "random",
+                "dtype": "bfloat16",
+                "experts_per_token": 2,
+                "experts": experts_of_copies,
+            }
             config.write_text(json.dumps(fields))
             result[MERGEKIT] = Contender((str(mergekit), str(config)), source)
     return result
@@ -154,11 +176,15 @@ def contenders(folder: Path, source: Path, mixture: Path, mergekit: Path | None,
 def start(command: Iterable[str], log: Path) -> int:
     """Run a command to its end; returns its peak resident bytes."""
     with log.open("w") as stream:
-        process = subprocess.Popen(list(command), stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+        process = subprocess.Popen(
+            list(command), stdout=stream, stderr=subprocess.STDOUT, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        )
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        raise SystemExit(f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}")
+        raise SystemExit(
+            f"{' '.join(command)}\nended with {process.returncode}:\n{log.read_text(errors='replace')[-3000:]}"
+        )
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -187,7 +213,8 @@ def race(entries: dict[str, Contender], folder: Path, rounds: int) -> dict[str, 
     runs: dict[str, list[Run]] = {name: [] for name in entries}
     names = list(entries)
     for number in range(rounds):
-        for name in names[number % len(names) :] + names[: number % len(names)]:  # no contender always meets the cache that one other leaves
+        # no contender always meets the cache that one other leaves
+        for name in names[number % len(names) :] + names[: number % len(names)]:
             runs[name].append(measure(entries[name], folder))
             print(f"round {number + 1} of {rounds}, {name}: {runs[name][-1].seconds:.1f} s", file=sys.stderr)
     return runs
@@ -196,26 +223,45 @@ def race(entries: dict[str, Contender], folder: Path, rounds: int) -> dict[str, 
 def print_machine(folder: Path, mergekit: Path | None) -> None:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    processor = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    file_system = subprocess.run(["df", "--output=fstype", folder], capture_output=True, text=True, check=False).stdout.split()
-    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("dense2moe", "torch", "transformers", "safetensors")]
+    file_system = subprocess.run(
+        ["df", "--output=fstype", folder], capture_output=True, text=True, check=False
+    ).stdout.split()
+    versions = [
+        f"{name} {importlib.metadata.version(name)}" for name in ("dense2moe", "torch", "transformers", "safetensors")
+    ]
     if mergekit:
-        question = "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in ('mergekit', 'torch', 'transformers')])"
-        answer = subprocess.run([mergekit.parent / "python", "-c", question], capture_output=True, text=True, check=False).stdout.strip()
+        question = (
+            "from importlib.metadata import version; print(*[f'{name} {version(name)}' for name in "
+            "('mergekit', 'torch', 'transformers')])"
+        )
+        answer = subprocess.run(
+            [mergekit.parent / "python", "-c", question], capture_output=True, text=True, check=False
+        ).stdout.strip()
         versions.append(answer or "mergekit of an unknown version")
     print(f"{date.today()}, {processor}, {os.cpu_count()} cores, {memory / GB:.0f} GB memory,")
-    print(f"{file_system[-1] if file_system else 'unknown'} file system, Python {platform.python_version()}, {', '.join(versions)}\n")
+    print(
+        f"{file_system[-1] if file_system else 'unknown'} file system, Python {platform.python_version()}, "
+        f"{', '.join(versions)}\n"
+    )
 
 
 def print_table(runs: dict[str, list[Run]], mergekit: Path | None) -> None:
     medians = {name: statistics.median(run.seconds for run in of) for name, of in runs.items()}
-    print("| contender | seconds, median (min–max) | against cp | against mergekit-moe | against plain copies | GB written | peak resident MB |")
+    print(
+        "| contender | seconds, median (min–max) | against cp | against mergekit-moe | against plain copies | GB "
+        "written | peak resident MB |"
+    )
     print("|---|--:|--:|--:|--:|--:|--:|")
     for name, of in runs.items():
         seconds = [run.seconds for run in of]
         cells = [name, f"{medians[name]:.1f} ({min(seconds):.1f}–{max(seconds):.1f})"]
-        cells += [f"{medians[name] / medians[rival]:.2f}×" if rival in medians else "" for rival in (CP, MERGEKIT, COPIES)]
+        cells += [
+            f"{medians[name] / medians[rival]:.2f}×" if rival in medians else "" for rival in (CP, MERGEKIT, COPIES)
+        ]
         cells += [f"{of[-1].written_bytes / GB:.2f}", f"{peak_megabytes(of):.0f}"]
         print(f"| {' | '.join(cells)} |")
     if not mergekit:
@@ -235,7 +281,9 @@ def peak_megabytes(runs: Iterable[Run]) -> float:
 
 def judge(what: str, value: float, most: float, unit: str) -> None:
     digits = 0 if unit == " MB" else 2
-    print(f"- {what}: {value:.{digits}f}{unit}, at most {most:.{digits}f}{unit}: {'met' if value <= most else 'MISSED'}")
+    print(
+        f"- {what}: {value:.{digits}f}{unit}, at most {most:.{digits}f}{unit}: {'met' if value <= most else 'MISSED'}"
+    )
 
 
 def main() -> None:
@@ -245,17 +293,30 @@ def main() -> None:
     parser.add_argument("--intermediate", type=int, default=5632, help="width of the FFN")
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--workdir", type=Path, help="directory on the disk to measure (default: the one for temporary files); left as it was")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        help="directory on the disk to measure (default: the one for temporary files); left as it was",
+    )
     parser.add_argument("--mergekit", type=Path, help="the executable mergekit-moe of another environment")
-    parser.add_argument("--initializations", action=argparse.BooleanOptionalAction, default=True, help="also noise and dropped neurons")
-    parser.add_argument("--double", action=argparse.BooleanOptionalAction, default=True, help="also the peak memory with twice the layers")
+    parser.add_argument(
+        "--initializations", action=argparse.BooleanOptionalAction, default=True, help="also noise and dropped neurons"
+    )
+    parser.add_argument(
+        "--double",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also the peak memory with twice the layers",
+    )
     # The parts that this script runs as processes of their own.
     parser.add_argument("--make-checkpoint", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--run-upcycle", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--run-plan", nargs=2, type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make_checkpoint:
-        make_checkpoint(arguments.make_checkpoint, arguments.layers, arguments.hidden, arguments.intermediate, arguments.vocabulary)
+        make_checkpoint(
+            arguments.make_checkpoint, arguments.layers, arguments.hidden, arguments.intermediate, arguments.vocabulary
+        )
     elif arguments.run_upcycle:
         experts, source, output = arguments.run_upcycle
         run_upcycle(experts, Path(source), Path(output))
@@ -273,17 +334,31 @@ def run_benchmark(arguments: argparse.Namespace, folder: Path) -> None:
         raise SystemExit(f"{mergekit}: not an executable; --mergekit must be the path of mergekit-moe")
 
     def make(layers: int) -> None:
-        shape = ("--layers", layers, "--hidden", arguments.hidden, "--intermediate", arguments.intermediate, "--vocabulary", arguments.vocabulary)
+        shape = (
+            "--layers",
+            layers,
+            "--hidden",
+            arguments.hidden,
+            "--intermediate",
+            arguments.intermediate,
+            "--vocabulary",
+            arguments.vocabulary,
+        )
         start(this_script("make-checkpoint", source, *shape), folder / "log")
 
     make(arguments.layers)
     entries = contenders(folder, source, mixture, mergekit, arguments.initializations)
-    # Both programs are started once before the rounds, so that neither is read from the disk inside the span; ours leaves what cp copies.
+    # Both programs are started once before the rounds, so that neither is read from the disk inside the span; ours
+    # leaves what cp copies.
     start((*entries[COPIES].command, str(mixture)), folder / "log")
     if mergekit:
         start((str(mergekit), "--help"), folder / "log")
     runs = race(entries, folder, arguments.rounds)
-    print(f"Upcycling {arguments.layers} layers, hidden {arguments.hidden}, FFN {arguments.intermediate}, to {NUM_EXPERTS} experts,", end=" ")
+    print(
+        f"Upcycling {arguments.layers} layers, hidden {arguments.hidden}, FFN {arguments.intermediate}, to "
+        f"{NUM_EXPERTS} experts,",
+        end=" ",
+    )
     print(f"medians of {arguments.rounds}; what is read is in the page cache;")
     print_machine(folder, mergekit)
     print_table(runs, mergekit)
@@ -291,7 +366,12 @@ def run_benchmark(arguments: argparse.Namespace, folder: Path) -> None:
         shutil.rmtree(source)
         shutil.rmtree(mixture)
         make(2 * arguments.layers)
-        judge(f"peak resident with {2 * arguments.layers} layers", peak_megabytes([measure(entries[COPIES], folder)]), MOST_MEGABYTES, " MB")
+        judge(
+            f"peak resident with {2 * arguments.layers} layers",
+            peak_megabytes([measure(entries[COPIES], folder)]),
+            MOST_MEGABYTES,
+            " MB",
+        )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Artifacts: sealed stage outputs in a work directory.
 
-A work directory holds one directory an artifact, `<label>-<first 12 hex digits of its key>`. While a stage writes, the name ends in `.partial`;
-sealing records every file in `manifest.json`, forces everything to disk and renames once. So a directory without `.partial` is whole, whenever
-the power went, and another setting, input or version of the code is another key and another directory. The manifest holds a digest of itself, which
-every reading checks: facts that were edited are noticed, and so are files, through their digests, before a stage reads them.
+A work directory holds one directory an artifact, `<label>-<first 12 hex digits of its key>`. While a stage writes, the
+name ends in `.partial`; sealing records every file in `manifest.json`, forces everything to disk and renames once. So a
+directory without `.partial` is whole, whenever the power went, and another setting, input or version of the code is
+another key and another directory. The manifest holds a digest of itself, which every reading checks: facts that were
+edited are noticed, and so are files, through their digests, before a stage reads them.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
+from dense2moe.upcycle.durable import sync
+from dense2moe.upcycle.errors import MendableError
+from dense2moe.upcycle.numbers import name_special
 from rich.filesize import decimal
 
-from upcycle.durable import sync
-from upcycle.errors import MendableError
-from upcycle.numbers import name_special
-
-if TYPE_CHECKING:  # only the type: importing it would load torch, and this module also serves commands that must answer at once
-    from upcycle.progress import Progress
+if (
+    TYPE_CHECKING
+):  # only the type: importing it would load torch, and this module also serves commands that must answer at once
+    from dense2moe.upcycle.progress import Progress
 
 JSON: TypeAlias = "bool | int | float | str | Sequence[JSON] | Mapping[str, JSON] | None"
 
@@ -46,9 +48,17 @@ LOCK_NAME = ".lock"
 _SEAL = "sha256"
 """The manifest's digest of all else in it."""
 _FIELDS = {
-    "label": str, "key": str, "inputs": dict, "settings": dict, "facts": dict, "versions": dict, "seed": int, "files": dict, "created": str,
+    "label": str,
+    "key": str,
+    "inputs": dict,
+    "settings": dict,
+    "facts": dict,
+    "versions": dict,
+    "seed": int,
+    "files": dict,
+    "created": str,
     _SEAL: str,
-}  # fmt: skip
+}
 _SOURCE_SUFFIXES = (".py", ".j2")
 _CHUNK_BYTES = 1 << 20
 _LEFTOVER = re.compile(r"(?P<label>[a-z0-9][a-z0-9._-]*)-[0-9a-f]{12}\.(?P<kind>partial|resume)")
@@ -100,15 +110,20 @@ class Draft:
         seed: int,
         progress: Progress | None = None,
     ) -> Artifact:
-        """Hash and record every file, force it all to disk, and give the directory its final name; modes are as the umask says.
+        """Hash and record every file, force it all to disk, and give the directory its final name.
+
+        Modes are as the umask says.
 
         Raises:
             ArtifactError: the disk is full, or a link leads nowhere.
-            ValueError: a setting is NaN or infinite, or anything else that JSON does not have. Facts may be NaN or infinite: what a stage measures on
-                a broken model is a finding, and comes back from `Artifact.facts` as the same number.
+            ValueError: a setting is NaN or infinite, or anything else that JSON does not have. Facts may be NaN or
+                infinite: what a stage measures on a broken model is a finding, and comes back from `Artifact.facts` as
+                the same number.
         """
         assert self.artifact is None, f"{self.final}: sealed twice"
-        assert not (self.directory / MANIFEST_NAME).exists(), f"{self.directory}: a stage wrote {MANIFEST_NAME}, the name of the manifest"
+        assert not (self.directory / MANIFEST_NAME).exists(), (
+            f"{self.directory}: a stage wrote {MANIFEST_NAME}, the name of the manifest"
+        )
         manifest: dict[str, Any] = {
             "dense2moe": FORMAT,
             "label": self.label,
@@ -143,7 +158,10 @@ def artifact_key(inputs: Mapping[str, str], settings: Mapping[str, JSON], code: 
 
 
 def code_digest(*packages: str) -> str:
-    """SHA-256 of our version and of every source file in the named import packages; the order of the names does not matter."""
+    """SHA-256 of our version and of every source file in the named import packages.
+
+    The order of the names does not matter.
+    """
     sources: dict[str, str] = {}
     for package in packages:
         spec = importlib.util.find_spec(package)
@@ -152,7 +170,9 @@ def code_digest(*packages: str) -> str:
         for root in map(Path, spec.submodule_search_locations):
             for path in _walk(root):
                 if path.suffix in _SOURCE_SUFFIXES:
-                    sources[f"{package}/{path.relative_to(root).as_posix()}"] = hashlib.sha256(path.read_bytes()).hexdigest()
+                    sources[f"{package}/{path.relative_to(root).as_posix()}"] = hashlib.sha256(
+                        path.read_bytes()
+                    ).hexdigest()
     try:
         version = importlib.metadata.version("dense2moe")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed: the sources say it all
@@ -162,10 +182,11 @@ def code_digest(*packages: str) -> str:
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[int]:
-    """Make the work directory if need be, and hold it for this process alone; the kernel lets go when the process dies, however it dies.
+    """Make the work directory if need be, and hold it for this process alone.
 
-    Yields the open file: a process that is given it holds the directory as well, until both have died. Where the one that is named in the file is
-    dead, its last process is given a while; another one a moment, since `is_locked` holds the lock as long as it looks.
+    The kernel lets go when the process dies, however it dies. Yields the open file: a process that is given it holds
+    the directory as well, until both have died. Where the one that is named in the file is dead, its last process is
+    given a while; another one a moment, since `is_locked` holds the lock as long as it looks.
 
     Raises:
         ArtifactError: another run holds it, or it is not a directory that we can write.
@@ -183,7 +204,9 @@ def lock(workdir: Path) -> Iterator[int]:
                     time.sleep(_MOMENT_SECONDS)
                     continue
                 holder = f"another run (process {process})" if process.isdigit() else "another run"
-                raise ArtifactError(f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir")
+                raise ArtifactError(
+                    f"{workdir}: {holder} is using this work directory; wait for it to end, or give another --workdir"
+                )
             os.ftruncate(file, 0)
             os.pwrite(file, str(os.getpid()).encode(), 0)
         yield file
@@ -217,17 +240,23 @@ def _try_lock(file: int, how: int = fcntl.LOCK_EX) -> bool:
 
 
 def find(workdir: Path, label: str, key: str) -> Artifact | None:
-    """The sealed artifact of this key, or None. Files are checked by size, which costs nothing; `check_files` and `verify` also read them.
+    """The sealed artifact of this key, or None.
+
+    Files are checked by size, which costs nothing; `check_files` and `verify` also read them.
 
     Raises:
-        ArtifactError: something else has the artifact's name, its manifest was changed, or a file of it is gone; nothing is ever deleted for that.
+        ArtifactError: something else has the artifact's name, its manifest was changed, or a file of it is gone;
+            nothing is ever deleted for that.
     """
     final = _name_directory(workdir, label, key)
     if not os.path.lexists(final):
         return None
     artifact = _open(final, _REMAKE)
     if artifact.key != key or artifact.manifest["label"] != label:
-        raise ArtifactError(f"{final}: holds {artifact.manifest['label']!r} of key {artifact.key}; must be {label!r} of key {key}; {_REMAKE}")
+        raise ArtifactError(
+            f"{final}: holds {artifact.manifest['label']!r} of key {artifact.key}; must be {label!r} of key {key}; "
+            f"{_REMAKE}"
+        )
     for mismatch in _mismatches(artifact, None):
         raise ArtifactError(f"{final}: {mismatch}; {_REMAKE}")
     return artifact
@@ -241,16 +270,19 @@ def check_files(artifact: Artifact, progress: Progress | None = None, largest_by
     """
     files = artifact.manifest["files"]
     names = [name for name, record in files.items() if largest_bytes is None or record["size"] <= largest_bytes]
-    advance = _count_bytes(f"checking files of {artifact.manifest['label']}", sum(files[name]["size"] for name in names), progress)
+    advance = _count_bytes(
+        f"checking files of {artifact.manifest['label']}", sum(files[name]["size"] for name in names), progress
+    )
     for mismatch in _mismatches(artifact, lambda path: digest_file(path, advance), names):
         raise ArtifactError(f"{artifact.directory}: {mismatch}; {_REMAKE}")
 
 
 @contextmanager
 def build(workdir: Path, label: str, key: str) -> Iterator[Draft]:
-    """A fresh directory to make an artifact in; the caller holds the lock and has asked `find`, and must call the draft's `seal`.
+    """A fresh directory to make an artifact in.
 
-    An exception in the block deletes the directory and goes on unchanged. What a killed run left behind is deleted first.
+    The caller holds the lock and has asked `find`, and must call the draft's `seal`. An exception in the block deletes
+    the directory and goes on unchanged. What a killed run left behind is deleted first.
 
     Raises:
         ArtifactError: the directory cannot be made.
@@ -282,7 +314,9 @@ def open_artifact(directory: Path) -> Artifact:
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[str]:
-    """Every way in which the manifest differs from its own digest and the files from the manifest, a line each; empty when all is well.
+    """Every way in which the manifest differs from its own digest and the files from the manifest, a line each.
+
+    Empty when all is well.
 
     Raises:
         ArtifactError: as `open_artifact`, but for a manifest that was changed, or a folder cannot be listed.
@@ -293,7 +327,9 @@ def verify(directory: Path, progress: Progress | None = None) -> list[str]:
     advance = _count_bytes("verifying files", sum(record["size"] for record in files.values()), progress)
     with _one_line_errors(directory):
         names = {path.relative_to(directory).as_posix() for path in _walk(directory)}
-        extra = [f"{repr(name)[1:-1]}: extra; not in the manifest" for name in sorted(names - files.keys() - {MANIFEST_NAME})]
+        extra = [
+            f"{repr(name)[1:-1]}: extra; not in the manifest" for name in sorted(names - files.keys() - {MANIFEST_NAME})
+        ]
         changed = [f"{MANIFEST_NAME}: {broken}"] if broken else []
         return [*changed, *_mismatches(artifact, lambda path: digest_file(path, advance)), *extra]
 
@@ -309,20 +345,31 @@ def check_space(directory: Path, needed_bytes: int) -> None:
         free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         needed, free = decimal(needed_bytes), decimal(free_bytes)
-        raise ArtifactError(f"{directory}: {free} free on this disk; {needed} needed; free some space, or give another --workdir")
+        raise ArtifactError(
+            f"{directory}: {free} free on this disk; {needed} needed; free some space, or give another --workdir"
+        )
 
 
 def describe_os_error(error: OSError, directory: Path, option: str = "--workdir") -> str:
-    """One line on where (the error's own path, or else `directory`), what happened, and how to mend it, by another `option` if need be."""
+    """One line on where (the error's own path, or else `directory`), what happened, and how to mend it.
+
+    By another `option` if need be.
+    """
     match error.errno:
         case errno.ENOSPC:
             what, mend = "the disk is full", f"free some space, or give another {option}"
         case errno.EDQUOT:
             what, mend = "your disk quota is used up", f"free some space, or give another {option}"
         case errno.EFBIG:
-            what, mend = "a file grew past the largest size allowed", f"raise the limit (ulimit -f), or give a {option} on another file system"
+            what, mend = (
+                "a file grew past the largest size allowed",
+                f"raise the limit (ulimit -f), or give a {option} on another file system",
+            )
         case errno.EACCES | errno.EPERM:
-            what, mend = "no permission; must be yours to read and write", f"change its owner or mode, or give another {option}"
+            what, mend = (
+                "no permission; must be yours to read and write",
+                f"change its owner or mode, or give another {option}",
+            )
         case errno.EROFS:
             what, mend = "no write permission: the file system is read-only", f"give another {option}"
         case errno.ENOTDIR | errno.EEXIST:
@@ -330,7 +377,10 @@ def describe_os_error(error: OSError, directory: Path, option: str = "--workdir"
         case errno.EISDIR:
             what, mend = "a directory is in the way; must be a file", f"move it away, or give another {option}"
         case errno.EIO | errno.ENXIO | errno.ENODEV | errno.ESTALE:
-            what, mend = f"the disk fails ({error.strerror})", f"look at the disk, or give another {option}, and run again"
+            what, mend = (
+                f"the disk fails ({error.strerror})",
+                f"look at the disk, or give another {option}, and run again",
+            )
         case errno.ENOENT:
             what, mend = "is gone; must stay while it is used", "put it back, or run again"
         case errno.EMFILE | errno.ENFILE:
@@ -340,7 +390,10 @@ def describe_os_error(error: OSError, directory: Path, option: str = "--workdir"
         case errno.ELOOP:
             what, mend = "links lead in a circle", "remove one of them"
         case _:
-            what, mend = error.strerror or " ".join(str(error).split()) or type(error).__name__, f"mend that, or give another {option}, and run again"
+            what, mend = (
+                error.strerror or " ".join(str(error).split()) or type(error).__name__,
+                f"mend that, or give another {option}, and run again",
+            )
     return f"{error.filename if isinstance(error.filename, str) else directory}: {what}; {mend}"
 
 
@@ -353,16 +406,20 @@ def _one_line_errors(directory: Path) -> Iterator[None]:
 
 
 def resume_directory(workdir: Path, label: str, key: str) -> Path:
-    """Where a stage that can be taken up again keeps what it needs for that; it outlives a killed run, and goes when the artifact is sealed."""
+    """Where a stage that can be taken up again keeps what it needs for that.
+
+    It outlives a killed run, and goes when the artifact is sealed.
+    """
     final = _name_directory(workdir, label, key)
     return final.with_name(f"{final.name}.resume")
 
 
 def delete_leftovers(workdir: Path, stages: Collection[str], finished: Collection[str] = ()) -> None:
-    """Delete what killed runs of these stages left and none will take up; the caller holds the lock, so no process writes there.
+    """Delete what killed runs of these stages left and none will take up.
 
-    That is every unfinished artifact, and what a stage kept for being taken up where its artifact is sealed, or where its label is among those
-    `finished` with other settings. What cannot be deleted is left for the next run.
+    The caller holds the lock, so no process writes there. That is every unfinished artifact, and what a stage kept for
+    being taken up where its artifact is sealed, or where its label is among those `finished` with other settings. What
+    cannot be deleted is left for the next run.
     """
     with suppress(OSError):
         for path in sorted(workdir.iterdir()):
@@ -385,7 +442,9 @@ def _open(directory: Path, mend: str, sealed: bool = True) -> Artifact:
     path = directory / MANIFEST_NAME
     with _one_line_errors(directory):
         if not directory.is_dir():
-            raise ArtifactError(f"{directory}: {'not a' if os.path.lexists(directory) else 'no such'} directory; {mend}")
+            raise ArtifactError(
+                f"{directory}: {'not a' if os.path.lexists(directory) else 'no such'} directory; {mend}"
+            )
         if not path.is_file():
             raise ArtifactError(f"{directory}: no {MANIFEST_NAME}, so not a sealed artifact; {mend}")
         text = path.read_bytes()
@@ -402,7 +461,10 @@ def _open(directory: Path, mend: str, sealed: bool = True) -> Artifact:
 
 
 def _mark_specials(value: Any) -> Any:
-    """Facts as strict JSON: NaN and infinities as objects of one key, {"float": "NaN"}, so that no text of a user's can be taken for one."""
+    """Facts as strict JSON.
+
+    NaN and infinities are objects of one key, {"float": "NaN"}, so that no text of a user's can be taken for one.
+    """
     match value:
         case Mapping():
             return {key: _mark_specials(item) for key, item in value.items()}
@@ -436,7 +498,11 @@ def _find_fault(manifest: object) -> str | None:
     if not isinstance(manifest, dict):
         return f"is a {type(manifest).__name__}; must be an object"
     if (layout := manifest.get("dense2moe")) != FORMAT:
-        by = "; made by another version of dense2moe, and made anew by a run with this one" if isinstance(layout, int) else ""
+        by = (
+            "; made by another version of dense2moe, and made anew by a run with this one"
+            if isinstance(layout, int)
+            else ""
+        )
         return f"'dense2moe' is {layout!r:.40}; must be {FORMAT}{by}"
     for field, kind in _FIELDS.items():
         if not isinstance(manifest.get(field), kind):
@@ -446,7 +512,13 @@ def _find_fault(manifest: object) -> str | None:
             return f"'{field}' is {manifest[field]!r:.80}; must be 64 hex digits"
     for name, record in manifest["files"].items():
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or str(path) != name or name in (".", MANIFEST_NAME) or not name.isprintable():
+        if (
+            path.is_absolute()
+            or ".." in path.parts
+            or str(path) != name
+            or name in (".", MANIFEST_NAME)
+            or not name.isprintable()
+        ):
             return f"path {name!r:.80} in 'files'; must be a plain path inside the artifact"
         if not isinstance(record, dict) or not isinstance(record.get("size"), int) or record["size"] < 0:
             return f"'files' has {record!r:.80} for {name}; must be an object with a size in bytes"
@@ -458,12 +530,18 @@ def _find_fault(manifest: object) -> str | None:
 def _find_broken_seal(manifest: Mapping[str, Any]) -> str | None:
     """Whether the content of a manifest is another than was sealed, in words."""
     found, sealed = _digest_manifest(manifest), manifest[_SEAL]
-    return None if found == sealed else f"was changed after it was sealed: SHA-256 of its content {found[:12]}...; must be {sealed[:12]}..."
+    return (
+        None
+        if found == sealed
+        else f"was changed after it was sealed: SHA-256 of its content {found[:12]}...; must be {sealed[:12]}..."
+    )
 
 
 def _digest_manifest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of all in a manifest but this digest, as reading it gives it back."""
-    return _digest_json(json.loads(json.dumps({name: value for name, value in manifest.items() if name != _SEAL}, allow_nan=False)))
+    return _digest_json(
+        json.loads(json.dumps({name: value for name, value in manifest.items() if name != _SEAL}, allow_nan=False))
+    )
 
 
 def _is_digest(value: object) -> bool:
@@ -471,7 +549,10 @@ def _is_digest(value: object) -> bool:
 
 
 def _open_modes(directory: Path) -> None:
-    """Give files and folders the modes that the umask says, whatever their writers gave them: safetensors' own writer lets only the owner read."""
+    """Give files and folders the modes that the umask says, whatever their writers gave them.
+
+    Safetensors' own writer lets only the owner read.
+    """
     umask = os.umask(0)
     os.umask(umask)
     for parent, _, names in os.walk(directory):
@@ -494,15 +575,22 @@ def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[
         record: dict[str, JSON] = {"size": path.stat().st_size, "sha256": digest_file(path, advance)}
         if path.is_symlink():
             record["link"] = os.readlink(path)
-            assert directory.name not in Path(os.readlink(path)).parts, f"{path}: names the directory, which is about to be renamed"
+            assert directory.name not in Path(os.readlink(path)).parts, (
+                f"{path}: names the directory, which is about to be renamed"
+            )
         else:
             sync(path)
         files[path.relative_to(directory).as_posix()] = record
     return files
 
 
-def _mismatches(artifact: Artifact, digest: Callable[[Path], str] | None, names: Sequence[str] | None = None) -> Iterator[str]:
-    """A line for each recorded file, or each of `names`, that is not as recorded; without `digest`, as far as can be told without reading it."""
+def _mismatches(
+    artifact: Artifact, digest: Callable[[Path], str] | None, names: Sequence[str] | None = None
+) -> Iterator[str]:
+    """A line for each recorded file, or each of `names`, that is not as recorded.
+
+    Without `digest`, as far as can be told without reading it.
+    """
     files = artifact.manifest["files"]
     for name in files if names is None else names:
         try:
@@ -535,7 +623,10 @@ def _describe_link(target: str | None) -> str:
 
 
 def _walk(directory: Path) -> Iterator[Path]:
-    """All that is not a directory, sorted; links are not followed. Unlike `Path.rglob`, a folder that cannot be listed is an error."""
+    """All that is not a directory, sorted; links are not followed.
+
+    Unlike `Path.rglob`, a folder that cannot be listed is an error.
+    """
     for entry in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if entry.is_dir(follow_symlinks=False):
             yield from _walk(Path(entry.path))
@@ -576,4 +667,6 @@ def _count_bytes(what: str, total_bytes: int, progress: Progress | None) -> Call
 
 def _digest_json(value: Mapping[str, JSON]) -> str:
     """SHA-256 of the one way to write a value: sorted keys, no spaces, ASCII."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    ).hexdigest()

@@ -10,16 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from dense2moe.convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
+from dense2moe.convert.report.numerals import NONE, format_rounded, format_size
+from dense2moe.export.config import Device
+from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
+from dense2moe.export.runtime.speed import Load, LoadTime, time_loads
+from dense2moe.export.storage import LOWERING_KEY
+from dense2moe.upcycle.progress import Progress
 from rich import box
 from rich.table import Table
-
-from convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
-from convert.numerals import NONE, format_rounded, format_size
-from export.config import Device
-from export.runtime import PROVIDERS, Decoder
-from export.speed import Load, LoadTime, time_loads
-from export.storage import LOWERING_KEY
-from upcycle.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ class Spread:
 class Bench:
     """What was measured, on what; memory is this process's, that of the interpreter and its libraries included.
 
-    `idle_bytes` were resident before the package was loaded, `loaded_bytes` after, `peak_bytes` at the worst moment of all.
+    `idle_bytes` were resident before the package was loaded, `loaded_bytes` after, `peak_bytes` at the worst moment of
+    all.
     """
 
     package: str
@@ -54,7 +54,9 @@ class Bench:
     created: str
 
 
-def bench_package(package: Path, loads: Sequence[Load], device: Device, num_threads: int, num_rounds: int, progress: Progress) -> Bench:
+def bench_package(
+    package: Path, loads: Sequence[Load], device: Device, num_threads: int, num_rounds: int, progress: Progress
+) -> Bench:
     """Load the package and time the loads; 0 threads are as many as onnxruntime takes by itself.
 
     Raises:
@@ -91,22 +93,34 @@ def bench_table(bench: Bench) -> Table:
     for load in bench.loads:
         decode = load["decode_tokens_per_second"]
         table.add_row(
-            f"{load['batch_size']}", f"{load['prompt_tokens']:,}", f"{load['new_tokens']:,}", _cell(load["prefill_tokens_per_second"]), _cell(decode),
-            NONE if decode is None else f"{1000 * load['batch_size'] / decode['median']:.2f}", format_size(load["cache_bytes"]),
-        )  # fmt: skip
+            f"{load['batch_size']}",
+            f"{load['prompt_tokens']:,}",
+            f"{load['new_tokens']:,}",
+            _cell(load["prefill_tokens_per_second"]),
+            _cell(decode),
+            NONE if decode is None else f"{1000 * load['batch_size'] / decode['median']:.2f}",
+            format_size(load["cache_bytes"]),
+        )
     return table
 
 
 def bench_lines(bench: Bench) -> list[str]:
     """What the table was measured on, in sentences."""
     machine = bench.machine
-    runtime = next(f"{name} {bench.versions[name]}" for name in ("onnxruntime", "onnxruntime-gpu") if name in bench.versions)
-    threads = "its own choice of threads" if bench.num_threads == 0 else f"{bench.num_threads} thread{'s' if bench.num_threads > 1 else ''}"
+    runtime = next(
+        f"{name} {bench.versions[name]}" for name in ("onnxruntime", "onnxruntime-gpu") if name in bench.versions
+    )
+    threads = (
+        "its own choice of threads"
+        if bench.num_threads == 0
+        else f"{bench.num_threads} thread{'s' if bench.num_threads > 1 else ''}"
+    )
     experts = f", experts written as {bench.lowering}" if bench.lowering not in (None, "none") else ""
     return [
         f"{bench.package}: {format_size(bench.package_bytes)}{experts}; {runtime} on {bench.device}, {threads}; "
         f"medians of {bench.num_rounds} rounds after one to warm up, the slowest and the fastest round in brackets.",
-        f"Memory: {format_size(bench.idle_bytes)} before loading, {format_size(bench.loaded_bytes)} after, {format_size(bench.peak_bytes)} "
+        f"Memory: {format_size(bench.idle_bytes)} before loading, {format_size(bench.loaded_bytes)} after, "
+        f"{format_size(bench.peak_bytes)} "
         f"at the peak; loaded in {bench.load_seconds:.2f} s.",
         f"Machine: {machine.processor}, {machine.cores} cores, {format_size(machine.memory_bytes)}, {machine.system}.",
     ]
@@ -133,4 +147,6 @@ def _spread(num_tokens: int, seconds: Sequence[float]) -> Spread:
 def _cell(spread: dict[str, float] | None) -> str:
     if spread is None:
         return NONE
-    return f"{format_rounded(spread['median'])} ({format_rounded(spread['slowest'])}–{format_rounded(spread['fastest'])})"
+    return (
+        f"{format_rounded(spread['median'])} ({format_rounded(spread['slowest'])}–{format_rounded(spread['fastest'])})"
+    )

@@ -1,7 +1,8 @@
 """Digests of a released package, in the format of `sha256sum`.
 
-A package that was given away has no manifest: it is no artifact of a run any more. It has a file `SHA256SUMS` instead, a line for each other file, so
-that whoever downloads it can check it with `dense2moe verify`, or with `sha256sum --check SHA256SUMS`.
+A package that was given away has no manifest: it is no artifact of a run any more. It has a file `SHA256SUMS` instead,
+a line for each other file, so that whoever downloads it can check it with `dense2moe verify`, or with `sha256sum
+--check SHA256SUMS`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from convert.artifact import ArtifactError, digest_file
-from upcycle.errors import describe_error, one_line_errors, shorten
+from dense2moe.convert.artifact import ArtifactError, digest_file
+from dense2moe.upcycle.errors import describe_error, one_line_errors, shorten
 
 DIGESTS_NAME = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](.+)")
@@ -30,7 +31,9 @@ def write_digests(directory: Path, known: Mapping[str, str]) -> None:
 
 
 def find_mismatches(directory: Path) -> list[str]:
-    """Every file that is not as `SHA256SUMS` says, and every other one but hidden ones, a line each; empty when all is well.
+    """Every file that is not as `SHA256SUMS` says, and every other one but hidden ones, a line each.
+
+    Empty when all is well.
 
     Raises:
         ArtifactError: `SHA256SUMS` cannot be read.
@@ -38,8 +41,11 @@ def find_mismatches(directory: Path) -> list[str]:
     digests = _read_digests(directory / DIGESTS_NAME)
     with one_line_errors(directory, "cannot be listed", "give a directory that is yours to read", ArtifactError):
         names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
-    shown = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}  # others are those of git and the hub
-    extra = [f"{shorten(name)}: extra; not in {DIGESTS_NAME}" for name in sorted(shown - digests.keys() - {DIGESTS_NAME})]
+    # others are those of git and the hub
+    shown = {name for name in names if not any(part.startswith(".") for part in PurePosixPath(name).parts)}
+    extra = [
+        f"{shorten(name)}: extra; not in {DIGESTS_NAME}" for name in sorted(shown - digests.keys() - {DIGESTS_NAME})
+    ]
     return [*_compare(directory, digests), *extra]
 
 
@@ -50,7 +56,10 @@ def _read_digests(path: Path) -> dict[str, str]:
     for number, line in enumerate(lines, 1):
         found = _LINE.fullmatch(line)
         if found is None or PurePosixPath(found[2]).is_absolute() or ".." in PurePosixPath(found[2]).parts:
-            raise ArtifactError(f"{path}:{number}: is {shorten(line)[:80]!r}; must be 64 hex digits, two spaces and the path of a file; {_RESTORE}")
+            raise ArtifactError(
+                f"{path}:{number}: is {shorten(line)[:80]!r}; must be 64 hex digits, two spaces and the path of a "
+                f"file; {_RESTORE}"
+            )
         digests[found[2]] = found[1]
     return digests
 

@@ -1,6 +1,6 @@
 """The one error that a user can mend."""
 
-from upcycle.errors import MendableError
+from dense2moe.upcycle.errors import MendableError
 
 
 class RecipeError(MendableError):

@@ -12,7 +12,18 @@ from pathlib import Path
 
 import psutil
 
-_PACKAGES = ("torch", "transformers", "accelerate", "optimum", "safetensors", "onnx", "onnx_ir", "onnxruntime", "onnxruntime-gpu", "numpy")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "optimum",
+    "safetensors",
+    "onnx",
+    "onnx_ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,9 @@ def peak_resident_bytes() -> int:
 
     getrusage(2) counts in kibibytes, but in bytes on macOS, and lags a little behind what is resident now.
     """
-    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), resident_bytes())
+    return max(
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), resident_bytes()
+    )
 
 
 def _processor() -> str:

@@ -8,47 +8,60 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from dense2moe.convert.report.numerals import format_agreement, format_error, format_perplexity, format_share
+from dense2moe.convert.report.summary import describe_task
+from dense2moe.export.config import ParityConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import find_refusal
+from dense2moe.export.parity import Parity, ProviderParity, check_parity
+from dense2moe.export.parity.precision import Precision, find_precision, is_dense
+from dense2moe.export.parity.tasks import read_tasks
+from dense2moe.export.progress import Progress
+from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
+from dense2moe.upcycle.checkpoints.config_files import EXPERT_COUNTS
+from dense2moe.upcycle.checkpoints.loading import check_whole
+from dense2moe.upcycle.data.blocks import read_text_blocks
+from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.numbers import name_specials
 from transformers import AutoModelForCausalLM, PreTrainedConfig
-
-from convert.numerals import format_agreement, format_error, format_perplexity, format_share
-from convert.summary import describe_task
-from export.config import ParityConfig
-from export.errors import ExportError
-from export.family import find_refusal
-from export.parity import Parity, ProviderParity, check_parity
-from export.parity.precision import Precision, find_precision, is_dense
-from export.parity.tasks import read_tasks
-from export.progress import Progress
-from export.runtime import CPU, CUDA, Decoder, is_at_hand
-from upcycle.config_files import EXPERT_COUNTS
-from upcycle.data import read_text_blocks
-from upcycle.loading import check_whole
-from upcycle.memory import release_memory
-from upcycle.numbers import name_specials
 
 
 def check_package(
-    package: Path, reference: Path, files: Sequence[Path], block_size: int, num_blocks: int | None, config: ParityConfig, progress: Progress,
+    package: Path,
+    reference: Path,
+    files: Sequence[Path],
+    block_size: int,
+    num_blocks: int | None,
+    config: ParityConfig,
+    progress: Progress,
     twin: Path | None = None,
-) -> Parity:  # fmt: skip
-    """Compare a package, of ours or of another maker, with the checkpoint that it was made from, on the text of `files`.
+) -> Parity:
+    """Compare a package, of ours or of another maker.
 
-    A package in float32 or float16 must compute what the checkpoint does. Another has other weights than it, and so has a mixture whose reference is
-    the dense model that it came from. So without `twin`, a checkpoint with those very weights, only the perplexity, and what it scores on
+    With the checkpoint that it was made from, on the text of `files`. A package in float32 or float16 must compute what
+    the checkpoint does. Another has other weights than it, and so has a mixture whose reference is the dense model that
+    it came from. So without `twin`, a checkpoint with those very weights, only the perplexity, and what it scores on
     `config.tasks`, are held to limits. All files are opened, and the package is run once, before anything is compared.
 
     Raises:
         ExportError, UpcycleError: in one line, what is wrong and how to mend it.
     """
     precision = find_precision(package)
-    checkpoints = {path: check_whole(AutoModelForCausalLM, path).config.get_text_config(decoder=True) for path in (reference, twin) if path}
+    checkpoints = {
+        path: check_whole(AutoModelForCausalLM, path).config.get_text_config(decoder=True)
+        for path in (reference, twin)
+        if path
+    }
     tasks = read_tasks([Path(file) for file in config.tasks])
     decoder = _try_out(package, precision)
     if decoder is not None:
         for directory, known in checkpoints.items():
             _check_sizes(decoder, directory, known)
         if block_size > decoder.context_length:
-            raise ExportError(f"{package}: its context holds {decoder.context_length:,} tokens; blocks have {block_size:,}; ask for smaller blocks")
+            raise ExportError(
+                f"{package}: its context holds {decoder.context_length:,} tokens; blocks have {block_size:,}; ask "
+                "for smaller blocks"
+            )
     blocks = read_text_blocks(reference, files, block_size, num_blocks)
     if decoder is not None:
         decoder.check_ids(f"{files[0]}: as {reference} reads it, the text", [int(blocks.max())])
@@ -57,24 +70,44 @@ def check_package(
     is_parent = precision.has_experts and is_dense(checkpoints[reference])
     exact_twin = twin is not None or not (precision.rounds_weights or is_parent)
     return check_parity(
-        package, twin or reference, reference, blocks, precision.variant, precision.rounds_activations, config, progress, exact_twin, tasks
+        package,
+        twin or reference,
+        reference,
+        blocks,
+        precision.variant,
+        precision.rounds_activations,
+        config,
+        progress,
+        exact_twin,
+        tasks,
     )
 
 
 def _try_out(package: Path, precision: Precision) -> Decoder | None:
-    """The package after a run of two tokens, so that what onnxruntime refuses is told first; None where nothing here computes its type."""
+    """The package after a run of two tokens, so that what onnxruntime refuses is told first.
+
+    None where nothing here computes its type.
+    """
     provider = CPU if precision.variant != "bfloat16" else CUDA
     if provider == CUDA and not is_at_hand(CUDA):
         return None
     decoder = Decoder(package, provider)
-    decoder.run(decoder.new_cache(1, min(2, decoder.context_length)), np.zeros((1, min(2, decoder.context_length)), np.int64))
+    decoder.run(
+        decoder.new_cache(1, min(2, decoder.context_length)), np.zeros((1, min(2, decoder.context_length)), np.int64)
+    )
     return decoder
 
 
 def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) -> None:
     """Refuse a checkpoint whose values cannot be set beside the package's, since they have other shapes."""
-    heads, head_dim = {(heads, head_dim) for (_, heads, _, head_dim), _ in decoder.past.values()}, getattr(config, "head_dim", None)
-    sizes = {"vocab_size": decoder.vocab_size, **{name: decoder.config.get(name) for name in ("hidden_size", *EXPERT_COUNTS)}}
+    heads, head_dim = (
+        {(heads, head_dim) for (_, heads, _, head_dim), _ in decoder.past.values()},
+        getattr(config, "head_dim", None),
+    )
+    sizes = {
+        "vocab_size": decoder.vocab_size,
+        **{name: decoder.config.get(name) for name in ("hidden_size", *EXPERT_COUNTS)},
+    }
     if find_refusal(config) is None:  # an architecture with one shape of keys and values, in all layers
         sizes["num_hidden_layers"] = len(decoder.past) // 2
         if len(heads) == 1:
@@ -84,13 +117,17 @@ def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) ->
         expected = getattr(config, name, None)
         if type(size) is int and type(expected) is int and size != expected:
             raise ExportError(
-                f"{directory}: {name} is {expected:,}, and {size:,} in {decoder.path.parent}: they are not of one model; "
+                f"{directory}: {name} is {expected:,}, and {size:,} in {decoder.path.parent}: they are not of one "
+                "model; "
                 "give the checkpoint that the package was made from"
             )
 
 
 def is_judged_alone(parity: Parity) -> bool:
-    """Whether the package's weights were no checkpoint's, so that it was judged by its perplexity, its files and itself."""
+    """Whether the package's weights were no checkpoint's.
+
+    So that it was judged by its perplexity, its files and itself.
+    """
     return all(isinstance(found, str) or isinstance(found.weights, str) for found in parity.providers.values())
 
 
@@ -115,11 +152,20 @@ def describe(parity: Parity) -> Iterator[str]:
 def _describe_figures(found: ProviderParity) -> Iterator[str]:
     a = found.finetuned
     if not isinstance(found.weights, str):
-        yield f"  weights: {found.weights.num_rows:,} rows and {found.weights.num_vectors:,} vectors, {found.weights.num_wrong:,} not the twin's"
+        yield (
+            f"  weights: {found.weights.num_rows:,} rows and {found.weights.num_vectors:,} vectors, "
+            f"{found.weights.num_wrong:,} not the twin's"
+        )
     if not isinstance(found.places, str):
         wrong, flips = sum(not place.is_right for place in found.places), sum(place.num_flips for place in found.places)
-        yield f"  places inside: {len(found.places):,}, each on its own input; {wrong} wrong, {flips} flips of a rounding told apart"
-    beside = f"± {format_share(found.perplexity_error)} beside the reference's {format_perplexity(found.finetuned_perplexity)}"
+        yield (
+            f"  places inside: {len(found.places):,}, each on its own input; {wrong} wrong, {flips} flips of a "
+            "rounding told apart"
+        )
+    beside = (
+        f"± {format_share(found.perplexity_error)} beside the reference's "
+        f"{format_perplexity(found.finetuned_perplexity)}"
+    )
     yield (
         f"  perplexity {format_perplexity(found.perplexity)} {beside}; KL {format_error(a.kl)}, "
         f"top-1 {format_agreement(a.top1_agreement)}, top-5 {format_agreement(a.top5_agreement)}"

@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from convert import stages
-from convert.artifact import (
+from dense2moe.convert import stages
+from dense2moe.convert.artifact import (
     Artifact,
     ArtifactError,
     artifact_key,
@@ -27,17 +27,17 @@ from convert.artifact import (
     lock,
     resume_directory,
 )
-from convert.costs import COST, StageCost
-from convert.errors import RecipeError
-from convert.machine import peak_resident_bytes, versions
-from convert.progress import ProgressDisplay
-from convert.stages import Facts, Job, Preparation, StageFunction
-from convert.worker import run_apart
-from export.config import Variant
-from upcycle.durable import discard_damage
-from upcycle.errors import MendableError, find_os_error, is_out_of_memory
-from upcycle.processes import have_group, join_processes, tell
-from upcycle.progress import Progress
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.machine import peak_resident_bytes, versions
+from dense2moe.convert.progress import ProgressDisplay
+from dense2moe.convert.report.costs import COST, StageCost
+from dense2moe.convert.stages import Facts, Job, Preparation, StageFunction
+from dense2moe.convert.worker import run_apart
+from dense2moe.export.config import Variant
+from dense2moe.upcycle.durable import discard_damage
+from dense2moe.upcycle.errors import MendableError, find_os_error, is_out_of_memory
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.processes import have_group, join_processes, tell
 
 RUN_NAME = "run.json"
 _SMALL_BYTES = 32_000_000
@@ -49,8 +49,9 @@ StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx",
 class Stage:
     """One row of the pipeline. A stage that runs for each variant reads the same variant of the stages that do too.
 
-    A stage that is `light` runs in the run's own process, any other in one of its own. Under `accelerate launch` the first process runs every stage,
-    and the others help in those of `all_processes`, which are then run by the launched processes themselves.
+    A stage that is `light` runs in the run's own process, any other in one of its own. Under `accelerate launch` the
+    first process runs every stage, and the others help in those of `all_processes`, which are then run by the launched
+    processes themselves.
     """
 
     name: StageName
@@ -64,20 +65,50 @@ class Stage:
 
 
 PIPELINE: tuple[Stage, ...] = (
-    Stage("source", (), stages.source_settings, stages.run_source, ("upcycle",), light=True),
-    Stage("data", ("source",), stages.data_settings, stages.run_data, ("upcycle",)),
-    Stage("upcycle", ("source", "data"), stages.upcycle_settings, stages.run_upcycle, ("upcycle",)),
-    Stage("finetune", ("source", "data", "upcycle"), stages.finetune_settings, stages.run_finetune, ("upcycle",), all_processes=True),
-    Stage("quantize", ("finetune", "data"), stages.quantize_settings, stages.run_quantize, ("upcycle", "export"), each_variant=True),
-    Stage("onnx", ("quantize",), stages.onnx_settings, stages.run_onnx, ("upcycle", "export"), each_variant=True),
+    Stage("source", (), stages.source_settings, stages.run_source, ("dense2moe.upcycle",), light=True),
+    Stage("data", ("source",), stages.data_settings, stages.run_data, ("dense2moe.upcycle",)),
+    Stage("upcycle", ("source", "data"), stages.upcycle_settings, stages.run_upcycle, ("dense2moe.upcycle",)),
     Stage(
-        "parity", ("data", "finetune", "quantize", "onnx"), stages.parity_settings, stages.run_parity, ("upcycle", "export"), each_variant=True
+        "finetune",
+        ("source", "data", "upcycle"),
+        stages.finetune_settings,
+        stages.run_finetune,
+        ("dense2moe.upcycle",),
+        all_processes=True,
     ),
     Stage(
-        "report", ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity"), stages.report_settings, stages.run_report,
-        ("upcycle", "export", "convert"), light=True,
+        "quantize",
+        ("finetune", "data"),
+        stages.quantize_settings,
+        stages.run_quantize,
+        ("dense2moe.upcycle", "dense2moe.export"),
+        each_variant=True,
     ),
-)  # fmt: skip
+    Stage(
+        "onnx",
+        ("quantize",),
+        stages.onnx_settings,
+        stages.run_onnx,
+        ("dense2moe.upcycle", "dense2moe.export"),
+        each_variant=True,
+    ),
+    Stage(
+        "parity",
+        ("data", "finetune", "quantize", "onnx"),
+        stages.parity_settings,
+        stages.run_parity,
+        ("dense2moe.upcycle", "dense2moe.export"),
+        each_variant=True,
+    ),
+    Stage(
+        "report",
+        ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity"),
+        stages.report_settings,
+        stages.run_report,
+        ("dense2moe.upcycle", "dense2moe.export", "dense2moe.convert"),
+        light=True,
+    ),
+)
 
 STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in PIPELINE)
 _EACH_VARIANT = {stage.name for stage in PIPELINE if stage.each_variant}
@@ -98,7 +129,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Task:
-    """One artifact to be made: its stage and variant, the labels that it reads by stage name, its settings and its key."""
+    """One artifact to be made.
+
+    Its stage and variant, the labels that it reads by stage name, its settings and its key.
+    """
 
     stage: Stage
     variant: Variant | None
@@ -114,13 +148,19 @@ class Task:
 
 
 def plan_tasks(preparation: Preparation, until: StageName) -> tuple[Task, ...]:
-    """Every artifact up to `until`, in order, with its key: keys follow from settings and the keys of inputs, so all are known before any work."""
+    """Every artifact up to `until`, in order, with its key.
+
+    Keys follow from settings and the keys of inputs, so all are known before any work.
+    """
     tasks: dict[str, Task] = {}
     for stage, variant in _walk(preparation, until):
         if stage.name == "report":
             inputs = {label: label for label in tasks}
         else:
-            inputs = {name: _label(_made_by(preparation, stage, name), variant if name in _EACH_VARIANT else None) for name in stage.reads}
+            inputs = {
+                name: _label(_made_by(preparation, stage, name), variant if name in _EACH_VARIANT else None)
+                for name in stage.reads
+            }
         keys = {name: tasks[label].key for name, label in inputs.items()}
         settings = stage.settings(preparation, variant)
         task = Task(stage, variant, inputs, keys, settings, artifact_key(keys, settings, code_digest(*stage.code)))
@@ -129,18 +169,25 @@ def plan_tasks(preparation: Preparation, until: StageName) -> tuple[Task, ...]:
 
 
 def _made_by(preparation: Preparation, stage: Stage, name: StageName) -> StageName:
-    """The stage that makes what `stage` reads as `name`: where fine-tuning is switched off, the mixture to export is the upcycled one."""
-    return "upcycle" if name == "finetune" and stage.each_variant and preparation.loaded.recipe.finetune is None else name
+    """The stage that makes what `stage` reads as `name`.
+
+    Where fine-tuning is switched off, the mixture to export is the upcycled one.
+    """
+    return (
+        "upcycle" if name == "finetune" and stage.each_variant and preparation.loaded.recipe.finetune is None else name
+    )
 
 
 def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, display: ProgressDisplay) -> Outcome | None:
-    """Run every stage up to `until`; finished artifacts are reused, and an unfinished one is begun again, or taken up where its stage can be.
+    """Run every stage up to `until`.
 
-    Under `accelerate launch` the processes but the first help where they can, and return none. A broken parity threshold does not stop the walk: the
-    report shows it, and the caller fails the run.
+    Finished artifacts are reused, and an unfinished one is begun again, or taken up where its stage can be. Under
+    `accelerate launch` the processes but the first help where they can, and return none. A broken parity threshold does
+    not stop the walk: the report shows it, and the caller fails the run.
 
     Raises:
-        ArtifactError: the work directory is in use or not writable, the disk too small, or what an earlier run made was changed.
+        ArtifactError: the work directory is in use or not writable, the disk too small, or what an earlier run made was
+            changed.
         UpcycleError, ExportError: a stage refused its input.
     """
     refuse_beyond_last_stage(preparation, until)
@@ -168,7 +215,10 @@ def run_pipeline(preparation: Preparation, workdir: Path, until: StageName, disp
         delete_leftovers(workdir, STAGE_NAMES, [task.label for task in tasks])
         tell(_NO_MORE_WORK)
         breaches = tuple(
-            f"{task.variant}: {breach}" for task in tasks if task.stage.name == "parity" for breach in artifacts[task.label].facts["breaches"]
+            f"{task.variant}: {breach}"
+            for task in tasks
+            if task.stage.name == "parity"
+            for breach in artifacts[task.label].facts["breaches"]
         )
         _record(workdir, preparation, tasks, artifacts, "breached" if breaches else "finished")
         return Outcome(artifacts, breaches)
@@ -201,8 +251,14 @@ def _label(name: StageName, variant: Variant | None) -> str:
 
 
 def _make(
-    task: Task, preparation: Preparation, artifacts: Mapping[str, Artifact], hashed: set[str], workdir: Path, held: int, display: ProgressDisplay
-) -> Artifact:  # fmt: skip
+    task: Task,
+    preparation: Preparation,
+    artifacts: Mapping[str, Artifact],
+    hashed: set[str],
+    workdir: Path,
+    held: int,
+    display: ProgressDisplay,
+) -> Artifact:
     inputs = {name: artifacts[label] for name, label in task.inputs.items()}
     progress = display.stage(task.label)
     _check_inputs(task, artifacts, hashed, progress)
@@ -228,9 +284,13 @@ def _make(
             raise
         facts_and_cost = {**made, COST: asdict(cost)}
         artifact = draft.seal(
-            inputs=task.input_keys, settings=task.settings, facts=facts_and_cost, versions=versions(), seed=preparation.loaded.recipe.seed,
+            inputs=task.input_keys,
+            settings=task.settings,
+            facts=facts_and_cost,
+            versions=versions(),
+            seed=preparation.loaded.recipe.seed,
             progress=progress,
-        )  # fmt: skip
+        )
     shutil.rmtree(scratch, ignore_errors=True)
     hashed.add(task.label)
     display.finish(task.label)
@@ -288,11 +348,27 @@ def _help(preparation: Preparation, tasks: Mapping[str, Task]) -> None:
     """Do what the first process says, until it has no more work."""
     while (work := tell(cast("_Work | None", None))) != _NO_MORE_WORK:
         task = tasks[work.label]
-        task.stage.run(Job(preparation, task.variant, work.directories, work.facts, task.input_keys, work.output, work.scratch, _quiet))
+        task.stage.run(
+            Job(
+                preparation,
+                task.variant,
+                work.directories,
+                work.facts,
+                task.input_keys,
+                work.output,
+                work.scratch,
+                _quiet,
+            )
+        )
 
 
-def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task], artifacts: Mapping[str, Artifact]) -> None:
-    """Refuse a run whose missing artifacts cannot fit on the disk; what a killed run left to go on from is there already."""
+def _check_space(
+    preparation: Preparation, workdir: Path, tasks: Sequence[Task], artifacts: Mapping[str, Artifact]
+) -> None:
+    """Refuse a run whose missing artifacts cannot fit on the disk.
+
+    What a killed run left to go on from is there already.
+    """
     missing = {task.label for task in tasks if task.label not in artifacts}
     needed = sum(size for label, size in preparation.artifact_bytes.items() if label in missing)
     for task in tasks:
@@ -302,7 +378,9 @@ def _check_space(preparation: Preparation, workdir: Path, tasks: Sequence[Task],
     check_space(workdir, needed)
 
 
-def _record(workdir: Path, preparation: Preparation, tasks: Sequence[Task], artifacts: Mapping[str, Artifact], status: str) -> None:
+def _record(
+    workdir: Path, preparation: Preparation, tasks: Sequence[Task], artifacts: Mapping[str, Artifact], status: str
+) -> None:
     """Write the run's state beside its artifacts, whole or not at all."""
     state: dict[str, Any] = {
         "name": preparation.loaded.name,

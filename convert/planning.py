@@ -8,24 +8,44 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
 
+from dense2moe.convert.stages import Preparation
+from dense2moe.upcycle.building.plan import (
+    ExpertPart,
+    Keep,
+    Piece,
+    RouterRows,
+    SelectionBias,
+    UpcyclePlan,
+    Write,
+    Zeros,
+)
 from rich.filesize import decimal
 from rich.table import Table
-
-from convert.stages import Preparation
-from upcycle.mapping import ExpertPart, Keep, Piece, RouterRows, SelectionBias, UpcyclePlan, Write, Zeros
 
 _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 
 
 def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
-    """The models with their parameters, where every tensor comes from, the config's values, and what artifacts and stages need of the machine."""
-    return _models(preparation), _tensors(preparation.plan), _fields(preparation.plan), _artifacts(preparation, workdir), _memory(preparation)
+    """The models with their parameters, where every tensor comes from, the config's values.
+
+    And what artifacts and stages need of the machine.
+    """
+    return (
+        _models(preparation),
+        _tensors(preparation.plan),
+        _fields(preparation.plan),
+        _artifacts(preparation, workdir),
+        _memory(preparation),
+    )
 
 
 def _models(preparation: Preparation) -> Table:
     plan, dense = preparation.plan, preparation.checkpoint
     conversion, settings = plan.conversion, plan.settings
-    models = Table(title=f"{preparation.loaded.name}: {conversion.family.architecture} to {conversion.target.architecture}", title_justify="left")
+    models = Table(
+        title=f"{preparation.loaded.name}: {conversion.family.architecture} to {conversion.target.architecture}",
+        title_justify="left",
+    )
     for heading in ("", "dense", "mixture of experts"):
         models.add_column(heading, justify="left" if not heading else "right")
     models.add_row("parameters", f"{dense.num_parameters:,}", f"{plan.num_parameters:,}")
@@ -123,7 +143,11 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
         artifacts.add_row(label, decimal(size), _name_lowerings(preparation.lowerings[variant]) if variant else "")
     existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
     artifacts.add_section()
-    artifacts.add_row("disk in all", decimal(sum(preparation.artifact_bytes.values())), f"{decimal(shutil.disk_usage(existing).free)} free")
+    artifacts.add_row(
+        "disk in all",
+        decimal(sum(preparation.artifact_bytes.values())),
+        f"{decimal(shutil.disk_usage(existing).free)} free",
+    )
     if "finetune" in preparation.artifact_bytes:
         artifacts.add_row("disk to fine-tune", decimal(preparation.scratch_bytes), "besides, until it is done")
     if preparation.last_stage is not None:

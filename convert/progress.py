@@ -9,12 +9,20 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    SpinnerColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 if TYPE_CHECKING:  # only the type: importing it would load torch
-    from upcycle.progress import Progress
+    from dense2moe.upcycle.progress import Progress
 
 
 _LINE_SECONDS = 10.0
@@ -25,9 +33,10 @@ _DETAIL = ": "
 class ProgressDisplay:
     """A line for each stage: a live bar while it runs, its time once it is finished.
 
-    Without a terminal there are no bars and no control codes: a stage that runs is told of in a line every `line_seconds`, whether it reports
-    anything or not, so that a long step is not taken for a hang. An exception takes the bars away and adds nothing: its text is the caller's to
-    show. Everything goes to the console, by default on stderr; stdout is never touched.
+    Without a terminal there are no bars and no control codes: a stage that runs is told of in a line every
+    `line_seconds`, whether it reports anything or not, so that a long step is not taken for a hang. An exception takes
+    the bars away and adds nothing: its text is the caller's to show. Everything goes to the console, by default on
+    stderr; stdout is never touched.
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = _LINE_SECONDS) -> None:
@@ -59,7 +68,9 @@ class ProgressDisplay:
             self._teller.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self._ended.set()
         if self._teller is not None:
             self._teller.join()

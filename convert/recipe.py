@@ -11,6 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_origin
 
+from dense2moe.convert.errors import RecipeError
+from dense2moe.export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.upcycle.config import (
+    BIASED_TARGETS,
+    DataConfig,
+    FinetuneConfig,
+    Record,
+    UpcycleConfig,
+    count_domains,
+    named_value,
+)
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, ValidationError, field_validator, model_validator
 from pydantic import Tag as Branch
 from pydantic_core import ErrorDetails
@@ -21,10 +32,6 @@ from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
-
-from convert.errors import RecipeError
-from export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from upcycle.config import BIASED_TARGETS, DataConfig, FinetuneConfig, Record, UpcycleConfig, count_domains, named_value
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000
@@ -39,7 +46,9 @@ Mistake = tuple[Key, str]
 class LocalSource(Record):
     """A dense checkpoint in a local directory."""
 
-    path: str = Field(min_length=1, description="Directory of the checkpoint, beside the recipe or below the current directory.")
+    path: str = Field(
+        min_length=1, description="Directory of the checkpoint, beside the recipe or below the current directory."
+    )
 
 
 class HubSource(Record):
@@ -62,7 +71,9 @@ def _source_tag(value: object) -> str | None:
 Source = Annotated[
     Annotated[LocalSource, Branch("path")] | Annotated[HubSource, Branch("hub")],
     Discriminator(_source_tag),
-    BeforeValidator(_from_shorthand, json_schema_input_type=Annotated[str, Field(min_length=1)] | LocalSource | HubSource),
+    BeforeValidator(
+        _from_shorthand, json_schema_input_type=Annotated[str, Field(min_length=1)] | LocalSource | HubSource
+    ),
 ]
 
 
@@ -70,14 +81,20 @@ class Recipe(Record):
     """What to convert, on which text, and with which settings."""
 
     name: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$", description="Name of the run and of its directory; the file's name without it."
+        None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="Name of the run and of its directory; the file's name without it.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
-    source: Source = Field(description="The dense checkpoint: a local directory, or an id of the Hugging Face hub with its revision.")
+    source: Source = Field(
+        description="The dense checkpoint: a local directory, or an id of the Hugging Face hub with its revision."
+    )
     data: DataConfig = Field(description="The text that the model is fine-tuned and measured on.")
     upcycle: UpcycleConfig = Field(UpcycleConfig(), description="How the dense model becomes a mixture of experts.")
     finetune: FinetuneConfig | None = Field(
-        FinetuneConfig(), description="How the mixture of experts is trained; null switches it off, and the upcycled model is exported as it is."
+        FinetuneConfig(),
+        description="How the mixture of experts is trained; null switches it off, and the upcycled model is exported "
+        "as it is.",
     )
     variants: Annotated[tuple[Variant, ...], Field(strict=False)] = Field(
         ("float32", "int8", "int4"),
@@ -85,9 +102,13 @@ class Recipe(Record):
         description="Precisions of the ONNX models, each made and measured.",
         json_schema_extra={"uniqueItems": True},
     )
-    quantize: QuantizeConfig = Field(QuantizeConfig(), description="How the int8, int8-qdq, int4 and mixed variants are quantized.")
+    quantize: QuantizeConfig = Field(
+        QuantizeConfig(), description="How the int8, int8-qdq, int4 and mixed variants are quantized."
+    )
     export: OnnxConfig = Field(OnnxConfig(), description="How the ONNX graph is built.")
-    parity: ParityConfig = Field(ParityConfig(), description="How closely each ONNX model must agree with the torch model.")
+    parity: ParityConfig = Field(
+        ParityConfig(), description="How closely each ONNX model must agree with the torch model."
+    )
 
     @property
     def training_stages(self) -> tuple[FinetuneConfig, ...]:
@@ -132,40 +153,91 @@ def _contradictions(recipe: Recipe) -> list[Mistake]:
     for field in ("max_train_tokens", "max_validation_tokens", "max_test_tokens"):
         tokens = getattr(recipe.data, field)
         if tokens is not None and tokens < block_size:
-            text = f"is {named_value(recipe.data, field)}; must be at least data.block_size, which is {named_size}, to hold one block"
+            text = (
+                f"is {named_value(recipe.data, field)}; must be at least data.block_size, which is {named_size}, "
+                "to hold one block"
+            )
             mistakes.append((("data", field), text))
     if recipe.parity.decode_steps >= block_size:
         steps = named_value(recipe.parity, "decode_steps")
-        mistakes.append((("parity", "decode_steps"), f"is {steps}; must be less than data.block_size, which is {named_size}, to leave a prompt"))
+        mistakes.append(
+            (
+                ("parity", "decode_steps"),
+                f"is {steps}; must be less than data.block_size, which is {named_size}, to leave a prompt",
+            )
+        )
     if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
-        mistakes.append((("parity", "max_perplexity_increase"), f"lacks {_either(missing, 'and')}; must have a limit for each of the variants"))
+        mistakes.append(
+            (
+                ("parity", "max_perplexity_increase"),
+                f"lacks {_either(missing, 'and')}; must have a limit for each of the variants",
+            )
+        )
     if STATIC in recipe.variants and recipe.export.device == "cuda":
-        mistakes.append((("variants",), f"has '{STATIC}', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'"))
+        mistakes.append(
+            (
+                ("variants",),
+                f"has '{STATIC}', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'",
+            )
+        )
     quantized = [variant for variant in recipe.variants if variant in QUANTIZED and variant != STATIC]
     limits = [name for name in ("budget", "max_perplexity_increase") if getattr(recipe.quantize, name) is not None]
     if len(limits) > 1:
         mistakes.append((("quantize", limits[1]), "is given beside budget; must be one of them"))
     if limits and "mixed" not in recipe.variants:
-        mistakes.append((("quantize", limits[0]), "is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out"))
+        mistakes.append(
+            (
+                ("quantize", limits[0]),
+                "is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out",
+            )
+        )
     if recipe.quantize.budget is not None and recipe.export.lowering == "switched":
-        mistakes.append((("export", "lowering"), "is 'switched', which writes experts twice; quantize.budget, which counts them once, needs another"))
+        mistakes.append(
+            (
+                ("export", "lowering"),
+                "is 'switched', which writes experts twice; quantize.budget, which counts them once, needs another",
+            )
+        )
     if "mixed" in recipe.variants and not limits:
-        mistakes.append((("variants",), "has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by"))
-    if quantized and recipe.export.device == "cuda" and recipe.export.lowering == "auto" and recipe.quantize.block_size not in CUDA_BLOCKS:
+        mistakes.append(
+            (
+                ("variants",),
+                "has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by",
+            )
+        )
+    if (
+        quantized
+        and recipe.export.device == "cuda"
+        and recipe.export.lowering == "auto"
+        and recipe.quantize.block_size not in CUDA_BLOCKS
+    ):
         blocks = " or ".join(map(str, CUDA_BLOCKS))
-        text = f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be {blocks} for its QMoE operator"
+        text = (
+            f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be {blocks} for its "
+            "QMoE operator"
+        )
         mistakes.append((("export", "device"), f"{text}; or name another export.lowering"))
     rate = recipe.finetune.bias_update_rate if recipe.finetune else None
     if rate and recipe.upcycle.target not in BIASED_TARGETS:
         targets = _either(BIASED_TARGETS)
-        text = f"is {rate:g}; must be left out, or upcycle.target be {targets}: the gates of '{recipe.upcycle.target}' have no selection bias"
+        text = (
+            f"is {rate:g}; must be left out, or upcycle.target be {targets}: the gates of "
+            f"'{recipe.upcycle.target}' have no selection bias"
+        )
         mistakes.append((("finetune", "bias_update_rate"), text))
     num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
     for number, stage in enumerate(recipe.training_stages):
         if stage.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):
-            key: Key = ("finetune", "stages", number, "routing") if recipe.finetune and recipe.finetune.stages else ("finetune", "routing")
+            key: Key = (
+                ("finetune", "stages", number, "routing")
+                if recipe.finetune and recipe.finetune.stages
+                else ("finetune", "routing")
+            )
             experts = "groups of granular experts" if recipe.upcycle.group_size > 1 else "experts"
-            text = f"is 'by-domain'; the domains, of which the data has {num_domains}, must be 2 or more and divide the {num_rows} {experts} evenly"
+            text = (
+                f"is 'by-domain'; the domains, of which the data has {num_domains}, must be 2 or more and divide "
+                f"the {num_rows} {experts} evenly"
+            )
             mistakes.append((key, text))
     return mistakes
 
@@ -188,7 +260,9 @@ def load_recipe(path: Path) -> LoadedRecipe:
 
 
 def resolve_path(path: str, recipe_path: Path) -> Path:
-    """The file or directory that `path` in a recipe means: beside the recipe, or else below the current directory; `~` is the home.
+    """The file or directory that `path` in a recipe means.
+
+    Beside the recipe, or else below the current directory; `~` is the home.
 
     Raises:
         RecipeError: there is none.
@@ -201,7 +275,9 @@ def resolve_path(path: str, recipe_path: Path) -> Path:
     for candidate in tried:
         if candidate.exists():
             return candidate
-    raise RecipeError(f"{recipe_path}: '{path}' is not there; looked for {' and '.join(map(str, tried))}; correct the path")
+    raise RecipeError(
+        f"{recipe_path}: '{path}' is not there; looked for {' and '.join(map(str, tried))}; correct the path"
+    )
 
 
 def schema() -> dict[str, Any]:
@@ -212,13 +288,16 @@ def schema() -> dict[str, Any]:
 
 # Reading YAML
 
-# The core schema (YAML 1.2.2, section 10.3.2). ruamel's own rules add dates and 1_000 to it, and miss .5e3. Here `on` and `yes` are strings.
+# The core schema (YAML 1.2.2, section 10.3.2). ruamel's own rules add dates and 1_000 to it, and miss .5e3. Here `on`
+# and `yes` are strings.
 _TAG: Final = "tag:yaml.org,2002:"
 _CORE_SCHEMA: Final = {
     "null": re.compile(r"(~|null|Null|NULL|)\Z"),
     "bool": re.compile(r"(true|True|TRUE|false|False|FALSE)\Z"),
     "int": re.compile(r"([-+]?[0-9]{1,99}|0o[0-7]{1,99}|0x[0-9a-fA-F]{1,99})\Z"),
-    "float": re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"),
+    "float": re.compile(
+        r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))\Z"
+    ),
 }
 
 
@@ -246,7 +325,9 @@ class _Document:
             raise RecipeError(f"{file}: is empty; must have the keys source and data")
         if not isinstance(root, MappingNode):
             found = "a list" if isinstance(root, SequenceNode) else "a single value"
-            raise RecipeError(f"{file}:{_line(root)}: is {found} at the top level; must be a mapping with the keys source and data")
+            raise RecipeError(
+                f"{file}:{_line(root)}: is {found} at the top level; must be a mapping with the keys source and data"
+            )
         self.values = self._read(root, ())
 
     def refusal(self) -> RecipeError:
@@ -276,14 +357,21 @@ class _Document:
         except MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
             problem = " ".join(", ".join(part for part in (error.context, error.problem) if part).split())
-            raise RecipeError(f"{self.file}:{mark.line + 1}: column {mark.column + 1}: is not YAML: {problem}") from error
+            raise RecipeError(
+                f"{self.file}:{mark.line + 1}: column {mark.column + 1}: is not YAML: {problem}"
+            ) from error
         except ReaderError as error:
             line = text.count("\n", 0, error.position) + 1
-            raise RecipeError(f"{self.file}:{line}: has the character {error.character:#x}; YAML allows no such character") from error
+            raise RecipeError(
+                f"{self.file}:{line}: has the character {error.character:#x}; YAML allows no such character"
+            ) from error
         return node
 
     def _too_large(self) -> RecipeError:
-        return RecipeError(f"{self.file}: has more than {_MAX_VALUES} values or {_MAX_DEPTH} levels, aliases counted; must be a smaller recipe")
+        return RecipeError(
+            f"{self.file}: has more than {_MAX_VALUES} values or {_MAX_DEPTH} levels, aliases counted; must be a "
+            "smaller recipe"
+        )
 
     def _read(self, node: Node, key: Key) -> object:
         """Plain values of a node; an alias is read again each time it occurs, so values are counted."""
@@ -303,9 +391,13 @@ class _Document:
                 else:
                     values[word] = self._read_at(child, (*key, word), name)
             return values
-        if isinstance(node, ScalarNode) and (tag == "str" or (tag in _CORE_SCHEMA and _CORE_SCHEMA[tag].match(node.value))):
+        if isinstance(node, ScalarNode) and (
+            tag == "str" or (tag in _CORE_SCHEMA and _CORE_SCHEMA[tag].match(node.value))
+        ):
             return self._convert(self._join_halves(node), tag, key)
-        raise RecipeError(f"{self.file}:{_line(node)}: has the tag {reprlib.repr(str(node.tag))}, which does not fit; remove the tag")
+        raise RecipeError(
+            f"{self.file}:{_line(node)}: has the tag {reprlib.repr(str(node.tag))}, which does not fit; remove the tag"
+        )
 
     def _join_halves(self, node: ScalarNode) -> str:
         """Text of a node; JSON escapes a character beyond 16 bits in two halves, which YAML leaves apart."""
@@ -314,7 +406,9 @@ class _Document:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError as error:
             place = f"{self.file}:{_line(node)}"
-            raise RecipeError(f"{place}: has half a character, {text[:60]!a}; must have both halves, or the character itself") from error
+            raise RecipeError(
+                f"{place}: has half a character, {text[:60]!a}; must have both halves, or the character itself"
+            ) from error
 
     def _read_at(self, node: Node, key: Key, named_by: Node) -> object:
         self._lines[key] = _line(named_by)
@@ -439,13 +533,21 @@ def _explain(error: ErrorDetails) -> list[Mistake]:
             text = f"unknown key; {_suggestion(str(key[-1]), parent) or f'the keys here are {_listed(parent)}'}"
         case "missing":
             assert parent is not None
-            text = f"missing; must be {_mapping(records) if records else f'given: {parent.model_fields[str(key[-1])].description}'}"
-        case "union_tag_invalid" | "union_tag_not_found" if isinstance(given, dict) and "kind" in records[0].model_fields:
+            text = (
+                "missing; must be "
+                f"{_mapping(records) if records else f'given: {parent.model_fields[str(key[-1])].description}'}"
+            )
+        case "union_tag_invalid" | "union_tag_not_found" if (
+            isinstance(given, dict) and "kind" in records[0].model_fields
+        ):
             key = (*key, "kind")
             found = f"is {_shown(given['kind'])}" if "kind" in given else "missing"
             text = f"{found}; must be {_either(map(_record_tag, records))}"
         case "union_tag_not_found" if isinstance(given, dict):
-            text = f"has {'both' if 'hub' in given else 'neither'} path {'and' if 'hub' in given else 'nor'} hub; must have one of them"
+            text = (
+                f"has {'both' if 'hub' in given else 'neither'} path {'and' if 'hub' in given else 'nor'} hub; "
+                "must have one of them"
+            )
         case "model_type" | "model_attributes_type" | "union_tag_not_found":
             suggestion = _suggestion(str(key[-1]), parent) if parent else ""
             text = f"is {_typed(given)}; must be {_mapping(records)}" + (f"; {suggestion}" if suggestion else "")
@@ -458,14 +560,20 @@ def _explain(error: ErrorDetails) -> list[Mistake]:
         case _ if isinstance(given, float) and not math.isfinite(given):
             return []  # refused when it was read
         case kind if kind in _MUST_BE:
-            text = f"is {_typed(given) if kind.endswith('_type') else _shown(given)}; must be {_MUST_BE[kind].format(**ctx)}"
+            text = (
+                f"is {_typed(given) if kind.endswith('_type') else _shown(given)}; must be "
+                f"{_MUST_BE[kind].format(**ctx)}"
+            )
         case _:
             text = f"is {_shown(given)}; {error['msg']}"
     return [(key, text)]
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, tuple[type[BaseModel], ...]]:
-    """The key in the file that pydantic's location means, the record that holds it, and the records that may be its value."""
+    """The key in the file that pydantic's location means, the record that holds it.
+
+    And the records that may be its value.
+    """
     key: Key = ()
     parent: type[BaseModel] | None = None
     records: tuple[type[BaseModel], ...] = (Recipe,)
@@ -501,7 +609,11 @@ def _mapping(records: tuple[type[BaseModel], ...]) -> str:
     if len(records) == 1:
         return f"a mapping of the keys {_listed(records[0])}"
     tags = _either(map(_record_tag, records))
-    return f"a mapping whose kind is {tags}" if "kind" in records[0].model_fields else f"a directory, or a mapping with {tags}"
+    return (
+        f"a mapping whose kind is {tags}"
+        if "kind" in records[0].model_fields
+        else f"a directory, or a mapping with {tags}"
+    )
 
 
 def _suggestion(name: str, record: type[BaseModel]) -> str:
@@ -524,7 +636,9 @@ def _either(words: Iterable[str], conjunction: str = "or") -> str:
 
 def _dotted(key: Key) -> str:
     """A key as people write it: `data.source.train[0]`."""
-    words = (part if isinstance(part, int) or re.fullmatch(r"[\w-]{1,60}", part) else reprlib.repr(part) for part in key)
+    words = (
+        part if isinstance(part, int) or re.fullmatch(r"[\w-]{1,60}", part) else reprlib.repr(part) for part in key
+    )
     parts = (f"[{word}]" if isinstance(word, int) else f".{word}" for word in words)
     return "".join(parts).removeprefix(".") or "recipe"
 

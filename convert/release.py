@@ -9,34 +9,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from convert.artifact import Artifact, ArtifactError, check_space, describe_os_error, verify
-from convert.card import CARD_NAME, CARDS_NAME
-from convert.digests import DIGESTS_NAME, write_digests
-from convert.report import HTML_NAME
-from upcycle.durable import sync_tree
+from dense2moe.convert.artifact import Artifact, ArtifactError, check_space, describe_os_error, verify
+from dense2moe.convert.digests import DIGESTS_NAME, write_digests
+from dense2moe.convert.report.card import CARD_NAME, CARDS_NAME
+from dense2moe.convert.report.writer import HTML_NAME
+from dense2moe.upcycle.durable import sync_tree
 
 
 def gather_package(package: Artifact, report: Artifact, variant: str, output: Path) -> list[str]:
-    """Copy a package, its card as `README.md` and the report into the new directory `output`; returns the names of its files.
+    """Copy a package, its card as `README.md` and the report into the new directory `output`.
 
-    The artifacts stay as they are. Every file is checked against its manifest first, and `output` is there whole or not at all, with the digests of
-    its files in `SHA256SUMS`. Links become files.
+    Returns the names of its files. The artifacts stay as they are. Every file is checked against its manifest first,
+    and `output` is there whole or not at all, with the digests of its files in `SHA256SUMS`. Links become files.
 
     Raises:
-        ArtifactError: `output` is there already, a file is not as its manifest says, the report has no card, or the disk is full.
+        ArtifactError: `output` is there already, a file is not as its manifest says, the report has no card, or the
+            disk is full.
     """
     if os.path.lexists(output):
         raise ArtifactError(f"{output}: is there already; give a directory that is to be made")
     card = report.directory / CARDS_NAME / variant / CARD_NAME
     if not card.is_file():
-        raise ArtifactError(f"{report.directory}: has no model card for {variant}; run the recipe again, which writes the report anew")
+        raise ArtifactError(
+            f"{report.directory}: has no model card for {variant}; run the recipe again, which writes the report anew"
+        )
     for artifact in (package, report):
         for mismatch in verify(artifact.directory):
             raise ArtifactError(f"{artifact.directory}: {mismatch}; move the directory away, and run the recipe again")
     sources = {name: package.directory / name for name in package.manifest["files"]}
     sources |= {CARD_NAME: card, HTML_NAME: report.directory / HTML_NAME}
     check_space(output, sum(source.stat().st_size for source in sources.values()))
-    known = {name: record["sha256"] for name, record in package.manifest["files"].items() if name not in (CARD_NAME, HTML_NAME)}
+    known = {
+        name: record["sha256"]
+        for name, record in package.manifest["files"].items()
+        if name not in (CARD_NAME, HTML_NAME)
+    }
     try:
         with _fresh_directory(output) as fresh:
             for name, source in sources.items():
@@ -52,7 +59,10 @@ def gather_package(package: Artifact, report: Artifact, variant: str, output: Pa
 
 @contextmanager
 def _fresh_directory(output: Path) -> Iterator[Path]:
-    """A new directory beside `output`, which goes away with the parents made for it unless it is renamed in the block."""
+    """A new directory beside `output`.
+
+    Which goes away with the parents made for it unless it is renamed in the block.
+    """
     missing = [parent for parent in output.absolute().parents if not parent.exists()]
     fresh = output.with_name(f".{output.name[:100]}-{secrets.token_hex(8)}.partial")
     try:

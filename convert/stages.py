@@ -14,38 +14,55 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from convert.artifact import digest_file, open_artifact
-from convert.card import CARDS_NAME, read_license, write_card
-from convert.costs import take_costs
-from convert.errors import RecipeError
-from convert.machine import describe_machine, versions
-from convert.recipe import HUB_ID, HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
-from convert.report import write_report
-from export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations, rounds_to_8_bits
-from export.decoder import find_operator_limit, plan_lowerings
-from export.errors import ExportError
-from export.family import find_decoder_family
-from export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
-from export.package import write_package
-from export.parity import check_parity
-from export.parity.tasks import Task, read_tasks
-from export.quantizer import quantize_checkpoint
-from upcycle.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint, check_values, open_checkpoint, read_config, read_index, refuse_adapter
-from upcycle.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
-from upcycle.config import FinetuneConfig, named_value
-from upcycle.config_files import CONFIG_NAME
-from upcycle.conversion import find_family
-from upcycle.data import check_data, find_files, match_files, prepare_data, read_blocks, resolve_files, text_sources
-from upcycle.errors import one_line_errors
-from upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes, layer_receipt_bytes, receipt_bytes
-from upcycle.hidden_states import read_routers
-from upcycle.loading import check_generation_config
-from upcycle.mapping import UpcyclePlan, plan_upcycle
-from upcycle.numbers import name_specials
-from upcycle.progress import Progress
-from upcycle.receipt import choose_mode, write_receipt
-from upcycle.surgery import check_written, upcycle
-from upcycle.training import HISTORY_NAME, check_finetune, finetune, measure_untrained
+from dense2moe.convert.artifact import digest_file, open_artifact
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.machine import describe_machine, versions
+from dense2moe.convert.recipe import HUB_ID, HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
+from dense2moe.convert.report.card import CARDS_NAME, read_license, write_card
+from dense2moe.convert.report.costs import take_costs
+from dense2moe.convert.report.writer import write_report
+from dense2moe.export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations, rounds_to_8_bits
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
+from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
+from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import check_parity
+from dense2moe.export.parity.tasks import Task, read_tasks
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.hidden_states import read_routers
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
+from dense2moe.upcycle.building.surgery import check_written, upcycle
+from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.loading import check_generation_config
+from dense2moe.upcycle.checkpoints.reader import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    check_values,
+    open_checkpoint,
+    read_config,
+    read_index,
+    refuse_adapter,
+)
+from dense2moe.upcycle.config import FinetuneConfig, named_value
+from dense2moe.upcycle.data.blocks import (
+    check_data,
+    find_files,
+    match_files,
+    prepare_data,
+    read_blocks,
+    resolve_files,
+    text_sources,
+)
+from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes, layer_receipt_bytes, receipt_bytes
+from dense2moe.upcycle.models.conversion import find_family
+from dense2moe.upcycle.numbers import name_specials
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.fine_tuning import HISTORY_NAME, check_finetune, finetune, measure_untrained
 
 Facts = dict[str, Any]
 RECEIPT_NAME = "receipt.json"
@@ -56,9 +73,9 @@ _OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, t
 class Preparation:
     """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
 
-    `last_stage` is the last that can be run for this target, with the reason; None where all can. `scratch_bytes` is what fine-tuning needs on the
-    disk beside its artifact, while it runs. `license` is what the dense model's own card says of its licence. `memory_bytes` is the most memory that
-    each stage is planned to have resident, by label.
+    `last_stage` is the last that can be run for this target, with the reason; None where all can. `scratch_bytes` is
+    what fine-tuning needs on the disk beside its artifact, while it runs. `license` is what the dense model's own card
+    says of its licence. `memory_bytes` is the most memory that each stage is planned to have resident, by label.
     """
 
     loaded: LoadedRecipe
@@ -78,7 +95,10 @@ class Preparation:
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """The plan holds functions, which cannot be sent to another process: it is made anew there, of the same checkpoint and settings."""
+        """The plan holds functions, which cannot be sent to another process.
+
+        It is made anew there, of the same checkpoint and settings.
+        """
         return _plan_again, ({each.name: getattr(self, each.name) for each in fields(self) if each.name != "plan"},)
 
 
@@ -121,11 +141,14 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
         block_size = named_value(recipe.data, "block_size")
-        raise RecipeError(f"{loaded.path}: data.block_size: is {block_size}; must be at most the model's context, which is {context}")
+        raise RecipeError(
+            f"{loaded.path}: data.block_size: is {block_size}; must be at most the model's context, which is {context}"
+        )
     prompt_tokens = next((stage.prompt_tokens for stage in recipe.training_stages if stage.train == "prompt"), 0)
     if recipe.data.block_size + prompt_tokens > context:
         raise RecipeError(
-            f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; both together must be at most "
+            f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; "
+            "both together must be at most "
             f"the model's context, which is {context}"
         )
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
@@ -134,7 +157,9 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     last_stage = _find_last_stage(plan, recipe.training_stages)
     lowerings = {}
     if last_stage is None:
-        lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants}
+        lowerings = {
+            v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in recipe.variants
+        }
     data_files: dict[str, str] = {}
     resolved = resolve_files(recipe.data.source, _data_base(loaded))
     for where, splits in resolved.items():
@@ -142,32 +167,59 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
             data_files |= {f"{where}.{split}/{file}": _digest(file) for file in files}
     domain_files: dict[str, str] = {}
     for number, domain in enumerate(recipe.upcycle.router.domains):
-        files = match_files(domain.files, _router_base(loaded), f"{loaded.path}: upcycle.router.domains[{number}].files")
+        files = match_files(
+            domain.files, _router_base(loaded), f"{loaded.path}: upcycle.router.domains[{number}].files"
+        )
         domain_files |= {f"{number}/{file}": _digest(file) for file in files}
     task_paths = [resolve_path(path, loaded.path) for path in recipe.parity.tasks]
     tasks = read_tasks(task_paths)
     check_generation_config(directory)
     check_data(directory, recipe.data, _data_base(loaded), checkpoint.config.vocab_size)
-    weights = sorted({entry.file.name for entry in checkpoint.entries.values()} | {file.name for file in directory.glob("*.safetensors.index.json")})
+    weights = sorted(
+        {entry.file.name for entry in checkpoint.entries.values()}
+        | {file.name for file in directory.glob("*.safetensors.index.json")}
+    )
     source_names = [CONFIG_NAME, *find_companions(directory), *weights]
     source_files = {}
     for number, name in enumerate(source_names):
         progress("reading the dense checkpoint", number, len(source_names))
         source_files[name] = _digest(directory / name)
     sizes = _artifact_bytes(checkpoint, plan, shapes, loaded, last_stage is None)
-    text_bytes = sum(Path(file).stat().st_size for splits in resolved.values() for files in splits.values() for file in files)
+    text_bytes = sum(
+        Path(file).stat().st_size for splits in resolved.values() for files in splits.values() for file in files
+    )
     memory = _memory_bytes(checkpoint, plan, shapes, loaded, sizes, text_bytes)
-    scratch = _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"]) if recipe.finetune and "finetune" in sizes else 0
+    scratch = (
+        _scratch_bytes(checkpoint, plan, recipe.finetune, sizes["finetune"])
+        if recipe.finetune and "finetune" in sizes
+        else 0
+    )
     return Preparation(
-        loaded, origin, checkpoint, plan, source_files, data_files, domain_files, lowerings, sizes, scratch, last_stage,
-        read_license(directory), tasks, {path.name: _digest(path) for path in task_paths}, memory,
-    )  # fmt: skip
+        loaded,
+        origin,
+        checkpoint,
+        plan,
+        source_files,
+        data_files,
+        domain_files,
+        lowerings,
+        sizes,
+        scratch,
+        last_stage,
+        read_license(directory),
+        tasks,
+        {path.name: _digest(path) for path in task_paths},
+        memory,
+    )
 
 
 def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
     """The last stage that can be run for a target and its training, and why the next cannot."""
     if plan.conversion.family.task != "text-generation":
-        return "upcycle", f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come"
+        return (
+            "upcycle",
+            f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come",
+        )
     try:
         find_decoder_family(plan.target_config)
     except ExportError as error:
@@ -175,7 +227,10 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
     if (limit := find_operator_limit(plan.target_config)) is not None:
         return "finetune", f"no ONNX model of this shape can run ({limit})"
     if training and training[-1].train == "prompt":
-        return "finetune", "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft"
+        return (
+            "finetune",
+            "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft",
+        )
     return None
 
 
@@ -198,7 +253,10 @@ def _resolve_source(path: str, recipe_path: Path) -> Path:
 
 
 def _download(hub: str, revision: str) -> Path:
-    """A model of the hub, as far as it is needed: what belongs to it, and then, of one commit, the weights that its index names."""
+    """A model of the hub, as far as it is needed.
+
+    What belongs to it, and then, of one commit, the weights that its index names.
+    """
     from huggingface_hub import snapshot_download  # only a hub source needs it
 
     remedy = "check the id, or give a path"
@@ -206,10 +264,13 @@ def _download(hub: str, revision: str) -> Path:
         directory = Path(snapshot_download(hub, revision=revision, ignore_patterns=list(HUB_IGNORED)))
     refuse_adapter(directory)
     config = read_config(directory)
-    find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME), config)  # before gigabytes are fetched for nothing
+    # before gigabytes are fetched for nothing
+    find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME), config)
     weights = read_index(directory) if (directory / INDEX_NAME).is_file() else ()
     names = [escape(name) for name in (SINGLE_NAME, *weights)]
-    with one_line_errors(Path(hub), f"the weights of revision '{revision}' cannot be fetched from the hub", remedy, RecipeError):
+    with one_line_errors(
+        Path(hub), f"the weights of revision '{revision}' cannot be fetched from the hub", remedy, RecipeError
+    ):
         return Path(snapshot_download(hub, revision=directory.name, allow_patterns=[*names, TEMPLATES_PATTERN]))
 
 
@@ -224,19 +285,28 @@ def _router_base(loaded: LoadedRecipe) -> Path:
 
 
 def _text_base(loaded: LoadedRecipe, first: str) -> Path:
-    """Text files are named beside the recipe, or below the current directory, as the source is; the first file given decides which."""
+    """Text files are named beside the recipe, or below the current directory, as the source is.
+
+    The first file given decides which.
+    """
     beside = loaded.path.absolute().parent
     return beside if find_files(first, beside) else Path.cwd()
 
 
 def _artifact_bytes(
-    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, exported: bool
+    checkpoint: Checkpoint,
+    plan: UpcyclePlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    loaded: LoadedRecipe,
+    exported: bool,
 ) -> dict[str, int]:
     recipe = loaded.recipe
     sizes = {"upcycle": plan.num_bytes}
     if recipe.finetune and plan.conversion.family.task == "text-generation":
         wide = recipe.finetune.resolve_stages()[-1].dtype == "float32"
-        mixture, dense = (4 * num_parameters if wide else num_bytes for num_parameters, num_bytes in _sizes(checkpoint, plan))
+        mixture, dense = (
+            4 * num_parameters if wide else num_bytes for num_parameters, num_bytes in _sizes(checkpoint, plan)
+        )
         sizes["finetune"] = mixture + (2 * dense if recipe.finetune.control else 0)
     if not exported:
         return sizes
@@ -253,7 +323,12 @@ def _sizes(checkpoint: Checkpoint, plan: UpcyclePlan) -> tuple[tuple[int, int], 
 
 
 def _memory_bytes(
-    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Mapping[str, tuple[int, ...]], loaded: LoadedRecipe, sizes: Mapping[str, int], text_bytes: int
+    checkpoint: Checkpoint,
+    plan: UpcyclePlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    loaded: LoadedRecipe,
+    sizes: Mapping[str, int],
+    text_bytes: int,
 ) -> dict[str, int]:
     """The most memory that each stage has resident, by label; of the light stages, what the run's own process has."""
     recipe, own = loaded.recipe, IMPORT_BYTES + _OWN_BYTES
@@ -267,21 +342,30 @@ def _memory_bytes(
         if (package := sizes.get(f"onnx-{variant}")) is not None:
             config = plan.target_config
             planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
-            planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(shapes, package, recipe.export.lowering == "auto")
+            planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(
+                shapes, package, recipe.export.lowering == "auto"
+            )
             longest_row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
             noise = recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export)
-            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(config, plan.num_parameters, package, block_size, longest_row, noise)
+            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(
+                config, plan.num_parameters, package, block_size, longest_row, noise
+            )
     return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})
 
 
 def _scratch_bytes(checkpoint: Checkpoint, plan: UpcyclePlan, finetune: FinetuneConfig, artifact_bytes: int) -> int:
-    """The weights after every stage, and of the model that takes most the best checkpoint, the latest and the one being written.
+    """The weights after every stage.
 
-    A checkpoint is what learns in float32 with AdamW's two moments. Routers, low-rank updates and a prompt are next to nothing.
+    And of the model that takes most the best checkpoint, the latest and the one being written. A checkpoint is what
+    learns in float32 with AdamW's two moments. Routers, low-rank updates and a prompt are next to nothing.
     """
     stages = finetune.resolve_stages()
     mixture = plan.num_parameters if any(stage.train not in ("router", "lora", "prompt") for stage in stages) else 0
-    control = checkpoint.num_parameters if finetune.control and any(stage.train not in ("lora", "prompt") for stage in stages) else 0
+    control = (
+        checkpoint.num_parameters
+        if finetune.control and any(stage.train not in ("lora", "prompt") for stage in stages)
+        else 0
+    )
     return len(stages) * artifact_bytes + 3 * 3 * 4 * max(mixture, control)
 
 
@@ -309,7 +393,12 @@ def upcycle_settings(preparation: Preparation, _: Variant | None) -> Facts:
     """Experts, router and seed."""
     recipe = preparation.loaded.recipe
     settings = recipe.upcycle.model_dump(mode="json")
-    return {**settings, "domain_files": dict(preparation.domain_files), "block_size": recipe.data.block_size, "seed": recipe.seed}
+    return {
+        **settings,
+        "domain_files": dict(preparation.domain_files),
+        "block_size": recipe.data.block_size,
+        "seed": recipe.seed,
+    }
 
 
 def finetune_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -323,8 +412,13 @@ def quantize_settings(preparation: Preparation, variant: Variant | None) -> Fact
     assert variant is not None
     recipe = preparation.loaded.recipe
     settings = recipe.quantize.model_dump(mode="json") if variant in QUANTIZED else {}
-    types = {"element_type": element_type(variant, recipe.export.device), "float_type": float_type(variant, recipe.export.device)}
-    rounds = {"activation_bits": recipe.export.activation_bits} if rounds_to_8_bits(variant, recipe.export.device, 8) else {}
+    types = {
+        "element_type": element_type(variant, recipe.export.device),
+        "float_type": float_type(variant, recipe.export.device),
+    }
+    rounds = (
+        {"activation_bits": recipe.export.activation_bits} if rounds_to_8_bits(variant, recipe.export.device, 8) else {}
+    )
     return {"variant": variant, **types, **settings, **rounds}
 
 
@@ -338,7 +432,12 @@ def parity_settings(preparation: Preparation, variant: Variant | None) -> Facts:
     recipe = preparation.loaded.recipe
     assert variant is not None
     rounds = rounds_activations(variant, recipe.export)
-    return {**recipe.parity.model_dump(mode="json"), "task_files": dict(preparation.task_files), "variant": variant, "rounds_activations": rounds}
+    return {
+        **recipe.parity.model_dump(mode="json"),
+        "task_files": dict(preparation.task_files),
+        "variant": variant,
+        "rounds_activations": rounds,
+    }
 
 
 def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
@@ -352,7 +451,8 @@ def report_settings(preparation: Preparation, _: Variant | None) -> Facts:
 def run_source(job: Job) -> Facts:
     """Links to the dense checkpoint's files, every value that something is made of read once and found finite.
 
-    They are relative: work directory and checkpoint can be moved together, or be seen at another place from a container.
+    They are relative: work directory and checkpoint can be moved together, or be seen at another place from a
+    container.
     """
     checkpoint = job.preparation.checkpoint
     for number, _ in enumerate(check_values(checkpoint, job.preparation.plan.dropped), 1):
@@ -372,7 +472,9 @@ def run_source(job: Job) -> Facts:
 
 def run_data(job: Job) -> Facts:
     """Held-out and training text as blocks of tokens."""
-    return prepare_data(job.inputs["source"], job.output, job.recipe.data, _data_base(job.preparation.loaded), job.progress)
+    return prepare_data(
+        job.inputs["source"], job.output, job.recipe.data, _data_base(job.preparation.loaded), job.progress
+    )
 
 
 def run_upcycle(job: Job) -> Facts:
@@ -384,7 +486,9 @@ def run_upcycle(job: Job) -> Facts:
     plan = upcycle(source, job.output, config, seed, job.progress, routers)
     num_written = check_written(source, job.output, plan, seed, job.progress, routers)
     receipt = write_receipt(source, job.output, plan, job.recipe.data.block_size, job.progress)
-    (job.output / RECEIPT_NAME).write_text(json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (job.output / RECEIPT_NAME).write_text(
+        json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     return {
         "target": plan.conversion.target.architecture,
         "num_experts": config.num_experts,
@@ -406,8 +510,9 @@ def run_upcycle(job: Job) -> Facts:
 
 
 def run_finetune(job: Job) -> Facts:
-    """The fine-tuned mixture, and the dense control. The history is in a file beside them: megabytes where there are many experts.
+    """The fine-tuned mixture, and the dense control.
 
+    The history is in a file beside them: megabytes where there are many experts.
     Where fine-tuning is switched off, no model: the held-out figures of the dense and the upcycled model alone.
     """
     source, mixture, data, settings = *(job.inputs[name] for name in ("source", "upcycle", "data")), job.recipe.finetune
@@ -444,18 +549,30 @@ def run_onnx(job: Job) -> Facts:
 
 
 def run_parity(job: Job) -> Facts:
-    """The package against its twin and against the fine-tuned model; thresholds are judged after the report is written."""
+    """The package against its twin and against the fine-tuned model.
+
+    Thresholds are judged after the report is written.
+    """
     assert job.variant is not None
     trained = job.recipe.finetune is not None
     parity = check_parity(
-        job.inputs["onnx"], job.inputs["quantize"], job.inputs["finetune"], read_blocks(job.inputs["data"], "test"), job.variant,
-        rounds_activations(job.variant, job.recipe.export), job.recipe.parity, job.progress, tasks=job.preparation.tasks,
+        job.inputs["onnx"],
+        job.inputs["quantize"],
+        job.inputs["finetune"],
+        read_blocks(job.inputs["data"], "test"),
+        job.variant,
+        rounds_activations(job.variant, job.recipe.export),
+        job.recipe.parity,
+        job.progress,
+        tasks=job.preparation.tasks,
         finetuned_losses=job.input_facts["finetune"]["evaluations"]["fine-tuned"]["block_losses"] if trained else None,
-    )  # fmt: skip
+    )
     facts = {**_jsonable(parity), "passed": parity.passed}
     if not trained:  # parity calls the model that was exported the fine-tuned one
         facts["breaches"] = [breach.replace("fine-tuned model", "upcycled model") for breach in facts["breaches"]]
-    (job.output / "parity.json").write_text(json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    (job.output / "parity.json").write_text(
+        json.dumps(name_specials(facts), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
     return facts
 
 
@@ -471,7 +588,9 @@ def run_report(job: Job) -> Facts:
         "machine": asdict(describe_machine()),
         "recipe": job.preparation.loaded.text,
         "keys": dict(job.keys),
-        "digests": {label: _digests(job.inputs[label]) for label in job.inputs if label == "source" or label.startswith("onnx-")},
+        "digests": {
+            label: _digests(job.inputs[label]) for label in job.inputs if label == "source" or label.startswith("onnx-")
+        },
         "base_model": source.hub if isinstance(source, HubSource) else None,
         "license": dict(job.preparation.license),
         "variants": {},
@@ -483,7 +602,9 @@ def run_report(job: Job) -> Facts:
             facts["variants"].setdefault(variant, {})[stage] = stage_facts
         else:
             facts[stage] = stage_facts
-    history = [json.loads(line) for line in (job.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()]
+    history = [
+        json.loads(line) for line in (job.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
+    ]
     write_report({**facts, "finetune": {**facts["finetune"], "history": history}}, job.output)
     for variant in facts["variants"]:
         write_card(facts, variant, job.inputs[f"onnx-{variant}"], job.output / CARDS_NAME / variant)

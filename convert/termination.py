@@ -22,8 +22,9 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def termination_raised() -> Iterator[None]:
-    """For the length of a `with` in the main thread: the first of these signals raises `Terminated`, and later ones do not disturb what follows.
+    """For the length of a `with` in the main thread.
 
+    The first of these signals raises `Terminated`, and later ones do not disturb what follows.
     A signal that whoever began this process has switched off, as nohup does, stays off.
     """
     if threading.current_thread() is not threading.main_thread():

@@ -1,12 +1,13 @@
 """A process of its own for a stage: what it took is free when it ends.
 
-torch, onnxruntime and the C library keep much of what a stage has freed, so a run in one process holds the most that any of its stages took. A
-stage's process is forked from a server that has imported everything and computed nothing: no thread of torch, no CUDA, no lock of anyone else is in
-it, and no stage waits for imports. What holds for all of them:
+torch, onnxruntime and the C library keep much of what a stage has freed, so a run in one process holds the most that
+any of its stages took. A stage's process is forked from a server that has imported everything and computed nothing: no
+thread of torch, no CUDA, no lock of anyone else is in it, and no stage waits for imports. What holds for all of them:
 
-1. Progress, the result, the most memory that was resident, and an error with what caused it come back over a pipe. A bug keeps its traceback.
-2. The process never sees Ctrl-C, SIGTERM or SIGHUP: the run's own process does, and ends it. It ends itself when that one is gone, however that came
-   about, and then it and the server say nothing: nobody waits for it.
+1. Progress, the result, the most memory that was resident, and an error with what caused it come back over a pipe. A
+   bug keeps its traceback.
+2. The process never sees Ctrl-C, SIGTERM or SIGHUP: the run's own process does, and ends it. It ends itself when that
+   one is gone, however that came about, and then it and the server say nothing: nobody waits for it.
 3. It holds the lock of the work directory too, so no other run begins while it still writes.
 """
 
@@ -28,12 +29,12 @@ from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from convert.artifact import ArtifactError
+from dense2moe.convert.artifact import ArtifactError
 
 if TYPE_CHECKING:  # only the type: importing it would load torch
-    from upcycle.progress import Progress
+    from dense2moe.upcycle.progress import Progress
 
-_PRELOADED = ["convert.stages", "convert.stage_server"]
+_PRELOADED = ["dense2moe.convert.stages", "dense2moe.convert.stage_server"]
 _TOLD_TO_RUN_ALONE = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 Argument = TypeVar("Argument")
@@ -92,8 +93,12 @@ def start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_apart(function: Callable[[Argument, Progress], Found], argument: Argument, label: str, held: int, progress: Progress) -> Measured[Found]:
-    """What `function` makes of `argument` in a process of its own; both, and what it returns, must be picklable. `held` is a file that is kept open.
+def run_apart(
+    function: Callable[[Argument, Progress], Found], argument: Argument, label: str, held: int, progress: Progress
+) -> Measured[Found]:
+    """What `function` makes of `argument` in a process of its own; both, and what it returns, must be picklable.
+
+    `held` is a file that is kept open.
 
     Raises:
         ArtifactError: the process was killed, as the kernel does where memory runs out.
@@ -104,7 +109,9 @@ def run_apart(function: Callable[[Argument, Progress], Found], argument: Argumen
     start_server()
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(sender, _Held(held), function, argument, torch.get_num_threads()), daemon=True)
+    process = context.Process(
+        target=_work, args=(sender, _Held(held), function, argument, torch.get_num_threads()), daemon=True
+    )
     process.start()
     sender.close()
     try:
@@ -117,7 +124,10 @@ def run_apart(function: Callable[[Argument, Progress], Found], argument: Argumen
 
 
 def _listen(
-    receiver: multiprocessing.connection.Connection, process: multiprocessing.process.BaseProcess, label: str, progress: Progress
+    receiver: multiprocessing.connection.Connection,
+    process: multiprocessing.process.BaseProcess,
+    label: str,
+    progress: Progress,
 ) -> Measured[Any]:
     while True:
         try:
@@ -125,8 +135,10 @@ def _listen(
         except EOFError:
             process.join()
             raise ArtifactError(
-                f"{label}: its process was ended by {_describe_end(process.exitcode)}; where that was for want of memory, close other programs, or "
-                "take a smaller model, data.block_size or finetune.batch_size; what is finished is kept, and the same command goes on from there"
+                f"{label}: its process was ended by {_describe_end(process.exitcode)}; where that was for want of "
+                "memory, close other programs, or "
+                "take a smaller model, data.block_size or finetune.batch_size; what is finished is kept, and the "
+                "same command goes on from there"
             ) from None
         match message:
             case Measured():
@@ -141,12 +153,17 @@ def _describe_end(code: int | None) -> str:
     return signal.Signals(-code).name if code is not None and code < 0 else f"exit code {code}"
 
 
-def _work(sender: multiprocessing.connection.Connection, _: int, function: Callable[[Any, Progress], Any], argument: Any, num_threads: int) -> None:
+def _work(
+    sender: multiprocessing.connection.Connection,
+    _: int,
+    function: Callable[[Any, Progress], Any],
+    argument: Any,
+    num_threads: int,
+) -> None:
     """What the stage's process does."""
     import torch
+    from dense2moe.convert.machine import peak_resident_bytes
     from transformers.utils import logging
-
-    from convert.machine import peak_resident_bytes
 
     gc.freeze()  # what the server imported stays in the pages that all share
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -1,7 +1,10 @@
 """The one error that a user can mend."""
 
-from upcycle.errors import MendableError
+from dense2moe.upcycle.errors import MendableError
 
 
 class ExportError(MendableError):
-    """A mistake in what the user gave or asked for; its text says where, what is, what must be and how to mend it, in one line."""
+    """A mistake in what the user gave or asked for.
+
+    Its text says where, what is, what must be and how to mend it, in one line.
+    """

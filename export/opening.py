@@ -1,15 +1,18 @@
 """The door for ONNX packages: whatever is wrong with one's files is one line.
 
-A package may come from anybody: cut by a download, made of git-LFS pointers, written for another runtime, or no package at all. What onnx,
-onnxruntime, json, tokenizers and the file system say of its files becomes an `ExportError` that names the file. A package is opened in this order:
+A package may come from anybody: cut by a download, made of git-LFS pointers, written for another runtime, or no package
+at all. What onnx, onnxruntime, json, tokenizers and the file system say of its files becomes an `ExportError` that
+names the file. A package is opened in this order:
 
 1. `model.onnx` is read without its weights.
-2. The files of weights are looked up, and every tensor must lie within its file. Links are followed, but only to files below the package, or below
-   the directory in which `model.onnx` itself lies. So the hub's cache opens, whose snapshots are links into `blobs`, and no package makes weights of
-   other files of its user's. onnxruntime has the same rule for a path; of a graph in memory it wants weights below one directory, without links out
-   of it, and onnx reads no links at all. So a graph names here the files behind the links.
+2. The files of weights are looked up, and every tensor must lie within its file. Links are followed, but only to files
+   below the package, or below the directory in which `model.onnx` itself lies. So the hub's cache opens, whose
+   snapshots are links into `blobs`, and no package makes weights of other files of its user's. onnxruntime has the same
+   rule for a path; of a graph in memory it wants weights below one directory, without links out of it, and onnx reads
+   no links at all. So a graph names here the files behind the links.
 3. `config.json`, or what `genai_config.json` says in its place, must hold the sizes that are asked for.
-4. A session starts, and runs. onnxruntime knows operators and shapes better than we do, and says what is wrong with a graph.
+4. A session starts, and runs. onnxruntime knows operators and shapes better than we do, and says what is wrong with a
+   graph.
 """
 
 from __future__ import annotations
@@ -27,22 +30,28 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
-
-from export.errors import ExportError
-from export.storage import GENAI_CONFIG_NAME, MODEL_NAME
-from upcycle import tokenizer
-from upcycle.config_files import CONFIG_NAME
-from upcycle.errors import UpcycleError, one_line_errors, shorten
-from upcycle.pointers import POINTER_REMEDY, is_pointer
+from dense2moe.export.errors import ExportError
+from dense2moe.export.storage import GENAI_CONFIG_NAME, MODEL_NAME
+from dense2moe.upcycle.checkpoints import tokenizer
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.pointers import POINTER_REMEDY, is_pointer
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 
 _AGAIN = "download the package again, or export it again"
-_PACKED_BITS = {getattr(onnx.TensorProto, name): int(name[-1]) for name in ("INT4", "UINT4", "INT2", "UINT2") if hasattr(onnx.TensorProto, name)}
+_PACKED_BITS = {
+    getattr(onnx.TensorProto, name): int(name[-1])
+    for name in ("INT4", "UINT4", "INT2", "UINT2")
+    if hasattr(onnx.TensorProto, name)
+}
 """Types of which several lie in a byte."""
 _GENAI_SIZES = {
-    "max_position_embeddings": "model.context_length", "vocab_size": "model.vocab_size", "hidden_size": "model.decoder.hidden_size",
-    "num_attention_heads": "model.decoder.num_attention_heads", "num_key_value_heads": "model.decoder.num_key_value_heads",
+    "max_position_embeddings": "model.context_length",
+    "vocab_size": "model.vocab_size",
+    "hidden_size": "model.decoder.hidden_size",
+    "num_attention_heads": "model.decoder.num_attention_heads",
+    "num_key_value_heads": "model.decoder.num_key_value_heads",
     "head_dim": "model.decoder.head_size",
-}  # fmt: skip
+}
 """Fields of a config, and where onnxruntime-genai's description has them."""
 _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+/onnxruntime/\S+:\d+ (?:[^()]*\([^()]*\) )?")
 """What onnxruntime puts before a message: its code, and the place and signature of the function that threw it."""
@@ -50,7 +59,10 @@ _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+/onnxruntime/\S+:\
 
 @dataclass(frozen=True)
 class Package:
-    """A package that was opened: its graph without weights, whose tensors name their files relative to `data_folder`, links followed."""
+    """A package that was opened.
+
+    Its graph without weights, whose tensors name their files relative to `data_folder`, links followed.
+    """
 
     directory: Path
     model: onnx.ModelProto
@@ -98,16 +110,23 @@ def open_package(directory: Path) -> Package:
     path = directory / MODEL_NAME
     with one_line_errors(path, "cannot be read", "give the directory of an ONNX package", ExportError):
         if not path.is_file():
-            what = f"no {MODEL_NAME}" if directory.is_dir() else "is a file" if directory.exists() else "no such directory"
+            what = (
+                f"no {MODEL_NAME}" if directory.is_dir() else "is a file" if directory.exists() else "no such directory"
+            )
             raise ExportError(f"{directory}: {what}; it must be an ONNX package, as `dense2moe run` writes it")
         _refuse_pointer(path)
     with one_line_errors(path, "is no ONNX model", _AGAIN, ExportError):
         model = onnx.load(path, load_external_data=False)
     if not model.graph.node:
-        raise ExportError(f"{path}: is {'empty' if not path.stat().st_size else 'no ONNX model: it has no nodes'}; {_AGAIN}")
+        raise ExportError(
+            f"{path}: is {'empty' if not path.stat().st_size else 'no ONNX model: it has no nodes'}; {_AGAIN}"
+        )
     _check_branches(model, path)
     outside = [tensor for tensor in _walk_tensors(model.graph) if tensor.data_location == onnx.TensorProto.EXTERNAL]
-    files = {location: _find_file(directory, location) for location in dict.fromkeys(_locate(tensor, path) for tensor in outside)}
+    files = {
+        location: _find_file(directory, location)
+        for location in dict.fromkeys(_locate(tensor, path) for tensor in outside)
+    }
     folder = Path(os.path.commonpath([file.parent for file in files.values()])) if files else directory.resolve()
     sizes = {location: file.stat().st_size for location, file in files.items()}
     for tensor in outside:
@@ -115,22 +134,29 @@ def open_package(directory: Path) -> Package:
         _check_size(tensor, length, path)
         if (end := offset + (length or 0)) > sizes[location]:
             raise ExportError(
-                f"{directory / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in {MODEL_NAME} ends at {end:,}, "
+                f"{directory / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in "
+                f"{MODEL_NAME} ends at {end:,}, "
                 f"so the file is cut, or another model's; {_AGAIN}"
             )
-        next(entry for entry in tensor.external_data if entry.key == "location").value = files[location].relative_to(folder).as_posix()
+        next(entry for entry in tensor.external_data if entry.key == "location").value = (
+            files[location].relative_to(folder).as_posix()
+        )
     return Package(directory, model, folder)
 
 
 def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> None:
-    """Refuse a tensor whose shape says another size than its file; onnxruntime would allocate what the shape says first."""
+    """Refuse a tensor whose shape says another size than its file.
+
+    Onnxruntime would allocate what the shape says first.
+    """
     name = shorten(tensor.name)
     with one_line_errors(path, f"the tensor {name!r} has a type that onnx does not know", _AGAIN, ExportError):
         bits = _PACKED_BITS.get(tensor.data_type) or 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
     needed = math.ceil(math.prod(tensor.dims) * bits / 8)
     if min(tensor.dims, default=0) < 0 or (length is not None and needed != length):
         raise ExportError(
-            f"{path}: the tensor {name!r} of shape {list(tensor.dims)} takes {needed:,} bytes; {length or 0:,} are said to be there; {_AGAIN}"
+            f"{path}: the tensor {name!r} of shape {list(tensor.dims)} takes {needed:,} bytes; {length or 0:,} are "
+            f"said to be there; {_AGAIN}"
         )
 
 
@@ -160,8 +186,12 @@ def _check_branches(model: onnx.ModelProto, path: Path) -> None:
     """Whether every `If` has two branches that return what it returns."""
     for node in model.graph.node:
         bodies = [attribute.g for attribute in node.attribute if attribute.name in ("then_branch", "else_branch")]
-        if node.op_type == "If" and not (len(bodies) == 2 and all(len(body.output) == len(node.output) for body in bodies)):
-            raise ExportError(f"{path}: the node {shorten(node.name)!r} lacks a branch, or what a branch must return; {_AGAIN}")
+        if node.op_type == "If" and not (
+            len(bodies) == 2 and all(len(body.output) == len(node.output) for body in bodies)
+        ):
+            raise ExportError(
+                f"{path}: the node {shorten(node.name)!r} lacks a branch, or what a branch must return; {_AGAIN}"
+            )
 
 
 def _walk_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
@@ -177,7 +207,9 @@ def _walk_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _locate(tensor: onnx.TensorProto, path: Path) -> str:
     """The file that a tensor says it lies in; what it says must be well formed."""
-    with one_line_errors(path, f"the tensor {shorten(tensor.name)!r} does not say where its weights lie", _AGAIN, ExportError):
+    with one_line_errors(
+        path, f"the tensor {shorten(tensor.name)!r} does not say where its weights lie", _AGAIN, ExportError
+    ):
         location, offset, length = _find_span(tensor)
         if offset < 0 or (length or 0) < 0:
             raise ValueError(f"offset {offset}, length {length}")
@@ -202,7 +234,8 @@ def _find_file(directory: Path, location: str) -> Path:
         inside = not Path(location).is_absolute() and ".." not in Path(location).parts
         if not inside or not any(file.is_relative_to(home) for home in (directory.resolve(), path.resolve().parent)):
             raise ExportError(
-                f"{path}: its weights are said to lie in {shown!r}, outside of the package; must be a file beside {MODEL_NAME}; {_AGAIN}"
+                f"{path}: its weights are said to lie in {shown!r}, outside of the package; must be a file beside "
+                f"{MODEL_NAME}; {_AGAIN}"
             )
         if not file.is_file():
             raise ExportError(f"{directory / shown}: no such file; {MODEL_NAME} has its weights there; {_AGAIN}")
@@ -230,11 +263,15 @@ class Config:
         place = self.places.get(name, name)
         what = f"{place} is {shorten(json.dumps(value))}" if name in self.values else f"{place} is missing"
         must = f"must be a whole number from {least} on"
-        raise ExportError(f"{self.path}: {what}; {must}; copy the file from the checkpoint that the package was made from")
+        raise ExportError(
+            f"{self.path}: {what}; {must}; copy the file from the checkpoint that the package was made from"
+        )
 
 
 def read_config(directory: Path) -> Config:
-    """The model's config, with the fields of a language model that is part of it; or what onnxruntime-genai's description says of it.
+    """The model's config, with the fields of a language model that is part of it.
+
+    Or what onnxruntime-genai's description says of it.
 
     Raises:
         ExportError: neither is there, or it is no JSON object.
@@ -246,9 +283,13 @@ def read_config(directory: Path) -> Config:
         return Config(path, _without_null({**inner, **values} if isinstance(inner, dict) else values), {})
     path = directory / GENAI_CONFIG_NAME
     if not path.is_file():
-        raise ExportError(f"{directory}: no {CONFIG_NAME}; copy it there from the checkpoint that the package was made from")
+        raise ExportError(
+            f"{directory}: no {CONFIG_NAME}; copy it there from the checkpoint that the package was made from"
+        )
     described = _read_object(path)
-    return Config(path, _without_null({name: _dig(described, place) for name, place in _GENAI_SIZES.items()}), _GENAI_SIZES)
+    return Config(
+        path, _without_null({name: _dig(described, place) for name, place in _GENAI_SIZES.items()}), _GENAI_SIZES
+    )
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -8,24 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from dense2moe.export.config import Device, ElementType, OnnxConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
+from dense2moe.export.graph.family import find_refusal
+from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.lowering import Lowering
+from dense2moe.export.progress import Progress
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
+from dense2moe.export.runtime.generation import Generation, read_generation
+from dense2moe.export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
+from dense2moe.export.timing import LoweringTime, cut_for_timing, time_lowerings
+from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
+from dense2moe.export.tracing.tracer import trace_decoder
+from dense2moe.upcycle.checkpoints.config_files import save_config
+from dense2moe.upcycle.checkpoints.reader import copy_companions
 from transformers import PreTrainedConfig
-
-from export.config import Device, ElementType, OnnxConfig
-from export.decoder import DecoderGraph, build_decoder, find_candidates
-from export.errors import ExportError
-from export.family import find_refusal
-from export.generation import Generation, read_generation
-from export.invariants import check_graph
-from export.lowering import Lowering
-from export.passes import find_traced_candidates, lower_trace
-from export.progress import Progress
-from export.runtime import PROVIDERS, is_at_hand
-from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
-from export.timing import LoweringTime, cut_for_timing, time_lowerings
-from export.tracing import trace_decoder
-from export.twin import Twin
-from upcycle.checkpoint import copy_companions
-from upcycle.config_files import save_config
 
 MAX_LENGTH = 4096
 """Tokens of prompt and answer for which onnxruntime-genai allocates its cache, unless it is told another number."""
@@ -37,8 +36,8 @@ Choice = Literal["only", "timed", "first, no such device here to time on"]
 class OnnxFacts:
     """What was written, and how its lowering was chosen; the lowering is "none" where no layer has experts.
 
-    It is the only one that can be, the fastest of those that were timed here (`timings`, the fastest first), or, where there is no device of the
-    kind to time on, the first of those that can be.
+    It is the only one that can be, the fastest of those that were timed here (`timings`, the fastest first), or, where
+    there is no device of the kind to time on, the first of those that can be.
     """
 
     device: Device
@@ -52,10 +51,13 @@ class OnnxFacts:
 
 
 def write_package(source: Path, output: Path, config: OnnxConfig, progress: Progress) -> OnnxFacts:
-    """Write the package of the (quantized) checkpoint in `source` into `output`; weights go to disk one initializer at a time.
+    """Write the package of the (quantized) checkpoint in `source` into `output`.
+
+    Weights go to disk one initializer at a time.
 
     Raises:
-        ExportError: the architecture or the lowering asked for is not covered, or what was written breaks an invariant (`export.invariants`).
+        ExportError: the architecture or the lowering asked for is not covered, or what was written breaks an invariant
+            (`dense2moe.export.graph.invariants`).
     """
     twin = Twin(source)
     write = _build if find_refusal(twin.checkpoint.config) is None else _trace
@@ -84,7 +86,9 @@ def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> 
     """The graph from the checkpoint's tensors."""
     candidates = find_candidates(twin, config)
     cut = cut_for_timing(twin)
-    lowering, choice, timings = _choose(twin, config, candidates, lambda found: build_decoder(twin, config, found, cut), folder, progress)
+    lowering, choice, timings = _choose(
+        twin, config, candidates, lambda found: build_decoder(twin, config, found, cut), folder, progress
+    )
     return build_decoder(twin, config, lowering), choice, timings
 
 
@@ -92,20 +96,28 @@ def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> 
     """The graph from the model's own forward, where no builder knows the architecture."""
     if twin.element_type != "float32":
         raise ExportError(
-            f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave out the variants in 16 bits, "
+            f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave "
+            "out the variants in 16 bits, "
             "which are 'float16' and with export.device 'cuda' all but 'float32'"
         )
     progress("tracing", 0, 1)
     trace = trace_decoder(twin)
     progress("tracing", 1, 1)
     candidates = find_traced_candidates(trace, twin, config)
-    lowering, choice, timings = _choose(twin, config, candidates, lambda found: lower_trace(trace, twin, config, found), folder, progress)
+    lowering, choice, timings = _choose(
+        twin, config, candidates, lambda found: lower_trace(trace, twin, config, found), folder, progress
+    )
     assert lowering is not None
     return lower_trace(trace, twin, config, lowering), choice, timings
 
 
 def _choose(
-    twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], build: Callable[[Lowering], DecoderGraph], folder: Path, progress: Progress
+    twin: Twin,
+    config: OnnxConfig,
+    candidates: Sequence[Lowering],
+    build: Callable[[Lowering], DecoderGraph],
+    folder: Path,
+    progress: Progress,
 ) -> tuple[Lowering | None, Choice, Timings]:
     """The lowering to write, None without experts, how it was chosen, and the times that decided."""
     if len(candidates) < 2:
@@ -118,7 +130,9 @@ def _choose(
 
 def _cache_shapes(graph: DecoderGraph) -> list[tuple[Any, Any]]:
     """Heads and their size, of every key and value in the cache."""
-    past = [value.shape for value in graph.model.graph.inputs if value.name and value.name.startswith("past_key_values.")]
+    past = [
+        value.shape for value in graph.model.graph.inputs if value.name and value.name.startswith("past_key_values.")
+    ]
     return [(shape[1], shape[3]) for shape in past if shape is not None]
 
 
@@ -127,12 +141,15 @@ def _cache_shape(description: dict[str, Any]) -> tuple[Any, Any]:
     return decoder["num_key_value_heads"], decoder["head_size"]
 
 
-def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, generation: Generation | None = None) -> dict[str, Any]:
-    """The description that onnxruntime-genai reads; its type "decoder" takes any graph with these input and output names.
+def genai_config(
+    config: PreTrainedConfig, shares_buffer: bool = True, generation: Generation | None = None
+) -> dict[str, Any]:
+    """The description that onnxruntime-genai reads.
 
-    Text ends, and is drawn, as `generation` says. It may be as long as the context, but by default no longer than 4,096 tokens: the cache of all of
-    `search.max_length` is allocated at once, 34 GB for 131,072 tokens of an 8 B model. It knows one shape of keys and values, so a model whose shapes
-    differ, as with latent attention, gets none.
+    Its type "decoder" takes any graph with these input and output names. Text ends, and is drawn, as `generation` says.
+    It may be as long as the context, but by default no longer than 4,096 tokens: the cache of all of
+    `search.max_length` is allocated at once, 34 GB for 131,072 tokens of an 8 B model. It knows one shape of keys and
+    values, so a model whose shapes differ, as with latent attention, gets none.
     """
     heads = config.num_attention_heads
     ends = list(generation.ends) if generation is not None and generation.ends else config.eos_token_id
@@ -163,7 +180,11 @@ def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, generatio
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
-                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
             },
         },
         "search": {
@@ -177,6 +198,10 @@ def genai_config(config: PreTrainedConfig, shares_buffer: bool = True, generatio
 def _genai_search(generation: Generation, vocab_size: int) -> dict[str, Any]:
     """How onnxruntime-genai chooses tokens; it has no min_p, and takes a top_k of 0 for greedy."""
     sampling = generation.sampling
-    drawn = {"temperature": sampling.temperature, "top_k": sampling.top_k or vocab_size, "top_p": sampling.top_p} if generation.draws else {}
+    drawn = (
+        {"temperature": sampling.temperature, "top_k": sampling.top_k or vocab_size, "top_p": sampling.top_p}
+        if generation.draws
+        else {}
+    )
     penalty = {"repetition_penalty": sampling.repetition_penalty} if sampling.repetition_penalty != 1 else {}
     return {"do_sample": generation.draws, **drawn, **penalty}

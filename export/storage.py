@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx_ir as ir
-
-from export.progress import Progress
+from dense2moe.export.progress import Progress
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
@@ -23,7 +22,10 @@ _PAGE_BYTES, _LEAST_ALIGNED_BYTES = 4096, 1 << 20  # large weights begin at a pa
 
 
 def save_graph(model: ir.Model, directory: Path, progress: Progress) -> int:
-    """Write graph and weights, one initializer in memory at a time; returns their bytes. The model then reads its weights from the file."""
+    """Write graph and weights, one initializer in memory at a time; returns their bytes.
+
+    The model then reads its weights from the file.
+    """
     values = [value for graph in model.graphs() for value in graph.initializers.values()]
     with (directory / DATA_NAME).open("wb") as file:
         for number, _ in enumerate(_write_weights(values, file, directory), 1):
@@ -49,5 +51,7 @@ def _write_weights(values: list[ir.Value], file: BinaryIO, directory: Path) -> I
                 file.write(tensor.numpy().data.cast("B") if tensor.dtype != ir.DataType.BFLOAT16 else tensor.tobytes())
                 written[content, tensor.dtype, size] = offset
             shape = ir.Shape(tensor.shape.numpy())
-            value.const_value = ir.ExternalTensor(DATA_NAME, offset, size, tensor.dtype, shape=shape, name=value.name or "", base_dir=directory)
+            value.const_value = ir.ExternalTensor(
+                DATA_NAME, offset, size, tensor.dtype, shape=shape, name=value.name or "", base_dir=directory
+            )
         yield

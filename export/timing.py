@@ -1,8 +1,9 @@
 """Which lowering is the fastest here: the candidates timed side by side on this machine.
 
-No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits. What is timed is the model
-itself, cut to its first layer with experts, or to a few where their weights are few; layers are alike, and a model's time is that of its layers. A
-traced model is timed whole. The candidates take turns, and each is loaded for its turn alone: one at a time is in memory.
+No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits.
+What is timed is the model itself, cut to its first layer with experts, or to a few where their weights are few; layers
+are alike, and a model's time is that of its layers. A traced model is timed whole. The candidates take turns, and each
+is loaded for its turn alone: one at a time is in memory.
 """
 
 from __future__ import annotations
@@ -15,19 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
-from export.config import OnnxConfig
-from export.decoder import Cut, DecoderGraph
-from export.family import layer_of
-from export.lowering import Lowering
-from export.progress import Progress
-from export.runtime import PROVIDERS, Decoder
-from export.speed import Speed, measure_speed
-from export.storage import save_graph
-from export.twin import Twin
+from dense2moe.export.config import OnnxConfig
+from dense2moe.export.graph.decoder import Cut, DecoderGraph
+from dense2moe.export.graph.family import layer_of
+from dense2moe.export.lowering import Lowering
+from dense2moe.export.progress import Progress
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
+from dense2moe.export.runtime.speed import Speed, measure_speed
+from dense2moe.export.storage import save_graph
 
 _TIMED_BYTES = 16 << 20
-"""Layers are taken until their weights have as many bytes, or all of them: more than a core's own cache keeps, and one layer of most models."""
+"""Layers are taken until their weights have as many bytes, or all of them.
+
+More than a core's own cache keeps, and one layer of most models.
+"""
 _TIMED_VOCABULARY = 4096
 """Rows of embedding and head; they are the same for all candidates."""
 _NUM_ROUNDS = 3
@@ -37,7 +40,10 @@ _MOST_NEW_TOKENS = 32
 
 @dataclass(frozen=True)
 class LoweringTime:
-    """A candidate and its speed: tokens per second of prefill and decode at batch 1, and seconds of the request that the recipe describes."""
+    """A candidate and its speed.
+
+    Tokens per second of prefill and decode at batch 1, and seconds of the request that the recipe describes.
+    """
 
     lowering: str
     prefill_tokens_per_second: float
@@ -46,9 +52,17 @@ class LoweringTime:
 
 
 def time_lowerings(
-    twin: Twin, config: OnnxConfig, candidates: Sequence[Lowering], build: Callable[[Lowering], DecoderGraph], folder: Path, progress: Progress
+    twin: Twin,
+    config: OnnxConfig,
+    candidates: Sequence[Lowering],
+    build: Callable[[Lowering], DecoderGraph],
+    folder: Path,
+    progress: Progress,
 ) -> list[LoweringTime]:
-    """Time the graph that `build` makes with every candidate, the fastest first; files that this needs lie in `folder` and are gone afterwards."""
+    """Time the graph that `build` makes with every candidate, the fastest first.
+
+    Files that this needs lie in `folder` and are gone afterwards.
+    """
     c = twin.checkpoint.config
     prompt = np.random.default_rng(0).integers(0, min(c.vocab_size, _TIMED_VOCABULARY), config.request.prompt_tokens)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -63,7 +77,9 @@ def time_lowerings(
         for number, name in enumerate(turns, len(candidates)):
             progress("timing lowerings", number, total)
             decoder = Decoder(Path(scratch) / name, PROVIDERS[config.device])
-            speeds[name].append(measure_speed(decoder, prompt.tolist(), min(config.request.new_tokens, _MOST_NEW_TOKENS), num_rounds=1))
+            speeds[name].append(
+                measure_speed(decoder, prompt.tolist(), min(config.request.new_tokens, _MOST_NEW_TOKENS), num_rounds=1)
+            )
             del decoder  # before the next one is loaded
         progress("timing lowerings", total, total)
     times = [_time(name, found, config) for name, found in speeds.items()]
@@ -71,7 +87,10 @@ def time_lowerings(
 
 
 def cut_for_timing(twin: Twin) -> Cut:
-    """The part of a model that is timed: so many of the first layers as are too large for a core's cache, one with experts among them."""
+    """The part of a model that is timed.
+
+    So many of the first layers as are too large for a core's cache, one with experts among them.
+    """
     sizes: dict[int, int] = {}
     for name, entry in twin.checkpoint.entries.items():
         if (layer := layer_of(name)) >= 0:
@@ -88,5 +107,12 @@ def cut_for_timing(twin: Twin) -> Cut:
 
 
 def _time(name: str, speeds: Sequence[Speed], config: OnnxConfig) -> LoweringTime:
-    speed = Speed(statistics.median(found.prefill for found in speeds), statistics.median(found.decode for found in speeds))
-    return LoweringTime(name, speed.prefill, speed.decode, speed.request_seconds(config.request.prompt_tokens, config.request.new_tokens))
+    speed = Speed(
+        statistics.median(found.prefill for found in speeds), statistics.median(found.decode for found in speeds)
+    )
+    return LoweringTime(
+        name,
+        speed.prefill,
+        speed.decode,
+        speed.request_seconds(config.request.prompt_tokens, config.request.new_tokens),
+    )

@@ -44,7 +44,9 @@ class Page:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """A command of the Chrome DevTools Protocol, and its answer."""
         self._number += 1
-        message = {"id": self._number, "method": method, "params": parameters} | ({"sessionId": self._session} if self._session else {})
+        message = {"id": self._number, "method": method, "params": parameters} | (
+            {"sessionId": self._session} if self._session else {}
+        )
         os.write(self._write, json.dumps(message).encode() + b"\0")
         while True:
             found = self._next()
@@ -66,7 +68,13 @@ class Page:
 
     def open(self, path: Path, width: int, height: int, scale: float = 1) -> None:
         """Show a file in a window so wide and high, in CSS pixels."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=width < 600)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=scale,
+            mobile=width < 600,
+        )
         self._events.clear()
         self.call("Page.navigate", url=path.resolve().as_uri())
         while "Page.loadEventFired" not in self._events:
@@ -85,12 +93,19 @@ class Page:
 
     def print(self, path: Path) -> None:
         """The page on paper of its own size, as PDF."""
-        path.write_bytes(base64.b64decode(self.call("Page.printToPDF", preferCSSPageSize=True, paperWidth=8.27, paperHeight=11.69)["data"]))
+        path.write_bytes(
+            base64.b64decode(
+                self.call("Page.printToPDF", preferCSSPageSize=True, paperWidth=8.27, paperHeight=11.69)["data"]
+            )
+        )
 
 
 @contextmanager
 def open_browser(executable: str, profile: Path) -> Iterator[Page]:
-    """A browser with one tab; it reads commands from descriptor 3 and answers on 4, each message ended by a zero byte."""
+    """A browser with one tab.
+
+    It reads commands from descriptor 3 and answers on 4, each message ended by a zero byte.
+    """
     ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (*os.pipe(), *os.pipe())]
     their_read, our_write, our_read, their_write = ends
 
@@ -108,7 +123,9 @@ def open_browser(executable: str, profile: Path) -> Iterator[Page]:
         "--disable-extensions",
     ]
     command = [executable, *options, f"--user-data-dir={profile}", "--remote-debugging-pipe", "about:blank"]
-    process = subprocess.Popen(command, preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, preexec_fn=connect, close_fds=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     os.close(their_read)
     os.close(their_write)
     try:

@@ -11,23 +11,26 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.surgery import upcycle
-
 MakeDense = Callable[..., Path]
 
-torch.set_num_threads(1)  # models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
+# models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
+torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: garbage collections that tests ask for, by loading models, need not look through all of it each time."""
+    """What is imported by now stays.
+
+    Garbage collections that tests ask for, by loading models, need not look through all of it each time.
+    """
     gc.collect()
     gc.freeze()
 
@@ -39,9 +42,13 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=300,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    tokenizer.train_from_iterator([(Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")], trainer)  # a text that stays as it is
+    # a text that stays as it is
+    tokenizer.train_from_iterator([(Path(__file__).parent.parent / "LICENSE").read_text(encoding="utf-8")], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     assert tokenizer.get_vocab_size() == 300
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
@@ -61,7 +68,15 @@ TINY_DECODER = {
     "eos_token_id": 1,
     "pad_token_id": None,
 }
-TINY_T5 = {"vocab_size": 300, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 4, "num_decoder_layers": 2, "num_heads": 4}
+TINY_T5 = {
+    "vocab_size": 300,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+    "num_heads": 4,
+}
 
 
 @pytest.fixture(scope="session")
@@ -71,14 +86,24 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrai
     Keywords override its config, `dtype` and `max_shard_size` its file.
     """
 
-    def make(dtype: torch.dtype = torch.float32, max_shard_size: str = "5GB", architecture: str = "LlamaForCausalLM", **overrides: Any) -> Path:
+    def make(
+        dtype: torch.dtype = torch.float32,
+        max_shard_size: str = "5GB",
+        architecture: str = "LlamaForCausalLM",
+        **overrides: Any,
+    ) -> Path:
         model_class = getattr(transformers, architecture)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = model_class(model_class.config_class(**(TINY_T5 if architecture.startswith("T5") else TINY_DECODER) | overrides))
+            model = model_class(
+                model_class.config_class(**(TINY_T5 if architecture.startswith("T5") else TINY_DECODER) | overrides)
+            )
             for name, parameter in model.named_parameters():
-                if "norm" in name:  # a norm of ones would hide a norm that is lost or swapped; Gemma adds the one itself
-                    torch.nn.init.uniform_(parameter, *((-0.5, 0.5) if architecture.startswith("Gemma") else (0.5, 1.5)))
+                # a norm of ones would hide a norm that is lost or swapped; Gemma adds the one itself
+                if "norm" in name:
+                    torch.nn.init.uniform_(
+                        parameter, *((-0.5, 0.5) if architecture.startswith("Gemma") else (0.5, 1.5))
+                    )
                 elif name.endswith(".bias"):  # and biases start at zero
                     torch.nn.init.normal_(parameter, std=0.5)
         directory = tmp_path_factory.mktemp("dense")
@@ -99,7 +124,9 @@ def dense_checkpoint(make_dense: MakeDense) -> Path:
 def mixture_checkpoint(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The mixture made from `dense_checkpoint`: 4 experts that differ, top-2. Shared: read only."""
     output = tmp_path_factory.mktemp("mixture")
-    config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
+    config = UpcycleConfig(
+        num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
+    )
     upcycle(dense_checkpoint, output, config, 0, lambda what, done, total: None)
     return output
 

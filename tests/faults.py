@@ -1,13 +1,13 @@
 """Faults to plant in decoder packages, ours and of other makers: a library of what parity must name.
 
-A fault knows no names of nodes or weights. What it changes is found by what it is: rows of a matrix by their values in the checkpoint that the
-package's weights stand for, however they lie in the file (transposed, stacked, packed, as integers and scales); constants by the pattern of nodes
-that reads them; caches, masks, positions and logits by the interface. So one function plants it in any graph and any variant.
+A fault knows no names of nodes or weights. What it changes is found by what it is: rows of a matrix by their values in
+the checkpoint that the package's weights stand for, however they lie in the file (transposed, stacked, packed, as
+integers and scales); constants by the pattern of nodes that reads them; caches, masks, positions and logits by the
+interface. So one function plants it in any graph and any variant.
 
-    exported = Exported(source, twin, package)
-    faulty = plant(exported, tmp_path, FAULTS["two experts swapped"], BLOCKS)   # `Inexpressible` where that graph cannot have it
-    lines = check_parity(faulty.package, faulty.twin, faulty.source, BLOCKS, …).breaches
-    named = FAULTS["two experts swapped"].is_named(lines[0])
+    exported = Exported(source, twin, package) faulty = plant(exported, tmp_path, FAULTS["two experts swapped"], BLOCKS)
+    # `Inexpressible` where that graph cannot have it lines = check_parity(faulty.package, faulty.twin, faulty.source,
+    BLOCKS, …).breaches named = FAULTS["two experts swapped"].is_named(lines[0])
 
 `plant` also runs both packages on `BLOCKS`, and fails where a fault changes nothing or something else than it should.
 """
@@ -25,12 +25,11 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import onnx
 import torch
+from dense2moe.export.graph.family import DecoderFamily, find_decoder_family
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from onnx import TensorProto, helper, numpy_helper
-
-from export.family import DecoderFamily, find_decoder_family
-from export.runtime import Decoder
-from export.storage import MODEL_NAME
-from upcycle.checkpoint import open_checkpoint
 
 Way = Literal["prefill", "padding", "decode", "batch"]
 Array = np.ndarray[Any, Any]
@@ -133,8 +132,16 @@ class Floats(Store):
 class Integers(Store):
     """Codes and scales, and maybe zero points: each tensor with rows first once its leading dimensions are joined."""
 
-    def __init__(self, codes: TensorProto, scales: TensorProto, zero_points: TensorProto | None, bits: int, width: int, num_rows: int,
-                 is_table: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        codes: TensorProto,
+        scales: TensorProto,
+        zero_points: TensorProto | None,
+        bits: int,
+        width: int,
+        num_rows: int,
+        is_table: bool,
+    ) -> None:
         self.tensors = [tensor for tensor in (codes, scales, zero_points) if tensor is not None]
         self.bits, self.width, self.num_rows, self.is_table = bits, width, num_rows, is_table
 
@@ -148,7 +155,11 @@ class Integers(Store):
         blocks = scales.shape[1]
         zero: Array = np.full((self.num_rows, blocks), 1 << (self.bits - 1), np.float32)
         if len(self.tensors) > 2:
-            zero = self._part(2).astype(np.float32) if self.tensors[2].data_type in _FLOATS else _unpack(self._part(2), self.bits)[:, :blocks]
+            zero = (
+                self._part(2).astype(np.float32)
+                if self.tensors[2].data_type in _FLOATS
+                else _unpack(self._part(2), self.bits)[:, :blocks]
+            )
         values = (codes.reshape(self.num_rows, blocks, -1).astype(np.float32) - zero[..., None]) * scales[..., None]
         return values.reshape(self.num_rows, -1)[:, : self.width]
 
@@ -291,7 +302,10 @@ class Graph:
         return self.tensors[value]
 
     def alter(self, value: str, build: Alter, shown: bool = False) -> None:
-        """Whoever reads `value` reads what the nodes make of it. With `shown` its name is that of what they make, as it must be of an output."""
+        """Whoever reads `value` reads what the nodes make of it.
+
+        With `shown` its name is that of what they make, as it must be of an output.
+        """
         graph = next((graph for graph in self.graphs if any(value in node.output for node in graph.node)), self.main)
         places = [n for n, node in enumerate(graph.node) if value in node.output]
         other = f"fault.{value}"
@@ -342,17 +356,30 @@ class Graph:
                 case "MatMulNBits":
                     found.append(self._integers(node, 1, 2, 3, "bits", False))
                 case "QMoE":
-                    found += [self._integers(node, *places, "expert_weight_bits", False) for places in ((2, 3, 11), (5, 6, 12))]
+                    found += [
+                        self._integers(node, *places, "expert_weight_bits", False)
+                        for places in ((2, 3, 11), (5, 6, 12))
+                    ]
                 case "GatherBlockQuantized" if self._given(node, 0).data_type == TensorProto.UINT8:
                     found.append(self._integers(node, 0, 2, 3, "bits", True))
-                case "DequantizeLinear" if (codes := self.resolve(node.input[0])) is not None and codes.data_type == TensorProto.INT8:
+                case "DequantizeLinear" if (
+                    codes := self.resolve(node.input[0])
+                ) is not None and codes.data_type == TensorProto.INT8:
                     found += [Dequantized(codes, self._given(node, 1))] if len(codes.dims) == 2 else []
                 case _:
                     for place, name in enumerate(node.input):
                         tensor = self.resolve(name)
-                        if tensor is not None and tensor.name not in known and tensor.data_type in _FLOATS and len(tensor.dims) in (2, 3):
+                        if (
+                            tensor is not None
+                            and tensor.name not in known
+                            and tensor.data_type in _FLOATS
+                            and len(tensor.dims) in (2, 3)
+                        ):
                             known.add(tensor.name)
-                            found += [Floats(tensor, turned, node.op_type == "Gather" and place == 0) for turned in (False, True)]
+                            found += [
+                                Floats(tensor, turned, node.op_type == "Gather" and place == 0)
+                                for turned in (False, True)
+                            ]
         return found
 
     def _given(self, node: onnx.NodeProto, place: int) -> TensorProto:
@@ -360,7 +387,9 @@ class Graph:
         assert tensor is not None, f"{node.op_type} computes its input {place}"
         return tensor
 
-    def _integers(self, node: onnx.NodeProto, codes: int, scales: int, zero_points: int, bits_name: str, is_table: bool) -> Integers:
+    def _integers(
+        self, node: onnx.NodeProto, codes: int, scales: int, zero_points: int, bits_name: str, is_table: bool
+    ) -> Integers:
         attributes = {attribute.name: attribute.i for attribute in node.attribute}
         bits = attributes.get(bits_name, 4)
         packed = self._given(node, codes)
@@ -373,7 +402,11 @@ class Graph:
 
     def find(self, matrix: Array, is_table: bool = False) -> list[Rows]:
         """A matrix [N, K] of the checkpoint in the file: once, or once in each branch."""
-        found = [Rows(store, rows) for store in self.stores if store.is_table == is_table and (rows := _locate(matrix, store.values)) is not None]
+        found = [
+            Rows(store, rows)
+            for store in self.stores
+            if store.is_table == is_table and (rows := _locate(matrix, store.values)) is not None
+        ]
         if not found:
             raise Inexpressible(f"no weights of the file are this matrix of {matrix.shape}")
         return found
@@ -391,7 +424,9 @@ class Graph:
         if names is None or not self.family.has_experts(self.at.layer, self.checkpoint.entries):
             raise Inexpressible(f"layer {self.at.layer} has no experts")
         if names.gate is not None:
-            return self.read({"gate": names.gate, "up": names.up, "down": names.down}[part].replace("{expert}", str(number)))
+            return self.read(
+                {"gate": names.gate, "up": names.up, "down": names.down}[part].replace("{expert}", str(number))
+            )
         if part == "down":
             return self.read(names.down)[number]
         both = self.read(names.up)[number]
@@ -412,7 +447,9 @@ class Graph:
         for rows in self.find(self.read(self.family.router)):
             if isinstance(rows.store, Floats):
                 for node in self.nodes():
-                    if node.op_type in ("MatMul", "Gemm") and any(self.resolve(name) is rows.store.tensor for name in node.input):
+                    if node.op_type in ("MatMul", "Gemm") and any(
+                        self.resolve(name) is rows.store.tensor for name in node.input
+                    ):
                         return rows.store, node
         raise Inexpressible("the router is no product with float weights")
 
@@ -426,11 +463,15 @@ def _walk(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def _locate(matrix: Array, values: Array) -> Array | None:
-    """The rows of `values` [R, K'] that are those of `matrix` [N, K], what is beyond K being zero; None where one of them is not there."""
+    """The rows of `values` [R, K'] that are those of `matrix` [N, K], what is beyond K being zero.
+
+    None where one of them is not there.
+    """
     width = matrix.shape[1]
     if values.shape[1] < width or values[:, width:].any() or len(values) < len(matrix):
         return None
-    # A squared distance by |a|² - 2 ab + |b|²: 16 bits round a number by 4e-3 of itself at most; another row is as far away as both are long.
+    # A squared distance by |a|² - 2 ab + |b|²: 16 bits round a number by 4e-3 of itself at most; another row is as far
+    # away as both are long.
     found, size = values[:, :width].astype(np.float64), (matrix.astype(np.float64) ** 2).sum(axis=1)
     distance = size[:, None] - 2 * matrix.astype(np.float64) @ found.T + (found**2).sum(axis=1)
     nearest = distance.argmin(axis=1)
@@ -518,7 +559,9 @@ def _take_all_scores(g: Graph, weights: onnx.NodeProto, top: onnx.NodeProto) -> 
     place = next(n for n, node in enumerate(graph.node) if name in node.output)
     graph.node.remove(graph.node[place])
     graph.node.insert(place, helper.make_node("Softmax", [top.input[0]], [f"fault.{name}.all"], axis=-1))
-    graph.node.insert(place + 1, helper.make_node("GatherElements", [f"fault.{name}.all", top.output[1]], [name], axis=1))
+    graph.node.insert(
+        place + 1, helper.make_node("GatherElements", [f"fault.{name}.all", top.output[1]], [name], axis=1)
+    )
 
 
 def quantize_the_router(g: Graph) -> None:
@@ -558,7 +601,10 @@ def take_another_rope_theta(g: Graph) -> None:
         flat = value.astype(np.float64).reshape(-1, half)
         positions = np.arange(len(flat))[:, None]
         tables = {"frequencies": (right, wrong)} if len(flat) == 1 else {}
-        tables |= {"cos": (np.cos(positions * right), np.cos(positions * wrong)), "sin": (np.sin(positions * right), np.sin(positions * wrong))}
+        tables |= {
+            "cos": (np.cos(positions * right), np.cos(positions * wrong)),
+            "sin": (np.sin(positions * right), np.sin(positions * wrong)),
+        }
         for true, false in tables.values():
             if np.abs(flat - true).max() < 5e-3 and size > half * (len(flat) == 1 and 0):
                 _write(tensor, np.broadcast_to(false, flat.shape).astype(value.dtype).reshape(value.shape))
@@ -578,8 +624,17 @@ def drop_the_window(g: Graph) -> None:
             g.set_attribute(node, "local_window_size", -1)
             found = True
         for place, name in enumerate(node.input):
-            tensor = g.resolve(name) if node.op_type in ("Sub", "Add", "Greater", "GreaterOrEqual", "Less", "LessOrEqual") else None
-            if tensor is not None and tensor.data_type == TensorProto.INT64 and abs(int(_read(tensor).flat[0])) == window and _read(tensor).size == 1:
+            tensor = (
+                g.resolve(name)
+                if node.op_type in ("Sub", "Add", "Greater", "GreaterOrEqual", "Less", "LessOrEqual")
+                else None
+            )
+            if (
+                tensor is not None
+                and tensor.data_type == TensorProto.INT64
+                and abs(int(_read(tensor).flat[0])) == window
+                and _read(tensor).size == 1
+            ):
                 node.input[place] = g.constant(np.sign(_read(tensor)) * np.int64(10**6))
                 found = True
     if not found:
@@ -593,7 +648,9 @@ def raise_epsilon(g: Graph) -> None:
         if any(attribute.name == "epsilon" for attribute in node.attribute):
             g.set_attribute(node, "epsilon", 1e-4)
             found = True
-        elif node.op_type == "Add" and any((made := g.maker(name)) is not None and made.op_type == "ReduceMean" for name in node.input):
+        elif node.op_type == "Add" and any(
+            (made := g.maker(name)) is not None and made.op_type == "ReduceMean" for name in node.input
+        ):
             place = next(place for place, name in enumerate(node.input) if g.resolve(name) is not None)
             tensor = g.resolve(node.input[place])
             assert tensor is not None
@@ -605,7 +662,11 @@ def raise_epsilon(g: Graph) -> None:
 
 def _change_a_norm(g: Graph, name: str | None) -> None:
     value = g.read(name)
-    found = [tensor for tensor in g.tensors.values() if list(tensor.dims) == list(value.shape) and tensor.data_type in _FLOATS]
+    found = [
+        tensor
+        for tensor in g.tensors.values()
+        if list(tensor.dims) == list(value.shape) and tensor.data_type in _FLOATS
+    ]
     found = [tensor for tensor in found if np.abs(_read(tensor).astype(np.float32) - value).max() < 4e-3]
     if len(found) != 1:
         raise Inexpressible(f"{len(found)} weights of the file are this norm's")
@@ -647,7 +708,9 @@ def change_the_temperature(g: Graph) -> None:
     present = f"present.{g.at.layer}.key"
     node = g.maker(present)
     if node is not None and node.op_type == "GroupQueryAttention":
-        scale = next((attribute.f for attribute in node.attribute if attribute.name == "scale"), 0.0) or g.head_size**-0.5
+        scale = (
+            next((attribute.f for attribute in node.attribute if attribute.name == "scale"), 0.0) or g.head_size**-0.5
+        )
         g.set_attribute(node, "scale", scale * 1.01)
         return
     _no_norm_of(g, g.family.attention.query_norm)
@@ -665,7 +728,10 @@ def repeat_an_embedding_row(g: Graph) -> None:
 
 
 def _permute_embedding(g: Graph, taken: Mapping[int, int]) -> None:
-    """Rows of all that is gathered by token, integers and scales alike: token number n's become those of token number taken[n]."""
+    """Rows of all that is gathered by token, integers and scales alike.
+
+    Token number n's become those of token number taken[n].
+    """
     found = False
     for node in g.readers("input_ids"):
         if node.op_type not in ("Gather", "GatherBlockQuantized"):
@@ -718,11 +784,14 @@ def shift_the_cache(g: Graph) -> None:
     axis, step = g.constant(np.array([2], np.int64)), g.constant(np.array([1], np.int64))
     zero, one, last = (g.constant(np.array([number], np.int64)) for number in (0, 1, -1))
     for name in g.past():
-        g.alter(name, lambda value, out: [
-            helper.make_node("Slice", [value, zero, one, axis, step], [f"{out}.first"]),
-            helper.make_node("Slice", [value, zero, last, axis, step], [f"{out}.rest"]),
-            helper.make_node("Concat", [f"{out}.first", f"{out}.rest"], [out], axis=2),
-        ])  # fmt: skip
+        g.alter(
+            name,
+            lambda value, out: [
+                helper.make_node("Slice", [value, zero, one, axis, step], [f"{out}.first"]),
+                helper.make_node("Slice", [value, zero, last, axis, step], [f"{out}.rest"]),
+                helper.make_node("Concat", [f"{out}.first", f"{out}.rest"], [out], axis=2),
+            ],
+        )
 
 
 def shorten_the_cache(g: Graph) -> None:
@@ -762,14 +831,17 @@ def mix_rows_of_the_cache(g: Graph) -> None:
     zero, one = (g.constant(np.array(number, np.int64)) for number in (0, 1))
     squeezed = g.constant(np.array([0], np.int64))
     for name in g.past():
-        g.alter(name, lambda value, out: [
-            helper.make_node("Shape", [value], [f"{out}.shape"], start=0, end=1),
-            helper.make_node("Squeeze", [f"{out}.shape", squeezed], [f"{out}.batch"]),
-            helper.make_node("Range", [zero, f"{out}.batch", one], [f"{out}.rows"]),
-            helper.make_node("Equal", [f"{out}.rows", one], [f"{out}.second"]),
-            helper.make_node("Where", [f"{out}.second", zero, f"{out}.rows"], [f"{out}.taken"]),
-            helper.make_node("Gather", [value, f"{out}.taken"], [out], axis=0),
-        ])  # fmt: skip
+        g.alter(
+            name,
+            lambda value, out: [
+                helper.make_node("Shape", [value], [f"{out}.shape"], start=0, end=1),
+                helper.make_node("Squeeze", [f"{out}.shape", squeezed], [f"{out}.batch"]),
+                helper.make_node("Range", [zero, f"{out}.batch", one], [f"{out}.rows"]),
+                helper.make_node("Equal", [f"{out}.rows", one], [f"{out}.second"]),
+                helper.make_node("Where", [f"{out}.second", zero, f"{out}.rows"], [f"{out}.taken"]),
+                helper.make_node("Gather", [value, f"{out}.taken"], [out], axis=0),
+            ],
+        )
 
 
 def take_the_wrong_pad_side(g: Graph) -> None:
@@ -800,8 +872,9 @@ def shift_positions_of_steps(g: Graph) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault in words, how it is planted, what a breach that names its place has in it, and the ways of feeding in which it shows.
+    """A fault in words, how it is planted, what a breach that names its place has in it.
 
+    And the ways of feeding in which it shows.
     Every fault can be in every variant; of graphs that cannot have it `plant` raises `Inexpressible`.
     """
 
@@ -832,7 +905,11 @@ _ALL = (
     Fault("a row of zeros in an expert", zero_a_row, rf"{_EXPERT}.*\b2\b"),
     Fault("router quantized to 8 bits", quantize_the_router, rf"{_LAYER}.*router|router.*{_LAYER}"),
     Fault("0.05 added to a router logit", raise_a_router_logit, rf"{_LAYER}.*router|router.*{_LAYER}"),
-    Fault("0.05 added to a router logit behind its name", raise_a_router_logit_behind_its_name, rf"{_LAYER}.*(router|expert)"),
+    Fault(
+        "0.05 added to a router logit behind its name",
+        raise_a_router_logit_behind_its_name,
+        rf"{_LAYER}.*(router|expert)",
+    ),
     Fault("rope theta wrong", take_another_rope_theta, r"layer 0\b.*(attention|position|rotary)"),
     Fault("window dropped", drop_the_window, r"window"),
     Fault("RMS epsilon 1e-4", raise_epsilon, r"norm|layer 0\b"),
@@ -863,8 +940,12 @@ FAULTS: dict[str, Fault] = {fault.words: fault for fault in _ALL}
 # Planting, and what it does.
 
 
-def plant(exported: Exported, directory: Path, fault: Fault, blocks: torch.Tensor, setting: Setting | None = None) -> Exported:
-    """A package in `directory` with the fault, whose effect on ids `blocks` [N, S] is where it should be and nowhere else.
+def plant(
+    exported: Exported, directory: Path, fault: Fault, blocks: torch.Tensor, setting: Setting | None = None
+) -> Exported:
+    """A package in `directory` with the fault.
+
+    Its effect on ids `blocks` [N, S] is where it should be and nowhere else.
 
     Raises:
         Inexpressible: the graph cannot have it.
@@ -876,7 +957,8 @@ def plant(exported: Exported, directory: Path, fault: Fault, blocks: torch.Tenso
     fault.plant(Graph(proto, exported.twin, setting))
     onnx.save(proto, package / MODEL_NAME)
     effects = measure_effects(exported.package, package, blocks)
-    shown = max(effects[way] for way in fault.shows)  # where inputs are rounded, a small change need not show in every text
+    # where inputs are rounded, a small change need not show in every text
+    shown = max(effects[way] for way in fault.shows)
     assert shown > LEAST_EFFECT, f"'{fault.words}' changes nothing in {', '.join(fault.shows)}: {shown:.1e}"
     for way in set(WAYS) - set(fault.shows):
         assert effects[way] < MOST_SILENCE, f"'{fault.words}' changes {way} too, by {effects[way]:.1e}"
@@ -891,7 +973,10 @@ def find_tokens(blocks: torch.Tensor) -> tuple[int, int]:
 
 
 def measure_effects(right: Path, wrong: Path, blocks: torch.Tensor) -> dict[Way, float]:
-    """How far apart the logits of two packages are, relative to the largest, in each way of feeding ids [N, S]; no steps of a row cut a prefill's."""
+    """How far apart the logits of two packages are, relative to the largest, in each way of feeding ids [N, S].
+
+    No steps of a row cut a prefill's.
+    """
     decoders = [Decoder(package, num_threads=1) for package in (right, wrong)]
     effects: dict[Way, float] = {}
     for way in WAYS:
@@ -912,4 +997,6 @@ def _feed(decoder: Decoder, way: Way, blocks: torch.Tensor) -> Array:
         logits = decoder.run(cache, ids, mask)["logits"]
         return logits[mask.astype(bool)]
     decoder.run(cache, ids[:, : length - steps])
-    return np.concatenate([decoder.run(cache, ids[:, n : n + 1])["logits"] for n in range(length - steps, length)], axis=1)
+    return np.concatenate(
+        [decoder.run(cache, ids[:, n : n + 1])["logits"] for n in range(length - steps, length)], axis=1
+    )

@@ -1,12 +1,14 @@
-"""Packages that we did not write, of tiny random models, and the twins whose weights theirs are: a library for tests and benchmarks.
+"""Packages that we did not write, of tiny random models, and the twins whose weights theirs are.
 
-    mixtral = make_foreign("mixtral", "int4", tmp_path)         # transformers' exporter, then onnxruntime's own quantizer
-    Decoder(mixtral.package)                                    # mixtral.twin has in float32 what its integers stand for
+A library for tests and benchmarks.
+    mixtral = make_foreign("mixtral", "int4", tmp_path)         # transformers' exporter, then onnxruntime's own
+    quantizer Decoder(mixtral.package)                                    # mixtral.twin has in float32 what its
+    integers stand for
 
-The exporter is transformers' (its experts are products in a loop that it unrolled); integers are onnxruntime's `MatMulNBitsQuantizer`'s, float16 is
-its converter's. Dense models can be onnxruntime-genai's, by `build_by_genai`. None of these programs knows of this project, and nothing of it is
-in their files but the names of past and present, which whoever exports a package chooses.
-"""
+The exporter is transformers' (its experts are products in a loop that it unrolled); integers are onnxruntime's
+`MatMulNBitsQuantizer`'s, float16 is its converter's. Dense models can be onnxruntime-genai's, by `build_by_genai`. None
+of these programs knows of this project, and nothing of it is in their files but the names of past and present, which
+whoever exports a package chooses."""
 
 from __future__ import annotations
 
@@ -25,11 +27,19 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
+from dense2moe.export.config import Variant
+from dense2moe.export.storage import MODEL_NAME
 from onnx import numpy_helper
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerBase, Qwen2MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    Qwen2MoeConfig,
+)
 
-from export.config import Variant
-from export.storage import MODEL_NAME
 from tests.faults import Exported, Graph, Integers
 
 Kind = Literal["llama", "mixtral", "qwen2_moe"]
@@ -38,17 +48,32 @@ Accuracy = Literal[0, 4]
 VARIANTS: tuple[Variant, ...] = ("float32", "float16", "int8", "int4", "mixed")
 BLOCK = 32
 _SIZES = {
-    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
     "tie_word_embeddings": False,
-}  # fmt: skip
+}
 _EXPERTS = {"num_experts_per_tok": 2}
 _CONFIGS: dict[Kind, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "mixtral": (MixtralConfig, _EXPERTS | {"num_local_experts": 4, "sliding_window": 20}),
     "qwen2_moe": (
         Qwen2MoeConfig,
-        _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "norm_topk_prob": True},
+        _EXPERTS
+        | {
+            "num_experts": 4,
+            "moe_intermediate_size": 64,
+            "shared_expert_intermediate_size": 64,
+            "norm_topk_prob": True,
+        },
     ),
 }
 
@@ -57,7 +82,12 @@ _CONFIGS: dict[Kind, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
 
 
 def make_checkpoint(
-    kind: Kind, directory: Path, seed: int = 0, tokenizer: PreTrainedTokenizerBase | None = None, dtype: torch.dtype = torch.float32, **overrides: Any
+    kind: Kind,
+    directory: Path,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
 ) -> Path:
     """A random model of a kind, its norms and biases random too; the command line wants a tokenizer beside it."""
     config_class, own = _CONFIGS[kind]
@@ -83,7 +113,10 @@ def _copy_companions(checkpoint: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Other makers' programs say nothing, and leave logging as it was: importing onnxruntime's quantizer would let every library talk."""
+    """Other makers' programs say nothing, and leave logging as it was.
+
+    Importing onnxruntime's quantizer would let every library talk.
+    """
     root, disabled = logging.getLogger(), logging.root.manager.disable
     level, handlers = root.level, list(root.handlers)
     logging.disable(logging.WARNING)
@@ -100,8 +133,13 @@ def _quiet() -> Iterator[None]:
 # Exporters.
 
 
-def export_by_transformers(checkpoint: Path, package: Path, dtype: torch.dtype = torch.float32, fusions: Literal["cpu"] | None = None) -> Path:
-    """transformers' own exporter, with a KV cache that grows; of experts it takes `grouped_mm` alone. `fusions` gives onnxruntime's operators."""
+def export_by_transformers(
+    checkpoint: Path, package: Path, dtype: torch.dtype = torch.float32, fusions: Literal["cpu"] | None = None
+) -> Path:
+    """transformers' own exporter, with a KV cache that grows; of experts it takes `grouped_mm` alone.
+
+    `fusions` gives onnxruntime's operators.
+    """
     with _quiet():
         from transformers.exporters.configs import OnnxConfig
         from transformers.exporters.exporter_onnx import OnnxExporter
@@ -115,13 +153,21 @@ def export_by_transformers(checkpoint: Path, package: Path, dtype: torch.dtype =
         empty = torch.zeros(2, c.num_key_value_heads, 5, head_dim, dtype=dtype)
         past.update(empty, empty.clone(), layer)
     inputs = {
-        "input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-        "position_ids": torch.arange(5, 8).repeat(2, 1), "past_key_values": past,
-    }  # fmt: skip
-    shapes: dict[str, Any] = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")}
+        "input_ids": torch.ones(2, 3, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        "position_ids": torch.arange(5, 8).repeat(2, 1),
+        "past_key_values": past,
+    }
+    shapes: dict[str, Any] = {
+        name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")
+    }
     shapes |= {"past_key_values": [{0: dynamic, 2: dynamic}] * (2 * c.num_hidden_layers)}
     with _quiet():
-        graph = OnnxExporter().export(model, inputs, config=OnnxConfig(dynamic_shapes=shapes, opset_version=20, ort_fusions=fusions)).program
+        graph = (
+            OnnxExporter()
+            .export(model, inputs, config=OnnxConfig(dynamic_shapes=shapes, opset_version=20, ort_fusions=fusions))
+            .program
+        )
     for values, stem in ((graph.graph.inputs[3:], "past_key_values"), (graph.graph.outputs[1:], "present")):
         for number, value in enumerate(values):
             value.name = f"{stem}.{number // 2}.{('key', 'value')[number % 2]}"
@@ -132,10 +178,27 @@ def export_by_transformers(checkpoint: Path, package: Path, dtype: torch.dtype =
 
 
 def build_by_genai(checkpoint: Path, package: Path, precision: Literal["fp32", "int4"], *options: str) -> Path:
-    """onnxruntime-genai's model builder, of dense models; its left padding is wrong. `options` are such as `int4_block_size=32`."""
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", package, "-p", precision, "-e", "cpu"]
+    """onnxruntime-genai's model builder, of dense models; its left padding is wrong.
+
+    `options` are such as `int4_block_size=32`.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        checkpoint,
+        "-o",
+        package,
+        "-p",
+        precision,
+        "-e",
+        "cpu",
+    ]
     extra = ["--extra_options", *options] if options else []
-    finished = subprocess.run([*map(str, command), "-c", str(package.parent / "cache"), *extra], capture_output=True, text=True, check=False)
+    finished = subprocess.run(
+        [*map(str, command), "-c", str(package.parent / "cache"), *extra], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     return package
 
@@ -143,7 +206,13 @@ def build_by_genai(checkpoint: Path, package: Path, precision: Literal["fp32", "
 # What makes weights narrower.
 
 
-def quantize(package: Path, output: Path, variant: Literal["int8", "int4", "mixed"], accuracy: Accuracy = 4, symmetric: bool = True) -> Path:
+def quantize(
+    package: Path,
+    output: Path,
+    variant: Literal["int8", "int4", "mixed"],
+    accuracy: Accuracy = 4,
+    symmetric: bool = True,
+) -> Path:
     """A float32 package by onnxruntime's quantizer: every product with weights, those of experts too.
 
     'mixed' has experts in 4 bits and all else in 8; without experts every second product.
@@ -163,12 +232,19 @@ def quantize(package: Path, output: Path, variant: Literal["int8", "int4", "mixe
     return _save(proto, package, output)
 
 
-def _quantize_products(proto: onnx.ModelProto, bits: int, accuracy: Accuracy, symmetric: bool, exclude: Sequence[str] = ()) -> onnx.ModelProto:
+def _quantize_products(
+    proto: onnx.ModelProto, bits: int, accuracy: Accuracy, symmetric: bool, exclude: Sequence[str] = ()
+) -> onnx.ModelProto:
     with _quiet():
         from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
         quantizer = MatMulNBitsQuantizer(
-            proto, bits=bits, block_size=BLOCK, is_symmetric=symmetric, accuracy_level=accuracy or None, nodes_to_exclude=list(exclude)
+            proto,
+            bits=bits,
+            block_size=BLOCK,
+            is_symmetric=symmetric,
+            accuracy_level=accuracy or None,
+            nodes_to_exclude=list(exclude),
         )
         quantizer.process()
     made = quantizer.model.model
@@ -177,8 +253,9 @@ def _quantize_products(proto: onnx.ModelProto, bits: int, accuracy: Accuracy, sy
 
 
 def fold_weights(proto: onnx.ModelProto) -> set[str]:
-    """Cut stacked weights [E, K, N] where the graph itself cuts them, `Split` and then `Squeeze`: the quantizer takes matrices alone.
+    """Cut stacked weights [E, K, N] where the graph itself cuts them, `Split` and then `Squeeze`.
 
+    The quantizer takes matrices alone.
     Returns the names of the matrices.
     """
     graph = proto.graph
@@ -203,14 +280,19 @@ def fold_weights(proto: onnx.ModelProto) -> set[str]:
 
 
 def narrow(package: Path, output: Path, keep_types: bool = False) -> Path:
-    """A float32 package by onnxruntime's float16 converter; logits stay float32, and with `keep_types` so does the cache."""
+    """A float32 package by onnxruntime's float16 converter.
+
+    Logits stay float32, and with `keep_types` so does the cache.
+    """
     from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
 
     wide = [*DEFAULT_OP_BLOCK_LIST, "ScatterElements"]  # which counts tokens: the CPU adds no float16 there
     wide_proto = onnx.load(package / MODEL_NAME)
     del wide_proto.graph.value_info[:]  # of a fused graph some are wrong
     with _quiet():
-        proto = convert_float_to_float16(wide_proto, keep_io_types=True if keep_types else ["logits"], op_block_list=wide)
+        proto = convert_float_to_float16(
+            wide_proto, keep_io_types=True if keep_types else ["logits"], op_block_list=wide
+        )
     return _save(proto, package, output)
 
 
@@ -229,11 +311,12 @@ def _save(proto: onnx.ModelProto, package: Path, output: Path) -> Path:
 def write_twin(checkpoint: Path, package: Path, output: Path) -> Path:
     """The checkpoint with what the package's integers stand for in the place of its matrices.
 
-    A row of a product is of that row of the checkpoint which is nearest to it; each may be taken once. So nothing is asked of names, or of how
-    matrices are packed or turned in the file.
-    """
+    A row of a product is of that row of the checkpoint which is nearest to it; each may be taken once. So nothing is
+    asked of names, or of how matrices are packed or turned in the file."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    stores = [store for store in Graph(onnx.load(package / MODEL_NAME), checkpoint).stores if isinstance(store, Integers)]
+    stores = [
+        store for store in Graph(onnx.load(package / MODEL_NAME), checkpoint).stores if isinstance(store, Integers)
+    ]
     assert stores, f"{package}: no product's weights are integers"
     rows = {width: _Rows(found) for width, found in _by_width(model).items()}
     for store in stores:
@@ -248,7 +331,9 @@ def _by_width(model: torch.nn.Module) -> Mapping[int, list[tuple[bool, torch.Ten
     found: dict[int, list[tuple[bool, torch.Tensor]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2:
-            found.setdefault(parameter.shape[-1], []).append(("embed" in name, parameter.data.reshape(-1, parameter.shape[-1])))
+            found.setdefault(parameter.shape[-1], []).append(
+                ("embed" in name, parameter.data.reshape(-1, parameter.shape[-1]))
+            )
     return found
 
 
@@ -267,7 +352,8 @@ class _Rows:
         distance[:, self.is_table != is_table] = torch.inf
         error, nearest = distance.min(dim=1)
         worst = float((error / self.right[nearest].norm(dim=1)).max())
-        assert worst < 0.3, f"a row of the package is {worst:.2f} from every row of the checkpoint"  # rounding to 4 bits: .15; other rows: 1.4
+        # rounding to 4 bits: .15; other rows: 1.4
+        assert worst < 0.3, f"a row of the package is {worst:.2f} from every row of the checkpoint"
         places = nearest.tolist()
         assert len(set(places)) == len(places)
         assert not self.taken & set(places), "a row of the checkpoint is in the package twice"
@@ -291,10 +377,20 @@ def write_float16_twin(checkpoint: Path, output: Path) -> Path:
 
 
 def make_foreign(
-    kind: Kind, variant: Variant, folder: Path, seed: int = 0, accuracy: Accuracy = 4, symmetric: bool = True,
-    tokenizer: PreTrainedTokenizerBase | None = None, fusions: Literal["cpu"] | None = None, **overrides: Any,
-) -> Exported:  # fmt: skip
-    """A package of a random model in a variant, and its twin, below `folder`; a model or package that is there already is not made again."""
+    kind: Kind,
+    variant: Variant,
+    folder: Path,
+    seed: int = 0,
+    accuracy: Accuracy = 4,
+    symmetric: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    fusions: Literal["cpu"] | None = None,
+    **overrides: Any,
+) -> Exported:
+    """A package of a random model in a variant, and its twin, below `folder`.
+
+    A model or package that is there already is not made again.
+    """
     source, exported = folder / "source", folder / f"float32{'-fused' if fusions else ''}"
     if not source.is_dir():
         make_checkpoint(kind, source, seed, tokenizer, **overrides)

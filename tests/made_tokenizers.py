@@ -15,7 +15,9 @@ CONTRACTIONS = ["'t", "'s", "n't", "'ve", "'re", "'m", "the"]
 
 def _wrap(tokenizer: Tokenizer, **settings: Any) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings
+    )
 
 
 def _numbered(names: list[str]) -> dict[str, int]:
@@ -35,7 +37,9 @@ def byte_fallback(**settings: Any) -> PreTrainedTokenizerFast:
     names = [*SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *LETTERS, *CONTRACTIONS, "▁n", "▁'", "▁the"]
     tokenizer = Tokenizer(models.BPE(_numbered(names), [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     return _wrap(tokenizer, **settings)
 

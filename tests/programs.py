@@ -1,4 +1,7 @@
-"""Our programs in tests: in this process, or forked from the server of stages, which has imported all that they need."""
+"""Our programs in tests.
+
+In this process, or forked from the server of stages, which has imported all that they need.
+"""
 
 from __future__ import annotations
 
@@ -16,28 +19,42 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
-
-from convert.cli import main
-from convert.worker import start_server
+from dense2moe.convert.cli import main
+from dense2moe.convert.worker import start_server
 
 _PATIENCE = 600  # seconds
 
 
 def dense2moe(*arguments: object, **settings: Any) -> Result:
-    """The command in this process, where a bug keeps its traceback; `settings` are those of click's runner, such as `input`."""
-    return CliRunner().invoke(main, [str(each) for each in arguments], prog_name="dense2moe", catch_exceptions=False, **settings)
+    """The command in this process, where a bug keeps its traceback.
+
+    `settings` are those of click's runner, such as `input`.
+    """
+    return CliRunner().invoke(
+        main, [str(each) for each in arguments], prog_name="dense2moe", catch_exceptions=False, **settings
+    )
 
 
-def fork(function: Callable[..., object], *arguments: Any, said: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:
-    """Begin a function of a module, with picklable arguments, in a process that can be killed; what it says goes into the file `said`."""
+def fork(
+    function: Callable[..., object], *arguments: Any, said: Path, environment: Mapping[str, str] | None = None
+) -> BaseProcess:
+    """Begin a function of a module, with picklable arguments, in a process that can be killed.
+
+    What it says goes into the file `said`.
+    """
     start_server()
-    process = multiprocessing.get_context("forkserver").Process(target=_do, args=(function, arguments, str(said), dict(environment or {})))
+    process = multiprocessing.get_context("forkserver").Process(
+        target=_do, args=(function, arguments, str(said), dict(environment or {}))
+    )
     process.start()
     return process
 
 
 def kill(process: BaseProcess) -> None:
-    """Kill it, and wait until the server can fork again: one that is killed while it asks for a process of its own takes the server down with it."""
+    """Kill it, and wait until the server can fork again.
+
+    One that is killed while it asks for a process of its own takes the server down with it.
+    """
     process.kill()
     process.join()
     deadline = time.monotonic() + _PATIENCE
@@ -63,15 +80,29 @@ def run_command(arguments: Iterable[str]) -> None:
 
 
 def launch(
-    num_processes: int, function: Callable[..., object], *arguments: Any, said: Path, environment: Mapping[str, str] | None = None
+    num_processes: int,
+    function: Callable[..., object],
+    *arguments: Any,
+    said: Path,
+    environment: Mapping[str, str] | None = None,
 ) -> list[int | None]:
     """Let processes of one group do a function, as torchrun would; returns their exit codes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes), "LOCAL_WORLD_SIZE": str(num_processes)}
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+    }
     processes = [
-        fork(function, *arguments, said=said, environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})})
+        fork(
+            function,
+            *arguments,
+            said=said,
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank), **(environment or {})},
+        )
         for rank in range(num_processes)
     ]
     deadline = time.monotonic() + _PATIENCE

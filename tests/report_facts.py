@@ -8,7 +8,13 @@ HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nup
 
 
 def evaluation(loss: float, perplexity: float, parameters: int, size: int, speed: float) -> dict[str, Any]:
-    return {"loss": loss, "perplexity": perplexity, "num_parameters": parameters, "weight_bytes": size, "decode_tokens_per_second": speed}
+    return {
+        "loss": loss,
+        "perplexity": perplexity,
+        "num_parameters": parameters,
+        "weight_bytes": size,
+        "decode_tokens_per_second": speed,
+    }
 
 
 def routing(load: list[float], entropy: float, margin: float, cosine: float) -> dict[str, Any]:
@@ -24,14 +30,28 @@ def history() -> list[dict[str, Any]]:
         ("dense, equal time", 30, (2.8, 2.6, 2.4, 2.3), (2.70, 2.55, 2.49, 2.5)),
     ):
         for number, (t, v) in enumerate(zip(train, validation, strict=True), start=1):
-            losses = {"train_loss": t, "balance_loss": 1.1 if model == "fine-tuned" else None, "z_loss": None, "distillation_loss": None}
-            step = {"model": model, "step": stride * number, "num_tokens": stride * number * 2048, "stage": (number - 1) // 2}
+            losses = {
+                "train_loss": t,
+                "balance_loss": 1.1 if model == "fine-tuned" else None,
+                "z_loss": None,
+                "distillation_loss": None,
+            }
+            step = {
+                "model": model,
+                "step": stride * number,
+                "num_tokens": stride * number * 2048,
+                "stage": (number - 1) // 2,
+            }
             high = 0.25 + 0.2 / number
             rest = (1 - high) / 3
             even = routing([0.25, 0.26, 0.24, 0.25], 1.3, 0.2, 1 - 0.01 * number)
             uneven = routing([rest, high, rest + 0.01, rest - 0.01], 1.2, 0.1 * number, 1 - 0.02 * number)
             layers = [{"number": n, **found} for n, found in enumerate([uneven, even] * 2)]
-            learned = {"learning_rate": 3e-4 / number, "validation_loss": None, "layers": layers if model == "fine-tuned" else []}
+            learned = {
+                "learning_rate": 3e-4 / number,
+                "validation_loss": None,
+                "layers": layers if model == "fine-tuned" else [],
+            }
             lines.append({**step, **losses, **learned})
             lines.append({**step, **dict.fromkeys(losses), "learning_rate": None, "validation_loss": v, "layers": []})
     return lines
@@ -49,15 +69,35 @@ def agreement(scale: float, top1: float, routing: list[float]) -> dict[str, Any]
 
 
 TIMINGS = [
-    {"lowering": "grouped", "prefill_tokens_per_second": 1234.4, "decode_tokens_per_second": 432.1, "request_seconds": 0.35552},
-    {"lowering": "qmoe", "prefill_tokens_per_second": 1000.0, "decode_tokens_per_second": 400.0, "request_seconds": 0.416},
+    {
+        "lowering": "grouped",
+        "prefill_tokens_per_second": 1234.4,
+        "decode_tokens_per_second": 432.1,
+        "request_seconds": 0.35552,
+    },
+    {
+        "lowering": "qmoe",
+        "prefill_tokens_per_second": 1000.0,
+        "decode_tokens_per_second": 400.0,
+        "request_seconds": 0.416,
+    },
 ]
 
 
-def variant(bits: int, size: int, perplexity: float, scale: float, top1: float, routing: list[float], speed: float) -> dict[str, Any]:
+def variant(
+    bits: int, size: int, perplexity: float, scale: float, top1: float, routing: list[float], speed: float
+) -> dict[str, Any]:
     names = ("prefill, batch 1, 64 tokens", "prefill, batch 3, left padding", "decode, 24 steps after 40 tokens")
     checks = [
-        {"name": name, "max_error": 3e-6, "mean_error": 4e-7, "relative_error": 2.5e-6, "top1_agreement": 1.0, "num_tokens": 64, "num_tie_flips": 0}
+        {
+            "name": name,
+            "max_error": 3e-6,
+            "mean_error": 4e-7,
+            "relative_error": 2.5e-6,
+            "top1_agreement": 1.0,
+            "num_tokens": 64,
+            "num_tie_flips": 0,
+        }
         for name in names
     ]
     figures = {
@@ -120,7 +160,10 @@ def make_facts() -> dict[str, Any]:
         "machine": {"processor": "x86_64", "cores": 2, "system": "Linux", "memory_bytes": 16_000_000_000},
         "costs": {"finetune": {"seconds": 127.4, "peak_resident_bytes": 1_200_000_000, "planned_bytes": 1_000_000_000}},
         "recipe": HOSTILE,
-        "digests": {"source": {"config.json": "3c" * 32}, **{f"onnx-{name}": {"model.onnx": "a7" * 32} for name in ("float32", "int8", "int4")}},
+        "digests": {
+            "source": {"config.json": "3c" * 32},
+            **{f"onnx-{name}": {"model.onnx": "a7" * 32} for name in ("float32", "int8", "int4")},
+        },
         "base_model": "someone/python-docs-4m",
         "license": {"license": "apache-2.0"},
         "keys": {"source": "3f9ad2c09b41", "upcycle": "8c1177e0aa52", "finetune": "d04c55b1a9e7"},
@@ -216,14 +259,27 @@ def make_facts() -> dict[str, Any]:
             "router_task_gradient": 1e-9,
             "domains": {
                 "loads": {
-                    "prose": [[0.25, 0.25, 0.25, 0.25], [0.2, 0.3, 0.25, 0.25], [0.1, 0.4, 0.25, 0.25], [0.25, 0.25, 0.3, 0.2]],
-                    "code": [[0.25, 0.25, 0.25, 0.25], [0.3, 0.2, 0.25, 0.25], [0.3, 0.15, 0.3, 0.25], [0.25, 0.25, 0.2, 0.3]],
+                    "prose": [
+                        [0.25, 0.25, 0.25, 0.25],
+                        [0.2, 0.3, 0.25, 0.25],
+                        [0.1, 0.4, 0.25, 0.25],
+                        [0.25, 0.25, 0.3, 0.2],
+                    ],
+                    "code": [
+                        [0.25, 0.25, 0.25, 0.25],
+                        [0.3, 0.2, 0.25, 0.25],
+                        [0.3, 0.15, 0.3, 0.25],
+                        [0.25, 0.25, 0.2, 0.3],
+                    ],
                 },
                 "between": [0.0, 0.1, 0.25, 0.1],
                 "within": [0.01, 0.02, 0.03, 0.02],
             },
             "sparse_layers": [0, 1, 2, 3],
-            "warnings": ["the routers' task gradient was 1e-09 of the whole at the start; set upcycle.experts.noise to start them apart"],
+            "warnings": [
+                "the routers' task gradient was 1e-09 of the whole at the start; set upcycle.experts.noise to start "
+                "them apart"
+            ],
         },
         "variants": {
             "float32": variant(32, 41_900_000, 11.2346, 5e-7, 1.0, [1.0, 1.0, 1.0, 0.99999], 431.0),
@@ -237,26 +293,54 @@ def tiered(facts: dict[str, Any]) -> dict[str, Any]:
     """The same facts with what parity's tiers tell."""
     for number, variant in enumerate(facts["variants"].values()):
         found = variant["parity"]["providers"]["CPUExecutionProvider"]
-        found["tiers"] = dict.fromkeys(("weights", "operator", "layer", "logits", "language", "routing", "files"), "passed")
-        found["limits"] = {"logits": {"value": 1.2e-5, "origin": "32 times what float32 differs from float64 on this text"}}
+        found["tiers"] = dict.fromkeys(
+            ("weights", "operator", "layer", "logits", "language", "routing", "files"), "passed"
+        )
+        found["limits"] = {
+            "logits": {"value": 1.2e-5, "origin": "32 times what float32 differs from float64 on this text"}
+        }
         found["noise"] = {"logits": 3.7e-7, "tie_margin": 1e-5, "num_tokens": 512}
         found["places"] = [
             {
-                "layer": n, "part": part, "error": 1e-7 * (1 + n + 4 * (part == "experts")), "limit": 3.2e-6, "noise": 1e-7 if n else None,
-                "num_tokens": 112, "num_flips": number * (part == "experts"), "factor": 1.0, "first_position": None, "experts": [], "factors": None,
+                "layer": n,
+                "part": part,
+                "error": 1e-7 * (1 + n + 4 * (part == "experts")),
+                "limit": 3.2e-6,
+                "noise": 1e-7 if n else None,
+                "num_tokens": 112,
+                "num_flips": number * (part == "experts"),
+                "factor": 1.0,
+                "first_position": None,
+                "experts": [],
+                "factors": None,
                 "factor_limit": None,
             }
-            for part in ("router", "experts") for n in range(4)
-        ]  # fmt: skip
-        head = {"layer": -1, "part": "head", "error": 0.0, "limit": 7.6e-6, "noise": 1e-7, "num_tokens": 112, "num_flips": 0}
-        found["places"].append({**head, "factor": 1.0, "first_position": None, "experts": [], "factors": None, "factor_limit": None})
+            for part in ("router", "experts")
+            for n in range(4)
+        ]
+        head = {
+            "layer": -1,
+            "part": "head",
+            "error": 0.0,
+            "limit": 7.6e-6,
+            "noise": 1e-7,
+            "num_tokens": 112,
+            "num_flips": 0,
+        }
+        found["places"].append(
+            {**head, "factor": 1.0, "first_position": None, "experts": [], "factors": None, "factor_limit": None}
+        )
         found["weights"] = {"num_rows": 12345, "num_vectors": 9, "num_wrong": 0, "wrong": [], "not_judged": []}
         found["files"] = {"compared": ["tokenizer.json", "config.json"], "missing": [], "differences": []}
         found["logits_factor"] = None
         found["free_run"] = {
-            "num_rows": 8, "num_tokens": 64, "shortest_prefix": 64 - 20 * number, "mean_prefix": 64 - 5.5 * number, "num_diverged": number,
+            "num_rows": 8,
+            "num_tokens": 64,
+            "shortest_prefix": 64 - 20 * number,
+            "mean_prefix": 64 - 5.5 * number,
+            "num_diverged": number,
             "largest_gap": 1e-3 * number,
-        }  # fmt: skip
+        }
         found["forced"] = {"kl": 1e-4, "kl_free": 3e-4, "num_tokens": 512}
         found["placement"] = {"CPUExecutionProvider": {"MatMul": 12}}
         found["num_fallback_nodes"] = 0
@@ -269,15 +353,27 @@ def tiered(facts: dict[str, Any]) -> dict[str, Any]:
         ]
         for against in ("twin", "finetuned"):
             found[against] |= {
-                "top5_agreement": 0.999, "attention_error": [1e-7] * 4, "margins": margins, "flipped_share": 0.01 * number, "kl_flipped": 1e-2,
+                "top5_agreement": 0.999,
+                "attention_error": [1e-7] * 4,
+                "margins": margins,
+                "flipped_share": 0.01 * number,
+                "kl_flipped": 1e-2,
                 "kl_unflipped": 1e-5,
-            }  # fmt: skip
+            }
     return facts
 
 
 def searched(facts: dict[str, Any]) -> dict[str, Any]:
     """The same facts with a search of bits for int4; the third point is beaten by the second in both."""
-    tried = ((6_000_000, 11.9, "4 bits"), (7_000_000, 11.5, "4 bits, attention 8"), (8_000_000, 11.6, "half"), (9_000_000, 11.3, "8 bits"))
-    points = [{"package_bytes": size, "perplexity": p, "label": label, "chosen": size == 7_000_000} for size, p, label in tried]
+    tried = (
+        (6_000_000, 11.9, "4 bits"),
+        (7_000_000, 11.5, "4 bits, attention 8"),
+        (8_000_000, 11.6, "half"),
+        (9_000_000, 11.3, "8 bits"),
+    )
+    points = [
+        {"package_bytes": size, "perplexity": p, "label": label, "chosen": size == 7_000_000}
+        for size, p, label in tried
+    ]
     facts["variants"]["int4"]["quantize"]["search"] = {"points": points, "reference_perplexity": 11.24, "limit": "+3 %"}
     return facts

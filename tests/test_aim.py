@@ -1,22 +1,31 @@
-"""Weights aim at the outputs of the float model: least squares by numpy in float64, and never worse than to stay on tokens held out."""
+"""Weights aim at the outputs of the float model.
+
+Least squares by numpy in float64, and never worse than to stay on tokens held out.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from dense2moe.export.quantization.aim import DAMPING, find_aim, square
+from dense2moe.export.quantization.inputs import Inputs
 
-from export.aim import DAMPING, find_aim, square
-from export.inputs import Inputs
 
+def draw(
+    tokens: int, width: int, rows: int, noise: float, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, inputs of the float model, inputs that are less by a linear part and by noise.
 
-def draw(tokens: int, width: int, rows: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A weight, inputs of the float model, inputs that are less by a linear part and by noise, and a drift that they foretell."""
+    And a drift that they foretell.
+    """
     generator = torch.Generator().manual_seed(seed)
     reference = torch.randn(tokens, width, generator=generator) * torch.rand(width, generator=generator).add(0.2)
     lost = reference @ torch.randn(width, width, generator=generator) * 0.1 / width**0.5
     actual = reference - lost + noise * torch.randn(tokens, width, generator=generator)
-    drift = actual @ torch.randn(width, rows, generator=generator) * 0.1 + noise * torch.randn(tokens, rows, generator=generator)
+    drift = actual @ torch.randn(width, rows, generator=generator) * 0.1 + noise * torch.randn(
+        tokens, rows, generator=generator
+    )
     return torch.randn(rows, width, generator=generator) / width**0.5, reference, actual, drift
 
 
@@ -35,11 +44,17 @@ def test_the_direction_is_that_of_damped_least_squares_in_float64(drifts: bool, 
     inputs = Inputs(actual, reference, drift if drifts else None, weights)
     aim = find_aim(inputs)
     factors = (weights if weights is not None else torch.ones(400)).double().numpy()[:300, None]
-    factors = factors / np.sqrt(np.square((weights if weights is not None else torch.ones(400)).double().numpy()).mean())
+    factors = factors / np.sqrt(
+        np.square((weights if weights is not None else torch.ones(400)).double().numpy()).mean()
+    )
     x = actual.double().numpy()[:300] * factors
-    wanted = (reference.double().numpy()[:300] @ weight.double().numpy().T + (drift.double().numpy()[:300] if drifts else 0)) * factors
+    wanted = (
+        reference.double().numpy()[:300] @ weight.double().numpy().T + (drift.double().numpy()[:300] if drifts else 0)
+    ) * factors
     ridge = np.sqrt(DAMPING * np.diag(x.T @ x).mean()) * np.eye(16)
-    expected = np.linalg.lstsq(np.vstack([x, ridge]), np.vstack([wanted, ridge @ weight.double().numpy().T]), rcond=None)[0].T
+    expected = np.linalg.lstsq(
+        np.vstack([x, ridge]), np.vstack([wanted, ridge @ weight.double().numpy().T]), rcond=None
+    )[0].T
     found = weight + aim.find_step(weight)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-5)
     assert distance(weight, aim.move(weight), inputs) < 0.5 * distance(weight, weight, inputs)

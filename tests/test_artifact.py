@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from convert.artifact import (
+from dense2moe.convert.artifact import (
     Artifact,
     ArtifactError,
     artifact_key,
@@ -101,18 +100,20 @@ def test_a_changed_setting_makes_another_directory(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([DIRECTORY, f"upcycle-{other[:12]}"])
 
 
-def test_the_code_digest_changes_with_any_source_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_digest_changes_with_any_source_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     package = tmp_path / "sample_package"
     (package / "inner").mkdir(parents=True)
     (package / "__init__.py").touch()
     template = package / "inner" / "card.j2"
     template.write_text("one")
     monkeypatch.syspath_prepend(tmp_path)
-    before = code_digest("sample_package", "convert")
+    before = code_digest("sample_package", "dense2moe.convert")
     (package / "notes.txt").write_text("not code")
-    assert code_digest("convert", "sample_package") == before
+    assert code_digest("dense2moe.convert", "sample_package") == before
     template.write_text("two")
-    assert code_digest("sample_package", "convert") != before
+    assert code_digest("sample_package", "dense2moe.convert") != before
 
 
 @pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
@@ -140,7 +141,12 @@ def test_settings_that_are_not_json_are_refused(tmp_path: Path, value: float) ->
 def test_facts_that_are_not_finite_come_back_as_they_were(tmp_path: Path) -> None:
     """In strict JSON, and told from texts of the same letters."""
     numbers = {"loss": math.nan, "layers": ({"error": math.inf}, {"error": -math.inf}, {"error": 0.5})}
-    texts = {"origin": "NaN", "domains": ["Infinity", "float"], "odd": {"float": "text"}, "odder": {"float": "NaN", "b": 1}}
+    texts = {
+        "origin": "NaN",
+        "domains": ["Infinity", "float"],
+        "odd": {"float": "text"},
+        "odder": {"float": "NaN", "b": 1},
+    }
     with build(tmp_path, "upcycle", KEY) as draft:
         sealed = draft.seal(**SEAL | {"facts": numbers | texts})
     json.loads((sealed.directory / "manifest.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -152,7 +158,9 @@ def test_facts_that_are_not_finite_come_back_as_they_were(tmp_path: Path) -> Non
     assert verify(sealed.directory) == []
 
 
-def test_all_is_forced_to_disk_before_the_name_and_the_name_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_forced_to_disk_before_the_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
     make(tmp_path)
@@ -174,7 +182,7 @@ def test_the_name_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_kill_in_the_middle_leaves_a_partial_and_the_next_build_is_clean(tmp_path: Path) -> None:
     script = """
-import sys, time; from pathlib import Path; from convert.artifact import build
+import sys, time; from pathlib import Path; from dense2moe.convert.artifact import build
 with build(Path(sys.argv[1]), "upcycle", sys.argv[2]) as draft:
     (draft.directory / "half").write_text("half"); print("ready", flush=True); time.sleep(60)
 """
@@ -191,7 +199,7 @@ with build(Path(sys.argv[1]), "upcycle", sys.argv[2]) as draft:
 def test_the_lock_keeps_others_out_until_its_holder_is_killed(tmp_path: Path) -> None:
     workdir = tmp_path / "a" / "work"
     script = """
-import sys, time; from pathlib import Path; from convert.artifact import lock
+import sys, time; from pathlib import Path; from dense2moe.convert.artifact import lock
 with lock(Path(sys.argv[1])):
     print("ready", flush=True); time.sleep(60)
 """
@@ -199,7 +207,8 @@ with lock(Path(sys.argv[1])):
         with pytest.raises(ArtifactError) as caught, lock(workdir):
             pass
         assert str(caught.value) == (
-            f"{workdir}: another run (process {running.pid}) is using this work directory; wait for it to end, or give another --workdir"
+            f"{workdir}: another run (process {running.pid}) is using this work directory; wait for it to end, or "
+            "give another --workdir"
         )
         running.kill()
         running.wait()
@@ -215,7 +224,10 @@ def test_a_work_directory_that_is_a_file_is_refused(tmp_path: Path) -> None:
     for workdir in (file, file / "below"):
         with pytest.raises(ArtifactError) as caught, lock(workdir):
             pass
-        assert str(caught.value) == f"{workdir}: a file is in the way; must be a directory; move it away, or give another --workdir"
+        assert (
+            str(caught.value)
+            == f"{workdir}: a file is in the way; must be a directory; move it away, or give another --workdir"
+        )
 
 
 def digest(data: bytes) -> str:
@@ -290,7 +302,9 @@ def test_links_to_files_are_hashed_through_and_watched(tmp_path: Path) -> None:
     with build(tmp_path, "upcycle", KEY) as draft:
         (draft.directory / "model").symlink_to("../target")
         made = draft.seal(**SEAL)
-    assert made.manifest["files"] == {"model": {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest(), "link": "../target"}}
+    assert made.manifest["files"] == {
+        "model": {"size": 7, "sha256": hashlib.sha256(b"weights").hexdigest(), "link": "../target"}
+    }
     assert verify(made.directory) == []
     target.write_bytes(b"wEights")
     assert verify(made.directory) == [f"model: SHA-256 {digest(b'wEights')}...; must be {digest(b'weights')}..."]
@@ -307,7 +321,10 @@ def test_other_links_are_refused(tmp_path: Path, target: str) -> None:
         (draft.directory / "model").symlink_to(target)
         draft.seal(**SEAL)
     path = tmp_path / f"{DIRECTORY}.partial" / "model"
-    assert str(caught.value) == f"{path}: link to {target!r}, which is no file; an artifact may hold only files and links to files"
+    assert (
+        str(caught.value)
+        == f"{path}: link to {target!r}, which is no file; an artifact may hold only files and links to files"
+    )
 
 
 def test_a_link_that_sealing_would_break_is_a_bug(tmp_path: Path) -> None:
@@ -326,21 +343,31 @@ def edit(directory: Path, **changes: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a//b", "./a", "", ".", "manifest.json", "new\nline", "\x1b[2J"])
+@pytest.mark.parametrize(
+    "name", ["../x", "/etc/passwd", "a/../../x", "a//b", "./a", "", ".", "manifest.json", "new\nline", "\x1b[2J"]
+)
 def test_a_hostile_path_is_refused(tmp_path: Path, name: str) -> None:
     directory = make(tmp_path).directory
     path = edit(directory, files={name: {"size": 0, "sha256": "0" * 64}})
     for read in (open_artifact, verify):
         with pytest.raises(ArtifactError) as caught:
             read(directory)
-        assert str(caught.value) == f"{path}: path {name!r} in 'files'; must be a plain path inside the artifact; {MEND}"
+        assert (
+            str(caught.value) == f"{path}: path {name!r} in 'files'; must be a plain path inside the artifact; {MEND}"
+        )
 
 
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"dense2moe": 1}, "'dense2moe' is 1; must be 2; made by another version of dense2moe, and made anew by a run with this one"),
-        ({"dense2moe": 3}, "'dense2moe' is 3; must be 2; made by another version of dense2moe, and made anew by a run with this one"),
+        (
+            {"dense2moe": 1},
+            "'dense2moe' is 1; must be 2; made by another version of dense2moe, and made anew by a run with this one",
+        ),
+        (
+            {"dense2moe": 3},
+            "'dense2moe' is 3; must be 2; made by another version of dense2moe, and made anew by a run with this one",
+        ),
         ({"dense2moe": None}, "'dense2moe' is None; must be 2"),
         ({"key": "abc"}, "'key' is 'abc'; must be 64 hex digits"),
         ({"sha256": "ABC"}, "'sha256' is 'ABC'; must be 64 hex digits"),
@@ -349,7 +376,10 @@ def test_a_hostile_path_is_refused(tmp_path: Path, name: str) -> None:
         ({"files": []}, "'files' is []; must be of type dict"),
         ({"files": {"a": 1}}, "'files' has 1 for a; must be an object with a size in bytes"),
         ({"files": {"a": {"size": -1}}}, "'files' has {'size': -1} for a; must be an object with a size in bytes"),
-        ({"files": {"a": {"size": 1}}}, "'files' has {'size': 1} for a; must have 64 hex digits as sha256, and text as link if any"),
+        (
+            {"files": {"a": {"size": 1}}},
+            "'files' has {'size': 1} for a; must have 64 hex digits as sha256, and text as link if any",
+        ),
     ],
 )
 def test_a_malformed_manifest_is_refused(tmp_path: Path, changes: dict[str, Any], fault: str) -> None:
@@ -371,7 +401,8 @@ def test_the_manifest_holds_the_digest_of_canonical_json_of_all_else_in_it(tmp_p
         for name, data in (("config.json", b"{}"), ("onnx/model.onnx", b"weights"))
     )
     text = (
-        f'{{"created":"{created}","dense2moe":2,"facts":{{"perplexity":12.5}},"files":{{{files}}},"inputs":{{"source":"{"a" * 64}"}},"key":"{KEY}",'
+        f'{{"created":"{created}","dense2moe":2,"facts":{{"perplexity":12.5}},"files":{{{files}}},'
+        f'"inputs":{{"source":"{"a" * 64}"}},"key":"{KEY}",'
         '"label":"upcycle","seed":7,"settings":{"num_experts":4},"versions":{"torch":"2"}}'
     )
     assert manifest["sha256"] == hashlib.sha256(text.encode()).hexdigest()
@@ -425,7 +456,9 @@ def test_a_manifest_that_is_only_written_in_another_way_is_the_same(tmp_path: Pa
 
 def test_what_an_older_version_made_is_left_where_it_is_and_made_anew(tmp_path: Path) -> None:
     """By the layout without a digest, whose number was in its key."""
-    text = json.dumps({"code": "code", "dense2moe": 1, "inputs": {"source": "a" * 64}, "settings": {"num_experts": 4}}, sort_keys=True)
+    text = json.dumps(
+        {"code": "code", "dense2moe": 1, "inputs": {"source": "a" * 64}, "settings": {"num_experts": 4}}, sort_keys=True
+    )
     old_key = hashlib.sha256(text.replace(", ", ",").replace(": ", ":").encode()).hexdigest()
     old = tmp_path / f"upcycle-{old_key[:12]}"
     make(tmp_path).directory.rename(old)
@@ -497,9 +530,12 @@ def test_something_else_under_the_final_name_is_named_and_kept(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("in_block", "limit_bytes"), [(True, 1000), (False, 100)])
-def test_a_file_past_the_size_limit_is_one_line_and_leaves_nothing(tmp_path: Path, in_block: bool, limit_bytes: int) -> None:
+def test_a_file_past_the_size_limit_is_one_line_and_leaves_nothing(
+    tmp_path: Path, in_block: bool, limit_bytes: int
+) -> None:
     script = """
-import resource, sys; from pathlib import Path; from convert.artifact import ArtifactError, build, describe_os_error
+import resource, sys; from pathlib import Path
+from dense2moe.convert.artifact import ArtifactError, build, describe_os_error
 workdir, key, in_block, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", int(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); print("ready", flush=True)
 try:
@@ -525,16 +561,27 @@ except OSError as error:
     [
         (errno.ENOSPC, "w: the disk is full; free some space, or give another --workdir"),
         (errno.EDQUOT, "w: your disk quota is used up; free some space, or give another --workdir"),
-        (errno.EACCES, "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir"),
-        (errno.EPERM, "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir"),
+        (
+            errno.EACCES,
+            "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir",
+        ),
+        (
+            errno.EPERM,
+            "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir",
+        ),
         (errno.EROFS, "w: no write permission: the file system is read-only; give another --workdir"),
         (errno.ENOTDIR, "w: a file is in the way; must be a directory; move it away, or give another --workdir"),
-        (errno.EIO, "w: the disk fails (Input/output error); look at the disk, or give another --workdir, and run again"),
+        (
+            errno.EIO,
+            "w: the disk fails (Input/output error); look at the disk, or give another --workdir, and run again",
+        ),
     ],
 )
 def test_an_error_of_the_system_is_one_line(number: int, line: str) -> None:
     assert describe_os_error(OSError(number, os.strerror(number)), Path("w")) == line
-    assert describe_os_error(OSError(number, os.strerror(number), "w/model"), Path("w")) == line.replace("w:", "w/model:", 1)
+    assert describe_os_error(OSError(number, os.strerror(number), "w/model"), Path("w")) == line.replace(
+        "w:", "w/model:", 1
+    )
 
 
 def test_an_error_without_a_number_is_one_line_too() -> None:
@@ -551,7 +598,11 @@ def test_too_little_space_is_refused_before_the_work(tmp_path: Path, monkeypatch
     check_space(tmp_path / "a" / "b", 2_500_000)
     with pytest.raises(ArtifactError) as caught:
         check_space(tmp_path / "a" / "b", 3_000_000_000)
-    assert str(caught.value) == f"{tmp_path / 'a' / 'b'}: 2.5 MB free on this disk; 3.0 GB needed; free some space, or give another --workdir"
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'a' / 'b'}: 2.5 MB free on this disk; 3.0 GB needed; free some space, or give another "
+        "--workdir"
+    )
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:

@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-from upcycle.balance import (
+from dense2moe.upcycle.gates.balance import (
     LayerRouting,
     balance_loss,
     describe_routing,
@@ -21,6 +19,7 @@ from upcycle.balance import (
     router_margin,
     z_loss,
 )
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 THREE_TO_ONE = [math.log(3.0), 0.0]  # logits of probabilities 3/4 and 1/4
 ONE_TO_THREE = [0.0, math.log(3.0)]
@@ -60,14 +59,18 @@ def test_layers_that_collapse_onto_different_experts_look_balanced_only_when_poo
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_one_layer_scores_what_transformers_gives_it_over_top_k(top_k: int) -> None:
     logits = torch.randn(200, 6, generator=torch.Generator().manual_seed(0)) * 2
-    theirs = float(load_balancing_loss_func((logits,), num_experts=6, top_k=top_k))  # sums the load over slots where ours takes the mean
+    # sums the load over slots where ours takes the mean
+    theirs = float(load_balancing_loss_func((logits,), num_experts=6, top_k=top_k))
     assert float(balance_loss(logits, top_k)) == pytest.approx(theirs / top_k, rel=1e-5)
 
 
 def test_gradients_flow_through_the_probabilities_alone() -> None:
-    logits = torch.randn(50, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float().requires_grad_()
+    logits = (
+        torch.randn(50, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float().requires_grad_()
+    )
     balance_loss(logits, top_k=2).backward()
-    # By hand, with the load as a constant c: L = E/T * sum_t sum_e c_e p_te, so dL/dz_tj = E/T * p_tj * (c_j - sum_e c_e p_te).
+    # By hand, with the load as a constant c: L = E/T * sum_t sum_e c_e p_te, so dL/dz_tj = E/T * p_tj * (c_j - sum_e
+    # c_e p_te).
     counts = torch.zeros(5)
     for row in logits.tolist():
         for expert in sorted(range(5), key=lambda e: -row[e])[:2]:
@@ -81,7 +84,9 @@ def test_gradients_flow_through_the_probabilities_alone() -> None:
 
 
 def test_a_step_down_the_gradient_lowers_the_loss() -> None:
-    logits = (torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0.0, 0.0, 0.0])).requires_grad_()
+    logits = (
+        torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) + torch.tensor([2.0, 0.0, 0.0, 0.0])
+    ).requires_grad_()
     before = balance_loss(logits, top_k=1)
     before.backward()
     assert logits.grad is not None
@@ -104,7 +109,9 @@ def test_entropy_is_zero_when_certain_and_the_logarithm_when_uniform() -> None:
     assert float(router_entropy(torch.tensor([[1000.0, 0.0, 0.0, 0.0]]))) == 0.0
     assert float(router_entropy(torch.zeros(7, 4))) == pytest.approx(math.log(4), rel=1e-6)
     # (3/4, 1/4): 3/4 log(4/3) + 1/4 log 4.
-    assert float(router_entropy(torch.tensor([THREE_TO_ONE]))) == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4), rel=1e-6)
+    assert float(router_entropy(torch.tensor([THREE_TO_ONE]))) == pytest.approx(
+        0.75 * math.log(4 / 3) + 0.25 * math.log(4), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 1.0, 10.0, 1000.0])
@@ -138,11 +145,14 @@ def test_the_z_loss_and_its_gradient_are_as_by_hand() -> None:
     assert float(loss.detach()) == pytest.approx(math.log(4.0) ** 2, rel=1e-6)
     loss.backward()
     assert logits.grad is not None
-    assert logits.grad.flatten().tolist() == pytest.approx([math.log(4.0) * p for p in (0.75, 0.25, 0.25, 0.75)], rel=1e-6)
+    assert logits.grad.flatten().tolist() == pytest.approx(
+        [math.log(4.0) * p for p in (0.75, 0.25, 0.25, 0.75)], rel=1e-6
+    )
 
 
 def test_the_gradient_of_the_balance_loss_is_as_by_hand() -> None:
-    # All to the first, so the loss is 2 * mean of p1; d p1 / d z1 = p1 (1 - p1) = 3/16, and half of twice that for each of two tokens.
+    # All to the first, so the loss is 2 * mean of p1; d p1 / d z1 = p1 (1 - p1) = 3/16, and half of twice that for each
+    # of two tokens.
     logits = torch.tensor([THREE_TO_ONE, THREE_TO_ONE], requires_grad=True)
     balance_loss(logits, top_k=1).backward()
     assert logits.grad is not None
@@ -158,7 +168,9 @@ def test_the_losses_of_two_halves_with_the_load_of_the_whole_have_the_whole_batc
 
 
 def test_the_margin_is_between_the_last_chosen_and_the_next() -> None:
-    assert float(router_margin(torch.tensor([[5.0, 1.0, 3.0, 2.5], [0.0, 1.0, 1.0, 1.0]]), 2)) == pytest.approx((0.5 + 0.0) / 2)
+    assert float(router_margin(torch.tensor([[5.0, 1.0, 3.0, 2.5], [0.0, 1.0, 1.0, 1.0]]), 2)) == pytest.approx(
+        (0.5 + 0.0) / 2
+    )
     assert float(router_margin(torch.tensor([[5.0, 1.0]]), 2)) == 0.0
 
 
@@ -239,7 +251,9 @@ def test_the_balance_loss_of_sigmoid_scores_is_that_of_equations_17_to_20() -> N
 def test_entropy_and_margin_of_sigmoid_scores_are_as_by_hand() -> None:
     logits = torch.tensor([SIGMOIDS])
     # 1/2, 1/3 and 1/6 of their sum.
-    assert float(router_entropy(logits, NO_BIAS)) == pytest.approx(math.log(2) / 2 + math.log(3) / 3 + math.log(6) / 6, rel=1e-6)
+    assert float(router_entropy(logits, NO_BIAS)) == pytest.approx(
+        math.log(2) / 2 + math.log(3) / 3 + math.log(6) / 6, rel=1e-6
+    )
     assert float(router_margin(logits, 1, NO_BIAS)) == pytest.approx(0.25)
     assert float(router_margin(logits, 1, torch.tensor([0.0, 0.5, 0.0]))) == pytest.approx(0.25)  # 1 and 3/4
     bias = torch.tensor([0.0, 0.5, 0.0])

@@ -10,12 +10,11 @@ from typing import Any
 import onnx
 import psutil
 import pytest
+from dense2moe.convert.bench import bench_package, bench_table
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.speed import Load, time_loads
+from dense2moe.export.storage import MODEL_NAME
 from programs import dense2moe
-
-from convert.bench import bench_package, bench_table
-from export.runtime import Decoder
-from export.speed import Load, time_loads
-from export.storage import MODEL_NAME
 
 
 def silent(*_: Any) -> None:
@@ -24,12 +23,24 @@ def silent(*_: Any) -> None:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph with our names that nothing of ours wrote: logits [B, S, 1] are the tokens, its past grows by one zero a token."""
+    """A graph with our names that nothing of ours wrote.
+
+    Logits [B, S, 1] are the tokens, its past grows by one zero a token.
+    """
     directory = tmp_path_factory.mktemp("foreign")
     helper, ints, floats = onnx.helper, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT
     past = helper.make_tensor_value_info("past_key_values.0.key", floats, ["B", 1, "P", 1])
-    inputs = [*(helper.make_tensor_value_info(name, ints, ["B", f"{name}_length"]) for name in ("input_ids", "attention_mask")), past]
-    outputs = [helper.make_tensor_value_info("logits", floats, ["B", "S", 7]), helper.make_tensor_value_info("present.0.key", floats, None)]
+    inputs = [
+        *(
+            helper.make_tensor_value_info(name, ints, ["B", f"{name}_length"])
+            for name in ("input_ids", "attention_mask")
+        ),
+        past,
+    ]
+    outputs = [
+        helper.make_tensor_value_info("logits", floats, ["B", "S", 7]),
+        helper.make_tensor_value_info("present.0.key", floats, None),
+    ]
     nodes = [
         helper.make_node("OneHot", ["input_ids", "depth", "values"], ["logits"]),
         helper.make_node("Cast", ["input_ids"], ["tokens"], to=floats),
@@ -40,7 +51,10 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     constants.append(helper.make_tensor("places", ints, [2], [1, 3]))
     opset = [helper.make_opsetid("", 17)]
     onnx.save(
-        helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, constants), ir_version=10, opset_imports=opset), directory / MODEL_NAME
+        helper.make_model(
+            helper.make_graph(nodes, "g", inputs, outputs, constants), ir_version=10, opset_imports=opset
+        ),
+        directory / MODEL_NAME,
     )
     (directory / "config.json").write_text('{"max_position_embeddings": 32}', encoding="utf-8")
     return directory
@@ -78,8 +92,10 @@ def test_the_figures_are_those_of_the_rounds(foreign) -> None:
     for stage, tokens in (("prefill", 16), ("decode", 8)):
         seconds, speeds = first[f"{stage}_seconds"], first[f"{stage}_tokens_per_second"]
         assert speeds == {
-            "median": tokens / statistics.median(seconds), "slowest": tokens / max(seconds), "fastest": tokens / min(seconds)
-        }  # fmt: skip
+            "median": tokens / statistics.median(seconds),
+            "slowest": tokens / max(seconds),
+            "fastest": tokens / min(seconds),
+        }
     assert second["decode_tokens_per_second"] is None
     assert 0 < found.idle_bytes <= found.peak_bytes
     assert found.peak_bytes >= 0.9 * psutil.Process().memory_info().rss
@@ -111,8 +127,9 @@ def test_the_command_crosses_batches_and_prompts(foreign) -> None:
 
 def test_a_load_beyond_the_context_is_one_line(foreign) -> None:
     assert invoke("bench", foreign, "--batch", 1, "--prompt", "4,30", "--new", 4)[::2] == (
-        1, "Error: 30 tokens and 4 new ones are 34; the model's context holds 32; ask for fewer\n",
-    )  # fmt: skip
+        1,
+        "Error: 30 tokens and 4 new ones are 34; the model's context holds 32; ask for fewer\n",
+    )
 
 
 @pytest.mark.parametrize("value", ["0", "1,,2", "one", "-1"])

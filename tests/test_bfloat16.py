@@ -12,27 +12,35 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import check_parity
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from onnx import TensorProto, numpy_helper
 from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen2MoeForCausalLM
 
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from export.errors import ExportError
-from export.package import write_package
-from export.parity import check_parity
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, CUDA, Decoder, is_at_hand
-from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import Twin
-
 VOCABULARY = 96
 IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 24))
 SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "num_experts_per_tok": 4, "max_position_embeddings": 64, "initializer_range": 0.2, "bos_token_id": 0,
-    "eos_token_id": 1, "pad_token_id": None,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
 EXACT = 5e-6  # float32 sums in another order
 
 
@@ -42,7 +50,11 @@ def silent(what: str, done: int, total: int) -> None:
 
 def make_mixture(directory: Path, model_class: Any = MixtralForCausalLM, **fields: Any) -> Path:
     """Random, every expert chosen, with norms and biases that show in the logits."""
-    own: dict[str, Any] = {"num_local_experts": 4} if model_class is MixtralForCausalLM else {"num_experts": 4, "moe_intermediate_size": 48}
+    own: dict[str, Any] = (
+        {"num_local_experts": 4}
+        if model_class is MixtralForCausalLM
+        else {"num_experts": 4, "moe_intermediate_size": 48}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(model_class.config_class(**SMALL | own | {"tie_word_embeddings": True} | fields))
@@ -64,7 +76,8 @@ def export(source: Path, folder: Path, **config: Any) -> tuple[Path, Path]:
     quantize_checkpoint(source, twin, "bfloat16", QuantizeConfig(), silent, settings.device)
     facts = write_package(twin, package, settings, silent)
     if Version(ort.__version__) < Version(facts.min_onnxruntime):
-        pytest.skip(f"the package needs onnxruntime {facts.min_onnxruntime}, this is {ort.__version__}")  # in .ci/runtimes
+        # in .ci/runtimes
+        pytest.skip(f"the package needs onnxruntime {facts.min_onnxruntime}, this is {ort.__version__}")
     return twin, package
 
 
@@ -79,7 +92,9 @@ def run(package: Path, taps: bool = False) -> np.ndarray:
     """A prefill of twenty tokens, and four decode steps."""
     decoder = Decoder(package, taps=taps, num_threads=1)
     cache = decoder.new_cache(*IDS.shape)
-    return np.concatenate([decoder.run(cache, ids)["logits"] for ids in np.split(IDS, [20, 21, 22, 23], axis=1)], axis=1)
+    return np.concatenate(
+        [decoder.run(cache, ids)["logits"] for ids in np.split(IDS, [20, 21, 22, 23], axis=1)], axis=1
+    )
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
@@ -106,8 +121,13 @@ def test_the_graph_equals_its_twin_to_float32(tmp_path: Path, lowering: str, tie
 
 def test_biases_and_a_shared_expert_are_stored_in_bfloat16_too(tmp_path: Path) -> None:
     fields = {"shared_expert_intermediate_size": 32, "norm_topk_prob": True, "num_experts_per_tok": 4}
-    twin, package = export(make_mixture(tmp_path / "source", Qwen2MoeForCausalLM, **fields), tmp_path, lowering="grouped")
-    kinds = {tensor.name: tensor.data_type for tensor in onnx.load(package / MODEL_NAME, load_external_data=False).graph.initializer}
+    twin, package = export(
+        make_mixture(tmp_path / "source", Qwen2MoeForCausalLM, **fields), tmp_path, lowering="grouped"
+    )
+    kinds = {
+        tensor.name: tensor.data_type
+        for tensor in onnx.load(package / MODEL_NAME, load_external_data=False).graph.initializer
+    }
     biases = {kind for name, kind in kinds.items() if name.endswith(".bias")}
     assert biases == {TensorProto.BFLOAT16}
     assert kinds["layers.0.shared_expert.down.weight"] == TensorProto.BFLOAT16
@@ -125,11 +145,16 @@ def test_onnxruntime_folds_every_cast_of_a_weight_as_it_loads(tmp_path: Path) ->
     narrow = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.BFLOAT16}
     assert narrow == {"embedding.weight"}
     assert [node.op_type for node in graph.node if narrow & set(node.input)] == ["Gather"]
-    assert {node.output[0] for node in graph.node if node.op_type == "Cast"} & {f"{name}.widened" for name in narrow} == set()
+    assert {node.output[0] for node in graph.node if node.op_type == "Cast"} & {
+        f"{name}.widened" for name in narrow
+    } == set()
 
 
 def read_as_float32(package: Path, directory: Path) -> Path:
-    """A copy of a package with every bfloat16 in the place of which float32 stands: the same graph, for a runtime that has no bfloat16 kernels."""
+    """A copy of a package with every bfloat16 in the place of which float32 stands.
+
+    The same graph, for a runtime that has no bfloat16 kernels.
+    """
     shutil.copytree(package, directory)
     proto = onnx.load(directory / MODEL_NAME)
     for tensor in proto.graph.initializer:
@@ -148,21 +173,30 @@ def read_as_float32(package: Path, directory: Path) -> Path:
 
 
 @pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
-def test_for_cuda_the_graph_computes_in_bfloat16_but_for_routers_norms_and_logits(tmp_path: Path, lowering: str) -> None:
+def test_for_cuda_the_graph_computes_in_bfloat16_but_for_routers_norms_and_logits(
+    tmp_path: Path, lowering: str
+) -> None:
     twin, package = export(make_mixture(tmp_path / "source"), tmp_path, lowering=lowering, device="cuda")
     assert Twin(twin).element_type == "bfloat16"
     graph = onnx.load(package / MODEL_NAME, load_external_data=False).graph
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
     assert [kinds[f"router_logits.{n}.weight"] for n in range(2)] == [TensorProto.FLOAT] * 2
-    assert {kinds[node.input[-1]] for node in graph.node if node.op_type.endswith("SimplifiedLayerNormalization")} == {TensorProto.FLOAT}
+    assert {kinds[node.input[-1]] for node in graph.node if node.op_type.endswith("SimplifiedLayerNormalization")} == {
+        TensorProto.FLOAT
+    }
     declared = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
     assert {kind for name, kind in declared.items() if name.startswith(("past", "present"))} == {TensorProto.BFLOAT16}
     assert declared["logits"] == TensorProto.FLOAT
     chosen = [node.input[0] for node in graph.node if node.op_type == "TopK" and node.output[0].endswith(".top_k")]
     assert chosen == ["router_logits.0", "router_logits.1"]  # float32, and before the operator where there is one
-    products = {kinds[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name}
+    products = {
+        kinds[node.input[1]]
+        for node in graph.node
+        if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name
+    }
     assert products == {TensorProto.BFLOAT16}
-    # No provider here computes in bfloat16; read as float32, the graph must compute what its twin does, but for rotary tables rounded to 2^-9.
+    # No provider here computes in bfloat16; read as float32, the graph must compute what its twin does, but for rotary
+    # tables rounded to 2^-9.
     assert difference(run(read_as_float32(package, tmp_path / "widened")), expect(twin)) < 0.02
 
 

@@ -1,4 +1,7 @@
-"""Bits chosen by measurement: what a choice costs is what transformers says, and no other choice is better in bytes and cost both."""
+"""Bits chosen by measurement.
+
+What a choice costs is what transformers says, and no other choice is better in bytes and cost both.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.export.config import BitsOverride, OnnxConfig, QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.bit_search import BitChoices, Sensitivity, Unit, find_units
+from dense2moe.export.quantization.bits import plan_classes
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.sensitivity import Ruler
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from export.bit_search import BitChoices, Sensitivity, Unit, find_units
-from export.bits import plan_classes
-from export.config import BitsOverride, OnnxConfig, QuantizeConfig
-from export.errors import ExportError
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder
-from export.sensitivity import Ruler
-from export.twin import Twin
-from upcycle.checkpoint import open_checkpoint
-
-NAMES = {"experts": "model.layers.{}.block_sparse_moe.experts.1.w2.weight", "attention": "model.layers.{}.self_attn.k_proj.weight"}
+NAMES = {
+    "experts": "model.layers.{}.block_sparse_moe.experts.1.w2.weight",
+    "attention": "model.layers.{}.self_attn.k_proj.weight",
+}
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -33,9 +38,17 @@ def silent(what: str, done: int, total: int) -> None:
 def make_mixture(directory: Path, seed: int = 0, **fields: Any) -> Path:
     """A mixture whose first layer's attention matters most: its weights are the largest."""
     small = {
-        "vocab_size": 96, "hidden_size": 64, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MixtralForCausalLM(MixtralConfig(**small | fields))
@@ -49,7 +62,10 @@ def draw_blocks(count: int = 6, length: int = 24, seed: int = 1) -> torch.Tensor
 
 @torch.no_grad()
 def judge(
-    directory: Path, blocks: torch.Tensor, reference: Path | None = None, replaced: dict[str, torch.Tensor] | None = None
+    directory: Path,
+    blocks: torch.Tensor,
+    reference: Path | None = None,
+    replaced: dict[str, torch.Tensor] | None = None,
 ) -> tuple[float, float]:
     """Loss and KL from the reference by whole models of transformers, in float64."""
     models = [
@@ -76,7 +92,9 @@ def test_costs_are_those_of_whole_models_of_transformers(tied: bool, tmp_path: P
     if not tied:
         names.append("lm_head.weight")
     replaced = {
-        name: checkpoint.read(name) + 0.05 * torch.randn(checkpoint.entries[name].shape, generator=torch.Generator().manual_seed(2)) for name in names
+        name: checkpoint.read(name)
+        + 0.05 * torch.randn(checkpoint.entries[name].shape, generator=torch.Generator().manual_seed(2))
+        for name in names
     }
     found = ruler.measure(replaced)
     assert (found.loss, found.kl) == pytest.approx(judge(source, blocks, replaced=replaced), rel=1e-4)
@@ -97,14 +115,19 @@ def test_costs_are_those_of_whole_models_of_transformers(tied: bool, tmp_path: P
 
 
 def draw_choices(seed: int) -> tuple[BitChoices, list[Sensitivity], dict[Unit, tuple[str, ...]]]:
-    """Six units of three options, with costs that are no multiples of each other; some options are worse than a cheaper one."""
+    """Six units of three options, with costs that are no multiples of each other.
+
+    Some options are worse than a cheaper one.
+    """
     generator = torch.Generator().manual_seed(seed)
     units = {Unit(layer, "experts"): (f"tensor {layer}",) for layer in range(6)}
     found = []
     for unit in units:
         kls = torch.rand(3, generator=generator) * torch.tensor([1.0, 0.2, 0.1])
         sizes = torch.randint(10, 100, (), generator=generator) * torch.tensor([4, 8, 16])
-        found += [Sensitivity(unit, bits, int(size), float(kl)) for bits, size, kl in zip((4, 8, 16), sizes, kls, strict=True)]
+        found += [
+            Sensitivity(unit, bits, int(size), float(kl)) for bits, size, kl in zip((4, 8, 16), sizes, kls, strict=True)
+        ]
     return BitChoices({}, units, found), found, units
 
 
@@ -140,12 +163,17 @@ def test_no_choice_beats_one_of_the_front(seed: int) -> None:
 def search(source: Path, output: Path, held_out: torch.Tensor, method: str = "search", **fields: Any) -> Any:
     output.mkdir()
     config = QuantizeConfig.model_validate({"method": method, "block_size": 16, **fields})
-    return quantize_checkpoint(source, output, "mixed", config, silent, blocks=draw_blocks(8, seed=5), held_out=held_out)
+    return quantize_checkpoint(
+        source, output, "mixed", config, silent, blocks=draw_blocks(8, seed=5), held_out=held_out
+    )
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_budget_holds_on_the_disk_and_is_used(tied: bool, tmp_path: Path) -> None:
-    source, held_out = make_mixture(tmp_path / "source", tie_word_embeddings=tied, hidden_size=128, intermediate_size=160), draw_blocks()
+    source, held_out = (
+        make_mixture(tmp_path / "source", tie_word_embeddings=tied, hidden_size=128, intermediate_size=160),
+        draw_blocks(),
+    )
     sizes, costs = [], []
     for budget in (820_000, 950_000, 1_100_000):
         facts = search(source, tmp_path / f"twin {budget}", held_out, budget=budget)
@@ -182,16 +210,24 @@ def test_a_limit_of_perplexity_holds_for_the_twin_and_fewer_bits_would_break_it(
     reference = judge(source, held_out)[0]
     assert math.expm1(judge(tmp_path / "loose", held_out)[0] - reference) <= 0.20
     assert math.expm1(judge(tmp_path / "tight", held_out)[0] - reference) <= 0.002
-    chosen_loose, chosen_tight = (next(point for point in facts.search.points if point.chosen) for facts in (loose, tight))
-    # GPTQ's least squares shrink what noise is in, which lowers the perplexity of tokens drawn evenly: both limits may hold in 4 bits everywhere.
-    assert chosen_loose.package_bytes < chosen_tight.package_bytes or (method == "gptq" and chosen_loose == chosen_tight)
+    chosen_loose, chosen_tight = (
+        next(point for point in facts.search.points if point.chosen) for facts in (loose, tight)
+    )
+    # GPTQ's least squares shrink what noise is in, which lowers the perplexity of tokens drawn evenly: both limits may
+    # hold in 4 bits everywhere.
+    assert chosen_loose.package_bytes < chosen_tight.package_bytes or (
+        method == "gptq" and chosen_loose == chosen_tight
+    )
     assert loose.search.limit == "perplexity at most 20.000% higher"
     assert tight.quantized_expert_share == 1.0
 
 
 def test_overrides_raise_the_bits_of_their_layers_alone(tmp_path: Path) -> None:
     source = make_mixture(tmp_path / "source")
-    overrides = ({"tensors": "experts", "layers": [0], "bits": 8}, {"tensors": "attention", "layers": [1, 2], "bits": 16})
+    overrides = (
+        {"tensors": "experts", "layers": [0], "bits": 8},
+        {"tensors": "attention", "layers": [1, 2], "bits": 16},
+    )
     config = QuantizeConfig.model_validate({"method": "search", "attention_bits": "variant", "overrides": overrides})
     for variant, own in (("int4", 4), ("int8", 8)):
         (tmp_path / variant).mkdir()
@@ -215,16 +251,23 @@ def test_experts_as_floats_beside_quantized_ones_are_no_fused_operator(tmp_path:
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         write_package(tmp_path / "twin", tmp_path, OnnxConfig(lowering="fused"), silent)
     (tmp_path / "package").mkdir()
-    assert write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(), silent).lowering in ("grouped", "unrolled")
+    assert write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(), silent).lowering in (
+        "grouped",
+        "unrolled",
+    )
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"budget": "90 kB"}, r"quantize.budget is 90,000 bytes; the fewest bits everywhere take \d{3},\d{3}; raise it to more than that"),
+        (
+            {"budget": "90 kB"},
+            r"quantize.budget is 90,000 bytes; the fewest bits everywhere take \d{3},\d{3}; raise it to more than that",
+        ),
         (
             {"max_perplexity_increase": 0},
-            r"quantize.max_perplexity_increase is 0.000%; with experts in 8 bits and the rest as floats perplexity on the validation text rises by "
+            r"quantize.max_perplexity_increase is 0.000%; with experts in 8 bits and the rest as floats perplexity "
+            r"on the validation text rises by "
             r"0.\d{3}%; raise the limit, or let quantize.overrides keep experts of some layers as floats",
         ),
         (
@@ -242,7 +285,11 @@ def test_units_hold_every_tensor_that_may_be_quantized_once(tmp_path: Path) -> N
     checkpoint = open_checkpoint(make_mixture(tmp_path / "source"))
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     units = find_units(plan_classes(checkpoint.config, shapes), shapes)
-    assert [unit.label for unit in units] == ["embedding", "head", *(f"{kind} of layer {n}" for n in range(3) for kind in ("attention", "experts"))]
+    assert [unit.label for unit in units] == [
+        "embedding",
+        "head",
+        *(f"{kind} of layer {n}" for n in range(3) for kind in ("attention", "experts")),
+    ]
     names = [name for group in units.values() for name in group]
     assert sorted(names) == sorted(name for name in shapes if "norm" not in name and "gate.weight" not in name)
 
@@ -250,10 +297,14 @@ def test_units_hold_every_tensor_that_may_be_quantized_once(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("budget", "0.6 GB", 600_000_000), ("budget", "512MiB", 1 << 29), ("budget", 123, 123), ("max_perplexity_increase", "1 %", 0.01),
-        ("max_perplexity_increase", "0.25%", 0.0025), ("max_perplexity_increase", 0.5, 0.5),
+        ("budget", "0.6 GB", 600_000_000),
+        ("budget", "512MiB", 1 << 29),
+        ("budget", 123, 123),
+        ("max_perplexity_increase", "1 %", 0.01),
+        ("max_perplexity_increase", "0.25%", 0.0025),
+        ("max_perplexity_increase", 0.5, 0.5),
     ],
-)  # fmt: skip
+)
 def test_sizes_and_percentages_are_written_as_people_do(field: str, value: Any, expected: float) -> None:
     assert getattr(QuantizeConfig.model_validate({field: value}), field) == pytest.approx(expected)
 
@@ -261,11 +312,15 @@ def test_sizes_and_percentages_are_written_as_people_do(field: str, value: Any, 
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("budget", "0.6", "must be a size such as '0.6 GB'"), ("budget", "1 gb", "must be a size"), ("budget", "0 B", "greater than 0"),
-        ("budget", -1, "greater than 0"), ("max_perplexity_increase", "one %", "is 'one %'; must be a percentage such as '1 %'"),
-        ("max_perplexity_increase", "-1 %", "must be a percentage"), ("max_perplexity_increase", -0.1, "greater than or equal to 0"),
+        ("budget", "0.6", "must be a size such as '0.6 GB'"),
+        ("budget", "1 gb", "must be a size"),
+        ("budget", "0 B", "greater than 0"),
+        ("budget", -1, "greater than 0"),
+        ("max_perplexity_increase", "one %", "is 'one %'; must be a percentage such as '1 %'"),
+        ("max_perplexity_increase", "-1 %", "must be a percentage"),
+        ("max_perplexity_increase", -0.1, "greater than or equal to 0"),
     ],
-)  # fmt: skip
+)
 def test_other_sizes_and_percentages_are_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         QuantizeConfig.model_validate({field: value})

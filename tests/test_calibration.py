@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.export.config import QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.quantization.blockwise import dequantize, quantize
+from dense2moe.export.quantization.calibration import CalibrationWalk, Group
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import SCHEME_NAME
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-from export.calibration import CalibrationWalk, Group
-from export.config import QuantizeConfig
-from export.errors import ExportError
-from export.family import find_decoder_family
-from export.quantization import dequantize, quantize
-from export.quantizer import quantize_checkpoint
-from export.twin import SCHEME_NAME
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import ExpertsConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
 
@@ -40,7 +39,9 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 def make_mixture(dense: Path, directory: Path, settings: dict[str, Any]) -> Path:
     directory.mkdir()
-    upcycle(dense, directory, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **settings), 0, lambda *_: None)
+    upcycle(
+        dense, directory, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.5), **settings), 0, lambda *_: None
+    )
     return directory
 
 
@@ -68,7 +69,10 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[torch.Tenso
 
 
 def moments_of(calls: list[tuple[torch.Tensor, torch.Tensor]], weights: list[torch.Tensor]) -> tuple[torch.Tensor, int]:
-    """X'X of the inputs of a matrix, which may have been multiplied together with others below each other; and the tokens."""
+    """X'X of the inputs of a matrix, which may have been multiplied together with others below each other.
+
+    And the tokens.
+    """
     for candidate in (torch.cat(weights), weights[0]):
         found = [x for weight, x in calls if weight.shape == candidate.shape and torch.equal(weight, candidate)]
         if found:
@@ -79,12 +83,16 @@ def moments_of(calls: list[tuple[torch.Tensor, torch.Tensor]], weights: list[tor
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_group_reads_what_transformers_matrices_read(name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_group_reads_what_transformers_matrices_read(
+    name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In the second layer behind the first one as it is quantized."""
     architecture, overrides, settings = CASES[name]
     mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
     (tmp_path / "twin").mkdir()
-    quantize_checkpoint(mixture, tmp_path / "twin", "int4", QuantizeConfig(method="search", attention_bits="variant"), lambda *_: None)
+    quantize_checkpoint(
+        mixture, tmp_path / "twin", "int4", QuantizeConfig(method="search", attention_bits="variant"), lambda *_: None
+    )
     model, twin, blocks = load(mixture), load(tmp_path / "twin"), draw_blocks(6)
     model.model.layers[0].load_state_dict(twin.model.layers[0].state_dict())
     checkpoint, twin_checkpoint = open_checkpoint(mixture), open_checkpoint(tmp_path / "twin")
@@ -95,7 +103,9 @@ def test_every_group_reads_what_transformers_matrices_read(name: str, make_dense
         model(input_ids=blocks, use_cache=False)
     groups = list(walk.read_layer(1))
     names = {key for group in groups for key, _ in group.matrices}
-    assert names == {key for key in checkpoint.entries if key.startswith("model.layers.1.") and is_quantized(checkpoint, key)}
+    assert names == {
+        key for key in checkpoint.entries if key.startswith("model.layers.1.") and is_quantized(checkpoint, key)
+    }
     experts = [group for group in groups if group.expert is not None]
     assert len(experts) == 8
     num_seen = 0
@@ -103,7 +113,9 @@ def test_every_group_reads_what_transformers_matrices_read(name: str, make_dense
         expected, count = moments_of(calls, [walk.read_matrix(*matrix) for matrix in group.matrices])
         inputs = group.read().actual.double()
         assert len(inputs) == count, group.matrices
-        torch.testing.assert_close(inputs.T @ inputs, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-9))
+        torch.testing.assert_close(
+            inputs.T @ inputs, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max() + 1e-9)
+        )
         num_seen += count if group.expert is not None else 0
     assert num_seen == 2 * 2 * blocks.numel(), "two matrices' groups of two experts a token"
 
@@ -120,7 +132,9 @@ def test_all_experts_see_all_tokens_where_that_is_asked_for(mixture_checkpoint: 
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, shared", "granitemoe, stacked", "qwen3_moe, some layers"])
-def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(
+    name: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     architecture, overrides, settings = CASES[name]
     mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
     blocks, held_out = draw_blocks(128), draw_blocks(32, seed=1)
@@ -140,7 +154,9 @@ def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(name: 
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
-def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpoint: Path, tmp_path: Path, zero_points: bool) -> None:
+def test_an_expert_without_enough_tokens_is_searched_and_counted(
+    mixture_checkpoint: Path, tmp_path: Path, zero_points: bool
+) -> None:
     """An expert that no token visits, among them: its weights are rounded as without calibration."""
     few, none = tmp_path / "few", tmp_path / "search"
     for path in (few, none):
@@ -153,13 +169,21 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpo
     assert len(counts) == 2 * 4
     assert sum(counts) == 2 * 2 * blocks.numel()
     assert facts.fewest_expert_tokens == min(counts) == 0
-    assert facts.num_matrices_with_few_tokens == sum(bits < 8 for name, bits in scheme["tensors"].items() if ".layers." in name)
+    assert facts.num_matrices_with_few_tokens == sum(
+        bits < 8 for name, bits in scheme["tensors"].items() if ".layers." in name
+    )
     (warning,) = facts.warnings
-    enough = 2 * 48 * blocks.numel()  # the FFN's width is 48, and an expert with the fewest tokens counts as if it had one
-    assert f"calibration read 2 tokens, about {enough:,} are enough; set quantize.calibration_tokens to that, and data.max_train_tokens" in warning
+    # the FFN's width is 48, and an expert with the fewest tokens counts as if it had one
+    enough = 2 * 48 * blocks.numel()
+    assert (
+        f"calibration read 2 tokens, about {enough:,} are enough; set quantize.calibration_tokens to that, and "
+        "data.max_train_tokens" in warning
+    )
     searched = QuantizeConfig(method="search", block_size=16, zero_points=zero_points)
     quantize_checkpoint(mixture_checkpoint, none, "int4", searched, lambda *_: None)
-    layer, expert = next((layer, n) for layer, found in scheme["expert_tokens"].items() for n, count in enumerate(found) if count == 0)
+    layer, expert = next(
+        (layer, n) for layer, found in scheme["expert_tokens"].items() for n, count in enumerate(found) if count == 0
+    )
     name = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight"
     assert torch.equal(open_checkpoint(few).read(name), open_checkpoint(none).read(name))
 
@@ -167,7 +191,9 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(mixture_checkpo
 def test_calibration_reads_no_more_tokens_than_it_may(mixture_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "twin").mkdir()
     config = QuantizeConfig(block_size=16, calibration_tokens=100)
-    quantize_checkpoint(mixture_checkpoint, tmp_path / "twin", "int4", config, lambda *_: None, blocks=draw_blocks(16, length=20))
+    quantize_checkpoint(
+        mixture_checkpoint, tmp_path / "twin", "int4", config, lambda *_: None, blocks=draw_blocks(16, length=20)
+    )
     scheme = json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())
     assert {sum(layer) for layer in scheme["expert_tokens"].values()} == {2 * 100}
 
@@ -175,7 +201,14 @@ def test_calibration_reads_no_more_tokens_than_it_may(mixture_checkpoint: Path, 
 def test_quantizing_twice_gives_the_same_integers(mixture_checkpoint: Path, tmp_path: Path) -> None:
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
-        quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int4", QuantizeConfig(block_size=16), lambda *_: None, blocks=draw_blocks(16))
+        quantize_checkpoint(
+            mixture_checkpoint,
+            tmp_path / name,
+            "int4",
+            QuantizeConfig(block_size=16),
+            lambda *_: None,
+            blocks=draw_blocks(16),
+        )
     for file in ("model.safetensors", "scales.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
 
@@ -188,7 +221,10 @@ def test_groups_name_their_experts_in_order(mixture_checkpoint: Path) -> None:
 
 
 def test_gptq_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    message = r"^quantize\.method is 'gptq', which learns from text, and there is none; give blocks of it, or set method to 'search'$"
+    message = (
+        r"^quantize\.method is 'gptq', which learns from text, and there is none; give blocks of it, or set "
+        r"method to 'search'$"
+    )
     with pytest.raises(ExportError, match=message):
         quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(method="gptq"), lambda *_: None)
 
@@ -198,7 +234,9 @@ def test_by_default_4_bits_are_learned_and_8_bits_searched(mixture_checkpoint: P
     for method in ("auto", "search"):
         (tmp_path / method).mkdir()
         config = QuantizeConfig(method=method, block_size=16, input_scaling="awq")
-        facts = quantize_checkpoint(mixture_checkpoint, tmp_path / method, "int4", config, lambda *_: None, blocks=draw_blocks(16))
+        facts = quantize_checkpoint(
+            mixture_checkpoint, tmp_path / method, "int4", config, lambda *_: None, blocks=draw_blocks(16)
+        )
         checkpoint = open_checkpoint(tmp_path / method)
         found[method], methods[method] = {name: checkpoint.read(name) for name in checkpoint.entries}, facts.method
     assert methods == {"auto": "gptq for 4 bits, search for 8 bits", "search": "search"}
@@ -208,7 +246,9 @@ def test_by_default_4_bits_are_learned_and_8_bits_searched(mixture_checkpoint: P
     assert not {name for name in first if "experts" in name} & same
 
 
-def test_8_bits_are_searched_on_the_float_model_or_without_text(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8_bits_are_searched_on_the_float_model_or_without_text(
+    mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise AssertionError("nothing of int8 is behind what is quantized")
 
@@ -216,7 +256,9 @@ def test_8_bits_are_searched_on_the_float_model_or_without_text(mixture_checkpoi
     monkeypatch.setattr(CalibrationWalk, "advance", fail)
     for name, blocks in (("text", draw_blocks(16)), ("none", None)):
         (tmp_path / name).mkdir()
-        facts = quantize_checkpoint(mixture_checkpoint, tmp_path / name, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=blocks)
+        facts = quantize_checkpoint(
+            mixture_checkpoint, tmp_path / name, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=blocks
+        )
         assert (facts.method, facts.num_scaled_groups > 0, facts.warnings) == ("search", blocks is not None, ())
 
 
@@ -224,7 +266,10 @@ def test_8_bits_are_searched_on_the_float_model_or_without_text(mixture_checkpoi
 def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
     name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first layer of one stream is disturbed, and so is the second one's attention: each stream is what transformers computes."""
+    """The first layer of one stream is disturbed, and so is the second one's attention.
+
+    Each stream is what transformers computes.
+    """
     architecture, overrides, settings = CASES[name]
     mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
     checkpoint, blocks = open_checkpoint(mixture), draw_blocks(3)
@@ -233,7 +278,9 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
     walk = CalibrationWalk(checkpoint, family, blocks, all_experts=False)
     list(walk.read_layer(0))
     output = a.output.format(layer=0)
-    changed = {output: checkpoint.read(output) + 0.1 * torch.randn(checkpoint.entries[output].shape, generator=generator)}
+    changed = {
+        output: checkpoint.read(output) + 0.1 * torch.randn(checkpoint.entries[output].shape, generator=generator)
+    }
     moved.get_parameter(output).data.copy_(changed[output])
     walk.advance(0, changed)
     groups = walk.read_layer(1)
@@ -248,11 +295,18 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
         seen = {}
         for kind, which in (("reference", model), ("actual", moved)):
             with recorded(monkeypatch) as calls:
-                seen[kind] = (calls, which(input_ids=blocks, use_cache=False, output_hidden_states=True).hidden_states[1].flatten(0, 1))
+                seen[kind] = (
+                    calls,
+                    which(input_ids=blocks, use_cache=False, output_hidden_states=True).hidden_states[1].flatten(0, 1),
+                )
     for kind, which in (("reference", model), ("actual", moved)):
         for group in (first, second):
             weight = which.get_parameter(group.matrices[0][0])
-            expected = next(x for candidate, x in seen[kind][0] if candidate.shape == weight.shape and torch.equal(candidate, weight))
+            expected = next(
+                x
+                for candidate, x in seen[kind][0]
+                if candidate.shape == weight.shape and torch.equal(candidate, weight)
+            )
             torch.testing.assert_close(getattr(group.read(), kind), expected, rtol=1e-4, atol=1e-5)
     drifts = [group.read().drift for group in (second, *experts)]
     if name == "flex_olmo":
@@ -266,13 +320,21 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe, stacked"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_is_nearer_to_the_model_than_with_searched_scales(tied: bool, name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_the_head_is_nearer_to_the_model_than_with_searched_scales(
+    tied: bool, name: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     architecture, overrides, settings = CASES[name]
     dense = make_dense(architecture=architecture, tie_word_embeddings=tied, **overrides)
     mixture = make_mixture(dense, tmp_path / "mixture", settings)
-    checkpoint, model, blocks, held_out = open_checkpoint(mixture), load(mixture), draw_blocks(64), draw_blocks(16, seed=1)
+    checkpoint, model, blocks, held_out = (
+        open_checkpoint(mixture),
+        load(mixture),
+        draw_blocks(64),
+        draw_blocks(16, seed=1),
+    )
     (tmp_path / "twin").mkdir()
-    config = QuantizeConfig(block_size=16, embedding_bits="variant", input_scaling="none")  # the head alone is compared, with the norm as it was
+    # the head alone is compared, with the norm as it was
+    config = QuantizeConfig(block_size=16, embedding_bits="variant", input_scaling="none")
     quantize_checkpoint(mixture, tmp_path / "twin", "int4", config, lambda *_: None, blocks=blocks)
     head = model.get_output_embeddings().weight.detach()
     with torch.no_grad():
@@ -280,7 +342,10 @@ def test_the_head_is_nearer_to_the_model_than_with_searched_scales(tied: bool, n
         expected = hidden @ head.T
         errors = [
             float((hidden @ found.T - expected).square().mean())
-            for found in (load(tmp_path / "twin").get_output_embeddings().weight, dequantize(quantize(head, 4, 16), 32, 4))
+            for found in (
+                load(tmp_path / "twin").get_output_embeddings().weight,
+                dequantize(quantize(head, 4, 16), 32, 4),
+            )
         ]
     assert errors[0] < (0.95 if tied else 0.8) * errors[1]
     walk = CalibrationWalk(checkpoint, find_decoder_family(checkpoint.config), blocks, all_experts=False)

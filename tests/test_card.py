@@ -9,16 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense2moe.convert.artifact import build
+from dense2moe.convert.report.card import read_license, write_card
+from dense2moe.convert.report.writer import write_report
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from huggingface_hub import ModelCard
 from programs import dense2moe
 from report_facts import HOSTILE, make_facts, tiered
-
-from convert.artifact import build
-from convert.card import read_license, write_card
-from convert.report import write_report
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
 
 
 def silent(*_: Any) -> None:
@@ -47,8 +46,11 @@ def card_of(facts: dict[str, Any], package: Path, output: Path, variant: str = "
 def test_the_hub_reads_the_metadata(facts, package, tmp_path) -> None:
     data = card_of(facts, package, tmp_path, "int8").data
     assert (data.license, data.base_model, data.pipeline_tag, data.library_name) == (
-        "apache-2.0", "someone/python-docs-4m", "text-generation", "onnx",
-    )  # fmt: skip
+        "apache-2.0",
+        "someone/python-docs-4m",
+        "text-generation",
+        "onnx",
+    )
     assert {"onnx", "mixture-of-experts", "int8"} <= set(data.tags)
 
 
@@ -62,14 +64,16 @@ def test_what_is_not_known_is_not_in_the_metadata(facts, package, tmp_path) -> N
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\ntags: [a]\n---\n# x\n",
-         {"license": "other", "license_name": "own", "license_link": "LICENSE.md"}),
+        (
+            "---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE.md\ntags: [a]\n---\n# x\n",
+            {"license": "other", "license_name": "own", "license_link": "LICENSE.md"},
+        ),
         ("---\nlicense: [mit, other]\n---\n", {}),
         ("---\nlicense: [mit\n---\n", {}),
         ("# no metadata\n", {}),
         (None, {}),
     ],
-)  # fmt: skip
+)
 def test_the_licence_is_that_of_the_source_s_card(tmp_path, text, expected) -> None:
     if text is not None:
         (tmp_path / "README.md").write_text(text, encoding="utf-8")
@@ -103,7 +107,9 @@ def test_a_recipe_with_a_fence_does_not_end_its_own(facts, package, tmp_path) ->
 
 def test_a_card_names_no_runtime_that_cannot_read_the_package(facts, package, tmp_path) -> None:
     (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "config.json").write_text((package / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "package" / "config.json").write_text(
+        (package / "config.json").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     assert "genai" not in card_of(facts, tmp_path / "package", tmp_path).text
 
 
@@ -151,7 +157,9 @@ def test_what_was_gathered_is_verified_by_its_digests(workdir, tmp_path) -> None
     output = tmp_path / "out"
     assert invoke("package", workdir, output)[0] == 0
     assert invoke("verify", output) == (0, f"{output}: a package, every file as SHA256SUMS says\n")
-    checked = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=output, capture_output=True, text=True, check=False)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=output, capture_output=True, text=True, check=False
+    )
     assert (checked.returncode, checked.stdout) == (0, "")
     (output / ".gitattributes").write_text("*.data filter=lfs\n", encoding="utf-8")  # as the hub puts it there
     assert invoke("verify", output)[0] == 0
@@ -161,8 +169,10 @@ def test_what_was_gathered_is_verified_by_its_digests(workdir, tmp_path) -> None
     code, said = invoke("verify", output)
     assert code == 1
     assert re.sub("[0-9a-f]{12}", "DIGEST", said).replace(f"{output}: ", "").removeprefix("Error: ").splitlines() == [
-        "config.json: SHA-256 DIGEST...; must be DIGEST...", "report.html: missing", "other.txt: extra; not in SHA256SUMS",
-    ]  # fmt: skip
+        "config.json: SHA-256 DIGEST...; must be DIGEST...",
+        "report.html: missing",
+        "other.txt: extra; not in SHA256SUMS",
+    ]
     (output / "SHA256SUMS").write_text(f"{64 * '0'}  ../config.json\n", encoding="utf-8")
     code, said = invoke("verify", output)
     assert code == 1

@@ -1,4 +1,7 @@
-"""The reader refuses every broken or hostile file in one clear line, and reads what safetensors does, whole, by rows and in chunks."""
+"""The reader refuses every broken or hostile file in one clear line, and reads what safetensors does, whole.
+
+By rows and in chunks.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-from upcycle.checkpoint import (
+from dense2moe.upcycle.checkpoints.reader import (
     CHUNK_ELEMENTS,
     Checkpoint,
     check_values,
@@ -23,7 +23,9 @@ from upcycle.checkpoint import (
     read_chunks,
     read_header,
 )
-from upcycle.errors import UpcycleError
+from dense2moe.upcycle.errors import UpcycleError
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 MAX_HEADER_BYTES = 100_000_000  # the format's limit, in safetensors' README
 FORMAT = {"__metadata__": {"format": "pt"}}
@@ -63,39 +65,54 @@ def write_index(directory: Path, weight_map: Any) -> Path:
 
 def test_a_missing_directory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "absent"
-    assert refusal(open_checkpoint, path) == f"{path}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
+    assert (
+        refusal(open_checkpoint, path)
+        == f"{path}: no such directory; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
+    )
 
 
 def test_a_file_in_place_of_a_directory_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"")
-    assert refusal(open_checkpoint, path) == f"{path}: is a file; it must be a checkpoint directory with config.json and *.safetensors"
+    assert (
+        refusal(open_checkpoint, path)
+        == f"{path}: is a file; it must be a checkpoint directory with config.json and *.safetensors"
+    )
 
 
 def test_a_directory_without_config_is_refused(tmp_path: Path) -> None:
-    assert refusal(open_checkpoint, tmp_path) == (f"{tmp_path}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)")
+    assert refusal(open_checkpoint, tmp_path) == (
+        f"{tmp_path}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         (b'{"a": ', "not valid JSON (JSONDecodeError: Expecting value: line 1 column 7 (char 6)); restore the file"),
-        (b"\xff", "not valid JSON (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start byte); restore the file"),
+        (
+            b"\xff",
+            "not valid JSON (UnicodeDecodeError: 'utf-8' codec can't decode byte 0xff in position 0: invalid start "
+            "byte); restore the file",
+        ),
         (b"{}", "no 'model_type'; it must be the config of a transformers model"),
         (b"[]", "no 'model_type'; it must be the config of a transformers model"),
         (b'{"model_type": 5}', "no 'model_type'; it must be the config of a transformers model"),
         (
             b'{"model_type": "llama", "auto_map": {"AutoConfig": "evil.Config"}}',
-            "'auto_map' asks for code from the checkpoint, which is never run; use a model that transformers itself knows",
+            "'auto_map' asks for code from the checkpoint, which is never run; use a model that transformers itself "
+            "knows",
         ),
         (
             b'{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}',
-            "the weights are quantized (gptq); upcycling needs float32, float16 or bfloat16 weights; give the model as it was before, or "
+            "the weights are quantized (gptq); upcycling needs float32, float16 or bfloat16 weights; give the model "
+            "as it was before, or "
             "dequantize it and remove 'quantization_config'",
         ),
         (
             b'{"model_type": "llama", "quantization_config": "awq"}',
-            "the weights are quantized (unknown); upcycling needs float32, float16 or bfloat16 weights; give the model as it was before, or "
+            "the weights are quantized (unknown); upcycling needs float32, float16 or bfloat16 weights; give the "
+            "model as it was before, or "
             "dequantize it and remove 'quantization_config'",
         ),
     ],
@@ -151,18 +168,26 @@ def test_pickles_beside_safetensors_are_ignored(tmp_path: Path) -> None:
     assert list(index_tensors(tmp_path)) == ["a"]
 
 
-@pytest.mark.parametrize("file_name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", "..", ""])
+@pytest.mark.parametrize(
+    "file_name", ["../x.safetensors", "/etc/x.safetensors", "sub/x.safetensors", "x.bin", "..", ""]
+)
 def test_an_index_that_names_a_file_elsewhere_is_refused(file_name: str, tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     directory = tmp_path / "checkpoint"
     directory.mkdir()
     path = write_index(directory, {"a": file_name})
-    assert refusal(index_tensors, directory) == f"{path}: 'a' is said to be in '{file_name}'; it must be a *.safetensors file beside the index"
+    assert (
+        refusal(index_tensors, directory)
+        == f"{path}: 'a' is said to be in '{file_name}'; it must be a *.safetensors file beside the index"
+    )
 
 
 def test_an_index_that_names_a_missing_file_is_refused(tmp_path: Path) -> None:
     path = write_index(tmp_path, {"a": "model-00001-of-00001.safetensors"})
-    assert refusal(index_tensors, tmp_path) == f"{path}: names model-00001-of-00001.safetensors, which is not there; download it"
+    assert (
+        refusal(index_tensors, tmp_path)
+        == f"{path}: names model-00001-of-00001.safetensors, which is not there; download it"
+    )
 
 
 @pytest.mark.parametrize(
@@ -179,14 +204,17 @@ def test_an_index_of_another_form_is_refused(text: str, reason: str, tmp_path: P
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(text)
     assert refusal(index_tensors, tmp_path) == (
-        f"{path}: not a safetensors index ({reason}); it must hold a 'weight_map' object of name to file; download it again"
+        f"{path}: not a safetensors index ({reason}); it must hold a 'weight_map' object of name to file; download "
+        "it again"
     )
 
 
 def test_a_tensor_that_the_index_does_not_list_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "x.safetensors")
     write_index(tmp_path, {"a": "x.safetensors"})
-    assert refusal(index_tensors, tmp_path) == (f"{tmp_path / 'x.safetensors'}: tensor 'b' is not listed for this file in the index; mend the index")
+    assert refusal(index_tensors, tmp_path) == (
+        f"{tmp_path / 'x.safetensors'}: tensor 'b' is not listed for this file in the index; mend the index"
+    )
 
 
 def test_a_tensor_that_its_shard_lacks_is_refused(tmp_path: Path) -> None:
@@ -201,7 +229,10 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     save_file({"a": torch.ones(1), "b": torch.ones(1)}, tmp_path / "y.safetensors")
     write_index(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"})
-    assert refusal(index_tensors, tmp_path) == f"{tmp_path / 'y.safetensors'}: tensor 'a' is also in x.safetensors; each must be stored once"
+    assert (
+        refusal(index_tensors, tmp_path)
+        == f"{tmp_path / 'y.safetensors'}: tensor 'a' is also in x.safetensors; each must be stored once"
+    )
 
 
 # One file's header
@@ -214,7 +245,10 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
         (b"\xff\xff", "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         ([], "the header is no JSON object"),
         (b'{"a": {}, "a": {}}', "the name 'a' occurs twice"),
-        (b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [], "data_offsets": [0, 4]}}', "the name 'dtype' occurs twice"),
+        (
+            b'{"a": {"dtype": "F32", "dtype": "F16", "shape": [], "data_offsets": [0, 4]}}',
+            "the name 'dtype' occurs twice",
+        ),
         ({"a": []}, "list indices must be integers or slices, not str"),
         ({"a": {"shape": [1], "data_offsets": [0, 4]}}, "'dtype'"),
         ({"a": entry(0, 4, "1")}, "tensor 'a' has no dtype and shape"),  # type: ignore[arg-type]
@@ -267,10 +301,18 @@ def test_a_malformed_header_is_refused_in_whatever_words_of_python(header: Any, 
             12,
             "tensor 'b' leaves a gap before it at byte 8 (expected 4); the file is corrupt; download it again",
         ),
-        ({"a": entry(4, 8, [1])}, 8, "tensor 'a' leaves a gap before it at byte 4 (expected 0); the file is corrupt; download it again"),
+        (
+            {"a": entry(4, 8, [1])},
+            8,
+            "tensor 'a' leaves a gap before it at byte 4 (expected 0); the file is corrupt; download it again",
+        ),
         ({"a": entry(0, 4, [2])}, 4, "tensor 'a' of shape [2] F32 has 4 bytes; it must have 8"),
         ({"a": entry(0, 4, [1]), "b": entry(4, 0, [1])}, 4, "tensor 'b' of shape [1] F32 has -4 bytes; it must have 4"),
-        ({"a": entry(0, 4, [1 << 62, 4], "F32")}, 4, f"tensor 'a' of shape [{1 << 62}, 4] F32 has 4 bytes; it must have {1 << 66}"),
+        (
+            {"a": entry(0, 4, [1 << 62, 4], "F32")},
+            4,
+            f"tensor 'a' of shape [{1 << 62}, 4] F32 has 4 bytes; it must have {1 << 66}",
+        ),
         ({"a": entry(0, 4, [8], "F4")}, 4, "tensor 'a' has dtype F4; it must be one of F32, F16, BF16"),
     ],
 )
@@ -286,14 +328,19 @@ def test_a_truncated_file_and_one_with_trailing_bytes_are_refused(extra: int, tm
     save_file({"a": torch.ones(3)}, file)
     size = file.stat().st_size
     os.truncate(file, size + extra)
-    assert refusal(read_header, file) == (f"{file}: {size + extra} bytes; by its header it must have {size}; truncated or corrupt; download it again")
+    assert refusal(read_header, file) == (
+        f"{file}: {size + extra} bytes; by its header it must have {size}; truncated or corrupt; download it again"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"\x10\0\0", b"\0" * 8, b"\x01" + b"\0" * 7 + b"{"])
 def test_a_file_too_short_for_a_header_is_refused(content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(content)
-    assert refusal(read_header, file) == f"{file}: not a safetensors file ({len(content)} bytes, no header); download it again"
+    assert (
+        refusal(read_header, file)
+        == f"{file}: not a safetensors file ({len(content)} bytes, no header); download it again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -310,12 +357,17 @@ def test_a_header_longer_than_its_file_is_refused(content: bytes, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json", "LICENSE"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model.safetensors", "tokenizer.json", "LICENSE"]
+)
 def test_a_pointer_of_git_lfs_in_any_file_s_place_is_told(name: str, dense_checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(dense_checkpoint, tmp_path, dirs_exist_ok=True)
-    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12\n")
+    (tmp_path / name).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12\n"
+    )
     assert refusal(open_checkpoint, tmp_path) == (
-        f"{tmp_path / name}: is a git-LFS pointer, not the file itself; run `git lfs pull` where it was cloned, or download the file"
+        f"{tmp_path / name}: is a git-LFS pointer, not the file itself; run `git lfs pull` where it was cloned, or "
+        "download the file"
     )
 
 
@@ -334,7 +386,10 @@ def test_metadata_that_safetensors_refuses_is_refused(metadata: object, tmp_path
     header = json.dumps({"__metadata__": metadata}).encode()
     file = tmp_path / "model.safetensors"
     file.write_bytes(len(header).to_bytes(8, "little") + header)
-    assert refusal(read_header, file) == f"{file}: malformed safetensors header (__metadata__ is no object of texts); download it again"
+    assert (
+        refusal(read_header, file)
+        == f"{file}: malformed safetensors header (__metadata__ is no object of texts); download it again"
+    )
 
 
 def test_a_state_of_training_is_not_called_weights(tmp_path: Path) -> None:
@@ -349,7 +404,8 @@ def test_a_header_over_the_formats_limit_is_refused_before_it_is_read(tmp_path: 
     file.write_bytes((MAX_HEADER_BYTES + 1).to_bytes(8, "little"))
     os.truncate(file, MAX_HEADER_BYTES + 100)  # sparse: takes no room on the disk
     assert refusal(read_header, file) == (
-        f"{file}: header says {MAX_HEADER_BYTES + 1} bytes in a file of {MAX_HEADER_BYTES + 100}; truncated or not safetensors; download it again"
+        f"{file}: header says {MAX_HEADER_BYTES + 1} bytes in a file of {MAX_HEADER_BYTES + 100}; truncated or not "
+        "safetensors; download it again"
     )
 
 
@@ -358,12 +414,15 @@ def test_a_header_over_the_formats_limit_is_refused_before_it_is_read(tmp_path: 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_refused_with_their_count(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_refused_with_their_count(
+    dtype: torch.dtype, value: float, tmp_path: Path
+) -> None:
     bad = torch.ones(5, 5, dtype=dtype)
     bad[0, 1] = bad[3, 2] = value
     checkpoint = checkpoint_of(tmp_path, {"bad": bad})
     assert refusal(list, check_values(checkpoint)) == (
-        f"{tmp_path / 'model.safetensors'}: tensor 'bad' holds 2 NaN or infinite values; the checkpoint is broken; use another"
+        f"{tmp_path / 'model.safetensors'}: tensor 'bad' holds 2 NaN or infinite values; the checkpoint is broken; "
+        "use another"
     )
 
 
@@ -386,7 +445,9 @@ def test_weights_of_another_dtype_are_refused(dtype: torch.dtype, name: str, hin
     )
 
 
-@pytest.mark.parametrize("dropped", [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), torch.tensor([float("nan")])])
+@pytest.mark.parametrize(
+    "dropped", [torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.int64), torch.tensor([float("nan")])]
+)
 def test_a_tensor_that_is_dropped_may_hold_anything(dropped: torch.Tensor, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, {"a": torch.ones(2), "b": dropped})
     assert sorted(check_values(checkpoint, ("b",))) == ["a", "b"]
@@ -405,7 +466,10 @@ def test_checking_values_names_every_tensor_once(dense_checkpoint: Path) -> None
 def test_a_tensor_reads_as_safetensors_loads_it(dtype: torch.dtype, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (3, 5), "vector": (7,), "scalar": (), "empty": (0, 4), "odd": (1, 3, 1)}
-    save_file({name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()},
+        tmp_path / "model.safetensors",
+    )
     checkpoint = Checkpoint(tmp_path, None, index_tensors(tmp_path))  # type: ignore[arg-type]
     expected = load_file(tmp_path / "model.safetensors")
     assert checkpoint.entries.keys() == expected.keys()
@@ -441,14 +505,19 @@ def test_a_file_that_shrinks_under_the_reader_is_refused(tmp_path: Path) -> None
     checkpoint = checkpoint_of(tmp_path, {"a": torch.ones(4)})
     file = tmp_path / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
-    assert refusal(checkpoint.read, "a") == f"{file}: ended inside tensor 'a'; the file changed while it was read; run again"
+    assert (
+        refusal(checkpoint.read, "a")
+        == f"{file}: ended inside tensor 'a'; the file changed while it was read; run again"
+    )
 
 
 def test_rows_are_those_of_the_whole_tensor(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"matrix": (5, 3), "vector": (5,), "stack": (5, 2, 3), "flat": (5, 0)}
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        checkpoint = checkpoint_of(tmp_path, {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()})
+        checkpoint = checkpoint_of(
+            tmp_path, {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+        )
         for name in shapes:
             whole = checkpoint.read(name)
             for start, stop in ((0, 5), (1, 4), (4, 5), (2, 2)):
@@ -463,7 +532,10 @@ def test_rows_of_a_file_that_shrank_are_refused_where_they_are_gone(tmp_path: Pa
     file = tmp_path / "model.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     assert checkpoint.read_rows("a", 1, 3).tolist() == [[2.0, 3.0], [4.0, 5.0]]
-    assert refusal(checkpoint.read_rows, "a", 2, 4) == f"{file}: ended inside tensor 'a'; the file changed while it was read; run again"
+    assert (
+        refusal(checkpoint.read_rows, "a", 2, 4)
+        == f"{file}: ended inside tensor 'a'; the file changed while it was read; run again"
+    )
 
 
 @pytest.mark.parametrize(
@@ -479,9 +551,14 @@ def test_rows_of_a_file_that_shrank_are_refused_where_they_are_gone(tmp_path: Pa
     ],
 )
 def test_chunks_follow_each_other_and_are_as_small_as_rows_allow(
-    shape: tuple[int, ...], start: int, stop: int | None, lengths: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    start: int,
+    stop: int | None,
+    lengths: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("upcycle.checkpoint.CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader.CHUNK_ELEMENTS", 10)
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     checkpoint = checkpoint_of(tmp_path, {"before": torch.ones(3), "tensor": whole})
     chunks = list(read_chunks(checkpoint.entries["tensor"], start, stop))
@@ -498,7 +575,10 @@ def test_a_tensor_without_rows_or_elements_is_one_chunk(shape: tuple[int, ...], 
 
 def test_a_chunk_of_a_large_tensor_is_a_small_part_of_it(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path, {"tensor": torch.zeros(3, CHUNK_ELEMENTS // 2, dtype=torch.float16)})
-    assert [tuple(chunk.shape) for chunk in read_chunks(checkpoint.entries["tensor"])] == [(2, CHUNK_ELEMENTS // 2), (1, CHUNK_ELEMENTS // 2)]
+    assert [tuple(chunk.shape) for chunk in read_chunks(checkpoint.entries["tensor"])] == [
+        (2, CHUNK_ELEMENTS // 2),
+        (1, CHUNK_ELEMENTS // 2),
+    ]
 
 
 def test_a_symlinked_weight_file_is_followed(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -506,4 +586,6 @@ def test_a_symlinked_weight_file_is_followed(dense_checkpoint: Path, tmp_path: P
     shutil.copyfile(dense_checkpoint / "config.json", tmp_path / "config.json")
     (tmp_path / "model.safetensors").symlink_to(dense_checkpoint / "model.safetensors")
     checkpoint = open_checkpoint(tmp_path)
-    assert torch.equal(checkpoint.read("model.norm.weight"), open_checkpoint(dense_checkpoint).read("model.norm.weight"))
+    assert torch.equal(
+        checkpoint.read("model.norm.weight"), open_checkpoint(dense_checkpoint).read("model.norm.weight")
+    )

@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense2moe.convert.cli import main
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.errors import UpcycleError
 from programs import dense2moe
 from safetensors.torch import load_file, save_file
-
-from convert.cli import main
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from upcycle.errors import UpcycleError
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,17 +48,32 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 def test_the_commands_are_these():
     assert sorted(main.commands) == [
-        "bench", "check", "compare", "generate", "package", "parity", "plan", "run", "schema", "show", "verify",
-    ]  # fmt: skip
+        "bench",
+        "check",
+        "compare",
+        "generate",
+        "package",
+        "parity",
+        "plan",
+        "run",
+        "schema",
+        "show",
+        "verify",
+    ]
 
 
 def test_python_m_convert_is_the_same_program():
-    finished = subprocess.run([sys.executable, "-m", "convert", "--version"], capture_output=True, text=True, check=True)
+    finished = subprocess.run(
+        [sys.executable, "-m", "dense2moe", "--version"], capture_output=True, text=True, check=True
+    )
     assert finished.stdout == "dense2moe, version 0.1.0\n"
 
 
 def test_help_needs_no_torch():
-    code = "import sys, convert.cli; convert.cli.main(['--help'], standalone_mode=False); assert 'torch' not in sys.modules"
+    code = (
+        "import sys, dense2moe.convert.cli; dense2moe.convert.cli.main(['--help'], standalone_mode=False); assert "
+        "'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
@@ -102,11 +116,16 @@ def test_more_chosen_experts_than_experts_is_refused(recipe):
 def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_path):
     source = tmp_path / "gpt2"
     source.mkdir()
-    (source / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', encoding="utf-8")
+    (source / "config.json").write_text(
+        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', encoding="utf-8"
+    )
     (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     code, output = invoke("check", recipe(source=source))
     assert code == 1
-    reason = "has LayerNorm, and an FFN with biases and without a gate; no mixture-of-experts architecture of transformers holds that"
+    reason = (
+        "has LayerNorm, and an FFN with biases and without a gate; no mixture-of-experts architecture of "
+        "transformers holds that"
+    )
     assert output == f"Error: {source / 'config.json'}: GPT2LMHeadModel (gpt2) {reason}\n"
 
 
@@ -137,7 +156,11 @@ def test_a_missing_source_names_the_places_tried(recipe, tmp_path):
     code, output = invoke("check", path)
     assert code == 1
     remedy = "correct the path, or write `source: {hub: nowhere}` for a model of the Hugging Face hub"
-    assert output == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; {remedy}\n"
+    assert (
+        output
+        == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; "
+        f"{remedy}\n"
+    )
 
 
 def test_a_run_and_its_source_can_be_moved_together(recipe, tmp_path, dense_checkpoint):
@@ -170,7 +193,10 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(recipe, tmp_path, m
 
 
 def test_show_of_no_run_says_what_to_give(tmp_path):
-    assert invoke("show", tmp_path) == (1, f"Error: {tmp_path}: no run.json; it must be the work directory of a run, such as runs/quickstart\n")
+    assert invoke("show", tmp_path) == (
+        1,
+        f"Error: {tmp_path}: no run.json; it must be the work directory of a run, such as runs/quickstart\n",
+    )
 
 
 def test_generate_of_no_package_says_what_to_give(tmp_path):
@@ -181,7 +207,7 @@ def test_generate_of_no_package_says_what_to_give(tmp_path):
 
 def test_a_reader_that_goes_away_is_no_error(recipe, tmp_path):
     """`dense2moe schema | head -1`: the pipe breaks, and nothing is said of it."""
-    command = f'"{sys.executable}" -m convert schema | head -1'
+    command = f'"{sys.executable}" -m dense2moe schema | head -1'
     finished = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
     assert finished.stdout == "{\n"
     assert finished.stderr == ""
@@ -191,24 +217,32 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
     def fail(*_):
         raise KeyError("planted")
 
-    monkeypatch.setattr("convert.stages.prepare", fail)
+    monkeypatch.setattr("dense2moe.convert.stages.prepare", fail)
     with pytest.raises(KeyError, match="planted"):
         invoke("check", recipe())
 
 
 @pytest.mark.parametrize(
-    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), RuntimeError("DefaultCPUAllocator: can't allocate memory")]
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
 )
-def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_written(recipe, tmp_path, monkeypatch, error):
+def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_written(
+    recipe, tmp_path, monkeypatch, error
+):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("convert.stages.check_values", fail)
+    monkeypatch.setattr("dense2moe.convert.stages.check_values", fail)
     workdir = tmp_path / "work"
     code, output = invoke("run", recipe(), "--workdir", workdir)
     assert code == 1
     assert output.splitlines()[-1] == (
-        "Error: source: out of memory; what is finished is kept, and the same command goes on from there; close other programs, or take a smaller "
+        "Error: source: out of memory; what is finished is kept, and the same command goes on from there; close "
+        "other programs, or take a smaller "
         "model, data.block_size or finetune.batch_size"
     )
     assert {path.name for path in workdir.iterdir()} == {".lock", "run.json"}
@@ -216,12 +250,17 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_w
 
 def test_a_stage_that_says_itself_what_to_do_about_memory_keeps_its_words(recipe, tmp_path, monkeypatch):
     def fail(*_):
-        raise UpcycleError("finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2")
+        raise UpcycleError(
+            "finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2"
+        )
 
-    monkeypatch.setattr("convert.stages.check_values", fail)
+    monkeypatch.setattr("dense2moe.convert.stages.check_values", fail)
     code, output = invoke("run", recipe(), "--workdir", tmp_path / "work")
     assert code == 1
-    assert output.splitlines()[-1] == "Error: finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2"
+    assert (
+        output.splitlines()[-1]
+        == "Error: finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -236,9 +275,15 @@ def package(mixture_checkpoint, tmp_path_factory):
 def test_several_prompts_give_what_each_gives_alone(package, tmp_path):
     texts, options = ["the work", "a", "Licensed under the Apache License"], ("--max-new-tokens", 12)
     alone = [invoke("generate", package, "--prompt", text, *options) for text in texts]
-    assert all(code == 0 and output.startswith(text) and len(output) > len(text) + 1 for (code, output), text in zip(alone, texts, strict=True))
+    assert all(
+        code == 0 and output.startswith(text) and len(output) > len(text) + 1
+        for (code, output), text in zip(alone, texts, strict=True)
+    )
     together = "".join(f"== {number} of 3\n{output}" for number, (_, output) in enumerate(alone, 1))
-    assert invoke("generate", package, *(part for text in texts for part in ("--prompt", text)), *options) == (0, together)
+    assert invoke("generate", package, *(part for text in texts for part in ("--prompt", text)), *options) == (
+        0,
+        together,
+    )
     lines = tmp_path / "prompts.txt"
     lines.write_text("\n".join(texts[1:]) + "\n", encoding="utf-8")
     assert invoke("generate", package, "--prompt", texts[0], "--prompts", lines, *options) == (0, together)

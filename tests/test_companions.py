@@ -7,31 +7,87 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
-
-from convert.artifact import MANIFEST_NAME
-from convert.card import CARD_NAME
-from convert.report import HTML_NAME
-from convert.stages import RECEIPT_NAME
-from export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
-from export.twin import SCHEME_NAME
-from upcycle.checkpoint import copy_companions
-from upcycle.companions import HUB_IGNORED, belongs, find_companions
-from upcycle.training import HISTORY_NAME
+from dense2moe.convert.artifact import MANIFEST_NAME
+from dense2moe.convert.report.card import CARD_NAME
+from dense2moe.convert.report.writer import HTML_NAME
+from dense2moe.convert.stages import RECEIPT_NAME
+from dense2moe.export.quantization.twin import SCHEME_NAME
+from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
+from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, belongs, find_companions
+from dense2moe.upcycle.checkpoints.reader import copy_companions
+from dense2moe.upcycle.training.fine_tuning import HISTORY_NAME
 
 CARRIED = (
-    "LICENSE", "LICENSE.txt", "license.md", "Notice", "NOTICE.md", "USE_POLICY.md", "USAGE_POLICY", "ACCEPTABLE-USE.pdf", "COPYING", "CITATION.cff",
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v3", "spiece.model", "sentencepiece.bpe.model", "tekken.json",
-    "source.spm", "vocab.json", "vocab.txt", "vocab-src.json", "merges.txt", "bpe.codes", "dict.txt", "special_tokens_map.json", "added_tokens.json",
-    "qwen.tiktoken", "chat_template.jinja", "chat_template.json", "preprocessor_config.json", "processor_config.json", "generation_config.json",
-    "SYSTEM_PROMPT.txt", "normalizer.json", "sentence_bert_config.json",
-)  # fmt: skip
+    "LICENSE",
+    "LICENSE.txt",
+    "license.md",
+    "Notice",
+    "NOTICE.md",
+    "USE_POLICY.md",
+    "USAGE_POLICY",
+    "ACCEPTABLE-USE.pdf",
+    "COPYING",
+    "CITATION.cff",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "source.spm",
+    "vocab.json",
+    "vocab.txt",
+    "vocab-src.json",
+    "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "qwen.tiktoken",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "SYSTEM_PROMPT.txt",
+    "normalizer.json",
+    "sentence_bert_config.json",
+)
 LEFT = (
-    "model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "consolidated.00.pth",
-    "pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.gguf", "model.onnx",
-    "model.onnx_data", "openvino_tokenizer.xml", "params.json", "modeling_phi3.py", "train.sh", "optimizer.pt", "scheduler.pt", "rng_state_0.pth",
-    "training_args.bin", "trainer_state.json", "all_results.json", "events.out.tfevents.17.host", "training_loss.png", "README.md", "README_zh.md",
-    "config.json", ".gitattributes", "quantize_config.json", "adapter_config.json", "two\nlines",
-)  # fmt: skip
+    "model.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "rust_model.ot",
+    "model.gguf",
+    "model.onnx",
+    "model.onnx_data",
+    "openvino_tokenizer.xml",
+    "params.json",
+    "modeling_phi3.py",
+    "train.sh",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state_0.pth",
+    "training_args.bin",
+    "trainer_state.json",
+    "all_results.json",
+    "events.out.tfevents.17.host",
+    "training_loss.png",
+    "README.md",
+    "README_zh.md",
+    "config.json",
+    ".gitattributes",
+    "quantize_config.json",
+    "adapter_config.json",
+    "two\nlines",
+)
 MODEL = ("config.json", "model.safetensors.index.json", "README.md", "adapter_config.json")
 
 
@@ -47,7 +103,18 @@ def test_weights_code_states_and_what_is_written_anew_stay_behind(name: str) -> 
 
 
 @pytest.mark.parametrize(
-    "name", [MANIFEST_NAME, RECEIPT_NAME, HISTORY_NAME, SCHEME_NAME, CARD_NAME, HTML_NAME, GENAI_CONFIG_NAME, MODEL_NAME, DATA_NAME]
+    "name",
+    [
+        MANIFEST_NAME,
+        RECEIPT_NAME,
+        HISTORY_NAME,
+        SCHEME_NAME,
+        CARD_NAME,
+        HTML_NAME,
+        GENAI_CONFIG_NAME,
+        MODEL_NAME,
+        DATA_NAME,
+    ],
 )
 def test_no_name_that_a_stage_writes_goes_along(name: str) -> None:
     """Stages copy from each other's directories, and would copy each other's records."""
@@ -55,7 +122,14 @@ def test_no_name_that_a_stage_writes_goes_along(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["consolidated.safetensors", "original/params.json", "fp8/model.safetensors", "onnx/model.onnx", "model.safetensors"]
+    "name",
+    [
+        "consolidated.safetensors",
+        "original/params.json",
+        "fp8/model.safetensors",
+        "onnx/model.onnx",
+        "model.safetensors",
+    ],
 )
 def test_other_formats_are_never_fetched_by_the_rule(name: str) -> None:
     assert any(fnmatchcase(name, pattern) for pattern in HUB_IGNORED)
@@ -85,7 +159,9 @@ def test_files_are_copied_through_links_with_the_usual_mode(tmp_path: Path) -> N
     names = ("LICENSE", "additional_chat_templates/tool_use.jinja")
     assert find_companions(source) == names
     copy_companions(source, output)
-    assert sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()) == sorted(names)
+    assert sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()) == sorted(
+        names
+    )
     assert (output / "LICENSE").read_bytes() == b"text\r\n\xff"
     umask = os.umask(0)
     os.umask(umask)

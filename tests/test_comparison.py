@@ -1,4 +1,7 @@
-"""Two runs side by side: only what differs of the recipes, every figure with its ratio, and what makes them incomparable."""
+"""Two runs side by side.
+
+Only what differs of the recipes, every figure with its ratio, and what makes them incomparable.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense2moe.convert.artifact import build
+from dense2moe.convert.report.comparison import compare_runs
 from programs import dense2moe
 from report_facts import make_facts
-
-from convert.artifact import build
-from convert.comparison import compare_runs
 
 RECIPE = """\
 source: models/a
@@ -110,19 +112,27 @@ def test_the_command_prints_tables_and_writes_a_page(runs, tmp_path) -> None:
     assert "http" not in page.replace("http-equiv", "")
     code, output = invoke("compare", first, second, "--html", tmp_path / "none" / "page.html")
     assert (code, output.splitlines()[-1]) == (
-        1, f"Error: {tmp_path / 'none' / 'page.html'}: {tmp_path / 'none'} is no directory; make it, or give another --html",
-    )  # fmt: skip
+        1,
+        f"Error: {tmp_path / 'none' / 'page.html'}: {tmp_path / 'none'} is no directory; make it, or give another "
+        "--html",
+    )
 
 
 def test_a_run_without_a_report_is_one_line(runs, tmp_path) -> None:
     first, second = write_run(tmp_path / "first", runs[0]), write_run(tmp_path / "second", None)
-    assert invoke("compare", first, second) == (1, f"Error: {second}: the run has no report yet; finish it with `dense2moe run`\n")
+    assert invoke("compare", first, second) == (
+        1,
+        f"Error: {second}: the run has no report yet; finish it with `dense2moe run`\n",
+    )
 
 
 def test_what_packages_score_is_compared_task_by_task(runs) -> None:
     for facts, accuracy in zip(runs, (0.5, 0.6), strict=True):
         task = {"name": "intents", "metric": "accuracy", "package": {"accuracy": accuracy, "macro F1": 0.1}}
-        facts["variants"]["int8"]["parity"]["providers"]["CPUExecutionProvider"]["tasks"] = [task, "not run: 'pairs' compares hidden states"]
+        facts["variants"]["int8"]["parity"]["providers"]["CPUExecutionProvider"]["tasks"] = [
+            task,
+            "not run: 'pairs' compares hidden states",
+        ]
     rows = compare_runs(*runs, ("a", "b")).figures.rows
     place = next(n for n, row in enumerate(rows) if row[0] == "ONNX int4")
     assert rows[place - 1] == ("", "intents: accuracy", "0.500", "0.600", "1.20 ×")

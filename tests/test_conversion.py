@@ -1,4 +1,7 @@
-"""Every config field has a fate, every dense model the first target that holds it, and what none can hold is refused in words."""
+"""Every config field has a fate, every dense model the first target that holds it.
+
+And what none can hold is refused in words.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,15 @@ from typing import Any, get_args
 
 import pytest
 import transformers
+from dense2moe.upcycle.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
+from dense2moe.upcycle.models.dense import DENSE_FAMILIES, NO_TWIN
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from upcycle.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
-from upcycle.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
-from upcycle.errors import UpcycleError
-from upcycle.family import DENSE_FAMILIES, NO_TWIN
-
-every_conversion = pytest.mark.parametrize("row", CONVERSIONS, ids=lambda row: f"{row.family.model_type}->{row.target.model_type}")
+every_conversion = pytest.mark.parametrize(
+    "row", CONVERSIONS, ids=lambda row: f"{row.family.model_type}->{row.target.model_type}"
+)
 
 # What no conversion decides, by the kind of model, with the reason why it need not.
 UNDECIDED = {
@@ -80,7 +84,9 @@ def refusal(call: Callable[..., Any], *arguments: Any) -> str:
 def test_every_config_field_of_the_source_is_classified_once(row: Conversion) -> None:
     classes = (row.carried, row.required, row.consumed, row.optional, row.neutral, COMMON_NEUTRAL)
     classified = [name for names in classes for name in names]
-    assert declared(row.family.model_type) <= set(classified), "a new transformers has new fields: classify them in upcycle/conversion.py"
+    assert declared(row.family.model_type) <= set(classified), (
+        "a new transformers has new fields: classify them in upcycle/models/conversion.py"
+    )
     assert len(classified) == len(set(classified))
     assert set(classified) - COMMON_NEUTRAL - declared(row.family.model_type) == set(row.optional)
 
@@ -103,7 +109,9 @@ def test_every_field_that_is_set_is_one_that_the_target_reads_and_is_set_by_one_
 @every_conversion
 def test_every_field_of_the_target_is_decided(row: Conversion) -> None:
     decided = {*row.carried, *row.target.fixed, *derived_names(row), *structural_names(row), *COMMON_NEUTRAL}
-    assert declared(row.target.model_type) - decided == set(UNDECIDED[row.family.task]) & declared(row.target.model_type)
+    assert declared(row.target.model_type) - decided == set(UNDECIDED[row.family.task]) & declared(
+        row.target.model_type
+    )
 
 
 @every_conversion
@@ -114,7 +122,9 @@ def test_families_and_targets_are_those_of_transformers(row: Conversion) -> None
 
 def test_the_targets_that_a_recipe_can_ask_for_are_those_of_the_table() -> None:
     assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS)}
-    assert set(BIASED_TARGETS) == {row.target.model_type for row in CONVERSIONS if any(names.selection_bias for names in row.target.experts)}
+    assert set(BIASED_TARGETS) == {
+        row.target.model_type for row in CONVERSIONS if any(names.selection_bias for names in row.target.experts)
+    }
 
 
 def test_each_pair_stands_once_and_every_family_has_one() -> None:
@@ -128,7 +138,9 @@ def test_each_pair_stands_once_and_every_family_has_one() -> None:
 
 @pytest.mark.parametrize("family", DENSE_FAMILIES, ids=lambda family: family.model_type)
 def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
-    assert find_family(family.model_type, [family.architecture], "") is find_family(family.model_type, None, "") is family
+    assert (
+        find_family(family.model_type, [family.architecture], "") is find_family(family.model_type, None, "") is family
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,21 +150,29 @@ def test_a_family_is_found_by_type_and_architecture(family: Any) -> None:
         ("mamba", None, "mamba"),
     ],
 )
-def test_an_unknown_architecture_is_refused_by_name(model_type: str, architectures: list[str] | None, named: str) -> None:
+def test_an_unknown_architecture_is_refused_by_name(
+    model_type: str, architectures: list[str] | None, named: str
+) -> None:
     assert refusal(find_family, model_type, architectures, "here/config.json") == (
-        f"here/config.json: {named} cannot be upcycled: no table says what its tensors and config values mean; supported: LlamaForCausalLM, "
-        "MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Olmo2ForCausalLM, GraniteForCausalLM, "
+        f"here/config.json: {named} cannot be upcycled: no table says what its tensors and config values mean; "
+        "supported: LlamaForCausalLM, "
+        "MistralForCausalLM, Phi3ForCausalLM, GemmaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, "
+        "Olmo2ForCausalLM, GraniteForCausalLM, "
         "T5ForConditionalGeneration"
     )
 
 
 @pytest.mark.parametrize(
     ("model_type", "found", "needed"),
-    [("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"), ("t5", "T5EncoderModel", "T5ForConditionalGeneration")],
+    [
+        ("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"),
+        ("t5", "T5EncoderModel", "T5ForConditionalGeneration"),
+    ],
 )
 def test_another_head_of_a_known_family_is_told(model_type: str, found: str, needed: str) -> None:
     assert refusal(find_family, model_type, [found], "here/config.json") == (
-        f"here/config.json: {found} ({model_type}) has another head than {needed}; give the model with the head that the family was trained with"
+        f"here/config.json: {found} ({model_type}) has another head than {needed}; give the model with the head that "
+        "the family was trained with"
     )
 
 
@@ -175,7 +195,9 @@ def test_another_head_of_a_known_family_is_told(model_type: str, found: str, nee
 )
 def test_a_family_that_no_table_names_is_told_by_what_its_config_has(model_type: str, missing: str) -> None:
     config = CONFIG_MAPPING[model_type]()
-    assert refusal(find_family, model_type, None, "config.json", config).startswith(f"config.json: {model_type} {missing}")
+    assert refusal(find_family, model_type, None, "config.json", config).startswith(
+        f"config.json: {model_type} {missing}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,19 +206,22 @@ def test_a_family_that_no_table_names_is_told_by_what_its_config_has(model_type:
         (
             "gemma2",
             ["Gemma2ForCausalLM"],
-            "config.json: Gemma2ForCausalLM (gemma2) has soft caps on attention scores and logits, and norms on both sides of the FFN; "
+            "config.json: Gemma2ForCausalLM (gemma2) has soft caps on attention scores and logits, and norms on both "
+            "sides of the FFN; "
             "no mixture-of-experts architecture of transformers holds that; the nearest target is mixtral",
         ),
         (
             "gemma3_text",
             ["Gemma3ForCausalLM"],
-            "config.json: Gemma3ForCausalLM (gemma3_text) has norms on both sides of the FFN, and another rotary base in every sixth layer; "
+            "config.json: Gemma3ForCausalLM (gemma3_text) has norms on both sides of the FFN, and another rotary "
+            "base in every sixth layer; "
             "no mixture-of-experts architecture of transformers holds that; the nearest target is qwen3_moe",
         ),
         (
             "gpt_neox",
             ["GPTNeoXForCausalLM"],
-            "config.json: GPTNeoXForCausalLM (gpt_neox) has attention and FFN in parallel, LayerNorm, and an FFN with biases and without a gate; "
+            "config.json: GPTNeoXForCausalLM (gpt_neox) has attention and FFN in parallel, LayerNorm, and an FFN "
+            "with biases and without a gate; "
             "no mixture-of-experts architecture of transformers holds that",
         ),
         (
@@ -220,19 +245,25 @@ def test_a_family_that_no_table_names_is_told_by_what_its_config_has(model_type:
         (
             "mt5",
             ["MT5ForConditionalGeneration"],
-            "config.json: MT5ForConditionalGeneration (mt5) has a gated FFN, where the only encoder-decoder target has none; "
+            "config.json: MT5ForConditionalGeneration (mt5) has a gated FFN, where the only encoder-decoder target "
+            "has none; "
             "no mixture-of-experts architecture of transformers holds that; the nearest target is switch_transformers",
         ),
     ],
 )
-def test_a_family_without_a_twin_is_refused_with_the_reason(model_type: str, architectures: list[str] | None, message: str) -> None:
+def test_a_family_without_a_twin_is_refused_with_the_reason(
+    model_type: str, architectures: list[str] | None, message: str
+) -> None:
     assert refusal(find_family, model_type, architectures, "here/config.json") == f"here/{message}"
 
 
-@pytest.mark.parametrize("architectures", [1, True, "LlamaForCausalLM", {"0": "LlamaForCausalLM"}, [1], ["LlamaForCausalLM", None]])
+@pytest.mark.parametrize(
+    "architectures", [1, True, "LlamaForCausalLM", {"0": "LlamaForCausalLM"}, [1], ["LlamaForCausalLM", None]]
+)
 def test_architectures_that_are_no_list_of_names_are_refused(architectures: Any) -> None:
     assert refusal(find_family, "llama", architectures, "here/config.json") == (
-        f"here/config.json: architectures is {architectures!r}; it must be a list of class names, such as ['LlamaForCausalLM']"
+        f"here/config.json: architectures is {architectures!r}; it must be a list of class names, such as "
+        "['LlamaForCausalLM']"
     )
 
 
@@ -241,7 +272,9 @@ def test_families_without_a_twin_are_known_to_transformers_and_to_no_conversion(
     assert model_type in CONFIG_MAPPING
     assert model_type not in {family.model_type for family in DENSE_FAMILIES}
     assert NO_TWIN[model_type].nearest in {None, *(row.target.model_type for row in CONVERSIONS)}
-    assert refusal(find_family, model_type, None, "config.json").startswith(f"config.json: {model_type} has {NO_TWIN[model_type].reason}; ")
+    assert refusal(find_family, model_type, None, "config.json").startswith(
+        f"config.json: {model_type} has {NO_TWIN[model_type].reason}; "
+    )
 
 
 # The choice
@@ -282,7 +315,9 @@ T5_SETTINGS: dict[str, Any] = {"num_experts_per_tok": 1}
         ("T5ForConditionalGeneration", {}, T5_SETTINGS, "switch_transformers"),
     ],
 )
-def test_the_first_target_that_holds_the_model_is_taken(architecture: str, fields: dict[str, Any], settings: dict[str, Any], target: str) -> None:
+def test_the_first_target_that_holds_the_model_is_taken(
+    architecture: str, fields: dict[str, Any], settings: dict[str, Any], target: str
+) -> None:
     found = choose_conversion(source_of(architecture, **fields), UpcycleConfig(**settings), "config.json")
     assert found.family.architecture == architecture
     assert found.target.model_type == target
@@ -291,19 +326,27 @@ def test_the_first_target_that_holds_the_model_is_taken(architecture: str, field
 @every_conversion
 def test_a_target_asked_for_by_name_is_taken(row: Conversion) -> None:
     config = UpcycleConfig(target=row.target.model_type, **(T5_SETTINGS if row.target.top_1 else {}))  # type: ignore[arg-type]
-    unwindowed = {"sliding_window": None} if (row.family.model_type, row.target.model_type) == ("mistral", "glm4_moe") else {}
+    unwindowed = (
+        {"sliding_window": None} if (row.family.model_type, row.target.model_type) == ("mistral", "glm4_moe") else {}
+    )
     assert choose_conversion(source_of(row.family.architecture, **unwindowed), config, "config.json") is row
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"]
+)
 def test_a_gate_with_a_selection_bias_is_never_chosen_by_auto(architecture: str) -> None:
     family = find_family(source_of(architecture).model_type, [architecture], "")
     assert [row.by_name_alone for row in CONVERSIONS if row.family is family].count(True) == 1
     assert all(row.by_name_alone == (row.target.model_type == "glm4_moe") for row in CONVERSIONS)
-    held_by_none_else = {"layers": "last-half", "shared_expert": "half"} if architecture == "Qwen3ForCausalLM" else {"num_experts": 4}
+    held_by_none_else = (
+        {"layers": "last-half", "shared_expert": "half"} if architecture == "Qwen3ForCausalLM" else {"num_experts": 4}
+    )
     config = UpcycleConfig(**held_by_none_else)  # type: ignore[arg-type]
     if architecture == "Qwen3ForCausalLM":
-        assert "Qwen3MoeForCausalLM needs none" in refusal(choose_conversion, source_of(architecture), config, "config.json")
+        assert "Qwen3MoeForCausalLM needs none" in refusal(
+            choose_conversion, source_of(architecture), config, "config.json"
+        )
     else:
         assert choose_conversion(source_of(architecture), config, "config.json").target.model_type != "glm4_moe"
 
@@ -317,7 +360,12 @@ NO_CLOSER = "the nearest target is mixtral"
 @pytest.mark.parametrize(
     ("architecture", "fields", "settings", "message"),
     [
-        ("LlamaForCausalLM", {"mlp_bias": True}, {}, f"mlp_bias is True; MixtralForCausalLM needs False: {NO_MLP_BIAS} ({NO_CLOSER})"),
+        (
+            "LlamaForCausalLM",
+            {"mlp_bias": True},
+            {},
+            f"mlp_bias is True; MixtralForCausalLM needs False: {NO_MLP_BIAS} ({NO_CLOSER})",
+        ),
         (
             "LlamaForCausalLM",
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
@@ -328,7 +376,8 @@ NO_CLOSER = "the nearest target is mixtral"
             "LlamaForCausalLM",
             {"attention_bias": True},
             {"layers": "last-half"},
-            "attention_bias is True; Qwen2MoeForCausalLM needs False: its attention has no bias after the output projection "
+            "attention_bias is True; Qwen2MoeForCausalLM needs False: its attention has no bias after the output "
+            "projection "
             "(the nearest target is qwen2_moe)",
         ),
         (
@@ -350,13 +399,15 @@ NO_CLOSER = "the nearest target is mixtral"
             "LlamaForCausalLM",
             {},
             {"target": "qwen3_moe"},
-            "upcycle.target is qwen3_moe; LlamaForCausalLM can become mixtral, qwen2_moe, granitemoe, granitemoeshared, glm4_moe",
+            "upcycle.target is qwen3_moe; LlamaForCausalLM can become mixtral, qwen2_moe, granitemoe, "
+            "granitemoeshared, glm4_moe",
         ),
         (
             "LlamaForCausalLM",
             {"num_hidden_layers": 4},
             {"target": "glm4_moe", "layers": (1, 3), "num_experts": 1, "num_experts_per_tok": 1},
-            "upcycle.layers is [1, 3]; Glm4MoeForCausalLM needs layers up to the last: it has dense ones before them alone; "
+            "upcycle.layers is [1, 3]; Glm4MoeForCausalLM needs layers up to the last: it has dense ones before them "
+            "alone; "
             "upcycle.num_experts is 1; Glm4MoeForCausalLM needs at least 2, which its gate compares",
         ),
         (
@@ -367,15 +418,34 @@ NO_CLOSER = "the nearest target is mixtral"
         ),
         (
             "Qwen3ForCausalLM",
-            {"num_hidden_layers": 4, "attention_bias": True, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+            {
+                "num_hidden_layers": 4,
+                "attention_bias": True,
+                "use_sliding_window": True,
+                "sliding_window": 16,
+                "max_window_layers": 1,
+            },
             {"target": "glm4_moe"},
-            "attention_bias is True; Glm4MoeForCausalLM needs False: its attention has no bias after the output projection; "
+            "attention_bias is True; Glm4MoeForCausalLM needs False: its attention has no bias after the output "
+            "projection; "
             "layer_types has 3 layers with a window; Glm4MoeForCausalLM needs none: it has no windows",
         ),
-        ("Olmo2ForCausalLM", {}, {"target": "mixtral"}, "upcycle.target is mixtral; Olmo2ForCausalLM can become flex_olmo"),
+        (
+            "Olmo2ForCausalLM",
+            {},
+            {"target": "mixtral"},
+            "upcycle.target is mixtral; Olmo2ForCausalLM can become flex_olmo",
+        ),
         (
             "MistralForCausalLM",
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+            {
+                "rope_parameters": {
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.25,
+                }
+            },
             {},
             f"partial_rotary_factor is 0.25; it must be 1: the targets rotate whole heads ({NO_CLOSER})",
         ),
@@ -419,7 +489,8 @@ NO_CLOSER = "the nearest target is mixtral"
             "Qwen3ForCausalLM",
             MIXED_LAYERS,
             {},
-            "layer_types has 12 layers with a window and others without; Qwen3MoeForCausalLM needs one kind: it has one window for all layers",
+            "layer_types has 12 layers with a window and others without; Qwen3MoeForCausalLM needs one kind: it has "
+            "one window for all layers",
         ),
         (
             "Qwen3ForCausalLM",
@@ -438,7 +509,8 @@ NO_CLOSER = "the nearest target is mixtral"
             "GraniteForCausalLM",
             {},
             {"layers": "last-half"},
-            "upcycle.layers is last-half; GraniteMoeForCausalLM needs all: it has experts in every layer (the nearest target is granitemoe)",
+            "upcycle.layers is last-half; GraniteMoeForCausalLM needs all: it has experts in every layer (the "
+            "nearest target is granitemoe)",
         ),
         (
             "GraniteForCausalLM",
@@ -456,33 +528,40 @@ NO_CLOSER = "the nearest target is mixtral"
             "T5ForConditionalGeneration",
             {"tie_word_embeddings": False},
             T5_SETTINGS,
-            "tie_word_embeddings is False; SwitchTransformersForConditionalGeneration needs True: it scales what a tied head reads",
+            "tie_word_embeddings is False; SwitchTransformersForConditionalGeneration needs True: it scales what a "
+            "tied head reads",
         ),
         (
             "T5ForConditionalGeneration",
             {},
             {},
-            "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits one expert",
+            "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits "
+            "one expert",
         ),
         (
             "T5ForConditionalGeneration",
             {},
             {"experts": ExpertsConfig(kind="granular", granularity=2)},
-            "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits one expert; "
-            "upcycle.experts.kind is granular; SwitchTransformersForConditionalGeneration needs copies: one expert a token must be the whole FFN",
+            "upcycle.num_experts_per_tok is 2; SwitchTransformersForConditionalGeneration needs 1: each token visits "
+            "one expert; "
+            "upcycle.experts.kind is granular; SwitchTransformersForConditionalGeneration needs copies: one expert a "
+            "token must be the whole FFN",
         ),
         (
             "T5ForConditionalGeneration",
             {},
             T5_SETTINGS | {"experts": ExpertsConfig(kind="split"), "shared_expert": "half"},
-            "upcycle.shared_expert is half; SwitchTransformersForConditionalGeneration needs none: it has no shared expert; "
-            "upcycle.experts.kind is split; SwitchTransformersForConditionalGeneration needs copies: one expert a token must be the whole FFN",
+            "upcycle.shared_expert is half; SwitchTransformersForConditionalGeneration needs none: it has no shared "
+            "expert; "
+            "upcycle.experts.kind is split; SwitchTransformersForConditionalGeneration needs copies: one expert a "
+            "token must be the whole FFN",
         ),
         (
             "T5ForConditionalGeneration",
             {},
             T5_SETTINGS | {"router": RouterConfig(kind="kmeans")},
-            "upcycle.router.kind is kmeans; SwitchTransformersForConditionalGeneration needs normal: it is exact with a zero router alone",
+            "upcycle.router.kind is kmeans; SwitchTransformersForConditionalGeneration needs normal: it is exact "
+            "with a zero router alone",
         ),
     ],
 )
@@ -490,4 +569,7 @@ def test_what_no_target_can_hold_is_refused_with_every_reason(
     architecture: str, fields: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     source = source_of(architecture, **fields)
-    assert refusal(choose_conversion, source, UpcycleConfig(**settings), "here/config.json") == f"here/config.json: {message}"
+    assert (
+        refusal(choose_conversion, source, UpcycleConfig(**settings), "here/config.json")
+        == f"here/config.json: {message}"
+    )

@@ -12,17 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import dense2moe.upcycle.data.blocks as data_module
 import pytest
 import torch
+from dense2moe.upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.blocks import (
+    Piece,
+    _choose_evenly,
+    prepare_data,
+    read_blocks,
+    read_domains,
+    read_text_blocks,
+    text_files,
+)
+from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, Split
+from dense2moe.upcycle.errors import UpcycleError
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
-
-import upcycle.data as data_module
-from upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
-from upcycle.data import Piece, _choose_evenly, prepare_data, read_blocks, read_domains, read_text_blocks, text_files
-from upcycle.errors import UpcycleError
-from upcycle.python_docs import SPLITS, Document, PythonDocs, Split
 
 BOS, EOS = 0, 1  # of the tiny tokenizer
 
@@ -84,7 +91,9 @@ def _join(pieces: Iterator[Piece]) -> Iterator[str]:
 
 
 def digest_texts(documents: Mapping[Split, Sequence[str]]) -> str:
-    return hashlib.sha256("".join(f"{split}\0{text}\0" for split in SPLITS for text in documents[split]).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{split}\0{text}\0" for split in SPLITS for text in documents[split]).encode()
+    ).hexdigest()
 
 
 # Text files
@@ -100,7 +109,9 @@ def test_given_files_are_the_splits(tmp_path: Path) -> None:
 
 def test_a_separator_divides_files_and_empty_documents_vanish(tmp_path: Path) -> None:
     write(tmp_path, a="<|x|>one<|x|>\n  <|x|>two\n\nstill two<|x|>", b="three<|x|>four", c="five")
-    found = read_texts(text_data(train=("a.txt", "b.txt"), validation=("c.txt",), test=("c.txt",), separator="<|x|>"), tmp_path)
+    found = read_texts(
+        text_data(train=("a.txt", "b.txt"), validation=("c.txt",), test=("c.txt",), separator="<|x|>"), tmp_path
+    )
     assert found.domains["text"]["train"] == ("one", "two\n\nstill two", "three", "four")
 
 
@@ -110,8 +121,15 @@ def test_globs_are_resolved_in_order_below_the_base(tmp_path: Path) -> None:
     write(tmp_path / "deep", c="")
     write(tmp_path / "deep" / "er", d="")
     (tmp_path / "folder.txt").mkdir()  # matches, and is no file
-    found = text_files(text_data(train=("deep/**/*.txt", "[ab].txt"), validation=(str(tmp_path / "held*.txt"),)), tmp_path)
-    assert [file.relative_to(tmp_path).as_posix() for file in found["train"]] == ["deep/c.txt", "deep/er/d.txt", "a.txt", "b.txt"]
+    found = text_files(
+        text_data(train=("deep/**/*.txt", "[ab].txt"), validation=(str(tmp_path / "held*.txt"),)), tmp_path
+    )
+    assert [file.relative_to(tmp_path).as_posix() for file in found["train"]] == [
+        "deep/c.txt",
+        "deep/er/d.txt",
+        "a.txt",
+        "b.txt",
+    ]
     assert found["validation"] == [tmp_path / "held_out.txt"]
     assert found["test"] == []
 
@@ -137,23 +155,31 @@ def test_a_pattern_without_a_file_is_refused(split: str, tmp_path: Path) -> None
 def test_a_held_out_file_that_is_also_trained_on_is_refused(split: str, tmp_path: Path) -> None:
     write(tmp_path, a="one", b="two")
     assert refusal(text_files, text_data(train=("*.txt",), **{split: ("b.txt",)}), tmp_path) == (
-        f"data.source.{split}: {tmp_path / 'b.txt'} is also a train file; held-out text must not be trained on; give each file one split"
+        f"data.source.{split}: {tmp_path / 'b.txt'} is also a train file; held-out text must not be trained on; give "
+        "each file one split"
     )
 
 
 def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
-    assert refusal(read_texts, text_data(train=("a.txt",)), tmp_path) == f"{tmp_path / 'a.txt'}: not UTF-8 at byte 3; convert it"
+    assert (
+        refusal(read_texts, text_data(train=("a.txt",)), tmp_path)
+        == f"{tmp_path / 'a.txt'}: not UTF-8 at byte 3; convert it"
+    )
 
 
 def test_a_split_without_a_document_is_refused(tmp_path: Path) -> None:
     write(tmp_path, a="one document alone", blank=" \n ")
-    message = "data.source: no document falls into the {} split; give `{}:` files, or a `separator` that makes more documents"
+    message = (
+        "data.source: no document falls into the {} split; give `{}:` files, or a `separator` that makes more documents"
+    )
     assert refusal(read_texts, text_data(train=("a.txt",)), tmp_path) == message.format("validation", "validation")
     assert refusal(read_texts, text_data(train=("blank.txt",)), tmp_path) == message.format("train", "train")
     fields = {"train": ("a.txt",), "validation": ("blank.txt",), "test": ("a.txt",)}
     write(tmp_path, c="other")
-    assert refusal(read_texts, text_data(**fields | {"test": ("c.txt",)}), tmp_path) == message.format("validation", "validation")
+    assert refusal(read_texts, text_data(**fields | {"test": ("c.txt",)}), tmp_path) == message.format(
+        "validation", "validation"
+    )
 
 
 def hash_number(document: str) -> int:
@@ -181,8 +207,14 @@ def test_with_one_held_out_split_given_only_the_other_is_drawn(tmp_path: Path) -
 
 def test_a_document_keeps_its_split_when_others_come_and_go_and_copies_stay_together(tmp_path: Path) -> None:
     documents = sentences(300)
-    write(tmp_path, a="|".join(documents), b="|".join(reversed(documents[100:] + sentences(200, start=300) + documents[:50])))
-    first, second = (read_texts(text_data(train=(name,), separator="|"), tmp_path).domains["text"] for name in ("a.txt", "b.txt"))
+    write(
+        tmp_path,
+        a="|".join(documents),
+        b="|".join(reversed(documents[100:] + sentences(200, start=300) + documents[:50])),
+    )
+    first, second = (
+        read_texts(text_data(train=(name,), separator="|"), tmp_path).domains["text"] for name in ("a.txt", "b.txt")
+    )
     for found in (first, second):
         assert not set(found["train"]) & set(found["validation"])
         assert not set(found["train"]) & set(found["test"])
@@ -209,10 +241,16 @@ def test_the_digest_changes_with_every_document_and_its_split(tmp_path: Path) ->
 
 
 def test_python_docs_are_read_from_the_interpreter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    documents = {split: (Document("m", "prose", f"{split} prose"), Document("m", "code", f"{split} code")) for split in SPLITS}
-    monkeypatch.setattr("upcycle.data.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64))
+    documents = {
+        split: (Document("m", "prose", f"{split} prose"), Document("m", "code", f"{split} code")) for split in SPLITS
+    }
+    monkeypatch.setattr(
+        "dense2moe.upcycle.data.blocks.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64)
+    )
     found = read_texts(PythonDocsData(kind="python-docs"), tmp_path)
-    assert found.domains == {domain: {split: (f"{split} {domain}",) for split in SPLITS} for domain in ("prose", "code")}
+    assert found.domains == {
+        domain: {split: (f"{split} {domain}",) for split in SPLITS} for domain in ("prose", "code")
+    }
     assert found.facts == {"interpreter": "CPython 3.99.0", "digest": "f" * 64}
 
 
@@ -248,7 +286,13 @@ def test_a_block_holds_one_domain_and_knows_its_number(
     max_train_tokens: int | None, two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path
 ) -> None:
     source, base = two_domains
-    facts = prepare_data(dense_checkpoint, tmp_path, DataConfig(source=source, block_size=16, max_train_tokens=max_train_tokens), base, quiet)
+    facts = prepare_data(
+        dense_checkpoint,
+        tmp_path,
+        DataConfig(source=source, block_size=16, max_train_tokens=max_train_tokens),
+        base,
+        quiet,
+    )
     tokenizer = PreTrainedTokenizerFast.from_pretrained(dense_checkpoint)
     assert facts["domains"] == ["letters", "digits"]
     for split in SPLITS:
@@ -265,7 +309,9 @@ def test_a_block_holds_one_domain_and_knows_its_number(
         assert len(read_blocks(tmp_path, "train")) == 6
 
 
-def test_the_domains_of_a_block_are_those_of_the_texts_packed_alone(two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_domains_of_a_block_are_those_of_the_texts_packed_alone(
+    two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path
+) -> None:
     source, base = two_domains
     prepare_data(dense_checkpoint, tmp_path, DataConfig(source=source, block_size=16), base, quiet)
     blocks, (_, domains) = read_blocks(tmp_path, "train"), read_domains(tmp_path, "train")
@@ -279,9 +325,20 @@ def test_the_domains_of_a_block_are_those_of_the_texts_packed_alone(two_domains:
 
 
 def test_prose_and_code_are_domains(monkeypatch: pytest.MonkeyPatch, dense_checkpoint: Path, tmp_path: Path) -> None:
-    documents = {split: (Document("m", "code", f"{split} 1 2 3 " * 20), Document("m", "prose", f"{split} words " * 20)) for split in SPLITS}
-    monkeypatch.setattr("upcycle.data.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64))
-    facts = prepare_data(dense_checkpoint, tmp_path, DataConfig(source=PythonDocsData(kind="python-docs"), block_size=16), tmp_path, quiet)
+    documents = {
+        split: (Document("m", "code", f"{split} 1 2 3 " * 20), Document("m", "prose", f"{split} words " * 20))
+        for split in SPLITS
+    }
+    monkeypatch.setattr(
+        "dense2moe.upcycle.data.blocks.read_python_docs", lambda: PythonDocs(documents, "3.99.0", "f" * 64)
+    )
+    facts = prepare_data(
+        dense_checkpoint,
+        tmp_path,
+        DataConfig(source=PythonDocsData(kind="python-docs"), block_size=16),
+        tmp_path,
+        quiet,
+    )
     assert facts["domains"] == ["prose", "code"]
     tokenizer = PreTrainedTokenizerFast.from_pretrained(dense_checkpoint)
     names, domains = read_domains(tmp_path, "train")
@@ -290,41 +347,59 @@ def test_prose_and_code_are_domains(monkeypatch: pytest.MonkeyPatch, dense_check
         assert ("1" in tokenizer.decode(ids)) == (domain == 1)
 
 
-def test_what_a_domain_lacks_is_told_by_its_name(two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path, data_set: Path) -> None:
+def test_what_a_domain_lacks_is_told_by_its_name(
+    two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path, data_set: Path
+) -> None:
     source, base = two_domains
     write(base, blank=" ", short="ab")
 
     def refused(**fields: Any) -> str:
         digits = source.domains["digits"].model_copy(update=fields)
-        config = DataConfig(source=DomainsData(kind="domains", domains={**source.domains, "digits": digits}), block_size=16)
+        config = DataConfig(
+            source=DomainsData(kind="domains", domains={**source.domains, "digits": digits}), block_size=16
+        )
         return refusal(prepare_data, dense_checkpoint, tmp_path, config, base, quiet)
 
     assert refused(train=("absent*",)) == (
-        f"data.source.domains.digits.train: 'absent*' matches no file below {base}; give a path or glob of UTF-8 text files"
+        f"data.source.domains.digits.train: 'absent*' matches no file below {base}; give a path or glob of UTF-8 "
+        "text files"
     )
     assert refused(test=("digits-train.txt",)) == (
-        f"data.source.domains.digits.test: {base / 'digits-train.txt'} is also a train file; held-out text must not be trained on; "
+        f"data.source.domains.digits.test: {base / 'digits-train.txt'} is also a train file; held-out text must not "
+        "be trained on; "
         "give each file one split"
     )
     assert refused(validation=("blank.txt",)) == (
-        "data.source.domains.digits: no document falls into the validation split; give `validation:` files, or a `separator` that makes more "
+        "data.source.domains.digits: no document falls into the validation split; give `validation:` files, or a "
+        "`separator` that makes more "
         "documents"
     )
     assert refused(train=("short.txt",)) == (
-        "data: the train split of domain 'digits' has fewer tokens than one block of 16; give more text or a smaller block_size"
+        "data: the train split of domain 'digits' has fewer tokens than one block of 16; give more text or a smaller "
+        "block_size"
     )
-    hubs = DomainsData(kind="domains", domains={"letters": source.domains["letters"], "set": hub(data_set, text_column="body")})
-    assert refusal(read_texts, hubs, base) == f"data.source.domains.set: data set '{data_set}': no column 'body'; it has text, label"
+    hubs = DomainsData(
+        kind="domains", domains={"letters": source.domains["letters"], "set": hub(data_set, text_column="body")}
+    )
+    assert (
+        refusal(read_texts, hubs, base)
+        == f"data.source.domains.set: data set '{data_set}': no column 'body'; it has text, label"
+    )
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_a_limit_that_leaves_no_block_of_a_domain_is_refused(split: Split, two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_limit_that_leaves_no_block_of_a_domain_is_refused(
+    split: Split, two_domains: Corpora, dense_checkpoint: Path, tmp_path: Path
+) -> None:
     source, base = two_domains
     config = DataConfig(source=source, block_size=16)
     prepare_data(dense_checkpoint, tmp_path, config, base, quiet)
     domains = read_domains(tmp_path, split)[1].tolist()
-    assert refusal(prepare_data, dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 16}), base, quiet) == (
-        f"data.max_{split}_tokens is 16; it leaves none of the blocks of domain 'digits', which are {domains.count(1)} of {len(domains)}; raise it"
+    assert refusal(
+        prepare_data, dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 16}), base, quiet
+    ) == (
+        f"data.max_{split}_tokens is 16; it leaves none of the blocks of domain 'digits', which are "
+        f"{domains.count(1)} of {len(domains)}; raise it"
     )
     prepare_data(dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 32}), base, quiet)
     assert read_domains(tmp_path, split)[1].tolist() == [0, 1]
@@ -333,8 +408,11 @@ def test_a_limit_that_leaves_no_block_of_a_domain_is_refused(split: Split, two_d
 def test_what_one_domain_holds_out_another_must_not_train_on(two_domains: Corpora) -> None:
     source, base = two_domains
     more = source.domains["letters"].model_copy(update={"train": ("*-t*n.txt", "digits-test.txt"), "separator": None})
-    assert refusal(read_texts, DomainsData(kind="domains", domains={"letters": more, "digits": source.domains["digits"]}), base) == (
-        f"data.source.domains.digits.test: {base / 'digits-test.txt'} is also a file of data.source.domains.letters.train; held-out text must not be "
+    assert refusal(
+        read_texts, DomainsData(kind="domains", domains={"letters": more, "digits": source.domains["digits"]}), base
+    ) == (
+        f"data.source.domains.digits.test: {base / 'digits-test.txt'} is also a file of "
+        "data.source.domains.letters.train; held-out text must not be "
         "trained on; give each file one split"
     )
 
@@ -360,12 +438,19 @@ def hub(path: Path, **fields: Any) -> HubData:
 def test_a_data_set_is_read_by_split_and_column_and_blank_rows_vanish(data_set: Path, tmp_path: Path) -> None:
     found = read_texts(hub(data_set), tmp_path)
     assert found.domains["text"] == {split: (f"{split} one", f"{split} two") for split in SPLITS}
-    assert found.facts == {"data set": str(data_set), "digest": digest_texts({s: list(d) for s, d in found.domains["text"].items()})}
+    assert found.facts == {
+        "data set": str(data_set),
+        "digest": digest_texts({s: list(d) for s, d in found.domains["text"].items()}),
+    }
 
 
 def test_splits_may_be_renamed_and_sliced(data_set: Path, tmp_path: Path) -> None:
     found = read_texts(hub(data_set, train="test[:1]", validation="train[2:]", test="validation"), tmp_path)
-    assert found.domains["text"] == {"train": ("test one",), "validation": ("train two",), "test": ("validation one", "validation two")}
+    assert found.domains["text"] == {
+        "train": ("test one",),
+        "validation": ("train two",),
+        "test": ("validation one", "validation two"),
+    }
 
 
 def test_name_and_revision_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -384,7 +469,10 @@ def test_name_and_revision_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"validation": "dev"}, ", split 'dev': ValueError: Unknown split \"dev\". Should be one of ['train', 'validation', 'test']."),
+        (
+            {"validation": "dev"},
+            ", split 'dev': ValueError: Unknown split \"dev\". Should be one of ['train', 'validation', 'test'].",
+        ),
         ({"name": "large"}, ", split 'train': ValueError: BuilderConfig 'large' not found. Available: ['default']"),
         ({"text_column": "body"}, ": no column 'body'; it has text, label"),
         ({"train": "train[1:2]"}, ": split 'train[1:2]' has no text in column 'text'"),
@@ -396,7 +484,9 @@ def test_what_a_data_set_lacks_is_named(fields: dict[str, Any], message: str, da
 
 
 def test_rows_without_text_are_left_out_as_blank_ones_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_dict({"text": [None, "some text", None]}))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **o: datasets.Dataset.from_dict({"text": [None, "some text", None]})
+    )
     assert read_texts(HubData(kind="hub", path="owner/set"), tmp_path).domains["text"]["train"] == ("some text",)
 
 
@@ -413,7 +503,9 @@ def test_a_failing_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = refusal(read_texts, HubData(kind="hub", path="owner/set"), tmp_path)
-    assert message.startswith("data.source: data set 'owner/set', split 'train': ConnectionError: Couldn't reach 'owner/set' xxx")
+    assert message.startswith(
+        "data.source: data set 'owner/set', split 'train': ConnectionError: Couldn't reach 'owner/set' xxx"
+    )
     assert len(message) < 400
 
 
@@ -442,7 +534,9 @@ def corpus(tmp_path: Path) -> tuple[TextData, Path]:
 
 def raw_ids(directory: Path, text: str) -> list[int]:
     """Tokens by the `tokenizers` library, without marks."""
-    return PreTrainedTokenizerFast.from_pretrained(directory).backend_tokenizer.encode(text, add_special_tokens=False).ids
+    return (
+        PreTrainedTokenizerFast.from_pretrained(directory).backend_tokenizer.encode(text, add_special_tokens=False).ids
+    )
 
 
 @pytest.mark.parametrize("marks_start", [True, False])
@@ -453,7 +547,8 @@ def test_blocks_hold_every_token_in_order(
     directory = dense_checkpoint if marks_start else without_bos
     facts = prepare_data(directory, tmp_path, settings(source), base, quiet)
     for split, documents in read_texts(source, base).domains["text"].items():
-        # Llama's tokenizer opens each document with <s>; where none is set, </s> opens the stream and closes each document.
+        # Llama's tokenizer opens each document with <s>; where none is set, </s> opens the stream and closes each
+        # document.
         stream = [] if marks_start else [EOS]
         for document in documents:
             stream += [BOS, *raw_ids(directory, document)] if marks_start else [*raw_ids(directory, document), EOS]
@@ -469,12 +564,20 @@ def test_blocks_hold_every_token_in_order(
     assert json.loads((tmp_path / "data.json").read_text()) == facts
 
 
-def test_a_tokenizer_without_any_mark_gets_none(corpus: tuple[TextData, Path], without_bos: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_without_any_mark_gets_none(
+    corpus: tuple[TextData, Path], without_bos: Path, tmp_path: Path
+) -> None:
     path = without_bos / "tokenizer_config.json"
-    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("bos_token", "eos_token")}))
+    path.write_text(
+        json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in ("bos_token", "eos_token")})
+    )
     source, base = corpus
     prepare_data(without_bos, tmp_path, settings(source), base, quiet)
-    stream = [number for document in read_texts(source, base).domains["text"]["train"] for number in raw_ids(without_bos, document)]
+    stream = [
+        number
+        for document in read_texts(source, base).domains["text"]["train"]
+        for number in raw_ids(without_bos, document)
+    ]
     blocks = read_blocks(tmp_path, "train")
     assert blocks.flatten().tolist() == stream[: blocks.numel()]
 
@@ -484,7 +587,11 @@ def test_a_tokenizer_without_any_mark_gets_none(corpus: tuple[TextData, Path], w
     [(5 * 16, 5), (5 * 16 + 15, 5), (16, 1), (3, 1), (10**9, None), (None, None)],
 )
 def test_a_limit_keeps_blocks_from_the_whole_evenly(
-    max_tokens: int | None, num_blocks: int | None, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path
+    max_tokens: int | None,
+    num_blocks: int | None,
+    corpus: tuple[TextData, Path],
+    dense_checkpoint: Path,
+    tmp_path: Path,
 ) -> None:
     source, base = corpus
     for name, limit in (("all", None), ("some", max_tokens)):
@@ -500,10 +607,14 @@ def test_a_limit_keeps_blocks_from_the_whole_evenly(
 
 
 @pytest.mark.parametrize(("field", "split"), [("max_validation_tokens", "validation"), ("max_test_tokens", "test")])
-def test_each_split_has_a_limit_of_its_own(field: str, split: str, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_each_split_has_a_limit_of_its_own(
+    field: str, split: str, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path
+) -> None:
     source, base = corpus
     full = prepare_data(dense_checkpoint, tmp_path, settings(source), base, quiet)["num_tokens"]
-    assert prepare_data(dense_checkpoint, tmp_path, settings(source, **{field: 32}), base, quiet)["num_tokens"] == full | {split: 32}
+    assert prepare_data(dense_checkpoint, tmp_path, settings(source, **{field: 32}), base, quiet)[
+        "num_tokens"
+    ] == full | {split: 32}
 
 
 @pytest.mark.parametrize("num_blocks", [10_000, 30_000])
@@ -519,7 +630,9 @@ def test_progress_counts_the_splits(corpus: tuple[TextData, Path], dense_checkpo
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_less_text_than_a_block_is_refused(split: str, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_less_text_than_a_block_is_refused(
+    split: str, corpus: tuple[TextData, Path], dense_checkpoint: Path, tmp_path: Path
+) -> None:
     source, base = corpus
     short = source.model_copy(update={split: ("short.txt",)})
     write(base, short="two words")
@@ -529,7 +642,9 @@ def test_less_text_than_a_block_is_refused(split: str, corpus: tuple[TextData, P
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"version": "1.0", "added_tokens": []}'])
-def test_a_source_without_a_usable_tokenizer_is_refused(content: str | None, corpus: tuple[TextData, Path], tmp_path: Path) -> None:
+def test_a_source_without_a_usable_tokenizer_is_refused(
+    content: str | None, corpus: tuple[TextData, Path], tmp_path: Path
+) -> None:
     directory = tmp_path / "source"
     directory.mkdir()
     (directory / "config.json").write_text('{"model_type": "llama"}')
@@ -537,18 +652,25 @@ def test_a_source_without_a_usable_tokenizer_is_refused(content: str | None, cor
         (directory / "tokenizer.json").write_text(content)
     message = refusal(prepare_data, directory, tmp_path, settings(corpus[0]), corpus[1], quiet)
     if content is None:
-        assert message == f"{directory}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
+        assert (
+            message == f"{directory}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
+        )
     else:
         assert message.split(": ")[1].startswith("transformers cannot load the tokenizer (")
         assert message.endswith("); download the tokenizer's files again, or put the model's own tokenizer.json there")
 
 
-def test_relative_paths_start_at_the_base_and_not_at_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_start_at_the_base_and_not_at_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, a="text")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert text_files(text_data(train=("a.txt",)), tmp_path)["train"] == [tmp_path / "a.txt"]
-    assert [os.path.samefile(file, tmp_path / "a.txt") for file in text_files(text_data(train=("a.txt",)), Path(".."))["train"]] == [True]
+    assert [
+        os.path.samefile(file, tmp_path / "a.txt")
+        for file in text_files(text_data(train=("a.txt",)), Path(".."))["train"]
+    ] == [True]
 
 
 # What a text may be
@@ -564,7 +686,9 @@ def test_the_indentation_of_a_first_line_and_empty_lines_within_stay(tmp_path: P
 def test_a_byte_order_mark_is_no_text(tmp_path: Path, dense_checkpoint: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone")
     write(tmp_path, v="v", t="t")
-    assert read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",)), tmp_path).domains["text"]["train"] == ("one",)
+    assert read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",)), tmp_path).domains["text"][
+        "train"
+    ] == ("one",)
     write(tmp_path, plain="one")
     marked, plain = (read_text_blocks(dense_checkpoint, [tmp_path / name], 2, None) for name in ("a.txt", "plain.txt"))
     assert torch.equal(marked, plain)
@@ -582,7 +706,9 @@ def test_a_file_that_two_patterns_match_is_read_once(tmp_path: Path) -> None:
 def test_a_separator_matches_whatever_the_line_ends(separator: str, line_end: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(line_end.join(["one", "", "two", "still two", "", "three"]).encode())
     write(tmp_path, v="v", t="t")
-    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator=separator), tmp_path)
+    found = read_texts(
+        text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator=separator), tmp_path
+    )
     assert found.domains["text"]["train"] == ("one", "two\nstill two", "three")
 
 
@@ -607,7 +733,9 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("separator", ["<|sep|>", "\n\n", None])
-def test_documents_in_pieces_are_those_of_a_split_of_the_whole(separator: str | None, small_pieces: None, tmp_path: Path) -> None:
+def test_documents_in_pieces_are_those_of_a_split_of_the_whole(
+    separator: str | None, small_pieces: None, tmp_path: Path
+) -> None:
     lines = [line for number, line in enumerate(sentences(80)) for line in (line, *[""] * (number % 3))]
     text = (
         "\n".join(lines)
@@ -615,7 +743,9 @@ def test_documents_in_pieces_are_those_of_a_split_of_the_whole(separator: str | 
         else "".join(f"{line}\n{separator if number % 5 == 0 else ''}" for number, line in enumerate(lines))
     )
     write(tmp_path, a=text, v="v", t="t")
-    found = read_texts(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator=separator), tmp_path).domains["text"]["train"]
+    found = read_texts(
+        text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator=separator), tmp_path
+    ).domains["text"]["train"]
     expected = [document.rstrip().lstrip("\n") for document in (text.split(separator) if separator else [text])]
     assert list(found) == [document for document in expected if document]
 
@@ -627,7 +757,13 @@ def test_the_tokens_of_a_document_in_pieces_are_those_of_the_whole(
     directory = dense_checkpoint if marks_start else without_bos
     documents = ["\n".join(sentences(40)), "short", "\n".join(sentences(30, 50))]
     write(tmp_path, a="|".join(documents), v="\n".join(sentences(9)), t="\n".join(sentences(9)))
-    prepare_data(directory, tmp_path, settings(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator="|")), tmp_path, quiet)
+    prepare_data(
+        directory,
+        tmp_path,
+        settings(text_data(train=("a.txt",), validation=("v.txt",), test=("t.txt",), separator="|")),
+        tmp_path,
+        quiet,
+    )
     stream = [] if marks_start else [EOS]
     for document in documents:
         stream += [BOS, *raw_ids(directory, document)] if marks_start else [*raw_ids(directory, document), EOS]
@@ -636,7 +772,9 @@ def test_the_tokens_of_a_document_in_pieces_are_those_of_the_whole(
     assert len(stream) - blocks.numel() < 16
 
 
-def test_a_limit_tokenizes_a_part_taken_evenly(dense_checkpoint: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_tokenizes_a_part_taken_evenly(
+    dense_checkpoint: Path, tmp_path: Path, small_pieces: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(data_module, "_WHOLE_CHARS", 1000)
     lines = [f"{number:05d} {line}" for number, line in enumerate(sentences(4000))]
     write(tmp_path, a="\n".join(lines), v="\n".join(sentences(9)), t="\n".join(sentences(9)))
@@ -665,7 +803,8 @@ def test_a_limit_tokenizes_a_part_taken_evenly(dense_checkpoint: Path, tmp_path:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(dense_checkpoint)
     text = "\n".join(lines)
     texts = [tokenizer.decode(block) for block in found[0]]
-    places = [text.index(part) for part in texts if "<s>" not in part]  # a block over a gap has the mark of a start in it
+    # a block over a gap has the mark of a start in it
+    places = [text.index(part) for part in texts if "<s>" not in part]
     assert len(places) > 100
     assert places == sorted(places)
     assert places[0] < 0.02 * len(text)
@@ -684,7 +823,10 @@ def test_a_limit_that_the_first_part_does_not_fill_takes_more(
     assert len(read_blocks(tmp_path, "train")) == 100
 
 
-@pytest.mark.parametrize("fields", [{"train": ()}, {"train": ("a",), "separator": ""}, {"train": ("a",), "seperator": "x"}, {"train": "a.txt"}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"train": ()}, {"train": ("a",), "separator": ""}, {"train": ("a",), "seperator": "x"}, {"train": "a.txt"}],
+)
 def test_settings_of_another_form_are_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         text_data(**fields)

@@ -12,26 +12,26 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.export.config import Device, OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.graph.decoder import plan_lowerings
+from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
+from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from onnx import TensorProto
 from packaging.version import Version
 from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
-from export.branches import take_branches
-from export.config import Device, OnnxConfig, QuantizeConfig, Variant
-from export.decoder import plan_lowerings
-from export.errors import ExportError
-from export.family import find_decoder_family
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
-from export.storage import MODEL_NAME
-from export.twin import Twin
-from upcycle.checkpoint import open_checkpoint
-
 VOCABULARY = 96
 PREFILL, STEPS = 20, 64
 EXACT_PRODUCTS = {"activation_bits": 32, "lowering": "grouped"}  # 8 bits round; what that costs is measured apart
-VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))  # those need text
+# those need text
+VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
 Padding = Literal["left", "right", "none"]
 
 
@@ -42,16 +42,21 @@ def silent(what: str, done: int, total: int) -> None:
 class Export:
     """A tiny mixture exported: its twin in torch, and its package in onnxruntime."""
 
-    def __init__(self, source: Path, directory: Path, variant: Variant, quantize: QuantizeConfig, config: OnnxConfig) -> None:
+    def __init__(
+        self, source: Path, directory: Path, variant: Variant, quantize: QuantizeConfig, config: OnnxConfig
+    ) -> None:
         self.twin, self.package = directory / "twin", directory / "package"
         for path in (self.twin, self.package):
             path.mkdir()
         quantize_checkpoint(source, self.twin, variant, quantize, silent, config.device)
         self.facts = write_package(self.twin, self.package, config, silent)
         if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
-            pytest.skip(f"the package needs onnxruntime {self.facts.min_onnxruntime}, this is {ort.__version__}")  # in .ci/runtimes
+            # in .ci/runtimes
+            pytest.skip(f"the package needs onnxruntime {self.facts.min_onnxruntime}, this is {ort.__version__}")
         self.decoder = Decoder(self.package, taps=True, num_threads=1)
-        self.torch = MixtralForCausalLM.from_pretrained(self.twin, dtype=torch.float32, experts_implementation="eager").eval()
+        self.torch = MixtralForCausalLM.from_pretrained(
+            self.twin, dtype=torch.float32, experts_implementation="eager"
+        ).eval()
 
     @property
     def proto(self) -> onnx.ModelProto:
@@ -62,14 +67,19 @@ class Export:
         mask_BT = torch.from_numpy(mask)
         positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():
-            return self.torch(torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False).logits.numpy()
+            return self.torch(
+                torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False
+            ).logits.numpy()
 
     def run(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> np.ndarray:
         """Logits of the package, fed in pieces of so many tokens."""
         cache = self.decoder.new_cache(*ids.shape)
         ends = np.cumsum(pieces)
         assert ends[-1] == ids.shape[1]
-        parts = [self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"] for n, end in zip(pieces, ends, strict=True)]
+        parts = [
+            self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"]
+            for n, end in zip(pieces, ends, strict=True)
+        ]
         return np.concatenate(parts, axis=1)
 
     def error(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> float:
@@ -87,12 +97,19 @@ def make(tmp_path: Path) -> Make:
     """Make a tiny mixture of the given config, quantize it and export it."""
 
     def build(
-        variant: Variant = "float32", quantize: dict[str, Any] | None = None, onnx_config: dict[str, Any] | None = None, **fields: Any
+        variant: Variant = "float32",
+        quantize: dict[str, Any] | None = None,
+        onnx_config: dict[str, Any] | None = None,
+        **fields: Any,
     ) -> Export:
         source = tmp_path / "source"
         make_mixture(source, **fields)
         return Export(
-            source, tmp_path, variant, QuantizeConfig(**{"method": "search"} | (quantize or {})), OnnxConfig(**EXACT_PRODUCTS | (onnx_config or {}))
+            source,
+            tmp_path,
+            variant,
+            QuantizeConfig(**{"method": "search"} | (quantize or {})),
+            OnnxConfig(**EXACT_PRODUCTS | (onnx_config or {})),
         )
 
     return build
@@ -101,10 +118,20 @@ def make(tmp_path: Path) -> Make:
 def make_mixture(directory: Path, **fields: Any) -> None:
     """A random Mixtral whose attention, experts and norms all show in the logits."""
     small = {
-        "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 128, "initializer_range": 0.2,
-        "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 1,
-    }  # fmt: skip
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MixtralForCausalLM(MixtralConfig(**small | fields))
@@ -131,7 +158,8 @@ def pad(batch: int, padding: Padding) -> np.ndarray:
 
 # Float32 sums in another order, through two layers: 3e-6 measured over all tests of this file.
 EXACT = 5e-6
-# In float16 each product rounds what it reads and writes by 2^-11 of itself, and so do attention and its cache: 6e-3 measured over all tests.
+# In float16 each product rounds what it reads and writes by 2^-11 of itself, and so do attention and its cache: 6e-3
+# measured over all tests.
 FLOAT16 = 1e-2
 
 
@@ -145,7 +173,19 @@ def assert_same_logits(export: Export, limit: float = EXACT) -> None:
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim"),
-    [(4, 1, 8), (4, 2, 8), (4, 4, 8), (2, 1, 16), (2, 2, 16), (4, 2, 16), (4, 2, 24), (1, 1, 32), (4, 1, 32), (4, 2, 32), (4, 4, 32)],
+    [
+        (4, 1, 8),
+        (4, 2, 8),
+        (4, 4, 8),
+        (2, 1, 16),
+        (2, 2, 16),
+        (4, 2, 16),
+        (4, 2, 24),
+        (1, 1, 32),
+        (4, 1, 32),
+        (4, 2, 32),
+        (4, 4, 32),
+    ],
 )
 def test_every_shape_of_attention_equals_transformers(make: Make, heads: int, kv_heads: int, head_dim: int) -> None:
     export = make(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
@@ -193,12 +233,16 @@ def test_the_epsilon_of_every_norm_is_the_configs(make: Make, epsilon: float) ->
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0},
     "llama3": {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
         "rope_theta": 10000.0,
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 10000.0},
     "theta": {"rope_type": "default", "rope_theta": 500.0},
-}  # fmt: skip
+}
 SWITCH = 32
 
 
@@ -219,12 +263,17 @@ def test_a_dynamic_rotary_embedding_is_a_plain_one_within_the_context(make: Make
     assert_same_logits(export)
     ids = draw_ids(1, 128)
     assert export.error(ids, np.ones_like(ids), [128]) < EXACT
-    with pytest.raises(ExportError, match=r"^129 tokens asked for; the model's context holds 128; shorten the prompt or the output$"):
+    with pytest.raises(
+        ExportError, match=r"^129 tokens asked for; the model's context holds 128; shorten the prompt or the output$"
+    ):
         export.decoder.new_cache(1, 129)
 
 
 def make_longrope(make: Make, head_dim: int) -> Export:
-    factors = {name: np.linspace(low, high, head_dim // 2).tolist() for name, low, high in (("short_factor", 1, 1.5), ("long_factor", 2, 6))}
+    factors = {
+        name: np.linspace(low, high, head_dim // 2).tolist()
+        for name, low, high in (("short_factor", 1, 1.5), ("long_factor", 2, 6))
+    }
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": SWITCH, **factors}
     return make(rope_parameters=rope, head_dim=head_dim)
 
@@ -236,7 +285,11 @@ def expect_pieces(export: Export, ids: np.ndarray, mask: np.ndarray, pieces: lis
         mask_BT = torch.from_numpy(mask[:, :end])
         positions = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -n:]
         with torch.inference_mode():
-            fed = {"input_ids": torch.from_numpy(ids[:, end - n : end]), "attention_mask": mask_BT, "position_ids": positions}
+            fed = {
+                "input_ids": torch.from_numpy(ids[:, end - n : end]),
+                "attention_mask": mask_BT,
+                "position_ids": positions,
+            }
             parts.append(export.torch(**fed, past_key_values=cache).logits.numpy())
     return np.concatenate(parts, axis=1)
 
@@ -254,7 +307,8 @@ def test_a_longrope_switches_its_factors_where_transformers_does(make: Make, hea
         assert np.abs(found - expected)[real].max() < EXACT * np.abs(expected[real]).max(), (batch, padding)
         at_once = export.expect(ids, mask)  # another function: all keys by the long factors
         assert np.abs(at_once - expected)[real].max() > 100 * EXACT * np.abs(expected[real]).max()
-    assert export.error(ids[:1], np.ones_like(ids[:1]), [SWITCH + 8] + [1] * (84 - SWITCH - 8)) < EXACT  # nothing switches on the way
+    # nothing switches on the way
+    assert export.error(ids[:1], np.ones_like(ids[:1]), [SWITCH + 8] + [1] * (84 - SWITCH - 8)) < EXACT
 
 
 @pytest.mark.parametrize("embedding_bits", [8, "variant", 16])
@@ -268,11 +322,18 @@ def test_quantized_packages_equal_their_twin(make: Make, variant: Variant, lower
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("block_size", [16, 32, 64])
 @pytest.mark.parametrize("variant", ["int8", "int4"])
-def test_widths_that_no_block_divides_equal_their_twin(make: Make, variant: Variant, block_size: int, tied: bool) -> None:
+def test_widths_that_no_block_divides_equal_their_twin(
+    make: Make, variant: Variant, block_size: int, tied: bool
+) -> None:
     export = make(
-        variant, {"embedding_bits": "variant", "block_size": block_size}, hidden_size=40, num_attention_heads=5, num_key_value_heads=1,
-        intermediate_size=172, tie_word_embeddings=tied,
-    )  # fmt: skip
+        variant,
+        {"embedding_bits": "variant", "block_size": block_size},
+        hidden_size=40,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        intermediate_size=172,
+        tie_word_embeddings=tied,
+    )
     assert_same_logits(export)
 
 
@@ -287,26 +348,42 @@ def test_an_embedding_that_blocks_divide_is_gathered_in_integers(make: Make, var
 @pytest.mark.parametrize(
     ("width", "block_size", "lowering", "tied"),
     [
-        (32, 16, "fused", True), (48, 16, "fused", False), (64, 32, "fused", True), (48, 16, "grouped", True), (40, 32, "grouped", False),
-        (40, 32, "grouped", True), (32, 16, "unrolled", False), (40, 32, "unrolled", True),
+        (32, 16, "fused", True),
+        (48, 16, "fused", False),
+        (64, 32, "fused", True),
+        (48, 16, "grouped", True),
+        (40, 32, "grouped", False),
+        (40, 32, "grouped", True),
+        (32, 16, "unrolled", False),
+        (40, 32, "unrolled", True),
     ],
-)  # fmt: skip
-def test_packages_with_zero_points_equal_their_twin(make: Make, width: int, block_size: int, lowering: str, tied: bool) -> None:
-    """Embeddings of an even number of blocks, of an odd one, and of a width that no block divides; q, k and v, and gate and up, in one product."""
+)
+def test_packages_with_zero_points_equal_their_twin(
+    make: Make, width: int, block_size: int, lowering: str, tied: bool
+) -> None:
+    """Embeddings of an even number of blocks, of an odd one, and of a width that no block divides.
+
+    Q, k and v, and gate and up, in one product.
+    """
     quantize = {"embedding_bits": "variant", "attention_bits": "variant", "block_size": block_size, "zero_points": True}
     fields = {"hidden_size": width, "head_dim": 8, "intermediate_size": 80, "tie_word_embeddings": tied}
     export = make("int4", quantize, {"lowering": lowering}, **fields)
     proto = export.proto
     products = [node for node in proto.graph.node if node.op_type in ("MatMulNBits", "QMoE")]
     assert len(products) == {"fused": 7, "grouped": 5 + 2 * 8, "unrolled": 5 + 2 * 8}[lowering]
-    assert all(sum(name.endswith(".zero_points") for name in node.input) == (2 if node.op_type == "QMoE" else 1) for node in products)
+    assert all(
+        sum(name.endswith(".zero_points") for name in node.input) == (2 if node.op_type == "QMoE" else 1)
+        for node in products
+    )
     (table,) = (node for node in proto.graph.node if "embedded" in node.output)
     assert table.op_type == ("GatherBlockQuantized" if width in (32, 64) else "Slice")
     assert_same_logits(export)
 
 
 def test_zero_points_of_8_bits_equal_their_twin(make: Make) -> None:
-    export = make("int8", {"embedding_bits": "variant", "block_size": 16, "zero_points": True}, hidden_size=48, head_dim=8)
+    export = make(
+        "int8", {"embedding_bits": "variant", "block_size": 16, "zero_points": True}, hidden_size=48, head_dim=8
+    )
     assert [len(node.input) for node in export.proto.graph.node if node.op_type == "GatherBlockQuantized"] == [4]
     assert_same_logits(export)
 
@@ -356,7 +433,9 @@ def test_taps_are_router_logits_and_residual_streams(make: Make, variant: Varian
 @pytest.mark.parametrize("activation_bits", [8, 32])
 @pytest.mark.parametrize("lowering", ["grouped", "unrolled"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, lowering: str, activation_bits: int) -> None:
+def test_routers_stay_float_and_experts_do_not(
+    make: Make, variant: Variant, lowering: str, activation_bits: int
+) -> None:
     export = make(variant, None, {"lowering": lowering, "activation_bits": activation_bits})
     graph = export.proto.graph
     tensors = {tensor.name: tensor for tensor in graph.initializer}
@@ -373,7 +452,10 @@ def test_routers_stay_float_and_experts_do_not(make: Make, variant: Variant, low
     if variant in stored:
         assert set(experts.values()) == {stored[variant]}
     else:
-        assert {name.rsplit(".", 1)[1]: kind for name, kind in experts.items()} == {"codes": TensorProto.UINT8, "scales": TensorProto.BFLOAT16}
+        assert {name.rsplit(".", 1)[1]: kind for name, kind in experts.items()} == {
+            "codes": TensorProto.UINT8,
+            "scales": TensorProto.BFLOAT16,
+        }
 
 
 @pytest.mark.parametrize("width", [32, 40])
@@ -397,7 +479,8 @@ def test_the_model_is_well_formed(make: Make, variant: Variant, zero_points: boo
     assert len(set(names)) == len(names)
     assert (proto.ir_version, {o.domain: o.version for o in proto.opset_import}) == (10, {"": 21, "com.microsoft": 1})
     for node in proto.graph.node:
-        if node.op_type == "SimplifiedLayerNormalization":  # onnxruntime registers it in the standard domain; the standard does not know it
+        # onnxruntime registers it in the standard domain; the standard does not know it
+        if node.op_type == "SimplifiedLayerNormalization":
             node.domain = "com.microsoft"
     onnx.checker.check_model(proto, full_check=True)
 
@@ -423,7 +506,18 @@ def test_the_planned_lowerings_are_timed_and_one_is_built(
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     if "qmoe" in names and Version(ort.__version__) < Version("1.31"):
         names = names[1:]  # its block is as wide as the hidden size, which older ones refuse
-    assert list(plan_lowerings(checkpoint.config, shapes, variant, QuantizeConfig(method="search"), OnnxConfig(**EXACT_PRODUCTS | config))) == names
+    assert (
+        list(
+            plan_lowerings(
+                checkpoint.config,
+                shapes,
+                variant,
+                QuantizeConfig(method="search"),
+                OnnxConfig(**EXACT_PRODUCTS | config),
+            )
+        )
+        == names
+    )
     assert sorted(time.lowering for time in export.facts.timings) == (sorted(names) if len(names) > 1 else [])
     assert export.facts.lowering == (export.facts.timings[0].lowering if len(names) > 1 else names[0])
     assert export.facts.num_nodes == len(export.proto.graph.node)
@@ -434,8 +528,14 @@ def test_zero_points_for_cuda_are_planned_without_its_operator_and_refused_with_
     shapes = {key: entry.shape for key, entry in checkpoint.entries.items()}
     quantize = QuantizeConfig(zero_points=True, block_size=64)
     wide = {name: tuple(64 if n == 32 else n for n in shape) for name, shape in shapes.items()}
-    assert plan_lowerings(checkpoint.config, wide, "int4", quantize, OnnxConfig(device="cuda")) == ("grouped", "unrolled")
-    message = "export.lowering 'fused' cannot express layers.0.moe (qmoe: CUDA's QMoE operator has no zero points); use 'auto'"
+    assert plan_lowerings(checkpoint.config, wide, "int4", quantize, OnnxConfig(device="cuda")) == (
+        "grouped",
+        "unrolled",
+    )
+    message = (
+        "export.lowering 'fused' cannot express layers.0.moe (qmoe: CUDA's QMoE operator has no zero points); "
+        "use 'auto'"
+    )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         plan_lowerings(checkpoint.config, wide, "int4", quantize, OnnxConfig(device="cuda", lowering="fused"))
 
@@ -446,9 +546,15 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
     message = (
         "export.lowering 'fused' cannot express layers.0.moe "
         "(qmoe: the hidden size 32 is not a multiple of the block size 64); use 'auto'"
-    )  # fmt: skip
+    )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        plan_lowerings(checkpoint.config, shapes, "int4", QuantizeConfig(method="search", block_size=64), OnnxConfig(lowering="fused"))
+        plan_lowerings(
+            checkpoint.config,
+            shapes,
+            "int4",
+            QuantizeConfig(method="search", block_size=64),
+            OnnxConfig(lowering="fused"),
+        )
 
 
 @pytest.mark.parametrize(
@@ -461,13 +567,19 @@ def test_a_lowering_that_cannot_be_is_refused_when_planned(make: Make) -> None:
         ),
         (Glm4MoeConfig(), "config.json: partial_rotary_factor is 0.5; the builder rotates whole heads"),
         (
-            Glm4MoeConfig(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}, n_group=2),
+            Glm4MoeConfig(
+                rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0}, n_group=2
+            ),
             "config.json: n_group is 2; the builder chooses among all experts at once",
         ),
-        (MixtralConfig(hidden_act="relu"), "config.json: hidden_act is relu; the builder covers silu, gelu, gelu_pytorch_tanh"),
+        (
+            MixtralConfig(hidden_act="relu"),
+            "config.json: hidden_act is relu; the builder covers silu, gelu, gelu_pytorch_tanh",
+        ),
         (
             MixtralConfig(rope_parameters={"rope_type": "proportional", "rope_theta": 10000.0}),
-            "config.json: rope_type is proportional; the builder covers default, linear, llama3, yarn, dynamic, longrope",
+            "config.json: rope_type is proportional; the builder covers default, linear, llama3, yarn, dynamic, "
+            "longrope",
         ),
     ],
 )
@@ -484,7 +596,10 @@ def test_a_window_of_the_whole_context_is_full_attention(make: Make) -> None:
 
 
 CHOOSES_ALL = {"num_experts_per_tok": 4, "hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
-"""Every expert is chosen, so that no rounding can change which: what is left is noise. The widths are those that CUDA's operators take."""
+"""Every expert is chosen, so that no rounding can change which: what is left is noise.
+
+The widths are those that CUDA's operators take.
+"""
 SCALES = {"MatMulNBits": 2, "QMoE": 3}  # which input they are
 FLOAT16_WAYS: list[tuple[Variant, Device, str, str]] = [
     ("float16", "cpu", "fused", "moe"),
@@ -500,7 +615,9 @@ FLOAT16_WAYS: list[tuple[Variant, Device, str, str]] = [
 
 
 @pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
-def test_a_float16_package_equals_its_twin_within_float16(make: Make, variant: Variant, device: Device, lowering: str, name: str) -> None:
+def test_a_float16_package_equals_its_twin_within_float16(
+    make: Make, variant: Variant, device: Device, lowering: str, name: str
+) -> None:
     export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
     assert (export.facts.lowering, export.facts.element_type) == (name, "float16")
     assert_same_logits(export, FLOAT16)
@@ -517,14 +634,23 @@ def test_a_float16_package_equals_its_twin_within_float16(make: Make, variant: V
     ids=lambda fields: next(iter(fields)),
 )
 @pytest.mark.parametrize(("variant", "device"), [("float16", "cpu"), ("int4", "cuda")])
-def test_shapes_of_decoders_equal_their_twin_in_float16(make: Make, variant: Variant, device: Device, fields: dict[str, Any]) -> None:
+def test_shapes_of_decoders_equal_their_twin_in_float16(
+    make: Make, variant: Variant, device: Device, fields: dict[str, Any]
+) -> None:
     export = make(variant, {"block_size": 64, "embedding_bits": "variant"}, {"device": device}, **CHOOSES_ALL | fields)
     assert_same_logits(export, FLOAT16)
 
 
 @pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
-def test_float16_costs_little_where_experts_are_chosen(make: Make, variant: Variant, device: Device, lowering: str, name: str) -> None:
-    export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL | {"num_experts_per_tok": 2})
+def test_float16_costs_little_where_experts_are_chosen(
+    make: Make, variant: Variant, device: Device, lowering: str, name: str
+) -> None:
+    export = make(
+        variant,
+        {"block_size": 64},
+        {"device": device, "lowering": lowering},
+        **CHOOSES_ALL | {"num_experts_per_tok": 2},
+    )
     ids = draw_ids(3)
     found = torch.from_numpy(export.run(ids, np.ones_like(ids), [PREFILL] + [1] * STEPS)).log_softmax(-1)
     expected = torch.from_numpy(export.expect(ids, np.ones_like(ids))).log_softmax(-1)
@@ -533,7 +659,9 @@ def test_float16_costs_little_where_experts_are_chosen(make: Make, variant: Vari
 
 
 @pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
-def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(make: Make, variant: Variant, device: Device, lowering: str, name: str) -> None:
+def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(
+    make: Make, variant: Variant, device: Device, lowering: str, name: str
+) -> None:
     export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
     for branch, graph in enumerate(model.graph for model in take_branches(export.proto)):
         kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -548,19 +676,33 @@ def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(make: Make, va
             assert makers[flat.input[0]] in norms  # nothing else between: what the router reads was never rounded
         chosen = [node for node in graph.node if node.op_type == "TopK" and node.output[0].endswith(".top_k")]
         assert [node.input[0] for node in chosen] == (
-            [] if lowering == "fused" or (lowering == "switched" and branch == 0) else ["router_logits.0", "router_logits.1"]
+            []
+            if lowering == "fused" or (lowering == "switched" and branch == 0)
+            else ["router_logits.0", "router_logits.1"]
         )
         declared = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
         caches = {kind for value, kind in declared.items() if value.startswith(("past_key_values.", "present."))}
         assert (caches, declared["logits"]) == ({TensorProto.FLOAT16}, TensorProto.FLOAT)
-        products = {kinds[node.input[1]] for node in graph.node if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name}
+        products = {
+            kinds[node.input[1]]
+            for node in graph.node
+            if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name
+        }
         assert products <= {TensorProto.FLOAT16}
-        scales = {node.op_type: kinds[node.input[at]] for node in graph.node for kind, at in SCALES.items() if node.op_type == kind}
+        scales = {
+            node.op_type: kinds[node.input[at]]
+            for node in graph.node
+            for kind, at in SCALES.items()
+            if node.op_type == kind
+        }
         assert set(scales.values()) <= {TensorProto.FLOAT16}
 
 
 def test_a_row_of_nothing_but_padding_poisons_no_other_and_is_finite_in_float16(make: Make) -> None:
-    """Scores of masked slots stay finite in float16; minus infinity there would make the row NaN, and NaN times a weight of zero stays NaN."""
+    """Scores of masked slots stay finite in float16.
+
+    Minus infinity there would make the row NaN, and NaN times a weight of zero stays NaN.
+    """
     export = make("float16", None, {}, **CHOOSES_ALL)
     ids, mask = draw_ids(2, 12), np.ones((2, 12), np.int64)
     mask[1] = 0
@@ -573,12 +715,18 @@ def test_what_cannot_be_timed_here_is_chosen_by_rank_and_said(make: Make) -> Non
     if is_at_hand(CUDA):
         pytest.skip("a CUDA device is here to time on")
     export = make("int4", {"block_size": 64}, {"device": "cuda", "lowering": "auto"}, **CHOOSES_ALL)
-    assert (export.facts.lowering, export.facts.choice, export.facts.timings) == ("qmoe", "first, no such device here to time on", ())
+    assert (export.facts.lowering, export.facts.choice, export.facts.timings) == (
+        "qmoe",
+        "first, no such device here to time on",
+        (),
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("variant", "device", "lowering", "name"), [way for way in FLOAT16_WAYS if way[1] == "cuda"])
-def test_a_file_for_cuda_equals_its_twin_on_cuda(make: Make, variant: Variant, device: Device, lowering: str, name: str) -> None:
+def test_a_file_for_cuda_equals_its_twin_on_cuda(
+    make: Make, variant: Variant, device: Device, lowering: str, name: str
+) -> None:
     """The very files that the tests above run on the CPU. Float16 sums on both; CUDA's are of another order."""
     if not is_at_hand(CUDA):
         pytest.skip("no CUDA device, or no onnxruntime-gpu")

@@ -1,4 +1,7 @@
-"""Every family that upcycling makes is exported, and a dense model too: the package computes the logits of transformers, however it is fed."""
+"""Every family that upcycling makes is exported, and a dense model too.
+
+The package computes the logits of transformers, however it is fed.
+"""
 
 from __future__ import annotations
 
@@ -11,17 +14,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.family import DECODER_FAMILIES
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.family import DECODER_FAMILIES
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder
-from export.storage import MODEL_NAME
-from upcycle.config import ExpertsConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
 PREFILL, STEPS = 20, 64
 # Float32 sums in another order, through four layers: 3e-6 measured at most over the tests of this file.
@@ -49,7 +51,9 @@ CASES = {
     "gemma, tanh GELU": Case("GemmaForCausalLM", {"head_dim": 16}, {}, "mixtral"),
     "phi3": Case("Phi3ForCausalLM", {"sliding_window": WINDOW}, {}, "mixtral"),
     "llama, some layers": Case("LlamaForCausalLM", {"num_hidden_layers": 4}, {"layers": "every-2"}, "qwen2_moe"),
-    "llama, half shared": Case("LlamaForCausalLM", {"tie_word_embeddings": False}, {"shared_expert": "half"}, "qwen2_moe"),
+    "llama, half shared": Case(
+        "LlamaForCausalLM", {"tie_word_embeddings": False}, {"shared_expert": "half"}, "qwen2_moe"
+    ),
     "qwen2, biases": Case("Qwen2ForCausalLM", {}, {}, "qwen2_moe"),
     "qwen2, windows by layer": Case(
         "Qwen2ForCausalLM",
@@ -57,28 +61,51 @@ CASES = {
         {"layers": [1, 3], "shared_expert": "half"},
         "qwen2_moe",
     ),
-    "qwen3, q and k norms, some layers": Case("Qwen3ForCausalLM", {"head_dim": 16, "num_hidden_layers": 4}, {"layers": "last-half"}, "qwen3_moe"),
+    "qwen3, q and k norms, some layers": Case(
+        "Qwen3ForCausalLM", {"head_dim": 16, "num_hidden_layers": 4}, {"layers": "last-half"}, "qwen3_moe"
+    ),
     "qwen3, biases and window": Case(
-        "Qwen3ForCausalLM", {"head_dim": 24, "attention_bias": True, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 0},
-        {}, "qwen3_moe",
+        "Qwen3ForCausalLM",
+        {
+            "head_dim": 24,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 0,
+        },
+        {},
+        "qwen3_moe",
     ),
     "llama, attention bias": Case("LlamaForCausalLM", {"attention_bias": True, "head_dim": 16}, {}, "granitemoe"),
     "granite, multipliers": Case(
         "GraniteForCausalLM",
-        {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2, "attention_bias": True},
-        {}, "granitemoe",
+        {
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.2,
+            "attention_bias": True,
+        },
+        {},
+        "granitemoe",
     ),
-    "granite, shared": Case("GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}, "granitemoeshared"),
+    "granite, shared": Case(
+        "GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}, "granitemoeshared"
+    ),
     "llama, a selection bias, some layers, half shared": Case(
-        "LlamaForCausalLM", {"num_hidden_layers": 4, "tie_word_embeddings": False},
-        {"target": "glm4_moe", "layers": "last-half", "shared_expert": "half"}, "glm4_moe",
+        "LlamaForCausalLM",
+        {"num_hidden_layers": 4, "tie_word_embeddings": False},
+        {"target": "glm4_moe", "layers": "last-half", "shared_expert": "half"},
+        "glm4_moe",
     ),
     "qwen2, a selection bias": Case("Qwen2ForCausalLM", {}, {"target": "glm4_moe"}, "glm4_moe"),
     "qwen3, a selection bias": Case("Qwen3ForCausalLM", {"head_dim": 24}, {"target": "glm4_moe"}, "glm4_moe"),
     "olmo2, norms after": Case("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
     "llama, dense": Case("LlamaForCausalLM", {}, None, "llama"),
-    "llama, dense with attention bias": Case("LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": False}, None, "llama"),
-}  # fmt: skip
+    "llama, dense with attention bias": Case(
+        "LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": False}, None, "llama"
+    ),
+}
 
 
 def move_biases(mixture: Path) -> None:
@@ -92,7 +119,10 @@ def move_biases(mixture: Path) -> None:
 
 
 class Export:
-    """A tiny mixture, upcycled with noise so that its experts differ, exported: its twin in torch, and its package in onnxruntime."""
+    """A tiny mixture, upcycled with noise so that its experts differ, exported.
+
+    Its twin in torch, and its package in onnxruntime.
+    """
 
     def __init__(self, dense: Path, directory: Path, case: Case, variant: Variant, config: OnnxConfig) -> None:
         mixture, twin, package = (directory / name for name in ("mixture", "twin", "package"))
@@ -103,7 +133,11 @@ class Export:
             upcycle(dense, mixture, settings, 0, lambda *_: None)
             move_biases(mixture)
         self.quantized = quantize_checkpoint(
-            dense if case.upcycle is None else mixture, twin, variant, QuantizeConfig(method="search", block_size=16), lambda *_: None
+            dense if case.upcycle is None else mixture,
+            twin,
+            variant,
+            QuantizeConfig(method="search", block_size=16),
+            lambda *_: None,
         )
         self.facts = write_package(twin, package, config, lambda *_: None)
         self.package = package
@@ -112,22 +146,34 @@ class Export:
         self.torch = AutoModelForCausalLM.from_pretrained(twin, dtype=torch.float32, **experts).eval()
 
     def error(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> float:
-        """Largest difference at real tokens, relative to the largest logit, between the package fed in pieces and one forward of transformers."""
+        """Largest difference at real tokens, relative to the largest logit.
+
+        Between the package fed in pieces and one forward of transformers.
+        """
         cache = self.decoder.new_cache(*ids.shape)
         ends = np.cumsum(pieces)
         found = np.concatenate(
-            [self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"] for n, end in zip(pieces, ends, strict=True)], axis=1
+            [
+                self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"]
+                for n, end in zip(pieces, ends, strict=True)
+            ],
+            axis=1,
         )
         mask_BT = torch.from_numpy(mask)
         positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
         with torch.inference_mode():
-            expected = self.torch(torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False).logits.numpy()
+            expected = self.torch(
+                torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False
+            ).logits.numpy()
         real = mask.astype(bool)
         return float(np.abs(found - expected)[real].max() / np.abs(expected[real]).max())
 
 
 def draw(batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of a prompt and the tokens after it; the first row of three lacks 12 tokens on the left, the second 6."""
+    """Ids and mask of a prompt and the tokens after it.
+
+    The first row of three lacks 12 tokens on the left, the second 6.
+    """
     ids = np.random.default_rng(0).integers(2, 300, (batch, PREFILL + STEPS))
     mask = np.ones_like(ids)
     for row in range(batch):
@@ -146,19 +192,39 @@ def assert_same_logits(export: Export, limit: float = EXACT) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES[name]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="grouped"))
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides),
+        tmp_path,
+        case,
+        "float32",
+        OnnxConfig(lowering="grouped"),
+    )
     assert export.torch.config.model_type == case.target
     assert_same_logits(export)
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "name", ["llama, half shared", "qwen2, biases", "qwen3, q and k norms, some layers", "granite, shared", "olmo2, norms after", "llama, dense"]
+    "name",
+    [
+        "llama, half shared",
+        "qwen2, biases",
+        "qwen3, q and k norms, some layers",
+        "granite, shared",
+        "olmo2, norms after",
+        "llama, dense",
+    ],
 )
-def test_a_quantized_package_equals_its_twin(name: str, variant: Variant, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_quantized_package_equals_its_twin(
+    name: str, variant: Variant, make_dense: MakeDense, tmp_path: Path
+) -> None:
     case = CASES[name]
     export = Export(
-        make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, variant, OnnxConfig(activation_bits=32, lowering="grouped")
+        make_dense(architecture=case.architecture, **case.overrides),
+        tmp_path,
+        case,
+        variant,
+        OnnxConfig(activation_bits=32, lowering="grouped"),
     )
     assert export.quantized.quantized_expert_share == 1.0
     assert_same_logits(export)
@@ -170,7 +236,13 @@ def test_a_float16_package_equals_its_twin_within_float16(name: str, make_dense:
     case = CASES[name]
     if case.upcycle is not None:
         case = replace(case, upcycle=case.upcycle | {"num_experts_per_tok": 4})
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float16", OnnxConfig(lowering="grouped"))
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides),
+        tmp_path,
+        case,
+        "float16",
+        OnnxConfig(lowering="grouped"),
+    )
     assert export.facts.element_type == "float16"
     assert_same_logits(export, FLOAT16)
 
@@ -192,10 +264,18 @@ def test_every_family_has_a_case() -> None:
         ("gemma, tanh GELU", "hidden_act", "silu"),
     ],
 )
-def test_what_a_case_is_about_shows_in_its_logits(name: str, field: str, value: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_what_a_case_is_about_shows_in_its_logits(
+    name: str, field: str, value: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     """Else the equality above would say nothing: with the field changed in the torch model, the two differ by far."""
     case = CASES[name]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="grouped"))
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides),
+        tmp_path,
+        case,
+        "float32",
+        OnnxConfig(lowering="grouped"),
+    )
     config = export.torch.config
     setattr(config, field, value)
     changed = type(export.torch)(config).eval()
@@ -206,10 +286,22 @@ def test_what_a_case_is_about_shows_in_its_logits(name: str, field: str, value: 
     assert export.error(ids, mask, [PREFILL] + [1] * STEPS) > 100 * EXACT
 
 
-def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no_node(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no_node(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
     case = CASES["llama, some layers"]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="grouped"))
-    outputs = {name for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node for name in node.output}
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides),
+        tmp_path,
+        case,
+        "float32",
+        OnnxConfig(lowering="grouped"),
+    )
+    outputs = {
+        name
+        for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node
+        for name in node.output
+    }
     assert {name for name in outputs if name.startswith("router_logits.")} == {"router_logits.1", "router_logits.3"}
     assert not any("shared_expert" in name for name in outputs)
     assert {name for name in outputs if name.endswith(".ffn.down")} == {"layers.0.ffn.down", "layers.2.ffn.down"}
@@ -217,12 +309,23 @@ def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no
 
 def test_a_gate_other_than_silu_has_no_fused_operator(make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES["gemma, tanh GELU"]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig())
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig()
+    )
     assert {time.lowering for time in export.facts.timings} == {"grouped", "unrolled"}
 
 
 def test_a_dense_model_has_no_lowering_whatever_is_asked_for(make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES["llama, dense"]
-    export = Export(make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig(lowering="fused"))
+    export = Export(
+        make_dense(architecture=case.architecture, **case.overrides),
+        tmp_path,
+        case,
+        "float32",
+        OnnxConfig(lowering="fused"),
+    )
     assert (export.facts.lowering, export.facts.timings) == ("none", ())
-    assert not any(node.op_type in ("MoE", "QMoE") for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node)
+    assert not any(
+        node.op_type in ("MoE", "QMoE")
+        for node in onnx.load(export.package / MODEL_NAME, load_external_data=False).graph.node
+    )

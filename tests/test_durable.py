@@ -1,4 +1,7 @@
-"""What is kept for resuming: damage to any file is found, that folder goes, and what is made again has the same bits."""
+"""What is kept for resuming.
+
+Damage to any file is found, that folder goes, and what is made again has the same bits.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.worker import Measured
+from dense2moe.upcycle.config import FinetuneConfig, TrainingStage
+from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
+from dense2moe.upcycle.training.fine_tuning import finetune
 from programs import dense2moe
 from test_journal import StoppedError, same
 from test_journal import mixture as make_mixture
 from test_journal import run as quantize
 from test_trainer import CONFIG, quiet
 from test_trainer import data as make_data
-
-from convert.artifact import open_artifact
-from convert.worker import Measured
-from upcycle.config import FinetuneConfig, TrainingStage
-from upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
-from upcycle.training import finetune
 
 ROOT = Path(__file__).parent.parent
 mixture, data = make_mixture, make_data  # fixtures
@@ -95,7 +97,9 @@ def test_a_folder_is_whole_once_it_is_sealed_and_gives_its_facts_back(tmp_path: 
 
 @pytest.mark.parametrize("damage", [*DAMAGES, lambda file: (file.parent / "other").touch()])
 @pytest.mark.parametrize("name", ["weights", "deep/config.json", RECORD_NAME])
-def test_damage_to_a_sealed_folder_is_told_in_a_line_and_the_folder_goes(name: str, damage: Callable[[Path], None], tmp_path: Path) -> None:
+def test_damage_to_a_sealed_folder_is_told_in_a_line_and_the_folder_goes(
+    name: str, damage: Callable[[Path], None], tmp_path: Path
+) -> None:
     scratch = tmp_path / "scratch"
     for number in (1, 2):
         folder = scratch / "layers" / str(number)
@@ -118,10 +122,20 @@ def test_damage_to_a_sealed_folder_is_told_in_a_line_and_the_folder_goes(name: s
 def test_facts_that_were_changed_are_damage(tmp_path: Path) -> None:
     keep(tmp_path / "steps", [10])
     record = tmp_path / "steps" / RECORD_NAME
-    for text in (record.read_text().replace("10", "11"), "[]", "5", '"', "[" * 100_000, "{}", '{"facts": 1, "files": [], "checksum": 2}'):
+    for text in (
+        record.read_text().replace("10", "11"),
+        "[]",
+        "5",
+        '"',
+        "[" * 100_000,
+        "{}",
+        '{"facts": 1, "files": [], "checksum": 2}',
+    ):
         keep(tmp_path / "steps", [10])
         record.write_text(text, encoding="utf-8")
-        assert discard_damage(tmp_path, quiet) == [f"{tmp_path / 'steps'}: {RECORD_NAME} is damaged; thrown away, and made again"]
+        assert discard_damage(tmp_path, quiet) == [
+            f"{tmp_path / 'steps'}: {RECORD_NAME} is damaged; thrown away, and made again"
+        ]
 
 
 def test_what_no_record_covers_goes_without_a_word_and_nothing_outside_is_touched(tmp_path: Path) -> None:
@@ -135,7 +149,11 @@ def test_what_no_record_covers_goes_without_a_word_and_nothing_outside_is_touche
     (scratch / "unsealed" / "weights").touch()
     os.mkfifo(scratch / "unsealed" / "pipe")
     assert discard_damage(scratch, quiet) == []
-    assert sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*")) == ["one", "one/kept.json", "unsealed"]
+    assert sorted(path.relative_to(scratch).as_posix() for path in scratch.rglob("*")) == [
+        "one",
+        "one/kept.json",
+        "unsealed",
+    ]
     assert (outside / "mine.txt").exists()
     for place in (tmp_path / "file", tmp_path / "link"):
         _ = place.touch() if place.name == "file" else place.symlink_to(outside)
@@ -168,7 +186,9 @@ def test_a_record_comes_after_its_files_are_forced_to_disk(tmp_path: Path, monke
 
 
 @pytest.fixture(scope="module")
-def tuned(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def tuned(
+    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """Fine-tune in a scratch directory; killed at a step, if one is given."""
 
     def run(config: FinetuneConfig, scratch: Path, killed_at: int | None = None) -> Path:
@@ -184,14 +204,23 @@ def tuned(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
 
 
 LEARNING = CONFIG.model_copy(
-    update={"stages": (TrainingStage(train="router", steps=2), TrainingStage(steps=6)), "eval_steps": 2, "tensorboard": True}
+    update={
+        "stages": (TrainingStage(train="router", steps=2), TrainingStage(steps=6)),
+        "eval_steps": 2,
+        "tensorboard": True,
+    }
 )
 HARMLESS = CONFIG.model_copy(update={"learning_rate": 1e-20, "router_learning_rate": 1e-20, "steps": 4})
 
 
 @pytest.fixture(scope="module", params=[(LEARNING, 7), (HARMLESS, 3)], ids=["learning", "harmless"])
-def killed(request: pytest.FixtureRequest, tuned: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[FinetuneConfig, Path, Path]:
-    """Settings, what a killed run left, and what an unbroken run gives; the kept weights are the newest ones, or those of the start."""
+def killed(
+    request: pytest.FixtureRequest, tuned: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FinetuneConfig, Path, Path]:
+    """Settings, what a killed run left, and what an unbroken run gives.
+
+    The kept weights are the newest ones, or those of the start.
+    """
     config, killed_at = request.param
     scratch = tmp_path_factory.mktemp("killed")
     with pytest.raises(_KilledError):
@@ -203,7 +232,9 @@ def contents(output: Path) -> dict[str, bytes]:
     return {name: (output / name).read_bytes() for name in files_of(output) if not name.startswith("tensorboard/")}
 
 
-def test_every_file_of_a_killed_fine_tuning_is_covered(killed: tuple[FinetuneConfig, Path, Path], tmp_path: Path) -> None:
+def test_every_file_of_a_killed_fine_tuning_is_covered(
+    killed: tuple[FinetuneConfig, Path, Path], tmp_path: Path
+) -> None:
     _, scratch, _ = killed
     assert discard_damage(scratch, quiet) == []
     fresh = copies(scratch, tmp_path / "copy")
@@ -244,7 +275,9 @@ def test_a_quantization_of_which_a_part_was_thrown_away_ends_with_the_same_bits(
     settings = {"max_perplexity_increase": 0.05}
     whole = quantize(mixture, tmp_path / "whole", "mixed", None, **settings)
     with pytest.raises(StoppedError):
-        quantize(mixture, tmp_path / "killed", "mixed", scratch, ("measuring each part in fewer bits", 2 + 2 + 1), **settings)
+        quantize(
+            mixture, tmp_path / "killed", "mixed", scratch, ("measuring each part in fewer bits", 2 + 2 + 1), **settings
+        )
     assert discard_damage(scratch, quiet) == []
     folders = folders_of(scratch)
     layers, records = ([name for name in folders if name.startswith(start)] for start in ("layers-", "sensitivities/"))
@@ -262,7 +295,9 @@ def test_a_quantization_of_which_a_part_was_thrown_away_ends_with_the_same_bits(
 # The run.
 
 
-def test_a_run_says_what_was_damaged_and_succeeds(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_says_what_was_damaged_and_succeeds(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And leaves nothing behind: neither what it kept, nor what a run with other settings did."""
     recipe, work = tmp_path / "tiny.json", tmp_path / "work"
     source = {"kind": "text", "train": [str(ROOT / "upcycle" / "*.py")]}
@@ -285,14 +320,15 @@ def test_a_run_says_what_was_damaged_and_succeeds(dense_checkpoint: Path, tmp_pa
 
         return Measured(function(argument, watch), 0)
 
-    monkeypatch.setattr("convert.pipeline.run_apart", run_here)
+    monkeypatch.setattr("dense2moe.convert.pipeline.run_apart", run_here)
     killed_at = 3
     assert run().exit_code == 130
     killed_at = 0
     (scratch,) = work.glob("finetune-*.resume")
     stale = shutil.copytree(scratch, work / "finetune-0123456789ab.resume")
     kept = [
-        shutil.copytree(scratch, work / name) for name in ("finetune-mine.resume", "mine-0123456789ab.resume", "quantize-int8-0123456789ab.resume")
+        shutil.copytree(scratch, work / name)
+        for name in ("finetune-mine.resume", "mine-0123456789ab.resume", "quantize-int8-0123456789ab.resume")
     ]
     for name in ("finetune-0123456789ab.partial", "upcycle-0123456789ab.partial"):
         (work / name).mkdir()
@@ -306,7 +342,8 @@ def test_a_run_says_what_was_damaged_and_succeeds(dense_checkpoint: Path, tmp_pa
     assert line == f"! {newest}: 'optimizer.pt' is damaged; thrown away, and made again"
     assert not list(work.glob("*.partial"))
     assert not (stale.exists() or after_its_seal.exists() or scratch.exists())
-    assert sorted(work.glob("*.resume")) == sorted(kept)  # folders that are nobody's, and of a stage that is not finished
+    # folders that are nobody's, and of a stage that is not finished
+    assert sorted(work.glob("*.resume")) == sorted(kept)
     digests = [open_artifact(next(work.glob("finetune-" + 12 * "[0-9a-f]"))).manifest["files"]["model.safetensors"]]
     shutil.rmtree(work)
     assert run().exit_code == 0

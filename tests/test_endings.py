@@ -1,4 +1,7 @@
-"""How commands end where the system is unkind: signals, a failing disk, no memory, a terminal without letters, foreign state."""
+"""How commands end where the system is unkind.
+
+Signals, a failing disk, no memory, a terminal without letters, foreign state.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,13 @@ from typing import Any, Never
 
 import pytest
 from click.testing import CliRunner
+from dense2moe.convert.artifact import build, lock
+from dense2moe.convert.cli import main
+from dense2moe.convert.progress import ProgressDisplay
+from dense2moe.upcycle.errors import find_os_error
 from programs import dense2moe
 from report_facts import make_facts
 from rich.console import Console
-
-from convert.artifact import build, lock
-from convert.cli import main
-from convert.progress import ProgressDisplay
-from upcycle.errors import find_os_error
 
 ROOT = Path(__file__).parent.parent
 KEPT = "what is finished is kept, and the same command goes on from there"
@@ -33,12 +35,16 @@ def raise_at_once(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Any:
     def load(_: Path) -> Never:
         raise error
 
-    monkeypatch.setattr("convert.recipe.load_recipe", load)
+    monkeypatch.setattr("dense2moe.convert.recipe.load_recipe", load)
     return dense2moe("plan", "x.yaml", "--workdir", "work")
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")])
-def test_a_signal_ends_a_command_in_one_line_and_its_own_code(number: int, code: int, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 129, "hung up")]
+)
+def test_a_signal_ends_a_command_in_one_line_and_its_own_code(
+    number: int, code: int, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = signal.signal(number, signal.SIG_DFL)  # whoever runs the tests may have switched it off
 
     def load(_: Path) -> None:
@@ -49,7 +55,7 @@ def test_a_signal_ends_a_command_in_one_line_and_its_own_code(number: int, code:
             os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb what is to be done at the end
             os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr("convert.recipe.load_recipe", load)
+    monkeypatch.setattr("dense2moe.convert.recipe.load_recipe", load)
     try:
         finished = dense2moe("check", "x.yaml")
         assert signal.getsignal(number) == signal.SIG_DFL
@@ -62,7 +68,9 @@ def test_a_signal_that_is_switched_off_stays_off(monkeypatch: pytest.MonkeyPatch
     """As nohup switches it off."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        monkeypatch.setattr("convert.recipe.load_recipe", lambda _: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0)
+        monkeypatch.setattr(
+            "dense2moe.convert.recipe.load_recipe", lambda _: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             dense2moe("check", "x.yaml")
     finally:
@@ -81,16 +89,31 @@ MEMORY = "close other programs, or take a smaller model or less text"
     [
         (OSError(errno.EIO, "Input/output error", "a/b"), f"a/b: the disk fails (Input/output error); {DISK}"),
         (OSError(errno.EIO, "Input/output error"), f"work: the disk fails (Input/output error); {DISK}"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "a"), "a: is gone; must stay while it is used; put it back, or run again"),
-        (OSError(errno.EMFILE, "Too many open files", "a"), "a: too many files are open; raise the limit (ulimit -n), and run again"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file", "a"),
+            "a: is gone; must stay while it is used; put it back, or run again",
+        ),
+        (
+            OSError(errno.EMFILE, "Too many open files", "a"),
+            "a: too many files are open; raise the limit (ulimit -n), and run again",
+        ),
         (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "a: the name is too long; give a shorter --workdir"),
         (OSError(errno.ELOOP, "Too many levels", "a"), "a: links lead in a circle; remove one of them"),
-        (OSError(errno.EISDIR, "Is a directory", "a"), f"a: a directory is in the way; must be a file; move it away, {ELSE}"),
+        (
+            OSError(errno.EISDIR, "Is a directory", "a"),
+            f"a: a directory is in the way; must be a file; move it away, {ELSE}",
+        ),
         (RuntimeError(RUST), f"work: the disk is full; free some space, {ELSE}"),
-        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 47"), f"work: the disk fails (a file cannot be written); {DISK}"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 47"),
+            f"work: the disk fails (a file cannot be written); {DISK}",
+        ),
         (RuntimeError("std::bad_alloc"), f"out of memory (std::bad_alloc); {MEMORY}"),
         (MemoryError(), f"out of memory (MemoryError); {MEMORY}"),
-        (RuntimeError(f"{MMAP}: Cannot allocate memory (12)"), f"out of memory ({MMAP}: Cannot allocate memory (12)); {MEMORY}"),
+        (
+            RuntimeError(f"{MMAP}: Cannot allocate memory (12)"),
+            f"out of memory ({MMAP}: Cannot allocate memory (12)); {MEMORY}",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
 )
@@ -99,7 +122,9 @@ def test_what_the_system_refuses_is_one_line(error: Exception, line: str, monkey
     assert (finished.exit_code, finished.output) == (1, f"Error: {line}\n")
 
 
-def test_a_bug_keeps_its_traceback_where_it_happened_while_a_missing_file_was_handled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_keeps_its_traceback_where_it_happened_while_a_missing_file_was_handled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     bug = AttributeError("bug")
     bug.__context__ = FileNotFoundError(errno.ENOENT, "No such file or directory", "optional.json")
     with pytest.raises(AttributeError):
@@ -151,17 +176,30 @@ def test_a_look_at_the_lock_keeps_no_run_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "5", "[]", '"x"', "null", "{}", "[" * 100_000, "\ud800", '{"name": 5, "status": "finished", "recipe": "x", "artifacts": {}}',
+        "",
+        "5",
+        "[]",
+        '"x"',
+        "null",
+        "{}",
+        "[" * 100_000,
+        "\ud800",
+        '{"name": 5, "status": "finished", "recipe": "x", "artifacts": {}}',
         '{"name": "a", "status": "finished", "recipe": "x", "artifacts": []}',
         '{"name": "a", "status": "finished", "recipe": "x", "artifacts": {"report": 5}}',
         '{"name": "a", "status": "finished", "recipe": "x", "artifacts": {"report": "../other"}}',
         '{"name": "a", "status": "finished", "recipe": "x", "artifacts": {"report": "gone"}}',
     ],
     ids=lambda text: text[:70],
-)  # fmt: skip
+)
 def test_a_foreign_run_json_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_bytes(text.encode("utf-8", "surrogatepass"))
-    for arguments in (("show", tmp_path), ("verify", tmp_path), ("compare", tmp_path, tmp_path), ("package", tmp_path, tmp_path / "out")):
+    for arguments in (
+        ("show", tmp_path),
+        ("verify", tmp_path),
+        ("compare", tmp_path, tmp_path),
+        ("package", tmp_path, tmp_path / "out"),
+    ):
         finished = dense2moe(*arguments)
         lines = finished.stderr.splitlines()
         assert (finished.exit_code, len(lines)) == (1, 1), finished.output
@@ -186,10 +224,14 @@ def test_brackets_and_colons_of_a_recipe_are_shown_as_they_are(tmp_path: Path) -
 
 
 def test_a_terminal_without_letters_ends_no_command(dense_checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "text.txt").write_text((ROOT / "upcycle" / "checkpoint.py").read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "text.txt").write_text(
+        (ROOT / "upcycle" / "checkpoint.py").read_text(encoding="utf-8"), encoding="utf-8"
+    )
     recipe = tmp_path / "größe.json"
     source = {"kind": "text", "train": [str(tmp_path / "text.txt")], "separator": "\n\n"}
-    recipe.write_text(json.dumps({"source": str(dense_checkpoint), "data": {"source": source, "block_size": 32}}), encoding="utf-8")
+    recipe.write_text(
+        json.dumps({"source": str(dense_checkpoint), "data": {"source": source, "block_size": 32}}), encoding="utf-8"
+    )
     report = write_report(tmp_path / "é", make_facts())
     for arguments in (
         ("plan", recipe),

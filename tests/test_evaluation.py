@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss, next_token_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-
-from upcycle.evaluation import decode_speed, evaluate, held_out_loss, next_token_loss
-from upcycle.receipt import load_model
 
 MakeDense = Callable[..., Path]
 
@@ -24,7 +23,8 @@ def random_blocks(num: int, size: int = 24) -> torch.Tensor:
 
 
 def test_the_loss_of_two_tokens_is_as_by_hand() -> None:
-    # Position 0 predicts token 1 with probability 3/4, position 1 predicts token 0 with 1/2; the last position predicts nothing.
+    # Position 0 predicts token 1 with probability 3/4, position 1 predicts token 0 with 1/2; the last position predicts
+    # nothing.
     logits = torch.tensor([[[0.0, math.log(3.0)], [0.0, 0.0], [100.0, -100.0]]])
     ids = torch.tensor([[0, 1, 0]])
     assert float(next_token_loss(logits, ids)) == pytest.approx((math.log(4 / 3) + math.log(2)) / 2, rel=1e-6)
@@ -39,7 +39,9 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [1, 8, 19])
-def test_held_out_loss_is_the_mean_of_transformers_own_loss_of_each_block(num_blocks: int, mixture_checkpoint: Path) -> None:
+def test_held_out_loss_is_the_mean_of_transformers_own_loss_of_each_block(
+    num_blocks: int, mixture_checkpoint: Path
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(mixture_checkpoint).eval()
     blocks = random_blocks(num_blocks)
     with torch.no_grad():
@@ -74,16 +76,24 @@ def test_shards_count_as_weights_and_their_index_does_not(make_dense: MakeDense)
     directory = make_dense(max_shard_size="30KB")
     files = list(directory.glob("model-*.safetensors"))
     assert len(files) > 1
-    assert evaluate(directory, random_blocks(1), "sharded", lambda *report: None).weight_bytes == sum(file.stat().st_size for file in files)
+    assert evaluate(directory, random_blocks(1), "sharded", lambda *report: None).weight_bytes == sum(
+        file.stat().st_size for file in files
+    )
 
 
-def test_decoding_is_greedy_one_token_a_step_with_a_cache(dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_is_greedy_one_token_a_step_with_a_cache(
+    dense_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = load_model(dense_checkpoint, torch.float32)
     prompt = random_blocks(1)[0, :7]
-    expected = model.generate(prompt[None], max_new_tokens=15, min_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 7:].tolist()
+    expected = model.generate(
+        prompt[None], max_new_tokens=15, min_new_tokens=15, do_sample=False, eos_token_id=None, pad_token_id=0
+    )[0, 7:].tolist()
     fed: list[list[int]] = []
     clock = iter(range(100))
-    monkeypatch.setattr("upcycle.evaluation.time", SimpleNamespace(perf_counter=lambda: 2.0 * next(clock)))
+    monkeypatch.setattr(
+        "dense2moe.upcycle.training.evaluation.time", SimpleNamespace(perf_counter=lambda: 2.0 * next(clock))
+    )
 
     def forward(**arguments: Any) -> Any:
         fed.append(arguments["input_ids"].flatten().tolist())
@@ -100,7 +110,7 @@ def test_decoding_is_greedy_one_token_a_step_with_a_cache(dense_checkpoint: Path
 
 def test_the_median_of_the_repeats_is_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter([0.0, 1.0, 0.0, 100.0, 0.0, 2.0])
-    monkeypatch.setattr("upcycle.evaluation.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
+    monkeypatch.setattr("dense2moe.upcycle.training.evaluation.time", SimpleNamespace(perf_counter=lambda: next(ticks)))
 
     class Model:
         device = torch.device("cpu")

@@ -8,15 +8,22 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.building.surgery import upcycle as convert
+from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
+from dense2moe.upcycle.training import expert_forward
+from dense2moe.upcycle.training.expert_forward import sorted_experts_forward, use_sorted_experts
 
-import upcycle.expert_forward
 from tests.conftest import MakeDense
-from upcycle.config import ExpertsConfig, UpcycleConfig
-from upcycle.expert_forward import sorted_experts_forward, use_sorted_experts
-from upcycle.receipt import load_model
-from upcycle.surgery import upcycle as convert
 
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM", "GemmaForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GraniteForCausalLM",
+    "Olmo2ForCausalLM",
+    "GemmaForCausalLM",
+)
 
 
 class Experts:
@@ -46,7 +53,7 @@ def every_expert(experts: Experts, hidden: torch.Tensor, weights: torch.Tensor) 
 def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(
     num_tokens: int, top_k: int, filled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upcycle.expert_forward._uses_onednn", lambda _: filled)
+    monkeypatch.setattr("dense2moe.upcycle.training.expert_forward._uses_onednn", lambda _: filled)
     experts, generator = Experts(), torch.Generator().manual_seed(num_tokens)
     hidden = torch.randn(num_tokens, 4, dtype=torch.float64, generator=generator, requires_grad=True)
     scores = torch.randn(num_tokens, 3, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -66,13 +73,13 @@ def test_values_and_gradients_are_those_of_all_experts_on_all_tokens(
 
 def test_in_bfloat16_products_have_few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
-    run = upcycle.expert_forward._run_expert
+    run = expert_forward._run_expert
 
     def count(experts: Any, part: torch.Tensor, *matrices: Any) -> torch.Tensor:
         sizes.append(len(part))
         return run(experts, part, *matrices)
 
-    monkeypatch.setattr(upcycle.expert_forward, "_run_expert", count)
+    monkeypatch.setattr(expert_forward, "_run_expert", count)
     chosen = torch.tensor([0] * 33 + [1] * 7)[:, None]
     experts, hidden = Experts(), torch.randn(40, 4, dtype=torch.float64)
     sorted_experts_forward(experts, hidden, chosen, torch.ones(40, 1))
@@ -87,15 +94,25 @@ def test_in_bfloat16_products_have_few_sizes(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_expert_without_tokens_has_a_gradient_of_zeros() -> None:
     experts = Experts()
     index = torch.tensor([[0], [2], [2]])
-    sorted_experts_forward(experts, torch.ones(3, 4, dtype=torch.float64), index, torch.ones(3, 1, dtype=torch.float64)).sum().backward()
+    sorted_experts_forward(
+        experts, torch.ones(3, 4, dtype=torch.float64), index, torch.ones(3, 1, dtype=torch.float64)
+    ).sum().backward()
     assert experts.gate_up_proj.grad is not None
     assert experts.gate_up_proj.grad[1].abs().max() == 0
     assert experts.gate_up_proj.grad[2].abs().max() > 0
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_a_step_of_every_target_is_the_step_of_transformers_own_experts(architecture: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    convert(make_dense(architecture=architecture), tmp_path, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)), 0, lambda *_: None)
+def test_a_step_of_every_target_is_the_step_of_transformers_own_experts(
+    architecture: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    convert(
+        make_dense(architecture=architecture),
+        tmp_path,
+        UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)),
+        0,
+        lambda *_: None,
+    )
     ours, theirs = load_model(tmp_path, torch.float32), load_model(tmp_path, torch.float32)  # with `eager` experts
     use_sorted_experts(ours)
     ids = torch.randint(ours.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(1))

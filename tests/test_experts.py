@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from upcycle.experts import Moments, add_noise, choose_neurons, measure_moments, redraw_neurons, seeded_generator
+from dense2moe.upcycle.building.experts import (
+    Moments,
+    add_noise,
+    choose_neurons,
+    measure_moments,
+    redraw_neurons,
+    seeded_generator,
+)
 
 
 def weight_of(rows: int, columns: int, std: float = 1.0, mean: float = 0.0) -> torch.Tensor:
@@ -18,10 +24,13 @@ def weight_of(rows: int, columns: int, std: float = 1.0, mean: float = 0.0) -> t
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("std", "mean"), [(0.02, 0.0), (1.0, 1.0), (3.0, 7.0)])
 @pytest.mark.parametrize("rows_a_chunk", [1, 7, 64])
-def test_moments_of_chunks_are_those_of_the_whole_weight(dtype: torch.dtype, std: float, mean: float, rows_a_chunk: int) -> None:
+def test_moments_of_chunks_are_those_of_the_whole_weight(
+    dtype: torch.dtype, std: float, mean: float, rows_a_chunk: int
+) -> None:
     weight = weight_of(64, 33, std, mean).to(dtype)
     found = measure_moments(weight.split(rows_a_chunk))
-    # Squares are rounded in float32 before they are summed, by 6e-8 of the mean square at most, which is 4e-7 of the last of these variances.
+    # Squares are rounded in float32 before they are summed, by 6e-8 of the mean square at most, which is 4e-7 of the
+    # last of these variances.
     assert found.mean == pytest.approx(float(weight.double().mean()), rel=1e-6, abs=1e-6 * std)
     assert found.std == pytest.approx(float(weight.double().std(correction=0)), rel=1e-5)
 
@@ -71,7 +80,10 @@ def test_noise_leaves_its_input_as_it_was() -> None:
 # Which neurons
 
 
-@pytest.mark.parametrize(("num_neurons", "share", "chosen"), [(64, 0.5, 32), (48, 0.25, 12), (10, 0.0, 0), (3, 0.5, 2), (7, 0.9, 6), (100, 0.004, 0)])
+@pytest.mark.parametrize(
+    ("num_neurons", "share", "chosen"),
+    [(64, 0.5, 32), (48, 0.25, 12), (10, 0.0, 0), (3, 0.5, 2), (7, 0.9, 6), (100, 0.004, 0)],
+)
 def test_the_nearest_whole_number_of_neurons_is_chosen(num_neurons: int, share: float, chosen: int) -> None:
     mask = choose_neurons(num_neurons, share, seeded_generator(0, "a"))
     assert mask.dtype == torch.bool
@@ -81,7 +93,8 @@ def test_the_nearest_whole_number_of_neurons_is_chosen(num_neurons: int, share: 
 
 def test_every_neuron_is_chosen_as_often_as_any_other() -> None:
     masks = torch.stack([choose_neurons(20, 0.3, seeded_generator(seed, "neurons")) for seed in range(2000)])
-    # Of 2000 draws with probability .3, a neuron's share has a standard error of 1 %; twenty of them lie within four of it.
+    # Of 2000 draws with probability .3, a neuron's share has a standard error of 1 %; twenty of them lie within four of
+    # it.
     assert torch.allclose(masks.float().mean(0), torch.full((20,), 0.3), atol=0.04)
 
 
@@ -98,7 +111,8 @@ def test_redrawn_neurons_have_the_moments_given_and_the_others_their_bits(axis: 
     # 20000 draws: the standard errors are .5 % of the deviation for it and .7 % of it for the mean.
     assert float(drawn.mean()) == pytest.approx(0.7, abs=0.03 * 0.02)
     assert float(drawn.std()) == pytest.approx(0.02, rel=0.02)
-    assert drawn.unique().numel() > 0.99 * drawn.numel()  # each its own draw, not one row again and again; some float32 values occur twice
+    # each its own draw, not one row again and again; some float32 values occur twice
+    assert drawn.unique().numel() > 0.99 * drawn.numel()
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -111,7 +125,10 @@ def test_redrawing_leaves_its_input_as_it_was(axis: int) -> None:
 
 def test_redrawing_nothing_is_the_very_tensor() -> None:
     weight = torch.ones(2, 2)
-    assert redraw_neurons(weight, torch.zeros(2, dtype=torch.bool), 0, Moments(0.0, 1.0), seeded_generator(0, "a")) is weight
+    assert (
+        redraw_neurons(weight, torch.zeros(2, dtype=torch.bool), 0, Moments(0.0, 1.0), seeded_generator(0, "a"))
+        is weight
+    )
 
 
 # Generators

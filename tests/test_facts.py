@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense2moe.convert.report.facts import report_schema
+from dense2moe.convert.report.writer import write_report
 from jsonschema import Draft202012Validator
 from programs import dense2moe
 from report_facts import make_facts, tiered
-
-from convert.facts import report_schema
-from convert.report import write_report
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +37,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_published_schema_is_that_of_the_code() -> None:
     """If not: `dense2moe schema --report > recipes/report.schema.json`."""
     printed = dense2moe("schema", "--report").output
-    assert json.loads(printed) == report_schema() == json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))
+    assert (
+        json.loads(printed)
+        == report_schema()
+        == json.loads((ROOT / "recipes" / "report.schema.json").read_text(encoding="utf-8"))
+    )
 
 
 def test_a_report_is_as_the_schema_says(validator, report) -> None:
@@ -46,8 +49,13 @@ def test_a_report_is_as_the_schema_says(validator, report) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
-def test_a_report_can_be_written_whatever_its_measurements_are(value: float, validator: Draft202012Validator, tmp_path: Path) -> None:
-    """All measured numbers are the same impossible one: what a broken model gives. What is counted, or set, is finite in every run that ends."""
+def test_a_report_can_be_written_whatever_its_measurements_are(
+    value: float, validator: Draft202012Validator, tmp_path: Path
+) -> None:
+    """All measured numbers are the same impossible one: what a broken model gives.
+
+    What is counted, or set, is finite in every run that ends.
+    """
     counted = ("seconds", "bits", "load", "learning_rate", "domains")
 
     def spoil(item: Any) -> Any:
@@ -72,5 +80,7 @@ def test_a_report_that_lacks_a_figure_or_has_words_for_it_is_not(validator, repo
     spoilt["finetune"]["evaluations"]["dense"]["perplexity"] = "low"
     spoilt["summary"][0]["passed"] = 1
     assert {error.json_path for error in validator.iter_errors(spoilt)} == {
-        "$.variants.int8.onnx", "$.finetune.evaluations.dense.perplexity", "$.summary[0].passed",
-    }  # fmt: skip
+        "$.variants.int8.onnx",
+        "$.finetune.evaluations.dense.perplexity",
+        "$.summary[0].passed",
+    }

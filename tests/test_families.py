@@ -1,4 +1,7 @@
-"""The function is kept for every dense family and every target, past windows, padded, cached, in three dtypes; and each trap, if sprung, shows."""
+"""The function is kept for every dense family and every target, past windows, padded, cached, in three dtypes.
+
+And each trap, if sprung, shows.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import RouterConfig, UpcycleConfig
+from dense2moe.upcycle.models.conversion import CONVERSIONS
 from transformers import PreTrainedModel
-
-from upcycle.config import RouterConfig, UpcycleConfig
-from upcycle.conversion import CONVERSIONS
-from upcycle.mapping import UpcyclePlan
-from upcycle.receipt import ROUNDING_LIMIT
-from upcycle.surgery import upcycle
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -37,17 +39,29 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
 PLAIN_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}
 HALF_ROTARY = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}}
 NOT_RENORMALIZED = {"norm_topk_prob": False}
 NO_WINDOW_IN_ANY_LAYER = {"layer_types": ["full_attention"] * NUM_LAYERS}
-MULTIPLIERS = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}
+MULTIPLIERS = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.5,
+    "attention_multiplier": 0.2,
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A dense architecture, what of its config could be lost, the settings, the target that they lead to, and config values that spring the trap.
+    """A dense architecture, what of its config could be lost, the settings, the target that they lead to.
+
+    And config values that spring the trap.
 
     `exact`: a zero router must give the very bits of the dense model.
     """
@@ -64,7 +78,10 @@ UNTIED = {"tie_word_embeddings": False}
 CASES = {
     "llama, tied": Case("LlamaForCausalLM", "mixtral", ({"tie_word_embeddings": False}, {"rms_norm_eps": 0.3})),
     "llama, untied, llama3 rope, wide heads": Case(
-        "LlamaForCausalLM", "mixtral", (PLAIN_ROPE, {"head_dim": None}), UNTIED | {"rope_parameters": LLAMA3_ROPE, "head_dim": 16}
+        "LlamaForCausalLM",
+        "mixtral",
+        (PLAIN_ROPE, {"head_dim": None}),
+        UNTIED | {"rope_parameters": LLAMA3_ROPE, "head_dim": 16},
     ),
     "llama, attention biases": Case(
         "LlamaForCausalLM",
@@ -73,10 +90,18 @@ CASES = {
         {"attention_bias": True, "head_dim": 16},
     ),
     "llama, some layers": Case(
-        "LlamaForCausalLM", "qwen2_moe", (NOT_RENORMALIZED, {"mlp_only_layers": []}, {"head_dim": 8}), {"head_dim": 16}, {"layers": "every-2"}
+        "LlamaForCausalLM",
+        "qwen2_moe",
+        (NOT_RENORMALIZED, {"mlp_only_layers": []}, {"head_dim": 8}),
+        {"head_dim": 16},
+        {"layers": "every-2"},
     ),
-    "llama, a half shared": Case("LlamaForCausalLM", "qwen2_moe", (NOT_RENORMALIZED,), {}, {"shared_expert": "half"}, exact=False),
-    "llama, a silent shared expert": Case("LlamaForCausalLM", "qwen2_moe", (NOT_RENORMALIZED,), {}, {"shared_expert": "zero"}),
+    "llama, a half shared": Case(
+        "LlamaForCausalLM", "qwen2_moe", (NOT_RENORMALIZED,), {}, {"shared_expert": "half"}, exact=False
+    ),
+    "llama, a silent shared expert": Case(
+        "LlamaForCausalLM", "qwen2_moe", (NOT_RENORMALIZED,), {}, {"shared_expert": "zero"}
+    ),
     "llama, attention biases, a half shared": Case(
         "LlamaForCausalLM",
         "granitemoeshared",
@@ -86,14 +111,32 @@ CASES = {
         exact=False,
     ),
     "llama, attention biases, a silent shared expert": Case(
-        "LlamaForCausalLM", "granitemoeshared", ({"attention_multiplier": 1.0},), {"attention_bias": True}, {"shared_expert": "zero"}
+        "LlamaForCausalLM",
+        "granitemoeshared",
+        ({"attention_multiplier": 1.0},),
+        {"attention_bias": True},
+        {"shared_expert": "zero"},
     ),
-    "mistral, window": Case("MistralForCausalLM", "mixtral", ({"sliding_window": None},), UNTIED | {"sliding_window": WINDOW, "head_dim": 16}),
-    "mistral, window, one layer": Case("MistralForCausalLM", "qwen2_moe", (NO_WINDOW_IN_ANY_LAYER,), {"sliding_window": WINDOW}, {"layers": [1]}),
-    "mistral, no window, one layer": Case("MistralForCausalLM", "qwen2_moe", (NOT_RENORMALIZED,), {"sliding_window": None}, {"layers": [1]}),
-    "phi3, window": Case("Phi3ForCausalLM", "mixtral", ({"sliding_window": None},), UNTIED | {"sliding_window": WINDOW}),
+    "mistral, window": Case(
+        "MistralForCausalLM",
+        "mixtral",
+        ({"sliding_window": None},),
+        UNTIED | {"sliding_window": WINDOW, "head_dim": 16},
+    ),
+    "mistral, window, one layer": Case(
+        "MistralForCausalLM", "qwen2_moe", (NO_WINDOW_IN_ANY_LAYER,), {"sliding_window": WINDOW}, {"layers": [1]}
+    ),
+    "mistral, no window, one layer": Case(
+        "MistralForCausalLM", "qwen2_moe", (NOT_RENORMALIZED,), {"sliding_window": None}, {"layers": [1]}
+    ),
+    "phi3, window": Case(
+        "Phi3ForCausalLM", "mixtral", ({"sliding_window": None},), UNTIED | {"sliding_window": WINDOW}
+    ),
     "phi3, longrope": Case(
-        "Phi3ForCausalLM", "mixtral", (PLAIN_ROPE,), {"original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE, "sliding_window": None}
+        "Phi3ForCausalLM",
+        "mixtral",
+        (PLAIN_ROPE,),
+        {"original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE, "sliding_window": None},
     ),
     "phi3, window, half of the layers": Case(
         "Phi3ForCausalLM", "qwen2_moe", (NO_WINDOW_IN_ANY_LAYER,), {"sliding_window": WINDOW}, {"layers": "last-half"}
@@ -105,9 +148,16 @@ CASES = {
         {"original_max_position_embeddings": 32, "rope_parameters": LONG_ROPE, "sliding_window": None},
         {"layers": "last-half"},
     ),
-    "gemma": Case("GemmaForCausalLM", "mixtral", ({"hidden_act": "silu"}, {"head_dim": None}), {"head_dim": 16}, exact=False),
+    "gemma": Case(
+        "GemmaForCausalLM", "mixtral", ({"hidden_act": "silu"}, {"head_dim": None}), {"head_dim": 16}, exact=False
+    ),
     "gemma, some layers": Case(
-        "GemmaForCausalLM", "qwen2_moe", ({"hidden_act": "silu"}, NOT_RENORMALIZED), {"head_dim": 16}, {"layers": [0, 3]}, exact=False
+        "GemmaForCausalLM",
+        "qwen2_moe",
+        ({"hidden_act": "silu"}, NOT_RENORMALIZED),
+        {"head_dim": 16},
+        {"layers": [0, 3]},
+        exact=False,
     ),
     "qwen2, biases": Case("Qwen2ForCausalLM", "qwen2_moe", (NOT_RENORMALIZED, {"qkv_bias": False}), UNTIED),
     "qwen2, windows in half of the layers, a half shared": Case(
@@ -125,7 +175,11 @@ CASES = {
         UNTIED | {"head_dim": 16, "attention_bias": True},
     ),
     "qwen3, tied, some layers": Case(
-        "Qwen3ForCausalLM", "qwen3_moe", ({"tie_word_embeddings": False}, {"mlp_only_layers": []}), {"head_dim": 16}, {"layers": "every-2"}
+        "Qwen3ForCausalLM",
+        "qwen3_moe",
+        ({"tie_word_embeddings": False}, {"mlp_only_layers": []}),
+        {"head_dim": 16},
+        {"layers": "every-2"},
     ),
     "qwen3, windows in all layers": Case(
         "Qwen3ForCausalLM",
@@ -141,7 +195,10 @@ CASES = {
         UNTIED | {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
     ),
     "granite, multipliers": Case(
-        "GraniteForCausalLM", "granitemoe", tuple({name: 1.0} for name in MULTIPLIERS), UNTIED | MULTIPLIERS | {"attention_bias": True}
+        "GraniteForCausalLM",
+        "granitemoe",
+        tuple({name: 1.0} for name in MULTIPLIERS),
+        UNTIED | MULTIPLIERS | {"attention_bias": True},
     ),
     "granite, multipliers, a half shared": Case(
         "GraniteForCausalLM",
@@ -159,7 +216,11 @@ CASES = {
         {"target": "glm4_moe"},
     ),
     "llama, a selection bias, the last layers": Case(
-        "LlamaForCausalLM", "glm4_moe", (HALF_ROTARY, {"first_k_dense_replace": 0}), {}, {"target": "glm4_moe", "layers": "last-half"}
+        "LlamaForCausalLM",
+        "glm4_moe",
+        (HALF_ROTARY, {"first_k_dense_replace": 0}),
+        {},
+        {"target": "glm4_moe", "layers": "last-half"},
     ),
     "mistral, a selection bias, a half shared": Case(
         "MistralForCausalLM",
@@ -170,12 +231,27 @@ CASES = {
         exact=False,
     ),
     "qwen2, a selection bias, a silent shared expert": Case(
-        "Qwen2ForCausalLM", "glm4_moe", (HALF_ROTARY, {"attention_bias": False}), {}, {"target": "glm4_moe", "shared_expert": "zero"}
+        "Qwen2ForCausalLM",
+        "glm4_moe",
+        (HALF_ROTARY, {"attention_bias": False}),
+        {},
+        {"target": "glm4_moe", "shared_expert": "zero"},
     ),
     "qwen3, a selection bias": Case(
-        "Qwen3ForCausalLM", "glm4_moe", (HALF_ROTARY, {"use_qk_norm": False}), UNTIED | {"head_dim": 16}, {"target": "glm4_moe"}
+        "Qwen3ForCausalLM",
+        "glm4_moe",
+        (HALF_ROTARY, {"use_qk_norm": False}),
+        UNTIED | {"head_dim": 16},
+        {"target": "glm4_moe"},
     ),
-    "t5": Case(T5, "switch_transformers", ({"expert_capacity": 1}, {"dense_act_fn": "gelu"}), {}, {"num_experts_per_tok": 1}, exact=False),
+    "t5": Case(
+        T5,
+        "switch_transformers",
+        ({"expert_capacity": 1}, {"dense_act_fn": "gelu"}),
+        {},
+        {"num_experts_per_tok": 1},
+        exact=False,
+    ),
     "t5, some layers": Case(
         T5,
         "switch_transformers",
@@ -201,7 +277,10 @@ Make = Callable[[str, torch.dtype, float], tuple[Path, Path, UpcyclePlan]]
 
 @pytest.fixture(scope="module")
 def make(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """The dense checkpoint of a case, its mixture and the plan, by name, stored dtype and deviation of router logits; each made once."""
+    """The dense checkpoint of a case, its mixture and the plan, by name, stored dtype and deviation of router logits.
+
+    Each made once.
+    """
 
     @cache
     def dense_of(name: str, dtype: torch.dtype) -> Path:
@@ -235,14 +314,21 @@ def implementations(case: Case) -> tuple[str | None, ...]:
 
 @torch.no_grad()
 def logits(model: PreTrainedModel, cached: bool = False) -> torch.Tensor:
-    """Float32 logits at the real tokens of three rows of random ids, two of them padded on the left; `cached`: the last six, decoded one by one."""
+    """Float32 logits at the real tokens of three rows of random ids, two of them padded on the left; `cached`.
+
+    The last six, decoded one by one.
+    """
     ids = torch.randint(2, 300, (3, LENGTH), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[1, :15] = 0
     mask[2, :30] = 0
     if model.config.is_encoder_decoder:
         encoded = model.get_encoder()(input_ids=ids, attention_mask=mask)
-        given, name, real = {"encoder_outputs": encoded, "attention_mask": mask}, "decoder_input_ids", torch.ones(3, 20).bool()
+        given, name, real = (
+            {"encoder_outputs": encoded, "attention_mask": mask},
+            "decoder_input_ids",
+            torch.ones(3, 20).bool(),
+        )
         ids = ids[:, 5:25].flip(1)  # what is said is not what is read
     else:
         given, name, real = {"attention_mask": mask}, "input_ids", mask.bool()
@@ -263,8 +349,13 @@ def logits(model: PreTrainedModel, cached: bool = False) -> torch.Tensor:
 
 def test_every_conversion_of_the_table_has_a_case() -> None:
     named = {"Llama", "Mistral", "Phi3", "Gemma", "Qwen2", "Qwen3", "Olmo2", "Granite", "T5"}
-    assert {case.architecture.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration") for case in CASES.values()} == named
-    assert {(row.family.architecture, row.target.model_type) for row in CONVERSIONS} == {(case.architecture, case.target) for case in CASES.values()}
+    assert {
+        case.architecture.removesuffix("ForCausalLM").removesuffix("ForConditionalGeneration")
+        for case in CASES.values()
+    } == named
+    assert {(row.family.architecture, row.target.model_type) for row in CONVERSIONS} == {
+        (case.architecture, case.target) for case in CASES.values()
+    }
 
 
 # A zero router of two copies, or of one, weighs everything by one half or one
@@ -274,12 +365,17 @@ def zero_limit(case: Case, dtype: torch.dtype) -> float:
     """Largest rel of a zero router where bits may differ."""
     eps = torch.finfo(dtype).eps
     if case.architecture == "GemmaForCausalLM":
-        # Gemma computes 1 + w, and the root of the width, in float32 and rounds what it multiplies; the mixture stores the products in float32 and
-        # rounds them when it is loaded, in nine norms and the embedding. Measured: 6.3 eps in bfloat16, 3.5 in float16, the very bits in float32.
+        # Gemma computes 1 + w, and the root of the width, in float32 and rounds what it multiplies; the mixture stores
+        # the products in float32 and rounds them when it is loaded, in nine norms and the embedding. Measured: 6.3 eps
+        # in bfloat16, 3.5 in float16, the very bits in float32.
         return 16 * eps
     if case.architecture == T5:
-        return 8 * eps  # a quarter of four times the weights is rounded in another place, in six layers; measured 3 eps in float32, 1.4 in the others
-    return 2 * eps  # a half shared, a quarter and a quarter: exact in binary, in whatever order, unless a number is subnormal; measured the very bits
+        # a quarter of four times the weights is rounded in another place, in six layers; measured 3 eps in float32, 1.4
+        # in the others
+        return 8 * eps
+    # a half shared, a quarter and a quarter: exact in binary, in whatever order, unless a number is subnormal; measured
+    # the very bits
+    return 2 * eps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -287,7 +383,11 @@ def zero_limit(case: Case, dtype: torch.dtype) -> float:
 def test_a_zero_router_is_the_dense_model(name: str, dtype: torch.dtype, make: Make) -> None:
     case = CASES[name]
     directory, output, plan = make(name, dtype, 0.0)
-    assert plan.conversion.target.model_type == json.loads((output / "config.json").read_text())["model_type"] == case.target
+    assert (
+        plan.conversion.target.model_type
+        == json.loads((output / "config.json").read_text())["model_type"]
+        == case.target
+    )
     assert plan.keeps_function_at_zero
     assert plan.bitwise_at_zero == case.exact
     expected = logits(load(directory, case.architecture, dtype))
@@ -309,7 +409,8 @@ def test_a_drawn_router_differs_by_rounding_alone(name: str, make: Make) -> None
     expected = logits(load(directory, case.architecture, torch.float32))
     for experts in implementations(case):
         model = load(output, plan.conversion.target.architecture, torch.float32, experts)
-        assert 0 < rel(logits(model), expected) <= ROUNDING_LIMIT  # not zero, or no router was drawn; measured 3e-7 to 1e-6
+        # not zero, or no router was drawn; measured 3e-7 to 1e-6
+        assert 0 < rel(logits(model), expected) <= ROUNDING_LIMIT
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.architecture == T5])
@@ -317,7 +418,9 @@ def test_a_drawn_router_of_one_expert_a_token_is_another_function(name: str, mak
     directory, output, plan = make(name, torch.float32, 1.0)
     assert not plan.keeps_function
     expected = logits(load(directory, T5, torch.float32))
-    assert rel(logits(load(output, plan.conversion.target.architecture, torch.float32)), expected) > 1000 * ROUNDING_LIMIT
+    assert (
+        rel(logits(load(output, plan.conversion.target.architecture, torch.float32)), expected) > 1000 * ROUNDING_LIMIT
+    )
 
 
 @pytest.mark.parametrize(
@@ -356,7 +459,10 @@ def test_decoding_with_a_cache_is_the_dense_model(name: str, make: Make) -> None
 # What is on the disk
 
 
-@pytest.mark.parametrize("name", ["llama, tied", "phi3, window", "gemma, some layers", "qwen2, biases", "granite, multipliers", "t5, some layers"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama, tied", "phi3, window", "gemma, some layers", "qwen2, biases", "granite, multipliers", "t5, some layers"],
+)
 def test_a_source_in_shards_gives_the_same_bytes(name: str, make: Make, make_dense: MakeDense, tmp_path: Path) -> None:
     case = CASES[name]
     _, whole, plan = make(name, torch.float32, 1.0)
@@ -369,7 +475,16 @@ def test_a_source_in_shards_gives_the_same_bytes(name: str, make: Make, make_den
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize(
-    "name", ["llama, tied", "phi3, window", "gemma", "qwen2, biases", "qwen3, tied, some layers", "olmo2", "granite, multipliers"]
+    "name",
+    [
+        "llama, tied",
+        "phi3, window",
+        "gemma",
+        "qwen2, biases",
+        "qwen3, tied, some layers",
+        "olmo2",
+        "granite, multipliers",
+    ],
 )
 def test_a_source_in_half_precision_computes_the_same_in_float32(name: str, dtype: torch.dtype, make: Make) -> None:
     """What is folded into Gemma's weights is stored in float32, so that nothing of it is rounded."""
@@ -384,9 +499,16 @@ def test_a_source_in_half_precision_computes_the_same_in_float32(name: str, dtyp
 
 
 @pytest.mark.parametrize(
-    ("name", "sprung"), [pytest.param(name, sprung, id=f"{name}: {', '.join(sprung)}") for name, case in CASES.items() for sprung in case.sprung]
+    ("name", "sprung"),
+    [
+        pytest.param(name, sprung, id=f"{name}: {', '.join(sprung)}")
+        for name, case in CASES.items()
+        for sprung in case.sprung
+    ],
 )
-def test_a_config_value_that_is_lost_shows_in_the_logits(name: str, sprung: Mapping[str, Any], make: Make, tmp_path: Path) -> None:
+def test_a_config_value_that_is_lost_shows_in_the_logits(
+    name: str, sprung: Mapping[str, Any], make: Make, tmp_path: Path
+) -> None:
     case = CASES[name]
     directory, output, plan = make(name, torch.float32, 0.0)
     shutil.copytree(output, tmp_path, dirs_exist_ok=True)

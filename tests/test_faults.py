@@ -1,4 +1,7 @@
-"""Every planted fault is caught and its place named, by the first line that parity says; docs/parity.md has the table."""
+"""Every planted fault is caught and its place named, by the first line that parity says.
+
+Docs/parity.md has the table.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ from typing import NamedTuple, get_args
 
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import Parity, ProviderParity, check_parity
+from dense2moe.export.parity.local import LEAST_NOISE
+from dense2moe.export.parity.records import TIERS
+from dense2moe.export.parity.taps import Part
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU
 
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.parity import Parity, ProviderParity, check_parity
-from export.parity.local import LEAST_NOISE
-from export.parity.records import TIERS
-from export.parity.taps import Part
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU
 from tests.faults import FAULTS, WAYS, Exported, Fault, plant
 
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")
@@ -46,7 +49,11 @@ def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[Variant, Exported]
         exported.twin.mkdir()
         exported.package.mkdir()
         quantize_checkpoint(source, exported.twin, variant, QuantizeConfig(method="round", block_size=16), silent)
-        config = OnnxConfig(lowering="fused", activation_bits=32) if variant == "float32" else OnnxConfig(lowering="grouped", activation_bits=8)
+        config = (
+            OnnxConfig(lowering="fused", activation_bits=32)
+            if variant == "float32"
+            else OnnxConfig(lowering="grouped", activation_bits=8)
+        )
         write_package(exported.twin, exported.package, config, silent)
         made[variant] = exported
     return made
@@ -61,7 +68,9 @@ class Row(NamedTuple):
 
 
 def judge(exported: Exported, variant: Variant) -> tuple[Parity, ProviderParity]:
-    parity = check_parity(exported.package, exported.twin, exported.source, BLOCKS, variant, variant == "int8", CONFIG, silent)
+    parity = check_parity(
+        exported.package, exported.twin, exported.source, BLOCKS, variant, variant == "int8", CONFIG, silent
+    )
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)
     return parity, result
@@ -76,7 +85,11 @@ def observe(fault: Fault, parity: Parity) -> Row:
 
 def read_table() -> list[Row]:
     lines = DOCS.read_text(encoding="utf-8").partition("| fault | tier | message |\n")[2].splitlines()
-    return [Row(*(cell.strip().strip("`") for cell in line.strip("|").split(" | "))) for line in lines[1:] if line.startswith("| ")]
+    return [
+        Row(*(cell.strip().strip("`") for cell in line.strip("|").split(" | ")))
+        for line in lines[1:]
+        if line.startswith("| ")
+    ]
 
 
 @pytest.mark.parametrize("variant", PLANTED_IN)
@@ -88,7 +101,9 @@ def test_the_package_without_a_fault_passes_every_tier(exports: dict[Variant, Ex
 
 @pytest.mark.parametrize("fault", FAULTS.values(), ids=lambda fault: fault.words)
 @pytest.mark.parametrize("variant", PLANTED_IN)
-def test_a_planted_fault_is_named_first_as_the_table_says(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Fault) -> None:
+def test_a_planted_fault_is_named_first_as_the_table_says(
+    exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Fault
+) -> None:
     parity, result = judge(plant(exports[variant], tmp_path, fault, BLOCKS), variant)
     assert not parity.passed
     assert fault.is_named(parity.breaches[0])

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
-from export.parity.flips import Ffn, Product, find_near, near_middle
-from export.simulation import BlockRounding
+from dense2moe.export.parity.flips import Ffn, Product, find_near, near_middle
+from dense2moe.export.quantization.simulation import BlockRounding
 
 WIDTH, INNER, BLOCK, TOKENS = 32, 48, 16, 6
 ROUNDING = BlockRounding(BLOCK)
@@ -19,7 +18,10 @@ DOWN = torch.randn(WIDTH, INNER, generator=GENERATOR)
 
 
 def draw(places: list[tuple[int, int]], seed: int = 1) -> torch.Tensor:
-    """Inputs [T, K] that lie between two integers at these places and near them nowhere; each block's largest number is 127 steps of 1."""
+    """Inputs [T, K] that lie between two integers at these places and near them nowhere.
+
+    Each block's largest number is 127 steps of 1.
+    """
     x = (torch.rand(TOKENS, WIDTH, generator=torch.Generator().manual_seed(seed)) * 200 - 100).round() + 0.2
     x[:, ::BLOCK] = 127.0
     for token, column in places:
@@ -38,7 +40,9 @@ def flip(x: torch.Tensor, token: int, column: int, steps: float = 1.0) -> torch.
 def explained(x: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, divisor: float = 1.0) -> dict[int, float]:
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     rows = (errors > LIMIT).nonzero()[:, 0]
-    return dict(Product(x, WEIGHT, ROUNDING, divisor).explain(rows, found[rows].double(), expected[rows].double(), LIMIT))
+    return dict(
+        Product(x, WEIGHT, ROUNDING, divisor).explain(rows, found[rows].double(), expected[rows].double(), LIMIT)
+    )
 
 
 def test_numbers_between_two_integers_are_found_with_their_step() -> None:
@@ -103,7 +107,14 @@ def test_a_flip_beside_an_error_is_an_error_and_so_is_what_is_no_number() -> Non
     assert explained(x, found, expected) == {}
     found[1, 0] = torch.nan
     assert explained(x, found, expected) == {}
-    assert dict(Product(x, WEIGHT, ROUNDING, 1.0).explain(torch.tensor([1]), found[1:2].double(), expected[1:2].double(), LIMIT)) == {}
+    assert (
+        dict(
+            Product(x, WEIGHT, ROUNDING, 1.0).explain(
+                torch.tensor([1]), found[1:2].double(), expected[1:2].double(), LIMIT
+            )
+        )
+        == {}
+    )
 
 
 # Inside a gated FFN.

@@ -1,4 +1,7 @@
-"""A directory is read as plain transformers reads it, and what would make it another model there is refused or followed."""
+"""A directory is read as plain transformers reads it.
+
+And what would make it another model there is refused or followed.
+"""
 
 from __future__ import annotations
 
@@ -11,18 +14,18 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from dense2moe.convert.cli import main
+from dense2moe.upcycle.building.plan import plan_upcycle
+from dense2moe.upcycle.checkpoints.loading import load_whole
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.config import UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from convert.cli import main
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import UpcycleConfig
-from upcycle.errors import UpcycleError
-from upcycle.loading import load_whole
-from upcycle.mapping import plan_upcycle
-
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks transformers for it
+# peft asks transformers for it
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 MakeDense = Callable[..., Path]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(2, 20)[None]
@@ -79,15 +82,17 @@ def test_a_stored_head_is_tied_where_transformers_ties_it(kind: str, folder: Pat
 
 
 def test_the_larger_matrices_are_compared_to_their_last_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.checkpoint.CHUNK_ELEMENTS", 7 * 32)  # 300 rows in pieces of seven
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader.CHUNK_ELEMENTS", 7 * 32)  # 300 rows in pieces of seven
     rewrite(folder, lambda state: state.update({HEAD: HEADS["one number off by its last bit"](state[EMBEDDING])}))
     assert open_checkpoint(folder).untied == (HEAD,)
     rewrite(folder, lambda state: state.update({HEAD: state[EMBEDDING].clone()}))
     assert open_checkpoint(folder).untied == ()
 
 
-def test_no_weight_is_read_where_no_copy_is_stored(folder: Path, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.checkpoint._read", lambda *_: pytest.fail("a weight was read"))
+def test_no_weight_is_read_where_no_copy_is_stored(
+    folder: Path, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader._read", lambda *_: pytest.fail("a weight was read"))
     assert open_checkpoint(folder).untied == ()
     assert open_checkpoint(make_dense(tie_word_embeddings=False)).untied == ()
 
@@ -100,7 +105,8 @@ def test_an_encoder_decoder_with_another_copy_of_its_embedding_is_refused(name: 
     assert plan_upcycle(open_checkpoint(directory), settings).dropped == (name,)
     rewrite(directory, lambda state: state[name].mul_(2))
     assert refusal(plan_upcycle, open_checkpoint(directory), settings) == (
-        f"{directory / 'model.safetensors'}: tensor '{name}' differs from the embedding, so transformers uses both; a mixture made of "
+        f"{directory / 'model.safetensors'}: tensor '{name}' differs from the embedding, so transformers uses both; "
+        "a mixture made of "
         "T5ForConditionalGeneration has one for both; remove the tensor if the embedding alone is meant"
     )
 
@@ -109,7 +115,8 @@ def test_a_gemma_with_a_head_of_its_own_is_refused_by_what_is_stored(make_dense:
     directory = make_dense(architecture="GemmaForCausalLM", head_dim=16)
     rewrite(directory, lambda state: state.update({HEAD: state[EMBEDDING].flip(0).contiguous()}))
     assert refusal(plan_upcycle, open_checkpoint(directory), UpcycleConfig(num_experts=4)).startswith(
-        f"{directory / 'model.safetensors'}: tensor 'lm_head.weight' differs from the embedding, so transformers uses both; "
+        f"{directory / 'model.safetensors'}: tensor 'lm_head.weight' differs from the embedding, so transformers "
+        "uses both; "
     )
 
 
@@ -124,7 +131,8 @@ def test_a_head_of_another_shape_is_not_passed_over(folder: Path) -> None:
 
 
 MERGE = (
-    "a checkpoint must be whole: merge it by peft's PeftModel.from_pretrained(model, adapter).merge_and_unload(), write the result with "
+    "a checkpoint must be whole: merge it by peft's PeftModel.from_pretrained(model, adapter).merge_and_unload(), "
+    "write the result with "
     "save_pretrained() into a new directory, and give that"
 )
 
@@ -132,15 +140,20 @@ MERGE = (
 def add_adapter(base: Path, into: Path) -> None:
     torch.manual_seed(0)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(into)
 
 
-def test_an_adapter_beside_its_base_is_refused_wherever_a_checkpoint_is_opened(folder: Path, dense_checkpoint: Path) -> None:
+def test_an_adapter_beside_its_base_is_refused_wherever_a_checkpoint_is_opened(
+    folder: Path, dense_checkpoint: Path
+) -> None:
     add_adapter(dense_checkpoint, folder)
     assert not torch.equal(logits(folder), logits(dense_checkpoint))  # transformers does apply it
-    message = f"{folder / 'adapter_config.json'}: an adapter, which transformers applies to the model beside it; {MERGE}"
+    message = (
+        f"{folder / 'adapter_config.json'}: an adapter, which transformers applies to the model beside it; {MERGE}"
+    )
     assert refusal(open_checkpoint, folder) == message
     assert refusal(load_whole, AutoModelForCausalLM, folder, torch.float32) == message
 
@@ -159,18 +172,33 @@ def test_the_merged_model_is_taken(folder: Path, dense_checkpoint: Path, tmp_pat
 
 def test_an_adapter_alone_is_told_to_be_one(dense_checkpoint: Path, tmp_path: Path) -> None:
     add_adapter(dense_checkpoint, tmp_path)
-    assert refusal(open_checkpoint, tmp_path) == f"{tmp_path / 'adapter_config.json'}: an adapter without its model; {MERGE}"
+    assert (
+        refusal(open_checkpoint, tmp_path)
+        == f"{tmp_path / 'adapter_config.json'}: an adapter without its model; {MERGE}"
+    )
 
 
 @pytest.mark.parametrize("verb", ["check", "run"])
-def test_the_commands_refuse_an_adapter_before_any_work(verb: str, folder: Path, dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_commands_refuse_an_adapter_before_any_work(
+    verb: str, folder: Path, dense_checkpoint: Path, tmp_path: Path
+) -> None:
     add_adapter(dense_checkpoint, folder)
     text = Path(__file__)
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"source": str(folder), "data": {"source": {"kind": "text", "train": [str(text)]}, "block_size": 32}}))
-    finished = CliRunner().invoke(main, [verb, str(recipe), *(["--workdir", str(tmp_path / "work")] if verb == "run" else [])])
+    recipe.write_text(
+        json.dumps(
+            {"source": str(folder), "data": {"source": {"kind": "text", "train": [str(text)]}, "block_size": 32}}
+        )
+    )
+    finished = CliRunner().invoke(
+        main, [verb, str(recipe), *(["--workdir", str(tmp_path / "work")] if verb == "run" else [])]
+    )
     assert finished.exit_code == 1
-    assert finished.stderr == f"Error: {folder / 'adapter_config.json'}: an adapter, which transformers applies to the model beside it; {MERGE}\n"
+    assert (
+        finished.stderr
+        == f"Error: {folder / 'adapter_config.json'}: an adapter, which transformers applies to the model beside it; "
+        f"{MERGE}\n"
+    )
     assert not (tmp_path / "work").exists() or not list((tmp_path / "work").glob("source-*"))
 
 
@@ -183,27 +211,38 @@ def test_an_index_of_other_files_beside_a_single_file_is_refused(folder: Path) -
     )
     assert torch.equal(logits(folder), expected)  # transformers passes the index over
     assert refusal(open_checkpoint, folder) == (
-        f"{folder / 'model.safetensors.index.json'}: names model-00001-of-00001.safetensors, and transformers loads model.safetensors beside it "
+        f"{folder / 'model.safetensors.index.json'}: names model-00001-of-00001.safetensors, and transformers loads "
+        "model.safetensors beside it "
         "instead; remove the one that is stale: the index with its files, or model.safetensors"
     )
     (folder / "model.safetensors").rename(folder / "single")
-    assert {entry.file.name for entry in open_checkpoint(folder).entries.values()} == {"model-00001-of-00001.safetensors"}
+    assert {entry.file.name for entry in open_checkpoint(folder).entries.values()} == {
+        "model-00001-of-00001.safetensors"
+    }
     (folder / "single").rename(folder / "model.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(other, "model.safetensors")}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(other, "model.safetensors")})
+    )
     assert {entry.file.name for entry in open_checkpoint(folder).entries.values()} == {"model.safetensors"}
 
 
 def test_a_config_that_names_other_weights_is_refused(folder: Path) -> None:
     before = logits(folder)
-    save_file({name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()}, folder / "b.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor * 2 for name, tensor in load_file(folder / "model.safetensors").items()},
+        folder / "b.safetensors",
+        {"format": "pt"},
+    )
     path = folder / "config.json"
     for named, refused in (("model.safetensors", False), ("b.safetensors", True)):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"transformers_weights": named}))
         assert torch.equal(logits(folder), before) != refused  # transformers does take them
         if refused:
             assert refusal(open_checkpoint, folder) == (
-                f"{path}: transformers_weights is 'b.safetensors', which transformers loads in place of model.safetensors; "
-                "load the model and write it with save_pretrained() into a new directory, or remove the field if model.safetensors is meant"
+                f"{path}: transformers_weights is 'b.safetensors', which transformers loads in place of "
+                "model.safetensors; "
+                "load the model and write it with save_pretrained() into a new directory, or remove the field if "
+                "model.safetensors is meant"
             )
         else:
             open_checkpoint(folder)
@@ -214,5 +253,6 @@ def test_parts_of_a_distributed_checkpoint_are_refused(folder: Path) -> None:
     shutil.copyfile(folder / "model.safetensors", part)
     assert refusal(open_checkpoint, folder) == (
         f"{part}: part of a distributed checkpoint, which transformers loads in place of model.safetensors; "
-        "load the model and write it with save_pretrained() into a new directory, or remove these files if they are stale"
+        "load the model and write it with save_pretrained() into a new directory, or remove these files if they are "
+        "stale"
     )

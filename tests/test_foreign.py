@@ -1,4 +1,7 @@
-"""Packages of other makers, of `foreign`, load in our runtime and compute what their twins do; every fault can be planted in them."""
+"""Packages of other makers, of `foreign`, load in our runtime and compute what their twins do.
+
+Every fault can be planted in them.
+"""
 
 from __future__ import annotations
 
@@ -9,20 +12,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dense2moe.export.config import ParityConfig, Variant
+from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.parity.precision import Precision, find_precision
+from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.export.storage import MODEL_NAME
 from transformers import AutoModelForCausalLM
 
-from export.config import ParityConfig, Variant
-from export.parity import ProviderParity, check_parity
-from export.parity.precision import Precision, find_precision
-from export.runtime import CPU, Decoder
-from export.storage import MODEL_NAME
 from tests.faults import FAULTS, Exported, Inexpressible, plant
 from tests.foreign import VARIANTS, Kind, make_foreign
 
 BLOCKS = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(0))
 PREFILL = 36
 EXACT = 1e-4  # float32 sums in another order; 3e-6 measured at most
-ROUNDED = 0.15  # inputs in 8 bits or all in 16, in the middle of the tokens: routers flip in some of them; .05 measured at most
+# inputs in 8 bits or all in 16, in the middle of the tokens: routers flip in some of them; .05 measured at most
+ROUNDED = 0.15
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
@@ -35,7 +39,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
 
 
 def errors(exported: Exported, reference: Path) -> np.ndarray:
-    """By real token, the largest difference of logits relative to the largest: two rows, one padded, in a prefill and then step by step."""
+    """By real token, the largest difference of logits relative to the largest.
+
+    Two rows, one padded, in a prefill and then step by step.
+    """
     ids, mask = BLOCKS.numpy(), np.ones(BLOCKS.shape, np.int64)
     mask[1, :10] = 0
     decoder = Decoder(exported.package, num_threads=1)
@@ -47,7 +54,9 @@ def errors(exported: Exported, reference: Path) -> np.ndarray:
         model.set_experts_implementation("eager")
     mask_BT = torch.from_numpy(mask)
     with torch.inference_mode():
-        expected = model(BLOCKS, attention_mask=mask_BT, position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0), use_cache=False).logits.numpy()
+        expected = model(
+            BLOCKS, attention_mask=mask_BT, position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0), use_cache=False
+        ).logits.numpy()
     difference = np.abs(np.concatenate(found, axis=1) - expected).max(axis=-1)
     real = mask.astype(bool)
     return difference[real] / np.abs(expected[real]).max()
@@ -85,7 +94,9 @@ def test_asymmetric_integers_have_a_twin_too_and_so_has_a_fused_graph(folders: C
         assert errors(exported, exported.twin).max() < EXACT
 
 
-def test_every_fault_can_be_planted_in_a_package_of_another_maker(folders: Callable[[Kind], Path], tmp_path: Path) -> None:
+def test_every_fault_can_be_planted_in_a_package_of_another_maker(
+    folders: Callable[[Kind], Path], tmp_path: Path
+) -> None:
     """`plant` itself looks where each shows. What is not there is an operator that is told how long rows are."""
     left_out = set()
     for variant in ("float32", "int4"):
@@ -104,19 +115,40 @@ def test_every_fault_can_be_planted_in_a_package_of_another_maker(folders: Calla
 
 TEXT = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, free_tokens=4, decode_steps=8, longest_row=48, noise_blocks=1)
-PARTS = ("attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "residual stream")
+PARTS = (
+    "attention norm",
+    "query, key and value",
+    "cache",
+    "attention",
+    "attention output",
+    "FFN norm",
+    "router",
+    "experts",
+    "residual stream",
+)
 NAMED = (
-    "two experts swapped", "one expert's scale wrong by 2 %", "0.05 added to a router logit behind its name", "rope theta wrong",
-    "KV cache off by one", "wrong pad side",
-)  # fmt: skip
+    "two experts swapped",
+    "one expert's scale wrong by 2 %",
+    "0.05 added to a router logit behind its name",
+    "rope theta wrong",
+    "KV cache off by one",
+    "wrong pad side",
+)
 """Faults of every tier that names a place; `benchmarks/parity.py --faults` has all of them."""
 
 
 def judge(exported: Exported, blocks: torch.Tensor = TEXT) -> tuple[tuple[str, ...], ProviderParity]:
     precision = find_precision(exported.package)
     parity = check_parity(
-        exported.package, exported.twin, exported.source, blocks, precision.variant, precision.rounds_activations, CONFIG, lambda *_: None
-    )  # fmt: skip
+        exported.package,
+        exported.twin,
+        exported.source,
+        blocks,
+        precision.variant,
+        precision.rounds_activations,
+        CONFIG,
+        lambda *_: None,
+    )
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)
     return parity.breaches, result
@@ -131,7 +163,12 @@ def test_places_are_found_by_their_weights_and_all_are_right(folders: Callable[[
     assert {tier: told for tier, told in result.tiers.items() if told != "passed"} == untold
     assert isinstance(result.places, tuple)
     layers = [(n, part) for n in (0, 1) for part in PARTS]
-    assert [(place.layer, place.part) for place in result.places] == [(-1, "embedding"), *layers, (-1, "final norm"), (-1, "head")]
+    assert [(place.layer, place.part) for place in result.places] == [
+        (-1, "embedding"),
+        *layers,
+        (-1, "final norm"),
+        (-1, "head"),
+    ]
     assert max(place.error for place in result.places) < 1e-5
     assert not isinstance(result.weights, str)
     assert result.weights.not_judged == ()
@@ -153,5 +190,9 @@ def test_angles_that_are_multiplied_in_16_bits_are_told(folders: Callable[[Kind]
     breaches, result = judge(make_foreign("llama", "float16", folders("llama"), fusions="cpu"), text)
     assert isinstance(result.places, tuple)
     assert {place.part for place in result.places if not place.is_right} <= {"cache", "attention"}
-    assert all("look at positions and rotary tables" in breach for breach in breaches if ": layer: " in breach and "cached" in breach)
+    assert all(
+        "look at positions and rotary tables" in breach
+        for breach in breaches
+        if ": layer: " in breach and "cached" in breach
+    )
     assert any("the keys and values that are cached" in breach for breach in breaches)

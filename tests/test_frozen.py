@@ -8,20 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from dense2moe.upcycle.building.receipt import load_model, router_weights
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.frozen import keep_narrow, load_frozen, merge_low_rank, stored_dtype, use_low_rank
+from dense2moe.upcycle.checkpoints.products import product
+from dense2moe.upcycle.config import FinetuneConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.training.expert_forward import use_sorted_experts
+from dense2moe.upcycle.training.objective import distillation_loss, next_token_loss
+from dense2moe.upcycle.training.trainable import choose_trainable
 from safetensors.torch import load_file
-
-from upcycle.config import FinetuneConfig, RouterConfig, UpcycleConfig
-from upcycle.expert_forward import use_sorted_experts
-from upcycle.frozen import keep_narrow, load_frozen, merge_low_rank, stored_dtype, use_low_rank
-from upcycle.objective import distillation_loss, next_token_loss
-from upcycle.products import product
-from upcycle.receipt import load_model, router_weights
-from upcycle.surgery import upcycle
-from upcycle.trainable import choose_trainable
 
 MakeDense = Callable[..., Path]
 IDS = torch.randint(2, 300, (2, 24), generator=torch.Generator().manual_seed(0))
-ARCHITECTURES = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", "GemmaForCausalLM", "OlmoForCausalLM")
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GraniteForCausalLM",
+    "GemmaForCausalLM",
+    "OlmoForCausalLM",
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,11 @@ def narrow_mixture(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("rows", [3, 40])
-def test_a_product_with_a_narrow_matrix_and_its_gradient_are_those_of_its_float32_copy(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.products._CAST_ELEMENTS", 64)  # the larger matrix is cast in parts
+def test_a_product_with_a_narrow_matrix_and_its_gradient_are_those_of_its_float32_copy(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the larger matrix is cast in parts
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.products._CAST_ELEMENTS", 64)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, 16, generator=generator).to(torch.bfloat16)
     given = torch.randn(5, 16, generator=generator)
@@ -52,19 +61,27 @@ def test_a_product_with_a_narrow_matrix_and_its_gradient_are_those_of_its_float3
 def test_a_narrow_dense_model_gives_the_logits_of_a_float32_copy(architecture: str, make_dense: MakeDense) -> None:
     directory = make_dense(architecture=architecture, dtype=torch.bfloat16)
     with torch.no_grad():
-        found, wide = (model(input_ids=IDS, use_cache=False).logits for model in (load_frozen(directory), load_model(directory, torch.float32)))
+        found, wide = (
+            model(input_ids=IDS, use_cache=False).logits
+            for model in (load_frozen(directory), load_model(directory, torch.float32))
+        )
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wide, rtol=1e-5, atol=1e-5 * float(wide.abs().max()))
 
 
 def test_a_narrow_mixture_gives_the_logits_of_a_float32_copy(narrow_mixture: Path) -> None:
     with torch.no_grad():
-        found, wide = (model(input_ids=IDS).logits for model in (load_frozen(narrow_mixture), load_model(narrow_mixture, torch.float32)))
+        found, wide = (
+            model(input_ids=IDS).logits
+            for model in (load_frozen(narrow_mixture), load_model(narrow_mixture, torch.float32))
+        )
     torch.testing.assert_close(found, wide, rtol=1e-5, atol=1e-5 * float(wide.abs().max()))
 
 
 @pytest.mark.parametrize("train", ["router", "experts", "lora", "last-1", "all"])
-def test_what_learns_is_float32_and_has_the_gradients_of_a_float32_model_and_nothing_else_does(train: str, narrow_mixture: Path) -> None:
+def test_what_learns_is_float32_and_has_the_gradients_of_a_float32_model_and_nothing_else_does(
+    train: str, narrow_mixture: Path
+) -> None:
     gradients = []
     for dtype in (torch.bfloat16, torch.float32):
         model = load_model(narrow_mixture, dtype)
@@ -74,7 +91,10 @@ def test_what_learns_is_float32_and_has_the_gradients_of_a_float32_model_and_not
         with torch.no_grad():  # an update of zero would have no gradient for its first factor
             for number, (name, parameter) in enumerate(model.named_parameters()):
                 if "lora_" in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16) / 8)
+                    parameter.copy_(
+                        torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)).to(torch.bfloat16)
+                        / 8
+                    )
         if dtype == torch.bfloat16:
             use_low_rank(model)
             keep_narrow(model)
@@ -83,7 +103,11 @@ def test_what_learns_is_float32_and_has_the_gradients_of_a_float32_model_and_not
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         if dtype == torch.bfloat16:
             learning = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-            matrices = {p.dtype for name, p in model.named_parameters() if not p.requires_grad and p.ndim > 1 and "gate.weight" not in name}
+            matrices = {
+                p.dtype
+                for name, p in model.named_parameters()
+                if not p.requires_grad and p.ndim > 1 and "gate.weight" not in name
+            }
     assert set(learning.values()) == {torch.float32}
     assert matrices <= {torch.bfloat16}
     assert gradients[0].keys() == gradients[1].keys() == learning.keys()
@@ -130,7 +154,9 @@ def test_a_loss_by_blocks_has_the_value_and_the_gradient_of_one_over_all() -> No
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
 
 
-def test_the_dtype_of_a_checkpoint_is_the_one_that_holds_all_its_tensors(narrow_mixture: Path, mixture_checkpoint: Path) -> None:
+def test_the_dtype_of_a_checkpoint_is_the_one_that_holds_all_its_tensors(
+    narrow_mixture: Path, mixture_checkpoint: Path
+) -> None:
     assert stored_dtype(narrow_mixture) == torch.bfloat16
     assert stored_dtype(mixture_checkpoint) == torch.float32
     assert load_file(narrow_mixture / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16

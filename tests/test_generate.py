@@ -34,7 +34,10 @@ def generate(package: Path, *options: object, prompt: str = PROMPT) -> str:
 
 def expect(checkpoint: Path, package: Path, **options: Any) -> tuple[str, list[int]]:
     """What transformers writes with the checkpoint's weights and the package's tokenizer, and its tokens."""
-    tokenizer, model = AutoTokenizer.from_pretrained(package), AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(package),
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+    )
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], pad_token_id=1, **options)[0]
     return tokenizer.decode(tokens, skip_special_tokens=True) + "\n", tokens[inputs["input_ids"].shape[1] :].tolist()
@@ -48,10 +51,14 @@ def test_nothing_is_put_before_a_prompt_that_the_tokenizer_does_not_put(
     assert generate(changed, "--max-new-tokens", 12) == expect(mixture_checkpoint, changed, max_new_tokens=12)[0]
 
 
-def test_a_text_ends_at_any_token_of_a_list_and_at_no_start(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_text_ends_at_any_token_of_a_list_and_at_no_start(
+    package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
     _, free = expect(mixture_checkpoint, package, max_new_tokens=30, eos_token_id=None)
     place = next(n for n, token in enumerate(free) if n >= 8 and token not in free[:n])
-    changed = change(package, tmp_path, {"bos_token_id": free[3], "eos_token_id": [1, free[place]], "max_new_tokens": 30})
+    changed = change(
+        package, tmp_path, {"bos_token_id": free[3], "eos_token_id": [1, free[place]], "max_new_tokens": 30}
+    )
     text, tokens = expect(mixture_checkpoint, changed, max_new_tokens=30, eos_token_id=[1, free[place]])
     assert tokens == free[: place + 1]
     assert generate(changed) == text
@@ -59,7 +66,9 @@ def test_a_text_ends_at_any_token_of_a_list_and_at_no_start(package: Path, mixtu
     assert several.stdout == f"== 1 of 2\n{text}== 2 of 2\n{text}"
 
 
-def test_the_number_of_tokens_and_the_penalty_are_the_package_s_unless_given(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+def test_the_number_of_tokens_and_the_penalty_are_the_package_s_unless_given(
+    package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
     changed = change(package, tmp_path, {"eos_token_id": 1, "max_new_tokens": 9, "repetition_penalty": 1.5})
     for options, expected in (
         ((), {"max_new_tokens": 9, "repetition_penalty": 1.5}),
@@ -80,7 +89,9 @@ def test_tokens_are_drawn_where_the_package_or_an_option_asks_for_it(package: Pa
 def test_settings_that_are_not_followed_are_one_line_beside_the_text(package: Path, tmp_path: Path) -> None:
     changed = change(package, tmp_path, {"num_beams": 4, "eos_token_id": 1})
     finished = dense2moe("generate", changed, "--prompt", PROMPT)
-    assert finished.stderr == f"{changed}: generation_config.json has settings that are not followed here: num_beams 4\n"
+    assert (
+        finished.stderr == f"{changed}: generation_config.json has settings that are not followed here: num_beams 4\n"
+    )
     assert finished.stdout == generate(package)
 
 
@@ -100,7 +111,10 @@ def test_a_chat_prints_the_answer_alone(package: Path, tmp_path: Path) -> None:
     (changed / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}", encoding="utf-8")
     assert PROMPT + generate(changed, "--chat") == generate(package)
     finished = dense2moe("generate", package, "--prompt", PROMPT, "--chat")
-    assert finished.stderr == f"Error: {package}: the tokenizer has no chat template; give the prompt as a text to go on from\n"
+    assert (
+        finished.stderr
+        == f"Error: {package}: the tokenizer has no chat template; give the prompt as a text to go on from\n"
+    )
 
 
 def test_generation_settings_that_cannot_be_read_are_one_line(package: Path, tmp_path: Path) -> None:

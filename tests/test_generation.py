@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import genai_config
+from dense2moe.export.runtime.generation import Generation, read_generation
+from dense2moe.export.runtime.sampling import Sampling
 from made_tokenizers import byte_level
 from transformers import MixtralConfig
-
-from export.errors import ExportError
-from export.generation import Generation, read_generation
-from export.package import genai_config
-from export.sampling import Sampling
 
 Write = Any
 
@@ -22,7 +21,9 @@ Write = Any
 def write(tmp_path: Path) -> Write:
     def write(**files: Any) -> Path:
         for name, values in files.items():
-            (tmp_path / f"{name}.json").write_text(values if isinstance(values, str) else json.dumps(values), encoding="utf-8")
+            (tmp_path / f"{name}.json").write_text(
+                values if isinstance(values, str) else json.dumps(values), encoding="utf-8"
+            )
         return tmp_path
 
     return write
@@ -45,7 +46,9 @@ CONFIG = {"model_type": "llama", "bos_token_id": 3, "eos_token_id": 4}
         ({}, 0, (1,)),
     ],
 )
-def test_a_text_ends_where_the_first_file_that_knows_says(write: Write, files: dict[str, Any], start: int, ends: tuple[int, ...]) -> None:
+def test_a_text_ends_where_the_first_file_that_knows_says(
+    write: Write, files: dict[str, Any], start: int, ends: tuple[int, ...]
+) -> None:
     directory = write(**files)
     tokenizer = byte_level()
     found = read_generation(directory, tokenizer)
@@ -55,7 +58,9 @@ def test_a_text_ends_where_the_first_file_that_knows_says(write: Write, files: d
 
 
 def test_no_token_that_starts_a_text_ends_one(write: Write) -> None:
-    assert read_generation(write(config=CONFIG, generation_config={"bos_token_id": 0, "eos_token_id": 1}), byte_level()).ends == (1,)
+    assert read_generation(
+        write(config=CONFIG, generation_config={"bos_token_id": 0, "eos_token_id": 1}), byte_level()
+    ).ends == (1,)
 
 
 def test_a_package_that_says_nothing_ends_nowhere(tmp_path: Path) -> None:
@@ -63,8 +68,18 @@ def test_a_package_that_says_nothing_ends_nowhere(tmp_path: Path) -> None:
 
 
 def test_settings_that_are_not_followed_are_named(write: Write) -> None:
-    settings = {"num_beams": 4, "no_repeat_ngram_size": 0, "suppress_tokens": [], "typical_p": 1.0, "bad_words_ids": [[3, 4]], "min_length": 0}
-    assert read_generation(write(config=CONFIG, generation_config=settings)).strange == ("num_beams 4", "bad_words_ids [[3, 4]]")
+    settings = {
+        "num_beams": 4,
+        "no_repeat_ngram_size": 0,
+        "suppress_tokens": [],
+        "typical_p": 1.0,
+        "bad_words_ids": [[3, 4]],
+        "min_length": 0,
+    }
+    assert read_generation(write(config=CONFIG, generation_config=settings)).strange == (
+        "num_beams 4",
+        "bad_words_ids [[3, 4]]",
+    )
 
 
 LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
@@ -110,10 +125,22 @@ def test_the_number_of_tokens_is_the_file_s_where_it_says_one(write: Write) -> N
         ({"config": "{"}, "config.json: transformers cannot read it ("),
         ({"genai_config": "[]"}, "genai_config.json: cannot be read ("),
         ({"genai_config": '{"model": 3}'}, "genai_config.json: cannot be read ("),
-        ({"generation_config": {"temperature": "hot"}}, "generation_config.json: temperature is 'hot'; must be a number of 0 or more; "),
-        ({"generation_config": {"top_p": 3}}, "generation_config.json: top_p is 3; must be a number of 0 or more and at most 1; "),
-        ({"generation_config": {"repetition_penalty": 0}}, "generation_config.json: repetition_penalty is 0; must be a number of 1e-06 or more; "),
-        ({"generation_config": {"max_new_tokens": True}}, "generation_config.json: max_new_tokens is True; must be a number of 1 or more; "),
+        (
+            {"generation_config": {"temperature": "hot"}},
+            "generation_config.json: temperature is 'hot'; must be a number of 0 or more; ",
+        ),
+        (
+            {"generation_config": {"top_p": 3}},
+            "generation_config.json: top_p is 3; must be a number of 0 or more and at most 1; ",
+        ),
+        (
+            {"generation_config": {"repetition_penalty": 0}},
+            "generation_config.json: repetition_penalty is 0; must be a number of 1e-06 or more; ",
+        ),
+        (
+            {"generation_config": {"max_new_tokens": True}},
+            "generation_config.json: max_new_tokens is True; must be a number of 1 or more; ",
+        ),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(write: Write, files: dict[str, Any], message: str) -> None:
@@ -131,8 +158,19 @@ def test_genai_is_told_the_same(write: Write) -> None:
     assert found["model"]["eos_token_id"] == [1, 5]
     assert found["model"]["context_length"] == 131_072
     assert found["search"] == {
-        "max_length": 4096, "past_present_share_buffer": True, "do_sample": True, "temperature": 0.7, "top_k": 300, "top_p": 0.8,
+        "max_length": 4096,
+        "past_present_share_buffer": True,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_k": 300,
+        "top_p": 0.8,
         "repetition_penalty": 1.1,
-    }  # fmt: skip
-    greedy = genai_config(config, True, read_generation(write(generation_config={"temperature": 0.7, "eos_token_id": 5})))
-    assert (greedy["model"]["eos_token_id"], greedy["search"]["do_sample"], "top_k" in greedy["search"]) == (5, False, False)
+    }
+    greedy = genai_config(
+        config, True, read_generation(write(generation_config={"temperature": 0.7, "eos_token_id": 5}))
+    )
+    assert (greedy["model"]["eos_token_id"], greedy["search"]["do_sample"], "top_k" in greedy["search"]) == (
+        5,
+        False,
+        False,
+    )

@@ -1,4 +1,7 @@
-"""GPTQ chooses the integers that the formulas of its paper choose, and does no worse than rounding where it has nothing to go by."""
+"""GPTQ chooses the integers that the formulas of its paper choose.
+
+And does no worse than rounding where it has nothing to go by.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
-from export.gptq import prepare_moments, quantize_together
-from export.gptq import quantize_gptq as quantize_prepared
-from export.quantization import Quantized, dequantize, quantize, round_to_nearest
+from dense2moe.export.quantization.blockwise import Quantized, dequantize, quantize, round_to_nearest
+from dense2moe.export.quantization.gptq import prepare_moments, quantize_together
+from dense2moe.export.quantization.gptq import quantize_gptq as quantize_prepared
 
 BITS = (4, 8)
 ZERO_POINTS = pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
@@ -24,8 +26,12 @@ def draw(rows: int, width: int, tokens: int, seed: int = 0) -> tuple[torch.Tenso
     return torch.randn(rows, width, generator=generator) / width**0.5, inputs
 
 
-def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, zero_points: bool = False, passes: int = 3) -> Quantized:
-    return quantize_prepared(weight, prepare_moments(hessian, block_size), bits, block_size, zero_points=zero_points, passes=passes)
+def quantize_gptq(
+    weight: torch.Tensor, hessian: torch.Tensor, bits: int, block_size: int, zero_points: bool = False, passes: int = 3
+) -> Quantized:
+    return quantize_prepared(
+        weight, prepare_moments(hessian, block_size), bits, block_size, zero_points=zero_points, passes=passes
+    )
 
 
 def loss(weight: torch.Tensor, inputs: torch.Tensor, found: torch.Tensor) -> float:
@@ -33,7 +39,10 @@ def loss(weight: torch.Tensor, inputs: torch.Tensor, found: torch.Tensor) -> flo
 
 
 def reference(weight: np.ndarray, hessian: np.ndarray, quantized: Quantized, bits: int, block_size: int) -> np.ndarray:
-    """A column at a time, in float64, by the inverse of what is left of the damped H, inverted anew for each column (GPTQ, equation 2)."""
+    """A column at a time, in float64.
+
+    By the inverse of what is left of the damped H, inverted anew for each column (GPTQ, equation 2).
+    """
     w, width = weight.astype(np.float64).copy(), weight.shape[1]
     h = hessian.astype(np.float64) + 0.01 * np.diag(hessian).mean() * np.eye(width)
     scales = quantized.scales.numpy().astype(np.float64)
@@ -54,7 +63,9 @@ def reference(weight: np.ndarray, hessian: np.ndarray, quantized: Quantized, bit
 @ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(("width", "block_size"), [(32, 16), (40, 16), (160, 32), (144, 128)])
-def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: int, block_size: int, bits: int, zero_points: bool) -> None:
+def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(
+    width: int, block_size: int, bits: int, zero_points: bool
+) -> None:
     weight, inputs = draw(8, width, 1000)
     hessian = inputs.T @ inputs
     quantized = quantize_gptq(weight, hessian, bits, block_size, zero_points, passes=0)
@@ -63,13 +74,17 @@ def test_integers_are_those_of_the_formula_with_the_inverse_taken_anew(width: in
     # Float32 sums decide a weight that lies in the middle between two integers; all others are equal.
     same = np.abs(found - expected) < 1e-6
     assert same.mean() > 0.995
-    assert loss(weight, inputs, torch.from_numpy(found)) == pytest.approx(loss(weight, inputs, torch.from_numpy(expected)), rel=0.02)
+    assert loss(weight, inputs, torch.from_numpy(found)) == pytest.approx(
+        loss(weight, inputs, torch.from_numpy(expected)), rel=0.02
+    )
 
 
 @ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("block_size", [16, 32, 128])
-def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(block_size: int, bits: int, zero_points: bool) -> None:
+def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(
+    block_size: int, bits: int, zero_points: bool
+) -> None:
     weight, inputs = draw(64, 128, 2000)
     hessian, importance = inputs.T @ inputs, inputs.square().mean(0)
     plain, searched, weighed, gptq = (
@@ -89,7 +104,9 @@ def test_the_loss_on_dependent_inputs_is_well_below_that_of_rounding(block_size:
 @ZERO_POINTS
 @pytest.mark.parametrize("width", [40, 160])
 @pytest.mark.parametrize("bits", BITS)
-def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(bits: int, width: int, zero_points: bool) -> None:
+def test_descent_lowers_the_loss_until_no_integer_can_be_better_by_itself(
+    bits: int, width: int, zero_points: bool
+) -> None:
     weight, inputs = draw(8, width, 1000)
     hessian = inputs.T @ inputs
     damped = hessian.double().numpy() + 0.01 * hessian.double().diagonal().mean().item() * np.eye(width)
@@ -154,7 +171,10 @@ def test_no_input_at_all_is_searched_rounding(bits: int, zero_points: bool) -> N
     found = quantize_gptq(weight, torch.zeros(64, 64), bits, 32, zero_points, passes=0)
     expected = quantize(weight, bits, 32, zero_points=zero_points)
     assert torch.equal(found.codes, expected.codes)
-    errors = [(weight - dequantize(q, 64, bits)).norm() for q in (quantize_gptq(weight, torch.zeros(64, 64), bits, 32, zero_points), expected)]
+    errors = [
+        (weight - dequantize(q, 64, bits)).norm()
+        for q in (quantize_gptq(weight, torch.zeros(64, 64), bits, 32, zero_points), expected)
+    ]
     assert errors[0] <= errors[1]
 
 
@@ -210,7 +230,7 @@ def test_matrices_quantized_side_by_side_are_those_quantized_alone(lanes: int, m
     drawn = [draw(8, 160, 500, seed) for seed in range(3)]
     moments = [prepare_moments(inputs.T @ inputs, 32) for _, inputs in drawn]
     alone = [quantize_prepared(weight, own, 4, 32) for (weight, _), own in zip(drawn, moments, strict=True)]
-    monkeypatch.setattr("export.gptq._LANES", lanes)
+    monkeypatch.setattr("dense2moe.export.quantization.gptq._LANES", lanes)
     together = quantize_together([weight for weight, _ in drawn], moments, 4, 32)
     assert len(together) == 3
     for (weight, inputs), found, expected in zip(drawn, together, alone, strict=True):

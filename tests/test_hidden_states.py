@@ -1,4 +1,7 @@
-"""Routers read from the dense model's hidden states are those of transformers' own model, unpadded, and send each domain to its expert."""
+"""Routers read from the dense model's hidden states are those of transformers' own model, unpadded.
+
+And send each domain to its expert.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense2moe.upcycle.building.experts import seeded_generator
+from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.config import Domain, ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.gates.start import kmeans_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import Domain, ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.errors import UpcycleError
-from upcycle.experts import seeded_generator
-from upcycle.hidden_states import RouterReading, read_routers
-from upcycle.router import kmeans_rows
-from upcycle.surgery import upcycle
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -33,7 +35,12 @@ SOURCES: dict[str, dict[str, Any]] = {
     "mistral, window": {"architecture": "MistralForCausalLM", "sliding_window": 12},
     "phi3": {"architecture": "Phi3ForCausalLM", "sliding_window": 12},
     "gemma": {"architecture": "GemmaForCausalLM", "head_dim": 16},
-    "qwen2": {"architecture": "Qwen2ForCausalLM", "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
+    "qwen2": {
+        "architecture": "Qwen2ForCausalLM",
+        "use_sliding_window": True,
+        "sliding_window": 12,
+        "max_window_layers": 1,
+    },
     "qwen3": {"architecture": "Qwen3ForCausalLM", "head_dim": 16},
     "olmo2": {"architecture": "Olmo2ForCausalLM"},
     "granite": {"architecture": "GraniteForCausalLM", "embedding_multiplier": 3.0, "residual_multiplier": 0.5},
@@ -49,7 +56,10 @@ def write(alphabet: str, length: int, seed: int = 0) -> str:
 
 
 def domains(length: int = 300, seed: int = 0) -> tuple[Domain, ...]:
-    """Four domains that share no letter; each has two texts, of lengths that differ from each other and over the domains."""
+    """Four domains that share no letter.
+
+    Each has two texts, of lengths that differ from each other and over the domains.
+    """
     return tuple(
         Domain(prompts=(write(letters, length // (number + 1), seed), write(letters, length // 4, seed + 1)))
         for number, letters in enumerate(ALPHABETS)
@@ -61,7 +71,9 @@ def settings(kind: str, num_experts: int = 4, given: tuple[Domain, ...] = (), **
     return UpcycleConfig(num_experts=num_experts, router=RouterConfig(kind=kind, domains=given, **router), **overrides)
 
 
-def read(source: Path, config: UpcycleConfig, blocks: torch.Tensor = NO_BLOCKS, base: Path = Path(), seed: int = 0) -> RouterReading:
+def read(
+    source: Path, config: UpcycleConfig, blocks: torch.Tensor = NO_BLOCKS, base: Path = Path(), seed: int = 0
+) -> RouterReading:
     found = read_routers(source, config, blocks, base, seed, quiet)
     assert found is not None
     return found
@@ -69,7 +81,10 @@ def read(source: Path, config: UpcycleConfig, blocks: torch.Tensor = NO_BLOCKS, 
 
 @torch.no_grad()
 def ffn_inputs(source: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """What the FFN of each layer reads at every token of rows that are run one by one, so without padding, by the whole model."""
+    """What the FFN of each layer reads at every token of rows that are run one by one, so without padding.
+
+    By the whole model.
+    """
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     found: list[list[torch.Tensor]] = [[] for _ in model.model.layers]
     for layer, into in zip(model.model.layers, found, strict=True):
@@ -93,7 +108,10 @@ def cut(texts: Sequence[str], source: Path, max_tokens: int = 10**9, row: int = 
 
 
 def prototypes(states: Sequence[torch.Tensor], logit_std: float) -> np.ndarray:
-    """Means of domains, centred, without what lies along the mean of means, with logits that differ by `logit_std`; in float64."""
+    """Means of domains, centred, without what lies along the mean of means, with logits that differ by `logit_std`.
+
+    In float64.
+    """
     means = np.stack([domain.double().numpy().mean(0) for domain in states])
     mean = means.mean(0)
     rows = (means - mean) @ (np.eye(len(mean)) - np.outer(mean, mean) / (mean @ mean))
@@ -106,8 +124,8 @@ def largest_difference(found: torch.Tensor, expected: np.ndarray) -> float:
     return float(np.abs(found.double().numpy() - expected).max() / np.abs(expected).max())
 
 
-# Rows padded on the left have their rotary positions counted from the padding, and matrix products of another height sum in another order: 1e-6 of a
-# hidden state, and means that differ by a tenth of it.
+# Rows padded on the left have their rotary positions counted from the padding, and matrix products of another height
+# sum in another order: 1e-6 of a hidden state, and means that differ by a tenth of it.
 SAME = 2e-5
 
 
@@ -156,7 +174,9 @@ def test_prompts_and_files_are_read_in_turn(dense_checkpoint: Path, tmp_path: Pa
             (tmp_path / f"{number}-{place}.txt").write_text(file, encoding="utf-8")
         given.append(Domain(prompts=(prompt,), files=(f"{number}-*.txt",)))
     from_files = read(dense_checkpoint, settings("prototypes", given=tuple(given)), base=tmp_path)
-    from_prompts = read(dense_checkpoint, settings("prototypes", given=tuple(Domain(prompts=tuple(prompts)) for prompts in texts)))
+    from_prompts = read(
+        dense_checkpoint, settings("prototypes", given=tuple(Domain(prompts=tuple(prompts)) for prompts in texts))
+    )
     assert from_files.num_tokens == from_prompts.num_tokens
     assert all(torch.equal(router, from_prompts.routers[site]) for site, router in from_files.routers.items())
 
@@ -173,14 +193,21 @@ def test_a_half_precision_source_is_read_in_float32(make_dense: MakeDense) -> No
 
 @torch.no_grad()
 def routed(mixture: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """The expert with the largest logit at every token of unpadded rows, for each router of a mixture that transformers has loaded."""
+    """The expert with the largest logit at every token of unpadded rows.
+
+    For each router of a mixture that transformers has loaded.
+    """
     model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32).eval()
     routers = [
-        getattr(module, "gate", None) or module.router for module in model.modules() if hasattr(module, "experts") and not hasattr(module, "layers")
+        getattr(module, "gate", None) or module.router
+        for module in model.modules()
+        if hasattr(module, "experts") and not hasattr(module, "layers")
     ]
     found: list[list[torch.Tensor]] = [[] for _ in routers]
     for router, into in zip(routers, found, strict=True):
-        router.register_forward_hook(lambda _, __, output, into=into: into.append(output[0].reshape(-1, output[0].shape[-1]).argmax(-1)))
+        router.register_forward_hook(
+            lambda _, __, output, into=into: into.append(output[0].reshape(-1, output[0].shape[-1]).argmax(-1))
+        )
     for row in rows:
         model(input_ids=torch.tensor([row]), use_cache=False)
     return [torch.cat(choices) for choices in found]
@@ -188,7 +215,9 @@ def routed(mixture: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("kind", ["prototypes", "ridge"])
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo2"])
-def test_unseen_tokens_of_a_domain_go_to_the_expert_of_the_domain(name: str, kind: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_unseen_tokens_of_a_domain_go_to_the_expert_of_the_domain(
+    name: str, kind: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     source = make_dense(hidden_size=64, intermediate_size=64, **SOURCES[name])
     config = settings(kind, given=domains())
     found = read(source, config)
@@ -200,7 +229,9 @@ def test_unseen_tokens_of_a_domain_go_to_the_expert_of_the_domain(name: str, kin
 
 
 @pytest.mark.parametrize("kind", ["prototypes", "ridge", "kmeans"])
-def test_the_reported_load_is_where_the_text_that_was_read_goes(kind: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_the_reported_load_is_where_the_text_that_was_read_goes(
+    kind: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     source, texts = make_dense(intermediate_size=64), domains()
     config = settings(kind, given=texts)
     found = read(source, config)
@@ -208,7 +239,8 @@ def test_the_reported_load_is_where_the_text_that_was_read_goes(kind: str, make_
     rows = [row for domain in texts for row in cut(domain.prompts, source)]
     for site, choices in enumerate(routed(tmp_path, rows)):
         shares = (torch.bincount(choices, minlength=4) / len(choices)).tolist()
-        assert found.loads[site] == pytest.approx(shares, abs=2 / len(choices))  # a token whose two largest logits tie may go either way
+        # a token whose two largest logits tie may go either way
+        assert found.loads[site] == pytest.approx(shares, abs=2 / len(choices))
         assert sum(found.loads[site]) == pytest.approx(1.0)
 
 
@@ -260,14 +292,18 @@ def test_kmeans_depends_on_the_seed_alone(dense_checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("layers", "chosen"), [("every-2", [1, 3]), ([0, 3], [0, 3]), ("last-half", [2, 3])])
-def test_each_sparse_layer_has_the_rows_read_at_it(layers: Any, chosen: list[int], make_dense: MakeDense, tmp_path: Path) -> None:
+def test_each_sparse_layer_has_the_rows_read_at_it(
+    layers: Any, chosen: list[int], make_dense: MakeDense, tmp_path: Path
+) -> None:
     source, texts = make_dense(intermediate_size=64, num_hidden_layers=4), domains()
     config = settings("prototypes", given=texts, layers=layers)
     found = read(source, config)
     upcycle(source, tmp_path, config, 0, quiet, found.routers)
     written = open_checkpoint(tmp_path)
     states = [ffn_inputs(source, cut(domain.prompts, source)) for domain in texts]
-    assert [name for name in written.entries if name.endswith("mlp.gate.weight")] == [f"model.layers.{layer}.mlp.gate.weight" for layer in chosen]
+    assert [name for name in written.entries if name.endswith("mlp.gate.weight")] == [
+        f"model.layers.{layer}.mlp.gate.weight" for layer in chosen
+    ]
     for layer in chosen:
         router = written.read(f"model.layers.{layer}.mlp.gate.weight")
         assert largest_difference(router, prototypes([domain[layer] for domain in states], 1.0)) <= SAME
@@ -275,7 +311,9 @@ def test_each_sparse_layer_has_the_rows_read_at_it(layers: Any, chosen: list[int
 
 def test_the_parts_of_a_granular_copy_share_the_row_of_its_domain(make_dense: MakeDense, tmp_path: Path) -> None:
     source = make_dense(intermediate_size=64)
-    config = settings("prototypes", 8, domains(), num_experts_per_tok=4, experts=ExpertsConfig(kind="granular", granularity=2))
+    config = settings(
+        "prototypes", 8, domains(), num_experts_per_tok=4, experts=ExpertsConfig(kind="granular", granularity=2)
+    )
     found = read(source, config)
     assert found.routers[0].shape == (4, 32)
     upcycle(source, tmp_path, config, 0, quiet, found.routers)
@@ -300,7 +338,14 @@ def test_a_drawn_router_reads_nothing(tmp_path: Path) -> None:
 
 def test_progress_counts_the_layers(dense_checkpoint: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    read_routers(dense_checkpoint, settings("prototypes", given=domains()), NO_BLOCKS, Path(), 0, lambda *report: seen.append(report))
+    read_routers(
+        dense_checkpoint,
+        settings("prototypes", given=domains()),
+        NO_BLOCKS,
+        Path(),
+        0,
+        lambda *report: seen.append(report),
+    )
     assert seen == [("reading hidden states", 1, 2), ("reading hidden states", 2, 2)]
 
 
@@ -316,7 +361,10 @@ def test_fewer_tokens_than_clusters_are_refused(dense_checkpoint: Path) -> None:
 
 
 def test_no_text_at_all_to_cluster_is_refused(dense_checkpoint: Path) -> None:
-    assert refusal(dense_checkpoint, settings("kmeans")) == "upcycle.router: 0 tokens of text; must be at least one for each of 4 clusters"
+    assert (
+        refusal(dense_checkpoint, settings("kmeans"))
+        == "upcycle.router: 0 tokens of text; must be at least one for each of 4 clusters"
+    )
 
 
 def test_a_domain_whose_files_are_not_there_is_refused_by_its_number(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -339,14 +387,22 @@ def test_a_file_without_text_is_refused(text: str, dense_checkpoint: Path, tmp_p
     (tmp_path / "1.txt").write_text(text)
     given = (domains()[0], Domain(files=("*.txt",)), *domains()[2:])
     message = refusal(dense_checkpoint, settings("prototypes", given=given), base=tmp_path)
-    assert message == f"{tmp_path / '1.txt'}: has no text; upcycle.router.domains[1].files must be files with text; fill it or leave it out"
+    assert (
+        message
+        == f"{tmp_path / '1.txt'}: has no text; upcycle.router.domains[1].files must be files with text; fill it or "
+        "leave it out"
+    )
 
 
 def test_a_domain_without_tokens_is_refused_by_its_number(dense_checkpoint: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(dense_checkpoint, source)
     path = source / "tokenizer.json"
-    deaf = {"normalizer": {"type": "Replace", "pattern": {"String": "?"}, "content": ""}, "post_processor": None}  # and one that adds no <s>
+    # and one that adds no <s>
+    deaf = {
+        "normalizer": {"type": "Replace", "pattern": {"String": "?"}, "content": ""},
+        "post_processor": None,
+    }
     path.write_text(json.dumps(json.loads(path.read_text()) | deaf))
     given = (domains()[0], Domain(prompts=("???",)), *domains()[2:])
     message = refusal(source, settings("ridge", given=given), base=tmp_path)
@@ -354,5 +410,7 @@ def test_a_domain_without_tokens_is_refused_by_its_number(dense_checkpoint: Path
 
 
 def test_an_encoder_decoder_has_no_routers_from_hidden_states(make_dense: MakeDense) -> None:
-    config = UpcycleConfig(num_experts=4, num_experts_per_tok=1, router=RouterConfig(kind="prototypes", domains=domains()))
+    config = UpcycleConfig(
+        num_experts=4, num_experts_per_tok=1, router=RouterConfig(kind="prototypes", domains=domains())
+    )
     assert "upcycle.router.kind is prototypes" in refusal(make_dense(architecture="T5ForConditionalGeneration"), config)

@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from upcycle.imports import uncollected_imports
+from dense2moe.upcycle.imports import uncollected_imports
 
 
 def run_python(code: str, *arguments: str) -> str:
@@ -37,7 +36,9 @@ def test_the_collector_waits_and_is_then_as_it_was(enabled: bool, collector: Non
     assert gc.isenabled() == enabled
 
 
-def test_what_was_imported_is_left_alone_and_nothing_is_where_all_was_there(collector: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_imported_is_left_alone_and_nothing_is_where_all_was_there(
+    collector: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gc.unfreeze()
     with uncollected_imports():
         pass
@@ -59,11 +60,12 @@ def test_the_command_line_imports_so(dense_checkpoint: Path, tmp_path: Path) -> 
     recipe.write_text(f"source: {dense_checkpoint}\ndata: {data}\n")
     code = """
 import gc, sys
-import convert.cli
+import dense2moe.convert.cli
 seen = []
-gc.callbacks.append(lambda phase, _: seen.append("torch" in sys.modules and "upcycle.mapping" not in sys.modules))
+plan = "dense2moe.upcycle.building.plan"
+gc.callbacks.append(lambda phase, _: seen.append("torch" in sys.modules and plan not in sys.modules))
 try:
-    convert.cli.main(["check", sys.argv[1]], standalone_mode=False)
+    dense2moe.convert.cli.main(["check", sys.argv[1]], standalone_mode=False)
 finally:
     print(any(seen), gc.get_freeze_count() > 100_000)
 """
@@ -74,8 +76,8 @@ def test_the_plan_imports_little_that_the_start_did_not() -> None:
     """What transformers imports lazily would be imported in the middle of the plan, and with the collector."""
     code = """
 import sys
-import upcycle.mapping
-from upcycle.mapping import expected_shapes
+import dense2moe.upcycle.building.plan
+from dense2moe.upcycle.building.plan import expected_shapes
 before = set(sys.modules)
 from transformers import LlamaConfig
 expected_shapes(LlamaConfig(num_hidden_layers=1), "LlamaForCausalLM", "config.json")

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.calibration import CalibrationWalk, Group
+from dense2moe.export.quantization.input_scaling import ScaledLayer, ScalingRecord, fold, scale_layer
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from export.calibration import CalibrationWalk, Group
-from export.config import OnnxConfig, QuantizeConfig
-from export.errors import ExportError
-from export.family import find_decoder_family
-from export.input_scaling import ScaledLayer, ScalingRecord, fold, scale_layer
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder
 from tests.test_calibration import draw_blocks, load, make_mixture
 from tests.test_decoder_families import CASES
-from upcycle.checkpoint import open_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
 
@@ -59,7 +59,12 @@ def test_folding_alone_keeps_the_logits_of_transformers(name: str, make_dense: M
         for parts in together:
             norm = {"attention": family.attention_norm, "first": family.ffn_norm}.get(parts[0].place, "")
             if norm is not None:
-                fold(scaled, family, parts, draw_scales(parts[0], walk.read_matrix(*parts[0].matrices[0]).shape[1], walk, generator))
+                fold(
+                    scaled,
+                    family,
+                    parts,
+                    draw_scales(parts[0], walk.read_matrix(*parts[0].matrices[0]).shape[1], walk, generator),
+                )
                 folded.add(parts[0].place)
         tensors |= scaled.changed
     shutil.copytree(mixture, tmp_path / "folded")
@@ -73,8 +78,15 @@ def test_folding_alone_keeps_the_logits_of_transformers(name: str, make_dense: M
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
-def plant(mixture: Path, directory: Path, norms: tuple[str, ...] = ("input_layernorm.weight", "post_attention_layernorm.weight")) -> Path:
-    """The mixture with norms that make four channels twenty times as large as the others; its head may be its embedding."""
+def plant(
+    mixture: Path,
+    directory: Path,
+    norms: tuple[str, ...] = ("input_layernorm.weight", "post_attention_layernorm.weight"),
+) -> Path:
+    """The mixture with norms that make four channels twenty times as large as the others.
+
+    Its head may be its embedding.
+    """
     shutil.copytree(mixture, directory)
     checkpoint = open_checkpoint(mixture)
     tensors = {key: checkpoint.read(key) for key in checkpoint.entries}
@@ -99,7 +111,13 @@ def test_salient_channels_are_rounded_less(method: str, mixture_checkpoint: Path
         facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=draw_blocks(64))
         assert (facts.num_scaled_groups > 0) == (scaling == "awq")
         with torch.no_grad():
-            errors.append(float((load(twin)(input_ids=held_out, output_hidden_states=True).hidden_states[1] - expected).square().mean()))
+            errors.append(
+                float(
+                    (load(twin)(input_ids=held_out, output_hidden_states=True).hidden_states[1] - expected)
+                    .square()
+                    .mean()
+                )
+            )
     assert errors[1] < 0.9 * errors[0]
 
 
@@ -107,9 +125,17 @@ def test_salient_channels_are_rounded_less(method: str, mixture_checkpoint: Path
 def test_the_head_s_salient_channels_are_rounded_less_and_its_norm_makes_up_for_it(method: str, tmp_path: Path) -> None:
     """The head by itself: the float model's last states through the twin's final norm and head."""
     small = {
-        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False, "initializer_range": 0.2,
-    }  # fmt: skip
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MixtralForCausalLM(MixtralConfig(**small)).eval()
@@ -122,7 +148,9 @@ def test_the_head_s_salient_channels_are_rounded_less_and_its_norm_makes_up_for_
         for scaling in ("none", "awq"):
             (tmp_path / scaling).mkdir()
             config = QuantizeConfig(method=method, input_scaling=scaling, head_bits="variant", block_size=16)
-            quantize_checkpoint(tmp_path / "mixture", tmp_path / scaling, "int4", config, lambda *_: None, blocks=draw_blocks(64))
+            quantize_checkpoint(
+                tmp_path / "mixture", tmp_path / scaling, "int4", config, lambda *_: None, blocks=draw_blocks(64)
+            )
             twin = load(tmp_path / scaling)
             errors.append(float((twin.lm_head(twin.model.norm(states)) - expected).square().mean()))
             assert torch.equal(twin.model.norm.weight, model.model.norm.weight) == (scaling == "none")
@@ -153,6 +181,11 @@ def test_nothing_is_scaled_where_attention_stays_in_float(mixture_checkpoint: Pa
 
 
 def test_scaling_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    message = r"^quantize\.input_scaling is 'awq', which learns from text, and there is none; give blocks of it, or set it to 'none'$"
+    message = (
+        r"^quantize\.input_scaling is 'awq', which learns from text, and there is none; give blocks of it, or "
+        r"set it to 'none'$"
+    )
     with pytest.raises(ExportError, match=message):
-        quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(method="search", input_scaling="awq"), lambda *_: None)
+        quantize_checkpoint(
+            mixture_checkpoint, tmp_path, "int4", QuantizeConfig(method="search", input_scaling="awq"), lambda *_: None
+        )

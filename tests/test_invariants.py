@@ -12,18 +12,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph import layers as layer_module
+from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import Twin, Weight
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
-
-import export.blocks
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.errors import ExportError
-from export.graph import GraphWriter
-from export.invariants import check_graph
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import Twin, Weight
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BLOCKS = torch.randint(2, 96, (4, 16), generator=torch.Generator().manual_seed(0))
@@ -38,7 +37,9 @@ def make_package(source: Path, folder: Path, variant: Variant, lowering: Any) ->
     twin, package = folder / f"{variant} twin", folder / f"{variant} {lowering}"
     if not twin.exists():
         twin.mkdir()
-        config = QuantizeConfig(method="search", block_size=16, max_perplexity_increase=1.0 if variant == "mixed" else None)
+        config = QuantizeConfig(
+            method="search", block_size=16, max_perplexity_increase=1.0 if variant == "mixed" else None
+        )
         quantize_checkpoint(source, twin, variant, config, silent, blocks=BLOCKS, held_out=BLOCKS)
     package.mkdir()
     write_package(twin, package, OnnxConfig(lowering=lowering, activation_bits=32), silent)
@@ -49,9 +50,17 @@ def make_package(source: Path, folder: Path, variant: Variant, lowering: Any) ->
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Mixtral whose widths blocks of 16 divide, with a head of its own. Shared: read only."""
     small = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MixtralForCausalLM(MixtralConfig(**small))
@@ -137,7 +146,9 @@ def round_what_a_router_reads(proto: ModelProto) -> None:
 
 def quantize_input(proto: ModelProto, node: NodeProto, place: int) -> None:
     """Round an input of a node to 8 bits."""
-    proto.graph.initializer.extend([numpy_helper.from_array(np.float32(0.1), "scale"), numpy_helper.from_array(np.int8(0), "zero")])
+    proto.graph.initializer.extend(
+        [numpy_helper.from_array(np.float32(0.1), "scale"), numpy_helper.from_array(np.int8(0), "zero")]
+    )
     name = node.input[place]
     nodes = [
         helper.make_node("QuantizeLinear", [name, "scale", "zero"], ["q"], "quantize"),
@@ -164,11 +175,16 @@ def lose_a_router(proto: ModelProto) -> None:
 def norm_in_float16(proto: ModelProto) -> None:
     node = next(node for node in proto.graph.node if node.op_type == "SimplifiedLayerNormalization")
     (x, scale), (y,) = node.input, node.output
-    before = [helper.make_node("Cast", [name], [f"{name}.narrow"], f"{name}/narrow", to=TensorProto.FLOAT16) for name in (x, scale)]
+    before = [
+        helper.make_node("Cast", [name], [f"{name}.narrow"], f"{name}/narrow", to=TensorProto.FLOAT16)
+        for name in (x, scale)
+    ]
     node.input[:], node.output[:] = [f"{x}.narrow", f"{scale}.narrow"], [f"{y}.narrow"]
     insert(proto, node, *before)
     place = next(number for number, each in enumerate(proto.graph.node) if each.name == node.name)
-    proto.graph.node.insert(place + 1, helper.make_node("Cast", [f"{y}.narrow"], [y], f"{y}/widen", to=TensorProto.FLOAT))
+    proto.graph.node.insert(
+        place + 1, helper.make_node("Cast", [f"{y}.narrow"], [y], f"{y}/widen", to=TensorProto.FLOAT)
+    )
 
 
 def round_the_logits(proto: ModelProto) -> None:
@@ -216,41 +232,52 @@ def widen_an_experts_integers(proto: ModelProto) -> None:
 
 
 ROUTER = r"model\.layers\.{}\.block_sparse_moe\.gate\.weight"
-EVERYWHERE = [(variant, lowering) for variant in ("int8", "float16", "int8-qdq") for lowering in ("grouped", "unrolled")]
+EVERYWHERE = [
+    (variant, lowering) for variant in ("int8", "float16", "int8-qdq") for lowering in ("grouped", "unrolled")
+]
 NOT_HELD = f"the graph does not hold '{ROUTER.replace('{}', '1')}' in float32; a router must not be rounded"
 ROUNDED_VALUES = (
-    rf"node 'router_logits.(.)/MatMul' \(MatMul\) multiplies '{ROUTER.replace('{}', '.')}' by values rounded to {{}}; they must be float32"
+    rf"node 'router_logits.(.)/MatMul' \(MatMul\) multiplies '{ROUTER.replace('{}', '.')}' by values "
+    r"rounded to {}; they must be float32"
 )
-ROUNDED_CHOICE = rf"node '{{}}/round' \(Cast\) rounds to float16 what chooses experts by '{ROUTER.replace('{}', '1')}'; it must be float32"
+ROUNDED_CHOICE = (
+    r"node '{}/round' \(Cast\) rounds to float16 what chooses experts by "
+    rf"'{ROUTER.replace('{}', '1')}'; it must be float32"
+)
 FLOAT_EXPERT = r"node '{}' \(MatMul\) multiplies an expert's tokens by floats; its weights must be integers"
 ELEMENTS = r"products read matrices of [\d,]+ floats and [\d,]+ integers; the twin has [\d,]+ and [\d,]+"
 CASES: list[tuple[Fault, list[tuple[Variant, str]], str]] = [
     (store_a_router_in_float16, [(variant, "unrolled") for variant in VARIANTS], NOT_HELD),
     (lose_a_router, [("int4", "fused")], NOT_HELD),
     (
-        cast_a_router, [("int8", "grouped"), ("float16", "fused")],
-        rf"node 'router_logits.1.weight/round' \(Cast\) reads '{ROUTER.replace('{}', '1')}' in float16; it must be float32",
+        cast_a_router,
+        [("int8", "grouped"), ("float16", "fused")],
+        rf"node 'router_logits.1.weight/round' \(Cast\) reads '{ROUTER.replace('{}', '1')}' in float16; it must be "
+        r"float32",
     ),
     (
-        quantize_a_router, [("int8-qdq", "grouped"), ("float32", "fused")],
+        quantize_a_router,
+        [("int8-qdq", "grouped"), ("float32", "fused")],
         rf"node 'quantize' \(QuantizeLinear\) rounds '{ROUTER.replace('{}', '0')}'; a router must stay float32",
     ),
     (round_what_a_router_reads, [(variant, "grouped") for variant in VARIANTS], ROUNDED_VALUES.format("bfloat16")),
     (quantize_what_a_router_reads, [("int8-qdq", "grouped"), ("int4", "fused")], ROUNDED_VALUES.format("int8")),
     (
-        norm_in_float16, [("float32", "fused"), ("int8-qdq", "unrolled")],
+        norm_in_float16,
+        [("float32", "fused"), ("int8-qdq", "unrolled")],
         r"node '.*' \(SimplifiedLayerNormalization\) normalizes in float16; it must be float32",
     ),
     (round_the_logits, EVERYWHERE, ROUNDED_CHOICE.format("router_logits.1")),
     (round_the_weights, [("int4", "grouped"), ("bfloat16", "unrolled")], ROUNDED_CHOICE.format("layers.1.moe.weights")),
     (
-        multiply_an_expert_by_floats, [(variant, lowering) for variant in ("int8", "int4", "int8-qdq") for lowering in ("grouped", "unrolled")],
+        multiply_an_expert_by_floats,
+        [(variant, lowering) for variant in ("int8", "int4", "int8-qdq") for lowering in ("grouped", "unrolled")],
         FLOAT_EXPERT.format(r"layers.1.moe.expert.2.down/\w+"),
     ),
     (widen_an_experts_integers, [("int8-qdq", "grouped")], FLOAT_EXPERT.format("layers.0.moe.expert.3.gate_up/MatMul")),
     (multiply_attention_by_floats, [("int4", "fused"), ("int8-qdq", "grouped")], ELEMENTS),
     (experts_by_the_float_operator, [("int4", "fused")], ELEMENTS),
-]  # fmt: skip
+]
 PLANTED = [
     pytest.param(fault, variant, lowering, message, id=f"{fault.__name__}-{variant}-{lowering}")
     for fault, ways, message in CASES
@@ -259,7 +286,9 @@ PLANTED = [
 
 
 @pytest.mark.parametrize(("fault", "variant", "lowering", "message"), PLANTED)
-def test_a_planted_fault_is_found_in_the_file(find: Find, tmp_path: Path, fault: Fault, variant: Variant, lowering: str, message: str) -> None:
+def test_a_planted_fault_is_found_in_the_file(
+    find: Find, tmp_path: Path, fault: Fault, variant: Variant, lowering: str, message: str
+) -> None:
     twin, package = find(variant, lowering)
     faulty = plant(package, tmp_path / "faulty", fault)
     with pytest.raises(ExportError, match=f"^{re.escape(str(faulty))}: {message}$"):
@@ -268,7 +297,9 @@ def test_a_planted_fault_is_found_in_the_file(find: Find, tmp_path: Path, fault:
 
 @pytest.mark.parametrize("lowering", ["fused", "grouped", "unrolled"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_package_written_anew_without_a_fault_passes(find: Find, tmp_path: Path, variant: Variant, lowering: str) -> None:
+def test_a_package_written_anew_without_a_fault_passes(
+    find: Find, tmp_path: Path, variant: Variant, lowering: str
+) -> None:
     if lowering == "fused" and variant in ("int8", "int8-qdq", "mixed"):
         lowering = "grouped"  # with exact activations there is no other
     twin, package = find(variant, lowering)
@@ -290,19 +321,24 @@ def test_names_do_not_matter(find: Find, tmp_path: Path) -> None:
             tensor.name = numbers.get(tensor.name, tensor.name)
 
     twin, package = find("int4", "unrolled")
-    with pytest.raises(ExportError, match=r"\(MatMul\) multiplies an expert's tokens by floats; its weights must be integers$"):
+    with pytest.raises(
+        ExportError, match=r"\(MatMul\) multiplies an expert's tokens by floats; its weights must be integers$"
+    ):
         check_graph(plant(package, tmp_path / "faulty", rename), Twin(twin))
 
 
 def test_a_builder_at_fault_writes_no_package(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = export.blocks.add_exact_linear
+    right = layer_module.add_exact_linear
 
     def lossy(graph: GraphWriter, x: Any, weight: Weight, name: str) -> Any:
         rounded = graph.op("Cast", [x], f"{name}.rounded", {"to": TensorProto.FLOAT16})
         return right(graph, graph.op("Cast", [rounded], f"{name}.back", {"to": TensorProto.FLOAT}), weight, name)
 
-    monkeypatch.setattr(export.blocks, "add_exact_linear", lossy)
-    with pytest.raises(ExportError, match=r"multiplies 'model.layers.0.*gate.weight' by values rounded to float16; they must be float32$"):
+    monkeypatch.setattr(layer_module, "add_exact_linear", lossy)
+    with pytest.raises(
+        ExportError,
+        match=r"multiplies 'model.layers.0.*gate.weight' by values rounded to float16; they must be float32$",
+    ):
         make_package(source, tmp_path, "int4", "fused")
 
 
@@ -316,10 +352,22 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The twin and the int4 package of a random GLM-4-MoE with a dense layer and a shared expert. Shared: read only."""
     rope = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 1.0}
     small = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64,
-        "first_k_dense_replace": 1, "rope_parameters": rope, "routed_scaling_factor": 2.5, "use_qk_norm": True,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "moe_intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "first_k_dense_replace": 1,
+        "rope_parameters": rope,
+        "routed_scaling_factor": 2.5,
+        "use_qk_norm": True,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Glm4MoeForCausalLM(Glm4MoeConfig(**small))
@@ -333,7 +381,9 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def change_a_bias(proto: ModelProto) -> None:
     tensor = next(tensor for tensor in proto.graph.initializer if tensor.name == "layers.1.moe.selection_bias")
-    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32), tensor.name))
+    tensor.CopyFrom(
+        numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16).astype(np.float32), tensor.name)
+    )
 
 
 def choose_without_a_bias(proto: ModelProto) -> None:
@@ -354,12 +404,15 @@ def round_biased_scores(proto: ModelProto) -> None:
         (choose_without_a_bias, f"the graph adds '{BIAS}' to nothing; it must choose experts"),
         (
             round_biased_scores,
-            "node 'layers.1.moe.biased_scores/round' (Cast) rounds to float16 what chooses experts by 'model.layers.1.mlp.gate.weight'; it must be "
+            "node 'layers.1.moe.biased_scores/round' (Cast) rounds to float16 what chooses experts by "
+            "'model.layers.1.mlp.gate.weight'; it must be "
             "float32",
         ),
     ],
 )
-def test_a_fault_of_a_selection_bias_is_found(fault: Fault, message: str, biased: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_fault_of_a_selection_bias_is_found(
+    fault: Fault, message: str, biased: tuple[Path, Path], tmp_path: Path
+) -> None:
     twin, package = biased
     check_graph(plant(package, tmp_path / "anew", lambda proto: None), Twin(twin))
     faulty = plant(package, tmp_path / "faulty", fault)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.export.config import QuantizeConfig, Variant
+from dense2moe.export.quantization import methods, static
+from dense2moe.export.quantization.bit_search import BitSearch
+from dense2moe.export.quantization.quantizer import QuantizeFacts, quantize_checkpoint
+from dense2moe.export.quantization.sensitivity import Ruler
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
-
-from export import methods, static
-from export.bit_search import BitSearch
-from export.config import QuantizeConfig, Variant
-from export.quantizer import QuantizeFacts, quantize_checkpoint
-from export.sensitivity import Ruler
 
 NUM_LAYERS = 3
 
@@ -27,9 +26,17 @@ class StoppedError(Exception):
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("mixture")
     config = MixtralConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=NUM_LAYERS, num_attention_heads=4, num_key_value_heads=2,
-        num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         MixtralForCausalLM(config).save_pretrained(directory)
@@ -40,7 +47,14 @@ def draw(count: int, seed: int) -> torch.Tensor:
     return torch.randint(2, 96, (count, 24), generator=torch.Generator().manual_seed(seed))
 
 
-def run(source: Path, output: Path, variant: Variant, scratch: Path | None, stop_at: tuple[str, int] | None = None, **fields: Any) -> QuantizeFacts:
+def run(
+    source: Path,
+    output: Path,
+    variant: Variant,
+    scratch: Path | None,
+    stop_at: tuple[str, int] | None = None,
+    **fields: Any,
+) -> QuantizeFacts:
     """Quantize, or stop when progress says so."""
     output.mkdir()
 
@@ -49,11 +63,17 @@ def run(source: Path, output: Path, variant: Variant, scratch: Path | None, stop
             raise StoppedError
 
     config = QuantizeConfig.model_validate({"block_size": 16, **fields})
-    return quantize_checkpoint(source, output, variant, config, progress, blocks=draw(24, 1), held_out=draw(4, 2), scratch=scratch)
+    return quantize_checkpoint(
+        source, output, variant, config, progress, blocks=draw(24, 1), held_out=draw(4, 2), scratch=scratch
+    )
 
 
 def files(directory: Path) -> dict[str, torch.Tensor]:
-    return {f"{path.name} {name}": tensor for path in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        f"{path.name} {name}": tensor
+        for path in sorted(directory.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def same(a: Path, b: Path) -> bool:
@@ -61,7 +81,9 @@ def same(a: Path, b: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("fields", [{}, {"zero_points": True}, {"input_scaling": "awq", "correct_routers": True}], ids=str)
+@pytest.mark.parametrize(
+    "fields", [{}, {"zero_points": True}, {"input_scaling": "awq", "correct_routers": True}], ids=str
+)
 @pytest.mark.parametrize("num_done", range(1, NUM_LAYERS + 1))
 def test_layers_that_were_done_are_not_done_again(
     num_done: int, fields: dict[str, Any], mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -78,17 +100,28 @@ def test_layers_that_were_done_are_not_done_again(
     assert layers == list(range(NUM_LAYERS))
     matrices = 4 + 4 * 3
     with pytest.raises(StoppedError):
-        run(mixture, tmp_path / "killed", "int4", tmp_path / "scratch", ("quantizing", 1 + matrices * num_done), **fields)
+        run(
+            mixture,
+            tmp_path / "killed",
+            "int4",
+            tmp_path / "scratch",
+            ("quantizing", 1 + matrices * num_done),
+            **fields,
+        )
     assert layers == [*range(NUM_LAYERS), *range(num_done)]
     (next((tmp_path / "scratch").glob("layers-*")) / f"{num_done:05d}.partial").write_bytes(b"half of it")
     resumed = run(mixture, tmp_path / "resumed", "int4", tmp_path / "scratch", **fields)
     assert layers == [*range(NUM_LAYERS), *range(num_done), *range(num_done, NUM_LAYERS)]
     assert same(tmp_path / "whole", tmp_path / "resumed")
     assert resumed == whole
-    assert (tmp_path / "resumed" / "quantization.json").read_text() == (tmp_path / "whole" / "quantization.json").read_text()
+    assert (tmp_path / "resumed" / "quantization.json").read_text() == (
+        tmp_path / "whole" / "quantization.json"
+    ).read_text()
 
 
-def test_ranges_that_were_measured_are_not_measured_again(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranges_that_were_measured_are_not_measured_again(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers: list[int] = []
     plain = static._measure
 
@@ -105,10 +138,14 @@ def test_ranges_that_were_measured_are_not_measured_again(mixture: Path, tmp_pat
     assert run(mixture, tmp_path / "resumed", "int8-qdq", tmp_path / "scratch") == whole
     assert layers == [2]
     assert same(tmp_path / "whole", tmp_path / "resumed")
-    assert (tmp_path / "resumed" / "quantization.json").read_text() == (tmp_path / "whole" / "quantization.json").read_text()
+    assert (tmp_path / "resumed" / "quantization.json").read_text() == (
+        tmp_path / "whole" / "quantization.json"
+    ).read_text()
 
 
-def test_parts_that_were_measured_are_not_measured_again(mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_were_measured_are_not_measured_again(
+    mixture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     measured: list[int] = []
     plain = Ruler.measure_layer
 

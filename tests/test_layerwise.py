@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, pad_left, real_tokens, run_layers
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.config import RouterConfig, UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import RouterConfig, UpcycleConfig
-from upcycle.errors import UpcycleError
-from upcycle.layerwise import apply_head, embed, load_layer, pad_left, real_tokens, run_layers
-from upcycle.surgery import upcycle
 
 MakeDense = Callable[..., Path]
 FFN = "layers.{layer}.mlp"
@@ -33,10 +32,19 @@ ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
-LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10_000.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0]}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
 SOURCES: dict[str, dict[str, Any]] = {
     "llama, llama3 rope": {"architecture": "LlamaForCausalLM", "rope_parameters": ROPE, "head_dim": 16},
-    "llama, attention biases": {"architecture": "LlamaForCausalLM", "attention_bias": True, "tie_word_embeddings": False},
+    "llama, attention biases": {
+        "architecture": "LlamaForCausalLM",
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
     "mistral, window": {"architecture": "MistralForCausalLM", "sliding_window": WINDOW},
     "phi3, window": {"architecture": "Phi3ForCausalLM", "sliding_window": WINDOW},
     "phi3, longrope": {
@@ -94,8 +102,12 @@ def dense(make_dense: MakeDense) -> Dense:
 
 @torch.no_grad()
 def whole(directory: Path, dtype: torch.dtype = torch.float32) -> list[dict[str, torch.Tensor]]:
-    """What transformers' model of all layers computes at each: what the layer reads, what its FFN reads, and what it gives, by hooks."""
-    with warnings.catch_warnings():  # of the shared expert of width 0 that Qwen2-MoE must have; `load_layer` has to be quiet of it by itself
+    """What transformers' model of all layers computes at each.
+
+    What the layer reads, what its FFN reads, and what it gives, by hooks.
+    """
+    # of the shared expert of width 0 that Qwen2-MoE must have; `load_layer` has to be quiet of it by itself
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element", category=UserWarning)
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     if any(hasattr(module, "experts") for module in model.modules()):
@@ -120,7 +132,9 @@ def test_layers_run_one_by_one_are_the_layers_of_the_whole_model(name: str, dtyp
     ids, mask = text()
     expected = whole(dense(name), dtype)
     count = 0
-    for layer, before, read, after in run_layers(open_checkpoint(dense(name)), ids, mask, dtype, FFN, batch_rows=len(ids)):
+    for layer, before, read, after in run_layers(
+        open_checkpoint(dense(name)), ids, mask, dtype, FFN, batch_rows=len(ids)
+    ):
         assert layer == count
         count += 1
         for kind, found in (("before", before), ("read", read), ("after", after)):
@@ -136,7 +150,9 @@ def test_the_norm_of_the_last_layers_states_is_what_transformers_returns(name: s
     ids, mask = text()
     model = AutoModelForCausalLM.from_pretrained(dense(name), dtype=torch.float32).eval()
     with torch.no_grad():
-        expected = model.model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True).hidden_states
+        expected = model.model(
+            input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True
+        ).hidden_states
         runs = list(run_layers(open_checkpoint(dense(name)), ids, mask, torch.float32, FFN))
         found = [before for _, before, _, _ in runs] + [model.model.norm(runs[-1][3])]
     assert len(found) == len(expected) == NUM_LAYERS + 1
@@ -152,7 +168,8 @@ def test_fewer_rows_at_once_give_the_same_states(batch_rows: int, name: str, den
     for layer, _, read, after in run_layers(open_checkpoint(dense(name)), ids, mask, torch.float32, FFN, batch_rows):
         for kind, found in (("read", read), ("after", after)):
             difference = (found - expected[layer][kind])[mask.bool()].abs().max()
-            assert float(difference / expected[layer][kind].abs().max()) <= 2e-6  # matrix products of another height sum in another order
+            # matrix products of another height sum in another order
+            assert float(difference / expected[layer][kind].abs().max()) <= 2e-6
 
 
 def test_padding_changes_no_real_token(dense: Dense) -> None:
@@ -163,10 +180,13 @@ def test_padding_changes_no_real_token(dense: Dense) -> None:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     for row in range(len(ids)):
         with torch.no_grad():
-            expected = model.model(input_ids=ids[row : row + 1, mask[row].bool()], use_cache=False, output_hidden_states=True).hidden_states
+            expected = model.model(
+                input_ids=ids[row : row + 1, mask[row].bool()], use_cache=False, output_hidden_states=True
+            ).hidden_states
         for layer in range(NUM_LAYERS - 1):
             found = runs[layer][row, mask[row].bool()]
-            # Rotary positions are counted from the padding, so angles differ by a constant that cancels up to rounding: measured 1e-6.
+            # Rotary positions are counted from the padding, so angles differ by a constant that cancels up to rounding:
+            # measured 1e-6.
             assert float((found - expected[layer + 1][0]).abs().max() / expected[layer + 1].abs().max()) <= 1e-5
 
 
@@ -189,11 +209,16 @@ def test_the_scale_of_an_embedding_shows(name: str, dropped: str, dense: Dense) 
     assert float((found - table[ids]).abs().max()) > float(table[ids].abs().max())
 
 
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")  # of the whole Qwen2-MoE; `apply_head` builds no shared expert
+# of the whole Qwen2-MoE; `apply_head` builds no shared expert
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("name", ["llama, llama3 rope", "qwen2, windows in half of the layers", "gemma", "olmo2", "granite"])
-def test_the_head_alone_gives_the_logits_of_the_whole_model(name: str, tied: bool, dtype: torch.dtype, make_dense: MakeDense, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["llama, llama3 rope", "qwen2, windows in half of the layers", "gemma", "olmo2", "granite"]
+)
+def test_the_head_alone_gives_the_logits_of_the_whole_model(
+    name: str, tied: bool, dtype: torch.dtype, make_dense: MakeDense, tmp_path: Path
+) -> None:
     """Of the dense model and of its mixture, whose head is stored even where Gemma's is not."""
     dense = make_dense(intermediate_size=64, **SOURCES[name] | {"tie_word_embeddings": tied or name == "gemma"})
     upcycle(dense, tmp_path, UpcycleConfig(num_experts=4), 0, quiet)
@@ -207,7 +232,9 @@ def test_the_head_alone_gives_the_logits_of_the_whole_model(name: str, tied: boo
         assert torch.equal(apply_head(open_checkpoint(directory), states[0], dtype), expected)
 
 
-@pytest.mark.parametrize(("tied", "name"), [(True, "model.norm.weight"), (False, "lm_head.weight"), (True, "model.embed_tokens.weight")])
+@pytest.mark.parametrize(
+    ("tied", "name"), [(True, "model.norm.weight"), (False, "lm_head.weight"), (True, "model.embed_tokens.weight")]
+)
 def test_a_head_that_lacks_a_tensor_is_refused(tied: bool, name: str, make_dense: MakeDense) -> None:
     directory = make_dense(tie_word_embeddings=tied)
     state = load_file(directory / "model.safetensors")
@@ -238,14 +265,19 @@ def test_a_head_stored_beside_a_tied_embedding_is_tied_where_transformers_ties_i
         expected = model(torch.tensor([[7, 7, 299, 0, 3, 250]]), use_cache=False).logits[0]
     for blind in (False, True):
         if blind:
-            monkeypatch.setattr("upcycle.checkpoint._are_equal", lambda *_: True)
+            monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader._are_equal", lambda *_: True)
         assert torch.equal(apply_head(open_checkpoint(directory), states[0], dtype), expected)
 
 
 def test_sharded_checkpoints_run_too(make_dense: MakeDense, dense: Dense) -> None:
-    sharded = make_dense(max_shard_size="30KB", intermediate_size=64, num_hidden_layers=NUM_LAYERS, **SOURCES["phi3, window"])
+    sharded = make_dense(
+        max_shard_size="30KB", intermediate_size=64, num_hidden_layers=NUM_LAYERS, **SOURCES["phi3, window"]
+    )
     assert len(list(sharded.glob("*.safetensors"))) > 4
-    runs = [list(run_layers(open_checkpoint(path), *text(), torch.float32, FFN)) for path in (sharded, dense("phi3, window"))]
+    runs = [
+        list(run_layers(open_checkpoint(path), *text(), torch.float32, FFN))
+        for path in (sharded, dense("phi3, window"))
+    ]
     assert all(torch.equal(one[3], other[3]) for one, other in zip(*runs, strict=True))
 
 
@@ -266,14 +298,20 @@ MIXTURES: dict[str, tuple[str, Mapping[str, Any]]] = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", MIXTURES)
-def test_a_layer_of_a_mixture_is_that_of_the_whole_mixture(name: str, dtype: torch.dtype, dense: Dense, tmp_path: Path) -> None:
+def test_a_layer_of_a_mixture_is_that_of_the_whole_mixture(
+    name: str, dtype: torch.dtype, dense: Dense, tmp_path: Path
+) -> None:
     source, settings = MIXTURES[name]
-    plan = upcycle(dense(source), tmp_path, UpcycleConfig(num_experts=4, router=RouterConfig(logit_std=1.0), **settings), 0, quiet)
+    plan = upcycle(
+        dense(source), tmp_path, UpcycleConfig(num_experts=4, router=RouterConfig(logit_std=1.0), **settings), 0, quiet
+    )
     assert plan.conversion.target.model_type == name.split()[0]
     mixture, mask = open_checkpoint(tmp_path), text()[1]
     for layer, expected in enumerate(whole(tmp_path, dtype)):
         model = load_layer(mixture, layer, dtype)
-        assert any(hasattr(module, "experts") for module in model.modules()) == (layer in {site.layer for site in plan.sites})
+        assert any(hasattr(module, "experts") for module in model.modules()) == (
+            layer in {site.layer for site in plan.sites}
+        )
         with torch.no_grad():
             found = model(inputs_embeds=expected["before"], attention_mask=mask, use_cache=False).last_hidden_state
         assert torch.equal(found, expected["after"])
@@ -287,11 +325,13 @@ def test_a_layer_of_a_mixture_is_that_of_the_whole_mixture(name: str, dtype: tor
     [
         (
             lambda state: state.pop("model.layers.1.mlp.up_proj.weight"),
-            "tensor 'model.layers.1.mlp.up_proj.weight' missing, which transformers would draw at random; restore the file that held it",
+            "tensor 'model.layers.1.mlp.up_proj.weight' missing, which transformers would draw at random; restore "
+            "the file that held it",
         ),
         (
             lambda state: state.update({"model.layers.1.extra.weight": torch.ones(1)}),
-            "tensor 'model.layers.1.extra.weight' left over, which transformers would pass over; remove it, or correct config.json",
+            "tensor 'model.layers.1.extra.weight' left over, which transformers would pass over; remove it, or "
+            "correct config.json",
         ),
     ],
 )
@@ -315,7 +355,10 @@ def test_rotary_tensors_of_an_old_checkpoint_are_passed_over(dtype: torch.dtype,
     state = load_file(tmp_path / "model.safetensors")
     state["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.ones(4, dtype=dtype)
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    runs = [list(run_layers(open_checkpoint(path), *text(), torch.float32, FFN)) for path in (tmp_path, dense("llama, attention biases"))]
+    runs = [
+        list(run_layers(open_checkpoint(path), *text(), torch.float32, FFN))
+        for path in (tmp_path, dense("llama, attention biases"))
+    ]
     assert all(torch.equal(one[3], other[3]) for one, other in zip(*runs, strict=True))
 
 

@@ -1,4 +1,7 @@
-"""What has changed after a step is what was to learn: every tensor of the checkpoint is counted, for every target and every `train`."""
+"""What has changed after a step is what was to learn.
+
+Every tensor of the checkpoint is counted, for every target and every `train`.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.upcycle.building.receipt import load_model, sparse_layers
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, FinetuneConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.training.trainer import Stage, run_stage
 from safetensors.torch import load_file
 
 from tests.conftest import MakeDense
-from upcycle.config import ExpertsConfig, FinetuneConfig, RouterConfig, UpcycleConfig
-from upcycle.receipt import load_model, sparse_layers
-from upcycle.surgery import upcycle
-from upcycle.trainer import Stage, run_stage
 
 RANK = 2
 
@@ -39,7 +42,11 @@ SHAPES = {
     "mixtral": Shape("LlamaForCausalLM", {}, r"block_sparse_moe\.experts", r"block_sparse_moe\.gate"),
     "qwen2_moe": Shape("Qwen2ForCausalLM", {}, r"mlp\.experts", QWEN_ROUTERS),
     "qwen2_moe, shared": Shape(
-        "Qwen2ForCausalLM", {"shared_expert": "half"}, r"mlp\.(experts|shared_expert)\.", QWEN_ROUTERS, gates="shared_expert_gate"
+        "Qwen2ForCausalLM",
+        {"shared_expert": "half"},
+        r"mlp\.(experts|shared_expert)\.",
+        QWEN_ROUTERS,
+        gates="shared_expert_gate",
     ),
     "qwen2_moe, some layers": Shape("LlamaForCausalLM", {"layers": [1]}, r"mlp\.experts", QWEN_ROUTERS, QWEN_DENSE),
     "qwen2_moe, some layers, shared": Shape(
@@ -54,28 +61,56 @@ SHAPES = {
     "qwen3_moe, some layers": Shape("Qwen3ForCausalLM", {"layers": [0]}, r"mlp\.experts", QWEN_ROUTERS, QWEN_DENSE),
     "granitemoe": Shape("GraniteForCausalLM", {}, r"block_sparse_moe\.(in|out)put_linear", r"router\.layer"),
     "granitemoeshared": Shape(
-        "GraniteForCausalLM", {"shared_expert": "half"}, r"(block_sparse_moe|shared_mlp)\.(in|out)put_linear", r"router\.layer"
+        "GraniteForCausalLM",
+        {"shared_expert": "half"},
+        r"(block_sparse_moe|shared_mlp)\.(in|out)put_linear",
+        r"router\.layer",
     ),
     "glm4_moe": Shape("LlamaForCausalLM", {"target": "glm4_moe"}, r"mlp\.experts", QWEN_ROUTERS),
     "glm4_moe, some layers, shared": Shape(
-        "LlamaForCausalLM", {"target": "glm4_moe", "layers": [1], "shared_expert": "half"}, r"mlp\.(shared_)?experts\.", QWEN_ROUTERS, QWEN_DENSE
+        "LlamaForCausalLM",
+        {"target": "glm4_moe", "layers": [1], "shared_expert": "half"},
+        r"mlp\.(shared_)?experts\.",
+        QWEN_ROUTERS,
+        QWEN_DENSE,
     ),
     "flex_olmo": Shape("Olmo2ForCausalLM", {}, r"mlp\.experts", QWEN_ROUTERS),
 }
 
 
 def make(shape: Shape, make_dense: MakeDense, directory: Path) -> None:
-    settings = {"num_experts": 4, "experts": ExpertsConfig(noise=0.5), "router": RouterConfig(logit_std=1.0)} | shape.settings
-    upcycle(make_dense(architecture=shape.architecture, **shape.overrides), directory, UpcycleConfig.model_validate(settings), 0, lambda *_: None)
+    settings = {
+        "num_experts": 4,
+        "experts": ExpertsConfig(noise=0.5),
+        "router": RouterConfig(logit_std=1.0),
+    } | shape.settings
+    upcycle(
+        make_dense(architecture=shape.architecture, **shape.overrides),
+        directory,
+        UpcycleConfig.model_validate(settings),
+        0,
+        lambda *_: None,
+    )
 
 
 def step(directory: Path, output: Path, **settings: Any) -> None:
     """Train the checkpoint for one step on 512 tokens, and save it."""
     config = FinetuneConfig(
-        steps=1, warmup_steps=0, learning_rate=1e-2, router_learning_rate=1e-2, precision="float32", control=False, bias_update_rate=0.0,
-        lora_rank=RANK, lora_alpha=4, **settings,
-    )  # fmt: skip
-    blocks, domains = torch.randint(300, (8, 64), generator=torch.Generator().manual_seed(0)), torch.zeros(8, dtype=torch.int64)
+        steps=1,
+        warmup_steps=0,
+        learning_rate=1e-2,
+        router_learning_rate=1e-2,
+        precision="float32",
+        control=False,
+        bias_update_rate=0.0,
+        lora_rank=RANK,
+        lora_alpha=4,
+        **settings,
+    )
+    blocks, domains = (
+        torch.randint(300, (8, 64), generator=torch.Generator().manual_seed(0)),
+        torch.zeros(8, dtype=torch.int64),
+    )
     model = load_model(directory, torch.float32)
     stage = Stage("m", 0, config, blocks, domains, 1, blocks, domains, 0, 1, sparse_layers(model), "float32", 0)
     run_stage(model, None, stage, output / "checkpoints", lambda *_: None)
@@ -104,7 +139,9 @@ def expect(name: str, train: str, shape: Shape) -> bool:
 
 @pytest.mark.parametrize("train", ["all", "experts", "router", "lora", "last-1"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_one_step_changes_what_is_meant_and_by_the_rank_that_is_meant(name: str, train: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_one_step_changes_what_is_meant_and_by_the_rank_that_is_meant(
+    name: str, train: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     shape = SHAPES[name]
     before, after = tmp_path / "before", tmp_path / "after"
     before.mkdir()

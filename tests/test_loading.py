@@ -1,4 +1,7 @@
-"""A model that is read tensor by tensor is what transformers' own loading gives, and one that is not whole is refused in one line."""
+"""A model that is read tensor by tensor is what transformers' own loading gives.
+
+And one that is not whole is refused in one line.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.upcycle import memory
+from dense2moe.upcycle.checkpoints.loading import check_whole, load_pretrained, load_whole
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.memory import HEAP_BYTES, give_heap_back, release_growth, release_memory, small_heap
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
 
-import upcycle.memory
 from tests.conftest import MakeDense
-from upcycle.errors import UpcycleError
-from upcycle.loading import check_whole, load_pretrained, load_whole
-from upcycle.memory import HEAP_BYTES, give_heap_back, release_growth, release_memory, small_heap
 
 
 def check_equal(auto_class: Any, directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -29,15 +32,23 @@ def check_equal(auto_class: Any, directory: Path, dtype: torch.dtype = torch.flo
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     expected, found = theirs.state_dict(), own.state_dict()
     assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in expected)
+    assert all(
+        torch.equal(found[name], expected[name]) and found[name].dtype == expected[name].dtype for name in expected
+    )
     assert own.generation_config.to_dict() == theirs.generation_config.to_dict()
-    assert (type(own), own.name_or_path, own.config.name_or_path) == (type(theirs), theirs.name_or_path, theirs.config.name_or_path)
+    assert (type(own), own.name_or_path, own.config.name_or_path) == (
+        type(theirs),
+        theirs.name_or_path,
+        theirs.config.name_or_path,
+    )
     assert all(parameter.data_ptr() % 64 == 0 for parameter in own.parameters())
     return own  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_stacked_experts_and_tied_heads_are_as_transformers_loads_them(mixture_checkpoint: Path, dtype: torch.dtype) -> None:
+def test_stacked_experts_and_tied_heads_are_as_transformers_loads_them(
+    mixture_checkpoint: Path, dtype: torch.dtype
+) -> None:
     model: Any = check_equal(AutoModelForCausalLM, mixture_checkpoint, dtype)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -95,7 +106,9 @@ def copy(dense_checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(dense_checkpoint, tmp_path / "copy"))
 
 
-def test_a_whole_checkpoint_is_loaded_as_transformers_loads_it(dense_checkpoint: Path, mixture_checkpoint: Path, make_dense: MakeDense) -> None:
+def test_a_whole_checkpoint_is_loaded_as_transformers_loads_it(
+    dense_checkpoint: Path, mixture_checkpoint: Path, make_dense: MakeDense
+) -> None:
     seq2seq = make_dense(architecture="T5ForConditionalGeneration")
     for auto_class, directory in (
         (AutoModelForCausalLM, dense_checkpoint),
@@ -121,7 +134,10 @@ INCOMPLETE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
         lambda state: state.update({"evil name": torch.ones(1)}),
         "tensor 'evil name' left over, which transformers would pass over; remove it, or correct config.json",
     ),
-    "another shape": (lambda state: state.update({"model.norm.weight": torch.ones(16)}), f"tensor 'model.norm.weight' {SHAPES}"),
+    "another shape": (
+        lambda state: state.update({"model.norm.weight": torch.ones(16)}),
+        f"tensor 'model.norm.weight' {SHAPES}",
+    ),
 }
 
 
@@ -134,7 +150,12 @@ def test_what_transformers_would_only_warn_about_is_refused(fault: str, copy: Pa
 
 
 def test_names_and_shapes_are_checked_without_reading_a_weight(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for reader in ("upcycle.checkpoint._read", "upcycle.loading.safe_open", "safetensors.safe_open", "transformers.modeling_utils.safe_open"):
+    for reader in (
+        "dense2moe.upcycle.checkpoints.reader._read",
+        "dense2moe.upcycle.checkpoints.loading.safe_open",
+        "safetensors.safe_open",
+        "transformers.modeling_utils.safe_open",
+    ):
         monkeypatch.setattr(reader, lambda *_, **__: pytest.fail("a weight was read"))
     check_whole(AutoModelForCausalLM, copy)
 
@@ -152,7 +173,9 @@ def cut(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "cut weights": lambda directory: cut(directory / "model.safetensors"),
     "empty weights": lambda directory: (directory / "model.safetensors").write_bytes(b""),
-    "a pointer of git-lfs": lambda directory: (directory / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid 0\n"),
+    "a pointer of git-lfs": lambda directory: (directory / "model.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid 0\n"
+    ),
     "cut config": lambda directory: cut(directory / "config.json"),
     "a config that is a list": lambda directory: (directory / "config.json").write_text("[]"),
     "no config": lambda directory: (directory / "config.json").unlink(),
@@ -162,14 +185,20 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
     "more layers than tensors": lambda directory: edit_config(directory, num_hidden_layers=99_999),
     "a vocabulary that no memory holds": lambda directory: edit_config(directory, vocab_size=10**14),
     "an unknown activation": lambda directory: edit_config(directory, hidden_act="nonesuch"),
-    "an unknown rotary embedding": lambda directory: edit_config(directory, rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}),
-    "a generation config that transformers refuses": lambda directory: (directory / "generation_config.json").write_text('{"max_new_tokens": -5}'),
+    "an unknown rotary embedding": lambda directory: edit_config(
+        directory, rope_parameters={"rope_type": "nonesuch", "rope_theta": 1e4}
+    ),
+    "a generation config that transformers refuses": lambda directory: (
+        directory / "generation_config.json"
+    ).write_text('{"max_new_tokens": -5}'),
     "a generation config that is a list": lambda directory: (directory / "generation_config.json").write_text("[]"),
     "an index that is no JSON": lambda directory: (
         (directory / "model.safetensors").rename(directory / "a.safetensors"),
         (directory / "model.safetensors.index.json").write_text("{"),
     ),
-    "quantized weights": lambda directory: edit_config(directory, quantization_config={"quant_method": "gptq", "bits": 4}),
+    "quantized weights": lambda directory: edit_config(
+        directory, quantization_config={"quant_method": "gptq", "bits": 4}
+    ),
     "a directory that is a file": lambda directory: (shutil.rmtree(directory), directory.write_text("")),
     "no directory": shutil.rmtree,
 }
@@ -184,7 +213,8 @@ def test_damage_is_one_line_of_ours_that_begins_with_the_directory(damage: str, 
 def test_a_model_of_another_kind_is_refused_without_a_list_of_all_kinds(make_dense: MakeDense) -> None:
     directory = make_dense(architecture="T5ForConditionalGeneration")
     assert refusal(load_whole, AutoModelForCausalLM, directory, torch.float32) == (
-        f"{directory / 'config.json'}: model_type is t5, which transformers' AutoModelForCausalLM does not load; give a checkpoint of the right kind"
+        f"{directory / 'config.json'}: model_type is t5, which transformers' AutoModelForCausalLM does not load; "
+        "give a checkpoint of the right kind"
     )
 
 
@@ -192,7 +222,7 @@ def test_memory_that_runs_out_is_no_fault_of_the_checkpoint(copy: Path, monkeypa
     def run_out(*_: Any, **__: Any) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes")
 
-    monkeypatch.setattr("upcycle.loading.load_pretrained", run_out)
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.loading.load_pretrained", run_out)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         load_whole(AutoModelForCausalLM, copy, torch.float32)
 
@@ -213,29 +243,40 @@ def test_no_pickle_is_ever_read(name: str, copy: Path, tmp_path: Path) -> None:
     load_whole(AutoModelForCausalLM, copy, torch.float32)  # beside safetensors, it is left alone
     (copy / "model.safetensors").unlink()
     message = refusal(load_whole, AutoModelForCausalLM, copy, torch.float32)
-    assert message == f"{copy / name}: pickled weights can run code and are never loaded; convert them to model.safetensors first"
+    assert (
+        message
+        == f"{copy / name}: pickled weights can run code and are never loaded; convert them to model.safetensors first"
+    )
     with pytest.raises(OSError, match=r"model\.safetensors"):
         load_pretrained(AutoModelForCausalLM, copy, torch.float32)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize(("architecture", "loads"), [("LlamaForCausalLM", True), ("OwnForCausalLM", False)])
-def test_code_beside_a_checkpoint_is_never_run(architecture: str, loads: bool, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_beside_a_checkpoint_is_never_run(
+    architecture: str, loads: bool, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("was asked whether code may be run"))
     source = f"from pathlib import Path\nPath({str(tmp_path / 'owned')!r}).touch()\n"
-    (copy / "own.py").write_text(f"{source}from transformers import LlamaConfig as Own, LlamaForCausalLM as OwnForCausalLM\n")
+    (copy / "own.py").write_text(
+        f"{source}from transformers import LlamaConfig as Own, LlamaForCausalLM as OwnForCausalLM\n"
+    )
     auto_map = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnForCausalLM"}
     edit_config(copy, auto_map=auto_map, architectures=[architecture])
     if loads:
         assert type(load_whole(AutoModelForCausalLM, copy, torch.float32)).__name__ == architecture
     else:
-        assert "'auto_map' asks for code from the checkpoint" in refusal(load_whole, AutoModelForCausalLM, copy, torch.float32)
+        assert "'auto_map' asks for code from the checkpoint" in refusal(
+            load_whole, AutoModelForCausalLM, copy, torch.float32
+        )
     assert not (tmp_path / "owned").exists()
 
 
 @torch.no_grad()
 def test_a_head_that_transformers_did_not_tie_is_told_untied(copy: Path, tmp_path: Path) -> None:
-    rewrite(copy, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].flip(0).contiguous()}))
+    rewrite(
+        copy, lambda state: state.update({"lm_head.weight": state["model.embed_tokens.weight"].flip(0).contiguous()})
+    )
     model = load_whole(AutoModelForCausalLM, copy, torch.float32)
     assert model.config.tie_word_embeddings is False
     ids = torch.arange(2, 20)[None]
@@ -263,10 +304,16 @@ def test_hooks_come_off_however_it_ends(mixture_checkpoint: Path) -> None:
 
 def test_the_heap_is_given_back_when_the_process_has_grown_and_then_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
     resident, given = [1000], []
-    monkeypatch.setattr(upcycle.memory, "_find_resident", lambda: lambda: resident[0])
-    monkeypatch.setattr(upcycle.memory, "_find_trim", lambda: given.append)
-    monkeypatch.setattr(upcycle.memory._Least, "bytes", 1000)
-    for size, times in ((1000 + HEAP_BYTES, 0), (1001 + HEAP_BYTES, 1), (1002 + HEAP_BYTES, 1), (500, 1), (501 + HEAP_BYTES, 2)):
+    monkeypatch.setattr(memory, "_find_resident", lambda: lambda: resident[0])
+    monkeypatch.setattr(memory, "_find_trim", lambda: given.append)
+    monkeypatch.setattr(memory._Least, "bytes", 1000)
+    for size, times in (
+        (1000 + HEAP_BYTES, 0),
+        (1001 + HEAP_BYTES, 1),
+        (1002 + HEAP_BYTES, 1),
+        (500, 1),
+        (501 + HEAP_BYTES, 2),
+    ):
         resident[0] = size
         give_heap_back()
         assert len(given) == times
@@ -278,8 +325,9 @@ class _Cycle:
 
 
 def test_what_holds_only_itself_is_freed_whether_the_process_has_grown_or_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    resident = upcycle.memory._find_resident()
-    monkeypatch.setattr(upcycle.memory._Least, "bytes", 1 << 50 if resident is None else resident())  # by hooks, with all in use
+    resident = memory._find_resident()
+    # by hooks, with all in use
+    monkeypatch.setattr(memory._Least, "bytes", 1 << 50 if resident is None else resident())
     gc.disable()  # it might free the cycle before we do
     try:
         cycle = weakref.ref(_Cycle())
@@ -292,5 +340,5 @@ def test_what_holds_only_itself_is_freed_whether_the_process_has_grown_or_not(mo
 
 
 def test_a_system_that_tells_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(upcycle.memory, "_find_resident", lambda: None)
+    monkeypatch.setattr(memory, "_find_resident", lambda: None)
     give_heap_back()

@@ -13,22 +13,35 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.export.config import ElementType, scale_type
+from dense2moe.export.errors import ExportError
+from dense2moe.export.gates.routing import Routing
+from dense2moe.export.graph.writer import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
+from dense2moe.export.lowering import (
+    GROUPED,
+    MOE,
+    QMOE,
+    SWITCHED,
+    UNROLLED,
+    Expert,
+    Lowering,
+    MoeInput,
+    MoeLayer,
+    find_lowerings,
+)
+from dense2moe.export.quantization.blockwise import dequantize, quantize
+from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
+from dense2moe.upcycle.checkpoints.reader import index_tensors
 from packaging.version import Version
 from safetensors.torch import save_file
 
-from export.config import ElementType, scale_type
-from export.errors import ExportError
-from export.graph import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
-from export.lowering import GROUPED, MOE, QMOE, SWITCHED, UNROLLED, Expert, Lowering, MoeInput, MoeLayer, find_lowerings
-from export.quantization import dequantize, quantize
-from export.routing import Routing
-from export.twin import FloatWeight, QuantizedWeight
-from upcycle.checkpoint import index_tensors
-
 
 class Way(NamedTuple):
-    """A lowering, the bits of its weights and activations, the error allowed relative to the largest output, what the graph computes in, and
-    whether blocks have zero points."""
+    """A lowering, the bits of its weights and activations, the error allowed relative to the largest output.
+
+    What the graph computes in, and
+    whether blocks have zero points.
+    """
 
     lowering: Lowering
     bits: int
@@ -38,8 +51,9 @@ class Way(NamedTuple):
     zero_points: bool = False
 
 
-# Float32 sums of at most 172 products, twice: 7e-7 measured. Activations rounded to 8 bits: 1/254 of the largest a factor, 2e-2 measured.
-# Float16 rounds the input, each product, the gate and (for an operator) the routing by 2^-11 of itself: 9e-4 measured.
+# Float32 sums of at most 172 products, twice: 7e-7 measured. Activations rounded to 8 bits: 1/254 of the largest a
+# factor, 2e-2 measured. Float16 rounds the input, each product, the gate and (for an operator) the routing by 2^-11 of
+# itself: 9e-4 measured.
 WAYS = {
     "moe": Way(MOE, 32, 32, 2e-6),
     "qmoe_4": Way(QMOE, 4, 32, 2e-6),
@@ -78,9 +92,19 @@ WAYS = {
     "grouped_8_float16_zero_points": Way(GROUPED, 8, 32, 2e-3, "float16", zero_points=True),
 }
 WIDE = {
-    "moe", "grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8", "moe_float16", "grouped_4_float16", "unrolled_float16",
-    "grouped_4_zero_points", "unrolled_8_zero_points",
-}  # fmt: skip
+    "moe",
+    "grouped",
+    "grouped_4",
+    "grouped_8",
+    "unrolled",
+    "unrolled_4",
+    "unrolled_8",
+    "moe_float16",
+    "grouped_4_float16",
+    "unrolled_float16",
+    "grouped_4_zero_points",
+    "unrolled_8_zero_points",
+}
 """Those that take any hidden size."""
 ROUTINGS = [(num_experts, k) for num_experts in (2, 4, 8) for k in sorted({1, 2, num_experts})]
 
@@ -114,7 +138,13 @@ def make_layer(
                 weight = weight.to(getattr(torch, way.element_type)).to(torch.float32)
                 tensors[f"{number}.{name}"] = weight
             else:
-                quantized = quantize(weight, way.bits, block, scale_type=getattr(torch, scale_type(way.element_type)), zero_points=way.zero_points)
+                quantized = quantize(
+                    weight,
+                    way.bits,
+                    block,
+                    scale_type=getattr(torch, scale_type(way.element_type)),
+                    zero_points=way.zero_points,
+                )
                 tensors[f"{number}.{name}.scales"] = quantized.scales
                 if way.zero_points:
                     tensors[f"{number}.{name}.zero_points"] = quantized.own_zero_points()
@@ -127,10 +157,18 @@ def make_layer(
 
     def weight_of(number: int, name: str, shape: tuple[int, int]) -> FloatWeight | QuantizedWeight:
         entry = entries[f"{number}.{name}"]
-        return FloatWeight(entry) if way.bits >= 16 else QuantizedWeight(entry, entries, shape, way.bits, block, zero_points=way.zero_points)
+        return (
+            FloatWeight(entry)
+            if way.bits >= 16
+            else QuantizedWeight(entry, entries, shape, way.bits, block, zero_points=way.zero_points)
+        )
 
     experts = tuple(
-        Expert(weight_of(n, "gate", (inner, hidden)), weight_of(n, "up", (inner, hidden)), weight_of(n, "down", (hidden, inner)))
+        Expert(
+            weight_of(n, "gate", (inner, hidden)),
+            weight_of(n, "up", (inner, hidden)),
+            weight_of(n, "down", (hidden, inner)),
+        )
         for n in range(routing.num_experts)
     )
     bias = FloatWeight(entries["selection_bias"]) if selection_bias is not None else None
@@ -148,7 +186,9 @@ def build(layer: MoeLayer, lowering: Lowering) -> onnx.ModelProto:
     y = graph.op("Neg", [lowering.lower(graph, layer, MoeInput(hidden, tokens, router_logits))], "y")
     y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "length", layer.hidden_size])
     initializers = list(graph.initializers.values())
-    written = ir.Graph([x, router_logits], [y], nodes=graph.nodes, initializers=initializers, opset_imports=OPSETS, name="layer")
+    written = ir.Graph(
+        [x, router_logits], [y], nodes=graph.nodes, initializers=initializers, opset_imports=OPSETS, name="layer"
+    )
     return ir.to_proto(ir.Model(written, ir_version=IR_VERSION))
 
 
@@ -165,12 +205,18 @@ def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.
     return -session.run(None, {"x": -x, "router_logits": logits})[0]
 
 
-def compute(values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+def compute(
+    values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.ndarray, bias: np.ndarray | None = None
+) -> np.ndarray:
     """The layer, a token and an expert at a time, in float64."""
     tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
     result = np.zeros_like(tokens)
     for n, (token, row) in enumerate(zip(tokens, logits.astype(np.float64), strict=True)):
-        scores = 1 / (1 + np.exp(-row)) if routing.score == "sigmoid" else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        scores = (
+            1 / (1 + np.exp(-row))
+            if routing.score == "sigmoid"
+            else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        )
         ranks = scores if bias is None else scores + bias
         chosen = sorted(range(len(row)), key=lambda e: -ranks[e])[: routing.num_experts_per_tok]
         total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
@@ -183,7 +229,9 @@ def compute(values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.
 
 def draw(batch: int, length: int, hidden: int, num_experts: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(seed)
-    return random.standard_normal((batch, length, hidden), np.float32), random.standard_normal((batch * length, num_experts), np.float32)
+    return random.standard_normal((batch, length, hidden), np.float32), random.standard_normal(
+        (batch * length, num_experts), np.float32
+    )
 
 
 def assert_close(found: np.ndarray, expected: np.ndarray, way: Way) -> None:
@@ -224,14 +272,18 @@ def test_an_expert_may_get_every_token_with_the_whole_weight(way: Way, tmp_path:
     layer, values = make_layer(tmp_path, way, softmax(4, 2))
     x, logits = draw(2, 8, 64, 4)
     logits[:, 3] = 200  # in float32 the other scores are exactly zero
-    assert_close(run(load(layer, way.lowering), x, logits), compute(values[3:], softmax(1, 1), x, np.zeros((16, 1))), way)
+    assert_close(
+        run(load(layer, way.lowering), x, logits), compute(values[3:], softmax(1, 1), x, np.zeros((16, 1))), way
+    )
 
 
 def test_equal_experts_equal_one_ffn_even_when_the_router_ties(way: Way, tmp_path: Path) -> None:
     layer, values = make_layer(tmp_path, way, softmax(4, 2), equal=True)
     x, logits = draw(2, 8, 64, 4)
     logits[:8] = 0
-    assert_close(run(load(layer, way.lowering), x, logits), compute(values[:1], softmax(1, 1), x, np.zeros((16, 1))), way)
+    assert_close(
+        run(load(layer, way.lowering), x, logits), compute(values[:1], softmax(1, 1), x, np.zeros((16, 1))), way
+    )
 
 
 def test_an_ffn_width_that_no_block_divides_is_computed(way: Way, tmp_path: Path) -> None:
@@ -244,10 +296,18 @@ def test_an_ffn_width_that_no_block_divides_is_computed(way: Way, tmp_path: Path
 @pytest.mark.parametrize(
     "name",
     [
-        "qmoe_4", "qmoe_4_rounding", "qmoe_8_rounding", "unrolled_4", "unrolled_8",
-        "qmoe_4_zero_points", "qmoe_4_rounding_zero_points", "qmoe_8_rounding_zero_points", "grouped_4_zero_points", "unrolled_8_zero_points",
+        "qmoe_4",
+        "qmoe_4_rounding",
+        "qmoe_8_rounding",
+        "unrolled_4",
+        "unrolled_8",
+        "qmoe_4_zero_points",
+        "qmoe_4_rounding_zero_points",
+        "qmoe_8_rounding_zero_points",
+        "grouped_4_zero_points",
+        "unrolled_8_zero_points",
     ],
-)  # fmt: skip
+)
 def test_every_block_size_is_computed(name: str, block: int, tmp_path: Path) -> None:
     way = WAYS[name]
     layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=128, inner=172, block=block)
@@ -266,7 +326,13 @@ def test_a_hidden_size_that_no_block_divides_is_computed(name: str, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("score", "renormalize", "scale"),
-    [("softmax", False, 1.0), ("softmax", True, 2.5), ("softmax", False, 0.5), ("sigmoid", True, 1.0), ("sigmoid", False, 2.5)],
+    [
+        ("softmax", False, 1.0),
+        ("softmax", True, 2.5),
+        ("softmax", False, 0.5),
+        ("sigmoid", True, 1.0),
+        ("sigmoid", False, 2.5),
+    ],
 )
 @pytest.mark.parametrize("name", ["grouped", "grouped_4", "grouped_8", "unrolled", "unrolled_4", "unrolled_8"])
 def test_standard_operators_compute_routings_that_no_fused_one_expresses(
@@ -281,7 +347,9 @@ def test_standard_operators_compute_routings_that_no_fused_one_expresses(
 
 @pytest.mark.parametrize(("score", "renormalize"), [("softmax", True), ("softmax", False), ("sigmoid", True)])
 @pytest.mark.parametrize("name", ["grouped", "unrolled", "grouped_4"])
-def test_a_selection_bias_chooses_experts_and_leaves_their_weights(name: str, score: Any, renormalize: bool, tmp_path: Path) -> None:
+def test_a_selection_bias_chooses_experts_and_leaves_their_weights(
+    name: str, score: Any, renormalize: bool, tmp_path: Path
+) -> None:
     way, bias = WAYS[name], np.array([0.5, -0.5, 0.0, 0.25], np.float32)
     layer, values = make_layer(tmp_path, way, routed(score, renormalize), selection_bias=bias)
     x, logits = draw(2, 8, 64, 4)
@@ -292,7 +360,10 @@ def test_a_selection_bias_chooses_experts_and_leaves_their_weights(name: str, sc
 
 
 def test_every_fused_node_renormalizes(way: Way, tmp_path: Path) -> None:
-    """normalize_routing_weights=0 computes wrong values before onnxruntime 1.32, and QMoE ignores it: it must never be written."""
+    """normalize_routing_weights=0 computes wrong values before onnxruntime 1.32, and QMoE ignores it.
+
+    It must never be written.
+    """
     layer, _ = make_layer(tmp_path, way, softmax(4, 2))
     for node in build(layer, way.lowering).graph.node:
         if node.op_type in ("MoE", "QMoE"):
@@ -327,14 +398,21 @@ def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0)
 @pytest.mark.parametrize(
     ("name", "routing", "hidden", "reason"),
     [
-        ("moe", routed(renormalize=False), 64, "moe: normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"),
+        (
+            "moe",
+            routed(renormalize=False),
+            64,
+            "moe: normalize_routing_weights=0 computes wrong values before onnxruntime 1.32",
+        ),
         ("moe", routed(scale=2.0), 64, "moe: the operator has no factor on the weights"),
         ("qmoe_4", routed(), 40, "qmoe: the hidden size 40 is not a multiple of the block size 32"),
         ("moe", routed("sigmoid"), 64, "moe: the operator scores by softmax, not sigmoid"),
         ("unrolled_8", routed(), 64, "qmoe: with 8-bit weights the operator reads activations in 8 bits"),
     ],
 )
-def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden: int, reason: str, tmp_path: Path) -> None:
+def test_a_wish_that_cannot_be_met_says_why(
+    name: str, routing: Routing, hidden: int, reason: str, tmp_path: Path
+) -> None:
     layer, _ = make_layer(tmp_path, WAYS[name], routing, hidden=hidden)
     message = f"export.lowering 'fused' cannot express layer ({reason}); use 'auto'"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
@@ -370,8 +448,13 @@ def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Routing, hidden:
         ("qmoe_8_rounding_zero_points", 64, 32, "1.24.1"),
     ],
 )
-def test_each_layer_knows_the_oldest_runtime_that_computes_it(name: str, hidden: int, block: int, version: str, tmp_path: Path) -> None:
-    """Found by running such layers on every minor release from 1.20 on: older ones refuse them or compute something else."""
+def test_each_layer_knows_the_oldest_runtime_that_computes_it(
+    name: str, hidden: int, block: int, version: str, tmp_path: Path
+) -> None:
+    """Found by running such layers on every minor release from 1.20 on.
+
+    Older ones refuse them or compute something else.
+    """
     layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, block=block)
     assert WAYS[name].lowering.min_onnxruntime(layer) == version
 
@@ -392,15 +475,22 @@ def for_cuda(layer: MoeLayer) -> MoeLayer:
 
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("name", ["qmoe_4_float16", "qmoe_8_rounding_float16"])
-def test_a_qmoe_for_cuda_says_that_its_weights_are_raw_and_runs_on_the_cpu(name: str, block: int, tmp_path: Path) -> None:
+def test_a_qmoe_for_cuda_says_that_its_weights_are_raw_and_runs_on_the_cpu(
+    name: str, block: int, tmp_path: Path
+) -> None:
     """CUDA takes weights without the attribute for packed ones; the CPU reads raw ones either way."""
     way = WAYS[name]
     layer, values = make_layer(tmp_path, way, softmax(4, 2), hidden=256, inner=172, block=block)
     (node,) = (node for node in build(for_cuda(layer), QMOE).graph.node if node.op_type == "QMoE")
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    assert (attributes["weights_prepacked"], attributes["swiglu_fusion"], attributes["normalize_routing_weights"]) == (0, 1, 1)
+    assert (attributes["weights_prepacked"], attributes["swiglu_fusion"], attributes["normalize_routing_weights"]) == (
+        0,
+        1,
+        1,
+    )
     assert attributes["block_size"] == block
-    assert len([name for name in node.input if name]) == 6  # no zero points: CUDA's kernel is symmetric; and no router_weights, which it ignores
+    # no zero points: CUDA's kernel is symmetric; and no router_weights, which it ignores
+    assert len([name for name in node.input if name]) == 6
     (untold,) = (node for node in build(layer, QMOE).graph.node if node.op_type == "QMoE")
     assert "weights_prepacked" not in {a.name for a in untold.attribute}
     for batch, length in ((1, 1), (1, 4), (1, 5), (4, 16)):
@@ -412,13 +502,21 @@ def test_a_qmoe_for_cuda_says_that_its_weights_are_raw_and_runs_on_the_cpu(name:
     ("name", "hidden", "inner", "block", "reason"),
     [
         ("qmoe_4", 64, 96, 64, "qmoe: CUDA's QMoE operator has no float32"),
-        ("qmoe_4_float16", 64, 96, 32, "qmoe: CUDA's QMoE operator is given blocks of 64 or 128, not 32; set quantize.block_size"),
+        (
+            "qmoe_4_float16",
+            64,
+            96,
+            32,
+            "qmoe: CUDA's QMoE operator is given blocks of 64 or 128, not 32; set quantize.block_size",
+        ),
         ("qmoe_4_float16_zero_points", 64, 96, 64, "qmoe: CUDA's QMoE operator has no zero points"),
         ("moe_float16", 64, 100, 32, "moe: CUDA's MoE operator takes widths that are multiples of 8, not 64 and 100"),
         ("moe_float16", 60, 96, 32, "moe: CUDA's MoE operator takes widths that are multiples of 8, not 60 and 96"),
     ],
 )
-def test_what_cuda_cannot_run_is_refused_for_cuda_alone(name: str, hidden: int, inner: int, block: int, reason: str, tmp_path: Path) -> None:
+def test_what_cuda_cannot_run_is_refused_for_cuda_alone(
+    name: str, hidden: int, inner: int, block: int, reason: str, tmp_path: Path
+) -> None:
     layer, _ = make_layer(tmp_path, WAYS[name], routed(), hidden=hidden, inner=inner, block=block)
     message = f"export.lowering 'fused' cannot express layer ({reason}); use 'auto'"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
@@ -444,7 +542,10 @@ def test_operators_for_cuda_need_a_newer_runtime(name: str, block: int, version:
 
 @pytest.mark.parametrize("name", ["moe_float16", "qmoe_4_float16"])
 def test_large_router_logits_choose_the_same_experts_in_float16(name: str, tmp_path: Path) -> None:
-    """Between 1024 and 2048 neighbours in float16 are 1 apart, and from 65520 on all are infinite; the difference to the largest is what counts."""
+    """Between 1024 and 2048 neighbours in float16 are 1 apart, and from 65520 on all are infinite.
+
+    The difference to the largest is what counts.
+    """
     way = WAYS[name]
     layer, values = make_layer(tmp_path, way, softmax(4, 2))
     x, logits = draw(2, 8, 64, 4)
@@ -457,8 +558,13 @@ def test_large_router_logits_choose_the_same_experts_in_float16(name: str, tmp_p
 
 
 @pytest.mark.parametrize(("num_experts", "k"), [(4, 2), (8, 2), (8, 3)])
-def test_without_renormalizing_the_operator_between_other_nodes_is_wrong_before_1_32(num_experts: int, k: int, tmp_path: Path) -> None:
-    """What `routing_refusal` guards against, shown on the runtime that is installed: a file that has it may be run by an older one."""
+def test_without_renormalizing_the_operator_between_other_nodes_is_wrong_before_1_32(
+    num_experts: int, k: int, tmp_path: Path
+) -> None:
+    """What `routing_refusal` guards against, shown on the runtime that is installed.
+
+    A file that has it may be run by an older one.
+    """
     routing = softmax(num_experts, k, renormalize=False)
     layer, values = make_layer(tmp_path, WAYS["moe"], routing)
     assert MOE.refusal(layer) == "normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"
@@ -473,6 +579,8 @@ def test_without_renormalizing_the_operator_between_other_nodes_is_wrong_before_
     if Version(ort.__version__) >= Version("1.32"):
         assert error < WAYS["moe"].tolerance
     elif error < WAYS["moe"].tolerance:
-        pytest.skip("right on this processor (an AMD EPYC was seen to be); on an Intel Xeon the same runtimes were wrong")
+        pytest.skip(
+            "right on this processor (an AMD EPYC was seen to be); on an Intel Xeon the same runtimes were wrong"
+        )
     else:
         assert error > 0.1

@@ -6,8 +6,7 @@ import json
 import math
 
 import pytest
-
-from upcycle.numbers import name_specials, perplexity
+from dense2moe.upcycle.numbers import name_specials, perplexity
 
 
 @pytest.mark.parametrize("loss", [0.0, 1.5, 700.0])

@@ -1,4 +1,7 @@
-"""A package runs in optimum's `ORTModelForCausalLM`, which needs an older transformers and so an environment of its own."""
+"""A package runs in optimum's `ORTModelForCausalLM`.
+
+Which needs an older transformers and so an environment of its own.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from transformers import AutoModelForCausalLM
-
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
 PYTHON = "DENSE2MOE_OPTIMUM_PYTHON"
 RECIPE = "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0"
 PROMPTS = [[0, 34], list(range(40, 60)), [0, 299, 298, 2, 2, 150]]
 NUM_TOKENS = 48
 
-# What a user writes; one line of it is for optimum-onnx 0.1.0, whose table of grouped-query architectures lacks Mixtral.
+# What a user writes; one line of it is for optimum-onnx 0.1.0, whose table of grouped-query architectures lacks
+# Mixtral.
 SCRIPT = """
 import json, sys
 import torch
@@ -50,9 +53,13 @@ def run_optimum(package: Path, prompts: list[list[int]], **wishes: Any) -> subpr
     python = os.environ.get(PYTHON)
     if python is None:
         pytest.skip(f"{PYTHON} is not set; make an environment by `{RECIPE}` and set it to that one's python")
-    arguments = json.dumps({"prompts": prompts, "num_tokens": NUM_TOKENS, "use_io_binding": True, "tell_heads": True} | wishes)
+    arguments = json.dumps(
+        {"prompts": prompts, "num_tokens": NUM_TOKENS, "use_io_binding": True, "tell_heads": True} | wishes
+    )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([python, "-c", SCRIPT, package, arguments], capture_output=True, text=True, check=False, env=environment)
+    return subprocess.run(
+        [python, "-c", SCRIPT, package, arguments], capture_output=True, text=True, check=False, env=environment
+    )
 
 
 def generate_in_optimum(package: Path, prompts: list[list[int]], **wishes: Any) -> list[list[int]]:
@@ -80,7 +87,9 @@ def export(source: Path, folder: Path, variant: Variant) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("use_io_binding", [True, False])
 @pytest.mark.parametrize("variant", ["float32", "int4"])
-def test_optimum_generates_the_tokens_of_transformers(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, use_io_binding: bool) -> None:
+def test_optimum_generates_the_tokens_of_transformers(
+    mixture_checkpoint: Path, tmp_path: Path, variant: Variant, use_io_binding: bool
+) -> None:
     """Each prompt alone, and all of them as one batch padded at the left."""
     twin, package = export(mixture_checkpoint, tmp_path, variant)
     expected = [generate_in_torch(twin, prompt) for prompt in PROMPTS]
@@ -88,14 +97,26 @@ def test_optimum_generates_the_tokens_of_transformers(mixture_checkpoint: Path, 
     assert generate_in_optimum(package, PROMPTS, use_io_binding=use_io_binding) == expected
 
 
-def test_optimum_runs_an_architecture_that_it_knows_without_being_told_its_heads(make_dense: Any, tmp_path: Path) -> None:
+def test_optimum_runs_an_architecture_that_it_knows_without_being_told_its_heads(
+    make_dense: Any, tmp_path: Path
+) -> None:
     mixture = tmp_path / "mixture"
     mixture.mkdir()
-    config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
-    upcycle(make_dense(architecture="Qwen3ForCausalLM", head_dim=16, num_attention_heads=2, num_key_value_heads=1), mixture, config, 0, silent)
+    config = UpcycleConfig(
+        num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
+    )
+    upcycle(
+        make_dense(architecture="Qwen3ForCausalLM", head_dim=16, num_attention_heads=2, num_key_value_heads=1),
+        mixture,
+        config,
+        0,
+        silent,
+    )
     twin, package = export(mixture, tmp_path, "float32")
     assert json.loads((package / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_moe"
-    assert generate_in_optimum(package, PROMPTS, tell_heads=False) == [generate_in_torch(twin, prompt) for prompt in PROMPTS]
+    assert generate_in_optimum(package, PROMPTS, tell_heads=False) == [
+        generate_in_torch(twin, prompt) for prompt in PROMPTS
+    ]
 
 
 def test_optimum_takes_the_heads_of_a_mixtral_for_its_query_heads(mixture_checkpoint: Path, tmp_path: Path) -> None:

@@ -11,17 +11,23 @@ import onnx
 import onnxruntime_genai as og
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import OnnxFacts, genai_config, write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import Decoder, Sampling
+from dense2moe.export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import OnnxFacts, genai_config, write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder, Sampling
-from export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
-
-VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))  # those need text
+# those need text
+VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
 NUM_TOKENS = 64
-PROMPTS = [[0, 34], [0, 69, 72, 101, 260, 271], [7], list(range(40, 80)), [0, 299, 298, 2, 2, 2, 150, 33, 8, 90, 61, 270]]
+PROMPTS = [
+    [0, 34],
+    [0, 69, 72, 101, 260, 271],
+    [7],
+    list(range(40, 80)),
+    [0, 299, 298, 2, 2, 2, 150, 33, 8, 90, 61, 270],
+]
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -34,14 +40,20 @@ def export(source: Path, directory: Path, variant: Variant, **config: Any) -> tu
     for path in (twin, package):
         path.mkdir()
     quantize_checkpoint(source, twin, variant, QuantizeConfig(method="search"), silent, config.get("device", "cpu"))
-    return twin, package, write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped"} | config), silent)
+    return (
+        twin,
+        package,
+        write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped"} | config), silent),
+    )
 
 
 def generate_in_torch(twin: Path, prompt: list[int]) -> list[int]:
     model = MixtralForCausalLM.from_pretrained(twin, dtype=torch.float32).eval()
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)
-    return model.generate(ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=1)[0, len(prompt) :].tolist()
+    return model.generate(ids, attention_mask=mask, max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=1)[
+        0, len(prompt) :
+    ].tolist()
 
 
 def generate_in_genai(model: og.Model, prompt: list[int]) -> list[int]:
@@ -57,9 +69,12 @@ def generate_in_genai(model: og.Model, prompt: list[int]) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("variant", "lowering"), [*((variant, lowering) for variant in VARIANTS for lowering in ("auto", "unrolled")), ("int4", "switched")]
+    ("variant", "lowering"),
+    [*((variant, lowering) for variant in VARIANTS for lowering in ("auto", "unrolled")), ("int4", "switched")],
 )
-def test_genai_generates_the_tokens_of_transformers(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, lowering: str) -> None:
+def test_genai_generates_the_tokens_of_transformers(
+    mixture_checkpoint: Path, tmp_path: Path, variant: Variant, lowering: str
+) -> None:
     """Of the twin, so that the quantized packages must agree as well."""
     twin, package, _ = export(mixture_checkpoint, tmp_path, variant, lowering=lowering)
     model = og.Model(str(package))
@@ -73,12 +88,17 @@ def test_genai_generates_the_tokens_of_transformers(mixture_checkpoint: Path, tm
 
 @pytest.mark.parametrize("variant", ["float16", "int8", "int4"])
 def test_genai_runs_a_file_for_cuda_on_the_cpu(mixture_checkpoint: Path, tmp_path: Path, variant: Variant) -> None:
-    """It gives the cache the type that the graph declares, here float16; its tokens are those of our runtime on the same file."""
+    """It gives the cache the type that the graph declares, here float16.
+
+    Its tokens are those of our runtime on the same file.
+    """
     _, package, facts = export(mixture_checkpoint, tmp_path, variant, device="cuda")
     assert facts.element_type == "float16"
     model, decoder = og.Model(str(package)), Decoder(package)
     for prompt in PROMPTS:
-        assert generate_in_genai(model, prompt) == [token for (token,) in decoder.generate([prompt], NUM_TOKENS, Sampling(), stop=[1])]
+        assert generate_in_genai(model, prompt) == [
+            token for (token,) in decoder.generate([prompt], NUM_TOKENS, Sampling(), stop=[1])
+        ]
 
 
 def test_genai_runs_8_bit_activations(mixture_checkpoint: Path, tmp_path: Path) -> None:
@@ -121,7 +141,11 @@ def test_genai_config_describes_the_model(mixture_checkpoint: Path, tmp_path: Pa
                     "past_key_names": "past_key_values.%d.key",
                     "past_value_names": "past_key_values.%d.value",
                 },
-                "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
             },
         },
         "search": {"max_length": 256, "past_present_share_buffer": True, "do_sample": False},
@@ -154,7 +178,13 @@ def test_an_explicit_head_size_is_told() -> None:
         ("float32", {"lowering": "fused"}, "moe", "1.23.1"),
         ("float32", {"lowering": "unrolled"}, "unrolled", "1.23"),
         ("int8", {}, "grouped", "1.23"),
-        ("int8", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),  # the block is as wide as the hidden size
+        # the block is as wide as the hidden size
+        (
+            "int8",
+            {"lowering": "fused", "activation_bits": 8},
+            "qmoe",
+            "1.31",
+        ),
         ("int4", {"lowering": "fused", "activation_bits": 8}, "qmoe", "1.31"),
         ("float16", {"lowering": "fused"}, "moe", "1.23.1"),
         ("float16", {"device": "cuda"}, "grouped", "1.29"),  # CUDA's GroupQueryAttention takes a bias from there on
@@ -166,14 +196,23 @@ def test_the_file_says_its_lowering_and_the_runtime_it_needs(
 ) -> None:
     _, package, facts = export(mixture_checkpoint, tmp_path, variant, **config)
     proto = onnx.load(package / MODEL_NAME, load_external_data=False)
-    assert {entry.key: entry.value for entry in proto.metadata_props} == {MIN_ONNXRUNTIME_KEY: needed, LOWERING_KEY: lowering}
+    assert {entry.key: entry.value for entry in proto.metadata_props} == {
+        MIN_ONNXRUNTIME_KEY: needed,
+        LOWERING_KEY: lowering,
+    }
     assert (facts.lowering, facts.min_onnxruntime) == (lowering, needed)
 
 
 def test_a_package_holds_all_that_runtimes_read(mixture_checkpoint: Path, tmp_path: Path) -> None:
     twin, package, _ = export(mixture_checkpoint, tmp_path, "int4")
     companions = ("tokenizer.json", "tokenizer_config.json")
-    assert {path.name for path in package.iterdir()} >= {MODEL_NAME, DATA_NAME, "config.json", "genai_config.json", *companions}
+    assert {path.name for path in package.iterdir()} >= {
+        MODEL_NAME,
+        DATA_NAME,
+        "config.json",
+        "genai_config.json",
+        *companions,
+    }
     for name in companions:
         assert (package / name).read_bytes() == (mixture_checkpoint / name).read_bytes()
     assert json.loads((package / "config.json").read_text()) == json.loads((twin / "config.json").read_text())
@@ -184,7 +223,9 @@ def test_large_weights_lie_outside_the_graph(mixture_checkpoint: Path, tmp_path:
     proto = onnx.load(package / MODEL_NAME, load_external_data=False)
     outside = [tensor for tensor in proto.graph.initializer if tensor.data_location == onnx.TensorProto.EXTERNAL]
     inside = [tensor for tensor in proto.graph.initializer if tensor.data_location != onnx.TensorProto.EXTERNAL]
-    assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {DATA_NAME}
+    assert {entry.value for tensor in outside for entry in tensor.external_data if entry.key == "location"} == {
+        DATA_NAME
+    }
     assert all(tensor.ByteSize() < 2048 for tensor in inside)
     assert any(".gate_up" in tensor.name for tensor in outside)
 

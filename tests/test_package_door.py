@@ -1,4 +1,7 @@
-"""Packages that are damaged, foreign, linked or of another model: one line that names the file, and the right ones open."""
+"""Packages that are damaged, foreign, linked or of another model.
+
+One line that names the file, and the right ones open.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from dense2moe.export.errors import ExportError
+from dense2moe.export.opening import open_package
+from dense2moe.export.parity.constants import read_constants
+from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.sampling import Sampling
+from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
 from onnx import ModelProto, TensorProto
 from programs import dense2moe
 
-from export.errors import ExportError
-from export.opening import open_package
-from export.parity.constants import read_constants
-from export.parity.precision import find_precision
-from export.runtime import Decoder
-from export.sampling import Sampling
-from export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
 from tests.conftest import MakeDense
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +62,9 @@ def change_graph(directory: Path, change: Callable[[ModelProto], object]) -> Pat
 
 def change_config(directory: Path, name: str = "config.json", **values: Any) -> Path:
     found = json.loads((directory / name).read_text(encoding="utf-8")) | values
-    (directory / name).write_text(json.dumps({key: value for key, value in found.items() if value != "left out"}), encoding="utf-8")
+    (directory / name).write_text(
+        json.dumps({key: value for key, value in found.items() if value != "left out"}), encoding="utf-8"
+    )
     return directory
 
 
@@ -85,13 +90,20 @@ def test_a_graph_that_cannot_be_read_is_one_line(content: bytes | None, reason: 
     if content is not None:
         (tmp_path / MODEL_NAME).write_bytes(content)
     for call in (Decoder, find_precision, read_constants):
-        assert re.fullmatch(reason.format(directory=re.escape(str(tmp_path)), path=re.escape(str(tmp_path / MODEL_NAME))), refusal(call, tmp_path))
+        assert re.fullmatch(
+            reason.format(directory=re.escape(str(tmp_path)), path=re.escape(str(tmp_path / MODEL_NAME))),
+            refusal(call, tmp_path),
+        )
 
 
 def test_what_is_no_directory_is_one_line(tmp_path: Path) -> None:
-    assert refusal(open_package, tmp_path / "no").startswith(f"{tmp_path / 'no'}: no such directory; it must be an ONNX package")
+    assert refusal(open_package, tmp_path / "no").startswith(
+        f"{tmp_path / 'no'}: no such directory; it must be an ONNX package"
+    )
     (tmp_path / "file").touch()
-    assert refusal(open_package, tmp_path / "file").startswith(f"{tmp_path / 'file'}: is a file; it must be an ONNX package")
+    assert refusal(open_package, tmp_path / "file").startswith(
+        f"{tmp_path / 'file'}: is a file; it must be an ONNX package"
+    )
 
 
 def test_weights_that_are_missing_cut_or_a_pointer_are_one_line(copy: Path) -> None:
@@ -99,11 +111,15 @@ def test_weights_that_are_missing_cut_or_a_pointer_are_one_line(copy: Path) -> N
     whole = data.read_bytes()
     data.write_bytes(whole[:-8])
     assert refusal(Decoder, copy) == (
-        f"{data}: has {len(whole) - 8:,} bytes; the tensor 'logits.weight' in model.onnx ends at {len(whole):,}, so the file is cut, "
+        f"{data}: has {len(whole) - 8:,} bytes; the tensor 'logits.weight' in model.onnx ends at {len(whole):,}, so "
+        "the file is cut, "
         f"or another model's; {AGAIN}"
     )
     data.write_bytes(POINTER)
-    assert refusal(Decoder, copy) == f"{data}: is a git-LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
+    assert (
+        refusal(Decoder, copy)
+        == f"{data}: is a git-LFS pointer, not the file itself; run `git lfs pull` where it was cloned"
+    )
     data.unlink()
     assert refusal(Decoder, copy) == f"{data}: no such file; model.onnx has its weights there; {AGAIN}"
     data.write_bytes(whole + b"more")
@@ -117,7 +133,8 @@ def test_weights_outside_of_the_package_are_refused(copy: Path, location: str) -
     change_graph(copy, lambda model: [set_entry(model, "location", place)])
     for call in (Decoder, read_constants):
         assert refusal(call, copy) == (
-            f"{copy / MODEL_NAME}: its weights are said to lie in '{place}', outside of the package; must be a file beside model.onnx; {AGAIN}"
+            f"{copy / MODEL_NAME}: its weights are said to lie in '{place}', outside of the package; must be a file "
+            f"beside model.onnx; {AGAIN}"
         )
 
 
@@ -128,7 +145,14 @@ def test_a_link_to_a_file_of_somebody_else_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("offset", "-1"), ("length", "x"), ("offset", "99999999999"), ("location", "a\0b"), ("location", "*/_ORT_MEM_ADDR_/*")]
+    ("key", "value"),
+    [
+        ("offset", "-1"),
+        ("length", "x"),
+        ("offset", "99999999999"),
+        ("location", "a\0b"),
+        ("location", "*/_ORT_MEM_ADDR_/*"),
+    ],
 )
 def test_places_of_weights_that_cannot_be_are_one_line(copy: Path, key: str, value: str) -> None:
     change_graph(copy, lambda model: set_entry(model, key, value))
@@ -165,12 +189,23 @@ def test_a_shape_that_its_bytes_do_not_have_is_one_line(copy: Path, size: int) -
 def test_a_package_in_the_hub_s_cache_is_the_package(snapshot: Path, package: Path, mixture_checkpoint: Path) -> None:
     texts = [list(Decoder(each, num_threads=1).generate([[0, 34, 90]], 12, Sampling())) for each in (snapshot, package)]
     assert texts[0] == texts[1]
-    matrices, expected = ({matrix.place: matrix.read() for matrix in read_constants(each).matrices} for each in (snapshot, package))
+    matrices, expected = (
+        {matrix.place: matrix.read() for matrix in read_constants(each).matrices} for each in (snapshot, package)
+    )
     assert matrices.keys() == expected.keys()
     assert all(np.array_equal(matrices[place], expected[place]) for place in expected)
     result = dense2moe(
-        "parity", snapshot, "--reference", mixture_checkpoint, "--data", TEXT, "--blocks", 2, "--block-size", 16,
-    )  # fmt: skip
+        "parity",
+        snapshot,
+        "--reference",
+        mixture_checkpoint,
+        "--data",
+        TEXT,
+        "--blocks",
+        2,
+        "--block-size",
+        16,
+    )
     assert (result.exit_code, result.stdout.endswith("parity passed\n")) == (0, True), result.output
     assert dense2moe("bench", snapshot, "--batch", 1, "--prompt", 4, "--new", 1, "--rounds", 1).exit_code == 0
     assert dense2moe("generate", snapshot, "--prompt", "a", "--max-new-tokens", 2).exit_code == 0
@@ -191,11 +226,27 @@ def test_weights_with_several_names_are_read(package: Path, tmp_path: Path, how:
         ("config.json", "[1]", "is no JSON object; copy it from the checkpoint that the package was made from"),
         ("config.json", POINTER.decode(), "is a git-LFS pointer, not the file itself"),
         ("config.json", "{}", f"max_position_embeddings is missing; must be a whole number from 1 on; {COPY}"),
-        ("config.json", '{"max_position_embeddings": "many"}', f'max_position_embeddings is "many"; must be a whole number from 1 on; {COPY}'),
-        ("config.json", '{"max_position_embeddings": true}', f"max_position_embeddings is true; must be a whole number from 1 on; {COPY}"),
-        ("config.json", '{"max_position_embeddings": 8, "num_experts_per_tok": []}', "num_experts_per_tok is []; must be a whole number from 0 on"),
+        (
+            "config.json",
+            '{"max_position_embeddings": "many"}',
+            f'max_position_embeddings is "many"; must be a whole number from 1 on; {COPY}',
+        ),
+        (
+            "config.json",
+            '{"max_position_embeddings": true}',
+            f"max_position_embeddings is true; must be a whole number from 1 on; {COPY}",
+        ),
+        (
+            "config.json",
+            '{"max_position_embeddings": 8, "num_experts_per_tok": []}',
+            "num_experts_per_tok is []; must be a whole number from 0 on",
+        ),
         (GENAI_CONFIG_NAME, "{", "is no JSON"),
-        (GENAI_CONFIG_NAME, '{"model": 3}', f"model.context_length is missing; must be a whole number from 1 on; {COPY}"),
+        (
+            GENAI_CONFIG_NAME,
+            '{"model": 3}',
+            f"model.context_length is missing; must be a whole number from 1 on; {COPY}",
+        ),
     ],
 )
 def test_sizes_that_are_not_said_are_one_line(copy: Path, name: str, text: str, reason: str) -> None:
@@ -206,18 +257,28 @@ def test_sizes_that_are_not_said_are_one_line(copy: Path, name: str, text: str, 
 
 def test_a_config_of_several_parts_has_the_sizes_of_its_language_model(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
-    (copy / "config.json").write_text(json.dumps({"model_type": "of_two_parts", "text_config": config}), encoding="utf-8")
+    (copy / "config.json").write_text(
+        json.dumps({"model_type": "of_two_parts", "text_config": config}), encoding="utf-8"
+    )
     assert Decoder(copy).context_length == 256
 
 
 def test_a_branch_that_is_missing_is_one_line(copy: Path) -> None:
-    change_graph(copy, lambda model: model.graph.node.add(op_type="If", name="by_length", input=["one"], output=["either"]))
-    assert refusal(find_precision, copy) == f"{copy / MODEL_NAME}: the node 'by_length' lacks a branch, or what a branch must return; {AGAIN}"
+    change_graph(
+        copy, lambda model: model.graph.node.add(op_type="If", name="by_length", input=["one"], output=["either"])
+    )
+    assert (
+        refusal(find_precision, copy)
+        == f"{copy / MODEL_NAME}: the node 'by_length' lacks a branch, or what a branch must return; {AGAIN}"
+    )
 
 
 def test_what_onnxruntime_lacks_is_said_with_its_version(copy: Path) -> None:
     change_graph(copy, lambda model: setattr(model.graph.node[3], "op_type", "OfTomorrow"))
-    start = f"{copy / MODEL_NAME}: onnxruntime {ort.__version__} cannot load it (InvalidGraph: This is an invalid model. In Node, "
+    start = (
+        f"{copy / MODEL_NAME}: onnxruntime {ort.__version__} cannot load it (InvalidGraph: This is an invalid "
+        "model. In Node, "
+    )
     message = refusal(Decoder, copy)
     assert message.startswith(start)
     assert message.endswith("; upgrade onnxruntime if it lacks something, or export the package again")
@@ -225,19 +286,35 @@ def test_what_onnxruntime_lacks_is_said_with_its_version(copy: Path) -> None:
 
 def test_an_operator_set_of_tomorrow_is_one_line(copy: Path) -> None:
     change_graph(copy, lambda model: setattr(model.opset_import[0], "version", 99))
-    assert f"onnxruntime {ort.__version__} cannot load it (Fail: ONNX Runtime only *guarantees* support for models" in refusal(Decoder, copy)
+    assert (
+        f"onnxruntime {ort.__version__} cannot load it (Fail: ONNX Runtime only *guarantees* support for models"
+        in refusal(Decoder, copy)
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "reason"),
     [
-        ("attention_mask", TensorProto.INT32, "attention_mask is a tensor(int32); must be a tensor(int64); export it so"),
-        ("past_key_values.0.key", TensorProto.INT8, "past_key_values.0.key is a tensor(int8); must be a tensor(float) or tensor(float16) or "),
+        (
+            "attention_mask",
+            TensorProto.INT32,
+            "attention_mask is a tensor(int32); must be a tensor(int64); export it so",
+        ),
+        (
+            "past_key_values.0.key",
+            TensorProto.INT8,
+            "past_key_values.0.key is a tensor(int8); must be a tensor(float) or tensor(float16) or ",
+        ),
     ],
 )
 def test_other_types_of_inputs_are_one_line(tmp_path: Path, name: str, kind: int, reason: str) -> None:
     helper = onnx.helper
-    types = {"input_ids": TensorProto.INT64, "attention_mask": TensorProto.INT64, "past_key_values.0.key": TensorProto.FLOAT, name: kind}
+    types = {
+        "input_ids": TensorProto.INT64,
+        "attention_mask": TensorProto.INT64,
+        "past_key_values.0.key": TensorProto.FLOAT,
+        name: kind,
+    }
     ranks = {"past_key_values.0.key": ["B", 1, "P", 1]}
     inputs = [helper.make_tensor_value_info(key, value, ranks.get(key, ["B", key])) for key, value in types.items()]
     nodes = [
@@ -246,10 +323,13 @@ def test_other_types_of_inputs_are_one_line(tmp_path: Path, name: str, kind: int
         helper.make_node("Unsqueeze", ["tokens", "last"], ["logits"]),
     ]
     outputs = [
-        helper.make_tensor_value_info(key, types.get(key.replace("present", "past_key_values"), 1), None) for key in ("logits", "present.0.key")
+        helper.make_tensor_value_info(key, types.get(key.replace("present", "past_key_values"), 1), None)
+        for key in ("logits", "present.0.key")
     ]
     graph = helper.make_graph(nodes, "g", inputs, outputs, [helper.make_tensor("last", TensorProto.INT64, [1], [-1])])
-    onnx.save(helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / MODEL_NAME)
+    onnx.save(
+        helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21)]), tmp_path / MODEL_NAME
+    )
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 8}', encoding="utf-8")
     assert refusal(Decoder, tmp_path).startswith(f"{tmp_path / MODEL_NAME}: {reason}")
 
@@ -260,7 +340,8 @@ def test_what_fails_within_a_run_is_one_line(package: Path) -> None:
     assert message.startswith(f"{package / MODEL_NAME}: onnxruntime {ort.__version__} cannot run it (")
     assert "indices element out of data bounds" in message
     assert refusal(next, decoder.generate([[5, 300]], 2, Sampling())) == (
-        f"the prompt has the token 300; {package / MODEL_NAME} knows 300, from 0 on; the tokenizer must be that of its checkpoint"
+        f"the prompt has the token 300; {package / MODEL_NAME} knows 300, from 0 on; the tokenizer must be that of "
+        "its checkpoint"
     )
 
 
@@ -274,20 +355,35 @@ def test_errors_of_onnxruntime_are_not_printed_besides(package: Path, capfd: pyt
 
 
 def parity(package: Path, reference: Path, *options: object, text: Path = TEXT) -> tuple[int, str, str]:
-    result = dense2moe("parity", package, "--reference", reference, "--data", text, "--blocks", 2, "--block-size", 16, *options)
+    result = dense2moe(
+        "parity", package, "--reference", reference, "--data", text, "--blocks", 2, "--block-size", 16, *options
+    )
     return result.exit_code, result.stdout, result.stderr.splitlines()[-1]
 
 
 def test_the_dense_parent_is_a_reference(package: Path, dense_checkpoint: Path, tmp_path: Path) -> None:
-    code, said, _ = parity(package, dense_checkpoint, "--max-perplexity-increase", 10, "--json", tmp_path / "parity.json")
+    code, said, _ = parity(
+        package, dense_checkpoint, "--max-perplexity-increase", 10, "--json", tmp_path / "parity.json"
+    )
     assert code == 0, said
-    alone = ": its weights are not the reference's: only the perplexity, the files and the package against itself are judged, unless --twin is given"
+    alone = (
+        ": its weights are not the reference's: only the perplexity, the files and the package against itself "
+        "are judged, unless --twin is given"
+    )
     assert said.endswith(f"parity passed{alone}\n")
-    (figures,) = [each for each in json.loads((tmp_path / "parity.json").read_text())["providers"].values() if isinstance(each, dict)]
+    (figures,) = [
+        each
+        for each in json.loads((tmp_path / "parity.json").read_text())["providers"].values()
+        if isinstance(each, dict)
+    ]
     judged = {tier for tier, verdict in figures["tiers"].items() if verdict == "passed"}
     assert judged == {"language", "files"}
-    assert "config.json: model_type is not compared; the package is a mixture, the checkpoint dense" in figures["files"]["missing"]
-    assert figures["perplexity"] != pytest.approx(figures["finetuned_perplexity"])  # the experts of this mixture were disturbed
+    assert (
+        "config.json: model_type is not compared; the package is a mixture, the checkpoint dense"
+        in figures["files"]["missing"]
+    )
+    # the experts of this mixture were disturbed
+    assert figures["perplexity"] != pytest.approx(figures["finetuned_perplexity"])
 
 
 @pytest.mark.parametrize(
@@ -299,20 +395,32 @@ def test_the_dense_parent_is_a_reference(package: Path, dense_checkpoint: Path, 
         ({"num_key_value_heads": 4}, "num_key_value_heads is 4, and 2"),
     ],
 )
-def test_a_reference_of_another_shape_is_one_line(package: Path, make_dense: MakeDense, change: dict[str, int], what: str) -> None:
+def test_a_reference_of_another_shape_is_one_line(
+    package: Path, make_dense: MakeDense, change: dict[str, int], what: str
+) -> None:
     reference = make_dense(**change)
     code, said, error = parity(package, reference)
     assert (code, said) == (1, "")
-    assert error == f"Error: {reference}: {what} in {package}: they are not of one model; give the checkpoint that the package was made from"
+    assert (
+        error == f"Error: {reference}: {what} in {package}: they are not of one model; give the checkpoint that the "
+        "package was made from"
+    )
 
 
-def test_files_that_parity_cannot_read_or_write_are_told_before_the_work(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+def test_files_that_parity_cannot_read_or_write_are_told_before_the_work(
+    package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
     missing = tmp_path / "no" / "parity.json"
     assert parity(package, tmp_path / "none", "--json", missing)[2] == (
         f"Error: {missing}: {missing.parent} is no directory; make it, or give another --json"
     )
-    assert parity(package, tmp_path / "none", "--json", tmp_path)[2] == f"Error: {tmp_path}: is a directory; --json must name a file"
-    assert parity(package, tmp_path / "none")[2].startswith(f"Error: {tmp_path / 'none'}: no such directory; it must be a Hugging Face checkpoint")
+    assert (
+        parity(package, tmp_path / "none", "--json", tmp_path)[2]
+        == f"Error: {tmp_path}: is a directory; --json must name a file"
+    )
+    assert parity(package, tmp_path / "none")[2].startswith(
+        f"Error: {tmp_path / 'none'}: no such directory; it must be a Hugging Face checkpoint"
+    )
     (tmp_path / "latin.txt").write_bytes("ä".encode("latin-1") * 100)
     code, said, error = parity(package, mixture_checkpoint, text=tmp_path / "latin.txt")
     assert (code, said) == (1, "")
@@ -321,9 +429,15 @@ def test_files_that_parity_cannot_read_or_write_are_told_before_the_work(package
 
 @pytest.mark.parametrize(
     ("text", "what"),
-    [("{", "is no JSON (JSONDecodeError: "), ("[]", "variant is null; must be of type str"), ('{"variant": "int4"}', "element_type is null")],
+    [
+        ("{", "is no JSON (JSONDecodeError: "),
+        ("[]", "variant is null; must be of type str"),
+        ('{"variant": "int4"}', "element_type is null"),
+    ],
 )
-def test_a_twin_whose_scheme_is_damaged_is_one_line(package: Path, mixture_checkpoint: Path, tmp_path: Path, text: str, what: str) -> None:
+def test_a_twin_whose_scheme_is_damaged_is_one_line(
+    package: Path, mixture_checkpoint: Path, tmp_path: Path, text: str, what: str
+) -> None:
     twin = shutil.copytree(mixture_checkpoint, tmp_path / "twin")
     (twin / "quantization.json").write_text(text, encoding="utf-8")
     code, said, error = parity(package, mixture_checkpoint, "--twin", twin)
@@ -333,20 +447,32 @@ def test_a_twin_whose_scheme_is_damaged_is_one_line(package: Path, mixture_check
 
 def test_blocks_beyond_the_context_are_one_line(package: Path, mixture_checkpoint: Path) -> None:
     result = dense2moe("parity", package, "--reference", mixture_checkpoint, "--data", TEXT, "--block-size", 300)
-    assert result.stderr.splitlines()[-1] == f"Error: {package}: its context holds 256 tokens; blocks have 300; ask for smaller blocks"
+    assert (
+        result.stderr.splitlines()[-1]
+        == f"Error: {package}: its context holds 256 tokens; blocks have 300; ask for smaller blocks"
+    )
 
 
 # Telemetry.
 
 
-@pytest.mark.parametrize("module", ["export.runtime", "convert.pytest_plugin, convert.package_parity"])
+@pytest.mark.parametrize(
+    "module", ["dense2moe.export.runtime.decoder", "convert.pytest_plugin, convert.package_parity"]
+)
 def test_onnxruntime_leaves_nothing_in_the_user_s_home(package: Path, module: str, tmp_path: Path) -> None:
-    """onnxruntime 1.29 and later write a device id and a database below the user's cache directory, where telemetry is on."""
+    """onnxruntime 1.29 and later write a device id and a database below the user's cache directory.
+
+    Where telemetry is on.
+    """
     script = (
-        f"import {module}; from pathlib import Path; from export.runtime import Decoder; import numpy as np; "
-        f"decoder = Decoder(Path({str(package)!r}), num_threads=1); decoder.run(decoder.new_cache(1, 2), np.zeros((1, 2), np.int64))"
+        f"import {module}; from pathlib import Path; from dense2moe.export.runtime.decoder import Decoder; import "
+        "numpy as np; "
+        f"decoder = Decoder(Path({str(package)!r}), num_threads=1); decoder.run(decoder.new_cache(1, 2), "
+        "np.zeros((1, 2), np.int64))"
     )
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))} | {"HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_"))} | {
+        "HOME": str(tmp_path)
+    }
     subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=ROOT)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
@@ -354,7 +480,12 @@ def test_onnxruntime_leaves_nothing_in_the_user_s_home(package: Path, module: st
 def test_a_user_s_own_word_on_telemetry_is_kept() -> None:
     script = "import export, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     said = [
-        subprocess.run([sys.executable, "-c", script], check=True, env=environment, cwd=ROOT, capture_output=True, text=True).stdout
-        for environment in ({**os.environ, "ORT_DISABLE_TELEMETRY": "0"}, {name: v for name, v in os.environ.items() if not name.startswith("ORT_")})
+        subprocess.run(
+            [sys.executable, "-c", script], check=True, env=environment, cwd=ROOT, capture_output=True, text=True
+        ).stdout
+        for environment in (
+            {**os.environ, "ORT_DISABLE_TELEMETRY": "0"},
+            {name: v for name, v in os.environ.items() if not name.startswith("ORT_")},
+        )
     ]
     assert said == ["0\n", "1\n"]

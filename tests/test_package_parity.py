@@ -15,16 +15,16 @@ import onnx_ir
 import pytest
 import torch
 from click.testing import Result
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.parity.placement import count_elsewhere, find_placement
+from dense2moe.export.parity.precision import Precision, find_precision
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU, CUDA, is_at_hand
+from dense2moe.export.storage import MODEL_NAME
 from programs import dense2moe
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.parity.placement import count_elsewhere, find_placement
-from export.parity.precision import Precision, find_precision
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, CUDA, is_at_hand
-from export.storage import MODEL_NAME
 from tests.conftest import MakeDense
 
 pytest_plugins = ["pytester"]
@@ -43,7 +43,9 @@ def silent(what: str, done: int, total: int) -> None:
 
 
 def parity(package: Path, reference: Path, *options: object, text: Path = TEXT) -> Result:
-    return dense2moe("parity", package, "--reference", reference, "--data", text, "--blocks", 4, "--block-size", 48, *options)
+    return dense2moe(
+        "parity", package, "--reference", reference, "--data", text, "--blocks", 4, "--block-size", 48, *options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +55,22 @@ def llama(make_dense: MakeDense) -> Path:
 
 
 def build_by_genai(checkpoint: Path, package: Path, precision: str) -> Path:
-    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", checkpoint, "-o", package, "-p", precision, "-e", "cpu"]
-    finished = subprocess.run([*map(str, command), "-c", str(package.parent / "cache")], capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-i",
+        checkpoint,
+        "-o",
+        package,
+        "-p",
+        precision,
+        "-e",
+        "cpu",
+    ]
+    finished = subprocess.run(
+        [*map(str, command), "-c", str(package.parent / "cache")], capture_output=True, text=True, check=False
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     return package
 
@@ -88,10 +104,23 @@ def test_a_package_of_genai_s_builder_is_its_checkpoint(genai_package: Path, lla
     found = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))
     assert found["passed"]
     figures = found["providers"][CPU]
-    assert figures["tiers"] == {**NOT_SHOWN, **dict.fromkeys(("weights", "layer", "logits", "language", "files"), "passed")}
+    assert figures["tiers"] == {
+        **NOT_SHOWN,
+        **dict.fromkeys(("weights", "layer", "logits", "language", "files"), "passed"),
+    }
+    # found by their weights
     assert {place["part"] for place in figures["places"]} == {
-        "embedding", "attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "FFN", "final norm", "head",
-    }  # fmt: skip  # found by their weights
+        "embedding",
+        "attention norm",
+        "query, key and value",
+        "cache",
+        "attention",
+        "attention output",
+        "FFN norm",
+        "FFN",
+        "final norm",
+        "head",
+    }
     assert max(check["relative_error"] for check in figures["checks"]) < 5e-6  # float32 sums in another order
     assert figures["perplexity"] == pytest.approx(figures["finetuned_perplexity"], rel=1e-6)
 
@@ -101,7 +130,10 @@ def test_what_genai_s_builder_does_with_left_padding_is_named(genai_package: Pat
     result = parity(genai_package, llama)
     assert result.exit_code == 1
     lines = result.stderr.split("parity was broken:\n")[1].splitlines()
-    line = re.compile(rf"{CPU}: logits: .*, left padding: .* \(every row without padding is right: look at left padding, its mask and positions\)")
+    line = re.compile(
+        rf"{CPU}: logits: .*, left padding: .* \(every row without padding is right: look at left padding, its mask "
+        r"and positions\)"
+    )
     assert len(lines) == 2
     assert all(line.fullmatch(each) for each in lines)
 
@@ -124,14 +156,19 @@ def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path
     package = build_by_genai(llama, tmp_path / "package", "int4")
     assert find_precision(package).variant == "int4"
     padded = parity(package, llama, "--max-perplexity-increase", 10)  # it is judged against itself
-    assert [line for line in padded.stderr.splitlines() if line.startswith(CPU) and "look at left padding" not in line] == []
+    assert [
+        line for line in padded.stderr.splitlines() if line.startswith(CPU) and "look at left padding" not in line
+    ] == []
     loose = parity(package, llama, "--no-padding", "--max-perplexity-increase", 10, "--json", tmp_path / "parity.json")
     assert loose.exit_code == 0
     judged = "only the perplexity, the files and the package against itself are judged, unless --twin is given"
     assert loose.stdout.endswith(f"parity passed: its weights are not the reference's: {judged}\n")
     figures = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]
     without = "no checkpoint with the package's own weights was given"
-    assert figures["tiers"]["logits"] == f"passed: each way of feeding it against itself; not judged against torch: {without}"
+    assert (
+        figures["tiers"]["logits"]
+        == f"passed: each way of feeding it against itself; not judged against torch: {without}"
+    )
     assert {figures["tiers"][tier] for tier in ("weights", "operator", "layer")} == {f"not judged: {without}"}
     assert figures["finetuned"]["kl"] > 1e-3
     increase = figures["perplexity"] / figures["finetuned_perplexity"] - 1
@@ -141,7 +178,8 @@ def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path
     assert f"language: perplexity {figures['perplexity']:.4f} is {increase:+.2%} ± " in tight.stderr
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")  # the exporter's own
+# the exporter's own
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 def test_a_package_of_transformers_exporter_is_its_checkpoint(llama: Path, tmp_path: Path) -> None:
     """Its names of past and present are its own; who exports a package gives them ours."""
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
@@ -152,9 +190,11 @@ def test_a_package_of_transformers_exporter_is_its_checkpoint(llama: Path, tmp_p
     past, dynamic = DynamicCache(), torch.export.Dim.DYNAMIC
     past.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 0)
     inputs = {
-        "input_ids": torch.ones(2, 3, dtype=torch.int64), "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-        "position_ids": torch.arange(5, 8).repeat(2, 1), "past_key_values": past,
-    }  # fmt: skip
+        "input_ids": torch.ones(2, 3, dtype=torch.int64),
+        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
+        "position_ids": torch.arange(5, 8).repeat(2, 1),
+        "past_key_values": past,
+    }
     shapes = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")}
     shapes |= {"past_key_values": [{0: dynamic, 2: dynamic}] * 2}
     graph = OnnxExporter().export(model, inputs, config=ExporterConfig(dynamic_shapes=shapes, opset_version=20)).program
@@ -182,7 +222,9 @@ def test_our_own_package_runs_every_tier(own_package: Path, mixture_checkpoint: 
 
 
 @pytest.mark.gpu
-def test_our_own_package_is_its_checkpoint_on_cuda_too(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+def test_our_own_package_is_its_checkpoint_on_cuda_too(
+    own_package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
     if not is_at_hand(CUDA):
         pytest.skip("no CUDA device, or no onnxruntime-gpu")
     result = parity(own_package, mixture_checkpoint, "--json", tmp_path / "parity.json")
@@ -211,8 +253,12 @@ def test_a_quantized_package_with_its_twin_is_held_to_it(mixture_checkpoint: Pat
         ("int4", 8, True),
     ],
 )
-def test_the_precision_is_read_from_the_graph(mixture_checkpoint: Path, tmp_path: Path, variant: Variant, activation_bits: int, rounds: bool) -> None:
-    assert find_precision(export(mixture_checkpoint, tmp_path, variant, activation_bits)) == Precision(variant, rounds, has_experts=True)
+def test_the_precision_is_read_from_the_graph(
+    mixture_checkpoint: Path, tmp_path: Path, variant: Variant, activation_bits: int, rounds: bool
+) -> None:
+    assert find_precision(export(mixture_checkpoint, tmp_path, variant, activation_bits)) == Precision(
+        variant, rounds, has_experts=True
+    )
 
 
 # What a user can mend is one line.
@@ -227,7 +273,10 @@ def refusal(result: Result) -> str:
 
 def test_a_text_that_is_not_there_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
     nowhere = tmp_path / "nowhere.txt"
-    assert refusal(parity(own_package, mixture_checkpoint, text=nowhere)) == f"{nowhere}: no such file; --data must be a text file in UTF-8"
+    assert (
+        refusal(parity(own_package, mixture_checkpoint, text=nowhere))
+        == f"{nowhere}: no such file; --data must be a text file in UTF-8"
+    )
 
 
 def test_a_text_that_is_too_short_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
@@ -237,8 +286,13 @@ def test_a_text_that_is_too_short_is_one_line(own_package: Path, mixture_checkpo
     assert refusal(parity(own_package, mixture_checkpoint, text=short)) == message
 
 
-def test_a_directory_without_a_package_or_a_checkpoint_is_one_line(own_package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
-    assert refusal(parity(tmp_path, mixture_checkpoint)) == f"{tmp_path}: no {MODEL_NAME}; it must be an ONNX package, as `dense2moe run` writes it"
+def test_a_directory_without_a_package_or_a_checkpoint_is_one_line(
+    own_package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
+    assert (
+        refusal(parity(tmp_path, mixture_checkpoint))
+        == f"{tmp_path}: no {MODEL_NAME}; it must be an ONNX package, as `dense2moe run` writes it"
+    )
     message = f"{tmp_path}: no config.json; it must be a Hugging Face checkpoint (config.json and *.safetensors)"
     assert refusal(parity(own_package, tmp_path)) == message
 
@@ -259,7 +313,10 @@ def test_other_names_of_inputs_are_one_line(own_package: Path, mixture_checkpoin
 
 
 def test_nodes_left_to_the_cpu_are_counted(own_package: Path) -> None:
-    """The Azure provider is in every CPU wheel and has no kernel at all: whatever is asked of it the CPU does, without a word."""
+    """The Azure provider is in every CPU wheel and has no kernel at all.
+
+    Whatever is asked of it the CPU does, without a word.
+    """
     found = find_placement(own_package, CPU)
     assert set(found) == {CPU}
     assert count_elsewhere(found, CPU) == 0
@@ -294,30 +351,41 @@ def test_the_package_is_the_model(assert_parity):
 
 def run_user_test(pytester: pytest.Pytester, package: Path, reference: Path, limits: str = "") -> pytest.RunResult:
     pytester.makepyfile(TEST_FILE.format(package=str(package), reference=str(reference), text=str(TEXT), limits=limits))
-    return pytester.runpytest_inprocess("-p", "no:dense2moe", "-p", "convert.pytest_plugin", "-p", "no:cacheprovider")
+    return pytester.runpytest_inprocess(
+        "-p", "no:dense2moe", "-p", "dense2moe.convert.pytest_plugin", "-p", "no:cacheprovider"
+    )
 
 
 def test_a_user_s_own_test_passes(pytester: pytest.Pytester, own_package: Path, mixture_checkpoint: Path) -> None:
     run_user_test(pytester, own_package, mixture_checkpoint).assert_outcomes(passed=1)
 
 
-def test_a_user_s_own_test_fails_with_a_line_for_each_limit(pytester: pytest.Pytester, own_package: Path, mixture_checkpoint: Path) -> None:
+def test_a_user_s_own_test_fails_with_a_line_for_each_limit(
+    pytester: pytest.Pytester, own_package: Path, mixture_checkpoint: Path
+) -> None:
     result = run_user_test(pytester, own_package, mixture_checkpoint, ", noise_blocks=0, max_relative_error=1e-9")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        [f"{own_package} is not {mixture_checkpoint}:", f"{CPU}: operator: layer 0, *on the graph's own input*", f"{CPU}: logits: prefill*"]
+        [
+            f"{own_package} is not {mixture_checkpoint}:",
+            f"{CPU}: operator: layer 0, *on the graph's own input*",
+            f"{CPU}: logits: prefill*",
+        ]
     )
 
 
 def test_pytest_finds_the_fixture_by_its_entry_point() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"]["pytest11"] == {"dense2moe": "convert.pytest_plugin"}
-    import convert.pytest_plugin
+    assert project["entry-points"]["pytest11"] == {"dense2moe": "dense2moe.convert.pytest_plugin"}
+    import dense2moe.convert.pytest_plugin as plugin
 
-    assert hasattr(convert.pytest_plugin, "assert_parity")
+    assert hasattr(plugin, "assert_parity")
 
 
 def test_the_plugin_costs_no_slow_import() -> None:
-    script = "import sys, convert.pytest_plugin; print([name for name in ('torch', 'transformers', 'onnxruntime') if name in sys.modules])"
+    script = (
+        "import sys, dense2moe.convert.pytest_plugin; print([name for name in ('torch', 'transformers', "
+        "'onnxruntime') if name in sys.modules])"
+    )
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
     assert finished.stdout == "[]\n"

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 from chromium import VARIABLE, Page, find_browser, open_browser
+from dense2moe.convert.report.writer import write_report
 from report_facts import make_facts, searched, tiered
-
-from convert.report import write_report
 
 _WIDER = """
 [...document.querySelectorAll("body *")].filter((element) => {
@@ -18,7 +17,8 @@ _WIDER = """
 }).map((element) => element.outerHTML.slice(0, 120))
 """
 _SIZES = """
-[...document.querySelectorAll("main *, footer")].filter((element) => [...element.childNodes].some((n) => n.nodeType == 3 && n.data.trim()))
+[...document.querySelectorAll("main *, footer")]
+  .filter((element) => [...element.childNodes].some((n) => n.nodeType == 3 && n.data.trim()))
   .map((element) => {
     const matrix = element.ownerSVGElement ? element.getScreenCTM() : {a: 1, b: 0};
     return parseFloat(getComputedStyle(element).fontSize) * Math.hypot(matrix.a, matrix.b);
@@ -84,7 +84,10 @@ def test_on_paper_tables_are_not_cut(page: Page, report: Path, tmp_path: Path) -
     page.call("Emulation.setEmulatedMedia", media="print")
     try:
         assert page.evaluate("document.documentElement.scrollWidth") == 688
-        wide = "[...document.querySelectorAll('.scroll')].filter((box) => box.scrollWidth > box.clientWidth + 1).map((box) => box.ariaLabel)"
+        wide = (
+            "[...document.querySelectorAll('.scroll')].filter((box) => box.scrollWidth > box.clientWidth + "
+            "1).map((box) => box.ariaLabel)"
+        )
         assert page.evaluate(wide) == []
     finally:
         page.call("Emulation.setEmulatedMedia", media="")

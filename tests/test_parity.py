@@ -14,29 +14,35 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
+from dense2moe.export.parity.advice import advise
+from dense2moe.export.parity.agreement import _Sums
+from dense2moe.export.parity.checks import Case, measure_errors
+from dense2moe.export.parity.files import FilesCheck
+from dense2moe.export.parity.forward import Forward
+from dense2moe.export.parity.limits import configured_limits, noise_limit
+from dense2moe.export.parity.records import TIERS, FreeRun, Limit, PlaceCheck, Tier
+from dense2moe.export.parity.taps import Part
+from dense2moe.export.parity.weights import WeightsCheck, WrongRows
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
+from dense2moe.export.runtime.speed import measure_speed
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
-from export.parity.advice import advise
-from export.parity.agreement import _Sums
-from export.parity.checks import Case, measure_errors
-from export.parity.files import FilesCheck
-from export.parity.forward import Forward
-from export.parity.limits import configured_limits, noise_limit
-from export.parity.records import TIERS, FreeRun, Limit, PlaceCheck, Tier
-from export.parity.taps import Part
-from export.parity.weights import WeightsCheck, WrongRows
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, CUDA, Decoder
-from export.speed import measure_speed
-from export.storage import DATA_NAME, MODEL_NAME
-
-VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))  # those need text
-EXACT: tuple[Variant, ...] = ("float32", "bfloat16", "int8", "int4")  # those that compute as their twin does, but for the order of sums
+# those need text
+VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
+# those that compute as their twin does, but for the order of sums
+EXACT: tuple[Variant, ...] = (
+    "float32",
+    "bfloat16",
+    "int8",
+    "int4",
+)
 BLOCKS = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(0))
 # Random weights lose more to quantization than trained ones; that question is not asked here.
 LIMITS = ParityConfig(max_perplexity_increase={"float32": 1e-4}, longest_row=64, free_tokens=8)
@@ -59,10 +65,14 @@ def export(finetuned: Path, directory: Path, variant: Variant, **config: Any) ->
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir(parents=True)
-    quantize_checkpoint(
-        finetuned, twin, variant, QuantizeConfig(method="search", block_size=16), silent
-    )  # one block a row would need onnxruntime 1.31
-    write_package(twin, package, OnnxConfig(**{"activation_bits": 32, "lowering": "grouped" if variant == "int8" else "fused"} | config), silent)
+    # one block a row would need onnxruntime 1.31
+    quantize_checkpoint(finetuned, twin, variant, QuantizeConfig(method="search", block_size=16), silent)
+    write_package(
+        twin,
+        package,
+        OnnxConfig(**{"activation_bits": 32, "lowering": "grouped" if variant == "int8" else "fused"} | config),
+        silent,
+    )
     return Exported(finetuned, twin, package)
 
 
@@ -72,7 +82,9 @@ def exports(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     return {variant: export(mixture_checkpoint, tmp_path_factory.mktemp(variant), variant) for variant in VARIANTS}
 
 
-def check(exported: Exported, variant: Variant, config: ParityConfig = LIMITS, rounds: bool = False) -> tuple[Parity, ProviderParity]:
+def check(
+    exported: Exported, variant: Variant, config: ParityConfig = LIMITS, rounds: bool = False
+) -> tuple[Parity, ProviderParity]:
     parity = check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS, variant, rounds, config, silent)
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)
@@ -102,12 +114,18 @@ def test_a_right_export_passes(exports: dict[Variant, Exported], variant: Varian
         ("prefill, batch 1, 48 tokens", 48),
         ("16 decode steps after 32 tokens, batch 1", 1 + 16),  # and the last token of the prefill
         ("16 decode steps after 32 tokens, batch 3", 3 * 17),
-        ("prefill, batch 3, 48 tokens, left padding", 48 + 38 + 27),  # a third and two thirds of the prompt's 32 are padding
+        # a third and two thirds of the prompt's 32 are padding
+        (
+            "prefill, batch 3, 48 tokens, left padding",
+            48 + 38 + 27,
+        ),
         ("16 decode steps after 32 tokens, batch 3, left padding", 3 * 17),
         ("prefill, batch 1, 64 tokens, of several blocks", 64),
         ("16 decode steps after 48 tokens, batch 1, of several blocks", 17),
     ]
-    assert result.checks[-1].name.startswith("prefill, batch 4, rows that end nearest to a tie of experts (margin at most ")
+    assert result.checks[-1].name.startswith(
+        "prefill, batch 4, rows that end nearest to a tie of experts (margin at most "
+    )
     assert result.tiers == {**dict.fromkeys(TIERS, "passed"), "task": "not run: no task was given"}
     for each in result.checks:
         assert each.relative_error < ROUNDING
@@ -121,8 +139,16 @@ def test_a_right_export_passes(exports: dict[Variant, Exported], variant: Varian
 
 
 PARTS = (
-    "attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "residual stream",
-)  # fmt: skip
+    "attention norm",
+    "query, key and value",
+    "cache",
+    "attention",
+    "attention output",
+    "FFN norm",
+    "router",
+    "experts",
+    "residual stream",
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -131,13 +157,23 @@ def test_every_place_of_a_right_export_is_seen_and_right(exports: dict[Variant, 
     _, result = check(exported, variant, rounds=variant == "float16")
     assert isinstance(result.places, tuple)
     layers = [(n, part) for n in (0, 1) for part in PARTS]
-    assert [(each.layer, each.part) for each in result.places] == [(-1, "embedding"), *layers, (-1, "final norm"), (-1, "head")]
-    float32, float16 = 32 * 2.0**-20, 2.0**-8  # at 1e-5 nothing is left but the order of float32's sums; float16 rounds a few times, by 2^-11
+    assert [(each.layer, each.part) for each in result.places] == [
+        (-1, "embedding"),
+        *layers,
+        (-1, "final norm"),
+        (-1, "head"),
+    ]
+    # at 1e-5 nothing is left but the order of float32's sums; float16 rounds a few times, by 2^-11
+    float32, float16 = (
+        32 * 2.0**-20,
+        2.0**-8,
+    )
     for each in result.places:
         assert each.error <= each.limit < (float16 if variant == "float16" else float32)
         assert each.num_flips == 0
         assert each.factor == pytest.approx(1, abs=each.limit)
-        assert each.num_tokens in ((100,) if each.part != "experts" else range(94, 101))  # 48, 48 and 4; a tied token is left out
+        # 48, 48 and 4; a tied token is left out
+        assert each.num_tokens in ((100,) if each.part != "experts" else range(94, 101))
     assert isinstance(result.weights, WeightsCheck)
     tensors = load_file(exported.twin / "model.safetensors")
     rows = sum(tensor[..., 0].numel() for tensor in tensors.values() if tensor.ndim > 1)
@@ -158,15 +194,21 @@ def test_figures_equal_those_of_transformers(exports: dict[Variant, Exported], v
     log_p, log_q = finetuned.log_softmax(-1), twin.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     assert result.finetuned.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)  # float32 logarithms that cancel
-    assert result.finetuned.max_error == pytest.approx(float((twin - finetuned).abs().max()), abs=1e-4)  # of logits up to 10
+    # of logits up to 10
+    assert result.finetuned.max_error == pytest.approx(float((twin - finetuned).abs().max()), abs=1e-4)
     assert result.finetuned.mean_error == pytest.approx(float((twin - finetuned).abs().mean()), abs=1e-5)
-    assert result.finetuned.top1_agreement == pytest.approx(float((twin.argmax(-1) == finetuned.argmax(-1)).double().mean()))
+    assert result.finetuned.top1_agreement == pytest.approx(
+        float((twin.argmax(-1) == finetuned.argmax(-1)).double().mean())
+    )
     if variant != "float32":
         assert 0 < result.finetuned.hidden_error[0] < result.finetuned.hidden_error[1]  # errors grow by depth
 
 
 def test_a_float16_export_is_held_to_what_float16_rounds(exports: dict[Variant, Exported]) -> None:
-    """Sums of float16 products of random weights: 1e-3 of the largest logit measured, which is what a float32 graph may differ by at most."""
+    """Sums of float16 products of random weights.
+
+    1e-3 of the largest logit measured, which is what a float32 graph may differ by at most.
+    """
     parity, result = check(exports["float16"], "float16", rounds=True)
     assert parity.passed
     assert 1e-4 < max(each.relative_error for each in result.checks) < 5e-3
@@ -179,18 +221,26 @@ def test_a_float16_export_is_held_to_what_float16_rounds(exports: dict[Variant, 
 
 
 @pytest.mark.parametrize("fault", ["swap_two_experts", "swap_gate_and_up", "perturb_the_router"])
-def test_a_planted_fault_in_float16_is_caught_at_its_place(exports: dict[Variant, Exported], tmp_path: Path, fault: str) -> None:
+def test_a_planted_fault_in_float16_is_caught_at_its_place(
+    exports: dict[Variant, Exported], tmp_path: Path, fault: str
+) -> None:
     planted = plant(exports["float16"], tmp_path, next(each for each in FAULTS if each.__name__ == fault))
     parity, result = check(planted, "float16", rounds=True)
     other_routing = fault == "perturb_the_router"
-    assert any(("routing agreement with the twin" if other_routing else "KL from the twin") in breach for breach in parity.breaches)
+    assert any(
+        ("routing agreement with the twin" if other_routing else "KL from the twin") in breach
+        for breach in parity.breaches
+    )
     assert result.worst_layer == 1
     assert wrong_places(result) == {(1, "router" if other_routing else "experts")}
     assert "operator: layer 1, experts 0, 1 on" in parity.breaches[0] or fault != "swap_two_experts"
 
 
 def test_rounded_activations_are_held_to_the_noise_of_float32(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    """The twin rounds what the graph rounds, in the same groups: nothing is left but the order of sums, place by place."""
+    """The twin rounds what the graph rounds, in the same groups.
+
+    Nothing is left but the order of sums, place by place.
+    """
     exported = export(mixture_checkpoint, tmp_path, "int8", activation_bits=8)
     parity, result = check(exported, "int8", rounds=True)
     assert parity.passed
@@ -199,7 +249,11 @@ def test_rounded_activations_are_held_to_the_noise_of_float32(mixture_checkpoint
     assert max(each.limit for each in result.places) < 32 * 2.0**-20
     assert max(each.relative_error for each in result.checks) < ROUNDING < result.limits["logits"].value
     rounded = Decoder(exported.package)
-    log_q = torch.from_numpy(rounded.run(rounded.new_cache(*BLOCKS.shape), BLOCKS.numpy())["logits"]).double().log_softmax(-1)
+    log_q = (
+        torch.from_numpy(rounded.run(rounded.new_cache(*BLOCKS.shape), BLOCKS.numpy())["logits"])
+        .double()
+        .log_softmax(-1)
+    )
     log_p = logits_of(exported.twin).log_softmax(-1)
     unrounded = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     assert result.twin.kl < 1e-6 < 1e-4 < unrounded  # a twin that rounds nothing computes something else
@@ -207,13 +261,17 @@ def test_rounded_activations_are_held_to_the_noise_of_float32(mixture_checkpoint
     parity, result = check(planted, "int8", rounds=True)
     assert wrong_places(result) == {(1, "experts")}
     assert [breach.split(": ", 2)[1] for breach in parity.breaches[:2]] == ["weights", "operator"]
-    assert parity.breaches[1].startswith(f"{CPU}: operator: layer 1, expert 2 on the graph's own input: relative error 2.")
+    assert parity.breaches[1].startswith(
+        f"{CPU}: operator: layer 1, expert 2 on the graph's own input: relative error 2."
+    )
 
 
 def test_fewer_blocks_are_taken_evenly(exports: dict[Variant, Exported]) -> None:
     _, result = check(exports["float32"], "float32", LIMITS.model_copy(update={"num_blocks": 4}))
     kept = BLOCKS[[0, 1, 3, 4]]
-    assert result.finetuned_perplexity == pytest.approx(perplexity(logits_of(exports["float32"].finetuned, kept), kept), rel=1e-6)
+    assert result.finetuned_perplexity == pytest.approx(
+        perplexity(logits_of(exports["float32"].finetuned, kept), kept), rel=1e-6
+    )
     _, result = check(exports["float32"], "float32", LIMITS.model_copy(update={"num_blocks": 100}))
     assert result.finetuned_perplexity == pytest.approx(perplexity(logits_of(exports["float32"].finetuned)), rel=1e-6)
 
@@ -250,7 +308,9 @@ def wrong_places(result: ProviderParity) -> set[tuple[int, str]]:
 
 def perturb_the_router(weights: Weights) -> None:
     router = weights["router_logits.1.weight"]
-    weights["router_logits.1.weight"] = router + np.float32(0.2 * router.std()) * np.random.default_rng(0).standard_normal(router.shape, np.float32)
+    weights["router_logits.1.weight"] = router + np.float32(0.2 * router.std()) * np.random.default_rng(
+        0
+    ).standard_normal(router.shape, np.float32)
 
 
 def scale_one_expert_by_2_percent(weights: Weights) -> None:
@@ -292,13 +352,17 @@ def plant(exported: Exported, directory: Path, fault: Fault | None = None, epsil
 
 
 @pytest.mark.parametrize("variant", EXACT)
-def test_a_package_written_anew_without_a_fault_passes(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant) -> None:
+def test_a_package_written_anew_without_a_fault_passes(
+    exports: dict[Variant, Exported], tmp_path: Path, variant: Variant
+) -> None:
     assert check(plant(exports[variant], tmp_path), variant)[0].breaches == ()
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("variant", EXACT)
-def test_a_planted_fault_is_caught_and_its_layer_named(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Fault) -> None:
+def test_a_planted_fault_is_caught_and_its_layer_named(
+    exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Fault
+) -> None:
     parity, result = check(plant(exports[variant], tmp_path, fault), variant)
     assert not parity.passed
     assert sum(each.num_tie_flips for each in result.checks) == 0  # a fault that changes the routing is no tie
@@ -307,12 +371,15 @@ def test_a_planted_fault_is_caught_and_its_layer_named(exports: dict[Variant, Ex
     assert result.twin.hidden_error[0] < ROUNDING
     other_routing = fault is perturb_the_router
     assert (result.twin.routing_agreement[1] < 1) is other_routing
-    assert (result.twin.hidden_error[1] > 1e-3) is not other_routing  # as a whole the twin goes where the graph's routers send it
+    assert (
+        result.twin.hidden_error[1] > 1e-3
+    ) is not other_routing  # as a whole the twin goes where the graph's routers send it
     worst = r"\(worst layer 1: routing agreement [01]\.\d{4}, hidden error \d\.\de-0\d\)"
     named = re.compile(rf"^{CPU}: (weights: layer 1, .*|operator: layer 1, .*|.* {worst})$")
     assert all(named.match(breach) for breach in parity.breaches)
     assert (result.tiers["operator"], result.tiers["logits"]) == ("broken", "broken")
-    assert wrong_places(result) == {(1, "router" if other_routing else "experts")}  # each other place is right by itself
+    # each other place is right by itself
+    assert wrong_places(result) == {(1, "router" if other_routing else "experts")}
     assert result.tiers["layer"] == "passed"
     changes_rows = fault in (perturb_the_router, scale_one_expert_by_2_percent)  # and not just their order
     assert result.tiers["weights"] == ("broken" if changes_rows else "passed")
@@ -321,13 +388,17 @@ def test_a_planted_fault_is_caught_and_its_layer_named(exports: dict[Variant, Ex
 @pytest.mark.parametrize("variant", EXACT)
 def test_another_epsilon_is_caught(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant) -> None:
     parity, result = check(plant(exports[variant], tmp_path, epsilon=1e-2), variant)
-    assert parity.breaches[0].startswith(f"{CPU}: layer: layer 1, the norm before attention, on the graph's own input: relative error ")
+    assert parity.breaches[0].startswith(
+        f"{CPU}: layer: layer 1, the norm before attention, on the graph's own input: relative error "
+    )
     assert any(": logits: " in breach and "relative error" in breach for breach in parity.breaches)
     assert wrong_places(result) == {(1, "attention norm")}
     assert result.worst_layer == 1
 
 
-def test_a_perturbed_router_shows_in_the_routing_and_swapped_experts_do_not(exports: dict[Variant, Exported], tmp_path: Path) -> None:
+def test_a_perturbed_router_shows_in_the_routing_and_swapped_experts_do_not(
+    exports: dict[Variant, Exported], tmp_path: Path
+) -> None:
     for fault, agrees in ((perturb_the_router, False), (swap_two_experts, True)):
         _, result = check(plant(exports["float32"], tmp_path / fault.__name__, fault), "float32")
         assert (result.twin.routing_agreement[1] == 1.0) is agrees
@@ -335,11 +406,32 @@ def test_a_perturbed_router_shows_in_the_routing_and_swapped_experts_do_not(expo
 
 def test_nan_is_caught_and_stays_nan(exports: dict[Variant, Exported], tmp_path: Path) -> None:
     parity, result = check(plant(exports["float32"], tmp_path, lose_a_head_to_nan), "float32")
-    limit, worst = result.limits["logits"].value, f"(worst layer 1: routing agreement 1.0000, hidden error {result.twin.hidden_error[1]:.1e})"
-    starts = [0, 0, 0, 31, 31, 0, 31 - 21, 0, 47, 0]  # of decode steps the last token before them; a row begins with 21 of padding
+    limit, worst = (
+        result.limits["logits"].value,
+        f"(worst layer 1: routing agreement 1.0000, hidden error {result.twin.hidden_error[1]:.1e})",
+    )
+    # of decode steps the last token before them; a row begins with 21 of padding
+    starts = [
+        0,
+        0,
+        0,
+        31,
+        31,
+        0,
+        31 - 21,
+        0,
+        47,
+        0,
+    ]
     assert isinstance(result.places, tuple)
-    assert parity.breaches[0] == f"{CPU}: weights: the head: 300 of 300 rows differ from the twin's; row 0: is not all numbers in the file"
-    where, look = "the head, on the graph's own input: relative error nan", "its weights in the file are not the twin's: look at these first"
+    assert (
+        parity.breaches[0]
+        == f"{CPU}: weights: the head: 300 of 300 rows differ from the twin's; row 0: is not all numbers in the file"
+    )
+    where, look = (
+        "the head, on the graph's own input: relative error nan",
+        "its weights in the file are not the twin's: look at these first",
+    )
     assert parity.breaches[1] == f"{CPU}: layer: {where} > {result.places[-1].limit:.1e} ({look})"
     assert parity.breaches[2:-3] == tuple(
         f"{CPU}: logits: {each.name}: relative error nan > {limit:.1e}, from token {start} on {worst}"
@@ -348,7 +440,8 @@ def test_nan_is_caught_and_stays_nan(exports: dict[Variant, Exported], tmp_path:
     assert parity.breaches[-3].startswith(f"{CPU}: logits: greedy text differs after 0 of 8 tokens")
     assert parity.breaches[-2:] == (
         f"{CPU}: language: KL from the twin nan > 1e-03 {worst}",
-        f"{CPU}: language: perplexity nan is +nan% ± nan% of the fine-tuned model's; at most +0.01% and two standard errors {worst}",
+        f"{CPU}: language: perplexity nan is +nan% ± nan% of the fine-tuned model's; at most +0.01% and two standard "
+        f"errors {worst}",
     )
     assert math.isnan(result.twin.max_error)
 
@@ -378,7 +471,9 @@ def tie(source: Path, directory: Path, layer: int, difference: float) -> Path:
 @pytest.mark.parametrize("difference", [0.0, 1e-7])
 @pytest.mark.parametrize("lowering", ["fused", "unrolled"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_flips_of_ties_are_counted_apart(mixture_checkpoint: Path, tmp_path: Path, layer: int, lowering: str, difference: float) -> None:
+def test_flips_of_ties_are_counted_apart(
+    mixture_checkpoint: Path, tmp_path: Path, layer: int, lowering: str, difference: float
+) -> None:
     finetuned = tie(mixture_checkpoint, tmp_path / "tied", layer, difference)
     exported = export(finetuned, tmp_path, "float32", lowering=lowering)
     parity, result = check(exported, "float32")
@@ -410,7 +505,14 @@ def test_ties_between_equal_experts_are_no_flips(mixture_checkpoint: Path, tmp_p
 
 # Limits, on figures made by hand.
 
-SAME = Agreement(max_error=0.0, mean_error=0.0, kl=0.0, top1_agreement=1.0, routing_agreement=(1.0, 1.0, 1.0), hidden_error=(0.0, 1e-6, 2e-6))
+SAME = Agreement(
+    max_error=0.0,
+    mean_error=0.0,
+    kl=0.0,
+    top1_agreement=1.0,
+    routing_agreement=(1.0, 1.0, 1.0),
+    hidden_error=(0.0, 1e-6, 2e-6),
+)
 FIGURES = ProviderParity(
     onnxruntime="1.32.0",
     checks=(Check("prefill", 8, 0.0, 0.0, 1e-6, 1.0, 0), Check("decode", 8, 0.0, 0.0, 1e-6, 1.0, 0, decoded=True)),
@@ -443,7 +545,10 @@ def test_figures_at_a_limit_do_not_break_it() -> None:
 
 def test_every_breach_is_one_line_that_names_tier_and_worst_layer() -> None:
     changes = {
-        "checks": (replace(FIGURES.checks[0], relative_error=0.25, first_position=0), replace(FIGURES.checks[1], relative_error=0.5)),
+        "checks": (
+            replace(FIGURES.checks[0], relative_error=0.25, first_position=0),
+            replace(FIGURES.checks[1], relative_error=0.5),
+        ),
         "twin": replace(SAME, kl=0.03, routing_agreement=(1.0, 0.5, 0.25), hidden_error=(0.0, 0.5, 0.75)),
         "perplexity": 10.5,
     }
@@ -452,7 +557,11 @@ def test_every_breach_is_one_line_that_names_tier_and_worst_layer() -> None:
         ("logits", f"prefill: relative error 2.5e-01 > 1.0e-05, from token 0 on {worst}"),
         ("logits", f"decode: relative error 5.0e-01 > 1.0e-05 {worst}"),
         ("language", f"KL from the twin 3.0e-02 > 1e-03 {worst}"),
-        ("language", f"perplexity 10.5000 is +5.00% ± 0.00% of the fine-tuned model's; at most +0.50% and two standard errors {worst}"),
+        (
+            "language",
+            "perplexity 10.5000 is +5.00% ± 0.00% of the fine-tuned model's; at most +0.50% and two standard errors "
+            f"{worst}",
+        ),
         ("routing", f"routing agreement with the twin 0.2500 < 0.97 {worst}"),
     ]
     without_logits = configured_limits("int8", True, ParityConfig())
@@ -462,15 +571,22 @@ def test_every_breach_is_one_line_that_names_tier_and_worst_layer() -> None:
 def test_a_check_s_errors_that_only_decoding_has_point_to_the_cache() -> None:
     checks = (FIGURES.checks[0], replace(FIGURES.checks[1], relative_error=0.5, first_position=7))
     hint = "(every prefill is right: look at the KV cache and the positions of decoding)"
-    assert breaches_of(checks=checks) == [("logits", f"decode: relative error 5.0e-01 > 1.0e-05, from token 7 on {hint}")]
+    assert breaches_of(checks=checks) == [
+        ("logits", f"decode: relative error 5.0e-01 > 1.0e-05, from token 7 on {hint}")
+    ]
 
 
 def test_greedy_text_may_differ_where_two_tokens_are_as_likely() -> None:
-    tied = FreeRun(num_rows=3, num_tokens=32, shortest_prefix=5, mean_prefix=20.0, num_diverged=1, largest_gap=2e-5)  # two logits, each off by 1e-5
+    # two logits, each off by 1e-5
+    tied = FreeRun(num_rows=3, num_tokens=32, shortest_prefix=5, mean_prefix=20.0, num_diverged=1, largest_gap=2e-5)
     assert breaches_of(free_run=tied) == []
-    line = f"greedy text differs after 5 of 32 tokens, where the reference's choice is ahead by 3.0e-05 > 2.0e-05 of the largest logit {WORST}"
+    line = (
+        "greedy text differs after 5 of 32 tokens, where the reference's choice is ahead by 3.0e-05 > 2.0e-05 of "
+        f"the largest logit {WORST}"
+    )
     assert breaches_of(free_run=replace(tied, largest_gap=3e-5)) == [("logits", line)]
-    assert breaches_of(free_run=replace(tied, largest_gap=0.5), weights="not judged") == []  # other weights write another text
+    # other weights write another text
+    assert breaches_of(free_run=replace(tied, largest_gap=0.5), weights="not judged") == []
     assert breaches_of(free_run=replace(tied, largest_gap=0.5), tie_share=0.9) == []
 
 
@@ -480,7 +596,10 @@ WRONG = PlaceCheck(layer=1, part="experts", error=0.5, limit=1e-5, noise=1e-7, n
 def test_an_operator_is_named_with_its_experts() -> None:
     given = "on the graph's own input"
     right = "its weights are all in the file: look at"
-    look = f"({right} the order of experts and of gate and up, the activation, biases, and what router logits become as weights of experts)"
+    look = (
+        f"({right} the order of experts and of gate and up, the activation, biases, and what router logits become "
+        "as weights of experts)"
+    )
     expected = {
         (): f"layer 1, experts, none of them in every token, {given}: relative error 5.0e-01 > 1.0e-05 {look}",
         (2,): f"layer 1, expert 2 {given}: relative error 5.0e-01 > 1.0e-05 {look}",
@@ -489,17 +608,26 @@ def test_an_operator_is_named_with_its_experts() -> None:
     fine = replace(WRONG, layer=0, error=1e-5)
     for experts, line in expected.items():
         assert breaches_of(places=(fine, replace(WRONG, experts=experts))) == [("operator", line)]
-    line = f"layer 1, router logits {given}: relative error 3.0e-02 > 1.0e-05 ({right} its bias, what it reads, and the type that it is computed in)"
+    line = (
+        f"layer 1, router logits {given}: relative error 3.0e-02 > 1.0e-05 ({right} its bias, what it reads, and "
+        "the type that it is computed in)"
+    )
     assert breaches_of(places=(replace(WRONG, part="router", error=0.03),)) == [("operator", line)]
     straight = replace(WRONG, experts=(0, 1, 2), factors=(0.5, 0.75))
-    line = f"layer 1, experts, each token's output a multiple of the twin's, 0.50 to 0.75 times (are the weights renormalized?), {given}"
+    line = (
+        "layer 1, experts, each token's output a multiple of the twin's, 0.50 to 0.75 times (are the weights "
+        f"renormalized?), {given}"
+    )
     assert breaches_of(places=(straight,)) == [("operator", f"{line}: relative error 5.0e-01 > 1.0e-05 {look}")]
 
 
 def test_a_layer_names_the_first_place_of_each_kind() -> None:
     attention, head = replace(WRONG, part="attention"), replace(WRONG, layer=-1, part="head")
     given, error = "on the graph's own input: relative error", "5.0e-01 > 1.0e-05"
-    scale, bias = "look at the scale and the mask of attention, and the order of its heads", "a factor, a cap or a bias behind it"
+    scale, bias = (
+        "look at the scale and the mask of attention, and the order of its heads",
+        "a factor, a cap or a bias behind it",
+    )
     bias = f"its weights are all in the file: look at {bias}"
     alike = replace(head, error=1e-6, factor=1.001, factor_limit=2e-4)
     expected = {
@@ -508,23 +636,29 @@ def test_a_layer_names_the_first_place_of_each_kind() -> None:
             f"layer 0, attention, from its queries, keys and values, {given} {error}; and in 2 more layers ({scale})"
         ),
         (replace(attention, first_position=1),): (
-            f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 1 on (a token that reads itself alone is right: "
+            f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 1 on (a token that "
+            "reads itself alone is right: "
             "look at positions and rotary tables)"
         ),
         (replace(attention, first_position=7),): (
-            f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 7 on (every token before 7 is right: look at the "
+            f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 7 on (every token "
+            "before 7 is right: look at the "
             "window and the mask of attention)"
         ),
         (replace(WRONG, part="cache", first_position=1),): (
-            f"layer 1, the keys and values that are cached, {given} {error}, from token 1 on (the first token is right: look at positions and rotary "
+            f"layer 1, the keys and values that are cached, {given} {error}, from token 1 on (the first token is "
+            "right: look at positions and rotary "
             "tables)"
         ),
         (replace(WRONG, part="cache", first_position=32),): (
-            f"layer 1, the keys and values that are cached, {given} {error}, from token 32 on (every token before 32 is right: look at positions and "
+            f"layer 1, the keys and values that are cached, {given} {error}, from token 32 on (every token before 32 "
+            "is right: look at positions and "
             "rotary tables)"
         ),
         (replace(head, first_position=4),): f"the head, {given} {error}, from token 4 on ({bias})",
-        (replace(head, error=0.02, factor=1.02),): f"the head, {given} 2.0e-02 > 1.0e-05, 1.02 times the twin's ({bias})",
+        (
+            replace(head, error=0.02, factor=1.02),
+        ): f"the head, {given} 2.0e-02 > 1.0e-05, 1.02 times the twin's ({bias})",
         (alike,): f"the head, {given} of all tokens alike 1.0e-03 > 2.0e-04, 1.001 times the twin's ({bias})",
     }
     for places, line in expected.items():
@@ -539,13 +673,18 @@ def test_what_is_known_of_a_place_s_weights_says_where_to_look() -> None:
     right = WeightsCheck(8, 8, 0, ())
     norm, head = replace(WRONG, part="FFN norm"), replace(WRONG, layer=-1, part="head")
     experts = WeightsCheck(8, 8, 1, (WrongRows("layer 1, expert 2, w2", 0, 1, 4, "is all zeros in the file"),))
-    assert advise(norm, right) == ("its weights are all in the file: look at epsilon, whether 1 is added to the weight, and which values it reads")
+    assert advise(norm, right) == (
+        "its weights are all in the file: look at epsilon, whether 1 is added to the weight, and which values it reads"
+    )
     assert advise(WRONG, experts) == "its weights in the file are not the twin's: look at these first"
-    assert advise(replace(WRONG, layer=11), experts).startswith("look at the order of experts")  # more may be wrong than the first few that are told
+    # more may be wrong than the first few that are told
+    assert advise(replace(WRONG, layer=11), experts).startswith("look at the order of experts")
     assert advise(head, replace(right, not_judged=("lm_head.weight",))) == "look at a factor, a cap or a bias behind it"
     lost = WeightsCheck(8, 8, 1, (WrongRows("the head", 3, 1, 9, "no row of the file is the twin's"),))
     assert advise(head, lost) == "its weights in the file are not the twin's: look at these first"
-    assert advise(replace(WRONG, part="attention", first_position=1), right).startswith("a token that reads itself alone is right")
+    assert advise(replace(WRONG, part="attention", first_position=1), right).startswith(
+        "a token that reads itself alone is right"
+    )
     assert {advise(replace(WRONG, part=part), "not judged").startswith("look at ") for part in get_args(Part)} == {True}
 
 
@@ -562,7 +701,10 @@ def test_logits_that_are_no_numbers_are_no_logits_that_are_left_out() -> None:
 
 
 def test_a_way_of_feeding_is_named_with_the_place_inside() -> None:
-    where = "layer 1, attention, from its queries, keys and values, on the graph's own input: relative error 5.0e-01 > 1.0e-05"
+    where = (
+        "layer 1, attention, from its queries, keys and values, on the graph's own input: relative error 5.0e-01 "
+        "> 1.0e-05"
+    )
     checks = (FIGURES.checks[0], replace(FIGURES.checks[1], place=where, first_position=7))
     hint = "(every prefill is right: look at the KV cache and the positions of decoding)"
     assert breaches_of(checks=checks) == [("logits", f"decode: {where}, from token 7 on {hint}")]
@@ -584,7 +726,11 @@ def test_wrong_rows_and_files_have_a_line_each_and_what_is_more_is_counted() -> 
     )
     files = FilesCheck(differences=("config.json: 'eos_token_id' is 2; the checkpoint's is 1",))
     assert breaches_of(weights=WeightsCheck(1000, 5, 40, wrong), files=files) == [
-        ("weights", "layer 1, expert 2, w2: 32 of 32 rows differ from the twin's; row 0: the whole row in the file is 1.02 times the twin's"),
+        (
+            "weights",
+            "layer 1, expert 2, w2: 32 of 32 rows differ from the twin's; row 0: the whole row in the file is 1.02 "
+            "times the twin's",
+        ),
         ("weights", "the embedding, row 7: is all zeros in the file"),
         ("weights", "layer 0, attention norm: element 7 in the file is 1.01 times the twin's"),
         ("weights", "6 more rows of 1,000 differ from the twin's"),
@@ -595,9 +741,15 @@ def test_wrong_rows_and_files_have_a_line_each_and_what_is_more_is_counted() -> 
 
 def test_perplexity_is_held_to_the_variants_own_limit() -> None:
     config = ParityConfig(max_perplexity_increase={"int8": 0.01, "int4": 0.03})
-    breach = ("language", f"perplexity 10.2000 is +2.00% ± 0.40% of the fine-tuned model's; at most +1.00% and two standard errors {WORST}")
+    breach = (
+        "language",
+        "perplexity 10.2000 is +2.00% ± 0.40% of the fine-tuned model's; at most +1.00% and two standard errors "
+        f"{WORST}",
+    )
     limits = {variant: configured_limits(variant, True, config) for variant in VARIANTS}
-    assert {variant: breaches_of(perplexity=10.2, perplexity_error=0.004, limits=limits[variant]) for variant in VARIANTS} == {
+    assert {
+        variant: breaches_of(perplexity=10.2, perplexity_error=0.004, limits=limits[variant]) for variant in VARIANTS
+    } == {
         "float32": [],
         "float16": [],
         "bfloat16": [],
@@ -615,7 +767,11 @@ ERROR = "± 0.00% of the fine-tuned model's; at most +0.50% and two standard err
 @pytest.mark.parametrize(
     ("changes", "tier", "start"),
     [
-        ({"checks": (replace(FIGURES.checks[0], relative_error=math.nan),)}, "logits", "prefill: relative error nan > 1.0e-05"),
+        (
+            {"checks": (replace(FIGURES.checks[0], relative_error=math.nan),)},
+            "logits",
+            "prefill: relative error nan > 1.0e-05",
+        ),
         ({"twin": replace(SAME, kl=math.nan)}, "language", "KL from the twin nan > 1e-03"),
         ({"perplexity": math.nan}, "language", f"perplexity nan is +nan% {ERROR}"),
         ({"perplexity": math.inf}, "language", f"perplexity inf is +inf% {ERROR}"),
@@ -635,7 +791,9 @@ def test_a_limit_is_a_multiple_of_the_noise_and_says_so() -> None:
         1e-4, "parity.max_relative_error; 10 times the noise of float32 in the logits would be 3.0e-04"
     )
     assert noise_limit(3e-7, config, "the logits", CUDA).value == 1e-4
-    assert noise_limit(None, config, "x") == Limit(1e-4, "parity.max_relative_error; the noise of float32 in x was not measured")
+    assert noise_limit(None, config, "x") == Limit(
+        1e-4, "parity.max_relative_error; the noise of float32 in x was not measured"
+    )
 
 
 def test_the_same_experts_in_another_order_are_the_same() -> None:
@@ -657,7 +815,16 @@ def test_speed_is_measured_within_the_context(exports: dict[Variant, Exported]) 
 def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
     seen: list[tuple[str, int, int]] = []
     exported = exports["float32"]
-    check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS[:2], "float32", False, LIMITS, lambda *step: seen.append(step))
+    check_parity(
+        exported.package,
+        exported.twin,
+        exported.finetuned,
+        BLOCKS[:2],
+        "float32",
+        False,
+        LIMITS,
+        lambda *step: seen.append(step),
+    )
     assert seen[:2] == [("comparing weights", 0, 1), ("measuring noise", 0, 1)]
     assert all(done <= total for _, done, total in seen)
     assert ("comparing with the twin", 2, 2) in seen
@@ -667,24 +834,44 @@ def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
 
 def block_losses(directory: Path) -> list[float]:
     """The mean next-token loss of each block, as transformers' logits give it."""
-    return [math.log(perplexity(logits[None], ids[None])) for logits, ids in zip(logits_of(directory), BLOCKS, strict=True)]
+    return [
+        math.log(perplexity(logits[None], ids[None])) for logits, ids in zip(logits_of(directory), BLOCKS, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("compared_tokens", [4 * 48, 6 * 48])
 def test_perplexities_of_some_blocks_are_told_for_all_text(
     exports: dict[Variant, Exported], monkeypatch: pytest.MonkeyPatch, compared_tokens: int
 ) -> None:
-    """However few tokens are compared one by one. Where all losses of the fine-tuned model are known, the rest of the text is as hard for both."""
-    monkeypatch.setattr("export.parity._COMPARED_TOKENS", compared_tokens)
+    """However few tokens are compared one by one.
+
+    Where all losses of the fine-tuned model are known, the rest of the text is as hard for both.
+    """
+    monkeypatch.setattr("dense2moe.export.parity._COMPARED_TOKENS", compared_tokens)
     exported, config = exports["int8"], LIMITS.model_copy(update={"language_tokens": 4 * 48})
-    package, finetuned = block_losses(exported.twin), block_losses(exported.finetuned)  # the package computes what its twin does
+    # the package computes what its twin does
+    package, finetuned = (
+        block_losses(exported.twin),
+        block_losses(exported.finetuned),
+    )
     some = [0, 1, 3, 4]  # evenly
     differences = torch.tensor([package[n] - finetuned[n] for n in some], dtype=torch.float64)
     ratio, error = math.exp(float(differences.mean())), float(differences.std()) / 2
-    for known, model in ((None, math.exp(sum(finetuned[n] for n in some) / 4)), (finetuned, math.exp(sum(finetuned) / 6))):
+    for known, model in (
+        (None, math.exp(sum(finetuned[n] for n in some) / 4)),
+        (finetuned, math.exp(sum(finetuned) / 6)),
+    ):
         parity = check_parity(
-            exported.package, exported.twin, exported.finetuned, BLOCKS, "int8", False, config, silent, finetuned_losses=known
-        )  # fmt: skip
+            exported.package,
+            exported.twin,
+            exported.finetuned,
+            BLOCKS,
+            "int8",
+            False,
+            config,
+            silent,
+            finetuned_losses=known,
+        )
         result = parity.providers[CPU]
         assert isinstance(result, ProviderParity)
         assert result.num_language_tokens == 4 * 48
@@ -698,7 +885,7 @@ def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypat
     generator = torch.Generator().manual_seed(0)
     ours, theirs = (torch.randn(2, 7, 11, generator=generator) for _ in range(2))
     ids = torch.randint(0, 11, (2, 7), generator=generator)
-    monkeypatch.setattr("export.parity.agreement.LOGIT_ROWS", 3)
+    monkeypatch.setattr("dense2moe.export.parity.agreement.LOGIT_ROWS", 3)
     sums = _Sums()
     sums.add(Forward(ours, (), (), (), 2), Forward(theirs, (), (), (), 2), ids)
     p, q = (logits.double().softmax(-1) for logits in (theirs, ours))

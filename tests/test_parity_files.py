@@ -11,16 +11,16 @@ from typing import Any
 
 import onnx
 import pytest
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.parity.files import FilesCheck, check_files
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import UpcycleConfig
 from tokenizers import Tokenizer
 
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.parity.files import FilesCheck, check_files
-from export.quantizer import quantize_checkpoint
-from export.storage import MODEL_NAME
 from tests.conftest import MakeDense
-from upcycle.config import UpcycleConfig
-from upcycle.surgery import upcycle
 
 ALL = ("tokenizer.json", "generation_config.json", "config.json", "genai_config.json")
 Sides = tuple[Path, Path]
@@ -120,7 +120,9 @@ def test_our_package_of_a_mixture_passes(architecture: str, make_dense: MakeDens
         {"eos_token_id": None, "bos_token_id": None},
     ],
 )
-def test_our_package_passes_whatever_special_tokens_the_config_has(ids: dict[str, Any], make_dense: MakeDense, tmp_path: Path) -> None:
+def test_our_package_passes_whatever_special_tokens_the_config_has(
+    ids: dict[str, Any], make_dense: MakeDense, tmp_path: Path
+) -> None:
     """onnxruntime-genai needs them all, so the writer substitutes those that are not there."""
     assert check_files(*export(make_dense(num_hidden_layers=1, **ids), tmp_path)) == FilesCheck(compared=ALL)
 
@@ -135,7 +137,9 @@ def test_our_package_passes_whatever_special_tokens_the_config_has(ids: dict[str
         ({}, {"eos_token_id": [1, 7], "pad_token_id": 8, "do_sample": True, "temperature": 0.5}),
     ],
 )
-def test_a_package_of_genai_s_builder_passes(ids: dict[str, Any], settings: dict[str, Any], make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_package_of_genai_s_builder_passes(
+    ids: dict[str, Any], settings: dict[str, Any], make_dense: MakeDense, tmp_path: Path
+) -> None:
     checkpoint = make_dense(hidden_size=64, num_hidden_layers=1, **ids)
     change(checkpoint / "generation_config.json", lambda values: values | settings)
     found = check_files(build_by_genai(checkpoint, tmp_path), checkpoint)
@@ -217,9 +221,19 @@ def test_two_tokens_that_changed_places_are_told(sides: Sides) -> None:
 
 
 def test_a_token_more_is_told(sides: Sides) -> None:
-    token = {"id": 300, "content": "<pad>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    token = {
+        "id": 300,
+        "content": "<pad>",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     change(sides[0] / "tokenizer.json", lambda values: values["added_tokens"].append(token))
-    assert differences(sides) == ['tokenizer.json: id 300 is "<pad>" in the package; must be no token; 1 of 301 ids differ']
+    assert differences(sides) == [
+        'tokenizer.json: id 300 is "<pad>" in the package; must be no token; 1 of 301 ids differ'
+    ]
 
 
 TEXTS = re.compile(r"; \d+ of \d+ texts differ$")
@@ -235,7 +249,8 @@ def test_the_same_tokens_cut_otherwise_are_told(sides: Sides) -> None:
     bytes_of_text = Tokenizer.from_file(str(sides[0] / "tokenizer.json")).encode(text, add_special_tokens=False).ids
     place = next(n for n, (one, other) in enumerate(zip(bytes_of_text, right, strict=False)) if one != other)
     assert TEXTS.sub("", sentence) == (
-        f"tokenizer.json: the text {json.dumps(text)}, encoded without special tokens, is {bytes_of_text[place:]} in the package, "
+        f"tokenizer.json: the text {json.dumps(text)}, encoded without special tokens, is {bytes_of_text[place:]} in "
+        "the package, "
         f"from token {place} on; must be {right[place:]}"
     )
 
@@ -243,14 +258,19 @@ def test_the_same_tokens_cut_otherwise_are_told(sides: Sides) -> None:
 def test_a_text_that_starts_without_its_token_is_told(sides: Sides) -> None:
     change(sides[0] / "tokenizer.json", put("post_processor", None))
     (sentence,) = differences(sides)
-    start = 'tokenizer.json: the text "", encoded with special tokens, is [] in the package, from token 0 on; must be [0]'
+    start = (
+        'tokenizer.json: the text "", encoded with special tokens, is [] in the package, from token 0 on; must be [0]'
+    )
     assert TEXTS.sub("", sentence) == start
 
 
 def test_a_decoder_that_gives_other_text_is_told(sides: Sides) -> None:
     change(sides[0] / "tokenizer.json", put("decoder", {"type": "Fuse"}))
     (sentence,) = differences(sides)
-    assert TEXTS.sub("", sentence) == 'tokenizer.json: ids decoded with special tokens are the text "<s>\\u0120" in the package; must be "<s> "'
+    assert (
+        TEXTS.sub("", sentence)
+        == 'tokenizer.json: ids decoded with special tokens are the text "<s>\\u0120" in the package; must be "<s> "'
+    )
 
 
 def test_a_special_token_that_is_an_ordinary_one_is_told(sides: Sides) -> None:
@@ -352,7 +372,10 @@ def test_another_number_in_the_config_is_told(sides: Sides, field: str, right: i
 def test_another_architecture_and_a_number_left_out_are_told(sides: Sides) -> None:
     change(sides[0] / "config.json", put("model_type", "llama"))
     change(sides[0] / "config.json", put("vocab_size", ...))
-    assert differences(sides) == ['config.json: model_type is "llama"; must be "mixtral"', "config.json: vocab_size is not set; must be 300"]
+    assert differences(sides) == [
+        'config.json: model_type is "llama"; must be "mixtral"',
+        "config.json: vocab_size is not set; must be 300",
+    ]
 
 
 def test_what_the_checkpoint_leaves_out_is_what_its_class_takes(sides: Sides) -> None:
@@ -382,14 +405,22 @@ def test_what_the_checkpoint_leaves_out_is_what_its_class_takes(sides: Sides) ->
         ("model.decoder.filename", "decoder.onnx", 'is "decoder.onnx"; must be "model.onnx", the file of the graph'),
         ("model.decoder.filename", "x" * 300, f'is "{"x" * 59}…; must be "model.onnx", the file of the graph'),
         ("model.decoder.inputs.past_key_names", "past.%d.key", 'is "past.%d.key"; must be "past_key_values.%d.key"'),
-        ("model.decoder.inputs.past_key_names", "past_key_values.%d.value", 'is "past_key_values.%d.value"; must be "past_key_values.%d.key"'),
+        (
+            "model.decoder.inputs.past_key_names",
+            "past_key_values.%d.value",
+            'is "past_key_values.%d.value"; must be "past_key_values.%d.key"',
+        ),
         ("model.decoder.outputs.logits", 1, 'is 1; must be "logits"'),
         (
             "model.decoder.inputs.position_ids",
             "position_ids",
             'is "position_ids"; must be among the graph\'s inputs, which have no "position_ids"',
         ),
-        ("model.decoder.outputs.states", "hidden.%d", 'is "hidden.%d"; must be among the graph\'s outputs, which have no "hidden.0"'),
+        (
+            "model.decoder.outputs.states",
+            "hidden.%d",
+            'is "hidden.%d"; must be among the graph\'s outputs, which have no "hidden.0"',
+        ),
         ("model.decoder.outputs", [1], "is [1]; must be an object of names"),
         ("search.max_length", 257, "is 257; must be at most 256, model.context_length"),
         ("search.past_present_share_buffer", False, "is false; must be true: the graph has GroupQueryAttention"),
@@ -406,7 +437,8 @@ def test_more_layers_than_the_graph_has_are_told_for_each_name(sides: Sides) -> 
     assert differences(sides) == [
         "genai_config.json: model.decoder.num_hidden_layers is 1000000000000; must be 2",
         *(
-            f'genai_config.json: model.decoder.{side}.{stem}_{kind}_names is "{name}.%d.{kind}"; must be among the graph\'s {side}, '
+            f'genai_config.json: model.decoder.{side}.{stem}_{kind}_names is "{name}.%d.{kind}"; must be among the '
+            f"graph's {side}, "
             f'which have no "{name}.2.{kind}"'
             for side, stem, name in (("inputs", "past", "past_key_values"), ("outputs", "present", "present"))
             for kind in ("key", "value")
@@ -417,7 +449,9 @@ def test_more_layers_than_the_graph_has_are_told_for_each_name(sides: Sides) -> 
 def test_another_graph_than_the_one_that_is_judged_is_told(sides: Sides) -> None:
     shutil.copyfile(sides[0] / MODEL_NAME, sides[0] / "other.onnx")
     change(sides[0] / "genai_config.json", put("model.decoder.filename", "other.onnx"))
-    assert differences(sides) == ['genai_config.json: model.decoder.filename is "other.onnx"; must be "model.onnx", the file of the graph']
+    assert differences(sides) == [
+        'genai_config.json: model.decoder.filename is "other.onnx"; must be "model.onnx", the file of the graph'
+    ]
 
 
 def test_a_buffer_cannot_be_shared_without_an_operator_that_does(foreign: Sides) -> None:
@@ -449,7 +483,9 @@ def test_a_file_that_our_package_lacks_is_a_difference(sides: Sides, file: str) 
 def test_a_package_of_another_maker_may_lack_files_but_not_both_configs(foreign: Sides) -> None:
     for file in ("tokenizer.json", "generation_config.json", "config.json"):
         (foreign[0] / file).unlink()
-    missing = tuple(f"{file}: not in the package" for file in ("tokenizer.json", "generation_config.json", "config.json"))
+    missing = tuple(
+        f"{file}: not in the package" for file in ("tokenizer.json", "generation_config.json", "config.json")
+    )
     assert check_files(*foreign) == FilesCheck(("genai_config.json",), missing)
     (foreign[0] / "genai_config.json").unlink()
     found = check_files(*foreign)
@@ -461,7 +497,10 @@ def test_what_the_checkpoint_lacks_is_not_compared(sides: Sides) -> None:
     for directory in sides:
         (directory / "generation_config.json").unlink()
     (sides[1] / "tokenizer.json").unlink()
-    missing = ("tokenizer.json: not in the checkpoint", "generation_config.json: neither in the package nor in the checkpoint")
+    missing = (
+        "tokenizer.json: not in the checkpoint",
+        "generation_config.json: neither in the package nor in the checkpoint",
+    )
     assert check_files(*sides) == FilesCheck(("config.json", "genai_config.json"), missing)
 
 
@@ -470,7 +509,9 @@ NOT_JSON = "Expecting value: line 1 column 1 (char 0)"
 
 
 @pytest.mark.parametrize("file", ["generation_config.json", "config.json", "genai_config.json"])
-@pytest.mark.parametrize(("text", "reason"), [(POINTER, NOT_JSON), ("[1]", "not a JSON object"), ("[" * 100_000, "RecursionError")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [(POINTER, NOT_JSON), ("[1]", "not a JSON object"), ("[" * 100_000, "RecursionError")]
+)
 def test_a_damaged_config_is_one_sentence(sides: Sides, file: str, text: str, reason: str) -> None:
     (sides[0] / file).write_text(text, encoding="utf-8")
     (sentence,) = differences(sides)
@@ -481,7 +522,10 @@ def test_a_damaged_config_is_one_sentence(sides: Sides, file: str, text: str, re
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_tokenizer_is_one_sentence(sides: Sides, file: str) -> None:
     (sides[0] / file).write_text(POINTER, encoding="utf-8")
-    sentence = f"tokenizer.json: the package's tokenizer cannot be read ({file}: {NOT_JSON}); must be the checkpoint's; copy it"
+    sentence = (
+        f"tokenizer.json: the package's tokenizer cannot be read ({file}: {NOT_JSON}); must be the "
+        "checkpoint's; copy it"
+    )
     assert differences(sides) == [sentence]
 
 
@@ -497,7 +541,7 @@ def test_an_interrupt_goes_through(sides: Sides, monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("export.parity.files.AutoTokenizer.from_pretrained", interrupt)
+    monkeypatch.setattr("dense2moe.export.parity.files.AutoTokenizer.from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         check_files(*sides)
 
@@ -514,7 +558,8 @@ def test_a_damaged_checkpoint_is_told_as_its_own(sides: Sides) -> None:
     (sides[1] / "tokenizer.json").write_text(POINTER, encoding="utf-8")
     (sides[1] / "generation_config.json").write_text(POINTER, encoding="utf-8")
     assert differences(sides) == [
-        f"tokenizer.json: the checkpoint's tokenizer cannot be read (tokenizer.json: {NOT_JSON}); it must be one that transformers can load",
+        f"tokenizer.json: the checkpoint's tokenizer cannot be read (tokenizer.json: {NOT_JSON}); it must be one "
+        "that transformers can load",
         f"generation_config.json: the checkpoint's cannot be read ({NOT_JSON}); it must be a JSON object",
     ]
     (sides[1] / "config.json").write_text(POINTER, encoding="utf-8")

@@ -10,22 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.parity.agreement import MARGIN_BOUNDS
+from dense2moe.export.parity.checks import Case, measure_errors, plan_cases, run_free
+from dense2moe.export.parity.forward import Forward, open_reference
+from dense2moe.export.parity.limits import measure_noise
+from dense2moe.export.parity.records import TIERS
+from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
-
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.parity import ProviderParity, check_parity
-from export.parity.agreement import MARGIN_BOUNDS
-from export.parity.checks import Case, measure_errors, plan_cases, run_free
-from export.parity.forward import Forward, open_reference
-from export.parity.limits import measure_noise
-from export.parity.records import TIERS
-from export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, Decoder
-from upcycle.config import ExpertsConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=8)
@@ -37,7 +36,10 @@ def silent(what: str, done: int, total: int) -> None:
 
 @pytest.fixture(scope="module")
 def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The mixture in int4, so that experts and greedy text differ from its own. Shared: read only; its twin lies beside it."""
+    """The mixture in int4, so that experts and greedy text differ from its own.
+
+    Shared: read only; its twin lies beside it.
+    """
     return export(mixture_checkpoint, tmp_path_factory.mktemp("int4"), "int4")
 
 
@@ -57,7 +59,9 @@ def load(directory: Path, dtype: torch.dtype = torch.float32) -> MixtralForCausa
 def outputs_of(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits [N, S, V] and router logits [layers, N, S, E], as transformers itself gives them."""
     found = load(directory, dtype)(BLOCKS, output_router_logits=True, output_hidden_states=True)
-    return found.logits.double(), torch.stack([layer.reshape(*BLOCKS.shape, -1) for layer in found.router_logits]).double()
+    return found.logits.double(), torch.stack(
+        [layer.reshape(*BLOCKS.shape, -1) for layer in found.router_logits]
+    ).double()
 
 
 def judge(package: Path, twin: Path, finetuned: Path, variant: Variant = "int4") -> ProviderParity:
@@ -72,15 +76,22 @@ def test_figures_of_language_and_routing_equal_those_of_transformers(package: Pa
     theirs, their_routers = outputs_of(mixture_checkpoint)
     log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    chosen, true = ([set(row.tolist()) for row in routers.topk(2).indices.reshape(-1, 2)] for routers in (our_routers, their_routers))
+    chosen, true = (
+        [set(row.tolist()) for row in routers.topk(2).indices.reshape(-1, 2)]
+        for routers in (our_routers, their_routers)
+    )
     same = torch.tensor([a == b for a, b in zip(chosen, true, strict=True)]).reshape(2, *BLOCKS.shape)
     flipped = ~same.all(0)
     assert 0 < flipped.sum() < BLOCKS.numel()
     assert result.flipped_share == pytest.approx(float(flipped.double().mean()))
     assert result.kl_flipped == pytest.approx(float(kl[flipped].mean()), rel=1e-4)
     assert result.kl_unflipped == pytest.approx(float(kl[~flipped].mean()), rel=1e-4)
-    best, true_best = ([set(row.tolist()) for row in logits.topk(5).indices.reshape(-1, 5)] for logits in (ours, theirs))
-    assert result.top5_agreement == pytest.approx(sum(len(a & b) for a, b in zip(best, true_best, strict=True)) / 5 / len(best))
+    best, true_best = (
+        [set(row.tolist()) for row in logits.topk(5).indices.reshape(-1, 5)] for logits in (ours, theirs)
+    )
+    assert result.top5_agreement == pytest.approx(
+        sum(len(a & b) for a, b in zip(best, true_best, strict=True)) / 5 / len(best)
+    )
     assert result.routing_agreement == pytest.approx(same.double().mean((1, 2)).tolist())
     ordered = their_routers.sort(-1, descending=True).values
     margin = ordered[..., 1] - ordered[..., 2]
@@ -95,7 +106,13 @@ def test_figures_of_language_and_routing_equal_those_of_transformers(package: Pa
 def biased(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture whose gates have selection biases that choose other experts than their scores do. Shared: read only."""
     directory = tmp_path_factory.mktemp("biased")
-    upcycle(dense_checkpoint, directory, UpcycleConfig(target="glm4_moe", num_experts=4, experts=ExpertsConfig(noise=0.5)), 0, silent)
+    upcycle(
+        dense_checkpoint,
+        directory,
+        UpcycleConfig(target="glm4_moe", num_experts=4, experts=ExpertsConfig(noise=0.5)),
+        0,
+        silent,
+    )
     return directory
 
 
@@ -112,7 +129,10 @@ def with_biases(checkpoint: Path, folder: Path, scale: float) -> Path:
 
 @torch.inference_mode()
 def choices_of(directory: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts that gates chose and those with the largest logits, in order, [layers, tokens, 2], as transformers itself has them."""
+    """The experts that gates chose and those with the largest logits, in order, [layers, tokens, 2].
+
+    As transformers itself has them.
+    """
     model, said = AutoModelForCausalLM.from_pretrained(directory, experts_implementation="eager").eval(), []
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda _, __, output: said.append((output[2], output[0].topk(2).indices)))
@@ -143,20 +163,33 @@ def test_a_package_with_other_biases_than_its_twin_is_a_breach(scale: float, bia
     parity = check_parity(package, source, source, BLOCKS, "float32", False, CONFIG, silent)
     found = parity.providers[CPU]
     assert isinstance(found, ProviderParity)
-    assert {tier for tier, told in found.tiers.items() if told == "broken"} == {"weights", "operator", "logits", "language", "routing"}
+    assert {tier for tier, told in found.tiers.items() if told == "broken"} == {
+        "weights",
+        "operator",
+        "logits",
+        "language",
+        "routing",
+    }
     assert isinstance(found.places, tuple)
     assert {check.part for check in found.places if not check.is_right} == {"experts"}
     assert "e_score_correction_bias" in parity.breaches[0]
 
 
-def test_with_the_routing_forced_another_router_costs_nothing(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
-    """A twin that differs in its routers alone computes what the fine-tuned model does, once that one's routing is forced on it."""
+def test_with_the_routing_forced_another_router_costs_nothing(
+    package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
+    """A twin that differs in its routers alone computes what the fine-tuned model does.
+
+    Once that one's routing is forced on it.
+    """
     twin = tmp_path / "other_routers"
     shutil.copytree(mixture_checkpoint, twin)
     tensors = load_file(twin / "model.safetensors")
     for name in tensors:
         if name.endswith("gate.weight"):
-            tensors[name] = tensors[name] + 0.1 * torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(0))
+            tensors[name] = tensors[name] + 0.1 * torch.randn(
+                tensors[name].shape, generator=torch.Generator().manual_seed(0)
+            )
     save_file(tensors, twin / "model.safetensors", {"format": "pt"})
     forced = judge(package, twin, mixture_checkpoint).forced
     assert not isinstance(forced, str)
@@ -181,8 +214,18 @@ def test_the_common_greedy_prefix_is_that_of_generate(package: Path, mixture_che
     texts = []
     for directory in (package.parent / "twin", mixture_checkpoint):
         model = load(directory)
-        options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-        texts.append(torch.stack([model.generate(row[None, :24], attention_mask=torch.ones(1, 24), **options)[0, 24:] for row in BLOCKS]))
+        options = {
+            "max_new_tokens": 12,
+            "min_new_tokens": 12,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 1,
+        }
+        texts.append(
+            torch.stack(
+                [model.generate(row[None, :24], attention_mask=torch.ones(1, 24), **options)[0, 24:] for row in BLOCKS]
+            )
+        )
     differs = (texts[0] != texts[1]).int()
     prefixes = [int(row.argmax()) if row.any() else 12 for row in differs]
     assert (found.num_rows, found.num_tokens) == (4, 12)
@@ -213,13 +256,20 @@ def test_noise_of_a_place_is_that_of_its_own_product(package: Path, mixture_chec
     name = "layers.1.attention"
     decoder = Decoder(package, more_taps=[name])
     row = BLOCKS[:1]
-    read = torch.from_numpy(decoder.run(decoder.new_cache(*row.shape, taps=[name]), row.numpy())[name]).reshape(row.shape[1], -1)
+    read = torch.from_numpy(decoder.run(decoder.new_cache(*row.shape, taps=[name]), row.numpy())[name]).reshape(
+        row.shape[1], -1
+    )
     exact = read.double() @ weight.double().T
     own = float(((read @ weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
     found = noise[1, "attention output"]
     assert found is not None
     assert own / 4 < found < own * 4  # of another text: every expert is visited in it
-    assert {part for (_, part), value in noise.items() if value is None} == {"embedding", "cache", "residual stream", "final norm"}
+    assert {part for (_, part), value in noise.items() if value is None} == {
+        "embedding",
+        "cache",
+        "residual stream",
+        "final norm",
+    }
     assert all(2.0**-28 < value < 1e-5 for value in noise.values() if value is not None)
 
 
@@ -236,7 +286,9 @@ def test_rows_end_at_the_tokens_that_are_nearest_to_a_tie() -> None:
     for n, place in enumerate(places):
         margins[place] = 10.0 ** (n - 6)
     case = plan_cases(BLOCKS, 48, None, margins, CONFIG)[-1]
-    assert case.name == "prefill, batch 4, rows that end nearest to a tie of experts (margin at most 1e-03), left padding"
+    assert (
+        case.name == "prefill, batch 4, rows that end nearest to a tie of experts (margin at most 1e-03), left padding"
+    )
     for (row, column), ids, mask in zip(places, case.ids, case.mask, strict=True):
         assert ids[mask.bool()].tolist() == BLOCKS[row, : column + 1].tolist()
         assert mask[-1] == 1
@@ -256,7 +308,10 @@ def test_rows_go_up_to_the_context_and_past_the_window() -> None:
         "prefill, batch 1, 192 tokens, of several blocks",
         "8 decode steps after 184 tokens, batch 1, of several blocks",
     ]
-    assert not any("padding" in name for name in names_of(plan_cases(BLOCKS, 48, None, None, wide.model_copy(update={"left_padding": False}))))
+    assert not any(
+        "padding" in name
+        for name in names_of(plan_cases(BLOCKS, 48, None, None, wide.model_copy(update={"left_padding": False})))
+    )
 
 
 def test_every_case_fits_the_context() -> None:
@@ -302,7 +357,10 @@ def test_what_follows_a_near_tie_flip_is_not_judged_and_a_clear_flip_is() -> Non
 
 
 def test_a_reference_leaves_memory_when_it_is_closed(mixture_checkpoint: Path) -> None:
-    """Without waiting for the collector of cycles: three models are read one after the other, and a large one fits once."""
+    """Without waiting for the collector of cycles.
+
+    Three models are read one after the other, and a large one fits once.
+    """
     gc.disable()
     try:
         with open_reference(mixture_checkpoint) as reference:

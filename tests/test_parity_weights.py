@@ -11,14 +11,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dense2moe.export.parity.constants import Operator, read_constants
+from dense2moe.export.parity.weights import Found, _nearest, check_weights
+from dense2moe.export.quantization.blockwise import Quantized, dequantize, join, quantize, unpack
+from dense2moe.export.storage import MODEL_NAME
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from transformers import MixtralConfig
-
-from export.parity.constants import Operator, read_constants
-from export.parity.weights import Found, _nearest, check_weights
-from export.quantization import Quantized, dequantize, join, quantize, unpack
-from export.storage import MODEL_NAME
 
 WIDTH, INNER, TOKENS, EXPERTS, BLOCK = 32, 48, 80, 2, 16
 LAYER = "model.layers.0"
@@ -39,9 +38,15 @@ def draw(form: Form) -> Tensors:
     generator = torch.Generator().manual_seed(0)
     shapes = {EMBEDDING: (TOKENS, WIDTH), HEAD: (TOKENS, WIDTH), QUERY: (WIDTH, WIDTH)}
     for e in range(EXPERTS):
-        shapes |= {f"{EXPERT}.{e}.w1.weight": (INNER, WIDTH), f"{EXPERT}.{e}.w2.weight": (WIDTH, INNER), f"{EXPERT}.{e}.w3.weight": (INNER, WIDTH)}
+        shapes |= {
+            f"{EXPERT}.{e}.w1.weight": (INNER, WIDTH),
+            f"{EXPERT}.{e}.w2.weight": (WIDTH, INNER),
+            f"{EXPERT}.{e}.w3.weight": (INNER, WIDTH),
+        }
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name: quantize(weight, bits_of(form), BLOCK, zero_points=form == "int4") for name, weight in weights.items()}
+    return {
+        name: quantize(weight, bits_of(form), BLOCK, zero_points=form == "int4") for name, weight in weights.items()
+    }
 
 
 def width_of(name: str) -> int:
@@ -55,13 +60,18 @@ def value(tensors: Tensors, name: str, form: Form) -> torch.Tensor:
 def floats(form: Form) -> dict[str, torch.Tensor]:
     """What is no integers in any form: a router, and a norm."""
     generator = torch.Generator().manual_seed(1)
-    return {ROUTER: torch.randn(EXPERTS, WIDTH, generator=generator), NORM: torch.rand(WIDTH, generator=generator) + 0.5}
+    return {
+        ROUTER: torch.randn(EXPERTS, WIDTH, generator=generator),
+        NORM: torch.rand(WIDTH, generator=generator) + 0.5,
+    }
 
 
 def write_twin(folder: Path, form: Form) -> Path:
     folder.mkdir()
     tensors = {name: value(draw(form), name, form) for name in draw(form)} | floats(form)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     MixtralConfig(hidden_size=WIDTH, num_hidden_layers=1, tie_word_embeddings=False).save_pretrained(folder)
     return folder
 
@@ -89,7 +99,12 @@ class Builder:
         folder.mkdir()
         inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, None)]
         graph = helper.make_graph(self.nodes, "graph", inputs, [], self.tensors)
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]), folder / MODEL_NAME)
+        onnx.save(
+            helper.make_model(
+                graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+            ),
+            folder / MODEL_NAME,
+        )
         return folder
 
 
@@ -108,7 +123,12 @@ def write_package(folder: Path, tensors: Tensors, form: Form, others: dict[str, 
             b.node("Gather", [b.constant(value(tensors, EMBEDDING, form), "table"), "x"])
             for name in (QUERY, HEAD):
                 b.node("MatMul", ["x", b.constant(value(tensors, name, form).T, "weight")])
-            first = [torch.stack([value(tensors, f"{n}.w1.weight", form), value(tensors, f"{n}.w3.weight", form)], 1).flatten(0, 1) for n in names]
+            first = [
+                torch.stack(
+                    [value(tensors, f"{n}.w1.weight", form), value(tensors, f"{n}.w3.weight", form)], 1
+                ).flatten(0, 1)
+                for n in names
+            ]
             last = [value(tensors, f"{n}.w2.weight", form) for n in names]
             given = [b.constant(torch.stack(first), "fc1"), "", b.constant(torch.stack(last), "fc2")]
             b.node("MoE", ["x", "x", *given], "com.microsoft", k=1)
@@ -128,13 +148,27 @@ def write_package(folder: Path, tensors: Tensors, form: Form, others: dict[str, 
         case "int8" | "int4":
             sizes = {"bits": bits_of(form), "block_size": BLOCK}
             codes, scales, *zeros = tensors[EMBEDDING].parts().values()
-            table = [b.constant(codes.flatten(1), "codes"), "x", b.constant(scales, "scales"), *(b.constant(zero, "zeros") for zero in zeros)]
+            table = [
+                b.constant(codes.flatten(1), "codes"),
+                "x",
+                b.constant(scales, "scales"),
+                *(b.constant(zero, "zeros") for zero in zeros),
+            ]
             b.node("GatherBlockQuantized", table, "com.microsoft", **sizes)
             for name in (QUERY, HEAD):
-                b.node("MatMulNBits", ["x", *b.integers(tensors[name])], "com.microsoft", N=len(tensors[name].scales), K=WIDTH, **sizes)
+                b.node(
+                    "MatMulNBits",
+                    ["x", *b.integers(tensors[name])],
+                    "com.microsoft",
+                    N=len(tensors[name].scales),
+                    K=WIDTH,
+                    **sizes,
+                )
             if form == "int4":
                 firsts = [stacked([tensors[f"{n}.w1.weight"], tensors[f"{n}.w3.weight"]]) for n in names]
-                first = stacked([Quantized(*(part.transpose(0, 1).flatten(0, 1) for part in q.parts().values())) for q in firsts])
+                first = stacked(
+                    [Quantized(*(part.transpose(0, 1).flatten(0, 1) for part in q.parts().values())) for q in firsts]
+                )
                 last = stacked([tensors[f"{n}.w2.weight"] for n in names])
                 given = [""] * 13
                 given[:2] = ["x", "x"]
@@ -147,14 +181,23 @@ def write_package(folder: Path, tensors: Tensors, form: Form, others: dict[str, 
             for name in names:
                 both = join([tensors[f"{name}.w3.weight"], tensors[f"{name}.w1.weight"]])
                 b.node("MatMulNBits", ["x", *b.integers(both)], "com.microsoft", N=2 * INNER, K=WIDTH, **sizes)
-                b.node("MatMulNBits", ["x", *b.integers(tensors[f"{name}.w2.weight"])], "com.microsoft", N=WIDTH, K=INNER, **sizes)
+                b.node(
+                    "MatMulNBits",
+                    ["x", *b.integers(tensors[f"{name}.w2.weight"])],
+                    "com.microsoft",
+                    N=WIDTH,
+                    K=INNER,
+                    **sizes,
+                )
     return b.save(folder)
 
 
 Plant = Callable[[Tensors], Tensors]
 
 
-def judge(tmp_path: Path, form: Form, plant: Plant = lambda tensors: tensors, others: dict[str, torch.Tensor] | None = None) -> Found:
+def judge(
+    tmp_path: Path, form: Form, plant: Plant = lambda tensors: tensors, others: dict[str, torch.Tensor] | None = None
+) -> Found:
     package = write_package(tmp_path / "package", plant(draw(form)), form, others or floats(form))
     return check_weights(read_constants(package), write_twin(tmp_path / "twin", form))
 
@@ -197,7 +240,9 @@ def permuted(names: list[str], order: list[int], rows: slice | list[int] = slice
         for part in parts[0]:
             old = [each[part][rows].clone() for each in parts]
             for number, source in enumerate(order):
-                parts[number % len(parts)][part][rows if len(parts) > 1 else rows[number]] = old[source] if len(parts) > 1 else old[0][source]
+                parts[number % len(parts)][part][rows if len(parts) > 1 else rows[number]] = (
+                    old[source] if len(parts) > 1 else old[0][source]
+                )
         return {**tensors, **{name: Quantized(**each) for name, each in zip(names, parts, strict=True)}}
 
     return plant
@@ -214,12 +259,20 @@ def test_a_wrong_row_is_named_with_what_is_wrong_in_it(tmp_path: Path, form: For
     columns, taken = f"columns {16 + some[0]} to {16 + some[-1]}", "row 4: is that of another token, or of none"
     expected: list[tuple[Plant, str, int]] = [
         (scaled(last, 3, 1.5), "layer 0, expert 1, w2, row 3: the whole row in the file is 1.5 times the twin's", 1),
-        (scaled(last, 3, 1.5, slice(1, 2)), f"layer 0, expert 1, w2, row 3: {columns} in the file are 1.5 times the twin's", 1),
+        (
+            scaled(last, 3, 1.5, slice(1, 2)),
+            f"layer 0, expert 1, w2, row 3: {columns} in the file are 1.5 times the twin's",
+            1,
+        ),
         (scaled(gate, 7, 0.0), "layer 0, expert 0, w1, row 7: is all zeros in the file", 1),
         (scaled(QUERY, 9, -1.0), "layer 0, attention's q_proj, row 9: no row of the file is the twin's", 1),
         (scaled(HEAD, 4, 1.01), "the head, row 4: the whole row in the file is 1.01 times the twin's", 1),
         (scaled(HEAD, 4, float("nan")), "the head, row 4: no row of the file is the twin's", 1),
-        (permuted([EMBEDDING], [1, 0], [4, 5]), f"the embedding: 2 of {TOKENS} rows differ from the twin's; {taken}", 2),
+        (
+            permuted([EMBEDDING], [1, 0], [4, 5]),
+            f"the embedding: 2 of {TOKENS} rows differ from the twin's; {taken}",
+            2,
+        ),
         (permuted([HEAD], [1, 0], [4, 5]), f"the head: 2 of {TOKENS} rows differ from the twin's; {taken}", 2),
     ]
     for number, (plant, line, count) in enumerate(expected):
@@ -239,8 +292,10 @@ def test_the_order_of_rows_is_the_exporter_s_own(tmp_path: Path, form: Form) -> 
 def test_an_expert_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:
     check = judge(tmp_path, "int8", without(f"{EXPERT}.1.w2.weight")).check
     assert [(wrong.tensor, wrong.count) for wrong in check.wrong] == [
-        ("layer 0, expert 1, w1", INNER), ("layer 0, expert 1, w3", INNER), ("layer 0, expert 1, w2", WIDTH)
-    ]  # fmt: skip
+        ("layer 0, expert 1, w1", INNER),
+        ("layer 0, expert 1, w3", INNER),
+        ("layer 0, expert 1, w2", WIDTH),
+    ]
     assert {wrong.what for wrong in check.wrong} == {"no row of the file is the twin's"}
     assert check.num_wrong == 2 * INNER + WIDTH
 

@@ -10,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense2moe.convert.artifact import resume_directory
+from dense2moe.convert.pipeline import _check_space, plan_tasks
+from dense2moe.convert.planning import plan_tables
+from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.stages import Preparation, prepare
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-
-from convert.artifact import resume_directory
-from convert.pipeline import _check_space, plan_tasks
-from convert.planning import plan_tables
-from convert.recipe import load_recipe
-from convert.stages import Preparation, prepare
 
 MakeDense = Callable[..., Path]
 
@@ -36,7 +35,9 @@ parity: {{decode_steps: 8}}
 
 
 def prepared(source: Path, tmp_path: Path, upcycle: str, finetune: str = "{}") -> Preparation:
-    (tmp_path / "text.txt").write_text("|".join(f"line {number} of a text of many documents\n" for number in range(100)))
+    (tmp_path / "text.txt").write_text(
+        "|".join(f"line {number} of a text of many documents\n" for number in range(100))
+    )
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(source=source, upcycle=upcycle, finetune=finetune))
     return prepare(load_recipe(path), lambda what, done, total: None)
@@ -80,20 +81,22 @@ def test_a_llamas_plan_has_its_models(dense_checkpoint: Path, tmp_path: Path) ->
 def test_a_llamas_plan_has_every_tensor_by_its_pattern(dense_checkpoint: Path, tmp_path: Path) -> None:
     _, tensors, *_ = shown(dense_checkpoint, tmp_path, "{num_experts: 4}")
     layer, ffn = "model.layers.N.", "model.layers.N.mlp.{}_proj.weight"
-    assert sorted(tensors) == sorted([
-        ("1", "model.embed_tokens.weight", "300 × 32 float32", "as it is"),
-        ("1", "model.norm.weight", "32 float32", "as it is"),
-        ("2", f"{layer}input_layernorm.weight", "32 float32", "as it is"),
-        ("2", f"{layer}self_attn.q_proj.weight", "32 × 32 float32", "as it is"),
-        ("2", f"{layer}self_attn.k_proj.weight", "16 × 32 float32", "as it is"),
-        ("2", f"{layer}self_attn.v_proj.weight", "16 × 32 float32", "as it is"),
-        ("2", f"{layer}self_attn.o_proj.weight", "32 × 32 float32", "as it is"),
-        ("2", f"{layer}post_attention_layernorm.weight", "32 float32", "as it is"),
-        ("2", f"{layer}block_sparse_moe.gate.weight", "4 × 32 float32", "a new router"),
-        ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w1.weight", "48 × 32 float32", ffn.format("gate")),
-        ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w3.weight", "48 × 32 float32", ffn.format("up")),
-        ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w2.weight", "32 × 48 float32", ffn.format("down")),
-    ])  # fmt: skip
+    assert sorted(tensors) == sorted(
+        [
+            ("1", "model.embed_tokens.weight", "300 × 32 float32", "as it is"),
+            ("1", "model.norm.weight", "32 float32", "as it is"),
+            ("2", f"{layer}input_layernorm.weight", "32 float32", "as it is"),
+            ("2", f"{layer}self_attn.q_proj.weight", "32 × 32 float32", "as it is"),
+            ("2", f"{layer}self_attn.k_proj.weight", "16 × 32 float32", "as it is"),
+            ("2", f"{layer}self_attn.v_proj.weight", "16 × 32 float32", "as it is"),
+            ("2", f"{layer}self_attn.o_proj.weight", "32 × 32 float32", "as it is"),
+            ("2", f"{layer}post_attention_layernorm.weight", "32 float32", "as it is"),
+            ("2", f"{layer}block_sparse_moe.gate.weight", "4 × 32 float32", "a new router"),
+            ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w1.weight", "48 × 32 float32", ffn.format("gate")),
+            ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w3.weight", "48 × 32 float32", ffn.format("up")),
+            ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w2.weight", "32 × 48 float32", ffn.format("down")),
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,11 @@ def test_the_plan_has_every_value_of_the_config_that_will_be_written(
 
 def test_a_qwen3_with_experts_in_one_layer_shows_which_layers_have_what(make_dense: MakeDense, tmp_path: Path) -> None:
     source = make_dense(architecture="Qwen3ForCausalLM", head_dim=8, num_hidden_layers=3, tie_word_embeddings=False)
-    models, tensors, *_ = shown(source, tmp_path, "{num_experts: 4, layers: [1], experts: {kind: granular, granularity: 2, drop: 0.5, noise: 0.1}}")
+    models, tensors, *_ = shown(
+        source,
+        tmp_path,
+        "{num_experts: 4, layers: [1], experts: {kind: granular, granularity: 2, drop: 0.5, noise: 0.1}}",
+    )
     assert ("layers, with experts", "3", "1") in models
     assert ("computes what the dense one does", "", "no") in models
     layer, change = "model.layers.N.", ", 0.5 of the neurons drawn anew, noise of 0.1"
@@ -151,35 +158,59 @@ def test_a_qwen3_with_experts_in_one_layer_shows_which_layers_have_what(make_den
         ("2", f"{layer}mlp.up_proj.weight", "48 × 32 float32", "as it is"),
         ("2", f"{layer}mlp.down_proj.weight", "32 × 48 float32", "as it is"),
         ("1", f"{layer}mlp.gate.weight", "4 × 32 float32", "a new router"),
-        ("4", f"{layer}mlp.experts.{{0-3}}.gate_proj.weight", "24 × 32 float32", f"{layer}mlp.gate_proj.weight{change}"),
+        (
+            "4",
+            f"{layer}mlp.experts.{{0-3}}.gate_proj.weight",
+            "24 × 32 float32",
+            f"{layer}mlp.gate_proj.weight{change}",
+        ),
         ("4", f"{layer}mlp.experts.{{0-3}}.up_proj.weight", "24 × 32 float32", f"{layer}mlp.up_proj.weight{change}"),
-        ("4", f"{layer}mlp.experts.{{0-3}}.down_proj.weight", "32 × 24 float32", f"{layer}mlp.down_proj.weight{change}, × 2"),
+        (
+            "4",
+            f"{layer}mlp.experts.{{0-3}}.down_proj.weight",
+            "32 × 24 float32",
+            f"{layer}mlp.down_proj.weight{change}, × 2",
+        ),
     }
     assert sum(int(number) for number, *_ in tensors) == 3 + 3 * 8 + 2 * 3 + 1 + 3 * 4
 
 
 def test_what_becomes_one_tensor_and_what_is_folded_is_said(make_dense: MakeDense, tmp_path: Path) -> None:
-    _, granite, *_ = shown(make_dense(architecture="GraniteForCausalLM"), tmp_path, "{num_experts: 4, shared_expert: zero}")
+    _, granite, *_ = shown(
+        make_dense(architecture="GraniteForCausalLM"), tmp_path, "{num_experts: 4, shared_expert: zero}"
+    )
     layer = "model.layers.N."
     both = f"{layer}mlp.gate_proj.weight and {layer}mlp.up_proj.weight"
     assert ("2", f"{layer}block_sparse_moe.input_linear.weight", "4 × 96 × 32 float32", both) in granite
     assert ("2", f"{layer}shared_mlp.output_linear.weight", "32 × 48 float32", "zeros") in granite
     _, gemma, *_ = shown(make_dense(architecture="GemmaForCausalLM"), tmp_path, "{num_experts: 4}")
-    assert ("1", "model.embed_tokens.weight", "300 × 32 float32", "model.embed_tokens.weight (MultiplyByRootOfWidth)") in gemma
+    assert (
+        "1",
+        "model.embed_tokens.weight",
+        "300 × 32 float32",
+        "model.embed_tokens.weight (MultiplyByRootOfWidth)",
+    ) in gemma
     assert ("1", "lm_head.weight", "300 × 32 float32", "model.embed_tokens.weight") in gemma
     assert ("1", "model.norm.weight", "32 float32", "model.norm.weight (AddOne)") in gemma
 
 
 def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: Path) -> None:
     models, tensors, _, artifacts, _ = shown(
-        make_dense(architecture="T5ForConditionalGeneration"), tmp_path, "{num_experts: 4, num_experts_per_tok: 1, layers: every-2}"
+        make_dense(architecture="T5ForConditionalGeneration"),
+        tmp_path,
+        "{num_experts: 4, num_experts_per_tok: 1, layers: every-2}",
     )
     assert ("layers, with experts", "6", "3") in models
     assert ("computes what the dense one does", "", "with a zero router alone") in models
     wi, block = "encoder.block.N.layer.1.DenseReluDense.wi.weight", "encoder.block.N.layer.1.mlp."
     assert ("8", f"{block}experts.expert_{{0-3}}.wi.weight", "64 × 32 float32", wi) in tensors
     assert ("2", f"{block}wi.weight", "64 × 32 float32", wi) in tensors
-    assert ("1", "encoder.block.N.layer.0.SelfAttention.relative_attention_bias.weight", "32 × 4 float32", "as it is") in tensors
+    assert (
+        "1",
+        "encoder.block.N.layer.0.SelfAttention.relative_attention_bias.weight",
+        "32 × 4 float32",
+        "as it is",
+    ) in tensors
     assert artifacts[-1] == (
         "runs up to upcycle",
         "",
@@ -204,12 +235,16 @@ def test_the_disk_that_training_needs_is_every_stages_weights_and_three_checkpoi
 ) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}", finetune)
     mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
-    assert preparation.scratch_bytes == results * preparation.artifact_bytes["finetune"] + 4 * (mixtures * mixture + dense * DENSE)
+    assert preparation.scratch_bytes == results * preparation.artifact_bytes["finetune"] + 4 * (
+        mixtures * mixture + dense * DENSE
+    )
 
 
-def test_what_a_killed_run_left_is_not_asked_for_again(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_killed_run_left_is_not_asked_for_again(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("convert.pipeline.check_space", lambda _, needed_bytes: asked.append(needed_bytes))
+    monkeypatch.setattr("dense2moe.convert.pipeline.check_space", lambda _, needed_bytes: asked.append(needed_bytes))
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
     tasks = plan_tasks(preparation, "report")
     left = resume_directory(tmp_path, "finetune", tasks[3].key) / "fine-tuned" / "stage-0"
@@ -230,15 +265,26 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
     assert table.title == f"artifacts in {tmp_path / 'run'}"
     found = {label: (size, note) for label, size, note in rendered(table)}
     assert list(found) == [
-        "upcycle", "finetune", "onnx-float32", "quantize-float32", "onnx-int8", "quantize-int8", "disk in all", "disk to fine-tune",
-    ]  # fmt: skip
+        "upcycle",
+        "finetune",
+        "onnx-float32",
+        "quantize-float32",
+        "onnx-int8",
+        "quantize-int8",
+        "disk in all",
+        "disk to fine-tune",
+    ]
     assert found["upcycle"] == (decimal(4 * mixture), "")
     assert found["finetune"] == (decimal(4 * mixture + 2 * 4 * DENSE), "")
     assert (found["onnx-float32"][1], found["onnx-int8"][1]) == (
-            "the fastest lowering of moe, grouped, unrolled", "the fastest lowering of qmoe, grouped, unrolled",
-        )  # fmt: skip
+        "the fastest lowering of moe, grouped, unrolled",
+        "the fastest lowering of qmoe, grouped, unrolled",
+    )
     assert found["disk in all"][0] == decimal(sum(preparation.artifact_bytes.values()))
-    assert found["disk to fine-tune"] == (decimal(4 * mixture + 2 * 4 * DENSE + 9 * 4 * mixture), "besides, until it is done")
+    assert found["disk to fine-tune"] == (
+        decimal(4 * mixture + 2 * 4 * DENSE + 9 * 4 * mixture),
+        "besides, until it is done",
+    )
 
 
 def test_every_stage_of_a_run_has_its_memory_and_the_most_is_said(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -248,22 +294,35 @@ def test_every_stage_of_a_run_has_its_memory_and_the_most_is_said(dense_checkpoi
     assert rows[-1] == ("most", decimal(max(preparation.memory_bytes.values())))
 
 
-def test_a_plan_of_fine_tuned_weights_has_the_dtype_that_they_are_written_in(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_plan_of_fine_tuned_weights_has_the_dtype_that_they_are_written_in(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
     source, mixture = make_dense(dtype=torch.bfloat16), DENSE + 2 * (3 * EXPERT + ROUTER)
-    sizes = [prepared(source, tmp_path, "{num_experts: 4}", f"{{dtype: {dtype}}}").artifact_bytes["finetune"] for dtype in ("source", "float32")]
+    sizes = [
+        prepared(source, tmp_path, "{num_experts: 4}", f"{{dtype: {dtype}}}").artifact_bytes["finetune"]
+        for dtype in ("source", "float32")
+    ]
     assert sizes == [2 * mixture + 2 * 2 * DENSE, 4 * mixture + 2 * 4 * DENSE]
 
 
-def test_what_training_needs_is_sixteen_bytes_of_what_learns_and_the_rest_as_it_is_stored(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_what_training_needs_is_sixteen_bytes_of_what_learns_and_the_rest_as_it_is_stored(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
     """With a model so large, and text so short, that weights are nearly all of it."""
-    source = make_dense(dtype=torch.bfloat16, vocab_size=20_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=8)
+    source = make_dense(
+        dtype=torch.bfloat16, vocab_size=20_000, hidden_size=512, intermediate_size=4096, num_hidden_layers=8
+    )
     plans = {}
     for train in ("all", "router", "last-2"):
-        preparation = prepared(source, tmp_path, "{num_experts: 8, layers: all}", f"{{train: {train}, control: false, batch_size: 1}}")
+        preparation = prepared(
+            source, tmp_path, "{num_experts: 8, layers: all}", f"{{train: {train}, control: false, batch_size: 1}}"
+        )
         plans[train] = preparation.memory_bytes["finetune"]
     total = preparation.plan.num_parameters
     layers = sum(
-        math.prod(write.spec.shape) for write in preparation.plan.writes if ".layers.6." in write.spec.name or ".layers.7." in write.spec.name
+        math.prod(write.spec.shape)
+        for write in preparation.plan.writes
+        if ".layers.6." in write.spec.name or ".layers.7." in write.spec.name
     )
     fixed = 520_000_000
     assert plans["all"] == pytest.approx(fixed + 16 * total, rel=0.05)

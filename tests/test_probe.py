@@ -1,4 +1,7 @@
-"""The rounding of each kind of product on this processor is found by products, and one that is not known is told as such."""
+"""The rounding of each kind of product on this processor is found by products.
+
+And one that is not known is told as such.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-
-from export.input_scaling import round_inputs
-from export.parity import probe
-from export.parity.constants import Operator
-from export.parity.probe import find_group
-from export.quantization import dequantize, quantize
-from export.runtime import CPU
+from dense2moe.export.parity import probe
+from dense2moe.export.parity.constants import Operator
+from dense2moe.export.parity.probe import find_group
+from dense2moe.export.quantization.blockwise import dequantize, quantize
+from dense2moe.export.quantization.input_scaling import round_inputs
+from dense2moe.export.runtime.decoder import CPU
 
 BLOCK = 32
 MATMUL = Operator("MatMulNBits", 4, BLOCK, rounds_inputs=True)
@@ -53,7 +55,10 @@ def test_the_group_of_fused_experts_is_found(bits: int) -> None:
     group = find_group(operator, CPU)
     assert group is not None
     generator, width = torch.Generator().manual_seed(7), 3 * BLOCK
-    first, last = (quantize(torch.randn(rows, width, generator=generator), bits, BLOCK, zero_points=bits == 4) for rows in (2 * width, width))
+    first, last = (
+        quantize(torch.randn(rows, width, generator=generator), bits, BLOCK, zero_points=bits == 4)
+        for rows in (2 * width, width)
+    )
     x = torch.randn(5, width, generator=generator)
     feeds = {"x": x.numpy(), "logits": np.zeros((5, 1), np.float32)}
     found = probe._run(probe._experts(operator, first, last, width), feeds, CPU).double()
@@ -89,7 +94,9 @@ def exact(feeds: dict[str, np.ndarray]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("change", [lambda y: y * 1.001, lambda y: y + 0.01 * y.roll(1, -1), lambda y: y * torch.nan])
-def test_a_rounding_that_nobody_knows_is_none(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+def test_a_rounding_that_nobody_knows_is_none(
+    monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
     run = probe._run
     monkeypatch.setattr(probe, "_run", lambda *arguments: change(run(*arguments)))
     assert find_group(MATMUL, CPU) is None
@@ -98,7 +105,11 @@ def test_a_rounding_that_nobody_knows_is_none(monkeypatch: pytest.MonkeyPatch, c
 def test_kernels_that_differ_between_one_row_and_many_are_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
     group, run = find_group(MATMUL, CPU), probe._run
     probe._find.cache_clear()
-    monkeypatch.setattr(probe, "_run", lambda model, feeds, provider: exact(feeds) if len(feeds["x"]) > 1 else run(model, feeds, provider))
+    monkeypatch.setattr(
+        probe,
+        "_run",
+        lambda model, feeds, provider: exact(feeds) if len(feeds["x"]) > 1 else run(model, feeds, provider),
+    )
     assert find_group(MATMUL, CPU) == (None if group else 0)
 
 

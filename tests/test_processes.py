@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-from upcycle.processes import fill, on_main, tell, whole
+from dense2moe.upcycle.training.processes import fill, on_main, tell, whole
 
 ROOT = Path(__file__).parent.parent
 WORKER = """
@@ -17,7 +16,7 @@ import sys
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from upcycle.processes import fill, join_processes, leave_processes, on_main, tell, whole
+from dense2moe.upcycle.training.processes import fill, join_processes, leave_processes, on_main, tell, whole
 
 state = join_processes()
 assert state.num_processes == 2

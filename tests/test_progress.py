@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from dense2moe.convert.progress import ProgressDisplay, describe_seconds
 from rich.console import Console
-
-from convert.progress import ProgressDisplay, describe_seconds
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
-from convert.progress import ProgressDisplay
+from dense2moe.convert.progress import ProgressDisplay
 with ProgressDisplay() as display:
     display.reuse("source")
     progress = display.stage("upcycle")
@@ -31,14 +30,18 @@ ENVIRONMENT = {"PATH": os.environ["PATH"], "LANG": "C.UTF-8", "TERM": "xterm", "
 
 
 def test_without_a_terminal_only_finished_stages_are_told_on_stderr() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=ENVIRONMENT, capture_output=True, encoding="utf-8", check=True
+    )
     assert done.stdout == "result\n"
     assert re.fullmatch(r"· source  reused\n✓ upcycle  \d+\.\d s\n", done.stderr)
 
 
 def test_on_a_terminal_bars_are_on_stderr_and_stdout_is_untouched() -> None:
     ours, theirs = pty.openpty()
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
     os.close(theirs)
     seen = b""
     try:
@@ -70,7 +73,7 @@ def test_a_bar_shows_stage_work_and_times() -> None:
 def test_a_new_phase_starts_its_bar_anew_and_keeps_the_time_of_the_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     console, text = terminal()
     now = 100.0
-    monkeypatch.setattr("convert.progress.time.monotonic", lambda: now)
+    monkeypatch.setattr("dense2moe.convert.progress.time.monotonic", lambda: now)
     with ProgressDisplay(console) as display:
         progress = display.stage("upcycle")
         progress("writing tensors", 2, 2)
@@ -93,13 +96,24 @@ def test_an_exception_goes_on_and_its_stage_is_not_called_finished() -> None:
 
 
 def test_a_stage_left_unfinished_is_a_bug() -> None:
-    with pytest.raises(AssertionError, match="never finished: upcycle"), ProgressDisplay(Console(file=io.StringIO())) as display:
+    with (
+        pytest.raises(AssertionError, match="never finished: upcycle"),
+        ProgressDisplay(Console(file=io.StringIO())) as display,
+    ):
         display.stage("upcycle")
 
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0.0 s"), (12.34, "12.3 s"), (59.94, "59.9 s"), (59.96, "1 min 00 s"), (125, "2 min 05 s"), (3599.7, "1 h 00 min"), (11040, "3 h 04 min")],
+    [
+        (0, "0.0 s"),
+        (12.34, "12.3 s"),
+        (59.94, "59.9 s"),
+        (59.96, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.7, "1 h 00 min"),
+        (11040, "3 h 04 min"),
+    ],
 )
 def test_a_duration_has_the_units_that_matter(seconds: float, text: str) -> None:
     assert describe_seconds(seconds) == text

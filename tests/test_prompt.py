@@ -7,21 +7,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import DataConfig, FinetuneConfig, TextData, TrainingStage, UpcycleConfig
+from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
+from dense2moe.upcycle.training.evaluation import held_out_loss
+from dense2moe.upcycle.training.fine_tuning import finetune
+from dense2moe.upcycle.training.prompt import add_prompt, get_prompt, read_prompt, run_with_prompt, write_prompt
 from safetensors.torch import load_file
 
 from tests.conftest import MakeDense
-from upcycle.config import DataConfig, FinetuneConfig, TextData, TrainingStage, UpcycleConfig
-from upcycle.data import prepare_data, read_blocks
-from upcycle.evaluation import held_out_loss
-from upcycle.prompt import add_prompt, get_prompt, read_prompt, run_with_prompt, write_prompt
-from upcycle.receipt import load_model
-from upcycle.surgery import upcycle
-from upcycle.training import finetune
 
 CONFIG = FinetuneConfig(
-    train="prompt", prompt_tokens=5, steps=12, batch_size=4, learning_rate=0.1, warmup_steps=1, eval_steps=4, patience=99, precision="float32",
+    train="prompt",
+    prompt_tokens=5,
+    steps=12,
+    batch_size=4,
+    learning_rate=0.1,
+    warmup_steps=1,
+    eval_steps=4,
+    patience=99,
+    precision="float32",
     control=True,
-)  # fmt: skip
+)
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -32,13 +40,18 @@ def quiet(what: str, done: int, total: int) -> None:
 def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("data")
     for split, count in (("train", 60), ("validation", 20), ("test", 20)):
-        (directory / f"{split}.txt").write_text("\n".join(f"{split} the small cat sees {n} red trees" for n in range(count)), encoding="utf-8")
-    source = TextData(kind="text", train=("train.txt",), validation=("validation.txt",), test=("test.txt",), separator="\n")
+        (directory / f"{split}.txt").write_text(
+            "\n".join(f"{split} the small cat sees {n} red trees" for n in range(count)), encoding="utf-8"
+        )
+    source = TextData(
+        kind="text", train=("train.txt",), validation=("validation.txt",), test=("test.txt",), separator="\n"
+    )
     prepare_data(dense_checkpoint, directory, DataConfig(source=source, block_size=16), directory, quiet)
     return directory
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteForCausalLM"])  # Granite multiplies its embeddings
+# Granite multiplies its embeddings
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GraniteForCausalLM"])
 def test_peft_computes_the_same_from_what_is_written(architecture: str, make_dense: MakeDense, tmp_path: Path) -> None:
     import peft
 
@@ -94,8 +107,12 @@ class _Killed(BaseException):
     pass
 
 
-def test_a_killed_run_learns_the_same_prompt(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"control": False, "stages": (TrainingStage(train="router", steps=4), TrainingStage())})
+def test_a_killed_run_learns_the_same_prompt(
+    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    config = CONFIG.model_copy(
+        update={"control": False, "stages": (TrainingStage(train="router", steps=4), TrainingStage())}
+    )
 
     def run(name: str, scratch: str, stop: int | None) -> torch.Tensor | None:
         def progress(what: str, done: int, total: int) -> None:

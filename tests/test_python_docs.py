@@ -11,10 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from upcycle import python_docs
-from upcycle.errors import UpcycleError
-from upcycle.python_docs import SPLITS, PythonDocs, read_python_docs, split_of
+from dense2moe.upcycle.data import python_docs
+from dense2moe.upcycle.data.python_docs import SPLITS, PythonDocs, read_python_docs, split_of
+from dense2moe.upcycle.errors import UpcycleError
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,7 +24,10 @@ def docs() -> PythonDocs:
 
 
 def test_another_process_with_another_hash_seed_reads_the_same_text(docs: PythonDocs) -> None:
-    script = "from upcycle.python_docs import read_python_docs; docs = read_python_docs(); print(docs.version, docs.digest)"
+    script = (
+        "from dense2moe.upcycle.data.python_docs import read_python_docs; docs = read_python_docs(); "
+        "print(docs.version, docs.digest)"
+    )
     ran = subprocess.run(
         [sys.executable, "-W", "default", "-c", script],
         cwd=ROOT,
@@ -37,7 +39,9 @@ def test_another_process_with_another_hash_seed_reads_the_same_text(docs: Python
     assert ran.stdout.split() == [platform.python_version(), docs.digest]
 
 
-def test_hooks_that_a_program_replaced_do_not_change_the_text(docs: PythonDocs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hooks_that_a_program_replaced_do_not_change_the_text(
+    docs: PythonDocs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As pytest, debuggers and rich replace them."""
     before = {d.module: d.text for d in python_docs._builtin_docs()}
     for hook in ("excepthook", "displayhook", "unraisablehook", "breakpointhook"):
@@ -74,7 +78,8 @@ def test_a_module_lies_in_one_split_with_all_its_texts(docs: PythonDocs) -> None
 @pytest.mark.parametrize(("later", "earlier"), [("train", "test"), ("train", "validation"), ("validation", "test")])
 def test_no_paragraph_is_shared_by_the_modules_own_key(later: str, earlier: str, docs: PythonDocs) -> None:
     keys = {
-        split: {python_docs._paragraph_key(p) for d in docs.documents[split] for p in python_docs._paragraphs(d.text)} - {""}  # type: ignore[index]
+        split: {python_docs._paragraph_key(p) for d in docs.documents[split] for p in python_docs._paragraphs(d.text)}
+        - {""}  # type: ignore[index]
         for split in (later, earlier)
     }
     assert len(keys[earlier]) > 500
@@ -102,10 +107,19 @@ def test_no_paragraph_of_forty_characters_is_shared_as_it_stands(later: str, ear
 
 @pytest.mark.parametrize(
     ("module", "number"),
-    [("threading", 14), ("subprocess", 44), ("statistics", 53), ("imaplib", 99), ("os", 118), ("json", 807), ("pydoc_data.topics.lambda", 353)],
+    [
+        ("threading", 14),
+        ("subprocess", 44),
+        ("statistics", 53),
+        ("imaplib", 99),
+        ("os", 118),
+        ("json", 807),
+        ("pydoc_data.topics.lambda", 353),
+    ],
 )
 def test_the_split_of_a_name_is_its_sha256_modulo_a_thousand(module: str, number: int) -> None:
-    # As `printf NAME | sha256sum`, the first sixteen hexadecimal digits modulo 1000: below 50 test, below 100 validation.
+    # As `printf NAME | sha256sum`, the first sixteen hexadecimal digits modulo 1000: below 50 test, below 100
+    # validation.
     assert int(hashlib.sha256(module.encode()).hexdigest()[:16], 16) % 1000 == number
     assert split_of(module) == ("test" if number < 50 else "validation" if number < 100 else "train")
 
@@ -113,7 +127,12 @@ def test_the_split_of_a_name_is_its_sha256_modulo_a_thousand(module: str, number
 def test_shared_paragraphs_are_cut_whatever_their_blanks_comment_signs_and_case() -> None:
     paragraph = "Licensed to the PSF under a Contributor Agreement.\nSee the file for the terms."
     held_out = {python_docs._paragraph_key(paragraph)}
-    variants = [paragraph.upper(), "# " + paragraph.replace("\n", "\n#   "), "    " + paragraph.replace(" ", "  "), paragraph.replace("\n", " ")]
+    variants = [
+        paragraph.upper(),
+        "# " + paragraph.replace("\n", "\n#   "),
+        "    " + paragraph.replace(" ", "  "),
+        paragraph.replace("\n", " "),
+    ]
     text = "\n\n".join(["kept before", *variants, "kept after"])
     document = python_docs.Document("m", "code", text)
     assert python_docs._without(document, held_out).text == "kept before\n\nkept after"

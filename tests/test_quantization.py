@@ -10,12 +10,19 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.export.quantization.blockwise import (
+    Quantized,
+    dequantize,
+    join,
+    num_blocks,
+    quantize,
+    recover,
+    round_to_nearest,
+)
+from dense2moe.export.quantization.gptq import prepare_moments, quantize_gptq
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime.capi._pybind_state import quantize_matmul_4bits
 from packaging.version import Version
-
-from export.gptq import prepare_moments, quantize_gptq
-from export.quantization import Quantized, dequantize, join, num_blocks, quantize, recover, round_to_nearest
 
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128)
@@ -38,7 +45,9 @@ def by_gptq(weight: torch.Tensor, bits: int, block_size: int, zero_points: bool)
     """For inputs that depend on each other."""
     inputs = draw(200, weight.shape[1], seed=7)
     inputs = inputs + inputs[:, :1]
-    return quantize_gptq(weight, prepare_moments(inputs.T @ inputs, block_size), bits, block_size, zero_points=zero_points)
+    return quantize_gptq(
+        weight, prepare_moments(inputs.T @ inputs, block_size), bits, block_size, zero_points=zero_points
+    )
 
 
 METHODS = pytest.mark.parametrize("method", [by_rounding, by_search, by_gptq])
@@ -74,7 +83,10 @@ def read_zero_points(quantized: Quantized, bits: int) -> torch.Tensor:
     rows, blocks = quantized.scales.shape
     if quantized.zero_points is None:
         return torch.full((rows, blocks), 2.0 ** (bits - 1), dtype=torch.float64)
-    places = [[(int(row[n // 2]) >> 4 * (n % 2)) & 15 if bits == 4 else int(row[n]) for n in range(blocks)] for row in quantized.zero_points]
+    places = [
+        [(int(row[n // 2]) >> 4 * (n % 2)) & 15 if bits == 4 else int(row[n]) for n in range(blocks)]
+        for row in quantized.zero_points
+    ]
     return torch.tensor(places, dtype=torch.float64)
 
 
@@ -85,25 +97,42 @@ def squared_error(weight: torch.Tensor, approximation: torch.Tensor, block_size:
 
 
 def run_node(node: onnx.NodeProto, inputs: dict[str, np.ndarray], initializers: dict[str, np.ndarray]) -> np.ndarray:
-    declared = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape) for name, x in inputs.items()]
+    declared = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(x.dtype), x.shape)
+        for name, x in inputs.items()
+    ]
     graph = helper.make_graph(
-        [node], "one_node", declared, [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [node],
+        "one_node",
+        declared,
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in initializers.items()],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10)
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)], ir_version=10
+    )
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     return ort.InferenceSession(model.SerializeToString(), options).run(None, inputs)[0]
 
 
-def matmul(x: np.ndarray, quantized: Quantized, width: int, bits: int, block_size: int, accuracy_level: int) -> np.ndarray:
+def matmul(
+    x: np.ndarray, quantized: Quantized, width: int, bits: int, block_size: int, accuracy_level: int
+) -> np.ndarray:
     initializers = {"codes": quantized.codes.numpy(), "scales": quantized.scales.numpy().ravel()}
     if quantized.zero_points is not None:
         initializers["zero_points"] = quantized.zero_points.numpy().ravel()
     node = helper.make_node(
-        "MatMulNBits", ["x", *initializers], ["y"], domain="com.microsoft",
-        K=width, N=len(quantized.codes), bits=bits, block_size=block_size, accuracy_level=accuracy_level,
-    )  # fmt: skip
+        "MatMulNBits",
+        ["x", *initializers],
+        ["y"],
+        domain="com.microsoft",
+        K=width,
+        N=len(quantized.codes),
+        bits=bits,
+        block_size=block_size,
+        accuracy_level=accuracy_level,
+    )
     return run_node(node, {"x": x}, initializers)
 
 
@@ -111,30 +140,40 @@ def matmul(x: np.ndarray, quantized: Quantized, width: int, bits: int, block_siz
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("bits", BITS)
-def test_matmul_n_bits_reads_the_codes_as_dequantize_does(bits: int, block_size: int, width: int, zero_points: bool) -> None:
+def test_matmul_n_bits_reads_the_codes_as_dequantize_does(
+    bits: int, block_size: int, width: int, zero_points: bool
+) -> None:
     rows = 5
     quantized = quantize(draw(rows, width), bits, block_size, zero_points=zero_points)
     assert (quantized.zero_points is not None) is zero_points
     weight = dequantize(quantized, width, bits)
     np.testing.assert_array_equal(weight.numpy(), decode(quantized, width, bits))
     # Rows of the unit matrix pick single weights out, without rounding.
-    np.testing.assert_array_equal(matmul(np.eye(width, dtype=np.float32), quantized, width, bits, block_size, 1), weight.numpy().T)
+    np.testing.assert_array_equal(
+        matmul(np.eye(width, dtype=np.float32), quantized, width, bits, block_size, 1), weight.numpy().T
+    )
     x = draw(1, width, seed=1).numpy()
     expected = x.astype(np.float64) @ weight.double().numpy().T
-    # One row goes another way through the kernel. Float32 sums of at most 172 products, up to 30 in size: 5e-6 measured.
+    # One row goes another way through the kernel. Float32 sums of at most 172 products, up to 30 in size: 5e-6
+    # measured.
     np.testing.assert_allclose(matmul(x, quantized, width, bits, block_size, 1), expected, rtol=0, atol=1e-5)
 
 
 @ZERO_POINTS
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("bits", BITS)
-def test_matmul_n_bits_with_8_bit_activations_is_off_by_their_rounding_alone(bits: int, width: int, zero_points: bool) -> None:
+def test_matmul_n_bits_with_8_bit_activations_is_off_by_their_rounding_alone(
+    bits: int, width: int, zero_points: bool
+) -> None:
     quantized = quantize(draw(5, width), bits, 32, zero_points=zero_points)
     x = draw(3, width, seed=1).numpy()
     expected = x.astype(np.float64) @ dequantize(quantized, width, bits).double().numpy().T
     found = matmul(x, quantized, width, bits, 32, 4)
-    # An activation is off by at most half of 1/127 of the largest; the errors of a sum add up like its root: 0.9 of this measured.
-    deviation = np.abs(x).max() / 254 / np.sqrt(3) * np.sqrt(width) * dequantize(quantized, width, bits).abs().max().item()
+    # An activation is off by at most half of 1/127 of the largest; the errors of a sum add up like its root: 0.9 of
+    # this measured.
+    deviation = (
+        np.abs(x).max() / 254 / np.sqrt(3) * np.sqrt(width) * dequantize(quantized, width, bits).abs().max().item()
+    )
     np.testing.assert_allclose(found, expected, rtol=0, atol=1.5 * deviation)
 
 
@@ -142,9 +181,14 @@ def test_matmul_n_bits_with_8_bit_activations_is_off_by_their_rounding_alone(bit
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("bits", BITS)
-def test_gather_block_quantized_reads_the_same_codes(bits: int, block_size: int, blocks: int, zero_points: bool) -> None:
+def test_gather_block_quantized_reads_the_same_codes(
+    bits: int, block_size: int, blocks: int, zero_points: bool
+) -> None:
     if zero_points and bits == 4 and blocks % 2 and Version(ort.__version__) < Version("1.27"):
-        pytest.skip("rows of an odd number of 4-bit zero points are misread before onnxruntime 1.27; the graph has other nodes then")
+        pytest.skip(
+            "rows of an odd number of 4-bit zero points are misread before onnxruntime 1.27; the graph has other "
+            "nodes then"
+        )
     rows, width = 7, blocks * block_size
     quantized = quantize(draw(rows, width), bits, block_size, zero_points=zero_points)
     ids = np.array([[3, 0, 6], [1, 1, 5]], np.int64)
@@ -152,9 +196,15 @@ def test_gather_block_quantized_reads_the_same_codes(bits: int, block_size: int,
     if quantized.zero_points is not None:
         initializers["zero_points"] = quantized.zero_points.numpy()
     node = helper.make_node(
-        "GatherBlockQuantized", ["codes", "ids", "scales", "zero_points"][: 3 + zero_points], ["y"], domain="com.microsoft",
-        bits=bits, block_size=block_size, gather_axis=0, quantize_axis=1,
-    )  # fmt: skip
+        "GatherBlockQuantized",
+        ["codes", "ids", "scales", "zero_points"][: 3 + zero_points],
+        ["y"],
+        domain="com.microsoft",
+        bits=bits,
+        block_size=block_size,
+        gather_axis=0,
+        quantize_axis=1,
+    )
     np.testing.assert_array_equal(run_node(node, {"ids": ids}, initializers), decode(quantized, width, bits)[ids])
 
 
@@ -162,19 +212,47 @@ def test_gather_block_quantized_reads_the_same_codes(bits: int, block_size: int,
 @pytest.mark.parametrize(("hidden_blocks", "inner_blocks"), [(1, 2), (2, 1), (3, 2)])
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("bits", BITS)
-def test_qmoe_reads_the_same_codes(bits: int, block_size: int, hidden_blocks: int, inner_blocks: int, zero_points: bool) -> None:
+def test_qmoe_reads_the_same_codes(
+    bits: int, block_size: int, hidden_blocks: int, inner_blocks: int, zero_points: bool
+) -> None:
     needed = "1.31" if hidden_blocks == 1 or (zero_points and inner_blocks == 1) else "1.24.3"
     if Version(ort.__version__) < Version(needed):
         pytest.skip(f"needs onnxruntime {needed}")
     hidden, inner = hidden_blocks * block_size, inner_blocks * block_size
     shapes = ((0, 2 * inner, hidden), (1, hidden, inner))
-    parts = [quantize(draw(rows, width, seed=seed), bits, block_size, zero_points=zero_points) for seed, rows, width in shapes]
-    names = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales", "", "", "", "", "fc1_zero_points", "fc2_zero_points"]
+    parts = [
+        quantize(draw(rows, width, seed=seed), bits, block_size, zero_points=zero_points)
+        for seed, rows, width in shapes
+    ]
+    names = [
+        "x",
+        "logits",
+        "fc1",
+        "fc1_scales",
+        "",
+        "fc2",
+        "fc2_scales",
+        "",
+        "",
+        "",
+        "",
+        "fc1_zero_points",
+        "fc2_zero_points",
+    ]
     node = helper.make_node(
-        "QMoE", names[: 13 if zero_points else 7], ["y"], domain="com.microsoft",
-        k=1, activation_type="swiglu", swiglu_fusion=1, activation_alpha=1.0, activation_beta=0.0, normalize_routing_weights=1,
-        expert_weight_bits=bits, block_size=block_size,
-    )  # fmt: skip
+        "QMoE",
+        names[: 13 if zero_points else 7],
+        ["y"],
+        domain="com.microsoft",
+        k=1,
+        activation_type="swiglu",
+        swiglu_fusion=1,
+        activation_alpha=1.0,
+        activation_beta=0.0,
+        normalize_routing_weights=1,
+        expert_weight_bits=bits,
+        block_size=block_size,
+    )
     initializers = {}
     for name, part in zip(("fc1", "fc2"), parts, strict=True):
         initializers |= {name: part.codes.flatten(1)[None].numpy(), f"{name}_scales": part.scales[None].numpy()}
@@ -185,7 +263,8 @@ def test_qmoe_reads_the_same_codes(bits: int, block_size: int, hidden_blocks: in
     both = x.astype(np.float64) @ decode(parts[0], hidden, bits).T
     gate, up = both[:, 0::2], both[:, 1::2]
     expected = gate / (1 + np.exp(-gate)) * up @ decode(parts[1], inner, bits).T
-    # Float32 sums of 384 products twice: 1e-6 of the largest value measured. Beside 8-bit weights activations are rounded to 8 bits: 1.6e-2.
+    # Float32 sums of 384 products twice: 1e-6 of the largest value measured. Beside 8-bit weights activations are
+    # rounded to 8 bits: 1.6e-2.
     np.testing.assert_allclose(found, expected, rtol=0, atol={4: 1e-5, 8: 3e-2}[bits] * np.abs(expected).max())
 
 
@@ -193,15 +272,24 @@ def test_qmoe_reads_the_same_codes(bits: int, block_size: int, hidden_blocks: in
 @pytest.mark.parametrize("size", [1e-38, 1e-20, 1.0, 1e20])
 @pytest.mark.parametrize("method", [by_rounding, by_search, by_gptq])
 @pytest.mark.parametrize("bits", BITS)
-def test_integers_follow_from_the_weights_and_their_scales(bits: int, method: Method, size: float, zero_points: bool) -> None:
+def test_integers_follow_from_the_weights_and_their_scales(
+    bits: int, method: Method, size: float, zero_points: bool
+) -> None:
     for width in WIDTHS:
         weight = draw(24, width)
         weight[3], weight[:, :16] = 0, 0
         quantized = method(weight, bits, 16, zero_points)
         quantized = Quantized(quantized.codes, quantized.scales * size, quantized.zero_points)
         columns = 1 + draw(width, seed=3).abs()
-        for divided in (torch.ones(width), columns)[: 1 if size < 1e-30 else 2]:  # numbers below the normal ones have few digits
-            found = recover(dequantize(quantized, width, bits) / divided * divided, quantized.scales, quantized.zero_points, bits, 16)
+        # numbers below the normal ones have few digits
+        for divided in (torch.ones(width), columns)[: 1 if size < 1e-30 else 2]:
+            found = recover(
+                dequantize(quantized, width, bits) / divided * divided,
+                quantized.scales,
+                quantized.zero_points,
+                bits,
+                16,
+            )
             assert torch.equal(found.codes, quantized.codes)
 
 
@@ -209,7 +297,9 @@ def test_integers_follow_from_the_weights_and_their_scales(bits: int, method: Me
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("bits", BITS)
-def test_every_weight_within_the_range_of_integers_is_off_by_at_most_half_a_step(bits: int, block_size: int, width: int, zero_points: bool) -> None:
+def test_every_weight_within_the_range_of_integers_is_off_by_at_most_half_a_step(
+    bits: int, block_size: int, width: int, zero_points: bool
+) -> None:
     weight = draw(33, width)
     quantized = quantize(weight, bits, block_size, zero_points=zero_points)
     step = quantized.scales.double().abs().repeat_interleave(block_size, 1)[:, :width]
@@ -232,11 +322,15 @@ def test_every_weight_within_the_range_of_integers_is_off_by_at_most_half_a_step
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("bits", BITS)
-def test_no_block_is_worse_than_rounding_to_the_nearest_with_the_largest_weight_at_an_end(bits: int, block_size: int, width: int, seed: int) -> None:
+def test_no_block_is_worse_than_rounding_to_the_nearest_with_the_largest_weight_at_an_end(
+    bits: int, block_size: int, width: int, seed: int
+) -> None:
     weight = draw(33, width, seed=seed) ** 3  # with outliers
     found = squared_error(weight, dequantize(quantize(weight, bits, block_size), width, bits), block_size)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    blocks = torch.nn.functional.pad(weight, (0, num_blocks(width, block_size) * block_size - width)).view(33, -1, block_size)
+    blocks = torch.nn.functional.pad(weight, (0, num_blocks(width, block_size) * block_size - width)).view(
+        33, -1, block_size
+    )
     extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     for end in (low, high):
         scale = extreme / end
@@ -249,10 +343,18 @@ def test_no_block_is_worse_than_rounding_to_the_nearest_with_the_largest_weight_
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("block_size", BLOCKS)
 @pytest.mark.parametrize("bits", BITS)
-def test_a_zero_point_is_never_worse_than_none_nor_than_the_range_of_the_block(bits: int, block_size: int, width: int) -> None:
+def test_a_zero_point_is_never_worse_than_none_nor_than_the_range_of_the_block(
+    bits: int, block_size: int, width: int
+) -> None:
     weight = draw(33, width) ** 3
-    ways = (by_search(weight, bits, block_size, True), by_search(weight, bits, block_size, False), by_rounding(weight, bits, block_size, True))
-    found, symmetric, plain = (squared_error(weight, dequantize(quantized, width, bits), block_size) for quantized in ways)
+    ways = (
+        by_search(weight, bits, block_size, True),
+        by_search(weight, bits, block_size, False),
+        by_rounding(weight, bits, block_size, True),
+    )
+    found, symmetric, plain = (
+        squared_error(weight, dequantize(quantized, width, bits), block_size) for quantized in ways
+    )
     # Sums of squares are compared in float32, and the plain scale, refitted by least squares, cuts an extreme at times.
     assert (found <= symmetric * (1 + 1e-5)).all()
     assert (found.sum(1) <= plain.sum(1) * (1 + 1e-5)).all()
@@ -261,19 +363,29 @@ def test_a_zero_point_is_never_worse_than_none_nor_than_the_range_of_the_block(b
 @pytest.mark.parametrize("bits", BITS)
 def test_a_zero_point_nearly_doubles_the_levels_of_weights_on_one_side_of_zero(bits: int) -> None:
     weight = draw(64, 128).abs()
-    found, symmetric = (squared_error(weight, dequantize(quantize(weight, bits, 32, zero_points=z), 128, bits), 32).sum() for z in (True, False))
+    found, symmetric = (
+        squared_error(weight, dequantize(quantize(weight, bits, 32, zero_points=z), 128, bits), 32).sum()
+        for z in (True, False)
+    )
     assert found < 0.3 * symmetric  # by the squares of the steps (8/15)² and (128/255)²; measured .29 and .28
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_zero_points_by_rounding_are_those_of_onnxruntime_s_own_quantizer(width: int) -> None:
-    """Its blocks are symmetric or have zero points by the same rule as ours: the range of the block, zero included, to that of the codes."""
+    """Its blocks are symmetric or have zero points by the same rule as ours.
+
+    The range of the block, zero included, to that of the codes.
+    """
     weight, block_size, blocks = draw(9, width), 32, num_blocks(width, 32)
     packed = np.zeros((9, blocks, 16), np.uint8)
     scales, zero_points = np.zeros(9 * blocks, np.float32), np.zeros(9 * ((blocks + 1) // 2), np.uint8)
-    quantize_matmul_4bits(packed, np.ascontiguousarray(weight.numpy().T), scales, zero_points, block_size, 9, width, False)
+    quantize_matmul_4bits(
+        packed, np.ascontiguousarray(weight.numpy().T), scales, zero_points, block_size, 9, width, False
+    )
     found = round_to_nearest(weight, 4, block_size, zero_points=True)
-    theirs = Quantized(torch.from_numpy(packed), torch.from_numpy(scales).view(9, blocks), torch.from_numpy(zero_points).view(9, -1))
+    theirs = Quantized(
+        torch.from_numpy(packed), torch.from_numpy(scales).view(9, blocks), torch.from_numpy(zero_points).view(9, -1)
+    )
     np.testing.assert_allclose(found.scales.numpy(), theirs.scales.numpy(), rtol=1e-6)
     assert torch.equal(read_zero_points(found, 4), read_zero_points(theirs, 4))
     # A weight halfway between two integers may go either way.
@@ -324,7 +436,8 @@ def test_the_padding_of_the_last_block_is_zero_to_onnxruntime_too(bits: int, zer
 def test_a_constant_row_is_kept_to_one_rounding(bits: int, value: float, zero_points: bool, method: Method) -> None:
     weight = torch.full((2, 50), value)
     back = dequantize(method(weight, bits, 32, zero_points), 50, bits)
-    # The scale is the value over an integer, so two float32 roundings (6e-8 each) and the least-squares sum are between them.
+    # The scale is the value over an integer, so two float32 roundings (6e-8 each) and the least-squares sum are between
+    # them.
     np.testing.assert_allclose(back.numpy(), weight.numpy(), rtol=5e-7)
 
 
@@ -355,13 +468,16 @@ def test_powers_of_two_change_the_scales_alone(bits: int, exponent: int, zero_po
 @METHODS
 @ZERO_POINTS
 @pytest.mark.parametrize("bits", BITS)
-def test_magnitudes_at_the_ends_of_float32_stay_finite(bits: int, size: float, zero_points: bool, method: Method) -> None:
+def test_magnitudes_at_the_ends_of_float32_stay_finite(
+    bits: int, size: float, zero_points: bool, method: Method
+) -> None:
     weight = torch.tensor([[1.0, -1.0, 0.5, 0.0, -0.25, 1e-3]]) * torch.tensor(size)
     quantized = method(weight, bits, 16, zero_points)
     back = dequantize(quantized, 6, bits)
     assert torch.isfinite(quantized.scales).all()
     assert torch.isfinite(back).all()
-    # Two equal extremes of opposite sign: one is cut by a whole step, or put half a step beyond. A scale can only be a multiple of 2^-149.
+    # Two equal extremes of opposite sign: one is cut by a whole step, or put half a step beyond. A scale can only be a
+    # multiple of 2^-149.
     assert ((back - weight).double().abs() <= quantized.scales.double().abs() + 2 ** (bits - 1) * 2**-149).all()
 
 
@@ -379,7 +495,9 @@ def test_one_large_weight_beside_tiny_ones_costs_the_tiny_ones_alone() -> None:
 def test_weights_that_are_not_finite_are_refused(value: float, bits: int, method: Method) -> None:
     weight = torch.zeros(3, 5)
     weight[1, 2] = value
-    message = "weight (3, 5) must be finite, and 5 wide as its moments" if method is by_gptq else NO_MATRIX.format((3, 5))
+    message = (
+        "weight (3, 5) must be finite, and 5 wide as its moments" if method is by_gptq else NO_MATRIX.format((3, 5))
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         method(weight, bits, 16, False)
 
@@ -414,7 +532,7 @@ def test_half_precision_weights_are_quantized_in_float32(dtype: torch.dtype) -> 
 def test_a_weight_of_many_chunks_is_the_same_as_row_by_row(monkeypatch: pytest.MonkeyPatch, zero_points: bool) -> None:
     weight = draw(10, 40)
     whole = by_search(weight, 4, 16, zero_points)
-    monkeypatch.setattr("export.quantization._CHUNK_ELEMENTS", 3 * 48)
+    monkeypatch.setattr("dense2moe.export.quantization.blockwise._CHUNK_ELEMENTS", 3 * 48)
     chunked = by_search(weight, 4, 16, zero_points)
     for found in (chunked, join([by_search(weight[n : n + 1], 4, 16, zero_points) for n in range(10)])):
         assert torch.equal(found.codes, whole.codes)

@@ -2,13 +2,14 @@
 
 import ast
 import re
-import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 from programs import dense2moe
 
 ROOT = Path(__file__).parent.parent
+FLOORS = ("dense2moe", "convert", "upcycle", "export")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -22,8 +23,8 @@ def tree_entries() -> dict[str, str]:
     """Path to comment, from the README's tree, whose indentation is two spaces a level."""
     entries: dict[str, str] = {}
     parents: list[str] = []
-    for line in code_block("text", "convert/").splitlines():
-        name, _, comment = line.partition("  #") if "  #" in line else (line, "", "")
+    for line in code_block("text", "dense2moe/").splitlines():
+        name, _, comment = line.partition("# ")
         depth = (len(name) - len(name.lstrip())) // 2
         parents[depth:] = [name.strip()]
         entries["".join(parents)] = comment.strip()
@@ -35,15 +36,23 @@ def test_every_path_in_the_tree_exists():
         assert (ROOT / path).exists(), path
 
 
-def test_every_module_is_in_the_tree():
-    tracked = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=False)
-    files = tracked.stdout.split() if tracked.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.glob("[a-z]*/**/*.py")]
-    modules = {name for name in files if name.split("/")[0] in ("convert", "upcycle", "export") and not name.endswith("__init__.py")}
-    assert modules <= set(tree_entries())
+def test_every_package_is_in_the_tree():
+    inits = {path for floor in FLOORS for path in (ROOT / floor).rglob("__init__.py")}
+    assert {f"{path.parent.relative_to(ROOT)}/" for path in inits} <= set(tree_entries())
 
 
-def test_a_module_s_comment_is_the_first_line_of_its_docstring():
+def test_every_package_is_installed():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    inits = {
+        path.parent.relative_to(ROOT).as_posix() for floor in FLOORS for path in (ROOT / floor).rglob("__init__.py")
+    }
+    names = {f"dense2moe.{folder.replace('/', '.')}" for folder in inits if folder != "dense2moe"} | {"dense2moe"}
+    assert set(project["tool"]["setuptools"]["packages"]) == names
+
+
+def test_a_comment_in_the_tree_is_short_and_a_module_s_is_the_first_line_of_its_docstring():
     for path, comment in tree_entries().items():
+        assert len(comment.split()) <= 12, path
         if path.endswith(".py"):
             docstring = ast.get_docstring(ast.parse((ROOT / path).read_text(encoding="utf-8")))
             assert docstring is not None, path

@@ -1,4 +1,7 @@
-"""The receipt accepts what kept the function on any machine, finds a fault in any layer, and says what it could not compare."""
+"""The receipt accepts what kept the function on any machine, finds a fault in any layer.
+
+And says what it could not compare.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +17,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
-
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.errors import UpcycleError
-from upcycle.footprint import receipt_bytes
-from upcycle.mapping import UpcyclePlan, plan_upcycle
-from upcycle.receipt import (
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.receipt import (
     ROUNDING_LIMIT,
     Receipt,
     choose_mode,
@@ -33,7 +29,13 @@ from upcycle.receipt import (
     sparse_layers,
     write_receipt,
 )
-from upcycle.surgery import upcycle
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.footprint import receipt_bytes
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 MakeDense = Callable[..., Path]
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
@@ -52,12 +54,28 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mistral": ({"architecture": "MistralForCausalLM", "sliding_window": WINDOW}, {}),
     "phi3": ({"architecture": "Phi3ForCausalLM", "sliding_window": WINDOW}, {}),
     "gemma": ({"architecture": "GemmaForCausalLM", "head_dim": 16}, {}),
-    "qwen2": ({"architecture": "Qwen2ForCausalLM", "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}, {}),
+    "qwen2": (
+        {
+            "architecture": "Qwen2ForCausalLM",
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+        {},
+    ),
     "qwen3": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"layers": "every-2"}),
     "olmo2": ({"architecture": "Olmo2ForCausalLM"}, {}),
     "llama to glm4_moe": ({}, {"target": "glm4_moe", "layers": [1]}),
     "qwen3 to glm4_moe": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"target": "glm4_moe"}),
-    "granite": ({"architecture": "GraniteForCausalLM", "embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}, {}),
+    "granite": (
+        {
+            "architecture": "GraniteForCausalLM",
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+        },
+        {},
+    ),
 }
 
 
@@ -69,7 +87,13 @@ def settings(num_experts: int = 4, k: int = 2, logit_std: float = 1.0, **overrid
     """Settings; those of experts by their own names, and the number of parts of a copy as `granularity`."""
     names = ("kind", "granularity", "noise", "drop")
     experts = ExpertsConfig(**{name: overrides.pop(name) for name in names if name in overrides})
-    return UpcycleConfig(num_experts=num_experts, num_experts_per_tok=k, experts=experts, router=RouterConfig(logit_std=logit_std), **overrides)
+    return UpcycleConfig(
+        num_experts=num_experts,
+        num_experts_per_tok=k,
+        experts=experts,
+        router=RouterConfig(logit_std=logit_std),
+        **overrides,
+    )
 
 
 def make_mixture(source: Path, output: Path, **overrides: Any) -> UpcyclePlan:
@@ -97,7 +121,9 @@ def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -
 # What is compared
 
 
-def test_copies_are_compared_with_both_routers_in_three_dtypes_by_both_implementations(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_copies_are_compared_with_both_routers_in_three_dtypes_by_both_implementations(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     found = receipt(dense, mixture, make_mixture(dense, mixture))
     assert found.mode == "whole"
@@ -118,12 +144,19 @@ def test_copies_are_compared_with_both_routers_in_three_dtypes_by_both_implement
         assert c.bitwise_due == (c.router == "zero")
         assert c.bitwise == (c.rel == 0.0)
         assert c.limit == (ROUNDING_LIMIT if c.dtype == "float32" else None)
-        assert c.bitwise if c.router == "zero" else c.rel <= {"float32": ROUNDING_LIMIT, "bfloat16": 0.1, "float16": 0.01}[c.dtype]
+        assert (
+            c.bitwise
+            if c.router == "zero"
+            else c.rel <= {"float32": ROUNDING_LIMIT, "bfloat16": 0.1, "float16": 0.01}[c.dtype]
+        )
         assert c.num_tokens == 64 + 64 // 4  # longer than a block
         assert c.group_coverage is None
 
 
-@pytest.mark.parametrize("overrides", [{"intermediate_size": 172}, {"intermediate_size": 43}, {"intermediate_size": 64, "hidden_act": "gelu"}])
+@pytest.mark.parametrize(
+    "overrides",
+    [{"intermediate_size": 172}, {"intermediate_size": 43}, {"intermediate_size": 64, "hidden_act": "gelu"}],
+)
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_an_ffn_that_torch_cannot_repeat_bit_for_bit_is_accepted_within_rounding(
     overrides: dict[str, Any], k: int, make_dense: MakeDense, tmp_path: Path
@@ -152,15 +185,23 @@ def test_rel_is_what_transformers_gives_by_hand(make_dense: MakeDense, tmp_path:
     ids = torch.randint(300, (4 * 80,), generator=torch.Generator().manual_seed(0))[None, :80]
     expected, found = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (dense, mixture))
     reference = expected(ids).logits
-    judged = {(c.text, c.experts): c for c in receipt(dense, mixture, plan).comparisons if (c.router, c.dtype) == ("shipped", "float32")}
+    judged = {
+        (c.text, c.experts): c
+        for c in receipt(dense, mixture, plan).comparisons
+        if (c.router, c.dtype) == ("shipped", "float32")
+    }
     for experts in ("eager", "grouped_mm"):
         found.set_experts_implementation(experts)
         difference = (found(ids).logits - reference).abs()
         # The same operators in the same order.
-        assert judged["one long text", experts].rel == pytest.approx(float(difference.max() / reference.abs().max()), rel=1e-6)
+        assert judged["one long text", experts].rel == pytest.approx(
+            float(difference.max() / reference.abs().max()), rel=1e-6
+        )
         assert judged["one long text", experts].rel > 0.05
         # The last steps of the cached row alone: the longest of three, so at least as far apart as these.
-        assert judged["decoding with a cache", experts].rel > 0.5 * float(difference[:, -8:].max() / reference.abs().max())
+        assert judged["decoding with a cache", experts].rel > 0.5 * float(
+            difference[:, -8:].max() / reference.abs().max()
+        )
 
 
 @torch.no_grad()
@@ -183,8 +224,13 @@ def test_rel_of_a_layer_is_what_transformers_gives_by_hand(make_dense: MakeDense
             model(torch.tensor([row]))
     reference, found, largest = torch.cat(outputs[dense]), torch.cat(outputs[mixture]), torch.cat(added).abs().max()
     assert largest > 0.05 * reference.abs().max()  # so it divides everywhere
-    judged = [c.rel for c in receipt(dense, mixture, plan).comparisons if (c.router, c.dtype, c.text) == ("shipped", "float32", "layer 0")]
-    # Rows alone, and rows padded, sum in other orders; another order of these differences is a part in a hundred thousand of them.
+    judged = [
+        c.rel
+        for c in receipt(dense, mixture, plan).comparisons
+        if (c.router, c.dtype, c.text) == ("shipped", "float32", "layer 0")
+    ]
+    # Rows alone, and rows padded, sum in other orders; another order of these differences is a part in a hundred
+    # thousand of them.
     assert judged == pytest.approx([float((found - reference).abs().max() / largest)] * 2, rel=1e-4)
     assert judged[0] > 0.05
 
@@ -212,10 +258,16 @@ KEPT: dict[str, tuple[dict[str, Any], set[str]]] = {
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
 @pytest.mark.parametrize("name", KEPT)
-def test_a_limit_stands_only_where_the_function_is_kept(name: str, mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_limit_stands_only_where_the_function_is_kept(
+    name: str, mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     overrides, judged = KEPT[name]
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
-    found = [c for c in receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode, **overrides)).comparisons if c.router != "no"]
+    found = [
+        c
+        for c in receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode, **overrides)).comparisons
+        if c.router != "no"
+    ]
     for c in found:
         assert (c.limit is not None) == (c.router in judged and c.dtype == "float32")
         assert c.bitwise_due == (name == "copies" and c.router == "zero")
@@ -226,7 +278,9 @@ def test_a_limit_stands_only_where_the_function_is_kept(name: str, mode: Any, ma
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_granular_experts_of_a_drawn_router_cover_whole_copies(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_granular_experts_of_a_drawn_router_cover_whole_copies(
+    mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     plan = make_mixture(dense, mixture, num_experts=8, k=4, kind="granular", granularity=2, receipt=mode)
     found = receipt(dense, mixture, plan).comparisons
@@ -235,9 +289,17 @@ def test_granular_experts_of_a_drawn_router_cover_whole_copies(mode: Any, make_d
 
 
 @pytest.mark.parametrize(
-    ("name", "mode"), [("llama to mixtral", "whole"), ("llama to mixtral", "layers"), ("llama to granitemoe", "whole"), ("qwen3", "whole")]
+    ("name", "mode"),
+    [
+        ("llama to mixtral", "whole"),
+        ("llama to mixtral", "layers"),
+        ("llama to granitemoe", "whole"),
+        ("qwen3", "whole"),
+    ],
 )
-def test_rows_of_one_group_that_are_exchanged_with_anothers_are_refused(name: str, mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_rows_of_one_group_that_are_exchanged_with_anothers_are_refused(
+    name: str, mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     fields, overrides = DECODERS[name]
     dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
     granular = {"num_experts": 8, "k": 2, "kind": "granular", "granularity": 2}
@@ -253,13 +315,18 @@ def test_rows_of_one_group_that_are_exchanged_with_anothers_are_refused(name: st
     assert re.fullmatch(
         re.escape(f"{mixture}: shipped router, float32, eager experts, {where}: ")
         + r"\d+\.\d%"
-        + re.escape(" of the tokens are sent to parts of different copies, as router logits tie; raise upcycle.router.logit_std or change the seed"),
+        + re.escape(
+            " of the tokens are sent to parts of different copies, as router logits tie; raise "
+            "upcycle.router.logit_std or change the seed"
+        ),
         refusal(dense, mixture, plan),
     )
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_a_rounded_scale_is_judged_by_the_dtype_that_it_was_rounded_to(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_rounded_scale_is_judged_by_the_dtype_that_it_was_rounded_to(
+    mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(torch.bfloat16, intermediate_size=96), tmp_path / "mixture"
     plan = make_mixture(dense, mixture, num_experts=6, k=3, kind="granular", granularity=3, receipt=mode)
     limit = 10 * torch.finfo(torch.bfloat16).eps
@@ -274,7 +341,10 @@ def test_a_rounded_scale_is_judged_by_the_dtype_that_it_was_rounded_to(mode: Any
 
 @torch.no_grad()
 def test_half_of_a_float16_weight_that_is_no_float16_number_is_measured(make_dense: MakeDense, tmp_path: Path) -> None:
-    """Weights of deviation 1e-4, most of which are odd or even multiples of 2^-24 as chance has it: half of the odd ones is rounded."""
+    """Weights of deviation 1e-4, most of which are odd or even multiples of 2^-24 as chance has it.
+
+    Half of the odd ones is rounded.
+    """
     dense, mixture = make_dense(torch.float16, intermediate_size=EXACT), tmp_path / "mixture"
     rewrite(dense, lambda state: [weight.mul_(5e-4) for name, weight in state.items() if "down_proj" in name])
     plan = make_mixture(dense, mixture, shared_expert="half")
@@ -289,7 +359,9 @@ def test_half_of_a_float16_weight_that_is_no_float16_number_is_measured(make_den
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_small_outputs_whose_half_is_no_float16_number_are_no_fault(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_small_outputs_whose_half_is_no_float16_number_are_no_fault(
+    name: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     """Weights as transformers draws them: FFN outputs lie below 1.2e-4, twice the smallest normal number of float16."""
     fields, overrides = DECODERS[name]
     dense, mixture = make_dense(intermediate_size=EXACT, initializer_range=0.02, **fields), tmp_path / "mixture"
@@ -298,16 +370,22 @@ def test_small_outputs_whose_half_is_no_float16_number_are_no_fault(name: str, m
     assert {(c.router, c.dtype) for c in halved} <= {("zero", "float16")}
     assert all(c.bitwise_due and not c.bitwise for c in halved)
     assert halved or name not in ("llama to mixtral", "mistral")  # elsewhere larger numbers beside them hide the halves
-    assert bool(halved) == any("bitwise but for FFN outputs whose half is no float16 number" in note for note in found.notes)
+    assert bool(halved) == any(
+        "bitwise but for FFN outputs whose half is no float16 number" in note for note in found.notes
+    )
 
 
 @pytest.mark.parametrize("name", ["llama to mixtral", "mistral"])
 def test_one_altered_row_is_refused_where_halves_are_rounded(
     name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("upcycle.receipt._DTYPES", {"float16": torch.float16})  # float32 would have found it before
+    # float32 would have found it before
+    monkeypatch.setattr("dense2moe.upcycle.building.receipt._DTYPES", {"float16": torch.float16})
     fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(torch.float16, intermediate_size=EXACT, initializer_range=0.02, **fields), tmp_path / "mixture"
+    dense, mixture = (
+        make_dense(torch.float16, intermediate_size=EXACT, initializer_range=0.02, **fields),
+        tmp_path / "mixture",
+    )
     plan = make_mixture(dense, mixture, **overrides)
     assert any(c.halves_bitwise for c in receipt(dense, mixture, plan).comparisons)
 
@@ -327,7 +405,9 @@ def test_one_altered_row_is_refused_where_halves_are_rounded(
 
 
 def make_gates_overflow(factor: float) -> Callable[[dict[str, torch.Tensor]], Any]:
-    return lambda state: [weight.mul_(factor) for name, weight in state.items() if "up_proj" in name or "gate_proj" in name]
+    return lambda state: [
+        weight.mul_(factor) for name, weight in state.items() if "up_proj" in name or "gate_proj" in name
+    ]
 
 
 def test_a_dtype_in_which_the_dense_model_overflows_is_not_compared(make_dense: MakeDense, tmp_path: Path) -> None:
@@ -337,7 +417,8 @@ def test_a_dtype_in_which_the_dense_model_overflows_is_not_compared(make_dense: 
     assert {c.dtype for c in found.comparisons} == {"float32", "bfloat16"}
     assert len(found.notes) == 1
     assert re.fullmatch(
-        r"float16 was not compared: the dense model itself is not finite in it \(padded batch: \d+ of \d+ numbers are NaN or infinite\)",
+        r"float16 was not compared: the dense model itself is not finite in it \(padded batch: \d+ of \d+ numbers "
+        r"are NaN or infinite\)",
         found.notes[0],
     )
 
@@ -355,12 +436,15 @@ def test_a_mixture_that_overflows_where_the_dense_model_does_not_is_told(make_de
     found = receipt(dense, mixture, plan)
     assert any(not math.isfinite(c.rel) for c in found.comparisons if c.dtype == "float16")
     assert (
-        "float16: the mixture overflows where the dense model does not, since its experts' outputs are larger than their weighted sum" in found.notes
+        "float16: the mixture overflows where the dense model does not, since its experts' outputs are larger than "
+        "their weighted sum" in found.notes
     )
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_a_dense_model_that_is_not_finite_in_float32_cannot_be_compared(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_dense_model_that_is_not_finite_in_float32_cannot_be_compared(
+    mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     rewrite(dense, make_gates_overflow(1e30))
     message = refusal(dense, mixture, make_mixture(dense, mixture, receipt=mode))
@@ -376,7 +460,9 @@ def test_a_model_that_magnifies_rounding_is_held_to_its_own_noise(make_dense: Ma
     held = [c for c in found.comparisons if c.limit is not None and c.limit > ROUNDING_LIMIT]
     assert held
     with torch.no_grad():
-        narrow, wide = (AutoModelForCausalLM.from_pretrained(dense, dtype=dtype) for dtype in (torch.float32, torch.float64))
+        narrow, wide = (
+            AutoModelForCausalLM.from_pretrained(dense, dtype=dtype) for dtype in (torch.float32, torch.float64)
+        )
         ids = torch.arange(300)[None, :80]
         noise = float((wide(ids).logits - narrow(ids).logits).abs().max() / narrow(ids).logits.abs().max())
     for c in held:
@@ -405,9 +491,16 @@ def test_every_decoder_family_passes_layer_by_layer(name: str, make_dense: MakeD
     found = receipt(dense, mixture, make_mixture(dense, mixture, receipt="layers", **overrides))
     assert found.mode == "layers"
     assert "compared layer by layer: decoding with a cache and float16 were not run" in found.notes
-    layers = [(f"layer {n}", experts, router) for n in range(2) for experts in ("eager", "grouped_mm") for router in ("shipped", "zero")]
+    layers = [
+        (f"layer {n}", experts, router)
+        for n in range(2)
+        for experts in ("eager", "grouped_mm")
+        for router in ("shipped", "zero")
+    ]
     assert [(c.dtype, c.text, c.experts, c.router) for c in found.comparisons] == [
-        (dtype, *line) for dtype in ("float32", "bfloat16") for line in (("embedding", "no", "no"), *layers, ("head", "no", "no"))
+        (dtype, *line)
+        for dtype in ("float32", "bfloat16")
+        for line in (("embedding", "no", "no"), *layers, ("head", "no", "no"))
     ]
     for c in found.comparisons:
         assert c.num_tokens == 80 > WINDOW
@@ -428,17 +521,28 @@ def test_every_decoder_family_passes_as_a_whole(name: str, make_dense: MakeDense
 
 
 FAULTS = {
-    "an expert": lambda state: [weight.mul_(1.01) for name, weight in state.items() if "layers.1." in name and "experts" in name],
-    "attention": lambda state: state["model.layers.1.self_attn.o_proj.weight"][:16].mul_(1.01),  # not all rows: a norm after it would undo that
+    "an expert": lambda state: [
+        weight.mul_(1.01) for name, weight in state.items() if "layers.1." in name and "experts" in name
+    ],
+    # not all rows: a norm after it would undo that
+    "attention": lambda state: state["model.layers.1.self_attn.o_proj.weight"][:16].mul_(1.01),
     "a norm": lambda state: state["model.layers.1.post_attention_layernorm.weight"].mul_(1.01),
 }
 
 
 @pytest.fixture(scope="module")
-def three_layers(request: pytest.FixtureRequest, make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, UpcyclePlan]:
-    """A dense model of a family, its mixture, of which the receipt is good layer by layer, and the plan. Shared: read only."""
+def three_layers(
+    request: pytest.FixtureRequest, make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path, UpcyclePlan]:
+    """A dense model of a family, its mixture, of which the receipt is good layer by layer, and the plan.
+
+    Shared: read only.
+    """
     fields, overrides = DECODERS[request.param]
-    dense, mixture = make_dense(intermediate_size=EXACT, num_hidden_layers=3, **fields), tmp_path_factory.mktemp("faultless") / "mixture"
+    dense, mixture = (
+        make_dense(intermediate_size=EXACT, num_hidden_layers=3, **fields),
+        tmp_path_factory.mktemp("faultless") / "mixture",
+    )
     plan = make_mixture(dense, mixture, receipt="layers", **overrides)
     receipt(dense, mixture, plan)
     return dense, mixture, plan
@@ -446,7 +550,9 @@ def three_layers(request: pytest.FixtureRequest, make_dense: MakeDense, tmp_path
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("three_layers", ["llama to mixtral", "gemma", "qwen3", "olmo2"], indirect=True)
-def test_a_fault_in_one_layer_is_named_by_that_layer(three_layers: tuple[Path, Path, UpcyclePlan], fault: str, tmp_path: Path) -> None:
+def test_a_fault_in_one_layer_is_named_by_that_layer(
+    three_layers: tuple[Path, Path, UpcyclePlan], fault: str, tmp_path: Path
+) -> None:
     dense, faultless, plan = three_layers
     mixture = tmp_path / "mixture"
     shutil.copytree(faultless, mixture)
@@ -478,7 +584,8 @@ def test_what_is_outside_the_layers_and_altered_on_disk_is_refused_layer_by_laye
     fields, overrides = DECODERS[name]
     dense, mixture = make_dense(intermediate_size=EXACT, tie_word_embeddings=tied, **fields), tmp_path / "mixture"
     plan = make_mixture(dense, mixture, receipt="layers", noise=0.5, **overrides)
-    rewrite(mixture, lambda state: state[tensor][:24].mul_(1.01))  # of the embedding, rows of letters, which any text has
+    # of the embedding, rows of letters, which any text has
+    rewrite(mixture, lambda state: state[tensor][:24].mul_(1.01))
     due = "at most 1e-05" if name == "gemma" else "it must be bitwise equal"
     where = re.escape(f"{mixture}: no router, float32, no experts, {part}: differs from the dense model by ")
     assert re.fullmatch(f"{where}{NUMBER}; {due}", refusal(dense, mixture, plan))
@@ -520,7 +627,9 @@ def store_another_head(directory: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("mode", ["whole", "layers"])
 @pytest.mark.parametrize("name", [name for name in DECODERS if name != "gemma"])
-def test_a_head_that_config_json_ties_and_transformers_does_not_is_kept(name: str, mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_head_that_config_json_ties_and_transformers_does_not_is_kept(
+    name: str, mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     fields, overrides = DECODERS[name]
     dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
     store_another_head(dense)
@@ -530,8 +639,12 @@ def test_a_head_that_config_json_ties_and_transformers_does_not_is_kept(name: st
     assert json.loads((mixture / "config.json").read_text())["tie_word_embeddings"] is False
     assert torch.equal(load_file(mixture / "model.safetensors")[HEAD], load_file(dense / "model.safetensors")[HEAD])
     ids = torch.arange(2, 42)[None]
-    expected, found = (load(path)(ids).logits for load, path in ((AutoModelForCausalLM.from_pretrained, dense), (load_as_float32, mixture)))
-    assert float((found - expected).abs().max() / expected.abs().max()) <= ROUNDING_LIMIT  # by the tied head it is more than 1
+    expected, found = (
+        load(path)(ids).logits
+        for load, path in ((AutoModelForCausalLM.from_pretrained, dense), (load_as_float32, mixture))
+    )
+    # by the tied head it is more than 1
+    assert float((found - expected).abs().max() / expected.abs().max()) <= ROUNDING_LIMIT
 
 
 def load_as_float32(directory: Path) -> Any:
@@ -539,7 +652,9 @@ def load_as_float32(directory: Path) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_a_copy_of_the_embedding_stored_as_its_head_is_dropped(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_copy_of_the_embedding_stored_as_its_head_is_dropped(
+    mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     rewrite(dense, lambda state: state.update({HEAD: state[EMBEDDING].clone()}))
     plan = make_mixture(dense, mixture, receipt=mode)
@@ -556,15 +671,21 @@ def test_a_conversion_that_drops_the_head_is_found_by_the_receipt_itself(
     """With the rule that should have kept it switched off."""
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     store_another_head(dense)
-    monkeypatch.setattr("upcycle.checkpoint._are_equal", lambda *_: True)
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader._are_equal", lambda *_: True)
     plan = make_mixture(dense, mixture, receipt=mode)
     assert plan.dropped == (HEAD,)
     assert f"float32, {part}: differs from the dense model by" in refusal(dense, mixture, plan)
 
 
 OUTSIDE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
-    "a tensor too many": (lambda state: state.update({"model.extra": torch.ones(3)}), LEFT_OVER.format("tensor 'model.extra'")),
-    "a layer too many": (lambda state: state.update({"model.layers.2.x": torch.ones(3)}), LEFT_OVER.format("tensor 'model.layers.2.x'")),
+    "a tensor too many": (
+        lambda state: state.update({"model.extra": torch.ones(3)}),
+        LEFT_OVER.format("tensor 'model.extra'"),
+    ),
+    "a layer too many": (
+        lambda state: state.update({"model.layers.2.x": torch.ones(3)}),
+        LEFT_OVER.format("tensor 'model.layers.2.x'"),
+    ),
     "no norm": (lambda state: state.pop("model.norm.weight"), MISSING.format("tensor 'model.norm.weight'")),
     "no head": (lambda state: state.pop(HEAD), MISSING.format(f"tensor '{HEAD}'")),
     "no embedding": (lambda state: state.pop(EMBEDDING), MISSING.format(f"tensor '{EMBEDDING}'")),
@@ -578,7 +699,9 @@ OUTSIDE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 @pytest.mark.parametrize("side", ["dense", "mixture"])
 @pytest.mark.parametrize("mode", ["whole", "layers"])
 @pytest.mark.parametrize("fault", OUTSIDE)
-def test_what_is_missing_or_left_over_on_either_side_is_refused(fault: str, mode: Any, side: str, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_what_is_missing_or_left_over_on_either_side_is_refused(
+    fault: str, mode: Any, side: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     change, reason = OUTSIDE[fault]
     dense, mixture = make_dense(intermediate_size=EXACT, tie_word_embeddings=False), tmp_path / "mixture"
     plan = make_mixture(dense, mixture, receipt=mode)
@@ -588,7 +711,10 @@ def test_what_is_missing_or_left_over_on_either_side_is_refused(fault: str, mode
 
 
 def enlarge(size: float) -> Callable[[dict[str, torch.Tensor]], Any]:
-    """Half of the elements of every state are large, and norms hide them from attention and FFN: the outliers that large models have, only more."""
+    """Half of the elements of every state are large, and norms hide them from attention and FFN.
+
+    The outliers that large models have, only more.
+    """
 
     def change(state: dict[str, torch.Tensor]) -> None:
         state["model.embed_tokens.weight"][:, 16:] = size
@@ -605,7 +731,12 @@ def test_a_large_residual_stream_hides_no_fault_of_an_ffn_and_is_none(make_dense
     rewrite(dense, make_gates_overflow(1000.0))
     plan = make_mixture(dense, mixture, k=3, receipt="layers")
     receipt(dense, mixture, plan)  # the last bit of 1000 is 4e-5 of what a layer adds
-    rewrite(mixture, lambda state: [weight.mul_(1.0001) for name, weight in state.items() if "layers.1." in name and "experts" in name])
+    rewrite(
+        mixture,
+        lambda state: [
+            weight.mul_(1.0001) for name, weight in state.items() if "layers.1." in name and "experts" in name
+        ],
+    )
     message = refusal(dense, mixture, plan)
     assert "layer 1: differs from the dense model by" in message
     difference = re.search(NUMBER, message)
@@ -662,7 +793,10 @@ def test_two_models_that_do_not_fit_into_memory_are_compared_layer_by_layer(
 def test_models_that_would_need_more_than_three_gigabytes_are_compared_layer_by_layer(dense_checkpoint: Path) -> None:
     """Both in float32, and six float32 logits for each of 3 × 40 tokens; 0.52 GB are imports."""
     dense, plan = open_checkpoint(dense_checkpoint), plan_of(dense_checkpoint)
-    assert receipt_bytes(plan, dense, 32) == 520_000_000 + 4 * (plan.num_parameters + dense.num_parameters) + 6 * 4 * 300 * 3 * 40
+    assert (
+        receipt_bytes(plan, dense, 32)
+        == 520_000_000 + 4 * (plan.num_parameters + dense.num_parameters) + 6 * 4 * 300 * 3 * 40
+    )
     length = 3_000_000_000 // (6 * 4 * 300 * 3)
     assert choose_mode(plan, dense, length // 2) == "whole"
     assert choose_mode(plan, dense, length) == "layers"
@@ -678,22 +812,33 @@ def test_a_mode_that_is_asked_for_is_taken_whatever_the_memory(
 
 
 @pytest.mark.parametrize("asked", ["auto", "whole", "layers"])
-def test_an_encoder_decoder_is_held_whole_whatever_the_memory(asked: Any, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_decoder_is_held_whole_whatever_the_memory(
+    asked: Any, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dense = make_dense(architecture=T5)
     free(0, monkeypatch)
     assert choose_mode(plan_of(dense, k=1, receipt=asked), open_checkpoint(dense)) == "whole"
 
 
-def test_the_mode_that_memory_allows_is_the_one_that_runs(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mode_that_memory_allows_is_the_one_that_runs(
+    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = make_mixture(dense_checkpoint, tmp_path / "mixture")
     free(1, monkeypatch)
     assert receipt(dense_checkpoint, tmp_path / "mixture", plan).mode == "layers"
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_a_source_with_dropped_tensors_of_another_dtype_is_compared(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_source_with_dropped_tensors_of_another_dtype_is_compared(
+    mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
-    rewrite(dense, lambda state: state.update({"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}))
+    rewrite(
+        dense,
+        lambda state: state.update(
+            {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4, dtype=torch.float64)}
+        ),
+    )
     assert receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode)).mode == mode
 
 
@@ -703,10 +848,16 @@ def test_a_source_with_dropped_tensors_of_another_dtype_is_compared(mode: Any, m
 @pytest.mark.parametrize(
     ("fields", "notes"),
     [
-        ({"intermediate_size": 172}, {"bfloat16": "344 bytes (intermediate_size 172)", "float16": "344 bytes (intermediate_size 172)"}),
+        (
+            {"intermediate_size": 172},
+            {"bfloat16": "344 bytes (intermediate_size 172)", "float16": "344 bytes (intermediate_size 172)"},
+        ),
         (
             {"intermediate_size": 43},
-            {dtype: f"{size} bytes (intermediate_size 43)" for dtype, size in {"float32": 172, "bfloat16": 86, "float16": 86}.items()},
+            {
+                dtype: f"{size} bytes (intermediate_size 43)"
+                for dtype, size in {"float32": 172, "bfloat16": 86, "float16": 86}.items()
+            },
         ),
         (
             {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 2},
@@ -719,9 +870,16 @@ def test_a_width_that_grouped_mm_refuses_is_noted_and_the_rest_is_run(
 ) -> None:
     dense, mixture = make_dense(**fields), tmp_path / "mixture"
     found = receipt(dense, mixture, make_mixture(dense, mixture))
-    assert found.notes == tuple(f"grouped_mm in {dtype} was not run: it refuses rows of {reason}" for dtype, reason in notes.items())
+    assert found.notes == tuple(
+        f"grouped_mm in {dtype} was not run: it refuses rows of {reason}" for dtype, reason in notes.items()
+    )
     run = {(c.dtype, c.experts) for c in found.comparisons}
-    assert run == {(d, e) for d in ("float32", "bfloat16", "float16") for e in ("eager", "grouped_mm") if not (e == "grouped_mm" and d in notes)}
+    assert run == {
+        (d, e)
+        for d in ("float32", "bfloat16", "float16")
+        for e in ("eager", "grouped_mm")
+        if not (e == "grouped_mm" and d in notes)
+    }
     ids = torch.arange(20)[None]
     for dtype in notes:  # transformers does refuse it
         model = load_model(mixture, getattr(torch, dtype))
@@ -732,8 +890,13 @@ def test_a_width_that_grouped_mm_refuses_is_noted_and_the_rest_is_run(
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
 @pytest.mark.parametrize(("window", "length"), [(12, 80), (100, 132), (150, 182)])
-def test_a_text_is_made_long_enough_to_cross_a_window(window: int, length: int, mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
-    dense, mixture = make_dense(architecture="MistralForCausalLM", sliding_window=window, intermediate_size=EXACT), tmp_path / "mixture"
+def test_a_text_is_made_long_enough_to_cross_a_window(
+    window: int, length: int, mode: Any, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    dense, mixture = (
+        make_dense(architecture="MistralForCausalLM", sliding_window=window, intermediate_size=EXACT),
+        tmp_path / "mixture",
+    )
     found = receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode))
     assert not any("window" in note for note in found.notes)
     assert {c.num_tokens for c in found.comparisons if c.dtype == "float32"} == {length}
@@ -744,11 +907,17 @@ def test_a_window_that_no_text_crosses_is_noted(mode: Any, make_dense: MakeDense
     fields = {"architecture": "MistralForCausalLM", "sliding_window": 4096, "max_position_embeddings": 8192}
     dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
     found = receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode))
-    assert "the text of 80 tokens does not cross the window of 4096; that it was kept is known from the config alone" in found.notes
+    assert (
+        "the text of 80 tokens does not cross the window of 4096; that it was kept is known from the config alone"
+        in found.notes
+    )
 
 
 def test_a_window_wider_than_the_context_needs_no_note(make_dense: MakeDense, tmp_path: Path) -> None:
-    dense, mixture = make_dense(architecture="MistralForCausalLM", sliding_window=4096, intermediate_size=EXACT), tmp_path / "mixture"
+    dense, mixture = (
+        make_dense(architecture="MistralForCausalLM", sliding_window=4096, intermediate_size=EXACT),
+        tmp_path / "mixture",
+    )
     assert receipt(dense, mixture, make_mixture(dense, mixture)).notes == ()
 
 
@@ -762,19 +931,24 @@ def test_t5_is_judged_by_a_zero_router_alone(layers: str, make_dense: MakeDense,
     assert found.mode == "whole"
     assert found.notes == ()
     assert {(c.router, c.text) for c in found.comparisons if c.dtype == "float32"} == {
-        (router, text) for router in ("shipped", "zero") for text in ("one long text", "padded batch", "decoding with a cache")
+        (router, text)
+        for router in ("shipped", "zero")
+        for text in ("one long text", "padded batch", "decoding with a cache")
     }
     for c in found.comparisons:
         assert c.experts == "its own"
         assert not c.bitwise_due
         assert c.limit == (ROUNDING_LIMIT if (c.router, c.dtype) == ("zero", "float32") else None)
-        if c.router == "zero":  # a quarter of four times the weights; half precision rounds: measured 3 eps in float32, 1 in the others
+        # a quarter of four times the weights; half precision rounds: measured 3 eps in float32, 1 in the others
+        if c.router == "zero":
             assert c.rel <= 8 * torch.finfo(getattr(torch, c.dtype)).eps
         else:
             assert c.rel > 1000 * ROUNDING_LIMIT
 
 
-@pytest.mark.parametrize("name", ["encoder.block.0.layer.1.mlp.experts.expert_0.wo.weight", "decoder.block.1.layer.0.SelfAttention.q.weight"])
+@pytest.mark.parametrize(
+    "name", ["encoder.block.0.layer.1.mlp.experts.expert_0.wo.weight", "decoder.block.1.layer.0.SelfAttention.q.weight"]
+)
 def test_t5_altered_on_disk_is_refused(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
     dense, mixture = make_dense(architecture=T5), tmp_path / "mixture"
     plan = make_mixture(dense, mixture, k=1)
@@ -790,8 +964,12 @@ def test_t5_altered_on_disk_is_refused(name: str, make_dense: MakeDense, tmp_pat
 # Planted faults
 
 
-@pytest.mark.parametrize(("layer", "expert", "matrix"), [(0, 0, "w1"), (0, 1, "w3"), (0, 2, "w2"), (1, 3, "w1"), (1, 2, "w3"), (1, 0, "w2")])
-def test_an_expert_altered_on_disk_is_refused(layer: int, expert: int, matrix: str, dense_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("layer", "expert", "matrix"), [(0, 0, "w1"), (0, 1, "w3"), (0, 2, "w2"), (1, 3, "w1"), (1, 2, "w3"), (1, 0, "w2")]
+)
+def test_an_expert_altered_on_disk_is_refused(
+    layer: int, expert: int, matrix: str, dense_checkpoint: Path, tmp_path: Path
+) -> None:
     mixture = tmp_path / "mixture"
     plan = make_mixture(dense_checkpoint, mixture)
     rewrite(mixture, lambda state: state[EXPERT.format(layer=layer, expert=expert, matrix=matrix)].mul_(1.01))
@@ -803,11 +981,18 @@ def test_an_expert_altered_on_disk_is_refused(layer: int, expert: int, matrix: s
     )
 
 
-def test_experts_altered_by_less_than_rounding_are_refused_where_torch_is_exact(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_experts_altered_by_less_than_rounding_are_refused_where_torch_is_exact(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     plan = make_mixture(dense, mixture)
     # All four, for which two win the tie of a zero router is torch's choice.
-    rewrite(mixture, lambda state: [state[EXPERT.format(layer=1, expert=expert, matrix="w2")].mul_(1 + 2**-22) for expert in range(4)])
+    rewrite(
+        mixture,
+        lambda state: [
+            state[EXPERT.format(layer=1, expert=expert, matrix="w2")].mul_(1 + 2**-22) for expert in range(4)
+        ],
+    )
     assert re.fullmatch(
         re.escape(f"{mixture}: zero router, float32, eager experts, one long text: differs from the dense model by ")
         + NUMBER
@@ -820,7 +1005,10 @@ def test_a_weight_that_is_no_number_is_refused(dense_checkpoint: Path, tmp_path:
     mixture = tmp_path / "mixture"
     plan = make_mixture(dense_checkpoint, mixture)
     rewrite(mixture, lambda state: state["model.norm.weight"].fill_(float("nan")))
-    message = f"{mixture}: shipped router, float32, eager experts, one long text: differs from the dense model by nan; at most 1e-05"
+    message = (
+        f"{mixture}: shipped router, float32, eager experts, one long text: differs from the dense model by "
+        "nan; at most 1e-05"
+    )
     assert refusal(dense_checkpoint, mixture, plan) == message
 
 
@@ -893,7 +1081,10 @@ def test_router_weights_are_found_in_order(dense_checkpoint: Path, mixture_check
     state = load_file(mixture_checkpoint / "model.safetensors")
     found = list(router_weights(load_model(mixture_checkpoint, torch.float32)))
     assert len(found) == 2
-    assert all(torch.equal(weight, state[f"model.layers.{layer}.block_sparse_moe.gate.weight"]) for layer, weight in enumerate(found))
+    assert all(
+        torch.equal(weight, state[f"model.layers.{layer}.block_sparse_moe.gate.weight"])
+        for layer, weight in enumerate(found)
+    )
     assert list(router_weights(load_model(dense_checkpoint, torch.float32))) == []
 
 
@@ -915,4 +1106,7 @@ def test_the_routers_of_switch_are_found_in_both_stacks(make_dense: MakeDense, t
     state = load_file(mixture / "model.safetensors")
     names = [f"encoder.block.{layer}.layer.1" for layer in (1, 3)] + ["decoder.block.1.layer.2"]
     found = list(router_weights(load_model(mixture, torch.float32, "text2text-generation")))
-    assert all(torch.equal(weight, state[f"{name}.mlp.router.classifier.weight"]) for weight, name in zip(found, names, strict=True))
+    assert all(
+        torch.equal(weight, state[f"{name}.mlp.router.classifier.weight"])
+        for weight, name in zip(found, names, strict=True)
+    )

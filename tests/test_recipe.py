@@ -4,12 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
-from pydantic import BaseModel, ValidationError
-
-from convert.errors import RecipeError
-from convert.recipe import _ALIASES, HubSource, LocalSource, Recipe, _records, load_recipe, resolve_path, schema
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from upcycle.config import (
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.recipe import (
+    _ALIASES,
+    HubSource,
+    LocalSource,
+    Recipe,
+    _records,
+    load_recipe,
+    resolve_path,
+    schema,
+)
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.upcycle.config import (
     DataConfig,
     Distillation,
     DomainsData,
@@ -20,7 +27,8 @@ from upcycle.config import (
     UpcycleConfig,
     count_domains,
 )
-from upcycle.python_docs import DOMAINS
+from dense2moe.upcycle.data.python_docs import DOMAINS
+from pydantic import BaseModel, ValidationError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GOOD = "source: dense\ndata: {source: {kind: python-docs}}\n"  # what is added after it starts at line 3
@@ -157,7 +165,9 @@ def test_quotes_make_a_string():
 
 
 def test_an_alias_repeats_its_anchor():
-    recipe = load("source: dense\ndata: {source: {kind: python-docs}, max_test_tokens: &n 4096, max_validation_tokens: *n}\n").recipe
+    recipe = load(
+        "source: dense\ndata: {source: {kind: python-docs}, max_test_tokens: &n 4096, max_validation_tokens: *n}\n"
+    ).recipe
     assert (recipe.data.max_test_tokens, recipe.data.max_validation_tokens) == (4096, 4096)
 
 
@@ -181,15 +191,31 @@ TOO_LARGE = "r.yaml: has more than 10000 values or 20 levels, aliases counted; m
         ("# a list\n- 1\n", "r.yaml:2: is a list at the top level; must be a mapping with the keys source and data"),
         ("words\n", "r.yaml:1: is a single value at the top level; must be a mapping with the keys source and data"),
         ("a: b: c\n", "r.yaml:1: column 5: is not YAML: mapping values are not allowed here"),
-        ("a:\n\tb: 1\n", r"r.yaml:2: column 1: is not YAML: while scanning for the next token, found character '\t' that cannot start any token"),
-        ("a: 1\n---\nb: 1\n", "r.yaml:2: column 1: is not YAML: expected a single document in the stream, but found another document"),
+        (
+            "a:\n\tb: 1\n",
+            r"r.yaml:2: column 1: is not YAML: while scanning for the next token, found character '\t' that cannot "
+            r"start any token",
+        ),
+        (
+            "a: 1\n---\nb: 1\n",
+            "r.yaml:2: column 1: is not YAML: expected a single document in the stream, but found another document",
+        ),
         ("a: *b\n", "r.yaml:1: column 4: is not YAML: found undefined alias 'b'"),
         ("a: 1\nb: \a\n", "r.yaml:2: has the character 0x7; YAML allows no such character"),
-        ('a: 1\nb: "\\ud83d"\n', r"r.yaml:2: has half a character, '\ud83d'; must have both halves, or the character itself"),
-        ('"\\ude00\\ud83d": 1\n', r"r.yaml:1: has half a character, '\ude00\ud83d'; must have both halves, or the character itself"),
+        (
+            'a: 1\nb: "\\ud83d"\n',
+            r"r.yaml:2: has half a character, '\ud83d'; must have both halves, or the character itself",
+        ),
+        (
+            '"\\ude00\\ud83d": 1\n',
+            r"r.yaml:1: has half a character, '\ude00\ud83d'; must have both halves, or the character itself",
+        ),
         (b"a: 1\nb: \xff\n", "r.yaml:2: is not UTF-8 (byte 0xff); save it as UTF-8"),
         ("a: 1\n? [1]\n: 2\n", "r.yaml:2: has a key that is no word; must have words for keys"),
-        ("a: !python/name:os.system x\n", "r.yaml:1: has the tag '!python/name:os.system', which does not fit; remove the tag"),
+        (
+            "a: !python/name:os.system x\n",
+            "r.yaml:1: has the tag '!python/name:os.system', which does not fit; remove the tag",
+        ),
         ("a: !!int x\n", "r.yaml:1: has the tag 'tag:yaml.org,2002:int', which does not fit; remove the tag"),
         ("a: !!set {b}\n", "r.yaml:1: has the tag 'tag:yaml.org,2002:set', which does not fit; remove the tag"),
         (BOMB, TOO_LARGE),
@@ -214,7 +240,9 @@ def test_a_file_that_cannot_be_read_is_one_line():
 
 
 def test_a_key_given_twice_is_refused_with_both_lines():
-    assert mistakes(GOOD + "seed: 1\nname: a\nseed: 2\n") == ["r.yaml:3: seed: is given again at line 5; must be given once"]
+    assert mistakes(GOOD + "seed: 1\nname: a\nseed: 2\n") == [
+        "r.yaml:3: seed: is given again at line 5; must be given once"
+    ]
 
 
 def test_a_key_given_twice_in_a_section_is_refused():
@@ -245,7 +273,9 @@ def test_a_key_given_twice_in_a_section_is_refused():
     ],
 )
 def test_an_unknown_key_names_the_one_that_was_meant(section, given, meant):
-    assert mistakes(GOOD + f"{section}:\n  {given}: 1\n") == [f"r.yaml:4: {section}.{given}: unknown key; did you mean '{meant}'?"]
+    assert mistakes(GOOD + f"{section}:\n  {given}: 1\n") == [
+        f"r.yaml:4: {section}.{given}: unknown key; did you mean '{meant}'?"
+    ]
 
 
 def test_an_unknown_section_names_the_one_that_was_meant():
@@ -254,13 +284,15 @@ def test_an_unknown_section_names_the_one_that_was_meant():
 
 def test_a_key_like_no_other_lists_the_keys():
     assert mistakes(GOOD + "export: {zzz: 1}\n") == [
-        "r.yaml:3: export.zzz: unknown key; the keys here are device, lowering, request, activation_bits, exact_products"
+        "r.yaml:3: export.zzz: unknown key; the keys here are device, lowering, request, activation_bits, "
+        "exact_products"
     ]
 
 
 def test_a_number_of_experts_under_experts_names_num_experts():
     message = (
-        "r.yaml:3: upcycle.experts: is 8 (an integer); must be a mapping of the keys kind, granularity, noise, drop; did you mean 'num_experts'?"
+        "r.yaml:3: upcycle.experts: is 8 (an integer); must be a mapping of the keys kind, granularity, noise, "
+        "drop; did you mean 'num_experts'?"
     )
     assert mistakes(GOOD + "upcycle: {experts: 8}\n") == [message]
 
@@ -281,11 +313,18 @@ def test_mistakes_in_a_list_of_domains_are_placed_at_their_item():
         ("{layers: [1, 1]}", "layers: names a layer twice; must name each once"),
         (
             "{target: bert}",
-            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', 'granitemoeshared', 'glm4_moe', 'flex_olmo' "
+            "target: is 'bert'; must be 'auto', 'mixtral', 'qwen2_moe', 'qwen3_moe', 'granitemoe', "
+            "'granitemoeshared', 'glm4_moe', 'flex_olmo' "
             "or 'switch_transformers'",
         ),
-        ("{experts: {kind: granular}}", "experts: kind 'granular' has no granularity; must say how many experts one copy of the FFN is cut into"),
-        ("{experts: {granularity: 2}}", "experts: kind 'copies' has a granularity; must be kind 'granular' to have one"),
+        (
+            "{experts: {kind: granular}}",
+            "experts: kind 'granular' has no granularity; must say how many experts one copy of the FFN is cut into",
+        ),
+        (
+            "{experts: {granularity: 2}}",
+            "experts: kind 'copies' has a granularity; must be kind 'granular' to have one",
+        ),
         ("{experts: {drop: 1}}", "experts.drop: is 1; must be less than 1.0"),
         (
             "{num_experts: 6, num_experts_per_tok: 4, experts: {kind: granular, granularity: 4}}",
@@ -317,13 +356,16 @@ def test_a_strange_key_stays_on_one_line():
 def test_missing_sections_say_what_they_hold():
     assert mistakes("seed: 1\n") == [
         "r.yaml: source: missing; must be a directory, or a mapping with 'path' or 'hub'",
-        "r.yaml: data: missing; must be a mapping of the keys source, block_size, max_train_tokens, max_validation_tokens, max_test_tokens",
+        "r.yaml: data: missing; must be a mapping of the keys source, block_size, max_train_tokens, "
+        "max_validation_tokens, max_test_tokens",
     ]
 
 
 def test_a_missing_setting_is_placed_at_its_section():
     text = "source: dense\ndata:\n  block_size: 64\n"
-    assert mistakes(text) == ["r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'text', 'hub' or 'domains'"]
+    assert mistakes(text) == [
+        "r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'text', 'hub' or 'domains'"
+    ]
 
 
 def test_a_missing_setting_is_described():
@@ -333,7 +375,8 @@ def test_a_missing_setting_is_described():
 
 def test_an_empty_section_is_refused():
     assert mistakes(GOOD + "quantize:\n") == [
-        "r.yaml:3: quantize: is empty; must be a mapping of the keys method, calibration_tokens, calibrate_all_experts, input_scaling, "
+        "r.yaml:3: quantize: is empty; must be a mapping of the keys method, calibration_tokens, "
+        "calibrate_all_experts, input_scaling, "
         "correct_routers, activation_range, block_size, zero_points, attention_bits, embedding_bits, "
         "head_bits, overrides, budget, max_perplexity_increase, search_tokens"
     ]
@@ -363,13 +406,23 @@ def test_an_empty_section_is_refused():
         ("upcycle: {num_experts: 0}", "upcycle.num_experts: is 0; must be greater than 0"),
         ("upcycle: {num_experts: {a: 1}}", "upcycle.num_experts: is a mapping; must be an integer"),
         ("parity: {min_routing_agreement: 2}", "parity.min_routing_agreement: is 2; must be at most 1.0"),
-        ("parity: {max_perplexity_increase: 1}", "parity.max_perplexity_increase: is 1 (an integer); must be a mapping"),
+        (
+            "parity: {max_perplexity_increase: 1}",
+            "parity.max_perplexity_increase: is 1 (an integer); must be a mapping",
+        ),
         ("quantize: {block_size: 33}", "quantize.block_size: is 33; must be 16, 32, 64 or 128"),
         ("quantize: {attention_bits: 4}", "quantize.attention_bits: is 4; must be 'variant', 8 or 16"),
-        ("export: [fused]", "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits, exact_products"),
+        (
+            "export: [fused]",
+            "export: is a list; must be a mapping of the keys device, lowering, request, activation_bits, "
+            "exact_products",
+        ),
         ("variants: int8", "variants: is 'int8' (a string); must be a list"),
         ("variants: []", "variants: is an empty list; must be a list of at least 1 item"),
-        ("variants: [int8, fp8]", "variants[1]: is 'fp8'; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'"),
+        (
+            "variants: [int8, fp8]",
+            "variants[1]: is 'fp8'; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'",
+        ),
         ("variants: [int8, int4, int8]", "variants: has 'int8' more than once; must have each once"),
     ],
 )
@@ -378,7 +431,9 @@ def test_a_wrong_value_says_what_it_is_and_must_be(line, message):
 
 
 def test_a_long_value_is_shortened():
-    assert mistakes(GOOD + f"seed: {'x' * 1000}\n") == ["r.yaml:3: seed: is 'xxxxxxxxxxxx...xxxxxxxxxxxxx' (a string); must be an integer"]
+    assert mistakes(GOOD + f"seed: {'x' * 1000}\n") == [
+        "r.yaml:3: seed: is 'xxxxxxxxxxxx...xxxxxxxxxxxxx' (a string); must be an integer"
+    ]
 
 
 def test_a_message_of_a_stages_own_check_is_passed_on():
@@ -404,7 +459,8 @@ seed: 2
     assert mistakes(text) == [
         "r.yaml:1: source.rev: unknown key; did you mean 'revision'?",
         "r.yaml:2: data.block_size: is 4; must be at least 8",
-        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'bfloat16', 'int8', 'int8-qdq', 'int4' or 'mixed'",
+        "r.yaml:4: parity.max_perplexity_increase.int3: unknown key; must be 'float32', 'float16', 'bfloat16', "
+        "'int8', 'int8-qdq', 'int4' or 'mixed'",
         "r.yaml:4: parity.max_perplexity_increase.int8: is 'low' (a string); must be a number",
         "r.yaml:6: upcycle.topk: unknown key; did you mean 'num_experts_per_tok'?",
         "r.yaml:7: upcycle.num_experts: is 0; must be greater than 0",
@@ -436,14 +492,21 @@ def test_a_wrong_checkpoint_is_told_by_its_key(source, message):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("text", "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text', 'hub' or 'domains'"),
+        (
+            "text",
+            "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text', 'hub' or "
+            "'domains'",
+        ),
         ("{train: [a.txt]}", "data.source.kind: missing; must be 'python-docs', 'text', 'hub' or 'domains'"),
         ("{kind: txt}", "data.source.kind: is 'txt'; must be 'python-docs', 'text', 'hub' or 'domains'"),
         ("{kind: [text]}", "data.source.kind: is a list; must be 'python-docs', 'text', 'hub' or 'domains'"),
         ("{kind: text, train: a.txt}", "data.source.train: is 'a.txt' (a string); must be a list"),
         ("{kind: text, train: []}", "data.source.train: is an empty list; must be a list of at least 1 item"),
         ("{kind: text, train: [5]}", "data.source.train[0]: is 5 (an integer); must be a string"),
-        ("{kind: text, train: [a], separator: ''}", "data.source.separator: is ''; must be a string of at least 1 character"),
+        (
+            "{kind: text, train: [a], separator: ''}",
+            "data.source.separator: is ''; must be a string of at least 1 character",
+        ),
         ("{kind: text, train: [a], text: b}", "data.source.text: unknown key; did you mean 'test'?"),
         ("{kind: hub, path: o/n, column: c}", "data.source.column: unknown key; did you mean 'text_column'?"),
     ],
@@ -468,7 +531,10 @@ TEXT = "{kind: text, train: [a.txt]}"
         (f"{{a: {TEXT}, b: {{kind: text}}}}", ["domains.b.train: missing; must be given: Files or globs, UTF-8."]),
         (
             "{a: {kind: text, train: a.txt}, b: {kind: hub, path: o/n, column: c}}",
-            ["domains.a.train: is 'a.txt' (a string); must be a list", "domains.b.column: unknown key; did you mean 'text_column'?"],
+            [
+                "domains.a.train: is 'a.txt' (a string); must be a list",
+                "domains.b.column: unknown key; did you mean 'text_column'?",
+            ],
         ),
     ],
 )
@@ -478,10 +544,16 @@ def test_a_wrong_domain_is_told_by_its_name(domains, messages):
 
 def test_domains_are_sources_in_the_order_of_the_file():
     domains = load(f"{TWO}{{z: {TEXT}, a: {{kind: hub, path: o/n}}}}}}\n").recipe.data.source.domains
-    assert list(domains.items()) == [("z", TextData(kind="text", train=("a.txt",))), ("a", HubData(kind="hub", path="o/n"))]
+    assert list(domains.items()) == [
+        ("z", TextData(kind="text", train=("a.txt",))),
+        ("a", HubData(kind="hub", path="o/n")),
+    ]
 
 
-STAGE_KEYS = "train, steps, routing, learning_rate, expert_learning_rate, router_learning_rate, schedule, warmup_steps, balance_coefficient"
+STAGE_KEYS = (
+    "train, steps, routing, learning_rate, expert_learning_rate, router_learning_rate, schedule, "
+    "warmup_steps, balance_coefficient"
+)
 
 
 @pytest.mark.parametrize(
@@ -491,18 +563,36 @@ STAGE_KEYS = "train, steps, routing, learning_rate, expert_learning_rate, router
         ("{stages: [{lr: 1e-3}]}", "finetune.stages[0].lr: unknown key; did you mean 'learning_rate'?"),
         ("{stages: [{batch_size: 4}]}", f"finetune.stages[0].batch_size: unknown key; the keys here are {STAGE_KEYS}"),
         ("{stages: {train: router}}", "finetune.stages: is a mapping; must be a list"),
-        ("{stages: [router]}", f"finetune.stages[0]: is 'router' (a string); must be a mapping of the keys {STAGE_KEYS}"),
+        (
+            "{stages: [router]}",
+            f"finetune.stages[0]: is 'router' (a string); must be a mapping of the keys {STAGE_KEYS}",
+        ),
         ("{stages: [{steps: many}]}", "finetune.stages[0].steps: is 'many' (a string); must be an integer"),
         ("{stages: [{train: 5}]}", "finetune.stages[0].train: is 5 (an integer); must be a string"),
         ("{stages: [{routing: domain}]}", "finetune.stages[0].routing: is 'domain'; must be 'learned' or 'by-domain'"),
-        ("{stages: [{schedule: step}]}", "finetune.stages[0].schedule: is 'step'; must be 'cosine', 'linear', 'inverse-sqrt' or 'constant'"),
+        (
+            "{stages: [{schedule: step}]}",
+            "finetune.stages[0].schedule: is 'step'; must be 'cosine', 'linear', 'inverse-sqrt' or 'constant'",
+        ),
         ("{stages: [{learning_rate: 0}]}", "finetune.stages[0].learning_rate: is 0; must be greater than 0.0"),
-        ("{stages: [{train: last}]}", "finetune: stages[0]: train is 'last'; must be all, experts, router, lora, prompt or last-N"),
-        ("{distillation: true}", "finetune.distillation: is true (a boolean); must be a mapping of the keys weight, temperature"),
+        (
+            "{stages: [{train: last}]}",
+            "finetune: stages[0]: train is 'last'; must be all, experts, router, lora, prompt or last-N",
+        ),
+        (
+            "{distillation: true}",
+            "finetune.distillation: is true (a boolean); must be a mapping of the keys weight, temperature",
+        ),
         ("{distillation: {weight: 2}}", "finetune.distillation.weight: is 2; must be at most 1.0"),
         ("{distillation: {weight: 0}}", "finetune.distillation.weight: is 0; must be greater than 0.0"),
-        ("{distillation: {temperature: cold}}", "finetune.distillation.temperature: is 'cold' (a string); must be a number"),
-        ("{distillation: {temperatur: 2}}", "finetune.distillation.temperatur: unknown key; did you mean 'temperature'?"),
+        (
+            "{distillation: {temperature: cold}}",
+            "finetune.distillation.temperature: is 'cold' (a string); must be a number",
+        ),
+        (
+            "{distillation: {temperatur: 2}}",
+            "finetune.distillation.temperatur: unknown key; did you mean 'temperature'?",
+        ),
         ("{teacher: {weight: 1}}", "finetune.teacher: unknown key; did you mean 'distillation'?"),
     ],
 )
@@ -511,9 +601,17 @@ def test_a_wrong_setting_of_a_stage_or_of_distillation_is_told_by_its_key(settin
 
 
 def test_a_stage_has_what_it_gives_and_the_settings_around_the_list():
-    text = "finetune: {steps: 50, schedule: linear, distillation: {weight: 0.3}, stages: [{train: router, steps: 20}, {learning_rate: 1e-5}]}\n"
+    text = (
+        "finetune: {steps: 50, schedule: linear, distillation: {weight: 0.3}, stages: [{train: router, steps: "
+        "20}, {learning_rate: 1e-5}]}\n"
+    )
     first, second = load(GOOD + text).recipe.finetune.resolve_stages()
-    assert (first.train, first.steps, first.schedule, first.learning_rate) == ("router", 20, "linear", FinetuneConfig().learning_rate)
+    assert (first.train, first.steps, first.schedule, first.learning_rate) == (
+        "router",
+        20,
+        "linear",
+        FinetuneConfig().learning_rate,
+    )
     assert (second.train, second.steps, second.schedule, second.learning_rate) == ("all", 50, "linear", 1e-5)
     assert {stage.distillation for stage in (first, second)} == {Distillation(weight=0.3)}
     assert first.stages == second.stages == ()
@@ -525,18 +623,28 @@ def test_a_stage_has_what_it_gives_and_the_settings_around_the_list():
 @pytest.mark.parametrize(
     ("data", "upcycle", "message"),
     [
-        ("{kind: text, train: [a]}", "{num_experts: 4}", "of which the data has 1, must be 2 or more and divide the 4 experts evenly"),
-        ("{kind: python-docs}", "{num_experts: 3}", "of which the data has 2, must be 2 or more and divide the 3 experts evenly"),
+        (
+            "{kind: text, train: [a]}",
+            "{num_experts: 4}",
+            "of which the data has 1, must be 2 or more and divide the 4 experts evenly",
+        ),
+        (
+            "{kind: python-docs}",
+            "{num_experts: 3}",
+            "of which the data has 2, must be 2 or more and divide the 3 experts evenly",
+        ),
         (
             f"{{kind: domains, domains: {{a: {TEXT}, b: {TEXT}, c: {TEXT}, d: {TEXT}}}}}",
-            "{num_experts: 8, num_experts_per_tok: 4, experts: {kind: granular, granularity: 4}, router: {logit_std: 1}}",
+            "{num_experts: 8, num_experts_per_tok: 4, experts: {kind: granular, granularity: 4}, router: {logit_std: "
+            "1}}",
             "of which the data has 4, must be 2 or more and divide the 2 groups of granular experts evenly",
         ),
     ],
 )
 def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, message):
     text = (
-        f"source: dense\ndata: {{source: {data}}}\nupcycle: {upcycle}\nfinetune:\n  stages:\n  - {{}}\n  - {{train: experts, routing: by-domain}}\n"
+        f"source: dense\ndata: {{source: {data}}}\nupcycle: {upcycle}\nfinetune:\n  stages:\n  - {{}}\n  - "
+        "{train: experts, routing: by-domain}\n"
     )
     assert mistakes(text) == [f"r.yaml:7: finetune.stages[1].routing: is 'by-domain'; the domains, {message}"]
     assert load(text.replace("by-domain", "learned")).recipe.finetune.stages[1].routing == "learned"
@@ -546,7 +654,8 @@ def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, mes
 def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
     text = GOOD + f"upcycle: {{target: {target}}}\nfinetune:\n  bias_update_rate: 0.001\n"
     assert mistakes(text) == [
-        f"r.yaml:5: finetune.bias_update_rate: is 0.001; must be left out, or upcycle.target be 'glm4_moe': the gates of '{target}' have no "
+        "r.yaml:5: finetune.bias_update_rate: is 0.001; must be left out, or upcycle.target be 'glm4_moe': the "
+        f"gates of '{target}' have no "
         "selection bias"
     ]
     assert load(text.replace("0.001", "0")).recipe.finetune.bias_step == 0
@@ -557,7 +666,9 @@ def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
 def test_the_domains_of_every_source_are_counted():
     two = DomainsData(kind="domains", domains={name: TextData(kind="text", train=("a",)) for name in "ab"})
     assert count_domains(PythonDocsData(kind="python-docs")) == len(DOMAINS)
-    assert [count_domains(source) for source in (TextData(kind="text", train=("a",)), HubData(kind="hub", path="p"), two)] == [1, 1, 2]
+    assert [
+        count_domains(source) for source in (TextData(kind="text", train=("a",)), HubData(kind="hub", path="p"), two)
+    ] == [1, 1, 2]
 
 
 def test_every_split_must_have_room_for_one_block():
@@ -572,28 +683,43 @@ def test_every_split_must_have_room_for_one_block():
 
 def test_decode_steps_must_leave_a_prompt_in_a_block():
     text = "source: dense\ndata: {source: {kind: python-docs}, block_size: 16}\nparity:\n  decode_steps: "
-    assert mistakes(text + "16\n") == ["r.yaml:4: parity.decode_steps: is 16; must be less than data.block_size, which is 16, to leave a prompt"]
+    assert mistakes(text + "16\n") == [
+        "r.yaml:4: parity.decode_steps: is 16; must be less than data.block_size, which is 16, to leave a prompt"
+    ]
     assert load(text + "15\n").recipe.parity.decode_steps == 15
 
 
 def test_every_variant_must_have_a_perplexity_limit():
     text = GOOD + "parity:\n  max_perplexity_increase: {int4: 0.1}\n"
-    message = "r.yaml:4: parity.max_perplexity_increase: lacks 'float32' and 'int8'; must have a limit for each of the variants"
+    message = (
+        "r.yaml:4: parity.max_perplexity_increase: lacks 'float32' and 'int8'; must have a limit for each of "
+        "the variants"
+    )
     assert mistakes(text) == [message]
     assert load(text + "variants: [int4]\n").recipe.variants == ("int4",)
 
 
 def test_quantized_files_for_cuda_are_in_blocks_that_its_operator_reads():
     text = GOOD + "export:\n  device: cuda\n"
-    message = "export.device: is 'cuda'; quantize.block_size, which is 32, must be 64 or 128 for its QMoE operator; or name another export.lowering"
+    message = (
+        "export.device: is 'cuda'; quantize.block_size, which is 32, must be 64 or 128 for its QMoE operator; "
+        "or name another export.lowering"
+    )
     assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
-    for remedy in ("quantize: {block_size: 64}\n", "quantize: {block_size: 128}\n", "variants: [float32, float16]\n", "  lowering: grouped\n"):
+    for remedy in (
+        "quantize: {block_size: 64}\n",
+        "quantize: {block_size: 128}\n",
+        "variants: [float32, float16]\n",
+        "  lowering: grouped\n",
+    ):
         assert load(text + remedy).recipe.export.device == "cuda"
 
 
 def test_static_8_bits_are_not_for_cuda():
     text = GOOD + "export: {device: cuda}\nquantize: {block_size: 64}\nvariants: [int8, int8-qdq]\n"
-    message = "variants: has 'int8-qdq', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'"
+    message = (
+        "variants: has 'int8-qdq', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'"
+    )
     assert [mistake.split(": ", 1)[1] for mistake in mistakes(text)] == [message]
     assert load(text.replace("device: cuda", "device: cpu")).recipe.variants == ("int8", "int8-qdq")
 
@@ -601,7 +727,9 @@ def test_static_8_bits_are_not_for_cuda():
 def test_checks_across_records_hold_in_python_too():
     data = DataConfig(source=PythonDocsData(kind="python-docs"), max_test_tokens=8)
     with pytest.raises(
-        ValidationError, match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256 by default, to hold one block"
+        ValidationError,
+        match=r"data\.max_test_tokens: is 8; must be at least data\.block_size, which is 256 by default, to hold one "
+        r"block",
     ):
         Recipe(source="dense", data=data)
 
@@ -663,7 +791,11 @@ def test_the_schema_describes_every_setting_of_the_recipe():
 def test_the_schema_knows_the_shorthand_and_the_defaults_of_the_stages():
     properties = schema()["properties"]
     branches = properties["source"]["anyOf"]
-    assert branches == [{"minLength": 1, "type": "string"}, {"$ref": "#/$defs/LocalSource"}, {"$ref": "#/$defs/HubSource"}]
+    assert branches == [
+        {"minLength": 1, "type": "string"},
+        {"$ref": "#/$defs/LocalSource"},
+        {"$ref": "#/$defs/HubSource"},
+    ]
     assert properties["finetune"]["default"] == FinetuneConfig().model_dump(mode="json")
     assert properties["variants"]["uniqueItems"] is True
 
@@ -673,10 +805,20 @@ def test_the_schema_agrees_with_the_loader():
     jsonschema.Draft202012Validator.check_schema(schema())
     validator = jsonschema.Draft202012Validator(schema())
     data = {"source": {"kind": "python-docs"}}
-    good = [{"source": source, "data": data} for source in ("dense", {"path": "dense"}, {"hub": "o/n", "revision": "v1"})]
+    good = [
+        {"source": source, "data": data} for source in ("dense", {"path": "dense"}, {"hub": "o/n", "revision": "v1"})
+    ]
     good += [{"source": "dense", "data": data, "finetune": {"stages": [{"train": "last-2"}, {"train": "all"}]}}]
-    good += [{"source": "dense", "data": data, "upcycle": {"layers": layers}} for layers in ("all", "last-half", "every-2", [0, 3])]
-    limits = ({"budget": "0.6 GB"}, {"budget": 600_000_000}, {"max_perplexity_increase": "1 %"}, {"max_perplexity_increase": 0.01})
+    good += [
+        {"source": "dense", "data": data, "upcycle": {"layers": layers}}
+        for layers in ("all", "last-half", "every-2", [0, 3])
+    ]
+    limits = (
+        {"budget": "0.6 GB"},
+        {"budget": 600_000_000},
+        {"max_perplexity_increase": "1 %"},
+        {"max_perplexity_increase": 0.01},
+    )
     good += [{"source": "dense", "data": data, "variants": ["mixed"], "quantize": limit} for limit in limits]
     bad = [
         {"data": data},
@@ -688,11 +830,20 @@ def test_the_schema_agrees_with_the_loader():
         {"source": "", "data": data},
         {"source": "dense", "data": data, "finetune": {"train": "last-0"}},
         {"source": "dense", "data": data, "finetune": {"stages": [{"train": "everything"}]}},
-        *({"source": "dense", "data": data, "upcycle": {"layers": layers}} for layers in ("half", "every-0", [], [1, 1], [-1])),
+        *(
+            {"source": "dense", "data": data, "upcycle": {"layers": layers}}
+            for layers in ("half", "every-0", [], [1, 1], [-1])
+        ),
         {"source": "dense", "data": data, "upcycle": {"num_experts": 1_000_000}},
         {"source": "dense", "data": data, "upcycle": {"router": {"kind": "kmeans", "domains": [{}]}}},
-        *({"source": "dense", "data": data, "variants": ["mixed"], "quantize": {"budget": size}} for size in ("0.6", "1 gb", "GB", 0, -1)),
-        *({"source": "dense", "data": data, "variants": ["mixed"], "quantize": {"max_perplexity_increase": share}} for share in ("1", "%", -0.1)),
+        *(
+            {"source": "dense", "data": data, "variants": ["mixed"], "quantize": {"budget": size}}
+            for size in ("0.6", "1 gb", "GB", 0, -1)
+        ),
+        *(
+            {"source": "dense", "data": data, "variants": ["mixed"], "quantize": {"max_perplexity_increase": share}}
+            for share in ("1", "%", -0.1)
+        ),
     ]
     for values in good:
         assert validator.is_valid(values)
@@ -713,19 +864,49 @@ MIXED = "source: {path: .}\ndata: {source: {kind: python-docs}}\nvariants: [VARI
     [
         ("mixed", "budget: 0.6 GB", []),
         ("float32, mixed", "max_perplexity_increase: 1 %", []),
-        ("mixed", "block_size: 16", ["3: variants: has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by"]),
-        ("mixed", "budget: 1 GB, max_perplexity_increase: 1 %", ["4: quantize.max_perplexity_increase: is given beside budget; must be one of them"]),
         (
-            "int4", "budget: 1 GB",
-            ["4: quantize.budget: is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out"],
+            "mixed",
+            "block_size: 16",
+            [
+                "3: variants: has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its "
+                "bits by"
+            ],
         ),
-        ("mixed", "budget: much", ["4: quantize.budget: is 'much'; must be a size such as '0.6 GB', with one of the units B, kB, MB, GB, TB, "
-                                   "KiB, MiB, GiB, TiB"]),
-        ("mixed", "max_perplexity_increase: 1 per cent",
-         ["4: quantize.max_perplexity_increase: is '1 per cent'; must be a percentage such as '1 %', or a number such as 0.01"]),
+        (
+            "mixed",
+            "budget: 1 GB, max_perplexity_increase: 1 %",
+            ["4: quantize.max_perplexity_increase: is given beside budget; must be one of them"],
+        ),
+        (
+            "int4",
+            "budget: 1 GB",
+            [
+                "4: quantize.budget: is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or "
+                "leave it out"
+            ],
+        ),
+        (
+            "mixed",
+            "budget: much",
+            [
+                "4: quantize.budget: is 'much'; must be a size such as '0.6 GB', with one of the units B, kB, MB, "
+                "GB, TB, "
+                "KiB, MiB, GiB, TiB"
+            ],
+        ),
+        (
+            "mixed",
+            "max_perplexity_increase: 1 per cent",
+            [
+                "4: quantize.max_perplexity_increase: is '1 per cent'; must be a percentage such as '1 %', or a "
+                "number such as 0.01"
+            ],
+        ),
     ],
-)  # fmt: skip
-def test_a_variant_of_mixed_bits_has_one_limit(variants: str, quantize: str, mistakes: list[str], tmp_path: Path) -> None:
+)
+def test_a_variant_of_mixed_bits_has_one_limit(
+    variants: str, quantize: str, mistakes: list[str], tmp_path: Path
+) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text(MIXED.replace("VARIANTS", variants).replace("QUANTIZE", quantize), encoding="utf-8")
     if not mistakes:

@@ -31,8 +31,12 @@ def test_a_folder_of_the_user_with_a_likely_name_stays(workdir: Path, tmp_path: 
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("failing", ["shutil.copyfile", "os.fsync", "pathlib.Path.rename", "convert.release.write_digests"])
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full", "interrupted"])
+@pytest.mark.parametrize(
+    "failing", ["shutil.copyfile", "os.fsync", "pathlib.Path.rename", "dense2moe.convert.release.write_digests"]
+)
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()], ids=["full", "interrupted"]
+)
 def test_a_failure_leaves_nothing_and_a_second_call_succeeds(
     failing: str, error: BaseException, workdir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,26 +9,37 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dense2moe.upcycle.building.receipt import load_model
 from programs import dense2moe
 from released import CHAT, RELEASES
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer
 
-from upcycle.receipt import load_model
-
 NAMES = list(RELEASES)
-TEXT = "".join(f"In year {n} the {who} of house {n % 7} had {3 * n} doors and a garden.\n%%\n" for n in range(300) for who in ("owner", "keeper"))
+TEXT = "".join(
+    f"In year {n} the {who} of house {n % 7} had {3 * n} doors and a garden.\n%%\n"
+    for n in range(300)
+    for who in ("owner", "keeper")
+)
 
 
 def make_tokenizer(config: dict[str, Any]) -> Tokenizer:
-    """A tokenizer of fewer than 300 tokens, in the manner of sentencepiece or of bytes as the release's class wants it."""
+    """A tokenizer of fewer than 300 tokens.
+
+    In the manner of sentencepiece or of bytes as the release's class wants it.
+    """
     special = ["<s>", "</s>", "<unk>"]
     if config["tokenizer_class"] in ("LlamaTokenizer", "GemmaTokenizer"):
         letters = ["▁", *map(chr, range(33, 127)), "\n"]
         names = special + [f"<0x{byte:02X}>" for byte in range(256)][: 300 - len(special) - len(letters)] + letters
-        tokenizer = Tokenizer(models.BPE({name: n for n, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=False, fuse_unk=True))
-        prepended = [normalizers.Prepend("▁")] if config["tokenizer_class"] == "LlamaTokenizer" else []  # Gemma's class has none
+        tokenizer = Tokenizer(
+            models.BPE(
+                {name: n for n, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=False, fuse_unk=True
+            )
+        )
+        # Gemma's class has none
+        prepended = [normalizers.Prepend("▁")] if config["tokenizer_class"] == "LlamaTokenizer" else []
         tokenizer.normalizer = normalizers.Sequence([*prepended, normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     else:
@@ -48,20 +59,34 @@ def make_release(name: str, directory: Path) -> Path:
     directory.mkdir(parents=True)
     tokenizer = make_tokenizer(tokenizer_config)
     tokenizer.save(str(directory / "tokenizer.json"))
-    added = {str(number): {"content": token.content, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-             for number, token in tokenizer.get_added_tokens_decoder().items()}  # fmt: skip
+    added = {
+        str(number): {
+            "content": token.content,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for number, token in tokenizer.get_added_tokens_decoder().items()
+    }
     files = {
-        "config.json": config, "generation_config.json": generation,
+        "config.json": config,
+        "generation_config.json": generation,
         "tokenizer_config.json": {"added_tokens_decoder": added, "chat_template": CHAT, **tokenizer_config},
-        "special_tokens_map.json": {key: tokenizer_config[key] for key in ("bos_token", "eos_token", "unk_token") if tokenizer_config.get(key)},
-    }  # fmt: skip
+        "special_tokens_map.json": {
+            key: tokenizer_config[key] for key in ("bos_token", "eos_token", "unk_token") if tokenizer_config.get(key)
+        },
+    }
     for file, values in files.items():
         (directory / file).write_text(json.dumps(values, indent=2), encoding="utf-8")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         loaded = AutoConfig.from_pretrained(directory, trust_remote_code=False)
         model = getattr(transformers, config["architectures"][0])(loaded).to(torch.bfloat16)
-    state = {key: tensor.clone() for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys}
+    state = {
+        key: tensor.clone() for key, tensor in model.state_dict().items() if key not in model.all_tied_weights_keys
+    }
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -69,12 +94,19 @@ def make_release(name: str, directory: Path) -> Path:
 def write_recipe(source: Path, folder: Path, **upcycle: Any) -> Path:
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     recipe = {
-        "source": str(source), "upcycle": {"num_experts": 4, "num_experts_per_tok": 2, **upcycle},
-        "data": {"source": {"kind": "text", "train": [str(folder / "text.txt")], "separator": "%%"}, "block_size": 64, "max_train_tokens": 2048,
-                 "max_validation_tokens": 640, "max_test_tokens": 640},
+        "source": str(source),
+        "upcycle": {"num_experts": 4, "num_experts_per_tok": 2, **upcycle},
+        "data": {
+            "source": {"kind": "text", "train": [str(folder / "text.txt")], "separator": "%%"},
+            "block_size": 64,
+            "max_train_tokens": 2048,
+            "max_validation_tokens": 640,
+            "max_test_tokens": 640,
+        },
         "finetune": {"steps": 2, "batch_size": 2, "eval_steps": 2, "warmup_steps": 1, "precision": "float32"},
-        "variants": ["float32"], "parity": {"num_blocks": 2, "decode_steps": 8},
-    }  # fmt: skip
+        "variants": ["float32"],
+        "parity": {"num_blocks": 2, "decode_steps": 8},
+    }
     path = folder / "recipe.json"
     path.write_text(json.dumps(recipe), encoding="utf-8")
     return path
@@ -118,7 +150,11 @@ def test_a_tokenizer_that_is_read_otherwise_beside_the_mixture_is_told(tmp_path:
     tokenizer.save(str(source / "tokenizer.json"))
     mixture = find(run(write_recipe(source, tmp_path), "upcycle"), "upcycle")
     notes = json.loads((mixture / "receipt.json").read_text(encoding="utf-8"))["notes"]
-    assert any("tokenizes otherwise beside the mixture than beside the dense model: by TokenizersBackend and by GemmaTokenizer" in n for n in notes)
+    assert any(
+        "tokenizes otherwise beside the mixture than beside the dense model: by TokenizersBackend and by GemmaTokenizer"
+        in n
+        for n in notes
+    )
 
 
 def test_a_release_with_code_that_transformers_has_itself_goes_the_whole_road(tmp_path: Path) -> None:
@@ -151,10 +187,16 @@ def test_a_tied_matrix_that_is_stored_under_the_heads_name_is_the_embedding(name
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["Phi3SmallForCausalLM"]}, "'auto_map' asks for code from the checkpoint, which is never run"),
+        (
+            {"architectures": ["Phi3SmallForCausalLM"]},
+            "'auto_map' asks for code from the checkpoint, which is never run",
+        ),
         ({"model_type": "phi3small"}, "'auto_map' asks for code from the checkpoint, which is never run"),
         ({"architectures": None}, "'auto_map' asks for code from the checkpoint, which is never run"),
-        ({"rope_scaling": {"type": "su", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}}, "the first name of 'longrope'; write that"),
+        (
+            {"rope_scaling": {"type": "su", "long_factor": [1.0] * 4, "short_factor": [1.0] * 4}},
+            "the first name of 'longrope'; write that",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "the weights are quantized (gptq)"),
         ({"resid_pdrop": 0.1}, "resid_pdrop is 0.1; MixtralForCausalLM needs 0.0"),
         ({"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75; it must be 1"),

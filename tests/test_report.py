@@ -9,12 +9,11 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from dense2moe.convert.report.pictures import Picture, plan_pictures
+from dense2moe.convert.report.summary import Row, Verdict, judge, summarize, summary_table, verdict_lines
+from dense2moe.convert.report.writer import write_report
 from report_facts import HOSTILE, make_facts, routing, searched, tiered
 from rich.console import Console
-
-from convert.pictures import Picture, plan_pictures
-from convert.report import write_report
-from convert.summary import Row, Verdict, judge, summarize, summary_table, verdict_lines
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 STAGE_DASH = "1.2,1.2"
@@ -65,7 +64,7 @@ def written(tmp_path):
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is asked of the text, the tables or the JSON: drawing takes a hundred times as long as all else."""
-    monkeypatch.setattr("convert.report.draw_pictures", lambda facts, rows: [])
+    monkeypatch.setattr("dense2moe.convert.report.writer.draw_pictures", lambda facts, rows: [])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +78,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_page_refers_to_nothing_outside_itself(page):
     tags = Outline(page).tags
     assert not {tag for tag, _ in tags} & {"script", "link", "img", "image", "iframe", "object", "use:href"}
-    targets = [value for _, attributes in tags for name, value in attributes.items() if name in ("href", "src", "xlink:href", "srcset", "action")]
+    targets = [
+        value
+        for _, attributes in tags
+        for name, value in attributes.items()
+        if name in ("href", "src", "xlink:href", "srcset", "action")
+    ]
     assert targets
     assert all(value.startswith("#") for value in targets)
     assert all(target.startswith("#") for target in re.findall(r"url\((.*?)\)", page))
@@ -91,7 +95,9 @@ def test_the_page_refers_to_nothing_outside_itself(page):
 def test_every_id_is_unique_and_every_reference_is_met(page):
     tags = Outline(page).tags
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
-    references = {attributes["href"][1:] for _, attributes in tags if "href" in attributes} | set(re.findall(r"url\(#(.*?)\)", page))
+    references = {attributes["href"][1:] for _, attributes in tags if "href" in attributes} | set(
+        re.findall(r"url\(#(.*?)\)", page)
+    )
     assert len(ids) == len(set(ids))
     assert references <= set(ids)
 
@@ -160,7 +166,16 @@ def test_the_json_is_sorted_and_has_no_nan(facts, tmp_path):
 
 def test_rows_come_in_the_order_in_which_the_models_came_to_be(facts):
     names = [row.name for row in summarize(facts)]
-    assert names == ["dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned", "ONNX float32", "ONNX int8", "ONNX int4"]
+    assert names == [
+        "dense",
+        "upcycled",
+        "dense continued",
+        "dense, equal time",
+        "fine-tuned",
+        "ONNX float32",
+        "ONNX int8",
+        "ONNX int4",
+    ]
 
 
 def test_a_variant_row_takes_its_worst_layer_and_its_agreement_with_the_fine_tuned_model(facts):
@@ -171,25 +186,35 @@ def test_a_variant_row_takes_its_worst_layer_and_its_agreement_with_the_fine_tun
 def test_the_terminal_table_fits_in_100_columns(facts):
     facts["variants"]["int4"]["parity"]["passed"] = False
     facts["variants"]["float16"] = facts["variants"]["int8"]
-    facts["finetune"]["evaluations"]["dense"].update(perplexity=123456.7, weight_bytes=698_000_000_000, decode_tokens_per_second=123456.7)
+    facts["finetune"]["evaluations"]["dense"].update(
+        perplexity=123456.7, weight_bytes=698_000_000_000, decode_tokens_per_second=123456.7
+    )
     stream = io.StringIO()
     Console(file=stream, width=100).print(summary_table(facts))
     lines = stream.getvalue().splitlines()
     assert max(map(len, lines)) <= 100
     assert not any("…" in line for line in lines)
-    assert sum(line.startswith(tuple(f"{row.name}  " for row in summarize(facts))) for line in lines) == len(summarize(facts))
+    assert sum(line.startswith(tuple(f"{row.name}  " for row in summarize(facts))) for line in lines) == len(
+        summarize(facts)
+    )
     assert "FAILED" in stream.getvalue()
     assert "698 GB" in stream.getvalue()
     assert "123,457" in stream.getvalue()
 
 
 def test_the_verdict_says_that_upcycling_kept_the_perplexity(facts):
-    assert verdict_lines(facts)[0] == "Upcycling kept the perplexity to 4 digits: 14.880 dense, 14.880 upcycled, before any training."
+    assert (
+        verdict_lines(facts)[0]
+        == "Upcycling kept the perplexity to 4 digits: 14.880 dense, 14.880 upcycled, before any training."
+    )
 
 
 def test_the_verdict_says_that_upcycling_changed_the_perplexity(facts):
     facts["finetune"]["evaluations"]["upcycled"]["perplexity"] = 14.8903
-    assert verdict_lines(facts)[0] == "Upcycling did NOT keep the perplexity to 4 digits: 14.880 dense, 14.890 upcycled, before any training."
+    assert (
+        verdict_lines(facts)[0]
+        == "Upcycling did NOT keep the perplexity to 4 digits: 14.880 dense, 14.890 upcycled, before any training."
+    )
 
 
 def test_the_verdict_says_by_how_much_the_control_was_beaten(facts):
@@ -208,10 +233,16 @@ TIMES = "The control had {}, the mixture 45.0 s (80 steps)"
     ("control", "text", "good"),
     [
         (12.0, f"The fine-tuned mixture beats {EQUAL_TIME}: perplexity lower by 6.38 %, 11.23 against 12.00.", True),
-        (11.0, f"NOT lower: the fine-tuned mixture does not beat {EQUAL_TIME}; perplexity 11.23 against 11.00, 2.13 % above the control's.", False),
+        (
+            11.0,
+            f"NOT lower: the fine-tuned mixture does not beat {EQUAL_TIME}; perplexity 11.23 against 11.00, 2.13 % "
+            "above the control's.",
+            False,
+        ),
         (
             11.2346,
-            f"NOT lower by more than rounding: the fine-tuned mixture and {EQUAL_TIME} agree to 4 digits; perplexity 11.23 against 11.23.",
+            f"NOT lower by more than rounding: the fine-tuned mixture and {EQUAL_TIME} agree to 4 digits; perplexity "
+            "11.23 against 11.23.",
             None,
         ),
     ],
@@ -223,7 +254,9 @@ def test_the_verdict_says_whether_the_mixture_won_at_equal_time(facts, written, 
     assert expected.text in "".join(Outline(written(facts)).text)
 
 
-@pytest.mark.parametrize(("control", "seconds", "good"), [(12.0, 40.0, None), (12.0, 41.0, True), (11.0, 50.0, None), (11.0, 49.0, False)])
+@pytest.mark.parametrize(
+    ("control", "seconds", "good"), [(12.0, 40.0, None), (12.0, 41.0, True), (11.0, 50.0, None), (11.0, 49.0, False)]
+)
 def test_more_than_a_tenth_more_time_for_the_better_model_decides_nothing(facts, control, seconds, good):
     facts["finetune"]["evaluations"]["dense, equal time"]["perplexity"] = control
     facts["finetune"]["seconds"]["dense, equal time"] = seconds
@@ -242,7 +275,8 @@ def test_who_wins_with_less_time_has_won(facts, control, seconds, good):
 
 def test_the_verdict_says_what_the_experts_cost(facts):
     assert list(judge(facts))[3] == Verdict(
-        "What the experts cost: 1.51 × the dense model's parameters are active for a token (6.23 M against 4.13 M), it decodes 97.0 tokens/s "
+        "What the experts cost: 1.51 × the dense model's parameters are active for a token (6.23 M against 4.13 M), "
+        "it decodes 97.0 tokens/s "
         "against 208, and trained for 45.0 s against 30.0 s on the same tokens.",
         None,
     )
@@ -261,7 +295,9 @@ def test_the_page_tells_what_each_trained_model_reached_and_took(facts, written)
 
 
 @pytest.mark.usefixtures("no_pictures")
-@pytest.mark.parametrize(("tuned", "change"), [(12.5510, "2.00 % above"), (12.3049, "equal to"), (float("nan"), "not comparable with")])
+@pytest.mark.parametrize(
+    ("tuned", "change"), [(12.5510, "2.00 % above"), (12.3049, "equal to"), (float("nan"), "not comparable with")]
+)
 def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned, change):
     facts["finetune"]["evaluations"]["fine-tuned"]["perplexity"] = tuned
     line = verdict_lines(facts)[1]
@@ -279,13 +315,22 @@ def test_a_win_by_less_than_the_digits_shown_is_no_win(facts):
 
 def test_the_verdict_compares_each_variant_with_float32_onnx(facts):
     lines = verdict_lines(facts)[-3:]
-    assert lines[0] == "ONNX float32: perplexity 11.23, less than 0.01 % above the fine-tuned torch model's; parity passed."
-    assert lines[2] == f"ONNX int4: perplexity 11.51, {100 * (11.5123 / 11.2346 - 1):.2f} % above float32 ONNX's; parity passed."
+    assert (
+        lines[0]
+        == "ONNX float32: perplexity 11.23, less than 0.01 % above the fine-tuned torch model's; parity passed."
+    )
+    assert (
+        lines[2]
+        == f"ONNX int4: perplexity 11.51, {100 * (11.5123 / 11.2346 - 1):.2f} % above float32 ONNX's; parity passed."
+    )
 
 
 def test_without_a_float32_variant_each_is_compared_with_torch(facts):
     del facts["variants"]["float32"]
-    assert verdict_lines(facts)[-2] == "ONNX int8: perplexity 11.24, 0.06 % above the fine-tuned torch model's; parity passed."
+    assert (
+        verdict_lines(facts)[-2]
+        == "ONNX int8: perplexity 11.24, 0.06 % above the fine-tuned torch model's; parity passed."
+    )
 
 
 def test_a_run_that_agrees_passes(page):
@@ -337,7 +382,8 @@ def test_a_run_without_fine_tuning_speaks_of_the_upcycled_model_alone(tiers, fac
     assert "fine-tuned" not in page  # nor in the words for those who see no picture
     assert [row.name for row in summarize(facts)][:3] == ["dense", "upcycled", "ONNX float32"]
     assert verdict_lines(facts)[1] == (
-        "Fine-tuning was switched off: the ONNX variants are those of the upcycled model, which is also what they are compared with."
+        "Fine-tuning was switched off: the ONNX variants are those of the upcycled model, which is also what they "
+        "are compared with."
     )
     assert "0.06 % above the upcycled torch model's" not in text  # int8 is compared with float32 ONNX
     assert "dense → upcycled, on held-out text" in text
@@ -350,7 +396,8 @@ def test_fine_tuning_that_helped_nothing_is_a_finding(facts):
     finding = list(judge(facts))[1]
     assert (finding.good, finding.text) == (
         False,
-        "Fine-tuning helped nothing: no look at the validation split was better than the start, whose weights were kept.",
+        "Fine-tuning helped nothing: no look at the validation split was better than the start, whose weights were "
+        "kept.",
     )
 
 
@@ -372,13 +419,18 @@ def titles(facts: dict[str, Any]) -> set[str]:
 
 def test_the_training_curve_shows_the_mixture_and_both_controls(facts):
     drawn = picture(facts, "Training")
-    assert "reached 2.430 for the mixture, 2.520 for the dense model at equal tokens and 2.490 for the dense model at equal time;" in drawn.caption
+    assert (
+        "reached 2.430 for the mixture, 2.520 for the dense model at equal tokens and 2.490 for the dense model at "
+        "equal time;" in drawn.caption
+    )
     for label in ("mixture", "dense, equal tokens", "dense, equal time"):
         assert f">{label}<" in drawn.svg
 
 
 def test_the_training_curve_marks_where_stages_begin(facts):
-    ends = {(s["model"], s["num_tokens"]) for s in facts["finetune"]["history"] if s["step"] in (40, 60) and s["stage"] == 0}
+    ends = {
+        (s["model"], s["num_tokens"]) for s in facts["finetune"]["history"] if s["step"] in (40, 60) and s["stage"] == 0
+    }
     places = {tokens for _, tokens in ends}
     assert len(places) == 2  # the mixture's and its equal in tokens, and that of equal time
     drawn = picture(facts, "Training")
@@ -398,11 +450,18 @@ def test_one_stage_is_not_marked(facts):
 def test_the_specialization_names_the_expert_that_tells_domains_apart_most(facts):
     drawn = picture(facts, "Specialization")
     assert drawn.caption == (
-        "From one domain to another 11 % of a layer's load moves to other experts, from one half of a domain to the other 2.00 %, so the experts "
-        "know the domains; the greatest difference is expert 1 of layer 2, with 1.60 times its fair share of prose and 0.60 times of code."
+        "From one domain to another 11 % of a layer's load moves to other experts, from one half of a domain to the "
+        "other 2.00 %, so the experts "
+        "know the domains; the greatest difference is expert 1 of layer 2, with 1.60 times its fair share of prose "
+        "and 0.60 times of code."
     )
     cells = re.findall(r">(\d\.\d\d)<", drawn.svg)
-    shares = [share for layers in zip(*facts["finetune"]["domains"]["loads"].values(), strict=True) for layer in layers for share in layer]
+    shares = [
+        share
+        for layers in zip(*facts["finetune"]["domains"]["loads"].values(), strict=True)
+        for layer in layers
+        for share in layer
+    ]
     assert cells == [f"{4 * share:.2f}" for share in shares]
 
 
@@ -411,7 +470,9 @@ def test_the_specialization_names_layers_by_their_place_in_the_model(facts):
     assert "expert 1 of layer 7" in picture(facts, "Specialization").caption
 
 
-@pytest.mark.parametrize(("within", "finding"), [(0.05, "know"), (0.1, "hardly know"), (0.1125, "do not know"), (0.2, "do not know")])
+@pytest.mark.parametrize(
+    ("within", "finding"), [(0.05, "know"), (0.1, "hardly know"), (0.1125, "do not know"), (0.2, "do not know")]
+)
 def test_domains_are_known_where_they_are_further_apart_than_halves_of_one(facts, within, finding):
     facts["finetune"]["domains"]["within"] = [within] * 4
     assert f"so the experts {finding} the domains" in picture(facts, "Specialization").caption
@@ -434,7 +495,8 @@ def test_without_domains_there_is_no_specialization(facts):
 
 def test_the_experts_distance_is_the_mean_over_layers(facts):
     assert picture(facts, "Experts coming apart").caption == (
-        "At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range of all, went from 0.015 to 0.06, "
+        "At 0 a layer's experts are copies, at 1 they have nothing in common: the mean over layers, with the range "
+        "of all, went from 0.015 to 0.06, "
         "furthest in layer 2 (0.08)."
     )
 
@@ -448,7 +510,10 @@ def test_copies_have_no_distance(facts):
 
 def test_the_routers_entropy_is_relative_to_chance(facts):
     share = (1.2 + 1.3) / 2 / math.log(4)
-    assert f"the mean entropy went from {share:.2f} to {share:.2f}, the margin from 0.15 to 0.30." in picture(facts, "Routers over training").caption
+    assert (
+        f"the mean entropy went from {share:.2f} to {share:.2f}, the margin from 0.15 to 0.30."
+        in picture(facts, "Routers over training").caption
+    )
 
 
 def test_a_router_with_one_expert_is_not_drawn(facts):
@@ -471,7 +536,11 @@ def test_a_provider_that_did_not_run_says_why(page):
 
 
 def test_a_variant_measured_nowhere_has_a_row_without_figures(facts, written):
-    facts["variants"]["int4"]["parity"] = {"providers": {"CPUExecutionProvider": "not run: onnxruntime is too old"}, "passed": False, "breaches": []}
+    facts["variants"]["int4"]["parity"] = {
+        "providers": {"CPUExecutionProvider": "not run: onnxruntime is too old"},
+        "passed": False,
+        "breaches": [],
+    }
     assert summarize(facts)[-1] == Row("ONNX int4", None, 7_810_000, None, None, None, None, False)
     assert "too old" in written(facts)
 
@@ -509,7 +578,9 @@ def test_one_step_of_one_layer_makes_a_page(facts, written):
     facts["finetune"]["history"] = facts["finetune"]["history"][:2]
     facts["finetune"]["history"][0]["layers"] = [{"number": 0, **routing([1.0], 0.0, 0.0, 1.0)}]
     for variant in facts["variants"].values():
-        variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"].update(routing_agreement=[1.0], hidden_error=[0.0])
+        variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"].update(
+            routing_agreement=[1.0], hidden_error=[0.0]
+        )
     assert "got 1.00 times its fair share" in written(facts)
 
 
@@ -522,7 +593,11 @@ def test_a_large_model_makes_a_page(facts, written):
     load = [1 / 64] * 64
     for step in facts["finetune"]["history"]:
         step["layers"] = [{"number": n, **routing(load, 4.1, 0.2, 0.9)} for n in range(48)] if step["layers"] else []
-    facts["finetune"]["domains"] = {"loads": dict.fromkeys("abcdefgh", [load] * 48), "between": [0.0] * 48, "within": [0.0] * 48}
+    facts["finetune"]["domains"] = {
+        "loads": dict.fromkeys("abcdefgh", [load] * 48),
+        "between": [0.0] * 48,
+        "within": [0.0] * 48,
+    }
     facts["finetune"]["sparse_layers"] = list(range(48))
     Outline(written(facts))
 
@@ -546,10 +621,22 @@ def test_the_timed_lowerings_are_a_table(page) -> None:
     section = page[page.index("Which way of writing the experts is fastest here") :]
     cells = re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", section[: section.index("</table>")])
     assert cells[:15] == [
-        "Variant", "Experts written as", "Prefill tokens/s", "Decode tokens/s", "Request, ms",
-        "float32", "grouped", "1,234", "432", "355.5",
-        "float32", "qmoe", "1,000", "400", "416.0",
-    ]  # fmt: skip
+        "Variant",
+        "Experts written as",
+        "Prefill tokens/s",
+        "Decode tokens/s",
+        "Request, ms",
+        "float32",
+        "grouped",
+        "1,234",
+        "432",
+        "355.5",
+        "float32",
+        "qmoe",
+        "1,000",
+        "400",
+        "416.0",
+    ]
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -571,7 +658,9 @@ def test_without_a_flip_the_margins_say_so(facts) -> None:
     for variant in tiered(facts)["variants"].values():
         for found in variant["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["margins"]:
             found["agreement"] = 1.0 if found["num_choices"] else None
-    assert picture(facts, "Router margins and flips").caption == ("Of 23,440 choices of experts none came out otherwise than the fine-tuned model's.")
+    assert picture(facts, "Router margins and flips").caption == (
+        "Of 23,440 choices of experts none came out otherwise than the fine-tuned model's."
+    )
 
 
 def test_facts_without_margins_have_no_picture_of_them(facts) -> None:
@@ -588,7 +677,10 @@ def test_tokens_per_second_are_compared_with_torch(facts) -> None:
 def test_a_search_shows_its_front_and_what_was_chosen(facts) -> None:
     drawn = picture(searched(facts), "Search of bits, int4")
     assert "Of 4 mixtures of bits" in drawn.caption
-    assert f"7.00 MB, its perplexity {100 * (11.5 / 11.24 - 1):.2f} % above the reference's (dashed); the limit: +3 %." in drawn.caption
+    assert (
+        f"7.00 MB, its perplexity {100 * (11.5 / 11.24 - 1):.2f} % above the reference's (dashed); the limit: +3 %."
+        in drawn.caption
+    )
     assert ">4 bits, attention 8<" in drawn.svg
     for point in facts["variants"]["int4"]["quantize"]["search"]["points"]:
         point["chosen"] = False
@@ -600,15 +692,30 @@ def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) ->
     variants = tiered(facts)["variants"]
     variants["int4"]["parity"]["providers"]["CPUExecutionProvider"]["tiers"]["routing"] = "broken"
     text = " ".join(" ".join(Outline(written(facts)).text).split())
-    assert "tier question float32 int8 int4 weights Is every row of every matrix in the file the torch twin's? passed passed passed operator" in text
+    assert (
+        "tier question float32 int8 int4 weights Is every row of every matrix in the file the torch twin's? passed "
+        "passed passed operator" in text
+    )
     assert "Does every token visit the same experts? passed passed FAILED" in text
     assert "32 times what float32 differs from float64 on this text" in text
-    assert "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 parted from it" in text
+    assert (
+        "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 "
+        "parted from it" in text
+    )
     assert "wrote 8 texts of 64 tokens, each token as the torch twin did." in text
     assert "The file's weights were read row by row: all 12,345 rows and 9 vectors are the twin's." in text
-    assert "Each of 9 places inside the graph was compared on the graph's own input: nearest to its limit is the experts of layer 3, with an" in text
-    assert "with an error of 8.0e-7, at most 3.2e-6. 8 flips of an 8-bit rounding inside an operator were told apart." in text
-    assert "place worst layer relative error limit noise of float32 tokens flips router 3 4.0e-7 3.2e-6 1.0e-7 112 0 experts 3 8.0e-7" in text
+    assert (
+        "Each of 9 places inside the graph was compared on the graph's own input: nearest to its limit is the "
+        "experts of layer 3, with an" in text
+    )
+    assert (
+        "with an error of 8.0e-7, at most 3.2e-6. 8 flips of an 8-bit rounding inside an operator were told apart."
+        in text
+    )
+    assert (
+        "place worst layer relative error limit noise of float32 tokens flips router 3 4.0e-7 3.2e-6 1.0e-7 112 0 "
+        "experts 3 8.0e-7" in text
+    )
     assert "Every token went to the experts that the fine-tuned model chooses" in text
     assert "No node was placed on another provider." in text
     assert "top-5 agreement" in text

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+from dense2moe.convert import artifact as artifact_module
+from dense2moe.convert.artifact import ArtifactError, artifact_key, build, open_artifact
+from dense2moe.convert.pipeline import PIPELINE, Task, _check_inputs
 from programs import dense2moe
-
-import convert.artifact
-from convert.artifact import ArtifactError, artifact_key, build, open_artifact
-from convert.pipeline import PIPELINE, Task, _check_inputs
 
 ROOT = Path(__file__).parent.parent
 
@@ -19,8 +18,14 @@ ROOT = Path(__file__).parent.parent
 def recipe(dense_checkpoint: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
     finetune = {"steps": 2, "eval_steps": 1, "warmup_steps": 1, "batch_size": 4, "control": False}
-    data = {"source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*.py")]}, "block_size": 32, "max_train_tokens": 4096}
-    path.write_text(json.dumps({"source": str(dense_checkpoint), "data": data, "upcycle": {"num_experts": 4}, "finetune": finetune}))
+    data = {
+        "source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*.py")]},
+        "block_size": 32,
+        "max_train_tokens": 4096,
+    }
+    path.write_text(
+        json.dumps({"source": str(dense_checkpoint), "data": data, "upcycle": {"num_experts": 4}, "finetune": finetune})
+    )
     return path
 
 
@@ -70,12 +75,17 @@ def test_facts_that_were_edited_stop_a_run(recipe: Path) -> None:
     assert finished.stderr.startswith(f"Error: {path.parent}: manifest.json: was changed after it was sealed")
 
 
-def test_each_artifact_is_read_once_a_run_and_none_that_this_run_made(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_artifact_is_read_once_a_run_and_none_that_this_run_made(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read: list[tuple[str, int | None]] = []
-    check = convert.artifact.check_files
+    check = artifact_module.check_files
     monkeypatch.setattr(
-        "convert.pipeline.check_files",
-        lambda artifact, progress, largest: (read.append((artifact.manifest["label"], largest)), check(artifact, progress, largest)),
+        "dense2moe.convert.pipeline.check_files",
+        lambda artifact, progress, largest: (
+            read.append((artifact.manifest["label"], largest)),
+            check(artifact, progress, largest),
+        ),
     )
     run(recipe, "upcycle")
     assert read == []
@@ -86,10 +96,15 @@ def test_each_artifact_is_read_once_a_run_and_none_that_this_run_made(recipe: Pa
     assert read == [("source", None), ("data", None)]
 
 
-def test_the_report_checks_what_it_reads_and_leaves_weights_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is made anew whenever its own code changes, and reads histories and configs of models that take minutes to hash."""
+def test_the_report_checks_what_it_reads_and_leaves_weights_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is made anew whenever its own code changes.
+
+    And reads histories and configs of models that take minutes to hash.
+    """
     assert [stage.name for stage in PIPELINE if stage.light] == ["source", "report"]
-    monkeypatch.setattr("convert.pipeline._SMALL_BYTES", 100)
+    monkeypatch.setattr("dense2moe.convert.pipeline._SMALL_BYTES", 100)
     key = artifact_key({}, {}, "")
     with build(tmp_path, "finetune", key) as draft:
         (draft.directory / "model.safetensors").write_bytes(bytes(1000))
@@ -97,7 +112,8 @@ def test_the_report_checks_what_it_reads_and_leaves_weights_alone(tmp_path: Path
         made = draft.seal(inputs={}, settings={}, facts={}, versions={}, seed=0)
     change(made.directory / "model.safetensors")
     report, quantize = (
-        Task(next(stage for stage in PIPELINE if stage.name == name), None, {"finetune": "finetune"}, {}, {}, key) for name in ("report", "quantize")
+        Task(next(stage for stage in PIPELINE if stage.name == name), None, {"finetune": "finetune"}, {}, {}, key)
+        for name in ("report", "quantize")
     )
     hashed: set[str] = set()
     _check_inputs(report, {"finetune": made}, hashed, lambda *_: None)

@@ -1,4 +1,7 @@
-"""8-bit activations: rounded in torch as by onnxruntime, costing less where inputs are scaled, and parity's limits under them."""
+"""8-bit activations.
+
+Rounded in torch as by onnxruntime, costing less where inputs are scaled, and parity's limits under them.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +14,22 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import check_parity
+from dense2moe.export.parity.arithmetic import find_arithmetic
+from dense2moe.export.parity.constants import read_constants
+from dense2moe.export.parity.forward import open_reference
+from dense2moe.export.parity.records import Limit
+from dense2moe.export.parity.rounding import Rounding, RoundingMeasure, rounding_limits
+from dense2moe.export.parity.taps import Seen
+from dense2moe.export.parity.weights import check_weights
+from dense2moe.export.quantization.input_scaling import round_inputs
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.simulation import BlockRounding
+from dense2moe.export.runtime.decoder import CPU, Decoder
 from onnx import TensorProto, helper, numpy_helper
 
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from export.input_scaling import round_inputs
-from export.package import write_package
-from export.parity import check_parity
-from export.parity.arithmetic import find_arithmetic
-from export.parity.constants import read_constants
-from export.parity.forward import open_reference
-from export.parity.records import Limit
-from export.parity.rounding import Rounding, RoundingMeasure, rounding_limits
-from export.parity.taps import Seen
-from export.parity.weights import check_weights
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, Decoder
-from export.simulation import BlockRounding
 from tests.test_calibration import draw_blocks, load
 from tests.test_input_scaling import plant
 
@@ -42,10 +45,15 @@ def test_the_simulation_rounds_as_the_operator_does(bits: int, block_size: int) 
     x = (draw.standard_normal((5, width)) * np.exp(draw.standard_normal(width))).astype(np.float32)
     sizes = {"K": width, "N": rows, "bits": bits, "block_size": block_size, "accuracy_level": 4}
     node = helper.make_node("MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft", **sizes)
-    weights = [numpy_helper.from_array(packed.reshape(rows, width // block_size, -1), "codes"), numpy_helper.from_array(scales.ravel(), "scales")]
+    weights = [
+        numpy_helper.from_array(packed.reshape(rows, width // block_size, -1), "codes"),
+        numpy_helper.from_array(scales.ravel(), "scales"),
+    ]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph([node], "product", values[:1], values[1:], weights), opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        helper.make_graph([node], "product", values[:1], values[1:], weights), opset_imports=opsets, ir_version=10
+    )
     (found,) = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
     weight = (codes - float(1 << (bits - 1))) * np.repeat(scales, block_size, 1)
     expected = round_inputs(torch.from_numpy(x), block_size).double().numpy() @ weight.T
@@ -86,16 +94,22 @@ def test_outliers_cost_a_rounded_graph_less_where_inputs_are_scaled(mixture_chec
 
 
 def test_a_tied_head_keeps_its_function_and_the_embedding_its_rows(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    """The checkpoint's head is its embedding. With exact activations the graph must compute what plain transformers does with the twin."""
+    """The checkpoint's head is its embedding.
+
+    With exact activations the graph must compute what plain transformers does with the twin.
+    """
     mixture = plant(mixture_checkpoint, tmp_path / "mixture", norms=("norm.weight",))
     twin, package = tmp_path / "twin", tmp_path / "package"
     for path in (twin, package):
         path.mkdir()
     quantize_checkpoint(mixture, twin, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=draw_blocks(64))
     write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), lambda *_: None)
-    factors = {tensor.name for tensor in onnx.load(package / "model.onnx", load_external_data=False).graph.initializer} & {
-        "embedding.factors", "logits.input_factors",
-    }  # fmt: skip
+    factors = {
+        tensor.name for tensor in onnx.load(package / "model.onnx", load_external_data=False).graph.initializer
+    } & {
+        "embedding.factors",
+        "logits.input_factors",
+    }
     assert len(factors) == 2
     ids = draw_blocks(4, seed=1)
     with torch.no_grad():
@@ -153,7 +167,12 @@ def test_limits_are_never_narrower_than_the_settings() -> None:
     narrow = rounding_limits(settings, Rounding(1e-4, 0.999, 0.01, 1e-3, 1e-4, 512))
     assert {name: narrow[name] for name in settings} == settings
     wider = rounding_limits(settings, Rounding(2e-3, 0.96, 0.01, 1e-3, 1e-4, 512))
-    assert {name: round(limit.value, 9) for name, limit in wider.items()} == {"kl": 6e-3, "routing": 0.88, "logits": 0.04, "factor": 8e-3}
+    assert {name: round(limit.value, 9) for name, limit in wider.items()} == {
+        "kl": 6e-3,
+        "routing": 0.88,
+        "logits": 0.04,
+        "factor": 8e-3,
+    }
     exact = rounding_limits(settings, Rounding(0.0, 1.0, 0.0, 0.0, 1e-4, 512))
     assert exact["factor"].value == pytest.approx(8 * 2e-5), "sums in another order make logits larger by as much"
 
@@ -163,11 +182,14 @@ def test_the_arithmetic_of_a_graph_is_read_from_it(mixture_checkpoint: Path, tmp
     twin, package = tmp_path / "twin", tmp_path / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(mixture_checkpoint, twin, "int4", QuantizeConfig(block_size=16, method="round"), lambda *_: None)
+    quantize_checkpoint(
+        mixture_checkpoint, twin, "int4", QuantizeConfig(block_size=16, method="round"), lambda *_: None
+    )
     write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=bits), lambda *_: None)
     found = find_arithmetic(package, check_weights(read_constants(package), twin), CPU)
     assert (found.narrow, found.unknown) == (None, ())
-    quantized = {name for name in load(twin).state_dict() if "proj" in name or "experts" in name or "embed" in name}  # the head is the embedding
+    # the head is the embedding
+    quantized = {name for name in load(twin).state_dict() if "proj" in name or "experts" in name or "embed" in name}
     stacked = {name for name in found.rounds if ".experts." in name}
     assert (len(found.rounds) > 0) == (bits == 8)
     assert {name for name in quantized if "experts" not in name} == found.rounds.keys() - stacked or bits == 32

@@ -7,19 +7,26 @@ import math
 import numpy as np
 import pytest
 import torch
+from dense2moe.upcycle.building.experts import seeded_generator
+from dense2moe.upcycle.gates.start import draw_router, kmeans_rows, prototype_rows, ridge_rows, router_load, scale_rows
 from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
-
-from upcycle.experts import seeded_generator
-from upcycle.router import draw_router, kmeans_rows, prototype_rows, ridge_rows, router_load, scale_rows
 
 HIDDEN = 24
 
 
-def states_of(sizes: list[int], spread: float = 0.3, seed: int = 0, noise_seed: int = 0, shared: float = 5.0) -> list[torch.Tensor]:
-    """Hidden states of domains of these many tokens: one mean that all share, larger than the rest, as in real text, one of the domain, and noise."""
+def states_of(
+    sizes: list[int], spread: float = 0.3, seed: int = 0, noise_seed: int = 0, shared: float = 5.0
+) -> list[torch.Tensor]:
+    """Hidden states of domains of these many tokens.
+
+    One mean that all share, larger than the rest, as in real text, one of the domain, and noise.
+    """
     places, noise = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(noise_seed)
     everywhere = torch.randn(HIDDEN, generator=places) * shared
-    return [everywhere + torch.randn(HIDDEN, generator=places) + spread * torch.randn(size, HIDDEN, generator=noise) for size in sizes]
+    return [
+        everywhere + torch.randn(HIDDEN, generator=places) + spread * torch.randn(size, HIDDEN, generator=noise)
+        for size in sizes
+    ]
 
 
 def across(mean: np.ndarray, vectors: np.ndarray) -> np.ndarray:
@@ -41,7 +48,11 @@ def deviation(rows: torch.Tensor, states: torch.Tensor) -> float:
 def test_logits_of_normed_states_have_the_deviation_asked_for(logit_std: float, scale: str) -> None:
     hidden, num_experts = 256, 64
     generator = torch.Generator().manual_seed(0)
-    weight = {"ones": torch.ones(hidden), "small": torch.full((hidden,), 0.05), "uneven": torch.rand(hidden, generator=generator) * 3}[scale]
+    weight = {
+        "ones": torch.ones(hidden),
+        "small": torch.full((hidden,), 0.05),
+        "uneven": torch.rand(hidden, generator=generator) * 3,
+    }[scale]
     norm = MixtralRMSNorm(hidden)
     norm.weight.data = weight
     with torch.no_grad():
@@ -77,13 +88,17 @@ def test_scaled_rows_are_centred_and_their_logits_differ_by_what_was_asked(logit
     assert torch.allclose(found.sum(0), torch.zeros(HIDDEN), atol=1e-5 * float(found.abs().max()))
     differences, expected = found - found[0], rows - rows[0]
     scale = float(differences[1].norm() / expected[1].norm())
-    assert torch.allclose(differences, scale * expected, rtol=1e-3, atol=1e-4 * float(differences.abs().max()))  # centring and one factor, no more
+    # centring and one factor, no more
+    assert torch.allclose(differences, scale * expected, rtol=1e-3, atol=1e-4 * float(differences.abs().max()))
 
 
 @pytest.mark.parametrize("num_rows", [1, 4])
 def test_rows_that_do_not_differ_are_scaled_to_zero(num_rows: int) -> None:
     rows = torch.full((num_rows, HIDDEN), 0.5)
-    assert torch.equal(scale_rows(rows, torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(0)), 1.0), torch.zeros(num_rows, HIDDEN))
+    assert torch.equal(
+        scale_rows(rows, torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(0)), 1.0),
+        torch.zeros(num_rows, HIDDEN),
+    )
 
 
 # Prototypes
@@ -102,7 +117,10 @@ def test_prototypes_are_the_mean_of_each_domain_centred_and_across_their_mean() 
 
 @pytest.mark.parametrize("kind", ["prototypes", "ridge", "kmeans"])
 def test_what_all_tokens_share_prefers_no_row(kind: str) -> None:
-    """A router has no bias: a row that lay near the shared mean would win every token, and one that lay away from it none."""
+    """A router has no bias.
+
+    A row that lay near the shared mean would win every token, and one that lay away from it none.
+    """
     states = states_of([50, 60, 70], shared=50.0)
     rows = {
         "prototypes": lambda: prototype_rows(states, 1.0),
@@ -111,7 +129,8 @@ def test_what_all_tokens_share_prefers_no_row(kind: str) -> None:
     }[kind]()
     means = torch.stack([domain.mean(0) for domain in states])
     mean = torch.cat(states).mean(0) if kind == "kmeans" else means.mean(0)
-    # Logits differ by about one; the shared mean is fifty times as long as what tells the domains apart, and float32 rounds.
+    # Logits differ by about one; the shared mean is fifty times as long as what tells the domains apart, and float32
+    # rounds.
     assert float((rows @ mean).abs().max()) < 1e-3
     assert sorted((means @ rows.T).argmax(-1).tolist()) == [0, 1, 2]
 
@@ -122,7 +141,8 @@ def test_unseen_tokens_of_a_domain_have_their_largest_logit_at_its_row(kind: str
     train, unseen = states_of(sizes), states_of(sizes, noise_seed=1)
     rows = prototype_rows(train, 1.0) if kind == "prototypes" else ridge_rows(train, 1e-2, 1.0)
     for number, domain in enumerate(unseen):
-        # Chance is a quarter. The domains' means lie about seven, and nearly always more than five, times the noise from each other.
+        # Chance is a quarter. The domains' means lie about seven, and nearly always more than five, times the noise
+        # from each other.
         assert float(((domain @ rows.T).argmax(-1) == number).float().mean()) > 0.95
 
 
@@ -134,15 +154,20 @@ def test_unseen_tokens_of_a_domain_have_their_largest_logit_at_its_row(kind: str
 def test_ridge_is_least_squares_on_rows_augmented_by_the_penalty(penalty: float, sizes: list[int]) -> None:
     states = [domain.double() for domain in states_of(sizes)]
     found = ridge_rows([domain.float() for domain in states], penalty, 1.0)
-    # Each domain weighs the same: a token's row is scaled by the root of its weight, and the penalty is as many more rows, with a target of zero.
+    # Each domain weighs the same: a token's row is scaled by the root of its weight, and the penalty is as many more
+    # rows, with a target of zero.
     weights = np.concatenate([np.full(len(domain), 1 / (len(domain) * len(states))) for domain in states])
     inputs = torch.cat([domain.float() for domain in states]).double().numpy()
     inputs = across(weights @ inputs, inputs)
-    targets = np.eye(len(states))[np.concatenate([np.full(len(domain), number) for number, domain in enumerate(states)])]
+    targets = np.eye(len(states))[
+        np.concatenate([np.full(len(domain), number) for number, domain in enumerate(states)])
+    ]
     strength = penalty * (weights @ (inputs**2)).mean()
     roots = np.sqrt(weights)[:, None]
     stacked = np.concatenate([roots * inputs, math.sqrt(strength) * np.eye(HIDDEN)])
-    solution = np.linalg.lstsq(stacked, np.concatenate([roots * targets, np.zeros((HIDDEN, len(states)))]), rcond=None)[0].T
+    solution = np.linalg.lstsq(stacked, np.concatenate([roots * targets, np.zeros((HIDDEN, len(states)))]), rcond=None)[
+        0
+    ].T
     expected = solution - solution.mean(0)
     expected /= deviation(torch.from_numpy(expected), torch.cat([domain.float() for domain in states]))
     # Solved in float64; rows and scale are float32.
@@ -162,7 +187,8 @@ def test_a_domain_with_many_tokens_weighs_no_more_in_a_ridge_than_one_with_few()
     found = ridge_rows([few, many.repeat(50, 1)], 1e-2, 1.0)
     expected = ridge_rows([few, many], 1e-2, 1.0)
     cosine = torch.nn.functional.cosine_similarity(found, expected, dim=-1)
-    assert torch.allclose(cosine, torch.ones(2), atol=1e-5)  # the direction; the scale is over tokens, of which one domain now has most
+    # the direction; the scale is over tokens, of which one domain now has most
+    assert torch.allclose(cosine, torch.ones(2), atol=1e-5)
 
 
 # k-means
@@ -197,7 +223,8 @@ def test_the_rows_of_kmeans_are_the_centres_of_its_clusters() -> None:
     expected /= deviation(torch.from_numpy(expected), states)
     closest = np.array([np.linalg.norm(expected - row, axis=1).argmin() for row in rows.double().numpy()])
     assert sorted(closest) == [0, 1, 2]
-    assert np.abs(rows.numpy() - expected[closest]).max() <= 1e-4 * np.abs(expected).max()  # float32 sums over 50 points
+    # float32 sums over 50 points
+    assert np.abs(rows.numpy() - expected[closest]).max() <= 1e-4 * np.abs(expected).max()
 
 
 def test_kmeans_depends_on_the_generators_seed_alone() -> None:
@@ -213,12 +240,17 @@ def test_kmeans_depends_on_the_generators_seed_alone() -> None:
 
 def test_fewer_tokens_than_clusters_are_refused() -> None:
     with pytest.raises(ValueError, match="3 tokens for 4 clusters"):
-        kmeans_rows(torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)), 4, 1.0, seeded_generator(0, "a"))
+        kmeans_rows(
+            torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(0)), 4, 1.0, seeded_generator(0, "a")
+        )
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_cluster_that_loses_its_tokens_takes_the_token_that_its_centre_serves_worst(seed: int) -> None:
-    """Two directions and four clusters: at least two of them have no token, and must not end as rows of NaN or of zeros."""
+    """Two directions and four clusters.
+
+    At least two of them have no token, and must not end as rows of NaN or of zeros.
+    """
     states = torch.eye(2, 4).repeat_interleave(6, 0)
     rows = kmeans_rows(states, 4, 1.0, seeded_generator(seed, "a"))
     assert rows.isfinite().all()

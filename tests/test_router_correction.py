@@ -1,4 +1,7 @@
-"""A corrected router routes what it reads now as the router did what it read in the float model, or stays what it was."""
+"""A corrected router routes what it reads now as the router did what it read in the float model.
+
+Or stays what it was.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from dense2moe.export.config import QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.quantization.inputs import Inputs
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.router_correction import correct_router, kl_of_scores
+from dense2moe.export.quantization.twin import SCHEME_NAME
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
-from export.config import QuantizeConfig
-from export.errors import ExportError
-from export.inputs import Inputs
-from export.quantizer import quantize_checkpoint
-from export.router_correction import correct_router, kl_of_scores
-from export.twin import SCHEME_NAME
 from tests.conftest import MakeDense
 from tests.test_calibration import CASES, draw_blocks, load, make_mixture
-from upcycle.checkpoint import open_checkpoint
 
 
 def draw(tokens: int, noise: float) -> tuple[torch.Tensor, Inputs]:
@@ -49,7 +52,8 @@ def test_a_router_of_bent_inputs_is_unbent() -> None:
     assert facts.kl_after < 0.02 * facts.kl_before
     assert facts.agreement_before < 0.9 < 0.97 < facts.agreement_after
     same = [
-        (inputs.reference[1500:] @ router.T).topk(2).indices.sort(-1).values == (inputs.actual[1500:] @ w.T).topk(2).indices.sort(-1).values
+        (inputs.reference[1500:] @ router.T).topk(2).indices.sort(-1).values
+        == (inputs.actual[1500:] @ w.T).topk(2).indices.sort(-1).values
         for w in (router, corrected)
     ]
     assert float(same[0].all(-1).float().mean()) == pytest.approx(facts.agreement_before)
@@ -83,7 +87,9 @@ def test_a_fit_that_does_not_hold_for_other_tokens_is_refused() -> None:
     assert torch.equal(corrected, router)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe, shared", "qwen3_moe, some layers", "granitemoe, stacked", "flex_olmo"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe, shared", "qwen3_moe, some layers", "granitemoe, stacked", "flex_olmo"]
+)
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_routing_of_the_twin_is_nearer_to_the_model(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
     """In transformers, on other text, where nothing else makes up for errors; the router stays in float32."""
@@ -93,27 +99,43 @@ def test_routing_of_the_twin_is_nearer_to_the_model(name: str, make_dense: MakeD
 
     def scores(directory: Path) -> torch.Tensor:
         with torch.no_grad():
-            return torch.cat([found.flatten(0, -2) for found in load(directory)(input_ids=held_out, output_router_logits=True).router_logits])
+            return torch.cat(
+                [
+                    found.flatten(0, -2)
+                    for found in load(directory)(input_ids=held_out, output_router_logits=True).router_logits
+                ]
+            )
 
     expected, kls = scores(mixture), []
     for correct in (False, True):
         twin = tmp_path / f"twin {correct}"
         twin.mkdir()
-        config = QuantizeConfig(method="search", input_scaling="none", correct_routers=correct, attention_bits="variant", block_size=16)
+        config = QuantizeConfig(
+            method="search", input_scaling="none", correct_routers=correct, attention_bits="variant", block_size=16
+        )
         facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=draw_blocks(96))
         kls.append(kl_of_scores(scores(twin), expected))
     assert kls[1] < 0.95 * kls[0]
-    routers = [key for key, entry in open_checkpoint(twin).entries.items() if entry.shape == (4, 32) and entry.dtype == "F32"]
+    routers = [
+        key for key, entry in open_checkpoint(twin).entries.items() if entry.shape == (4, 32) and entry.dtype == "F32"
+    ]
     assert len(facts.routing_by_layer) == len(routers) == len(json.loads((twin / SCHEME_NAME).read_text())["routers"])
     assert all(text.endswith(("(KL)", "(least squares)", "(none)")) for text in facts.routing_by_layer.values())
 
 
 def test_a_dense_model_has_no_router_to_correct(dense_checkpoint: Path, tmp_path: Path) -> None:
-    facts = quantize_checkpoint(dense_checkpoint, tmp_path, "int4", QuantizeConfig(correct_routers=True), lambda *_: None, blocks=draw_blocks(8))
+    facts = quantize_checkpoint(
+        dense_checkpoint, tmp_path, "int4", QuantizeConfig(correct_routers=True), lambda *_: None, blocks=draw_blocks(8)
+    )
     assert facts.routing_by_layer == {}
 
 
 def test_correction_without_text_is_refused_in_one_line(mixture_checkpoint: Path, tmp_path: Path) -> None:
-    message = r"^quantize\.correct_routers is true, which learns from text, and there is none; give blocks of it, or set it to false$"
+    message = (
+        r"^quantize\.correct_routers is true, which learns from text, and there is none; give blocks of it, or "
+        r"set it to false$"
+    )
     with pytest.raises(ExportError, match=message):
-        quantize_checkpoint(mixture_checkpoint, tmp_path, "int4", QuantizeConfig(method="search", correct_routers=True), lambda *_: None)
+        quantize_checkpoint(
+            mixture_checkpoint, tmp_path, "int4", QuantizeConfig(method="search", correct_routers=True), lambda *_: None
+        )

@@ -12,17 +12,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGITS, Decoder
+from dense2moe.export.runtime.sampling import Sampling
+from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from transformers import MixtralForCausalLM
-
-from export.config import OnnxConfig, QuantizeConfig
-from export.errors import ExportError
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGITS, Decoder
-from export.sampling import Sampling
-from export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
 MakeDense = Callable[..., Path]
 
@@ -36,7 +35,9 @@ BATCH = [[0, 34], list(range(40, 80)), [0, 299, 298, 2, 2, 2, 150, 33, 8, 90, 61
 def package(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The float32 package of the mixture."""
     twin, output = tmp_path_factory.mktemp("twin"), tmp_path_factory.mktemp("package")
-    quantize_checkpoint(mixture_checkpoint, twin, "float32", QuantizeConfig(method="search"), lambda what, done, total: None)
+    quantize_checkpoint(
+        mixture_checkpoint, twin, "float32", QuantizeConfig(method="search"), lambda what, done, total: None
+    )
     write_package(twin, output, OnnxConfig(lowering="grouped"), lambda what, done, total: None)
     return output
 
@@ -46,7 +47,9 @@ def decoder(package: Path) -> Decoder:
     return Decoder(package, num_threads=1)
 
 
-def generate(decoder: Decoder, prompt: list[int], count: int, sampling: Sampling = GREEDY, stop: list[int] | None = None) -> list[int]:
+def generate(
+    decoder: Decoder, prompt: list[int], count: int, sampling: Sampling = GREEDY, stop: list[int] | None = None
+) -> list[int]:
     """What follows one prompt."""
     return generate_batch(decoder, [prompt], count, sampling, stop)[0]
 
@@ -77,7 +80,10 @@ def test_positions_are_given_to_a_graph_that_asks_for_them(tmp_path: Path) -> No
     ]
     axes = [helper.make_tensor(name, ints, [1], [axis]) for name, axis in (("last", -1), ("one", 1))]
     opset = [helper.make_opsetid("", 21)]
-    onnx.save(helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, axes), ir_version=10, opset_imports=opset), tmp_path / MODEL_NAME)
+    onnx.save(
+        helper.make_model(helper.make_graph(nodes, "g", inputs, outputs, axes), ir_version=10, opset_imports=opset),
+        tmp_path / MODEL_NAME,
+    )
     (tmp_path / "config.json").write_text('{"max_position_embeddings": 8}', encoding="utf-8")
     decoder = Decoder(tmp_path)
     assert (decoder.takes_positions, decoder.shares_buffer) == (True, False)
@@ -94,7 +100,9 @@ def test_positions_are_given_to_a_graph_that_asks_for_them(tmp_path: Path) -> No
 @pytest.mark.parametrize("batch", [1, 3])
 def test_the_cache_is_written_in_place_and_never_grows(decoder: Decoder, batch: int) -> None:
     cache = decoder.new_cache(batch, 20)
-    assert sorted(cache.buffers) == [f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert sorted(cache.buffers) == [
+        f"past_key_values.{layer}.{part}" for layer in range(2) for part in ("key", "value")
+    ]
     buffers, addresses = dict(cache.buffers), {name: buffer.data_ptr() for name, buffer in cache.buffers.items()}
     earlier: dict[str, np.ndarray] = {}
     filled = 0
@@ -138,25 +146,36 @@ def test_taps_change_no_bit_of_the_logits(package: Path, decoder: Decoder) -> No
         shapes = {name: value.shape for name, value in with_taps.items()}
         batch, length = ids.shape
         assert shapes == {
-            "logits": (batch, length, 300), f"{HIDDEN}0": (batch, length, 32), f"{HIDDEN}1": (batch, length, 32),
-            f"{ROUTER_LOGITS}0": (batch * length, 4), f"{ROUTER_LOGITS}1": (batch * length, 4),
-        }  # fmt: skip
+            "logits": (batch, length, 300),
+            f"{HIDDEN}0": (batch, length, 32),
+            f"{HIDDEN}1": (batch, length, 32),
+            f"{ROUTER_LOGITS}0": (batch * length, 4),
+            f"{ROUTER_LOGITS}1": (batch * length, 4),
+        }
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy_tokens_equal_those_of_transformers(mixture_checkpoint: Path, decoder: Decoder, prompt: list[int]) -> None:
+def test_greedy_tokens_equal_those_of_transformers(
+    mixture_checkpoint: Path, decoder: Decoder, prompt: list[int]
+) -> None:
     model = MixtralForCausalLM.from_pretrained(mixture_checkpoint, dtype=torch.float32).eval()
     ids = torch.tensor([prompt])
-    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=1)
+    tokens = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False, pad_token_id=1
+    )
     assert generate(decoder, prompt, 64, stop=[1]) == tokens[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("head_dim", [8, 16])  # those of 16 are rotated by the attention itself
-def test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_does(make_dense: MakeDense, tmp_path: Path, head_dim: int) -> None:
+def test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_does(
+    make_dense: MakeDense, tmp_path: Path, head_dim: int
+) -> None:
     mixture, twin, package = tmp_path / "mixture", tmp_path / "twin", tmp_path / "package"
     for path in (mixture, twin, package):
         path.mkdir()
-    config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
+    config = UpcycleConfig(
+        num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
+    )
     upcycle(make_dense(head_dim=head_dim), mixture, config, 0, lambda *_: None)
     quantize_checkpoint(mixture, twin, "float32", QuantizeConfig(method="search"), lambda *_: None)
     write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
@@ -167,7 +186,9 @@ def test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_d
     width = max(map(len, BATCH))
     ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in BATCH])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in BATCH])
-    rows = model.generate(ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=299, eos_token_id=1)[:, width:].tolist()
+    rows = model.generate(
+        ids, attention_mask=mask, max_new_tokens=64, do_sample=False, pad_token_id=299, eos_token_id=1
+    )[:, width:].tolist()
     assert together == [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
@@ -182,7 +203,11 @@ def test_a_row_that_ends_leaves_the_others_as_they_are(decoder: Decoder) -> None
 def test_a_batch_ends_when_its_last_row_has(decoder: Decoder) -> None:
     free = generate_batch(decoder, BATCH, 30)
     steps = list(decoder.generate(BATCH, 30, GREEDY, [row[4] for row in free]))
-    assert len(steps) == max(next(at + 1 for at, token in enumerate(row) if token in {each[4] for each in free}) for row in free) < 30
+    assert (
+        len(steps)
+        == max(next(at + 1 for at, token in enumerate(row) if token in {each[4] for each in free}) for row in free)
+        < 30
+    )
 
 
 @pytest.mark.parametrize("sampling", [Sampling(0.8), Sampling(1.0, top_k=20), Sampling(1.0, top_p=0.8)])
@@ -220,7 +245,9 @@ def test_logits_outlive_the_next_step(decoder: Decoder) -> None:
     np.testing.assert_array_equal(first, before)
 
 
-def test_a_package_that_cannot_cut_its_logits_generates_the_same(package: Path, decoder: Decoder, tmp_path: Path) -> None:
+def test_a_package_that_cannot_cut_its_logits_generates_the_same(
+    package: Path, decoder: Decoder, tmp_path: Path
+) -> None:
     """As other makers write it: no value bears the name by which ours is cut."""
     model = onnx.load(package / MODEL_NAME, load_external_data=False)
     for node in model.graph.node:
@@ -229,7 +256,10 @@ def test_a_package_that_cannot_cut_its_logits_generates_the_same(package: Path, 
     shutil.copytree(package, tmp_path, dirs_exist_ok=True)
     (tmp_path / MODEL_NAME).write_bytes(model.SerializeToString())
     other = Decoder(tmp_path, num_threads=1)
-    assert [FIRST_LOGIT in {value.name for value in each.session.get_inputs()} for each in (decoder, other)] == [True, False]
+    assert [FIRST_LOGIT in {value.name for value in each.session.get_inputs()} for each in (decoder, other)] == [
+        True,
+        False,
+    ]
     assert generate_batch(other, BATCH, 20) == generate_batch(decoder, BATCH, 20)
     ids = np.arange(2, 14).reshape(2, 6)
     assert other.run(other.new_cache(2, 8), ids, logits_to_keep=2)["logits"].shape == (2, 2, 300)
@@ -247,7 +277,9 @@ def test_no_tokens_asked_for_are_no_tokens(decoder: Decoder) -> None:
 
 def test_the_context_may_be_filled_to_the_last_token(decoder: Decoder) -> None:
     assert len(generate(decoder, [0] * 250, 6)) == 6
-    with pytest.raises(ExportError, match=r"^257 tokens asked for; the model's context holds 256; shorten the prompt or the output$"):
+    with pytest.raises(
+        ExportError, match=r"^257 tokens asked for; the model's context holds 256; shorten the prompt or the output$"
+    ):
         generate(decoder, [0] * 250, 7)
 
 
@@ -324,12 +356,16 @@ def test_a_seed_decides_the_samples(decoder: Decoder) -> None:
     assert draws[0] != draws[2]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=1.5, top_k=1), Sampling(temperature=1.5, top_p=1e-9), Sampling(temperature=1e-6)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=1.5, top_k=1), Sampling(temperature=1.5, top_p=1e-9), Sampling(temperature=1e-6)]
+)
 def test_sampling_among_one_token_is_greedy(decoder: Decoder, sampling: Sampling) -> None:
     assert generate(decoder, [0, 34], 20, sampling) == generate(decoder, [0, 34], 20)
 
 
-def test_a_float16_package_has_a_cache_of_half_the_bytes_and_float32_logits(mixture_checkpoint: Path, tmp_path: Path, decoder: Decoder) -> None:
+def test_a_float16_package_has_a_cache_of_half_the_bytes_and_float32_logits(
+    mixture_checkpoint: Path, tmp_path: Path, decoder: Decoder
+) -> None:
     twin, package = tmp_path / "twin", tmp_path / "package"
     twin.mkdir()
     package.mkdir()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from dense2moe.export.runtime.sampling import Sampling, choose_tokens, draw_uniforms
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -15,8 +16,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-
-from export.sampling import Sampling, choose_tokens, draw_uniforms
 
 EVEN = (np.arange(20_000) + 0.5) / 20_000
 """Uniform numbers at equal distances: the share of each token is its probability, give or take two steps of 5e-5."""
@@ -43,10 +42,18 @@ LOGITS = [np.log(p) for p in (0.1, 0.4, 0.2, 0.3)]
         (Sampling(temperature=1.0, top_p=0.35), {1: 1.0}),
         (Sampling(temperature=1.0, top_p=0.65), {1: 4 / 7, 3: 3 / 7}),
         (Sampling(temperature=1.0, top_p=0.75), {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}),
-        (Sampling(temperature=1.0, top_k=3, top_p=0.75), {1: 4 / 7, 3: 3 / 7}),  # of the best three, the best two hold 7/9
+        # of the best three, the best two hold 7/9
+        (
+            Sampling(temperature=1.0, top_k=3, top_p=0.75),
+            {1: 4 / 7, 3: 3 / 7},
+        ),
         (Sampling(temperature=1.0, top_p=0.0), {1: 1.0}),
         (Sampling(temperature=1.0, min_p=0.6), {1: 4 / 7, 3: 3 / 7}),  # of the likeliest one's 0.4 at least 0.24
-        (Sampling(temperature=0.5, min_p=0.6), {1: 1.0}),  # after the temperature, which makes 9 of 16 of three quarters
+        # after the temperature, which makes 9 of 16 of three quarters
+        (
+            Sampling(temperature=0.5, min_p=0.6),
+            {1: 1.0},
+        ),
         (Sampling(temperature=1.0, top_k=3, min_p=0.5), {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}),
     ],
 )
@@ -74,7 +81,10 @@ def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 @pytest.mark.parametrize("top_k", [0, 1, 17])
 @pytest.mark.parametrize("ties", [False, True])
 def test_draws_of_a_seed_follow_the_distribution(top_k: int, top_p: float, ties: bool) -> None:
-    """Pearson's statistic of 8000 draws; for n degrees of freedom it has the mean n and the deviation sqrt(2 n), and 4 of them are granted."""
+    """Pearson's statistic of 8000 draws.
+
+    For n degrees of freedom it has the mean n and the deviation sqrt(2 n), and 4 of them are granted.
+    """
     sampling = Sampling(temperature=1.3, top_k=top_k, top_p=top_p)
     logits = np.random.default_rng(5).normal(scale=2.0, size=60).astype(np.float32)
     if ties:
@@ -92,7 +102,13 @@ def test_draws_of_a_seed_follow_the_distribution(top_k: int, top_p: float, ties:
 def test_each_row_is_drawn_by_itself() -> None:
     random = np.random.default_rng(0)
     logits, uniforms = random.normal(scale=3.0, size=(5, 200)).astype(np.float32), random.random(5)
-    for sampling in (Sampling(), Sampling(1.0), Sampling(1.0, top_k=7), Sampling(1.0, top_p=0.7), Sampling(1.0, top_k=30, top_p=0.7)):
+    for sampling in (
+        Sampling(),
+        Sampling(1.0),
+        Sampling(1.0, top_k=7),
+        Sampling(1.0, top_p=0.7),
+        Sampling(1.0, top_k=30, top_p=0.7),
+    ):
         alone = [choose_tokens(logits[row : row + 1], sampling, uniforms[row : row + 1])[0] for row in range(5)]
         assert choose_tokens(logits, sampling, uniforms).tolist() == alone
 
@@ -119,7 +135,9 @@ def test_numbers_depend_on_the_seed_and_the_prompt_alone() -> None:
 
 
 @pytest.mark.parametrize("penalty", [1.3, 0.8])
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02), Sampling(1.4, min_p=0.1)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0), Sampling(0.7, top_k=30, top_p=0.9, min_p=0.02), Sampling(1.4, min_p=0.1)]
+)
 def test_what_is_drawn_is_what_transformers_would_draw(sampling: Sampling, penalty: float) -> None:
     """Its processors, in the order in which its `generate` applies them."""
     random = np.random.default_rng(1)
@@ -128,9 +146,18 @@ def test_what_is_drawn_is_what_transformers_would_draw(sampling: Sampling, penal
     seen = np.isin(np.arange(50), text)[None]
     processors = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(penalty)])
     if sampling.temperature:
-        processors += [TemperatureLogitsWarper(sampling.temperature), TopPLogitsWarper(sampling.top_p), MinPLogitsWarper(sampling.min_p)]
+        processors += [
+            TemperatureLogitsWarper(sampling.temperature),
+            TopPLogitsWarper(sampling.top_p),
+            MinPLogitsWarper(sampling.min_p),
+        ]
         processors[2:2] = [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
     scores = processors(torch.from_numpy(text), torch.from_numpy(logits))[0].double()
     expected = scores.softmax(-1).numpy() if sampling.temperature else np.eye(50)[int(scores.argmax())]
-    drawn = choose_tokens(np.repeat(logits, len(EVEN), 0), replace(sampling, repetition_penalty=penalty), EVEN, np.repeat(seen, len(EVEN), 0))
+    drawn = choose_tokens(
+        np.repeat(logits, len(EVEN), 0),
+        replace(sampling, repetition_penalty=penalty),
+        EVEN,
+        np.repeat(seen, len(EVEN), 0),
+    )
     assert np.bincount(drawn, minlength=50) / len(EVEN) == pytest.approx(expected, abs=1e-4)

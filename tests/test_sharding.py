@@ -1,4 +1,7 @@
-"""What a launch under FSDP may ask for. That the model is divided, and computes what it did, is shown in `test_trainer`."""
+"""What a launch under FSDP may ask for.
+
+That the model is divided, and computes what it did, is shown in `test_trainer`.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
-
-from upcycle.errors import UpcycleError
-from upcycle.sharding import collect, collect_optimizer, fill_optimizer, is_divided
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.sharding import collect, collect_optimizer, fill_optimizer, is_divided
 
 
 def launch(monkeypatch: pytest.MonkeyPatch, kind: DistributedType, **variables: str) -> None:
-    monkeypatch.setattr("upcycle.sharding.join_processes", lambda: SimpleNamespace(distributed_type=kind))
+    monkeypatch.setattr(
+        "dense2moe.upcycle.training.sharding.join_processes", lambda: SimpleNamespace(distributed_type=kind)
+    )
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
 
@@ -31,18 +35,25 @@ def test_several_processes_divide_a_model_where_the_launcher_says_so(monkeypatch
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"FSDP_VERSION": "1"}, "finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2, or set FSDP_VERSION=2"),
+        (
+            {"FSDP_VERSION": "1"},
+            "finetune: FSDP of version 1 hides the names of what learns; give --fsdp_version 2, or set FSDP_VERSION=2",
+        ),
         (
             {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
-            "finetune: FSDP's activation checkpointing hides the names of what learns; set finetune.gradient_checkpointing instead",
+            "finetune: FSDP's activation checkpointing hides the names of what learns; set "
+            "finetune.gradient_checkpointing instead",
         ),
         (
             {"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
-            "finetune: FSDP would keep parameters off the device that computes; give more processes, not --fsdp_offload_params",
+            "finetune: FSDP would keep parameters off the device that computes; give more processes, not "
+            "--fsdp_offload_params",
         ),
     ],
 )
-def test_what_a_launch_may_not_ask_for_is_told(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_launch_may_not_ask_for_is_told(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     launch(monkeypatch, DistributedType.MULTI_CPU, ACCELERATE_USE_FSDP="true", **variables)
     with pytest.raises(UpcycleError) as excinfo:
         is_divided()
@@ -68,4 +79,7 @@ def test_an_optimizer_goes_on_from_the_state_that_was_collected() -> None:
 
 
 def test_one_process_alone_collects_everything() -> None:
-    assert {name: tensor.tolist() for name, tensor in collect({"a": torch.ones(2), "b": torch.zeros(1)}).items()} == {"a": [1.0, 1.0], "b": [0.0]}
+    assert {name: tensor.tolist() for name, tensor in collect({"a": torch.ones(2), "b": torch.zeros(1)}).items()} == {
+        "a": [1.0, 1.0],
+        "b": [0.0],
+    }

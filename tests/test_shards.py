@@ -1,4 +1,7 @@
-"""Shards are what safetensors reads, whatever they are made of, and copies are the very bytes of their source, however the system copies."""
+"""Shards are what safetensors reads, whatever they are made of.
+
+And copies are the very bytes of their source, however the system copies.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.upcycle.checkpoints.reader import index_tensors
+from dense2moe.upcycle.checkpoints.writer import Content, Span, TensorSpec, read_span, write_tensors
+from dense2moe.upcycle.errors import UpcycleError
 from safetensors import safe_open
 from safetensors.torch import load_file
-
-from upcycle.checkpoint import index_tensors
-from upcycle.errors import UpcycleError
-from upcycle.shards import Content, Span, TensorSpec, read_span, write_tensors
 
 PIECE = 1 << 24  # what is read at a time where the kernel does not copy
 
@@ -44,7 +46,10 @@ def test_written_shards_are_read_by_safetensors_and_obey_the_limit(dtype: torch.
     tensors = {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
     item = dtype.itemsize
     write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=7 * item)
-    assert sizes(tmp_path) == {f"model-0000{number}-of-00004.safetensors": elements * item for number, elements in enumerate((7, 10, 6, 5), start=1)}
+    assert sizes(tmp_path) == {
+        f"model-0000{number}-of-00004.safetensors": elements * item
+        for number, elements in enumerate((7, 10, 6, 5), start=1)
+    }
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 28 * item}
     stored: dict[str, str] = {}
@@ -87,7 +92,11 @@ def test_a_tensor_larger_than_the_limit_has_a_shard_of_its_own(limit: int, tmp_p
 
 
 def test_what_fits_into_one_file_has_no_index(tmp_path: Path) -> None:
-    tensors = {"a": torch.ones(3), "b": torch.ones(1, 2, dtype=torch.bfloat16), "c": torch.tensor([1, 2], dtype=torch.uint8)}
+    tensors = {
+        "a": torch.ones(3),
+        "b": torch.ones(1, 2, dtype=torch.bfloat16),
+        "c": torch.tensor([1, 2], dtype=torch.uint8),
+    }
     write_tensors(tmp_path, specs_of(tensors), tensors.items(), shard_bytes=18)
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
     found = load_file(tmp_path / "model.safetensors")
@@ -125,7 +134,9 @@ A = TensorSpec("a", torch.float32, (1,))
         ([("a", torch.ones(1)), ("b", torch.ones(1))], "tensor b was not planned"),
     ],
 )
-def test_tensors_that_do_not_follow_the_plan_are_our_own_mistake(given: list[tuple[str, Any]], message: str, tmp_path: Path) -> None:
+def test_tensors_that_do_not_follow_the_plan_are_our_own_mistake(
+    given: list[tuple[str, Any]], message: str, tmp_path: Path
+) -> None:
     assert str(A) == "TensorSpec(name='a', dtype=torch.float32, shape=(1,))"
     with pytest.raises(ValueError) as excinfo:
         write_tensors(tmp_path, [A], given, shard_bytes=100)
@@ -165,7 +176,10 @@ def test_one_content_is_asked_for_at_a_time(tmp_path: Path) -> None:
 
 
 def reserved(directory: Path) -> int:
-    """Size of the one weight file in `directory`, asked for while the only tensor is made, and before the file has any of it."""
+    """Size of the one weight file in `directory`, asked for while the only tensor is made.
+
+    And before the file has any of it.
+    """
     sizes_seen: list[int] = []
 
     def contents() -> Iterator[Content]:
@@ -184,7 +198,9 @@ def test_room_for_a_shard_is_taken_before_its_tensors_are_made(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, None])
-def test_where_room_cannot_be_taken_files_grow(number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_room_cannot_be_taken_files_grow(
+    number: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: int) -> None:
         assert number is not None
         raise OSError(number, os.strerror(number))
@@ -196,7 +212,9 @@ def test_where_room_cannot_be_taken_files_grow(number: int | None, tmp_path: Pat
     assert reserved(tmp_path) == (tmp_path / "model.safetensors").stat().st_size - 1000
 
 
-def test_a_disk_too_small_for_a_shard_is_told_before_any_tensor_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_too_small_for_a_shard_is_told_before_any_tensor_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -243,12 +261,19 @@ def refuse_with(number: int) -> Callable[[pytest.MonkeyPatch], None]:
 
 
 UNSUPPORTED = {name: refuse_with(getattr(errno, name)) for name in ("EXDEV", "ENOSYS", "EINVAL", "EOPNOTSUPP")}
-WAYS = {"kernel": copy_in_the_kernel, "few bytes": copy_a_few_bytes_at_a_time, "no call": copy_without_the_kernel, **UNSUPPORTED}
+WAYS = {
+    "kernel": copy_in_the_kernel,
+    "few bytes": copy_a_few_bytes_at_a_time,
+    "no call": copy_without_the_kernel,
+    **UNSUPPORTED,
+}
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS.keys())
 
 
 @every_way
-def test_spans_are_copied_byte_for_byte(way: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spans_are_copied_byte_for_byte(
+    way: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     way(monkeypatch)
     source, other = tmp_path / "source", tmp_path / "other"
     data = torch.randint(256, (500,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy().tobytes()
@@ -272,12 +297,16 @@ def test_spans_are_copied_byte_for_byte(way: Callable[[pytest.MonkeyPatch], None
     output.mkdir()
     write_tensors(output, specs, contents.items(), shard_bytes=501)
     assert sizes(output) == {"model-00001-of-00002.safetensors": 500, "model-00002-of-00002.safetensors": 87}
-    found = {name: bytes_of(tensor) for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    found = {
+        name: bytes_of(tensor) for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     assert found == expected
     assert (source.read_bytes(), other.read_bytes()) == (data, data[::-1])
 
 
-def test_the_kernel_is_asked_to_copy_and_asked_no_more_once_it_cannot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_is_asked_to_copy_and_asked_no_more_once_it_cannot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def fail(source: int, target: int, count: int, *, offset_src: int) -> int:
@@ -292,7 +321,9 @@ def test_the_kernel_is_asked_to_copy_and_asked_no_more_once_it_cannot(tmp_path: 
     assert bytes_of(load_file(tmp_path / "model.safetensors")["a"]) == b"3451"
 
 
-def test_a_kernel_that_stops_in_the_middle_of_a_span_is_gone_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_stops_in_the_middle_of_a_span_is_gone_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps = iter([3, None])
 
     def copy(source: int, target: int, count: int, *, offset_src: int) -> int:
@@ -302,12 +333,16 @@ def test_a_kernel_that_stops_in_the_middle_of_a_span_is_gone_on_from_there(tmp_p
 
     monkeypatch.setattr(os, "copy_file_range", copy, raising=False)
     (tmp_path / "source").write_bytes(b"0123456789")
-    write_tensors(tmp_path, [TensorSpec("a", torch.uint8, (8,))], [("a", [Span(tmp_path / "source", 1, 8)])], shard_bytes=100)
+    write_tensors(
+        tmp_path, [TensorSpec("a", torch.uint8, (8,))], [("a", [Span(tmp_path / "source", 1, 8)])], shard_bytes=100
+    )
     assert bytes_of(load_file(tmp_path / "model.safetensors")["a"]) == b"12345678"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
-def test_a_full_or_broken_disk_is_no_reason_to_copy_otherwise(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_or_broken_disk_is_no_reason_to_copy_otherwise(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refuse_with(number)(monkeypatch)
     (tmp_path / "source").write_bytes(b"1234")
     with pytest.raises(OSError) as excinfo:
@@ -316,7 +351,9 @@ def test_a_full_or_broken_disk_is_no_reason_to_copy_otherwise(number: int, tmp_p
 
 
 @every_way
-def test_a_source_that_ends_early_is_refused(way: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_ends_early_is_refused(
+    way: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     way(monkeypatch)
     source = tmp_path / "source"
     source.write_bytes(b"12345")
@@ -339,7 +376,9 @@ def test_many_shards_are_copied_side_by_side_and_every_tensor_is_reported_once(t
     (tmp_path / "source").write_bytes(bytes_of(data))
     specs = [TensorSpec(f"t{n}", torch.uint8, (20,)) for n in range(90)]
     made = {n: torch.full((20,), n, dtype=torch.uint8) for n in range(0, 90, 7)}  # and copies between them
-    contents = [(spec.name, made[n] if n in made else [Span(tmp_path / "source", 11 * n, 20)]) for n, spec in enumerate(specs)]
+    contents = [
+        (spec.name, made[n] if n in made else [Span(tmp_path / "source", 11 * n, 20)]) for n, spec in enumerate(specs)
+    ]
     seen: list[tuple[int, int]] = []
     output = tmp_path / "output"
     output.mkdir()
@@ -355,7 +394,10 @@ def test_a_copy_that_fails_in_one_of_many_shards_is_told(tmp_path: Path) -> None
     contents = [(spec.name, [Span(tmp_path / "source", 25 if n == 3 else 0, 10)]) for n, spec in enumerate(specs)]
     with pytest.raises(UpcycleError) as excinfo:
         write_tensors(tmp_path, specs, contents, shard_bytes=10)
-    assert str(excinfo.value) == f"{tmp_path / 'source'}: ended while it was copied; the file changed while it was read; run again"
+    assert (
+        str(excinfo.value)
+        == f"{tmp_path / 'source'}: ended while it was copied; the file changed while it was read; run again"
+    )
     assert not list(tmp_path.glob("*.index.json"))
 
 

@@ -17,20 +17,22 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.convert.report.card import escape, write_card
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.checkpoints.config_files import complete_tokenizer
 from programs import dense2moe
 from report_facts import make_facts
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from convert.card import escape, write_card
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from upcycle.config_files import complete_tokenizer
-from upcycle.receipt import load_model
-
 TRANSFORMERS_4, OPTIMUM = "DENSE2MOE_TRANSFORMERS_4_PYTHON", "DENSE2MOE_OPTIMUM_PYTHON"
-CHAT = "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}model:{% endif %}"
+CHAT = (
+    "{% for m in messages %}{{ bos_token }}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt "
+    "%}model:{% endif %}"
+)
 DRAWS = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3, "bos_token_id": 0}
 
 
@@ -51,7 +53,11 @@ class Release:
     def code(self, library: str) -> str:
         """The one piece of Python in the card that imports a model from a library."""
         pieces = re.findall(r"```python\n(.*?)```", self.card, re.DOTALL)
-        (found,) = (code for code in pieces if re.search(rf"^(from {library}.* import \w+Model|import {library})", code, re.MULTILINE))
+        (found,) = (
+            code
+            for code in pieces
+            if re.search(rf"^(from {library}.* import \w+Model|import {library})", code, re.MULTILINE)
+        )
         return found
 
     def execute(self, library: str, monkeypatch: pytest.MonkeyPatch, python: str | None = None) -> str:
@@ -62,8 +68,15 @@ class Release:
                 warnings.simplefilter("ignore")
                 exec(compile(self.code(library), "card", "exec"), {})
             return printed.getvalue()
-        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ORT_DISABLE_TELEMETRY")}
-        finished = subprocess.run([python, "-c", self.code(library)], capture_output=True, check=False, env=environment | {"HF_HUB_OFFLINE": "1"})
+        environment = {
+            name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ORT_DISABLE_TELEMETRY")
+        }
+        finished = subprocess.run(
+            [python, "-c", self.code(library)],
+            capture_output=True,
+            check=False,
+            env=environment | {"HF_HUB_OFFLINE": "1"},
+        )
         assert finished.returncode == 0, finished.stderr.decode()[-2000:]
         return finished.stdout.decode()
 
@@ -89,27 +102,39 @@ def write_greedily(checkpoint: Path, ids: list[int], penalty: float) -> list[int
 
 
 @torch.no_grad()
-def make_release(source: Path, folder: Path, variant: Variant, settings: dict[str, Any], chat: bool, puts_start: bool) -> Release:
+def make_release(
+    source: Path, folder: Path, variant: Variant, settings: dict[str, Any], chat: bool, puts_start: bool
+) -> Release:
     facts = make_facts()
     run, package = folder / "run", folder / "package"
     checkpoint = run / f"finetune-{facts['keys']['finetune'][:12]}"
     shutil.copytree(source, checkpoint)
     if not puts_start:
         path = checkpoint / "tokenizer.json"
-        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"post_processor": None}), encoding="utf-8")
+        path.write_text(
+            json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"post_processor": None}), encoding="utf-8"
+        )
     if chat:
         (checkpoint / "chat_template.jinja").write_text(CHAT, encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     messages = [{"role": "user", "content": "Tell me a story."}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] if chat else tokenizer("Once")["input_ids"]
+    ids = (
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        if chat
+        else tokenizer("Once")["input_ids"]
+    )
     written = write_greedily(checkpoint, ids, settings.get("repetition_penalty", 1.0))
     place = next(n for n, token in enumerate(written) if n >= 12 and token not in written[:n])
     end = written[place]
-    tokenizer.backend_tokenizer.add_special_tokens([AddedToken(tokenizer.convert_ids_to_tokens(end), special=True, normalized=False)])
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [AddedToken(tokenizer.convert_ids_to_tokens(end), special=True, normalized=False)]
+    )
     tokenizer.save_pretrained(checkpoint)
     complete_tokenizer(checkpoint)
     text = tokenizer.decode(written[:place] if chat else ids + written[:place], skip_special_tokens=True)
-    (checkpoint / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": [1, end]}), encoding="utf-8")
+    (checkpoint / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": [1, end]}), encoding="utf-8"
+    )
     (folder / "twin").mkdir()
     package.mkdir()
     quantize_checkpoint(checkpoint, folder / "twin", variant, QuantizeConfig(method="search", block_size=16), silent)
@@ -126,7 +151,9 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def release(request: pytest.FixtureRequest, mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Release:
+def release(
+    request: pytest.FixtureRequest, mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Release:
     return make_release(mixture_checkpoint, tmp_path_factory.mktemp("release"), "float32", **CASES[request.param])
 
 
@@ -138,7 +165,10 @@ def environment(variable: str, recipe: str) -> str:
 
 
 def test_genai_transformers_and_dense2moe_write_one_text(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is what the checkpoint's logits say, and ends at the second of two end tokens, before its 40 tokens are written."""
+    """It is what the checkpoint's logits say.
+
+    And ends at the second of two end tokens, before its 40 tokens are written.
+    """
     pytest.importorskip("onnxruntime_genai")
     assert release.text.startswith("Once") or "--chat" in release.card
     assert release.generate(monkeypatch) == release.text
@@ -148,19 +178,26 @@ def test_genai_transformers_and_dense2moe_write_one_text(release: Release, monke
 
 @pytest.mark.optimum
 def test_optimum_writes_that_text(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = environment(OPTIMUM, "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0")
+    python = environment(
+        OPTIMUM, "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0"
+    )
     assert release.execute("optimum", monkeypatch, python) == release.text
 
 
 @pytest.mark.transformers4
 def test_transformers_4_writes_that_text(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = environment(TRANSFORMERS_4, "python3.11 -m venv transformers4 && transformers4/bin/pip install transformers==4.57.6 torch==2.13.0")
+    python = environment(
+        TRANSFORMERS_4,
+        "python3.11 -m venv transformers4 && transformers4/bin/pip install transformers==4.57.6 torch==2.13.0",
+    )
     assert release.execute("transformers", monkeypatch, python) == release.text
 
 
 @pytest.fixture(scope="module")
 def rounded(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Release:
-    return make_release(mixture_checkpoint, tmp_path_factory.mktemp("rounded"), "int8", **CASES["a start that the tokenizer puts"])
+    return make_release(
+        mixture_checkpoint, tmp_path_factory.mktemp("rounded"), "int8", **CASES["a start that the tokenizer puts"]
+    )
 
 
 def test_the_code_of_a_rounded_package_runs_in_genai(rounded: Release, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +209,9 @@ def test_the_code_of_a_rounded_package_runs_in_genai(rounded: Release, monkeypat
 
 @pytest.mark.optimum
 def test_the_code_of_a_rounded_package_runs_in_optimum(rounded: Release, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = environment(OPTIMUM, "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0")
+    python = environment(
+        OPTIMUM, "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0"
+    )
     assert rounded.execute("optimum", monkeypatch, python).startswith("Once")
 
 
@@ -181,7 +220,10 @@ def test_the_card_says_how_text_is_chosen_and_where_it_ends(release: Release) ->
     assert draws == ("says to draw (temperature 0.7, top-k 50, top-p 0.9, a repetition penalty of 1.3)" in release.card)
     assert draws == (release.card.count("do_sample=False)") == 3)
     tokenizer = AutoTokenizer.from_pretrained(release.package)
-    assert f"A text ends at {escape('</s>')} (1) or {escape(tokenizer.convert_ids_to_tokens(release.end))} ({release.end})." in release.card
+    assert (
+        f"A text ends at {escape('</s>')} (1) or {escape(tokenizer.convert_ids_to_tokens(release.end))} "
+        f"({release.end})." in release.card
+    )
     assert "once: 256 unless told otherwise, 256 at most." in release.card
     assert release.card.count('os.environ["ORT_DISABLE_TELEMETRY"] = "1"') == 2
 

@@ -5,12 +5,11 @@ import shutil
 from fnmatch import fnmatchcase
 
 import pytest
-
-from convert.errors import RecipeError
-from convert.pipeline import plan_tasks
-from convert.recipe import load_recipe
-from convert.stages import data_settings, prepare
-from upcycle.errors import UpcycleError
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.pipeline import plan_tasks
+from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.stages import data_settings, prepare
+from dense2moe.upcycle.errors import UpcycleError
 
 DOCUMENTS = "|".join(f"Document {number} tells of house {number % 7} and its garden." for number in range(200))
 HUB = """\
@@ -38,7 +37,8 @@ def test_a_hub_source_is_fetched_at_its_revision_without_pickles(hub_recipe, mak
         chosen = {
             name
             for name in in_the_repository
-            if any(fnmatchcase(name, pattern) for pattern in allow_patterns) and not any(fnmatchcase(name, pattern) for pattern in ignore_patterns)
+            if any(fnmatchcase(name, pattern) for pattern in allow_patterns)
+            and not any(fnmatchcase(name, pattern) for pattern in ignore_patterns)
         }
         for name in chosen:
             (commit / name).parent.mkdir(parents=True, exist_ok=True)
@@ -51,10 +51,18 @@ def test_a_hub_source_is_fetched_at_its_revision_without_pickles(hub_recipe, mak
     shards = {name for name in own if name.endswith(".safetensors")}
     assert len(shards) > 1
     other = (
-        "consolidated.safetensors", "original/consolidated.00.pth", "original/tokenizer.model", "fp8/model.safetensors", "pytorch_model.bin",
-        "run.py", "onnx/model.onnx", "model.fp16.safetensors",
-    )  # fmt: skip
-    in_the_repository |= dict.fromkeys((*other, "LICENSE", "README.md", "additional_chat_templates/tools.jinja"), b"text")
+        "consolidated.safetensors",
+        "original/consolidated.00.pth",
+        "original/tokenizer.model",
+        "fp8/model.safetensors",
+        "pytorch_model.bin",
+        "run.py",
+        "onnx/model.onnx",
+        "model.fp16.safetensors",
+    )
+    in_the_repository |= dict.fromkeys(
+        (*other, "LICENSE", "README.md", "additional_chat_templates/tools.jinja"), b"text"
+    )
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     preparation = prepare(hub_recipe, lambda *_: None)
     assert fetched == [own - shards | {"LICENSE", "README.md"}, shards | {"additional_chat_templates/tools.jinja"}]
@@ -83,7 +91,8 @@ def test_a_hub_that_cannot_be_reached_is_one_line(hub_recipe, monkeypatch):
     with pytest.raises(RecipeError) as caught:
         prepare(hub_recipe, lambda *_: None)
     assert str(caught.value) == (
-        "nobody/tiny-llama: revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); check the id, or give a path"
+        "nobody/tiny-llama: revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); "
+        "check the id, or give a path"
     )
 
 
@@ -93,7 +102,8 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
     path = tmp_path / "domains.yaml"
     path.write_text(
         f"source: {dense_checkpoint}\ndata:\n  block_size: 32\n  source:\n    kind: domains\n    domains:\n"
-        "      one: {kind: text, train: [a.txt], test: [held.txt], separator: '|'}\n      two: {kind: text, train: [b.txt], separator: '|'}\n",
+        "      one: {kind: text, train: [a.txt], test: [held.txt], separator: '|'}\n      two: {kind: text, train: "
+        "[b.txt], separator: '|'}\n",
         encoding="utf-8",
     )
 
@@ -103,7 +113,9 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
     first = prepared()
     places = {"one.train": "a", "one.test": "held", "two.train": "b"}
     assert first.data_files == {
-        f"data.source.domains.{place}/{tmp_path / name}.txt": hashlib.sha256((tmp_path / f"{name}.txt").read_bytes()).hexdigest()
+        f"data.source.domains.{place}/{tmp_path / name}.txt": hashlib.sha256(
+            (tmp_path / f"{name}.txt").read_bytes()
+        ).hexdigest()
         for place, name in places.items()
     }
     assert data_settings(prepared(), None) == data_settings(first, None)
@@ -118,7 +130,9 @@ def test_text_beside_a_recipe_in_a_folder_with_brackets_is_found(pattern, tmp_pa
     (folder / "t.txt").write_text(DOCUMENTS, encoding="utf-8")
     path = folder / "r.yaml"
     path.write_text(
-        f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: ['{pattern}'], separator: '|'}}, block_size: 32}}\n", encoding="utf-8"
+        f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: ['{pattern}'], separator: '|'}}, "
+        "block_size: 32}\n",
+        encoding="utf-8",
     )
     monkeypatch.chdir(tmp_path)
     assert list(prepare(load_recipe(path), lambda *_: None).data_files) == [f"data.source.train/{folder / 't.txt'}"]
@@ -128,7 +142,9 @@ def test_fine_tuning_is_switched_off_by_null_alone(tmp_path, dense_checkpoint):
     def load(finetune):
         path = tmp_path / "off.yaml"
         path.write_text(
-            f"source: {dense_checkpoint}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\nfinetune: {finetune}\n", encoding="utf-8"
+            f"source: {dense_checkpoint}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\nfinetune: "
+            f"{finetune}\n",
+            encoding="utf-8",
         )
         return load_recipe(path)
 
@@ -140,14 +156,19 @@ def test_fine_tuning_is_switched_off_by_null_alone(tmp_path, dense_checkpoint):
     assert {name for name, task in tasks.items() if "finetune" in task.inputs.values()} == {"report"}
     for name in ("quantize-int8", "parity-int8"):
         assert tasks[name].inputs["finetune"] == "upcycle"
-    with pytest.raises(RecipeError, match=r"finetune\.steps: is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off"):
+    with pytest.raises(
+        RecipeError,
+        match=r"finetune\.steps: is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off",
+    ):
         load("{steps: 0}")
     assert load("{max_grad_norm: null}").recipe.finetune.max_grad_norm is None
 
 
 def test_a_block_longer_than_the_context_is_refused(tmp_path, dense_checkpoint):
     path = tmp_path / "long.yaml"
-    path.write_text(f"source: {dense_checkpoint}\ndata: {{source: {{kind: python-docs}}, block_size: 1024}}\n", encoding="utf-8")
+    path.write_text(
+        f"source: {dense_checkpoint}\ndata: {{source: {{kind: python-docs}}, block_size: 1024}}\n", encoding="utf-8"
+    )
     with pytest.raises(RecipeError) as caught:
         prepare(load_recipe(path), lambda *_: None)
     assert str(caught.value) == f"{path}: data.block_size: is 1024; must be at most the model's context, which is 256"
@@ -169,7 +190,9 @@ def test_a_source_that_may_be_an_id_of_the_hub_is_told_how_to_write_one(tmp_path
     path.write_text("source: nobody/tiny-llama\ndata: {source: {kind: python-docs}}\n", encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
         prepare(load_recipe(path), lambda *_: None)
-    assert str(caught.value).endswith("; correct the path, or write `source: {hub: nobody/tiny-llama}` for a model of the Hugging Face hub")
+    assert str(caught.value).endswith(
+        "; correct the path, or write `source: {hub: nobody/tiny-llama}` for a model of the Hugging Face hub"
+    )
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
@@ -180,4 +203,6 @@ def test_a_generation_config_that_transformers_refuses_is_told(text, tmp_path, d
     path.write_text(f"source: {source}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\n", encoding="utf-8")
     with pytest.raises(UpcycleError) as caught:
         prepare(load_recipe(path), lambda *_: None)
-    assert str(caught.value).startswith(f"{source / 'generation_config.json'}: transformers cannot read these settings for generation (")
+    assert str(caught.value).startswith(
+        f"{source / 'generation_config.json'}: transformers cannot read these settings for generation ("
+    )

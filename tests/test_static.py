@@ -17,27 +17,41 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import estimate_bytes
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.simulation import RoundedInputs
+from dense2moe.export.quantization.static import Magnitudes
+from dense2moe.export.quantization.twin import SCHEME_NAME, QuantizedWeight, Twin
+from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GraniteMoeForCausalLM, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedModel
-
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from export.errors import ExportError
-from export.footprint import estimate_bytes
-from export.package import write_package
-from export.parity import ProviderParity, check_parity
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, Decoder
-from export.simulation import RoundedInputs
-from export.static import Magnitudes
-from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import SCHEME_NAME, QuantizedWeight, Twin
-from upcycle.checkpoint import open_checkpoint
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeForCausalLM,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+)
 
 VOCABULARY = 96
 SMALL: dict[str, Any] = {
-    "vocab_size": VOCABULARY, "hidden_size": 40, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 5,
-    "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 3, "max_position_embeddings": 64, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 40,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 3,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
 BLOCKS = torch.randint(2, VOCABULARY, (12, 32), generator=torch.Generator().manual_seed(0))
 
 
@@ -77,7 +91,10 @@ def load(directory: Path) -> PreTrainedModel:
 
 @contextmanager
 def rounded_inputs(model: PreTrainedModel, scales: dict[int, float]) -> Iterator[Counter[int]]:
-    """Every product of torch by a weight whose address has a scale reads its input through torch's own fake quantization; how often each was used."""
+    """Every product of torch by a weight whose address has a scale reads its input through torch's own fake.
+
+    Quantization; how often each was used.
+    """
     used: Counter[int] = Counter()
     plain = F.linear
 
@@ -98,7 +115,9 @@ def address_scales(model: Any, scheme: dict[str, Any]) -> dict[int, float]:
     found = {}
     for n, layer in enumerate(model.model.layers):
         for part in ("q", "k", "v", "o"):
-            found[getattr(layer.self_attn, f"{part}_proj").weight.data_ptr()] = scales[f"model.layers.{n}.self_attn.{part}_proj.weight"][0]
+            found[getattr(layer.self_attn, f"{part}_proj").weight.data_ptr()] = scales[
+                f"model.layers.{n}.self_attn.{part}_proj.weight"
+            ][0]
         for e in range(SMALL["num_local_experts"]):
             name = f"model.layers.{n}.block_sparse_moe.experts.{e}"
             assert scales[f"{name}.w1.weight"] == scales[f"{name}.w3.weight"]
@@ -108,7 +127,9 @@ def address_scales(model: Any, scheme: dict[str, Any]) -> dict[int, float]:
     return found | {model.lm_head.weight.data_ptr(): head}
 
 
-def run(package: Path, ids: torch.Tensor, level: ort.GraphOptimizationLevel | None = None, optimized: Path | None = None) -> np.ndarray:
+def run(
+    package: Path, ids: torch.Tensor, level: ort.GraphOptimizationLevel | None = None, optimized: Path | None = None
+) -> np.ndarray:
     """Logits of one prefill, by the runtime of ours or, with a level of graph optimizations, by a plain session."""
     if level is None:
         decoder = Decoder(package, num_threads=1)
@@ -118,8 +139,13 @@ def run(package: Path, ids: torch.Tensor, level: ort.GraphOptimizationLevel | No
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     session = ort.InferenceSession(package / MODEL_NAME, options, providers=["CPUExecutionProvider"])
-    empty = {value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32) for value in session.get_inputs()[2:]}
-    found: np.ndarray = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64), **empty})[0]
+    empty = {
+        value.name: np.zeros((len(ids), value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()[2:]
+    }
+    found: np.ndarray = session.run(
+        ["logits"], {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64), **empty}
+    )[0]
     return found
 
 
@@ -127,7 +153,8 @@ def difference(found: np.ndarray, expected: torch.Tensor) -> float:
     return float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max())
 
 
-# A value half way between two integers may be rounded to either, by an order of sums: a step of 1/127 in one of 40 inputs or so. 4e-3 measured.
+# A value half way between two integers may be rounded to either, by an order of sums: a step of 1/127 in one of 40
+# inputs or so. 4e-3 measured.
 ONE_STEP = 1e-2
 
 
@@ -146,7 +173,10 @@ def test_the_graph_computes_what_torch_does_with_rounded_inputs(tmp_path: Path, 
     assert len(scales) == 2 * (4 + 2 * 3) + 1
     found = [
         run(package, ids),
-        *(run(package, ids, level) for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)),
+        *(
+            run(package, ids, level)
+            for level in (ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL)
+        ),
     ]
     rounding = difference(plain.numpy(), expected)
     for logits in found:
@@ -171,7 +201,8 @@ def test_onnxruntime_computes_every_product_but_the_routers_in_integers(tmp_path
     run(package, BLOCKS[:1], ort.GraphOptimizationLevel.ORT_ENABLE_ALL, tmp_path / "optimized.onnx")
     graph = onnx.load(tmp_path / "optimized.onnx", load_external_data=False).graph
     operators = Counter(node.op_type for node in graph.node)
-    assert operators["MatMulIntegerToFloat"] == 2 * (2 + 2 * SMALL["num_local_experts"]) + 1  # attention's two, two an expert, and the head
+    # attention's two, two an expert, and the head
+    assert operators["MatMulIntegerToFloat"] == 2 * (2 + 2 * SMALL["num_local_experts"]) + 1
     assert operators["DequantizeLinear"] == 0
     assert operators["MatMul"] == 2 * 2  # the router, and the sum of experts by their weights
     kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -201,14 +232,22 @@ def test_weights_have_a_positive_scale_a_row_and_integers_that_are_symmetric(tmp
 
 
 def hooked_magnitudes(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """The largest magnitudes that the products of the first layer read, and the head, by hooks on transformers' modules."""
+    """The largest magnitudes that the products of the first layer read, and the head.
+
+    By hooks on transformers' modules.
+    """
     found: dict[str, float] = {}
 
     def keep(name: str) -> Any:
         return lambda _, inputs: found.update({name: float(inputs[0].abs().max())})
 
     layer = model.model.layers[0]
-    for name, module in (("q", layer.self_attn.q_proj), ("o", layer.self_attn.o_proj), ("experts", layer.mlp), ("head", model.lm_head)):
+    for name, module in (
+        ("q", layer.self_attn.q_proj),
+        ("o", layer.self_attn.o_proj),
+        ("experts", layer.mlp),
+        ("head", model.lm_head),
+    ):
         module.register_forward_pre_hook(keep(name))
     with torch.inference_mode():
         model(ids)
@@ -220,15 +259,21 @@ def test_ranges_are_those_of_what_transformers_modules_read(tmp_path: Path) -> N
     twin = make_twin(source, tmp_path / "twin", activation_range="largest")
     scales = json.loads((twin / SCHEME_NAME).read_text())["input_scales"]
     expected, last = hooked_magnitudes(load(source), BLOCKS), hooked_magnitudes(load(twin), BLOCKS)["head"]
-    attention, experts = "model.layers.0.self_attn.{}_proj.weight", "model.layers.0.block_sparse_moe.experts.{}.w{}.weight"
+    attention, experts = (
+        "model.layers.0.self_attn.{}_proj.weight",
+        "model.layers.0.block_sparse_moe.experts.{}.w{}.weight",
+    )
     for part, name in (("q", "q"), ("k", "q"), ("v", "q"), ("o", "o")):
         assert scales[attention.format(part)] == [pytest.approx(expected[name] / 127, rel=1e-5)]
     for e in range(3):
-        assert scales[experts.format(e, 1)] == scales[experts.format(e, 3)] == [pytest.approx(expected["experts"] / 127, rel=1e-5)]
+        assert (
+            scales[experts.format(e, 1)]
+            == scales[experts.format(e, 3)]
+            == [pytest.approx(expected["experts"] / 127, rel=1e-5)]
+        )
     assert len({scales[experts.format(e, 2)][0] for e in range(3)}) == 3
-    assert scales["model.embed_tokens.weight"] == [
-        pytest.approx(last / 127, rel=0.02)
-    ]  # calibration reads the embedding as it was, the twin reads it rounded
+    # calibration reads the embedding as it was, the twin reads it rounded
+    assert scales["model.embed_tokens.weight"] == [pytest.approx(last / 127, rel=0.02)]
     assert len(scales) == 2 * (4 + 3 * 3) + 1
 
 
@@ -243,7 +288,9 @@ def test_an_expert_that_sees_no_token_has_the_widest_range_of_its_layer(tmp_path
     scheme = json.loads((twin / SCHEME_NAME).read_text())
     assert scheme["fewest_expert_tokens"] == 0
     for n in range(2):
-        scales = [scheme["input_scales"][f"model.layers.{n}.block_sparse_moe.experts.{e}.w2.weight"][0] for e in range(3)]
+        scales = [
+            scheme["input_scales"][f"model.layers.{n}.block_sparse_moe.experts.{e}.w2.weight"][0] for e in range(3)
+        ]
         assert scales[2] == max(scales[:2])
         assert scheme["expert_tokens"][str(n)][2] == 0
     assert np.isfinite(run(make_package(twin, tmp_path / "package"), BLOCKS[:1])).all()
@@ -300,7 +347,8 @@ def test_parity_compares_with_the_twin_whose_activations_are_rounded(tmp_path: P
     scales["input_scales"]["model.layers.1.block_sparse_moe.experts.1.w2.weight"] = [0.01]  # not what the file has
     (twin / SCHEME_NAME).write_text(json.dumps(scales))
     broken = check_parity(package, twin, source, BLOCKS, "int8-qdq", True, limits, silent)
-    line = f"{CPU}: operator: layer 1, experts 0, 1, 2 on the graph's own input: relative error "  # each token goes to all of them
+    # each token goes to all of them
+    line = f"{CPU}: operator: layer 1, experts 0, 1, 2 on the graph's own input: relative error "
     assert broken.breaches[0].startswith(line)
     assert any("KL from the twin" in breach and "worst layer 1" in breach for breach in broken.breaches)
 
@@ -308,17 +356,25 @@ def test_parity_compares_with_the_twin_whose_activations_are_rounded(tmp_path: P
 @pytest.mark.parametrize("tied", [True, False])
 def test_estimated_bytes_are_the_bytes_written(tmp_path: Path, tied: bool) -> None:
     source = make_mixture(
-        tmp_path / "source", hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
-        max_position_embeddings=16, tie_word_embeddings=tied,
-    )  # fmt: skip
+        tmp_path / "source",
+        hidden_size=128,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
     twin = make_twin(source, tmp_path / "twin")
     package = make_package(twin, tmp_path / "package")
     shapes = {name: entry.shape for name, entry in open_checkpoint(source).entries.items()}
     estimated, artifact = estimate_bytes(open_checkpoint(source).config, shapes, "int8-qdq", QuantizeConfig())
-    assert estimated == pytest.approx((package / DATA_NAME).stat().st_size, rel=0.03)  # rotary tables, and the padding of pages
+    # rotary tables, and the padding of pages
+    assert estimated == pytest.approx((package / DATA_NAME).stat().st_size, rel=0.03)
     opened = Twin(twin)
     codes = sum(opened.weight(name).read().codes.nbytes for name in opened.scheme["tensors"])  # there while it is made
-    assert artifact == pytest.approx(codes + sum(path.stat().st_size for path in twin.glob("*.safetensors")), rel=0.03)  # names and shapes in headers
+    # names and shapes in headers
+    assert artifact == pytest.approx(codes + sum(path.stat().st_size for path in twin.glob("*.safetensors")), rel=0.03)
 
 
 # Ranges
@@ -378,17 +434,25 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     message = "variant 'int8-qdq' measures activations on text, and there is none; give blocks of it, or leave it out"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         quantize_checkpoint(source, tmp_path / "twin", "int8-qdq", QuantizeConfig(), silent)
-    message = "variant 'int8-qdq' is for providers that compute in 8 bits, and CUDA's computes its products as floats; leave it out"
+    message = (
+        "variant 'int8-qdq' is for providers that compute in 8 bits, and CUDA's computes its products as "
+        "floats; leave it out"
+    )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         quantize_checkpoint(source, tmp_path / "twin", "int8-qdq", QuantizeConfig(), silent, "cuda", BLOCKS)
     twin = make_twin(source, tmp_path / "another")
-    message = "export.lowering 'fused' cannot express layers.0.moe (qmoe: the QMoE operator takes no scales of activations); use 'auto'"
+    message = (
+        "export.lowering 'fused' cannot express layers.0.moe (qmoe: the QMoE operator takes no scales of "
+        "activations); use 'auto'"
+    )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         make_package(twin, tmp_path / "package", lowering="fused")
 
 
 def test_a_traced_model_is_refused_in_one_line(tmp_path: Path) -> None:
-    model = OlmoeForCausalLM(OlmoeConfig(**SMALL | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 3}))
+    model = OlmoeForCausalLM(
+        OlmoeConfig(**SMALL | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 3})
+    )
     model.save_pretrained(tmp_path / "source")
     message = f"{tmp_path / 'source'}: model_type olmoe is traced, and cannot be calibrated; leave out 'int8-qdq'"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
@@ -401,5 +465,8 @@ def test_states_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
     tensors["model.layers.1.input_layernorm.weight"][3] = 3e38
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     name = "model.layers.1.self_attn.q_proj.weight"
-    with pytest.raises(ExportError, match=rf"^{re.escape(f'{source}: what ')}'{name}' reads in layer 1 on calibration text is not finite$"):
+    with pytest.raises(
+        ExportError,
+        match=rf"^{re.escape(f'{source}: what ')}'{name}' reads in layer 1 on calibration text is not finite$",
+    ):
         make_twin(source, tmp_path / "twin")

@@ -1,4 +1,7 @@
-"""The switched lowering: a decode step by the fused operator, a prefill by grouped products, and what reads its branches."""
+"""The switched lowering.
+
+A decode step by the fused operator, a prefill by grouped products, and what reads its branches.
+"""
 
 from __future__ import annotations
 
@@ -10,28 +13,28 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.recipe import load_recipe
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import estimate_bytes
+from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.graph.decoder import plan_lowerings
+from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.package import OnnxFacts, write_package
+from dense2moe.export.parity import ProviderParity, check_parity, find_breaches
+from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from onnx import ModelProto, NodeProto, numpy_helper
 from packaging.version import Version
 
-from convert.errors import RecipeError
-from convert.recipe import load_recipe
-from export.branches import take_branches
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from export.decoder import plan_lowerings
-from export.errors import ExportError
-from export.footprint import estimate_bytes
-from export.invariants import check_graph
-from export.package import OnnxFacts, write_package
-from export.parity import ProviderParity, check_parity, find_breaches
-from export.parity.precision import find_precision
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, Decoder
-from export.storage import DATA_NAME, MODEL_NAME
-from export.twin import Twin
 from tests.conftest import MakeDense
-from upcycle.checkpoint import open_checkpoint
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=4, max_kl=0.1, min_routing_agreement=0.8)
@@ -45,16 +48,22 @@ def silent(what: str, done: int, total: int) -> None:
 def source(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture whose widths blocks of 16 divide. Shared: read only."""
     output = tmp_path_factory.mktemp("source")
-    config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
+    config = UpcycleConfig(
+        num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
+    )
     upcycle(make_dense(), output, config, 0, silent)
     return output
 
 
-def export(source: Path, folder: Path, variant: Variant, activation_bits: int = 8, lowering: str = "switched") -> OnnxFacts:
+def export(
+    source: Path, folder: Path, variant: Variant, activation_bits: int = 8, lowering: str = "switched"
+) -> OnnxFacts:
     for name in ("twin", "package"):
         (folder / name).mkdir(parents=True)
     quantize_checkpoint(source, folder / "twin", variant, QuantizeConfig(method="round", block_size=16), silent)
-    return write_package(folder / "twin", folder / "package", OnnxConfig(lowering=lowering, activation_bits=activation_bits), silent)
+    return write_package(
+        folder / "twin", folder / "package", OnnxConfig(lowering=lowering, activation_bits=activation_bits), silent
+    )
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +146,9 @@ def scale_weights(package: Path, output: Path, branch: str, ending: str) -> Path
 
 
 @pytest.mark.parametrize(("branch", "ending"), [("then_branch", "fc2.scales"), ("else_branch", "expert.2.down.scales")])
-def test_a_fault_in_one_branch_is_named_by_its_weights(exact: Path, source: Path, tmp_path: Path, branch: str, ending: str) -> None:
+def test_a_fault_in_one_branch_is_named_by_its_weights(
+    exact: Path, source: Path, tmp_path: Path, branch: str, ending: str
+) -> None:
     faulty = scale_weights(exact / "package", tmp_path / "faulty", branch, ending)
     tier, line = find_breaches(judge(exact, faulty, source))[0]
     assert tier == "weights"
@@ -167,31 +178,45 @@ def test_float_experts_are_grouped_and_sigmoid_gates_are_refused(source: Path, t
     quantize, wish = QuantizeConfig(block_size=32), OnnxConfig(lowering="switched")
     assert plan_lowerings(checkpoint.config, shapes, "int8-qdq", quantize, wish) == ("grouped",)
     assert plan_lowerings(checkpoint.config, shapes, "int4", quantize, wish) == ("switched",)
-    with pytest.raises(ExportError, match=r"'switched' cannot express .*: with 8-bit weights the operator reads activations in 8 bits"):
+    with pytest.raises(
+        ExportError, match=r"'switched' cannot express .*: with 8-bit weights the operator reads activations in 8 bits"
+    ):
         plan_lowerings(checkpoint.config, shapes, "int8", quantize, OnnxConfig(lowering="switched", activation_bits=32))
 
 
 @pytest.mark.parametrize("variant", ["int8", "int4"])
-def test_experts_are_twice_in_the_file_as_the_plan_says(make_dense: MakeDense, tmp_path: Path, variant: Variant) -> None:
+def test_experts_are_twice_in_the_file_as_the_plan_says(
+    make_dense: MakeDense, tmp_path: Path, variant: Variant
+) -> None:
     upcycled = tmp_path / "upcycled"
     upcycled.mkdir()
     dense = make_dense(hidden_size=128, intermediate_size=384)
     upcycle(dense, upcycled, UpcycleConfig(num_experts=4, num_experts_per_tok=2), 0, silent)
-    once, twice = (export(upcycled, tmp_path / lowering, variant, lowering=lowering).package_bytes for lowering in ("grouped", "switched"))
+    once, twice = (
+        export(upcycled, tmp_path / lowering, variant, lowering=lowering).package_bytes
+        for lowering in ("grouped", "switched")
+    )
     assert 1.7 < twice / once < 2
     checkpoint = open_checkpoint(upcycled)
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     for lowering, size in (("grouped", once), ("switched", twice)):
-        estimated, _ = estimate_bytes(checkpoint.config, shapes, variant, QuantizeConfig(method="round", block_size=16), lowering=lowering)
+        estimated, _ = estimate_bytes(
+            checkpoint.config, shapes, variant, QuantizeConfig(method="round", block_size=16), lowering=lowering
+        )
         assert estimated == pytest.approx(size, rel=0.03)
 
 
 def test_a_budget_counts_experts_once(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        "source: model\ndata: {source: {kind: python-docs}, block_size: 64}\nvariants: [mixed]\nquantize: {budget: 1 MB}\n"
+        "source: model\ndata: {source: {kind: python-docs}, block_size: 64}\nvariants: [mixed]\nquantize: {budget: 1 "
+        "MB}\n"
         "export: {lowering: switched}\n",
         encoding="utf-8",
     )
-    with pytest.raises(RecipeError, match=r":5: export.lowering: is 'switched', which writes experts twice; quantize.budget, which counts them once"):
+    with pytest.raises(
+        RecipeError,
+        match=r":5: export.lowering: is 'switched', which writes experts twice; quantize.budget, which counts them "
+        r"once",
+    ):
         load_recipe(recipe)

@@ -13,35 +13,52 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.report.summary import describe_task, verdict_lines
+from dense2moe.convert.report.tables import parity_sections
+from dense2moe.convert.stages import parity_settings, prepare
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import ProviderParity, check_parity, find_breaches
+from dense2moe.export.parity.answers import Outcome, Package, Row, Torch, answer_task, encode_task
+from dense2moe.export.parity.forward import open_reference
+from dense2moe.export.parity.records import Limit, TaskCheck
+from dense2moe.export.parity.scores import (
+    answer_f1,
+    is_exact,
+    macro_f1,
+    mean_difference_error,
+    rank_correlation,
+    rank_correlation_error,
+)
+from dense2moe.export.parity.task_checks import score_task
+from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task, TaskKind, read_task, read_tasks
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.export.runtime.generation import Generation
 from programs import dense2moe
 from scipy import stats
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from convert.errors import RecipeError
-from convert.recipe import load_recipe
-from convert.stages import parity_settings, prepare
-from convert.summary import describe_task, verdict_lines
-from convert.tables import parity_sections
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from export.errors import ExportError
-from export.generation import Generation
-from export.package import write_package
-from export.parity import ProviderParity, check_parity, find_breaches
-from export.parity.answers import Outcome, Package, Row, Torch, answer_task, encode_task
-from export.parity.forward import open_reference
-from export.parity.records import Limit, TaskCheck
-from export.parity.scores import answer_f1, is_exact, macro_f1, mean_difference_error, rank_correlation, rank_correlation_error
-from export.parity.task_checks import score_task
-from export.parity.tasks import Answer, Choice, Similarity, Task, TaskKind, read_task, read_tasks
-from export.quantizer import quantize_checkpoint
-from export.runtime import CPU, Decoder
 from tests.report_facts import make_facts, tiered
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONTEXT = 256
 GENERATION = Generation(start=0, ends=(1,))  # of the tiny tokenizer
-WORDS = ("License", "work", "the terms of", "You may", "derivative", " and conditions", "a copy", "in whole or in part", "Contribution")
+WORDS = (
+    "License",
+    "work",
+    "the terms of",
+    "You may",
+    "derivative",
+    " and conditions",
+    "a copy",
+    "in whole or in part",
+    "Contribution",
+)
 MARKS = (",", ";", ")")  # a token each, so that none wins by being short
 CHOICES = tuple(
     Choice(
@@ -83,13 +100,21 @@ def export(checkpoint: Path, folder: Path) -> Path:
 
 
 def test_a_file_says_by_its_keys_what_kind_of_task_it_is(tmp_path: Path) -> None:
-    kinds: dict[TaskKind, Sequence[Choice | Answer | Similarity]] = {"choice": CHOICES, "answer": ANSWERS, "similarity": PAIRS}
+    kinds: dict[TaskKind, Sequence[Choice | Answer | Similarity]] = {
+        "choice": CHOICES,
+        "answer": ANSWERS,
+        "similarity": PAIRS,
+    }
     for kind, examples in kinds.items():
         assert read_task(write_task(tmp_path / f"{kind}.jsonl", examples)) == Task(kind, kind, tuple(examples))
 
 
 def test_a_right_choice_is_named_by_its_text_or_its_place() -> None:
-    assert Choice(prompt="", choices=("a", "b"), answer="b").right == Choice(prompt="", choices=("a", "b"), answer=1).right == 1
+    assert (
+        Choice(prompt="", choices=("a", "b"), answer="b").right
+        == Choice(prompt="", choices=("a", "b"), answer=1).right
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,19 +122,37 @@ def test_a_right_choice_is_named_by_its_text_or_its_place() -> None:
     [
         (["no"], ":1: is not JSON (Expecting value: line 1 column 1 (char 0)); must be an object such as"),
         (["[1]"], ":1: is no JSON object; must be one"),
-        (['{"question": "a"}'], ":1: has the keys question; must have prompt, choices and answer; or prompt and answer; or texts and score"),
+        (
+            ['{"question": "a"}'],
+            ":1: has the keys question; must have prompt, choices and answer; or prompt and answer; or texts and score",
+        ),
         (
             ['{"prompt": "a", "answer": "b"}', "", '{"prompt": "a"}'],
             ":3: answer: Field required; the file's first line makes it a task of kind answer",
         ),
-        (['{"prompt": "a", "choices": ["b", "c"], "answer": 2}'], ":1: answer is 2; must be one of the choices, or its place, 0 to 1"),
-        (['{"prompt": "a", "choices": ["b", "c"], "answer": "d"}'], ":1: answer is 'd'; must be one of the choices, or its place, 0 to 1"),
+        (
+            ['{"prompt": "a", "choices": ["b", "c"], "answer": 2}'],
+            ":1: answer is 2; must be one of the choices, or its place, 0 to 1",
+        ),
+        (
+            ['{"prompt": "a", "choices": ["b", "c"], "answer": "d"}'],
+            ":1: answer is 'd'; must be one of the choices, or its place, 0 to 1",
+        ),
         (['{"prompt": "a", "choices": ["b", "b"], "answer": 0}'], ":1: choices has a text twice; must have each once"),
-        (['{"prompt": "a", "choices": ["b", ""], "answer": 0}'], ":1: choices.1: String should have at least 1 character"),
-        (['{"texts": ["a", "b"], "score": "high"}'], ":1: score: Input should be a valid number, unable to parse string as a number"),
+        (
+            ['{"prompt": "a", "choices": ["b", ""], "answer": 0}'],
+            ":1: choices.1: String should have at least 1 character",
+        ),
+        (
+            ['{"texts": ["a", "b"], "score": "high"}'],
+            ":1: score: Input should be a valid number, unable to parse string as a number",
+        ),
         (['{"prompt": "a", "answer": "b"}'], ": has 1 examples; a task needs two or more, one JSON object a line"),
         ([], ": has 0 examples; a task needs two or more, one JSON object a line"),
-        (['{"texts": ["a", "b"], "score": 1}'] * 2, ": every score is the same; a correlation needs scores that differ"),
+        (
+            ['{"texts": ["a", "b"], "score": 1}'] * 2,
+            ": every score is the same; a correlation needs scores that differ",
+        ),
     ],
 )
 def test_a_bad_file_is_one_line_that_says_where(tmp_path: Path, lines: list[str], refusal: str) -> None:
@@ -146,17 +189,23 @@ def both_models(package: Path, task: Task, num_tokens: int = 8) -> list[list[Out
     tokenizer = AutoTokenizer.from_pretrained(package)
     encoded = encode_task(task, tokenizer, GENERATION, CONTEXT, num_tokens)
     with open_reference(package.parent / "twin") as reference:
-        return [answer_task(model, encoded, tokenizer, num_tokens) for model in (Torch(reference), Package(Decoder(package, taps=True)))]
+        return [
+            answer_task(model, encoded, tokenizer, num_tokens)
+            for model in (Torch(reference), Package(Decoder(package, taps=True)))
+        ]
 
 
 @torch.inference_mode()
-def test_choices_have_the_likelihood_that_transformers_loss_says(package: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_choices_have_the_likelihood_that_transformers_loss_says(
+    package: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = load(package.parent / "twin")
     expected = []
     for example in CHOICES:
         for choice in example.choices:
             ids = tiny_tokenizer(example.prompt + choice, return_tensors="pt").input_ids
-            num_scored = len(tiny_tokenizer(choice, add_special_tokens=False).input_ids)  # a choice that begins with a space has tokens of its own
+            # a choice that begins with a space has tokens of its own
+            num_scored = len(tiny_tokenizer(choice, add_special_tokens=False).input_ids)
             labels = ids.clone()
             labels[:, :-num_scored] = -100
             expected.append(-float(model(ids, labels=labels).loss) * num_scored)
@@ -170,7 +219,10 @@ def test_choices_have_the_likelihood_that_transformers_loss_says(package: Path, 
 
 
 def test_a_choice_is_scored_from_where_its_tokens_leave_the_prompt(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    """Where prompt and choice make one token, all choices are scored from before it on, so that they are scored on the same text."""
+    """Where prompt and choice make one token, all choices are scored from before it on.
+
+    So that they are scored on the same text.
+    """
     example = Choice(prompt="Licens", choices=("e", "ing terms"), answer=0)
     prompt = tuple(tiny_tokenizer("Licens").input_ids)
     whole = [tuple(tiny_tokenizer("Licens" + choice).input_ids) for choice in example.choices]
@@ -180,17 +232,33 @@ def test_a_choice_is_scored_from_where_its_tokens_leave_the_prompt(tiny_tokenize
     assert rows == tuple(Row(ids, start) for ids in whole)
 
 
-def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
     long = Choice(prompt="work " * 20, choices=(" the", " of"), answer=0)
     (row, _), *_ = encode_task(Task("t", "choice", (long, long)), tiny_tokenizer, GENERATION, 16, 8).rows
     whole = tiny_tokenizer(long.prompt + " the").input_ids
     assert len(row.fed) == 16
     assert row.ids == tuple(whole[-17:])
     with pytest.raises(ExportError, match=r"task 't', example 1: a choice has .* tokens; the model's context holds 4"):
-        encode_task(Task("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2), tiny_tokenizer, GENERATION, 4, 8)
+        encode_task(
+            Task("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2),
+            tiny_tokenizer,
+            GENERATION,
+            4,
+            8,
+        )
     with pytest.raises(ExportError, match=r"example 1: a text has .* tokens; the model's context holds 4"):
-        encode_task(Task("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2), tiny_tokenizer, GENERATION, 4, 8)
-    with pytest.raises(ExportError, match=r"parity\.answer_tokens is 8; must be less than the model's context, which is 8"):
+        encode_task(
+            Task("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2),
+            tiny_tokenizer,
+            GENERATION,
+            4,
+            8,
+        )
+    with pytest.raises(
+        ExportError, match=r"parity\.answer_tokens is 8; must be less than the model's context, which is 8"
+    ):
         encode_task(Task("t", "answer", ANSWERS), tiny_tokenizer, GENERATION, 8, 8)
 
 
@@ -198,13 +266,19 @@ def test_an_empty_prompt_needs_a_token_that_starts_a_text(tiny_tokenizer: PreTra
     """With none before it the first token of a choice would count in no score."""
     task = Task("t", "choice", (Choice(prompt="", choices=("a", "b"), answer=0),) * 2)
     assert {row.start for rows in encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8).rows for row in rows} == {1}
-    startless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()), eos_token="</s>")
+    startless = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()), eos_token="</s>"
+    )
     startless.backend_tokenizer.post_processor = processors.ByteLevel()
-    with pytest.raises(ExportError, match="task 't', example 1: the prompt is empty, and the tokenizer has no token that starts a text"):
+    with pytest.raises(
+        ExportError, match="task 't', example 1: the prompt is empty, and the tokenizer has no token that starts a text"
+    ):
         encode_task(task, startless, Generation(), CONTEXT, 8)
 
 
-def test_a_row_is_not_padded_past_the_switch_of_a_longrope(package: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_row_is_not_padded_past_the_switch_of_a_longrope(
+    package: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     """There the model computes all tokens otherwise, the padded row's too."""
     read: list[tuple[int, int]] = []
 
@@ -215,10 +289,17 @@ def test_a_row_is_not_padded_past_the_switch_of_a_longrope(package: Path, tiny_t
 
     texts = ("a" * 3, "b" * 4, "c" * 8, "d" * 8, "e" * 9)  # the letters that no merge takes together
     lengths = [len(tiny_tokenizer(text).input_ids) for text in texts]
-    task = Task("t", "similarity", tuple(Similarity(texts=(text, texts[0]), score=float(n)) for n, text in enumerate(texts)))
+    task = Task(
+        "t", "similarity", tuple(Similarity(texts=(text, texts[0]), score=float(n)) for n, text in enumerate(texts))
+    )
     for switch in (None, 6):
         read.clear()
-        answer_task(Watched(Decoder(package, taps=True)), encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8, switch), tiny_tokenizer, 8)
+        answer_task(
+            Watched(Decoder(package, taps=True)),
+            encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8, switch),
+            tiny_tokenizer,
+            8,
+        )
         if switch is None:
             assert read == [(5, max(lengths))]
         else:
@@ -233,7 +314,9 @@ def test_answers_are_what_transformers_generates(package: Path, tiny_tokenizer: 
     expected = []
     for example in ANSWERS:
         ids = tiny_tokenizer(example.prompt, return_tensors="pt").input_ids
-        text = tiny_tokenizer.decode(model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True)
+        text = tiny_tokenizer.decode(
+            model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True
+        )
         expected.append(text.partition("\n")[0].strip())
     for outcomes in both_models(package, Task("t", "answer", ANSWERS)):
         assert outcomes is not None
@@ -244,13 +327,20 @@ def test_answers_are_the_likeliest_tokens_whatever_a_checkpoint_forbids(package:
     task = Task("t", "answer", ANSWERS)
     expected = both_models(package, task)
     home = shutil.copytree(package.parent, tmp_path / "home")
-    settings = {"suppress_tokens": list(range(3, 200)), "no_repeat_ngram_size": 1, "min_new_tokens": 6, "repetition_penalty": 1.7}
+    settings = {
+        "suppress_tokens": list(range(3, 200)),
+        "no_repeat_ngram_size": 1,
+        "min_new_tokens": 6,
+        "repetition_penalty": 1.7,
+    }
     (home / "twin" / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
     assert both_models(home / package.name, task) == expected
 
 
 @torch.inference_mode()
-def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(package: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(
+    package: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
     model = load(package.parent / "twin")
     states: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, given: states.append(given[0]))
@@ -259,12 +349,16 @@ def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(package: P
         model(tiny_tokenizer(text, return_tensors="pt").input_ids)
         return states.pop()[0].double().mean(0)
 
-    expected = [float(torch.cosine_similarity(mean(a), mean(b), dim=0)) for a, b in (example.texts for example in PAIRS)]
+    expected = [
+        float(torch.cosine_similarity(mean(a), mean(b), dim=0)) for a, b in (example.texts for example in PAIRS)
+    ]
     for outcomes in both_models(package, Task("t", "similarity", PAIRS)):
         assert outcomes is not None
         assert [outcome.values[0] for outcome in outcomes] == pytest.approx(expected, abs=1e-5)
         scores = score_task(Task("t", "similarity", PAIRS), outcomes)
-        assert scores["Spearman's correlation"] == pytest.approx(stats.spearmanr(expected, [pair.score for pair in PAIRS]).statistic, abs=0.05)
+        assert scores["Spearman's correlation"] == pytest.approx(
+            stats.spearmanr(expected, [pair.score for pair in PAIRS]).statistic, abs=0.05
+        )
 
 
 # --- Scores
@@ -272,7 +366,9 @@ def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(package: P
 
 def test_f1_and_exact_match_are_those_of_squad() -> None:
     assert is_exact("The Broncos!", ["broncos"])
-    assert answer_f1("Denver Broncos won", ["Denver Broncos", "Broncos"]) == pytest.approx(2 * (2 / 3) * 1 / (2 / 3 + 1))
+    assert answer_f1("Denver Broncos won", ["Denver Broncos", "Broncos"]) == pytest.approx(
+        2 * (2 / 3) * 1 / (2 / 3 + 1)
+    )
     assert answer_f1("no", ["yes"]) == 0
     assert answer_f1("the", ["a"]) == 1  # articles alone are nothing, and nothing is nothing
     assert answer_f1("", ["yes"]) == 0
@@ -309,9 +405,16 @@ def test_the_bootstrap_has_the_error_that_many_samples_show() -> None:
 
 def run(package: Path, finetuned: Path, tasks: Sequence[Task], **settings: Any) -> ProviderParity:
     config = ParityConfig(
-        max_perplexity_increase={}, longest_row=48, free_tokens=4, answer_tokens=8, tasks=tuple(task.name for task in tasks), **settings
+        max_perplexity_increase={},
+        longest_row=48,
+        free_tokens=4,
+        answer_tokens=8,
+        tasks=tuple(task.name for task in tasks),
+        **settings,
     )
-    result = check_parity(package, package.parent / "twin", finetuned, BLOCKS, "float32", False, config, silent, tasks=tasks)
+    result = check_parity(
+        package, package.parent / "twin", finetuned, BLOCKS, "float32", False, config, silent, tasks=tasks
+    )
     assert isinstance(result.providers[CPU], ProviderParity)
     return result.providers[CPU]
 
@@ -327,10 +430,17 @@ def tasks_of(checkpoint: Path) -> list[Task]:
             assert outcomes is not None
             pairs = zip(task.examples, outcomes, strict=True)
             update = {
-                "choice": lambda outcome: {"answer": outcome.chosen}, "answer": lambda outcome: {"answer": outcome.text or "?"},
+                "choice": lambda outcome: {"answer": outcome.chosen},
+                "answer": lambda outcome: {"answer": outcome.text or "?"},
                 "similarity": lambda outcome: {"score": outcome.values[0]},
-            }[task.kind]  # fmt: skip
-            made.append(Task(task.name, task.kind, tuple(example.model_copy(update=update(outcome)) for example, outcome in pairs)))
+            }[task.kind]
+            made.append(
+                Task(
+                    task.name,
+                    task.kind,
+                    tuple(example.model_copy(update=update(outcome)) for example, outcome in pairs),
+                )
+            )
     return made
 
 
@@ -341,13 +451,16 @@ def test_a_right_package_does_its_tasks_as_the_checkpoint_does(package: Path, mi
     for check in result.tasks:
         assert isinstance(check, TaskCheck)
         assert check.package == check.twin == check.finetuned
-        assert check.package[check.metric] == pytest.approx(1.0, abs=0.2 if check.kind == "answer" else 1e-9)  # an empty answer is no "?"
+        # an empty answer is no "?"
+        assert check.package[check.metric] == pytest.approx(1.0, abs=0.2 if check.kind == "answer" else 1e-9)
         assert (check.change, check.standard_error, check.num_tie_flips) == (0, 0, 0)
         assert check.same_as_twin == check.same_as_finetuned == (None if check.kind == "similarity" else 1)
         assert 0 <= check.largest_gap < result.limits["logits"].value
 
 
-def test_a_package_of_another_model_fails_at_every_task(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_package_of_another_model_fails_at_every_task(
+    package: Path, mixture_checkpoint: Path, tmp_path: Path
+) -> None:
     """The weights of all experts negated: each tier tells, the tasks by score and by answer."""
     other = tmp_path / "checkpoint"
     shutil.copytree(mixture_checkpoint, other)
@@ -366,7 +479,9 @@ def test_a_package_of_another_model_fails_at_every_task(package: Path, mixture_c
     assert sum("the twin answers otherwise, by a relative error of" in line for line in lines) == 2
     assert sum("the twin finds the texts otherwise alike, by a relative error of" in line for line in lines) == 1
     assert any(
-        line.startswith("'choices': accuracy 0.") and "below the fine-tuned model's; at most 0 and two standard errors" in line for line in lines
+        line.startswith("'choices': accuracy 0.")
+        and "below the fine-tuned model's; at most 0 and two standard errors" in line
+        for line in lines
     )
 
 
@@ -374,13 +489,38 @@ def test_without_tasks_the_tier_says_that_there_were_none(package: Path, mixture
     assert run(package, mixture_checkpoint, []).tiers["task"] == "not run: no task was given"
 
 
-CHECK = TaskCheck("intents", "choice", 100, "accuracy", {"accuracy": 0.6}, {"accuracy": 0.6}, {"accuracy": 0.7}, -0.1, 0.02, 1.0, 0.9, 0.0)
-SKELETON = {"checks": (), "perplexity": 10.0, "finetuned_perplexity": 10.0, "places": "not run", "logits_factor": None, "free_run": None}
+CHECK = TaskCheck(
+    "intents",
+    "choice",
+    100,
+    "accuracy",
+    {"accuracy": 0.6},
+    {"accuracy": 0.6},
+    {"accuracy": 0.7},
+    -0.1,
+    0.02,
+    1.0,
+    0.9,
+    0.0,
+)
+SKELETON = {
+    "checks": (),
+    "perplexity": 10.0,
+    "finetuned_perplexity": 10.0,
+    "places": "not run",
+    "logits_factor": None,
+    "free_run": None,
+}
 
 
 def breaches_of(check: TaskCheck, **limits: float) -> list[str]:
     result: Any = object.__new__(ProviderParity)
-    for name, value in {**SKELETON, "tasks": (check,), "worst_layer": None, "limits": {n: Limit(v, "") for n, v in limits.items()}}.items():
+    for name, value in {
+        **SKELETON,
+        "tasks": (check,),
+        "worst_layer": None,
+        "limits": {n: Limit(v, "") for n, v in limits.items()},
+    }.items():
         object.__setattr__(result, name, value)
     agreement = type("Same", (), {"kl": 0.0, "routing_agreement": (), "hidden_error": ()})()
     object.__setattr__(result, "twin", agreement)
@@ -390,7 +530,10 @@ def breaches_of(check: TaskCheck, **limits: float) -> list[str]:
 def test_a_score_may_drop_by_the_limit_and_two_standard_errors() -> None:
     assert breaches_of(CHECK, score=0.0601) == []
     shown = "(the package shows nothing of its layers)"
-    line = f"'intents': accuracy 0.6000 is 0.1000 ± 0.0200 below the fine-tuned model's; at most 0.05 and two standard errors {shown}"
+    line = (
+        "'intents': accuracy 0.6000 is 0.1000 ± 0.0200 below the fine-tuned model's; at most 0.05 and two "
+        f"standard errors {shown}"
+    )
     assert breaches_of(CHECK, score=0.05) == [line]
     assert breaches_of(replace(CHECK, change=0.1), score=0.0) == []
     assert breaches_of(replace(CHECK, change=math.nan), score=0.0) != []
@@ -399,7 +542,10 @@ def test_a_score_may_drop_by_the_limit_and_two_standard_errors() -> None:
 def test_another_answer_is_a_breach_where_the_twin_is_surer_than_rounding() -> None:
     check = replace(CHECK, change=0.0, largest_gap=2e-5, example=7)
     assert breaches_of(check, logits=2e-5) == []
-    line = "'intents', example 7: the twin answers otherwise, by a relative error of 2.0e-05 > 1.0e-05 (the package shows nothing of its layers)"
+    line = (
+        "'intents', example 7: the twin answers otherwise, by a relative error of 2.0e-05 > 1.0e-05 (the package "
+        "shows nothing of its layers)"
+    )
     assert breaches_of(check, logits=1e-5) == [line]
     assert breaches_of(check) == []  # a graph that rounds activations has no such limit
 
@@ -410,7 +556,18 @@ def test_another_answer_is_a_breach_where_the_twin_is_surer_than_rounding() -> N
 def test_the_command_takes_tasks(package: Path, mixture_checkpoint: Path, tmp_path: Path) -> None:
     def parity(file: Path, *options: str) -> Any:
         text = str(Path(__file__).parent.parent / "LICENSE")
-        given = ["parity", package, "--reference", mixture_checkpoint, "--data", text, "--blocks", 4, "--block-size", 48]
+        given = [
+            "parity",
+            package,
+            "--reference",
+            mixture_checkpoint,
+            "--data",
+            text,
+            "--blocks",
+            4,
+            "--block-size",
+            48,
+        ]
         return dense2moe(*given, "--task", file, "--json", tmp_path / "parity.json", *options)
 
     result = parity(write_task(tmp_path / "words.jsonl", CHOICES))
@@ -422,7 +579,10 @@ def test_the_command_takes_tasks(package: Path, mixture_checkpoint: Path, tmp_pa
     assert found["limits"]["score"]["value"] == 0
     assert found["tasks"][0]["num_examples"] == 24
     parity(write_task(tmp_path / "words.jsonl", CHOICES), "--max-score-drop", "0.25")
-    assert json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]["limits"]["score"]["value"] == 0.25
+    assert (
+        json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["providers"][CPU]["limits"]["score"]["value"]
+        == 0.25
+    )
     refused = parity(tmp_path / "none.jsonl")
     assert refused.exit_code == 1
     assert refused.stderr.strip().splitlines()[-1].startswith(f"Error: {tmp_path / 'none.jsonl'}: cannot be read")
@@ -431,7 +591,9 @@ def test_the_command_takes_tasks(package: Path, mixture_checkpoint: Path, tmp_pa
 def test_the_fixture_takes_tasks(package: Path, mixture_checkpoint: Path, tmp_path: Path, assert_parity: Any) -> None:
     task = write_task(tmp_path / "words.jsonl", CHOICES)
     text = Path(__file__).parent.parent / "LICENSE"
-    found = assert_parity(package, reference=mixture_checkpoint, data=text, block_size=48, num_blocks=4, tasks=[task], longest_row=48)
+    found = assert_parity(
+        package, reference=mixture_checkpoint, data=text, block_size=48, num_blocks=4, tasks=[task], longest_row=48
+    )
     assert found.providers[CPU].tasks[0].name == "words"
 
 
@@ -440,7 +602,8 @@ def test_another_task_makes_another_parity_and_nothing_else(tmp_path: Path, dens
         (tmp_path / f"{split}.txt").write_text(f"{split} " * 200, encoding="utf-8")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
-        f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: [train.txt], validation: [validation.txt], test: [test.txt]}}, "
+        f"source: {dense_checkpoint}\ndata: {{source: {{kind: text, train: [train.txt], validation: "
+        "[validation.txt], test: [test.txt]}, "
         "block_size: 32}\nparity: {tasks: [words.jsonl]}\n",
         encoding="utf-8",
     )
@@ -459,11 +622,20 @@ def test_another_task_makes_another_parity_and_nothing_else(tmp_path: Path, dens
 def test_the_report_tells_the_tasks() -> None:
     facts = tiered(make_facts())
     assert "intents" not in " ".join(verdict_lines(facts))
-    check = {**CHECK.__dict__, "package": {"accuracy": 0.6, "macro F1": 0.5}, "twin": {"accuracy": 0.6, "macro F1": 0.5}}
-    facts["variants"]["int8"]["parity"]["providers"][CPU]["tasks"] = [check | {"finetuned": {"accuracy": 0.7, "macro F1": 0.6}}, "not run: 'pairs' …"]
+    check = {
+        **CHECK.__dict__,
+        "package": {"accuracy": 0.6, "macro F1": 0.5},
+        "twin": {"accuracy": 0.6, "macro F1": 0.5},
+    }
+    facts["variants"]["int8"]["parity"]["providers"][CPU]["tasks"] = [
+        check | {"finetuned": {"accuracy": 0.7, "macro F1": 0.6}},
+        "not run: 'pairs' …",
+    ]
     told = "intents: accuracy 0.600, −0.100 ± 0.020 beside the fine-tuned model's"
     assert describe_task(check) == told
-    assert next(line for line in verdict_lines(facts) if line.startswith("ONNX int8")).endswith(f"; {told}; parity passed.")
+    assert next(line for line in verdict_lines(facts) if line.startswith("ONNX int8")).endswith(
+        f"; {told}; parity passed."
+    )
     sections = {section["name"]: dict(section["providers"][0]["tables"]) for section in parity_sections(facts)}
     assert sections["int8"]["Tasks"].rows == (
         ("intents", "100", "accuracy", "0.700", "0.600", "0.600", "−0.100 ± 0.020", "90.00 %", "100 %"),

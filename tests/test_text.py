@@ -6,22 +6,23 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from dense2moe.export.config import QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.runtime.text import chat_ids, count_calibration_tokens, decode_stream, start_ids
+from dense2moe.upcycle.errors import UpcycleError
 from made_tokenizers import CONTRACTIONS, TOKENIZERS, byte_fallback, byte_level
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-from export.config import QuantizeConfig
-from export.errors import ExportError
-from export.text import chat_ids, count_calibration_tokens, decode_stream, start_ids
-from upcycle.errors import UpcycleError
 
 
 def test_calibration_reads_four_tokens_for_each_input_of_an_expert_that_has_its_share() -> None:
     auto = QuantizeConfig()
     real = MixtralConfig(hidden_size=576, intermediate_size=1536, num_local_experts=4, num_experts_per_tok=2)
     assert count_calibration_tokens(auto, real) == 4 * 1536 * 2
-    fine = Qwen3MoeConfig(hidden_size=1024, moe_intermediate_size=256, intermediate_size=3072, num_experts=16, num_experts_per_tok=8)
+    fine = Qwen3MoeConfig(
+        hidden_size=1024, moe_intermediate_size=256, intermediate_size=3072, num_experts=16, num_experts_per_tok=8
+    )
     assert count_calibration_tokens(auto, fine) == 8192, "no less than that"
     large = MixtralConfig(hidden_size=4096, intermediate_size=14336, num_local_experts=8, num_experts_per_tok=2)
     assert count_calibration_tokens(auto, large) == 32768, "no more than that"
@@ -48,14 +49,19 @@ def test_a_text_without_tokens_is_the_token_that_starts_one() -> None:
 
 
 def test_a_tokenizer_that_cannot_encode_a_text_is_one_line() -> None:
-    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")), name_or_path="words")
+    words = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="[UNK]")), name_or_path="words"
+    )
     with pytest.raises(UpcycleError, match=r"^words: the tokenizer fails on a text \([^\n]*\); [^\n]*$"):
         start_ids(words, "b")
 
 
 def test_a_user_s_words_go_into_the_chat_template() -> None:
     tokenizer = byte_level(name_or_path="here")
-    tokenizer.chat_template = "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[model]{% endif %}"
+    tokenizer.chat_template = (
+        "<s>{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if "
+        "add_generation_prompt %}[model]{% endif %}"
+    )
     assert chat_ids(tokenizer, "Hi") == tokenizer("<s>[user]Hi[model]").input_ids
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(ExportError, match=r"^here: the chat template fails [^\n]*no[^\n]*$"):
@@ -71,7 +77,21 @@ def draw_ids(tokenizer: PreTrainedTokenizerFast, draw: random.Random) -> list[in
     """Any tokens, or the bytes of a text, some of which are lost."""
     if draw.random() < 0.5:
         return [draw.randrange(len(tokenizer)) for _ in range(draw.randrange(16))]
-    parts = ["a", " ", ".", "'", "n", "t", "é", "😀", "€", "\ufffd", "\n", *CONTRACTIONS, *(f" {part}" for part in CONTRACTIONS)]
+    parts = [
+        "a",
+        " ",
+        ".",
+        "'",
+        "n",
+        "t",
+        "é",
+        "😀",
+        "€",
+        "\ufffd",
+        "\n",
+        *CONTRACTIONS,
+        *(f" {part}" for part in CONTRACTIONS),
+    ]
     text = "".join(draw.choice(parts) for _ in range(draw.randrange(14)))
     if "Ġ" in tokenizer.get_vocab():
         names = bytes_to_unicode()
@@ -96,7 +116,10 @@ def test_pieces_as_they_come_are_together_what_transformers_decodes(name: str) -
 
 @pytest.mark.parametrize("make", [byte_level, byte_fallback])
 def test_what_comes_after_the_last_whole_character_is_not_lost(make: type[PreTrainedTokenizerFast]) -> None:
-    """An emoji that the last token cuts, and a bad byte, are the replacement character; words after and in the same token stay."""
+    """An emoji that the last token cuts, and a bad byte, are the replacement character.
+
+    Words after and in the same token stay.
+    """
     tokenizer = make()
     names = bytes_to_unicode() if make is byte_level else {byte: f"<0x{byte:02X}>" for byte in range(256)}
     emoji = tokenizer.convert_tokens_to_ids([names[byte] for byte in "😀".encode()])
@@ -116,4 +139,10 @@ def test_pieces_come_as_soon_as_no_token_can_change_them() -> None:
             taken.append(token)
             yield token
 
-    assert [(piece, len(taken)) for piece in decode_stream(tokenizer, [], tokens())] == [("h", 1), ("é", 3), ("l", 4), ("l", 5), ("o", 6)]
+    assert [(piece, len(taken)) for piece in decode_stream(tokenizer, [], tokens())] == [
+        ("h", 1),
+        ("é", 3),
+        ("l", 4),
+        ("l", 5),
+        ("o", 6),
+    ]

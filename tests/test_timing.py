@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from export import timing
-from export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
-from export.decoder import Cut, build_decoder, find_candidates
-from export.lowering import GROUPED
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder
-from export.speed import Speed
-from export.storage import LOWERING_KEY
-from export.twin import Twin
+from dense2moe.export import timing
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
+from dense2moe.export.graph.decoder import Cut, build_decoder, find_candidates
+from dense2moe.export.lowering import GROUPED
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.speed import Speed
+from dense2moe.export.storage import LOWERING_KEY
 
 
 class Named(Decoder):
@@ -43,7 +42,9 @@ def quantized(mixture: Path, directory: Path, variant: Variant = "float32") -> T
 
 
 @pytest.mark.parametrize("variant", ["float32", "int8", "int4"])
-def test_every_candidate_is_timed_and_the_fastest_written(mixture_checkpoint: Path, tmp_path: Path, variant: Variant) -> None:
+def test_every_candidate_is_timed_and_the_fastest_written(
+    mixture_checkpoint: Path, tmp_path: Path, variant: Variant
+) -> None:
     twin = quantized(mixture_checkpoint, tmp_path, variant)
     (tmp_path / "package").mkdir()
     config = OnnxConfig(**REQUEST)
@@ -69,13 +70,17 @@ def test_the_request_decides_between_a_fast_prefill_and_fast_decoding(
     for prompt, new, fastest in ((8, 64, "moe"), (64, 1, "grouped")):
         package = tmp_path / fastest
         package.mkdir()
-        facts = write_package(twin.directory, package, OnnxConfig(request=RequestConfig(prompt_tokens=prompt, new_tokens=new)), silent)
+        facts = write_package(
+            twin.directory, package, OnnxConfig(request=RequestConfig(prompt_tokens=prompt, new_tokens=new)), silent
+        )
         assert facts.lowering == fastest
         assert facts.timings[-1].lowering == "unrolled"
         assert LOWERING_KEY.encode() in (package / "model.onnx").read_bytes()
 
 
-def test_candidates_take_turns_with_one_of_them_in_memory(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_take_turns_with_one_of_them_in_memory(
+    mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     alive: list[weakref.ref[Decoder]] = []
     turns: list[str] = []
 
@@ -92,10 +97,16 @@ def test_candidates_take_turns_with_one_of_them_in_memory(mixture_checkpoint: Pa
     (tmp_path / "package").mkdir()
     facts = write_package(twin.directory, tmp_path / "package", OnnxConfig(), silent)
     assert turns == ["moe", "grouped", "unrolled"] * 3
-    assert {time.lowering: time.prefill_tokens_per_second for time in facts.timings} == {"moe": 2.0, "grouped": 3.0, "unrolled": 1.0}, "medians"
+    assert {time.lowering: time.prefill_tokens_per_second for time in facts.timings} == {
+        "moe": 2.0,
+        "grouped": 3.0,
+        "unrolled": 1.0,
+    }, "medians"
 
 
-def test_a_named_lowering_is_not_timed(mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_lowering_is_not_timed(
+    mixture_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("timed")
 
@@ -117,9 +128,11 @@ def test_layers_are_timed_until_they_are_large_or_there_are_no_more(
     assert timing.cut_for_timing(twin).num_layers == 1
 
 
-def test_a_layer_with_experts_is_among_those_timed(make_dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from upcycle.config import UpcycleConfig
-    from upcycle.surgery import upcycle
+def test_a_layer_with_experts_is_among_those_timed(
+    make_dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dense2moe.upcycle.building.surgery import upcycle
+    from dense2moe.upcycle.config import UpcycleConfig
 
     (tmp_path / "mixture").mkdir()
     config = UpcycleConfig(num_experts=2, num_experts_per_tok=1, layers=[2])

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dense2moe.upcycle.checkpoints.tokenizer import check_ids, encode, load_tokenizer
+from dense2moe.upcycle.config import DataConfig, TextData
+from dense2moe.upcycle.data.blocks import check_data
+from dense2moe.upcycle.errors import UpcycleError
 from transformers import AutoTokenizer
-
-from upcycle.config import DataConfig, TextData
-from upcycle.data import check_data
-from upcycle.errors import UpcycleError
-from upcycle.tokenizer import check_ids, encode, load_tokenizer
 
 Change = Callable[[dict[str, Any]], Any]
 RESTORE = "download the tokenizer's files again, or put the model's own tokenizer.json there"
@@ -45,7 +44,8 @@ def test_an_added_token_beyond_the_embedding_is_refused_with_the_way_to_resize(c
     tokenizer.add_tokens(["<pad>"])
     tokenizer.save_pretrained(copy)
     assert refusal(check_ids, load_tokenizer(copy), 300, "text") == (
-        f"{copy}: token '<pad>' has the id 300; the model's embedding has 300 rows, for ids up to 299; load the model, call "
+        f"{copy}: token '<pad>' has the id 300; the model's embedding has 300 rows, for ids up to 299; load the "
+        "model, call "
         "resize_token_embeddings(301) and save it with its tokenizer, or remove the added token"
     )
     check_ids(load_tokenizer(copy), 301, "text")
@@ -54,7 +54,9 @@ def test_an_added_token_beyond_the_embedding_is_refused_with_the_way_to_resize(c
 def test_an_id_that_the_tokenizer_puts_around_a_text_is_compared_too(copy: Path) -> None:
     """The template of special tokens has ids of its own, which are in no vocabulary."""
     change(copy / "tokenizer.json", lambda j: j["post_processor"]["special_tokens"]["<s>"].update(ids=[7_000_000]))
-    assert "the tokenizer gives the id 7000000; the model's embedding has 300 rows" in refusal(check_ids, load_tokenizer(copy), 300, "text")
+    assert "the tokenizer gives the id 7000000; the model's embedding has 300 rows" in refusal(
+        check_ids, load_tokenizer(copy), 300, "text"
+    )
 
 
 def test_a_tokenizer_without_a_vocabulary_is_refused(copy: Path) -> None:
@@ -69,7 +71,9 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
-@pytest.mark.parametrize(("text", "reason"), [("{", "not valid JSON ("), ("[1]", "holds list; it must hold a JSON object; ")])
+@pytest.mark.parametrize(
+    ("text", "reason"), [("{", "not valid JSON ("), ("[1]", "holds list; it must hold a JSON object; ")]
+)
 def test_a_damaged_small_file_is_named(name: str, text: str, reason: str, copy: Path) -> None:
     (copy / name).write_text(text)
     assert refusal(load_tokenizer, copy).startswith(f"{copy / name}: {reason}")
@@ -101,7 +105,10 @@ def test_a_fault_of_the_files_beside_tokenizer_json_is_not_called_its_own(copy: 
 
 def test_a_config_of_a_tokenizer_without_its_vocabulary_is_no_tokenizer(copy: Path) -> None:
     (copy / "tokenizer.json").unlink()
-    assert refusal(load_tokenizer, copy) == f"{copy}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
+    assert (
+        refusal(load_tokenizer, copy)
+        == f"{copy}: no tokenizer that transformers can load; put the model's own tokenizer.json there"
+    )
 
 
 def test_a_panic_of_rust_in_the_tokenizer_is_one_line(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,22 +127,30 @@ def test_a_panic_of_rust_in_the_tokenizer_is_one_line(copy: Path, capfd: pytest.
 
 def test_a_tokenizer_of_code_is_never_asked_for(copy: Path) -> None:
     (copy / "tokenizer.json").rename(copy / "vocab.json")
-    change(copy / "tokenizer_config.json", lambda j: j.update(auto_map={"AutoTokenizer": [None, "mine.Mine"]}, tokenizer_class="Mine"))
+    change(
+        copy / "tokenizer_config.json",
+        lambda j: j.update(auto_map={"AutoTokenizer": [None, "mine.Mine"]}, tokenizer_class="Mine"),
+    )
     (copy / "mine.py").write_text("raise SystemExit('run')")
     assert "transformers cannot load the tokenizer (" in refusal(load_tokenizer, copy)
 
 
 def test_a_sentencepiece_model_alone_says_which_package_it_needs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "sentencepiece" else found(name, *rest))
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == "sentencepiece" else found(name, *rest)
+    )
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer.model").write_bytes(b"\x0a\x05junk")
     assert refusal(load_tokenizer, copy).endswith(
-        "; tokenizer.model needs the package sentencepiece: `pip install sentencepiece`, or put the model's own tokenizer.json there"
+        "; tokenizer.model needs the package sentencepiece: `pip install sentencepiece`, or put the model's own "
+        "tokenizer.json there"
     )
 
 
-def test_text_for_less_than_a_block_in_any_split_is_told_before_any_work(dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_text_for_less_than_a_block_in_any_split_is_told_before_any_work(
+    dense_checkpoint: Path, tmp_path: Path
+) -> None:
     (tmp_path / "long.txt").write_text("Doors and gardens. " * 100)
     (tmp_path / "short.txt").write_text("A door and its garden, seven houses.")
     source = TextData(kind="text", train=("long.txt",), validation=("long2.txt",), test=("short.txt",))

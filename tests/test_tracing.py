@@ -13,42 +13,73 @@ import onnxruntime_genai as og
 import pytest
 import torch
 import transformers
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, RequestConfig, Variant
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import DECODER_FAMILIES
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import check_parity
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.runtime.decoder import Decoder, Sampling
+from dense2moe.export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
+from dense2moe.export.tracing.parameters import classify_tensors
+from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
+from dense2moe.export.tracing.tracer import trace_decoder
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
-
-from export.config import OnnxConfig, ParityConfig, QuantizeConfig, RequestConfig, Variant
-from export.errors import ExportError
-from export.family import DECODER_FAMILIES
-from export.package import write_package
-from export.parameters import classify_tensors
-from export.parity import check_parity
-from export.passes import find_traced_candidates, lower_trace
-from export.quantizer import quantize_checkpoint
-from export.runtime import Decoder, Sampling
-from export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
-from export.tracing import trace_decoder
-from export.twin import Twin
-from upcycle.checkpoint import open_checkpoint
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed, with which transformers exports")
 
 VOCABULARY, PREFILL, STEPS = 96, 20, 64
 SMALL = {
-    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32,
-    "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [2.0, 3.0, 4.0, 5.0],
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4}
-GROUPS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "moe_intermediate_size": 24, "first_k_dense_replace": 1}
-# Weights that do not sum to one; a sparse mixer's weights, biases in norms, and a window; latent attention, a dense layer, a shared expert, and
-# experts chosen by group and by sigmoids with a bias.
+LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+GROUPS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}
+# Weights that do not sum to one; a sparse mixer's weights, biases in norms, and a window; latent attention, a dense
+# layer, a shared expert, and experts chosen by group and by sigmoids with a bias.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
-    "longrope": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2, "rope_parameters": LONGROPE, "tie_word_embeddings": True}),
-    "phimoe": ("Phimoe", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "attention_bias": True}),
+    "longrope": (
+        "Olmoe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "rope_parameters": LONGROPE, "tie_word_embeddings": True},
+    ),
+    "phimoe": (
+        "Phimoe",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "attention_bias": True},
+    ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **GROUPS}),
 }
 # Float32 sums in another order, through two layers: 2e-6 measured over all tests of this file.
@@ -136,30 +167,56 @@ def draw(batch: int) -> tuple[np.ndarray, np.ndarray]:
 def run(decoder: Decoder, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> np.ndarray:
     cache = decoder.new_cache(*ids.shape)
     ends = np.cumsum(pieces)
-    return np.concatenate([decoder.run(cache, ids[:, e - n : e], mask[:, e - n : e])["logits"] for n, e in zip(pieces, ends, strict=True)], axis=1)
+    return np.concatenate(
+        [
+            decoder.run(cache, ids[:, e - n : e], mask[:, e - n : e])["logits"]
+            for n, e in zip(pieces, ends, strict=True)
+        ],
+        axis=1,
+    )
 
 
 def expect(model: PreTrainedModel, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """Logits of one forward over all tokens, without a cache."""
     mask_BT = torch.from_numpy(mask)
     with torch.inference_mode():
-        found = model(torch.from_numpy(ids), attention_mask=mask_BT, position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0), use_cache=False)
+        found = model(
+            torch.from_numpy(ids),
+            attention_mask=mask_BT,
+            position_ids=(mask_BT.cumsum(1) - 1).clamp(min=0),
+            use_cache=False,
+        )
     return found.logits.numpy()
 
 
 CASES: list[tuple[str, Variant, str, bool]] = [
-    ("olmoe", "float32", "fused", False), ("olmoe", "float32", "grouped", False), ("olmoe", "float32", "unrolled", False),
-    ("olmoe", "bfloat16", "fused", False), ("deepseek_v3", "bfloat16", "grouped", False),
-    ("olmoe", "int8", "grouped", False), ("olmoe", "int4", "fused", False), ("olmoe", "int4", "switched", False),
-    ("olmoe", "int4", "fused", True), ("olmoe", "int4", "grouped", True),
-    ("phimoe", "float32", "fused", False), ("phimoe", "float32", "grouped", False), ("phimoe", "int4", "unrolled", False),
-    ("deepseek_v3", "float32", "fused", False), ("deepseek_v3", "float32", "grouped", False), ("deepseek_v3", "int8", "unrolled", True),
-]  # fmt: skip
+    ("olmoe", "float32", "fused", False),
+    ("olmoe", "float32", "grouped", False),
+    ("olmoe", "float32", "unrolled", False),
+    ("olmoe", "bfloat16", "fused", False),
+    ("deepseek_v3", "bfloat16", "grouped", False),
+    ("olmoe", "int8", "grouped", False),
+    ("olmoe", "int4", "fused", False),
+    ("olmoe", "int4", "switched", False),
+    ("olmoe", "int4", "fused", True),
+    ("olmoe", "int4", "grouped", True),
+    ("phimoe", "float32", "fused", False),
+    ("phimoe", "float32", "grouped", False),
+    ("phimoe", "int4", "unrolled", False),
+    ("deepseek_v3", "float32", "fused", False),
+    ("deepseek_v3", "float32", "grouped", False),
+    ("deepseek_v3", "int8", "unrolled", True),
+]
 
 
 @pytest.mark.parametrize(("name", "variant", "wish", "zero_points"), CASES)
-def test_a_traced_decoder_equals_transformers(traced: Any, name: str, variant: Variant, wish: str, zero_points: bool) -> None:
-    model, decoder = traced(name).torch(variant, zero_points), Decoder(traced(name).package(variant, wish, zero_points), num_threads=1)
+def test_a_traced_decoder_equals_transformers(
+    traced: Any, name: str, variant: Variant, wish: str, zero_points: bool
+) -> None:
+    model, decoder = (
+        traced(name).torch(variant, zero_points),
+        Decoder(traced(name).package(variant, wish, zero_points), num_threads=1),
+    )
     for batch in (1, 3):
         ids, mask = draw(batch)
         expected, real = expect(model, ids, mask), mask.astype(bool)
@@ -169,21 +226,32 @@ def test_a_traced_decoder_equals_transformers(traced: Any, name: str, variant: V
 
 
 def test_a_traced_longrope_switches_its_factors_where_transformers_does(traced: Any) -> None:
-    model, decoder = traced("longrope").torch("float32"), Decoder(traced("longrope").package("float32", "grouped"), num_threads=1)
+    model, decoder = (
+        traced("longrope").torch("float32"),
+        Decoder(traced("longrope").package("float32", "grouped"), num_threads=1),
+    )
     ids, mask = draw(3)
     real, pieces = mask.astype(bool), [PREFILL] + [1] * STEPS
     for length in (32, 33, PREFILL + STEPS):
-        found, expected = run(decoder, ids[:1, :length], mask[:1, :length], [length]), expect(model, ids[:1, :length], mask[:1, :length])
+        found, expected = (
+            run(decoder, ids[:1, :length], mask[:1, :length], [length]),
+            expect(model, ids[:1, :length], mask[:1, :length]),
+        )
         assert np.abs(found - expected).max() < EXACT * np.abs(expected).max(), length
     cache, parts, mask_BT = DynamicCache(), [], torch.from_numpy(mask)
     positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
     for n, end in zip(pieces, np.cumsum(pieces), strict=True):
         with torch.inference_mode():
-            fed = {"attention_mask": mask_BT[:, :end], "position_ids": positions[:, end - n : end], "past_key_values": cache}
+            fed = {
+                "attention_mask": mask_BT[:, :end],
+                "position_ids": positions[:, end - n : end],
+                "past_key_values": cache,
+            }
             parts.append(model(torch.from_numpy(ids[:, end - n : end]), **fed).logits.numpy())
     expected = np.concatenate(parts, axis=1)
     assert np.abs(run(decoder, ids, mask, pieces) - expected)[real].max() < EXACT * np.abs(expected[real]).max()
-    assert np.abs(expect(model, ids, mask) - expected)[real].max() > 100 * EXACT * np.abs(expected[real]).max()  # at once it is another function
+    # at once it is another function
+    assert np.abs(expect(model, ids, mask) - expected)[real].max() > 100 * EXACT * np.abs(expected[real]).max()
 
 
 def test_the_window_of_a_traced_decoder_is_seen(traced: Any) -> None:
@@ -197,7 +265,10 @@ def test_the_window_of_a_traced_decoder_is_seen(traced: Any) -> None:
 
 def test_a_traced_package_has_the_names_of_every_package(traced: Any) -> None:
     proto = onnx.load(traced("olmoe").package("float32", "grouped") / MODEL_NAME, load_external_data=False)
-    dims = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in [*proto.graph.input, *proto.graph.output]}
+    dims = {
+        v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim]
+        for v in [*proto.graph.input, *proto.graph.output]
+    }
     pairs = [f"{n}.{t}" for n in range(2) for t in ("key", "value")]
     assert dims == {
         "input_ids": ["batch_size", "sequence_length"],
@@ -222,14 +293,19 @@ def test_experts_compute_the_tokens_that_chose_them_and_no_others(traced: Any) -
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(package))
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     ids, mask = draw(2)
-    past = {value.name: np.zeros((2, 2, 0, 8), np.float32) for value in session.get_inputs() if value.name.startswith("past")}
+    past = {
+        value.name: np.zeros((2, 2, 0, 8), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past")
+    }
     found = session.run(list(inputs.values()), {"input_ids": ids, "attention_mask": mask, **past})
     model = traced("olmoe").torch("float32")
     chosen: dict[int, torch.Tensor] = {}
     for n, layer in enumerate(model.model.layers):
         layer.mlp.gate.register_forward_hook(lambda _module, _inputs, output, n=n: chosen.update({n: output[2]}))
     expect(model, ids, mask)
-    # Padding is routed too, here as there; what it computes may differ, so only the sums over all experts and a batch without it are compared.
+    # Padding is routed too, here as there; what it computes may differ, so only the sums over all experts and a batch
+    # without it are compared.
     assert [sum(len(found[layer * 4 + e]) for e in range(4)) for layer in range(2)] == [ids.size * 2] * 2
     whole = session.run(list(inputs.values()), {"input_ids": ids, "attention_mask": np.ones_like(mask), **past})
     expect(model, ids, np.ones_like(mask))
@@ -248,7 +324,10 @@ def test_quantized_experts_attention_and_tables_are_integers_in_a_trace(traced: 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path, Any]:
-    """OLMoE through the public functions, in integers of 8 bits, the lowering chosen by the clock; its rotary embedding is a dynamic one."""
+    """OLMoE through the public functions, in integers of 8 bits, the lowering chosen by the clock.
+
+    Its rotary embedding is a dynamic one.
+    """
     folder = tmp_path_factory.mktemp("whole")
     source, twin, package = folder / "source", folder / "twin", folder / "package"
     make_model("Olmoe", **MODELS["olmoe"][1], rope_parameters=DYNAMIC, head_dim=8).save_pretrained(source)
@@ -265,20 +344,26 @@ def test_a_traced_package_says_what_it_is(whole: Any) -> None:
     assert {found.lowering for found in facts.timings} == {"grouped", "unrolled"}
     assert facts.lowering == facts.timings[0].lowering
     decoder = Decoder(package)
-    assert (decoder.metadata[LOWERING_KEY], decoder.metadata[MIN_ONNXRUNTIME_KEY]) == (facts.lowering, facts.min_onnxruntime)
+    assert (decoder.metadata[LOWERING_KEY], decoder.metadata[MIN_ONNXRUNTIME_KEY]) == (
+        facts.lowering,
+        facts.min_onnxruntime,
+    )
     assert (decoder.shares_buffer, decoder.takes_positions) == (False, False)
 
 
 def test_parity_of_a_traced_package_passes(whole: Any) -> None:
     source, twin, package, _ = whole
     blocks = torch.randint(2, VOCABULARY, (4, 40), generator=torch.Generator().manual_seed(1))
-    config = ParityConfig(max_relative_error=EXACT, max_kl=1e-8, min_routing_agreement=0.99, max_perplexity_increase={}, decode_steps=8)
+    config = ParityConfig(
+        max_relative_error=EXACT, max_kl=1e-8, min_routing_agreement=0.99, max_perplexity_increase={}, decode_steps=8
+    )
     parity = check_parity(package, twin, source, blocks, "int8", False, config, silent)
     assert parity.breaches == ()
     result = parity.providers["CPUExecutionProvider"]
     assert not isinstance(result, str)
     assert len(result.twin.routing_agreement) == len(result.twin.hidden_error) == 2
-    assert max(result.twin.hidden_error) < EXACT < max(result.finetuned.hidden_error)  # 8 bits show, and the taps do not show them twice
+    # 8 bits show, and the taps do not show them twice
+    assert max(result.twin.hidden_error) < EXACT < max(result.finetuned.hidden_error)
 
 
 def test_greedy_tokens_of_a_traced_package_are_those_of_transformers(whole: Any) -> None:
@@ -303,16 +388,32 @@ def test_greedy_tokens_of_a_traced_package_are_those_of_transformers(whole: Any)
 
 FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "qwen2_moe": ("Qwen2Moe", {"num_experts": 4, "decoder_sparse_step": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16}),
-    "qwen3_moe": ("Qwen3Moe", {"num_experts": 4, "mlp_only_layers": [0], "moe_intermediate_size": 24, "attention_bias": True}),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        {
+            "num_experts": 4,
+            "decoder_sparse_step": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+        },
+    ),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {"num_experts": 4, "mlp_only_layers": [0], "moe_intermediate_size": 24, "attention_bias": True},
+    ),
     "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "attention_bias": True, "tie_word_embeddings": True}),
     "granitemoeshared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 16}),
-    "glm4_moe": ("Glm4Moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1}),
+    "glm4_moe": (
+        "Glm4Moe",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+    ),
     "flex_olmo": ("FlexOlmo", {"num_experts": 4}),
 }
 
 
-@pytest.mark.parametrize("family", [family for family in DECODER_FAMILIES if family.experts], ids=lambda family: family.model_type)
+@pytest.mark.parametrize(
+    "family", [family for family in DECODER_FAMILIES if family.experts], ids=lambda family: family.model_type
+)
 def test_tensors_classified_by_modules_are_as_the_families_have_them(family: Any, tmp_path: Path) -> None:
     stem, fields = FAMILY_MODELS[family.model_type]
     model = make_model(stem, **fields)
@@ -325,22 +426,30 @@ def test_tensors_classified_by_modules_are_as_the_families_have_them(family: Any
 
 REFUSED = [
     (
-        "Qwen2", {}, "config.json: model_type qwen2 has no module of experts that transformers marks as one",
+        "Qwen2",
+        {},
+        "config.json: model_type qwen2 has no module of experts that transformers marks as one",
     ),
     (
-        "GptOss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-        "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings know plain gated ones "
+        "GptOss",
+        {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+        "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings know "
+        "plain gated ones "
         "of silu, gelu, gelu_pytorch_tanh",
     ),
     (
-        "Lfm2Moe", {"num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 0, "layer_types": ["full_attention", "conv"]},
-        "config.json: model_type lfm2_moe keeps a cache of LinearAttentionLayer; a traced decoder has keys and values in every layer",
+        "Lfm2Moe",
+        {"num_experts": 4, "num_experts_per_tok": 2, "num_dense_layers": 0, "layer_types": ["full_attention", "conv"]},
+        "config.json: model_type lfm2_moe keeps a cache of LinearAttentionLayer; a traced decoder has keys and "
+        "values in every layer",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("stem", "fields", "message"), REFUSED, ids=[stem for stem, *_ in REFUSED])
-def test_what_cannot_be_traced_is_refused_in_one_line(stem: str, fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_what_cannot_be_traced_is_refused_in_one_line(
+    stem: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     make_model(stem, **fields).save_pretrained(tmp_path / "source")
     (tmp_path / "twin").mkdir()
     quantize_checkpoint(tmp_path / "source", tmp_path / "twin", "float32", QuantizeConfig(), silent)
@@ -353,7 +462,8 @@ def test_a_variant_in_float16_is_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "twin").mkdir()
     quantize_checkpoint(tmp_path / "source", tmp_path / "twin", "float16", QuantizeConfig(), silent)
     message = (
-        f"{tmp_path / 'twin'}: olmoe is traced, and a traced graph is float32; leave out the variants in 16 bits, which are 'float16' and with "
+        f"{tmp_path / 'twin'}: olmoe is traced, and a traced graph is float32; leave out the variants in 16 bits, "
+        "which are 'float16' and with "
         "export.device 'cuda' all but 'float32'"
     )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
@@ -361,10 +471,20 @@ def test_a_variant_in_float16_is_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_an_encoder_decoder_is_refused_before_it_is_quantized(tmp_path: Path) -> None:
-    fields = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 4}
+    fields = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_experts": 4,
+    }
     config = transformers.SwitchTransformersConfig(**fields)
     transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
-    message = "config.json: model_type switch_transformers is no decoder that transformers has as one (AutoModelForCausalLM)"
+    message = (
+        "config.json: model_type switch_transformers is no decoder that transformers has as one (AutoModelForCausalLM)"
+    )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         quantize_checkpoint(tmp_path, tmp_path / "twin", "float32", QuantizeConfig(), silent)
     assert not (tmp_path / "twin").exists()

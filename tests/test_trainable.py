@@ -11,14 +11,11 @@ from typing import Any
 import peft
 import pytest
 import torch
-from transformers import PreTrainedModel
-
-from tests.conftest import MakeDense
-from upcycle.config import ExpertsConfig, FinetuneConfig, UpcycleConfig
-from upcycle.errors import UpcycleError
-from upcycle.receipt import load_model
-from upcycle.surgery import upcycle
-from upcycle.trainable import (
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, FinetuneConfig, UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.trainable import (
     add_expert_dropout,
     choose_trainable,
     domain_experts,
@@ -26,6 +23,9 @@ from upcycle.trainable import (
     parameter_groups,
     stacked_weights,
 )
+from transformers import PreTrainedModel
+
+from tests.conftest import MakeDense
 
 Load = Callable[..., PreTrainedModel]
 
@@ -33,7 +33,9 @@ Load = Callable[..., PreTrainedModel]
 @pytest.fixture(scope="module")
 def mixture(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("mixture")
-    upcycle(dense_checkpoint, directory, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)), 0, lambda *_: None)
+    upcycle(
+        dense_checkpoint, directory, UpcycleConfig(num_experts=4, experts=ExpertsConfig(noise=0.1)), 0, lambda *_: None
+    )
     return directory
 
 
@@ -57,7 +59,9 @@ def names(directory: Path, pattern: str) -> set[str]:
         ("last-2", r"layers\.|model\.norm|lm_head", r"layers\.|model\.norm|lm_head"),
     ],
 )
-def test_what_learns_is_what_is_named(train: str, of_mixture: str, of_control: str, mixture: Path, dense_checkpoint: Path) -> None:
+def test_what_learns_is_what_is_named(
+    train: str, of_mixture: str, of_control: str, mixture: Path, dense_checkpoint: Path
+) -> None:
     assert learning(mixture, train=train) == names(mixture, of_mixture)
     assert learning(dense_checkpoint, train=train) == names(dense_checkpoint, of_control)
 
@@ -66,9 +70,17 @@ def test_experts_that_every_token_visits_learn_with_the_others(make_dense: MakeD
     for number, architecture in enumerate(("LlamaForCausalLM", "GraniteForCausalLM")):
         directory = tmp_path / str(number)
         directory.mkdir()
-        upcycle(make_dense(architecture=architecture), directory, UpcycleConfig(num_experts=4, shared_expert="half"), 0, lambda *_: None)
+        upcycle(
+            make_dense(architecture=architecture),
+            directory,
+            UpcycleConfig(num_experts=4, shared_expert="half"),
+            0,
+            lambda *_: None,
+        )
         learned = learning(directory, train="experts")
-        assert learned == names(directory, r"\.experts\.|shared_expert\.|shared_mlp|(mlp\.gate|router|shared_expert_gate)\.weight")
+        assert learned == names(
+            directory, r"\.experts\.|shared_expert\.|shared_mlp|(mlp\.gate|router|shared_expert_gate)\.weight"
+        )
         assert any("shared" in name for name in learned)
 
 
@@ -89,7 +101,9 @@ def test_more_last_layers_than_there_are_is_refused(mixture: Path) -> None:
 
 def test_every_group_has_its_own_rate_and_only_matrices_decay(mixture: Path) -> None:
     model = load_model(mixture, torch.float32)
-    settings = FinetuneConfig(learning_rate=1e-3, expert_learning_rate=2e-3, router_learning_rate=3e-3, weight_decay=0.1)
+    settings = FinetuneConfig(
+        learning_rate=1e-3, expert_learning_rate=2e-3, router_learning_rate=3e-3, weight_decay=0.1
+    )
     of = {id(p): group for group in parameter_groups(model, settings, (0, 1)) for p in group["params"]}
     assert len(of) == len(list(model.parameters()))
     for name, parameter in model.named_parameters():
@@ -99,15 +113,21 @@ def test_every_group_has_its_own_rate_and_only_matrices_decay(mixture: Path) -> 
 
 
 def test_without_a_rate_of_their_own_the_experts_take_the_common_one(mixture: Path) -> None:
-    groups = parameter_groups(load_model(mixture, torch.float32), FinetuneConfig(learning_rate=5e-4, router_learning_rate=1e-2), (0, 1))
+    groups = parameter_groups(
+        load_model(mixture, torch.float32), FinetuneConfig(learning_rate=5e-4, router_learning_rate=1e-2), (0, 1)
+    )
     assert {group["lr"] for group in groups} == {5e-4, 1e-2}
 
 
 # Low-rank updates
 
 
-@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM"])
-def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(architecture: str, make_dense: MakeDense, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "architecture", ["LlamaForCausalLM", "Qwen3ForCausalLM", "GraniteForCausalLM", "Olmo2ForCausalLM"]
+)
+def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(
+    architecture: str, make_dense: MakeDense, tmp_path: Path
+) -> None:
     upcycle(make_dense(architecture=architecture), tmp_path, UpcycleConfig(num_experts=4), 0, lambda *_: None)
     model, before = load_model(tmp_path, torch.float32), load_model(tmp_path, torch.float32)
     ids = torch.randint(before.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
@@ -116,7 +136,8 @@ def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(ar
     routers = {name for name, p in model.named_parameters() if p.requires_grad} - adapters.keys()
     assert len(routers) == 2
     assert all(re.search(r"(gate|router)\.weight$", name) for name in routers)
-    # Two matrices for each of q, k, v, o, and for the two stacks of experts, which have a rank of 2 for each of 4 experts.
+    # Two matrices for each of q, k, v, o, and for the two stacks of experts, which have a rank of 2 for each of 4
+    # experts.
     assert len(adapters) == 2 * (4 + 2) * 2
     assert sum(8 in p.shape for name, p in adapters.items() if ".experts." in name) == 2 * 2 * 2
     assert torch.equal(model(ids).logits, before(ids).logits)
@@ -131,7 +152,11 @@ def test_low_rank_updates_reach_every_expert_and_every_linear_layer_and_merge(ar
         torch.testing.assert_close(seen, module.experts.gate_up_proj)  # type: ignore[union-attr]
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in before.named_parameters()]
     torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-5)
-    changed = {name for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True) if not torch.equal(new, old)}
+    changed = {
+        name
+        for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True)
+        if not torch.equal(new, old)
+    }
     assert changed == {name for name, _ in before.named_parameters() if re.search(r"[qkvo]_proj|experts", name)}
     for (name, new), old in zip(model.named_parameters(), before.parameters(), strict=True):
         if ".experts." in name:
@@ -154,10 +179,16 @@ def test_a_shared_expert_of_no_width_has_no_updates(make_dense: MakeDense, tmp_p
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda given: given | {"r": 2 * given["r"]}, r"12 .*down_proj: \(\(64, 48\).* learns, \(\(32, 48\).* was meant"),
         (
-            lambda given: given | {"target_modules": [name for name in given["target_modules"] if "q_proj" not in name]},
-            r"2 .*model\.layers\.0\.self_attn\.q_proj\.weight: nothing learns, \(\(8, 32\), \(32, 8\), 2\.0\) was meant",
+            lambda given: given | {"r": 2 * given["r"]},
+            r"12 .*down_proj: \(\(64, 48\).* learns, \(\(32, 48\).* was meant",
+        ),
+        (
+            lambda given: (
+                given | {"target_modules": [name for name in given["target_modules"] if "q_proj" not in name]}
+            ),
+            r"2 .*model\.layers\.0\.self_attn\.q_proj\.weight: nothing learns, \(\(8, 32\), \(32, 8\), 2\.0\) was "
+            r"meant",
         ),
         (
             lambda given: given | {"target_parameters": given["target_parameters"] + ["0.mlp.gate.weight"]},
@@ -165,7 +196,9 @@ def test_a_shared_expert_of_no_width_has_no_updates(make_dense: MakeDense, tmp_p
         ),
     ],
 )
-def test_what_peft_makes_otherwise_than_asked_is_refused(change: Any, told: str, mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_peft_makes_otherwise_than_asked_is_refused(
+    change: Any, told: str, mixture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = peft.LoraConfig
     monkeypatch.setattr(peft, "LoraConfig", lambda **given: made(**change(given)))
     with pytest.raises(UpcycleError, match=told):
@@ -173,8 +206,10 @@ def test_what_peft_makes_otherwise_than_asked_is_refused(change: Any, told: str,
 
 
 def test_a_layer_whose_experts_are_called_otherwise_is_refused(mixture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upcycle.trainable._EXPERT_PARTS", (".specialists.",))
-    with pytest.raises(UpcycleError, match=r"layers \[0, 1\] are to have experts, and no parameter in them is named as experts"):
+    monkeypatch.setattr("dense2moe.upcycle.training.trainable._EXPERT_PARTS", (".specialists.",))
+    with pytest.raises(
+        UpcycleError, match=r"layers \[0, 1\] are to have experts, and no parameter in them is named as experts"
+    ):
         learning(mixture, train="all")
 
 

@@ -1,4 +1,7 @@
-"""Fine-tuning does what a plain loop in torch does, keeps the best weights, and trains its control on the same tokens."""
+"""Fine-tuning does what a plain loop in torch does, keeps the best weights.
+
+And trains its control on the same tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +16,29 @@ from typing import Any
 
 import pytest
 import torch
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
+from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.gates.balance import LayerRouting
+from dense2moe.upcycle.training.evaluation import Evaluation, held_out_loss
+from dense2moe.upcycle.training.fine_tuning import (
+    FinetuneFacts,
+    Trained,
+    _harm,
+    _stretch,
+    _warnings,
+    draw_order,
+    finetune,
+)
+from dense2moe.upcycle.training.history import Step
+from dense2moe.upcycle.training.objective import next_token_loss
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-from upcycle.balance import LayerRouting
-from upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
-from upcycle.data import prepare_data, read_blocks
-from upcycle.errors import UpcycleError
-from upcycle.evaluation import Evaluation, held_out_loss
-from upcycle.history import Step
-from upcycle.objective import next_token_loss
-from upcycle.receipt import load_model
-from upcycle.surgery import upcycle
-from upcycle.training import FinetuneFacts, Trained, _harm, _stretch, _warnings, draw_order, finetune
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one
@@ -48,7 +58,9 @@ CONFIG = FinetuneConfig(
     patience=10,
     precision="float32",
 )
-SHORT = CONFIG.model_copy(update={"batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 0, "control": False})
+SHORT = CONFIG.model_copy(
+    update={"batch_size": 4, "gradient_accumulation_steps": 1, "warmup_steps": 0, "control": False}
+)
 
 
 def quiet(what: str, done: int, total: int) -> None:
@@ -70,19 +82,35 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     """Sentences of a tiny grammar, in blocks."""
     directory = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
-    words = [["the", "one", "some"], ["small", "old", "red"], ["cat", "dog", "bird"], ["sees", "finds", "likes"], ["milk.", "trees.", "us."]]
+    words = [
+        ["the", "one", "some"],
+        ["small", "old", "red"],
+        ["cat", "dog", "bird"],
+        ["sees", "finds", "likes"],
+        ["milk.", "trees.", "us."],
+    ]
     for name, num in (("train", 400), ("validation", 150), ("test", 200)):
-        (directory / f"{name}.txt").write_text("\n".join(" ".join(draw.choice(choices) for choices in words) for _ in range(num)))
-    source = TextData(kind="text", train=("train.txt",), validation=("validation.txt",), test=("test.txt",), separator="\n")
+        (directory / f"{name}.txt").write_text(
+            "\n".join(" ".join(draw.choice(choices) for choices in words) for _ in range(num))
+        )
+    source = TextData(
+        kind="text", train=("train.txt",), validation=("validation.txt",), test=("test.txt",), separator="\n"
+    )
     config = DataConfig(source=source, block_size=BLOCK, max_train_tokens=NUM_TRAIN_BLOCKS * BLOCK)
     prepare_data(dense_checkpoint, directory, config, directory, quiet)
     return directory
 
 
 @pytest.fixture(scope="module")
-def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Run]:
+def start(
+    dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Run]:
     def start(
-        config: FinetuneConfig, seed: int = 0, mixture: Path = mixture_checkpoint, dense: Path = dense_checkpoint, progress: Any = quiet
+        config: FinetuneConfig,
+        seed: int = 0,
+        mixture: Path = mixture_checkpoint,
+        dense: Path = dense_checkpoint,
+        progress: Any = quiet,
     ) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
         batches: list[torch.Tensor] = []
@@ -93,9 +121,18 @@ def start(dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path
             return next_token_loss(logits, ids)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("upcycle.trainer.next_token_loss", recorded_loss)
+            patch.setattr("dense2moe.upcycle.training.trainer.next_token_loss", recorded_loss)
             scratch = tmp_path_factory.mktemp("scratch")
-            facts = finetune(dense, mixture, data, output, config, seed, lambda *report: (seen.append(report), progress(*report)), scratch)
+            facts = finetune(
+                dense,
+                mixture,
+                data,
+                output,
+                config,
+                seed,
+                lambda *report: (seen.append(report), progress(*report)),
+                scratch,
+            )
         return Run(facts, output, tuple(batches), tuple(seen))
 
     return start
@@ -128,21 +165,31 @@ def peak(name: str) -> float:
 
 
 def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Iterator[tuple[float, float]]:
-    """The recipe of `CONFIG` without a Trainer, and a step in one part: yields each step's next-token loss and balance loss."""
+    """The recipe of `CONFIG` without a Trainer, and a step in one part.
+
+    Yields each step's next-token loss and balance loss.
+    """
     routers = {name for name, _ in model.named_parameters() if name.endswith("mlp.gate.weight")}
     decays = {name: CONFIG.weight_decay if p.ndim == 2 or p.ndim == 3 else 0.0 for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW(
-        [{"params": [p], "name": name, "weight_decay": 0.0 if name in routers else decays[name]} for name, p in model.named_parameters()],
+        [
+            {"params": [p], "name": name, "weight_decay": 0.0 if name in routers else decays[name]}
+            for name, p in model.named_parameters()
+        ],
         betas=(0.9, 0.95),
     )
     model.train()
     for step in range(CONFIG.steps):
         ids = torch.cat(batches[2 * step : 2 * step + 2])
-        outputs = model(ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {}))
+        outputs = model(
+            ids, labels=ids, **({"output_router_logits": True, "router_aux_loss_coef": 0.0} if routers else {})
+        )
         loss = outputs.loss - (model.config.router_aux_loss_coef * outputs.aux_loss if routers else 0.0)
         balance = z = torch.tensor(0.0)
         if routers:
-            balance = torch.stack([load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]).mean()
+            balance = torch.stack(
+                [load_balancing_loss_func((logits,), 4, 2) / 2 for logits in outputs.router_logits]
+            ).mean()
             z = torch.stack([logits.exp().sum(-1).log() ** 2 for logits in outputs.router_logits]).mean()
         (loss + CONFIG.balance_coefficient * balance + CONFIG.z_coefficient * z).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.max_grad_norm)
@@ -153,8 +200,13 @@ def plain_loop(model: PreTrainedModel, batches: tuple[torch.Tensor, ...]) -> Ite
         yield float(loss.detach()), float(balance.detach())
 
 
-@pytest.mark.parametrize(("model", "fixture", "first"), [("fine-tuned", "mixture_checkpoint", 0), ("dense continued", "dense_checkpoint", 18)])
-def test_training_is_a_plain_loop_over_the_same_batches(model: str, fixture: str, first: int, run: Run, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("model", "fixture", "first"),
+    [("fine-tuned", "mixture_checkpoint", 0), ("dense continued", "dense_checkpoint", 18)],
+)
+def test_training_is_a_plain_loop_over_the_same_batches(
+    model: str, fixture: str, first: int, run: Run, request: pytest.FixtureRequest
+) -> None:
     plain = AutoModelForCausalLM.from_pretrained(request.getfixturevalue(fixture), dtype=torch.float32)
     expected = list(plain_loop(plain, run.batches[first : first + 18]))
     steps = [step for step in of(run, model) if step.train_loss is not None]
@@ -172,7 +224,10 @@ def test_the_control_trains_on_the_same_batches_in_the_same_order(run: Run) -> N
     assert len(run.batches) == 2 * (18 + equal_time)
     assert all(torch.equal(ours, control) for ours, control in zip(run.batches[:18], run.batches[18:36], strict=True))
     shared = min(18, 2 * equal_time)
-    assert all(torch.equal(ours, control) for ours, control in zip(run.batches[:shared], run.batches[36 : 36 + shared], strict=True))
+    assert all(
+        torch.equal(ours, control)
+        for ours, control in zip(run.batches[:shared], run.batches[36 : 36 + shared], strict=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +249,9 @@ def test_the_control_of_equal_time_has_as_many_steps_as_fit(
     }
     stretched = _stretch(stages, trained)
     assert tuple(stage.steps for stage in stretched) == steps
-    assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [CONFIG.model_copy(update={"steps": 1})] * 2
+    assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [
+        CONFIG.model_copy(update={"steps": 1})
+    ] * 2
 
 
 def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() -> None:
@@ -202,7 +259,8 @@ def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() ->
     expected = torch.cat([torch.randperm(5, generator=generator) for _ in range(4)]).tolist()[:18]
     order = draw_order(5, 18, 7)
     assert list(order) == expected
-    assert [order[index] for index in (17, 0, 9, 3)] == [expected[index] for index in (17, 0, 9, 3)]  # as a run that is taken up does
+    # as a run that is taken up does
+    assert [order[index] for index in (17, 0, 9, 3)] == [expected[index] for index in (17, 0, 9, 3)]
     assert list(order[4:11]) == expected[4:11]
     assert list(order[4:11][2:5]) == expected[6:9]
     assert len(draw_order(5, 10**18, 7)[10**17 : 10**18]) == 9 * 10**17
@@ -224,16 +282,22 @@ def test_a_batch_of_many_times_the_text_is_refused(start: Callable[..., Run]) ->
     with pytest.raises(UpcycleError) as excinfo:
         start(SHORT.model_copy(update={"batch_size": 10**9}))
     assert str(excinfo.value) == (
-        "finetune.batch_size is 1000000000; it must be at most 336, 16 times the blocks of the training split; lower it, or give more text"
+        "finetune.batch_size is 1000000000; it must be at most 336, 16 times the blocks of the training split; lower "
+        "it, or give more text"
     )
 
 
 def test_gradients_are_not_clipped_without_a_norm(start: Callable[..., Run]) -> None:
-    """AdamW without decay does not see a gradient's size, but for its epsilon: the first step shows what it was given."""
+    """AdamW without decay does not see a gradient's size, but for its epsilon.
+
+    The first step shows what it was given.
+    """
     norms = []
 
     def take(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        gradients = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [
+            p.grad.flatten() for group in optimizer.param_groups for p in group["params"] if p.grad is not None
+        ]
         norms.append(float(torch.cat(gradients).norm()))
 
     handle = register_optimizer_step_pre_hook(take)
@@ -289,16 +353,21 @@ def test_the_history_on_disk_is_the_history(run: Run) -> None:
 
 def test_progress_counts_the_steps_of_both_models(run: Run) -> None:
     for model in ("fine-tuned", "dense continued"):
-        assert [report[1:] for report in run.progress if report[0].startswith(f"training {model}")] == [(step, 9) for step in range(1, 10)]
+        assert [report[1:] for report in run.progress if report[0].startswith(f"training {model}")] == [
+            (step, 9) for step in range(1, 10)
+        ]
 
 
 # What is kept
 
 
 @pytest.mark.parametrize(
-    ("model", "folder", "architecture"), [("fine-tuned", ".", "MixtralForCausalLM"), ("dense continued", "control", "LlamaForCausalLM")]
+    ("model", "folder", "architecture"),
+    [("fine-tuned", ".", "MixtralForCausalLM"), ("dense continued", "control", "LlamaForCausalLM")],
 )
-def test_the_best_step_is_saved_and_loads_in_plain_transformers(model: str, folder: str, architecture: str, run: Run, data: Path) -> None:
+def test_the_best_step_is_saved_and_loads_in_plain_transformers(
+    model: str, folder: str, architecture: str, run: Run, data: Path
+) -> None:
     directory = run.output / folder
     looks = {step.step: step.validation_loss for step in of(run, model) if step.validation_loss is not None}
     best = min(looks, key=looks.__getitem__)
@@ -317,8 +386,18 @@ def test_the_best_step_is_saved_and_loads_in_plain_transformers(model: str, fold
 
 
 def test_only_checkpoints_and_the_history_are_left(run: Run) -> None:
-    checkpoint = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in run.output.iterdir()} == checkpoint | {"control", "control-equal-time", "history.jsonl"}
+    checkpoint = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert {path.name for path in run.output.iterdir()} == checkpoint | {
+        "control",
+        "control-equal-time",
+        "history.jsonl",
+    }
     for folder in ("control", "control-equal-time"):
         assert {path.name for path in (run.output / folder).iterdir()} == checkpoint
     assert run.facts.evaluations.keys() == {"dense", "upcycled", "fine-tuned", "dense continued", "dense, equal time"}
@@ -339,7 +418,8 @@ def test_another_seed_draws_other_batches(run: Run, start: Callable[..., Run]) -
 
 
 def test_without_control_there_is_none(start: Callable[..., Run]) -> None:
-    run = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 50}))  # more than there are steps: the last is looked at
+    # more than there are steps: the last is looked at
+    run = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 50}))
     assert not (run.output / "control").exists()
     assert run.facts.evaluations.keys() == {"dense", "upcycled", "fine-tuned"}
     assert run.facts.best_steps == {"fine-tuned": 2}
@@ -355,22 +435,39 @@ def test_only_the_routers_learn_in_their_warm_up(mixture_checkpoint: Path, start
 
 
 def test_the_best_weights_are_kept_whole_when_later_ones_are_worse(start: Callable[..., Run], data: Path) -> None:
-    """The Trainer by itself restores all but the experts and the routers, whose names on disk are not those in memory."""
+    """The Trainer by itself restores all but the experts and the routers.
+
+    Whose names on disk are not those in memory.
+    """
+    # every step harms, each more
     run = start(
-        SHORT.model_copy(update={"steps": 2, "eval_steps": 1, "learning_rate": 2.0, "expert_learning_rate": None, "control": True})
-    )  # every step harms, each more
+        SHORT.model_copy(
+            update={"steps": 2, "eval_steps": 1, "learning_rate": 2.0, "expert_learning_rate": None, "control": True}
+        )
+    )
     for model, folder in (("fine-tuned", "."), ("dense continued", "control")):
         looks = {step.step: step.validation_loss for step in of(run, model) if step.validation_loss is not None}
         best = min(looks, key=looks.__getitem__)
         assert best < 2
         assert run.facts.best_steps[model] == best
         # Training sums the experts in another order than `load_model` does.
-        assert held_out_loss(load_model(run.output / folder, torch.float32), read_blocks(data, "validation")) == pytest.approx(looks[best], rel=1e-6)
+        assert held_out_loss(
+            load_model(run.output / folder, torch.float32), read_blocks(data, "validation")
+        ) == pytest.approx(looks[best], rel=1e-6)
 
 
-def test_training_stops_when_the_validation_loss_no_longer_falls(mixture_checkpoint: Path, start: Callable[..., Run]) -> None:
+def test_training_stops_when_the_validation_loss_no_longer_falls(
+    mixture_checkpoint: Path, start: Callable[..., Run]
+) -> None:
     # Rates too small to change a weight: no look is better than the start.
-    changes = {"steps": 9, "eval_steps": 1, "patience": 2, "learning_rate": 1e-20, "expert_learning_rate": 1e-20, "router_learning_rate": 1e-20}
+    changes = {
+        "steps": 9,
+        "eval_steps": 1,
+        "patience": 2,
+        "learning_rate": 1e-20,
+        "expert_learning_rate": 1e-20,
+        "router_learning_rate": 1e-20,
+    }
     run = start(SHORT.model_copy(update=changes))
     assert run.facts.best_steps == {"fine-tuned": 0}
     assert max(step.step for step in run.facts.history) == 2
@@ -397,7 +494,9 @@ def test_training_that_only_harms_leaves_the_very_weights_of_the_start_and_says_
 ) -> None:
     """It begins with what the first run learned: a model as it was drawn could only become better."""
     before = {"fine-tuned": run.output, "dense continued": run.output / "control"}
-    run = start(FinetuneConfig.model_validate(SHORT.model_dump() | HARM | {"control": True} | change), 0, *before.values())
+    run = start(
+        FinetuneConfig.model_validate(SHORT.model_dump() | HARM | {"control": True} | change), 0, *before.values()
+    )
     for number, (model, folder) in enumerate({"fine-tuned": ".", "dense continued": "control"}.items()):
         looks = [step for step in of(run, model) if step.validation_loss is not None]
         assert looks[0].step == 0
@@ -405,9 +504,12 @@ def test_training_that_only_harms_leaves_the_very_weights_of_the_start_and_says_
         assert max(look.step for look in looks) == run.facts.num_steps[model] > 0
         assert run.facts.best_steps[model] == 0
         old, new = load_file(before[model] / "model.safetensors"), load_file(run.output / folder / "model.safetensors")
-        assert {name: tensor.numpy().tobytes() for name, tensor in old.items()} == {name: tensor.numpy().tobytes() for name, tensor in new.items()}
+        assert {name: tensor.numpy().tobytes() for name, tensor in old.items()} == {
+            name: tensor.numpy().tobytes() for name, tensor in new.items()
+        }
         assert run.facts.warnings[number] == (
-            f"{model}: no look at the validation split was better than the start, so the weights are those of the start; "
+            f"{model}: no look at the validation split was better than the start, so the weights are those of the "
+            "start; "
             "lower finetune.learning_rate, or give more text or steps"
         )
     assert run.facts.evaluations["fine-tuned"].loss == run.facts.evaluations["upcycled"].loss
@@ -417,7 +519,11 @@ def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Calla
     """The second stage harms: the step that is kept is one of the first."""
     stages = ({"steps": 4}, {name: value for name, value in HARM.items() if name != "eval_steps"} | {"steps": 2})
     run = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "stages": stages}))
-    looks = {(step.stage, step.step): step.validation_loss for step in of(run, "fine-tuned") if step.validation_loss is not None}
+    looks = {
+        (step.stage, step.step): step.validation_loss
+        for step in of(run, "fine-tuned")
+        if step.validation_loss is not None
+    }
     assert list(looks) == [(0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
     assert run.facts.best_steps == {"fine-tuned": 4}
     assert run.facts.warnings == ()
@@ -431,9 +537,15 @@ def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
         return Evaluation(loss, math.exp(loss), 1, 4, 1.0)
 
     trained = {"fine-tuned": Trained((), 8, 9, 1.0, 1.0), "dense continued": Trained((), 9, 9, 1.0, 1.0)}
-    evaluations = {"upcycled": evaluation(2.0), "fine-tuned": evaluation(2.5), "dense": evaluation(2.0), "dense continued": evaluation(1.5)}
+    evaluations = {
+        "upcycled": evaluation(2.0),
+        "fine-tuned": evaluation(2.5),
+        "dense": evaluation(2.0),
+        "dense continued": evaluation(1.5),
+    }
     assert list(_harm(trained, evaluations)) == [
-        "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had 2.0000; "
+        "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had "
+        "2.0000; "
         "lower finetune.learning_rate, or give more text or steps"
     ]
 
@@ -446,20 +558,28 @@ def test_bfloat16_autocast_still_saves_float32(start: Callable[..., Run]) -> Non
 
 def test_a_loss_that_is_no_number_is_one_line(start: Callable[..., Run]) -> None:
     with pytest.raises(UpcycleError) as excinfo:
-        start(SHORT.model_copy(update={"learning_rate": 1e30, "expert_learning_rate": 1e30, "router_learning_rate": 1e30}))
-    assert re.fullmatch(r"finetune: the loss of fine-tuned is (nan|inf) at step \d; lower finetune\.learning_rate", str(excinfo.value))
+        start(
+            SHORT.model_copy(update={"learning_rate": 1e30, "expert_learning_rate": 1e30, "router_learning_rate": 1e30})
+        )
+    assert re.fullmatch(
+        r"finetune: the loss of fine-tuned is (nan|inf) at step \d; lower finetune\.learning_rate", str(excinfo.value)
+    )
 
 
 # What is told
 
 
-def test_equal_experts_give_the_routers_no_task_gradient_and_a_warning(dense_checkpoint: Path, start: Callable[..., Run], tmp_path: Path) -> None:
+def test_equal_experts_give_the_routers_no_task_gradient_and_a_warning(
+    dense_checkpoint: Path, start: Callable[..., Run], tmp_path: Path
+) -> None:
     upcycle(dense_checkpoint, tmp_path, UpcycleConfig(num_experts=4, router=RouterConfig(logit_std=1.0)), 0, quiet)
     facts = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 2}), mixture=tmp_path).facts
     assert facts.router_task_gradient < 1e-6
     assert facts.warnings[0] == (
-        f"the routers' task gradient was {facts.router_task_gradient:.0e} of the whole at the start: equal experts give a renormalizing router "
-        "nothing to learn from; it followed the balance loss until the experts came apart; set upcycle.experts.noise to start them apart"
+        f"the routers' task gradient was {facts.router_task_gradient:.0e} of the whole at the start: equal experts "
+        "give a renormalizing router "
+        "nothing to learn from; it followed the balance loss until the experts came apart; set upcycle.experts.noise "
+        "to start them apart"
     )
 
 
@@ -470,23 +590,35 @@ def test_the_task_gradient_is_the_routers_share_of_the_whole(run: Run, mixture_c
     routers = [p.grad.flatten() for name, p in model.named_parameters() if name.endswith("mlp.gate.weight")]  # type: ignore[union-attr]
     everything = [p.grad.flatten() for p in model.parameters()]  # type: ignore[union-attr]
     assert len(routers) == 2
-    assert run.facts.router_task_gradient == pytest.approx(float(torch.cat(routers).norm() / torch.cat(everything).norm()), rel=1e-4)
+    assert run.facts.router_task_gradient == pytest.approx(
+        float(torch.cat(routers).norm() / torch.cat(everything).norm()), rel=1e-4
+    )
     assert run.facts.router_task_gradient > 1e-4
     assert not [warning for warning in run.facts.warnings if "task gradient" in warning]
 
 
 def test_experts_that_are_dead_between_the_last_two_looks_are_named() -> None:
     def step(number: int, *loads: tuple[float, ...]) -> Step:
-        return Step("fine-tuned", number, 0, layers=tuple(LayerRouting(2 * n + 1, load, 1.0, 0.0, 1.0) for n, load in enumerate(loads)))
+        return Step(
+            "fine-tuned",
+            number,
+            0,
+            layers=tuple(LayerRouting(2 * n + 1, load, 1.0, 0.0, 1.0) for n, load in enumerate(loads)),
+        )
 
     def look(number: int) -> Step:
         return Step("fine-tuned", number, 0, validation_loss=1.0)
 
-    # A tenth of the share of one of four is .025. The last two lines are of three steps and of one: (3 * 0 + .096) / 4 is .024, and .104 / 4 is .026.
+    # A tenth of the share of one of four is .025. The last two lines are of three steps and of one: (3 * 0 + .096) / 4
+    # is .024, and .104 / 4 is .026.
     history = (
-        step(2, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4), look(2), step(5, (0.25,) * 4, (0.0, 1.0, 0.0, 0.0)),
-        step(6, (0.0, 0.0, 0.0, 1.0), (0.096, 0.8, 0.104, 0.0)), look(6), Step("dense continued", 6, 0, validation_loss=1.0),
-    )  # fmt: skip
+        step(2, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4),
+        look(2),
+        step(5, (0.25,) * 4, (0.0, 1.0, 0.0, 0.0)),
+        step(6, (0.0, 0.0, 0.0, 1.0), (0.096, 0.8, 0.104, 0.0)),
+        look(6),
+        Step("dense continued", 6, 0, validation_loss=1.0),
+    )
     assert list(_warnings(history, 1.0, CONFIG)) == [
         "layer 3: experts [0, 3] get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
     ]
@@ -503,12 +635,24 @@ def test_routers_that_never_learned_are_told_instead_of_dead_experts() -> None:
     ("fields", "message"),
     [
         ({"steps": 5, "warmup_steps": 5}, "warmup_steps is 5; it must be fewer than steps, which is 5"),
-        ({"stages": [{}, {"steps": 9}]}, r"stages\[1\]: warmup_steps is 10 by default; it must be fewer than steps, which is 9"),
+        (
+            {"stages": [{}, {"steps": 9}]},
+            r"stages\[1\]: warmup_steps is 10 by default; it must be fewer than steps, which is 9",
+        ),
         ({"train": "last-0"}, "train is 'last-0'; must be all, experts, router, lora, prompt or last-N"),
-        ({"stages": [{"train": "prompts"}]}, r"stages\[0\]: train is 'prompts'; must be all, experts, router, lora, prompt or last-N"),
+        (
+            {"stages": [{"train": "prompts"}]},
+            r"stages\[0\]: train is 'prompts'; must be all, experts, router, lora, prompt or last-N",
+        ),
         ({"stages": [{"train": "prompt"}, {}]}, r"stages\[0\]: train is 'prompt'; it must be that of the last stage"),
-        ({"routing": "by-domain"}, "routing is by-domain and train is 'all'; must be experts: routers cannot learn from it"),
-        ({"batch_size": 9, "gradient_accumulation_steps": 2}, "batch_size is 9; it must be a multiple of gradient_accumulation_steps, which is 2"),
+        (
+            {"routing": "by-domain"},
+            "routing is by-domain and train is 'all'; must be experts: routers cannot learn from it",
+        ),
+        (
+            {"batch_size": 9, "gradient_accumulation_steps": 2},
+            "batch_size is 9; it must be a multiple of gradient_accumulation_steps, which is 2",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any], message: str) -> None:

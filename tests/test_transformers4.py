@@ -13,15 +13,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.config_files import complete_config, complete_tokenizer, old_fields
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from transformers import AutoConfig, AutoTokenizer
-
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.config_files import complete_config, complete_tokenizer, old_fields
-from upcycle.receipt import load_model
-from upcycle.surgery import upcycle
 
 MakeDense = Callable[..., Path]
 PYTHON = "DENSE2MOE_TRANSFORMERS_4_PYTHON"
@@ -29,14 +28,16 @@ RECIPE = "python3.11 -m venv transformers4 && transformers4/bin/pip install tran
 TEXT = "Licensed under the Apache License"
 NUM_TOKENS = 150  # beyond what the scalings below were pretrained on, and beyond the window
 
-# Logits of each directory to a file, and how it reads the text: one process for all, since importing takes longer than the models.
+# Logits of each directory to a file, and how it reads the text: one process for all, since importing takes longer than
+# the models.
 SCRIPT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 ids = torch.arange(150)[None] % 290
 for directory in sys.argv[2:]:
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, output_loading_info=True)
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(map(str, info[kind])) for kind in kinds if info[kind]}
     if wrong:
         raise SystemExit(f"{directory}: {wrong}")
     with torch.no_grad():
@@ -53,10 +54,13 @@ ROPES: dict[str, dict[str, Any]] = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 2e4, "factor": 4.0},
     "yarn": {"rope_type": "yarn", "rope_theta": 2e4, "factor": 4.0, "original_max_position_embeddings": 64},
     "longrope": {
-        "rope_type": "longrope", "rope_theta": 2e4, "original_max_position_embeddings": 64,
-        "short_factor": [1.0 + n / 4 for n in range(4)], "long_factor": [2.0 + n for n in range(4)],
+        "rope_type": "longrope",
+        "rope_theta": 2e4,
+        "original_max_position_embeddings": 64,
+        "short_factor": [1.0 + n / 4 for n in range(4)],
+        "long_factor": [2.0 + n for n in range(4)],
     },
-}  # fmt: skip
+}
 # Every native decoder target, by the dense class that leads there, its own fields, and settings.
 TARGETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral": ({}, {}),
@@ -64,14 +68,24 @@ TARGETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtral of Phi-3": ({"architecture": "Phi3ForCausalLM", "original_max_position_embeddings": 64}, {}),
     "mixtral of Gemma": ({"architecture": "GemmaForCausalLM", "head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}, {}),
     "qwen2_moe": ({"architecture": "Qwen2ForCausalLM"}, {"layers": (1,)}),
-    "qwen2_moe with a window": ({"architecture": "MistralForCausalLM", "sliding_window": 40}, {"shared_expert": "half"}),
+    "qwen2_moe with a window": (
+        {"architecture": "MistralForCausalLM", "sliding_window": 40},
+        {"shared_expert": "half"},
+    ),
     "qwen3_moe": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"layers": "every-2"}),
     "granitemoe": ({"attention_bias": True}, {}),
-    "granitemoeshared": ({"architecture": "GraniteForCausalLM", "embedding_multiplier": 3.0}, {"shared_expert": "half"}),
+    "granitemoeshared": (
+        {"architecture": "GraniteForCausalLM", "embedding_multiplier": 3.0},
+        {"shared_expert": "half"},
+    ),
     "flex_olmo": ({"architecture": "Olmo2ForCausalLM"}, {}),
     "glm4_moe": ({"tie_word_embeddings": False}, {"target": "glm4_moe", "layers": (1,), "shared_expert": "half"}),
 }
-CASES = {f"{name}, {rope}": (name, rope) for name in TARGETS for rope in (ROPES if name in ("mixtral", "glm4_moe") else ("theta", "llama3"))}
+CASES = {
+    f"{name}, {rope}": (name, rope)
+    for name in TARGETS
+    for rope in (ROPES if name in ("mixtral", "glm4_moe") else ("theta", "llama3"))
+}
 CASES["mixtral of Phi-3, longrope"] = ("mixtral of Phi-3", "longrope")
 CASES.pop("mixtral of Phi-3, llama3")  # which Phi-3 has not
 
@@ -85,7 +99,13 @@ def make_mixture(name: str, rope: str, make_dense: MakeDense, output: Path) -> P
     dense = make_dense(**fields, rope_parameters=dict(ROPES[rope]))
     output.mkdir()
     experts, router = ExpertsConfig(noise=0.5), RouterConfig(logit_std=2.0)
-    upcycle(dense, output, UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=experts, router=router, **settings), 0, silent)
+    upcycle(
+        dense,
+        output,
+        UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=experts, router=router, **settings),
+        0,
+        silent,
+    )
     assert json.loads((output / "config.json").read_text())["model_type"] == name.split()[0]
     return output
 
@@ -100,7 +120,13 @@ def run_transformers_4(directories: list[Path]) -> list[list[int]]:
     if python is None:
         pytest.skip(f"{PYTHON} is not set; make an environment by `{RECIPE}` and set it to that one's python")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    finished = subprocess.run([python, "-c", SCRIPT, TEXT, *map(str, directories)], capture_output=True, text=True, check=False, env=environment)
+    finished = subprocess.run(
+        [python, "-c", SCRIPT, TEXT, *map(str, directories)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     assert finished.returncode == 0, finished.stderr[-2000:]
     return [json.loads(line) for line in finished.stdout.splitlines()]
 
@@ -112,7 +138,9 @@ def mixtures(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.mark.transformers4
-def test_transformers_4_gives_the_logits_of_transformers_5_for_every_target_and_scaling(mixtures: dict[str, Path]) -> None:
+def test_transformers_4_gives_the_logits_of_transformers_5_for_every_target_and_scaling(
+    mixtures: dict[str, Path],
+) -> None:
     tokens = run_transformers_4(list(mixtures.values()))
     errors = {}
     for case, directory in mixtures.items():
@@ -124,7 +152,9 @@ def test_transformers_4_gives_the_logits_of_transformers_5_for_every_target_and_
 
 
 @pytest.mark.transformers4
-def test_transformers_4_reads_twins_and_packages_as_transformers_5_does(mixtures: dict[str, Path], tmp_path: Path) -> None:
+def test_transformers_4_reads_twins_and_packages_as_transformers_5_does(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
     twins = []
     for case in ("qwen3_moe, llama3", "mixtral with a window, theta"):
         twin, package = tmp_path / case / "twin", tmp_path / case / "package"
@@ -147,7 +177,10 @@ def test_transformers_4_reads_dense_controls_as_transformers_5_does(make_dense: 
         make_dense(rope_parameters=dict(ROPES["llama3"])),
         make_dense(architecture="MistralForCausalLM", sliding_window=40, rope_parameters=dict(ROPES["theta"])),
         make_dense(architecture="Phi3ForCausalLM", **long),
-        *(make_dense(architecture=f"{name}ForCausalLM", rope_parameters=dict(ROPES["yarn"])) for name in ("Qwen2", "Qwen3", "Granite")),
+        *(
+            make_dense(architecture=f"{name}ForCausalLM", rope_parameters=dict(ROPES["yarn"]))
+            for name in ("Qwen2", "Qwen3", "Granite")
+        ),
         make_dense(architecture="Olmo2ForCausalLM", rope_parameters=dict(ROPES["linear"])),
         make_dense(architecture="GemmaForCausalLM", head_dim=16, rope_parameters=dict(ROPES["theta"])),
     ]
@@ -163,14 +196,22 @@ def test_transformers_4_reads_dense_controls_as_transformers_5_does(make_dense: 
 # Without that environment
 
 
-def test_transformers_5_reads_the_same_with_the_old_names_and_without(mixtures: dict[str, Path], tmp_path: Path) -> None:
+def test_transformers_5_reads_the_same_with_the_old_names_and_without(
+    mixtures: dict[str, Path], tmp_path: Path
+) -> None:
     for case, directory in mixtures.items():
         values = json.loads((directory / "config.json").read_text())
         old = old_fields(values)
         assert {"rope_theta", "rope_scaling", "torch_dtype"} <= old.keys() <= values.keys()
-        (tmp_path / "config.json").write_text(json.dumps({name: value for name, value in values.items() if name not in old}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({name: value for name, value in values.items() if name not in old})
+        )
         with_old, without = (AutoConfig.from_pretrained(path).to_dict() for path in (directory, tmp_path))
-        beside = {"_name_or_path", "original_max_position_embeddings"}  # the latter is a field beside its place in rope_parameters
+        # the latter is a field beside its place in rope_parameters
+        beside = {
+            "_name_or_path",
+            "original_max_position_embeddings",
+        }
         for values in (with_old, without):
             values.update(dict.fromkeys(beside))
         assert with_old == without, case
@@ -179,10 +220,15 @@ def test_transformers_5_reads_the_same_with_the_old_names_and_without(mixtures: 
 
 def test_old_names_are_spelled_out() -> None:
     rope = {"rope_type": "linear", "rope_theta": 5e5, "factor": 8.0, "partial_rotary_factor": 0.5}
-    assert old_fields({"model_type": "qwen3_moe", "num_local_experts": 4, "dtype": "bfloat16", "rope_parameters": rope}) == {
-        "num_experts": 4, "torch_dtype": "bfloat16",
-        "rope_theta": 5e5, "partial_rotary_factor": 0.5, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
-    }  # fmt: skip
+    assert old_fields(
+        {"model_type": "qwen3_moe", "num_local_experts": 4, "dtype": "bfloat16", "rope_parameters": rope}
+    ) == {
+        "num_experts": 4,
+        "torch_dtype": "bfloat16",
+        "rope_theta": 5e5,
+        "partial_rotary_factor": 0.5,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
     assert old_fields({"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}) == {
         "rope_theta": 1e4,
         "rope_scaling": None,
@@ -192,7 +238,9 @@ def test_old_names_are_spelled_out() -> None:
     assert old_fields({"model_type": "t5"}) == {}
 
 
-def test_a_tokenizer_that_transformers_5_saved_is_told_in_the_words_of_transformers_4(dense_checkpoint: Path, tmp_path: Path) -> None:
+def test_a_tokenizer_that_transformers_5_saved_is_told_in_the_words_of_transformers_4(
+    dense_checkpoint: Path, tmp_path: Path
+) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(dense_checkpoint / name, tmp_path / name)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
@@ -204,15 +252,18 @@ def test_a_tokenizer_that_transformers_5_saved_is_told_in_the_words_of_transform
     told = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert told == {
         **{name: value for name, value in saved.items() if name != "extra_special_tokens"},
-        "tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": ["<one>", "<two>"],
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "additional_special_tokens": ["<one>", "<two>"],
+    }
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert type(again) is type(tokenizer)
     assert again("<one> a<two>")["input_ids"] == tokenizer("<one> a<two>")["input_ids"]
     assert again.all_special_tokens == tokenizer.all_special_tokens
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"tokenizer_class": "LlamaTokenizerFast", "extra_special_tokens": {"a": "<a>"}}', None])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"tokenizer_class": "LlamaTokenizerFast", "extra_special_tokens": {"a": "<a>"}}', None]
+)
 def test_any_other_tokenizer_stays_what_it_is(text: str | None, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     if text is not None:

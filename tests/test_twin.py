@@ -12,24 +12,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from dense2moe.export.config import Device, OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import estimate_bytes
+from dense2moe.export.graph.family import DECODER_FAMILIES
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.bits import class_bits
+from dense2moe.export.quantization.blockwise import dequantize, quantize
+from dense2moe.export.quantization.quantizer import QuantizeFacts, quantize_checkpoint
+from dense2moe.export.quantization.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, Twin
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
+from dense2moe.upcycle.errors import UpcycleError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from export.bits import class_bits
-from export.config import Device, OnnxConfig, QuantizeConfig, Variant
-from export.errors import ExportError
-from export.family import DECODER_FAMILIES
-from export.footprint import estimate_bytes
-from export.package import write_package
-from export.quantization import dequantize, quantize
-from export.quantizer import QuantizeFacts, quantize_checkpoint
-from export.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, Twin
-from upcycle.checkpoint import Checkpoint, open_checkpoint
-from upcycle.errors import UpcycleError
-
 ZERO_POINTS = pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
-VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant != "int8-qdq")  # which needs text: test_static.py
+# which needs text: test_static.py
+VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant != "int8-qdq")
 QUANTIZED: tuple[Variant, ...] = ("int8", "int4")
 WIDE = QuantizeConfig(method="search", block_size=16)
 
@@ -40,9 +40,17 @@ def silent(what: str, done: int, total: int) -> None:
 
 def make_mixture(directory: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> Path:
     small = {
-        "vocab_size": 96, "hidden_size": 40, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 5, "num_key_value_heads": 1,
-        "num_local_experts": 4, "num_experts_per_tok": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
-    }  # fmt: skip
+        "vocab_size": 96,
+        "hidden_size": 40,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = MixtralForCausalLM(MixtralConfig(**small | fields))
@@ -50,7 +58,9 @@ def make_mixture(directory: Path, dtype: torch.dtype = torch.float32, **fields: 
     return directory
 
 
-def make_twin(source: Path, output: Path, variant: Variant, config: QuantizeConfig = WIDE, device: Device = "cpu") -> QuantizeFacts:
+def make_twin(
+    source: Path, output: Path, variant: Variant, config: QuantizeConfig = WIDE, device: Device = "cpu"
+) -> QuantizeFacts:
     output.mkdir()
     held_out = torch.randint(2, 90, (4, 12), generator=torch.Generator().manual_seed(0)) if variant == "mixed" else None
     return quantize_checkpoint(source, output, variant, config, silent, device, held_out=held_out)
@@ -81,7 +91,9 @@ def test_a_float32_twin_equals_its_source_bitwise(tmp_path: Path, dtype: torch.d
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_float16_twin_is_its_source_rounded_once_but_for_routers_and_norms(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_float16_twin_is_its_source_rounded_once_but_for_routers_and_norms(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
     source = make_mixture(tmp_path / "source", dtype)
     facts = make_twin(source, tmp_path / "twin", "float16")
     expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
@@ -91,7 +103,9 @@ def test_a_float16_twin_is_its_source_rounded_once_but_for_routers_and_norms(tmp
         exact = tensor.to(torch.float32)
         kept = "norm" in name or name.endswith("block_sparse_moe.gate.weight")
         assert found[name].dtype == torch.float32
-        np.testing.assert_array_equal(found[name], exact if kept else exact.numpy().astype(np.float16).astype(np.float32), err_msg=name)
+        np.testing.assert_array_equal(
+            found[name], exact if kept else exact.numpy().astype(np.float16).astype(np.float32), err_msg=name
+        )
         changed |= set() if torch.equal(found[name], exact) else {name}
     assert (len(changed) > 0) is (dtype != torch.float16)
     assert (facts.quantized_expert_share, facts.quantized_bytes, facts.num_quantized_tensors) == (0.0, 0, 0)
@@ -101,13 +115,27 @@ def test_a_float16_twin_is_its_source_rounded_once_but_for_routers_and_norms(tmp
 @pytest.mark.parametrize(
     ("variant", "device", "name", "value"),
     [
-        ("float16", "cpu", "model.layers.1.block_sparse_moe.experts.2.w1.weight", 65520.0),  # what lies below it is rounded to 65504
+        # what lies below it is rounded to 65504
+        (
+            "float16",
+            "cpu",
+            "model.layers.1.block_sparse_moe.experts.2.w1.weight",
+            65520.0,
+        ),
         ("float16", "cuda", "model.layers.0.self_attn.q_proj.weight", -1e5),
-        ("int8", "cuda", "model.layers.1.block_sparse_moe.experts.2.w1.weight", 65520.0 * 128),  # a scale, the largest weight by 128
+        # a scale, the largest weight by 128
+        (
+            "int8",
+            "cuda",
+            "model.layers.1.block_sparse_moe.experts.2.w1.weight",
+            65520.0 * 128,
+        ),
         ("int4", "cuda", "model.layers.1.block_sparse_moe.experts.3.w2.weight", 1e30),
     ],
 )
-def test_a_weight_beyond_float16_is_refused_by_name(tmp_path: Path, variant: Variant, device: Device, name: str, value: float) -> None:
+def test_a_weight_beyond_float16_is_refused_by_name(
+    tmp_path: Path, variant: Variant, device: Device, name: str, value: float
+) -> None:
     source = make_mixture(tmp_path / "source")
     tensors = {key: tensor.clone() for key, tensor in load_file(source / "model.safetensors").items()}
     tensors[name][3, 5] = value
@@ -133,7 +161,9 @@ def test_the_largest_float16_and_a_huge_norm_are_taken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("variant", QUANTIZED)
-def test_scales_are_of_16_bits_and_for_cuda_of_float16_and_the_twin_is_made_of_them(tmp_path: Path, variant: Variant) -> None:
+def test_scales_are_of_16_bits_and_for_cuda_of_float16_and_the_twin_is_made_of_them(
+    tmp_path: Path, variant: Variant
+) -> None:
     source = make_mixture(tmp_path / "source")
     make_twin(source, tmp_path / "cpu", variant)
     make_twin(source, tmp_path / "cuda", variant, device="cuda")
@@ -143,7 +173,8 @@ def test_scales_are_of_16_bits_and_for_cuda_of_float16_and_the_twin_is_made_of_t
         assert (for_cpu[name].dtype, for_cuda[name].dtype) == (torch.bfloat16, torch.float16)
         torch.testing.assert_close(for_cuda[name].float(), for_cpu[name].float(), rtol=2**-8, atol=0)
         key = name.removesuffix(".scales")
-        # Integers are rounded to the rounded scale, so a weight is half a step away at most, and a step more where it was cut off.
+        # Integers are rounded to the rounded scale, so a weight is half a step away at most, and a step more where it
+        # was cut off.
         steps = for_cuda[name].float().abs().repeat_interleave(16, dim=1)[:, : original[key].shape[1]]
         assert ((twin[key] - original[key]).abs() <= 1.5 * steps + 1e-12).all()
     untouched = {name for name, tensor in original.items() if torch.equal(twin[name], tensor)}
@@ -168,9 +199,13 @@ def test_every_expert_is_quantized_and_routers_and_norms_are_not(tmp_path: Path,
 @ZERO_POINTS
 @pytest.mark.parametrize("block_size", [16, 32])
 @pytest.mark.parametrize("variant", QUANTIZED)
-def test_the_twin_holds_what_the_integers_stand_for(tmp_path: Path, variant: Variant, block_size: Any, zero_points: bool) -> None:
+def test_the_twin_holds_what_the_integers_stand_for(
+    tmp_path: Path, variant: Variant, block_size: Any, zero_points: bool
+) -> None:
     source = make_mixture(tmp_path / "source")
-    config = QuantizeConfig(method="search", block_size=block_size, attention_bits="variant", embedding_bits=8, zero_points=zero_points)
+    config = QuantizeConfig(
+        method="search", block_size=block_size, attention_bits="variant", embedding_bits=8, zero_points=zero_points
+    )
     make_twin(source, tmp_path / "twin", variant, config)
     expected, found = load_file(source / "model.safetensors"), load_file(tmp_path / "twin" / "model.safetensors")
     twin = Twin(tmp_path / "twin")
@@ -194,20 +229,31 @@ def test_transformers_alone_loads_the_twin(tmp_path: Path, mixture_checkpoint: P
     model, report = MixtralForCausalLM.from_pretrained(tmp_path / "twin", output_loading_info=True)
     assert not any(report.values())  # no missing, unexpected or mismatched key
     assert model.dtype == torch.float32
-    first_gate = load_file(tmp_path / "twin" / "model.safetensors")["model.layers.0.block_sparse_moe.experts.0.w1.weight"]
+    first_gate = load_file(tmp_path / "twin" / "model.safetensors")[
+        "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    ]
     assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj[0][: len(first_gate)], first_gate)
-    texts = [AutoTokenizer.from_pretrained(path)("def f(x): return x").input_ids for path in (mixture_checkpoint, tmp_path / "twin")]
+    texts = [
+        AutoTokenizer.from_pretrained(path)("def f(x): return x").input_ids
+        for path in (mixture_checkpoint, tmp_path / "twin")
+    ]
     assert texts[0] == texts[1]
 
 
 @ZERO_POINTS
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("variant", QUANTIZED)
-def test_the_bytes_of_the_integers_follow_from_the_shapes(tmp_path: Path, variant: Variant, block_size: Any, zero_points: bool) -> None:
+def test_the_bytes_of_the_integers_follow_from_the_shapes(
+    tmp_path: Path, variant: Variant, block_size: Any, zero_points: bool
+) -> None:
     source = make_mixture(tmp_path / "source")
     config = QuantizeConfig(
-        method="search", block_size=block_size, attention_bits="variant", embedding_bits="variant", zero_points=zero_points
-    )  # fmt: skip
+        method="search",
+        block_size=block_size,
+        attention_bits="variant",
+        embedding_bits="variant",
+        zero_points=zero_points,
+    )
     facts = make_twin(source, tmp_path / "twin", variant, config)
     bits = 8 if variant == "int8" else 4
     block_bytes = block_size * bits // 8 + 2  # codes and a scale of 16 bits
@@ -244,14 +290,24 @@ def test_estimated_bytes_are_the_bytes_written(
 ) -> None:
     # Weights dominate: 0.5 M of them, against a graph of some 30 kB when it is unrolled.
     source = make_mixture(
-        tmp_path / "source", hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, vocab_size=512,
-        max_position_embeddings=16, tie_word_embeddings=tied,
-    )  # fmt: skip
+        tmp_path / "source",
+        hidden_size=128,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=16,
+        tie_word_embeddings=tied,
+    )
     budget = 600_000 if variant == "mixed" else None
-    config = QuantizeConfig(method="search", block_size=32 if device == "cpu" else 64, budget=budget, zero_points=zero_points)
+    config = QuantizeConfig(
+        method="search", block_size=32 if device == "cpu" else 64, budget=budget, zero_points=zero_points
+    )
     make_twin(source, tmp_path / "twin", variant, config, device)
     (tmp_path / "package").mkdir()
-    facts = write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(device=device, lowering=lowering, activation_bits=8), silent)
+    facts = write_package(
+        tmp_path / "twin", tmp_path / "package", OnnxConfig(device=device, lowering=lowering, activation_bits=8), silent
+    )
     checkpoint = open_checkpoint(source)
     package, artifact = estimate_bytes(checkpoint.config, shapes_of(checkpoint), variant, config, device)
     weights = sum(data_bytes(path) for path in (tmp_path / "twin").glob("*.safetensors"))
@@ -260,7 +316,8 @@ def test_estimated_bytes_are_the_bytes_written(
         assert facts.package_bytes <= package == budget
         return
     twin = Twin(tmp_path / "twin")
-    assert artifact == weights + sum(twin.weight(name).read().codes.nbytes for name in twin.scheme["tensors"])  # while it is made
+    # while it is made
+    assert artifact == weights + sum(twin.weight(name).read().codes.nbytes for name in twin.scheme["tensors"])
     data = (tmp_path / "package" / "model.onnx.data").stat().st_size
     # Every tensor starts at a multiple of a page or so.
     assert package == pytest.approx(data, rel=0.03)
@@ -277,10 +334,21 @@ def test_every_expert_weight_is_an_integer_of_the_package_and_its_bytes_are_the_
 ) -> None:
     hidden, inner, vocabulary, layers, experts, block_size = 256, 384, 512, 2, 4, 32
     source = make_mixture(
-        tmp_path / "source", hidden_size=hidden, intermediate_size=inner, num_attention_heads=4, num_key_value_heads=2, vocab_size=vocabulary,
-        max_position_embeddings=16, tie_word_embeddings=True,
-    )  # fmt: skip
-    facts = make_twin(source, tmp_path / "twin", variant, QuantizeConfig(method="search", block_size=block_size, zero_points=zero_points))
+        tmp_path / "source",
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=vocabulary,
+        max_position_embeddings=16,
+        tie_word_embeddings=True,
+    )
+    facts = make_twin(
+        source,
+        tmp_path / "twin",
+        variant,
+        QuantizeConfig(method="search", block_size=block_size, zero_points=zero_points),
+    )
     (tmp_path / "package").mkdir()
     write_package(tmp_path / "twin", tmp_path / "package", OnnxConfig(lowering=lowering), silent)
     own = 8 if variant == "int8" else 4
@@ -298,10 +366,23 @@ def test_every_expert_weight_is_an_integer_of_the_package_and_its_bytes_are_the_
     assert facts.expert_bytes == stored(expert_elements, own)
     graph = onnx.load(tmp_path / "package" / "model.onnx", load_external_data=False).graph
     of_experts = {tensor.name: tensor for tensor in graph.initializer if ".moe." in tensor.name}
-    kinds = {"codes": onnx.TensorProto.UINT8, "scales": onnx.TensorProto.BFLOAT16, "zero_points": onnx.TensorProto.UINT8}
+    kinds = {
+        "codes": onnx.TensorProto.UINT8,
+        "scales": onnx.TensorProto.BFLOAT16,
+        "zero_points": onnx.TensorProto.UINT8,
+    }
     assert all(tensor.data_type == kinds[name.rpartition(".")[2]] for name, tensor in of_experts.items())
-    assert sum(math.prod(tensor.dims) for name, tensor in of_experts.items() if name.endswith(".codes")) == expert_elements * own // 8
-    assert sum(tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) >= hidden * inner for tensor in graph.initializer) == 0
+    assert (
+        sum(math.prod(tensor.dims) for name, tensor in of_experts.items() if name.endswith(".codes"))
+        == expert_elements * own // 8
+    )
+    assert (
+        sum(
+            tensor.data_type == onnx.TensorProto.FLOAT and math.prod(tensor.dims) >= hidden * inner
+            for tensor in graph.initializer
+        )
+        == 0
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -313,23 +394,32 @@ def test_every_expert_weight_is_an_integer_of_the_package_and_its_bytes_are_the_
         ("model.norm.weight", float("-inf")),
     ],
 )
-def test_a_tensor_that_is_not_finite_is_refused_by_name_and_nothing_is_written(tmp_path: Path, name: str, value: float, variant: Variant) -> None:
+def test_a_tensor_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, name: str, value: float, variant: Variant
+) -> None:
     source = make_mixture(tmp_path / "source")
     tensors = {key: tensor.clone() for key, tensor in load_file(source / "model.safetensors").items()}
     tensors[name].view(-1)[5] = value
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
-    message = f"{source / 'model.safetensors'}: tensor '{name}' holds 1 NaN or infinite values; the checkpoint is broken; use another"
+    message = (
+        f"{source / 'model.safetensors'}: tensor '{name}' holds 1 NaN or infinite values; the checkpoint is "
+        "broken; use another"
+    )
     for method in ("round", "search", "gptq"):
         twin = tmp_path / method
         twin.mkdir()
         with pytest.raises(UpcycleError, match=f"^{re.escape(message)}$"):
-            quantize_checkpoint(source, twin, variant, QuantizeConfig(method=method), silent, blocks=torch.ones(1, 8, dtype=torch.int64))
+            quantize_checkpoint(
+                source, twin, variant, QuantizeConfig(method=method), silent, blocks=torch.ones(1, 8, dtype=torch.int64)
+            )
         assert list(twin.iterdir()) == []
 
 
 @ZERO_POINTS
 @pytest.mark.parametrize("method", ["round", "search", "gptq"])
-def test_zero_matrices_and_equal_rows_stay_what_they_are_in_every_method(tmp_path: Path, method: Any, zero_points: bool) -> None:
+def test_zero_matrices_and_equal_rows_stay_what_they_are_in_every_method(
+    tmp_path: Path, method: Any, zero_points: bool
+) -> None:
     source = make_mixture(tmp_path / "source")
     tensors = {key: tensor.clone() for key, tensor in load_file(source / "model.safetensors").items()}
     prefix = "model.layers.0.block_sparse_moe.experts.0"
@@ -343,16 +433,26 @@ def test_zero_matrices_and_equal_rows_stay_what_they_are_in_every_method(tmp_pat
     assert facts.num_matrices_with_few_tokens == 0
     found = load_file(tmp_path / "twin" / "model.safetensors")
     assert (found[f"{prefix}.w1.weight"] == 0).all()
-    # A scale is rounded to the 8 bits of bfloat16; GPTQ also moves weights to make up for attention, which is quantized before them: 1.4e-4 here.
-    torch.testing.assert_close(found[f"{prefix}.w3.weight"], tensors[f"{prefix}.w3.weight"], rtol=2**-8 + 1e-3 * (method == "gptq"), atol=0)
+    # A scale is rounded to the 8 bits of bfloat16; GPTQ also moves weights to make up for attention, which is quantized
+    # before them: 1.4e-4 here.
+    torch.testing.assert_close(
+        found[f"{prefix}.w3.weight"], tensors[f"{prefix}.w3.weight"], rtol=2**-8 + 1e-3 * (method == "gptq"), atol=0
+    )
     assert all(torch.isfinite(tensor).all() for tensor in found.values())
 
 
 def test_a_tensor_that_the_family_does_not_know_is_refused(tmp_path: Path) -> None:
     source = make_mixture(tmp_path / "source")
     tensors = {name: tensor.clone() for name, tensor in load_file(source / "model.safetensors").items()}
-    save_file(tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(40)}, source / "model.safetensors", {"format": "pt"})
-    message = "tensor 'model.layers.0.self_attn.q_proj.bias' is not known to the mixtral family; it can be neither quantized nor exported"
+    save_file(
+        tensors | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(40)},
+        source / "model.safetensors",
+        {"format": "pt"},
+    )
+    message = (
+        "tensor 'model.layers.0.self_attn.q_proj.bias' is not known to the mixtral family; it can be neither "
+        "quantized nor exported"
+    )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         make_twin(source, tmp_path / "twin", "int8")
     assert list((tmp_path / "twin").iterdir()) == []
@@ -381,7 +481,14 @@ def test_every_tensor_has_one_class(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "model.norm", "model.layers.x.input_layernorm.weight", "model.layers.0.block_sparse_moe.experts.w1.weight", "x.lm_head.weight"]
+    "name",
+    [
+        "",
+        "model.norm",
+        "model.layers.x.input_layernorm.weight",
+        "model.layers.0.block_sparse_moe.experts.w1.weight",
+        "x.lm_head.weight",
+    ],
 )
 def test_names_that_only_look_alike_have_none(name: str) -> None:
     message = f"tensor '{name}' is not known to the mixtral family; it can be neither quantized nor exported"
@@ -408,12 +515,20 @@ def test_names_that_only_look_alike_have_none(name: str) -> None:
         ("int4", "cuda", 16, "variant", (4, 16, 4), 16),
     ],
 )
-def test_bits_of_every_class(variant: Variant, device: Device, attention: Any, embedding: Any, expected: tuple[int, int, int], floats: int) -> None:
+def test_bits_of_every_class(
+    variant: Variant, device: Device, attention: Any, embedding: Any, expected: tuple[int, int, int], floats: int
+) -> None:
     bits = class_bits(variant, QuantizeConfig(attention_bits=attention, embedding_bits=embedding), device)
     experts, attention_bits, table = expected
     assert bits == {
-        "experts": experts, "attention": attention_bits, "embedding": table, "head": table, "router": 32, "norm": 32, "bias": floats,
-    }  # fmt: skip
+        "experts": experts,
+        "attention": attention_bits,
+        "embedding": table,
+        "head": table,
+        "router": 32,
+        "norm": 32,
+        "bias": floats,
+    }
 
 
 @pytest.mark.parametrize(("head", "expected"), [("embedding", 8), ("variant", 4), (8, 8), (16, 32)])
@@ -427,14 +542,19 @@ def test_the_head_may_have_bits_of_its_own(head: Any, expected: int, tmp_path: P
 
 def test_a_head_that_is_the_embedding_has_no_bits_of_its_own(tmp_path: Path) -> None:
     source = make_mixture(tmp_path / "source", tie_word_embeddings=True)
-    with pytest.raises(ExportError, match=r"^quantize\.head_bits is 8, and this model's head is its embedding; leave it out; set embedding_bits$"):
+    with pytest.raises(
+        ExportError,
+        match=r"^quantize\.head_bits is 8, and this model's head is its embedding; leave it out; set embedding_bits$",
+    ):
         make_twin(source, tmp_path / "twin", "int4", QuantizeConfig(method="search", head_bits=8))
 
 
 @ZERO_POINTS
 def test_the_scheme_beside_the_twin_says_what_was_done(tmp_path: Path, zero_points: bool) -> None:
     source = make_mixture(tmp_path / "source")
-    facts = make_twin(source, tmp_path / "twin", "int4", QuantizeConfig(method="search", block_size=16, zero_points=zero_points))
+    facts = make_twin(
+        source, tmp_path / "twin", "int4", QuantizeConfig(method="search", block_size=16, zero_points=zero_points)
+    )
     scheme = json.loads((tmp_path / "twin" / "quantization.json").read_text())
     assert scheme["variant"] == "int4"
     assert scheme["bits"] == facts.bits
@@ -465,7 +585,11 @@ def test_progress_counts_to_the_end_of_every_pass(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     quantize_checkpoint(source, tmp_path / "twin", "int8", WIDE, lambda *step: seen.append(step))
     count = len(open_checkpoint(source).entries)
-    num_integers = sum(bits < 32 for bits in json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())["tensors"].values())
+    num_integers = sum(
+        bits < 32 for bits in json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())["tensors"].values()
+    )
     expected = [("quantizing", n, num_integers) for n in range(1, num_integers + 1)]
-    checked, written = ([(what, n, count) for n in range(1, count + 1)] for what in ("checking weights", "writing the twin"))
+    checked, written = (
+        [(what, n, count) for n in range(1, count + 1)] for what in ("checking weights", "writing the twin")
+    )
     assert seen == checked + expected + written

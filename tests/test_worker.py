@@ -12,10 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from dense2moe.convert.artifact import ArtifactError, lock
+from dense2moe.convert.worker import run_apart
 from worker_jobs import double, fail, take
-
-from convert.artifact import ArtifactError, lock
-from convert.worker import run_apart
 
 
 @pytest.fixture
@@ -54,7 +53,8 @@ def test_an_error_that_cannot_be_sent_is_told_in_words(held: int) -> None:
 
 def test_a_process_that_the_kernel_killed_is_one_line(held: int) -> None:
     with pytest.raises(
-        ArtifactError, match=r"^onnx-int8: its process was ended by SIGKILL; where that was for want of memory, .*goes on from there$"
+        ArtifactError,
+        match=r"^onnx-int8: its process was ended by SIGKILL; where that was for want of memory, .*goes on from there$",
     ):
         run_apart(fail, "killed", "onnx-int8", held, lambda *_: None)
 
@@ -64,24 +64,35 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 from worker_jobs import wait
-from convert.artifact import lock
-from convert.termination import termination_raised
-from convert.worker import run_apart
+from dense2moe.convert.artifact import lock
+from dense2moe.convert.termination import termination_raised
+from dense2moe.convert.worker import run_apart
 if __name__ == "__main__":
     with lock(Path({work!r})) as held, termination_raised():
         run_apart(wait, {marker!r}, "data", held, lambda *_: None)
 """
 
 
-UNIGNORED = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, [sys.executable, sys.argv[1]])"
+UNIGNORED = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, "
+    "[sys.executable, sys.argv[1]])"
+)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Path, how: signal.Signals) -> None:
     script, marker, work = tmp_path / "parent.py", tmp_path / "marker", tmp_path / "work"
     root = Path(__file__).parent.parent
-    script.write_text(PARENT.format(tests=str(root / "tests"), root=str(root), work=str(work), marker=str(marker)), encoding="utf-8")
-    command = [sys.executable, "-c", UNIGNORED, str(script)]  # whoever began these tests in the background had SIGINT ignored by all below it
+    script.write_text(
+        PARENT.format(tests=str(root / "tests"), root=str(root), work=str(work), marker=str(marker)), encoding="utf-8"
+    )
+    # whoever began these tests in the background had SIGINT ignored by all below it
+    command = [
+        sys.executable,
+        "-c",
+        UNIGNORED,
+        str(script),
+    ]
     parent = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     deadline = time.monotonic() + 300
     while not (marker.exists() and marker.read_text(encoding="utf-8")):
@@ -98,7 +109,9 @@ def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Pa
         pass
     stage.wait(10)
     assert not stage.is_running()
-    last = {signal.SIGINT: b"KeyboardInterrupt", signal.SIGTERM: b"convert.termination.Terminated"}.get(how, b"")
+    last = {signal.SIGINT: b"KeyboardInterrupt", signal.SIGTERM: b"dense2moe.convert.termination.Terminated"}.get(
+        how, b""
+    )
     assert said.splitlines()[-1:] == ([last] if last else []), said  # the server and the stage say nothing
     assert said.count(b"Traceback") == bool(last)
 
@@ -106,8 +119,8 @@ def test_when_the_run_ends_its_stage_does_and_then_the_lock_is_free(tmp_path: Pa
 CUT_OFF = """
 import multiprocessing.forkserver, os, socket, sys
 sys.path.insert(0, {root!r})
-from convert import worker
-worker._PRELOADED = ["convert.stage_server"]
+from dense2moe.convert import worker
+worker._PRELOADED = ["dense2moe.convert.stage_server"]
 if __name__ == "__main__":
     worker.start_server()
     server = multiprocessing.forkserver._forkserver

@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 
 import torch
+from dense2moe.upcycle.config import FinetuneConfig
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.fine_tuning import finetune
+from dense2moe.upcycle.training.processes import leave_processes
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-from upcycle.config import FinetuneConfig
-from upcycle.processes import leave_processes
-from upcycle.progress import Progress
-from upcycle.training import finetune
 
 KILLED = 9
 """The exit code of a process that `train` ended where it was told to."""
@@ -54,12 +53,21 @@ def wait(marker: str, progress: Progress) -> None:
     time.sleep(600)
 
 
-def train(dense: Path, mixture: Path, data: Path, output: Path, scratch: Path, settings: str, killed_at: int | None = None) -> None:
-    """Fine-tune as one process of a group; `scratch` is told what of the model and of the optimizer's state this process has, and that it is done."""
+def train(
+    dense: Path, mixture: Path, data: Path, output: Path, scratch: Path, settings: str, killed_at: int | None = None
+) -> None:
+    """Fine-tune as one process of a group.
+
+    `scratch` is told what of the model and of the optimizer's state this process has, and that it is done.
+    """
 
     def measure(optimizer: torch.optim.Optimizer, *_: object) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        kept = [parameters, [p.grad for p in parameters], *([optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq"))]
+        kept = [
+            parameters,
+            [p.grad for p in parameters],
+            *([optimizer.state[p][name] for p in parameters] for name in ("exp_avg", "exp_avg_sq")),
+        ]
         counts = [sum(getattr(t, "_local_tensor", t).numel() for t in tensors) for tensors in kept]
         (scratch / f"counts-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(counts), encoding="utf-8")
 

@@ -1,9 +1,10 @@
 """Folders kept for resuming: forced to disk, sealed by checksums, thrown away where damaged.
 
-A long computation keeps what it has finished in folders below one scratch directory. Each is written, then sealed by `keep`: its files are forced to
-disk, and a record of their sizes and checksums comes last. Before a computation is resumed, `discard_damage` throws away every folder that is not as
-its record says, whoever wrote it, and everything that has no record. So a computation only ever meets folders that are whole, whenever the power
-went, and begins again what is missing.
+A long computation keeps what it has finished in folders below one scratch directory. Each is written, then sealed by
+`keep`: its files are forced to disk, and a record of their sizes and checksums comes last. Before a computation is
+resumed, `discard_damage` throws away every folder that is not as its record says, whoever wrote it, and everything that
+has no record. So a computation only ever meets folders that are whole, whenever the power went, and begins again what
+is missing.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from upcycle.errors import describe_error
-from upcycle.progress import Progress
+from dense2moe.upcycle.errors import describe_error
+from dense2moe.upcycle.progress import Progress
 
 RECORD_NAME = "kept.json"
 _CHUNK_BYTES = 1 << 20
@@ -48,14 +49,19 @@ def make(folder: Path) -> None:
 
 
 def keep(folder: Path, facts: Any = None) -> None:
-    """Seal a folder, which may be empty, with facts for JSON: after that it outlives a power cut, and damage to it is noticed.
+    """Seal a folder, which may be empty, with facts for JSON.
+
+    After that it outlives a power cut, and damage to it is noticed.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     make(folder)
     sync_tree(folder)
-    files = {path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path, lambda _: None)] for path in _walk(folder)}
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _checksum(path, lambda _: None)]
+        for path in _walk(folder)
+    }
     content = {"facts": facts, "files": files}
     fresh = folder / f"{RECORD_NAME}.partial"
     fresh.write_text(json.dumps({**content, "checksum": _checksum_json(content)}), encoding="utf-8")
@@ -90,7 +96,9 @@ def discard(path: Path) -> None:
 
 
 def discard_damage(scratch: Path, progress: Progress) -> list[str]:
-    """Delete all below `scratch` that is not sealed, and what is not as it was sealed; returns a line for each folder of the latter.
+    """Delete all below `scratch` that is not sealed, and what is not as it was sealed.
+
+    Returns a line for each folder of the latter.
 
     Raises:
         OSError: something cannot be listed or deleted.
@@ -99,7 +107,10 @@ def discard_damage(scratch: Path, progress: Progress) -> list[str]:
         discard(scratch)
         return []
     folders = list(_find_kept(scratch))
-    total_bytes, done_bytes = sum(path.stat(follow_symlinks=False).st_size for folder in folders for path in _walk(folder)), 0
+    total_bytes, done_bytes = (
+        sum(path.stat(follow_symlinks=False).st_size for folder in folders for path in _walk(folder)),
+        0,
+    )
 
     def advance(num_bytes: int) -> None:
         nonlocal done_bytes
@@ -142,7 +153,11 @@ def _find_damage(folder: Path, advance: Callable[[int], None]) -> str | None:
         return f"{name!r} is {'extra' if name in found else 'missing'}"
     for name, (size, checksum) in content["files"].items():
         try:
-            damaged = found[name].is_symlink() or found[name].stat().st_size != size or _checksum(found[name], advance) != checksum
+            damaged = (
+                found[name].is_symlink()
+                or found[name].stat().st_size != size
+                or _checksum(found[name], advance) != checksum
+            )
         except OSError as error:
             return f"{name!r} cannot be read ({describe_error(error)})"
         if damaged:
@@ -153,7 +168,9 @@ def _find_damage(folder: Path, advance: Callable[[int], None]) -> str | None:
 def _walk(folder: Path) -> Iterator[Path]:
     """All in a folder that is no directory, without its record."""
     for parent, _, names in os.walk(folder):
-        yield from (Path(parent) / name for name in sorted(names) if name not in (RECORD_NAME, f"{RECORD_NAME}.partial"))
+        yield from (
+            Path(parent) / name for name in sorted(names) if name not in (RECORD_NAME, f"{RECORD_NAME}.partial")
+        )
 
 
 def sync_tree(folder: Path) -> None:
@@ -184,8 +201,8 @@ def sync(path: Path) -> None:
 def _checksum(path: Path, advance: Callable[[int], None]) -> int:
     """CRC-32 of a file.
 
-    It is to find what a power cut or a bad disk did, not a forgery, and takes a third of SHA-256's time: checkpoints with an optimizer's state have
-    gigabytes.
+    It is to find what a power cut or a bad disk did, not a forgery, and takes a third of SHA-256's time: checkpoints
+    with an optimizer's state have gigabytes.
     """
     found = 0
     with path.open("rb") as file:

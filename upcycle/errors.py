@@ -17,13 +17,36 @@ class UpcycleError(MendableError):
     """A mistake in what the user gave."""
 
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "bad allocation", "bad_alloc", "Failed to allocate memory", "unable to mmap")
-"""How torch (CUDA's and the CPU's allocator) and onnxruntime say that memory ran out; none has a type of its own for all of it."""
+_NO_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "bad allocation",
+    "bad_alloc",
+    "Failed to allocate memory",
+    "unable to mmap",
+)
+"""How torch (CUDA's and the CPU's allocator) and onnxruntime say that memory ran out.
+
+None has a type of its own for all of it.
+"""
 _MOST_LETTERS = 300
 _REFUSALS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE, errno.ENFILE,
-    errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ESTALE,
-)  # fmt: skip
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.ESTALE,
+)
 """What the file system refuses."""
 _STATES = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY)
 """What programs also ask for and handle, so that it says nothing where it is only the context of another error."""
@@ -32,15 +55,18 @@ _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_containe
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, and nobody has said so yet in words of ours."""
-    return isinstance(error, MemoryError) or (not isinstance(error, MendableError) and any(words in str(error) for words in _NO_MEMORY))
+    return isinstance(error, MemoryError) or (
+        not isinstance(error, MendableError) and any(words in str(error) for words in _NO_MEMORY)
+    )
 
 
 @contextmanager
 def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] = UpcycleError) -> Iterator[None]:
-    """For the length of a `with`, which holds calls of other libraries alone: what they raise about the file `path` is one line.
+    """For the length of a `with`, which holds calls of other libraries alone.
 
-    The line says the path, `what` is wrong with it, the library's own words, and how to `mend` it. Panics of libraries written in Rust are
-    `BaseException`s and told alike; an interrupt, and running out of memory, stay what they are.
+    What they raise about the file `path` is one line. The line says the path, `what` is wrong with it, the library's
+    own words, and how to `mend` it. Panics of libraries written in Rust are `BaseException`s and told alike; an
+    interrupt, and running out of memory, stay what they are.
 
     Raises:
         MendableError: of this `kind`.
@@ -56,8 +82,9 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind an exception of any library: an `OSError`, or one made of its number or words where only these are left.
+    """The system's refusal behind an exception of any library.
 
+    An `OSError`, or one made of its number or words where only these are left.
     Libraries written in Rust quote the number; torch, where it opens the file itself, only says that it cannot write.
     """
     numbers: tuple[int, ...] = (*_REFUSALS, *_STATES)
@@ -77,7 +104,10 @@ def find_os_error(error: BaseException | None) -> OSError | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error of another library in a few words of one line: what the file system says, or its kind and its own text."""
+    """An error of another library in a few words of one line.
+
+    What the file system says, or its kind and its own text.
+    """
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno)
     return f"{type(error).__name__}: {shorten(error)}".removesuffix(": ")
@@ -85,4 +115,6 @@ def describe_error(error: BaseException) -> str:
 
 def shorten(text: object) -> str:
     """A text of somebody else for a line of ours: in one line, without control characters, not too long."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))[:_MOST_LETTERS]
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))[
+        :_MOST_LETTERS
+    ]

@@ -1,7 +1,8 @@
 """The most memory that the stages of this floor have resident, from shapes and settings alone.
 
-What is counted: weights as they are held; of what learns, gradients and AdamW's two moments in float32; inner values that the backward pass needs;
-logits, the largest of them; what is free in the heap; and what imports take. Constants are measured, by `benchmarks/memory.py`.
+What is counted: weights as they are held; of what learns, gradients and AdamW's two moments in float32; inner values
+that the backward pass needs; logits, the largest of them; what is free in the heap; and what imports take. Constants
+are measured, by `benchmarks/memory.py`.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from upcycle.checkpoint import Checkpoint
-from upcycle.config import DataConfig, FinetuneConfig
-from upcycle.mapping import UpcyclePlan
-from upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.config import DataConfig, FinetuneConfig
+from dense2moe.upcycle.memory import HEAP_BYTES
 
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""
@@ -25,7 +26,7 @@ _EVALUATION_BLOCKS, _GRADIENT_BLOCKS, _RECEIPT_ROWS = 8, 2, 3
 _EXPERT_PARTS = (".experts.", ".block_sparse_moe.", ".shared_expert", ".shared_mlp.")
 _KEPT_BYTES = 1 << 30  # of inner values at most; where they are more, layers are computed twice
 _TOKENIZER_BYTES = 50_000_000
-_CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `upcycle.products`
+_CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `dense2moe.upcycle.checkpoints.products`
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,19 @@ class _Shape:
         c = getattr(config, "decoder", config)
         heads = c.num_attention_heads
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
-        return cls(c.hidden_size, head_dim * (heads + 2 * c.num_key_value_heads), width, c.vocab_size, c.num_hidden_layers, copies)
+        return cls(
+            c.hidden_size,
+            head_dim * (heads + 2 * c.num_key_value_heads),
+            width,
+            c.vocab_size,
+            c.num_hidden_layers,
+            copies,
+        )
 
     def kept(self, num_tokens: int, learns: bool) -> int:
-        """Bytes of a layer's inner values that wait for the backward pass: norms and residuals, attention, routed rows, and an FFN's first product.
+        """Bytes of a layer's inner values that wait for the backward pass.
 
+        Norms and residuals, attention, routed rows, and an FFN's first product.
         A frozen expert keeps only what it reads.
         """
         outside = 9 * self.hidden + 3 * self.attention + 4 * self.copies * self.hidden
@@ -73,7 +82,10 @@ def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
 
 
 def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
-    """Of both models compared layer by layer: the largest layer of each, or the head of each, three times over while it is loaded."""
+    """Of both models compared layer by layer.
+
+    The largest layer of each, or the head of each, three times over while it is loaded.
+    """
     layers: dict[int, int] = {}
     for write in plan.writes:
         layers[layer_of(write.spec.name)] = layers.get(layer_of(write.spec.name), 0) + math.prod(write.spec.shape)
@@ -82,18 +94,26 @@ def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
 
 
 def data_bytes(text_bytes: int) -> int:
-    """Of text that is streamed: the tokenizer's work on pieces of it, and 2 bytes a character that is kept, by `benchmarks/data.py`."""
+    """Of text that is streamed.
+
+    The tokenizer's work on pieces of it, and 2 bytes a character that is kept, by `benchmarks/data.py`.
+    """
     return IMPORT_BYTES + _TOKENIZER_BYTES + 2 * text_bytes
 
 
 def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> int:
-    """The most of everything that fine-tuning does one after the other: looks at both models, training each, evaluating each."""
+    """The most of everything that fine-tuning does one after the other.
+
+    Looks at both models, training each, evaluating each.
+    """
     return max(_phases(plan, dense, finetune, data))
 
 
 def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> Iterator[int]:
     config = plan.target_config
-    mixture = _Shape.of(config, int(getattr(config, plan.conversion.target.width_field)), plan.settings.num_experts_per_tok)
+    mixture = _Shape.of(
+        config, int(getattr(config, plan.conversion.target.width_field)), plan.settings.num_experts_per_tok
+    )
     own = _Shape.of(dense.config, int(getattr(dense.config, "intermediate_size", config.intermediate_size)), 1)
     sizes = {write.spec.name: math.prod(write.spec.shape) for write in plan.writes}
     dense_sizes = {name: entry.num_elements for name, entry in dense.entries.items() if name not in plan.dropped}
@@ -102,7 +122,9 @@ def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data
     written = _FLOAT if wide else stored
     teacher = 0
     if finetune.distillation:
-        teacher = dense.num_bytes + own.logits(finetune.batch_size // finetune.gradient_accumulation_steps, data.block_size, gradient=True)
+        teacher = dense.num_bytes + own.logits(
+            finetune.batch_size // finetune.gradient_accumulation_steps, data.block_size, gradient=True
+        )
     yield _gradient_bytes(mixture, plan.num_bytes, max(sizes.values()), data.block_size)
     for name_sizes, shape, bytes_now in ((sizes, mixture, plan.num_bytes), (dense_sizes, own, dense.num_bytes)):
         yield _evaluation_bytes(shape, bytes_now, data.block_size)
@@ -115,21 +137,38 @@ def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data
 
 
 def _gradient_bytes(shape: _Shape, weight_bytes: int, largest: int, block_size: int) -> int:
-    """Of the routers' task gradient: the weights, one layer's inner values, logits, and the largest weight's cast and gradient."""
+    """Of the routers' task gradient.
+
+    The weights, one layer's inner values, logits, and the largest weight's cast and gradient.
+    """
     num_tokens = _GRADIENT_BLOCKS * block_size
     layers = _FLOAT * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     layer_casts = 6 * _FLOAT * shape.hidden * shape.inner
-    return IMPORT_BYTES + weight_bytes + layers + shape.logits(_GRADIENT_BLOCKS, block_size, gradient=True) + 3 * _FLOAT * largest + layer_casts
+    return (
+        IMPORT_BYTES
+        + weight_bytes
+        + layers
+        + shape.logits(_GRADIENT_BLOCKS, block_size, gradient=True)
+        + 3 * _FLOAT * largest
+        + layer_casts
+    )
 
 
 def _evaluation_bytes(shape: _Shape, weight_bytes: int, block_size: int) -> int:
     """Of a checkpoint that is measured: its weights, and logits of several blocks."""
-    running = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size) + _CAST_BYTES
+    running = (
+        shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False)
+        + shape.passing(_EVALUATION_BLOCKS * block_size)
+        + _CAST_BYTES
+    )
     return IMPORT_BYTES + weight_bytes + running + HEAP_BYTES
 
 
 def keeps_much(config: Any, num_tokens: int) -> bool:
-    """Whether the inner values of all layers, of a mixture or a dense model, for so many tokens at once are more than layers should keep."""
+    """Whether the inner values of all layers.
+
+    Of a mixture or a dense model, for so many tokens at once are more than layers should keep.
+    """
     c = getattr(config, "decoder", config)
     width = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
     shape = _Shape.of(config, int(width), int(getattr(c, "num_experts_per_tok", 1)))
@@ -140,8 +179,13 @@ def _keeps_much(shape: _Shape, num_tokens: int) -> bool:
     return shape.num_layers * shape.kept(num_tokens, learns=True) > _KEPT_BYTES
 
 
-def _training_bytes(shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig, frozen_bytes: int, block_size: int, num_layers: int) -> int:
-    """Of one stage: before the backward pass all inner values, after it all gradients; or a look at the validation split without either."""
+def _training_bytes(
+    shape: _Shape, sizes: dict[str, int], stage: FinetuneConfig, frozen_bytes: int, block_size: int, num_layers: int
+) -> int:
+    """Of one stage: before the backward pass all inner values, after it all gradients.
+
+    Or a look at the validation split without either.
+    """
     total, learning = sum(sizes.values()), count_learning(sizes, stage, num_layers)
     num_blocks = stage.batch_size // stage.gradient_accumulation_steps
     num_tokens = num_blocks * (block_size + (stage.prompt_tokens if stage.train == "prompt" else 0))
@@ -173,7 +217,11 @@ def count_learning(sizes: dict[str, int], stage: FinetuneConfig, num_layers: int
             return 0
         case last:
             first = num_layers - int(last.removeprefix("last-"))
-            return sum(size for name, size in sizes.items() if layer_of(name) >= first or (layer_of(name) < 0 and "embed" not in name))
+            return sum(
+                size
+                for name, size in sizes.items()
+                if layer_of(name) >= first or (layer_of(name) < 0 and "embed" not in name)
+            )
 
 
 def _is_router(name: str) -> bool:

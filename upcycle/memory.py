@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# oneDNN, which multiplies in bfloat16, keeps the code of each product that it has compiled, by its sizes. By default it keeps 1,024, most of which
-# are never asked for again where experts have another number of tokens every time: 0.3 GB for a model of 135 M. It is read at the first product.
+# oneDNN, which multiplies in bfloat16, keeps the code of each product that it has compiled, by its sizes. By default it
+# keeps 1,024, most of which are never asked for again where experts have another number of tokens every time: 0.3 GB
+# for a model of 135 M. It is read at the first product.
 if "DNNL_PRIMITIVE_CACHE_CAPACITY" not in os.environ:  # its older name
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
@@ -30,8 +31,9 @@ class _Least:
 
 
 def release_memory() -> None:
-    """Free objects that only hold each other, as models of transformers and trainers do, and give what the heap has free back to the system.
+    """Free objects that only hold each other, as models of transformers and trainers do.
 
+    And give what the heap has free back to the system.
     The heap keeps blocks of up to 32 MB that are freed (glibc), of which gradients and optimizers leave gigabytes.
     """
     gc.collect()
@@ -39,19 +41,25 @@ def release_memory() -> None:
 
 
 def release_growth() -> None:
-    """`release_memory`, if the process has grown by `HEAP_BYTES`: with all that torch and transformers import, a collection takes half a second."""
+    """`release_memory`, if the process has grown by `HEAP_BYTES`.
+
+    With all that torch and transformers import, a collection takes half a second.
+    """
     if _has_grown():
         release_memory()
 
 
 @contextmanager
 def small_heap(model: nn.Module) -> Iterator[None]:
-    """For the length of a `with`: between two layers of a model the heap is given back wherever what is resident has grown by much.
+    """For the length of a `with`.
 
-    How many tokens an expert gets, and so how large its tensors are, is another number each time: what one leaves free in the heap does not fit the
-    next, and in a step the heap grows to several times what is in use. To give it back takes as long as to fill its pages once more.
+    Between two layers of a model the heap is given back wherever what is resident has grown by much. How many tokens an
+    expert gets, and so how large its tensors are, is another number each time: what one leaves free in the heap does
+    not fit the next, and in a step the heap grows to several times what is in use. To give it back takes as long as to
+    fill its pages once more.
     """
-    # The hook is on a product in each layer: hooks of a layer are not called where its backward pass computes it once more.
+    # The hook is on a product in each layer: hooks of a layer are not called where its backward pass computes it once
+    # more.
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     products = (next((part for part in layer.modules() if isinstance(part, nn.Linear)), layer) for layer in layers)
     handles = [product.register_forward_pre_hook(lambda *_: give_heap_back()) for product in products]
@@ -69,7 +77,10 @@ def give_heap_back() -> None:
 
 
 def _has_grown() -> bool:
-    """Whether more is resident by `HEAP_BYTES` than there was at least since the heap was last given back; or the system does not tell."""
+    """Whether more is resident by `HEAP_BYTES` than there was at least since the heap was last given back.
+
+    Or the system does not tell.
+    """
     if (resident := _find_resident()) is None:
         return True
     _Least.bytes = min(_Least.bytes, now := resident())

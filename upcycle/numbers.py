@@ -1,7 +1,7 @@
 """Numbers that are not finite: perplexities beyond float64, and JSON.
 
-A loss, a divergence or an error of a broken model is NaN or infinite, and saying so is the job of every record; it must neither end a run nor become
-a token that JSON does not have.
+A loss, a divergence or an error of a broken model is NaN or infinite, and saying so is the job of every record; it must
+neither end a run nor become a token that JSON does not have.
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ def perplexity(loss: float) -> float:
 
 
 def name_special(value: float) -> str | None:
-    """The name of NaN or an infinity, as Python's own JSON writes it: "NaN", "Infinity", "-Infinity"; None of a finite number."""
+    """The name of NaN or an infinity, as Python's own JSON writes it.
+
+    "NaN", "Infinity", "-Infinity"; None of a finite number.
+    """
     return None if math.isfinite(value) else "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def name_specials(value: Any) -> Any:
-    """The same value of lists, dicts and scalars, each float that is not finite as its name, so that it is strict JSON; tuples become lists."""
+    """The same value of lists, dicts and scalars, each float that is not finite as its name, so that it is strict JSON.
+
+    Tuples become lists.
+    """
     match value:
         case dict():
             return {key: name_specials(item) for key, item in value.items()}

@@ -8,13 +8,12 @@ from typing import Literal
 
 import onnx_ir as ir
 import onnxruntime as ort
+from dense2moe.export.errors import ExportError
+from dense2moe.export.gates.top_k import add_logits
+from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.lowering import grouped, moe, qmoe, switched, unrolled
+from dense2moe.export.lowering.layer import Expert, MoeInput, MoeLayer
 from packaging.version import Version
-
-from export.errors import ExportError
-from export.graph import GraphWriter
-from export.lowering import grouped, moe, qmoe, switched, unrolled
-from export.lowering.layer import Expert, MoeInput, MoeLayer
-from export.lowering.top_k import add_logits
 
 __all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_common_lowerings", "find_lowerings"]
 
@@ -27,8 +26,9 @@ LoweringWish = Literal["auto", "fused", "grouped", "unrolled", "switched"]
 class Lowering:
     """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly.
 
-    `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32. `lower_chosen` takes tokens
-    [T, H] and, for each, weights and numbers [T, k] of the experts that it visits: any routing at all.
+    `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32.
+    `lower_chosen` takes tokens [T, H] and, for each, weights and numbers [T, k] of the experts that it visits: any
+    routing at all.
     """
 
     name: str
@@ -41,9 +41,13 @@ class Lowering:
 def _of_logits(lower: LowerLogits) -> LowerChosen:
     """A lowering of chosen experts and their weights, by one that does softmax and top-k itself."""
 
-    def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+    def lower_chosen(
+        graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+    ) -> ir.Value:
         logits, total_T1 = add_logits(graph, layer.routing.num_experts, weights, chosen, layer.name)
-        return graph.op("Mul", [lower(graph, layer, MoeInput(tokens, tokens, logits)), total_T1], f"{layer.name}.output_weighted")
+        return graph.op(
+            "Mul", [lower(graph, layer, MoeInput(tokens, tokens, logits)), total_T1], f"{layer.name}.output_weighted"
+        )
 
     return lower_chosen
 
@@ -54,7 +58,9 @@ GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, group
 UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower, unrolled.lower_chosen)
 
 
-def _switch_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+def _switch_chosen(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
     def write(lowering: Lowering) -> Callable[[GraphWriter, MoeLayer], ir.Value]:
         return lambda branch, own: lowering.lower_chosen(branch, own, tokens, weights, chosen)
 
@@ -67,8 +73,9 @@ SWITCHED = Lowering(switched.NAME, switched.min_onnxruntime, switched.refusal, s
 def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:
     """The lowerings that fit the wish and can express the layer.
 
-    Where the wish is `switched`, that is `grouped` for experts that are no integers. Where it is `auto`, those are all that onnxruntime `runtime`
-    computes rightly, in one form each: they are to be timed on it. A lowering asked for by its name may need a newer one, and its file says so.
+    Where the wish is `switched`, that is `grouped` for experts that are no integers. Where it is `auto`, those are all
+    that onnxruntime `runtime` computes rightly, in one form each: they are to be timed on it. A lowering asked for by
+    its name may need a newer one, and its file says so.
 
     Raises:
         ExportError: none can.
@@ -77,7 +84,13 @@ def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__ver
     every = (fused, GROUPED, UNROLLED)
     by_length = SWITCHED if layer.quantized and not layer.static else GROUPED
     known = tuple(lowering for lowering in every if Version(lowering.min_onnxruntime(layer)) <= Version(runtime))
-    wished = {"auto": known, "fused": (fused,), "grouped": (GROUPED,), "unrolled": (UNROLLED,), "switched": (by_length,)}[wish]
+    wished = {
+        "auto": known,
+        "fused": (fused,),
+        "grouped": (GROUPED,),
+        "unrolled": (UNROLLED,),
+        "switched": (by_length,),
+    }[wish]
     found = tuple(lowering for lowering in wished if lowering.refusal(layer) is None)
     if found:
         return found
@@ -86,7 +99,9 @@ def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__ver
     raise ExportError(f"export.lowering '{wish}' cannot express {layer.name} ({reasons}); {remedy}")
 
 
-def find_common_lowerings(layers: Sequence[MoeLayer], wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:
+def find_common_lowerings(
+    layers: Sequence[MoeLayer], wish: LoweringWish, runtime: str = ort.__version__
+) -> tuple[Lowering, ...]:
     """The lowerings that fit the wish and can express all of these layers, one or more; see `find_lowerings`.
 
     Raises:
@@ -95,5 +110,7 @@ def find_common_lowerings(layers: Sequence[MoeLayer], wish: LoweringWish, runtim
     first, *others = [find_lowerings(layer, wish, runtime) for layer in layers]
     common = tuple(lowering for lowering in first if all(lowering in found for found in others))
     if not common:
-        raise ExportError(f"export.lowering '{wish}' cannot express layers with quantized experts beside layers without; use 'auto'")
+        raise ExportError(
+            f"export.lowering '{wish}' cannot express layers with quantized experts beside layers without; use 'auto'"
+        )
     return common

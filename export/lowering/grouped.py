@@ -1,24 +1,26 @@
 """Tokens sorted by expert, and two products an expert: standard operators, any width, any provider.
 
-1. Every pair of a token and one of its k experts is a row; rows are sorted by expert (`TopK` breaks ties by the lower index, so it sorts stably).
-2. The sorted rows are split at the experts' counts, and each expert multiplies its own piece; an expert without tokens multiplies an empty matrix.
+1. Every pair of a token and one of its k experts is a row; rows are sorted by expert (`TopK` breaks ties by the lower
+   index, so it sorts stably).
+2. The sorted rows are split at the experts' counts, and each expert multiplies its own piece; an expert without tokens
+   multiplies an empty matrix.
 3. The gate works on all rows at once.
 4. Rows go back to their tokens by the inverse of the sort, and each token sums its k rows by weight.
 
-All that depends on the number of experts are the two products of each: 2 E + 21 nodes a layer, where `unrolled` has 12 E + 5. A decode step
-pays for nodes. A prefill pays for the copies that splitting and joining make, a few percent of the products.
+All that depends on the number of experts are the two products of each: 2 E + 21 nodes a layer, where `unrolled` has 12
+E + 5. A decode step pays for nodes. A prefill pays for the copies that splitting and joining make, a few percent of the
+products.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-
-from export.gating import add_gate
-from export.graph import GraphWriter, int64
-from export.linear import add_linear, oldest_onnxruntime
-from export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
-from export.lowering.top_k import add_top_k
+from dense2moe.export.gates.top_k import add_top_k
+from dense2moe.export.graph.ffn_gate import add_gate
+from dense2moe.export.graph.linear import add_linear, oldest_onnxruntime
+from dense2moe.export.graph.writer import GraphWriter, int64
+from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 
 NAME = "grouped"
 
@@ -29,27 +31,41 @@ def refusal(_: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly, which its products decide; no tokens at all need 1.31, for `TopK`."""
+    """The oldest onnxruntime that computes the layer rightly, which its products decide.
+
+    No tokens at all need 1.31, for `TopK`.
+    """
     return oldest_onnxruntime(layer.experts[0].gate)
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
-    return add_hidden_shape(graph, _sum_by_token(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)), x.hidden, f"{layer.name}.output")
+    return add_hidden_shape(
+        graph,
+        _sum_by_token(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)),
+        x.hidden,
+        f"{layer.name}.output",
+    )
 
 
-def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+def lower_chosen(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
     """The same for tokens [T, H] and experts that are chosen, with their weights [T, k]; returns [T, H]."""
     return add_hidden_shape(graph, _sum_by_token(graph, layer, tokens, weights, chosen), tokens, f"{layer.name}.output")
 
 
-def _sum_by_token(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+def _sum_by_token(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
     """The layer's output [T, 1, H] for tokens [T, H] that visit experts [T, k] with weights [T, k]; rows R = T * k."""
     name = layer.name
     k, num_experts = layer.routing.num_experts_per_tok, layer.routing.num_experts
     expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
-    _, order_R = graph.op_multi("TopK", [expert_R, num_rows], [f"{name}.sorted_experts", f"{name}.order"], {"axis": 0, "largest": 0})
+    _, order_R = graph.op_multi(
+        "TopK", [expert_R, num_rows], [f"{name}.sorted_experts", f"{name}.order"], {"axis": 0, "largest": 0}
+    )
     depth, bounds = graph.constant("num_experts", int64(num_experts)), graph.constant("off_on", int64(0, 1))
     is_expert_RE = graph.op("OneHot", [expert_R, depth, bounds], f"{name}.is_expert")
     counts = graph.op("ReduceSum", [is_expert_RE, graph.constant("zero", int64(0))], f"{name}.counts", {"keepdims": 0})
@@ -71,9 +87,15 @@ def _sum_by_token(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights
     ]
     down_RH = graph.op("Concat", down, f"{name}.down", {"axis": 0})
 
-    _, inverse_R = graph.op_multi("TopK", [order_R, num_rows], [f"{name}.sorted_order", f"{name}.inverse"], {"axis": 0, "largest": 0})
+    _, inverse_R = graph.op_multi(
+        "TopK", [order_R, num_rows], [f"{name}.sorted_order", f"{name}.inverse"], {"axis": 0, "largest": 0}
+    )
     y_RH = graph.op("Gather", [down_RH, inverse_R], f"{name}.row_outputs")
-    y_TKH = graph.op("Reshape", [graph.widen(y_RH), graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))], f"{name}.outputs")
+    y_TKH = graph.op(
+        "Reshape",
+        [graph.widen(y_RH), graph.constant("rows_by_token", int64(-1, k, layer.hidden_size))],
+        f"{name}.outputs",
+    )
     weights_T1K = graph.op("Unsqueeze", [weights, graph.constant("one", int64(1))], f"{name}.weight_rows")
     return graph.op("MatMul", [weights_T1K, y_TKH], f"{name}.sum")
 

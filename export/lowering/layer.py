@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
-
-from export.config import Device, ElementType
-from export.gating import Activation
-from export.graph import GraphWriter
-from export.routing import Routing
-from export.twin import FloatWeight, QuantizedWeight, Weight
+from dense2moe.export.config import Device, ElementType
+from dense2moe.export.gates.routing import Routing
+from dense2moe.export.graph.ffn_gate import Activation
+from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -26,9 +25,9 @@ class Expert:
 class MoeLayer:
     """One layer, as the lowerings see it.
 
-    Its name in the graph, the routing's meaning, its experts with the function of their gate, the bits of products' activations, and the graph's
-    element type and the device that it is written for. `selection_bias` [1, E] is added to the scores for the choice of experts, and not for their
-    weights (DeepSeek-V3, section 2.1.2).
+    Its name in the graph, the routing's meaning, its experts with the function of their gate, the bits of products'
+    activations, and the graph's element type and the device that it is written for. `selection_bias` [1, E] is added to
+    the scores for the choice of experts, and not for their weights (DeepSeek-V3, section 2.1.2).
     """
 
     name: str
@@ -64,7 +63,10 @@ class MoeLayer:
 
 @dataclass(frozen=True)
 class MoeInput:
-    """What a layer is given: hidden float32 [B, S, H], the same as tokens [T = B * S, H] in the graph's element type, and router_logits [T, E]."""
+    """What a layer is given.
+
+    Hidden float32 [B, S, H], the same as tokens [T = B * S, H] in the graph's element type, and router_logits [T, E].
+    """
 
     hidden: ir.Value
     tokens: ir.Value
@@ -74,4 +76,5 @@ class MoeInput:
 def add_hidden_shape(graph: GraphWriter, tokens: ir.Value, hidden: ir.Value, name: str) -> ir.Value:
     """A result of as many elements as `hidden` [B, S, H], in the shape of it."""
     shape = graph.shared("hidden_shape", lambda: graph.op("Shape", [hidden], "hidden_shape"))
-    return graph.op("Reshape", [tokens, shape], name, {"allowzero": 1})  # a length of zero is no wish to copy a dimension
+    # a length of zero is no wish to copy a dimension
+    return graph.op("Reshape", [tokens, shape], name, {"allowzero": 1})

@@ -1,11 +1,12 @@
 """The `MoE` operator of onnxruntime: float experts, one node a layer.
 
-fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU the plain SiLU gate.
-The operator takes raw router logits and does softmax, top-k and renormalization itself; in a float16 graph it takes them rounded to float16, their
-largest at zero, and in a bfloat16 one it is told which experts are chosen.
+fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU
+the plain SiLU gate. The operator takes raw router logits and does softmax, top-k and renormalization itself; in a
+float16 graph it takes them rounded to float16, their largest at zero, and in a bfloat16 one it is told which experts
+are chosen.
 
-CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32, float16 or bfloat16, and wants rows of 16 bytes. It honours the
-attributes of a plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
+CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32, float16 or bfloat16, and wants rows of 16
+bytes. It honours the attributes of a plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-
-from export.graph import MICROSOFT, GraphWriter
-from export.lowering.layer import MoeInput, MoeLayer
-from export.lowering.top_k import add_operator_logits
-from export.routing import Routing
-from export.twin import FloatWeight
+from dense2moe.export.gates.routing import Routing
+from dense2moe.export.gates.top_k import add_operator_logits
+from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
+from dense2moe.export.lowering.layer import MoeInput, MoeLayer
+from dense2moe.export.quantization.twin import FloatWeight
 
 NAME = "moe"
 MIN_ONNXRUNTIME = "1.23.1"  # 1.23.0 has no kernel for the CPU
-MIN_ONNXRUNTIME_CUDA = "1.28"  # before it, CUDA takes the constants of GPT-OSS for its SwiGLU, whatever the attributes say
+MIN_ONNXRUNTIME_CUDA = (
+    "1.28"  # before it, CUDA takes the constants of GPT-OSS for its SwiGLU, whatever the attributes say
+)
 _CUDA_WIDTHS = 8  # 16 bytes of float16 or bfloat16
 
 
@@ -32,7 +34,10 @@ def refusal(layer: MoeLayer) -> str | None:
     if layer.quantized:
         return "the MoE operator takes float weights"
     if layer.device == "cuda" and (layer.hidden_size % _CUDA_WIDTHS or layer.intermediate_size % _CUDA_WIDTHS):
-        return f"CUDA's MoE operator takes widths that are multiples of {_CUDA_WIDTHS}, not {layer.hidden_size} and {layer.intermediate_size}"
+        return (
+            f"CUDA's MoE operator takes widths that are multiples of {_CUDA_WIDTHS}, not {layer.hidden_size} and "
+            f"{layer.intermediate_size}"
+        )
     return routing_refusal(layer) or activation_refusal(layer)
 
 
@@ -44,7 +49,8 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 def routing_refusal(layer: MoeLayer) -> str | None:
     """Why the operators' built-in routing cannot express the layer's, or None.
 
-    Without renormalization the operator computes wrong values before onnxruntime 1.32 when it stands between other nodes.
+    Without renormalization the operator computes wrong values before onnxruntime 1.32 when it stands between other
+    nodes.
     """
     routing = layer.routing
     if routing.score != "softmax":

@@ -1,13 +1,15 @@
 """The `QMoE` operator of onnxruntime: quantized experts, one node a layer.
 
-The integers are those of `export.quantization`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up rows interleaved, fc2 [E, H, I * bits / 8],
-block-wise scales, and zero points where there are some. Where the block does not divide the FFN's width I, the width is padded with neurons whose
-weights are exactly zero; they add nothing. The hidden size cannot be padded, since the operator's input has it.
+The integers are those of `dense2moe.export.quantization.blockwise`, stacked: fc1 [E, 2I, H * bits / 8] with gate and up
+rows interleaved, fc2 [E, H, I * bits / 8], block-wise scales, and zero points where there are some. Where the block
+does not divide the FFN's width I, the width is padded with neurons whose weights are exactly zero; they add nothing.
+The hidden size cannot be padded, since the operator's input has it.
 
-One file serves the CPU and CUDA where it is made for CUDA: float16, blocks of 64 or 128, and `weights_prepacked` 0, without which CUDA would read
-the integers as packed for its kernels already, and compute garbage without a word. What CUDA's kernel wants (contrib_ops/cuda/moe of onnxruntime
-1.28 to 1.31): float16 or bfloat16, both widths multiples of 64, no separate fc3, no router_weights, no zero points. By construction: no CUDA device
-was at hand; the same file is tested on the CPU.
+One file serves the CPU and CUDA where it is made for CUDA: float16, blocks of 64 or 128, and `weights_prepacked` 0,
+without which CUDA would read the integers as packed for its kernels already, and compute garbage without a word. What
+CUDA's kernel wants (contrib_ops/cuda/moe of onnxruntime 1.28 to 1.31): float16 or bfloat16, both widths multiples of
+64, no separate fc3, no router_weights, no zero points. By construction: no CUDA device was at hand; the same file is
+tested on the CPU.
 """
 
 from __future__ import annotations
@@ -16,20 +18,21 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
-
-from export.config import CUDA_BLOCKS
-from export.graph import MICROSOFT, GraphWriter
-from export.lowering.layer import MoeInput, MoeLayer
-from export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
-from export.lowering.top_k import add_operator_logits
-from export.quantization import Quantized, join, zero_point_bytes
-from export.twin import QuantizedWeight, Weight
+from dense2moe.export.config import CUDA_BLOCKS
+from dense2moe.export.gates.top_k import add_operator_logits
+from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
+from dense2moe.export.lowering.layer import MoeInput, MoeLayer
+from dense2moe.export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
+from dense2moe.export.quantization.blockwise import Quantized, join, zero_point_bytes
+from dense2moe.export.quantization.twin import QuantizedWeight, Weight
 
 NAME = "qmoe"
 MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size
 MIN_ONNXRUNTIME_WIDE_BLOCKS = "1.24.3"  # before it, 4-bit blocks above 32 compute wrong values, without a word
 MIN_ONNXRUNTIME_ZERO_POINTS = "1.24.1"  # the inputs from the twelfth on
-MIN_ONNXRUNTIME_ONE_BLOCK = "1.31"  # before it, one block along H is taken for a scale a row, and zero points of one along I are misread
+MIN_ONNXRUNTIME_ONE_BLOCK = (
+    "1.31"  # before it, one block along H is taken for a scale a row, and zero points of one along I are misread
+)
 MIN_ONNXRUNTIME_INT8_ACTIVATIONS = "1.31"  # the attribute accuracy_level
 MIN_ONNXRUNTIME_CUDA = "1.28"  # the attribute weights_prepacked
 
@@ -46,7 +49,10 @@ def refusal(layer: MoeLayer) -> str | None:
     if layer.device == "cuda" and layer.element_type == "float32":
         return "CUDA's QMoE operator has no float32"
     if layer.device == "cuda" and gate.block_size not in CUDA_BLOCKS:
-        return f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, CUDA_BLOCKS))}, not {gate.block_size}; set quantize.block_size"
+        return (
+            f"CUDA's QMoE operator is given blocks of {' or '.join(map(str, CUDA_BLOCKS))}, not "
+            f"{gate.block_size}; set quantize.block_size"
+        )
     if layer.device == "cuda" and gate.zero_points:
         return "CUDA's QMoE operator has no zero points"
     if gate.bits == 8 and layer.activation_bits != 8:
@@ -55,7 +61,10 @@ def refusal(layer: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly; every minor release from 1.22 to 1.32 was tried on the CPU."""
+    """The oldest onnxruntime that computes the layer rightly.
+
+    Every minor release from 1.22 to 1.32 was tried on the CPU.
+    """
     gate, down = _quantized(layer.experts[0].gate), _quantized(layer.experts[0].down)
     if gate.bits == 4 and layer.activation_bits == 8:
         return MIN_ONNXRUNTIME_INT8_ACTIVATIONS
@@ -76,20 +85,36 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     num_experts = layer.routing.num_experts
 
     def fc1() -> Quantized:
-        return join([_interleave(_quantized(e.gate).read(), _quantized(e.up).read(), height) for e in layer.experts], torch.stack)
+        return join(
+            [_interleave(_quantized(e.gate).read(), _quantized(e.up).read(), height) for e in layer.experts],
+            torch.stack,
+        )
 
     def fc2() -> Quantized:
         return join([_quantized(e.down).read() for e in layer.experts], torch.stack)
 
-    def add(name: str, rows: int, columns: int, read: Callable[[], Quantized]) -> tuple[ir.Value, ir.Value, ir.Value | None]:
+    def add(
+        name: str, rows: int, columns: int, read: Callable[[], Quantized]
+    ) -> tuple[ir.Value, ir.Value, ir.Value | None]:
         codes = graph.weight(
-            f"{layer.name}.{name}.codes", ir.DataType.UINT8, (num_experts, rows, columns * bits // 8), lambda: read().codes.flatten(2)
+            f"{layer.name}.{name}.codes",
+            ir.DataType.UINT8,
+            (num_experts, rows, columns * bits // 8),
+            lambda: read().codes.flatten(2),
         )
-        scales = graph.scales(f"{layer.name}.{name}.scales", (num_experts, rows, columns // block), lambda: read().scales, graph.dtype)
+        scales = graph.scales(
+            f"{layer.name}.{name}.scales", (num_experts, rows, columns // block), lambda: read().scales, graph.dtype
+        )
         if not down.zero_points:
             return codes, scales, None
         shape = (num_experts, rows, zero_point_bytes(columns, bits, block))
-        return codes, scales, graph.weight(f"{layer.name}.{name}.zero_points", ir.DataType.UINT8, shape, lambda: read().own_zero_points())
+        return (
+            codes,
+            scales,
+            graph.weight(
+                f"{layer.name}.{name}.zero_points", ir.DataType.UINT8, shape, lambda: read().own_zero_points()
+            ),
+        )
 
     fc1_codes, fc1_scales, fc1_zero_points = add("fc1", 2 * height, width, fc1)
     fc2_codes, fc2_scales, fc2_zero_points = add("fc2", width, height, fc2)

@@ -1,8 +1,9 @@
 """The fused operator for a decode step and `grouped` for a prefill, in one graph: an `If` on the number of tokens.
 
-On the CPU `QMoE` is the faster of the two for a few tokens, where `grouped` pays for its nodes, and the slower one for many. Each branch has weights
-of its own, since of a subgraph onnxruntime packs for its kernels only those, and the two operators want them in other orders: so experts are twice in
-the file and twice in memory. That is why it is to be asked for by name.
+On the CPU `QMoE` is the faster of the two for a few tokens, where `grouped` pays for its nodes, and the slower one for
+many. Each branch has weights of its own, since of a subgraph onnxruntime packs for its kernels only those, and the two
+operators want them in other orders: so experts are twice in the file and twice in memory. That is why it is to be asked
+for by name.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+from dense2moe.export.graph.writer import GraphWriter, int64
+from dense2moe.export.lowering import grouped, qmoe
+from dense2moe.export.lowering.layer import MoeInput, MoeLayer
 from packaging.version import Version
-
-from export.graph import GraphWriter, int64
-from export.lowering import grouped, qmoe
-from export.lowering.layer import MoeInput, MoeLayer
 
 NAME = "switched"
 _STEP_TOKENS = 4
@@ -35,14 +35,26 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
-    return add_switch(graph, layer, x.tokens, lambda branch, own: qmoe.lower(branch, own, x), lambda branch, own: grouped.lower(branch, own, x))
+    return add_switch(
+        graph,
+        layer,
+        x.tokens,
+        lambda branch, own: qmoe.lower(branch, own, x),
+        lambda branch, own: grouped.lower(branch, own, x),
+    )
 
 
 def add_switch(
-    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, step: Callable[[GraphWriter, MoeLayer], ir.Value],
+    graph: GraphWriter,
+    layer: MoeLayer,
+    tokens: ir.Value,
+    step: Callable[[GraphWriter, MoeLayer], ir.Value],
     prefill: Callable[[GraphWriter, MoeLayer], ir.Value],
-) -> ir.Value:  # fmt: skip
-    """What `step` writes of the layer for a few tokens [T, H] and `prefill` for more: both float32, and of one shape."""
+) -> ir.Value:
+    """What `step` writes of the layer for a few tokens [T, H] and `prefill` for more.
+
+    Both float32, and of one shape.
+    """
     is_step = graph.shared("is_step", lambda: _add_condition(graph, tokens))
     branches = {}
     for attribute, prefix, write in (("then_branch", "step", step), ("else_branch", "prefill", prefill)):
@@ -54,4 +66,6 @@ def add_switch(
 def _add_condition(graph: GraphWriter, tokens: ir.Value) -> ir.Value:
     shape = graph.op("Shape", [tokens], "num_tokens_shape", {"start": 0, "end": 1})
     num_tokens = graph.op("Squeeze", [shape, graph.constant("zero", int64(0))], "num_tokens")
-    return graph.op("LessOrEqual", [num_tokens, graph.constant("step_tokens", np.array(_STEP_TOKENS, np.int64))], "is_step")
+    return graph.op(
+        "LessOrEqual", [num_tokens, graph.constant("step_tokens", np.array(_STEP_TOKENS, np.int64))], "is_step"
+    )

@@ -1,19 +1,18 @@
 """A subgraph an expert: standard operators, any width, any provider.
 
-Each expert gathers its tokens, computes them by ordinary matrix products (float or `MatMulNBits`) and adds the weighted result into place;
-an expert without tokens multiplies empty matrices.
+Each expert gathers its tokens, computes them by ordinary matrix products (float or `MatMulNBits`) and adds the weighted
+result into place; an expert without tokens multiplies empty matrices.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-
-from export.gating import add_gate
-from export.graph import GraphWriter, int64
-from export.linear import add_linear, oldest_onnxruntime
-from export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
-from export.lowering.top_k import add_top_k
+from dense2moe.export.gates.top_k import add_top_k
+from dense2moe.export.graph.ffn_gate import add_gate
+from dense2moe.export.graph.linear import add_linear, oldest_onnxruntime
+from dense2moe.export.graph.writer import GraphWriter, int64
+from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 
 NAME = "unrolled"
 
@@ -24,16 +23,26 @@ def refusal(_: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly, which its products decide; no tokens at all need 1.31, for `TopK`."""
+    """The oldest onnxruntime that computes the layer rightly, which its products decide.
+
+    No tokens at all need 1.31, for `TopK`.
+    """
     return oldest_onnxruntime(layer.experts[0].gate)
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
-    return add_hidden_shape(graph, lower_chosen(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)), x.hidden, f"{layer.name}.output")
+    return add_hidden_shape(
+        graph,
+        lower_chosen(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)),
+        x.hidden,
+        f"{layer.name}.output",
+    )
 
 
-def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value) -> ir.Value:
+def lower_chosen(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
     """The same for tokens [T, H] and experts that are chosen, with their weights [T, k]; returns [T, H]."""
     name = layer.name
     last = graph.constant("axis_last", int64(-1))
@@ -41,15 +50,21 @@ def lower_chosen(graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights:
     sum_TH = graph.shared("no_tokens_yet", lambda: graph.op("ConstantOfShape", [tokens_shape], "no_tokens_yet"))
     for number, expert in enumerate(layer.experts):
         own = f"{name}.expert.{number}"
-        is_chosen = graph.op("Equal", [chosen, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen")
+        is_chosen = graph.op(
+            "Equal", [chosen, graph.constant(f"expert_{number}", np.array(number, np.int64))], f"{own}.is_chosen"
+        )
         pairs = graph.op("NonZero", [is_chosen], f"{own}.pairs")
         pairs_N2 = graph.op("Transpose", [pairs], f"{own}.pairs_t", {"perm": [1, 0]})
         weight_N = graph.op("GatherND", [weights, pairs_N2], f"{own}.weight")
         weight_N1 = graph.op("Unsqueeze", [weight_N, last], f"{own}.weight_column")
-        token_N1, _ = graph.op_multi("Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2})
+        token_N1, _ = graph.op_multi(
+            "Split", [pairs_N2], [f"{own}.token", f"{own}.slot"], {"axis": 1, "num_outputs": 2}
+        )
         x_NH = graph.op("GatherND", [tokens, token_N1], f"{own}.input")
         both_N2I = add_linear(graph, x_NH, (expert.gate, expert.up), f"{own}.gate_up", layer.activation_bits)
-        gate_NI, up_NI = graph.op_multi("Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2})
+        gate_NI, up_NI = graph.op_multi(
+            "Split", [both_N2I], [f"{own}.gate", f"{own}.up"], {"axis": -1, "num_outputs": 2}
+        )
         inner_NI = add_gate(graph, gate_NI, up_NI, own, layer.activation)
         down_NH = add_linear(graph, inner_NI, expert.down, f"{own}.down", layer.activation_bits)
         weighted_NH = graph.op("Mul", [graph.widen(down_NH), weight_N1], f"{own}.weighted")

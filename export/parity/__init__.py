@@ -1,23 +1,24 @@
 """Parity: does the package compute what the torch model computes?
 
-Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export right? Against the
-fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32 with eager experts; the twin reads the inputs of
-products as the graph does, rounded where the graph rounds them.
+Two questions, two numbers. Against the *twin*, the torch model with the very weights of the package: is the export
+right? Against the fine-tuned model: did quantizing cost too much? Both references are unpatched transformers in float32
+with eager experts; the twin reads the inputs of products as the graph does, rounded where the graph rounds them.
 
 Eight tiers answer, each another question, and all of them for every variant:
 
-    weights    every row of every matrix in the file: is it the twin's?
-    operator   each router and each block of experts on the graph's own input, every expert visited: which layer, which expert?
-    layer      every other place of every layer, the embedding and the head, on the graph's own input: what is not computed as the twin does?
-    logits     prefill, chained decoding, batches, left padding, long rows, text of its own: in what way of feeding it?
-    language   perplexity, KL, top-1 and top-5: what does it cost?
-    task       accuracy, F1, rank correlation on tasks of the user's: what does it cost there?
-    routing    the same experts, by layer and given the reference's margin; KL with the routing forced: is it the weights or the paths?
-    files      tokenizer, generation and genai configs: does the package say of itself what the checkpoint says?
+    weights    every row of every matrix in the file: is it the twin's? operator   each router and each block of experts
+    on the graph's own input, every expert visited: which layer, which expert? layer      every other place of every
+    layer, the embedding and the head, on the graph's own input: what is not computed as the twin does? logits
+    prefill, chained decoding, batches, left padding, long rows, text of its own: in what way of feeding it? language
+    perplexity, KL, top-1 and top-5: what does it cost? task       accuracy, F1, rank correlation on tasks of the
+    user's: what does it cost there? routing    the same experts, by layer and given the reference's margin; KL with the
+    routing forced: is it the weights or the paths? files      tokenizer, generation and genai configs: does the package
+    say of itself what the checkpoint says?
 
-One place from the graph's own input is held to a multiple of float32's noise, measured there against float64, whatever the graph rounds: the same
-numbers are rounded in the same way (`export.parity.local`). Whole models are held to it where the graph computes in float32 alone; where it rounds,
-to what two equally rounded computations part by (`export.parity.rounding`), and each way of feeding it to one full prefill of the graph itself.
+One place from the graph's own input is held to a multiple of float32's noise, measured there against float64, whatever
+the graph rounds: the same numbers are rounded in the same way (`dense2moe.export.parity.local`). Whole models are held
+to it where the graph computes in float32 alone; where it rounds, to what two equally rounded computations part by
+(`dense2moe.export.parity.rounding`), and each way of feeding it to one full prefill of the graph itself.
 """
 
 from __future__ import annotations
@@ -31,61 +32,86 @@ from typing import Any
 
 import onnxruntime as ort
 import torch
+from dense2moe.export.config import ParityConfig, Variant
+from dense2moe.export.graph.family import DecoderFamily, find_decoder_family, find_refusal
+from dense2moe.export.opening import open_package
+from dense2moe.export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
+from dense2moe.export.parity.arithmetic import find_arithmetic, find_narrow
+from dense2moe.export.parity.checks import Errors, own_noise, plan_cases, run_cases, run_cases_alone, run_free
+from dense2moe.export.parity.constants import read_constants
+from dense2moe.export.parity.discovery import discover_taps
+from dense2moe.export.parity.files import check_files
+from dense2moe.export.parity.forward import BATCH, Forward, Reference, open_reference
+from dense2moe.export.parity.judge import MOST_TIES, find_breaches, judge_tiers
+from dense2moe.export.parity.limits import configured_limits, measure_noise, noise_limit, own_limit
+from dense2moe.export.parity.placement import count_elsewhere, find_placement
+from dense2moe.export.parity.places import PlacesCheck
+from dense2moe.export.parity.products import Arithmetic
+from dense2moe.export.parity.records import (
+    Agreement,
+    Check,
+    Forced,
+    Limit,
+    Noise,
+    Parity,
+    ProviderParity,
+    TaskCheck,
+    Tier,
+)
+from dense2moe.export.parity.rounding import RoundingMeasure, rounding_limits
+from dense2moe.export.parity.taps import OUTSIDE, Seen, Taps, find_taps
+from dense2moe.export.parity.task_checks import TaskEvaluation
+from dense2moe.export.parity.tasks import Task
+from dense2moe.export.parity.ties import TIE_MARGIN, same_experts
+from dense2moe.export.parity.weights import Found, check_weights
+from dense2moe.export.progress import Progress
+from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
+from dense2moe.export.runtime.decoder import CPU, CUDA, SELECTION_SCORES, Decoder, is_at_hand
+from dense2moe.export.runtime.speed import measure_speed
+from dense2moe.export.runtime.text import choose_blocks
+from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.numbers import perplexity
 from transformers import AutoConfig
-
-from export.config import ParityConfig, Variant
-from export.family import DecoderFamily, find_decoder_family, find_refusal
-from export.opening import open_package
-from export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
-from export.parity.arithmetic import find_arithmetic, find_narrow
-from export.parity.checks import Errors, own_noise, plan_cases, run_cases, run_cases_alone, run_free
-from export.parity.constants import read_constants
-from export.parity.discovery import discover_taps
-from export.parity.files import check_files
-from export.parity.forward import BATCH, Forward, Reference, open_reference
-from export.parity.judge import MOST_TIES, find_breaches, judge_tiers
-from export.parity.limits import configured_limits, measure_noise, noise_limit, own_limit
-from export.parity.placement import count_elsewhere, find_placement
-from export.parity.places import PlacesCheck
-from export.parity.products import Arithmetic
-from export.parity.records import Agreement, Check, Forced, Limit, Noise, Parity, ProviderParity, TaskCheck, Tier
-from export.parity.rounding import RoundingMeasure, rounding_limits
-from export.parity.taps import OUTSIDE, Seen, Taps, find_taps
-from export.parity.task_checks import TaskEvaluation
-from export.parity.tasks import Task
-from export.parity.ties import TIE_MARGIN, same_experts
-from export.parity.weights import Found, check_weights
-from export.progress import Progress
-from export.runtime import CPU, CUDA, SELECTION_SCORES, Decoder, is_at_hand
-from export.speed import measure_speed
-from export.text import choose_blocks
-from export.twin import SCHEME_NAME, Twin
-from upcycle.memory import release_memory
-from upcycle.numbers import perplexity
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
 
 _TIMED_TOKENS = 32
 _FREE_ROWS = 3
 _COMPARED_TOKENS = 512
-"""Of the text on which a package is set beside a torch model token by token, which torch takes most of the time for. Means over so many tokens have a
-standard error of less than a tenth of themselves (KL of int8 from SmolLM2-135M's mixture: 1.33e-3 ± 0.04e-3 over eight times as many), where the
-limits leave room for twice them; perplexities are compared on more."""
+"""Of the text on which a package is set beside a torch model token by token, which torch takes most of the time for.
+
+Means over so many tokens have a standard error of less than a tenth of themselves (KL of int8 from SmolLM2-135M's
+mixture: 1.33e-3 ± 0.04e-3 over eight times as many), where the limits leave room for twice them; perplexities are
+compared on more. """
 _SHARE = 0.7
-"""Of a case's tokens, where a package rounds what it computes with and does not show its routers: the others may have gone to other experts."""
+"""Of a case's tokens, where a package rounds what it computes with and does not show its routers.
+
+The others may have gone to other experts.
+"""
 
 
 def check_parity(
-    package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds_activations: bool, config: ParityConfig,
-    progress: Progress, exact_twin: bool = True, tasks: Sequence[Task] = (),
+    package: Path,
+    twin: Path,
+    finetuned: Path,
+    blocks: torch.Tensor,
+    variant: Variant,
+    rounds_activations: bool,
+    config: ParityConfig,
+    progress: Progress,
+    exact_twin: bool = True,
+    tasks: Sequence[Task] = (),
     finetuned_losses: Sequence[float] | None = None,
-) -> Parity:  # fmt: skip
-    """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size], on every provider at hand.
+) -> Parity:
+    """Compare a package with its twin and with the fine-tuned model on held-out blocks [N, block_size].
 
-    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`: the twin has the very weights of the package; without
-    it the package is judged by its perplexity, by what `tasks` score, and by itself. `finetuned_losses` are the fine-tuned model's mean next-token
-    losses of all blocks in float32, where they are known already. Perplexities are compared on some blocks, taken evenly, and told for all text: what
-    the fine-tuned model has there, times the ratio of both on these blocks. A package that no provider here can run is a breach.
+    On every provider at hand.
+
+    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`: the twin has the very
+    weights of the package; without it the package is judged by its perplexity, by what `tasks` score, and by itself.
+    `finetuned_losses` are the fine-tuned model's mean next-token losses of all blocks in float32, where they are known
+    already. Perplexities are compared on some blocks, taken evenly, and told for all text: what the fine-tuned model
+    has there, times the ratio of both on these blocks. A package that no provider here can run is a breach.
 
     Raises:
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.
@@ -98,7 +124,9 @@ def check_parity(
     breaches: list[str] = []
     computes_in = Twin(twin).element_type if (twin / SCHEME_NAME).is_file() else "float32"
     settings = (variant, rounds_activations, exact_twin, config, tasks)
-    judgement = _Judgement(package, twin, finetuned, blocks, *settings, progress, None if known is None else known.tolist(), whole_loss)
+    judgement = _Judgement(
+        package, twin, finetuned, blocks, *settings, progress, None if known is None else known.tolist(), whole_loss
+    )
     for provider in (CPU, CUDA):
         if provider == CPU and computes_in == "bfloat16":
             providers[provider] = "not run: onnxruntime's CPU does not compute in bfloat16"
@@ -110,7 +138,9 @@ def check_parity(
         providers[provider] = result
         breaches += [f"{provider}: {tier}: {breach}" for tier, breach in broken]
     if all(isinstance(found, str) for found in providers.values()):
-        breaches.append(f"compared nowhere: {'; '.join(f'{provider}: {found}' for provider, found in providers.items())}")
+        breaches.append(
+            f"compared nowhere: {'; '.join(f'{provider}: {found}' for provider, found in providers.items())}"
+        )
     return Parity(providers, tuple(breaches))
 
 
@@ -118,9 +148,20 @@ class _Judgement:
     """One package, and all that it is compared with."""
 
     def __init__(
-        self, package: Path, twin: Path, finetuned: Path, blocks: torch.Tensor, variant: Variant, rounds: bool, exact_twin: bool,
-        config: ParityConfig, tasks: Sequence[Task], progress: Progress, finetuned_losses: list[float] | None, whole_loss: float | None,
-    ) -> None:  # fmt: skip
+        self,
+        package: Path,
+        twin: Path,
+        finetuned: Path,
+        blocks: torch.Tensor,
+        variant: Variant,
+        rounds: bool,
+        exact_twin: bool,
+        config: ParityConfig,
+        tasks: Sequence[Task],
+        progress: Progress,
+        finetuned_losses: list[float] | None,
+        whole_loss: float | None,
+    ) -> None:
         self.package, self.twin, self.finetuned, self.blocks, self.variant = package, twin, finetuned, blocks, variant
         self.config, self.tasks, self.progress, self.finetuned_losses = config, tasks, progress, finetuned_losses
         self.whole_loss = whole_loss
@@ -141,7 +182,13 @@ class _Judgement:
         arithmetic = self._find_arithmetic(provider)
         taps = self._find_taps()
         decoder = Decoder(
-            self.package, provider, taps=True, attention_taps=True, more_taps=taps.all, nudges=taps.routers, num_experts=taps.num_experts
+            self.package,
+            provider,
+            taps=True,
+            attention_taps=True,
+            more_taps=taps.all,
+            nudges=taps.routers,
+            num_experts=taps.num_experts,
         )
         evaluation = TaskEvaluation(self.twin, self.tasks, decoder, config.num_examples, config.answer_tokens)
         noise = self._measure_noise() if self.exact and config.noise_blocks else None
@@ -164,13 +211,16 @@ class _Judgement:
                 if rounding is not None:
                     limits = rounding_limits(limits, rounding)
                 ties = 0.0 if own.margins is None else float((own.margins < TIE_MARGIN).float().mean())
-                if ties > MOST_TIES:  # then right packages go ways of their own, and only what they compute on their way can be judged
+                # then right packages go ways of their own, and only what they compute on their way can be judged
+                if ties > MOST_TIES:
                     limits = {name: limit for name, limit in limits.items() if name not in ("kl", "routing", "factor")}
                 if self.exact:
                     limits["logits"] = noise_limit(noise.logits if noise else None, config, "the logits", provider)
                     limits["last hidden state"] = limits["logits"]
                 errors = self._run_cases(decoder, reference, places, own, taps, tie_margin)
-                free = run_free(decoder, reference, blocks[:_FREE_ROWS], config.free_tokens, follow, taps.of_layers(("router",)))
+                free = run_free(
+                    decoder, reference, blocks[:_FREE_ROWS], config.free_tokens, follow, taps.of_layers(("router",))
+                )
                 progress("doing tasks", 0, 1)
                 task_checks = evaluation.check(reference, limits, tie_margin)
                 if not self.exact_twin:  # of the ways of feeding it alone: answers are another model's
@@ -178,21 +228,47 @@ class _Judgement:
             found_places = places.result()
             places.close()
         tuned = tuned or own
-        del decoder, evaluation, reference, measure, watch, places  # a package's sessions are opened one after the other: each holds all weights
+        # a package's sessions are opened one after the other: each holds all weights
+        del (
+            decoder,
+            evaluation,
+            reference,
+            measure,
+            watch,
+            places,
+        )
         release_memory()
         checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
         result = self._measure_alone(provider, own, tuned, checks, limits)
-        result = ProviderParity(**{
-            **result.__dict__, "places": found_places, "weights": self.weights.check if self.weights else "not judged: " + self._why_not(),
-            "files": self.files, "free_run": free, "tie_share": ties, "tasks": task_checks, "forced": forced,
-            "noise": noise or (rounding.noise if rounding else "not measured: " + ("parity.noise_blocks is 0" if self.exact else self._why_not())),
-            "limits": limits, "logits_factor": own.factor if "factor" in limits else None,
-        })  # fmt: skip
+        result = ProviderParity(
+            **{
+                **result.__dict__,
+                "places": found_places,
+                "weights": self.weights.check if self.weights else "not judged: " + self._why_not(),
+                "files": self.files,
+                "free_run": free,
+                "tie_share": ties,
+                "tasks": task_checks,
+                "forced": forced,
+                "noise": noise
+                or (
+                    rounding.noise
+                    if rounding
+                    else "not measured: " + ("parity.noise_blocks is 0" if self.exact else self._why_not())
+                ),
+                "limits": limits,
+                "logits_factor": own.factor if "factor" in limits else None,
+            }
+        )
         broken = find_breaches(result)
         return self._with_tiers(result, broken, arithmetic), broken
 
     def _find_arithmetic(self, provider: str) -> Arithmetic:
-        return Arithmetic({}, find_narrow(self.package)) if self.weights is None else find_arithmetic(self.package, self.weights, provider)
+        return (
+            Arithmetic({}, find_narrow(self.package))
+            if self.weights is None
+            else find_arithmetic(self.package, self.weights, provider)
+        )
 
     @cached_property
     def family(self) -> DecoderFamily | None:
@@ -207,19 +283,29 @@ class _Judgement:
         taps = find_taps(model, shared_outside)
         if taps.names or self.weights is None or self.family is None:
             return taps
-        tied = bool(getattr(AutoConfig.from_pretrained(self.twin, local_files_only=True, trust_remote_code=False), "tie_word_embeddings", False))
+        tied = bool(
+            getattr(
+                AutoConfig.from_pretrained(self.twin, local_files_only=True, trust_remote_code=False),
+                "tie_word_embeddings",
+                False,
+            )
+        )
         return discover_taps(model, self.weights, self.family, tied, shared_outside)
 
     @staticmethod
     def _follow(places: PlacesCheck) -> Follow:
-        """Run the twin with what the package's routers said; the routing in the result is what its own would have said."""
+        """Run the twin with what the package's routers said.
+
+        The routing in the result is what its own would have said.
+        """
 
         def follow(reference: Reference, seen: Seen) -> Forward:
             with places.following(seen):
                 found = reference.forward(seen.ids, seen.mask)
             own = places.own_routers
             routers = tuple(
-                reference.score_of(n, own[n]).reshape(*seen.ids.shape, -1) if n in own else router for n, router in enumerate(found.routers)
+                reference.score_of(n, own[n]).reshape(*seen.ids.shape, -1) if n in own else router
+                for n, router in enumerate(found.routers)
             )
             return Forward(found.logits, routers, found.hiddens, found.attended, found.top_k)
 
@@ -246,50 +332,94 @@ class _Judgement:
             evaluation.ask_finetuned(reference)
         return tuned
 
-    def _run_cases(self, decoder: Decoder, reference: Reference, places: PlacesCheck, own: Comparison, taps: Taps, tie_margin: float) -> list[Errors]:
-        """Every way of feeding the package, against the twin where it computes in float32 alone, else against itself."""
+    def _run_cases(
+        self,
+        decoder: Decoder,
+        reference: Reference,
+        places: PlacesCheck,
+        own: Comparison,
+        taps: Taps,
+        tie_margin: float,
+    ) -> list[Errors]:
+        """Every way of feeding the package, against the twin where it computes in float32 alone.
+
+        Else against itself.
+        """
         window = getattr(reference.model.config, "sliding_window", None)
-        cases = plan_cases(self.blocks, decoder.context_length, window, own.margins if self.exact else None, self.config)
+        cases = plan_cases(
+            self.blocks, decoder.context_length, window, own.margins if self.exact else None, self.config
+        )
         tell = _teller(self.progress, "checking logits", len(cases))
         if self.exact:
             return run_cases(decoder, reference, cases, places.way_names, places.look_inside, tie_margin, tell)
-        routers = [SELECTION_SCORES.format(n) if SELECTION_SCORES.format(n) in decoder.taps else name for n, name in taps.by_layer("router")]
+        routers = [
+            SELECTION_SCORES.format(n) if SELECTION_SCORES.format(n) in decoder.taps else name
+            for n, name in taps.by_layer("router")
+        ]
         share = 1.0 if routers or not own.top_k else _SHARE
         return run_cases_alone(decoder, cases, places.way_names, routers, places.look_inside, tie_margin, share, tell)
 
     def _measure_alone(
         self, provider: str, own: Comparison, tuned: Comparison, checks: tuple[Check, ...], limits: dict[str, Limit]
     ) -> ProviderParity:
-        """What the package does with no torch model beside it: its speed, its perplexity over all text, where its nodes run."""
+        """What the package does with no torch model beside it.
+
+        Its speed, its perplexity over all text, where its nodes run.
+        """
         assert self.finetuned_losses is not None
         self.progress("measuring speed", 0, 1)
         plain = Decoder(self.package, provider)
         speed = measure_speed(plain, self.blocks[0].tolist(), _TIMED_TOKENS)
         losses = _extend(tuned.package_losses, plain, self.blocks, self.progress)
-        mean, tuned_mean, own_mean, twin_mean = (fmean(each) for each in (losses, self.finetuned_losses, own.package_losses, own.reference_losses))
-        beyond = 0.0 if self.whole_loss is None else self.whole_loss - tuned_mean  # what all text is harder by than these blocks
+        mean, tuned_mean, own_mean, twin_mean = (
+            fmean(each) for each in (losses, self.finetuned_losses, own.package_losses, own.reference_losses)
+        )
+        # what all text is harder by than these blocks
+        beyond = 0.0 if self.whole_loss is None else self.whole_loss - tuned_mean
         twin_loss = mean + twin_mean - own_mean  # beyond the text that is compared the two differ as they do on it
         differences = [loss - other for loss, other in zip(losses, self.finetuned_losses, strict=True)]
-        error = float(torch.tensor(differences, dtype=torch.float64).std()) / math.sqrt(len(differences)) if len(differences) > 1 else 0.0
+        error = (
+            float(torch.tensor(differences, dtype=torch.float64).std()) / math.sqrt(len(differences))
+            if len(differences) > 1
+            else 0.0
+        )
         package_loss, twin_loss, finetuned_loss = (loss + beyond for loss in (mean, twin_loss, tuned_mean))
         placement = find_placement(self.package, provider)
         self.progress("measuring speed", 1, 1)
         return ProviderParity(
-            ort.__version__, checks, own.agreement, tuned.agreement, perplexity(package_loss), perplexity(twin_loss), perplexity(finetuned_loss),
-            _worst_layer(own.agreement), speed.prefill, speed.decode, limits=limits, placement=placement,
-            num_fallback_nodes=count_elsewhere(placement, provider), perplexity_error=error, num_language_tokens=self.blocks.numel(),
-        )  # fmt: skip
+            ort.__version__,
+            checks,
+            own.agreement,
+            tuned.agreement,
+            perplexity(package_loss),
+            perplexity(twin_loss),
+            perplexity(finetuned_loss),
+            _worst_layer(own.agreement),
+            speed.prefill,
+            speed.decode,
+            limits=limits,
+            placement=placement,
+            num_fallback_nodes=count_elsewhere(placement, provider),
+            perplexity_error=error,
+            num_language_tokens=self.blocks.numel(),
+        )
 
     def _why_not(self) -> str:
         return "no checkpoint with the package's own weights was given"
 
-    def _with_tiers(self, result: ProviderParity, broken: list[tuple[Tier, str]], arithmetic: Arithmetic) -> ProviderParity:
+    def _with_tiers(
+        self, result: ProviderParity, broken: list[tuple[Tier, str]], arithmetic: Arithmetic
+    ) -> ProviderParity:
         why_not: dict[Tier, str] = {}
         if self.weights is not None and (lost := self.weights.check.not_judged):
-            why_not["weights"] = f"passed but for {len(lost)} tensors that were not found by their rows: {lost[0]} and others"
+            why_not["weights"] = (
+                f"passed but for {len(lost)} tensors that were not found by their rows: {lost[0]} and others"
+            )
         if not self.exact_twin:
             why_not = {tier: f"not judged: {self._why_not()}" for tier in ("weights", "operator", "layer", "routing")}
-            why_not["logits"] = "passed: each way of feeding it against itself; not judged against torch: " + self._why_not()
+            why_not["logits"] = (
+                "passed: each way of feeding it against itself; not judged against torch: " + self._why_not()
+            )
         elif isinstance(result.places, str):
             why_not = {"operator": result.places, "layer": result.places}
         elif not any(check.part == "experts" for check in result.places):
@@ -297,21 +427,28 @@ class _Judgement:
         elif not any(check.layer != OUTSIDE for check in result.places):
             why_not["layer"] = "not run: the package shows nothing of its layers"
         if arithmetic.unknown:
-            text = f"not judged: how this processor rounds the inputs of {' and of '.join(arithmetic.unknown)} is not known"
+            text = (
+                f"not judged: how this processor rounds the inputs of {' and of '.join(arithmetic.unknown)} is "
+                "not known"
+            )
             why_not |= {"operator": text, "layer": text}
         if result.tie_share > MOST_TIES:
             why_not["routing"] = f"not judged: the routers tie in {result.tie_share:.0%} of all tokens"
         if not result.twin.routing_agreement:
             why_not["routing"] = "not run: the package shows no router logits"
         if not any(isinstance(check, TaskCheck) for check in result.tasks):
-            why_not["task"] = next((check for check in result.tasks if isinstance(check, str)), "not run: no task was given")
+            why_not["task"] = next(
+                (check for check in result.tasks if isinstance(check, str)), "not run: no task was given"
+            )
         return ProviderParity(**{**result.__dict__, "tiers": judge_tiers(broken, why_not)})
 
 
 def _extend(losses: list[float], model: Reference | Decoder, blocks: torch.Tensor, progress: Progress) -> list[float]:
     """The mean losses of a model of all blocks [N, S], of which those of the first are known."""
     rest = blocks[len(losses) :]
-    return losses + (measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else [])
+    return losses + (
+        measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else []
+    )
 
 
 def _ignore(*_: object) -> None:

@@ -1,12 +1,15 @@
-"""What to look at next where a place of a graph is wrong: what its first wrong token says, else what such a place has beside its weights."""
+"""What to look at next where a place of a graph is wrong.
+
+What its first wrong token says, else what such a place has beside its weights.
+"""
 
 from __future__ import annotations
 
 import re
 
-from export.parity.records import PlaceCheck
-from export.parity.taps import Part
-from export.parity.weights import WeightsCheck
+from dense2moe.export.parity.records import PlaceCheck
+from dense2moe.export.parity.taps import Part
+from dense2moe.export.parity.weights import WeightsCheck
 
 _NORM = "epsilon, whether 1 is added to the weight, and which values it reads"
 _LOOK_AT: dict[Part, str] = {
@@ -18,7 +21,8 @@ _LOOK_AT: dict[Part, str] = {
     "attention output": "a bias or a factor behind it, and the order of heads that it reads",
     "FFN norm": _NORM,
     "router": "its bias, what it reads, and the type that it is computed in",
-    "experts": "the order of experts and of gate and up, the activation, biases, and what router logits become as weights of experts",
+    "experts": "the order of experts and of gate and up, the activation, biases, and what router logits become as "
+    "weights of experts",
     "FFN": "the activation, the order of gate and up, and biases",
     "residual stream": "factors and norms between a block and the residual stream",
     "final norm": _NORM,
@@ -52,7 +56,10 @@ def advise(check: PlaceCheck, weights: WeightsCheck | str) -> str:
 
 
 def _start(found: PlaceCheck) -> str:
-    """What the first wrong token says of attention: the first token reads itself alone, whatever positions and mask are."""
+    """What the first wrong token says of attention.
+
+    The first token reads itself alone, whatever positions and mask are.
+    """
     if found.part not in ("attention", "cache") or not found.first_position:
         return ""
     if found.part == "cache":

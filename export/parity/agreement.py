@@ -9,27 +9,31 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-
-from export.parity.forward import Forward, Reference, forward_of, run_package, split_batches
-from export.parity.records import Agreement, MarginBin
-from export.parity.taps import Seen, look
-from export.parity.ties import find_margin, find_smallest_margin, same_experts
-from export.runtime import Decoder
+from dense2moe.export.parity.forward import Forward, Reference, forward_of, run_package, split_batches
+from dense2moe.export.parity.records import Agreement, MarginBin
+from dense2moe.export.parity.taps import Seen, look
+from dense2moe.export.parity.ties import find_margin, find_smallest_margin, same_experts
+from dense2moe.export.runtime.decoder import Decoder
 
 Follow = Callable[[Reference, Seen], Forward]
 """A reference on what a package was seen with."""
 LOGIT_ROWS = 64
-"""Tokens whose logits are compared at once: what is made of them stays near the processor, and is not asked of the system anew each time."""
+"""Tokens whose logits are compared at once.
+
+What is made of them stays near the processor, and is not asked of the system anew each time.
+"""
 MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 """Selection scores: router logits, or scores plus a bias; the last bin is open."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one comparison found: figures, the mean next-token losses of both sides by block, and parts that later tiers go on from.
+    """What one comparison found.
 
-    `margins` [N, S] is each token's smallest margin in the reference, None without routers. `factor`: the package's logits are so many times the
-    reference's. `first` are the reference's logits on the first batch, and `routers` what its routers said there, where they are kept.
+    Figures, the mean next-token losses of both sides by block, and parts that later tiers go on from. `margins` [N, S]
+    is each token's smallest margin in the reference, None without routers. `factor`: the package's logits are so many
+    times the reference's. `first` are the reference's logits on the first batch, and `routers` what its routers said
+    there, where they are kept.
     """
 
     agreement: Agreement
@@ -43,14 +47,20 @@ class Comparison:
 
 
 def compare(
-    decoder: Decoder, reference: Reference, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None,
-    watch: Callable[[torch.Tensor, Forward, Seen], None] = lambda *_: None, keeps_first: bool = False, follow: Follow | None = None,
-) -> Comparison:  # fmt: skip
+    decoder: Decoder,
+    reference: Reference,
+    ids: torch.Tensor,
+    tell: Callable[[int], None] = lambda _: None,
+    watch: Callable[[torch.Tensor, Forward, Seen], None] = lambda *_: None,
+    keeps_first: bool = False,
+    follow: Follow | None = None,
+) -> Comparison:
     """Compare over all blocks of ids [N, S].
 
-    `tell` is told how many blocks are done, and `watch` shown each batch and both sides of it, when they are compared. `keeps_first`: the first batch
-    of the reference is in the result. `follow` runs the reference with what the package's routers said, so that no near-tie sends a token to other
-    experts; the routing that is compared is then what its own routers would have said.
+    `tell` is told how many blocks are done, and `watch` shown each batch and both sides of it, when they are compared.
+    `keeps_first`: the first batch of the reference is in the result. `follow` runs the reference with what the
+    package's routers said, so that no near-tie sends a token to other experts; the routing that is compared is then
+    what its own routers would have said.
     """
     sums, margins = _Sums(), []
     first: torch.Tensor | None = None
@@ -75,13 +85,22 @@ def compare(
         top_k = add(batch)  # a call of its own, so that one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
     factor = sums.parts[0] / max(sums.parts[1], 1e-300)
-    return Comparison(sums.agreement(), *sums.losses, torch.cat(margins) if margins else None, top_k, factor, first, routers)
+    return Comparison(
+        sums.agreement(), *sums.losses, torch.cat(margins) if margins else None, top_k, factor, first, routers
+    )
 
 
-def measure_losses(model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None) -> list[float]:
-    """A model's mean next-token loss of each block of ids [N, S], as `compare` measures it; `tell` is told how many blocks are done."""
+def measure_losses(
+    model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None
+) -> list[float]:
+    """A model's mean next-token loss of each block of ids [N, S], as `compare` measures it.
+
+    `tell` is told how many blocks are done.
+    """
     losses: list[float] = []
-    for batch in split_batches(ids, int(model.model.config.vocab_size) if isinstance(model, Reference) else model.vocab_size):
+    for batch in split_batches(
+        ids, int(model.model.config.vocab_size) if isinstance(model, Reference) else model.vocab_size
+    ):
         losses += _block_losses(model, batch)
         tell(len(losses))
     return losses
@@ -89,7 +108,11 @@ def measure_losses(model: Reference | Decoder, ids: torch.Tensor, tell: Callable
 
 def _block_losses(model: Reference | Decoder, batch: torch.Tensor) -> list[float]:
     mask = torch.ones_like(batch)
-    logits = model.forward(batch, mask).logits if isinstance(model, Reference) else run_package(model, batch, mask, batch.shape[1]).logits
+    logits = (
+        model.forward(batch, mask).logits
+        if isinstance(model, Reference)
+        else run_package(model, batch, mask, batch.shape[1]).logits
+    )
     return [float(F.cross_entropy(row[:-1], block[1:])) for row, block in zip(logits, batch, strict=True)]
 
 
@@ -106,7 +129,10 @@ def mean_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def factor_of(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Sums of found times expected, and of expected squared, of logits [..., V] about each token's own mean: their ratio is a factor."""
+    """Sums of found times expected, and of expected squared, of logits [..., V] about each token's own mean.
+
+    Their ratio is a factor.
+    """
     product = square = 0.0
     for a, b in zip(*(logits.flatten(0, -2).split(LOGIT_ROWS) for logits in (found, expected)), strict=True):
         own = b - b.mean(-1, keepdim=True)
@@ -155,7 +181,10 @@ class _Sums:
         following = torch.cat([ids[:, 1:], ids[:, :1]], 1)  # the last token of a row foretells none that is known
         known = torch.ones_like(ids, dtype=torch.bool)
         known[:, -1] = False
-        parts = zip(*(values.flatten(0, 1).split(LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)), strict=True)
+        parts = zip(
+            *(values.flatten(0, 1).split(LOGIT_ROWS) for values in (found.logits, expected.logits, following, known)),
+            strict=True,
+        )
         self._token_losses = ([], [])
         kl = torch.cat([self._add_logits(*part) for part in parts]).view(ids.shape)
         for own, tokens in zip(self.losses, self._token_losses, strict=True):
@@ -167,12 +196,21 @@ class _Sums:
         flipped = self._add_routing(found, expected, count)
         self.kl_flipped += float(kl[flipped].sum())
         self.num_flipped += int(flipped.sum())
-        self.squares = _added(self.squares, [_squares(a, b) for a, b in zip(found.hiddens, expected.hiddens, strict=True)])
-        seen = [(a, b) for a, b in zip(found.attended, expected.attended, strict=True) if a is not None and b is not None]
+        self.squares = _added(
+            self.squares, [_squares(a, b) for a, b in zip(found.hiddens, expected.hiddens, strict=True)]
+        )
+        seen = [
+            (a, b) for a, b in zip(found.attended, expected.attended, strict=True) if a is not None and b is not None
+        ]
         self.attended = _added(self.attended, [_squares(a, b) for a, b in seen])
 
-    def _add_logits(self, found: torch.Tensor, expected: torch.Tensor, following: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        """Some tokens: logits [T, V] of both, the token that follows each [T], and whether that counts; returns the KL of each, [T]."""
+    def _add_logits(
+        self, found: torch.Tensor, expected: torch.Tensor, following: torch.Tensor, known: torch.Tensor
+    ) -> torch.Tensor:
+        """Some tokens: logits [T, V] of both, the token that follows each [T], and whether that counts.
+
+        Returns the KL of each, [T].
+        """
         error = (found - expected).abs_()
         self.max_error = float(error.max().clamp(min=self.max_error))  # NaN stays NaN
         self.mean_error += float(error.mean()) * len(found)

@@ -1,8 +1,9 @@
 """What a model answers to the examples of a task, by torch and by the package.
 
-Rows of like length are a batch, padded at their right, where a decoder's tokens do not see it; so no mask is needed, and any package can be asked.
-A choice is scored by the sum of its tokens' log-probabilities after the prompt (Brown et al.
-2020, section 2.4). Two texts are compared by the cosine of the means over tokens of what the last layer gives, before the final norm.
+Rows of like length are a batch, padded at their right, where a decoder's tokens do not see it; so no mask is needed,
+and any package can be asked. A choice is scored by the sum of its tokens' log-probabilities after the prompt (Brown et
+al. 2020, section 2.4). Two texts are compared by the cosine of the means over tokens of what the last layer gives,
+before the final norm.
 """
 
 from __future__ import annotations
@@ -14,17 +15,16 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
+from dense2moe.export.errors import ExportError
+from dense2moe.export.parity.checks import write_greedily
+from dense2moe.export.parity.forward import Reference
+from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task
+from dense2moe.export.runtime.decoder import HIDDEN, Decoder
+from dense2moe.export.runtime.generation import Generation
+from dense2moe.export.runtime.text import start_ids
+from dense2moe.upcycle.checkpoints.tokenizer import encode
+from dense2moe.upcycle.errors import shorten
 from transformers import GenerationConfig
-
-from export.errors import ExportError
-from export.generation import Generation
-from export.parity.checks import write_greedily
-from export.parity.forward import Reference
-from export.parity.tasks import Answer, Choice, Similarity, Task
-from export.runtime import HIDDEN, Decoder
-from export.text import start_ids
-from upcycle.errors import shorten
-from upcycle.tokenizer import encode
 
 _BATCH = 16
 _MOST_LOGITS = 2**26  # of a batch at once: 256 MB
@@ -48,8 +48,8 @@ class Row:
 class EncodedTask:
     """A task with its texts as token ids: rows for each choice of each example, a prompt each, or two texts each.
 
-    `ends`: the tokens that end a written answer. `switch`: a row beyond so many tokens changes what is computed of all of them, so none that is
-    shorter is padded to more; see `rotary_switch`.
+    `ends`: the tokens that end a written answer. `switch`: a row beyond so many tokens changes what is computed of all
+    of them, so none that is shorter is padded to more; see `rotary_switch`.
     """
 
     task: Task
@@ -62,8 +62,8 @@ class EncodedTask:
 class Outcome:
     """One model's answer to one example.
 
-    values: the log-likelihood of each choice in nats, or the cosine of two texts. ids, text: what was written. scale: what an error of 1 relative to
-    the largest logit, or to the length of a hidden state, could change a value by.
+    values: the log-likelihood of each choice in nats, or the cosine of two texts. ids, text: what was written. scale:
+    what an error of 1 relative to the largest logit, or to the length of a hidden state, could change a value by.
     """
 
     values: tuple[float, ...] = ()
@@ -107,14 +107,22 @@ class Package:
 
     def logits(self, ids: torch.Tensor, num_kept: int) -> torch.Tensor:
         """See `Model`."""
-        return torch.from_numpy(self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=num_kept)["logits"])
+        return torch.from_numpy(
+            self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=num_kept)["logits"]
+        )
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
         """See `Model`."""
-        last = max((name for name in self.decoder.taps if name.startswith(HIDDEN)), key=lambda name: int(name.removeprefix(HIDDEN)), default=None)
+        last = max(
+            (name for name in self.decoder.taps if name.startswith(HIDDEN)),
+            key=lambda name: int(name.removeprefix(HIDDEN)),
+            default=None,
+        )
         if last is None:
             return None
-        return torch.from_numpy(self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=1)[last])
+        return torch.from_numpy(
+            self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=1)[last]
+        )
 
     def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
         """See `Model`."""
@@ -145,16 +153,23 @@ class Torch:
         """See `Model`."""
         ids = torch.tensor([prompt])
         model = self.reference.model
-        model.generation_config = GenerationConfig()  # the likeliest tokens, whatever the checkpoint's own forbids, forces or makes rarer
+        # the likeliest tokens, whatever the checkpoint's own forbids, forces or makes rarer
+        model.generation_config = GenerationConfig()
         with self.reference.rounding:
             found = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False, eos_token_id=sorted(stop) or None,
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                eos_token_id=sorted(stop) or None,
                 pad_token_id=min(stop, default=0),
-            )  # fmt: skip
+            )
         return tuple(found[0, len(prompt) :].tolist())
 
 
-def encode_task(task: Task, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None) -> EncodedTask:
+def encode_task(
+    task: Task, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None
+) -> EncodedTask:
     """The task's texts as token ids, as the tokenizer gives them; prompts that are too long lose their beginning.
 
     Raises:
@@ -168,12 +183,19 @@ def encode_task(task: Task, tokenizer: Any, generation: Generation, context: int
                 rows.append(_encode_choices(example, tokenizer, generation.start, context, where))
             case Answer():
                 if num_tokens >= context:
-                    raise ExportError(f"parity.answer_tokens is {num_tokens}; must be less than the model's context, which is {context}")
-                rows.append((Row(_encode(tokenizer, example.prompt, generation.start, where)[num_tokens - context :], 1),))
+                    raise ExportError(
+                        f"parity.answer_tokens is {num_tokens}; must be less than the model's context, which is "
+                        f"{context}"
+                    )
+                rows.append(
+                    (Row(_encode(tokenizer, example.prompt, generation.start, where)[num_tokens - context :], 1),)
+                )
             case Similarity(texts=texts):
                 rows.append(tuple(Row(_encode(tokenizer, text, generation.start, where), 1) for text in texts))
                 if (longest := max(len(row.ids) for row in rows[-1])) > context:
-                    raise ExportError(f"{where}: a text has {longest} tokens; the model's context holds {context}; shorten it")
+                    raise ExportError(
+                        f"{where}: a text has {longest} tokens; the model's context holds {context}; shorten it"
+                    )
     return EncodedTask(task, tuple(rows), frozenset(generation.ends), switch)
 
 
@@ -185,9 +207,12 @@ def _encode(tokenizer: Any, text: str, start: int | None, where: str) -> Ids:
     return tuple(ids)
 
 
-def _encode_choices(example: Choice, tokenizer: Any, start_token: int | None, context: int, where: str) -> tuple[Row, ...]:
-    """Rows that are scored from where they first differ from the prompt alone: prompt and choice are one text, whose tokens may lie across both.
+def _encode_choices(
+    example: Choice, tokenizer: Any, start_token: int | None, context: int, where: str
+) -> tuple[Row, ...]:
+    """Rows that are scored from where they first differ from the prompt alone.
 
+    Prompt and choice are one text, whose tokens may lie across both.
     A prompt without tokens is the token that starts a text, before every choice.
     """
     prompt = _encode(tokenizer, example.prompt, start_token, where)
@@ -199,7 +224,10 @@ def _encode_choices(example: Choice, tokenizer: Any, start_token: int | None, co
     for ids in whole:
         cut = max(0, len(ids) - 1 - context)
         if len(ids) < 2 or cut >= start:
-            raise ExportError(f"{where}: a choice has {len(ids) - start} tokens; the model's context holds {context}; must have some, and fit")
+            raise ExportError(
+                f"{where}: a choice has {len(ids) - start} tokens; the model's context holds {context}; must have "
+                "some, and fit"
+            )
         rows.append(Row(ids[cut:], start - cut))
     return tuple(rows)
 
@@ -218,7 +246,10 @@ def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: 
             return _compare(model, encoded)
         case "answer":
             examples = cast("tuple[Answer, ...]", encoded.task.examples)
-            return [_write(model, row, example, tokenizer, num_tokens, encoded.ends) for (row,), example in zip(encoded.rows, examples, strict=True)]
+            return [
+                _write(model, row, example, tokenizer, num_tokens, encoded.ends)
+                for (row,), example in zip(encoded.rows, examples, strict=True)
+            ]
 
 
 def _batches(rows: Iterable[Ids], model: Model, switch: int | None) -> Iterator[tuple[list[Ids], torch.Tensor]]:
@@ -249,7 +280,8 @@ def _choose(model: Model, encoded: EncodedTask) -> list[Outcome]:
     values = [[0.0] * len(rows) for rows in examples]
     largest = [0.0] * len(examples)
     for batch, ids in _batches(readers, model, encoded.switch):
-        first = min(examples[n][c].start for fed in batch for n, c in readers[fed]) - 1  # the logits of the tokens before it are of no use
+        # the logits of the tokens before it are of no use
+        first = min(examples[n][c].start for fed in batch for n, c in readers[fed]) - 1
         logits = model.logits(ids, ids.shape[1] - first).float()
         scores = logits.log_softmax(-1)
         for place, fed in enumerate(batch):
@@ -258,7 +290,10 @@ def _choose(model: Model, encoded: EncodedTask) -> list[Outcome]:
                 told = slice(start, start + len(targets))
                 values[n][c] = float(scores[place, told].gather(-1, torch.tensor(targets)[:, None]).double().sum())
                 largest[n] = max(largest[n], float(logits[place, told].abs().max()))
-    scales = [2 * most * sum(sorted(len(row.ids) - row.start for row in rows)[-2:]) for most, rows in zip(largest, examples, strict=True)]
+    scales = [
+        2 * most * sum(sorted(len(row.ids) - row.start for row in rows)[-2:])
+        for most, rows in zip(largest, examples, strict=True)
+    ]
     return [Outcome(tuple(found), scale=scale) for found, scale in zip(values, scales, strict=True)]
 
 
@@ -274,7 +309,10 @@ def _compare(model: Model, encoded: EncodedTask) -> list[Outcome] | None:
             means[text] = states.mean(0)
             stretch[text] = float(states.norm(dim=-1).max() / means[text].norm())
     pairs = [(a.ids, b.ids) for a, b in encoded.rows]
-    return [Outcome((float(F.cosine_similarity(means[a], means[b], dim=0)),), scale=stretch[a] + stretch[b]) for a, b in pairs]
+    return [
+        Outcome((float(F.cosine_similarity(means[a], means[b], dim=0)),), scale=stretch[a] + stretch[b])
+        for a, b in pairs
+    ]
 
 
 def _write(model: Model, row: Row, example: Answer, tokenizer: Any, num_tokens: int, stop: frozenset[int]) -> Outcome:
@@ -283,10 +321,14 @@ def _write(model: Model, row: Row, example: Answer, tokenizer: Any, num_tokens: 
 
 
 def written_gap(reference: Reference, prompt: Ids, found: Ids, own: Ids) -> float:
-    """Where two written texts part: what the reference's logit of its own token has above that of the other, relative to the largest; else 0."""
+    """Where two written texts part.
+
+    What the reference's logit of its own token has above that of the other, relative to the largest; else 0.
+    """
     parting = _find_parting(found, own)
     if parting == min(len(found), len(own)):
         return 0.0
     ids = torch.tensor([[*prompt, *own[:parting]]])
     logits = reference.forward(ids, torch.ones_like(ids), len(prompt)).logits[0, -1]
-    return float((logits[own[parting]] - logits[found[parting]]) / logits.abs().max()) / 2  # each of two logits may be off
+    # each of two logits may be off
+    return float((logits[own[parting]] - logits[found[parting]]) / logits.abs().max()) / 2

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import onnx
 import torch
-
-from export.opening import open_package
-from export.parity.constants import Matrix, Operator
-from export.parity.flips import Round
-from export.parity.probe import find_group
-from export.parity.products import Arithmetic, Narrowing
-from export.parity.weights import Found
-from export.simulation import BlockRounding, StaticRounding
+from dense2moe.export.opening import open_package
+from dense2moe.export.parity.constants import Matrix, Operator
+from dense2moe.export.parity.flips import Round
+from dense2moe.export.parity.probe import find_group
+from dense2moe.export.parity.products import Arithmetic, Narrowing
+from dense2moe.export.parity.weights import Found
+from dense2moe.export.quantization.simulation import BlockRounding, StaticRounding
 
 _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
 
@@ -26,7 +25,9 @@ def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
     unknown: list[str] = []
     for tensor, matrices in found.operators.items():
         product = next((matrix for matrix in matrices if matrix.use in ("product", "experts")), None)
-        if product is None or (product.operator.op in ("MatMul", "Gemm", "FusedMatMul") and product.narrow is None and narrow is None):
+        if product is None or (
+            product.operator.op in ("MatMul", "Gemm", "FusedMatMul") and product.narrow is None and narrow is None
+        ):
             continue
         rounding = _find_rounding(product, provider, narrow)
         if rounding is None and product.operator.rounds_inputs:
@@ -39,11 +40,15 @@ def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
 def find_narrow(package: Path) -> torch.dtype | None:
     """The 16 bits that a graph's attention computes in: those of its cache; None where they are 32."""
     model = open_package(package).model
-    types = {value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("past_key_values.")}
+    types = {
+        value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("past_key_values.")
+    }
     return next((_NARROW[kind] for kind in types if kind in _NARROW), None)
 
 
-def _find_rounding(matrix: Matrix, provider: str, narrow: torch.dtype | None) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _find_rounding(
+    matrix: Matrix, provider: str, narrow: torch.dtype | None
+) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if matrix.input_scale is not None:
         return StaticRounding(matrix.input_scale)
     if matrix.operator.rounds_inputs:

@@ -1,7 +1,8 @@
-"""Ways of feeding a package, each held against one full forward: prefill, chained decoding, batches, padding, long rows, ties, its own text.
+"""Ways of feeding a package, each held against one full forward.
 
-Chained decoding is checked against something that has no cache at all. A longrope that switches its factors on the way is the exception: there only
-a reference that is fed in the same pieces computes the same function.
+Prefill, chained decoding, batches, padding, long rows, ties, its own text. Chained decoding is checked against
+something that has no cache at all. A longrope that switches its factors on the way is the exception: there only a
+reference that is fed in the same pieces computes the same function.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
-from export.config import ParityConfig
-from export.parity.agreement import LOGIT_ROWS, Follow
-from export.parity.forward import Forward, Reference, forward_of
-from export.parity.records import Check, FreeRun
-from export.parity.taps import Seen, look
-from export.parity.ties import TIE_MARGIN, before_flips, find_flips
-from export.runtime import Decoder
+from dense2moe.export.config import ParityConfig
+from dense2moe.export.parity.agreement import LOGIT_ROWS, Follow
+from dense2moe.export.parity.forward import Forward, Reference, forward_of
+from dense2moe.export.parity.records import Check, FreeRun
+from dense2moe.export.parity.taps import Seen, look
+from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips
+from dense2moe.export.runtime.decoder import Decoder
 
 _BATCH_LENGTH = 128  # of the rows of a batch: where they lie and how they are padded shows in short ones as well
 _NUDGE = 30.0  # of a router logit: no router is as sure
@@ -29,8 +29,8 @@ _NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a 
 class Case:
     """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time.
 
-    Logits are judged of a whole prefill, or of what is decoded and of the last token before: all of such a prefill is judged in a case of its own.
-    Of a long one that a package is only held against itself, the last `num_logits` are.
+    Logits are judged of a whole prefill, or of what is decoded and of the last token before: all of such a prefill is
+    judged in a case of its own. Of a long one that a package is only held against itself, the last `num_logits` are.
     """
 
     name: str
@@ -42,7 +42,12 @@ class Case:
     @property
     def is_plain(self) -> bool:
         """Whether it is a prefill of one row with all its logits."""
-        return len(self.ids) == 1 and self.num_prefill == self.ids.shape[1] and not self.num_logits and bool(self.mask.all())
+        return (
+            len(self.ids) == 1
+            and self.num_prefill == self.ids.shape[1]
+            and not self.num_logits
+            and bool(self.mask.all())
+        )
 
     def shares_text(self, other: Case, reference: Reference) -> bool:
         """Whether one forward of the reference serves both."""
@@ -53,7 +58,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Errors:
-    """One case measured: errors of logits [B, L] of the last L tokens relative to the largest, and which of them are judged by them."""
+    """One case measured.
+
+    Errors of logits [B, L] of the last L tokens relative to the largest, and which of them are judged by them.
+    """
 
     case: Case
     check: Check
@@ -69,8 +77,13 @@ class Errors:
         return Check(**{**self.check.__dict__, "first_position": int(places.min()) if len(places) else None})
 
 
-def plan_cases(blocks: torch.Tensor, context: int, window: int | None, margins: torch.Tensor | None, config: ParityConfig) -> list[Case]:
-    """The ways to feed a package with context `context` text in blocks [N, S], where `margins` [N, S] are the reference's smallest by token."""
+def plan_cases(
+    blocks: torch.Tensor, context: int, window: int | None, margins: torch.Tensor | None, config: ParityConfig
+) -> list[Case]:
+    """The ways to feed a package with context `context` text in blocks [N, S].
+
+    Where `margins` [N, S] are the reference's smallest by token.
+    """
     size = min(blocks.shape[1], context)
     short, steps = max(2, size // 7), min(config.decode_steps, size - 1)
     start = size - steps
@@ -103,7 +116,10 @@ def plan_cases(blocks: torch.Tensor, context: int, window: int | None, margins: 
 
 
 def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: int, longest_row: int) -> list[Case]:
-    """A row of several blocks, up to the context or the longest row that is wished; and decoding across the end of the window."""
+    """A row of several blocks, up to the context or the longest row that is wished.
+
+    And decoding across the end of the window.
+    """
     row = blocks.flatten()[None, : min(context, longest_row)]
     ones, size = torch.ones_like(row), row.shape[1]
     cases = []
@@ -116,13 +132,21 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
     if window is not None and window < size:
         start, end = max(1, window - steps // 2), min(size, window + steps - steps // 2)
         cases.append(
-            Case(f"{end - start} decode steps after {start} tokens, batch 1, across the window of {window}", row[:, :end], ones[:, :end], start)
+            Case(
+                f"{end - start} decode steps after {start} tokens, batch 1, across the window of {window}",
+                row[:, :end],
+                ones[:, :end],
+                start,
+            )
         )
     return cases
 
 
 def every_expert(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """What is added to router logits [T, E] so that each expert is visited, beside every other in turn, by more than any tie."""
+    """What is added to router logits [T, E] so that each expert is visited, beside every other in turn.
+
+    By more than any tie.
+    """
     nudge = torch.zeros(num_tokens, num_experts)
     tokens = torch.arange(num_tokens)
     for place in range(top_k):
@@ -136,7 +160,10 @@ def every_expert(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
 
 
 def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding: bool) -> list[Case]:
-    """The rows that end at the tokens whose routing is nearest to a tie: one batch where padding is asked for, else the nearest alone."""
+    """The rows that end at the tokens whose routing is nearest to a tie.
+
+    One batch where padding is asked for, else the nearest alone.
+    """
     if margins is None or not torch.isfinite(margins).any():
         return []
     flat = margins[:, : blocks.shape[1]].flatten()
@@ -149,20 +176,31 @@ def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding:
         mask[n, width - len(row) :] = 1
     largest = float(flat[nearest].max())
     padding = ", left padding" if len(rows) > 1 else ""
-    name = f"prefill, batch {len(rows)}, rows that end nearest to a tie of experts (margin at most {largest:.0e}){padding}"
+    name = (
+        f"prefill, batch {len(rows)}, rows that end nearest to a tie of experts (margin at most {largest:.0e}){padding}"
+    )
     return [Case(name, ids, mask, width)]
 
 
 WayCheck = Callable[[Seen], tuple[str, int | None] | None]
-"""What is wrong inside a graph in one way of feeding it, in words, and the first token of a row at which it is; None where nothing is."""
+"""What is wrong inside a graph in one way of feeding it, in words, and the first token of a row at which it is.
+
+None where nothing is.
+"""
 
 
 def run_cases(
-    decoder: Decoder, reference: Reference, cases: Sequence[Case], names: Sequence[str], look_inside: WayCheck, tie_margin: float = TIE_MARGIN,
+    decoder: Decoder,
+    reference: Reference,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    look_inside: WayCheck,
+    tie_margin: float = TIE_MARGIN,
     tell: Callable[[int], None] = lambda _: None,
-) -> list[Errors]:  # fmt: skip
-    """Feed the package as each case says, and compare with one full forward of the reference; cases of one text that follow each other share it.
+) -> list[Errors]:
+    """Feed the package as each case says, and compare with one full forward of the reference.
 
+    Cases of one text that follow each other share it.
     `names` are the places that are seen beside what the decoder shows anyway.
     """
     known: tuple[Case, Forward] | None = None
@@ -179,22 +217,39 @@ def run_cases(
 
 
 def run_cases_alone(
-    decoder: Decoder, cases: Sequence[Case], names: Sequence[str], routers: Sequence[str], look_inside: WayCheck, tie_margin: float,
-    share: float = 1.0, tell: Callable[[int], None] = lambda _: None,
-) -> list[Errors]:  # fmt: skip
-    """Feed the package as each case says, and compare with one full prefill, by the same package, of each row by itself.
+    decoder: Decoder,
+    cases: Sequence[Case],
+    names: Sequence[str],
+    routers: Sequence[str],
+    look_inside: WayCheck,
+    tie_margin: float,
+    share: float = 1.0,
+    tell: Callable[[int], None] = lambda _: None,
+) -> list[Errors]:
+    """Feed the package as each case says, and compare with one full prefill, by the same package.
 
-    What computes in rounded numbers has no other equal: two graphs part where one rounds up and the other down, and so does a graph from itself, but
-    no more than two equally rounded computations do. Where what experts are chosen by is seen (`routers`), what follows a near-tie flip in
-    its row is left out; where it is not, the error of a case is that of the token beyond which `1 - share` of them lie.
+    Of each row by itself. What computes in rounded numbers has no other equal: two graphs part where one rounds up and
+    the other down, and so does a graph from itself, but no more than two equally rounded computations do. Where what
+    experts are chosen by is seen (`routers`), what follows a near-tie flip in its row is left out; where it is not, the
+    error of a case is that of the token beyond which `1 - share` of them lie.
     """
     prefills = _Prefills(decoder, routers)
     errors: dict[int, Errors] = {}
     # Of prefills that begin one text the longest comes first, so that the others are held against it.
-    for done, number in enumerate(sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)):
+    for done, number in enumerate(
+        sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)
+    ):
         case = cases[number]
         tell(done)
-        seen = look(decoder, case.ids, case.mask, case.num_prefill, [*names, *routers], num_logits=case.num_logits, with_cache=True)
+        seen = look(
+            decoder,
+            case.ids,
+            case.mask,
+            case.num_prefill,
+            [*names, *routers],
+            num_logits=case.num_logits,
+            with_cache=True,
+        )
         found = prefills.read(seen)
         if case.num_prefill == case.ids.shape[1] and len(case.ids) == 1:
             prefills.keep(seen)
@@ -212,7 +267,12 @@ def _with_place(errors: Errors, wrong: tuple[str, int | None] | None) -> Errors:
     if wrong is None:
         return errors
     place, first = wrong
-    return Errors(errors.case, Check(**{**errors.check.__dict__, "place": place, "first_position": first}), errors.errors, errors.judged)
+    return Errors(
+        errors.case,
+        Check(**{**errors.check.__dict__, "place": place, "first_position": first}),
+        errors.errors,
+        errors.judged,
+    )
 
 
 class _Prefills:
@@ -229,8 +289,13 @@ class _Prefills:
             self._known.append((ids, self.read(seen)))
 
     def of(self, case: Case, num_logits: int) -> Forward:
-        """What each row of a case has in its own full prefill, padded as the case is, with the logits of its last tokens."""
-        parts = [self._row(ids[mask.bool()].tolist(), num_logits) for ids, mask in zip(case.ids, case.mask, strict=True)]
+        """What each row of a case has in its own full prefill, padded as the case is.
+
+        With the logits of its last tokens.
+        """
+        parts = [
+            self._row(ids[mask.bool()].tolist(), num_logits) for ids, mask in zip(case.ids, case.mask, strict=True)
+        ]
         size = case.ids.shape[1]
 
         def padded(values: Sequence[torch.Tensor], width: int) -> torch.Tensor:
@@ -256,30 +321,51 @@ class _Prefills:
         """Logits, and what experts are chosen by, by layer."""
         routers = [seen.values[name].reshape(*seen.ids.shape, -1) for name in self._routers]
         streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
-        return Forward(seen.logits, tuple(routers), streams, (), int(self._decoder.config.get("num_experts_per_tok", 0)))
+        return Forward(
+            seen.logits, tuple(routers), streams, (), int(self._decoder.config.get("num_experts_per_tok", 0))
+        )
 
 
-def measure_errors(case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN, share: float = 1.0) -> Errors:
+def measure_errors(
+    case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN, share: float = 1.0
+) -> Errors:
     """The errors of logits, relative to the largest that is expected anywhere.
 
     A row is judged up to its first near-tie flip, and of all tokens the `share` with the smallest errors.
     """
     kept = found.logits.shape[1]
     real = case.mask[:, -kept:].bool()
-    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin)
+    flips = find_flips(
+        found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin
+    )
     judged = before_flips(flips, case.mask)[:, -kept:]
-    parts = zip(*(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits[:, -kept:])), strict=True)
-    error, mean_error, top1 = (torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True))
+    parts = zip(
+        *(logits.flatten(0, 1).split(LOGIT_ROWS) for logits in (found.logits, expected.logits[:, -kept:])), strict=True
+    )
+    error, mean_error, top1 = (
+        torch.cat(each).view(real.shape) for each in zip(*(_by_token(*part) for part in parts), strict=True)
+    )
     judged &= ~(error > error[judged].quantile(share)) if share < 1 and judged.any() else judged
-    judged |= error.isnan() & real  # a router that says no number has no expert that it chooses, and none that it could flip to
+    # a router that says no number has no expert that it chooses, and none that it could flip to
+    judged |= error.isnan() & real
     largest = float(error[judged].max()) if judged.any() else 0.0
-    size = torch.cat([part.abs().amax(-1) for part in expected.logits[:, -kept:].flatten(0, 1).split(LOGIT_ROWS)]).view(real.shape)
-    scale = max(float(size[real].max()), torch.finfo(torch.float32).tiny)  # of a token whose embedding is zero, as a pad's may be
+    size = torch.cat([part.abs().amax(-1) for part in expected.logits[:, -kept:].flatten(0, 1).split(LOGIT_ROWS)]).view(
+        real.shape
+    )
+    # of a token whose embedding is zero, as a pad's may be
+    scale = max(float(size[real].max()), torch.finfo(torch.float32).tiny)
     mean = float(mean_error[real].mean())
     check = Check(
-        case.name, int(real.sum()), largest, mean, largest / scale, float(top1[real].float().mean()), int(flips.sum()),
-        padded=not bool(case.mask.all()), decoded=case.num_prefill < case.ids.shape[1],
-    )  # fmt: skip
+        case.name,
+        int(real.sum()),
+        largest,
+        mean,
+        largest / scale,
+        float(top1[real].float().mean()),
+        int(flips.sum()),
+        padded=not bool(case.mask.all()),
+        decoded=case.num_prefill < case.ids.shape[1],
+    )
     return Errors(case, check, error / scale, judged)
 
 
@@ -290,12 +376,18 @@ def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor
 
 
 def run_free(
-    decoder: Decoder, reference: Reference, blocks: torch.Tensor, num_tokens: int, follow: Follow | None = None, routers: Sequence[str] = ()
+    decoder: Decoder,
+    reference: Reference,
+    blocks: torch.Tensor,
+    num_tokens: int,
+    follow: Follow | None = None,
+    routers: Sequence[str] = (),
 ) -> FreeRun:
-    """Let the package go on greedily from the first halves of blocks [N, S], each by itself, and ask the reference what it would have written.
+    """Let the package go on greedily from the first halves of blocks [N, S], each by itself.
 
-    One forward of the reference over the package's text is enough: up to the first token that differs, both have read the same. `follow` runs it with
-    what the package's routers say to that text, whose logits are called `routers`.
+    And ask the reference what it would have written. One forward of the reference over the package's text is enough: up
+    to the first token that differs, both have read the same. `follow` runs it with what the package's routers say to
+    that text, whose logits are called `routers`.
     """
     prefixes, gaps = [], []
     half = max(1, min(blocks.shape[1], decoder.context_length) // 2)

@@ -1,8 +1,8 @@
 """The constants of a graph as the numbers that they stand for: whoever wrote it, and whatever its values are called.
 
-A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `Matrix`: float32 rows [N, K], read from the
-file when they are asked for. Formats are those of the operators' documentation (ONNX `DequantizeLinear`; onnxruntime `MatMulNBits`, `QMoE`,
-`GatherBlockQuantized`).
+A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `Matrix`: float32
+rows [N, K], read from the file when they are asked for. Formats are those of the operators' documentation (ONNX
+`DequantizeLinear`; onnxruntime `MatMulNBits`, `QMoE`, `GatherBlockQuantized`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.opening import Package, open_package
+from dense2moe.export.quantization.blockwise import Quantized, dequantize, num_blocks, zero_point_bytes
 from onnx import NodeProto, TensorProto
-
-from export.branches import take_branches
-from export.opening import Package, open_package
-from export.quantization import Quantized, dequantize, num_blocks, zero_point_bytes
 
 Floats = npt.NDArray[np.float32]
 Use = Literal["product", "table", "experts", "stored"]
@@ -34,7 +33,10 @@ _NARROW = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloa
 
 @dataclass(frozen=True)
 class Operator:
-    """The arithmetic of a product: its operator, the bits and block of its integers, and whether it finds 8-bit scales of its inputs as it runs."""
+    """The arithmetic of a product.
+
+    Its operator, the bits and block of its integers, and whether it finds 8-bit scales of its inputs as it runs.
+    """
 
     op: str
     bits: int = 32
@@ -45,12 +47,13 @@ class Operator:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows [N, K] that one node multiplies its input by, or takes its rows from (`table`); of stacked experts those of one.
+    """Rows [N, K] that one node multiplies its input by, or takes its rows from (`table`).
 
+    Of stacked experts those of one.
     What no node is known to multiply by is `stored`: it stands in the file, once as it is and once turned.
 
-    `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits. `input_factors` [K]: what the input is
-    multiplied by just before, which may belong to the matrix or not.
+    `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits.
+    `input_factors` [K]: what the input is multiplied by just before, which may belong to the matrix or not.
     """
 
     value: str
@@ -68,12 +71,19 @@ class Matrix:
     @property
     def place(self) -> str:
         """Where it is in the graph, in words."""
-        return self.value + (f", {self.part}" if self.part else "") + ("" if self.expert is None else f", expert {self.expert}")
+        return (
+            self.value
+            + (f", {self.part}" if self.part else "")
+            + ("" if self.expert is None else f", expert {self.expert}")
+        )
 
 
 @dataclass(frozen=True)
 class Constants:
-    """All matrices of a graph, and all vectors of floats, by name; `unread` are integers that nothing is known to read as a matrix."""
+    """All matrices of a graph, and all vectors of floats, by name.
+
+    `unread` are integers that nothing is known to read as a matrix.
+    """
 
     matrices: tuple[Matrix, ...]
     vectors: dict[str, Floats]
@@ -108,7 +118,9 @@ class _Graph:
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}
         for node in self.nodes:
             if node.op_type == "Constant":
-                self.tensors.update((node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value")
+                self.tensors.update(
+                    (node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value"
+                )
         self.makers = {name: node for node in self.nodes for name in node.output if name}
         self.last: dict[str, npt.NDArray[Any]] = {}
         self.read: set[str] = set()
@@ -132,7 +144,9 @@ class _Graph:
                 yield from self._integer_table(node, settings)
             case "MatMul" | "FusedMatMul" | "Gemm":
                 yield from self._product(node, settings)
-            case "Gather" if (found := self._find(node.input[0])) is not None and len(found[1]) == 2 and settings.get("axis", 0) == 0:
+            case "Gather" if (
+                (found := self._find(node.input[0])) is not None and len(found[1]) == 2 and settings.get("axis", 0) == 0
+            ):
                 read, shape, narrow = found
                 if _is_float(self._source(node.input[0])):
                     yield self._matrix(node, node.input[1], "table", Operator("Gather"), shape, read, narrow=narrow)
@@ -144,9 +158,20 @@ class _Graph:
                 continue
             rows, width = int(np.prod(tensor.dims[:-1])), int(tensor.dims[-1])
             narrow = _NARROW.get(tensor.data_type)
-            yield Matrix(name, "", "stored", Operator("stored"), (rows, width), partial(self._stored, name, False), narrow=narrow)
+            yield Matrix(
+                name, "", "stored", Operator("stored"), (rows, width), partial(self._stored, name, False), narrow=narrow
+            )
             turned = (rows // int(tensor.dims[-2]) * width, int(tensor.dims[-2]))
-            yield Matrix(name, "", "stored", Operator("stored"), turned, partial(self._stored, name, True), "turned", narrow=narrow)
+            yield Matrix(
+                name,
+                "",
+                "stored",
+                Operator("stored"),
+                turned,
+                partial(self._stored, name, True),
+                "turned",
+                narrow=narrow,
+            )
 
     def _stored(self, name: str, turned: bool) -> Floats:
         whole = self._array(name).astype(np.float32)
@@ -156,7 +181,11 @@ class _Graph:
     def unread(self) -> list[str]:
         """Integers that may be matrices, and that no product was seen to read."""
         kinds = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)
-        many = (name for name, tensor in self.tensors.items() if tensor.data_type in kinds and np.prod(tensor.dims) >= _LEAST_MATRIX)
+        many = (
+            name
+            for name, tensor in self.tensors.items()
+            if tensor.data_type in kinds and np.prod(tensor.dims) >= _LEAST_MATRIX
+        )
         return [name for name in many if name not in self.read]
 
     def vectors(self) -> Iterator[tuple[str, Floats]]:
@@ -185,7 +214,15 @@ class _Graph:
         for number in range(max(many, 1)):
             expert = number if many else None
             yield self._matrix(
-                node, node.input[0], "product", operator, (rows, width), partial(one, number), narrow=narrow, expert=expert, scale=scale
+                node,
+                node.input[0],
+                "product",
+                operator,
+                (rows, width),
+                partial(one, number),
+                narrow=narrow,
+                expert=expert,
+                scale=scale,
             )
 
     def _static_scale(self, name: str) -> float | None:
@@ -215,8 +252,18 @@ class _Graph:
             return
         bits, block = settings.get("bits", 4), settings.get("block_size", 128)
         width = codes.dims[1] * (8 // bits if codes.data_type == TensorProto.UINT8 else 1)
-        operator, shape = Operator("GatherBlockQuantized", bits, block, zero_points=bool(names[3])), (codes.dims[0], width)
-        yield self._matrix(node, names[1], "table", operator, shape, partial(self._dequantize, (names[0], names[2], names[3]), operator, shape))
+        operator, shape = (
+            Operator("GatherBlockQuantized", bits, block, zero_points=bool(names[3])),
+            (codes.dims[0], width),
+        )
+        yield self._matrix(
+            node,
+            names[1],
+            "table",
+            operator,
+            shape,
+            partial(self._dequantize, (names[0], names[2], names[3]), operator, shape),
+        )
 
     def _expert_integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
         bits, block = settings.get("expert_weight_bits", 4), settings.get("block_size", 0)
@@ -240,14 +287,35 @@ class _Graph:
             read, shape, narrow = found
             for expert in range(shape[0]):
                 own = partial(_take, read, expert)
-                yield self._matrix(node, node.input[0], "experts", Operator("MoE"), shape[1:], own, part=part, expert=expert, narrow=narrow)
+                yield self._matrix(
+                    node,
+                    node.input[0],
+                    "experts",
+                    Operator("MoE"),
+                    shape[1:],
+                    own,
+                    part=part,
+                    expert=expert,
+                    narrow=narrow,
+                )
 
     def _matrix(
-        self, node: NodeProto, given: str, use: Use, operator: Operator, shape: tuple[int, ...], read: Callable[[], Floats], part: str = "",
-        expert: int | None = None, narrow: torch.dtype | None = None, scale: float | None = None,
-    ) -> Matrix:  # fmt: skip
+        self,
+        node: NodeProto,
+        given: str,
+        use: Use,
+        operator: Operator,
+        shape: tuple[int, ...],
+        read: Callable[[], Floats],
+        part: str = "",
+        expert: int | None = None,
+        narrow: torch.dtype | None = None,
+        scale: float | None = None,
+    ) -> Matrix:
         factors = self._factors(given, shape[1]) if use != "table" else self._row_factors(node.output[0], shape[1])
-        return Matrix(node.output[0], given, use, operator, (shape[0], shape[1]), read, part, expert, narrow, factors, scale)
+        return Matrix(
+            node.output[0], given, use, operator, (shape[0], shape[1]), read, part, expert, narrow, factors, scale
+        )
 
     def _factors(self, given: str, width: int) -> Callable[[], Floats] | None:
         """A vector [K] that a value is multiplied by just before."""
@@ -262,10 +330,19 @@ class _Graph:
         return None if reader is None else self._vector(list(reader.input), width)
 
     def _vector(self, names: list[str], width: int) -> Callable[[], Floats] | None:
-        found = next((name for name in names if (source := self.tensors.get(name)) is not None and list(source.dims)[-1:] == [width]), None)
+        found = next(
+            (
+                name
+                for name in names
+                if (source := self.tensors.get(name)) is not None and list(source.dims)[-1:] == [width]
+            ),
+            None,
+        )
         return None if found is None else lambda: self._array(found).astype(np.float32).reshape(-1)
 
-    def _dequantize(self, names: tuple[str, str, str], operator: Operator, shape: tuple[int, int], expert: int | None = None) -> Floats:
+    def _dequantize(
+        self, names: tuple[str, str, str], operator: Operator, shape: tuple[int, int], expert: int | None = None
+    ) -> Floats:
         """The rows that integers, scales and zero points stand for; of one expert, where they are stacked."""
         codes, scales, zeros = names
         (rows, width), bits, block = shape, operator.bits, operator.block_size
@@ -276,7 +353,11 @@ class _Graph:
             return torch.from_numpy(np.array(whole if expert is None else whole[expert]))
 
         packed = tensor(codes)
-        packed = _pack_again(packed, bits) if self.tensors[codes].data_type not in (TensorProto.UINT8, TensorProto.INT8) else packed.view(torch.uint8)
+        packed = (
+            _pack_again(packed, bits)
+            if self.tensors[codes].data_type not in (TensorProto.UINT8, TensorProto.INT8)
+            else packed.view(torch.uint8)
+        )
         packed = packed.reshape(rows, -1)
         short = blocks * block * bits // 8 - packed.shape[1]  # a table's last block is as wide as the row leaves it
         packed = torch.nn.functional.pad(packed, (0, short)) if short > 0 else packed
@@ -285,15 +366,22 @@ class _Graph:
         if zeros:
             found = tensor(zeros)
             if found.is_floating_point():
-                codes_only = dequantize(Quantized(packed.reshape(rows, blocks, -1), torch.ones_like(own)), blocks * block, bits)
+                codes_only = dequantize(
+                    Quantized(packed.reshape(rows, blocks, -1), torch.ones_like(own)), blocks * block, bits
+                )
                 middle = float(1 << (bits - 1))
-                shifted = codes_only.reshape(rows, blocks, block) + middle - found.reshape(rows, blocks, 1).to(torch.float32)
+                shifted = (
+                    codes_only.reshape(rows, blocks, block) + middle - found.reshape(rows, blocks, 1).to(torch.float32)
+                )
                 return (shifted * own[..., None]).reshape(rows, -1)[:, :width].numpy()
             points = found.view(torch.uint8).reshape(rows, -1)[:, : zero_point_bytes(width, bits, block)]
         return dequantize(Quantized(packed.reshape(rows, blocks, -1), own, points), width, bits).numpy()
 
     def _find(self, name: str) -> tuple[Callable[[], Floats], tuple[int, ...], torch.dtype | None] | None:
-        """How to read a value that is made of constants alone, its shape, and the 16 bits that it is stored in; None if it is not such a one."""
+        """How to read a value that is made of constants alone, its shape, and the 16 bits that it is stored in.
+
+        None if it is not such a one.
+        """
         chain = self._chain(name)
         if chain is None:
             return None
@@ -336,9 +424,13 @@ class _Graph:
                 return np.transpose(inner, settings.get("perm"))
             case "Cast":
                 kind = settings["to"]
-                return inner.astype(np.float32 if kind == TensorProto.BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(kind))
+                return inner.astype(
+                    np.float32 if kind == TensorProto.BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(kind)
+                )
             case "Reshape":
-                return inner.reshape([size or inner.shape[n] for n, size in enumerate(self._array(node.input[1]).tolist())])
+                return inner.reshape(
+                    [size or inner.shape[n] for n, size in enumerate(self._array(node.input[1]).tolist())]
+                )
             case "DequantizeLinear":
                 return self._dequantize_linear(node, inner, settings)
             case "Identity":
@@ -346,12 +438,20 @@ class _Graph:
             case _:
                 return inner.reshape([size for size in inner.shape if size != 1])
 
-    def _dequantize_linear(self, node: NodeProto, codes: npt.NDArray[Any], settings: dict[str, Any]) -> npt.NDArray[Any]:
+    def _dequantize_linear(
+        self, node: NodeProto, codes: npt.NDArray[Any], settings: dict[str, Any]
+    ) -> npt.NDArray[Any]:
         axis, block = settings.get("axis", 1), settings.get("block_size", 0)
         scales = self._resolve(node.input[1]).astype(np.float32)
-        zeros = self._resolve(node.input[2]).astype(np.float32) if len(node.input) > 2 and node.input[2] else np.zeros_like(scales)
+        zeros = (
+            self._resolve(node.input[2]).astype(np.float32)
+            if len(node.input) > 2 and node.input[2]
+            else np.zeros_like(scales)
+        )
         if block:
-            scales, zeros = (np.repeat(each, block, axis=axis).take(range(codes.shape[axis]), axis=axis) for each in (scales, zeros))
+            scales, zeros = (
+                np.repeat(each, block, axis=axis).take(range(codes.shape[axis]), axis=axis) for each in (scales, zeros)
+            )
         elif scales.size > 1:
             form = [1] * codes.ndim
             form[axis] = -1

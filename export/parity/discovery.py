@@ -1,8 +1,9 @@
 """Places inside a graph of any maker, found by the weights that it multiplies by.
 
-Names of values are their exporter's own, but a product by the output matrix of layer 3's attention gives what that attention gives, and reads what
-its heads have attended to; what its result is added to is the residual stream before it. So a graph whose weights are known (`export.parity.weights`)
-is known inside, as far as its nodes are those of a decoder: products, and additions to one residual stream. What is not found is left out.
+Names of values are their exporter's own, but a product by the output matrix of layer 3's attention gives what that
+attention gives, and reads what its heads have attended to; what its result is added to is the residual stream before
+it. So a graph whose weights are known (`dense2moe.export.parity.weights`) is known inside, as far as its nodes are
+those of a decoder: products, and additions to one residual stream. What is not found is left out.
 """
 
 from __future__ import annotations
@@ -10,17 +11,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx
-
-from export.family import DecoderFamily
-from export.parity.constants import Matrix
-from export.parity.taps import OUTSIDE, Part, Place, Taps
-from export.parity.weights import Found
+from dense2moe.export.graph.family import DecoderFamily
+from dense2moe.export.parity.constants import Matrix
+from dense2moe.export.parity.taps import OUTSIDE, Part, Place, Taps
+from dense2moe.export.parity.weights import Found
 
 _VIEWS = ("Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze")
 _JOINS = ("Add", "SkipSimplifiedLayerNormalization")
 
 
-def discover_taps(model: onnx.ModelProto, found: Found, family: DecoderFamily, tied: bool, shared_outside: bool) -> Taps:
+def discover_taps(
+    model: onnx.ModelProto, found: Found, family: DecoderFamily, tied: bool, shared_outside: bool
+) -> Taps:
     """The places of a graph, by what was found of its weights. `tied`: the head is the embedding's matrix."""
     graph = _Graph(model.graph, found)
     num_layers = sum(value.name.startswith("past_key_values.") for value in model.graph.input) // 2
@@ -76,12 +78,22 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self.constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.constants |= {node.output[0]: a.t for node in graph.node if node.op_type == "Constant" for a in node.attribute if a.name == "value"}
+        self.constants |= {
+            node.output[0]: a.t
+            for node in graph.node
+            if node.op_type == "Constant"
+            for a in node.attribute
+            if a.name == "value"
+        }
         self.found = found
 
     def product(self, tensor: str) -> Matrix | None:
         """The one product by a tensor; None where there is none, or more."""
-        products = [matrix for matrix in self.found.operators.get(tensor, ()) if matrix.use == "product" and matrix.expert is None]
+        products = [
+            matrix
+            for matrix in self.found.operators.get(tensor, ())
+            if matrix.use == "product" and matrix.expert is None
+        ]
         return products[0] if len({product.value for product in products}) == 1 else None
 
     def with_bias(self, value: str) -> str:
@@ -92,7 +104,10 @@ class _Graph:
         return value
 
     def join(self, value: str, update_is_other: bool = False) -> tuple[str | None, str | None]:
-        """Where a value is added to another: the other, and the sum. With `update_is_other` no factor stands before it."""
+        """Where a value is added to another: the other, and the sum.
+
+        With `update_is_other` no factor stands before it.
+        """
         if not update_is_other:
             while (only := self._only_reader(value)) is not None and (only.op_type in _VIEWS or self._scales(only)):
                 value = only.output[0]
@@ -115,7 +130,9 @@ class _Graph:
         return readers[0] if len(readers) == 1 else None
 
     def _scales(self, node: onnx.NodeProto) -> bool:
-        return node.op_type == "Mul" and any(self._is_constant(name) and not self._is_vector(name) for name in node.input)
+        return node.op_type == "Mul" and any(
+            self._is_constant(name) and not self._is_vector(name) for name in node.input
+        )
 
     def _is_constant(self, name: str) -> bool:
         return name in self.constants or all(source in self.constants for source in self._sources(name))

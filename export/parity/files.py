@@ -1,19 +1,21 @@
 """A package's tokenizer and configs against the checkpoint's.
 
-A graph with the right logits is still another model to its users when the tokenizer gives other ids, when text ends at another token, or when a
-runtime is told other sizes. Four things are compared, each where the package has it:
+A graph with the right logits is still another model to its users when the tokenizer gives other ids, when text ends at
+another token, or when a runtime is told other sizes. Four things are compared, each where the package has it:
 
-1. The tokenizer: its vocabulary by id, the ids of a set of texts with and without special tokens, the text that ids decode to, the special tokens,
-   the chat template. `AutoTokenizer` loads both with the checkpoint's config: the class depends on the architecture, and a package of another maker
-   may have no config.json.
-2. generation_config.json: where text ends and how it is drawn. A setting that is left out counts as transformers' default.
+1. The tokenizer: its vocabulary by id, the ids of a set of texts with and without special tokens, the text that ids
+   decode to, the special tokens, the chat template. `AutoTokenizer` loads both with the checkpoint's config: the class
+   depends on the architecture, and a package of another maker may have no config.json.
+2. generation_config.json: where text ends and how it is drawn. A setting that is left out counts as transformers'
+   default.
 3. config.json: architecture, sizes, special tokens.
-4. genai_config.json: the same sizes and tokens, and names that the graph has. onnxruntime-genai wants every special token, so where the checkpoint
-   has none the writers' substitutes are right: `export.package.genai_config`, and `resolve_special_token_ids` of genai's builder
-   (models/builders/base.py, 0.18.0), which also lets text end at the tokenizer's end token.
+4. genai_config.json: the same sizes and tokens, and names that the graph has. onnxruntime-genai wants every special
+   token, so where the checkpoint has none the writers' substitutes are right: `dense2moe.export.package.genai_config`,
+   and `resolve_special_token_ids` of genai's builder (models/builders/base.py, 0.18.0), which also lets text end at the
+   tokenizer's end token.
 
-A package of another maker may leave files out, which is told; from ours none may be missing that the checkpoint has. A file that cannot be read is a
-difference. Code beside a tokenizer or a config is never run.
+A package of another maker may leave files out, which is told; from ours none may be missing that the checkpoint has. A
+file that cannot be read is a difference. Code beside a tokenizer or a config is never run.
 """
 
 from __future__ import annotations
@@ -24,36 +26,90 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dense2moe.export.opening import open_package
+from dense2moe.export.parity.precision import has_experts, is_dense
+from dense2moe.export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
+from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
 from transformers import AutoConfig, AutoTokenizer
 
-from export.opening import open_package
-from export.parity.precision import has_experts, is_dense
-from export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
-from upcycle.checkpoint import GENERATION_CONFIG_NAME
-from upcycle.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
-
 _TEMPLATE_NAME = "chat_template.jinja"
-_VOCABULARY_NAMES = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json", "vocab.json", "vocab.txt")
-_TOKENIZER_JSON_NAMES = ("tokenizer.json", TOKENIZER_CONFIG_NAME, "special_tokens_map.json", "added_tokens.json", "vocab.json")
+_VOCABULARY_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+)
+_TOKENIZER_JSON_NAMES = (
+    "tokenizer.json",
+    TOKENIZER_CONFIG_NAME,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
 
 _ENGLISH = "The quick brown fox doesn't jump over 13 lazy dogs; “why”, it asks – and naïve café-goers shrug."
 _CODE = "def f(x: int) -> str:\n\tif x != 0x1F:\n        return f'{x:>8}' + \"\\n\"  # done\n\n\nprint(f(-3.14e-5))\r\n"
 _TEXTS = (
-    "", " ", "   ", "\n", "\n\n \n", "\t\t x \t", "a", " a", "a ", "Hello world", " Hello  World ", "HELLO hello HeLLo", "don't I'LL we've",
-    "0 1 23 456 7890 12345678901234567890", "3.14159, 1,000,000 and 2026-11-30",
-    "<a href='x'>&amp;</a> {\"k\": [1, null]}", "https://a.b/c?d=e&f=%20#g",
-    "😀 👩‍👩‍👧 🇫🇷 ✅", "中文字符和日本語のテキスト、한국어 문장", "Привет мир، مرحبا بالعالم",
-    "e\u0301 é ﬁ ½ ™ \u00a0\u200b\ufeff\u2028x", "\x00\x07\x7f", "▁ Ġ Ċ",
-    _ENGLISH, _CODE, " ".join([_ENGLISH, _CODE] * 50),
-)  # fmt: skip
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n \n",
+    "\t\t x \t",
+    "a",
+    " a",
+    "a ",
+    "Hello world",
+    " Hello  World ",
+    "HELLO hello HeLLo",
+    "don't I'LL we've",
+    "0 1 23 456 7890 12345678901234567890",
+    "3.14159, 1,000,000 and 2026-11-30",
+    "<a href='x'>&amp;</a> {\"k\": [1, null]}",
+    "https://a.b/c?d=e&f=%20#g",
+    "😀 👩‍👩‍👧 🇫🇷 ✅",
+    "中文字符和日本語のテキスト、한국어 문장",
+    "Привет мир، مرحبا بالعالم",
+    "e\u0301 é ﬁ ½ ™ \u00a0\u200b\ufeff\u2028x",
+    "\x00\x07\x7f",
+    "▁ Ġ Ċ",
+    _ENGLISH,
+    _CODE,
+    " ".join([_ENGLISH, _CODE] * 50),
+)
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 _DEFAULTS: Mapping[str, Any] = {
-    "temperature": 1.0, "top_k": 50, "top_p": 1.0, "typical_p": 1.0, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0,
-    "length_penalty": 1.0, "num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "max_length": 20, "use_cache": True,
-}  # fmt: skip
-"""Defaults of generation settings but those that are 0, off or none. Source: GenerationConfig._get_default_generation_params, transformers 5.23."""
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "num_return_sequences": 1,
+    "max_length": 20,
+    "use_cache": True,
+}
+"""Defaults of generation settings but those that are 0, off or none.
+
+Source: GenerationConfig._get_default_generation_params, transformers 5.23.
+"""
 
 _GENAI_SIZES = {
     "model.vocab_size": "vocab_size",
@@ -67,12 +123,15 @@ _GENAI_SIZES = {
 
 _GENAI_NAMES = {
     "inputs": {
-        "input_ids": "input_ids", "attention_mask": "attention_mask", "position_ids": "position_ids",
-        "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "position_ids": "position_ids",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
     },
     "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-}  # fmt: skip
-"""The names in every graph that `export.runtime.Decoder` takes; genai has the same defaults."""
+}
+"""The names in every graph that `dense2moe.export.runtime.decoder.Decoder` takes; genai has the same defaults."""
 
 _SHARING = ("GroupQueryAttention", "PagedAttention")  # operators that write the present into the buffer of the past
 _BUILDER_BOS = 1  # what genai's builder writes where it finds none
@@ -85,7 +144,10 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class FilesCheck:
-    """The files that were compared, those that were not there (a sentence each), and the differences (a sentence each)."""
+    """The files that were compared, those that were not there (a sentence each).
+
+    And the differences (a sentence each).
+    """
 
     compared: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -106,7 +168,10 @@ class _Failure:
 
 @dataclass(frozen=True)
 class _Graph:
-    """Of a graph: whether we wrote it, its names of inputs and outputs, and whether past and present can share a buffer."""
+    """Of a graph: whether we wrote it, its names of inputs and outputs.
+
+    And whether past and present can share a buffer.
+    """
 
     is_ours: bool
     has_experts: bool
@@ -116,7 +181,10 @@ class _Graph:
 
 @dataclass(frozen=True)
 class _Sides:
-    """The package, the checkpoint, and what several comparisons read of them: None where it is not there or cannot be read."""
+    """The package, the checkpoint, and what several comparisons read of them.
+
+    None where it is not there or cannot be read.
+    """
 
     package: Path
     twin: Path
@@ -131,14 +199,18 @@ class _Sides:
 
     @property
     def is_parent(self) -> bool:
-        """Whether the checkpoint is dense and the package a mixture, made from it or from another: one architecture has the other's sizes."""
+        """Whether the checkpoint is dense and the package a mixture, made from it or from another.
+
+        One architecture has the other's sizes.
+        """
         return self.graph is not None and self.graph.has_experts and self.config is not None and is_dense(self.config)
 
 
 def check_files(package: Path, twin: Path) -> FilesCheck:
     """Compare the tokenizer and the configs of a package with those of the checkpoint `twin`.
 
-    The checkpoint may be the reference of a package by another maker. A damaged file is a difference, never an exception.
+    The checkpoint may be the reference of a package by another maker. A damaged file is a difference, never an
+    exception.
     """
     config = _attempt(_load_config, twin)
     tokenizer = None if isinstance(config, _Failure) else _load_tokenizer(twin, config)
@@ -148,13 +220,29 @@ def check_files(package: Path, twin: Path) -> FilesCheck:
         for name, whose, found, cure in (
             (MODEL_NAME, "the package's", graph, "it must be an ONNX model"),
             (CONFIG_NAME, "the checkpoint's", config, "it must be the config of a transformers model"),
-            (_vocabulary_name(twin), "the checkpoint's tokenizer", tokenizer, "it must be one that transformers can load"),
+            (
+                _vocabulary_name(twin),
+                "the checkpoint's tokenizer",
+                tokenizer,
+                "it must be one that transformers can load",
+            ),
         )
         if isinstance(found, _Failure)
     )
     sides = _Sides(package, twin, _or_none(config), _or_none(tokenizer), _or_none(graph))
-    parts = (FilesCheck(differences=failures), _check_tokenizer(sides), _check_generation(sides), _check_config(sides), _check_genai(sides))
-    return FilesCheck(*(tuple(entry for part in parts for entry in getattr(part, field)) for field in ("compared", "missing", "differences")))
+    parts = (
+        FilesCheck(differences=failures),
+        _check_tokenizer(sides),
+        _check_generation(sides),
+        _check_config(sides),
+        _check_genai(sides),
+    )
+    return FilesCheck(
+        *(
+            tuple(entry for part in parts for entry in getattr(part, field))
+            for field in ("compared", "missing", "differences")
+        )
+    )
 
 
 # What files hold, and how it is told.
@@ -165,9 +253,15 @@ def _attempt(call: Callable[..., _T], *arguments: Any) -> _T | _Failure:
     try:
         return call(*arguments)
     except BaseException as error:
-        if isinstance(error, MemoryError) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+        if isinstance(error, MemoryError) or not (
+            isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        ):
             raise
-        text = str(error) if isinstance(error, ValueError | OSError) or type(error) is Exception else f"{type(error).__name__}: {error}"
+        text = (
+            str(error)
+            if isinstance(error, ValueError | OSError) or type(error) is Exception
+            else f"{type(error).__name__}: {error}"
+        )
         line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
         return _Failure(line if len(line) <= _REASON else f"{line[:_REASON]}…")
 
@@ -178,7 +272,9 @@ def _or_none(found: _T | _Failure) -> _T | None:
 
 def _load_config(directory: Path) -> Any:
     """The config of a checkpoint's decoder, which is a part of the config in a model of text and images."""
-    return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).get_text_config(decoder=True)
+    return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).get_text_config(
+        decoder=True
+    )
 
 
 def _read_graph(package: Path) -> _Graph:
@@ -207,7 +303,9 @@ def _read_sides(sides: _Sides, name: str) -> tuple[dict[str, Any], dict[str, Any
     found, expected = (_attempt(_read_json, directory / name) for directory in (sides.package, sides.twin))
     if isinstance(found, _Failure) or isinstance(expected, _Failure):
         pairs = (("package", found), ("checkpoint", expected))
-        return FilesCheck((name,), (), tuple(_damaged(name, whose, each) for whose, each in pairs if isinstance(each, _Failure)))
+        return FilesCheck(
+            (name,), (), tuple(_damaged(name, whose, each) for whose, each in pairs if isinstance(each, _Failure))
+        )
     return found, expected
 
 
@@ -217,7 +315,13 @@ def _damaged(name: str, whose: str, failure: _Failure) -> str:
 
 def _report_missing(name: str, in_package: bool, in_twin: bool, is_required: bool) -> FilesCheck:
     """The result for a file that is not on both sides."""
-    where = "not in the checkpoint" if in_package else "not in the package" if in_twin else "neither in the package nor in the checkpoint"
+    where = (
+        "not in the checkpoint"
+        if in_package
+        else "not in the package"
+        if in_twin
+        else "neither in the package nor in the checkpoint"
+    )
     wrong = (f"{name}: is not in the package; must be the checkpoint's; copy it",) if is_required and in_twin else ()
     return FilesCheck((), (f"{name}: {where}",), wrong)
 
@@ -261,10 +365,15 @@ def _vocabulary_name(directory: Path) -> str:
 
 
 def _load_tokenizer(directory: Path, config: Any) -> Any:
-    """The tokenizer in a directory, of the class that goes with `config`; None where there is none, a `_Failure` where it does not load."""
+    """The tokenizer in a directory, of the class that goes with `config`.
+
+    None where there is none, a `_Failure` where it does not load.
+    """
     if not (directory / _vocabulary_name(directory)).is_file():
         return None
-    found = _attempt(lambda: AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False, local_files_only=True))
+    found = _attempt(
+        lambda: AutoTokenizer.from_pretrained(directory, config=config, trust_remote_code=False, local_files_only=True)
+    )
     if isinstance(found, _Failure):
         for name in _TOKENIZER_JSON_NAMES:  # transformers does not say which file it was
             if (directory / name).is_file() and isinstance(broken := _attempt(_read_json, directory / name), _Failure):
@@ -274,14 +383,23 @@ def _load_tokenizer(directory: Path, config: Any) -> Any:
 
 def _check_tokenizer(sides: _Sides) -> FilesCheck:
     name = _vocabulary_name(sides.package)
-    in_package, in_twin = ((directory / _vocabulary_name(directory)).is_file() for directory in (sides.package, sides.twin))
+    in_package, in_twin = (
+        (directory / _vocabulary_name(directory)).is_file() for directory in (sides.package, sides.twin)
+    )
     if not (in_package and in_twin):
         return _report_missing(name if in_package else _vocabulary_name(sides.twin), in_package, in_twin, sides.is_ours)
     if sides.tokenizer is None:
         return FilesCheck()  # the checkpoint's does not load, which has been told
     tokenizer = _load_tokenizer(sides.package, sides.config)
     if isinstance(tokenizer, _Failure):
-        return FilesCheck((name,), (), (f"{name}: the package's tokenizer cannot be read ({tokenizer.reason}); must be the checkpoint's; copy it",))
+        return FilesCheck(
+            (name,),
+            (),
+            (
+                f"{name}: the package's tokenizer cannot be read ({tokenizer.reason}); must be the checkpoint's; "
+                "copy it",
+            ),
+        )
     return FilesCheck((name,), (), tuple(_compare_tokenizers(name, tokenizer, sides.tokenizer)))
 
 
@@ -306,9 +424,15 @@ def _tell_vocabulary(name: str, found: Mapping[str, int], expected: Mapping[str,
     wrong = [number for number in every if ours.get(number) != theirs.get(number)]
     if not wrong:
         token = min(token for token in found.keys() | expected.keys() if found.get(token) != expected.get(token))
-        return f"{name}: the token {_show(token)} has the id {_show(found.get(token))} in the package; must be {_show(expected.get(token))}"
+        return (
+            f"{name}: the token {_show(token)} has the id {_show(found.get(token))} in the package; must be "
+            f"{_show(expected.get(token))}"
+        )
     tokens = [_show(each[wrong[0]]) if wrong[0] in each else "no token" for each in (ours, theirs)]
-    return f"{name}: id {wrong[0]} is {tokens[0]} in the package; must be {tokens[1]}; {len(wrong):,} of {len(every):,} ids differ"
+    return (
+        f"{name}: id {wrong[0]} is {tokens[0]} in the package; must be {tokens[1]}; {len(wrong):,} of "
+        f"{len(every):,} ids differ"
+    )
 
 
 def _tell_texts(name: str, tokenizer: Any, expected: Any) -> str | None:
@@ -320,13 +444,19 @@ def _tell_texts(name: str, tokenizer: Any, expected: Any) -> str | None:
         found, rows = (_encode(each, texts, adds) for each in (tokenizer, expected))
         if wrong := [n for n in range(len(texts)) if _as_row(found[n]) != _as_row(rows[n])]:
             what = _tell_row(found[wrong[0]], rows[wrong[0]])
-            return f"{name}: the text {_show(texts[wrong[0]])}, encoded {how} special tokens, {what}; {len(wrong):,} of {len(texts):,} texts differ"
+            return (
+                f"{name}: the text {_show(texts[wrong[0]])}, encoded {how} special tokens, {what}; {len(wrong):,} "
+                f"of {len(texts):,} texts differ"
+            )
     encoded = [row for row in rows if not isinstance(row, _Failure)]
     for skips, how in ((False, "with"), (True, "without")):
         back, right = ([_attempt(_decode, each, row, skips) for row in encoded] for each in (tokenizer, expected))
         if wrong := [n for n in range(len(encoded)) if back[n] != right[n]]:
             what = f"{_show(back[wrong[0]])} in the package; must be {_show(right[wrong[0]])}"
-            return f"{name}: ids decoded {how} special tokens are the text {what}; {len(wrong):,} of {len(encoded):,} texts differ"
+            return (
+                f"{name}: ids decoded {how} special tokens are the text {what}; {len(wrong):,} of "
+                f"{len(encoded):,} texts differ"
+            )
     return None
 
 
@@ -352,13 +482,17 @@ def _as_row(row: list[int] | _Failure) -> list[int] | None:
 
 def _tell_row(found: list[int] | _Failure, right: list[int] | _Failure) -> str:
     place = 0 if isinstance(found, _Failure) or isinstance(right, _Failure) else _find_parting(found, right)
-    ours, theirs = (f"refused ({row.reason})" if isinstance(row, _Failure) else _show(row[place:]) for row in (found, right))
+    ours, theirs = (
+        f"refused ({row.reason})" if isinstance(row, _Failure) else _show(row[place:]) for row in (found, right)
+    )
     return f"is {ours} in the package, from token {place} on; must be {theirs}"
 
 
 def _find_parting(one: Sequence[Any], other: Sequence[Any]) -> int:
     """The first place where two sequences differ, which may be the end of one."""
-    return next((n for n, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), min(len(one), len(other)))
+    return next(
+        (n for n, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), min(len(one), len(other))
+    )
 
 
 def _as_template(template: Any) -> Any:
@@ -384,7 +518,8 @@ def _check_generation(sides: _Sides) -> FilesCheck:
         found = _attempt(_read_json, sides.package / name)
         if isinstance(found, _Failure):
             return FilesCheck((name,), (), (_damaged(name, "package", found),))
-        expected = {field: getattr(sides.config, field, None) for field in _IDS}  # what transformers makes of a checkpoint without one
+        # what transformers makes of a checkpoint without one
+        expected = {field: getattr(sides.config, field, None) for field in _IDS}
         return FilesCheck((name,), (), tuple(_compare_settings(found, expected)))
     if not (in_package and in_twin):
         return _report_missing(name, in_package, in_twin, sides.is_ours)
@@ -420,7 +555,11 @@ def _check_config(sides: _Sides) -> FilesCheck:
     if not sides.is_parent:
         return FilesCheck((name,), (), tuple(_compare_configs(found, expected, sides.config)))
     left_out = f"{name}: model_type is not compared; the package is a mixture, the checkpoint dense"
-    return FilesCheck((name,), (left_out,), tuple(_compare_configs(found, {**expected, "model_type": found.get("model_type")}, sides.config)))
+    return FilesCheck(
+        (name,),
+        (left_out,),
+        tuple(_compare_configs(found, {**expected, "model_type": found.get("model_type")}, sides.config)),
+    )
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
@@ -430,7 +569,10 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any], config: Any) -> Iterator[str]:
-    """Compare fields that one of two files has; `config` has the class's defaults for those that the checkpoint's leaves out."""
+    """Compare fields that one of two files has.
+
+    `config` has the class's defaults for those that the checkpoint's leaves out.
+    """
     for field in ("model_type", *_SIZES):
         if found.get(field) is None and expected.get(field) is None:
             continue
@@ -447,11 +589,13 @@ def _compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any], conf
 
 
 def _implied(values: Mapping[str, Any], field: str) -> Any:
-    """What `export.runtime.Decoder` takes for a field that a config leaves out."""
+    """What `dense2moe.export.runtime.decoder.Decoder` takes for a field that a config leaves out."""
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if field == "num_key_value_heads":
         return heads
-    return width // heads if field == "head_dim" and isinstance(width, int) and isinstance(heads, int) and heads else None
+    return (
+        width // heads if field == "head_dim" and isinstance(width, int) and isinstance(heads, int) and heads else None
+    )
 
 
 # The config of onnxruntime-genai.
@@ -484,7 +628,11 @@ def _compare_genai_model(package: Path, found: Mapping[str, Any]) -> Iterator[st
         yield _is("model.type", kind, 'a kind of model that onnxruntime-genai knows, such as "decoder"')
     where, model = "model.decoder.filename", package / MODEL_NAME
     file = _dig(found, where)
-    if not isinstance(file, str) or _attempt((package / file).is_file) is not True or (model.is_file() and not model.samefile(package / file)):
+    if (
+        not isinstance(file, str)
+        or _attempt((package / file).is_file) is not True
+        or (model.is_file() and not model.samefile(package / file))
+    ):
         yield _is(where, file, f"{_show(MODEL_NAME)}, the file of the graph")
 
 
@@ -496,7 +644,11 @@ def _compare_genai_sizes(found: Mapping[str, Any], config: Any) -> Iterator[str]
             right = {"num_key_value_heads": heads, "head_dim": config.hidden_size // heads}.get(field)
         if right is not None and _dig(found, where) != right:
             yield _is(where, _dig(found, where), _show(right))
-    where, limit, length = "model.context_length", getattr(config, "max_position_embeddings", None), _dig(found, "model.context_length")
+    where, limit, length = (
+        "model.context_length",
+        getattr(config, "max_position_embeddings", None),
+        _dig(found, "model.context_length"),
+    )
     if isinstance(limit, int) and not (type(length) is int and 1 <= length <= limit):
         yield _is(where, length, f"at most {limit}, the checkpoint's max_position_embeddings")
 
@@ -505,10 +657,14 @@ def _compare_genai_ids(found: Mapping[str, Any], sides: _Sides) -> Iterator[str]
     """Compare special tokens with all that a right writer may have put there."""
     read = _attempt(_read_json, sides.twin / GENERATION_CONFIG_NAME)
     settings = {} if isinstance(read, _Failure) else read
-    of_config, of_tokenizer = ({field: _known_ids(getattr(each, field, None)) for field in _IDS} for each in (sides.config, sides.tokenizer))
+    of_config, of_tokenizer = (
+        {field: _known_ids(getattr(each, field, None)) for field in _IDS} for each in (sides.config, sides.tokenizer)
+    )
     of_settings = {field: _known_ids(settings.get(field)) for field in _IDS}
     ends = of_settings["eos_token_id"] or of_config["eos_token_id"]
-    right = [ends, ends | of_tokenizer["eos_token_id"]] if ends else [frozenset({_OUR_EOS}), of_tokenizer["eos_token_id"]]
+    right = (
+        [ends, ends | of_tokenizer["eos_token_id"]] if ends else [frozenset({_OUR_EOS}), of_tokenizer["eos_token_id"]]
+    )
     right = [ids for number, ids in enumerate(right) if ids and ids not in right[:number]]
     where = "model.eos_token_id"
     if _as_ids(_dig(found, where)) not in right:
@@ -517,7 +673,11 @@ def _compare_genai_ids(found: Mapping[str, Any], sides: _Sides) -> Iterator[str]
     starts = of_config["bos_token_id"] | of_settings["bos_token_id"]
     pads = of_config["pad_token_id"] | of_settings["pad_token_id"] | of_tokenizer["pad_token_id"]
     for field, known, others in (
-        ("bos_token_id", starts, frozenset() if starts else substitutes | of_tokenizer["bos_token_id"] | {_BUILDER_BOS}),
+        (
+            "bos_token_id",
+            starts,
+            frozenset() if starts else substitutes | of_tokenizer["bos_token_id"] | {_BUILDER_BOS},
+        ),
         ("pad_token_id", pads, frozenset() if of_config["pad_token_id"] else substitutes),
     ):
         value = _dig(found, f"model.{field}")

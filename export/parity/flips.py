@@ -1,8 +1,9 @@
 """Flips of a rounding, told apart from errors.
 
-A number that lies between two integers of 8 bits may be rounded to either, by a sum in another order or a factor that is rounded otherwise. What a
-product gives then differs by one step of its input times one column of its matrix. So a difference that is a sum of such columns, each of an input
-that lies so near the middle, is flips; and one that is not is an error, however small.
+A number that lies between two integers of 8 bits may be rounded to either, by a sum in another order or a factor that
+is rounded otherwise. What a product gives then differs by one step of its input times one column of its matrix. So a
+difference that is a sum of such columns, each of an input that lies so near the middle, is flips; and one that is not
+is an error, however small.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-
-from export.simulation import BlockRounding
+from dense2moe.export.quantization.simulation import BlockRounding
 
 NEAR_MIDDLE = {"given": (1e-6, 1e-6), "inner": (1e-3, 1e-5)}
-"""In steps of 8 bits, and by the number itself: what a number to be rounded may err by where it is known to the bit, and where it is computed."""
+"""In steps of 8 bits, and by the number itself.
+
+What a number to be rounded may err by where it is known to the bit, and where it is computed.
+"""
 _MOST_FLIPS = 24
 _MOST_MOVED = 3
 _WHOLE_STEP = 1.01
@@ -28,14 +31,22 @@ _TINY = 1e-30
 
 Round = Callable[[torch.Tensor], torch.Tensor]
 Alone = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[list[torch.Tensor]]]]
-"""Of rows [T, H] of inputs, and their numbers: what an FFN makes of them, and what flips inside of it may add to each."""
+"""Of rows [T, H] of inputs, and their numbers.
+
+What an FFN makes of them, and what flips inside of it may add to each.
+"""
 
 
 class Inside(Protocol):
     """A part of a model with a rounding of which only what it gives is seen."""
 
-    def explain(self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float) -> Iterator[tuple[int, float]]:
-        """Of rows that are beyond a limit those that flips explain, each with the relative error that is left; both float64 [rows, N]."""
+    def explain(
+        self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
+    ) -> Iterator[tuple[int, float]]:
+        """Of rows that are beyond a limit those that flips explain, each with the relative error that is left.
+
+        Both float64 [rows, N].
+        """
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,9 @@ class Product:
     rounding: BlockRounding
     divisor: float
 
-    def explain(self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float) -> Iterator[tuple[int, float]]:
+    def explain(
+        self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
+    ) -> Iterator[tuple[int, float]]:
         """See `Inside`."""
         near = near_middle(self.given[rows], self.weight, self.rounding, "given") if len(rows) else []
         for row, difference, own, columns in zip(rows.tolist(), found - expected, expected, near, strict=True):
@@ -58,13 +71,18 @@ class Product:
 
 @dataclass(frozen=True)
 class Ffn:
-    """A gated FFN, or a block of experts, of inputs [T, H] that are known; where a flip of one of these may have been, it is tried."""
+    """A gated FFN, or a block of experts, of inputs [T, H] that are known.
+
+    Where a flip of one of these may have been, it is tried.
+    """
 
     given: torch.Tensor
     run: Alone
     first: Round | None
 
-    def explain(self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float) -> Iterator[tuple[int, float]]:
+    def explain(
+        self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
+    ) -> Iterator[tuple[int, float]]:
         """See `Inside`."""
         if not len(rows):
             return
@@ -105,7 +123,10 @@ class Ffn:
 
 
 def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.Tensor) -> float:
-    """The relative error that is left of a difference [N] when at most one step of each column is taken off; infinite where none can be."""
+    """The relative error that is left of a difference [N] when at most one step of each column is taken off.
+
+    Infinite where none can be.
+    """
     length = own.norm().clamp(min=_TINY)
     if not columns:
         return float(difference.norm() / length)
@@ -113,11 +134,18 @@ def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.
         return math.inf
     basis = torch.stack(columns, -1).double()
     share = torch.linalg.lstsq(basis, difference[:, None], rcond=_ALIKE, driver="gelsd").solution
-    return float((difference - (basis @ share)[:, 0]).norm() / length) if float(share.abs().max()) <= _WHOLE_STEP else math.inf
+    return (
+        float((difference - (basis @ share)[:, 0]).norm() / length)
+        if float(share.abs().max()) <= _WHOLE_STEP
+        else math.inf
+    )
 
 
 def find_near(x: torch.Tensor, rounding: BlockRounding, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of x [T, K]: the places [n, 2] of numbers near the middle between two integers, the step of each number [T, K], and how many steps it is."""
+    """Of x [T, K]: the places [n, 2] of numbers near the middle between two integers, the step of each number [T, K].
+
+    And how many steps it is.
+    """
     size, width = rounding.block_size, x.shape[-1]
     factors = torch.ones(width) if rounding.column_scales is None else rounding.column_scales
     padded = F.pad(x.float() / factors, (0, -width % size)).view(len(x), -1, size)
@@ -125,11 +153,18 @@ def find_near(x: torch.Tensor, rounding: BlockRounding, kind: str) -> tuple[torc
     integers = torch.where(step > 0, padded / step, 0.0)
     least, share = NEAR_MIDDLE[kind]
     near = (integers - integers.floor() - 0.5).abs() <= least + share * integers.abs()
-    return near.flatten(1)[:, :width].nonzero(), step.expand_as(padded).flatten(1)[:, :width] * factors, integers.flatten(1)[:, :width]
+    return (
+        near.flatten(1)[:, :width].nonzero(),
+        step.expand_as(padded).flatten(1)[:, :width] * factors,
+        integers.flatten(1)[:, :width],
+    )
 
 
 def near_middle(x: torch.Tensor, weight: torch.Tensor, rounding: Round, kind: str) -> list[list[torch.Tensor]]:
-    """Of each row of x [T, K]: columns of the matrix, by one step, whose inputs lie so near the middle that either integer may be taken."""
+    """Of each row of x [T, K].
+
+    Columns of the matrix, by one step, whose inputs lie so near the middle that either integer may be taken.
+    """
     found: list[list[torch.Tensor]] = [[] for _ in x]
     if isinstance(rounding, BlockRounding) and weight.shape[1] == x.shape[-1]:
         places, steps, _ = find_near(x, rounding, kind)

@@ -10,30 +10,31 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
+from dense2moe.export.gates.routing import Score, selection_scores
+from dense2moe.export.graph.family import find_decoder_family, find_refusal, rotary_switch
+from dense2moe.export.parity.taps import Seen, look
+from dense2moe.export.quantization.simulation import RoundedInputs
+from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
+from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
+from dense2moe.upcycle.checkpoints.loading import load_whole
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.memory import small_heap
 from transformers import AutoModelForCausalLM, DynamicCache
-
-from export.errors import ExportError
-from export.family import find_decoder_family, find_refusal, rotary_switch
-from export.footprint import LOGITS_BYTES, PARITY_BATCH
-from export.parity.taps import Seen, look
-from export.routing import Score, selection_scores
-from export.runtime import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
-from export.simulation import RoundedInputs
-from export.twin import SCHEME_NAME, Twin
-from upcycle.errors import UpcycleError
-from upcycle.loading import load_whole
-from upcycle.memory import small_heap
 
 BATCH = PARITY_BATCH
 
 
 @dataclass(frozen=True)
 class Forward:
-    """What one computation of ids [B, S] gave: logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and k.
+    """What one computation of ids [B, S] gave.
 
-    Selection scores [B, S, E] are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more than the
-    logits. A layer's residual stream is [B, S, H]. A layer without experts has None for selection scores, one that does not show its attention's
-    output [B, S, H] None for that. A package that shows no residual streams has no layers here at all.
+    Logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and k. Selection scores [B, S,
+    E] are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more
+    than the logits. A layer's residual stream is [B, S, H]. A layer without experts has None for selection scores, one
+    that does not show its attention's output [B, S, H] None for that. A package that shows no residual streams has no
+    layers here at all.
     """
 
     logits: torch.Tensor
@@ -55,10 +56,11 @@ def split_batches(ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...
 
 @dataclass
 class Reference:
-    """Unpatched transformers with eager experts: one full forward without a cache, and what hooks on whole modules caught in it.
+    """Unpatched transformers with eager experts.
 
-    A longrope that switches its factors within the text is the exception: it is fed in pieces, with a cache, as the package is. `rounding` is
-    entered around each forward: where activations are rounded with scales that are part of the file, a twin rounds them too.
+    One full forward without a cache, and what hooks on whole modules caught in it. A longrope that switches its factors
+    within the text is the exception: it is fed in pieces, with a cache, as the package is. `rounding` is entered around
+    each forward: where activations are rounded with scales that are part of the file, a twin rounds them too.
     """
 
     model: Any
@@ -73,7 +75,10 @@ class Reference:
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int | None = None) -> Forward:
-        """Over ids and mask [B, S], of which the package reads `num_prefill` at once, before one at a time; all of them, if it is None."""
+        """Over ids and mask [B, S], of which the package reads `num_prefill` at once, before one at a time.
+
+        All of them, if it is None.
+        """
         size = ids.shape[1]
         if not self.reads_in_pieces(size):
             return self._read(ids, mask, None)
@@ -116,7 +121,13 @@ class Reference:
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> Forward:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self.rounding:
-            found = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=cache is not None)
+            found = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         layers = range(len(self.hiddens))
         routers = tuple(self.scores(n).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
         top_k = getattr(self.model.config, "num_experts_per_tok", 0)
@@ -124,7 +135,10 @@ class Reference:
         return Forward(found.logits, routers, hiddens, attended, top_k)
 
     def _forget(self) -> None:
-        """Let go of the model, which holds the hooks, which hold this: else all would stay in memory until the next collection of cycles."""
+        """Let go of the model, which holds the hooks, which hold this.
+
+        Else all would stay in memory until the next collection of cycles.
+        """
         self.model = None
         self.rounding = nullcontext()
         for caught in (self.modules, self.hiddens, self.attended, self.routers, self.biases):
@@ -172,9 +186,10 @@ def first_of(output: Any) -> torch.Tensor:
 
 @contextmanager
 def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Iterator[Reference]:
-    """Load a checkpoint as a reference; where the directory has scales by which a graph rounds its activations, so does the model.
+    """Load a checkpoint as a reference.
 
-    In float64 the norms, the rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.
+    Where the directory has scales by which a graph rounds its activations, so does the model. In float64 the norms, the
+    rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.
 
     Raises:
         ExportError: transformers cannot load it, or a weight is missing or left over.
@@ -202,11 +217,20 @@ def _join(parts: Sequence[Forward]) -> Forward:
 
     hiddens = tuple(torch.cat(layer, 1) for layer in zip(*(part.hiddens for part in parts), strict=True))
     logits = torch.cat([part.logits for part in parts], 1)
-    return Forward(logits, joined([part.routers for part in parts]), hiddens, joined([part.attended for part in parts]), parts[0].top_k)
+    return Forward(
+        logits,
+        joined([part.routers for part in parts]),
+        hiddens,
+        joined([part.attended for part in parts]),
+        parts[0].top_k,
+    )
 
 
 def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int) -> Forward:
-    """The package over ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone."""
+    """The package over ids [B, S].
+
+    A prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone.
+    """
     return forward_of(look(decoder, ids, mask, num_prefill, decoder.taps), decoder)
 
 
@@ -215,7 +239,10 @@ def forward_of(seen: Seen, decoder: Decoder) -> Forward:
 
     def shown(*patterns: str) -> tuple[torch.Tensor | None, ...]:
         """By layer the first of these values that the package shows."""
-        return tuple(next((seen.values[name] for each in patterns if (name := each.format(n)) in seen.values), None) for n in layers)
+        return tuple(
+            next((seen.values[name] for each in patterns if (name := each.format(n)) in seen.values), None)
+            for n in layers
+        )
 
     layers = range(sum(name.startswith(HIDDEN) for name in seen.values))
     hiddens = tuple(seen.values[f"{HIDDEN}{n}"] for n in layers)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from export.parity.advice import advise
-from export.parity.limits import gap_limit
-from export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
-from export.parity.taps import Part
+from dense2moe.export.parity.advice import advise
+from dense2moe.export.parity.limits import gap_limit
+from dense2moe.export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
+from dense2moe.export.parity.taps import Part
 
 MOST_TIES = 0.1
-"""Of all tokens: where routers tie in more, every operator has an order of its own, and two right packages write other texts."""
+"""Of all tokens: where routers tie in more, every operator has an order of its own.
+
+And two right packages write other texts.
+"""
 OWN_INPUT = ", on the graph's own input"
 _FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains it
 
@@ -46,13 +49,19 @@ def _operator(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
             continue
         what = "router logits" if check.part == "router" else _wrong_experts(check)
         error = f"relative error {_beyond(check)}{_describe_factor(check)}"
-        yield "operator", f"layer {check.layer}, {what} on the graph's own input: {error} ({advise(check, result.weights)})"
+        yield (
+            "operator",
+            f"layer {check.layer}, {what} on the graph's own input: {error} ({advise(check, result.weights)})",
+        )
 
 
 def _wrong_experts(check: PlaceCheck) -> str:
     if check.factors is not None and len(check.experts) != 1:
         least, largest = check.factors
-        return f"experts, each token's output a multiple of the twin's, {least:.2f} to {largest:.2f} times (are the weights renormalized?),"
+        return (
+            f"experts, each token's output a multiple of the twin's, {least:.2f} to {largest:.2f} times (are the "
+            "weights renormalized?),"
+        )
     match check.experts:
         case ():
             return "experts, none of them in every token,"
@@ -63,7 +72,10 @@ def _wrong_experts(check: PlaceCheck) -> str:
 
 
 def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
-    """The first place of each kind, in the order of computation, that is not what the twin computes from the same input."""
+    """The first place of each kind.
+
+    In the order of computation, that is not what the twin computes from the same input.
+    """
     if isinstance(result.places, str):
         return
     wrong: dict[Part, list[PlaceCheck]] = {}
@@ -85,11 +97,18 @@ def name_place(layer: int, part: Part) -> str:
 
 
 _NAMES: dict[Part, str] = {
-    "embedding": "the embedding", "head": "the head", "final norm": "the final norm", "cache": "the keys and values that are cached",
-    "FFN norm": "the norm before the FFN", "attention norm": "the norm before attention", "attention": "attention, from its queries, keys and values",
-    "attention output": "the output matrix of attention", "query, key and value": "the products that make query, key and value",
-    "FFN": "the FFN", "residual stream": "the residual stream behind it",
-}  # fmt: skip
+    "embedding": "the embedding",
+    "head": "the head",
+    "final norm": "the final norm",
+    "cache": "the keys and values that are cached",
+    "FFN norm": "the norm before the FFN",
+    "attention norm": "the norm before attention",
+    "attention": "attention, from its queries, keys and values",
+    "attention output": "the output matrix of attention",
+    "query, key and value": "the products that make query, key and value",
+    "FFN": "the FFN",
+    "residual stream": "the residual stream behind it",
+}
 
 
 def _describe_factor(check: PlaceCheck) -> str:
@@ -108,7 +127,11 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     limit = limits.get("logits")
     if limit is None:
         return
-    told = set() if isinstance(result.places, str) else {name_place(place.layer, place.part) for place in result.places if not place.is_right}
+    told = (
+        set()
+        if isinstance(result.places, str)
+        else {name_place(place.layer, place.part) for place in result.places if not place.is_right}
+    )
     broken = [check for check in result.checks if check.place is not None or not check.relative_error <= limit.value]
     broken = [check for check in broken if check.place is None or check.place.partition(OWN_INPUT)[0] not in told]
     pattern = describe_pattern(result.checks, broken)
@@ -118,14 +141,21 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         yield "logits", f"{check.name}: {error}{first} ({pattern or _worst(result)})"
     factor = limits.get("factor")
     if factor is not None and result.logits_factor is not None and not abs(result.logits_factor - 1) <= factor.value:
-        yield "logits", f"logits are {result.logits_factor:.5g} times the twin's; a right package's differ from 1 by {factor.value:.1e} at most"
+        yield (
+            "logits",
+            f"logits are {result.logits_factor:.5g} times the twin's; a right package's differ from 1 by "
+            f"{factor.value:.1e} at most",
+        )
     free = result.free_run
-    follows = result.tie_share <= MOST_TIES and not isinstance(result.weights, str)  # else its text may part from the reference's at any token
-    if free is not None and follows and not free.largest_gap <= 2 * limit.value:  # each of two logits may be off by the limit
+    # else its text may part from the reference's at any token
+    follows = result.tie_share <= MOST_TIES and not isinstance(result.weights, str)
+    # each of two logits may be off by the limit
+    if free is not None and follows and not free.largest_gap <= 2 * limit.value:
         yield (
             "logits",
             (
-                f"greedy text differs after {free.shortest_prefix} of {free.num_tokens} tokens, where the reference's choice is ahead by "
+                f"greedy text differs after {free.shortest_prefix} of {free.num_tokens} tokens, where the "
+                "reference's choice is ahead by "
                 f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit ({pattern or _worst(result)})"
             ),
         )
@@ -153,7 +183,10 @@ def _language(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     increase = result.perplexity / result.finetuned_perplexity - 1
     most = limits["perplexity"].value if "perplexity" in limits else math.inf
     if not increase - 2 * result.perplexity_error <= most:
-        text = f"perplexity {result.perplexity:.4f} is {increase:+.2%} ± {result.perplexity_error:.2%} of the fine-tuned model's"
+        text = (
+            f"perplexity {result.perplexity:.4f} is {increase:+.2%} ± {result.perplexity_error:.2%} of the "
+            "fine-tuned model's"
+        )
         yield "language", f"{text}; at most {most:+.2%} and two standard errors ({_worst(result)})"
 
 
@@ -167,13 +200,15 @@ def _task(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
             error = _over(check.largest_gap, gap)
             yield (
                 "task",
-                f"'{check.name}', example {check.example}: the twin {other}, by a relative error of {error} ({_worst(result)})",
+                f"'{check.name}', example {check.example}: the twin {other}, by a relative error of {error} "
+                f"({_worst(result)})",
             )
         if drop is not None and not -check.change - 2 * check.standard_error <= drop.value:
             yield (
                 "task",
                 (
-                    f"'{check.name}': {check.metric} {check.package[check.metric]:.4f} is {-check.change:.4f} ± {check.standard_error:.4f} below the "
+                    f"'{check.name}': {check.metric} {check.package[check.metric]:.4f} is {-check.change:.4f} ± "
+                    f"{check.standard_error:.4f} below the "
                     f"fine-tuned model's; at most {drop.value:g} and two standard errors ({_worst(result)})"
                 ),
             )
@@ -190,7 +225,9 @@ def _worst(result: ProviderParity) -> str:
     n = result.worst_layer
     if n is None:
         return "the package shows nothing of its layers"
-    routing = f"routing agreement {result.twin.routing_agreement[n]:.4f}, " if n < len(result.twin.routing_agreement) else ""
+    routing = (
+        f"routing agreement {result.twin.routing_agreement[n]:.4f}, " if n < len(result.twin.routing_agreement) else ""
+    )
     return f"worst layer {n}: {routing}hidden error {result.twin.hidden_error[n]:.1e}"
 
 

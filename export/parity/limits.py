@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-
-from export.config import ParityConfig, Variant
-from export.parity.checks import Case, measure_errors
-from export.parity.forward import Forward, Reference
-from export.parity.records import Limit, Noise
-from export.parity.tasks import TaskKind
-from export.parity.ties import find_tie_margin
-from export.runtime import CPU
+from dense2moe.export.config import ParityConfig, Variant
+from dense2moe.export.parity.checks import Case, measure_errors
+from dense2moe.export.parity.forward import Forward, Reference
+from dense2moe.export.parity.records import Limit, Noise
+from dense2moe.export.parity.tasks import TaskKind
+from dense2moe.export.parity.ties import find_tie_margin
+from dense2moe.export.runtime.decoder import CPU
 
 _OWN_MULTIPLE = 4.0
 _OWN_LEAST = 0.05  # of the largest logit: what a deep model that rounds its activations differs by from itself
@@ -20,9 +19,10 @@ _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is r
 
 
 def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward) -> Noise:
-    """What `first`, the float32 reference's forward over ids [B, S], differs by from the same checkpoint in float64; routers' ties are left out.
+    """What `first`, the float32 reference's forward over ids [B, S], differs by from the same checkpoint in float64.
 
-    Norms, rotary tables and the softmax of routers are float32 in both, as transformers has them; their rounding is in the figures.
+    Routers' ties are left out. Norms, rotary tables and the softmax of routers are float32 in both, as transformers has
+    them; their rounding is in the figures.
     """
     mask = torch.ones_like(ids)
     true = exact.forward(ids, mask)
@@ -41,38 +41,62 @@ def _as_double(forward: Forward) -> Forward:
 
 
 def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: str = CPU) -> Limit:
-    """A multiple of what float32 itself differs by, and never above the absolute limit. On CUDA that alone holds: its products may round to TF32."""
+    """A multiple of what float32 itself differs by, and never above the absolute limit.
+
+    On CUDA that alone holds: its products may round to TF32.
+    """
     most = config.max_relative_error
     if provider != CPU:
-        return Limit(most, "parity.max_relative_error; float32 products on CUDA may round their factors to TF32, 11 bits")
+        return Limit(
+            most, "parity.max_relative_error; float32 products on CUDA may round their factors to TF32, 11 bits"
+        )
     if noise is None:
         return Limit(most, f"parity.max_relative_error; the noise of float32 in {what} was not measured")
     value, multiple = config.noise_multiple * max(noise, _LEAST_NOISE), f"{config.noise_multiple:g} times"
     if value <= most:
-        return Limit(value, f"{multiple} {max(noise, _LEAST_NOISE):.1e}, what float32 torch differs by from float64 in {what} on this text")
+        return Limit(
+            value,
+            f"{multiple} {max(noise, _LEAST_NOISE):.1e}, what float32 torch differs by from float64 in {what} on "
+            "this text",
+        )
     return Limit(most, f"parity.max_relative_error; {multiple} the noise of float32 in {what} would be {value:.1e}")
 
 
 def own_limit(noise: float, rounds: bool, config: ParityConfig) -> Limit:
     """Of a package without a checkpoint of its own weights, each way of feeding it against its own prefill."""
     least = _OWN_LEAST if rounds else config.max_relative_error
-    said = f"{_OWN_MULTIPLE:g} times what the package's own prefills of one text differ by, {noise:.1e} of the largest logit"
-    return Limit(max(least, _OWN_MULTIPLE * noise), said if _OWN_MULTIPLE * noise > least else f"{said}, and {least:g} at least")
+    said = (
+        f"{_OWN_MULTIPLE:g} times what the package's own prefills of one text differ by, {noise:.1e} of the "
+        "largest logit"
+    )
+    return Limit(
+        max(least, _OWN_MULTIPLE * noise), said if _OWN_MULTIPLE * noise > least else f"{said}, and {least:g} at least"
+    )
 
 
 def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) -> dict[str, Limit]:
-    """The limits that the settings alone decide. Without a checkpoint of the package's own weights only the perplexity is held to one."""
+    """The limits that the settings alone decide.
+
+    Without a checkpoint of the package's own weights only the perplexity is held to one.
+    """
     limits = {}
     if exact_twin:
         limits["kl"] = Limit(config.max_kl, "parity.max_kl")
         limits["routing"] = Limit(config.min_routing_agreement, "parity.min_routing_agreement")
     if variant in config.max_perplexity_increase:
-        limits["perplexity"] = Limit(config.max_perplexity_increase[variant], f"parity.max_perplexity_increase.{variant}")
+        limits["perplexity"] = Limit(
+            config.max_perplexity_increase[variant], f"parity.max_perplexity_increase.{variant}"
+        )
     if config.tasks and variant in config.max_score_drop:
-        limits["score"] = Limit(config.max_score_drop[variant], f"parity.max_score_drop.{variant}, beside two standard errors")
+        limits["score"] = Limit(
+            config.max_score_drop[variant], f"parity.max_score_drop.{variant}, beside two standard errors"
+        )
     return limits
 
 
 def gap_limit(kind: TaskKind, limits: Mapping[str, Limit]) -> Limit | None:
-    """The limit that a task's gap is held to, that of logits or of the last hidden state where texts are compared; None where there is none."""
+    """The limit that a task's gap is held to, that of logits or of the last hidden state where texts are compared.
+
+    None where there is none.
+    """
     return limits.get("logits" if kind != "similarity" else "last hidden state")

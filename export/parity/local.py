@@ -1,12 +1,14 @@
 """Each product and each layer of a package on its own input, beside the twin's.
 
-One forward of the twin goes beside what the graph showed. At every place that the graph shows, the twin's value is compared with the graph's and then
-replaced by it. So each part of the twin reads what the same part of the graph has read, an error is not carried on, and what is found wrong is wrong
-there. That holds for rounded activations too: an operator that rounds its input rounds the same numbers as the twin, and so gives what the twin gives
-to float32's own noise, where whole models that round by other sums part from layer to layer.
+One forward of the twin goes beside what the graph showed. At every place that the graph shows, the twin's value is
+compared with the graph's and then replaced by it. So each part of the twin reads what the same part of the graph has
+read, an error is not carried on, and what is found wrong is wrong there. That holds for rounded activations too: an
+operator that rounds its input rounds the same numbers as the twin, and so gives what the twin gives to float32's own
+noise, where whole models that round by other sums part from layer to layer.
 
-The noise is measured by the same layers in float64, on the same inputs. A number that lies between two integers may be rounded to either; inside the
-experts of a fused operator such a number cannot even be seen. These flips are told apart (`export.parity.flips`), counted, and no errors.
+The noise is measured by the same layers in float64, on the same inputs. A number that lies between two integers may be
+rounded to either; inside the experts of a fused operator such a number cannot even be seen. These flips are told apart
+(`dense2moe.export.parity.flips`), counted, and no errors.
 
 The twin's routers say what the graph's said, so no near-tie sends a token to other experts.
 """
@@ -21,15 +23,14 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from dense2moe.export.graph.family import DecoderFamily
+from dense2moe.export.parity.flips import Inside
+from dense2moe.export.parity.forward import Reference, first_of
+from dense2moe.export.parity.products import Arithmetic, ProductMode
+from dense2moe.export.parity.taps import OUTSIDE, Part, Place, Seen, Taps
+from dense2moe.export.parity.ties import EXACT_TIE, find_margin
 from torch import nn
 from transformers import DynamicCache
-
-from export.family import DecoderFamily
-from export.parity.flips import Inside
-from export.parity.forward import Reference, first_of
-from export.parity.products import Arithmetic, ProductMode
-from export.parity.taps import OUTSIDE, Part, Place, Seen, Taps
-from export.parity.ties import EXACT_TIE, find_margin
 
 LEAST_NOISE = 2.0**-22
 """Two units in the last place of float32: a norm's factor is rounded by as much, alike for all elements of a token."""
@@ -41,7 +42,10 @@ _HEARD = 0.05  # an expert with less weight than this in a token is not judged b
 _STRAIGHT = 1e-3  # relative; an output that differs from a multiple of the twin's by less is that multiple
 _TINY = 1e-30
 _NARROW_PARTS = ("query, key and value", "cache", "attention", "attention output", "experts", "FFN", "head")
-"""Of a graph in 16 bits what is computed in them, whatever it is widened to then; our residual stream, norms and routers are float32."""
+"""Of a graph in 16 bits what is computed in them, whatever it is widened to then.
+
+Our residual stream, norms and routers are float32.
+"""
 _SHAKEN = 2.0  # queries, keys and values rounded once more give the worst token; that of the limit is a mean one
 _NARROW_SHARE = 0.2  # of the type's epsilon: rounding to the nearest errs by a fifth of it in the mean of squares
 _NOISE_TOKENS = 16  # of the head, whose matrix is large
@@ -49,9 +53,11 @@ _NOISE_TOKENS = 16  # of the head, whose matrix is large
 
 @dataclass
 class Measured:
-    """One place on one text: relative errors [B, S] of each token, which of them are judged, and tokens whose error is a flip of rounding.
+    """One place on one text.
 
-    `parts` are the sums over tokens of found times expected, and of expected squared: their ratio is the factor between both.
+    Relative errors [B, S] of each token, which of them are judged, and tokens whose error is a flip of rounding.
+    `parts` are the sums over tokens of found times expected, and of expected squared: their ratio is the factor between
+    both.
     """
 
     errors: torch.Tensor
@@ -106,7 +112,11 @@ class LocalCheck:
             self._hook_layer(n, layer)
         norm = getattr(model.get_decoder(), "norm", None)
         if norm is not None:
-            self._handles.append(norm.register_forward_pre_hook(lambda _, given: self._replace_input(given, (len(layers) - 1, "residual stream"))))
+            self._handles.append(
+                norm.register_forward_pre_hook(
+                    lambda _, given: self._replace_input(given, (len(layers) - 1, "residual stream"))
+                )
+            )
             self._handles.append(norm.register_forward_hook(self._at((OUTSIDE, "final norm"))))
 
     @property
@@ -124,8 +134,13 @@ class LocalCheck:
             handle.remove()
         self._mode.close()
 
-    def measure(self, seen: Seen, parts: Sequence[Part] | None = None, measures_noise: bool = False) -> dict[Place, Measured]:
-        """Compare what was seen at all places, or at some parts of layers alone; the rest of the twin is then not computed."""
+    def measure(
+        self, seen: Seen, parts: Sequence[Part] | None = None, measures_noise: bool = False
+    ) -> dict[Place, Measured]:
+        """Compare what was seen at all places, or at some parts of layers alone.
+
+        The rest of the twin is then not computed.
+        """
         self._seen, self._parts, self.found = seen, None if parts is None else frozenset(parts), {}
         self._measures_noise, self._mode.leaves_out = measures_noise, parts is not None
         size = seen.ids.shape[1]
@@ -135,10 +150,12 @@ class LocalCheck:
             pieces = list(zip([0, *ends], ends, strict=False))
         with self._ending(), torch.inference_mode(), self._mode, self._without_ffns():
             cache = self._run(seen, pieces)
-            if self._parts is not None and self.arithmetic.narrow is not None:  # the longer a row, the more its rounding weighs
+            # the longer a row, the more its rounding weighs
+            if self._parts is not None and self.arithmetic.narrow is not None:
                 self._shakes = True
                 self._run(seen, pieces)
-            if bool(seen.mask.all()):  # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
+            # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
+            if bool(seen.mask.all()):
                 self._compare_cache(cache)
         return self.found
 
@@ -159,16 +176,23 @@ class LocalCheck:
             self._span = slice(start, stop)
             positions = (seen.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
             output = self.reference.model(
-                input_ids=seen.ids[:, start:stop], attention_mask=seen.mask[:, :stop], position_ids=positions, past_key_values=cache,
-                use_cache=True, **({"logits_to_keep": 1} if self._parts is not None else {}),
-            )  # fmt: skip
+                input_ids=seen.ids[:, start:stop],
+                attention_mask=seen.mask[:, :stop],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **({"logits_to_keep": 1} if self._parts is not None else {}),
+            )
             if self._parts is None:
                 self._compare_head(output.logits, seen.logits)
         return cache
 
     @contextmanager
     def _without_ffns(self) -> Iterator[None]:
-        """For the length of a `with`: where parts of attention alone are looked at, and what is behind it is replaced, layers have no FFN."""
+        """For the length of a `with`.
+
+        Where parts of attention alone are looked at, and what is behind it is replaced, layers have no FFN.
+        """
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
         if self._parts is not None and self.family is not None:
             for n, layer in enumerate(self.reference.model.get_decoder().layers):
@@ -193,7 +217,10 @@ class LocalCheck:
         if self._measures_noise and final is not None and isinstance(head, nn.Linear):
             some = final[:, :_NOISE_TOKENS].reshape(-1, final.shape[-1])
             exact = some.double() @ head.weight.double().T
-            self.noise[place] = max(self.noise.get(place, 0.0), float(((some @ head.weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
+            self.noise[place] = max(
+                self.noise.get(place, 0.0),
+                float(((some @ head.weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max()),
+            )
         scale = float(getattr(self.reference.model.config, "logits_scaling", 1.0))
         inside = self._mode.inside_of(head, final, scale) if final is not None else None
         self._measures_noise, before = False, self._measures_noise
@@ -209,7 +236,10 @@ class LocalCheck:
             keys, values = layer.keys, layer.values
             length = min(keys.shape[2], key.shape[2])  # of a window the last ones alone may be kept
             self._span = slice(key.shape[2] - length, None)
-            own, shown = (torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2) for a, b in ((keys, values), (key, value)))
+            own, shown = (
+                torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2)
+                for a, b in ((keys, values), (key, value))
+            )
             by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=_TINY)
             self._keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
@@ -218,7 +248,11 @@ class LocalCheck:
     def _hook_layer(self, n: int, layer: nn.Module) -> None:
         handles, taps = self._handles, self.taps.names
         before: Place = (n - 1, "residual stream") if n else (OUTSIDE, "embedding")
-        handles.append(layer.register_forward_pre_hook(lambda _, given, named: self._enter_layer(before, given, named), with_kwargs=True))
+        handles.append(
+            layer.register_forward_pre_hook(
+                lambda _, given, named: self._enter_layer(before, given, named), with_kwargs=True
+            )
+        )
         handles.append(layer.register_forward_hook(partial(self._leave_layer, n), with_kwargs=True))
         attention = getattr(layer, "self_attn", None)
         if attention is not None:
@@ -233,7 +267,10 @@ class LocalCheck:
             if output is not None:
                 handles.append(output.register_forward_pre_hook(lambda _, given: self._read_attention(n, given)))
                 handles.append(output.register_forward_hook(self._at((n, "attention output"))))
-        norms = {"attention norm": self.family and self.family.attention_norm, "FFN norm": self.family and self.family.ffn_norm}
+        norms = {
+            "attention norm": self.family and self.family.attention_norm,
+            "FFN norm": self.family and self.family.ffn_norm,
+        }
         for part, pattern in norms.items():
             if pattern and (n, part) in taps:
                 module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").split(f"layers.{n}.")[1])
@@ -258,14 +295,18 @@ class LocalCheck:
         found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
         if self._shakes and place[1] == "query, key and value" and self.arithmetic.narrow is not None:
             step = torch.finfo(self.arithmetic.narrow).eps
-            found = found * (1 + step * (torch.rand(found.shape, generator=torch.Generator().manual_seed(place[0])) - 0.5))
+            found = found * (
+                1 + step * (torch.rand(found.shape, generator=torch.Generator().manual_seed(place[0])) - 0.5)
+            )
         return found.double() if self._mode.in_double else found
 
     def _replace_input(self, given: tuple[Any, ...], place: Place) -> tuple[Any, ...] | None:
         tap = self._tap(place)
         return None if tap is None or self._mode.in_double else (tap, *given[1:])
 
-    def _enter_layer(self, place: Place, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _enter_layer(
+        self, place: Place, given: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         tap = self._tap(place)
         if tap is None or self._mode.in_double:
             return None
@@ -273,7 +314,9 @@ class LocalCheck:
             self._compare(place, given[0] if given else named["hidden_states"], tap)
         return ((tap, *given[1:]), named) if given else (given, {**named, "hidden_states": tap})
 
-    def _leave_layer(self, n: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+    def _leave_layer(
+        self, n: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
         if self._seen is None or self._mode.in_double:
             return
         tap = self._tap((n, "residual stream"))
@@ -318,7 +361,10 @@ class LocalCheck:
         return (tap.reshape(given[0].shape), *given[1:])
 
     def _add_shaken(self, n: int, shaken: torch.Tensor) -> None:
-        """What attention gives when its queries, keys and values are rounded once more, beside what it gave: its noise in 16 bits on this text."""
+        """What attention gives when its queries, keys and values are rounded once more, beside what it gave.
+
+        Its noise in 16 bits on this text.
+        """
         assert self._seen is not None
         place: Place = (n, "attention")
         some = self._errors(shaken, self._attended[n][:, self._span])[self._seen.mask.bool()[:, self._span]]
@@ -339,7 +385,10 @@ class LocalCheck:
         return (some, *output[1:]) if isinstance(output, tuple) else some
 
     def _find_blame(self, n: int, own: torch.Tensor, shown: torch.Tensor, decided: torch.Tensor) -> None:
-        """Which experts are wrong in every token that hears them, and whether each token's output is the twin's times a factor."""
+        """Which experts are wrong in every token that hears them.
+
+        And whether each token's output is the twin's times a factor.
+        """
         place: Place = (n, "experts")
         wrong = ~(self.found[place].errors[:, self._span] <= self.limit(place))
         assert self._seen is not None
@@ -350,7 +399,8 @@ class LocalCheck:
         scores = self.reference.scores(n)[judged]
         top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
         best = scores.topk(top_k, dim=-1).indices
-        weights = scores.gather(-1, best).softmax(-1)  # whoever is heard by this is by sigmoids, which are less far apart
+        # whoever is heard by this is by sigmoids, which are less far apart
+        weights = scores.gather(-1, best).softmax(-1)
         chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(scores.shape[-1])]
         experts = tuple(number for number, heard in enumerate(chosen) if heard.any() and wrong[heard].all())
         a, b = (self._view(value).flatten(0, 1)[judged].double() for value in (shown, own))
@@ -372,11 +422,18 @@ class LocalCheck:
 
     @contextmanager
     def following(self, seen: Seen) -> Iterator[None]:
-        """For the length of a `with`: the twin's routers say what the graph's said on the same text, and nothing else is replaced or compared.
+        """For the length of a `with`.
 
+        The twin's routers say what the graph's said on the same text, and nothing else is replaced or compared.
         `own_routers` has what they would have said.
         """
-        self._seen = Seen(seen.ids, seen.mask, seen.num_prefill, seen.logits, {name: seen.values[name] for name in self._router_names(seen)})
+        self._seen = Seen(
+            seen.ids,
+            seen.mask,
+            seen.num_prefill,
+            seen.logits,
+            {name: seen.values[name] for name in self._router_names(seen)},
+        )
         self._follows, self._span, self.own_routers = True, slice(None), {}
         try:
             yield
@@ -384,7 +441,13 @@ class LocalCheck:
             self._seen, self._follows = None, False
 
     def _router_names(self, seen: Seen) -> list[str]:
-        return [name for (_, part), names in self.taps.names.items() if part == "router" for name in names if name in seen.values]
+        return [
+            name
+            for (_, part), names in self.taps.names.items()
+            if part == "router"
+            for name in names
+            if name in seen.values
+        ]
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:
@@ -424,7 +487,12 @@ class LocalCheck:
         return errors
 
     def _compare(
-        self, place: Place, expected: torch.Tensor, found: torch.Tensor, inside: Inside | None = None, decided: torch.Tensor | None = None
+        self,
+        place: Place,
+        expected: torch.Tensor,
+        found: torch.Tensor,
+        inside: Inside | None = None,
+        decided: torch.Tensor | None = None,
     ) -> None:
         """Keep a place's errors; `inside` knows what flips of a rounding may have added to tokens."""
         if self._mode.in_double:
@@ -432,13 +500,20 @@ class LocalCheck:
             return
         if self._measures_noise:
             before = self._expected.get(place)
-            self._expected[place] = expected if before is None or place[1] != "query, key and value" else torch.cat([before, expected], -1)
+            self._expected[place] = (
+                expected if before is None or place[1] != "query, key and value" else torch.cat([before, expected], -1)
+            )
         errors = self._errors(found, expected)
         flips = self._tell_flips_apart(place, errors, found, expected, inside)
         self._keep(place, errors, found, expected, decided, flips)
 
-    def _tell_flips_apart(self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, inside: Inside | None) -> int:
-        """Tokens that are beyond the limit by flips of a rounding alone get what is left as their error; returns how many there were."""
+    def _tell_flips_apart(
+        self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, inside: Inside | None
+    ) -> int:
+        """Tokens that are beyond the limit by flips of a rounding alone get what is left as their error.
+
+        Returns how many there were.
+        """
         assert self._seen is not None
         if inside is None:
             return 0
@@ -447,13 +522,21 @@ class LocalCheck:
         rows = (real & ~(errors <= limit)).flatten().nonzero()[:_MOST_EXPLAINED, 0]
         ours = self._view(found).flatten(0, 1)
         count = 0
-        for row, error in inside.explain(rows, ours[rows].double(), self._view(expected).flatten(0, 1)[rows].double(), limit):
+        for row, error in inside.explain(
+            rows, ours[rows].double(), self._view(expected).flatten(0, 1)[rows].double(), limit
+        ):
             errors[divmod(row, errors.shape[1])] = error
             count += 1
         return count
 
     def _keep(
-        self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, decided: torch.Tensor | None = None, flips: int = 0
+        self,
+        place: Place,
+        errors: torch.Tensor,
+        found: torch.Tensor,
+        expected: torch.Tensor,
+        decided: torch.Tensor | None = None,
+        flips: int = 0,
     ) -> None:
         assert self._seen is not None
         real = self._seen.mask.bool()[:, self._span][:, -errors.shape[1] :]
@@ -469,7 +552,9 @@ class LocalCheck:
         start = (columns.stop if columns.stop is not None else whole_length) - errors.shape[1]
         place_of = slice(start, start + errors.shape[1])
         kept = before.errors[:, place_of]
-        before.errors[:, place_of] = torch.where(errors.float().isnan() | kept.isnan(), torch.nan, torch.maximum(kept, errors.float()))
+        before.errors[:, place_of] = torch.where(
+            errors.float().isnan() | kept.isnan(), torch.nan, torch.maximum(kept, errors.float())
+        )
         before.judged[:, place_of] |= judged
         before.flips += flips
         before.parts = before.parts[0] + parts[0], before.parts[1] + parts[1]
@@ -477,7 +562,9 @@ class LocalCheck:
         if kind is not None and (self.is_narrow(place) or place[1] not in ("embedding", "router")):
             rounded = self._errors(expected.to(kind).to(expected.dtype), expected)[judged]
             least = _NARROW_SHARE * torch.finfo(kind).eps  # what is rounded already loses nothing more
-            self.narrow_noise[place] = max(self.narrow_noise.get(place, least), float(rounded.mean()) if len(rounded) else 0.0)
+            self.narrow_noise[place] = max(
+                self.narrow_noise.get(place, least), float(rounded.mean()) if len(rounded) else 0.0
+            )
 
     def _run_in_double(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         """The layer once more in float64, on the same inputs; each of its places adds to the noise there."""
@@ -489,7 +576,10 @@ class LocalCheck:
 
         routers = dict(self.reference.routers)
         expected = dict(self._expected)
-        arguments = tuple(map(widen, given)), {name: None if name == "past_key_values" else widen(value) for name, value in named.items()}
+        arguments = (
+            tuple(map(widen, given)),
+            {name: None if name == "past_key_values" else widen(value) for name, value in named.items()},
+        )
         self._mode.in_double = True
         try:
             module(*arguments[0], **arguments[1])

@@ -8,8 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-
-from export.runtime import Decoder
+from dense2moe.export.runtime.decoder import Decoder
 
 Placement = dict[str, dict[str, int]]
 """Nodes by execution provider and type of operator."""
@@ -18,13 +17,18 @@ Placement = dict[str, dict[str, int]]
 def find_placement(directory: Path, provider: str) -> Placement:
     """Run a prompt of two tokens with the profiler on, and count the nodes that ran.
 
-    A provider that lacks a kernel leaves the node to the CPU, without a word; so it does with nodes that only compute shapes, and there it is right.
+    A provider that lacks a kernel leaves the node to the CPU, without a word; so it does with nodes that only compute
+    shapes, and there it is right.
     """
     with TemporaryDirectory() as folder:
         decoder = Decoder(directory, provider, profile=Path(folder) / "profile")
         decoder.run(decoder.new_cache(1, 2), np.zeros((1, 2), np.int64))
         events = json.loads(Path(decoder.session.end_profiling()).read_text(encoding="utf-8"))
-    nodes = {event["name"]: event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})}
+    nodes = {
+        event["name"]: event["args"]
+        for event in events
+        if event.get("cat") == "Node" and "provider" in event.get("args", {})
+    }
     counts = Counter((args["provider"], args["op_name"]) for args in nodes.values())
     found: Placement = {}
     for (where, op), count in sorted(counts.items()):

@@ -7,45 +7,69 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-
-from export.config import ParityConfig
-from export.family import DecoderFamily
-from export.parity.checks import every_expert
-from export.parity.forward import Reference
-from export.parity.judge import OWN_INPUT, name_place
-from export.parity.local import LEAST_NOISE, LocalCheck, Measured
-from export.parity.products import Arithmetic
-from export.parity.records import PlaceCheck
-from export.parity.taps import ATTENTION_PARTS, OUTSIDE, Part, Place, Seen, Taps, look
-from export.runtime import CPU, Decoder
+from dense2moe.export.config import ParityConfig
+from dense2moe.export.graph.family import DecoderFamily
+from dense2moe.export.parity.checks import every_expert
+from dense2moe.export.parity.forward import Reference
+from dense2moe.export.parity.judge import OWN_INPUT, name_place
+from dense2moe.export.parity.local import LEAST_NOISE, LocalCheck, Measured
+from dense2moe.export.parity.products import Arithmetic
+from dense2moe.export.parity.records import PlaceCheck
+from dense2moe.export.parity.taps import ATTENTION_PARTS, OUTSIDE, Part, Place, Seen, Taps, look
+from dense2moe.export.runtime.decoder import CPU, Decoder
 
 _EXPERT_TOKENS = 64
 _FEW_TOKENS = 4  # as many as an operator may compute by another kernel, and a graph by another branch
-_TEXT_TOKENS = 128  # every product and norm is in every token; where attention looks in long rows is asked of the ways of feeding
+_TEXT_TOKENS = (
+    128  # every product and norm is in every token; where attention looks in long rows is asked of the ways of feeding
+)
 _NARROW_MULTIPLE = 8.0
 """Of what rounding a result to 16 bits alone costs: operators that compute in 16 bits round a few times on the way."""
 _FACTOR_SHARE = 1 / 6
 """Of a head's limit in 16 bits: what its logits may be larger or smaller by, all of them alike."""
 _BEHIND_MULTIPLE = 4.0
-"""Of it in a place in 32 bits behind one in 16: a runtime that computes that one in 32 bits need not round what it gives on."""
+"""Of it in a place in 32 bits behind one in 16.
+
+A runtime that computes that one in 32 bits need not round what it gives on.
+"""
 _NARROW_TYPES = ("tensor(float16)", "tensor(bfloat16)")
 _ORDER: tuple[Part, ...] = (
-    "embedding", "attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "FFN",
-    "residual stream", "final norm", "head",
-)  # fmt: skip
+    "embedding",
+    "attention norm",
+    "query, key and value",
+    "cache",
+    "attention",
+    "attention output",
+    "FFN norm",
+    "router",
+    "experts",
+    "FFN",
+    "residual stream",
+    "final norm",
+    "head",
+)
 
 
 class PlacesCheck:
     """The places that a package shows, checked one text after the other; `result` has the worst of each."""
 
     def __init__(
-        self, reference: Reference, decoder: Decoder, taps: Taps, family: DecoderFamily | None, arithmetic: Arithmetic, config: ParityConfig,
-        provider: str, exact_twin: bool,
-    ) -> None:  # fmt: skip
+        self,
+        reference: Reference,
+        decoder: Decoder,
+        taps: Taps,
+        family: DecoderFamily | None,
+        arithmetic: Arithmetic,
+        config: ParityConfig,
+        provider: str,
+        exact_twin: bool,
+    ) -> None:
         """Without an exact twin, or where this processor's rounding is not known, nothing inside is checked."""
         self._local = LocalCheck(reference, taps, family, arithmetic)
         self._local.limit = self._limit
-        self._local.narrow_taps = frozenset(value.name for value in decoder.session.get_outputs() if value.type in _NARROW_TYPES)
+        self._local.narrow_taps = frozenset(
+            value.name for value in decoder.session.get_outputs() if value.type in _NARROW_TYPES
+        )
         self._decoder, self._taps, self._config, self._provider = decoder, taps, config, provider
         self._judges = exact_twin and not arithmetic.unknown
         self._exact_twin = exact_twin
@@ -78,7 +102,10 @@ class PlacesCheck:
         self._local.close()
 
     def check_text(self, blocks: torch.Tensor, tell: Callable[[int], None]) -> None:
-        """A row of text in which every expert is visited, on which the noise is measured, its first tokens alone, and a row as it is."""
+        """A row of text in which every expert is visited, on which the noise is measured, its first tokens alone.
+
+        And a row as it is.
+        """
         if not self._judges:
             return
         names = self._taps.all
@@ -93,9 +120,17 @@ class PlacesCheck:
         tell(1)
         few = row[:, :_FEW_TOKENS]
         some = None if nudge is None else nudge[:_FEW_TOKENS]
-        self._add(self._local.measure(look(self._decoder, few, ones[:, :_FEW_TOKENS], few.shape[1], names, some, with_cache=True)))
+        self._add(
+            self._local.measure(
+                look(self._decoder, few, ones[:, :_FEW_TOKENS], few.shape[1], names, some, with_cache=True)
+            )
+        )
         whole = blocks[:1, : min(_TEXT_TOKENS, blocks.shape[1], self._decoder.context_length)]
-        self._add(self._local.measure(look(self._decoder, whole, torch.ones_like(whole), whole.shape[1], names, with_cache=True)))
+        self._add(
+            self._local.measure(
+                look(self._decoder, whole, torch.ones_like(whole), whole.shape[1], names, with_cache=True)
+            )
+        )
         tell(2)
 
     def look_inside(self, seen: Seen) -> tuple[str, int | None] | None:
@@ -106,7 +141,10 @@ class PlacesCheck:
         for place in sorted(found, key=_order):
             measured, limit = found[place], self._limit(place)
             if not measured.worst <= limit:
-                return f"{name_place(*place)}{OWN_INPUT}: relative error {measured.worst:.1e} > {limit:.1e}", measured.first(limit)
+                return (
+                    f"{name_place(*place)}{OWN_INPUT}: relative error {measured.worst:.1e} > {limit:.1e}",
+                    measured.first(limit),
+                )
         return None
 
     def result(self) -> tuple[PlaceCheck, ...] | str:
@@ -118,7 +156,8 @@ class PlacesCheck:
         return tuple(self._worst[place] for place in sorted(self._worst, key=_order))
 
     def _limit(self, place: Place) -> float:
-        limit = self._config.max_relative_error  # on CUDA it alone holds: products in float32 may round their factors to TF32
+        # on CUDA it alone holds: products in float32 may round their factors to TF32
+        limit = self._config.max_relative_error
         if self._provider == CPU and self._config.noise_blocks:
             limit = min(limit, self._config.noise_multiple * max(self._local.noise.get(place, 0.0), LEAST_NOISE))
         multiple = _NARROW_MULTIPLE if self._local.is_narrow(place) else _BEHIND_MULTIPLE
@@ -132,10 +171,18 @@ class PlacesCheck:
                 experts, factors = first.experts, first.factors  # each was heard beside every other there
             product, square = measured.parts
             check = PlaceCheck(
-                *place, measured.worst, limit, self._local.noise.get(place), int(measured.judged.sum()), measured.flips,
-                product / square if square > 0 else 1.0, measured.first(limit), experts, factors,
+                *place,
+                measured.worst,
+                limit,
+                self._local.noise.get(place),
+                int(measured.judged.sum()),
+                measured.flips,
+                product / square if square > 0 else 1.0,
+                measured.first(limit),
+                experts,
+                factors,
                 limit * _FACTOR_SHARE if self._local.arithmetic.narrow is not None and place[1] == "head" else None,
-            )  # fmt: skip
+            )
             before = self._worst.get(place)
             flips = check.num_flips + (before.num_flips if before else 0)
             tokens = check.num_tokens + (before.num_tokens if before else 0)

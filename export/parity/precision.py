@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-
-from export.branches import take_branches
-from export.config import STATIC, Variant
-from export.opening import open_package
-from export.runtime import ROUTER_LOGITS
-from upcycle.config_files import EXPERT_COUNTS
+from dense2moe.export.config import STATIC, Variant
+from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.opening import open_package
+from dense2moe.export.runtime.decoder import ROUTER_LOGITS
+from dense2moe.upcycle.checkpoints.config_files import EXPERT_COUNTS
 
 _BITS = {"MatMulNBits": "bits", "QMoE": "expert_weight_bits"}
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger")
@@ -52,8 +51,10 @@ def find_precision(directory: Path) -> Precision:
     dynamic = any(op in _DYNAMIC for op, _ in attributes)
     static = any(op == "QuantizeLinear" for op, _ in attributes)
     rounded = any(op in _BITS and found.get("accuracy_level") == _ACCURACY_INT8 for op, found in attributes)
-    rounded |= any(op == "QMoE" and found.get("expert_weight_bits", 4) == 8 for op, found in attributes)  # the CPU's kernel reads 8 bits
-    narrow = any(value.type.tensor_type.elem_type in _NARROW for value in graph.input)  # the cache is of the type that attention computes in
+    # the CPU's kernel reads 8 bits
+    rounded |= any(op == "QMoE" and found.get("expert_weight_bits", 4) == 8 for op, found in attributes)
+    # the cache is of the type that attention computes in
+    narrow = any(value.type.tensor_type.elem_type in _NARROW for value in graph.input)
     if bits or dynamic or static:
         variant: Variant = "int4" if min(bits, default=8) < 8 else STATIC if static else "int8"
         return Precision(variant, dynamic or static or rounded or narrow, experts)
@@ -67,7 +68,10 @@ def find_precision(directory: Path) -> Precision:
 
 def has_experts(model: onnx.ModelProto) -> bool:
     """Whether tokens go to experts, as far as operators and our own names tell."""
-    return any(node.op_type in ("MoE", "QMoE") or any(name.startswith(ROUTER_LOGITS) for name in node.output) for node in model.graph.node)
+    return any(
+        node.op_type in ("MoE", "QMoE") or any(name.startswith(ROUTER_LOGITS) for name in node.output)
+        for node in model.graph.node
+    )
 
 
 def is_dense(config: Any) -> bool:

@@ -1,8 +1,9 @@
-"""What this processor and this onnxruntime do with the inputs of quantized products: found out by products of known numbers.
+"""What this processor and this onnxruntime do with the inputs of quantized products.
 
-`accuracy_level` allows an operator to round its inputs to 8 bits; whether it does, and in groups of how many, is the kernel's choice, and another
-processor has other kernels. So before anything is compared, each kind of product in the package is computed once for numbers that tell: in a graph of
-its own, for one row and for many, against float64 products of inputs that are rounded in every way that is known.
+Found out by products of known numbers. `accuracy_level` allows an operator to round its inputs to 8 bits; whether it
+does, and in groups of how many, is the kernel's choice, and another processor has other kernels. So before anything is
+compared, each kind of product in the package is computed once for numbers that tell: in a graph of its own, for one row
+and for many, against float64 products of inputs that are rounded in every way that is known.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from dense2moe.export.graph.writer import IR_VERSION, MICROSOFT
+from dense2moe.export.parity.constants import INT8, Operator
+from dense2moe.export.quantization.blockwise import Quantized, dequantize, quantize
+from dense2moe.export.quantization.input_scaling import round_inputs
 from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from export.graph import IR_VERSION, MICROSOFT
-from export.input_scaling import round_inputs
-from export.parity.constants import INT8, Operator
-from export.quantization import Quantized, dequantize, quantize
-
 _SAME = 2e-5
-"""Relative error of a product's outputs: float32 sums of a few hundred products differ by less, another rounding by a hundred times more."""
+"""Relative error of a product's outputs.
+
+Float32 sums of a few hundred products differ by less, another rounding by a hundred times more.
+"""
 _ROWS = (1, 33)
 _REFUSALS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
 _OPSET = 21
@@ -33,8 +36,9 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 def find_group(operator: Operator, provider: str) -> int | None:
-    """The group of elements of an input that share a scale of 8 bits; 0 where inputs are not rounded, None where no known rounding fits.
+    """The group of elements of an input that share a scale of 8 bits.
 
+    0 where inputs are not rounded, None where no known rounding fits.
     Raises nothing: a kind of product that cannot be computed alone here is one whose rounding is not known.
     """
     return _find(operator, provider)
@@ -58,9 +62,22 @@ def _fitting(operator: Operator, provider: str, num_rows: int) -> Iterator[int]:
     # Sizes that grow along a row tell groups apart.
     x = torch.randn(num_rows, width, generator=generator) * torch.linspace(0.1, 5, width)
     if operator.op == "QMoE":
-        first, last = (quantize(torch.randn(*shape, generator=generator), operator.bits, block, None, torch.float32, operator.zero_points)
-                       for shape in ((2 * width, width), (width, width)))  # fmt: skip
-        found = _run(_experts(operator, first, last, width), {"x": x.numpy(), "logits": np.zeros((num_rows, 1), np.float32)}, provider)
+        first, last = (
+            quantize(
+                torch.randn(*shape, generator=generator),
+                operator.bits,
+                block,
+                None,
+                torch.float32,
+                operator.zero_points,
+            )
+            for shape in ((2 * width, width), (width, width))
+        )
+        found = _run(
+            _experts(operator, first, last, width),
+            {"x": x.numpy(), "logits": np.zeros((num_rows, 1), np.float32)},
+            provider,
+        )
         both = [dequantize(part, width, operator.bits).double() for part in (first, last)]
         for group in (0, *sorted({block, 16, 32, 64, 128, width})):
             rounded = _round(x, group).double() @ both[0].T
@@ -68,7 +85,9 @@ def _fitting(operator: Operator, provider: str, num_rows: int) -> Iterator[int]:
             if _is_same(found, _round(inner.float(), group).double() @ both[1].T):
                 yield group
         return
-    weight = quantize(torch.randn(height, width, generator=generator), operator.bits, block, None, torch.float32, operator.zero_points)
+    weight = quantize(
+        torch.randn(height, width, generator=generator), operator.bits, block, None, torch.float32, operator.zero_points
+    )
     found = _run(_product(operator, weight, width, height), {"x": x.numpy()}, provider)
     matrix = dequantize(weight, width, operator.bits).double()
     for group in (0, *sorted({block, 16, 32, 64, 128, width})):
@@ -99,8 +118,18 @@ def _product(operator: Operator, weight: Quantized, width: int, height: int) -> 
     given = {"codes": weight.codes.numpy(), "scales": weight.scales.numpy().reshape(-1)}
     if weight.zero_points is not None:
         given["zeros"] = weight.zero_points.numpy().reshape(-1)
-    attributes: dict[str, Any] = {"K": width, "N": height, "bits": operator.bits, "block_size": operator.block_size, "accuracy_level": INT8}
-    return _model(helper.make_node("MatMulNBits", ["x", *given], ["y"], domain=MICROSOFT, **attributes), given, {"x": ["rows", width]})
+    attributes: dict[str, Any] = {
+        "K": width,
+        "N": height,
+        "bits": operator.bits,
+        "block_size": operator.block_size,
+        "accuracy_level": INT8,
+    }
+    return _model(
+        helper.make_node("MatMulNBits", ["x", *given], ["y"], domain=MICROSOFT, **attributes),
+        given,
+        {"x": ["rows", width]},
+    )
 
 
 def _experts(operator: Operator, first: Quantized, last: Quantized, width: int) -> onnx.ModelProto:
@@ -113,19 +142,31 @@ def _experts(operator: Operator, first: Quantized, last: Quantized, width: int) 
     if operator.zero_points:
         inputs += ["", "", "", "", "fc1.zeros", "fc2.zeros"]
     attributes: dict[str, Any] = {
-        "k": 1, "activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0, "normalize_routing_weights": 1,
-        "expert_weight_bits": operator.bits, "block_size": operator.block_size,
-    }  # fmt: skip
+        "k": 1,
+        "activation_type": "swiglu",
+        "swiglu_fusion": 1,
+        "activation_alpha": 1.0,
+        "activation_beta": 0.0,
+        "normalize_routing_weights": 1,
+        "expert_weight_bits": operator.bits,
+        "block_size": operator.block_size,
+    }
     if operator.bits == 4:
         attributes["accuracy_level"] = INT8
-    return _model(helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **attributes), given, {"x": ["rows", width], "logits": ["rows", 1]})
+    return _model(
+        helper.make_node("QMoE", inputs, ["y"], domain=MICROSOFT, **attributes),
+        given,
+        {"x": ["rows", width], "logits": ["rows", 1]},
+    )
 
 
 def _model(node: onnx.NodeProto, given: dict[str, np.ndarray], inputs: dict[str, list[str | int]]) -> onnx.ModelProto:
     graph = helper.make_graph(
-        [node], "probe", [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [node],
+        "probe",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
         [onnx.numpy_helper.from_array(np.ascontiguousarray(value), name) for name, value in given.items()],
-    )  # fmt: skip
+    )
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)

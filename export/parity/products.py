@@ -1,4 +1,7 @@
-"""Products of the twin as the graph computes them: inputs rounded as its operators round them, and what is not looked at left out."""
+"""Products of the twin as the graph computes them.
+
+Inputs rounded as its operators round them, and what is not looked at left out.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,12 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from dense2moe.export.graph.family import DecoderFamily
+from dense2moe.export.parity.flips import Ffn, Inside, Product, Round, near_middle
+from dense2moe.export.parity.forward import Reference, first_of
+from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
 from torch import nn
 from torch.overrides import TorchFunctionMode
-
-from export.family import DecoderFamily
-from export.parity.flips import Ffn, Inside, Product, Round, near_middle
-from export.parity.forward import Reference, first_of
-from export.simulation import BlockRounding, RoundedInputs, StaticRounding
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
 _EMBEDDING = "model.embed_tokens.weight"
@@ -37,8 +39,8 @@ class Narrowing:
 class Arithmetic:
     """How a graph computes what its twin computes.
 
-    rounds: by the name of a tensor how its input is rounded. narrow: the 16 bits of its products, where they are. unknown: products, in words, whose
-    rounding on this processor is none that is known.
+    rounds: by the name of a tensor how its input is rounded. narrow: the 16 bits of its products, where they are.
+    unknown: products, in words, whose rounding on this processor is none that is known.
     """
 
     rounds: Mapping[str, Round]
@@ -58,15 +60,22 @@ class _Call:
 class ProductMode(TorchFunctionMode):
     """While it is entered, products of the twin read their inputs as the graph's do.
 
-    Weights are told by their addresses; experts are stacked, so theirs are told by the module that is computing. With `leaves_out` no product is
-    computed but those of routers. `in_double`: inputs are float64, and so are products.
+    Weights are told by their addresses; experts are stacked, so theirs are told by the module that is computing. With
+    `leaves_out` no product is computed but those of routers. `in_double`: inputs are float64, and so are products.
     """
 
     def __init__(
-        self, reference: Reference, family: DecoderFamily | None, arithmetic: Arithmetic, route: Callable[[int, torch.Tensor], torch.Tensor],
+        self,
+        reference: Reference,
+        family: DecoderFamily | None,
+        arithmetic: Arithmetic,
+        route: Callable[[int, torch.Tensor], torch.Tensor],
         unseen: Callable[[], AbstractContextManager[None]],
-    ) -> None:  # fmt: skip
-        """`route`: what a layer's router is to say, of its own logits. `unseen` is entered around what is computed beside the text."""
+    ) -> None:
+        """`route`: what a layer's router is to say, of its own logits.
+
+        `unseen` is entered around what is computed beside the text.
+        """
         super().__init__()
         self._reference, self._route, self._unseen = reference, route, unseen
         self._width = int(reference.model.config.hidden_size)
@@ -76,11 +85,17 @@ class ProductMode(TorchFunctionMode):
         self._calls: list[_Call] | None = None
         self.leaves_out = self.in_double = False
         model, rounds = reference.model, arithmetic.rounds
-        self._rounds = {parameter.data_ptr(): rounds[name] for name, parameter in model.named_parameters() if name in rounds}
+        self._rounds = {
+            parameter.data_ptr(): rounds[name] for name, parameter in model.named_parameters() if name in rounds
+        }
         if getattr(model.config, "tie_word_embeddings", False) and _EMBEDDING in rounds:
             self._rounds[model.get_output_embeddings().weight.data_ptr()] = rounds[_EMBEDDING]
         if isinstance(reference.rounding, RoundedInputs):  # scales that the twin has: of experts each its own
-            self._rounds |= {address: rounding for address, rounding in reference.rounding.rounds.items() if isinstance(rounding, StaticRounding)}
+            self._rounds |= {
+                address: rounding
+                for address, rounding in reference.rounding.rounds.items()
+                if isinstance(rounding, StaticRounding)
+            }
         self._inside = {n: _find_inside(family, rounds, n) for n in reference.modules}
         self._handles: list[Any] = []
         for n, block in reference.modules.items():
@@ -113,7 +128,11 @@ class ProductMode(TorchFunctionMode):
             self._generator = None
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Call a function of torch; `linear` as the graph's product."""
         if func is not F.linear:
@@ -147,7 +166,10 @@ class ProductMode(TorchFunctionMode):
         return last if weight.shape[1] != self._width or weight.shape[0] == self._width else first
 
     def inside_of(self, module: nn.Module, given: torch.Tensor, divisor: float = 1.0) -> Inside | None:
-        """The rounding of a product, or inside a dense FFN, where there is one that finds its scales as it runs; what a product gives is divided."""
+        """The rounding of a product, or inside a dense FFN, where there is one that finds its scales as it runs.
+
+        What a product gives is divided.
+        """
         flat = given.reshape(-1, given.shape[-1])
         if isinstance(module, nn.Linear):
             rounding = self._rounds.get(module.weight.data_ptr())
@@ -167,8 +189,13 @@ class ProductMode(TorchFunctionMode):
         logits = logits.reshape(-1, logits.shape[-1])
         return Ffn(given, lambda some, rows: self._run_alone(self._reference.modules[n], some, logits[rows]), first)
 
-    def _run_alone(self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """An FFN or block of experts on rows [T, H], sent by router logits [T, E]; its outputs, and by row what flips inside may add to them."""
+    def _run_alone(
+        self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None
+    ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+        """An FFN or block of experts on rows [T, H], sent by router logits [T, E].
+
+        Its outputs, and by row what flips inside may add to them.
+        """
         reference, scope = self._reference, self._scope
         before = dict(reference.routers)
         self._only, self._calls = logits, []
@@ -189,7 +216,9 @@ class ProductMode(TorchFunctionMode):
         return output, found
 
 
-def _find_inside(family: DecoderFamily | None, rounds: Mapping[str, Round], n: int) -> tuple[Round | None, Round | None]:
+def _find_inside(
+    family: DecoderFamily | None, rounds: Mapping[str, Round], n: int
+) -> tuple[Round | None, Round | None]:
     """How a layer's experts round what their first matrices and their last read."""
     if family is not None and family.experts is not None:
         first, last = (pattern.format(layer=n, expert=0) for pattern in (family.experts.up, family.experts.down))

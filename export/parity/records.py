@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from export.parity.files import FilesCheck
-from export.parity.taps import Part
-from export.parity.tasks import TaskKind
-from export.parity.weights import WeightsCheck
+from dense2moe.export.parity.files import FilesCheck
+from dense2moe.export.parity.taps import Part
+from dense2moe.export.parity.tasks import TaskKind
+from dense2moe.export.parity.weights import WeightsCheck
 
 Tier = Literal["weights", "operator", "layer", "logits", "language", "task", "routing", "files"]
 TIERS: tuple[Tier, ...] = ("weights", "operator", "layer", "logits", "language", "task", "routing", "files")
@@ -25,10 +25,13 @@ class Limit:
 
 @dataclass(frozen=True)
 class Check:
-    """Logits of one way of feeding the package, against one full forward: of the twin, or of the package itself where it rounds as it computes.
+    """Logits of one way of feeding the package, against one full forward.
 
-    `first_position`: the first token of a row, padding not counted, whose error is beyond the limit; None where none is. `place`: where inside the
-    graph this way is wrong, on the graph's own input there, in words; None where nothing is.
+    Of the twin, or of the package itself where it rounds as it computes.
+
+    `first_position`: the first token of a row, padding not counted, whose error is beyond the limit; None where none
+    is. `place`: where inside the graph this way is wrong, on the graph's own input there, in words; None where nothing
+    is.
     """
 
     name: str
@@ -46,7 +49,10 @@ class Check:
 
 @dataclass(frozen=True)
 class MarginBin:
-    """Choices of experts, all layers together, whose margin in the reference is in [least, below): how many, and how many are the same."""
+    """Choices of experts, all layers together, whose margin in the reference is in [least, below).
+
+    How many, and how many are the same.
+    """
 
     least: float
     below: float | None
@@ -58,9 +64,10 @@ class MarginBin:
 class Agreement:
     """The package against one torch model on held-out text.
 
-    By layer, and empty where the package does not show it: agreement of the sets of top-k experts, 1 in a layer without experts, and the relative
-    errors of the residual stream and of attention's output. The KL is told apart by whether some layer chose other experts for the token: then it
-    is `flipped`, and its KL that of another path and not of rounding.
+    By layer, and empty where the package does not show it: agreement of the sets of top-k experts, 1 in a layer without
+    experts, and the relative errors of the residual stream and of attention's output. The KL is told apart by whether
+    some layer chose other experts for the token: then it is `flipped`, and its KL that of another path and not of
+    rounding.
     """
 
     max_error: float
@@ -79,13 +86,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PlaceCheck:
-    """One place of the graph on the graph's own input to it, beside the twin with the same arithmetic; errors relative, the worst token's.
+    """One place of the graph on the graph's own input to it, beside the twin with the same arithmetic.
 
-    `layer` is -1 outside of layers. noise: what float32 torch differs by from float64 there, None where it was not measured. `num_flips`: tokens
-    whose difference is a flip of a rounding inside, told apart. `factor`: the graph's values are so many times the twin's. `first_position`: the
-    first token of a row that is beyond the limit. `experts`: those whose every token is wrong. `factors`: the least and largest factor, where each
-    token's output is the twin's times a factor of its own and nothing else is wrong. `factor_limit`: what `factor` may differ from 1 by, in a place
-    that is computed in 16 bits: their rounding hides small errors of a token, and none that all have alike.
+    Errors relative, the worst token's. `layer` is -1 outside of layers. noise: what float32 torch differs by from
+    float64 there, None where it was not measured. `num_flips`: tokens whose difference is a flip of a rounding inside,
+    told apart. `factor`: the graph's values are so many times the twin's. `first_position`: the first token of a row
+    that is beyond the limit. `experts`: those whose every token is wrong. `factors`: the least and largest factor,
+    where each token's output is the twin's times a factor of its own and nothing else is wrong. `factor_limit`: what
+    `factor` may differ from 1 by, in a place that is computed in 16 bits: their rounding hides small errors of a token,
+    and none that all have alike.
     """
 
     layer: int
@@ -111,8 +120,8 @@ class PlaceCheck:
 class FreeRun:
     """Greedy text that the package writes by itself, against what the reference would write.
 
-    Prefixes are the tokens before the first that differs. `largest_gap`: at that token, what the reference's logit of its own choice has above that
-    of the package's, relative to the largest logit; 0 where no row differs.
+    Prefixes are the tokens before the first that differs. `largest_gap`: at that token, what the reference's logit of
+    its own choice has above that of the package's, relative to the largest logit; 0 where no row differs.
     """
 
     num_rows: int
@@ -125,13 +134,15 @@ class FreeRun:
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """A task done by the package, by the twin and by the fine-tuned model; of a model's scores `metric` is the one that is judged.
+    """A task done by the package, by the twin and by the fine-tuned model.
 
-    scores, `package`, `twin` and `finetuned`: accuracy, F1 and exact match are shares, the correlation is Spearman's. change: the package's less the
-    fine-tuned model's, with the standard error of paired examples. `same_as_*`: the share of equal answers, None where answers are numbers.
-    largest_gap: by how much the twin prefers its own answer to the package's, as the relative error of logits (of hidden states where texts are
-    compared) that could have turned it, the worst of all `num_examples`; `example` is that one's number from 1 on. Examples that differ behind a
-    near-tie flip of experts are counted in `num_tie_flips`, and in no gap.
+    Of a model's scores `metric` is the one that is judged. scores, `package`, `twin` and `finetuned`: accuracy, F1 and
+    exact match are shares, the correlation is Spearman's. change: the package's less the fine-tuned model's, with the
+    standard error of paired examples. `same_as_*`: the share of equal answers, None where answers are numbers.
+    largest_gap: by how much the twin prefers its own answer to the package's, as the relative error of logits (of
+    hidden states where texts are compared) that could have turned it, the worst of all `num_examples`; `example` is
+    that one's number from 1 on. Examples that differ behind a near-tie flip of experts are counted in `num_tie_flips`,
+    and in no gap.
     """
 
     name: str
@@ -152,7 +163,10 @@ class TaskCheck:
 
 @dataclass(frozen=True)
 class Forced:
-    """KL of the twin from the fine-tuned model where the latter's routing is forced on it, and where the twin chooses itself."""
+    """KL of the twin from the fine-tuned model where the latter's routing is forced on it.
+
+    And where the twin chooses itself.
+    """
 
     kl: float
     kl_free: float
@@ -161,7 +175,9 @@ class Forced:
 
 @dataclass(frozen=True)
 class Noise:
-    """Float32 against float64 torch on this text, routers' ties left out: the largest difference of logits, relative to the largest logit.
+    """Float32 against float64 torch on this text, routers' ties left out.
+
+    The largest difference of logits, relative to the largest logit.
 
     `tie_margin`: a choice of experts by less than this, in router logits or biased scores, is a near-tie.
     """
@@ -173,11 +189,14 @@ class Noise:
 
 @dataclass(frozen=True)
 class ProviderParity:
-    """All figures of one execution provider; perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
+    """All figures of one execution provider.
 
-    `perplexity_error`: the standard error of the package's perplexity relative to the fine-tuned model's, over blocks of `num_language_tokens`.
-    `tie_share`: of tokens, those that some layer's router sends by less than a near-tie. `worst_layer` is None where the package shows nothing of its
-    layers. What was not run is a sentence that says why.
+    Perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
+
+    `perplexity_error`: the standard error of the package's perplexity relative to the fine-tuned model's, over blocks
+    of `num_language_tokens`.
+    `tie_share`: of tokens, those that some layer's router sends by less than a near-tie. `worst_layer` is None where
+    the package shows nothing of its layers. What was not run is a sentence that says why.
     """
 
     onnxruntime: str

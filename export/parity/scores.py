@@ -16,7 +16,10 @@ _NUM_RESAMPLES = 1000
 
 
 def answer_f1(written: str, right: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of words, by the best of the right answers (SQuAD, Rajpurkar et al. 2016, section 6.1)."""
+    """Harmonic mean of precision and recall of words, by the best of the right answers.
+
+    SQuAD, Rajpurkar et al. 2016, section 6.1.
+    """
     return max(_word_f1(_words(written), _words(each)) for each in right)
 
 
@@ -55,11 +58,16 @@ def mean_difference_error(found: Sequence[float], other: Sequence[float]) -> flo
 
 
 def rank_correlation_error(found: Sequence[float], other: Sequence[float], right: Sequence[float]) -> float:
-    """Standard error of the difference of two rank correlations with the same scores, by the bootstrap over examples (Efron 1979)."""
+    """Standard error of the difference of two rank correlations with the same scores.
+
+    By the bootstrap over examples (Efron 1979).
+    """
     generator, columns = np.random.default_rng(0), np.array([found, other, right])
     differences = []
     for _ in range(_NUM_RESAMPLES):
         sample: NDArray[np.float64] = columns[:, generator.integers(columns.shape[1], size=columns.shape[1])]
         if np.ptp(sample[2]) > 0:
-            differences.append(rank_correlation(list(sample[0]), list(sample[2])) - rank_correlation(list(sample[1]), list(sample[2])))
+            differences.append(
+                rank_correlation(list(sample[0]), list(sample[2])) - rank_correlation(list(sample[1]), list(sample[2]))
+            )
     return float(np.std(differences, ddof=1))

@@ -1,7 +1,8 @@
 """Places inside a package's graph that can be looked at, and what is seen there.
 
-Graphs that we build keep the names of these values (`export.decoder`); a traced one has residual streams and router logits alone, and one of other
-makers none. A place that a graph does not show is not judged by itself: what it computes is judged with the next one behind it.
+Graphs that we build keep the names of these values (`dense2moe.export.graph.decoder`); a traced one has residual
+streams and router logits alone, and one of other makers none. A place that a graph does not show is not judged by
+itself: what it computes is judged with the next one behind it.
 """
 
 from __future__ import annotations
@@ -13,13 +14,23 @@ from typing import Literal
 import numpy as np
 import onnx
 import torch
-
-from export.runtime import ATTENTION_OUTPUT, FINAL_NORMED, HIDDEN, ROUTER_LOGITS, Decoder
+from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, FINAL_NORMED, HIDDEN, ROUTER_LOGITS, Decoder
 
 Part = Literal[
-    "embedding", "attention norm", "query, key and value", "cache", "attention", "attention output", "FFN norm", "router", "experts", "FFN",
-    "residual stream", "final norm", "head",
-]  # fmt: skip
+    "embedding",
+    "attention norm",
+    "query, key and value",
+    "cache",
+    "attention",
+    "attention output",
+    "FFN norm",
+    "router",
+    "experts",
+    "FFN",
+    "residual stream",
+    "final norm",
+    "head",
+]
 OUTSIDE = -1
 """The layer of what is outside of layers."""
 Place = tuple[int, Part]
@@ -29,10 +40,11 @@ ATTENTION_PARTS: tuple[Part, ...] = ("query, key and value", "attention")
 
 @dataclass(frozen=True)
 class Taps:
-    """The names of a graph's values by place, and how many layers it has. What stands behind a norm or factor is the block's own output.
+    """The names of a graph's values by place, and how many layers it has.
 
-    A place may have several values, which stand side by side. `routers`: of router logits those that experts are chosen by in the graph, and can be
-    added to, for so many experts.
+    What stands behind a norm or factor is the block's own output. A place may have several values, which stand side by
+    side. `routers`: of router logits those that experts are chosen by in the graph, and can be added to, for so many
+    experts.
     """
 
     names: Mapping[Place, tuple[str, ...]]
@@ -57,7 +69,8 @@ class Taps:
 def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
     """The places of a graph by the names that our builder gives them.
 
-    `shared_outside`: in the reference a shared expert stands beside the block of experts, so its part is left out here too.
+    `shared_outside`: in the reference a shared expert stands beside the block of experts, so its part is left out here
+    too.
     """
     makers = {name: node for node in model.graph.node for name in node.output if name}
     num_layers = sum(value.name.startswith("past_key_values.") for value in model.graph.input) // 2
@@ -84,15 +97,27 @@ def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
                 names[n, "experts" if (n, "router") in names else "FFN"] = (update,)
     add((OUTSIDE, "final norm"), FINAL_NORMED)
     read = {name for node in model.graph.node for name in (*node.input, *_inner_reads(node))}
-    routers = [name for (_, part), (name, *_) in names.items() if part == "router" and name in read and makers[name].op_type == "MatMul"]
+    routers = [
+        name
+        for (_, part), (name, *_) in names.items()
+        if part == "router" and name in read and makers[name].op_type == "MatMul"
+    ]
     shapes = {tensor.name: tensor.dims for tensor in model.graph.initializer}
-    num_experts = next((shapes[name][-1] for router in routers[:1] for name in makers[router].input if name in shapes), 0)
+    num_experts = next(
+        (shapes[name][-1] for router in routers[:1] for name in makers[router].input if name in shapes), 0
+    )
     return Taps(names, num_layers, tuple(routers) if num_experts else (), num_experts)
 
 
 def _inner_reads(node: onnx.NodeProto) -> list[str]:
     """What the nodes of a node's branches read."""
-    return [name for attribute in node.attribute if attribute.HasField("g") for inner in attribute.g.node for name in inner.input]
+    return [
+        name
+        for attribute in node.attribute
+        if attribute.HasField("g")
+        for inner in attribute.g.node
+        for name in inner.input
+    ]
 
 
 def _block_output(makers: Mapping[str, onnx.NodeProto], update: str, shared_outside: bool) -> str:
@@ -104,10 +129,11 @@ def _block_output(makers: Mapping[str, onnx.NodeProto], update: str, shared_outs
 
 @dataclass(frozen=True)
 class Seen:
-    """A package fed once: ids and mask [B, S], how many of them at once, and what it showed, float32 [B, S, ...] by name.
+    """A package fed once.
 
-    `nudge` [T, E] or [1, E]: what was added to the router logits of every layer, tokens of all rows one after the other. `cache`: by layer keys and
-    values [B, heads, S, head_dim] as the graph gave them back. `logits` are of the last tokens.
+    Ids and mask [B, S], how many of them at once, and what it showed, float32 [B, S, ...] by name. `nudge` [T, E] or
+    [1, E]: what was added to the router logits of every layer, tokens of all rows one after the other. `cache`: by
+    layer keys and values [B, heads, S, head_dim] as the graph gave them back. `logits` are of the last tokens.
     """
 
     ids: torch.Tensor
@@ -120,14 +146,29 @@ class Seen:
 
     def of_rows(self, count: int) -> Seen:
         """The first rows alone, without the cache."""
-        return Seen(self.ids[:count], self.mask[:count], self.num_prefill, self.logits[:count], {n: v[:count] for n, v in self.values.items()})
+        return Seen(
+            self.ids[:count],
+            self.mask[:count],
+            self.num_prefill,
+            self.logits[:count],
+            {n: v[:count] for n, v in self.values.items()},
+        )
 
 
 def look(
-    decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int, names: Sequence[str] = (), nudge: torch.Tensor | None = None,
-    num_logits: int = 0, with_cache: bool = False,
-) -> Seen:  # fmt: skip
-    """Feed ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone."""
+    decoder: Decoder,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    num_prefill: int,
+    names: Sequence[str] = (),
+    nudge: torch.Tensor | None = None,
+    num_logits: int = 0,
+    with_cache: bool = False,
+) -> Seen:
+    """Feed ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time.
+
+    Then a prefill has the logits of its last alone.
+    """
     cache = decoder.new_cache(len(ids), ids.shape[1], taps=names)
     kept = num_logits if num_prefill == ids.shape[1] else 1
     wide = None if nudge is None else nudge.view(len(ids), ids.shape[1], -1)
@@ -135,8 +176,12 @@ def look(
     def part(start: int, stop: int) -> torch.Tensor | None:
         return None if wide is None else wide[:, start:stop].flatten(0, 1)
 
-    parts = [decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy(), kept, part(0, num_prefill))]
-    parts += [decoder.run(cache, ids[:, n : n + 1].numpy(), nudge=part(n, n + 1)) for n in range(num_prefill, ids.shape[1])]
+    parts = [
+        decoder.run(cache, ids[:, :num_prefill].numpy(), mask[:, :num_prefill].numpy(), kept, part(0, num_prefill))
+    ]
+    parts += [
+        decoder.run(cache, ids[:, n : n + 1].numpy(), nudge=part(n, n + 1)) for n in range(num_prefill, ids.shape[1])
+    ]
 
     def joined(name: str) -> torch.Tensor:
         pieces = [each.pop(name) for each in parts]

@@ -7,25 +7,46 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from dense2moe.export.graph.family import rotary_switch
+from dense2moe.export.opening import load_tokenizer
+from dense2moe.export.parity.answers import (
+    EncodedTask,
+    Ids,
+    Model,
+    Outcome,
+    Package,
+    Torch,
+    answer_task,
+    encode_task,
+    written_gap,
+)
+from dense2moe.export.parity.forward import Reference, run_package
+from dense2moe.export.parity.limits import gap_limit
+from dense2moe.export.parity.records import Limit, TaskCheck
+from dense2moe.export.parity.scores import (
+    answer_f1,
+    is_exact,
+    macro_f1,
+    mean_difference_error,
+    rank_correlation,
+    rank_correlation_error,
+)
+from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task
+from dense2moe.export.parity.ties import find_flips
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.generation import read_generation
 from transformers import AutoConfig
-
-from export.family import rotary_switch
-from export.generation import read_generation
-from export.opening import load_tokenizer
-from export.parity.answers import EncodedTask, Ids, Model, Outcome, Package, Torch, answer_task, encode_task, written_gap
-from export.parity.forward import Reference, run_package
-from export.parity.limits import gap_limit
-from export.parity.records import Limit, TaskCheck
-from export.parity.scores import answer_f1, is_exact, macro_f1, mean_difference_error, rank_correlation, rank_correlation_error
-from export.parity.tasks import Answer, Choice, Similarity, Task
-from export.parity.ties import find_flips
-from export.runtime import Decoder
 
 
 class TaskEvaluation:
-    """The tasks of one package: its own answers, those of the fine-tuned model if asked, and in the end those of the twin."""
+    """The tasks of one package.
 
-    def __init__(self, directory: Path, tasks: Sequence[Task], decoder: Decoder, num_examples: int, answer_tokens: int) -> None:
+    Its own answers, those of the fine-tuned model if asked, and in the end those of the twin.
+    """
+
+    def __init__(
+        self, directory: Path, tasks: Sequence[Task], decoder: Decoder, num_examples: int, answer_tokens: int
+    ) -> None:
         """Ask the package; the tokenizer is in `directory`.
 
         Raises:
@@ -40,7 +61,10 @@ class TaskEvaluation:
     def _encode(self, directory: Path, tasks: Sequence[Task]) -> list[EncodedTask]:
         switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
         generation = read_generation(directory, self.tokenizer)
-        return [encode_task(task, self.tokenizer, generation, self.decoder.context_length, self.answer_tokens, switch) for task in tasks]
+        return [
+            encode_task(task, self.tokenizer, generation, self.decoder.context_length, self.answer_tokens, switch)
+            for task in tasks
+        ]
 
     def ask_finetuned(self, reference: Reference) -> None:
         """Ask the fine-tuned model, where it is not the twin."""
@@ -73,33 +97,56 @@ def score_task(task: Task, outcomes: Sequence[Outcome]) -> dict[str, float]:
             return scores
         case "answer":
             answers = cast("tuple[Answer, ...]", task.examples)
-            exact = [float(is_exact(outcome.text, example.right)) for outcome, example in zip(outcomes, answers, strict=True)]
+            exact = [
+                float(is_exact(outcome.text, example.right)) for outcome, example in zip(outcomes, answers, strict=True)
+            ]
             return {"F1": _mean(_points(task, outcomes)), "exact match": _mean(exact)}
         case "similarity":
             return {"Spearman's correlation": rank_correlation(_points(task, outcomes), _given(task))}
 
 
 def compare_task(
-    encoded: EncodedTask, found: Sequence[Outcome], own: Sequence[Outcome], tuned: Sequence[Outcome], decoder: Decoder, twin: Reference,
-    limits: Mapping[str, Limit], tie_margin: float,
-) -> TaskCheck:  # fmt: skip
+    encoded: EncodedTask,
+    found: Sequence[Outcome],
+    own: Sequence[Outcome],
+    tuned: Sequence[Outcome],
+    decoder: Decoder,
+    twin: Reference,
+    limits: Mapping[str, Limit],
+    tie_margin: float,
+) -> TaskCheck:
     """One task, from the answers of the package (`found`), of the twin and of the fine-tuned model."""
     task = encoded.task
     package, finetuned = score_task(task, found), score_task(task, tuned)
     limit = gap_limit(task.kind, limits)
     gaps, num_flips = {}, 0
     for number, gap in enumerate(_gaps(encoded, found, own, twin), 1):
-        if limit is not None and not gap <= limit.value and _flips(_texts(encoded, number - 1, own), decoder, twin, tie_margin):
+        if (
+            limit is not None
+            and not gap <= limit.value
+            and _flips(_texts(encoded, number - 1, own), decoder, twin, tie_margin)
+        ):
             num_flips += 1
         else:
             gaps[number] = gap
     worst = max(gaps, key=gaps.__getitem__, default=None)
     metric = next(iter(package))
     return TaskCheck(
-        task.name, task.kind, len(task.examples), metric, package, score_task(task, own), finetuned, package[metric] - finetuned[metric],
-        _error(task, found, tuned), _same(task, found, own), _same(task, found, tuned),
-        0.0 if worst is None else gaps[worst], worst if worst is not None and gaps[worst] > 0 else None, num_flips,
-    )  # fmt: skip
+        task.name,
+        task.kind,
+        len(task.examples),
+        metric,
+        package,
+        score_task(task, own),
+        finetuned,
+        package[metric] - finetuned[metric],
+        _error(task, found, tuned),
+        _same(task, found, own),
+        _same(task, found, tuned),
+        0.0 if worst is None else gaps[worst],
+        worst if worst is not None and gaps[worst] > 0 else None,
+        num_flips,
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -111,7 +158,10 @@ def _given(task: Task) -> list[float]:
 
 
 def _points(task: Task, outcomes: Sequence[Outcome]) -> list[float]:
-    """What each example counts for in the score that is judged; for texts to be compared, how alike the model finds them."""
+    """What each example counts for in the score that is judged.
+
+    For texts to be compared, how alike the model finds them.
+    """
     points = []
     for example, outcome in zip(task.examples, outcomes, strict=True):
         match example:
@@ -132,7 +182,10 @@ def _error(task: Task, found: Sequence[Outcome], other: Sequence[Outcome]) -> fl
 
 
 def _same(task: Task, found: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
-    answer: dict[str, Callable[[Outcome], object]] = {"choice": lambda outcome: outcome.chosen, "answer": lambda outcome: outcome.text}
+    answer: dict[str, Callable[[Outcome], object]] = {
+        "choice": lambda outcome: outcome.chosen,
+        "answer": lambda outcome: outcome.text,
+    }
     if task.kind == "similarity":
         return None
     return _mean([float(answer[task.kind](a) == answer[task.kind](b)) for a, b in zip(found, other, strict=True)])

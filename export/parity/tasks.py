@@ -1,11 +1,12 @@
 """Tasks: files of examples with right answers, one JSON object a line, of one kind a file.
 
     choice       {"prompt": "...", "choices": ["...", "..."], "answer": "..."}     the likeliest of some texts; accuracy
-    answer       {"prompt": "...", "answer": "..."}                                what the model writes greedily; F1 and exact match
-    similarity   {"texts": ["...", "..."], "score": 3.5}                           how alike two texts are; Spearman's correlation
+    answer       {"prompt": "...", "answer": "..."}                                what the model writes greedily; F1
+    and exact match similarity   {"texts": ["...", "..."], "score": 3.5}                           how alike two texts
+    are; Spearman's correlation
 
-The answer of a choice is its text, or its place from 0 on. A written answer ends at `until`, a newline if not given, and "answer" may be a list of
-right ones.
+The answer of a choice is its text, or its place from 0 on. A written answer ends at `until`, a newline if not given,
+and "answer" may be a list of right ones.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
+from dense2moe.export.config import Record
+from dense2moe.export.errors import ExportError
+from dense2moe.export.runtime.text import choose_places
 from pydantic import Field, ValidationError, model_validator
-
-from export.config import Record
-from export.errors import ExportError
-from export.text import choose_places
 
 TaskKind = Literal["choice", "answer", "similarity"]
 _Text = Annotated[str, Field(min_length=1)]
@@ -37,7 +37,9 @@ class Choice(Record):
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("choices has a text twice; must have each once")
         if self.answer not in (range(len(self.choices)) if isinstance(self.answer, int) else self.choices):
-            raise ValueError(f"answer is {self.answer!r}; must be one of the choices, or its place, 0 to {len(self.choices) - 1}")
+            raise ValueError(
+                f"answer is {self.answer!r}; must be one of the choices, or its place, 0 to {len(self.choices) - 1}"
+            )
         return self
 
     @property
@@ -67,7 +69,11 @@ class Similarity(Record):
 
 
 Example: TypeAlias = Choice | Answer | Similarity
-_KINDS: dict[TaskKind, type[Choice] | type[Answer] | type[Similarity]] = {"choice": Choice, "answer": Answer, "similarity": Similarity}
+_KINDS: dict[TaskKind, type[Choice] | type[Answer] | type[Similarity]] = {
+    "choice": Choice,
+    "answer": Answer,
+    "similarity": Similarity,
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ class Task:
 
     def cut(self, most: int) -> Task:
         """At most so many of its examples, taken evenly."""
-        return Task(self.name, self.kind, tuple(self.examples[place] for place in choose_places(len(self.examples), most)))
+        return Task(
+            self.name, self.kind, tuple(self.examples[place] for place in choose_places(len(self.examples), most))
+        )
 
 
 def read_task(file: Path) -> Task:
@@ -92,7 +100,9 @@ def read_task(file: Path) -> Task:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise ExportError(f"{file}: cannot be read ({error}); a task is a file in UTF-8 with a JSON object on each line") from error
+        raise ExportError(
+            f"{file}: cannot be read ({error}); a task is a file in UTF-8 with a JSON object on each line"
+        ) from error
     kind: TaskKind | None = None
     examples = []
     for number, line in enumerate(lines, 1):
@@ -126,9 +136,13 @@ def _parse(line: str, where: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise ExportError(f'{where}: is not JSON ({error}); must be an object such as {{"prompt": …, "choices": […], "answer": …}}') from error
+        raise ExportError(
+            f'{where}: is not JSON ({error}); must be an object such as {{"prompt": …, "choices": […], "answer": …}}'
+        ) from error
     if not isinstance(values, dict):
-        raise ExportError(f'{where}: is no JSON object; must be one, such as {{"prompt": …, "choices": […], "answer": …}}')
+        raise ExportError(
+            f'{where}: is no JSON object; must be one, such as {{"prompt": …, "choices": […], "answer": …}}'
+        )
     return values
 
 
@@ -140,7 +154,9 @@ def _find_kind(values: dict[str, Any], where: str) -> TaskKind:
     if "prompt" in values:
         return "answer"
     keys = ", ".join(values) or "none"
-    raise ExportError(f"{where}: has the keys {keys}; must have prompt, choices and answer; or prompt and answer; or texts and score")
+    raise ExportError(
+        f"{where}: has the keys {keys}; must have prompt, choices and answer; or prompt and answer; or texts and score"
+    )
 
 
 def _read_example(values: dict[str, Any], kind: TaskKind, where: str) -> Example:
@@ -150,4 +166,6 @@ def _read_example(values: dict[str, Any], kind: TaskKind, where: str) -> Example
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         reason = first["msg"].removeprefix("Value error, ")
-        raise ExportError(f"{where}: {f'{key}: ' if key else ''}{reason}; the file's first line makes it a task of kind {kind}") from error
+        raise ExportError(
+            f"{where}: {f'{key}: ' if key else ''}{reason}; the file's first line makes it a task of kind {kind}"
+        ) from error

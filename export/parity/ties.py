@@ -10,11 +10,17 @@ from collections.abc import Sequence
 
 import torch
 
-TIE_MARGIN = 1e-4  # selection scores; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a tie
+# selection scores; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a
+# tie
+TIE_MARGIN = 1e-4
 _TIE_MULTIPLE = 8  # of the noise in them, where that is larger: two scores err, each a few times as much as torch does
 _TIE_QUANTILE = 0.99  # of the noise over tokens: the few that flipped have differences that are no noise
-EXACT_TIE = 1e-6  # selection scores; below it the softmax may round two of them to one score, and then every operator has an order of its own
-MOVED = 1e-4  # relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by 1e-2 and more
+# selection scores; below it the softmax may round two of them to one score, and then every operator has an order of its
+# own
+EXACT_TIE = 1e-6
+# relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by
+# 1e-2 and more
+MOVED = 1e-4
 
 Routers = Sequence[torch.Tensor | None]
 
@@ -41,12 +47,18 @@ def find_smallest_margin(routers: Routers, top_k: int) -> torch.Tensor | None:
 
 
 def find_flips(
-    ours: Routers, theirs: Routers, streams: Sequence[torch.Tensor], true_streams: Sequence[torch.Tensor], mask: torch.Tensor, top_k: int,
+    ours: Routers,
+    theirs: Routers,
+    streams: Sequence[torch.Tensor],
+    true_streams: Sequence[torch.Tensor],
+    mask: torch.Tensor,
+    top_k: int,
     tie_margin: float = TIE_MARGIN,
-) -> torch.Tensor:  # fmt: skip
-    """Real tokens, bool [B, S], for which some layer chose other experts although the reference's margin there is below that of a near-tie.
+) -> torch.Tensor:
+    """Real tokens, bool [B, S].
 
-    Where the tie is exact, scores cannot tell which experts an operator took, and the residual stream after the layer tells.
+    For which some layer chose other experts although the reference's margin there is below that of a near-tie. Where
+    the tie is exact, scores cannot tell which experts an operator took, and the residual stream after the layer tells.
     """
     flips = torch.zeros_like(mask, dtype=torch.bool)
     for our_scores, their_scores, stream, true_stream in zip(ours, theirs, streams, true_streams, strict=True):
@@ -60,8 +72,13 @@ def find_flips(
 
 
 def find_tie_margin(narrow: Routers, true: Routers) -> float:
-    """The margin below which a choice of experts is a near-tie, from selection scores [B, S, E] in float32 and in float64."""
-    differences = [(a - b).abs().amax(-1).flatten() for a, b in zip(narrow, true, strict=True) if a is not None and b is not None]
+    """The margin below which a choice of experts is a near-tie.
+
+    From selection scores [B, S, E] in float32 and in float64.
+    """
+    differences = [
+        (a - b).abs().amax(-1).flatten() for a, b in zip(narrow, true, strict=True) if a is not None and b is not None
+    ]
     noise = max((float(layer.quantile(_TIE_QUANTILE)) for layer in differences), default=0.0)
     return max(TIE_MARGIN, _TIE_MULTIPLE * noise)
 

@@ -1,11 +1,13 @@
 """Every weight of a package beside the twin's: each expert, each row, also those that no text visits.
 
-Rows are recognized by what they hold, not by names: so a package of any exporter is judged, whatever it calls its matrices, in whatever order it has
-laid their rows, and whether it has packed them, turned them or put several below each other. A row of K numbers is told from others by its products
-with two fixed random vectors, and its length; two rows that differ anywhere differ there, but for an accident of one in many millions.
+Rows are recognized by what they hold, not by names: so a package of any exporter is judged, whatever it calls its
+matrices, in whatever order it has laid their rows, and whether it has packed them, turned them or put several below
+each other. A row of K numbers is told from others by its products with two fixed random vectors, and its length; two
+rows that differ anywhere differ there, but for an accident of one in many millions.
 
-Each row of the twin must be in the file, and the file must have no row besides, but for rows of zeros, which only fill a block. Where a row of the
-one and a row of the other are left over, they belong together by what they have in common, and the message says how they differ.
+Each row of the twin must be in the file, and the file must have no row besides, but for rows of zeros, which only fill
+a block. Where a row of the one and a row of the other are left over, they belong together by what they have in common,
+and the message says how they differ.
 """
 
 from __future__ import annotations
@@ -20,13 +22,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from dense2moe.export.parity.constants import Constants, Floats, Matrix
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
 from scipy.spatial import cKDTree
 
-from export.parity.constants import Constants, Floats, Matrix
-from upcycle.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
-
 _TOLERANCE = 1e-5
-"""Of a row's length: what its products with such vectors may differ by in float32, 39 numbers of which round to 2e-6 each at most (K = 1,536)."""
+"""Of a row's length.
+
+What its products with such vectors may differ by in float32, 39 numbers of which round to 2e-6 each at most (K =
+1,536).
+"""
 _NO_KEY = 1e30  # of a row that is not all numbers: no other is as long
 _MOST_PAIRS = 2048
 _MOST_TOLD = 5
@@ -38,12 +43,21 @@ _BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
 _WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
 """Operators that multiply by nothing but a model's weights, where others may have constants of the graph's own."""
 _WITHOUT = "no row of the file is the twin's"
-_WORDS = {"embed_tokens": "the embedding", "lm_head": "the head", "gate": "router", "layer": "router", "norm": "the final norm"}
+_WORDS = {
+    "embed_tokens": "the embedding",
+    "lm_head": "the head",
+    "gate": "router",
+    "layer": "router",
+    "norm": "the final norm",
+}
 
 
 @dataclass(frozen=True)
 class WrongRows:
-    """Rows of a tensor of the twin, or of one expert in it, that the file has otherwise: the first, how many, of how many, and how it differs."""
+    """Rows of a tensor of the twin, or of one expert in it, that the file has otherwise.
+
+    The first, how many, of how many, and how it differs.
+    """
 
     tensor: str
     row: int
@@ -61,7 +75,9 @@ class WrongRows:
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """All rows of matrices and all vectors of the twin against those of the file; `wrong` has the first few tensors that differ.
+    """All rows of matrices and all vectors of the twin against those of the file.
+
+    `wrong` has the first few tensors that differ.
 
     `not_judged`: tensors that were not found by their rows, and are compared by what the graph makes of them.
     """
@@ -113,7 +129,11 @@ def check_weights(constants: Constants, twin: Path) -> Found:
     checkpoint = open_checkpoint(twin)
     # What belongs to an expert without neurons, as its gate does, computes nothing, and no graph needs it.
     empty = tuple(name.rsplit(".", 2)[0] for name, entry in checkpoint.entries.items() if not entry.num_elements)
-    entries = {name: entry for name, entry in checkpoint.entries.items() if entry.num_elements and not (empty and name.startswith(empty))}
+    entries = {
+        name: entry
+        for name, entry in checkpoint.entries.items()
+        if entry.num_elements and not (empty and name.startswith(empty))
+    }
     matrices = {name: entry for name, entry in entries.items() if len(entry.shape) > 1 and min(entry.shape[-2:]) > 1}
     vectors = {name: entry for name, entry in entries.items() if name not in matrices}
     by_width: dict[int, list[Matrix]] = {}
@@ -154,7 +174,11 @@ def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
 def _cut(read: Callable[[], Floats], width: int) -> Floats:
     """The first columns of a matrix; all of them where those behind are no zeros, which no row of the twin is then."""
     whole = read()
-    return np.ascontiguousarray(whole[:, :width]) if not whole[:, width:].any() else np.full((len(whole), width), np.nan, np.float32)
+    return (
+        np.ascontiguousarray(whole[:, :width])
+        if not whole[:, width:].any()
+        else np.full((len(whole), width), np.nan, np.float32)
+    )
 
 
 def _draw_vectors(width: int) -> torch.Tensor:
@@ -163,7 +187,10 @@ def _draw_vectors(width: int) -> torch.Tensor:
 
 
 def _key(rows: torch.Tensor, vectors: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Of each row [N, K] its products with two vectors, and its length; float32 [N, 3]. Of rows that are not all numbers all three are one number."""
+    """Of each row [N, K] its products with two vectors, and its length; float32 [N, 3].
+
+    Of rows that are not all numbers all three are one number.
+    """
     lengths = rows.norm(dim=-1)
     good = lengths.isfinite()
     products = [torch.where(good, rows @ vector, _NO_KEY) for vector in vectors]
@@ -211,9 +238,12 @@ def _match(
                 operators.setdefault(names[owner], []).append(taken)
         elif matrix.use == "stored":
             continue
-        if good.mean() < 0.5:  # it is no matrix of the twin: a rotary table, a constant of the graph's own, or one that is wrong throughout
+        # it is no matrix of the twin: a rotary table, a constant of the graph's own, or one that is wrong throughout
+        if good.mean() < 0.5:
             strange.append(taken)
-            if lengths.any() and (matrix.operator.op in _WEIGHTS_ALONE or (matrix.use == "product" and matrix.shape in shapes)):
+            if lengths.any() and (
+                matrix.operator.op in _WEIGHTS_ALONE or (matrix.use == "product" and matrix.shape in shapes)
+            ):
                 # The rows may be right elsewhere, as in another branch, or in the table of a tied head.
                 surplus += [(taken, int(row)) for row in np.nonzero(~good)[0]]
         else:
@@ -235,7 +265,9 @@ def _look_up(keys: npt.NDArray[np.float32], tree: cKDTree) -> tuple[npt.NDArray[
     return places, distances <= _TOLERANCE * np.maximum(keys[:, 2], 1e-20)
 
 
-def _misplaced(matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: _Rows) -> list[tuple[Matrix, int]]:
+def _misplaced(
+    matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: _Rows
+) -> list[tuple[Matrix, int]]:
     """Rows of a table, or of a head, that are those of another token."""
     owners, rows = known.locate(places)
     is_head = matrix.use == "product" and all(known.owners[owner] in _BY_TOKEN for owner in np.unique(owners[good]))
@@ -252,12 +284,18 @@ def _misplaced(matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[
 
 
 def _describe(
-    entries: dict[str, TensorEntry], some: _Rows, missing: npt.NDArray[np.int64], surplus: list[tuple[Matrix, int]], strange: list[Matrix],
+    entries: dict[str, TensorEntry],
+    some: _Rows,
+    missing: npt.NDArray[np.int64],
+    surplus: list[tuple[Matrix, int]],
+    strange: list[Matrix],
     zeros: set[str],
-) -> tuple[list[WrongRows], int]:  # fmt: skip
-    """In words, by tensor: the first missing row of the twin, beside the row of the file that is most like it; and how many rows there are.
+) -> tuple[list[WrongRows], int]:
+    """In words, by tensor.
 
-    `strange` are matrices of which most rows are none of the twin's, `zeros` tensors beside whose rows there are rows of zeros in the file.
+    The first missing row of the twin, beside the row of the file that is most like it; and how many rows there are.
+    `strange` are matrices of which most rows are none of the twin's, `zeros` tensors beside whose rows there are rows
+    of zeros in the file.
     """
     tokens = {entry.shape[0] for name, entry in entries.items() if name in _BY_TOKEN}
     heads = [matrix for matrix, _ in surplus if matrix.use == "product" and matrix.shape[0] in tokens]
@@ -274,7 +312,9 @@ def _describe(
         true = _read_row(entries[name], group[0])
         tensor, number, count = _words(name, entries[name], group[0])
         near = _nearest(true, candidates)
-        others = candidates if near is not None else [row for matrix in strange[:_MOST_STRANGE] for row in _read(matrix)]
+        others = (
+            candidates if near is not None else [row for matrix in strange[:_MOST_STRANGE] for row in _read(matrix)]
+        )
         near = near if near is not None else _nearest(true, others)
         if near is not None and others is candidates:
             taken.add(near)
@@ -290,7 +330,9 @@ def _describe(
         for where, places in list(by_matrix.items())[: _MOST_TOLD - len(told)]:
             matrix, row = extra[places[0]]
             by_token = matrix.use == "table" or matrix in heads
-            tensor = ("the embedding" if matrix.use == "table" else "the head") if by_token else f"'{where}' in the graph"
+            tensor = (
+                ("the embedding" if matrix.use == "table" else "the head") if by_token else f"'{where}' in the graph"
+            )
             what = "is that of another token, or of none" if by_token else "is no row of the twin"
             what = what if np.isfinite(_read(matrix)[row]).all() else "is not all numbers in the file"
             told.append(WrongRows(tensor, row, len(places), matrix.shape[0], what))
@@ -327,8 +369,14 @@ def _compare(found: Floats, true: Floats) -> str:
     where = "the whole row" if not outside.any() and len(true) > 1 else where
     factor = float(part @ own / max(float(own @ own), 1e-300))
     if np.linalg.norm(part - factor * own) <= _STRAIGHT * np.linalg.norm(part):
-        return f"{where} in the file {'is' if where == 'the whole row' or first == last else 'are'} {factor:.4g} times the twin's"
-    return f"{where} in the file differ{'s' if first == last or where == 'the whole row' else ''} from the twin's by up to {difference.max():.2g}"
+        return (
+            f"{where} in the file {'is' if where == 'the whole row' or first == last else 'are'} {factor:.4g} "
+            "times the twin's"
+        )
+    return (
+        f"{where} in the file differ{'s' if first == last or where == 'the whole row' else ''} from the twin's by "
+        f"up to {difference.max():.2g}"
+    )
 
 
 def _read_row(entry: TensorEntry, row: int) -> Floats:
@@ -353,7 +401,9 @@ def _words(name: str, entry: TensorEntry, row: int) -> tuple[str, int, int]:
     return ", ".join([*parts, f"attention's {stem}" if "attn." in name else stem]), row, count
 
 
-def _check_vectors(checkpoint: Checkpoint, vectors: dict[str, TensorEntry], constants: Constants) -> Iterator[WrongRows]:
+def _check_vectors(
+    checkpoint: Checkpoint, vectors: dict[str, TensorEntry], constants: Constants
+) -> Iterator[WrongRows]:
     """Norms, biases and the like: each must be in the file, by itself or as a part of a longer one."""
     by_size: dict[int, list[Floats]] = {}
     for values in constants.vectors.values():
@@ -361,13 +411,22 @@ def _check_vectors(checkpoint: Checkpoint, vectors: dict[str, TensorEntry], cons
     columns = [matrix.read().reshape(-1) for matrix in constants.matrices if 1 in matrix.shape]
     for name, entry in vectors.items():
         true = checkpoint.read(name).to(torch.float32).reshape(-1).numpy()
-        kinds = [true, *(torch.from_numpy(true).to(kind).to(torch.float32).numpy() for kind in (torch.float16, torch.bfloat16))]
+        kinds = [
+            true,
+            *(torch.from_numpy(true).to(kind).to(torch.float32).numpy() for kind in (torch.float16, torch.bfloat16)),
+        ]
         own = [*by_size.get(len(true), []), *(each for each in columns if len(each) == len(true))]
-        if any(np.allclose(each, kind, rtol=1e-6, atol=0) for each in own for kind in kinds) or _is_inside(kinds, by_size, len(true)):
+        if any(np.allclose(each, kind, rtol=1e-6, atol=0) for each in own for kind in kinds) or _is_inside(
+            kinds, by_size, len(true)
+        ):
             continue
         tensor, *_ = _words(name, entry, 0)
         nearest = min(own, key=lambda each: float(np.abs(each - true).sum()), default=None)
-        what = "no vector of the file is the twin's" if nearest is None else _compare(nearest, true).replace("column", "element")
+        what = (
+            "no vector of the file is the twin's"
+            if nearest is None
+            else _compare(nearest, true).replace("column", "element")
+        )
         yield WrongRows(tensor, 0, 1, 1, what.replace("row", "vector"))
 
 

@@ -2,8 +2,9 @@
 
     python recipes/models/make_python_docs_4m.py recipes/models/python-docs-4m
 
-Trains a byte-level BPE of 4096 entries and a four-layer Llama on the `python-docs` data set of the running interpreter, on the CPU, and
-writes a Hugging Face checkpoint in bfloat16 with its tokenizer and a model card that states the recipe, the time and the held-out loss.
+Trains a byte-level BPE of 4096 entries and a four-layer Llama on the `python-docs` data set of the running interpreter,
+on the CPU, and writes a Hugging Face checkpoint in bfloat16 with its tokenizer and a model card that states the recipe,
+the time and the held-out loss.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import time
 from pathlib import Path
 
 import torch
+from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, read_python_docs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-from upcycle.python_docs import SPLITS, Document, PythonDocs, read_python_docs
 
 VOCAB_SIZE = 4096
 CONTEXT = 512
 BATCH = 8
 END = "<|endoftext|>"
 PAD = "<|pad|>"
-PROSE_REPEATS = 2  # prose is a quarter of the text; seen twice an epoch, the model writes documentation and not only code
+PROSE_REPEATS = (
+    2  # prose is a quarter of the text; seen twice an epoch, the model writes documentation and not only code
+)
 PROMPTS = (
     "The for statement is used to",
     "class Queue\n    Create a queue object with a given maximum size.\n\nQueue.get(self, block=True, timeout=None)\n",
@@ -43,10 +45,17 @@ def train_tokenizer(docs: PythonDocs) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator((d.text for d in docs.documents["train"]), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=PAD,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -76,13 +85,25 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
     return sum(losses) / len(blocks)
 
 
-def train(docs: PythonDocs, tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, seed: int) -> LlamaForCausalLM:
+def train(
+    docs: PythonDocs, tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, seed: int
+) -> LlamaForCausalLM:
     """AdamW, linear warm-up of 100 steps, cosine to a fiftieth of the peak, bfloat16 autocast."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4,
-        max_position_embeddings=CONTEXT, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=1, initializer_range=0.03,
-    )  # fmt: skip
+        vocab_size=VOCAB_SIZE,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=1,
+        initializer_range=0.03,
+    )
     model = LlamaForCausalLM(config).train()
     decayed = [p for p in model.parameters() if p.ndim == 2]
     plain = [p for p in model.parameters() if p.ndim != 2]
@@ -130,9 +151,10 @@ pipeline_tag: text-generation
 ---
 # python-docs-4m
 
-A small dense Llama, pretrained from nothing on CPython {docs.version}'s own documentation and source (help topics, docstrings, standard library),
-as read from the running interpreter by `upcycle/python_docs.py`. It is the dense checkpoint of `recipes/quickstart.yaml`: real enough to show
-perplexity, routing and quantization at work, small enough for two CPU cores. It knows nothing but how Python documentation sounds.
+A small dense Llama, pretrained from nothing on CPython {docs.version}'s own documentation and source (help topics,
+docstrings, standard library), as read from the running interpreter by `upcycle/data/python_docs.py`. It is the dense
+checkpoint of `recipes/quickstart.yaml`: real enough to show perplexity, routing and quantization at work, small enough
+for two CPU cores. It knows nothing but how Python documentation sounds.
 
 The texts that it learned from are under the PSF licence, and are not part of this repository.
 
@@ -185,9 +207,12 @@ def main() -> None:
         "stored as": "bfloat16",
         "text": f"CPython {docs.version}, SHA-256 {docs.digest}",
         "tokens": ", ".join(f"{split} {len(stream):,}" for split, stream in streams.items()),
-        "training": f"{arguments.steps} steps of {BATCH} x {CONTEXT} tokens, prose seen {PROSE_REPEATS} times an epoch, AdamW (0.9, 0.95), weight "
-        f"decay 0.1, peak learning rate {arguments.peak_lr:g}, warm-up 100 steps, cosine, clipping 1.0, bfloat16 autocast, seed {arguments.seed}",
-        "time": f"{minutes:.0f} minutes on {os.cpu_count()} CPU cores ({platform.machine()}), {time.strftime('%Y-%m-%d')}",
+        "training": f"{arguments.steps} steps of {BATCH} x {CONTEXT} tokens, prose seen {PROSE_REPEATS} times an "
+        "epoch, AdamW (0.9, 0.95), weight "
+        f"decay 0.1, peak learning rate {arguments.peak_lr:g}, warm-up 100 steps, cosine, clipping 1.0, bfloat16 "
+        f"autocast, seed {arguments.seed}",
+        "time": f"{minutes:.0f} minutes on {os.cpu_count()} CPU cores ({platform.machine()}), "
+        f"{time.strftime('%Y-%m-%d')}",
         **{
             f"{split} loss": f"{loss:.4f} nats a token, perplexity {math.exp(loss):.3f}, "
             f"{loss * len(streams[split]) / characters[split] / math.log(2):.3f} bits a character"

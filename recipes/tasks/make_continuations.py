@@ -2,8 +2,8 @@
 
     python recipes/tasks/make_continuations.py
 
-The text is of the test split of `python-docs`, which the embedded model never learned from, and under the PSF's licence; the wrong ones are of the
-same domain. Made with Python 3.11.2.
+The text is of the test split of `python-docs`, which the embedded model never learned from, and under the PSF's
+licence; the wrong ones are of the same domain. Made with Python 3.11.2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from upcycle.python_docs import DOMAINS, Document, read_python_docs
+from dense2moe.upcycle.data.python_docs import DOMAINS, Document, read_python_docs
 
 NUM_EXAMPLES = 40  # of each domain
 NUM_CHOICES = 4

@@ -1,12 +1,16 @@
 """The campaign: mutated inputs go through the command line, and each ends in success or in one line of ours.
 
-A case is a kind of input, a command and one or two mutations; `run_case` says how it ended, and `Table` counts. Held of every case:
+A case is a kind of input, a command and one or two mutations; `run_case` says how it ended, and `Table` counts. Held of
+every case:
 
-1. The exit code is 0, or 1 or 2 with one line that begins with `Error: ` (a line for each mistake of a recipe or each broken limit or file, as these
-   commands promise), without control characters; no traceback, and nothing that other libraries print past our streams.
-2. Nothing is written but below the work directory: not among the inputs, in the current directory, in the home or the temporary directory.
+1. The exit code is 0, or 1 or 2 with one line that begins with `Error: ` (a line for each mistake of a recipe or each
+   broken limit or file, as these commands promise), without control characters; no traceback, and nothing that other
+   libraries print past our streams.
+2. Nothing is written but below the work directory: not among the inputs, in the current directory, in the home or the
+   temporary directory.
 3. No process is left, none dies or hangs.
-4. A success that says something that can be checked is right: an upcycled artifact has a receipt, and files as its manifest says.
+4. A success that says something that can be checked is right: an upcycled artifact has a receipt, and files as its
+   manifest says.
 
 Where `run` refuses an input, `check` is asked too: what it calls good was refused late.
 """
@@ -25,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from dense2moe.convert.artifact import verify
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from convert.artifact import verify
 from tests.robustness.inputs import Input, Inputs, Kind
 from tests.robustness.mutations import Mutation
 from tests.robustness.worker import Answer, Watched
@@ -60,7 +64,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a case ended: where it failed by what, and what tells its kind from other failures. `late`: refused, but not by `check`."""
+    """How a case ended: where it failed by what, and what tells its kind from other failures.
+
+    `late`: refused, but not by `check`.
+    """
 
     end: End
     reason: str = ""
@@ -78,10 +85,19 @@ def cases(kind: Kind, found: Input) -> st.SearchStrategy[Case]:
 
 
 def draw(kind: Kind, found: Input, count: int, number: int, visit: Callable[[Case], None]) -> None:
-    """Let `visit` see so many cases, the same for a `number`, but for those that hypothesis makes of numbers that it finds in our code."""
+    """Let `visit` see so many cases, the same for a `number`.
+
+    But for those that hypothesis makes of numbers that it finds in our code.
+    """
 
     @seed(number)
-    @settings(max_examples=count, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(cases(kind, found))
     def each(case: Case) -> None:
         visit(case)
@@ -109,7 +125,8 @@ class Runner:
             (self._case / name).mkdir(parents=True)
         copied = self._case / "input"
         shutil.copytree(found.folder, copied, symlinks=True)
-        for mutation in sorted(case.mutations, key=lambda each: -len(found.table[each.name][0])):  # a file before its folder
+        # a file before its folder
+        for mutation in sorted(case.mutations, key=lambda each: -len(found.table[each.name][0])):
             mutation.apply(copied, found.table)
         work = self._case / "work"
         arguments = [each.format(input=copied, work=work) for each in found.commands[case.command]]
@@ -120,7 +137,9 @@ class Runner:
         changed = [path for folder in watched for path in _differences(folder, before[folder])]
         verdict = judge(case, answer, changed, work)
         if verdict.end == "refused" and case.command == "run" and "check" in found.commands:
-            checked = self.watched.run([each.format(input=copied) for each in found.commands["check"]], self._case / "cwd")
+            checked = self.watched.run(
+                [each.format(input=copied) for each in found.commands["check"]], self._case / "cwd"
+            )
             verdict = Verdict("late", answer.errors) if checked.code == 0 else verdict
         return verdict, answer
 
@@ -134,13 +153,17 @@ def _describe(path: Path) -> str:
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         return f"link to {os.readlink(path)}"
-    content = hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) and status.st_mode & 0o400 else ""
+    content = (
+        hashlib.sha256(path.read_bytes()).hexdigest() if stat.S_ISREG(status.st_mode) and status.st_mode & 0o400 else ""
+    )
     return f"{status.st_mode:o} {content}"
 
 
 def _differences(folder: Path, before: dict[str, str]) -> list[str]:
     after = _listing(folder)
-    return [f"{folder.name}/{name}" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+    return [
+        f"{folder.name}/{name}" for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)
+    ]
 
 
 def judge(case: Case, answer: Answer, changed: Sequence[str], work: Path) -> Verdict:
@@ -162,7 +185,8 @@ def judge(case: Case, answer: Answer, changed: Sequence[str], work: Path) -> Ver
 
 def _misprints(answer: Answer) -> list[str]:
     """What is wrong with the words of a refusal."""
-    lines = [line for line in answer.errors.split("\n") if line.strip() and not line.startswith(("✓ ", "… "))]  # how far stages came
+    # how far stages came
+    lines = [line for line in answer.errors.split("\n") if line.strip() and not line.startswith(("✓ ", "… "))]
     if answer.code not in (1, 2):
         return [f"exit code {answer.code}"]
     if not lines or not lines[0].startswith("Error: "):
@@ -220,7 +244,9 @@ class Table:
     """How cases ended, by kind of input and mutation, and the cases that failed or were refused late."""
 
     ends: dict[tuple[str, str], Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    failures: dict[tuple[str, str], list[tuple[Case, Verdict, Answer]]] = field(default_factory=lambda: defaultdict(list))
+    failures: dict[tuple[str, str], list[tuple[Case, Verdict, Answer]]] = field(
+        default_factory=lambda: defaultdict(list)
+    )
     late: list[tuple[Case, Verdict]] = field(default_factory=list)
 
     def add(self, case: Case, verdict: Verdict, answer: Answer) -> None:
@@ -238,13 +264,20 @@ class Table:
         return sum((counts for (_, name), counts in self.ends.items() if not name), Counter[str]())
 
     def markdown(self) -> str:
-        """The tables, for a page: by kind of input, and by mutation, whatever the file; a case of two mutations is under both."""
+        """The tables, for a page.
+
+        By kind of input, and by mutation, whatever the file; a case of two mutations is under both.
+        """
         head = ["cases", "success", "refused in one line", "of these late", "failed"]
         mutations: dict[str, Counter[str]] = defaultdict(Counter)
         for (_, name), counts in sorted(self.ends.items()):
             if name:
                 mutations[re.sub(r"stray .*", "stray file", name.partition(": ")[2])] += counts
-        rows = [_row(head, "input"), _rule(head), *(_row(_counts(counts), kind) for (kind, name), counts in self.ends.items() if not name)]
+        rows = [
+            _row(head, "input"),
+            _rule(head),
+            *(_row(_counts(counts), kind) for (kind, name), counts in self.ends.items() if not name),
+        ]
         rows += [_row(_counts(self.total()), "all"), "", _row(head, "mutation"), _rule(head)]
         return "\n".join([*rows, *(_row(_counts(counts), name) for name, counts in sorted(mutations.items()))]) + "\n"
 

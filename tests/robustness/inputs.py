@@ -1,4 +1,7 @@
-"""Right inputs of every kind, tiny and made here, and the commands that read them; the campaign mutates copies of these."""
+"""Right inputs of every kind, tiny and made here, and the commands that read them.
+
+The campaign mutates copies of these.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +12,57 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from export.config import OnnxConfig, QuantizeConfig, Variant
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
 from tests.foreign import make_checkpoint
 from tests.programs import dense2moe
 from tests.robustness.mutations import JSON, JSON_LINES, MODEL, SAFETENSORS, TEXT, YAML, Change, Table, tabulate
-from upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from upcycle.surgery import upcycle
 
-Kind = Literal["recipes", "checkpoints", "sharded checkpoints", "references", "packages", "int8 packages", "texts", "tasks", "prompts", "runs"]
+Kind = Literal[
+    "recipes",
+    "checkpoints",
+    "sharded checkpoints",
+    "references",
+    "packages",
+    "int8 packages",
+    "texts",
+    "tasks",
+    "prompts",
+    "runs",
+]
 Command = tuple[str, ...]
-"""Arguments of the command line; `{input}` is the mutated copy, `{work}` the one place where something may be written."""
+"""Arguments of the command line.
+
+`{input}` is the mutated copy, `{work}` the one place where something may be written.
+"""
 
 _RECIPE = {
     "source": "checkpoint",
     "data": {
-        "source": {"kind": "text", "train": ["text.txt"], "separator": "\n\n"}, "block_size": 32,
-        "max_train_tokens": 640, "max_validation_tokens": 128, "max_test_tokens": 128,
+        "source": {"kind": "text", "train": ["text.txt"], "separator": "\n\n"},
+        "block_size": 32,
+        "max_train_tokens": 640,
+        "max_validation_tokens": 128,
+        "max_test_tokens": 128,
     },
     "upcycle": {"num_experts": 4},
-    "finetune": {"steps": 2, "batch_size": 2, "eval_steps": 2, "warmup_steps": 1, "control": False, "precision": "float32"},
+    "finetune": {
+        "steps": 2,
+        "batch_size": 2,
+        "eval_steps": 2,
+        "warmup_steps": 1,
+        "control": False,
+        "precision": "float32",
+    },
     "variants": ["float32"],
     "parity": {"free_tokens": 4, "decode_steps": 4, "num_blocks": 2, "tasks": ["tasks.jsonl"]},
-}  # fmt: skip
+}
 _LONG_RECIPE = """\
 # Nearly every key that a recipe can have.
 name: tiny
@@ -137,7 +164,11 @@ class Inputs:
         write, folder_name, files, commands = _KINDS[kind]
         folder = self._make(kind, lambda folder: write(self, folder))
         if kind == "runs":
-            files = {path.relative_to(folder).as_posix(): JSON for path in sorted((folder / "work").rglob("*.json")) if path.name in _RUN_FILES}
+            files = {
+                path.relative_to(folder).as_posix(): JSON
+                for path in sorted((folder / "work").rglob("*.json"))
+                if path.name in _RUN_FILES
+            }
         return Input(folder, tabulate(files, folder_name), commands)
 
     def _make(self, name: str, write: Callable[[Path], None]) -> Path:
@@ -155,7 +186,9 @@ class Inputs:
 
     def mixture(self) -> Path:
         """The mixture made of it, of experts that differ."""
-        config = UpcycleConfig(num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0))
+        config = UpcycleConfig(
+            num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
+        )
         return self._make("mixture", lambda folder: _discard(upcycle(self.dense(), folder, config, 0, _silent)))
 
     def package(self, variant: Variant) -> Path:
@@ -222,7 +255,18 @@ def _write_run(inputs: Inputs, folder: Path) -> None:
 
 _CHECK = {"check": ("check", "{input}/recipe.json")}
 _RUN = ("run", "{input}/recipe.json", "--workdir", "{work}", "--until")
-_PARITY = ("parity", "{input}/package", "--reference", "{input}/reference", "--data", "{input}/text.txt", "--block-size", "16", "--blocks", "2")
+_PARITY = (
+    "parity",
+    "{input}/package",
+    "--reference",
+    "{input}/reference",
+    "--data",
+    "{input}/text.txt",
+    "--block-size",
+    "16",
+    "--blocks",
+    "2",
+)
 _TASK = ("--task", "{input}/tasks.jsonl")
 _GENERATE = {"generate": ("generate", "{input}/package", "--prompt", "Once upon a time", "--max-new-tokens", "4")}
 _PROMPTS = {"generate": ("generate", "{input}/package", "--prompts", "{input}/prompts.txt", "--max-new-tokens", "2")}
@@ -247,7 +291,12 @@ def _below(folder: str, files: Files) -> Files:
     return {f"{folder}/{file}": changes for file, changes in files.items()}
 
 
-_COMPANIONS = {"config.json": JSON, "generation_config.json": JSON, "tokenizer.json": JSON, "tokenizer_config.json": JSON}
+_COMPANIONS = {
+    "config.json": JSON,
+    "generation_config.json": JSON,
+    "tokenizer.json": JSON,
+    "tokenizer_config.json": JSON,
+}
 _WHOLE = _COMPANIONS | {"model.safetensors": SAFETENSORS}
 _SHARDS = {"model.safetensors.index.json": JSON} | {f"model-0000{n}-of-00002.safetensors": SAFETENSORS for n in (1, 2)}
 _PACKAGE = {"model.onnx": MODEL, "model.onnx.data": {}, "genai_config.json": JSON} | _COMPANIONS
@@ -258,8 +307,18 @@ _KINDS: dict[Kind, tuple[Callable[[Inputs, Path], None], str | None, Files, Mapp
     "checkpoints": (_write_checkpoint, "checkpoint", _below("checkpoint", _WHOLE), _CHECKPOINT),
     "sharded checkpoints": (_write_sharded, "checkpoint", _below("checkpoint", _SHARDS), _CHECKPOINT),
     "references": (_write_package, "reference", _below("reference", _WHOLE), {"parity": _PARITY}),
-    "packages": (_write_package, "package", _below("package", _PACKAGE), _GENERATE | _BENCH | {"parity": (*_PARITY, "--json", "{work}/parity.json")}),
-    "int8 packages": (_write_int8, None, _below("package", {"model.onnx": MODEL, "model.onnx.data": {}}), _GENERATE | _BENCH),
+    "packages": (
+        _write_package,
+        "package",
+        _below("package", _PACKAGE),
+        _GENERATE | _BENCH | {"parity": (*_PARITY, "--json", "{work}/parity.json")},
+    ),
+    "int8 packages": (
+        _write_int8,
+        None,
+        _below("package", {"model.onnx": MODEL, "model.onnx.data": {}}),
+        _GENERATE | _BENCH,
+    ),
     "texts": (_write_data, None, {"text.txt": TEXT}, _CHECK | {"run": (*_RUN, "data"), "parity": _PARITY}),
     "tasks": (_write_data, None, {"tasks.jsonl": TEXT | JSON_LINES}, _CHECK | {"parity": (*_PARITY, *_TASK)}),
     "prompts": (_write_data, None, {"prompts.txt": TEXT}, _PROMPTS),
@@ -276,7 +335,9 @@ def _discard(_: object) -> None:
 
 
 def _save_checkpoint(folder: Path) -> None:
-    vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        token: number for number, token in enumerate(["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -287,7 +348,10 @@ def _save_checkpoint(folder: Path) -> None:
 
 def _write_text(path: Path, start: int = 0) -> None:
     words = ("owner", "keeper", "friend")
-    lines = [f"In year {n} the {words[n % 3]} of house {n % 7} had {n * 3} doors and a garden." for n in range(start, start + 90)]
+    lines = [
+        f"In year {n} the {words[n % 3]} of house {n % 7} had {n * 3} doors and a garden."
+        for n in range(start, start + 90)
+    ]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -3,9 +3,8 @@
     table = tabulate({"config.json": JSON, "model.safetensors": SAFETENSORS})
     Mutation("config.json: drop", 7).apply(folder, table)
 
-`FILES` is what can be done to any file; `JSON`, `JSON_LINES`, `YAML`, `SAFETENSORS`, `MODEL` (ONNX) and `TEXT` are what can be done to files of these
-formats, mostly by structure: the file stays well formed, and says something else.
-"""
+`FILES` is what can be done to any file; `JSON`, `JSON_LINES`, `YAML`, `SAFETENSORS`, `MODEL` (ONNX) and `TEXT` are what
+can be done to files of these formats, mostly by structure: the file stays well formed, and says something else."""
 
 from __future__ import annotations
 
@@ -58,14 +57,78 @@ class Mutation:
 
 _DEEP = 200
 _NUMBERS = (
-    0, -1, 1, 2, 3, 5, 7, 1000, 2**31, 2**32, 2**53 + 1, 2**63, -(2**63), 2**64, 10**30, 0.5, -0.5, -0.0, 1e-320, 1e308, float("inf"), float("nan"),
-)  # fmt: skip
+    0,
+    -1,
+    1,
+    2,
+    3,
+    5,
+    7,
+    1000,
+    2**31,
+    2**32,
+    2**53 + 1,
+    2**63,
+    -(2**63),
+    2**64,
+    10**30,
+    0.5,
+    -0.5,
+    -0.0,
+    1e-320,
+    1e308,
+    float("inf"),
+    float("nan"),
+)
 _TEXTS = (
-    "", " ", "x", "0", "-1", "null", "true", "nan", "[/INST]", "[red]red[/red]", "<script>alert(1)</script>", "{{ 1/0 }}", "${HOME}", "%s%d%n", "\\",
-    "'\"", "`", "\x1b[31mred\x1b[0m", "\r\n", "two\nlines", "\x00", "\x07", "\u2028", "\u202e", "\ufeff", "\ud83d", "\ud83d\ude00", "\U0001f600",
-    "é", "ｆｕｌｌ", "../..", "/", "~", "~nobody", "*", "**", "[a-", "con", "file:///etc/passwd", "a" * 300, "a" * 5000, "1e999", "0x10", "llama",
-    "LlamaForCausalLM", "float8_e4m3fn", "bfloat16",
-)  # fmt: skip
+    "",
+    " ",
+    "x",
+    "0",
+    "-1",
+    "null",
+    "true",
+    "nan",
+    "[/INST]",
+    "[red]red[/red]",
+    "<script>alert(1)</script>",
+    "{{ 1/0 }}",
+    "${HOME}",
+    "%s%d%n",
+    "\\",
+    "'\"",
+    "`",
+    "\x1b[31mred\x1b[0m",
+    "\r\n",
+    "two\nlines",
+    "\x00",
+    "\x07",
+    "\u2028",
+    "\u202e",
+    "\ufeff",
+    "\ud83d",
+    "\ud83d\ude00",
+    "\U0001f600",
+    "é",
+    "ｆｕｌｌ",
+    "../..",
+    "/",
+    "~",
+    "~nobody",
+    "*",
+    "**",
+    "[a-",
+    "con",
+    "file:///etc/passwd",
+    "a" * 300,
+    "a" * 5000,
+    "1e999",
+    "0x10",
+    "llama",
+    "LlamaForCausalLM",
+    "float8_e4m3fn",
+    "bfloat16",
+)
 _EMPTY: tuple[Any, ...] = ([], {}, [[]], [None], {"": None}, {"x": {}}, [0] * 64, ["x", 1, None])
 
 
@@ -138,7 +201,9 @@ def _swap(place: Place, random: Random) -> None:
 
 def _wrap(place: Place, random: Random) -> None:
     parent, key = place
-    parent[key] = random.choice((lambda value: [value], lambda value: {"x": value}, str, lambda value: [value, copy.deepcopy(value)]))(parent[key])
+    parent[key] = random.choice(
+        (lambda value: [value], lambda value: {"x": value}, str, lambda value: [value, copy.deepcopy(value)])
+    )(parent[key])
 
 
 def _nudge(place: Place, random: Random) -> None:
@@ -155,7 +220,9 @@ def _nudge(place: Place, random: Random) -> None:
             parent[key] = random.choice((-value, value * 2, value * 1e6, value * 1e-6, 0.0, str(value)))
         case str():
             at = random.randrange(len(value) + 1)
-            parent[key] = random.choice((value[:at], value[:at] + random.choice(_TEXTS) + value[at:], value.upper(), value * 2, f" {value}"))
+            parent[key] = random.choice(
+                (value[:at], value[:at] + random.choice(_TEXTS) + value[at:], value.upper(), value * 2, f" {value}")
+            )
         case list():
             parent[key] = random.choice((value * 2, value[:-1], value[::-1], value[:1] * len(value)))
         case dict():
@@ -165,15 +232,54 @@ def _nudge(place: Place, random: Random) -> None:
 
 
 _WELL_KNOWN = (
-    "sliding_window", "rope_scaling", "rope_parameters", "rope_theta", "quantization_config", "auto_map", "layer_types", "head_dim",
-    "attention_bias", "mlp_bias", "num_experts", "num_local_experts", "num_experts_per_tok", "max_position_embeddings", "torch_dtype", "dtype",
-    "vocab_size", "eos_token_id", "pad_token_id", "bos_token_id", "tie_word_embeddings", "pretraining_tp", "architectures", "model_type",
-    "text_config", "hidden_act", "added_tokens_decoder", "chat_template", "tokenizer_class", "model_max_length", "extra_special_tokens",
-    "temperature", "top_k", "do_sample", "max_length", "stop_strings", "__class__", "x",
-)  # fmt: skip
+    "sliding_window",
+    "rope_scaling",
+    "rope_parameters",
+    "rope_theta",
+    "quantization_config",
+    "auto_map",
+    "layer_types",
+    "head_dim",
+    "attention_bias",
+    "mlp_bias",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "max_position_embeddings",
+    "torch_dtype",
+    "dtype",
+    "vocab_size",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "tie_word_embeddings",
+    "pretraining_tp",
+    "architectures",
+    "model_type",
+    "text_config",
+    "hidden_act",
+    "added_tokens_decoder",
+    "chat_template",
+    "tokenizer_class",
+    "model_max_length",
+    "extra_special_tokens",
+    "temperature",
+    "top_k",
+    "do_sample",
+    "max_length",
+    "stop_strings",
+    "__class__",
+    "x",
+)
 _TREES: dict[str, Callable[[Place, Random], None]] = {
-    "set": _set, "drop": _drop, "rename": _rename, "add": _add, "swap": _swap, "wrap": _wrap, "nudge": _nudge,
-}  # fmt: skip
+    "set": _set,
+    "drop": _drop,
+    "rename": _rename,
+    "add": _add,
+    "swap": _swap,
+    "wrap": _wrap,
+    "nudge": _nudge,
+}
 
 
 def change_tree(tree: Any, what: str, random: Random) -> None:
@@ -246,26 +352,112 @@ def _repeat_key(path: Path, random: Random) -> None:
         path.write_text(f"{{{json.dumps(key)}: {json.dumps(odd_value(random))}, {text.lstrip()[1:]}", encoding="utf-8")
 
 
-_JSON_PIECES = (",", "}", "{", "]", "[", '"', "//", "NaN", "-", "1e999", "\\u", "\\ud83d", "\x00", "\x1b", "\ufeff", "9" * 5000, "'")
+_JSON_PIECES = (
+    ",",
+    "}",
+    "{",
+    "]",
+    "[",
+    '"',
+    "//",
+    "NaN",
+    "-",
+    "1e999",
+    "\\u",
+    "\\ud83d",
+    "\x00",
+    "\x1b",
+    "\ufeff",
+    "9" * 5000,
+    "'",
+)
 _WHOLE_JSON = (
-    "null", "[]", "{}", "0", '"x"', "true", "NaN", "[" * 100_000, '{"x":' * 100_000, "{" * 10, "[1,2", "\ufeff{}", '{"\ud83d": 1}', "9" * 10_000,
-)  # fmt: skip
+    "null",
+    "[]",
+    "{}",
+    "0",
+    '"x"',
+    "true",
+    "NaN",
+    "[" * 100_000,
+    '{"x":' * 100_000,
+    "{" * 10,
+    "[1,2",
+    "\ufeff{}",
+    '{"\ud83d": 1}',
+    "9" * 10_000,
+)
 _YAML_PIECES = (
-    ": ", "- ", "\t", "&a ", "*a", "!!python/object/apply:os.system ", "!!binary ", "!x ", "? ", "| ", "> ", "%", "@", "`", '"', "'", "{", "}", "[",
-    "]", "#", "<<: ", "\n---\n", "\n...\n", "\x00", "\x1b[31m", "\ud83d", "\u2028", "\ufeff", "=", "~", "0o7", "9" * 5000, "\\ud83d", '"\\ud83d"',
+    ": ",
+    "- ",
+    "\t",
+    "&a ",
+    "*a",
+    "!!python/object/apply:os.system ",
+    "!!binary ",
+    "!x ",
+    "? ",
+    "| ",
+    "> ",
+    "%",
+    "@",
+    "`",
+    '"',
+    "'",
+    "{",
+    "}",
+    "[",
+    "]",
+    "#",
+    "<<: ",
+    "\n---\n",
+    "\n...\n",
+    "\x00",
+    "\x1b[31m",
+    "\ud83d",
+    "\u2028",
+    "\ufeff",
+    "=",
+    "~",
+    "0o7",
+    "9" * 5000,
+    "\\ud83d",
+    '"\\ud83d"',
     "[/INST]",
-)  # fmt: skip
+)
 _WHOLE_YAML = (
-    "", "null", "[]", "{}", "- x", "source", "source: x", "data: {}", "&a [*a]", "a: &a {b: *a}", "[" * 1000, "{a: " * 1000, "? [a]\n: b",
-    '"\\ud83d\\ude00": 1', '"\\ud83d": 1', "!!set {a}", "%YAML 9.9\n---\na: 1", "---\n---\n", "\x00", "# only a comment",
+    "",
+    "null",
+    "[]",
+    "{}",
+    "- x",
+    "source",
+    "source: x",
+    "data: {}",
+    "&a [*a]",
+    "a: &a {b: *a}",
+    "[" * 1000,
+    "{a: " * 1000,
+    "? [a]\n: b",
+    '"\\ud83d\\ude00": 1',
+    '"\\ud83d": 1',
+    "!!set {a}",
+    "%YAML 9.9\n---\na: 1",
+    "---\n---\n",
+    "\x00",
+    "# only a comment",
     "source: {hub: a/b, revision: x}\ndata: {source: {kind: hub}}",
-    "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c, *c]\ne: &e [*d, *d, *d, *d]\nf: [*e, *e, *e, *e, *e, *e]",
-)  # fmt: skip
+    "a: &a [x, x, x, x]\nb: &b [*a, *a, *a, *a]\nc: &c [*b, *b, *b, *b]\nd: &d [*c, *c, *c, *c]\ne: &e [*d, *d, *d, "
+    "*d]\nf: [*e, *e, *e, *e, *e, *e]",
+)
 
 
 # Any file.
 
-_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+_POINTER = (
+    "version https://git-lfs.github.com/spec/v1\noid "
+    "sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n"
+)
 
 
 def _remove(path: Path, random: Random) -> None:
@@ -278,11 +470,20 @@ def _empty(path: Path, random: Random) -> None:
 
 def _cut(path: Path, random: Random) -> None:
     data = path.read_bytes()
-    path.write_bytes(data[: random.choice((random.randrange(len(data) + 1), random.randrange(min(64, len(data)) + 1), max(0, len(data) - 1)))])
+    path.write_bytes(
+        data[
+            : random.choice(
+                (random.randrange(len(data) + 1), random.randrange(min(64, len(data)) + 1), max(0, len(data) - 1))
+            )
+        ]
+    )
 
 
 def _extend(path: Path, random: Random) -> None:
-    path.write_bytes(path.read_bytes() + random.choice((b"\x00", b"\n", b"x", b"}", b"\xff\xfe", b"\x00" * 4096, random.randbytes(100))))
+    path.write_bytes(
+        path.read_bytes()
+        + random.choice((b"\x00", b"\n", b"x", b"}", b"\xff\xfe", b"\x00" * 4096, random.randbytes(100)))
+    )
 
 
 def _flip(path: Path, random: Random) -> None:
@@ -306,7 +507,9 @@ def _erase(path: Path, random: Random) -> None:
 def _spoil_utf8(path: Path, random: Random) -> None:
     data = path.read_bytes()
     at = random.randrange(len(data) + 1)
-    path.write_bytes(data[:at] + random.choice((b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\x80")) + data[at:])
+    path.write_bytes(
+        data[:at] + random.choice((b"\xff", b"\xc3\x28", b"\xed\xa0\x80", b"\xf0\x9f\x98", b"\x80")) + data[at:]
+    )
 
 
 def _encode(path: Path, random: Random) -> None:
@@ -345,10 +548,20 @@ def _take_place_of(path: Path, random: Random) -> None:
 
 
 FILES: dict[str, Change] = {
-    "remove": _remove, "empty": _empty, "cut": _cut, "extend": _extend, "flip": _flip, "erase": _erase, "spoil UTF-8": _spoil_utf8,
-    "encode": _encode, "LFS pointer": _point, "directory": _make_directory, "dangling link": _link_to_nothing, "looping link": _link_to_itself,
+    "remove": _remove,
+    "empty": _empty,
+    "cut": _cut,
+    "extend": _extend,
+    "flip": _flip,
+    "erase": _erase,
+    "spoil UTF-8": _spoil_utf8,
+    "encode": _encode,
+    "LFS pointer": _point,
+    "directory": _make_directory,
+    "dangling link": _link_to_nothing,
+    "looping link": _link_to_itself,
     "another file": _take_place_of,
-} | ({} if os.geteuid() == 0 else {"forbid": _forbid})  # fmt: skip
+} | ({} if os.geteuid() == 0 else {"forbid": _forbid})
 
 
 # Folders, and files that were not there.
@@ -383,8 +596,17 @@ def _link_files(path: Path, random: Random) -> None:
 
 
 _STRAY = (
-    b"", b"{}", b"[]", b"null", b'{"x": 1}', b"\xff\xfe", b"{% for x in", b"{{ raise_exception('x') }}", b"PK\x03\x04", b"import os\nos.abort()\n",
-)  # fmt: skip
+    b"",
+    b"{}",
+    b"[]",
+    b"null",
+    b'{"x": 1}',
+    b"\xff\xfe",
+    b"{% for x in",
+    b"{{ raise_exception('x') }}",
+    b"PK\x03\x04",
+    b"import os\nos.abort()\n",
+)
 
 
 def _write_stray(path: Path, random: Random) -> None:
@@ -392,13 +614,33 @@ def _write_stray(path: Path, random: Random) -> None:
 
 
 FOLDER: dict[str, Change] = {
-    "remove": _remove_folder, "empty": _empty_folder, "file": _turn_into_file, "looping link": _link_folder_to_itself, "links": _link_files,
-}  # fmt: skip
+    "remove": _remove_folder,
+    "empty": _empty_folder,
+    "file": _turn_into_file,
+    "looping link": _link_folder_to_itself,
+    "links": _link_files,
+}
 STRAYS = (
-    "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin",
-    "tokenizer.model", "vocab.json", "merges.txt", "LICENSE", "README.md", "modeling_x.py", "model.safetensors.index.json",
-    "preprocessor_config.json", "manifest.json", "run.json", "[x]\x1b[31m.json", "model.onnx.data", "config.json~",
-)  # fmt: skip
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "pytorch_model.bin",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE",
+    "README.md",
+    "modeling_x.py",
+    "model.safetensors.index.json",
+    "preprocessor_config.json",
+    "manifest.json",
+    "run.json",
+    "[x]\x1b[31m.json",
+    "model.onnx.data",
+    "config.json~",
+)
 """Files that may lie beside a model; where there is one already, it is replaced."""
 
 
@@ -428,7 +670,9 @@ def _change_header(path: Path, random: Random, what: str) -> None:
 def _change_length(path: Path, random: Random) -> None:
     header, data = _split_safetensors(path)
     length = len(json.dumps(header).encode())
-    _join_safetensors(path, header, data, random.choice((0, 1, length - 1, length + 1, len(data) * 2, 10**8 + 1, 2**63, 2**64 - 1)))
+    _join_safetensors(
+        path, header, data, random.choice((0, 1, length - 1, length + 1, len(data) * 2, 10**8 + 1, 2**63, 2**64 - 1))
+    )
 
 
 def _choose_tensor(header: dict[str, Any], random: Random) -> str:
@@ -446,7 +690,9 @@ def _change_shape(path: Path, random: Random) -> None:
     header, data = _split_safetensors(path)
     entry = header[_choose_tensor(header, random)]
     shape = entry["shape"]
-    entry["shape"] = random.choice((shape[::-1], [*shape, 1], [], [0], [-1], [2**40, 2**40], shape[:-1], [size * 2 for size in shape], [1, *shape]))
+    entry["shape"] = random.choice(
+        (shape[::-1], [*shape, 1], [], [0], [-1], [2**40, 2**40], shape[:-1], [size * 2 for size in shape], [1, *shape])
+    )
     _join_safetensors(path, header, data)
 
 
@@ -457,10 +703,16 @@ def _recast(path: Path, random: Random) -> None:
     tensors = _read_tensors(header, data)
     dtype, shape, content = tensors[name]
     others: tuple[Tensor, ...] = (
-        ("F16", shape, content[: len(content) // 2]), ("I32", shape, content), ("F64", shape, content * 2), ("U8", [len(content)], content),
-        (dtype, [*shape, 1], content), (dtype, shape[::-1], content), (dtype, [2, *shape], content * 2), (dtype, [0], b""),
+        ("F16", shape, content[: len(content) // 2]),
+        ("I32", shape, content),
+        ("F64", shape, content * 2),
+        ("U8", [len(content)], content),
+        (dtype, [*shape, 1], content),
+        (dtype, shape[::-1], content),
+        (dtype, [2, *shape], content * 2),
+        (dtype, [0], b""),
         ("F8_E4M3", shape, content[::4]),
-    )  # fmt: skip
+    )
     tensors[name] = random.choice(others)
     _write_tensors(path, header.get("__metadata__"), tensors)
 
@@ -476,20 +728,33 @@ def _rename_tensor(path: Path, random: Random) -> None:
 def _drop_tensor(path: Path, random: Random) -> None:
     header, data = _split_safetensors(path)
     name = _choose_tensor(header, random)
-    _write_tensors(path, header.get("__metadata__"), {each: tensor for each, tensor in _read_tensors(header, data).items() if each != name})
+    _write_tensors(
+        path,
+        header.get("__metadata__"),
+        {each: tensor for each, tensor in _read_tensors(header, data).items() if each != name},
+    )
 
 
 def _add_tensor(path: Path, random: Random) -> None:
     header, data = _split_safetensors(path)
     layer = "model.layers.0."
-    names = ("x", "model.layers.9.mlp.up_proj.weight", f"{layer}self_attn.q_proj.bias", "lm_head.weight", f"{layer}mlp.up_proj.weight_scale", "")
+    names = (
+        "x",
+        "model.layers.9.mlp.up_proj.weight",
+        f"{layer}self_attn.q_proj.bias",
+        "lm_head.weight",
+        f"{layer}mlp.up_proj.weight_scale",
+        "",
+    )
     header[random.choice(names)] = {"dtype": "F32", "shape": [4], "data_offsets": [len(data), len(data) + 16]}
     _join_safetensors(path, header, data + bytes(16))
 
 
 def _read_tensors(header: dict[str, Any], data: bytes) -> dict[str, Tensor]:
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    return {name: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])]) for name, entry in entries.items()}
+    return {
+        name: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])]) for name, entry in entries.items()
+    }
 
 
 def _write_tensors(path: Path, metadata: Any, tensors: Mapping[str, Tensor]) -> None:
@@ -517,14 +782,35 @@ def _keep_one_tensor(path: Path, random: Random) -> None:
 
 
 SAFETENSORS: dict[str, Change] = {f"header {what}": partial(_change_header, what=what) for what in _TREES} | {
-    "header length": _change_length, "dtype": _change_dtype, "shape": _change_shape, "recast": _recast, "rename tensor": _rename_tensor,
-    "drop tensor": _drop_tensor, "add tensor": _add_tensor, "fill tensor": _fill_tensor, "one tensor": _keep_one_tensor,
-}  # fmt: skip
+    "header length": _change_length,
+    "dtype": _change_dtype,
+    "shape": _change_shape,
+    "recast": _recast,
+    "rename tensor": _rename_tensor,
+    "drop tensor": _drop_tensor,
+    "add tensor": _add_tensor,
+    "fill tensor": _fill_tensor,
+    "one tensor": _keep_one_tensor,
+}
 
 
 # ONNX.
 
-_OPERATORS = ("Identity", "Relu", "MatMul", "Nonesuch", "", "Loop", "If", "MoE", "QMoE", "GroupQueryAttention", "Cast", "Gather", "Constant")
+_OPERATORS = (
+    "Identity",
+    "Relu",
+    "MatMul",
+    "Nonesuch",
+    "",
+    "Loop",
+    "If",
+    "MoE",
+    "QMoE",
+    "GroupQueryAttention",
+    "Cast",
+    "Gather",
+    "Constant",
+)
 _INTEGERS = (0, -1, 1, 2, 3, 7, 2**31, -(2**63), 2**63 - 1)
 
 
@@ -552,7 +838,9 @@ def _change_domain(proto: onnx.ModelProto, random: Random) -> None:
 
 def _change_edge(proto: onnx.ModelProto, random: Random) -> None:
     node = random.choice([node for node in proto.graph.node if node.input])
-    others = [name for other in proto.graph.node for name in other.output] + [tensor.name for tensor in proto.graph.initializer]
+    others = [name for other in proto.graph.node for name in other.output] + [
+        tensor.name for tensor in proto.graph.initializer
+    ]
     node.input[random.randrange(len(node.input))] = random.choice((random.choice(others), "", "not-there"))
 
 
@@ -566,7 +854,9 @@ def _change_arity(proto: onnx.ModelProto, random: Random) -> None:
 
 def _rename_output(proto: onnx.ModelProto, random: Random) -> None:
     node = random.choice(proto.graph.node)
-    node.output[random.randrange(len(node.output))] = random.choice(("x", "", node.input[0] if node.input else "y", "logits"))
+    node.output[random.randrange(len(node.output))] = random.choice(
+        ("x", "", node.input[0] if node.input else "y", "logits")
+    )
 
 
 def _shuffle_nodes(proto: onnx.ModelProto, random: Random) -> None:
@@ -605,7 +895,9 @@ def _change_attribute(proto: onnx.ModelProto, random: Random) -> None:
 def _retype_attribute(proto: onnx.ModelProto, random: Random) -> None:
     node, number = _choose_attribute(proto, random)
     name = node.attribute[number].name
-    node.attribute[number].CopyFrom(onnx.helper.make_attribute(name, random.choice((1, 1.0, "x", [1, 2], [1.0], ["x"]))))
+    node.attribute[number].CopyFrom(
+        onnx.helper.make_attribute(name, random.choice((1, 1.0, "x", [1, 2], [1.0], ["x"])))
+    )
 
 
 def _rename_attribute(proto: onnx.ModelProto, random: Random) -> None:
@@ -614,14 +906,18 @@ def _rename_attribute(proto: onnx.ModelProto, random: Random) -> None:
 
 
 def _cut_initializer(proto: onnx.ModelProto, random: Random) -> None:
-    tensor = random.choice([tensor for tensor in proto.graph.initializer if tensor.raw_data] or list(proto.graph.initializer))
+    tensor = random.choice(
+        [tensor for tensor in proto.graph.initializer if tensor.raw_data] or list(proto.graph.initializer)
+    )
     tensor.raw_data = tensor.raw_data[: random.randrange(len(tensor.raw_data) + 1)]
 
 
 def _change_dims(proto: onnx.ModelProto, random: Random) -> None:
     tensor = random.choice(proto.graph.initializer)
     dims = list(tensor.dims)
-    tensor.dims[:] = random.choice((dims[::-1], dims[:-1], [*dims, 1], [2 * size for size in dims], [0], [-1], [2**40, 2**40], [2**62]))
+    tensor.dims[:] = random.choice(
+        (dims[::-1], dims[:-1], [*dims, 1], [2 * size for size in dims], [0], [-1], [2**40, 2**40], [2**62])
+    )
 
 
 def _change_tensor_type(proto: onnx.ModelProto, random: Random) -> None:
@@ -644,10 +940,20 @@ def _change_external(proto: onnx.ModelProto, random: Random) -> None:
         return
     entry = random.choice(random.choice(outside).external_data)
     values = {
-        "location": ("", "x", "../model.onnx.data", "/etc/passwd", "config.json", ".", "model.onnx", "a\x00b", "x" * 5000),
+        "location": (
+            "",
+            "x",
+            "../model.onnx.data",
+            "/etc/passwd",
+            "config.json",
+            ".",
+            "model.onnx",
+            "a\x00b",
+            "x" * 5000,
+        ),
         "offset": ("-1", "1", "7", "x", "", "99999999", str(2**63), str(2**64), "1e3"),
         "length": ("-1", "0", "1", "x", "", "99999999", str(2**63)),
-    }  # fmt: skip
+    }
     if random.random() < 0.2:
         entry.key = random.choice(("", "x", "offset", "length", "location", "checksum"))
     else:
@@ -673,7 +979,9 @@ def _change_value(proto: onnx.ModelProto, random: Random) -> None:
         case 0:
             values.remove(value)
         case 1:
-            value.name = random.choice(("x", "", "logits", "input_ids", "past_key_values.9.key", "present.key", f"{value.name}\x1b"))
+            value.name = random.choice(
+                ("x", "", "logits", "input_ids", "past_key_values.9.key", "present.key", f"{value.name}\x1b")
+            )
         case 2:
             kind.elem_type = random.choice((0, 1, 7, 8, 10, 99))
         case 3 if kind.shape.dim:
@@ -714,27 +1022,71 @@ def _drop_graph(proto: onnx.ModelProto, random: Random) -> None:
 
 
 _ONNX: dict[str, Callable[[onnx.ModelProto, Random], None]] = {
-    "drop node": _drop_node, "repeat node": _repeat_node, "operator": _change_operator, "domain": _change_domain, "edge": _change_edge,
-    "arity": _change_arity, "output name": _rename_output, "order of nodes": _shuffle_nodes, "drop attribute": _drop_attribute,
-    "attribute": _change_attribute, "type of attribute": _retype_attribute, "name of attribute": _rename_attribute,
-    "cut initializer": _cut_initializer, "dims": _change_dims, "type of initializer": _change_tensor_type, "drop initializer": _drop_initializer,
-    "name of initializer": _rename_initializer, "external": _change_external, "inline": _inline_external, "interface": _change_value,
-    "opset": _change_opset, "IR version": _change_version, "drop graph": _drop_graph,
-}  # fmt: skip
+    "drop node": _drop_node,
+    "repeat node": _repeat_node,
+    "operator": _change_operator,
+    "domain": _change_domain,
+    "edge": _change_edge,
+    "arity": _change_arity,
+    "output name": _rename_output,
+    "order of nodes": _shuffle_nodes,
+    "drop attribute": _drop_attribute,
+    "attribute": _change_attribute,
+    "type of attribute": _retype_attribute,
+    "name of attribute": _rename_attribute,
+    "cut initializer": _cut_initializer,
+    "dims": _change_dims,
+    "type of initializer": _change_tensor_type,
+    "drop initializer": _drop_initializer,
+    "name of initializer": _rename_initializer,
+    "external": _change_external,
+    "inline": _inline_external,
+    "interface": _change_value,
+    "opset": _change_opset,
+    "IR version": _change_version,
+    "drop graph": _drop_graph,
+}
 
 
 # Text.
 
 _WHOLE_TEXTS = (
-    b" ", b"\n", b"\n" * 5000, b"x", b"x " * 20, b"a" * 200_000, b"\x00" * 1000,
-    b"\xff" * 1000, b"<s></s>" * 500, b"%%", b"\n\n" * 500, b"\xef\xbb\xbf",
-    "\U0001f600".encode() * 500, "é\u0301".encode() * 500, b"\r\n\r\n" * 100, b"\r" * 100, b"\x1b[31m" * 100, b"\x1f\x8b\x08\x00" + bytes(100),
+    b" ",
+    b"\n",
+    b"\n" * 5000,
+    b"x",
+    b"x " * 20,
+    b"a" * 200_000,
+    b"\x00" * 1000,
+    b"\xff" * 1000,
+    b"<s></s>" * 500,
+    b"%%",
+    b"\n\n" * 500,
+    b"\xef\xbb\xbf",
+    "\U0001f600".encode() * 500,
+    "é\u0301".encode() * 500,
+    b"\r\n\r\n" * 100,
+    b"\r" * 100,
+    b"\x1b[31m" * 100,
+    b"\x1f\x8b\x08\x00" + bytes(100),
     b"PK\x03\x04",
-)  # fmt: skip
+)
 _PIECES = (
-    b"\x00", b"<s>", b"</s>", b"\xef\xbb\xbf", b"\r\n", b"\r", b"a" * 10_000, b"\x0c", "\u2028".encode(), "\U0001f600".encode(), b"\n\n\n\n", b"{}",
-    b"[]", b"1e999",
-)  # fmt: skip
+    b"\x00",
+    b"<s>",
+    b"</s>",
+    b"\xef\xbb\xbf",
+    b"\r\n",
+    b"\r",
+    b"a" * 10_000,
+    b"\x0c",
+    "\u2028".encode(),
+    "\U0001f600".encode(),
+    b"\n\n\n\n",
+    b"{}",
+    b"[]",
+    b"1e999",
+)
 
 
 def _replace_text(path: Path, random: Random) -> None:
@@ -753,10 +1105,17 @@ def _insert_bytes(path: Path, random: Random) -> None:
 
 
 def _end_lines(path: Path, random: Random) -> None:
-    path.write_bytes(path.read_bytes().replace(b"\n", random.choice((b"\r\n", b"\r", b"\n\r", b"", b" ", "\u2028".encode()))))
+    path.write_bytes(
+        path.read_bytes().replace(b"\n", random.choice((b"\r\n", b"\r", b"\n\r", b"", b" ", "\u2028".encode())))
+    )
 
 
-TEXT: dict[str, Change] = {"text": _replace_text, "short": _shorten_text, "insert": _insert_bytes, "ends of lines": _end_lines}
+TEXT: dict[str, Change] = {
+    "text": _replace_text,
+    "short": _shorten_text,
+    "insert": _insert_bytes,
+    "ends of lines": _end_lines,
+}
 
 
 # By format.
@@ -782,8 +1141,15 @@ MODEL: dict[str, Change] = {what: partial(_change_onnx, what=what) for what in _
 
 
 def tabulate(files: Mapping[str, Mapping[str, Change]], folder: str | None = None) -> Table:
-    """All that can be done to each file, its own changes and those of any file, and to the folder of a model, to which strays can be added."""
-    table = {f"{file}: {what}": (file, change) for file, changes in files.items() for what, change in (FILES | dict(changes)).items()}
+    """All that can be done to each file, its own changes and those of any file.
+
+    And to the folder of a model, to which strays can be added.
+    """
+    table = {
+        f"{file}: {what}": (file, change)
+        for file, changes in files.items()
+        for what, change in (FILES | dict(changes)).items()
+    }
     if folder is not None:
         table |= {f"{folder}: {what}": (folder, change) for what, change in FOLDER.items()}
         table |= {f"{folder}: stray {name!a}": (f"{folder}/{name}", _write_stray) for name in STRAYS}

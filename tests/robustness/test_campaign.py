@@ -1,8 +1,8 @@
 """Mutated recipes, checkpoints, packages, data and runs end in success or in one line of ours.
 
-The short form belongs to the suite. The long form, `DENSE2MOE_CAMPAIGN=2000 pytest -m campaign`, takes so many cases of each kind of input.
-`benchmarks/robustness.py` prints their table, and runs again a case that failed, by the text that the failure gives.
-"""
+The short form belongs to the suite. The long form, `DENSE2MOE_CAMPAIGN=2000 pytest -m campaign`, takes so many cases of
+each kind of input. `benchmarks/robustness.py` prints their table, and runs again a case that failed, by the text that
+the failure gives."""
 
 from __future__ import annotations
 
@@ -23,9 +23,16 @@ from tests.robustness.worker import Answer
 COUNT = "DENSE2MOE_CAMPAIGN"
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SHORT: dict[Kind, int] = {
-    "recipes": 40, "checkpoints": 10, "sharded checkpoints": 4, "references": 2, "packages": 14, "int8 packages": 6, "texts": 4, "tasks": 4,
+    "recipes": 40,
+    "checkpoints": 10,
+    "sharded checkpoints": 4,
+    "references": 2,
+    "packages": 14,
+    "int8 packages": 6,
+    "texts": 4,
+    "tasks": 4,
     "prompts": 4,
-}  # fmt: skip
+}
 """All but the runs, which take a whole run to make."""
 
 
@@ -46,7 +53,9 @@ def case(tmp_path: Path) -> Case:
 
 RIGHT = Answer(1, errors="Error: /x/recipe.yaml:3: seed: is -1; must be at least 0\n")
 WRONG = {
-    "RuntimeError": Answer(1, traceback='Traceback (most recent call last):\n  File "/a/b.py", line 3, in read\nRuntimeError: no\n'),
+    "RuntimeError": Answer(
+        1, traceback='Traceback (most recent call last):\n  File "/a/b.py", line 3, in read\nRuntimeError: no\n'
+    ),
     "exit code 3": Answer(3, errors=RIGHT.errors),
     "no line of ours": Answer(1, errors="std::bad_alloc\n"),
     "2 lines": Answer(1, errors="Error: /x/a.json: is no JSON;\nfix it\n"),
@@ -67,15 +76,23 @@ def test_what_is_no_line_of_ours_is_a_failure(reason: str, case: Case, tmp_path:
 
 def test_a_line_of_ours_is_a_refusal_and_so_is_one_for_each_mistake_of_a_recipe(case: Case, tmp_path: Path) -> None:
     several = Answer(1, errors="✓ source  0.1 s\nError: /x/recipe.yaml:3: seed: is -1\n/x/recipe.yaml:4: name: is ''\n")
-    assert [judge(case, answer, [], tmp_path).end for answer in (RIGHT, several, Answer(0))] == ["refused", "refused", "success"]
+    assert [judge(case, answer, [], tmp_path).end for answer in (RIGHT, several, Answer(0))] == [
+        "refused",
+        "refused",
+        "success",
+    ]
 
 
 def test_what_is_written_elsewhere_is_a_failure(case: Case, tmp_path: Path) -> None:
     assert judge(case, RIGHT, ["home/.cache"], tmp_path).reason == "wrote home/.cache"
 
 
-def test_a_command_that_crashes_hangs_or_leaves_a_process_is_told_and_the_next_one_runs(runner: Runner, tmp_path: Path) -> None:
-    crashed, hung, forgot = (runner.watched.call(function, directory=tmp_path, patience=8.0) for function in (crash, hang, leave))
+def test_a_command_that_crashes_hangs_or_leaves_a_process_is_told_and_the_next_one_runs(
+    runner: Runner, tmp_path: Path
+) -> None:
+    crashed, hung, forgot = (
+        runner.watched.call(function, directory=tmp_path, patience=8.0) for function in (crash, hang, leave)
+    )
     assert crashed.died == "ended with code -6"
     assert hung.died == "still ran after 8 s, and was killed"
     assert forgot.left == ("sleep 60",)
@@ -93,7 +110,11 @@ def test_a_mutation_is_the_same_each_time_and_a_case_is_read_back_from_its_text(
                 change_tree(tree, what, Random(seed))
             assert repr(trees[0]) == repr(trees[1])
             trees = trees if trees[0] else [{"a": [1, 2.5, "x"]} for _ in range(2)]
-    case = Case("packages", "generate", (Mutation("package/model.onnx: drop node", 3), Mutation("package/config.json: set", 2**32 - 1)))
+    case = Case(
+        "packages",
+        "generate",
+        (Mutation("package/model.onnx: drop node", 3), Mutation("package/config.json: set", 2**32 - 1)),
+    )
     assert Case.parse(str(case)) == case
 
 

@@ -1,11 +1,11 @@
-"""Disks that fail: whichever write, sync or rename it is, a run ends in success or in one line, and the next run succeeds.
+"""Disks that fail: whichever write, sync or rename it is, a run ends in success or in one line.
 
-The run is made in this process, with every call that writes below its work directory counted, and one of them failing. A disk with an error (EIO)
-fails once; a full one (ENOSPC) fails from then on. Libraries in Rust and C++ make calls of their own: those meet a largest size of files instead.
+And the next run succeeds. The run is made in this process, with every call that writes below its work directory
+counted, and one of them failing. A disk with an error (EIO) fails once; a full one (ENOSPC) fails from then on.
+Libraries in Rust and C++ make calls of their own: those meet a largest size of files instead.
 
-The short form belongs to the suite: a few faults in one work directory, each further on. The long form, `pytest -m campaign`, tries every call of
-every stage, and compares what the next run makes with what an unbroken run does.
-"""
+The short form belongs to the suite: a few faults in one work directory, each further on. The long form, `pytest -m
+campaign`, tries every call of every stage, and compares what the next run makes with what an unbroken run does."""
 
 from __future__ import annotations
 
@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.worker import Measured
 from programs import dense2moe
-
-from convert.artifact import open_artifact
-from convert.worker import Measured
 
 COUNT = "DENSE2MOE_CAMPAIGN"
 STAGES = ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report")
@@ -35,7 +34,10 @@ Kind = Literal["EIO", "ENOSPC"]
 
 
 class Disk:
-    """A disk below a folder, of which the call of this number fails; it counts, and notes what is written anywhere else."""
+    """A disk below a folder, of which the call of this number fails.
+
+    It counts, and notes what is written anywhere else.
+    """
 
     def __init__(self, folder: Path, fails_at: int | None = None, kind: Kind = "EIO") -> None:
         self.folder, self.fails_at, self.kind = folder, fails_at, kind
@@ -50,7 +52,9 @@ class Disk:
             self.elsewhere.add(str(place))
             return
         self.count += 1
-        if self.fails_at is not None and (self.count == self.fails_at or (self.kind == "ENOSPC" and self.count > self.fails_at)):
+        if self.fails_at is not None and (
+            self.count == self.fails_at or (self.kind == "ENOSPC" and self.count > self.fails_at)
+        ):
             number = getattr(errno, self.kind)
             self.failed.append(f"{call} {place.relative_to(self.folder)}")
             raise OSError(number, os.strerror(number), *([str(place)] if call == "open" or call in _BY_PATH else []))
@@ -70,7 +74,15 @@ def watched(disk: Disk) -> Iterator[None]:
             disk.meet("write", self.name)
             return super().write(content)
 
-    def open_(file: Any, mode: str = "r", buffering: int = -1, encoding: Any = None, errors: Any = None, newline: Any = None, **rest: Any) -> Any:
+    def open_(
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: Any = None,
+        errors: Any = None,
+        newline: Any = None,
+        **rest: Any,
+    ) -> Any:
         if isinstance(file, int) or not set(mode) & set("wax+"):
             return plain_open(file, mode, buffering, encoding, errors, newline, **rest)
         disk.meet("open", file)
@@ -139,10 +151,14 @@ def recipe(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def run_here(function: Any, argument: Any, label: str, held: int, progress: Any) -> Measured[Any]:
         return Measured(function(argument, progress), 0)
 
-    monkeypatch.setattr("convert.pipeline.run_apart", run_here)
-    monkeypatch.setattr("convert.worker.start_server", lambda: None)
+    monkeypatch.setattr("dense2moe.convert.pipeline.run_apart", run_here)
+    monkeypatch.setattr("dense2moe.convert.worker.start_server", lambda: None)
     (tmp_path / "inputs").mkdir()
-    text = "".join(f"In year {n} the {who} of house {n % 7} had {3 * n} doors and a garden.\n%%\n" for n in range(300) for who in ("owner", "keeper"))
+    text = "".join(
+        f"In year {n} the {who} of house {n % 7} had {3 * n} doors and a garden.\n%%\n"
+        for n in range(300)
+        for who in ("owner", "keeper")
+    )
     (tmp_path / "inputs" / "text.txt").write_text(text, encoding="utf-8")
     path = tmp_path / "inputs" / "tiny.json"
     fields = {
@@ -155,7 +171,14 @@ def recipe(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "max_test_tokens": 1024,
         },
         "upcycle": {"num_experts": 4},
-        "finetune": {"steps": 2, "eval_steps": 1, "warmup_steps": 1, "batch_size": 4, "control": False, "tensorboard": True},
+        "finetune": {
+            "steps": 2,
+            "eval_steps": 1,
+            "warmup_steps": 1,
+            "batch_size": 4,
+            "control": False,
+            "tensorboard": True,
+        },
         "quantize": {"block_size": 16, "calibration_tokens": 512},
         "variants": ["int8"],
         "parity": {"num_blocks": 2, "decode_steps": 4, "max_perplexity_increase": {"int8": 9.0}},
@@ -209,14 +232,20 @@ def test_files_that_may_not_grow_end_a_run_in_one_line_whoever_writes_them(recip
             finished = run(recipe, workdir, "onnx")
         check_end(finished, num_bytes)
         if finished.exit_code:
-            assert "a file grew past the largest size allowed" in finished.stderr or "the disk fails" in finished.stderr, finished.stderr
+            assert (
+                "a file grew past the largest size allowed" in finished.stderr or "the disk fails" in finished.stderr
+            ), finished.stderr
     finish(recipe, workdir, "onnx")
 
 
 def digests(workdir: Path, stage: str) -> dict[str, str]:
     """Of the weights that a stage made."""
     made = open_artifact(next(path for path in workdir.glob(f"{stage}-*") if not path.suffix))
-    return {name: record["sha256"] for name, record in made.manifest["files"].items() if name.endswith((".safetensors", ".data"))}
+    return {
+        name: record["sha256"]
+        for name, record in made.manifest["files"].items()
+        if name.endswith((".safetensors", ".data"))
+    }
 
 
 @pytest.mark.campaign

@@ -1,11 +1,12 @@
-"""A process of its own for commands, watched: what crashes, hangs or takes all memory there is told, and the next command runs.
+"""A process of its own for commands, watched.
+
+What crashes, hangs or takes all memory there is told, and the next command runs.
 
     with Watched(folder) as watched:
         answer = watched.run(["check", "recipe.yaml"], directory)
 
-The commands run one after the other in one process, forked from a server that has imported everything. Its home and its temporary directory are
-folders of their own below `folder`, so that whatever is written there is seen.
-"""
+The commands run one after the other in one process, forked from a server that has imported everything. Its home and its
+temporary directory are folders of their own below `folder`, so that whatever is written there is seen."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from typing import Any, Self
 
 import psutil
 from click.testing import CliRunner
+from dense2moe.convert.cli import main
 
-from convert.cli import main
 from tests.programs import fork, kill
 
 _ROOT = Path(__file__).parent.parent.parent
@@ -41,9 +42,9 @@ _PATIENCE = 10.0
 class Answer:
     """What a command did.
 
-    `said` is what came past Python's own streams, from libraries in C++ and Rust; `traceback` is of an exception that the command line let
-    through; `died` says how its process ended where it did; `left` names processes that are there still.
-    """
+    `said` is what came past Python's own streams, from libraries in C++ and Rust; `traceback` is of an exception that
+    the command line let through; `died` says how its process ended where it did; `left` names processes that are there
+    still."""
 
     code: int | None
     output: str = ""
@@ -75,7 +76,9 @@ class Watched:
         """Run a command in a directory."""
         return self.call(run_command, list(arguments), directory=directory)
 
-    def call(self, function: Callable[..., Answer], *arguments: Any, directory: Path, patience: float | None = None) -> Answer:
+    def call(
+        self, function: Callable[..., Answer], *arguments: Any, directory: Path, patience: float | None = None
+    ) -> Answer:
         """Call a function of a module there; `run` does it with the command line."""
         self.start()
         assert self._connection is not None
@@ -95,11 +98,22 @@ class Watched:
         if self._connection is not None:
             return
         ours, theirs = multiprocessing.connection.Pipe()
-        kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")}
-        own = {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(_ROOT)}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name in ("PATH", "LANG", "LC_ALL", "VIRTUAL_ENV", "LD_LIBRARY_PATH")
+        }
+        own = {
+            "HOME": str(self.folder / "home"),
+            "TMPDIR": str(self.folder / "tmp"),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(_ROOT),
+        }
         threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONDONTWRITEBYTECODE": "1"}
         command = [sys.executable, "-c", f"from tests.robustness.worker import watch; watch({theirs.fileno()})"]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=kept | own | threads, stdin=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            command, pass_fds=[theirs.fileno()], env=kept | own | threads, stdin=subprocess.DEVNULL
+        )
         theirs.close()
         self._connection = ours
         self.run(["--version"], self.folder)  # what imports write, such as a list of fonts, is no command's work
@@ -140,7 +154,10 @@ def watch(descriptor: int) -> None:
                 answer, process = Answer(None, died=f"still ran after {patience:.0f} s, and was killed"), None
         with said.open("rb") as file:
             file.seek(start)
-            answer = Answer(**vars(answer) | {"said": file.read().decode("utf-8", "replace"), "left": _left(before, min(patience, _PATIENCE))})
+            answer = Answer(
+                **vars(answer)
+                | {"said": file.read().decode("utf-8", "replace"), "left": _left(before, min(patience, _PATIENCE))}
+            )
         connection.send(answer)
     if process is not None:
         process.kill()
@@ -190,5 +207,11 @@ def run_command(arguments: list[str]) -> Answer:
     except BaseException:  # a panic of a library in Rust is no Exception, and click lets it through
         return Answer(None, traceback=traceback.format_exc())
     known: Any = result.exception is None or isinstance(result.exception, SystemExit)
-    found = "" if known else "".join(traceback.format_exception(*result.exc_info)) if result.exc_info else repr(result.exception)
+    found = (
+        ""
+        if known
+        else "".join(traceback.format_exception(*result.exc_info))
+        if result.exc_info
+        else repr(result.exception)
+    )
     return Answer(result.exit_code, result.stdout, result.stderr, traceback=found)

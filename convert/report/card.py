@@ -1,0 +1,157 @@
+"""The model card: what the hub shows of a package, with its figures and how to run it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dense2moe.convert.report.numerals import format_count
+from dense2moe.convert.report.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
+from dense2moe.convert.report.tables import tier_table
+from dense2moe.convert.report.templates import load_template
+from dense2moe.export.opening import load_tokenizer
+from dense2moe.export.package import MAX_LENGTH
+from dense2moe.export.runtime.generation import Generation, read_generation
+from dense2moe.export.storage import GENAI_CONFIG_NAME
+from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
+CARD_NAME = "README.md"
+CARDS_NAME = "cards"
+_TEMPLATE_NAME = "card.md.j2"
+_MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
+_LICENSE_FIELDS = ("license", "license_name", "license_link")
+
+
+def read_license(checkpoint: Path) -> dict[str, str]:
+    """What the card of a checkpoint says of its licence, in the hub's own fields.
+
+    Empty where there is no card, or none that can be read.
+    """
+    card = checkpoint / CARD_NAME
+    if not card.is_file():
+        return {}
+    try:
+        metadata = metadata_load(card) or {}
+    except Exception:  # of yaml's many kinds; a card that cannot be read tells nothing, and spoils nothing
+        return {}
+    return {field: metadata[field] for field in _LICENSE_FIELDS if isinstance(metadata.get(field), str)}
+
+
+def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path) -> None:
+    """Write the card of one variant as `README.md` into the directory `output`.
+
+    `package` is looked at for what can run it. It says at its head whether parity passed. A licence stands in it only
+    where the dense model's card names one, a base model only where the dense model came from the hub.
+    """
+    config = json.loads((package / "config.json").read_text(encoding="utf-8"))
+    context = config["max_position_embeddings"]
+    tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
+    generation = read_generation(package, tokenizer)
+    chat = bool(tokenizer and tokenizer.chat_template)
+    found = facts["variants"][variant]
+    rows = [row for row in summarize(facts) if row.passed is None or row.name == f"ONNX {variant}"]
+    others = {f"ONNX {name}:" for name in facts["variants"] if name != variant}
+    text = load_template(_TEMPLATE_NAME).render(
+        metadata=_metadata(facts, variant),
+        facts=facts,
+        variant=variant,
+        name=escape(facts["name"]),
+        origin=escape(facts["source"]["origin"] if facts["base_model"] else Path(facts["source"]["origin"]).name),
+        parity=found["parity"],
+        breaches=[escape(breach) for breach in found["parity"]["breaches"]],
+        measured=find_measured(found),
+        model=exported_model(facts),
+        onnx=found["onnx"],
+        quantize=found["quantize"],
+        count=format_count,
+        figures=_markdown_table(COLUMNS, [row_cells(row) for row in rows]),
+        tiers=_tier_lines(facts, variant),
+        findings=[
+            escape(verdict.text)
+            for verdict in judge(facts)
+            if not any(verdict.text.startswith(other) for other in others)
+        ],
+        genai=(package / GENAI_CONFIG_NAME).is_file(),
+        tell_heads=config.get("num_key_value_heads") not in (None, config.get("num_attention_heads")),
+        context=context,
+        chat=chat,
+        prompt="Tell me a story." if chat else "Once",
+        num_tokens=min(40, context // 2),
+        genai_length=min(context, MAX_LENGTH),
+        checkpoint=f"finetune-{facts['keys']['finetune'][:12]}",
+        generation=generation,
+        sampling=_tell_sampling(generation),
+        ends=_tell_ends(generation, tokenizer),
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", facts["recipe"])), default=0)),
+        digests=facts["digests"][f"onnx-{variant}"],
+    )
+    output.mkdir(parents=True, exist_ok=True)
+    (output / CARD_NAME).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def escape(text: str) -> str:
+    """A text that is no Markdown, for a line of it: what would be a mark or HTML there is shown as it is."""
+    return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
+
+
+def _tell_sampling(generation: Generation) -> str:
+    """The settings of a draw, or of greedy decoding; empty where it has none."""
+    sampling = generation.sampling
+    drawn = (
+        [f"temperature {sampling.temperature:g}", f"top-k {sampling.top_k}", f"top-p {sampling.top_p:g}"]
+        if generation.draws
+        else []
+    )
+    drawn += [f"min-p {sampling.min_p:g}"] if generation.draws and sampling.min_p else []
+    return ", ".join(
+        [
+            *drawn,
+            *([f"a repetition penalty of {sampling.repetition_penalty:g}"] if sampling.repetition_penalty != 1 else []),
+        ]
+    )
+
+
+def _tell_ends(generation: Generation, tokenizer: Any) -> str:
+    """The tokens that end a text, by name where there is a tokenizer."""
+    names = {token: None if tokenizer is None else tokenizer.convert_ids_to_tokens(token) for token in generation.ends}
+    return " or ".join(
+        f"token {token}" if name is None else f"{escape(str(name))} ({token})" for token, name in names.items()
+    )
+
+
+def _metadata(facts: dict[str, Any], variant: str) -> str:
+    tags = ["onnx", "onnxruntime", "mixture-of-experts", "sparse-upcycling", "dense2moe", variant]
+    data = ModelCardData(
+        **facts["license"],
+        base_model=facts["base_model"],
+        pipeline_tag="text-generation",
+        library_name="onnx",
+        tags=tags,
+        ignore_metadata_errors=False,
+    )
+    return str(data.to_yaml())
+
+
+def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of GitHub's Markdown; all columns but the first align right."""
+    lines = [headers, ["---", *["--:"] * (len(headers) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+def _tier_lines(facts: dict[str, Any], variant: str) -> list[str]:
+    return list(_tiers({"variants": {variant: facts["variants"][variant]}}))
+
+
+def _tiers(facts: dict[str, Any]) -> Iterator[str]:
+    table = tier_table(facts)
+    for tier, question, *answers in table.rows:
+        told = "; ".join(
+            f"{answer} ({header.partition(', ')[2]})" if ", " in header else answer
+            for header, answer in zip(table.headers[2:], answers, strict=True)
+        )
+        yield escape(f"{tier}: {question} {told}.")

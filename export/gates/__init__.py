@@ -1,0 +1,1 @@
+"""Gates as nodes of a graph, and the same in torch."""

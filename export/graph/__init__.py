@@ -1,0 +1,1 @@
+"""ONNX graphs of decoders, built from the tensors of a checkpoint."""

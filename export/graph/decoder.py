@@ -1,0 +1,277 @@
+"""A decoder's ONNX graph, built straight from the checkpoint's tensors.
+
+One graph serves prefill and decode: dynamic batch and length, a KV cache that goes in as `past_key_values.N` and comes
+out as `present.N`.
+
+Every pattern of padding is right. `GroupQueryAttention` on the CPU rotates a prompt by its position in the row, and
+reads of `position_ids` no more than the first row's first; it masks by row length only. So rows keep their slots (a
+shift changes no rotary attention), later tokens get the position that follows from the row's first real token, and
+padded slots are masked by `attention_bias`. Left padding thus needs no help from the caller.
+
+The residual stream, norms, routers and logits are float32 in every graph. In a float16 graph embedding, products,
+attention, KV cache and experts are float16, and likewise in a bfloat16 one: a residual stream in float16 would overflow
+in some models, and the choice of experts is read from it. Logits are float32 because our runtime and onnxruntime-genai
+sample in float32 anyway; one cast in the graph spares both a copy.
+
+Values that parity reads carry stable names: `router_logits.N` [B * S, E] of a layer with experts, and `hidden.N` [B, S,
+H], the residual stream after layer N. The runtime reads `final_normed` [B, S, H] too: what the head multiplies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from dense2moe.export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.embedding import add_embedding
+from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.graph.layers import BlockWriter, moe_layer
+from dense2moe.export.graph.linear import add_linear
+from dense2moe.export.graph.positions import add_positions
+from dense2moe.export.graph.writer import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
+from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
+from dense2moe.export.quantization.bits import check_head, class_bits
+from dense2moe.export.quantization.blockwise import is_quantized
+from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Twin, Weight
+from dense2moe.upcycle.checkpoints.reader import TensorEntry
+from transformers import PreTrainedConfig
+
+# GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
+_MIN_ONNXRUNTIME = "1.23"
+_MIN_ONNXRUNTIME_CUDA = "1.29"  # before it, CUDA's GroupQueryAttention refuses attention_bias
+
+_HEAD_MULTIPLE = 8
+
+NO_LOWERING = "none"
+"""What a model without experts is written with."""
+
+
+@dataclass(frozen=True)
+class DecoderGraph:
+    """A model, the lowering of its experts, "none" without any, and what it needs.
+
+    The oldest onnxruntime that computes it rightly.
+
+    `shares_buffer`: attention writes new keys and values into the buffer that it reads the past from; else the present
+    is longer than the past.
+    """
+
+    model: ir.Model
+    lowering: str
+    min_onnxruntime: str
+    shares_buffer: bool = True
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a model, for timing: its first layers, and the first tokens of its vocabulary."""
+
+    num_layers: int
+    vocabulary: int
+
+
+def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut: Cut | None = None) -> DecoderGraph:
+    """Build the graph of a (quantized) checkpoint, or a part of it; weights are read when the model is saved.
+
+    `lowering` must be able to express the layers with experts; None is for a model without any.
+    """
+    c, family = twin.checkpoint.config, twin.family
+    depth = cut.num_layers if cut else c.num_hidden_layers
+    tokens = (0, cut.vocabulary) if cut else None
+    graph = GraphWriter(twin.element_type, twin.float_type)
+    write = BlockWriter(graph, twin, config)
+    multipliers = family.multipliers(c)
+    input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
+    attention_mask = graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+    past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.head_dim]
+    present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
+    past = [
+        graph_input(f"past_key_values.{n}.{t}", graph.dtype, past_shape) for n in range(depth) for t in ("key", "value")
+    ]
+    positions = add_positions(graph, twin, input_ids, attention_mask)
+    residual = add_embedding(graph, twin.weight(family.embedding, tokens), input_ids)
+    write.used.add(family.embedding)
+    residual = write.multiply(residual, multipliers.embedding, "embedded_multiplied")
+    normed = (
+        residual
+        if family.attention_norm is None
+        else write.norm(residual, family.attention_norm.format(layer=0), "layers.0.normed")
+    )
+    presents: list[ir.Value] = []
+    for n in range(depth):
+        prefix, last = f"layers.{n}", n + 1 == depth
+        update, present = write.attention(normed, n, positions, (past[2 * n], past[2 * n + 1]))
+        presents += present
+        update = _finish(
+            write, update, family.attention_post_norm, n, multipliers.residual, f"{prefix}.attention_output"
+        )
+        normed, residual = _add_residual(
+            write, residual, update, _of_layer(family.ffn_norm, n), f"{prefix}.ffn_normed", f"{prefix}.attended"
+        )
+        update = write.ffn(normed, n, lowering)
+        update = _finish(write, update, family.ffn_post_norm, n, multipliers.residual, f"{prefix}.ffn_output")
+        next_norm = family.final_norm if last else _of_layer(family.attention_norm, n + 1)
+        normed_name = "final_normed" if last else f"layers.{n + 1}.normed"
+        normed, residual = _add_residual(write, residual, update, next_norm, normed_name, f"hidden.{n}")
+    head = family.embedding if c.tie_word_embeddings else family.head
+    write.used.add(head)
+    scaled = multipliers.logits != 1.0
+    name = "logits_scaled" if scaled else "logits"
+    narrow = f"{name}_narrow" if graph.element_type != "float32" else name
+    logits = graph.widen(
+        add_linear(graph, graph.narrow(normed), twin.weight(head, tokens), narrow, config.bits_of("head")), name
+    )
+    logits = write.multiply(logits, 1.0 / multipliers.logits, "logits")
+    _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", cut.vocabulary if cut else c.vocab_size])
+    for present_value in presents:
+        _declare(present_value, graph.dtype, present_shape)
+    unread = sorted(set(twin.checkpoint.entries) - write.used)
+    assert cut or not unread, f"the graph reads no {unread[:3]}"
+    onnx_graph = ir.Graph(
+        [input_ids, attention_mask, *past],
+        [logits, *presents],
+        nodes=graph.nodes,
+        initializers=list(graph.initializers.values()),
+        opset_imports=OPSETS,
+        name=c.model_type,
+    )
+    model = ir.Model(onnx_graph, ir_version=IR_VERSION, producer_name="dense2moe")
+    return DecoderGraph(
+        model, lowering.name if lowering else NO_LOWERING, oldest_onnxruntime(lowering, write.moe_layers, config.device)
+    )
+
+
+def oldest_onnxruntime(lowering: Lowering | None, layers: Sequence[MoeLayer], device: Device) -> str:
+    """The oldest runtime that computes a graph for a device with this lowering of its layers."""
+    least = _MIN_ONNXRUNTIME if device == "cpu" else _MIN_ONNXRUNTIME_CUDA
+    needed = [lowering.min_onnxruntime(layer) for layer in layers] if lowering else []
+    return max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
+
+
+def _of_layer(pattern: str | None, layer: int) -> str | None:
+    return None if pattern is None else pattern.format(layer=layer)
+
+
+def _finish(
+    write: BlockWriter, update: ir.Value, post_norm: str | None, layer: int, factor: float, name: str
+) -> ir.Value:
+    """What a block does to its output before it joins the residual stream.
+
+    A norm, or a factor, where the architecture has them.
+    """
+    if post_norm is not None:
+        update = write.norm(update, post_norm.format(layer=layer), f"{name}_normed")
+    return write.multiply(update, factor, f"{name}_multiplied")
+
+
+def _add_residual(
+    write: BlockWriter, residual: ir.Value, update: ir.Value, norm: str | None, normed_name: str, sum_name: str
+) -> tuple[ir.Value, ir.Value]:
+    """residual + update, and its RMS norm, in one node; returns (normed, sum). Without a norm both are the sum."""
+    if norm is None:
+        joined = write.graph.op("Add", [residual, update], sum_name)
+        return joined, joined
+    names = [normed_name, "", "", sum_name]
+    attributes = {"epsilon": float(write.config.rms_norm_eps)}
+    outputs = write.graph.op_multi(
+        "SkipSimplifiedLayerNormalization", [residual, update, write.scale(norm)], names, attributes, MICROSOFT
+    )
+    return outputs[0], outputs[3]
+
+
+def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> None:
+    value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+
+
+def find_operator_limit(c: PreTrainedConfig) -> str | None:
+    """What of a config no operator of onnxruntime computes, although the builder would write it, or None.
+
+    Only a session that runs would tell it, after all the work: so says the operator of onnxruntime 1.32 on the CPU.
+    """
+    head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
+    if head_dim % _HEAD_MULTIPLE:
+        return (
+            f"config.json: heads have {head_dim} elements; GroupQueryAttention of onnxruntime computes multiples "
+            f"of {_HEAD_MULTIPLE} alone"
+        )
+    return None
+
+
+def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
+    """The lowerings that fit the config and can express the layers with experts; none where there are no such layers.
+
+    Raises:
+        ExportError: none can, or onnxruntime has a limit that the model is beyond.
+    """
+    c, entries = twin.checkpoint.config, twin.checkpoint.entries
+    if (limit := find_operator_limit(c)) is not None:
+        raise ExportError(limit)
+    shapes = {name: entry.shape for name, entry in entries.items()}
+    sparse = [n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)]
+    layers = [moe_layer(twin.family, c, n, shapes, twin.weight, twin.element_type, config) for n in sparse]
+    return find_common_lowerings(_one_of_each_kind(layers), config.lowering) if layers else ()
+
+
+def _one_of_each_kind(layers: Sequence[MoeLayer]) -> list[MoeLayer]:
+    """Layers whose experts differ in bits.
+
+    What a lowering can express depends on nothing else that differs between layers.
+    """
+    kinds = {
+        weight.bits if isinstance(weight := layer.experts[0].gate, QuantizedWeight) else 32: layer
+        for layer in reversed(layers)
+    }
+    return list(kinds.values())
+
+
+def plan_lowerings(
+    c: PreTrainedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    variant: Variant,
+    quantize: QuantizeConfig,
+    config: OnnxConfig,
+) -> tuple[str, ...]:
+    """The names of the lowerings that `find_candidates` will find for a variant, from names and shapes alone.
+
+    Raises:
+        ExportError: the architecture or the lowering asked for is not covered, or bits are asked for that the head
+            cannot have.
+    """
+    check_head(quantize, c.tie_word_embeddings)
+    family = find_decoder_family(c)
+    layer = next(n for n in range(c.num_hidden_layers) if family.has_experts(n, shapes))
+
+    def describe(bits: int) -> MoeLayer:
+        def weight(name: str, rows: tuple[int, int] | None) -> Weight:
+            shape = shapes[name]
+            entry = TensorEntry(name, Path(), "F32", shape, 0, 4 * math.prod(shape))
+            if not is_quantized(bits) or len(shape) == 1:
+                return FloatWeight(entry, rows)
+            start, stop = rows or (0, math.prod(shape[:-1]))
+            if variant == STATIC:
+                return QuantizedWeight(entry, {}, (stop - start, shape[-1]), bits, shape[-1], start, is_static=True)
+            return QuantizedWeight(
+                entry, {}, (stop - start, shape[-1]), bits, quantize.block_size, start, quantize.zero_points
+            )
+
+        return moe_layer(family, c, layer, shapes, weight, element_type(variant, config.device), config)
+
+    own = class_bits(variant, quantize, config.device)["experts"]
+    possible = {
+        own,
+        *(
+            max(own, override.bits)
+            for override in quantize.overrides
+            if override.tensors == "experts" and is_quantized(own)
+        ),
+    }
+    if variant == "mixed":
+        possible |= {8}
+    return tuple(
+        lowering.name
+        for lowering in find_common_lowerings([describe(bits) for bits in sorted(possible)], config.lowering)
+    )

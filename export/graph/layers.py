@@ -1,0 +1,264 @@
+"""The blocks of a decoder layer: attention, and the FFN, sparse or dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx_ir as ir
+import torch
+from dense2moe.export.config import ElementType, OnnxConfig, Product
+from dense2moe.export.graph.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
+from dense2moe.export.graph.ffn_gate import add_gate
+from dense2moe.export.graph.linear import add_exact_linear, add_linear
+from dense2moe.export.graph.positions import Positions, effective_window
+from dense2moe.export.graph.writer import MICROSOFT, GraphWriter, int64
+from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
+from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
+from transformers import PreTrainedConfig
+
+FindWeight = Callable[[str, tuple[int, int] | None], Weight]
+"""A matrix by its name, or some of its rows."""
+
+_ROTARY_HEAD_MULTIPLE = (
+    16  # GroupQueryAttention refuses to rotate other head sizes on the CPU; RotaryEmbedding takes any
+)
+
+
+class BlockWriter:
+    """Writes the blocks of one decoder into a graph, and knows which of its tensors were read.
+
+    Blocks read the residual stream and return what is added to it, in float32; inside they compute in the graph's
+    element type.
+    """
+
+    def __init__(self, graph: GraphWriter, twin: Twin, settings: OnnxConfig) -> None:
+        self.graph, self.twin, self.settings = graph, twin, settings
+        self.config, self.family = twin.checkpoint.config, twin.family
+        self.head_dim = int(
+            getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        )
+        self.used: set[str] = set()
+        self.moe_layers: list[MoeLayer] = []
+
+    def has(self, name: str | None) -> bool:
+        """Whether the checkpoint has a tensor of this name."""
+        return name is not None and name in self.twin.checkpoint.entries
+
+    def scale(self, name: str) -> ir.Value:
+        """A norm's scale, float32."""
+        self.used.add(name)
+        checkpoint = self.twin.checkpoint
+        return self.graph.weight(name, ir.DataType.FLOAT, checkpoint.entries[name].shape, lambda: checkpoint.read(name))
+
+    def _biases(self, names: Sequence[str]) -> ir.Value:
+        """Biases of the checkpoint, one after the other."""
+        self.used.update(names)
+        checkpoint = self.twin.checkpoint
+        size = sum(checkpoint.entries[name].num_elements for name in names)
+        return self.graph.float_weight(
+            "+".join(names), (size,), lambda: torch.cat([checkpoint.read(name) for name in names])
+        )
+
+    def linear(self, x: ir.Value, names: Sequence[str], output: str, product: Product) -> ir.Value:
+        """x [B, S, K] times the transposed matrices `names` [N, K] below each other.
+
+        Plus their biases where they have some; called `output`.
+        x and what is returned are of the graph's element type.
+        """
+        self.used.update(names)
+        biases = [bias_name(name) for name in names if self.has(bias_name(name))]
+        assert len(biases) in (0, len(names)), f"only some of {names} have a bias"
+        name = f"{output}_product" if biases else output
+        y = add_linear(self.graph, x, [self.twin.weight(name) for name in names], name, self.settings.bits_of(product))
+        return self.graph.op("Add", [y, self._biases(biases)], output) if biases else y
+
+    def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
+        """RMS norm of x over its last dimension, by the scale `name`; both float32."""
+        attributes = {"axis": -1, "epsilon": float(self.config.rms_norm_eps), "stash_type": 1}
+        return self.graph.op("SimplifiedLayerNormalization", [x, self.scale(name)], output, attributes)
+
+    def multiply(self, x: ir.Value, factor: float, output: str) -> ir.Value:
+        """x float32 times a number; x itself, where that is one."""
+        if factor == 1.0:
+            return x
+        constant = self.graph.constant(f"factor_{factor:.9g}", torch.tensor(factor, dtype=torch.float32).numpy())
+        return self.graph.op("Mul", [x, constant], output)
+
+    def attention(
+        self, x: ir.Value, layer: int, positions: Positions, past: tuple[ir.Value, ir.Value]
+    ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
+        """Attention over x [B, S, H] and the past; returns its output [B, S, H] and the present keys and values."""
+        names, c, prefix = self.family.attention, self.config, f"layers.{layer}"
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
+        packed = self.linear(self.graph.narrow(x), matrices, f"{prefix}.query_key_value", "attention")
+        # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
+        rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
+        query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
+        query_norm, key_norm = (
+            None if name is None else name.format(layer=layer) for name in (names.query_norm, names.key_norm)
+        )
+        normed = query_norm is not None and key_norm is not None and self.has(query_norm)
+        if not rotary_inside or normed:
+            sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]
+            parts = [f"{prefix}.{part}" for part in ("query", "key", "value")]
+            query, key, value = self.graph.op_multi(
+                "Split", [packed, self.graph.constant("head_sizes", int64(*sizes))], parts, {"axis": -1}
+            )
+            if query_norm is not None and key_norm is not None and normed:
+                query = self._norm_projection(query, query_norm, heads)
+                key = self._norm_projection(key, key_norm, kv_heads)
+            if not rotary_inside:
+                query, key = (self._rotate(y, positions, count) for y, count in ((query, heads), (key, kv_heads)))
+            query_key_value = (query, key, value)
+        scale = self.family.multipliers(c).attention
+        tables = (positions.cos, positions.sin, positions.position_ids) if rotary_inside else (None, None, None)
+        bias = positions.attention_bias[effective_window(self.twin, layer)]
+        attended, present_key, present_value = self.graph.op_multi(
+            "GroupQueryAttention",
+            [*query_key_value, *past, positions.seqlens_k, positions.total_length, *tables, bias],
+            [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
+            {
+                "num_heads": heads,
+                "kv_num_heads": kv_heads,
+                "do_rotary": int(rotary_inside),
+                "rotary_interleaved": 0,
+                "scale": float(self.head_dim**-0.5 if scale is None else scale),
+            },
+            MICROSOFT,
+        )
+        update = self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output", "attention")
+        return self.graph.widen(update), (present_key, present_value)
+
+    def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
+        """RMS norm of a projection [B, S, heads * head_dim]: of each head by itself, or of the whole row."""
+        if not self.family.attention.norm_per_head:
+            return self.graph.narrow(self.norm(self.graph.widen(x), name, f"{x.name}_normed"))
+        split = self.graph.constant(f"split_{heads}_heads", int64(0, 0, heads, self.head_dim))
+        joined = self.graph.constant(f"join_{heads}_heads", int64(0, 0, heads * self.head_dim))
+        by_head = self.graph.op("Reshape", [x, split], f"{x.name}_heads")
+        normed = self.graph.narrow(self.norm(self.graph.widen(by_head), name, f"{x.name}_normed_heads"))
+        return self.graph.op("Reshape", [normed, joined], f"{x.name}_normed")
+
+    def _rotate(self, x: ir.Value, positions: Positions, num_heads: int) -> ir.Value:
+        """Rotate x [B, S, num_heads * head_dim] by a node of its own."""
+        inputs = [x, positions.position_ids, positions.cos, positions.sin]
+        return self.graph.op(
+            "RotaryEmbedding", inputs, f"{x.name}_rotated", {"interleaved": 0, "num_heads": num_heads}, MICROSOFT
+        )
+
+    def ffn(self, x: ir.Value, layer: int, lowering: Lowering | None) -> ir.Value:
+        """The layer's FFN over x [B, S, H].
+
+        Its experts where it has a router, with a shared one where there is one, or else one FFN.
+        """
+        if not self.family.has_experts(layer, self.twin.checkpoint.entries):
+            assert self.family.dense is not None, f"layer {layer} has neither a router nor an FFN"
+            return self._gated(x, self.family.dense, layer, f"layers.{layer}.ffn")
+        assert self.family.router is not None
+        assert lowering is not None, f"layer {layer} has experts, and no lowering to write them"
+        router = self.family.router.format(layer=layer)
+        self.used.add(router)
+        moe = self.layer(layer)
+        flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
+        tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
+        router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}")
+        self.moe_layers.append(moe)
+        mixed = lowering.lower(self.graph, moe, MoeInput(x, self.graph.narrow(tokens), router_logits))
+        shared = self._shared(x, layer)
+        return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
+
+    def layer(self, layer: int) -> MoeLayer:
+        """The experts of a layer as the lowerings see them."""
+        names = expert_names(self.family, self.config, layer)
+        self.used.update(names)
+        if self.family.selection_bias is not None:
+            self.used.add(self.family.selection_bias.format(layer=layer))
+        shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
+        return moe_layer(
+            self.family, self.config, layer, shapes, self.twin.weight, self.graph.element_type, self.settings
+        )
+
+    def _shared(self, x: ir.Value, layer: int) -> ir.Value | None:
+        """What the expert adds that every token visits; None where there is none, or one of width 0."""
+        shared = self.family.shared
+        if shared is None or not self.has(shared.ffn.up.format(layer=layer)):
+            return None
+        prefix = f"layers.{layer}.shared_expert"
+        scale = shared.scale.format(layer=layer) if shared.scale else None
+        if self.twin.checkpoint.entries[shared.ffn.up.format(layer=layer)].num_elements == 0:
+            self.used.update(
+                name.format(layer=layer)
+                for name in (shared.ffn.gate, shared.ffn.up, shared.ffn.down, shared.scale)
+                if name
+            )
+            return None
+        y = self._gated(x, shared.ffn, layer, prefix)
+        if scale is None:
+            return y
+        self.used.add(scale)
+        gate = add_exact_linear(self.graph, x, self.twin.weight(scale), f"{prefix}.scale_logit")
+        return self.graph.op("Mul", [y, self.graph.op("Sigmoid", [gate], f"{prefix}.scale")], f"{prefix}.scaled")
+
+    def _gated(self, x: ir.Value, ffn: GatedFfn, layer: int, prefix: str) -> ir.Value:
+        """One gated FFN over x [B, S, H], both float32."""
+        both = self.linear(
+            self.graph.narrow(x),
+            [name.format(layer=layer) for name in (ffn.gate, ffn.up) if name],
+            f"{prefix}.gate_up",
+            "experts",
+        )
+        gate, up = self.graph.op_multi(
+            "Split", [both], [f"{prefix}.gate", f"{prefix}.up"], {"axis": -1, "num_outputs": 2}
+        )
+        inner = add_gate(self.graph, gate, up, prefix, self.config.hidden_act)
+        return self.graph.widen(self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down", "experts"))
+
+
+def expert_names(family: DecoderFamily, config: PreTrainedConfig, layer: int) -> set[str]:
+    """Every tensor of a layer's experts."""
+    assert family.experts is not None
+    assert family.routing is not None
+    num_experts = family.routing(config).num_experts
+    patterns = [name for name in (family.experts.gate, family.experts.up, family.experts.down) if name]
+    return {pattern.format(layer=layer, expert=expert) for pattern in patterns for expert in range(num_experts)}
+
+
+def moe_layer(
+    family: DecoderFamily,
+    config: PreTrainedConfig,
+    layer: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    weight: FindWeight,
+    element_type: ElementType,
+    settings: OnnxConfig,
+) -> MoeLayer:
+    """Layer `layer` as the lowerings see it.
+
+    Each expert's matrices, which are rows of one tensor where experts are stacked.
+    """
+    assert family.experts is not None
+    assert family.routing is not None
+    routing, names = family.routing(config), family.experts
+
+    def expert(number: int) -> Expert:
+        if names.gate is not None:
+            return Expert(
+                *(weight(name.format(layer=layer, expert=number), None) for name in (names.gate, names.up, names.down))
+            )
+        up, down = names.up.format(layer=layer), names.down.format(layer=layer)
+        width, hidden = shapes[up][1] // 2, shapes[down][1]
+        first = 2 * width * number
+        return Expert(
+            weight(up, (first, first + width)),
+            weight(up, (first + width, first + 2 * width)),
+            weight(down, (hidden * number, hidden * (number + 1))),
+        )
+
+    bias = None if family.selection_bias is None else weight(family.selection_bias.format(layer=layer), None)
+    assert bias is None or isinstance(bias, FloatWeight), "a selection bias is quantized"
+    experts = tuple(expert(number) for number in range(routing.num_experts))
+    bits = settings.bits_of("experts")
+    return MoeLayer(
+        f"layers.{layer}.moe", routing, experts, bits, config.hidden_act, bias, element_type, settings.device
+    )

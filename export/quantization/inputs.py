@@ -1,0 +1,28 @@
+"""What matrices read on calibration text: behind what is quantized, and in the float model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What matrices read, a token a row, float32.
+
+    actual: [tokens, K], behind what is before them as it is quantized. reference: the same tokens in the float model.
+    drift: [tokens, N], what is to be added to the outputs for the residual stream to be the float model's again; None
+    where that is left to others.
+    weights: [tokens], the factors that the outputs have in the layer's output; None is one.
+    """
+
+    actual: torch.Tensor
+    reference: torch.Tensor
+    drift: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+
+    @property
+    def is_float(self) -> bool:
+        """Whether nothing before them is quantized: both are one tensor."""
+        return self.actual is self.reference

@@ -1,0 +1,472 @@
+"""The quantize stage: a checkpoint's integers and scales, and the twin that computes with their values.
+
+Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once. Scales are 16 bits in
+every file: integers are chosen for them as they are rounded, so that a step that is off by 0.2 % at most adds 2 % to
+the squared error of 8 bits, and less to that of 4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from dense2moe.export.config import (
+    STATIC,
+    Device,
+    ElementType,
+    QuantizeConfig,
+    Variant,
+    element_type,
+    float_type,
+    rounds_to_8_bits,
+)
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import (
+    Packing,
+    check_budget,
+    integer_specs,
+    node_bytes,
+    package_bytes,
+    rotary_bytes,
+    stored_bytes,
+)
+from dense2moe.export.graph.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
+from dense2moe.export.progress import Progress
+from dense2moe.export.quantization.bit_search import (
+    BitChoices,
+    BitSearch,
+    BitSearcher,
+    find_units,
+    measure_units,
+    options_of,
+)
+from dense2moe.export.quantization.bits import (
+    FLOAT_BITS,
+    check_head,
+    check_overrides,
+    class_bits,
+    mean_bits,
+    plan_bits,
+    plan_classes,
+)
+from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized
+from dense2moe.export.quantization.journal import LayerJournal, RecordJournal
+from dense2moe.export.quantization.methods import CalibrationRecord, head_name, order_tensors, quantize_tensors
+from dense2moe.export.quantization.sensitivity import Ruler, Weights
+from dense2moe.export.quantization.static import quantize_static
+from dense2moe.export.quantization.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
+from dense2moe.export.runtime.text import choose_blocks, count_calibration_tokens
+from dense2moe.upcycle.checkpoints.config_files import save_config
+from dense2moe.upcycle.checkpoints.reader import (
+    Checkpoint,
+    TensorEntry,
+    check_values,
+    copy_companions,
+    index_tensors,
+    open_checkpoint,
+    read_tensor,
+)
+from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
+from dense2moe.upcycle.durable import begin
+from dense2moe.upcycle.numbers import name_specials
+
+_INTEGERS, _CODES = "integers", ".codes"
+_SHARD_BYTES = 5_000_000_000
+_TORCH_TYPES: dict[ElementType, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class QuantizeFacts:
+    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
+
+    `block_size` is None where each row has one scale.
+
+    Bits are the mean of a class where its tensors differ. Of calibration: tokens of the expert that saw the fewest,
+    None without calibration, and matrices that saw too few for GPTQ; by layer, tokens of its experts, and its routing
+    before and after correction, in words; groups of matrices whose inputs are scaled, those that are best unscaled, and
+    those that have nothing to fold scales into. `search` is how the bits of variant 'mixed' were found. `warnings` say
+    what makes the variant worse than it could be, and how to mend it.
+    """
+
+    bits: dict[TensorClass, float]
+    block_size: int | None
+    zero_points: bool
+    expert_bytes: int
+    quantized_expert_share: float
+    quantized_bytes: int
+    num_quantized_tensors: int
+    method: str
+    fewest_expert_tokens: int | None
+    num_matrices_with_few_tokens: int
+    tokens_by_layer: dict[int, str]
+    routing_by_layer: dict[int, str]
+    num_scaled_groups: int
+    num_groups_best_unscaled: int
+    num_groups_without_place: int
+    search: BitSearch | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def quantize_checkpoint(
+    source: Path,
+    output: Path,
+    variant: Variant,
+    config: QuantizeConfig,
+    progress: Progress,
+    device: Device = "cpu",
+    blocks: torch.Tensor | None = None,
+    held_out: torch.Tensor | None = None,
+    scratch: Path | None = None,
+    activation_bits: int = 8,
+) -> QuantizeFacts:
+    """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`.
+
+    One tensor in memory at a time, or one layer. `blocks` are token ids [N, S] to calibrate on, which method gptq
+    needs; of them `calibration_tokens` are read, blocks taken evenly. `held_out` are ids [N, S] that the bits of
+    variant 'mixed' are chosen on, `search_tokens` of them. A killed call is taken up again where it was if it is made
+    again with the same arguments and the same `scratch`, which the caller hands to `durable.discard_damage` before;
+    without that nothing is kept. `activation_bits` are those that the graph will read the inputs of quantized products
+    with on the CPU.
+
+    Raises:
+        ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's
+            range where that is needed, or no bits keep to the limits of variant 'mixed'.
+        UpcycleError: a tensor holds NaN or infinite values; nothing is written then.
+    """
+    if variant == STATIC and device == "cuda":
+        raise ExportError(
+            f"variant '{STATIC}' is for providers that compute in 8 bits, and CUDA's computes its products as "
+            "floats; leave it out"
+        )
+    checkpoint = open_checkpoint(source)
+    family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    check_head(config, checkpoint.config.tie_word_embeddings)
+    classes = plan_classes(checkpoint.config, shapes)
+    if config.input_scaling == "auto":
+        smooth = family is not None and blocks is not None and rounds_to_8_bits(variant, device, activation_bits)
+        config = config.model_copy(update={"input_scaling": "smooth" if smooth else "none"})
+    if config.method == "auto" and (family is None or blocks is None):
+        config = config.model_copy(update={"method": "search"})
+    check_overrides(config, checkpoint.config)
+    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, scratch)
+    bits = class_bits(variant, config, device)
+    plan = plan_bits(shapes, classes, bits, config.overrides)
+    search = None
+    for number, _ in enumerate(check_values(checkpoint), 1):
+        progress("checking weights", number, len(checkpoint.entries))
+    checkpoint.config.dtype = torch.float32
+    save_config(checkpoint.config, output)
+    copy_companions(source, output)
+    if variant == "mixed":
+        plan, record, search = _search_bits(job, plan, held_out)
+    else:
+        record = _write_twin(job, plan)
+    integer_specs = job.integer_specs(plan)
+    experts = [name for name in plan if classes[name] == "experts" and checkpoint.entries[name].num_elements]
+    sizes = {name: checkpoint.entries[name].num_elements for name in experts}
+    share = sum(sizes[name] for name in experts if is_quantized(plan[name])) / max(1, sum(sizes.values()))
+    if (
+        is_quantized(bits["experts"])
+        and share < 1
+        and not any(o.tensors == "experts" and o.bits == 16 for o in config.overrides)
+    ):
+        raise ExportError(f"{source}: only {share:.1%} of the expert weights could be quantized; all of them must be")
+    facts = QuantizeFacts(
+        bits=mean_bits(bits, plan, classes, shapes),
+        block_size=job.packing.block_size,
+        zero_points=job.packing.zero_points,
+        expert_bytes=stored_bytes(experts, checkpoint, plan, job.packing),
+        quantized_expert_share=share,
+        quantized_bytes=sum(spec.num_bytes for spec in integer_specs),
+        num_quantized_tensors=sum(map(is_quantized, plan.values())),
+        method=_describe_method(job, plan),
+        fewest_expert_tokens=min((count for counts in record.expert_tokens.values() for count in counts), default=None),
+        num_matrices_with_few_tokens=record.num_searched,
+        tokens_by_layer=record.describe_tokens(),
+        routing_by_layer={layer: found.describe() for layer, found in record.routers.items()},
+        num_scaled_groups=record.scaling.num_scaled,
+        num_groups_best_unscaled=record.scaling.num_best_unscaled,
+        num_groups_without_place=record.scaling.num_without_place,
+        search=search,
+        warnings=tuple(_warnings(job, plan, record)),
+    )
+    integer_widths = {name: width for name, width in plan.items() if is_quantized(width)}
+    scheme = {
+        "variant": variant,
+        "element_type": job.computes_in,
+        "float_type": float_type(variant, device),
+        "tensors": integer_widths,
+        "expert_tokens": record.expert_tokens,
+        "input_scales": record.input_scales,
+        "routers": {layer: asdict(found) for layer, found in record.routers.items()},
+        **asdict(facts),
+    }
+    (output / SCHEME_NAME).write_text(
+        json.dumps(name_specials(scheme), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    return facts
+
+
+def _describe_method(job: _Job, plan: Mapping[str, int]) -> str:
+    if job.variant == STATIC:
+        return "round"
+    if job.config.method == "gptq" and job.family is None:
+        return "search"
+    found = {job.config.method_of(bits): bits for bits in sorted(plan.values()) if is_quantized(bits)}
+    if len(found) > 1:
+        return ", ".join(f"{method} for {bits} bits" for method, bits in found.items())
+    return next(iter(found), job.config.method)
+
+
+def _warnings(job: _Job, plan: Mapping[str, int], record: CalibrationRecord) -> Iterator[str]:
+    if job.blocks is None or not record.num_searched:
+        return
+    read = _choose_text(job.blocks, job).numel()
+    enough = math.ceil(read * record.largest_lack)
+    count = sum(is_quantized(bits) for bits in plan.values())
+    more = (
+        ""
+        if enough <= job.blocks.numel()
+        else f", and data.max_train_tokens or the text must give as many: it has {job.blocks.numel():,}"
+    )
+    yield (
+        f"{record.num_searched} of {count} matrices saw too few tokens for GPTQ, which needs two for each input, and "
+        "have searched scales, which "
+        f"lose more; calibration read {read:,} tokens, about {enough:,} are enough; set quantize.calibration_tokens "
+        f"to that{more}"
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is quantized, how, and where it goes."""
+
+    checkpoint: Checkpoint
+    family: DecoderFamily | None
+    classes: Mapping[str, TensorClass]
+    variant: Variant
+    config: QuantizeConfig
+    device: Device
+    blocks: torch.Tensor | None
+    output: Path
+    progress: Progress
+    scratch: Path | None
+
+    @property
+    def computes_in(self) -> ElementType:
+        """What the graph computes in, which scales are rounded to."""
+        return element_type(self.variant, self.device)
+
+    @property
+    def packing(self) -> Packing:
+        """How the integers lie."""
+        return Packing.of(self.variant, self.config, self.device)
+
+    def integer_specs(self, plan: Mapping[str, int]) -> list[TensorSpec]:
+        """The integers of a plan, in the order in which they are made."""
+        return [
+            spec
+            for name in order_tensors(plan, self.family)
+            if is_quantized(plan[name])
+            for spec in integer_specs(
+                name, self.checkpoint.entries[name].shape, plan[name], self.packing, self.has_column_scales(name)
+            )
+        ]
+
+    def has_column_scales(self, name: str) -> bool:
+        """Whether scales of a matrix's inputs lie beside its integers.
+
+        Of a head that is the embedding, where inputs are scaled.
+        """
+        return (
+            self.config.input_scaling != "none"
+            and self.family is not None
+            and name == self.family.embedding == head_name(self.classes, self.family)
+        )
+
+
+def _choose_text(blocks: torch.Tensor, job: _Job) -> torch.Tensor:
+    """The blocks [N, S] that calibration reads, taken evenly."""
+    return choose_blocks(blocks, count_calibration_tokens(job.config, job.checkpoint.config) // blocks.shape[1])
+
+
+def _write_integers(
+    job: _Job, plan: Mapping[str, int], output: Path
+) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
+    """Quantize by a plan, and write the integers into the empty folder `output`; returns where they are."""
+    record, specs = CalibrationRecord(), job.integer_specs(plan)
+    if not specs:
+        return {}, record
+    text = None if job.blocks is None else _choose_text(job.blocks, job)
+    journal = LayerJournal(job.scratch, plan, job.config.model_dump_json())
+    if job.variant == STATIC:
+        quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
+    else:
+        scales = job.packing.scale_type
+        quantized = quantize_tensors(
+            job.checkpoint, job.family, plan, job.config, scales, text, record, job.progress, journal
+        )
+    write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=_INTEGERS)
+    return index_tensors(output, _INTEGERS), record
+
+
+def _write_twin(job: _Job, plan: dict[str, int]) -> CalibrationRecord:
+    """Write the checkpoint that has the values of a plan's integers.
+
+    And of these the scales, from which both can be told.
+    """
+    for old in job.output.glob(f"{STEM}*.safetensors*"):
+        old.unlink()
+    with tempfile.TemporaryDirectory(dir=job.output) as folder:
+        integers, record = _write_integers(job, plan, Path(folder))
+        specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
+        write_tensors(job.output, specs, _twin_tensors(job, integers, plan, record.replaced), _SHARD_BYTES)
+        kept = [spec for spec in job.integer_specs(plan) if not spec.name.endswith(_CODES)]
+        if kept:
+            write_tensors(
+                job.output,
+                kept,
+                ((spec.name, read_tensor(integers[spec.name])) for spec in kept),
+                _SHARD_BYTES,
+                stem=STEM,
+            )
+    return record
+
+
+def _search_bits(
+    job: _Job, base: Mapping[str, int], held_out: torch.Tensor | None
+) -> tuple[dict[str, int], CalibrationRecord, BitSearch]:
+    """Choose the bits of variant 'mixed', and write the twin; returns the plan, what calibration saw, and the search.
+
+    Every part is quantized in 4 and in 8 bits, and these candidates are measured, each by itself and so without scaled
+    inputs and corrected routers, which bind parts together. The twin is quantized anew by the chosen plan, each layer
+    behind the others as they are in it, and measured too: it is what must keep to the limit.
+    """
+    config, family = job.config, job.family
+    alone = replace(job, config=config.model_copy(update={"input_scaling": "none", "correct_routers": False}))
+    if held_out is None or family is None:
+        lacks = (
+            "text to choose on; give held-out blocks"
+            if family is not None
+            else "a family of decoders that can be walked; use 'int8' or 'int4'"
+        )
+        raise ExportError(f"{job.checkpoint.directory}: variant 'mixed' lacks {lacks}")
+    shapes = {name: entry.shape for name, entry in job.checkpoint.entries.items()}
+    floats = FLOAT_BITS[job.computes_in]
+    units = find_units(job.classes, shapes)
+
+    def count_bytes(plan: Mapping[str, int]) -> int:
+        return package_bytes({name: shapes[name] for name in plan}, family, plan, job.packing)
+
+    graph_bytes = rotary_bytes(job.checkpoint.config, floats // 8) + node_bytes(job.checkpoint.config, family)
+    check_budget(config, count_bytes(base) + graph_bytes)
+
+    with tempfile.TemporaryDirectory(dir=job.output) as temporary:
+        folder = job.scratch or Path(temporary)
+        candidates: dict[int, dict[str, TensorEntry]] = {}
+        for bits in (4, 8):
+            begin(folder / f"{bits}-bits")
+            plan = {
+                name: bits if any(name in names for names in units.values()) else width for name, width in base.items()
+            }
+            candidates[bits], _ = _write_integers(alone, plan, folder / f"{bits}-bits")
+
+        def read(name: str, bits: int) -> torch.Tensor:
+            return dequantize(read_quantized(name, candidates[bits]), shapes[name][-1], bits).reshape(shapes[name])
+
+        ruler = Ruler(job.checkpoint, choose_blocks(held_out, config.search_tokens // held_out.shape[1]))
+        options = {unit: options_of(unit, config, floats) for unit in units}
+        journal = RecordJournal(folder / "sensitivities")
+        sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress, journal)
+        searcher = BitSearcher(
+            ruler,
+            BitChoices(base, units, sensitivities),
+            sensitivities,
+            config,
+            lambda plan: count_bytes(plan) + graph_bytes,
+            read,
+            job.progress,
+        )
+        searcher.choose()
+        while True:
+            record = _write_twin(job, searcher.plan)
+            cost = ruler.measure(_Tensors(open_checkpoint(job.output)))
+            if not searcher.reject(cost):
+                break
+        return searcher.plan, record, searcher.result(cost)
+
+
+class _Tensors(Weights):
+    """The tensors of a checkpoint, each read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._checkpoint.read(name).to(torch.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.entries)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.entries)
+
+
+def _integer_tensors(
+    job: _Job, quantized: Iterator[tuple[str, Quantized]], record: CalibrationRecord
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, found in quantized:
+        if not torch.isfinite(found.scales).all():
+            raise _beyond_float16(job.checkpoint, name, job.checkpoint.read(name).to(torch.float32))
+        narrow = replace(found, scales=found.scales.to(job.packing.scale_type))
+        yield from ((f"{name}.{part}", tensor) for part, tensor in narrow.parts().items())
+        if job.has_column_scales(name):
+            width = job.checkpoint.entries[name].shape[-1]
+            yield f"{name}.{COLUMN_SCALES}", record.column_scales.get(name, torch.ones(width))
+
+
+def _twin_tensors(
+    job: _Job, integers: Mapping[str, TensorEntry], plan: dict[str, int], replaced: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    checkpoint, narrow = job.checkpoint, _TORCH_TYPES[float_type(job.variant, job.device)]
+    for number, (name, bits) in enumerate(plan.items(), 1):
+        if is_quantized(bits):
+            shape = checkpoint.entries[name].shape
+            yield name, read_dequantized(name, integers, shape, bits)
+        else:
+            weight = (replaced[name] if name in replaced else checkpoint.read(name)).to(torch.float32)
+            rounded = weight.to(narrow).to(torch.float32) if bits == 16 else weight
+            if not torch.isfinite(rounded).all():
+                raise (
+                    _beyond_float16(checkpoint, name, weight)
+                    if narrow == torch.float16
+                    else _beyond_bfloat16(checkpoint, name, weight)
+                )
+            yield name, rounded
+        job.progress("writing the twin", number, len(plan))
+
+
+def _beyond_float16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
+    return ExportError(
+        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; float16 reaches "
+        f"{torch.finfo(torch.float16).max:.0f}; "
+        "leave out the variants in float16, which are 'float16' and with export.device 'cuda' the quantized ones"
+    )
+
+
+def _beyond_bfloat16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
+    reach = torch.finfo(torch.bfloat16).max
+    return ExportError(
+        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; bfloat16 reaches "
+        f"{reach:.6g}; leave out 'bfloat16'"
+    )

@@ -1,0 +1,93 @@
+"""What replacing weights of a decoder costs on text, measured with one layer in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from dense2moe.upcycle.checkpoints.layerwise import embed, load_head, load_layer
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from transformers import PreTrainedModel
+
+Weights = Mapping[str, torch.Tensor]
+"""Tensors by their names in a checkpoint, float32; they may be made when they are read."""
+
+_BATCH_ROWS = 8
+_BATCH_TOKENS = 256
+"""Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Mean next-token loss in nats, and mean KL divergence from the model as it is, in nats a token."""
+
+    loss: float
+    kl: float
+
+
+class Ruler:
+    """Measures a decoder with some of its weights replaced against the decoder as it is.
+
+    On blocks of token ids [N, S].
+    """
+
+    def __init__(self, checkpoint: Checkpoint, blocks: torch.Tensor) -> None:
+        self.checkpoint, self.blocks = checkpoint, blocks
+        self.num_layers = int(checkpoint.config.num_hidden_layers)
+        self._reference = self._run_from(0, [embed(checkpoint, blocks, torch.float32)])[0]
+
+    def measure(self, weights: Weights) -> Cost:
+        """The cost of all of these weights together."""
+        states = embed(self.checkpoint, self.blocks, torch.float32, weights)
+        for layer in range(self.num_layers):
+            states = _run(load_layer(self.checkpoint, layer, torch.float32, weights), states)
+        return self._judge(states, weights)
+
+    def measure_outside(self, choices: Sequence[Weights]) -> list[Cost]:
+        """The cost of each choice of weights by itself, embeddings and heads alone."""
+        after = self._run_from(0, [embed(self.checkpoint, self.blocks, torch.float32, weights) for weights in choices])
+        return [self._judge(states, weights) for states, weights in zip(after, choices, strict=True)]
+
+    def measure_layer(
+        self, layer: int, before: torch.Tensor, choices: Sequence[Weights]
+    ) -> tuple[list[Cost], torch.Tensor]:
+        """The cost of each choice of weights of one layer by itself, and the states [N, S, H] after the layer as it is.
+
+        `before` is what the layer reads where nothing is replaced; `embed` gives what the first one does.
+        """
+        after = [_run(load_layer(self.checkpoint, layer, torch.float32, weights), before) for weights in choices]
+        own = _run(load_layer(self.checkpoint, layer, torch.float32), before)
+        return [self._judge(states, {}) for states in self._run_from(layer + 1, after)], own
+
+    def _run_from(self, layer: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Streams of states [N, S, H] through the layers from `layer` on, each of which is loaded once for all."""
+        for number in range(layer, self.num_layers):
+            model = load_layer(self.checkpoint, number, torch.float32)
+            streams = [_run(model, states) for states in streams]
+        return streams
+
+    @torch.no_grad()
+    def _judge(self, states: torch.Tensor, weights: Weights) -> Cost:
+        own, head = load_head(self.checkpoint, torch.float32), load_head(self.checkpoint, torch.float32, weights)
+        targets = torch.cat(
+            [self.blocks[:, 1:], torch.full_like(self.blocks[:, :1], -100)], 1
+        ).flatten()  # the last token has no successor
+        kl = loss = 0.0
+        pairs = (self._reference.flatten(0, 1), states.flatten(0, 1), targets)
+        for reference, found, target in zip(*(part.split(_BATCH_TOKENS) for part in pairs), strict=True):
+            log_p, log_q = (
+                model(inputs_embeds=x[None], use_cache=False).logits[0].log_softmax(-1)
+                for model, x in ((own, reference), (head, found))
+            )
+            kl += float((log_p.exp() * (log_p - log_q)).double().sum())
+            loss += float(F.nll_loss(log_q, target, reduction="sum", ignore_index=-100).double())
+        return Cost(loss / int((targets >= 0).sum()), max(kl / self.blocks.numel(), 0.0))
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, states: torch.Tensor) -> torch.Tensor:
+    return torch.cat(
+        [model(inputs_embeds=part, use_cache=False).last_hidden_state for part in states.split(_BATCH_ROWS)]
+    )

@@ -1,0 +1,98 @@
+"""8-bit activations in torch: products read their inputs rounded, as those of the graph do.
+
+With static scales the checkpoint cannot hold that inputs are rounded, so a twin's model rounds them always. The
+operators that find their scales as they run (`MatMulNBits` at accuracy_level 4, `QMoE`) round by each block of a token;
+parity finds out which do (`dense2moe.export.parity.probe`), and has their twin round the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from dense2moe.export.quantization.input_scaling import round_inputs
+from dense2moe.export.quantization.twin import QuantizedWeight, Twin
+from dense2moe.export.tracing.parameters import locate_parameters
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+_LOWEST, _HIGHEST = -128, 127
+
+
+@dataclass(frozen=True)
+class StaticRounding:
+    """Inputs rounded to 8-bit integers times one scale that is part of the file."""
+
+    scale: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The rounded inputs, as QuantizeLinear divides and rounds."""
+        return (x / self.scale).round().clamp(_LOWEST, _HIGHEST) * self.scale
+
+
+@dataclass(frozen=True)
+class BlockRounding:
+    """Inputs rounded by each block of a token, divided by the scales [K] of their columns before.
+
+    Where they have some.
+    """
+
+    block_size: int
+    column_scales: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The rounded inputs."""
+        if self.column_scales is None:
+            return round_inputs(x, self.block_size)
+        return round_inputs(x / self.column_scales, self.block_size) * self.column_scales
+
+
+class RoundedInputs(TorchFunctionMode):
+    """While it is entered, a twin's model, loaded with eager experts.
+
+    Reads the inputs of quantized products as its 8-bit graph does. Weights are told by their addresses, an expert's
+    being that of its first row; so every `linear` by a quantized weight rounds its input first.
+    """
+
+    def __init__(self, model: PreTrainedModel, twin: Twin) -> None:
+        super().__init__()
+        self.rounds: dict[int, StaticRounding | BlockRounding] = {}
+        located = locate_parameters(model, {name: entry.shape for name, entry in twin.checkpoint.entries.items()})
+        for name, parameter in model.state_dict(keep_vars=True).items():
+            if parameter.ndim < 2 or not parameter.numel():
+                continue
+            matrices = parameter.detach().view(-1, *parameter.shape[-2:])
+            for number, matrix in enumerate(matrices):
+                row = number * matrix.shape[0]
+                for piece in located[name]:
+                    if 0 <= row < piece.stop - piece.start:
+                        weight = twin.weight(piece.name, (piece.start + row, piece.stop))
+                        if isinstance(weight, QuantizedWeight) and (
+                            not weight.is_static or piece.name in twin.scheme["input_scales"]
+                        ):
+                            self.rounds[matrix.data_ptr()] = _rounding(weight)
+                    row -= piece.stop - piece.start
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch; `linear` by a quantized weight with its input rounded."""
+        if func is F.linear and args[1].data_ptr() in self.rounds:
+            args = (self.rounds[args[1].data_ptr()](args[0]), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def _rounding(weight: QuantizedWeight) -> StaticRounding | BlockRounding:
+    """How a product by this weight rounds what it reads."""
+    return (
+        StaticRounding(weight.input_scale)
+        if weight.is_static
+        else BlockRounding(weight.block_size, weight.read_column_scales())
+    )

@@ -1,0 +1,1 @@
+"""Packages loaded and run: decoding, sampling, text, speed."""

@@ -1,0 +1,487 @@
+"""Our runtime: a package loaded into onnxruntime, with one KV buffer for input and output.
+
+The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in
+Python or below. A step binds the new tokens, the mask so far and the place of its logits, each an address in memory of
+ours, and nothing else. Where attention is not `GroupQueryAttention`, as in a traced graph, the cache grows by
+concatenation instead: the present of one step is bound as the past of the next.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+from dense2moe.export.config import Device
+from dense2moe.export.errors import ExportError
+from dense2moe.export.opening import Config, onnxruntime_errors, open_package, read_config
+from dense2moe.export.runtime.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
+from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
+from dense2moe.upcycle.errors import one_line_errors, shorten
+from packaging.version import Version
+
+CPU = "CPUExecutionProvider"
+CUDA = "CUDAExecutionProvider"
+ROUTER_LOGITS = "router_logits."
+HIDDEN = "hidden."
+SELECTION_SCORES = "layers.{}.moe.biased_scores"  # of layers whose experts are not chosen by the logits alone
+ATTENTION_OUTPUT = "layers.{}.attention_output"
+FINAL_NORMED = "final_normed"
+FIRST_LOGIT = "first_logit"
+ROUTER_NUDGE = "router_nudge"
+_PAST = "past_key_values."
+_STATE_NAME = re.compile(re.escape(_PAST) + r"\d+\.(key|value)")
+PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
+_ELEMENT_TYPES = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(float16)": onnx.TensorProto.FLOAT16,
+    "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
+}
+
+
+def is_at_hand(provider: str) -> bool:
+    """Whether this machine and this onnxruntime can run a provider."""
+    return provider in ort.get_available_providers() and (provider != CUDA or torch.cuda.is_available())
+
+
+@dataclass
+class Cache:
+    """The KV cache of one batch.
+
+    Buffers [B, heads, capacity (or length), head_dim] a layer in the graph's type, and which slots [B, capacity] are
+    real tokens. `bound` is what the binding was last made for: batch, tokens and tokens with logits; the arrays after
+    it are those that it points to. `taps` are the values inside the graph that a run shows.
+    """
+
+    buffers: dict[str, ort.OrtValue]
+    binding: ort.IOBinding
+    slots: Ints
+    length: int = 0
+    bound: tuple[int, int, int] | None = None
+    ids: Ints = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    first_logit: Ints = field(default_factory=lambda: np.zeros(1, np.int64))
+    taps: tuple[str, ...] = ()
+    logits: np.ndarray[Any, Any] = field(default_factory=lambda: np.zeros((0, 0, 0), np.float32))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit, padding included."""
+        return int(self.slots.shape[1])
+
+    @property
+    def mask(self) -> Ints:
+        """The mask [B, length] of the tokens so far."""
+        return self.slots[:, : self.length]
+
+
+class Decoder:
+    """An ONNX decoder package, ready to run.
+
+    With `taps`, the graph's router logits and residual streams become outputs too, with `attention_taps` what its
+    attentions give, and with `more_taps` values of these names; nothing else changes. Where `nudges` has names of
+    router logits, a run can add to them, for `num_experts` experts.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        provider: str = CPU,
+        taps: bool = False,
+        num_threads: int = 0,
+        attention_taps: bool = False,
+        profile: Path | None = None,
+        more_taps: Sequence[str] = (),
+        nudges: Sequence[str] = (),
+        num_experts: int = 0,
+    ) -> None:
+        """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
+
+        Raises:
+            ExportError: no package there, a damaged one, a runtime older than it needs, or a provider that is not to be
+                had.
+        """
+        package = open_package(directory)
+        path, model = package.path, package.model
+        if provider not in ort.get_available_providers():
+            raise ExportError(
+                f"{provider} is not in this onnxruntime ({', '.join(ort.get_available_providers())}); install the "
+                "[gpu] extra"
+            )
+        self.path, self.metadata = path, {entry.key: entry.value for entry in model.metadata_props}
+        _check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), path)
+        self.provider = provider
+        self.taps = (_tap_names(model) if taps else []) + (_attention_names(model) if attention_taps else [])
+        shown = list(dict.fromkeys([*self.taps, *more_taps]))
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        options.enable_mem_pattern = (
+            False  # one is kept for every shape of the inputs, and the mask has another with each token
+        )
+        # sums of products of 8 bits would saturate; with VNNI the exact kernel takes twice the time for nothing
+        if not torch.cpu._is_vnni_supported():
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        if profile is not None:
+            options.enable_profiling, options.profile_file_prefix = True, str(profile)
+        # onnxruntime infers the type
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in shown)
+        self.num_experts = num_experts if nudges else 0
+        _let_routers_be_nudged(model, nudges)
+        self._cuts_logits = _let_logits_be_cut(model)
+        _check_interface(model, path)
+        config = read_config(directory)
+        self.config, self.context_length = dict(config.values), config.size("max_position_embeddings")
+        self.num_experts_per_tok = config.size("num_experts_per_tok", default=0, least=0)
+        self.session = package.start_session(options, provider)
+        self._run_options = ort.RunOptions()
+        # who looks inside has a model of torch beside it: what a long text took is given back
+        if shown and provider == CPU:
+            self._run_options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        if self.session.get_providers()[0] != provider:
+            raise ExportError(
+                f"{provider} could not start, onnxruntime fell back to {self.session.get_providers()[0]}; check the "
+                "driver"
+            )
+        self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
+        self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
+        values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
+        _check_types(values, path)
+        self.past = {
+            name: (_cache_shape(value, config), _ELEMENT_TYPES[value.type])
+            for name, value in values.items()
+            if name.startswith(_PAST)
+        }
+        self.device = "cuda" if provider == CUDA else "cpu"
+        logits = values["logits"]
+        self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else config.size("vocab_size")
+        self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(_ELEMENT_TYPES[logits.type])
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it has logits for."""
+        return self._vocab_size
+
+    def check_ids(self, where: str, ids: Iterable[int]) -> None:
+        """Refuse tokens that the model does not know; `where` says what has them.
+
+        Raises:
+            ExportError: an id is beyond the vocabulary.
+        """
+        if (largest := max(ids, default=0)) >= self._vocab_size:
+            raise ExportError(
+                f"{where} has the token {largest}; {self.path} knows {self._vocab_size:,}, from 0 on; the tokenizer "
+                "must be that of its checkpoint"
+            )
+
+    def new_cache(self, batch_size: int, capacity: int, taps: Sequence[str] | None = None) -> Cache:
+        """An empty cache for `batch_size` rows of at most `capacity` tokens, whose runs show `taps`.
+
+        Or all that the decoder was opened with.
+
+        Raises:
+            ExportError: `capacity` is beyond the model's context.
+        """
+        if capacity > self.context_length:
+            raise ExportError(
+                f"{capacity} tokens asked for; the model's context holds {self.context_length}; shorten the prompt "
+                "or the output"
+            )
+        buffers, binding = {}, self.session.io_binding()
+        for name, ((_, heads, _, head_dim), element_type) in self.past.items():
+            buffers[name] = self._new_buffer(
+                (batch_size, heads, capacity if self.shares_buffer else 0, head_dim), element_type
+            )
+            if self.shares_buffer:
+                binding.bind_ortvalue_input(name, buffers[name])
+                binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffers[name])
+        return Cache(
+            buffers,
+            binding,
+            np.zeros((batch_size, capacity), np.int64),
+            taps=tuple(self.taps if taps is None else taps),
+        )
+
+    def _new_buffer(self, shape: tuple[int, ...], element_type: int) -> ort.OrtValue:
+        """Zeros on the device.
+
+        Bfloat16, which numpy does not have, is not written: attention reads no slot before it has written it.
+        """
+        if element_type == onnx.TensorProto.BFLOAT16:
+            return ort.OrtValue.ortvalue_from_shape_and_type(shape, element_type, self.device, 0)
+        return ort.OrtValue.ortvalue_from_numpy(
+            np.zeros(shape, onnx.helper.tensor_dtype_to_np_dtype(element_type)), self.device, 0
+        )
+
+    def read_cache(self, cache: Cache) -> dict[str, Floats]:
+        """The keys and values in a cache by the names of their inputs, [B, heads, capacity (or length), head_dim]."""
+        return {name: np.asarray(buffer.numpy(), np.float32) for name, buffer in cache.buffers.items()}
+
+    def run(
+        self,
+        cache: Cache,
+        ids: Ints,
+        mask: Ints | None = None,
+        logits_to_keep: int = 0,
+        nudge: torch.Tensor | None = None,
+    ) -> dict[str, Floats]:
+        """Feed ids [B, S] after what the cache holds; returns logits [B, S, V] and the taps by name, float32.
+
+        The mask [B, S] is 1 for a real token and 0 for padding. With
+        `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed,
+        and then cut. `nudge` [B * S, E] is added to the router logits of every layer. More than one token after a
+        prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
+        """
+        batch, length = ids.shape
+        total = cache.length + length
+        if total > cache.capacity:
+            raise ExportError(f"{total} tokens in a cache of {cache.capacity}; ask for a larger one")
+        cache.slots[:, cache.length : total] = 1 if mask is None else mask
+        kept = min(logits_to_keep or length, length) if self._cuts_logits else length
+        # What is bound is not copied, so these arrays must live until the run is over; those of a step are bound once
+        # and written anew.
+        mask_BT = np.ascontiguousarray(cache.slots[:, :total])
+        cache.binding.bind_cpu_input("attention_mask", mask_BT)
+        positions = (
+            np.ascontiguousarray(np.maximum(mask_BT.cumsum(axis=1) - 1, 0)[:, -length:])
+            if self.takes_positions
+            else None
+        )
+        if positions is not None:
+            cache.binding.bind_cpu_input("position_ids", positions)
+        if not self.shares_buffer:
+            for name, buffer in cache.buffers.items():
+                cache.binding.bind_ortvalue_input(name, buffer)
+                cache.binding.bind_output(name.replace(_PAST, "present."), self.device)
+        if cache.bound != (batch, length, kept):
+            self._bind(cache, batch, length, kept)
+        cache.ids[:] = ids
+        if self.num_experts:
+            added = (
+                np.zeros((1, self.num_experts), np.float32)
+                if nudge is None
+                else np.ascontiguousarray(nudge.numpy(), np.float32)
+            )
+            cache.binding.bind_cpu_input(ROUTER_NUDGE, added)
+        for name in cache.taps:
+            cache.binding.bind_output(name)
+        with onnxruntime_errors(self.path, "run"):
+            self.session.run_with_iobinding(cache.binding, self._run_options)
+        cache.length = total
+        if not self.shares_buffer:
+            # the outputs that were bound first
+            cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))
+        found = {"logits": self._take_logits(cache, logits_to_keep)}
+        if cache.taps:
+            # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
+            tapped = cache.binding.get_outputs()[-len(cache.taps) :]
+            found |= {
+                name: np.asarray(value.numpy(), np.float32) for name, value in zip(cache.taps, tapped, strict=True)
+            }
+        return found
+
+    def _bind(self, cache: Cache, batch: int, length: int, kept: int) -> None:
+        """Bind new arrays for ids [B, S] and for the logits of the last `kept` of them."""
+        cache.bound, cache.ids = (batch, length, kept), np.zeros((batch, length), np.int64)
+        cache.logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
+        cache.first_logit[0] = length - kept
+        cache.binding.bind_cpu_input("input_ids", cache.ids)
+        if self._cuts_logits:
+            cache.binding.bind_cpu_input(FIRST_LOGIT, cache.first_logit)
+        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(cache.logits))
+
+    def _take_logits(self, cache: Cache, count: int) -> Floats:
+        """The logits of the last tokens; a copy of those of a step, which the next one writes over."""
+        found = cache.logits[:, -count:]  # -0 is all of them
+        if cache.ids.shape[1] > 1:
+            cache.bound = None  # the next call binds arrays of its own
+            return np.asarray(found, np.float32)
+        return np.array(found, np.float32)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
+    ) -> Iterator[tuple[int | None, ...]]:
+        """Yield, up to `max_new_tokens` times, the next token of every prompt; None in a row that has ended.
+
+        A row ends after its first token in `stop`, which is yielded too; the batch goes on until all have ended.
+        Shorter prompts are padded at their left, which changes no token but by rounding: greedy rows are those of each
+        prompt alone, and so are drawn ones, whose numbers depend on the seed and the prompt alone.
+
+        Raises:
+            ExportError: a prompt is empty or has a token that the model does not know, or the context is too short.
+        """
+        for number, prompt in enumerate(prompts, 1):
+            where = f"prompt {number}" if len(prompts) > 1 else "the prompt"
+            if not prompt:
+                raise ExportError(f"{where} has no tokens; give some text")
+            if len(prompt) > self.context_length:
+                raise ExportError(
+                    f"{where} has {len(prompt)} tokens; the model's context holds {self.context_length}; shorten it"
+                )
+            self.check_ids(where, prompt)
+        if max_new_tokens < 1 or not prompts:
+            return
+        width = max(len(prompt) for prompt in prompts)
+        cache = self.new_cache(len(prompts), width + max_new_tokens)
+        uniforms = draw_uniforms(prompts, sampling.seed, max_new_tokens)
+        seen = np.zeros((len(prompts), self.vocab_size), np.bool_) if sampling.repetition_penalty != 1 else None
+        ids, mask = np.zeros((2, len(prompts), width), np.int64)
+        for row, prompt in enumerate(prompts):
+            if seen is not None:
+                seen[row, [token for token in prompt if token < self.vocab_size]] = True
+            ids[row, width - len(prompt) :] = prompt
+            mask[row, width - len(prompt) :] = 1
+        running = [True] * len(prompts)
+        for step in range(max_new_tokens):
+            logits = self.run(cache, ids, mask if step == 0 else None, logits_to_keep=1)["logits"][:, -1]
+            chosen = choose_tokens(logits, sampling, uniforms[step], seen)
+            tokens = chosen.tolist()
+            if seen is not None:
+                seen[np.arange(len(prompts)), chosen] = True
+            yield tuple(token if runs else None for token, runs in zip(tokens, running, strict=True))
+            running = [runs and token not in stop for token, runs in zip(tokens, running, strict=True)]
+            if not any(running):
+                return
+            ids = chosen[:, None]
+
+
+def _check_interface(model: onnx.ModelProto, path: Path) -> None:
+    """Whether a graph has the names of inputs and outputs that a decoder package has."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = {value.name for value in model.graph.input} - weights
+    past = {name for name in inputs if name.startswith(_PAST)}
+    needed = {"input_ids", "attention_mask"}
+    strange = {name for name in past if _STATE_NAME.fullmatch(name) is None} | inputs - past - needed - {
+        "position_ids",
+        FIRST_LOGIT,
+        ROUTER_NUDGE,
+    }
+    lacking = needed - inputs | ({"logits"} | {name.replace(_PAST, "present.") for name in past}) - {
+        value.name for value in model.graph.output
+    }
+    if strange or lacking or not past:
+        what = (
+            f"lacks {', '.join(sorted(lacking))}"
+            if lacking
+            else f"has the input {min(strange)}"
+            if strange
+            else f"lacks {_PAST}0.key"
+        )
+        raise ExportError(
+            f"{path}: {what}; a decoder takes input_ids, attention_mask, position_ids where it wants them, and "
+            f"{_PAST}N.key and .value, and gives "
+            "logits, and present.N.key and .value; name them so when it is exported"
+        )
+
+
+def _check_version(needed: str, path: Path) -> None:
+    """Whether this onnxruntime is as new as a package says that it needs."""
+    with one_line_errors(path, f"says that it needs onnxruntime {shorten(needed)!r}", "export it again", ExportError):
+        oldest = Version(needed)
+    if Version(ort.__version__) < oldest:
+        raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
+
+
+def _check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
+    """Whether inputs and outputs have the types and ranks that a decoder package has."""
+    for name, value in values.items():
+        is_state = name == "logits" or name.startswith((_PAST, "present."))
+        types = (
+            tuple(_ELEMENT_TYPES)
+            if is_state
+            else ("tensor(int64)",)
+            if name in ("input_ids", "attention_mask", "position_ids")
+            else (value.type,)
+        )
+        if value.type not in types:
+            raise ExportError(f"{path}: {name} is a {value.type}; must be a {' or '.join(types)}; export it so")
+        rank = 3 if name == "logits" else 4 if name.startswith(_PAST) else None
+        if rank is not None and len(value.shape) != rank:
+            shown = {3: "[batch, tokens, vocabulary]", 4: "[batch, heads, tokens, head size]"}[rank]
+            raise ExportError(f"{path}: {name} has {len(value.shape)} dimensions; must be {shown}; export it so")
+
+
+def _cache_shape(value: ort.NodeArg, config: Config) -> tuple[Any, int, Any, int]:
+    """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
+    batch, heads, length, head_dim = value.shape
+    if not isinstance(heads, int):
+        heads = config.size("num_key_value_heads" if "num_key_value_heads" in config.values else "num_attention_heads")
+    if not isinstance(head_dim, int):
+        head_dim = (
+            config.size("head_dim")
+            if "head_dim" in config.values
+            else config.size("hidden_size") // config.size("num_attention_heads")
+        )
+    return batch, int(heads), length, int(head_dim)
+
+
+def _tap_names(model: onnx.ModelProto) -> list[str]:
+    """Router logits, selection scores and residual streams of every layer, in order.
+
+    None in a package of other makers.
+    """
+    start, end = SELECTION_SCORES.split("{}")
+    made = [name for node in model.graph.node for name in node.output]
+    numbered = {name for name in made if name.startswith((ROUTER_LOGITS, HIDDEN)) and name.rpartition(".")[2].isdigit()}
+    found = numbered | {
+        name
+        for name in made
+        if name.startswith(start) and name.endswith(end) and name[len(start) : -len(end)].isdigit()
+    }
+    return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
+
+
+def _attention_names(model: onnx.ModelProto) -> list[str]:
+    """The outputs of every layer's attention, those that have their name."""
+    made = {name for node in model.graph.node for name in node.output}
+    num_layers = sum(value.name.startswith(_PAST) for value in model.graph.input) // 2
+    return [name for n in range(num_layers) if (name := ATTENTION_OUTPUT.format(n)) in made]
+
+
+def _let_routers_be_nudged(model: onnx.ModelProto, names: Sequence[str]) -> None:
+    """Add an input `router_nudge` [T or 1, E] that is added to router logits of these names.
+
+    So experts that a text does not visit can be visited: what reads the logits reads the sum, and the logits are as
+    they were.
+    """
+    if not names:
+        return
+    nodes = model.graph.node
+    for name in names:
+        for node in nodes:
+            node.input[:] = [f"{name}.nudged" if read == name else read for read in node.input]
+            for attribute in node.attribute:
+                for inner in attribute.g.node if attribute.HasField("g") else ():
+                    inner.input[:] = [f"{name}.nudged" if read == name else read for read in inner.input]
+        place = next(number for number, node in enumerate(nodes) if name in node.output)
+        nodes.insert(place + 1, onnx.helper.make_node("Add", [name, ROUTER_NUDGE], [f"{name}.nudged"]))
+    model.graph.input.append(
+        onnx.helper.make_tensor_value_info(ROUTER_NUDGE, onnx.TensorProto.FLOAT, ["nudged", "num_experts"])
+    )
+
+
+def _let_logits_be_cut(model: onnx.ModelProto) -> bool:
+    """Add an input `first_logit` [1]: the first token of those fed that the head multiplies.
+
+    A prompt needs the logits of its last token alone, and those of all may take more time than a layer and more memory
+    than the weights. It is no input of the package, since others who load it would have to give it. Returns whether it
+    was added; a package of other makers may lack the name.
+    """
+    nodes = model.graph.node
+    readers = [number for number, node in enumerate(nodes) if FINAL_NORMED in node.input]
+    if not readers:
+        return False
+    kept = f"{FINAL_NORMED}_kept"
+    for number in readers:
+        nodes[number].input[:] = [kept if name == FINAL_NORMED else name for name in nodes[number].input]
+    bounds = {f"{FIRST_LOGIT}.end": np.iinfo(np.int64).max, f"{FIRST_LOGIT}.axis": 1}
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array([value], np.int64), name) for name, value in bounds.items()
+    )
+    model.graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGIT, onnx.TensorProto.INT64, [1]))
+    nodes.insert(readers[0], onnx.helper.make_node("Slice", [FINAL_NORMED, FIRST_LOGIT, *bounds], [kept]))
+    return True

@@ -1,0 +1,158 @@
+"""Text as token ids and back, and in blocks [N, S]."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from dense2moe.export.config import QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.upcycle.checkpoints.tokenizer import encode
+from dense2moe.upcycle.errors import one_line_errors
+from transformers import PreTrainedConfig
+
+_TOKENS_PER_INPUT = 4  # twice what GPTQ needs, for experts that are visited less than others
+_FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's tokens of a byte
+# clean_up_tokenization takes spaces out of these, in this order
+_CLEANED = (
+    " .",
+    " ?",
+    " !",
+    " ,",
+    " ' ",
+    " n't",
+    " 'm",
+    " 's",
+    " 've",
+    " 're",
+)
+_TAILS = sorted(
+    {
+        each[place:]
+        for pattern in _CLEANED
+        for each in (pattern, pattern.replace("'", " ' "))
+        for place in range(1, len(each))
+    }
+)
+"""What may follow, of which the beginning is there already.
+
+Of a contraction also what the clean-up itself makes into one.
+"""
+
+
+def count_calibration_tokens(config: QuantizeConfig, model: PreTrainedConfig) -> int:
+    """Tokens that calibration reads at most, as the settings or the widths of the model's experts say."""
+    if config.calibration_tokens != "auto":
+        return config.calibration_tokens
+    num_experts = max(
+        1, *(int(getattr(model, name, None) or 1) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
+    )
+    width = max(int(getattr(model, "moe_intermediate_size", None) or model.intermediate_size), int(model.hidden_size))
+    share = num_experts / max(1, int(getattr(model, "num_experts_per_tok", None) or num_experts))
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, math.ceil(_TOKENS_PER_INPUT * width * share)))
+
+
+def choose_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:
+    """`count` of the blocks at most, and one at least, taken evenly from the whole."""
+    return blocks[choose_places(len(blocks), count)]
+
+
+def choose_places(total: int, count: int) -> list[int]:
+    """The places of `count` of `total` things at most, and of one at least, taken evenly."""
+    count = max(1, min(count, total))
+    return [place * total // count for place in range(count)]
+
+
+def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:
+    """The tokens of a text, as the tokenizer gives them: a token before them only where it puts one itself.
+
+    A text without any is the token `start` alone, or the tokenizer's own that starts a text; empty where neither is
+    known.
+
+    Raises:
+        UpcycleError: the tokenizer fails on the text.
+    """
+    ids = encode(tokenizer, text)
+    start = tokenizer.bos_token_id if start is None else start
+    return ids if ids or start is None else [start]
+
+
+def chat_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a conversation in which the user has said `text` and it is the model's turn.
+
+    Raises:
+        ExportError: the tokenizer has no chat template, or it refuses.
+    """
+    if not tokenizer.chat_template:
+        raise ExportError(
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; give the prompt as a text to go on from"
+        )
+    with one_line_errors(
+        tokenizer.name_or_path,
+        "the chat template fails",
+        "correct it, or give the prompt as a text to go on from",
+        ExportError,
+    ):
+        found = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=True
+        )
+    return list(found["input_ids"])
+
+
+def decode_stream(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
+    """Text as tokens come.
+
+    Which together is what transformers decodes of all of them without special tokens, beyond what it decodes of the
+    prompt. A piece is held back as long as a later token could change it: bytes of a character that is not whole, or a
+    space before punctuation where the tokenizer cleans up. What is held back at the end is the last piece, as
+    transformers decodes it.
+    """
+    ids = list(prompt)
+    shown = len(_decode(tokenizer, ids))
+    for token in tokens:
+        ids.append(token)
+        text = _settled(tokenizer, ids)
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+    if rest := _decode(tokenizer, ids)[shown:]:
+        yield rest
+
+
+def _decode(tokenizer: Any, ids: Sequence[int], **settings: Any) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, **settings)
+    return text
+
+
+def _settled(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The beginning of a decoded text that stays whatever tokens follow."""
+    end = len(ids)
+    # sentencepiece decodes a run of bytes as a whole: as characters, or each as U+FFFD
+    while end and _may_be_in_run(tokenizer, ids[end - 1]):
+        end -= 1
+    text = _decode(tokenizer, ids[:end])
+    if getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        raw = _decode(tokenizer, ids[:end], clean_up_tokenization_spaces=False)
+        cleaned = tokenizer.clean_up_tokenization(raw)
+        if cleaned == raw or text != raw:  # else it has no effect: transformers passes over it for byte-level BPE
+            text = _common_start([text, *(tokenizer.clean_up_tokenization(raw + tail) for tail in _TAILS)])
+    return text.rstrip("\ufffd")
+
+
+def _common_start(texts: Sequence[str]) -> str:
+    first, last = min(texts), max(texts)  # all others lie between
+    return first[
+        : next((n for n, (one, other) in enumerate(zip(first, last, strict=False)) if one != other), len(first))
+    ]
+
+
+def _may_be_in_run(tokenizer: Any, token: int) -> bool:
+    """Whether a token is a byte, or without text, as special tokens are.
+
+    Which are left out before bytes are decoded.
+    """
+    return _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(token))) is not None or not _decode(tokenizer, [token])

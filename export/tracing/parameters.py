@@ -1,0 +1,186 @@
+"""The parameters of any transformers decoder: where each lies in the checkpoint, and what it is.
+
+A checkpoint's names are not always the model's: experts lie one by one and are stacked at loading, modules have been
+renamed. transformers keeps that mapping as rules which it can also run backwards, to save a model. So the model is
+built without values and "saved": every parameter goes in as the numbers of its rows, and the tensors that come out say
+which rows of which parameter they are made of.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import TensorClass
+from torch import nn
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start` to `stop` of the tensor `name`.
+
+    All its dimensions but the last count as one, and a vector's rows are its elements.
+    """
+
+    name: str
+    start: int
+    stop: int
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a config: parameters without values, buffers with them.
+
+    Raises:
+        ExportError: transformers has no decoder of this config.
+    """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ExportError(
+            f"config.json: model_type {config.model_type} is no decoder that transformers has as one "
+            "(AutoModelForCausalLM)"
+        )
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert isinstance(model, PreTrainedModel)
+    model.tie_weights()  # without values every module got a parameter of its own
+    model.eval()
+    return model
+
+
+def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
+    """Where in a checkpoint of these shapes the rows of every parameter and stored buffer lie, in their order.
+
+    Raises:
+        ExportError: the checkpoint's tensors are not those that transformers would save, or no rows of them.
+    """
+    stored = model.state_dict(keep_vars=True)
+    firsts: dict[int, str] = {}
+    for name, value in stored.items():
+        firsts.setdefault(id(value), name)
+    parameters = {name: stored[name] for name in firsts.values()}  # of tied parameters the first
+    numbers, begins, count = {}, {}, 0
+    for name, parameter in parameters.items():
+        shape = tuple(parameter.shape) if parameter.ndim < 2 else (*parameter.shape[:-1], 1)
+        begins[name] = count
+        numbers[name] = torch.arange(count, count + math.prod(shape)).reshape(shape)
+        count += math.prod(shape)
+    tensors = {name: tensor.flatten() for name, tensor in revert_weight_conversion(model, numbers).items()}
+    missing = sorted(set(tensors) - set(shapes))
+    unknown = sorted(set(shapes) - set(tensors))
+    if missing or unknown:
+        wrong = (
+            f"has no tensor '{missing[0]}'" if missing else f"has a tensor '{unknown[0]}' that no parameter is made of"
+        )
+        raise ExportError(
+            f"the checkpoint of model_type {model.config.model_type} {wrong}; it must be as transformers' "
+            "save_pretrained writes it"
+        )
+    names = list(tensors)
+    owner, row = torch.full((count,), -1), torch.zeros(count, dtype=torch.int64)
+    for number, name in enumerate(names):
+        found, shape = tensors[name], shapes[name]
+        if len(found) != (math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)):
+            raise ExportError(
+                f"tensor '{name}' {list(shape)} is no rows of parameters as model_type {model.config.model_type} has "
+                "them"
+            )
+        owner[found], row[found] = number, torch.arange(len(found))
+    if count and int(owner.min()) < 0:
+        raise ExportError(
+            f"model_type {model.config.model_type} stores parameters that cannot be followed back to the "
+            "checkpoint's rows"
+        )
+    located = {}
+    for name, numbered in numbers.items():
+        own = slice(begins[name], begins[name] + numbered.numel())
+        located[name] = _pieces(names, owner[own], row[own])
+    return {name: located[firsts[id(value)]] for name, value in stored.items()}
+
+
+def _pieces(names: list[str], owner: torch.Tensor, row: torch.Tensor) -> tuple[Rows, ...]:
+    """Runs of rows that follow each other in one tensor."""
+    breaks = ((owner[1:] != owner[:-1]) | (row[1:] != row[:-1] + 1)).nonzero().flatten() + 1
+    starts = [0, *breaks.tolist()] if len(owner) else []
+    ends = [*starts[1:], len(owner)]
+    return tuple(Rows(names[owner[a]], int(row[a]), int(row[b - 1]) + 1) for a, b in zip(starts, ends, strict=True))
+
+
+def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The router beside every module of experts, by the name of the module that has both."""
+    routers = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "experts"):
+            router = getattr(module, "gate", None) or getattr(module, "router", None)
+            if isinstance(router, nn.Module):
+                routers[name] = router
+    return routers
+
+
+def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
+    """The class of every parameter, by what its module is.
+
+    What is no matrix of a plain product, embedding or expert stays as it is, as norms do. Plain products inside of
+    attention are "attention", others of an FFN, which counts with the experts; those beside experts route or gate. A
+    stored buffer of a router, its selection bias, routes too.
+    """
+    routers, head, table = (
+        list(find_routers(model).values()),
+        model.get_output_embeddings(),
+        model.get_input_embeddings(),
+    )
+    classes: dict[str, TensorClass] = {}
+    stored = model.state_dict()
+    for path, module in model.named_modules():
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if any(module is router for router in routers):
+            classes |= {
+                f"{path}.{name}": "router"
+                for name, _ in module.named_buffers(recurse=False)
+                if f"{path}.{name}" in stored
+            }
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}"
+            if module is head or module is table:
+                tied = head is not None and table is not None and head.weight is table.weight
+                matrix: TensorClass = "head" if module is head and not tied else "embedding"
+                classes[full] = matrix if name == "weight" else "bias"
+            elif hasattr(module, "is_transposed"):  # experts, as transformers marks them
+                classes[full] = "experts"
+            elif any(module is router for router in routers) or (
+                type(module) is nn.Linear and hasattr(parent, "experts")
+            ):
+                classes[full] = "router"
+            elif type(module) is nn.Linear:
+                classes[full] = (
+                    "bias" if name == "bias" else "attention" if "attn" in path or "attention" in path else "experts"
+                )
+            else:
+                classes[full] = "norm"
+    return classes
+
+
+def classify_tensors(config: PreTrainedConfig, shapes: Shapes) -> dict[str, TensorClass]:
+    """The class of every tensor of a checkpoint, from its config and shapes alone.
+
+    Raises:
+        ExportError: a tensor is part of parameters of several classes, or of none.
+    """
+    model = empty_model(config)
+    located, classes = locate_parameters(model, shapes), classify_parameters(model)
+    found: dict[str, TensorClass] = {}
+    for parameter, pieces in located.items():
+        own = classes.get(parameter, "norm")  # a stored buffer
+        for piece in pieces:
+            if found.setdefault(piece.name, own) != own:
+                raise ExportError(
+                    f"tensor '{piece.name}' is {found[piece.name]} and {own} at once; it can be neither quantized "
+                    "nor exported"
+                )
+    return found

@@ -1,0 +1,46 @@
+"""From a traced graph to a package's: the passes in their order, one a file."""
+
+from __future__ import annotations
+
+from dense2moe.export.config import OnnxConfig
+from dense2moe.export.graph.decoder import DecoderGraph, oldest_onnxruntime
+from dense2moe.export.graph.writer import MICROSOFT, OPSETS, GraphWriter
+from dense2moe.export.lowering import Lowering, find_lowerings
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.tracing.passes.embedding import lower_embedding
+from dense2moe.export.tracing.passes.experts import describe_layer, lower_experts
+from dense2moe.export.tracing.passes.interface import name_interface
+from dense2moe.export.tracing.passes.linears import lower_linears
+from dense2moe.export.tracing.passes.taps import lower_taps
+from dense2moe.export.tracing.tracer import DOMAIN, Trace
+
+
+def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
+    """The lowerings that fit the config and can express the layers of a trace.
+
+    Raises:
+        ExportError: none can.
+    """
+    return find_lowerings(
+        describe_layer(trace, twin, next(iter(trace.experts)), config.bits_of("experts")), config.lowering
+    )
+
+
+def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
+    """The graph of a package from a trace, which is left as it was; weights are read when the model is saved."""
+    traced = Trace(trace.model.clone(), trace.located, trace.experts, trace.num_layers)
+    model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
+    lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
+    lower_linears(traced, graph, twin, config)
+    lower_embedding(traced, graph, twin)
+    lower_taps(traced, graph)
+    name_interface(traced, graph)
+    for value in graph.initializers.values():
+        model.graph.register_initializer(value)
+    left = [node.op_type for node in model.graph if node.domain == DOMAIN]
+    assert not left, f"no pass has replaced {left}"
+    del model.graph.opset_imports[DOMAIN]
+    model.graph.opset_imports[MICROSOFT] = OPSETS[MICROSOFT]
+    model.producer_name, model.graph.name = "dense2moe", twin.checkpoint.config.model_type
+    layer = describe_layer(trace, twin, next(iter(trace.experts)), config.bits_of("experts"))
+    return DecoderGraph(model, lowering.name, oldest_onnxruntime(lowering, [layer], config.device), shares_buffer=False)

@@ -1,0 +1,58 @@
+"""Inputs and outputs get the names that all our packages have.
+
+1. `input_ids`, `attention_mask` and `logits` keep their names; past and present become `past_key_values.N.key|value`
+   and `present.N.key|value`.
+2. The input `position_ids` goes: a position is the number of real tokens before it in its row,
+   Max(CumSum(attention_mask) - 1, 0), of the last S.
+3. Free dimensions get names: `batch_size`, `sequence_length`, `past_sequence_length`, `total_sequence_length`.
+
+Left alone: the order of inputs and outputs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from dense2moe.export.graph.writer import GraphWriter, int64
+from dense2moe.export.tracing.tracer import Trace
+
+
+def name_interface(trace: Trace, graph: GraphWriter) -> None:
+    """Name inputs and outputs, and compute the positions."""
+    traced = trace.model.graph
+    ids, mask, positions, *past = traced.inputs
+    logits, *present = traced.outputs
+    assert [value.name for value in (ids, mask, positions)] == ["input_ids", "attention_mask", "position_ids"]
+    assert len(past) == len(present) == 2 * trace.num_layers
+    for values, stem, length in (
+        (past, "past_key_values", "past_sequence_length"),
+        (present, "present", "total_sequence_length"),
+    ):
+        for number, value in enumerate(values):
+            assert value.shape is not None
+            _, heads, _, width = value.shape
+            value.name = f"{stem}.{number // 2}.{('key', 'value')[number % 2]}"
+            value.shape = ir.Shape(["batch_size", heads, length, width])
+    assert logits.shape is not None
+    logits.name, logits.shape = "logits", ir.Shape(["batch_size", "sequence_length", logits.shape[2]])
+    ids.shape, mask.shape = (
+        ir.Shape(["batch_size", "sequence_length"]),
+        ir.Shape(["batch_size", "total_sequence_length"]),
+    )
+    _compute_positions(trace, graph, ids, mask, positions)
+
+
+def _compute_positions(trace: Trace, graph: GraphWriter, ids: ir.Value, mask: ir.Value, positions: ir.Value) -> None:
+    one, zero = graph.constant("one", int64(1)), graph.constant("zero", int64(0))
+    count = graph.op("CumSum", [mask, graph.constant("axis_one", np.array(1, np.int64))], "count")
+    slots = graph.op("Max", [graph.op("Sub", [count, one], "count_before"), zero], "count_positive")
+    total = graph.op("Gather", [graph.op("Shape", [mask], "mask_shape"), one], "total")
+    length = graph.op("Gather", [graph.op("Shape", [ids], "input_shape"), one], "length")
+    begin = graph.op("Sub", [total, length], "begin")
+    found = graph.op("Slice", [slots, begin, total, one], "computed_positions")
+    found.shape, found.type = positions.shape, positions.type
+    traced = trace.model.graph
+    traced.insert_before(traced[0], graph.take_nodes())
+    positions.replace_all_uses_with(found)
+    traced.inputs.remove(positions)
+    found.name = "position_ids"

@@ -1,0 +1,57 @@
+"""Plain products get their weights.
+
+1. `Linear(x)` → `MatMul` with the transposed matrix of the module, or `MatMulNBits` where the twin has quantized it.
+2. Where the module has a bias → `Add` after it.
+3. Matrices that lie in the checkpoint as several tensors, or as rows of one, become one matrix.
+
+Left alone: products of other modules, as of a router: the trace has them with their weights, in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+import torch
+from dense2moe.export.config import OnnxConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.linear import add_linear
+from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.tracing.parameters import Rows
+from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
+from dense2moe.export.tracing.tracer import Trace
+
+
+def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, config: OnnxConfig) -> None:
+    """Replace every `Linear`."""
+    seen: set[str] = set()
+    for marker, name in find_markers(trace, "Linear"):
+        if name in seen:
+            raise ExportError(f"{name} is used twice in one forward; the traced road takes every matrix once")
+        seen.add(name)
+        (x,) = marker.inputs
+        assert x is not None
+        y = add_linear(
+            graph,
+            x,
+            weights_of(trace, twin, f"{name}.weight"),
+            name,
+            config.bits_of("head" if name.endswith("lm_head") else "attention"),
+        )
+        if f"{name}.bias" in trace.located:
+            y = graph.op(
+                "Add", [y, _add_bias(graph, twin, f"{name}.bias", trace.located[f"{name}.bias"])], f"{name}.biased"
+            )
+        replace_marker(trace, marker, graph, y)
+
+
+def _add_bias(graph: GraphWriter, twin: Twin, name: str, pieces: Sequence[Rows]) -> ir.Value:
+    """A vector of elements of the checkpoint, float32."""
+
+    def read() -> torch.Tensor:
+        return torch.cat(
+            [twin.checkpoint.read_rows(piece.name, piece.start, piece.stop).to(torch.float32) for piece in pieces]
+        )
+
+    return graph.weight(name, ir.DataType.FLOAT, (sum(piece.stop - piece.start for piece in pieces),), read)

@@ -1,0 +1,40 @@
+"""Markers of a traced graph: found, and replaced by nodes that compute what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import onnx_ir as ir
+from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.quantization.twin import Twin, Weight
+from dense2moe.export.tracing.parameters import Rows
+from dense2moe.export.tracing.tracer import DOMAIN, Trace
+
+
+def find_markers(trace: Trace, op_type: str) -> Iterator[tuple[ir.Node, str]]:
+    """The markers of one kind, each with the name of what it stands for."""
+    for node in list(trace.model.graph):
+        if node.domain == DOMAIN and node.op_type == op_type:
+            yield node, node.attributes["name"].as_string()
+
+
+def replace_marker(trace: Trace, marker: ir.Node, graph: GraphWriter, value: ir.Value) -> None:
+    """Put the nodes that `graph` has written, the last of which computes `value`, in the marker's place."""
+    (old,) = marker.outputs
+    value.shape, value.type = old.shape, old.type
+    trace.model.graph.insert_before(marker, graph.take_nodes())
+    old.replace_all_uses_with(value, replace_graph_outputs=True)
+    trace.model.graph.remove(marker, safe=True)
+
+
+def weights_of(trace: Trace, twin: Twin, parameter: str, start: int = 0, stop: int | None = None) -> tuple[Weight, ...]:
+    """Rows of a parameter in the twin, in as many pieces as they lie there."""
+    found, begin = [], 0
+    for piece in trace.located[parameter]:
+        end = begin + piece.stop - piece.start
+        first, last = max(start, begin), end if stop is None else min(stop, end)
+        if first < last:
+            own = Rows(piece.name, piece.start + first - begin, piece.start + last - begin)
+            found.append(twin.weight(own.name, (own.start, own.stop)))
+        begin = end
+    return tuple(found)

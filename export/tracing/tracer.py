@@ -1,0 +1,298 @@
+"""Any mixture-of-experts decoder of transformers as a graph, with markers where its large weights are.
+
+transformers' exporter follows the model's own forward, so whatever a family does between its matrices is right by
+construction: its attention, its norms, how its router chooses. What holds weights is not followed. Before the trace,
+plain products, the embedding and the modules of experts are made to answer with one node of a domain of ours each,
+which the exporter keeps as it is:
+
+    Embedding(input_ids) → rows          Linear(x) → x W^T + b
+    Experts(x [T, H], weights [T, k], chosen [T, k]) → mixed [T, H]
+    Tap(x) → x, and the same with the router logits: values that keep a name
+
+The passes replace them. So no expert is unrolled and recognized again, a trace of a large model needs no weights and
+takes as long as that of a small one, and its weights come from the twin, quantized or not, one at a time when the file
+is written. Names of modules are the nodes' attributes: nothing is guessed from the shape of a graph. What stays in the
+trace as it is: norms, routers, rotary frequencies.
+
+A cache grows by concatenation: layers with a window keep all keys too, and mask them.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import onnx_ir as ir
+import torch
+import torch.nn.functional as F
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.ffn_gate import Activation
+from dense2moe.export.quantization.twin import FloatWeight, Twin
+from dense2moe.export.runtime.decoder import HIDDEN, ROUTER_LOGITS
+from dense2moe.export.tracing.parameters import Rows, empty_model, find_routers, locate_parameters
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations import moe as transformers_moe
+
+DOMAIN = "dense2moe"
+OPSET = 20
+_BATCH, _PAST, _NEW = 2, 5, 3  # sizes of the traced example: all different, none of them 0 or 1
+
+
+@dataclass(frozen=True)
+class ExpertsModule:
+    """A module of experts.
+
+    The layer it stands in, and what it computes; its matrices are `gate_up_proj` [E, 2I, H] and `down_proj` [E, H, I].
+    """
+
+    layer: int
+    num_experts: int
+    num_experts_per_tok: int
+    hidden_size: int
+    intermediate_size: int
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A graph with markers; where in the checkpoint the rows of every parameter are.
+
+    And the modules of experts by name.
+    """
+
+    model: ir.Model
+    located: Mapping[str, tuple[Rows, ...]]
+    experts: Mapping[str, ExpertsModule]
+    num_layers: int
+
+
+def trace_decoder(twin: Twin) -> Trace:
+    """Trace the decoder of a twin, one graph for prefill and decode.
+
+    Raises:
+        ExportError: onnxscript is not there, the exporter fails, or the model has what this road does not know.
+    """
+    config = twin.checkpoint.config
+    model = empty_model(config)
+    located = locate_parameters(model, {name: entry.shape for name, entry in twin.checkpoint.entries.items()})
+    experts = _mark(model)
+    _fill(model, located, twin)
+    rotary: Any
+    for rotary in model.modules():
+        if getattr(rotary, "rope_type", None) == "dynamic":
+            rotary.rope_type = "default"  # its frequencies change beyond the context only, where a package ends
+    with _silence():
+        graph = _export(model)
+    return Trace(graph, located, experts, len(model.get_decoder().layers))
+
+
+def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
+    """Replace the forward of every module with large weights by a marker, and drop its weights."""
+    layers = model.get_decoder().layers
+    layer_of = {id(module): n for n, layer in enumerate(layers) for module in layer.modules()}
+    found: dict[str, ExpertsModule] = {}
+    logits: dict[str, torch.Tensor] = {}  # by experts' module, what its router has just said
+    for parent, router in find_routers(model).items():
+        router.register_forward_hook(
+            lambda _module, _inputs, output, key=f"{parent}.experts": logits.update({key: _first(output)})
+        )
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            _answer(module, _linear_marker(name, module.out_features))
+        elif module is model.get_input_embeddings() and type(module) is nn.Embedding:
+            _answer(module, _embedding_marker(name, module.embedding_dim))
+        elif hasattr(module, "is_transposed"):
+            found[name] = _describe(name, module, layer_of.get(id(module), -1), model.config)
+            _answer(module, _experts_marker(name, found[name], logits))
+    for n, layer in enumerate(layers):
+        layer.register_forward_hook(lambda _module, _inputs, output, name=f"{HIDDEN}{n}": _tap(name, output))
+    if not found:
+        raise ExportError(
+            f"config.json: model_type {model.config.model_type} has no module of experts that transformers marks as one"
+        )
+    return found
+
+
+def _answer(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
+    for name in list(module._parameters):
+        module._parameters.pop(name)
+    module.forward = forward
+
+
+def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
+    """What the experts compute, where the lowerings can express it."""
+    plain = module._apply_gate.__func__ is transformers_moe._default_apply_gate if module.has_gate else False
+    wrong = {
+        "no gate": not module.has_gate,
+        "a gate of their own": not plain,
+        "biases": module.has_bias,
+        "transposed weights": module.is_transposed,
+        "interleaved weights": not module.is_concatenated,
+        "a norm after them": module.has_post_expert_norm,
+        "no layer": layer < 0,
+    }
+    refused = next((what for what, is_so in wrong.items() if is_so), None)
+    function = getattr(module, "act_fn", None)
+    activation = _find_activation(function)
+    if refused is None and activation is None:
+        refused = f"the activation {type(function).__name__}"
+    if refused is None and not hasattr(config, "num_experts_per_tok"):
+        refused = "no num_experts_per_tok in their config"
+    if refused is not None or activation is None:
+        known = ", ".join(get_args(Activation))
+        raise ExportError(
+            f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings know plain gated ones "
+            f"of {known}"
+        )
+    num_experts, double, hidden = module.gate_up_proj.shape
+    return ExpertsModule(layer, num_experts, int(config.num_experts_per_tok), hidden, double // 2, activation)
+
+
+def _find_activation(function: object) -> Activation | None:
+    if function is F.silu:
+        return "silu"
+    known: tuple[Activation, ...] = get_args(Activation)
+    return next((activation for activation in known if type(function) is type(ACT2FN[activation])), None)
+
+
+def _symbolic(
+    op: str, inputs: list[torch.Tensor], name: str, like: torch.Tensor, shape: tuple[int | torch.SymInt, ...]
+) -> torch.Tensor:
+    found: torch.Tensor = torch.onnx.ops.symbolic(
+        f"{DOMAIN}::{op}", inputs, {"name": name}, dtype=like.dtype, shape=shape, version=1
+    )
+    return found
+
+
+def _linear_marker(name: str, width: int) -> Callable[..., torch.Tensor]:
+    return lambda x: _symbolic("Linear", [x], name, x, (*x.shape[:-1], width))
+
+
+def _embedding_marker(name: str, width: int) -> Callable[..., torch.Tensor]:
+    return lambda ids: _symbolic("Embedding", [ids], name, torch.empty(0), (*ids.shape, width))
+
+
+def _experts_marker(name: str, module: ExpertsModule, logits: dict[str, torch.Tensor]) -> Callable[..., torch.Tensor]:
+    k = module.num_experts_per_tok
+    wrong = (
+        f"{name}: a token visits {{}} experts, and config.json says num_experts_per_tok {k}; both must be one number"
+    )
+
+    def forward(hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        if top_k_index.shape[-1] != k:
+            raise ExportError(wrong.format(top_k_index.shape[-1]))
+        x = hidden_states.reshape(-1, module.hidden_size)
+        inputs = [x, top_k_weights.reshape(-1, k).to(x.dtype), top_k_index.reshape(-1, k).to(torch.int64)]
+        said = logits.pop(name, None)
+        if said is not None and said.shape[-1] == module.num_experts:
+            inputs.append(_tap(f"{ROUTER_LOGITS}{module.layer}", said.reshape(-1, module.num_experts).to(x.dtype)))
+        return _symbolic("Experts", inputs, name, x, tuple(x.shape)).reshape(hidden_states.shape)
+
+    return forward
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _tap(name: str, output: Any) -> Any:
+    """The output of a module, its (first) tensor under a name of its own."""
+    if isinstance(output, tuple):
+        return (_tap(name, output[0]), *output[1:])
+    return _symbolic("Tap", [output], name, output, tuple(output.shape))
+
+
+def _fill(model: PreTrainedModel, located: Mapping[str, tuple[Rows, ...]], twin: Twin) -> None:
+    """Give the parameters and buffers that are left their values: small ones, in float32."""
+    for name, value in model.state_dict(keep_vars=True).items():
+        tensors = []
+        for piece in located[name]:
+            entry = twin.checkpoint.entries[piece.name]
+            whole = (
+                twin.checkpoint.read(piece.name).flatten()
+                if len(entry.shape) < 2
+                else FloatWeight(entry, (piece.start, piece.stop)).read()
+            )
+            tensors.append(whole[piece.start : piece.stop] if len(entry.shape) < 2 else whole)
+        read = torch.cat(tensors).reshape(value.shape).to(value.dtype)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        kept = nn.Parameter(read, requires_grad=False) if isinstance(value, nn.Parameter) else read
+        setattr(owner, name.rpartition(".")[2], kept)
+
+
+def _export(model: PreTrainedModel) -> ir.Model:
+    try:
+        from transformers.exporters.configs import OnnxConfig  # onnxscript is an extra: only this road needs it
+        from transformers.exporters.exporter_onnx import OnnxExporter
+
+        exporter = OnnxExporter()
+    except ImportError as error:
+        raise ExportError(
+            f"tracing {model.config.model_type} needs another package ({error}); install the [trace] extra"
+        ) from error
+    dynamic = torch.export.Dim.DYNAMIC
+    try:
+        past = _empty_past(model)
+        inputs: dict[str, Any] = {
+            "input_ids": torch.ones(_BATCH, _NEW, dtype=torch.int64),
+            "attention_mask": torch.ones(_BATCH, _PAST + _NEW, dtype=torch.int64),
+            "position_ids": torch.arange(_PAST, _PAST + _NEW).repeat(_BATCH, 1),
+            "past_key_values": past,
+        }
+        shapes = {
+            **{name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")},
+            "past_key_values": [{0: dynamic, 2: dynamic}] * (2 * len(past.layers)),
+        }
+        exported = exporter.export(model, inputs, config=OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET))
+    except ExportError:
+        raise
+    except (
+        Exception
+    ) as error:  # of many kinds: whatever the exporter, torch and onnxscript raise for what they cannot follow
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise ExportError(
+            f"config.json: model_type {model.config.model_type} cannot be traced by transformers' exporter ({reason})"
+        ) from error
+    graph: ir.Model = exported.program
+    return graph
+
+
+def _empty_past(model: PreTrainedModel) -> DynamicCache:
+    """A cache of zeros, of the shapes that the model's own layers write."""
+    with torch.no_grad():
+        written = model(input_ids=torch.ones(_BATCH, _NEW, dtype=torch.int64), use_cache=True).past_key_values
+    layers = getattr(written, "layers", ())
+    strange = next(
+        (type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer) or layer.keys is None), None
+    )
+    if not layers or strange:
+        raise ExportError(
+            f"config.json: model_type {model.config.model_type} keeps a cache of {strange or type(written).__name__}; "
+            "a traced decoder has keys and values in every layer"
+        )
+    past = DynamicCache()
+    for n, layer in enumerate(layers):
+        shapes = [(_BATCH, value.shape[1], _PAST, value.shape[3]) for value in (layer.keys, layer.values)]
+        past.update(torch.zeros(shapes[0]), torch.zeros(shapes[1]), n)
+    return past
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """The exporter reports to the terminal; what matters it raises."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)

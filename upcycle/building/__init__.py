@@ -1,0 +1,1 @@
+"""From dense weights to experts: the plan, the surgery, the receipt."""

@@ -1,0 +1,223 @@
+"""Surgery: a dense checkpoint in, a mixture of experts out, a piece of a tensor at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import assert_never
+
+import torch
+from dense2moe.upcycle.building.experts import (
+    Moments,
+    add_noise,
+    choose_neurons,
+    measure_moments,
+    redraw_neurons,
+    seeded_generator,
+)
+from dense2moe.upcycle.building.plan import (
+    ExpertPart,
+    Keep,
+    Piece,
+    RouterRows,
+    SelectionBias,
+    Slice,
+    UpcyclePlan,
+    Write,
+    Zeros,
+    plan_upcycle,
+)
+from dense2moe.upcycle.checkpoints.config_files import save_config
+from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, copy_companions, open_checkpoint, read_chunks
+from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
+from dense2moe.upcycle.config import UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.gates.start import draw_router
+from dense2moe.upcycle.models.dense import AddOne, MultiplyByRootOfWidth
+from dense2moe.upcycle.progress import Progress
+
+GivenRouters = Mapping[int, torch.Tensor]
+"""Router rows read from hidden states, float32 [rows, hidden] for each FFN that becomes experts, by its number."""
+
+
+def upcycle(
+    source: Path,
+    output: Path,
+    config: UpcycleConfig,
+    seed: int,
+    progress: Progress,
+    routers: GivenRouters | None = None,
+) -> UpcyclePlan:
+    """Write the mixture of experts of the checkpoint in `source` into the empty directory `output`.
+
+    Returns the plan that was carried out. `routers` are the rows of routers that are not drawn. Memory does not grow
+    with the model: what changes nothing is copied by the kernel, and the rest passes in chunks of a few million
+    weights.
+
+    Raises:
+        UpcycleError: the source cannot be upcycled (nothing is written then).
+        OSError: the disk is full or not writable.
+    """
+    checkpoint = open_checkpoint(source)
+    plan = plan_upcycle(checkpoint, config)
+    surgeon = _Surgeon(checkpoint, plan, seed, routers or {})
+    save_config(plan.target_config, output)
+    copy_companions(source, output)
+    specs = [write.spec for write in plan.writes]
+    contents = ((write.spec.name, surgeon.make(write)) for write in plan.writes)
+    write_tensors(
+        output, specs, contents, config.shard_bytes, report=lambda done, total: progress("writing tensors", done, total)
+    )
+    return plan
+
+
+class _Surgeon:
+    """Makes the contents of target tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, plan: UpcyclePlan, seed: int, routers: GivenRouters) -> None:
+        self.checkpoint, self.config, self.seed, self.routers = checkpoint, plan.settings, seed, routers
+        kept = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep)]
+        self._folds = {piece.rows.source: piece.fold for piece in kept if piece.fold is not None}
+        self._moments: dict[Slice, Moments] = {}
+
+    def make(self, write: Write) -> Iterator[Content]:
+        """The contents of one target tensor, in the order of its bytes."""
+        for number, piece in enumerate(write.pieces):
+            key = f"{write.spec.name}.{number}" if len(write.pieces) > 1 else write.spec.name
+            yield from self._make_piece(piece, write, key)
+
+    def _make_piece(self, piece: Piece, write: Write, key: str) -> Iterator[Content]:
+        dtype = write.spec.dtype
+        match piece:
+            case Keep(rows=rows, fold=None):
+                yield self._span(rows)
+            case Keep(rows=rows):
+                for chunk in self._chunks(rows):
+                    yield self._fold(chunk.to(torch.float32), piece, write).to(dtype)
+            case ExpertPart():
+                yield from self._make_part(piece, dtype, key)
+            case Zeros(num_elements=count) | SelectionBias(num_elements=count):
+                for start in range(0, count, 1 << 22):
+                    yield torch.zeros(min(1 << 22, count - start), dtype=dtype)
+            case RouterRows():
+                yield self._make_router(piece, write.spec.shape[1], key).to(dtype)
+            case _:
+                assert_never(piece)
+
+    def _fold(self, weight: torch.Tensor, piece: Keep, write: Write) -> torch.Tensor:
+        match piece.fold:
+            case AddOne():
+                return weight + 1.0
+            case MultiplyByRootOfWidth():
+                return weight * float(write.spec.shape[-1] ** 0.5)
+            case None:
+                return weight
+
+    def _make_part(self, part: ExpertPart, dtype: torch.dtype, key: str) -> Iterator[Content]:
+        matrix, (first, last) = part.matrix, part.neurons
+        stored = DTYPES[self.checkpoint.entries[matrix.source].dtype]
+        changed = part.drop > 0 or part.noise > 0 or part.scale != 1.0 or stored != dtype
+        whole = part.neuron_axis == 0 or (first, last) == (0, self._width(matrix))
+        rows = Slice(matrix.source, matrix.start + first, matrix.start + last) if part.neuron_axis == 0 else matrix
+        if not changed and whole:
+            yield self._span(rows)
+            return
+        moments = self._measure(matrix) if part.drop > 0 or part.noise > 0 else Moments(0.0, 0.0)
+        mask = choose_neurons(part.num_neurons, part.drop, seeded_generator(self.seed, f"neurons {part.expert}"))
+        generator = seeded_generator(self.seed, key)
+        position = 0
+        for chunk in self._chunks(rows):
+            here = mask
+            if part.neuron_axis == 0:
+                here = mask[position : position + len(chunk)]
+                position += len(chunk)
+            else:
+                chunk = chunk[:, first:last]
+            yield self._alter(part, chunk, here, moments, generator).to(dtype)
+
+    def _alter(
+        self, part: ExpertPart, chunk: torch.Tensor, mask: torch.Tensor, moments: Moments, generator: torch.Generator
+    ) -> torch.Tensor:
+        """A chunk as the expert has it, float32.
+
+        A function of its own, so that nothing it makes is held while the next chunk is read.
+        """
+        exact = redraw_neurons(chunk.to(torch.float32), mask, part.neuron_axis, moments, generator)
+        exact = add_noise(exact, part.noise, moments.std, generator)
+        return exact * part.scale if part.scale != 1.0 else exact
+
+    def _make_router(self, router: RouterRows, hidden_size: int, key: str) -> torch.Tensor:
+        if router.site in self.routers:
+            rows = self.routers[router.site]
+            assert rows.shape == (router.num_rows, hidden_size)
+        else:
+            std, generator = self.config.router.logit_std, seeded_generator(self.seed, key)
+            rows = draw_router(router.num_rows, hidden_size, self._input_length(router), std, generator)
+        return rows.repeat_interleave(router.repeat, dim=0)
+
+    def _input_length(self, router: RouterRows) -> float:
+        """Root of the mean squared length of what the router reads.
+
+        Taking the parts of a residual stream as independent.
+        """
+        squares = sum(self._row_square(name) for name in router.norms)
+        if router.embedding is not None:
+            squares += self._row_square(router.embedding)
+        return math.sqrt(squares)
+
+    def _row_square(self, name: str) -> float:
+        """Mean squared length of the rows of a matrix, the squared length of a vector; of a norm, as it multiplies."""
+        entry = self.checkpoint.entries[name]
+        moments = self._measure(Slice(name, 0, entry.shape[0]))
+        mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
+        return (mean**2 + moments.std**2) * entry.shape[-1]
+
+    def _measure(self, matrix: Slice) -> Moments:
+        if matrix not in self._moments:
+            self._moments[matrix] = measure_moments(self._chunks(matrix))
+        return self._moments[matrix]
+
+    def _width(self, matrix: Slice) -> int:
+        return self.checkpoint.entries[matrix.source].shape[1]
+
+    def _chunks(self, rows: Slice) -> Iterator[torch.Tensor]:
+        return read_chunks(self.checkpoint.entries[rows.source], rows.start, rows.stop)
+
+    def _span(self, rows: Slice) -> Span:
+        entry = self.checkpoint.entries[rows.source]
+        row_bytes = entry.num_bytes // entry.shape[0]
+        return Span(entry.file, entry.start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
+
+
+def check_written(
+    source: Path, output: Path, plan: UpcyclePlan, seed: int, progress: Progress, routers: GivenRouters | None = None
+) -> int:
+    """Make every tensor of `plan` once more and compare it with what is on the disk, bit by bit.
+
+    Returns how many there are.
+    The logits of a router show only the experts that it chooses; this shows all of them.
+
+    Raises:
+        UpcycleError: a tensor on disk is not the one that was written.
+    """
+    surgeon = _Surgeon(open_checkpoint(source), plan, seed, routers or {})
+    written = open_checkpoint(output)
+    for number, write in enumerate(plan.writes, 1):
+        entry = written.entries[write.spec.name]
+        position = entry.start
+        for content in surgeon.make(write):
+            for expected in (
+                read_span(content)
+                if isinstance(content, Span)
+                else (content.contiguous().reshape(-1).view(torch.uint8),)
+            ):
+                found = torch.cat([*read_span(Span(entry.file, position, expected.numel())), expected[:0]])
+                if not torch.equal(found, expected):
+                    raise UpcycleError(
+                        f"{output}: tensor '{write.spec.name}' on disk is not what was written there; check the disk "
+                        "and run again"
+                    )
+                position += expected.numel()
+        progress("reading tensors back", number, len(plan.writes))
+    return len(plan.writes)

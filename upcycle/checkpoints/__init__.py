@@ -1,0 +1,1 @@
+"""Weights on disk: readers, writers, layers one at a time, whole models."""

@@ -1,0 +1,178 @@
+"""Frozen weights in the dtype that they are stored in, computed with in float32.
+
+What does not learn needs no float32 copy: every bfloat16 and every float16 number is a float32 number, so a matrix that
+is cast where it is multiplied gives, bit for bit, what a float32 copy of it gives. The cast matrix lives as long as its
+product: autograd keeps the narrow one, and casts it again in the backward pass. Under autocast, products are what
+autocast makes of them. Vectors (norms, biases) and routers are next to nothing, and are float32 like what learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from dense2moe.upcycle.building.receipt import load_model, router_modules
+from dense2moe.upcycle.checkpoints.products import product
+from dense2moe.upcycle.checkpoints.reader import DTYPES, open_checkpoint
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.memory import give_heap_back
+from dense2moe.upcycle.training.expert_forward import LOW_RANK, use_sorted_experts
+from torch import nn
+from transformers import PreTrainedModel
+
+_SELECTION_BIAS = "e_score_correction_bias"  # is float32 wherever it is
+_SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside it is rounded to the dtype of loading
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype that holds every tensor of a checkpoint: their own, or float32 where they differ."""
+    entries = open_checkpoint(directory).entries
+    found = {entry.dtype for name, entry in entries.items() if not name.endswith(_SELECTION_BIAS)}
+    return DTYPES[found.pop()] if len(found) == 1 and found <= DTYPES.keys() else torch.float32
+
+
+def load_frozen(directory: Path) -> PreTrainedModel:
+    """A checkpoint whose weights are as stored and whose arithmetic is float32; nothing in it learns."""
+    model = load_stored(directory)
+    compute_wide(model)
+    return model
+
+
+def load_stored(directory: Path) -> PreTrainedModel:
+    """A checkpoint in the dtype that it is stored in."""
+    return load_model(directory, stored_dtype(directory))
+
+
+def compute_wide(model: PreTrainedModel) -> None:
+    """Let the arithmetic of a model be float32, whatever its weights are stored in; nothing in it learns."""
+    model.requires_grad_(False)
+    keep_narrow(model)
+    if next(router_modules(model), None) is not None:
+        use_sorted_experts(model)
+
+
+def keep_narrow(model: PreTrainedModel) -> None:
+    """Make a model compute in float32 (or as autocast says) with matrices that stay as narrow as they are.
+
+    All else of it becomes float32.
+    """
+    narrow = {
+        id(parameter)
+        for parameter in _matrices(model)
+        if not parameter.requires_grad and parameter.dtype != torch.float32
+    }
+    for parameter in model.parameters():
+        if id(parameter) not in narrow:
+            parameter.data = parameter.data.to(torch.float32)
+    use_narrow(model)
+
+
+def use_narrow(model: PreTrainedModel) -> None:
+    """Let the modules whose matrices are narrower than float32 cast them where they use them."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
+            module.__class__ = _narrow_class(cast(Any, type(module)), _multiply)
+        elif _is_look_up(module) and cast(Any, module).weight.dtype != torch.float32:
+            module.__class__ = _narrow_class(cast(Any, type(module)), _look_up)
+
+
+@cache
+def _narrow_class(kind: Any, forward: Any) -> Any:
+    """A class of modules with another forward pass.
+
+    A function on the module itself would be a cycle, and keep a model until garbage is collected.
+    """
+    return type(f"Narrow{kind.__name__}", (kind,), {"forward": forward})
+
+
+def _matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
+    """What a product or a look-up alone reads: weights of linear layers, embeddings, stacked experts; not routers."""
+    routers = {id(parameter) for router in router_modules(model) for parameter in router.parameters()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            plain = (isinstance(module, nn.Linear) or _is_look_up(module)) and parameter.ndim == 2
+            if (plain or parameter.ndim == 3) and id(parameter) not in routers:
+                yield parameter
+
+
+def use_low_rank(model: nn.Module) -> None:
+    """Let stacked experts that peft gave low-rank updates compute with the two factors.
+
+    peft itself makes a sum as large as all experts of a layer, in the dtype of the frozen ones, where a small update is
+    lost.
+    """
+    for module in model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
+            wrapper: Any = module
+            experts = wrapper.get_base_layer()
+            experts.__dict__.setdefault(LOW_RANK, {})[wrapper.parameter_name] = partial(_factors, wrapper)
+            wrapper.forward = partial(_pass_on, wrapper)
+
+
+def _factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """The factors [experts, rank, in] and [experts, out, rank] of a stack [experts, out, in], and their scale.
+
+    As peft lays them out.
+    """
+    (adapter,) = wrapper.lora_A
+    first, second = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
+    num_experts, rows, columns = wrapper.get_param().shape
+    assert (first.shape[1], second.shape[0]) == (columns, rows)
+    return (
+        first.reshape(num_experts, -1, columns),
+        second.reshape(rows, -1, num_experts).permute(2, 0, 1),
+        wrapper.scaling[adapter],
+    )
+
+
+def _pass_on(wrapper: Any, *arguments: Any, **keywords: Any) -> Any:
+    return wrapper.base_layer(*arguments, **keywords)
+
+
+def merge_low_rank(model: nn.Module, dtype: torch.dtype) -> None:
+    """Add every low-rank update to its matrix in float32, one matrix after the other, and round the sum to `dtype`."""
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            layer: Any = module
+            base = layer.get_base_layer()
+            base.__dict__.pop(LOW_RANK, None)
+            matrix = layer.get_param() if hasattr(layer, "parameter_name") else base.weight
+            matrix.data = matrix.data.to(torch.float32)
+            (adapter,) = layer.lora_A
+            matrix.data = (matrix.data + layer.get_delta_weight(adapter).detach()).to(dtype)
+            layer.lora_B[adapter].weight.data.zero_()  # what is left for peft to merge
+            give_heap_back()
+
+
+def narrow(model: PreTrainedModel, dtype: torch.dtype, where: str) -> None:
+    """Round every weight to `dtype`, to be written.
+
+    Raises:
+        UpcycleError: a weight is beyond its range.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtype)
+        if dtype == torch.float16 and parameter.device.type != "meta" and not torch.isfinite(parameter).all():
+            raise UpcycleError(
+                f"finetune: '{name}' of {where} has grown beyond float16, the dtype of the source; set "
+                "finetune.dtype to 'float32'"
+            )
+
+
+def _multiply(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    found = product(x, module.weight)
+    return found if module.bias is None else found + module.bias.to(found.dtype)
+
+
+def _is_look_up(module: nn.Module) -> bool:
+    """Whether a module is an embedding, or one of transformers that multiplies what it finds by a number."""
+    return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, _SCALE))
+
+
+def _look_up(module: nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    found = F.embedding(ids, module.weight, module.padding_idx).to(torch.float32)
+    return found * getattr(module, _SCALE) if hasattr(module, _SCALE) else found

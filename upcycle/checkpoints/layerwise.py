@@ -1,0 +1,244 @@
+"""One decoder layer of a checkpoint at a time, run by plain transformers.
+
+A model too large to be held is run layer after layer: each is built as a model of one layer of the same class, from the
+tensors of that layer alone, with the embedding and the final norm taken out of it. These two, and the head, are built
+as models of no layer. Memory is one layer, or the head's matrix, and the hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from dense2moe.upcycle.checkpoints.loading import refuse_incomplete
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.memory import give_heap_back
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+_BLOCKS = "model.layers.{layer}."
+_EMBEDDING = "model.embed_tokens.weight"
+_NORM = "model.norm.weight"
+_HEAD = "lm_head.weight"
+
+
+def load_layer(
+    checkpoint: Checkpoint, layer: int, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """A model of one layer, `layer` of the checkpoint, in `dtype`.
+
+    `inputs_embeds` in, hidden states after the layer out; experts run `eager`.
+    Tensors in `replaced`, by their names in the checkpoint, stand in for its own.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    give_heap_back()  # what the layer before left there does not fit this one
+    config = _config_of_layer(checkpoint.config, layer)
+    prefix = _BLOCKS.format(layer=layer)
+    other = replaced or {}
+    state = {
+        name.replace(prefix, "layers.0.", 1): other[name] if name in other else checkpoint.read(name)
+        for name in checkpoint.entries
+        if name.startswith(prefix)
+    }
+    state["embed_tokens.weight"] = torch.zeros(1, config.hidden_size)
+    state["norm.weight"] = torch.zeros(config.hidden_size)
+    with warnings.catch_warnings():
+        # a shared expert of width 0
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+        model, info = _model_class(config).from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+        )
+    refuse_incomplete(
+        info,
+        f"{checkpoint.directory}: layer {layer}",
+        lambda name: f"model.{name}".replace("model.layers.0.", prefix, 1),
+    )
+    model.norm = torch.nn.Identity()
+    if any(hasattr(module, "experts") for module in model.modules()):
+        model.set_experts_implementation("eager")
+    return cast(PreTrainedModel, model.eval())
+
+
+def _name_in_decoder(name: str) -> str:
+    """What a tensor of the base model is called in the whole decoder, and in its files."""
+    return f"model.{name}"
+
+
+def _model_class(config: Any) -> Any:
+    return AutoModel._model_mapping[type(config)]
+
+
+def _config_of_layer(config: Any, layer: int) -> Any:
+    """The config of a model that is this one layer."""
+    one = copy.deepcopy(config)
+    one.num_hidden_layers = 1
+    one.vocab_size = 1
+    one.pad_token_id = None
+    if getattr(one, "layer_types", None):
+        one.layer_types = [config.layer_types[layer]]
+    if hasattr(one, "mlp_only_layers"):
+        one.mlp_only_layers = [0] if layer in config.mlp_only_layers else []
+    if hasattr(one, "first_k_dense_replace"):
+        one.first_k_dense_replace = int(layer < config.first_k_dense_replace)
+    if hasattr(one, "embedding_multiplier"):
+        one.embedding_multiplier = 1.0  # what comes in is hidden states, multiplied already
+    return one
+
+
+def _config_without_layers(config: Any) -> Any:
+    """The config of a model that has no layer."""
+    none = copy.deepcopy(config)
+    none.num_hidden_layers = 0
+    none.pad_token_id = None
+    for name in ("layer_types", "mlp_only_layers"):
+        if getattr(none, name, None):
+            setattr(none, name, [])
+    return none
+
+
+@torch.no_grad()
+def embed(
+    checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """What the first layer reads, [B, S, H] in `dtype`, for token ids [B, S].
+
+    A model of the ids' own rows of the embedding, and no layer.
+    An embedding in `replaced`, by its name in the checkpoint, stands in for its own.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    rows, places = ids.unique(return_inverse=True)
+    config = _config_without_layers(checkpoint.config)
+    config.vocab_size = len(rows)
+    if replaced is not None and _EMBEDDING in replaced:
+        table = replaced[_EMBEDDING][rows]
+    else:
+        table = torch.cat([checkpoint.read_rows(_EMBEDDING, int(row), int(row) + 1) for row in rows])
+    state = {"embed_tokens.weight": table, "norm.weight": torch.zeros(config.hidden_size)}
+    model, info = _model_class(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    refuse_incomplete(info, f"{checkpoint.directory}: embedding", _name_in_decoder)
+    states = model.embed_tokens(places)
+    return cast(torch.Tensor, states * getattr(config, "embedding_multiplier", 1.0))
+
+
+@torch.no_grad()
+def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the head reads, [tokens, H] in `dtype`, of the last layer's states [tokens, H].
+
+    A model of the final norm, and no layer.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    config = _config_without_layers(checkpoint.config)
+    config.vocab_size = 1
+    state = {"embed_tokens.weight": torch.zeros(1, config.hidden_size), "norm.weight": checkpoint.read(_NORM)}
+    model, info = _model_class(config).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    refuse_incomplete(info, f"{checkpoint.directory}: final norm", _name_in_decoder)
+    return cast(torch.Tensor, model.norm(states))
+
+
+@torch.no_grad()
+def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Logits [tokens, vocabulary] in `dtype` of the last layer's states [tokens, H].
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    return cast(torch.Tensor, load_head(checkpoint, dtype)(inputs_embeds=states[None], use_cache=False).logits[0])
+
+
+def load_head(
+    checkpoint: Checkpoint, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """A model of the final norm and the head, and no layer, in `dtype`.
+
+    The last layer's states as `inputs_embeds` in, `logits` out. Tensors in `replaced`, by their names in the
+    checkpoint, stand in for its own. Without them, where config.json ties a head that is stored as well, transformers
+    is given both matrices and decides whether it ties them.
+
+    Raises:
+        UpcycleError: transformers finds weights missing, left over or of another shape.
+    """
+    config = _config_without_layers(checkpoint.config)
+    if hasattr(config, "embedding_multiplier"):
+        config.embedding_multiplier = 1.0  # what comes in is hidden states
+    other = replaced or {}
+    if not other and _HEAD in checkpoint.entries and (config.tie_word_embeddings or checkpoint.untied):
+        stored = {name: name for name in (_NORM, _EMBEDDING, _HEAD)}
+    else:
+        # The head is given as a tied one, in the embedding's place, whether it is or not: its matrix is held once, and
+        # no embedding beside it.
+        stored = {_NORM: _NORM, _EMBEDDING: _EMBEDDING if config.tie_word_embeddings else _HEAD}
+    config.tie_word_embeddings = True
+    state = {
+        name: other[source] if source in other else checkpoint.read(source)
+        for name, source in stored.items()
+        if source in checkpoint.entries
+    }
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    model, info = model_class.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+    )
+    named = stored | {_HEAD: stored.get(_HEAD, stored[_EMBEDDING])}
+    refuse_incomplete(info, f"{checkpoint.directory}: head", lambda name: named.get(name, name))
+    return cast(PreTrainedModel, model.eval())
+
+
+@torch.no_grad()
+def run_layers(
+    checkpoint: Checkpoint,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    dtype: torch.dtype,
+    ffn_module: str,
+    batch_rows: int = 8,
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Run a dense decoder on token ids and mask [B, S], layer by layer.
+
+    Yields the layer's number, what it read, what its FFN read and what it gave, each [B, S, H]. `ffn_module` is the
+    FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at once.
+    """
+    states = embed(checkpoint, ids, dtype)
+    for layer in range(checkpoint.config.num_hidden_layers):
+        model = load_layer(checkpoint, layer, dtype)
+        read: list[torch.Tensor] = []
+        module = model.get_submodule(ffn_module.format(layer=0))
+        module.register_forward_pre_hook(lambda _, arguments, into=read: into.append(arguments[0]))
+        after = torch.cat(
+            [
+                model(inputs_embeds=part, attention_mask=part_mask, use_cache=False).last_hidden_state
+                for part, part_mask in zip(states.split(batch_rows), mask.split(batch_rows), strict=True)
+            ]
+        )
+        del model, module  # before the next layer is loaded
+        yield layer, states, torch.cat(read), after
+        states = after
+
+
+def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The hidden states [tokens, H] in float32 of the real tokens of [B, S, H]; pads never count."""
+    return states[mask.bool()].to(torch.float32)
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, int64 [B, S].
+
+    Of rows of different lengths, padded on the left with the first token there is.
+    """
+    length = max(map(len, rows))
+    ids = torch.full((len(rows), length), rows[0][0])
+    mask = torch.zeros_like(ids)
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :] = torch.tensor(row)
+        mask[number, length - len(row) :] = 1
+    return ids, mask

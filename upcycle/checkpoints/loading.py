@@ -1,0 +1,266 @@
+"""Models of transformers, loaded without their files beside them in memory.
+
+Weights are read from safetensors alone, and code beside a checkpoint is never run. `load_whole` is the one place where
+a checkpoint of somebody else becomes a model: what transformers would draw at random, leave out or only warn about, and
+whatever it raises, is one line there.
+
+`from_pretrained` maps a checkpoint's files, and every page that it has read stays resident until the last tensor is
+loaded; it reads ahead, and stacks experts from single ones. So a model takes twice its weights while it is loaded. Here
+safetensors reads each tensor into memory of its own when its turn comes; transformers names, casts, stacks and counts
+them as ever.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from dense2moe.upcycle.checkpoints.reader import (
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
+    READABLE,
+    SINGLE_NAME,
+    Checkpoint,
+    index_tensors,
+    open_checkpoint,
+)
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
+from dense2moe.upcycle.memory import give_heap_back, release_memory
+from safetensors import safe_open
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
+_READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
+_HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config
+_MOST_NAMES = 3  # in a message
+
+
+def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
+    """`auto_class.from_pretrained(directory)` in evaluation mode, every weight of which is in the files.
+
+    And every weight of the files in it. Where transformers did not tie a head to the embedding because their values
+    differ, the model's config says so, and so does what is saved of it.
+
+    Raises:
+        UpcycleError: the directory is no whole checkpoint in safetensors, is damaged, asks for code of its own, or is
+            no model for `auto_class`.
+    """
+    checkpoint = check_whole(auto_class, directory)
+    with _quiet(), _one_line(directory):
+        # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
+        model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True, **settings)
+    refuse_incomplete(info, str(directory))
+    if set(checkpoint.untied) - set(model.all_tied_weights_keys) and not model.config.is_encoder_decoder:
+        model.config.tie_word_embeddings = False
+    return model.eval()
+
+
+def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
+    """Open a checkpoint and refuse what `load_whole` would, as far as names and shapes tell.
+
+    Transformers loads tensors without values. So a size that is wrong costs no memory. Of a model of several parts
+    (text and image), nothing but its config and headers is checked.
+
+    Raises:
+        UpcycleError: as `load_whole`.
+    """
+    checkpoint = open_checkpoint(directory)
+    _check_config(auto_class, checkpoint)
+    config = _read_config(directory)
+    model_class = _find_class(auto_class, config)
+    if model_class is None:
+        return checkpoint
+    tensors = {
+        name: torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="meta")
+        for name, entry in index_tensors(directory).items()
+    }
+    with _quiet(), _one_line(directory):
+        settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
+        _, info = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **settings)
+    refuse_incomplete(info, str(directory))
+    return checkpoint
+
+
+def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str) -> None:
+    """Refuse what transformers only warns about in its loading info.
+
+    `rename` gives a tensor of the model the name that it has in the files.
+
+    Raises:
+        UpcycleError: a tensor is missing, left over or of another shape, and what transformers would have done.
+    """
+    missing, unexpected = (
+        sorted({rename(key) for key in info[kind] if _HARMLESS not in key})
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    if missing:
+        raise UpcycleError(
+            f"{where}: {_list_tensors(missing)} missing, which transformers would draw at random; restore the file "
+            "that held it"
+        )
+    if unexpected:
+        raise UpcycleError(
+            f"{where}: {_list_tensors(unexpected)} left over, which transformers would pass over; remove it, or "
+            f"correct {CONFIG_NAME}"
+        )
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise UpcycleError(
+            f"{where}: {_list_tensors([rename(name)])} of shape {list(found)}; by {CONFIG_NAME} it must be "
+            f"{list(expected)}; correct one of the two"
+        )
+    for message in info["error_msgs"]:
+        raise UpcycleError(f"{where}: loading by transformers reports: {shorten(message)}")
+
+
+def _list_tensors(names: list[str]) -> str:
+    """One name or several in a line of text."""
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ("tensor " if len(names) == 1 else "tensors ") + ", ".join(map(repr, names[:_MOST_NAMES])) + more
+
+
+def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
+    """Refuse a config of which the auto class has no model, before it lists all those that it has.
+
+    And one of more layers than there are tensors.
+    """
+    config, path = checkpoint.config, checkpoint.directory / CONFIG_NAME
+    if type(config) not in auto_class._model_mapping:
+        raise UpcycleError(
+            f"{path}: model_type is {config.model_type}, which transformers' {auto_class.__name__} does not load; "
+            "give a checkpoint of the right kind"
+        )
+    num_layers, num_tensors = getattr(config, "num_hidden_layers", 0), len(checkpoint.entries)
+    if isinstance(num_layers, int) and num_layers > num_tensors:
+        raise UpcycleError(
+            f"{path}: num_hidden_layers is {num_layers}; the files hold {num_tensors} tensors, too few; correct it"
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """For the length of a `with`: no warning of a shared expert of width 0."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+        yield
+
+
+def _one_line(directory: Path) -> AbstractContextManager[None]:
+    """For the length of a `with`: an error of transformers, safetensors or torch is one line about the checkpoint."""
+    return one_line_errors(directory, "transformers cannot load this checkpoint", "download it again, or correct it")
+
+
+def load_pretrained(
+    auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any
+) -> tuple[Any, dict[str, Any]]:
+    """`auto_class.from_pretrained(directory)` with its loading info.
+
+    The weights are all in memory of their own, but for models of several parts (text and image), which are loaded as
+    transformers does it. Nothing is checked; see `load_whole`.
+
+    Raises:
+        OSError, ValueError: what transformers raises where it cannot load a checkpoint.
+    """
+    # models of transformers hold themselves; one that nobody names any more would lie beside the new one
+    release_memory()
+    settings |= {"dtype": dtype, "output_loading_info": True, "use_safetensors": True, "trust_remote_code": False}
+    config = _read_config(directory)
+    files, model_class = _find_files(directory), _find_class(auto_class, config)
+    if model_class is None or not all(file.is_file() for file in files):
+        return auto_class.from_pretrained(directory, local_files_only=True, **settings)  # type: ignore[no-any-return]
+    with ExitStack() as opened, _by_turn():
+        tensors = {tensor.name: tensor for file in files for tensor in _open_tensors(file, opened)}
+        model, info = model_class.from_pretrained(None, config=config, state_dict=tensors, **settings)
+    model.name_or_path = model.config.name_or_path = str(directory)
+    if model.can_generate():
+        model.generation_config = _read_generation_config(directory)
+    give_heap_back()  # experts were stacked: single ones are free again
+    return model, info
+
+
+def _read_config(directory: Path) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)  # type: ignore[no-any-return]
+
+
+def _find_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE_NAME).is_file() or not (directory / INDEX_NAME).is_file():
+        return [directory / SINGLE_NAME]
+    return [
+        directory / name
+        for name in sorted(set(json.loads((directory / INDEX_NAME).read_text(encoding="utf-8"))["weight_map"].values()))
+    ]
+
+
+def _find_class(auto_class: Any, config: Any) -> Any:
+    """The class of models that an auto class takes for a config, by its architecture where there are several.
+
+    None where only itself can tell.
+    """
+    if type(config) not in auto_class._model_mapping or getattr(config, "sub_configs", None):
+        return None
+    found = auto_class._model_mapping[type(config)]
+    if not isinstance(found, list | tuple):
+        return found
+    named = {each.__name__: each for each in found}
+    return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), found[0])
+
+
+def check_generation_config(directory: Path) -> None:
+    """Refuse settings for generation beside a checkpoint that transformers cannot read.
+
+    Raises:
+        UpcycleError: what it says of them.
+    """
+    path = directory / GENERATION_CONFIG_NAME
+    if path.is_file():
+        with one_line_errors(
+            path, "transformers cannot read these settings for generation", "correct the file, or remove it"
+        ):
+            GenerationConfig.from_pretrained(directory, local_files_only=True)
+
+
+def _read_generation_config(directory: Path) -> GenerationConfig:
+    """That of a checkpoint, or what its config says of generation, as `from_pretrained` takes them."""
+    try:
+        return GenerationConfig.from_pretrained(directory, local_files_only=True)
+    except OSError:
+        return GenerationConfig.from_pretrained(
+            directory, config_file_name=CONFIG_NAME, _from_model_config=True, local_files_only=True
+        )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor that is read when it is indexed; what stacking those before it left in the heap is given back."""
+
+    file: Any
+    name: str
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        give_heap_back()
+        return self.file.get_tensor(self.name)[index].clone()  # type: ignore[no-any-return]  # in memory as torch aligns it, which products want
+
+
+def _open_tensors(file: Path, opened: ExitStack) -> Iterator[_Tensor]:
+    """All tensors of a file, which is closed with `opened`."""
+    found: Any = opened.enter_context(safe_open(file, framework="pt", device="cpu", backend="pread"))
+    yield from (_Tensor(found, name) for name in found.keys())  # noqa: SIM118 (the file is no mapping)
+
+
+@contextmanager
+def _by_turn() -> Iterator[None]:
+    """For the length of a `with`: transformers reads no tensor before its turn."""
+    before = os.environ.get(_READS_BY_TURN)
+    os.environ[_READS_BY_TURN] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_READS_BY_TURN, None)
+        if before is not None:
+            os.environ[_READS_BY_TURN] = before

@@ -1,0 +1,1 @@
+"""How tokens choose experts: how routers start, how they stay balanced."""

@@ -1,0 +1,132 @@
+"""Routers at the start: pure tensor functions.
+
+Routers read from hidden states are centred over their rows: a softmax, and a top-k, see only differences between
+logits. They are orthogonal to the mean of the hidden states: those of real text share one large mean, a router has no
+bias to take its part of the logits out again, and it would send tokens to the expert whose row lies nearest to the
+mean, whatever else they hold. And they are scaled so that logits have the deviation asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def draw_router(
+    num_rows: int, hidden_size: int, input_length: float, logit_std: float, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw router rows whose logits have the standard deviation `logit_std`; returns float32 [num_rows, hidden_size].
+
+    `input_length` is the root of the mean squared length of what the router reads. An RMS norm gives vectors of unit
+    mean square times its scale, so there it is the length of the scale. Rows of N(0, s) give logits of N(0, s *
+    input_length), and s = logit_std / input_length. Rows of N(0, 1) at hidden 4096 would give logits with deviation 64,
+    that is a router that has made up its mind.
+    """
+    rows = torch.empty(num_rows, hidden_size)
+    if logit_std == 0:
+        return rows.zero_()
+    return rows.normal_(generator=generator).mul_(logit_std / max(input_length, 1e-12))
+
+
+def prototype_rows(states: Sequence[torch.Tensor], logit_std: float) -> torch.Tensor:
+    """Router rows from the mean hidden state of each domain.
+
+    `states` holds one float32 [tokens, hidden] a domain, of real tokens alone; returns float32 [domains, hidden].
+    """
+    rows = torch.stack([domain.mean(0) for domain in states])
+    return scale_rows(_take_out(rows.mean(0), rows), torch.cat(list(states)), logit_std)
+
+
+def _take_out(direction: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """`vectors` [count, hidden] less what of each lies along `direction` [hidden]."""
+    unit = torch.nn.functional.normalize(direction, dim=0)
+    return vectors - (vectors @ unit)[:, None] * unit
+
+
+def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float) -> torch.Tensor:
+    """Router rows from a ridge regression of each token's domain on its hidden state.
+
+    Minimizes sum |x W^T - y|^2 + λ |W|^2 over float32 `states` [tokens, hidden] a domain, y being one at the domain and
+    zero elsewhere, each domain weighing the same; λ is `penalty` times the trace of the weighted second moment over
+    hidden. Solved in float64 on states without what lies along their mean, so that no row does. Returns float32
+    [domains, hidden].
+    """
+    num_domains = len(states)
+    domains = [domain.to(torch.float64) for domain in states]
+    mean = torch.stack([domain.mean(0) for domain in domains]).mean(0)
+    hidden = mean.numel()
+    gram, cross = (
+        torch.zeros(hidden, hidden, dtype=torch.float64),
+        torch.zeros(num_domains, hidden, dtype=torch.float64),
+    )
+    for number, domain in enumerate(domains):
+        centred = _take_out(mean, domain)
+        gram += centred.T @ centred / (len(domain) * num_domains)
+        cross[number] = centred.mean(0) / num_domains
+    ridge = penalty * float(gram.diagonal().mean()) + 1e-30
+    rows = torch.linalg.solve(gram + ridge * torch.eye(hidden, dtype=torch.float64), cross.T).T
+    return scale_rows(rows.to(torch.float32), torch.cat(list(states)), logit_std)
+
+
+def kmeans_rows(
+    states: torch.Tensor, num_rows: int, logit_std: float, generator: torch.Generator, num_rounds: int = 25
+) -> torch.Tensor:
+    """Router rows from the centres of clusters of hidden states.
+
+    Spherical k-means (Dhillon and Modha 2001), whose rule is a router's top-1. States float32 [tokens, hidden] are
+    taken without what lies along their mean, and at unit length. Starts from k-means++ (Arthur and Vassilvitskii 2007);
+    a cluster that loses all its tokens restarts at the token that its centre serves worst. Returns float32 [num_rows,
+    hidden].
+
+    Raises:
+        ValueError: there are fewer tokens than rows.
+    """
+    if len(states) < num_rows:
+        raise ValueError(f"{len(states)} tokens for {num_rows} clusters")
+    points = torch.nn.functional.normalize(_take_out(states.mean(0), states), dim=-1)
+    centres = _spread_start(points, num_rows, generator)
+    nearest = torch.full((len(points),), -1)
+    for _ in range(num_rounds):
+        similarity, assigned = (points @ centres.T).max(-1)
+        if torch.equal(assigned, nearest):
+            break
+        nearest = assigned
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        counts = torch.bincount(nearest, minlength=num_rows)
+        for empty in (counts == 0).nonzero().flatten().tolist():
+            worst = int(similarity.argmin())
+            sums[empty] = points[worst]
+            similarity[worst] = 1.0
+        centres = torch.nn.functional.normalize(sums, dim=-1)
+    return scale_rows(centres, states, logit_std)
+
+
+def _spread_start(points: torch.Tensor, num_rows: int, generator: torch.Generator) -> torch.Tensor:
+    """k-means++: each next centre is a point drawn by its distance from those chosen before."""
+    chosen = [int(torch.randint(len(points), (1,), generator=generator))]
+    distance = 1 - points @ points[chosen[0]]
+    for _ in range(num_rows - 1):
+        weights = distance.clamp(min=0)
+        fallback = torch.ones_like(weights) if float(weights.sum()) <= 0 else weights
+        chosen.append(int(torch.multinomial(fallback, 1, generator=generator)))
+        distance = torch.minimum(distance, 1 - points @ points[chosen[-1]])
+    return points[chosen].clone()
+
+
+def scale_rows(rows: torch.Tensor, states: torch.Tensor, logit_std: float) -> torch.Tensor:
+    """Centre `rows` [rows, hidden] and scale them to a spread of logits within a token.
+
+    Logits of `states` [tokens, hidden] then differ within a token by `logit_std` on average.
+    The deviation is the root of the mean, over tokens, of the variance over rows. Rows that do not differ stay zero.
+    """
+    centred = rows - rows.mean(0)
+    logits = states.to(torch.float32) @ centred.T
+    spread = float((logits - logits.mean(-1, keepdim=True)).square().mean().sqrt())
+    return centred * (logit_std / spread) if spread > 0 else centred
+
+
+def router_load(rows: torch.Tensor, states: torch.Tensor) -> list[float]:
+    """Share of the tokens `states` [tokens, hidden] whose largest logit each of the rows [rows, hidden] has."""
+    winners = (states @ rows.T).argmax(-1)
+    return (torch.bincount(winners, minlength=len(rows)) / max(1, len(states))).tolist()

@@ -1,0 +1,1 @@
+"""Facts about architectures: dense and sparse, and which becomes which."""

@@ -1,0 +1,1 @@
+"""Brief fine-tuning of the mixture and its dense controls."""

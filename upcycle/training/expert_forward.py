@@ -1,0 +1,123 @@
+"""The experts' forward pass for training: tokens sorted by expert.
+
+What transformers' `eager` does for each expert in turn (find its tokens, gather them, scatter what they give) is done
+here once for all: the tokens are sorted by expert and gathered, each expert multiplies its own rows, and one sum brings
+them back. Where a product is compiled for its number of rows, that number is rounded up: an expert's first token fills
+the rest, and what is made of it there is dropped. And transformers' `gate_up_proj[expert]` costs, in the backward pass,
+a tensor of zeros as large as all experts together for every expert; `unbind` costs one for all.
+
+Of an expert's inner values, the largest of a layer, the least is kept for the backward pass: what its first product
+gives where its weights learn, and only what it reads where they are frozen, which then costs that product once more in
+place of the gradients of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from dense2moe.upcycle.checkpoints.products import product
+from torch.utils.checkpoint import checkpoint
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+NAME = "dense2moe_sorted"
+_ROWS = 32
+"""Where oneDNN compiles code for each number of rows, an expert computes a multiple of these."""
+_RECOMPUTES = "dense2moe_recomputes"
+LOW_RANK = "dense2moe_low_rank"
+"""An attribute of experts.
+
+By the name of a stack of matrices, what gives the factors of their updates and the scale; where they are not merged.
+"""
+
+
+def sorted_experts_forward(
+    experts: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """What the experts give, [T, H], for hidden states [T, H] and the index and weight of each token's experts.
+
+    Both [T, k].
+    For gated experts without biases whose weights lie [E, 2I, H] and [E, H, I], as those of every target of ours do.
+    """
+    assert experts.has_gate
+    assert not any((experts.has_bias, experts.is_transposed, experts.has_post_expert_norm))
+    order = top_k_index.flatten().argsort(stable=True)
+    counts = top_k_index.flatten().bincount(minlength=experts.num_experts).tolist()
+    tokens = order // top_k_index.shape[1]
+    if _uses_onednn(hidden):
+        filled = [torch.cat([own, own[:1].expand(-len(own) % _ROWS)]) for own in tokens.split(counts)]
+        parts = hidden.index_select(0, torch.cat(filled)).split([len(own) for own in filled])
+    else:
+        parts = hidden.index_select(0, tokens).split(counts)
+    weights = zip(_matrices(experts, "gate_up_proj"), _matrices(experts, "down_proj"), strict=True)
+    given = [
+        _run_expert(experts, part, up, down)[:count]
+        for part, count, (up, down) in zip(parts, counts, weights, strict=True)
+        if count
+    ]
+    weighted = torch.cat(given) * top_k_weights.flatten().index_select(0, order)[:, None]
+    return torch.zeros_like(hidden).index_add(0, tokens, weighted.to(hidden.dtype))
+
+
+def _uses_onednn(hidden: torch.Tensor) -> bool:
+    """Whether experts multiply in bfloat16 on the CPU.
+
+    OneDNN does that, and compiles code for each number of rows that it has not met.
+    """
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else hidden.dtype
+    return hidden.device.type == "cpu" and dtype == torch.bfloat16
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """An expert's matrix [out, in], and its low-rank update.
+
+    Factors [rank, in] and [out, rank], float32, and the scale of their product.
+    """
+
+    weight: torch.Tensor
+    update: tuple[torch.Tensor, torch.Tensor, float] | None = None
+
+    @property
+    def learns(self) -> bool:
+        return self.weight.requires_grad
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        found = product(x, self.weight)
+        if self.update is None:
+            return found
+        first, second, scale = self.update
+        return found + F.linear(F.linear(x, first), second).to(found.dtype) * scale
+
+
+def _matrices(experts: Any, name: str) -> list[_Matrix]:
+    weights = getattr(experts, name).unbind(0)
+    factors = getattr(experts, LOW_RANK, {}).get(name)
+    if factors is None:
+        return [_Matrix(weight) for weight in weights]
+    first, second, scale = factors()
+    return [_Matrix(weight, (a, b, scale)) for weight, a, b in zip(weights, first, second, strict=True)]
+
+
+def _run_expert(experts: Any, part: torch.Tensor, up: _Matrix, down: _Matrix) -> torch.Tensor:
+    if not torch.is_grad_enabled() or not getattr(experts, _RECOMPUTES, True):
+        return down(experts._apply_gate(up(part)))
+    if up.learns or down.learns:
+        return cast(
+            torch.Tensor, checkpoint(lambda inner: down(experts._apply_gate(inner)), up(part), use_reentrant=False)
+        )
+    return down(cast(torch.Tensor, checkpoint(lambda x: experts._apply_gate(up(x)), part, use_reentrant=False)))
+
+
+def use_sorted_experts(model: Any, recomputes: bool = True) -> None:
+    """Make the experts of a model of transformers compute by `sorted_experts_forward`.
+
+    Without `recomputes` they keep their inner values, as is best where whole layers are computed twice.
+    """
+    ALL_EXPERTS_FUNCTIONS.register(NAME, sorted_experts_forward)
+    model.set_experts_implementation(NAME)
+    for module in model.modules():
+        if "gate_up_proj" in getattr(module, "_parameters", {}):
+            setattr(module, _RECOMPUTES, recomputes)

@@ -1,0 +1,54 @@
+"""What training tells, step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dense2moe.upcycle.gates.balance import LayerRouting
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of the history; losses in nats a token, the balance loss is 1 when balanced.
+
+    Steps and tokens are counted over all stages.
+    """
+
+    model: str
+    step: int
+    num_tokens: int
+    stage: int = 0
+    train_loss: float | None = None
+    balance_loss: float | None = None
+    z_loss: float | None = None
+    distillation_loss: float | None = None
+    validation_loss: float | None = None
+    learning_rate: float | None = None
+    layers: tuple[LayerRouting, ...] = ()
+
+
+def write_history(path: Path, history: Iterable[Step]) -> None:
+    """Write the steps as JSON lines, all or none."""
+    write_whole(path, "".join(json.dumps(asdict(step)) + "\n" for step in history))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that is there whole or not at all, whenever the process is killed."""
+    fresh = path.with_name(f"{path.name}.partial")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
+def read_history(path: Path) -> tuple[Step, ...]:
+    """The steps that `write_history` wrote."""
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return tuple(Step(**line | {"layers": tuple(_read_layer(layer) for layer in line["layers"])}) for line in lines)
+
+
+def _read_layer(layer: dict[str, Any]) -> LayerRouting:
+    return LayerRouting(**layer | {"load": tuple(layer["load"])})

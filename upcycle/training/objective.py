@@ -1,0 +1,65 @@
+"""What training minimizes besides the balance of experts: pure tensor functions.
+
+A vocabulary makes logits the largest tensor of a step, and a loss in plain torch keeps four more of their size. Here a
+block of the batch is done at a time, once for the value and once more for the gradient: besides the logits there is
+their gradient alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+
+
+def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy in nats of logits [B, S, vocabulary] against the ids [B, S] that follow; a scalar."""
+
+    def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(block[:-1].float(), ids[number, 1:])
+
+    return _mean_over_blocks(logits, of_block)
+
+
+def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean divergence KL(teacher || student) in nats over the positions that have a next token.
+
+    Times the squared temperature; a scalar. Both logits are [B, S, vocabulary], and both are divided by the
+    temperature. The square keeps the gradient's size when the temperature changes (Hinton et al. 2015, "Distilling the
+    Knowledge in a Neural Network", section 2). No gradient flows into the teacher.
+    """
+
+    def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
+        student = (block[:-1].float() / temperature).log_softmax(-1)
+        teacher = (teacher_logits[number, :-1].detach().float() / temperature).log_softmax(-1)
+        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+    return _mean_over_blocks(logits, of_block)
+
+
+def _mean_over_blocks(logits: torch.Tensor, of_block: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """The mean of a loss over the blocks of logits [B, S, vocabulary].
+
+    `of_block` gives that of one, by its number and its logits [S, vocabulary].
+    """
+    return cast(torch.Tensor, cast(Any, _MeanOverBlocks).apply(logits, of_block))
+
+
+class _MeanOverBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, of_block: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.save_for_backward(logits)
+        ctx.of_block = of_block
+        return torch.stack([of_block(number, block) for number, block in enumerate(logits)]).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        found = torch.empty_like(logits)
+        for number, block in enumerate(logits):
+            with torch.enable_grad():
+                block = block.detach().requires_grad_()
+                (found[number],) = torch.autograd.grad(ctx.of_block(number, block), block, gradient / len(logits))
+        return found, None

@@ -1,0 +1,85 @@
+"""The processes that share one run under `accelerate launch`."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TypeVar, cast
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import distributed
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+_PATIENCE = timedelta(days=30)  # the others wait while the first one does what only one can
+_MOMENT = 0.2  # seconds
+
+Found = TypeVar("Found")
+
+
+def join_processes() -> PartialState:
+    """This process among the others; the first call meets them."""
+    return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+
+
+def have_group() -> bool:
+    """Whether a launcher began this process, which then belongs to a group; one it began alone is a group too."""
+    join_processes()
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def leave_processes() -> None:
+    """Part from the others when all have come to an end.
+
+    One that is gone while another still listens takes that one down. gloo's threads let go of their last tensors a
+    moment after the work is done, and abort the process where the interpreter is gone by then (issue 190489 of
+    pytorch). They end with the group, which a trained model would keep until the interpreter's end; DTensor keeps it
+    even so, and they are given the moment.
+    """
+    state = join_processes()
+    if distributed.is_initialized():  # a launcher's only process has a group too
+        gc.collect()
+        state.wait_for_everyone()
+        time.sleep(_MOMENT)
+        state.destroy_process_group()
+
+
+def tell(message: Found | None) -> Found:
+    """What the first process says, in every process; the others give none."""
+    state, said = join_processes(), [message]
+    return cast(Found, broadcast_object_list(said)[0] if state.num_processes > 1 else said[0])
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the CPU, all of it: where FSDP has divided it among the processes, all of them must ask for it."""
+    found = tensor.detach()
+    if isinstance(found, DTensor):
+        # torch cannot gather a width of 0
+        found = found.full_tensor() if found.numel() else torch.empty(found.shape, dtype=found.dtype)
+    return found.cpu().contiguous()
+
+
+def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """Values as a parameter has its own.
+
+    This process's part of them where FSDP has divided it; every process has all values.
+    """
+    if not isinstance(parameter, DTensor):
+        return values
+    return distribute_tensor(
+        values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
+    """Give a parameter its values, each process its part where FSDP has divided it."""
+    with torch.no_grad():
+        parameter.copy_(divide(values, parameter))
+
+
+def on_main(function: Callable[[], Found]) -> Found:
+    """What a function returns in the first process, in every process."""
+    return tell(function() if join_processes().is_main_process else None)

@@ -1,0 +1,84 @@
+"""Prompt tuning: learned vectors before the text, kept in peft's format.
+
+Lester et al. 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", section 2: the vectors are the only
+weights that learn. They begin as embeddings of tokens that the vocabulary has (section 3.2).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+PROMPT_DIRECTORY = "prompt"
+PARAMETER = "soft_prompt"
+_WEIGHTS_NAME = "adapter_model.safetensors"
+_KEY = "prompt_embeddings"
+
+
+def add_prompt(model: PreTrainedModel, num_tokens: int) -> nn.Parameter:
+    """Give the model a parameter of `num_tokens` vectors, [num_tokens, H].
+
+    The embeddings of tokens spread evenly over the vocabulary.
+    """
+    table: Any = model.get_input_embeddings()
+    places = torch.linspace(0, len(table.weight) - 1, num_tokens).long().to(table.weight.device)
+    model.register_parameter(PARAMETER, nn.Parameter(table.weight.detach()[places].clone()))
+    return get_prompt(model)  # type: ignore[return-value]
+
+
+def get_prompt(model: Any) -> nn.Parameter | None:
+    """The parameter that `add_prompt` gave the model; none where it did not."""
+    return getattr(model, PARAMETER, None)
+
+
+def run_with_prompt(call: Any, model: Any, ids: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
+    """Logits [B, S, vocabulary] of token ids [B, S] after the prompt [P, H], or with nothing before them.
+
+    `call` is the model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has
+    gathered the embedding only there, and the prompt as well where it is the model's parameter.
+    """
+    if prompt is None:
+        logits: torch.Tensor = call(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def embed(_: nn.Module, __: Any, keywords: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        text = model.get_input_embeddings()(keywords["input_ids"])
+        vectors = prompt if get_prompt(model) is None else get_prompt(model)
+        before = vectors.to(text.dtype).expand(len(text), -1, -1)  # type: ignore[union-attr]
+        return (), {"inputs_embeds": torch.cat([before, text], dim=1), "use_cache": False}
+
+    handle = model.register_forward_pre_hook(embed, with_kwargs=True)
+    try:
+        logits = call(input_ids=ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits[:, prompt.shape[0] :]
+
+
+def write_prompt(prompt: torch.Tensor, model: PreTrainedModel, directory: Path) -> None:
+    """Write the vectors [P, H] as an adapter that peft loads onto the checkpoint in the directory's parent."""
+    import peft  # slow to import, and only this needs it
+
+    config = peft.PromptTuningConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=len(prompt),
+        token_dim=prompt.shape[1],
+        num_transformer_submodules=1,
+        num_layers=model.config.num_hidden_layers,
+        num_attention_heads=model.config.num_attention_heads,
+        inference_mode=True,
+    )
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(directory))
+    save_file({_KEY: prompt.detach().cpu().contiguous()}, directory / _WEIGHTS_NAME)
+
+
+def read_prompt(checkpoint: Path) -> torch.Tensor | None:
+    """The vectors [P, H] of a checkpoint's prompt; none where it has none."""
+    path = checkpoint / PROMPT_DIRECTORY / _WEIGHTS_NAME
+    return load_file(path)[_KEY] if path.is_file() else None

@@ -1,0 +1,337 @@
+"""Which parameters train, and their learning rates.
+
+A plan of names and shapes comes first, then the model is changed, then what learns is compared with the plan: libraries
+between us and the model rename, merge and skip without a word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from dense2moe.upcycle.building.receipt import router_modules, router_weights
+from dense2moe.upcycle.config import FinetuneConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.prompt import PARAMETER, add_prompt
+from torch import nn
+from transformers import PreTrainedModel
+
+Named = Iterator[tuple[str, nn.Parameter]]
+
+# of every target: the routed ones, and those that every token visits
+_EXPERT_PARTS = (
+    ".experts.",
+    ".shared_expert.",
+    ".shared_experts.",
+    ".shared_mlp.",
+)
+_SHARED_GATE = (
+    ".shared_expert_gate."  # Qwen2-MoE scales the shared expert's output for each token; it learns as routers do
+)
+
+
+@dataclass(frozen=True)
+class Learning:
+    """What is to learn, by name in memory: whole parameters, and matrices that get low-rank updates.
+
+    low_rank: of each matrix the shape (number of matrices stacked in it, rows, columns). Each of the stacked gets
+    `rank`, multiplied by alpha / rank.
+    """
+
+    whole: frozenset[str]
+    low_rank: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    rank: int = 0
+    alpha: int = 0
+
+
+def choose_trainable(
+    model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]
+) -> Callable[[bool], None]:
+    """Let only what `settings.train` names learn; returns what to call after training.
+
+    Called with True it merges low-rank updates into the weights, with False it takes them off, so that the weights have
+    the bits that they had.
+
+    A dense model, the control of a mixture whose layers `sparse_layers` have experts, learns what corresponds: the FFNs
+    of those layers for the experts, and everything for the routers, which it does not have.
+
+    Raises:
+        UpcycleError: `last-N` asks for more layers than there are, or something else would learn than what is meant.
+    """
+    planned = plan_learning(model, settings, sparse_layers)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if PARAMETER in planned.whole:
+        add_prompt(model, settings.prompt_tokens)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in planned.whole)
+    finish = _add_low_rank(model, planned) if planned.low_rank else lambda _: None
+    _check_learning(model, planned, names, settings.train)
+    return finish
+
+
+def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Learning:
+    """What of a model learns by `settings.train`, from names and shapes alone; a model without weights will do.
+
+    Raises:
+        UpcycleError: `last-N` asks for more layers than there are, or a layer with experts has none by the names that
+            this module knows.
+    """
+    routers = {id(weight) for weight in router_weights(model)}
+    named = {name: parameter for name, parameter in model.named_parameters() if _has_gradient(model, name, parameter)}
+    router_names = {name for name, parameter in named.items() if id(parameter) in routers}
+    gates = router_names | {name for name in named if _SHARED_GATE in name}
+    experts = {name for name, _ in expert_parameters(model, sparse_layers)} & named.keys()
+    num_layers = model.config.num_hidden_layers
+    if routers:
+        _check_found(experts, router_names, sparse_layers)
+    match settings.train:
+        case "all":
+            whole = set(named)
+        case "experts":
+            whole = experts | gates
+        case "router":
+            whole = gates or set(named)
+        case "lora":
+            whole = gates
+        case "prompt":
+            return Learning(frozenset({PARAMETER}))
+        case last:
+            count = count_last_layers(last, num_layers)
+            whole = {name for name in named if _layer_of(name, num_layers) >= num_layers - count}
+    if settings.routing == "by-domain":
+        whole = whole - router_names
+    if settings.train != "lora":
+        return Learning(frozenset(whole))
+    return Learning(
+        frozenset(whole), _low_rank_shapes(model, named.keys() - gates), settings.lora_rank, settings.lora_alpha
+    )
+
+
+def _has_gradient(model: PreTrainedModel, name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter has anything to learn.
+
+    Not with a width of 0, where FSDP fails, nor as the gate of a shared expert of width 0.
+    """
+    if _SHARED_GATE in name:
+        block: Any = model.get_submodule(name.partition(_SHARED_GATE)[0])
+        return any(weight.numel() for weight in block.shared_expert.parameters())
+    return parameter.numel() > 0
+
+
+def _check_found(experts: set[str], routers: set[str], sparse_layers: tuple[int, ...]) -> None:
+    for what, names in (("experts", experts), ("a router", routers)):
+        if missing := set(sparse_layers) - {_layer_of(name, -1) for name in names}:
+            raise UpcycleError(
+                f"finetune: layers {sorted(missing)} are to have experts, and no parameter in them is named as "
+                f"{what} of a known architecture; "
+                "this version of transformers names them otherwise: install the versions of constraints.txt"
+            )
+
+
+def _low_rank_shapes(model: PreTrainedModel, names: AbstractSet[str]) -> dict[str, tuple[int, int, int]]:
+    """Those of `names` that are matrices of a linear layer or of a layer's experts, between the embeddings."""
+    linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name in names and ".layers." in name and (name in linear or (".experts." in name and parameter.ndim == 3)):
+            rows, columns = parameter.shape[-2:]
+            found[name] = (parameter.numel() // (rows * columns), rows, columns)
+    return found
+
+
+def count_last_layers(train: str, num_layers: int) -> int:
+    """N of 'last-N'.
+
+    Raises:
+        UpcycleError: the model has fewer layers.
+    """
+    count = int(train.removeprefix("last-"))
+    if count > num_layers:
+        raise UpcycleError(f"finetune.train is {train}; it must be at most last-{num_layers}, the layers of the model")
+    return count
+
+
+def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) -> Named:
+    """Name and parameter of a mixture's experts; of a dense model's FFNs in the layers `sparse_layers`."""
+    mixture = next(router_modules(model), None) is not None
+    for name, parameter in model.named_parameters():
+        inside = (
+            any(part in name for part in _EXPERT_PARTS)
+            if mixture
+            else ".mlp." in name and _layer_of(name, 0) in sparse_layers
+        )
+        if inside:
+            yield name, parameter
+
+
+def _layer_of(name: str, num_layers: int) -> int:
+    """The layer that a parameter is in: -1 for an embedding, `num_layers` for what comes after the layers."""
+    if found := re.search(r"\.layers\.(\d+)\.", name):
+        return int(found[1])
+    return -1 if "embed_tokens" in name else num_layers
+
+
+def parameter_groups(
+    model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """AdamW's groups of what learns.
+
+    Routers and gates of shared experts (own rate, no decay), experts (own rate), the rest.
+    Norms and biases have no decay.
+    """
+    routers = {id(weight) for weight in router_weights(model)} | {
+        id(p) for name, p in model.named_parameters() if _SHARED_GATE in name
+    }
+    experts = {id(p) for _, p in expert_parameters(model, sparse_layers)}
+    rates = {
+        "routers": settings.router_learning_rate,
+        "experts": settings.expert_learning_rate or settings.learning_rate,
+        "rest": settings.learning_rate,
+    }
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = "routers" if id(parameter) in routers else "experts" if id(parameter) in experts else "rest"
+            groups.setdefault((kind, kind != "routers" and parameter.ndim >= 2), []).append(parameter)
+    return [
+        {"params": parameters, "lr": rates[kind], "weight_decay": settings.weight_decay if decays else 0.0}
+        for (kind, decays), parameters in groups.items()
+    ]
+
+
+def _add_low_rank(model: PreTrainedModel, planned: Learning) -> Callable[[bool], None]:
+    """Give matrices low-rank updates by peft; returns what merges them into the weights, or takes them off.
+
+    Hu et al. 2021. Experts are parameters of three
+    dimensions and no linear layers, which peft leaves out unless they are named. peft is given the list of layers and
+    not the model: of a model of transformers it rewrites targets that end as the experts of an older version did, so
+    that linear layers called `gate_proj` lose their updates and experts get two ranks in one (peft 0.21,
+    `_convert_peft_config_moe`).
+    """
+    import peft  # slow to import, and only this needs it
+
+    layers: Any = model.get_decoder().layers
+    names = {id(parameter): name for name, parameter in layers.named_parameters()}
+    wanted = {name: names[id(parameter)] for name, parameter in model.named_parameters() if name in planned.low_rank}
+    stacked = sorted(inner for name, inner in wanted.items() if not name.endswith(".weight"))
+    linear = sorted(inner.removesuffix(".weight") for name, inner in wanted.items() if name.endswith(".weight"))
+    kept = {id(parameter) for parameter in layers.parameters() if parameter.requires_grad}
+    config = peft.LoraConfig(
+        r=planned.rank, lora_alpha=planned.alpha, target_modules=linear, target_parameters=stacked or None
+    )
+    adapted = peft.LoraModel(layers, config, "default")
+    for parameter in layers.parameters():
+        if id(parameter) in kept:  # peft has frozen all but its own
+            parameter.requires_grad_(True)
+
+    def finish(learned: bool) -> None:
+        if learned:
+            adapted.merge_and_unload()
+        else:
+            adapted.unload()
+
+    return finish
+
+
+def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[int, str], train: str) -> None:
+    """Compare what learns with what is meant to: names, ranks, shapes and scales.
+
+    `names`: by identity, what parameters were called before.
+
+    Raises:
+        UpcycleError: something is missing, too much, or of another size.
+    """
+    updates, adapters = _read_updates(model, names)
+    expected: dict[str, Any] = {
+        name: ((planned.rank * count, columns), (rows, planned.rank * count), planned.alpha / planned.rank)
+        for name, (count, rows, columns) in planned.low_rank.items()
+    }
+    expected |= dict.fromkeys(planned.whole, "whole")
+    found: dict[str, Any] = {
+        names.get(id(parameter), name): "whole"
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in adapters
+    }
+    found |= updates
+    if found != expected:
+        wrong = sorted(name for name in {*found, *expected} if found.get(name) != expected.get(name))
+        told = "; ".join(
+            f"{name}: {found.get(name, 'nothing')} learns, {expected.get(name, 'nothing')} was meant"
+            for name in wrong[:3]
+        )
+        raise UpcycleError(
+            f"finetune: train is '{train}', and {len(wrong)} parameters would not learn as meant ({told}); "
+            "peft or transformers did something else than asked: install the versions of constraints.txt, or choose "
+            "another finetune.train"
+        )
+
+
+def _read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict[str, Any], set[int]]:
+    """Shapes of both factors and the scale of each matrix's low-rank update, as peft made it.
+
+    And the identities of the factors that learn.
+    """
+    updates: dict[str, Any] = {}
+    adapters: set[int] = set()
+    for module in model.modules():
+        if (factors := getattr(module, "lora_A", None)) is None:
+            continue
+        layer: Any = module
+        matrix = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
+        for adapter in factors:
+            pair = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
+            shapes = tuple(tuple(factor.shape) if factor.requires_grad else () for factor in pair)
+            updates[names.get(id(matrix), "an unknown matrix")] = (*shapes, layer.scaling[adapter])
+            adapters |= {id(factor) for factor in pair}
+    return updates, adapters
+
+
+def stacked_weights(experts: Any) -> torch.Tensor:
+    """The first matrices of all experts, [num_experts, ...], as they compute.
+
+    With the low-rank update that is not merged yet.
+    """
+    name, parameter = next((name, p) for name, p in experts.named_parameters() if p.ndim == 3)
+    wrapper = experts
+    while (wrapped := getattr(wrapper, "parameter_name", None)) is not None:  # peft nests a wrapper for each parameter
+        if wrapped == name.rsplit(".", 1)[-1]:
+            return cast(torch.Tensor, parameter.detach() + wrapper.get_delta_weight("default").detach())
+        wrapper = wrapper.base_layer
+    return cast(torch.Tensor, parameter.detach())
+
+
+def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], None]:
+    """Drop a share of the experts' inner activations in training; returns what takes it off again.
+
+    Fedus et al. 2022, section 2.4.
+    """
+    experts: list[Any] = [module.experts for module in model.modules() if hasattr(module, "experts")] if share else []
+    saved = [each.act_fn for each in experts]
+    for each in experts:
+        each.act_fn = nn.Sequential(each.act_fn, nn.Dropout(share)).train(each.training)
+
+    def remove() -> None:
+        for each, act_fn in zip(experts, saved, strict=True):
+            each.act_fn = act_fn
+
+    return remove
+
+
+def domain_experts(
+    domains: torch.Tensor, block_size: int, num_domains: int, num_experts: int, top_k: int
+) -> torch.Tensor:
+    """The experts of each token when domains have experts of their own.
+
+    Int64 [B * block_size, k] from the domain of each block [B].
+    The experts are divided evenly, in order; a domain with more than `top_k` has its tokens take turns among them.
+    """
+    share = num_experts // num_domains
+    count = min(top_k, share)
+    position = torch.arange(block_size, device=domains.device)[:, None] * count + torch.arange(
+        count, device=domains.device
+    )
+    return (domains[:, None, None] * share + position % share).flatten(0, 1)
