@@ -41,6 +41,8 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from dense2moe.convert.machine import describe_machine
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.package import write_package
@@ -49,7 +51,6 @@ from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import UpcycleConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CHUNK = 256
 POINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

@@ -18,11 +18,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dense2moe.upcycle.config import DataConfig, TextData
-from dense2moe.upcycle.data.blocks import prepare_data
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
+
+from dense2moe.upcycle.config import DataConfig, TextData
+from dense2moe.upcycle.data.blocks import prepare_data
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("all", "limit", "list")

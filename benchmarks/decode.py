@@ -22,6 +22,10 @@ import numpy as np
 import onnxruntime as ort
 import onnxruntime_genai as og
 import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils import logging
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -29,9 +33,6 @@ from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import RouterConfig, UpcycleConfig
-from rich.console import Console
-from rich.table import Table
-from transformers.utils import logging
 
 EMBEDDED = Path(__file__).parent.parent / "recipes" / "models" / "python-docs-4m"
 NUM_PROMPT, NUM_TOKENS, ROUNDS = 128, 64, 5

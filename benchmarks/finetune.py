@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dense2moe.upcycle.config import FinetuneConfig
-from dense2moe.upcycle.training.trainer import Stage, run_stage
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -46,6 +44,9 @@ from transformers import (
     __version__,
 )
 from transformers.utils import logging
+
+from dense2moe.upcycle.config import FinetuneConfig
+from dense2moe.upcycle.training.trainer import Stage, run_stage
 
 LAYERS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 4, 512, 1408, 8, 2, 4096
 OURS, DENSE = "dense2moe", "dense, same active FFN"

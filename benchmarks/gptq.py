@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import click
 import torch
+
 from dense2moe.export.quantization.blockwise import (
     Quantized,
     cut,

@@ -52,11 +52,12 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
-from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
+
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 
 OURS, SWITCHED, DENSE, LLAMA, GENAI, GENAI_SWITCHED, EXPORTER, OPENVINO, TORCH = (
     "dense2moe",

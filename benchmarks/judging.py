@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+
 from dense2moe.export.parity import same_experts
 from dense2moe.export.runtime.decoder import ROUTER_LOGITS, Decoder
 from dense2moe.export.storage import MODEL_NAME

@@ -20,10 +20,11 @@ from pathlib import Path
 
 import click
 import torch
-from dense2moe.convert.artifact import open_artifact
-from dense2moe.convert.report.costs import cost_table, take_costs
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.report.costs import cost_table, take_costs
 
 RECIPE = """\
 source: {source}

@@ -25,14 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant, rounds_activations
-from dense2moe.export.errors import ExportError
-from dense2moe.export.package import write_package
-from dense2moe.export.parity import ProviderParity, check_parity
-from dense2moe.export.parity.local import LEAST_NOISE
-from dense2moe.export.parity.precision import find_precision
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from dense2moe.export.runtime.decoder import CPU
 from transformers import (
     AutoModelForCausalLM,
     FlexOlmoConfig,
@@ -46,6 +38,15 @@ from transformers import (
     Qwen3MoeConfig,
 )
 from transformers.utils import logging
+
+from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant, rounds_activations
+from dense2moe.export.errors import ExportError
+from dense2moe.export.package import write_package
+from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.parity.local import LEAST_NOISE
+from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.decoder import CPU
 
 if TYPE_CHECKING:
     from tests.faults import Exported, Fault

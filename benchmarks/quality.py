@@ -37,6 +37,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import (
@@ -53,9 +57,6 @@ from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import Job, draw_order, train_model
 from dense2moe.upcycle.training.objective import next_token_loss
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL, DISTILLED_CONTROL = "dense, continued", "dense, continued, distilled"

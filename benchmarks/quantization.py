@@ -47,12 +47,6 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import torch
-from dense2moe.convert.artifact import code_digest
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
-from dense2moe.export.package import write_package
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from dense2moe.export.runtime.text import choose_blocks
-from dense2moe.upcycle.data.blocks import read_blocks
 from judging import Judge, Outcome
 from quality import Pretraining, wikitext_data, wikitext_dense
 from rich.console import Console
@@ -60,6 +54,13 @@ from rich.table import Table
 from rivals import FOUR_BITS_ALONE, ONNXRUNTIME, OTHERS, mean_squares, run_other, write_onnxruntime
 from ruamel.yaml import YAML
 from transformers.utils import logging
+
+from dense2moe.convert.artifact import code_digest
+from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.package import write_package
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.text import choose_blocks
+from dense2moe.upcycle.data.blocks import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDING, DEFAULT, RECIPE = "rounding", "GPTQ", "GPTQ, a recipe's defaults"

@@ -18,7 +18,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from judging import copy, feeds, products
 from onnxruntime.quantization.matmul_nbits_quantizer import (
     DefaultWeightOnlyQuantConfig,
@@ -26,6 +25,8 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
     KQuantWeightOnlyQuantConfig,
     MatMulNBitsQuantizer,
 )
+
+from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 
 ONNXRUNTIME: dict[str, Callable[[int, int], Any]] = {
     "onnxruntime, symmetric": lambda bits, block: DefaultWeightOnlyQuantConfig(

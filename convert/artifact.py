@@ -28,10 +28,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import psutil
+from rich.filesize import decimal
+
 from dense2moe.upcycle.durable import sync
 from dense2moe.upcycle.errors import MendableError
 from dense2moe.upcycle.numbers import name_special
-from rich.filesize import decimal
 
 if (
     TYPE_CHECKING

@@ -10,6 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.table import Table
+
 from dense2moe.convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
 from dense2moe.convert.report.numerals import NONE, format_rounded, format_size
 from dense2moe.export.config import Device
@@ -17,8 +20,6 @@ from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.speed import Load, LoadTime, time_loads
 from dense2moe.export.storage import LOWERING_KEY
 from dense2moe.upcycle.progress import Progress
-from rich import box
-from rich.table import Table
 
 
 @dataclass(frozen=True)

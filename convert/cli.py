@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, TypeVar, cast
 
 import click
+
 from dense2moe.upcycle.errors import MendableError, find_os_error, is_out_of_memory, one_line_errors, shorten
 from dense2moe.upcycle.imports import uncollected_imports
 
@@ -364,11 +365,12 @@ def generate(
     if not texts:
         raise click.ClickException("no prompt; give --prompt, or --prompts with a file of them")
     with uncollected_imports():
+        from transformers.utils import logging
+
         from dense2moe.export.opening import load_tokenizer
         from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
         from dense2moe.export.runtime.generation import read_generation
         from dense2moe.export.runtime.text import chat_ids, decode_stream, start_ids
-        from transformers.utils import logging
 
     logging.set_verbosity_error()
     package = _find_package(directory, variant)
@@ -545,11 +547,12 @@ def parity(
         if not file.is_file():
             raise click.ClickException(f"{file}: no such file; --data must be a text file in UTF-8")
     with uncollected_imports():
+        from transformers.utils import logging
+
         from dense2moe.convert.package_parity import check_package, describe, is_judged_alone, write_json
         from dense2moe.convert.progress import ProgressDisplay
         from dense2moe.export.config import ParityConfig
         from dense2moe.export.parity.precision import find_precision
-        from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -600,8 +603,9 @@ def _prepare(recipe: Path, apart: bool = False) -> Preparation:
     if apart:
         start_server()
     with uncollected_imports():
-        from dense2moe.convert.stages import prepare
         from transformers.utils import logging
+
+        from dense2moe.convert.stages import prepare
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
 from dense2moe.convert.report.numerals import format_agreement, format_error, format_perplexity, format_share
 from dense2moe.convert.report.summary import describe_task
 from dense2moe.export.config import ParityConfig
@@ -23,7 +25,6 @@ from dense2moe.upcycle.checkpoints.loading import check_whole
 from dense2moe.upcycle.data.blocks import read_text_blocks
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.numbers import name_specials
-from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 
 def check_package(

@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import assert_never
 
+from rich.filesize import decimal
+from rich.table import Table
+
 from dense2moe.convert.stages import Preparation
 from dense2moe.upcycle.building.plan import (
     ExpertPart,
@@ -19,8 +22,6 @@ from dense2moe.upcycle.building.plan import (
     Write,
     Zeros,
 )
-from rich.filesize import decimal
-from rich.table import Table
 
 _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 

@@ -11,6 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, get_args, get_origin
 
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, ValidationError, field_validator, model_validator
+from pydantic import Tag as Branch
+from pydantic_core import ErrorDetails
+from ruamel.yaml import YAML
+from ruamel.yaml.composer import MaxDepthExceededError
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+from ruamel.yaml.resolver import VersionedResolver
+from ruamel.yaml.tag import Tag
+
 from dense2moe.convert.errors import RecipeError
 from dense2moe.export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from dense2moe.upcycle.config import (
@@ -22,16 +33,6 @@ from dense2moe.upcycle.config import (
     count_domains,
     named_value,
 )
-from pydantic import BaseModel, BeforeValidator, Discriminator, Field, ValidationError, field_validator, model_validator
-from pydantic import Tag as Branch
-from pydantic_core import ErrorDetails
-from ruamel.yaml import YAML
-from ruamel.yaml.composer import MaxDepthExceededError
-from ruamel.yaml.error import MarkedYAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.reader import ReaderError
-from ruamel.yaml.resolver import VersionedResolver
-from ruamel.yaml.tag import Tag
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000

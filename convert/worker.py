@@ -162,8 +162,9 @@ def _work(
 ) -> None:
     """What the stage's process does."""
     import torch
-    from dense2moe.convert.machine import peak_resident_bytes
     from transformers.utils import logging
+
+    from dense2moe.convert.machine import peak_resident_bytes
 
     gc.freeze()  # what the server imported stays in the pages that all share
     threading.Thread(target=_follow_parent, daemon=True).start()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from transformers import PreTrainedConfig
+
 from dense2moe.export.config import QUANTIZED, STATIC, Device, QuantizeConfig, Variant, element_type, scale_type
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, find_decoder_family, layer_of, rotary_switch
@@ -18,7 +20,6 @@ from dense2moe.export.runtime.text import count_calibration_tokens
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.memory import HEAP_BYTES
-from transformers import PreTrainedConfig
 
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert.

@@ -30,6 +30,7 @@ from typing import Any
 import numpy.typing as npt
 import onnx
 import onnxruntime as ort
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.storage import GENAI_CONFIG_NAME, MODEL_NAME
 from dense2moe.upcycle.checkpoints import tokenizer

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from transformers import PreTrainedConfig
+
 from dense2moe.export.config import Device, ElementType, OnnxConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
@@ -24,7 +26,6 @@ from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
 from dense2moe.export.tracing.tracer import trace_decoder
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import copy_companions
-from transformers import PreTrainedConfig
 
 MAX_LENGTH = 4096
 """Tokens of prompt and answer for which onnxruntime-genai allocates its cache, unless it is told another number."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import onnx_ir as ir
+
 from dense2moe.export.progress import Progress
 
 MODEL_NAME = "model.onnx"

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from dense2moe.export.config import OnnxConfig
 from dense2moe.export.graph.decoder import Cut, DecoderGraph
 from dense2moe.export.graph.family import layer_of

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 MakeDense = Callable[..., Path]
 

@@ -25,11 +25,12 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
+
 from dense2moe.export.graph.family import DecoderFamily, find_decoder_family
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from onnx import TensorProto, helper, numpy_helper
 
 Way = Literal["prefill", "padding", "decode", "batch"]
 Array = np.ndarray[Any, Any]

@@ -27,8 +27,6 @@ import numpy as np
 import onnx
 import onnx_ir
 import torch
-from dense2moe.export.config import Variant
-from dense2moe.export.storage import MODEL_NAME
 from onnx import numpy_helper
 from transformers import (
     AutoModelForCausalLM,
@@ -40,6 +38,8 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
+from dense2moe.export.config import Variant
+from dense2moe.export.storage import MODEL_NAME
 from tests.faults import Exported, Graph, Integers
 
 Kind = Literal["llama", "mixtral", "qwen2_moe"]

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
+
 from dense2moe.convert.cli import main
 from dense2moe.convert.worker import start_server
 

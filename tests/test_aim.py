@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from dense2moe.export.quantization.aim import DAMPING, find_aim, square
 from dense2moe.export.quantization.inputs import Inputs
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dense2moe.convert.artifact import (
     Artifact,
     ArtifactError,

@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
 from dense2moe.upcycle.gates.balance import (
     LayerRouting,
     balance_loss,
@@ -19,7 +21,6 @@ from dense2moe.upcycle.gates.balance import (
     router_margin,
     z_loss,
 )
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 THREE_TO_ONE = [math.log(3.0), 0.0]  # logits of probabilities 3/4 and 1/4
 ONE_TO_THREE = [0.0, math.log(3.0)]

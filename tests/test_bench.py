@@ -10,11 +10,12 @@ from typing import Any
 import onnx
 import psutil
 import pytest
+from programs import dense2moe
+
 from dense2moe.convert.bench import bench_package, bench_table
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.speed import Load, time_loads
 from dense2moe.export.storage import MODEL_NAME
-from programs import dense2moe
 
 
 def silent(*_: Any) -> None:

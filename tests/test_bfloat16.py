@@ -12,6 +12,11 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
+from packaging.version import Version
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen2MoeForCausalLM
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.package import write_package
@@ -20,10 +25,6 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
-from onnx import TensorProto, numpy_helper
-from packaging.version import Version
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen2MoeForCausalLM
 
 VOCABULARY = 96
 IDS = np.random.default_rng(0).integers(2, VOCABULARY, (2, 24))

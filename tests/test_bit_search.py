@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
+
 from dense2moe.export.config import BitsOverride, OnnxConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.package import write_package
@@ -23,7 +25,6 @@ from dense2moe.export.quantization.sensitivity import Ruler
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 NAMES = {
     "experts": "model.layers.{}.block_sparse_moe.experts.1.w2.weight",

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import find_decoder_family
@@ -20,7 +22,6 @@ from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
 

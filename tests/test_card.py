@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
+from programs import dense2moe
+from report_facts import HOSTILE, make_facts, tiered
+
 from dense2moe.convert.artifact import build
 from dense2moe.convert.report.card import read_license, write_card
 from dense2moe.convert.report.writer import write_report
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from huggingface_hub import ModelCard
-from programs import dense2moe
-from report_facts import HOSTILE, make_facts, tiered
 
 
 def silent(*_: Any) -> None:

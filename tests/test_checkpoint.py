@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from dense2moe.upcycle.checkpoints.reader import (
     CHUNK_ELEMENTS,
     Checkpoint,
@@ -24,8 +27,6 @@ from dense2moe.upcycle.checkpoints.reader import (
     read_header,
 )
 from dense2moe.upcycle.errors import UpcycleError
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 MAX_HEADER_BYTES = 100_000_000  # the format's limit, in safetensors' README
 FORMAT = {"__metadata__": {"format": "pt"}}

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+
 from dense2moe.convert.artifact import MANIFEST_NAME
 from dense2moe.convert.report.card import CARD_NAME
 from dense2moe.convert.report.writer import HTML_NAME

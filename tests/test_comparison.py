@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense2moe.convert.artifact import build
-from dense2moe.convert.report.comparison import compare_runs
 from programs import dense2moe
 from report_facts import make_facts
+
+from dense2moe.convert.artifact import build
+from dense2moe.convert.report.comparison import compare_runs
 
 RECIPE = """\
 source: models/a

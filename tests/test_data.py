@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import dense2moe.upcycle.data.blocks as data_module
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerFast
+
+import dense2moe.upcycle.data.blocks as data_module
 from dense2moe.upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
 from dense2moe.upcycle.data.blocks import (
     Piece,
@@ -27,9 +31,6 @@ from dense2moe.upcycle.data.blocks import (
 )
 from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, Split
 from dense2moe.upcycle.errors import UpcycleError
-from pydantic import ValidationError
-from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerFast
 
 BOS, EOS = 0, 1  # of the tiny tokenizer
 

@@ -12,6 +12,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto
+from packaging.version import Version
+from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
+
 from dense2moe.export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
@@ -23,9 +27,6 @@ from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from onnx import TensorProto
-from packaging.version import Version
-from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
 VOCABULARY = 96
 PREFILL, STEPS = 20, 64

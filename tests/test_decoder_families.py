@@ -14,6 +14,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.graph.family import DECODER_FAMILIES
 from dense2moe.export.package import write_package
@@ -22,8 +25,6 @@ from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 PREFILL, STEPS = 20, 64
 # Float32 sums in another order, through four layers: 3e-6 measured at most over the tests of this file.

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense2moe.convert.artifact import open_artifact
-from dense2moe.convert.worker import Measured
-from dense2moe.upcycle.config import FinetuneConfig, TrainingStage
-from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
-from dense2moe.upcycle.training.fine_tuning import finetune
 from programs import dense2moe
 from test_journal import StoppedError, same
 from test_journal import mixture as make_mixture
 from test_journal import run as quantize
 from test_trainer import CONFIG, quiet
 from test_trainer import data as make_data
+
+from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.worker import Measured
+from dense2moe.upcycle.config import FinetuneConfig, TrainingStage
+from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
+from dense2moe.upcycle.training.fine_tuning import finetune
 
 ROOT = Path(__file__).parent.parent
 mixture, data = make_mixture, make_data  # fixtures

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from dense2moe.convert.artifact import lock
 from jsonschema import Draft202012Validator
 from programs import dense2moe, fork, kill, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dense2moe.convert.artifact import lock
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "recipes" / "models" / "python-docs-4m"

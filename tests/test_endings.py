@@ -17,13 +17,14 @@ from typing import Any, Never
 
 import pytest
 from click.testing import CliRunner
+from programs import dense2moe
+from report_facts import make_facts
+from rich.console import Console
+
 from dense2moe.convert.artifact import build, lock
 from dense2moe.convert.cli import main
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.upcycle.errors import find_os_error
-from programs import dense2moe
-from report_facts import make_facts
-from rich.console import Console
 
 ROOT = Path(__file__).parent.parent
 KEPT = "what is finished is kept, and the same command goes on from there"

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from dense2moe.upcycle.building.receipt import load_model
-from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss, next_token_loss
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss, next_token_loss
 
 MakeDense = Callable[..., Path]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from dense2moe.upcycle.building.experts import (
     Moments,
     add_noise,

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dense2moe.convert.report.facts import report_schema
-from dense2moe.convert.report.writer import write_report
 from jsonschema import Draft202012Validator
 from programs import dense2moe
 from report_facts import make_facts, tiered
+
+from dense2moe.convert.report.facts import report_schema
+from dense2moe.convert.report.writer import write_report
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedModel
+
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.models.conversion import CONVERSIONS
-from transformers import PreTrainedModel
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")

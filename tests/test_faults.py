@@ -13,6 +13,7 @@ from typing import NamedTuple, get_args
 
 import pytest
 import torch
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.parity import Parity, ProviderParity, check_parity
@@ -21,7 +22,6 @@ from dense2moe.export.parity.records import TIERS
 from dense2moe.export.parity.taps import Part
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU
-
 from tests.faults import FAULTS, WAYS, Exported, Fault, plant
 
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from dense2moe.export.parity.flips import Ffn, Product, find_near, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding
 

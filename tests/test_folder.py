@@ -14,15 +14,16 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from dense2moe.convert.cli import main
 from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 # peft asks transformers for it
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

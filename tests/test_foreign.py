@@ -12,13 +12,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from dense2moe.export.config import ParityConfig, Variant
 from dense2moe.export.parity import ProviderParity, check_parity
 from dense2moe.export.parity.precision import Precision, find_precision
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import MODEL_NAME
-from transformers import AutoModelForCausalLM
-
 from tests.faults import FAULTS, Exported, Inexpressible, plant
 from tests.foreign import VARIANTS, Kind, make_foreign
 

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_tokenizers import byte_level
+from transformers import MixtralConfig
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.package import genai_config
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.runtime.sampling import Sampling
-from made_tokenizers import byte_level
-from transformers import MixtralConfig
 
 Write = Any
 

@@ -10,6 +10,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, quantize, round_to_nearest
 from dense2moe.export.quantization.gptq import prepare_moments, quantize_together
 from dense2moe.export.quantization.gptq import quantize_gptq as quantize_prepared

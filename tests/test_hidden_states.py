@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.surgery import upcycle
@@ -22,7 +24,6 @@ from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.config import Domain, ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import kmeans_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")

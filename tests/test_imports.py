@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from dense2moe.upcycle.imports import uncollected_imports
 
 

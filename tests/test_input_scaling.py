@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import find_decoder_family
@@ -17,9 +20,6 @@ from dense2moe.export.quantization.input_scaling import ScaledLayer, ScalingReco
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from safetensors.torch import save_file
-from transformers import MixtralConfig, MixtralForCausalLM
-
 from tests.test_calibration import draw_blocks, load, make_mixture
 from tests.test_decoder_families import CASES
 

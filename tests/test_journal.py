@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import MixtralConfig, MixtralForCausalLM
+
 from dense2moe.export.config import QuantizeConfig, Variant
 from dense2moe.export.quantization import methods, static
 from dense2moe.export.quantization.bit_search import BitSearch
 from dense2moe.export.quantization.quantizer import QuantizeFacts, quantize_checkpoint
 from dense2moe.export.quantization.sensitivity import Ruler
-from safetensors.torch import load_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
 NUM_LAYERS = 3
 

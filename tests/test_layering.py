@@ -5,6 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
 from dense2moe.convert.pipeline import PIPELINE
 
 ROOT = Path(__file__).parent.parent

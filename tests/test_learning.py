@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from dense2moe.upcycle.building.receipt import load_model, sparse_layers
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import ExpertsConfig, FinetuneConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.training.trainer import Stage, run_stage
-from safetensors.torch import load_file
-
 from tests.conftest import MakeDense
 
 RANK = 2

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+
 from dense2moe.upcycle import memory
 from dense2moe.upcycle.checkpoints.loading import check_whole, load_pretrained, load_whole
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.memory import HEAP_BYTES, give_heap_back, release_growth, release_memory, small_heap
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
-
 from tests.conftest import MakeDense
 
 

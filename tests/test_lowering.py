@@ -13,9 +13,11 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from packaging.version import Version
+from safetensors.torch import save_file
+
 from dense2moe.export.config import ElementType, scale_type
 from dense2moe.export.errors import ExportError
-from dense2moe.export.gates.routing import Routing
 from dense2moe.export.graph.writer import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
 from dense2moe.export.lowering import (
     GROUPED,
@@ -32,8 +34,7 @@ from dense2moe.export.lowering import (
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
 from dense2moe.upcycle.checkpoints.reader import index_tensors
-from packaging.version import Version
-from safetensors.torch import save_file
+from dense2moe.upcycle.gates.gate import Gate
 
 
 class Way(NamedTuple):
@@ -119,7 +120,7 @@ def way(request: pytest.FixtureRequest) -> Way:
 def make_layer(
     directory: Path,
     way: Way,
-    routing: Routing,
+    routing: Gate,
     hidden: int = 64,
     inner: int = 96,
     block: int = 32,
@@ -206,7 +207,7 @@ def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.
 
 
 def compute(
-    values: list[Matrices], routing: Routing, x: np.ndarray, logits: np.ndarray, bias: np.ndarray | None = None
+    values: list[Matrices], routing: Gate, x: np.ndarray, logits: np.ndarray, bias: np.ndarray | None = None
 ) -> np.ndarray:
     """The layer, a token and an expert at a time, in float64."""
     tokens = x.reshape(-1, x.shape[-1]).astype(np.float64)
@@ -238,8 +239,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray, way: Way) -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=way.tolerance * np.abs(expected).max())
 
 
-def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1.0) -> Routing:
-    return Routing(num_experts, k, "softmax", renormalize, scale)
+def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1.0) -> Gate:
+    return Gate(num_experts, k, "softmax", renormalize, scale)
 
 
 @pytest.mark.parametrize(("num_experts", "k"), ROUTINGS)
@@ -391,8 +392,8 @@ def test_auto_leaves_out_what_the_runtime_computes_wrongly_and_a_name_does_not(t
     assert find_lowerings(layer, "fused", "1.30.0") == (QMOE,)
 
 
-def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Routing:
-    return Routing(4, 2, score, renormalize, scale)
+def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Gate:
+    return Gate(4, 2, score, renormalize, scale)
 
 
 @pytest.mark.parametrize(
@@ -410,9 +411,7 @@ def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0)
         ("unrolled_8", routed(), 64, "qmoe: with 8-bit weights the operator reads activations in 8 bits"),
     ],
 )
-def test_a_wish_that_cannot_be_met_says_why(
-    name: str, routing: Routing, hidden: int, reason: str, tmp_path: Path
-) -> None:
+def test_a_wish_that_cannot_be_met_says_why(name: str, routing: Gate, hidden: int, reason: str, tmp_path: Path) -> None:
     layer, _ = make_layer(tmp_path, WAYS[name], routing, hidden=hidden)
     message = f"export.lowering 'fused' cannot express layer ({reason}); use 'auto'"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):

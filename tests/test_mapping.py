@@ -16,6 +16,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
 from dense2moe.upcycle.building.plan import (
     ExpertPart,
     Keep,
@@ -32,10 +37,6 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.conversion import CONVERSIONS, Conversion, resolve_layers
-from pydantic import ValidationError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")

@@ -6,6 +6,7 @@ import json
 import math
 
 import pytest
+
 from dense2moe.upcycle.numbers import name_specials, perplexity
 
 

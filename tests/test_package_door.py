@@ -21,6 +21,9 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import ModelProto, TensorProto
+from programs import dense2moe
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.constants import read_constants
@@ -28,9 +31,6 @@ from dense2moe.export.parity.precision import find_precision
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
-from onnx import ModelProto, TensorProto
-from programs import dense2moe
-
 from tests.conftest import MakeDense
 
 ROOT = Path(__file__).parent.parent

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from chromium import VARIABLE, Page, find_browser, open_browser
-from dense2moe.convert.report.writer import write_report
 from report_facts import make_facts, searched, tiered
+
+from dense2moe.convert.report.writer import write_report
 
 _WIDER = """
 [...document.querySelectorAll("body *")].filter((element) => {

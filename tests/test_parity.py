@@ -14,6 +14,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+from transformers import MixtralForCausalLM
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
@@ -30,9 +34,6 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
-from onnx import numpy_helper
-from safetensors.torch import load_file, save_file
-from transformers import MixtralForCausalLM
 
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))

@@ -11,6 +11,8 @@ from typing import Any
 
 import onnx
 import pytest
+from tokenizers import Tokenizer
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.files import FilesCheck, check_files
@@ -18,8 +20,6 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import UpcycleConfig
-from tokenizers import Tokenizer
-
 from tests.conftest import MakeDense
 
 ALL = ("tokenizer.json", "generation_config.json", "config.json", "genai_config.json")

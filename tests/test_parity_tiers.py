@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, MixtralForCausalLM
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.parity import ProviderParity, check_parity
@@ -23,8 +26,6 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=8)

@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
+from transformers import MixtralConfig
+
 from dense2moe.export.parity.constants import Operator, read_constants
 from dense2moe.export.parity.weights import Found, _nearest, check_weights
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, join, quantize, unpack
 from dense2moe.export.storage import MODEL_NAME
-from onnx import TensorProto, helper, numpy_helper
-from safetensors.torch import save_file
-from transformers import MixtralConfig
 
 WIDTH, INNER, TOKENS, EXPERTS, BLOCK = 32, 48, 80, 2, 16
 LAYER = "model.layers.0"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
+
 from dense2moe.export.parity import probe
 from dense2moe.export.parity.constants import Operator
 from dense2moe.export.parity.probe import find_group

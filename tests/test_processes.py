@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+
 from dense2moe.upcycle.training.processes import fill, on_main, tell, whole
 
 ROOT = Path(__file__).parent.parent

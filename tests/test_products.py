@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+
 from dense2moe.upcycle.checkpoints.products import product
 
 

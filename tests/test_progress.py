@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from dense2moe.convert.progress import ProgressDisplay, describe_seconds
 from rich.console import Console
+
+from dense2moe.convert.progress import ProgressDisplay, describe_seconds
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """

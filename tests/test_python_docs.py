@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from dense2moe.upcycle.data import python_docs
 from dense2moe.upcycle.data.python_docs import SPLITS, PythonDocs, read_python_docs, split_of
 from dense2moe.upcycle.errors import UpcycleError

@@ -10,6 +10,10 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.capi._pybind_state import quantize_matmul_4bits
+from packaging.version import Version
+
 from dense2moe.export.quantization.blockwise import (
     Quantized,
     dequantize,
@@ -20,9 +24,6 @@ from dense2moe.export.quantization.blockwise import (
     round_to_nearest,
 )
 from dense2moe.export.quantization.gptq import prepare_moments, quantize_gptq
-from onnx import TensorProto, helper, numpy_helper
-from onnxruntime.capi._pybind_state import quantize_matmul_4bits
-from packaging.version import Version
 
 BITS = (4, 8)
 BLOCKS = (16, 32, 64, 128)

@@ -17,6 +17,9 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import (
     ROUNDING_LIMIT,
@@ -34,8 +37,6 @@ from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.footprint import receipt_bytes
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 MakeDense = Callable[..., Path]
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel, ValidationError
+
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe import (
     _ALIASES,
@@ -28,7 +30,6 @@ from dense2moe.upcycle.config import (
     count_domains,
 )
 from dense2moe.upcycle.data.python_docs import DOMAINS
-from pydantic import BaseModel, ValidationError
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GOOD = "source: dense\ndata: {source: {kind: python-docs}}\n"  # what is added after it starts at line 3

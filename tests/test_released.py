@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from dense2moe.upcycle.building.receipt import load_model
 from programs import dense2moe
 from released import CHAT, RELEASES
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer
+
+from dense2moe.upcycle.building.receipt import load_model
 
 NAMES = list(RELEASES)
 TEXT = "".join(

@@ -9,11 +9,12 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from report_facts import HOSTILE, make_facts, routing, searched, tiered
+from rich.console import Console
+
 from dense2moe.convert.report.pictures import Picture, plan_pictures
 from dense2moe.convert.report.summary import Row, Verdict, judge, summarize, summary_table, verdict_lines
 from dense2moe.convert.report.writer import write_report
-from report_facts import HOSTILE, make_facts, routing, searched, tiered
-from rich.console import Console
 
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
 STAGE_DASH = "1.2,1.2"

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from programs import dense2moe
+
 from dense2moe.convert import artifact as artifact_module
 from dense2moe.convert.artifact import ArtifactError, artifact_key, build, open_artifact
 from dense2moe.convert.pipeline import PIPELINE, Task, _check_inputs
-from programs import dense2moe
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import TensorProto, helper, numpy_helper
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity import check_parity
@@ -28,8 +30,6 @@ from dense2moe.export.quantization.input_scaling import round_inputs
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.simulation import BlockRounding
 from dense2moe.export.runtime.decoder import CPU, Decoder
-from onnx import TensorProto, helper, numpy_helper
-
 from tests.test_calibration import draw_blocks, load
 from tests.test_input_scaling import plant
 

@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
+
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.gates.start import draw_router, kmeans_rows, prototype_rows, ridge_rows, router_load, scale_rows
-from transformers.models.mixtral.modeling_mixtral import MixtralRMSNorm
 
 HIDDEN = 24
 

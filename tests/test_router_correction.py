@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.inputs import Inputs
@@ -18,7 +19,6 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.router_correction import correct_router, kl_of_scores
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-
 from tests.conftest import MakeDense
 from tests.test_calibration import CASES, draw_blocks, load, make_mixture
 

@@ -12,6 +12,8 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from transformers import MixtralForCausalLM
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.package import write_package
@@ -21,7 +23,6 @@ from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from transformers import MixtralForCausalLM
 
 MakeDense = Callable[..., Path]
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from dense2moe.export.runtime.sampling import Sampling, choose_tokens, draw_uniforms
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -16,6 +15,8 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+
+from dense2moe.export.runtime.sampling import Sampling, choose_tokens, draw_uniforms
 
 EVEN = (np.arange(20_000) + 0.5) / 20_000
 """Uniform numbers at equal distances: the share of each token is its probability, give or take two steps of 5e-5."""

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils import DistributedType
+
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.sharding import collect, collect_optimizer, fill_optimizer, is_divided
 

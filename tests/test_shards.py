@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from dense2moe.upcycle.checkpoints.reader import index_tensors
 from dense2moe.upcycle.checkpoints.writer import Content, Span, TensorSpec, read_span, write_tensors
 from dense2moe.upcycle.errors import UpcycleError
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 PIECE = 1 << 24  # what is read at a time where the kernel does not copy
 

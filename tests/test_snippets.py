@@ -17,16 +17,17 @@ from typing import Any
 
 import pytest
 import torch
+from programs import dense2moe
+from report_facts import make_facts
+from tokenizers import AddedToken
+from transformers import AutoTokenizer
+
 from dense2moe.convert.report.card import escape, write_card
 from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.checkpoints.config_files import complete_tokenizer
-from programs import dense2moe
-from report_facts import make_facts
-from tokenizers import AddedToken
-from transformers import AutoTokenizer
 
 TRANSFORMERS_4, OPTIMUM = "DENSE2MOE_TRANSFORMERS_4_PYTHON", "DENSE2MOE_OPTIMUM_PYTHON"
 CHAT = (

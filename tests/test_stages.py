@@ -5,6 +5,7 @@ import shutil
 from fnmatch import fnmatchcase
 
 import pytest
+
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.pipeline import plan_tasks
 from dense2moe.convert.recipe import load_recipe

@@ -17,6 +17,16 @@ import onnxruntime as ort
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GraniteMoeForCausalLM,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedModel,
+)
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes
@@ -29,15 +39,6 @@ from dense2moe.export.quantization.twin import SCHEME_NAME, QuantizedWeight, Twi
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoModelForCausalLM,
-    GraniteMoeForCausalLM,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-)
 
 VOCABULARY = 96
 SMALL: dict[str, Any] = {

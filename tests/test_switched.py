@@ -13,6 +13,9 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import ModelProto, NodeProto, numpy_helper
+from packaging.version import Version
+
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe import load_recipe
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
@@ -31,9 +34,6 @@ from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from onnx import ModelProto, NodeProto, numpy_helper
-from packaging.version import Version
-
 from tests.conftest import MakeDense
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))

@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from programs import dense2moe
+from scipy import stats
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
+
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe import load_recipe
 from dense2moe.convert.report.summary import describe_task, verdict_lines
@@ -38,11 +43,6 @@ from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task, Task
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.runtime.generation import Generation
-from programs import dense2moe
-from scipy import stats
-from tokenizers import Tokenizer, processors
-from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
-
 from tests.report_facts import make_facts, tiered
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))

@@ -6,14 +6,15 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from dense2moe.export.config import QuantizeConfig
-from dense2moe.export.errors import ExportError
-from dense2moe.export.runtime.text import chat_ids, count_calibration_tokens, decode_stream, start_ids
-from dense2moe.upcycle.errors import UpcycleError
 from made_tokenizers import CONTRACTIONS, TOKENIZERS, byte_fallback, byte_level
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from dense2moe.export.config import QuantizeConfig
+from dense2moe.export.errors import ExportError
+from dense2moe.export.runtime.text import chat_ids, count_calibration_tokens, decode_stream, start_ids
+from dense2moe.upcycle.errors import UpcycleError
 
 
 def test_calibration_reads_four_tokens_for_each_input_of_an_expert_that_has_its_share() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from dense2moe.export import timing
 from dense2moe.export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
 from dense2moe.export.graph.decoder import Cut, build_decoder, find_candidates

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
+
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, encode, load_tokenizer
 from dense2moe.upcycle.config import DataConfig, TextData
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.errors import UpcycleError
-from transformers import AutoTokenizer
 
 Change = Callable[[dict[str, Any]], Any]
 RESTORE = "download the tokenizer's files again, or put the model's own tokenizer.json there"

@@ -13,6 +13,8 @@ import onnxruntime_genai as og
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, RequestConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DECODER_FAMILIES
@@ -26,7 +28,6 @@ from dense2moe.export.tracing.parameters import classify_tensors
 from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
 from dense2moe.export.tracing.tracer import trace_decoder
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed, with which transformers exports")
 

@@ -11,6 +11,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from transformers import PreTrainedModel
+
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import ExpertsConfig, FinetuneConfig, UpcycleConfig
@@ -23,8 +25,6 @@ from dense2moe.upcycle.training.trainable import (
     parameter_groups,
     stacked_weights,
 )
-from transformers import PreTrainedModel
-
 from tests.conftest import MakeDense
 
 Load = Callable[..., PreTrainedModel]

@@ -21,6 +21,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from programs import fork, launch
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from worker_jobs import KILLED, train
+
 from dense2moe.upcycle.building.receipt import load_model, router_modules, selection_biases
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import (
@@ -43,11 +48,6 @@ from dense2moe.upcycle.training.objective import distillation_loss, next_token_l
 from dense2moe.upcycle.training.prompt import read_prompt
 from dense2moe.upcycle.training.trainable import parameter_groups
 from dense2moe.upcycle.training.trainer import Stage, _StageTrainer, run_stage, schedule_share
-from programs import fork, launch
-from safetensors.torch import load_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from worker_jobs import KILLED, train
-
 from tests.conftest import MakeDense
 
 BLOCK = 16

@@ -16,6 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
@@ -34,11 +40,6 @@ from dense2moe.upcycle.training.fine_tuning import (
 )
 from dense2moe.upcycle.training.history import Step
 from dense2moe.upcycle.training.objective import next_token_loss
-from pydantic import ValidationError
-from safetensors.torch import load_file
-from torch.optim.optimizer import register_optimizer_step_pre_hook
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one

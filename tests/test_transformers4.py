@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from transformers import AutoConfig, AutoTokenizer
+
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -20,7 +22,6 @@ from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.config_files import complete_config, complete_tokenizer, old_fields
 from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from transformers import AutoConfig, AutoTokenizer
 
 MakeDense = Callable[..., Path]
 PYTHON = "DENSE2MOE_TRANSFORMERS_4_PYTHON"

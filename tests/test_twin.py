@@ -12,6 +12,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
 from dense2moe.export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes
@@ -23,9 +27,6 @@ from dense2moe.export.quantization.quantizer import QuantizeFacts, quantize_chec
 from dense2moe.export.quantization.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, Twin
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 ZERO_POINTS = pytest.mark.parametrize("zero_points", [False, True], ids=["symmetric", "zero points"])
 # which needs text: test_static.py

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from worker_jobs import double, fail, take
+
 from dense2moe.convert.artifact import ArtifactError, lock
 from dense2moe.convert.worker import run_apart
-from worker_jobs import double, fail, take
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
+
 from dense2moe.convert.report.numerals import format_count
 from dense2moe.convert.report.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
 from dense2moe.convert.report.tables import tier_table
@@ -17,8 +20,6 @@ from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
-from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 CARD_NAME = "README.md"
 CARDS_NAME = "cards"

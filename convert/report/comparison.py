@@ -7,6 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+from rich import box
+from rich.table import Table
+from ruamel.yaml import YAML
+
 from dense2moe.convert.recipe import Recipe
 from dense2moe.convert.report.numerals import (
     NONE,
@@ -19,10 +24,6 @@ from dense2moe.convert.report.numerals import (
 from dense2moe.convert.report.summary import find_measured, summarize
 from dense2moe.convert.report.tables import Grid
 from dense2moe.convert.report.templates import load_template
-from pydantic import ValidationError
-from rich import box
-from rich.table import Table
-from ruamel.yaml import YAML
 
 _FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("perplexity", "perplexity", format_perplexity),

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dense2moe.convert.report.numerals import NONE, format_seconds, format_size
-from dense2moe.convert.report.tables import Grid
 from rich import box
 from rich.table import Table
+
+from dense2moe.convert.report.numerals import NONE, format_seconds, format_size
+from dense2moe.convert.report.tables import Grid
 
 COST = "cost"
 """The key of a stage's own cost among its facts."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from dense2moe.convert.machine import Machine
 from dense2moe.convert.report.costs import StageCost
 from dense2moe.convert.report.summary import Row, Verdict
@@ -13,7 +15,6 @@ from dense2moe.export.parity import ProviderParity
 from dense2moe.export.quantization.quantizer import QuantizeFacts
 from dense2moe.upcycle.building.receipt import Comparison
 from dense2moe.upcycle.training.fine_tuning import FinetuneFacts
-from pydantic import TypeAdapter
 
 _NUMBER = {
     "description": "A number; one that JSON lacks is its name.",

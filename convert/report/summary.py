@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
 from dense2moe.convert.report.numerals import (
     NONE,
     agree,
@@ -20,9 +24,6 @@ from dense2moe.convert.report.numerals import (
     format_share,
     format_size,
 )
-from rich import box
-from rich.table import Table
-from rich.text import Text
 
 TORCH_MODELS = ("dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned")
 COLUMNS = (

@@ -6,6 +6,7 @@ from typing import assert_never
 
 import numpy as np
 import onnx_ir as ir
+
 from dense2moe.export.graph.writer import GraphWriter, int64
 from dense2moe.export.lowering.layer import MoeLayer
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
+from transformers import PreTrainedConfig
+
 from dense2moe.export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.embedding import add_embedding
@@ -38,7 +40,6 @@ from dense2moe.export.quantization.bits import check_head, class_bits
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Twin, Weight
 from dense2moe.upcycle.checkpoints.reader import TensorEntry
-from transformers import PreTrainedConfig
 
 # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 _MIN_ONNXRUNTIME = "1.23"

@@ -6,9 +6,6 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
-from dense2moe.export.errors import ExportError
-from dense2moe.export.gates.routing import Routing
-from dense2moe.export.graph.ffn_gate import Activation
 from transformers import PreTrainedConfig
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoRotaryEmbedding
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRotaryEmbedding
@@ -18,6 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.models.mixtral.modeling_mixtral import MixtralRotaryEmbedding
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
+
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.ffn_gate import Activation
+from dense2moe.upcycle.gates.gate import Gate
 
 TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]
 
@@ -86,7 +87,7 @@ class DecoderFamily:
     rotary: Callable[[Any], Any]
     router: str | None = None
     experts: GatedFfn | None = None
-    routing: Callable[[Any], Routing] | None = None
+    routing: Callable[[Any], Gate] | None = None
     selection_bias: str | None = None
     attention_norm: str | None = "model.layers.{layer}.input_layernorm.weight"
     ffn_norm: str | None = "model.layers.{layer}.post_attention_layernorm.weight"
@@ -175,16 +176,16 @@ _QWEN_EXPERTS = GatedFfn(*(f"{_MLP}experts.{{expert}}.{matrix}_proj.weight" for 
 _QWEN_DENSE = GatedFfn(*(f"{_MLP}{matrix}_proj.weight" for matrix in ("gate", "up", "down")))
 
 
-def _renormalized(config: Any) -> Routing:
-    return Routing(config.num_local_experts, config.num_experts_per_tok, "softmax", renormalize=True)
+def _renormalized(config: Any) -> Gate:
+    return Gate(config.num_local_experts, config.num_experts_per_tok, "softmax", renormalize=True)
 
 
-def _as_configured(config: Any) -> Routing:
-    return Routing(config.num_experts, config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
+def _as_configured(config: Any) -> Gate:
+    return Gate(config.num_experts, config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
 
 
-def _sigmoid(config: Any) -> Routing:
-    return Routing(
+def _sigmoid(config: Any) -> Gate:
+    return Gate(
         config.n_routed_experts,
         config.num_experts_per_tok,
         "sigmoid",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, assert_never
 
 import onnx_ir as ir
+
 from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]

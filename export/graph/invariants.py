@@ -24,14 +24,15 @@ from typing import Any, Final
 
 import numpy as np
 import onnx
+from onnx import NodeProto, TensorProto
+from onnx.external_data_helper import load_external_data_for_tensor
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.family import TensorClass, find_refusal, layer_of
 from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.storage import MODEL_NAME
-from onnx import NodeProto, TensorProto
-from onnx.external_data_helper import load_external_data_for_tensor
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import onnx_ir as ir
 import torch
+from transformers import PreTrainedConfig
+
 from dense2moe.export.config import ElementType, OnnxConfig, Product
 from dense2moe.export.graph.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from dense2moe.export.graph.ffn_gate import add_gate
@@ -14,7 +16,6 @@ from dense2moe.export.graph.positions import Positions, effective_window
 from dense2moe.export.graph.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
-from transformers import PreTrainedConfig
 
 FindWeight = Callable[[str, tuple[int, int] | None], Weight]
 """A matrix by its name, or some of its rows."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
+
 from dense2moe.export.config import ElementType
 from dense2moe.export.graph.family import rotary_switch
 from dense2moe.export.graph.writer import GraphWriter, int64

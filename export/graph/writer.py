@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+
 from dense2moe.export.config import ElementType, scale_type
 from dense2moe.export.storage import CONTENT
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from dense2moe.export.config import Device, ElementType
-from dense2moe.export.gates.routing import Routing
 from dense2moe.export.graph.ffn_gate import Activation
 from dense2moe.export.graph.writer import GraphWriter
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
+from dense2moe.upcycle.gates.gate import Gate
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class MoeLayer:
     """
 
     name: str
-    routing: Routing
+    routing: Gate
     experts: tuple[Expert, ...]
     activation_bits: int
     activation: Activation = "silu"

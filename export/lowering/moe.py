@@ -15,11 +15,12 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from dense2moe.export.gates.routing import Routing
+
 from dense2moe.export.gates.top_k import add_operator_logits
 from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
 from dense2moe.export.quantization.twin import FloatWeight
+from dense2moe.upcycle.gates.gate import Gate
 
 NAME = "moe"
 MIN_ONNXRUNTIME = "1.23.1"  # 1.23.0 has no kernel for the CPU
@@ -69,7 +70,7 @@ def activation_refusal(layer: MoeLayer) -> str | None:
     return None if layer.activation == "silu" else f"the operator's gate is SiLU, not {layer.activation}"
 
 
-def swiglu_attributes(routing: Routing) -> dict[str, Any]:
+def swiglu_attributes(routing: Gate) -> dict[str, Any]:
     """Attributes that `MoE` and `QMoE` share."""
     return {
         "k": routing.num_experts_per_tok,

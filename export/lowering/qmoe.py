@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 import torch
+
 from dense2moe.export.config import CUDA_BLOCKS
 from dense2moe.export.gates.top_k import add_operator_logits
 from dense2moe.export.graph.writer import MICROSOFT, GraphWriter

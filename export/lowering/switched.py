@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+from packaging.version import Version
+
 from dense2moe.export.graph.writer import GraphWriter, int64
 from dense2moe.export.lowering import grouped, qmoe
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
-from packaging.version import Version
 
 NAME = "switched"
 _STEP_TOKENS = 4

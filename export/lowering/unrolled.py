@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from dense2moe.export.gates.top_k import add_top_k
 from dense2moe.export.graph.ffn_gate import add_gate
 from dense2moe.export.graph.linear import add_linear, oldest_onnxruntime

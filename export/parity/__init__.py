@@ -32,6 +32,8 @@ from typing import Any
 
 import onnxruntime as ort
 import torch
+from transformers import AutoConfig
+
 from dense2moe.export.config import ParityConfig, Variant
 from dense2moe.export.graph.family import DecoderFamily, find_decoder_family, find_refusal
 from dense2moe.export.opening import open_package
@@ -71,7 +73,6 @@ from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.runtime.text import choose_blocks
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.numbers import perplexity
-from transformers import AutoConfig
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from dense2moe.export.parity.forward import Forward, Reference, forward_of, run_package, split_batches
 from dense2moe.export.parity.records import Agreement, MarginBin
 from dense2moe.export.parity.taps import Seen, look

@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
+from transformers import GenerationConfig
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.parity.checks import write_greedily
 from dense2moe.export.parity.forward import Reference
@@ -24,7 +26,6 @@ from dense2moe.export.runtime.generation import Generation
 from dense2moe.export.runtime.text import start_ids
 from dense2moe.upcycle.checkpoints.tokenizer import encode
 from dense2moe.upcycle.errors import shorten
-from transformers import GenerationConfig
 
 _BATCH = 16
 _MOST_LOGITS = 2**26  # of a batch at once: 256 MB

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import torch
+
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.constants import Matrix, Operator
 from dense2moe.export.parity.flips import Round

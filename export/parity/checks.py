@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from dense2moe.export.config import ParityConfig
 from dense2moe.export.parity.agreement import LOGIT_ROWS, Follow
 from dense2moe.export.parity.forward import Forward, Reference, forward_of

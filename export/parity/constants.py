@@ -17,10 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
+from onnx import NodeProto, TensorProto
+
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import Package, open_package
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, num_blocks, zero_point_bytes
-from onnx import NodeProto, TensorProto
 
 Floats = npt.NDArray[np.float32]
 Use = Literal["product", "table", "experts", "stored"]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx
+
 from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.parity.constants import Matrix
 from dense2moe.export.parity.taps import OUTSIDE, Part, Place, Taps

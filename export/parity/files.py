@@ -26,12 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from transformers import AutoConfig, AutoTokenizer
+
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.precision import has_experts, is_dense
 from dense2moe.export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
-from transformers import AutoConfig, AutoTokenizer
 
 _TEMPLATE_NAME = "chat_template.jinja"
 _VOCABULARY_NAMES = (

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
+
 from dense2moe.export.quantization.simulation import BlockRounding
 
 NEAR_MIDDLE = {"given": (1e-6, 1e-6), "inner": (1e-3, 1e-5)}

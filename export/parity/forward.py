@@ -10,9 +10,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, DynamicCache
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
-from dense2moe.export.gates.routing import Score, selection_scores
 from dense2moe.export.graph.family import find_decoder_family, find_refusal, rotary_switch
 from dense2moe.export.parity.taps import Seen, look
 from dense2moe.export.quantization.simulation import RoundedInputs
@@ -20,8 +21,8 @@ from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.gates.gate import Score, selection_scores
 from dense2moe.upcycle.memory import small_heap
-from transformers import AutoModelForCausalLM, DynamicCache
 
 BATCH = PARITY_BATCH
 

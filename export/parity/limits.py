@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+
 from dense2moe.export.config import ParityConfig, Variant
 from dense2moe.export.parity.checks import Case, measure_errors
 from dense2moe.export.parity.forward import Forward, Reference

@@ -23,14 +23,15 @@ from functools import partial
 from typing import Any, cast
 
 import torch
+from torch import nn
+from transformers import DynamicCache
+
 from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.parity.flips import Inside
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.products import Arithmetic, ProductMode
 from dense2moe.export.parity.taps import OUTSIDE, Part, Place, Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE, find_margin
-from torch import nn
-from transformers import DynamicCache
 
 LEAST_NOISE = 2.0**-22
 """Two units in the last place of float32: a norm's factor is rounded by as much, alike for all elements of a token."""

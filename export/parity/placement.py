@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+
 from dense2moe.export.runtime.decoder import Decoder
 
 Placement = dict[str, dict[str, int]]

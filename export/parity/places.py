@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+
 from dense2moe.export.config import ParityConfig
 from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.parity.checks import every_expert

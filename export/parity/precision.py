@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+
 from dense2moe.export.config import STATIC, Variant
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import open_package

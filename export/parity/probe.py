@@ -16,12 +16,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from onnx import TensorProto, helper
+from onnxruntime.capi import onnxruntime_pybind11_state as state
+
 from dense2moe.export.graph.writer import IR_VERSION, MICROSOFT
 from dense2moe.export.parity.constants import INT8, Operator
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, quantize
 from dense2moe.export.quantization.input_scaling import round_inputs
-from onnx import TensorProto, helper
-from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 _SAME = 2e-5
 """Relative error of a product's outputs.

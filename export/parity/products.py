@@ -13,12 +13,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
 from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.parity.flips import Ffn, Inside, Product, Round, near_middle
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
-from torch import nn
-from torch.overrides import TorchFunctionMode
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
 _EMBEDDING = "model.embed_tokens.weight"

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+
 from dense2moe.export.parity.agreement import Follow, factor_of, mean_divergence
 from dense2moe.export.parity.forward import Forward, Reference
 from dense2moe.export.parity.records import Limit, Noise

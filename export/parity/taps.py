@@ -14,6 +14,7 @@ from typing import Literal
 import numpy as np
 import onnx
 import torch
+
 from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, FINAL_NORMED, HIDDEN, ROUTER_LOGITS, Decoder
 
 Part = Literal[

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from transformers import AutoConfig
+
 from dense2moe.export.graph.family import rotary_switch
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.parity.answers import (
@@ -35,7 +37,6 @@ from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task
 from dense2moe.export.parity.ties import find_flips
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.generation import read_generation
-from transformers import AutoConfig
 
 
 class TaskEvaluation:

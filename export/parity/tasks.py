@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, cast
 
+from pydantic import Field, ValidationError, model_validator
+
 from dense2moe.export.config import Record
 from dense2moe.export.errors import ExportError
 from dense2moe.export.runtime.text import choose_places
-from pydantic import Field, ValidationError, model_validator
 
 TaskKind = Literal["choice", "answer", "similarity"]
 _Text = Annotated[str, Field(min_length=1)]

@@ -22,9 +22,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.spatial import cKDTree
+
 from dense2moe.export.parity.constants import Constants, Floats, Matrix
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
-from scipy.spatial import cKDTree
 
 _TOLERANCE = 1e-5
 """Of a row's length.

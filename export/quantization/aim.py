@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+
 from dense2moe.export.quantization.inputs import Inputs
 
 DAMPING = 0.01

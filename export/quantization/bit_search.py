@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import TensorClass, layer_of

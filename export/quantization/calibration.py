@@ -16,15 +16,16 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from dense2moe.export.gates.routing import choose_experts
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
 from dense2moe.export.graph.family import DecoderFamily, GatedFfn
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
 from dense2moe.export.runtime.text import choose_blocks
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, read_rows
-from transformers import PreTrainedModel
-from transformers.activations import ACT2FN
+from dense2moe.upcycle.gates.gate import choose_experts
 
 _BATCH_ROWS = 8
 _BATCH_TOKENS = 1024

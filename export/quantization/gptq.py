@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
 from dense2moe.export.quantization.aim import damp
 from dense2moe.export.quantization.blockwise import (
     Quantized,

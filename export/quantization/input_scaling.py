@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from typing import assert_never
 
 import torch
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.graph.family import DecoderFamily, bias_name
 from dense2moe.export.quantization.blockwise import is_quantized

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+
 from dense2moe.export.quantization.blockwise import Quantized
 from dense2moe.upcycle.durable import begin, is_kept, keep, read_facts
-from safetensors.torch import load_file, save_file
 
 _FLOAT = ".float"
 _TENSORS_NAME = "layer.safetensors"

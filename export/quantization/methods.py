@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, layer_of

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+
 from dense2moe.export.config import (
     STATIC,
     Device,

@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from dense2moe.export.gates.routing import Score, log_scores, selection_scores
+
 from dense2moe.export.quantization.aim import damp
 from dense2moe.export.quantization.inputs import Inputs
+from dense2moe.upcycle.gates.gate import Score, log_scores, selection_scores
 
 _FITTED_SHARE = 0.75
 _STEPS = 10

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
+
 from dense2moe.upcycle.checkpoints.layerwise import embed, load_head, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from transformers import PreTrainedModel
 
 Weights = Mapping[str, torch.Tensor]
 """Tensors by their names in a checkpoint, float32; they may be made when they are read."""

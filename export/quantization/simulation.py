@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
 from dense2moe.export.quantization.input_scaling import round_inputs
 from dense2moe.export.quantization.twin import QuantizedWeight, Twin
 from dense2moe.export.tracing.parameters import locate_parameters
-from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
 
 _LOWEST, _HIGHEST = -128, 127
 

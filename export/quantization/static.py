@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import Literal, assert_never
 
 import torch
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, layer_of

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from dense2moe.export.config import STATIC, ElementType
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, find_decoder_family

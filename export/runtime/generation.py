@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import GenerationConfig
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.runtime.sampling import Sampling
@@ -21,7 +23,6 @@ from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
 from dense2moe.upcycle.errors import one_line_errors
-from transformers import GenerationConfig
 
 _TOP_K = 50  # transformers' default where tokens are drawn
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
 from dense2moe.export.errors import ExportError
 from dense2moe.export.progress import Progress
 from dense2moe.export.runtime.decoder import Decoder

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
+
 from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.checkpoints.tokenizer import encode
 from dense2moe.upcycle.errors import one_line_errors
-from transformers import PreTrainedConfig
 
 _TOKENS_PER_INPUT = 4  # twice what GPTQ needs, for experts that are visited less than others
 _FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768

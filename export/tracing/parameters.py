@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import init_empty_weights
-from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import TensorClass
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import TensorClass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

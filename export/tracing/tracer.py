@@ -30,16 +30,17 @@ from typing import Any, get_args
 import onnx_ir as ir
 import torch
 import torch.nn.functional as F
-from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.ffn_gate import Activation
-from dense2moe.export.quantization.twin import FloatWeight, Twin
-from dense2moe.export.runtime.decoder import HIDDEN, ROUTER_LOGITS
-from dense2moe.export.tracing.parameters import Rows, empty_model, find_routers, locate_parameters
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import moe as transformers_moe
+
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.ffn_gate import Activation
+from dense2moe.export.quantization.twin import FloatWeight, Twin
+from dense2moe.export.runtime.decoder import HIDDEN, ROUTER_LOGITS
+from dense2moe.export.tracing.parameters import Rows, empty_model, find_routers, locate_parameters
 
 DOMAIN = "dense2moe"
 OPSET = 20

@@ -18,9 +18,10 @@ import time
 from pathlib import Path
 
 import torch
-from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, read_python_docs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, read_python_docs
 
 VOCAB_SIZE = 4096
 CONTEXT = 512

@@ -29,11 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from dense2moe.convert.artifact import verify
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
+from dense2moe.convert.artifact import verify
 from tests.robustness.inputs import Input, Inputs, Kind
 from tests.robustness.mutations import Mutation
 from tests.robustness.worker import Answer, Watched

@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from programs import dense2moe
+
 from dense2moe.convert.artifact import open_artifact
 from dense2moe.convert.worker import Measured
-from programs import dense2moe
 
 COUNT = "DENSE2MOE_CAMPAIGN"
 STAGES = ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report")

@@ -25,8 +25,8 @@ from typing import Any, Self
 
 import psutil
 from click.testing import CliRunner
-from dense2moe.convert.cli import main
 
+from dense2moe.convert.cli import main
 from tests.programs import fork, kill
 
 _ROOT = Path(__file__).parent.parent.parent

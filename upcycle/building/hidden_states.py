@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
+
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.plan import Site, plan_upcycle
 from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_layers
@@ -17,7 +19,6 @@ from dense2moe.upcycle.data.blocks import match_files, read_file
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows, router_load
 from dense2moe.upcycle.progress import Progress
-from transformers import PreTrainedTokenizerBase
 
 _MAX_ROW_TOKENS = 512
 _BATCH_ROWS = 8

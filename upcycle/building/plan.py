@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
 from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, TensorEntry
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.config import UpcycleConfig
@@ -28,7 +30,6 @@ from dense2moe.upcycle.models.conversion import (
 )
 from dense2moe.upcycle.models.dense import DenseFamily, Ffn, Fold, Matrix
 from dense2moe.upcycle.models.sparse import ExpertNames, MoeTarget, SharedNames
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 _HEAD = "lm_head.weight"
 _WINDOW_FIELDS = {"sliding_window", "layer_types", "attention_chunk_size"}

@@ -51,6 +51,10 @@ from typing import Any, Literal, cast
 
 import psutil
 import torch
+from optimum.exporters.tasks import TasksManager
+from transformers import AutoConfig, PreTrainedModel
+from transformers.activations import ACT2FN
+
 from dense2moe.upcycle.building.plan import ExpertPart, Keep, Slice, UpcyclePlan
 from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, pad_left, run_layers
 from dense2moe.upcycle.checkpoints.loading import check_whole, load_whole
@@ -59,9 +63,6 @@ from dense2moe.upcycle.checkpoints.tokenizer import encode, has_tokenizer, load_
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.footprint import receipt_bytes
 from dense2moe.upcycle.progress import Progress
-from optimum.exporters.tasks import TasksManager
-from transformers import AutoConfig, PreTrainedModel
-from transformers.activations import ACT2FN
 
 ROUNDING_LIMIT = 1e-5
 """Largest rel in float32 of a router that weighs experts unequally.

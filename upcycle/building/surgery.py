@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import assert_never
 
 import torch
+
 from dense2moe.upcycle.building.experts import (
     Moments,
     add_noise,

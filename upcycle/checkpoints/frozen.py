@@ -15,14 +15,15 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+
 from dense2moe.upcycle.building.receipt import load_model, router_modules
 from dense2moe.upcycle.checkpoints.products import product
 from dense2moe.upcycle.checkpoints.reader import DTYPES, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.memory import give_heap_back
 from dense2moe.upcycle.training.expert_forward import LOW_RANK, use_sorted_experts
-from torch import nn
-from transformers import PreTrainedModel
 
 _SELECTION_BIAS = "e_score_correction_bias"  # is float32 wherever it is
 _SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside it is rounded to the dtype of loading

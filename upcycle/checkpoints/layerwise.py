@@ -13,10 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
 from dense2moe.upcycle.checkpoints.loading import refuse_incomplete
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.memory import give_heap_back
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 _BLOCKS = "model.layers.{layer}."
 _EMBEDDING = "model.embed_tokens.weight"

@@ -22,6 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
+from transformers.utils import CONFIG_NAME
+
 from dense2moe.upcycle.checkpoints.reader import (
     GENERATION_CONFIG_NAME,
     INDEX_NAME,
@@ -33,9 +37,6 @@ from dense2moe.upcycle.checkpoints.reader import (
 )
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from dense2moe.upcycle.memory import give_heap_back, release_memory
-from safetensors import safe_open
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
-from transformers.utils import CONFIG_NAME
 
 _READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
 _HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config

@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
 from dense2moe.upcycle.checkpoints.companions import find_companions, is_training_state
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, complete_tokenizer
 from dense2moe.upcycle.checkpoints.pointers import POINTER_REMEDY, is_pointer
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 READABLE = {

@@ -11,10 +11,11 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from dense2moe.upcycle.checkpoints.config_files import TOKENIZER_CONFIG_NAME
-from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from dense2moe.upcycle.checkpoints.config_files import TOKENIZER_CONFIG_NAME
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 
 TOKENIZER_NAME = "tokenizer.json"
 _PATTERNS = (TOKENIZER_NAME, "*.model", "*.tiktoken", "tekken.json", "vocab.*", "vocab-*", "merges.txt")

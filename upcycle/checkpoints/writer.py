@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+
 from dense2moe.upcycle.checkpoints.reader import READABLE, STEM
 from dense2moe.upcycle.errors import UpcycleError
 

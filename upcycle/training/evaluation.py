@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import PreTrainedModel
+
 from dense2moe.upcycle.checkpoints.frozen import compute_wide, load_stored
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.numbers import perplexity
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.objective import next_token_loss
 from dense2moe.upcycle.training.prompt import read_prompt, run_with_prompt
-from transformers import PreTrainedModel
 
 EVALUATION_BATCH = 8
 

@@ -18,9 +18,10 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from dense2moe.upcycle.checkpoints.products import product
 from torch.utils.checkpoint import checkpoint
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from dense2moe.upcycle.checkpoints.products import product
 
 NAME = "dense2moe_sorted"
 _ROWS = 32

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any, cast, overload
 
 import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
 from dense2moe.upcycle.building.receipt import router_modules, router_weights, selection_biases, sparse_layers
 from dense2moe.upcycle.checkpoints.config_files import complete_config
 from dense2moe.upcycle.checkpoints.frozen import load_frozen, load_stored, stored_dtype
@@ -36,8 +39,6 @@ from dense2moe.upcycle.training.processes import join_processes, on_main, whole
 from dense2moe.upcycle.training.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
 from dense2moe.upcycle.training.trainable import count_last_layers
 from dense2moe.upcycle.training.trainer import Stage, Trained, check_settings, run_stage, write_events
-from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 CONTROL_DIRECTORY = "control"
 EQUAL_TIME_DIRECTORY = "control-equal-time"

@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, parse_flag_from_env
-from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.training.processes import divide, join_processes, whole
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.processes import divide, join_processes, whole
 
 Key = TypeVar("Key")
 

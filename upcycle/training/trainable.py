@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+
 from dense2moe.upcycle.building.receipt import router_modules, router_weights
 from dense2moe.upcycle.config import FinetuneConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.prompt import PARAMETER, add_prompt
-from torch import nn
-from transformers import PreTrainedModel
 
 Named = Iterator[tuple[str, nn.Parameter]]
 

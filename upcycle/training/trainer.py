@@ -36,6 +36,11 @@ from typing import Any, cast
 import numpy
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
+from torch import distributed
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+
 from dense2moe.upcycle.building.receipt import router_modules, router_weights, selection_biases
 from dense2moe.upcycle.checkpoints.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
@@ -78,10 +83,6 @@ from dense2moe.upcycle.training.trainable import (
     parameter_groups,
     stacked_weights,
 )
-from safetensors import SafetensorError, safe_open
-from torch import distributed
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 # What transformers calls it, before 5.23 and since.
 _CHECKPOINTING = (

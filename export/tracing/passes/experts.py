@@ -11,12 +11,12 @@ Left alone: shared experts, which every token visits: they are plain products.
 from __future__ import annotations
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.gates.routing import Routing
 from dense2moe.export.graph.writer import GraphWriter
 from dense2moe.export.lowering import Expert, Lowering, MoeLayer
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
+from dense2moe.upcycle.gates.gate import Gate
 
 
 def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Lowering, activation_bits: int) -> None:
@@ -56,5 +56,5 @@ def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) ->
         )
         for e in range(module.num_experts)
     )
-    routing = Routing(module.num_experts, module.num_experts_per_tok, "softmax", renormalize=True)
+    routing = Gate(module.num_experts, module.num_experts_per_tok, "softmax", renormalize=True)
     return MoeLayer(f"layers.{module.layer}.moe", routing, experts, activation_bits, module.activation)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
+
 from dense2moe.export.config import OnnxConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.linear import add_linear

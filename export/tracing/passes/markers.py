@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx_ir as ir
+
 from dense2moe.export.graph.writer import GraphWriter
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.tracing.parameters import Rows

@@ -1,4 +1,4 @@
-"""The routing record: what a router's logits mean, and the same in torch."""
+"""The gate: from router logits to chosen experts and their weights, in torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Score = Literal["softmax", "sigmoid"]
 
 
 @dataclass(frozen=True)
-class Routing:
+class Gate:
     """From router logits to chosen experts and their weights, for one layer.
 
     score: what turns logits into weights; softmax before the top-k equals softmax after it when weights are
@@ -46,9 +46,7 @@ def log_scores(logits: torch.Tensor, score: Score) -> torch.Tensor:
     return (logits if score == "softmax" else F.logsigmoid(logits)).log_softmax(-1)
 
 
-def choose_experts(
-    logits: torch.Tensor, routing: Routing, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def choose_experts(logits: torch.Tensor, routing: Gate, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights and numbers [tokens, k] of the experts that each token visits, of router logits [tokens, E]."""
     chosen = selection_scores(logits, routing.score, bias).topk(routing.num_experts_per_tok, dim=-1).indices
     scores = logits.softmax(-1) if routing.score == "softmax" else logits.sigmoid()

@@ -1,0 +1,1 @@
+"""What a model is for: heads, batches, losses and figures."""
