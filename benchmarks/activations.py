@@ -1,10 +1,9 @@
 """What 8-bit activations cost and save, product by product.
 
 Beside llama.cpp's own quantizers and engine on the same text.
-    python benchmarks/activations.py CHECKPOINT --train FILE --test FILE [--mixture DIRECTORY] [--variants int8 int4]
-    [--chunks 24]
-        [--calibration-tokens N] [--rounds 5] [--llama-cpp DIRECTORY --convert SCRIPT] [--cache DIRECTORY] [--threads N]
-        [--only NAME …]
+    python benchmarks/activations.py CHECKPOINT --train FILE --test FILE [--mixture DIRECTORY]
+        [--variants int8 int4] [--chunks 24] [--calibration-tokens N] [--rounds 5]
+        [--llama-cpp DIRECTORY --convert SCRIPT] [--cache DIRECTORY] [--threads N] [--only NAME …]
 
 CHECKPOINT is a dense Llama, or with `--mixture` the mixture that is to be quantized; a dense one is upcycled to 4
 experts, 2 of them chosen, and not trained. All packages have the lowering `grouped`, so that only what their products

@@ -1,7 +1,7 @@
 """Peak memory of every stage and of every way to train, each in a fresh process, beside what `dense2moe plan` says.
 
     python benchmarks/memory.py MODEL TEXT [--train all,router,lora] [--until finetune] [--blocks 8] [--batch 4]
-    [--random]
+        [--random]
 
 MODEL is a checkpoint of a decoder, TEXT a text file in UTF-8. With `--random` only its config and tokenizer are read,
 and its weights are drawn: the shape of a model that is not at hand. Prints a row for each stage: seconds, peak resident

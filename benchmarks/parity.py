@@ -1,8 +1,8 @@
 """What parity names of planted faults, and how often it is wrong about correct exports.
 
-    python benchmarks/parity.py                                  # false alarms over 50 seeds, and how far float32 is
-    from each limit python benchmarks/parity.py --seeds 10 --variants int8,int4 --families 'qwen3|granite' python
-    benchmarks/parity.py --faults --exporters foreign --variants int8 --only 'cache|padding'
+    python benchmarks/parity.py       # false alarms over 50 seeds, and how far float32 is from each limit
+    python benchmarks/parity.py --seeds 10 --variants int8,int4 --families 'qwen3|granite'
+    python benchmarks/parity.py --faults --exporters foreign --variants int8 --only 'cache|padding'
 
 With `--faults` every fault of `tests/faults.py` is planted in every variant of one model, exported by us and by others;
 a line says what parity says first of it that it does not say of the package without it. Else every seed is another tiny

@@ -2,8 +2,8 @@
 
 Perplexity and routing of a fine-tuned mixture under every method of ours, and under the quantizers of others.
     python benchmarks/quantization.py [--model embedded|stories260k|wikitext] [--data DIRECTORY] [--cache DIRECTORY]
-    [--bits 4 8] [--block-size 32]
-        [--blocks 64] [--threads N] [--llama-cpp PYTHON] [--gptqmodel PYTHON] [--markdown]
+        [--bits 4 8] [--block-size 32] [--blocks 64] [--threads N] [--llama-cpp PYTHON] [--gptqmodel PYTHON]
+        [--markdown]
 
 Three mixtures, each fine-tuned by a recipe once and kept in the cache, as are all outcomes, so that a killed benchmark
 goes on where it was:

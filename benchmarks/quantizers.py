@@ -1,7 +1,7 @@
 """The quantizers of others that benchmarks/quantization.py compares, each in a Python of its own.
 
-    PYTHON benchmarks/quantizers.py NAME CHECKPOINT OUTPUT --calibration FILE --held-out FILE [--bits 4] [--block-size
-    32]
+    PYTHON benchmarks/quantizers.py NAME CHECKPOINT OUTPUT --calibration FILE --held-out FILE [--bits 4]
+        [--block-size 32]
 
 Each reads a Mixtral in float32, quantizes the matrices of its experts and attention, and leaves router, embedding and
 head as they are. It writes the checkpoint again into OUTPUT, with the weights that its integers stand for, for the

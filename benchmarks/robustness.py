@@ -1,9 +1,8 @@
 """How mutated recipes, checkpoints, packages, data and runs end: the table of the campaign, or one of its cases again.
 
-    python benchmarks/robustness.py --cases 1000              # of each kind of input: two tables, every distinct
-    failure, what was refused late python benchmarks/robustness.py --cases 200 --kinds packages,recipes=5000 --seed 2
-    python benchmarks/robustness.py --case 'recipes | check | recipe.yaml: set @7'    # what the command says, as a
-    failure names the case
+    python benchmarks/robustness.py --cases 1000     # of each kind of input: two tables, every distinct failure
+    python benchmarks/robustness.py --cases 200 --kinds packages,recipes=5000 --seed 2
+    python benchmarks/robustness.py --case 'recipes | check | recipe.yaml: set @7'    # what the command says
 
 `tests/robustness/` says what is mutated, and what is held of every case.
 """

@@ -5,9 +5,11 @@ the checkpoint that the package's weights stand for, however they lie in the fil
 integers and scales); constants by the pattern of nodes that reads them; caches, masks, positions and logits by the
 interface. So one function plants it in any graph and any variant.
 
-    exported = Exported(source, twin, package) faulty = plant(exported, tmp_path, FAULTS["two experts swapped"], BLOCKS)
-    # `Inexpressible` where that graph cannot have it lines = check_parity(faulty.package, faulty.twin, faulty.source,
-    BLOCKS, …).breaches named = FAULTS["two experts swapped"].is_named(lines[0])
+    exported = Exported(source, twin, package)
+    # `Inexpressible` where that graph cannot have it
+    faulty = plant(exported, tmp_path, FAULTS["two experts swapped"], BLOCKS)
+    lines = check_parity(faulty.package, faulty.twin, faulty.source, BLOCKS, …).breaches
+    named = FAULTS["two experts swapped"].is_named(lines[0])
 
 `plant` also runs both packages on `BLOCKS`, and fails where a fault changes nothing or something else than it should.
 """

@@ -1,9 +1,8 @@
 """Packages that we did not write, of tiny random models, and the twins whose weights theirs are.
 
 A library for tests and benchmarks.
-    mixtral = make_foreign("mixtral", "int4", tmp_path)         # transformers' exporter, then onnxruntime's own
-    quantizer Decoder(mixtral.package)                                    # mixtral.twin has in float32 what its
-    integers stand for
+    mixtral = make_foreign("mixtral", "int4", tmp_path)     # transformers' exporter, then onnxruntime's own quantizer
+    Decoder(mixtral.package)                                # mixtral.twin has in float32 what its integers stand for
 
 The exporter is transformers' (its experts are products in a loop that it unrolled); integers are onnxruntime's
 `MatMulNBitsQuantizer`'s, float16 is its converter's. Dense models can be onnxruntime-genai's, by `build_by_genai`. None

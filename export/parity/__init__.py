@@ -6,14 +6,14 @@ with eager experts; the twin reads the inputs of products as the graph does, rou
 
 Eight tiers answer, each another question, and all of them for every variant:
 
-    weights    every row of every matrix in the file: is it the twin's? operator   each router and each block of experts
-    on the graph's own input, every expert visited: which layer, which expert? layer      every other place of every
-    layer, the embedding and the head, on the graph's own input: what is not computed as the twin does? logits
-    prefill, chained decoding, batches, left padding, long rows, text of its own: in what way of feeding it? language
-    perplexity, KL, top-1 and top-5: what does it cost? task       accuracy, F1, rank correlation on tasks of the
-    user's: what does it cost there? routing    the same experts, by layer and given the reference's margin; KL with the
-    routing forced: is it the weights or the paths? files      tokenizer, generation and genai configs: does the package
-    say of itself what the checkpoint says?
+    weights    every row of every matrix in the file: is it the twin's?
+    operator   each router and each block of experts on the graph's own input, every expert visited: which one is wrong?
+    layer      every other place of every layer, embedding and head, on the graph's own input: what differs there?
+    logits     prefill, chained decoding, batches, left padding, long rows, text of its own: in what way of feeding it?
+    language   perplexity, KL, top-1 and top-5: what does it cost?
+    task       accuracy, F1, rank correlation on tasks of the user's: what does it cost there?
+    routing    the same experts, by layer and given the reference's margin; KL with routing forced: weights or paths?
+    files      tokenizer, generation and genai configs: does the package say of itself what the checkpoint says?
 
 One place from the graph's own input is held to a multiple of float32's noise, measured there against float64, whatever
 the graph rounds: the same numbers are rounded in the same way (`dense2moe.export.parity.local`). Whole models are held

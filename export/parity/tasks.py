@@ -1,9 +1,8 @@
 """Tasks: files of examples with right answers, one JSON object a line, of one kind a file.
 
-    choice       {"prompt": "...", "choices": ["...", "..."], "answer": "..."}     the likeliest of some texts; accuracy
-    answer       {"prompt": "...", "answer": "..."}                                what the model writes greedily; F1
-    and exact match similarity   {"texts": ["...", "..."], "score": 3.5}                           how alike two texts
-    are; Spearman's correlation
+    choice       {"prompt": "...", "choices": ["...", "..."], "answer": "..."}   the likeliest of some texts; accuracy
+    answer       {"prompt": "...", "answer": "..."}               what the model writes greedily; F1 and exact match
+    similarity   {"texts": ["...", "..."], "score": 3.5}          how alike two texts are; Spearman's correlation
 
 The answer of a choice is its text, or its place from 0 on. A written answer ends at `until`, a newline if not given,
 and "answer" may be a list of right ones.

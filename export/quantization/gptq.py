@@ -12,10 +12,12 @@ are best for all others as they are (as in QuantEase, Behdin et al., 2023, secti
 The work is one loop over columns, and each of its steps is short, so its speed is that of memory and of calls into
 torch:
 
-    layout    matrices lie transposed, [K, M, N]: a column of all rows of M matrices is one run of memory, and one call
-    serves them all blocks    a column's change reaches its own block at once, the rest of 128 columns at the block's
-    end, all others by a matrix product no upkeep descent keeps what is left of the weights, W - Q, and takes the slope
-    of 128 columns from it when they come, by one product
+    layout     matrices lie transposed, [K, M, N]: a column of all rows of M matrices is one run of memory, and one call
+               serves them all
+    blocks     a column's change reaches its own block at once, the rest of 128 columns at the block's end, all others
+               by a matrix product
+    no upkeep  descent keeps what is left of the weights, W - Q, and takes the slope of 128 columns from it when they
+               come, by one product
 
 So nothing but products is larger than a core's cache, and the short steps use one core, which costs little where
 another process has the other.
