@@ -187,6 +187,8 @@ def test_a_budget_holds_on_the_disk_and_is_used(tied: bool, tmp_path: Path) -> N
         assert written.package_bytes <= chosen[0].package_bytes <= budget
         loss, kl = judge(tmp_path / f"twin {budget}", held_out, source)
         assert math.log(chosen[0].perplexity) == pytest.approx(loss, rel=1e-5)
+        assert [figure.value for figure in chosen[0].figures] == [chosen[0].perplexity]
+        assert [figure.value for figure in facts.search.reference_figures] == [facts.search.reference_perplexity]
         assert math.log(facts.search.reference_perplexity) == pytest.approx(judge(source, held_out)[0], rel=1e-5)
         sizes.append(written.package_bytes)
         costs.append(kl)

@@ -34,6 +34,7 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.upcycle.tasks.figure import Figure
 
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
@@ -192,6 +193,10 @@ def test_figures_equal_those_of_transformers(exports: dict[Variant, Exported], v
     assert result.perplexity == pytest.approx(perplexity(twin), rel=1e-6)
     assert result.twin_perplexity == pytest.approx(perplexity(twin), rel=1e-6)
     assert result.finetuned_perplexity == pytest.approx(perplexity(finetuned), rel=1e-6)
+    assert result.figures == (Figure("perplexity", result.perplexity, "", "lower"),)
+    assert result.twin_figures == (Figure("perplexity", result.twin_perplexity, "", "lower"),)
+    assert result.finetuned_figures == (Figure("perplexity", result.finetuned_perplexity, "", "lower"),)
+    assert result.figures_error == result.perplexity_error
     log_p, log_q = finetuned.log_softmax(-1), twin.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     assert result.finetuned.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)  # float32 logarithms that cancel

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dense2moe.upcycle.tasks.figure import Figure
+
 
 def perplexity(loss: float) -> float:
     """exp(loss) of a loss in nats; infinite beyond float64, NaN of NaN."""
@@ -16,6 +18,11 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
+
+
+def language_figures(loss: float) -> tuple[Figure, ...]:
+    """What a language model is judged by: the perplexity of its mean next-token loss in nats."""
+    return (Figure("perplexity", perplexity(loss), "", "lower"),)
 
 
 def name_special(value: float) -> str | None:

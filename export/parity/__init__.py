@@ -72,7 +72,7 @@ from dense2moe.export.runtime.decoder import CPU, CUDA, SELECTION_SCORES, Decode
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.runtime.text import choose_blocks
 from dense2moe.upcycle.memory import release_memory
-from dense2moe.upcycle.numbers import perplexity
+from dense2moe.upcycle.numbers import language_figures, perplexity
 
 __all__ = ["Agreement", "Check", "Parity", "ProviderParity", "check_parity", "find_breaches", "same_experts"]
 
@@ -402,6 +402,10 @@ class _Judgement:
             placement=placement,
             num_fallback_nodes=count_elsewhere(placement, provider),
             perplexity_error=error,
+            figures=language_figures(package_loss),
+            twin_figures=language_figures(twin_loss),
+            finetuned_figures=language_figures(finetuned_loss),
+            figures_error=error,
             num_language_tokens=self.blocks.numel(),
         )
 

@@ -9,6 +9,7 @@ from dense2moe.export.parity.files import FilesCheck
 from dense2moe.export.parity.taps import Part
 from dense2moe.export.parity.tasks import TaskKind
 from dense2moe.export.parity.weights import WeightsCheck
+from dense2moe.upcycle.tasks.figure import Figure
 
 Tier = Literal["weights", "operator", "layer", "logits", "language", "task", "routing", "files"]
 TIERS: tuple[Tier, ...] = ("weights", "operator", "layer", "logits", "language", "task", "routing", "files")
@@ -193,8 +194,9 @@ class ProviderParity:
 
     Perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
 
-    `perplexity_error`: the standard error of the package's perplexity relative to the fine-tuned model's, over blocks
-    of `num_language_tokens`.
+    `figures`: the package's, the one that is judged first; `twin_figures` and `finetuned_figures` are the same figures
+    of the other two. `figures_error`: the standard error of the first one, relative to the fine-tuned model's, over
+    blocks of `num_language_tokens`. The fields named after perplexity say the same.
     `tie_share`: of tokens, those that some layer's router sends by less than a near-tie. `worst_layer` is None where
     the package shows nothing of its layers. What was not run is a sentence that says why.
     """
@@ -224,6 +226,10 @@ class ProviderParity:
     tiers: dict[Tier, str] = field(default_factory=dict)
     placement: dict[str, dict[str, int]] = field(default_factory=dict)
     num_fallback_nodes: int = 0
+    figures: tuple[Figure, ...] = ()
+    twin_figures: tuple[Figure, ...] = ()
+    finetuned_figures: tuple[Figure, ...] = ()
+    figures_error: float = 0.0
 
 
 @dataclass(frozen=True)

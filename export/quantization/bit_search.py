@@ -25,7 +25,8 @@ from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.journal import RecordJournal
 from dense2moe.export.quantization.sensitivity import Cost, Ruler, Weights
 from dense2moe.upcycle.checkpoints.layerwise import embed
-from dense2moe.upcycle.numbers import perplexity
+from dense2moe.upcycle.numbers import language_figures, perplexity
+from dense2moe.upcycle.tasks.figure import Figure
 
 SEARCHED: tuple[TensorClass, ...] = ("experts", "attention", "embedding", "head")
 _MOST_NATS = 700.0  # exp of more is no float64
@@ -72,6 +73,7 @@ class SearchPoint:
     perplexity: float
     label: str
     chosen: bool
+    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class BitSearch:
     num_tokens: int
     bits: dict[TensorClass, tuple[int, ...]]
     sensitivities: tuple[Sensitivity, ...]
+    reference_figures: tuple[Figure, ...] = ()
 
 
 class WeightsOf(Weights):
@@ -295,7 +298,7 @@ class BitSearcher:
                 self._point(plan, self.ruler.measure(WeightsOf(names, plan, self._read)), f"{bits} bits everywhere")
             )
         plan = self.plan
-        chosen = SearchPoint(self.count_bytes(plan), perplexity(cost.loss), "chosen", chosen=True)
+        chosen = _point(self.count_bytes(plan), cost, "chosen", chosen=True)
         return BitSearch(
             points=tuple(sorted([*points, chosen], key=lambda point: (point.package_bytes, point.chosen))),
             reference_perplexity=perplexity(self.reference.loss),
@@ -305,6 +308,7 @@ class BitSearcher:
             num_tokens=self.ruler.blocks.numel(),
             bits=_by_layer({unit: plan[next(iter(names))] for unit, names in self.choices.units.items()}),
             sensitivities=self.sensitivities,
+            reference_figures=language_figures(self.reference.loss),
         )
 
     @property
@@ -331,7 +335,7 @@ class BitSearcher:
         return self._measured[count]
 
     def _point(self, plan: Plan, cost: Cost, label: str) -> SearchPoint:
-        return SearchPoint(self.count_bytes(plan), perplexity(cost.loss), label, chosen=False)
+        return _point(self.count_bytes(plan), cost, label, chosen=False)
 
     def _too_tight(self, increase: float) -> ExportError:
         return ExportError(
@@ -339,6 +343,10 @@ class BitSearcher:
             "perplexity on the validation text "
             f"rises by {increase:.3%}; raise the limit, or let quantize.overrides keep experts of some layers as floats"
         )
+
+
+def _point(package_bytes: int, cost: Cost, label: str, *, chosen: bool) -> SearchPoint:
+    return SearchPoint(package_bytes, perplexity(cost.loss), label, chosen, language_figures(cost.loss))
 
 
 def _worth(before: Sensitivity, after: Sensitivity) -> float:
