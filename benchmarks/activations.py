@@ -48,8 +48,8 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.speed import measure_speed
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import UpcycleConfig
 
 CHUNK = 256
 POINTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

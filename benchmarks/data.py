@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from dense2moe.upcycle.config import DataConfig, TextData
 from dense2moe.upcycle.data.blocks import prepare_data
+from dense2moe.upcycle.data.config import DataConfig, TextData
 
 ROOT = Path(__file__).parent.parent
 WAYS = ("all", "limit", "list")

@@ -45,7 +45,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dense2moe.upcycle.config import FinetuneConfig
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.trainer import Stage, run_stage
 
 LAYERS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 4, 512, 1408, 8, 2, 4096

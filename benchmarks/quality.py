@@ -41,19 +41,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import (
-    DataConfig,
-    Distillation,
-    ExpertsConfig,
-    FinetuneConfig,
-    PythonDocsData,
-    RouterConfig,
-    TextData,
-    UpcycleConfig,
-)
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
+from dense2moe.upcycle.data.config import DataConfig, PythonDocsData, TextData
+from dense2moe.upcycle.training.config import Distillation, FinetuneConfig
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import Job, draw_order, train_model
 from dense2moe.upcycle.training.objective import next_token_loss

@@ -118,8 +118,8 @@ def run_upcycle(experts: str, source: Path, output: Path) -> None:
     from dense2moe.upcycle.imports import uncollected_imports
 
     with uncollected_imports():
+        from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
         from dense2moe.upcycle.building.surgery import upcycle
-        from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 
     config = UpcycleConfig(
         num_experts=NUM_EXPERTS,
@@ -136,10 +136,10 @@ def run_plan(source: Path, output: Path) -> None:
     from dense2moe.upcycle.imports import uncollected_imports
 
     with uncollected_imports():
+        from dense2moe.upcycle.building.config import UpcycleConfig
         from dense2moe.upcycle.building.plan import plan_upcycle
         from dense2moe.upcycle.building.surgery import upcycle  # noqa: F401 (imported for its time)
         from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-        from dense2moe.upcycle.config import UpcycleConfig
 
     plan_upcycle(open_checkpoint(source), UpcycleConfig(num_experts=NUM_EXPERTS))
     output.mkdir()

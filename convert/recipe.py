@@ -24,15 +24,10 @@ from ruamel.yaml.tag import Tag
 
 from dense2moe.convert.errors import RecipeError
 from dense2moe.export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
-from dense2moe.upcycle.config import (
-    BIASED_TARGETS,
-    DataConfig,
-    FinetuneConfig,
-    Record,
-    UpcycleConfig,
-    count_domains,
-    named_value,
-)
+from dense2moe.upcycle.building.config import BIASED_TARGETS, UpcycleConfig
+from dense2moe.upcycle.data.config import DataConfig, count_domains
+from dense2moe.upcycle.record import Record, named_value
+from dense2moe.upcycle.training.config import FinetuneConfig
 
 _MAX_BYTES: Final = 100_000
 _MAX_VALUES: Final = 10_000

@@ -47,7 +47,6 @@ from dense2moe.upcycle.checkpoints.reader import (
     read_index,
     refuse_adapter,
 )
-from dense2moe.upcycle.config import FinetuneConfig, named_value
 from dense2moe.upcycle.data.blocks import (
     check_data,
     find_files,
@@ -62,6 +61,8 @@ from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes
 from dense2moe.upcycle.models.conversion import find_family
 from dense2moe.upcycle.numbers import name_specials
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.record import named_value
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.fine_tuning import HISTORY_NAME, check_finetune, finetune, measure_untrained
 
 Facts = dict[str, Any]

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 
 MakeDense = Callable[..., Path]
 

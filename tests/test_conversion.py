@@ -15,7 +15,7 @@ import pytest
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from dense2moe.upcycle.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
+from dense2moe.upcycle.building.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
 from dense2moe.upcycle.models.dense import DENSE_FAMILIES, NO_TWIN

@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerFast
 
 import dense2moe.upcycle.data.blocks as data_module
-from dense2moe.upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
 from dense2moe.upcycle.data.blocks import (
     Piece,
     _choose_evenly,
@@ -29,6 +28,7 @@ from dense2moe.upcycle.data.blocks import (
     read_text_blocks,
     text_files,
 )
+from dense2moe.upcycle.data.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
 from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, Split
 from dense2moe.upcycle.errors import UpcycleError
 

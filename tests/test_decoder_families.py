@@ -23,8 +23,8 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
 
 PREFILL, STEPS = 20, 64
 # Float32 sums in another order, through four layers: 3e-6 measured at most over the tests of this file.

@@ -22,8 +22,8 @@ from test_trainer import data as make_data
 
 from dense2moe.convert.artifact import open_artifact
 from dense2moe.convert.worker import Measured
-from dense2moe.upcycle.config import FinetuneConfig, TrainingStage
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
+from dense2moe.upcycle.training.config import FinetuneConfig, TrainingStage
 from dense2moe.upcycle.training.fine_tuning import finetune
 
 ROOT = Path(__file__).parent.parent

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dense2moe.convert.cli import main
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 
 # peft asks transformers for it

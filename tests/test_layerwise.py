@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 
 MakeDense = Callable[..., Path]

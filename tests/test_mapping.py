@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.plan import (
     ExpertPart,
     Keep,
@@ -34,7 +35,6 @@ from dense2moe.upcycle.building.plan import (
 )
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.conversion import CONVERSIONS, Conversion, resolve_layers
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 
 PYTHON = "DENSE2MOE_OPTIMUM_PYTHON"
 RECIPE = "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.1.0 onnxruntime torch==2.13.0"

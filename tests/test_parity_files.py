@@ -18,8 +18,8 @@ from dense2moe.export.package import write_package
 from dense2moe.export.parity.files import FilesCheck, check_files
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import UpcycleConfig
 from tests.conftest import MakeDense
 
 ALL = ("tokenizer.json", "generation_config.json", "config.json", "genai_config.json")

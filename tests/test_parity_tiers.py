@@ -24,8 +24,8 @@ from dense2moe.export.parity.records import TIERS
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, UpcycleConfig
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=8)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import DataConfig, FinetuneConfig, TextData, TrainingStage, UpcycleConfig
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
+from dense2moe.upcycle.data.config import DataConfig, TextData
+from dense2moe.upcycle.training.config import FinetuneConfig, TrainingStage
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.prompt import add_prompt, get_prompt, read_prompt, run_with_prompt, write_prompt

@@ -18,18 +18,10 @@ from dense2moe.convert.recipe import (
     schema,
 )
 from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
-from dense2moe.upcycle.config import (
-    DataConfig,
-    Distillation,
-    DomainsData,
-    FinetuneConfig,
-    HubData,
-    PythonDocsData,
-    TextData,
-    UpcycleConfig,
-    count_domains,
-)
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData, count_domains
 from dense2moe.upcycle.data.python_docs import DOMAINS
+from dense2moe.upcycle.training.config import Distillation, FinetuneConfig
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 GOOD = "source: dense\ndata: {source: {kind: python-docs}}\n"  # what is added after it starts at line 3

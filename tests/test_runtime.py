@@ -21,8 +21,8 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGITS, Decoder
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 
 MakeDense = Callable[..., Path]
 

@@ -19,12 +19,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.plan import RouterRows, UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT, rounding_limit
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints import reader, writer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.

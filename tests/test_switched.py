@@ -31,9 +31,9 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from tests.conftest import MakeDense
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))

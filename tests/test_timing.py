@@ -132,8 +132,8 @@ def test_layers_are_timed_until_they_are_large_or_there_are_no_more(
 def test_a_layer_with_experts_is_among_those_timed(
     make_dense: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from dense2moe.upcycle.building.config import UpcycleConfig
     from dense2moe.upcycle.building.surgery import upcycle
-    from dense2moe.upcycle.config import UpcycleConfig
 
     (tmp_path / "mixture").mkdir()
     config = UpcycleConfig(num_experts=2, num_experts_per_tok=1, layers=[2])

@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, encode, load_tokenizer
-from dense2moe.upcycle.config import DataConfig, TextData
 from dense2moe.upcycle.data.blocks import check_data
+from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
 
 Change = Callable[[dict[str, Any]], Any]

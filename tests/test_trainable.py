@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, FinetuneConfig, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.trainable import (
     add_expert_dropout,
     choose_trainable,

@@ -26,21 +26,14 @@ from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from worker_jobs import KILLED, train
 
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.receipt import load_model, router_modules, selection_biases
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import (
-    DataConfig,
-    Distillation,
-    ExpertsConfig,
-    FinetuneConfig,
-    RouterConfig,
-    TextData,
-    TrainingStage,
-    UpcycleConfig,
-)
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
+from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.durable import is_kept
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.config import Distillation, FinetuneConfig, TrainingStage
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import FinetuneFacts, draw_order, finetune
 from dense2moe.upcycle.training.history import Step, read_history, write_history, write_whole

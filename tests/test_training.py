@@ -22,12 +22,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import DataConfig, FinetuneConfig, RouterConfig, TextData, UpcycleConfig
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
+from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.balance import LayerRouting
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import Evaluation, held_out_loss
 from dense2moe.upcycle.training.fine_tuning import (
     FinetuneFacts,

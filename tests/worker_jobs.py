@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from dense2moe.upcycle.config import FinetuneConfig
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.processes import leave_processes
 

@@ -15,8 +15,9 @@ from typing import Any
 
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.config import DataConfig, FinetuneConfig
+from dense2moe.upcycle.data.config import DataConfig
 from dense2moe.upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.training.config import FinetuneConfig
 
 IMPORT_BYTES = 520_000_000
 """What a process has resident that has imported everything and run a small model."""

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from tests.foreign import make_checkpoint
 from tests.programs import dense2moe
 from tests.robustness.mutations import JSON, JSON_LINES, MODEL, SAFETENSORS, TEXT, YAML, Change, Table, tabulate

@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from dense2moe.upcycle.building.config import Domain, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.plan import Site, plan_upcycle
 from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import encode, load_tokenizer
-from dense2moe.upcycle.config import Domain, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.data.blocks import match_files, read_file
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows, router_load

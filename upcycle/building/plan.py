@@ -17,9 +17,9 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, TensorEntry
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
-from dense2moe.upcycle.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
 from dense2moe.upcycle.models.conversion import (
     COMMON_NEUTRAL,

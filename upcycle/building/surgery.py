@@ -9,6 +9,7 @@ from typing import assert_never
 
 import torch
 
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.experts import (
     Moments,
     add_noise,
@@ -32,7 +33,6 @@ from dense2moe.upcycle.building.plan import (
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, copy_companions, open_checkpoint, read_chunks
 from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
-from dense2moe.upcycle.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import draw_router
 from dense2moe.upcycle.models.dense import AddOne, MultiplyByRootOfWidth

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.reader import refuse_pointer
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, encode, load_tokenizer
-from dense2moe.upcycle.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.config import DataConfig, DataSource, DomainsData, HubData, PythonDocsData, TextData
 from dense2moe.upcycle.data.python_docs import DOMAINS, SPLITS, Split, read_python_docs, read_sample
 from dense2moe.upcycle.errors import UpcycleError, describe_error, one_line_errors, shorten
 from dense2moe.upcycle.progress import Progress

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.checkpoints.config_files import EXPERT_COUNTS
-from dense2moe.upcycle.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.dense import (
     DENSE_FAMILIES,

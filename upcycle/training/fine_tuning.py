@@ -25,13 +25,13 @@ from dense2moe.upcycle.building.receipt import router_modules, router_weights, s
 from dense2moe.upcycle.checkpoints.config_files import complete_config
 from dense2moe.upcycle.checkpoints.frozen import load_frozen, load_stored, stored_dtype
 from dense2moe.upcycle.checkpoints.reader import copy_companions
-from dense2moe.upcycle.config import FinetuneConfig
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.balance import expert_load
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, Evaluation, evaluate
 from dense2moe.upcycle.training.history import Step, read_history, write_history
 from dense2moe.upcycle.training.objective import next_token_loss

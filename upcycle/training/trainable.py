@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.receipt import router_modules, router_weights
-from dense2moe.upcycle.config import FinetuneConfig
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.prompt import PARAMETER, add_prompt
 
 Named = Iterator[tuple[str, nn.Parameter]]

@@ -44,7 +44,6 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from dense2moe.upcycle.building.receipt import router_modules, router_weights, selection_biases
 from dense2moe.upcycle.checkpoints.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
-from dense2moe.upcycle.config import FinetuneConfig
 from dense2moe.upcycle.durable import begin, discard, is_kept, keep, make, read_facts
 from dense2moe.upcycle.errors import UpcycleError, find_os_error, is_out_of_memory
 from dense2moe.upcycle.footprint import keeps_much
@@ -60,6 +59,7 @@ from dense2moe.upcycle.gates.balance import (
 )
 from dense2moe.upcycle.memory import release_growth, small_heap
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, held_out_loss
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
 from dense2moe.upcycle.training.history import Step, read_history, write_history

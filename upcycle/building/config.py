@@ -1,0 +1,217 @@
+"""Settings of upcycling: how many experts, how they are made and how routers start."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from dense2moe.upcycle.record import NonNegative, Record
+
+
+class ExpertsConfig(Record):
+    """How the FFN becomes experts. Without noise and redrawing, the mixture computes what the dense model does."""
+
+    kind: Literal["copies", "granular", "split"] = Field(
+        "copies",
+        description="'copies': each expert is the FFN; 'granular': each copy is cut into `granularity` experts that "
+        "are chosen together; "
+        "'split': the experts are disjoint parts of one FFN, so that all of them together are the FFN.",
+    )
+    granularity: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="Experts that one copy of the FFN is cut into; for 'granular' alone."
+    )
+    noise: NonNegative = Field(
+        0.0,
+        description="Standard deviation of the noise added to each expert, relative to the weight's own; 0 adds none.",
+    )
+    drop: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Share of each expert's neurons that are drawn anew from the weights' own mean and deviation "
+        "(Drop-Upcycling).",
+    )
+
+    @model_validator(mode="after")
+    def _check_granularity(self) -> ExpertsConfig:
+        if self.kind == "granular" and self.granularity is None:
+            raise ValueError(
+                "kind 'granular' has no granularity; must say how many experts one copy of the FFN is cut into"
+            )
+        if self.kind != "granular" and self.granularity is not None:
+            raise ValueError(f"kind '{self.kind}' has a granularity; must be kind 'granular' to have one")
+        return self
+
+    @property
+    def kept(self) -> bool:
+        """Whether every weight of every expert is the dense model's."""
+        return self.noise == 0 and self.drop == 0
+
+
+class Domain(Record):
+    """Text of one domain, whose hidden states make one router row."""
+
+    model_config = ConfigDict(json_schema_extra={"minProperties": 1})
+
+    prompts: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Texts, in the recipe.")
+    files: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Files or globs, UTF-8.")
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Domain:
+        if not any(prompt.strip() for prompt in self.prompts) and not self.files:
+            raise ValueError("has no text; must have prompts or files")
+        return self
+
+
+class RouterConfig(Record):
+    """How the router starts."""
+
+    kind: Literal["normal", "prototypes", "kmeans", "ridge"] = Field(
+        "normal",
+        description="'normal' draws it; 'prototypes': each row is the mean hidden state of one domain; 'kmeans': the "
+        "rows are centres of clusters "
+        "of hidden states; 'ridge': the rows are a ridge regression from hidden states to domains.",
+    )
+    logit_std: NonNegative = Field(
+        1.0, description="Standard deviation of the router's logits at the start; 0 makes a zero router."
+    )
+    domains: Annotated[tuple[Domain, ...], Field(strict=False)] = Field(
+        (),
+        description="Text of each expert's domain, for 'prototypes' and 'ridge'; for 'kmeans' the text to cluster, "
+        "the training split without it.",
+    )
+    max_tokens: PositiveInt = Field(
+        8192, description="Tokens of each domain, or of the training split, that are read at most."
+    )
+    penalty: PositiveFloat = Field(
+        1e-2, description="Penalty of the ridge regression, relative to the mean square of a hidden state's element."
+    )
+
+    @model_validator(mode="after")
+    def _check_domains(self) -> RouterConfig:
+        if self.kind in ("prototypes", "ridge") and len(self.domains) < 2:
+            raise ValueError(f"kind '{self.kind}' has {len(self.domains)} domains; must have one for each expert")
+        if self.kind == "normal" and self.domains:
+            raise ValueError("kind 'normal' has domains; must be 'prototypes', 'kmeans' or 'ridge' to read them")
+        if self.kind != "normal" and self.logit_std == 0:
+            raise ValueError(
+                f"kind '{self.kind}' has a logit_std of 0; must be greater, or nothing is left of what was read"
+            )
+        return self
+
+
+_LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
+TargetName = Literal[
+    "auto",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "granitemoe",
+    "granitemoeshared",
+    "glm4_moe",
+    "flex_olmo",
+    "switch_transformers",
+]
+BIASED_TARGETS: tuple[TargetName, ...] = ("glm4_moe",)
+"""Targets whose gates have a selection bias."""
+
+
+MOST_EXPERTS = 4096
+"""Twice the most of any public model, Switch-C; a slip of the pen beyond it would be planned for hours."""
+
+
+class UpcycleConfig(Record):
+    """Sparse upcycling (Komatsuzaki et al. 2022): the FFN becomes experts, and a router is added."""
+
+    target: TargetName = Field(
+        "auto",
+        description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense "
+        "model. 'glm4_moe', whose gates "
+        "have a selection bias, is chosen by name alone.",
+    )
+    num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)] = Field(8, description="Experts a layer.")
+    num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")
+    layers: Annotated[
+        str | tuple[Annotated[int, Field(ge=0)], ...],
+        Field(
+            json_schema_extra={
+                "examples": ["all", "last-half", "every-2", [1, 3, 5]],
+                "pattern": f"^({_LAYERS.pattern})$",
+                "minItems": 1,
+                "uniqueItems": True,
+            }
+        ),
+    ] = Field(
+        "all",
+        description="Layers that get experts: 'all', 'last-half', 'every-N' (the N-th, the 2N-th, …), or a list of "
+        "numbers from 0.",
+    )
+    shared_expert: Literal["none", "half", "zero"] = Field(
+        "none",
+        description="An expert that every token visits. 'half': a copy of the FFN that gives one half, the routed "
+        "experts the other; "
+        "'zero': a copy whose output starts at zero.",
+    )
+    experts: ExpertsConfig = ExpertsConfig()
+    router: RouterConfig = RouterConfig()
+    receipt: Literal["auto", "whole", "layers"] = Field(
+        "auto",
+        description="How the result is compared with the dense model: 'whole' holds both in memory, 'layers' one "
+        "layer of each at a time; "
+        "'auto' takes 'whole' where it fits.",
+    )
+    shard_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
+        5_000_000_000, description="Largest weight file, in bytes."
+    )
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _check_layers(cls, value: Any) -> Any:
+        """One message for a union of which no branch fits."""
+        if isinstance(value, str) and _LAYERS.fullmatch(value):
+            return value
+        if isinstance(value, list | tuple) and value and all(type(item) is int and item >= 0 for item in value):
+            if len(set(value)) < len(value):
+                raise ValueError("names a layer twice; must name each once")
+            return tuple(value)
+        raise ValueError(f"is {value!r}; must be all, last-half, every-N, or a list of layer numbers from 0")
+
+    @model_validator(mode="after")
+    def _check_numbers(self) -> UpcycleConfig:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be at most num_experts, which is "
+                f"{self.num_experts}"
+            )
+        size = self.group_size
+        for name in ("num_experts", "num_experts_per_tok"):
+            if getattr(self, name) % size:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be a multiple of experts.granularity, which is {size}"
+                )
+        if size > 1 and self.router.logit_std == 0 and self.num_experts_per_tok < self.num_experts:
+            raise ValueError(
+                "router.logit_std is 0; it must be greater with granular experts, or a tie of all chooses parts of "
+                "different copies"
+            )
+        if self.router.kind in ("prototypes", "ridge") and len(self.router.domains) != self.num_router_rows:
+            raise ValueError(
+                f"router.domains has {len(self.router.domains)} domains; it must have {self.num_router_rows}, one "
+                "for each router row"
+            )
+        return self
+
+    @property
+    def group_size(self) -> int:
+        """Experts that share one router row: the parts of one copy of the FFN."""
+        return self.experts.granularity or 1
+
+    @property
+    def num_router_rows(self) -> int:
+        """Router rows that differ."""
+        return self.num_experts // self.group_size
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that one FFN is cut into."""
+        return self.num_experts if self.experts.kind == "split" else self.group_size

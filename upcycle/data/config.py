@@ -1,0 +1,92 @@
+"""Settings of the text: where it comes from, and how much of it is used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, assert_never
+
+from pydantic import Field, PositiveInt
+
+from dense2moe.upcycle.record import Record
+
+
+class PythonDocsData(Record):
+    """The documentation and source of the running Python interpreter; needs no network and no files."""
+
+    kind: Literal["python-docs"]
+
+
+class TextData(Record):
+    """Text files, as paths or globs.
+
+    Without `validation` or `test`, 5 % of the documents are held out for each, by a hash of their text. Blank lines
+    before a document and white space behind it are left out; the first line keeps its indentation. A file that two
+    patterns match is read once, and a byte-order mark is no text.
+    """
+
+    kind: Literal["text"]
+    train: Annotated[tuple[str, ...], Field(min_length=1, strict=False)] = Field(description="Files or globs, UTF-8.")
+    validation: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Files or globs held out for early stopping."
+    )
+    test: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        (), description="Files or globs held out for the reported figures."
+    )
+    separator: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="What divides a file into documents; a file is one document without it."
+    )
+
+
+class HubData(Record):
+    """A data set of the Hugging Face hub, through the `datasets` library."""
+
+    kind: Literal["hub"]
+    path: str = Field(description="Data set id, such as 'Salesforce/wikitext'.")
+    name: str | None = Field(None, description="Configuration of the data set.")
+    revision: str | None = Field(None, description="Commit, tag or branch.")
+    text_column: str = Field("text", description="Column that holds the text.")
+    train: str = Field("train", description="Split to train on.")
+    validation: str = Field("validation", description="Split held out for early stopping.")
+    test: str = Field("test", description="Split held out for the reported figures.")
+
+
+class DomainsData(Record):
+    """Text of several domains, each a source of its own. A block holds text of one domain."""
+
+    kind: Literal["domains"]
+    domains: Annotated[dict[str, Annotated[TextData | HubData, Field(discriminator="kind")]], Field(min_length=2)] = (
+        Field(description="Name of each domain to its text.")
+    )
+
+
+DataSource = PythonDocsData | TextData | HubData | DomainsData
+
+
+def count_domains(source: DataSource) -> int:
+    """How many domains the text of a source is of."""
+    match source:
+        case PythonDocsData():
+            return 2  # prose and code
+        case TextData() | HubData():
+            return 1
+        case DomainsData():
+            return len(source.domains)
+        case _:
+            assert_never(source)
+
+
+class DataConfig(Record):
+    """Text, cut into blocks of tokens."""
+
+    source: Annotated[DataSource, Field(discriminator="kind")]
+    block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block.")
+    max_train_tokens: PositiveInt | None = Field(
+        None,
+        description="Use at most this many tokens, taken evenly from the whole; of a large text no more than about "
+        "twice as many are tokenized.",
+    )
+    max_validation_tokens: PositiveInt = Field(
+        32_768, description="Tokens of the validation split that are used, taken evenly from the whole."
+    )
+    max_test_tokens: PositiveInt = Field(
+        32_768, description="Tokens of the test split that are used, taken evenly from the whole."
+    )

@@ -1,0 +1,179 @@
+"""Settings of fine-tuning: what learns, at which rates, and for how long."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from dense2moe.upcycle.record import NonNegative, Record, named_value
+
+
+class Distillation(Record):
+    """Learning from the dense parent's whole distribution besides the next token (Hinton et al. 2015)."""
+
+    weight: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Share of the loss that is distillation; the rest is the next token's."
+    )
+    temperature: PositiveFloat = Field(
+        1.0, description="Both distributions are softened by it, and the divergence is multiplied by its square."
+    )
+
+
+_TRAINED = re.compile(r"all|experts|router|lora|prompt|last-[1-9][0-9]{0,3}")
+Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
+
+
+class TrainingStage(Record):
+    """One stage of training: what differs in it from the settings around the list."""
+
+    train: str | None = Field(
+        None, description="As `finetune.train`.", json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"}
+    )
+    steps: PositiveInt | None = Field(None, description="As `finetune.steps`.")
+    routing: Literal["learned", "by-domain"] | None = Field(None, description="As `finetune.routing`.")
+    learning_rate: PositiveFloat | None = Field(None, description="As `finetune.learning_rate`.")
+    expert_learning_rate: PositiveFloat | None = Field(None, description="As `finetune.expert_learning_rate`.")
+    router_learning_rate: PositiveFloat | None = Field(None, description="As `finetune.router_learning_rate`.")
+    schedule: Schedule | None = Field(None, description="As `finetune.schedule`.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="As `finetune.warmup_steps`.")
+    balance_coefficient: NonNegative | None = Field(None, description="As `finetune.balance_coefficient`.")
+
+
+class FinetuneConfig(Record):
+    """A brief fine-tune with a balance loss a layer.
+
+    And the dense model continued on the same tokens as the control.
+    """
+
+    train: str = Field(
+        "all",
+        description="What learns: 'all', 'experts' (and routers), 'router' (all of them), 'last-N' (the last N "
+        "layers), 'lora' (low-rank updates "
+        "of experts and every linear layer, merged at the end, and the routers whole), or 'prompt' (vectors before "
+        "the text, in the last stage).",
+        json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"},
+    )
+    stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
+        (),
+        description="Stages that follow each other, each with what differs in it from the settings here; one stage "
+        "without the list.",
+    )
+    steps: PositiveInt = Field(200, description="Optimizer steps at most.")
+    batch_size: PositiveInt = Field(8, description="Blocks a step, over all devices and parts of a step.")
+    gradient_accumulation_steps: PositiveInt = Field(
+        1, description="Parts that a step is computed in, one after the other, to save memory."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute the layers' inner values twice instead of keeping them, to save memory; done anyway "
+        "where most weights do not "
+        "learn, or the values would take more than 1 GB.",
+    )
+    routing: Literal["learned", "by-domain"] = Field(
+        "learned",
+        description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the "
+        "router says.",
+    )
+    learning_rate: PositiveFloat = Field(
+        3e-4, description="Peak learning rate of AdamW, for everything but what has a rate of its own."
+    )
+    expert_learning_rate: PositiveFloat | None = Field(
+        None, description="Peak learning rate of the experts; the common one if not given."
+    )
+    router_learning_rate: PositiveFloat = Field(1e-3, description="Peak learning rate of the routers.")
+    schedule: Schedule = Field(
+        "cosine", description="Shape of the rate after the warm-up; 'cosine' and 'linear' end at a tenth of the peak."
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(10, description="Steps of linear warm-up.")
+    weight_decay: NonNegative = Field(0.0, description="Decoupled weight decay of AdamW; routers and norms have none.")
+    max_grad_norm: PositiveFloat | None = Field(1.0, description="Gradients are clipped to this norm; null clips none.")
+    balance_coefficient: NonNegative = Field(
+        1e-2, description="Weight of the load-balance loss, computed for each layer by itself."
+    )
+    bias_update_rate: NonNegative | None = Field(
+        None,
+        description="What a step adds to, or takes from, the selection bias of an expert with too few, or too many, "
+        "tokens: balance without a loss, "
+        "where routers learn and gates have a bias, which target 'glm4_moe' gives them. 0.001 there if not given; 0 "
+        "leaves biases as they are.",
+    )
+    z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
+    distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")
+    expert_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the experts' inner activations that is dropped."
+    )
+    lora_rank: PositiveInt = Field(8, description="Rank of the updates with train 'lora'.")
+    lora_alpha: PositiveInt = Field(16, description="The updates are multiplied by lora_alpha / lora_rank.")
+    prompt_tokens: PositiveInt = Field(16, description="Vectors before the text with train 'prompt'.")
+    eval_steps: PositiveInt = Field(
+        50, description="Steps between two looks at the validation split, and between two checkpoints."
+    )
+    patience: PositiveInt = Field(
+        3, description="End a stage after this many looks without a better validation loss; the best weights are kept."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Autocast precision of training; 'auto' takes bfloat16 where the device computes in it natively.",
+    )
+    dtype: Literal["source", "float32"] = Field(
+        "source",
+        description="What fine-tuned weights are written in: 'source' is the dtype of the dense model's; they are "
+        "float32 while they learn.",
+    )
+    control: bool = Field(
+        True,
+        description="Also continue the dense model: on the same tokens for the same steps, and for as long as the "
+        "mixture took to train.",
+    )
+    tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _check_steps(cls, value: Any) -> Any:
+        if type(value) is int and value == 0:
+            raise ValueError("is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off")
+        return value
+
+    @model_validator(mode="after")
+    def _check_stages(self) -> FinetuneConfig:
+        stages = self.resolve_stages()
+        for number, stage in enumerate(stages):
+            where = f"stages[{number}]: " if self.stages else ""
+            if not _TRAINED.fullmatch(stage.train):
+                raise ValueError(
+                    f"{where}train is '{stage.train}'; must be all, experts, router, lora, prompt or last-N"
+                )
+            if stage.warmup_steps >= stage.steps:
+                given, steps = named_value(stage, "warmup_steps"), named_value(stage, "steps")
+                raise ValueError(f"{where}warmup_steps is {given}; it must be fewer than steps, which is {steps}")
+            if stage.train == "prompt" and number + 1 < len(stages):
+                raise ValueError(
+                    f"{where}train is 'prompt'; it must be that of the last stage, since what follows would not know "
+                    "the prompt"
+                )
+            if stage.routing == "by-domain" and stage.train != "experts":
+                raise ValueError(
+                    f"{where}routing is by-domain and train is '{stage.train}'; must be experts: routers cannot "
+                    "learn from it"
+                )
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of gradient_accumulation_steps, which is "
+                f"{self.gradient_accumulation_steps}"
+            )
+        return self
+
+    @property
+    def bias_step(self) -> float:
+        """What a step moves selection biases by.
+
+        By default as much as in DeepSeek-V3 (section 4.2), until its last tokens.
+        """
+        return 1e-3 if self.bias_update_rate is None else self.bias_update_rate
+
+    def resolve_stages(self) -> tuple[FinetuneConfig, ...]:
+        """Every stage with all of its settings, and no list in it."""
+        whole = self.model_copy(update={"stages": ()})
+        return tuple(whole.model_copy(update=stage.model_dump(exclude_none=True)) for stage in self.stages) or (whole,)
