@@ -19,7 +19,7 @@ from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph import layers as layer_module
 from dense2moe.export.graph.invariants import check_graph
-from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin, Weight

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 
 from dense2moe.export.config import ElementType, scale_type
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.writer import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
 from dense2moe.export.lowering import (
     GROUPED,
     MOE,
@@ -31,6 +30,7 @@ from dense2moe.export.lowering import (
     MoeLayer,
     find_lowerings,
 )
+from dense2moe.export.nodes.writer import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
 from dense2moe.upcycle.checkpoints.reader import index_tensors

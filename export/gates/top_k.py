@@ -7,8 +7,8 @@ from typing import assert_never
 import numpy as np
 import onnx_ir as ir
 
-from dense2moe.export.graph.writer import GraphWriter, int64
 from dense2moe.export.lowering.layer import MoeLayer
+from dense2moe.export.nodes.writer import GraphWriter, int64
 
 _LEFT_OUT = -1e30  # finite, and far below the logarithm of any float32
 

@@ -29,13 +29,13 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.embedding import add_embedding
 from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.graph.layers import BlockWriter, moe_layer
-from dense2moe.export.graph.linear import add_linear
 from dense2moe.export.graph.positions import add_positions
-from dense2moe.export.graph.writer import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
+from dense2moe.export.nodes.embedding import add_embedding
+from dense2moe.export.nodes.linear import add_linear
+from dense2moe.export.nodes.writer import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from dense2moe.export.quantization.bits import check_head, class_bits
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Twin, Weight

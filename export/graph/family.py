@@ -17,7 +17,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeRotaryEmbed
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbedding
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.ffn_gate import Activation
+from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.upcycle.gates.gate import Gate
 
 TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]

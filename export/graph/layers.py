@@ -10,11 +10,11 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export.config import ElementType, OnnxConfig, Product
 from dense2moe.export.graph.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
-from dense2moe.export.graph.ffn_gate import add_gate
-from dense2moe.export.graph.linear import add_exact_linear, add_linear
 from dense2moe.export.graph.positions import Positions, effective_window
-from dense2moe.export.graph.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
+from dense2moe.export.nodes.ffn_gate import add_gate
+from dense2moe.export.nodes.linear import add_exact_linear, add_linear
+from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
 
 FindWeight = Callable[[str, tuple[int, int] | None], Weight]

@@ -17,7 +17,7 @@ import torch
 
 from dense2moe.export.config import ElementType
 from dense2moe.export.graph.family import rotary_switch
-from dense2moe.export.graph.writer import GraphWriter, int64
+from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.quantization.twin import Twin
 
 _MASKED: dict[ElementType, float] = {"float32": -1e30, "float16": -3e4, "bfloat16": -1e30}

@@ -12,9 +12,9 @@ from packaging.version import Version
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.gates.top_k import add_logits
-from dense2moe.export.graph.writer import GraphWriter
 from dense2moe.export.lowering import grouped, moe, qmoe, switched, unrolled
 from dense2moe.export.lowering.layer import Expert, MoeInput, MoeLayer
+from dense2moe.export.nodes.writer import GraphWriter
 
 __all__ = ["Expert", "Lowering", "LoweringWish", "MoeInput", "MoeLayer", "find_common_lowerings", "find_lowerings"]
 

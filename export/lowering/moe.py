@@ -17,8 +17,8 @@ import onnx_ir as ir
 import torch
 
 from dense2moe.export.gates.top_k import add_operator_logits
-from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
+from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.twin import FloatWeight
 from dense2moe.upcycle.gates.gate import Gate
 

@@ -15,9 +15,9 @@ import numpy as np
 import onnx_ir as ir
 from packaging.version import Version
 
-from dense2moe.export.graph.writer import GraphWriter, int64
 from dense2moe.export.lowering import grouped, qmoe
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
+from dense2moe.export.nodes.writer import GraphWriter, int64
 
 NAME = "switched"
 _STEP_TOKENS = 4

@@ -10,10 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from dense2moe.export.gates.top_k import add_top_k
-from dense2moe.export.graph.ffn_gate import add_gate
-from dense2moe.export.graph.linear import add_linear, oldest_onnxruntime
-from dense2moe.export.graph.writer import GraphWriter, int64
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
+from dense2moe.export.nodes.ffn_gate import add_gate
+from dense2moe.export.nodes.linear import add_linear, oldest_onnxruntime
+from dense2moe.export.nodes.writer import GraphWriter, int64
 
 NAME = "unrolled"
 

@@ -11,7 +11,7 @@ from dense2moe.export.config import QUANTIZED, BitsOverride, Device, ElementType
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import TensorClass, find_decoder_family, find_refusal, layer_of
 from dense2moe.export.quantization.blockwise import is_quantized
-from dense2moe.export.tracing.parameters import classify_tensors
+from dense2moe.export.quantization.parameters import classify_tensors
 
 FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 

@@ -15,8 +15,8 @@ What divides x is folded into what makes it, and costs nothing when the model ru
   the shared expert's gate are multiplied as well;
 - the last matrix of an FFN: the rows of its up;
 - an output head that is not the embedding: the final norm; of one that is the embedding too, nothing makes only its
-  input, so the graph divides what it reads, and the rows of the embedding, by s (`dense2moe.export.graph.linear`,
-  `dense2moe.export.graph.embedding`).
+  input, so the graph divides what it reads, and the rows of the embedding, by s (`dense2moe.export.nodes.linear`,
+  `dense2moe.export.nodes.embedding`).
 
 Where no norm lies just before (those of OLMo 2 come after the block) there is nothing to fold into, and the matrices
 stay. The result is a plain checkpoint of the same architecture.

@@ -17,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from dense2moe.export.quantization.input_scaling import round_inputs
+from dense2moe.export.quantization.parameters import locate_parameters
 from dense2moe.export.quantization.twin import QuantizedWeight, Twin
-from dense2moe.export.tracing.parameters import locate_parameters
 
 _LOWEST, _HIGHEST = -128, 127
 

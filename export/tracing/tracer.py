@@ -37,10 +37,10 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import moe as transformers_moe
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.ffn_gate import Activation
+from dense2moe.export.nodes.ffn_gate import Activation
+from dense2moe.export.quantization.parameters import Rows, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
 from dense2moe.export.runtime.decoder import HIDDEN, ROUTER_LOGITS
-from dense2moe.export.tracing.parameters import Rows, empty_model, find_routers, locate_parameters
 
 DOMAIN = "dense2moe"
 OPSET = 20

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dense2moe.export.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, oldest_onnxruntime
-from dense2moe.export.graph.writer import MICROSOFT, OPSETS, GraphWriter
 from dense2moe.export.lowering import Lowering, find_lowerings
+from dense2moe.export.nodes.writer import MICROSOFT, OPSETS, GraphWriter
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.tracing.passes.embedding import lower_embedding
 from dense2moe.export.tracing.passes.experts import describe_layer, lower_experts

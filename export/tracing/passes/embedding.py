@@ -8,8 +8,8 @@ Left alone: other embeddings, as of positions: the trace has them with their wei
 from __future__ import annotations
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.embedding import add_embedding
-from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.nodes.embedding import add_embedding
+from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace

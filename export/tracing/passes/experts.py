@@ -11,8 +11,8 @@ Left alone: shared experts, which every token visits: they are plain products.
 from __future__ import annotations
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.writer import GraphWriter
 from dense2moe.export.lowering import Expert, Lowering, MoeLayer
+from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace

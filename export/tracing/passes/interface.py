@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dense2moe.export.graph.writer import GraphWriter, int64
+from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.tracing.tracer import Trace
 
 

@@ -16,10 +16,10 @@ import torch
 
 from dense2moe.export.config import OnnxConfig
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.linear import add_linear
-from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.nodes.linear import add_linear
+from dense2moe.export.nodes.writer import GraphWriter
+from dense2moe.export.quantization.parameters import Rows
 from dense2moe.export.quantization.twin import Twin
-from dense2moe.export.tracing.parameters import Rows
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import onnx_ir as ir
 
-from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.nodes.writer import GraphWriter
+from dense2moe.export.quantization.parameters import Rows
 from dense2moe.export.quantization.twin import Twin, Weight
-from dense2moe.export.tracing.parameters import Rows
 from dense2moe.export.tracing.tracer import DOMAIN, Trace
 
 

@@ -8,7 +8,7 @@ Left alone: everything else.
 
 from __future__ import annotations
 
-from dense2moe.export.graph.writer import GraphWriter
+from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker
 from dense2moe.export.tracing.tracer import Trace
 

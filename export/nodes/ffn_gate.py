@@ -6,7 +6,7 @@ from typing import Literal, assert_never
 
 import onnx_ir as ir
 
-from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
+from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 
 Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 

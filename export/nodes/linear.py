@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.graph.writer import MICROSOFT, GraphWriter
+from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.blockwise import Quantized, join, zero_point_bytes
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
 

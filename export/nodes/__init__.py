@@ -1,0 +1,1 @@
+"""Nodes of a graph under construction: the writer, products, FFN gates, the embedding."""
