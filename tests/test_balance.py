@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from dense2moe.upcycle.gates.balance import (
-    LayerRouting,
     balance_loss,
     describe_routing,
     expert_cosine,
@@ -21,6 +20,7 @@ from dense2moe.upcycle.gates.balance import (
     router_margin,
     z_loss,
 )
+from dense2moe.upcycle.gates.facts import LayerRouting
 
 THREE_TO_ONE = [math.log(3.0), 0.0]  # logits of probabilities 3/4 and 1/4
 ONE_TO_THREE = [0.0, math.log(3.0)]

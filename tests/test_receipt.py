@@ -21,10 +21,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.facts import Receipt
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import (
     ROUNDING_LIMIT,
-    Receipt,
     choose_mode,
     load_model,
     rounding_limit,

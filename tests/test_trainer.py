@@ -35,7 +35,8 @@ from dense2moe.upcycle.durable import is_kept
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import Distillation, FinetuneConfig, TrainingStage
 from dense2moe.upcycle.training.evaluation import held_out_loss
-from dense2moe.upcycle.training.fine_tuning import FinetuneFacts, draw_order, finetune
+from dense2moe.upcycle.training.facts import FinetuneFacts
+from dense2moe.upcycle.training.fine_tuning import draw_order, finetune
 from dense2moe.upcycle.training.history import Step, read_history, write_history, write_whole
 from dense2moe.upcycle.training.objective import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.prompt import read_prompt

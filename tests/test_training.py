@@ -28,11 +28,11 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.balance import LayerRouting
+from dense2moe.upcycle.gates.facts import LayerRouting
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.evaluation import Evaluation, held_out_loss
+from dense2moe.upcycle.training.evaluation import held_out_loss
+from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import (
-    FinetuneFacts,
     Trained,
     _harm,
     _stretch,

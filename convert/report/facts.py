@@ -13,8 +13,8 @@ from dense2moe.convert.report.summary import Row, Verdict
 from dense2moe.export.package import OnnxFacts
 from dense2moe.export.parity import ProviderParity
 from dense2moe.export.quantization.quantizer import QuantizeFacts
-from dense2moe.upcycle.building.receipt import Comparison
-from dense2moe.upcycle.training.fine_tuning import FinetuneFacts
+from dense2moe.upcycle.building.facts import ReceiptLine
+from dense2moe.upcycle.training.facts import FinetuneFacts
 
 _NUMBER = {
     "description": "A number; one that JSON lacks is its name.",
@@ -73,7 +73,7 @@ class UpcycleFacts:
     router_loads: dict[str, list[float]]
     receipt_mode: str
     receipt_notes: list[str]
-    receipt: list[Comparison]
+    receipt: list[ReceiptLine]
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,7 @@ from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
 from dense2moe.upcycle.building.plan import ExpertPart, Keep, Slice, UpcyclePlan
 from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, pad_left, run_layers
 from dense2moe.upcycle.checkpoints.loading import check_whole, load_whole
@@ -94,41 +95,6 @@ _MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they 
 _MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a run needs most for
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """One comparison of the two models: which router, dtype, text and experts implementation, and what came out.
-
-    `text` names the part of the models where they are compared part by part; the embedding and the head have "no"
-    router and "no" experts. `limit` is the largest rel that is allowed; none where the function need not be kept, or
-    the dtype rounds too coarsely to judge. `bitwise_due`: every bit must be equal, or equal to the dense model's with
-    FFN outputs halved in the dtype and added again, which is `halves_bitwise` (false where it was not needed). `noise`:
-    rel of the dense model to itself in float64, where it was measured. `group_coverage`: of granular experts, the share
-    of tokens that were sent to whole copies of the FFN.
-    """
-
-    router: str
-    dtype: str
-    text: str
-    experts: str
-    num_tokens: int
-    rel: float
-    bitwise: bool
-    bitwise_due: bool
-    limit: float | None
-    group_coverage: float | None = None
-    halves_bitwise: bool = False
-    noise: float | None = None
-
-
-@dataclass(frozen=True)
-class Receipt:
-    """All comparisons, whether of whole models or layer by layer, and what could not be compared, in words."""
-
-    mode: Literal["whole", "layers"]
-    comparisons: tuple[Comparison, ...]
-    notes: tuple[str, ...]
-
-
 def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int, progress: Progress) -> Receipt:
     """Compare the dense checkpoint with the mixture of experts made from it by `plan`.
 
@@ -151,7 +117,7 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
             output,
         ):
             check_whole(_auto_class(plan.conversion.family.task), directory)
-    comparisons: list[Comparison] = []
+    comparisons: list[ReceiptLine] = []
     for number, dtype in enumerate(_DTYPES):
         progress("comparing with the dense model", number, len(_DTYPES))
         experts = _implementations(plan, dtype, notes)
@@ -186,7 +152,7 @@ class _DenseNotFiniteError(ArithmeticError):
     """The dense model gives NaN or an infinity for a text or in a layer; the message names which."""
 
 
-def _describe_rounding(comparisons: Sequence[Comparison]) -> Iterator[str]:
+def _describe_rounding(comparisons: Sequence[ReceiptLine]) -> Iterator[str]:
     """What differs by the dtype or the model alone, and not by the conversion, in words."""
     for dtype in dict.fromkeys(c.dtype for c in comparisons if c.halves_bitwise):
         yield (
@@ -263,7 +229,7 @@ class _Claim:
 
 def _compare_models(
     source: Path, output: Path, claim: _Claim, text: _Text, experts: tuple[str, ...]
-) -> Iterator[Comparison]:
+) -> Iterator[ReceiptLine]:
     plan, dtype = claim.plan, _DTYPES[claim.dtype]
     task = plan.conversion.family.task
     sparse = load_model(output, dtype, task)
@@ -285,7 +251,7 @@ def _compare_models(
 
 def _compare_layers(
     source: Path, output: Path, claim: _Claim, text: _Text, experts: tuple[str, ...]
-) -> Iterator[Comparison]:
+) -> Iterator[ReceiptLine]:
     dense, sparse = open_checkpoint(source), open_checkpoint(output)
     plan, dtype = claim.plan, _DTYPES[claim.dtype]
     ffn_module = plan.conversion.family.ffn_module
@@ -413,7 +379,7 @@ class _Dense:
 
 def _judge(
     found: torch.Tensor, dense: _Dense, claim: _Claim, router: str, experts: str, num_tokens: int, coverage: list[float]
-) -> Comparison:
+) -> ReceiptLine:
     plan, pair = claim.plan, dense.compare(found)
     bitwise_due = claim.bitwise_at_zero and router == "zero"
     kept = plan.keeps_function_at_zero if router == "zero" else plan.keeps_function
@@ -421,7 +387,7 @@ def _judge(
     if limit is not None and limit < pair.rel:
         noise = dense.noise
         limit = max(limit, _NOISE_FACTOR * noise)
-    return Comparison(
+    return ReceiptLine(
         router,
         claim.dtype,
         dense.text,
@@ -442,7 +408,7 @@ def _halves(plan: UpcyclePlan) -> bool:
     return plan.settings.num_experts_per_tok == 2
 
 
-def _judge_outside(pair: _Pair, part: str, claim: _Claim, text: _Text) -> Comparison:
+def _judge_outside(pair: _Pair, part: str, claim: _Claim, text: _Text) -> ReceiptLine:
     """Of what is outside the layers, which every conversion keeps."""
     if not torch.isfinite(pair.reference).all():
         raise _DenseNotFiniteError(f"{part}: not all of its numbers are finite")
@@ -450,7 +416,7 @@ def _judge_outside(pair: _Pair, part: str, claim: _Claim, text: _Text) -> Compar
         isinstance(piece, Keep) and piece.fold is not None for write in claim.plan.writes for piece in write.pieces
     )
     limit = ROUNDING_LIMIT if claim.dtype == "float32" else None
-    return Comparison("no", claim.dtype, part, "no", text.ids.shape[1], pair.rel, pair.bitwise, not folded, limit)
+    return ReceiptLine("no", claim.dtype, part, "no", text.ids.shape[1], pair.rel, pair.bitwise, not folded, limit)
 
 
 def rounding_limit(plan: UpcyclePlan, dense: Checkpoint) -> float:
@@ -486,7 +452,7 @@ def _measure_loss(dense: Checkpoint, matrix: Slice, scale: float, dtype: torch.d
     return math.sqrt(lost / norm) if norm > 0 else 0.0
 
 
-def _check(c: Comparison, output: Path) -> None:
+def _check(c: ReceiptLine, output: Path) -> None:
     where = f"{output}: {c.router} router, {c.dtype}, {c.experts} experts, {c.text}"
     if c.limit is not None and c.group_coverage is not None and c.group_coverage < 1:
         raise UpcycleError(

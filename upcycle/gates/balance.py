@@ -7,10 +7,11 @@ function takes `bias`, float32 [num_experts], it is that of such a gate, and Non
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+from dense2moe.upcycle.gates.facts import LayerRouting
 
 
 def balance_loss(
@@ -132,22 +133,6 @@ def expert_cosine(weights: torch.Tensor) -> torch.Tensor:
     # float32's rounding.
     apart = units - units[0]
     return 1 - (apart - apart.mean(0)).square().sum().double() / (len(units) - 1)
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """How a layer routes.
-
-    Its number in the model, the load of each expert (shares that sum to 1), the router's mean entropy in nats, the mean
-    distance of the last chosen logit (or sigmoid score plus bias) from the first that is not, and the mean cosine
-    between two experts' weights.
-    """
-
-    number: int
-    load: tuple[float, ...]
-    entropy: float
-    margin: float
-    cosine: float
 
 
 def describe_routing(

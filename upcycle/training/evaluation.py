@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,26 +13,11 @@ from dense2moe.upcycle.checkpoints.frozen import compute_wide, load_stored
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.numbers import perplexity
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.facts import Evaluation
 from dense2moe.upcycle.training.objective import next_token_loss
 from dense2moe.upcycle.training.prompt import read_prompt, run_with_prompt
 
 EVALUATION_BATCH = 8
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A torch model on held-out text.
-
-    Mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding. Decoding is what
-    plain transformers does with the checkpoint in the dtype that it has. `block_losses` has the loss of each block.
-    """
-
-    loss: float
-    perplexity: float
-    num_parameters: int
-    weight_bytes: int
-    decode_tokens_per_second: float
-    block_losses: tuple[float, ...] = ()
 
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training

@@ -12,7 +12,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
@@ -32,8 +32,9 @@ from dense2moe.upcycle.gates.balance import expert_load
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, Evaluation, evaluate
-from dense2moe.upcycle.training.history import Step, read_history, write_history
+from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, evaluate
+from dense2moe.upcycle.training.facts import DomainRouting, Evaluation, FinetuneFacts
+from dense2moe.upcycle.training.history import ModelName, Step, read_history, write_history
 from dense2moe.upcycle.training.objective import next_token_loss
 from dense2moe.upcycle.training.processes import join_processes, on_main, whole
 from dense2moe.upcycle.training.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
@@ -51,48 +52,10 @@ _STEPS_NAME = "steps"
 
 
 @dataclass(frozen=True)
-class DomainRouting:
-    """Which experts the text of each domain goes to, on held-out blocks.
-
-    loads: domain, then layer, then the share of the (token, slot) pairs of each expert. between: for each layer, half
-    the sum of absolute differences of two domains' loads, the mean over pairs of domains. within: the same between two
-    halves of one domain, the mean over domains.
-    """
-
-    loads: dict[str, tuple[tuple[float, ...], ...]]
-    between: tuple[float, ...]
-    within: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class FinetuneFacts:
-    """What fine-tuning did.
-
-    Held-out figures of each model, the history, which step was kept, and the steps and seconds of training. Of
-    `best_steps`, 0 is the start: no look at the validation split was better, and the weights are as they were. Without
-    fine-tuning there are the figures of the dense and the upcycled model alone, no precision and no gradient.
-    `compute_seconds` are the processor's, of all threads, or the clock's where a GPU computes: by them the control of
-    equal time gets its steps, since the clock also counts what else the machine does.
-    """
-
-    evaluations: dict[str, Evaluation]
-    history: tuple[Step, ...]
-    best_steps: dict[str, int]
-    num_steps: dict[str, int]
-    seconds: dict[str, float]
-    precision: str | None
-    router_task_gradient: float | None
-    domains: DomainRouting | None = None
-    sparse_layers: tuple[int, ...] = ()
-    warnings: tuple[str, ...] = field(default=())
-    compute_seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Job:
     """One model to be trained: its name, where it comes from and goes to, and its stages."""
 
-    name: str
+    name: ModelName
     source: Path
     target: Path
     stages: tuple[FinetuneConfig, ...]
@@ -139,7 +102,7 @@ def finetune(
         check_settings(shape, settings, len(domains))
     precision = _precision(config)
     test = read_blocks(data, "test")
-    evaluations = on_main(
+    evaluations: dict[ModelName, Evaluation] = on_main(
         lambda: {
             "dense": evaluate(dense, test, "dense", progress),
             "upcycled": evaluate(mixture, test, "upcycled", progress),
@@ -147,7 +110,7 @@ def finetune(
     )
     train = read_blocks(data, "train")
     gradient = on_main(lambda: _router_task_gradient(mixture, train[:_GRADIENT_BLOCKS]))
-    trained: dict[str, Trained] = {}
+    trained: dict[ModelName, Trained] = {}
     for job in _jobs(dense, mixture, output, config, trained):
         trained[job.name] = train_model(
             job,
@@ -184,7 +147,7 @@ def measure_untrained(dense: Path, mixture: Path, data: Path, output: Path, prog
     Held-out figures of the dense model and of the mixture, and an empty history in `output`.
     """
     test = read_blocks(data, "test")
-    evaluations = on_main(
+    evaluations: dict[ModelName, Evaluation] = on_main(
         lambda: {
             "dense": evaluate(dense, test, "dense", progress),
             "upcycled": evaluate(mixture, test, "upcycled", progress),
@@ -197,7 +160,7 @@ def measure_untrained(dense: Path, mixture: Path, data: Path, output: Path, prog
 
 
 def _jobs(
-    dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[str, Trained]
+    dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[ModelName, Trained]
 ) -> Iterator[Job]:
     """The mixture and its controls, each when those before it are in `trained`."""
     stages = config.resolve_stages()
@@ -260,7 +223,7 @@ def _router_task_gradient(mixture: Path, blocks: torch.Tensor) -> float:
     return math.sqrt(squares[True] / max(sum(squares.values()), 1e-30))
 
 
-def _harm(trained: Mapping[str, Trained], evaluations: Mapping[str, Evaluation]) -> Iterator[str]:
+def _harm(trained: Mapping[ModelName, Trained], evaluations: Mapping[ModelName, Evaluation]) -> Iterator[str]:
     """Where training helped nothing.
 
     No look was better than the start, or the weights that were kept are worse on the test split.
@@ -328,7 +291,7 @@ def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
     return {layer.number: load for layer, load in zip(last.layers, cast(torch.Tensor, loads).tolist(), strict=True)}
 
 
-def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[str, Trained]) -> tuple[FinetuneConfig, ...]:
+def _stretch(stages: tuple[FinetuneConfig, ...], trained: dict[ModelName, Trained]) -> tuple[FinetuneConfig, ...]:
     """The stages with as many steps in all as the dense model does while the mixture trains.
 
     By the seconds of computing that both took.

@@ -7,9 +7,12 @@ import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from dense2moe.upcycle.gates.balance import LayerRouting
+from dense2moe.upcycle.gates.facts import LayerRouting
+
+ModelName = Literal["dense", "upcycled", "fine-tuned", "dense continued", "dense, equal time"]
+"""The torch models of a run; the last two are the controls, dense models trained beside the mixture."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +22,7 @@ class Step:
     Steps and tokens are counted over all stages.
     """
 
-    model: str
+    model: ModelName
     step: int
     num_tokens: int
     stage: int = 0

@@ -62,7 +62,7 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, held_out_loss
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
-from dense2moe.upcycle.training.history import Step, read_history, write_history
+from dense2moe.upcycle.training.history import ModelName, Step, read_history, write_history
 from dense2moe.upcycle.training.objective import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.processes import fill, join_processes
 from dense2moe.upcycle.training.prompt import get_prompt, run_with_prompt
@@ -108,7 +108,7 @@ class Stage:
     validation and validation_domains: as blocks, held out. dtype: what the weights are rounded to in the end.
     """
 
-    model: str
+    model: ModelName
     number: int
     settings: FinetuneConfig
     blocks: torch.Tensor

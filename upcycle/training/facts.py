@@ -1,0 +1,61 @@
+"""Facts of fine-tuning: figures of each model, history, steps, seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from dense2moe.upcycle.training.history import ModelName, Step
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A torch model on held-out text.
+
+    Mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding. Decoding is what
+    plain transformers does with the checkpoint in the dtype that it has. `block_losses` has the loss of each block.
+    """
+
+    loss: float
+    perplexity: float
+    num_parameters: int
+    weight_bytes: int
+    decode_tokens_per_second: float
+    block_losses: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class DomainRouting:
+    """Which experts the text of each domain goes to, on held-out blocks.
+
+    loads: domain, then layer, then the share of the (token, slot) pairs of each expert. between: for each layer, half
+    the sum of absolute differences of two domains' loads, the mean over pairs of domains. within: the same between two
+    halves of one domain, the mean over domains.
+    """
+
+    loads: dict[str, tuple[tuple[float, ...], ...]]
+    between: tuple[float, ...]
+    within: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FinetuneFacts:
+    """What fine-tuning did.
+
+    Held-out figures of each model, the history, which step was kept, and the steps and seconds of training. Of
+    `best_steps`, 0 is the start: no look at the validation split was better, and the weights are as they were. Without
+    fine-tuning there are the figures of the dense and the upcycled model alone, no precision and no gradient.
+    `compute_seconds` are the processor's, of all threads, or the clock's where a GPU computes: by them the control of
+    equal time gets its steps, since the clock also counts what else the machine does.
+    """
+
+    evaluations: dict[ModelName, Evaluation]
+    history: tuple[Step, ...]
+    best_steps: dict[ModelName, int]
+    num_steps: dict[ModelName, int]
+    seconds: dict[ModelName, float]
+    precision: str | None
+    router_task_gradient: float | None
+    domains: DomainRouting | None = None
+    sparse_layers: tuple[int, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+    compute_seconds: dict[ModelName, float] = field(default_factory=dict)
