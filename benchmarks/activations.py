@@ -43,8 +43,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dense2moe.convert.machine import describe_machine
-from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.speed import measure_speed

@@ -26,10 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle

@@ -56,7 +56,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 
 OURS, SWITCHED, DENSE, LLAMA, GENAI, GENAI_SWITCHED, EXPORTER, OPENVINO, TORCH = (

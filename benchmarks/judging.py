@@ -15,7 +15,7 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from dense2moe.export.parity import same_experts
+from dense2moe.export.parity.ties import same_experts
 from dense2moe.export.runtime.decoder import ROUTER_LOGITS, Decoder
 from dense2moe.export.storage import MODEL_NAME
 

@@ -39,14 +39,18 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant, rounds_activations
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig, rounds_activations
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import ProviderParity, check_parity
-from dense2moe.export.parity.local import LEAST_NOISE
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.inside.local import LEAST_NOISE
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU
+from dense2moe.export.variant import Variant
 
 if TYPE_CHECKING:
     from tests.faults import Exported, Fault

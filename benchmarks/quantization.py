@@ -56,10 +56,12 @@ from ruamel.yaml import YAML
 from transformers.utils import logging
 
 from dense2moe.convert.artifact import code_digest
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.blocks import choose_blocks
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from dense2moe.export.runtime.text import choose_blocks
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.data.blocks import read_blocks
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,10 +15,10 @@ from rich.table import Table
 
 from dense2moe.convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
 from dense2moe.convert.report.numerals import NONE, format_rounded, format_size
-from dense2moe.export.config import Device
 from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.speed import Load, LoadTime, time_loads
 from dense2moe.export.storage import LOWERING_KEY
+from dense2moe.export.variant import Device
 from dense2moe.upcycle.progress import Progress
 
 

@@ -551,7 +551,7 @@ def parity(
 
         from dense2moe.convert.package_parity import check_package, describe, is_judged_alone, write_json
         from dense2moe.convert.progress import ProgressDisplay
-        from dense2moe.export.config import ParityConfig
+        from dense2moe.export.parity.config import ParityConfig
         from dense2moe.export.parity.precision import find_precision
 
     logging.set_verbosity_error()

@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dense2moe.convert.report.numerals import format_agreement, format_error, format_perplexity, format_share
 from dense2moe.convert.report.summary import describe_task
-from dense2moe.export.config import ParityConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import find_refusal
-from dense2moe.export.parity import Parity, ProviderParity, check_parity
+from dense2moe.export.parity.answers.examples import read_tasks
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision, is_dense
-from dense2moe.export.parity.tasks import read_tasks
+from dense2moe.export.parity.records import Parity, ProviderParity
 from dense2moe.export.progress import Progress
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.upcycle.checkpoints.config_files import EXPERT_COUNTS

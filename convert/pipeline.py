@@ -33,7 +33,7 @@ from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.report.costs import COST, StageCost
 from dense2moe.convert.stages import Facts, Job, Preparation, StageFunction
 from dense2moe.convert.worker import run_apart
-from dense2moe.export.config import Variant
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.durable import discard_damage
 from dense2moe.upcycle.errors import MendableError, find_os_error, is_out_of_memory
 from dense2moe.upcycle.progress import Progress

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 if TYPE_CHECKING:  # pytest loads every plugin that is installed; torch and transformers come with the first use alone
-    from dense2moe.export.parity import Parity
+    from dense2moe.export.parity.records import Parity
 
 
 class AssertParity(Protocol):
@@ -40,7 +40,7 @@ def assert_parity() -> AssertParity:
     It returns all figures.
     """
     from dense2moe.convert.package_parity import check_package
-    from dense2moe.export.config import ParityConfig
+    from dense2moe.export.parity.config import ParityConfig
 
     def check(
         package: str | Path,

@@ -23,7 +23,10 @@ from ruamel.yaml.resolver import VersionedResolver
 from ruamel.yaml.tag import Tag
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.export.config import CUDA_BLOCKS, QUANTIZED, STATIC, OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.variant import CUDA_BLOCKS, QUANTIZED, STATIC, Variant
 from dense2moe.upcycle.building.config import BIASED_TARGETS, UpcycleConfig
 from dense2moe.upcycle.data.config import DataConfig, count_domains
 from dense2moe.upcycle.record import Record, named_value

@@ -21,15 +21,16 @@ from dense2moe.convert.recipe import HUB_ID, HubSource, LoadedRecipe, LocalSourc
 from dense2moe.convert.report.card import CARDS_NAME, read_license, write_card
 from dense2moe.convert.report.costs import take_costs
 from dense2moe.convert.report.writer import write_report
-from dense2moe.export.config import QUANTIZED, Variant, element_type, float_type, rounds_activations, rounds_to_8_bits
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
+from dense2moe.export.graph.config import rounds_activations
 from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
 from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import check_parity
-from dense2moe.export.parity.tasks import Task, read_tasks
+from dense2moe.export.parity.answers.examples import Task, read_tasks
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.variant import QUANTIZED, Variant, element_type, float_type, rounds_to_8_bits
 from dense2moe.upcycle.building.hidden_states import read_routers
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import choose_mode, write_receipt

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedConfig
 
-from dense2moe.export.config import Device, ElementType, OnnxConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.facts import Choice, LoweringTime, OnnxFacts
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
 from dense2moe.export.graph.family import find_refusal
 from dense2moe.export.graph.invariants import check_graph
@@ -21,7 +21,7 @@ from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
 from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
-from dense2moe.export.timing import LoweringTime, cut_for_timing, time_lowerings
+from dense2moe.export.timing import cut_for_timing, time_lowerings
 from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
 from dense2moe.export.tracing.tracer import trace_decoder
 from dense2moe.upcycle.checkpoints.config_files import save_config
@@ -30,25 +30,6 @@ from dense2moe.upcycle.checkpoints.reader import copy_companions
 MAX_LENGTH = 4096
 """Tokens of prompt and answer for which onnxruntime-genai allocates its cache, unless it is told another number."""
 Timings = Sequence[LoweringTime]
-Choice = Literal["only", "timed", "first, no such device here to time on"]
-
-
-@dataclass(frozen=True)
-class OnnxFacts:
-    """What was written, and how its lowering was chosen; the lowering is "none" where no layer has experts.
-
-    It is the only one that can be, the fastest of those that were timed here (`timings`, the fastest first), or, where
-    there is no device of the kind to time on, the first of those that can be.
-    """
-
-    device: Device
-    element_type: ElementType
-    lowering: str
-    choice: Choice
-    timings: tuple[LoweringTime, ...]
-    min_onnxruntime: str
-    num_nodes: int
-    package_bytes: int
 
 
 def write_package(source: Path, output: Path, config: OnnxConfig, progress: Progress) -> OnnxFacts:

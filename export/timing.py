@@ -12,12 +12,12 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dense2moe.export.config import OnnxConfig
+from dense2moe.export.facts import LoweringTime
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import Cut, DecoderGraph
 from dense2moe.export.graph.family import layer_of
 from dense2moe.export.lowering import Lowering
@@ -37,19 +37,6 @@ _TIMED_VOCABULARY = 4096
 _NUM_ROUNDS = 3
 _MOST_NEW_TOKENS = 32
 """Decode steps that are timed; a request's others take as long."""
-
-
-@dataclass(frozen=True)
-class LoweringTime:
-    """A candidate and its speed.
-
-    Tokens per second of prefill and decode at batch 1, and seconds of the request that the recipe describes.
-    """
-
-    lowering: str
-    prefill_tokens_per_second: float
-    decode_tokens_per_second: float
-    request_seconds: float
 
 
 def time_lowerings(

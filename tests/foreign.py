@@ -37,8 +37,8 @@ from transformers import (
     Qwen2MoeConfig,
 )
 
-from dense2moe.export.config import Variant
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.export.variant import Variant
 from tests.faults import Exported, Graph, Integers
 
 Kind = Literal["llama", "mixtral", "qwen2_moe"]

@@ -17,10 +17,12 @@ from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM, Qwen2MoeForCausalLM
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import check_parity
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand

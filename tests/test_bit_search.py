@@ -15,11 +15,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from dense2moe.export.config import BitsOverride, OnnxConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.quantization.bit_search import BitChoices, Sensitivity, Unit, find_units
+from dense2moe.export.quantization.bit_search import BitChoices, find_units
 from dense2moe.export.quantization.bits import plan_classes
+from dense2moe.export.quantization.config import BitsOverride, QuantizeConfig
+from dense2moe.export.quantization.facts import Sensitivity, Unit
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.sensitivity import Ruler
 from dense2moe.export.quantization.twin import Twin

@@ -12,11 +12,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig

@@ -16,8 +16,9 @@ from report_facts import HOSTILE, make_facts, tiered
 from dense2moe.convert.artifact import build
 from dense2moe.convert.report.card import read_license, write_card
 from dense2moe.convert.report.writer import write_report
-from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 
 

@@ -13,8 +13,9 @@ from programs import dense2moe
 from safetensors.torch import load_file, save_file
 
 from dense2moe.convert.cli import main
-from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 

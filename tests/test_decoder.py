@@ -16,16 +16,18 @@ from onnx import TensorProto
 from packaging.version import Version
 from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
-from dense2moe.export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import plan_lowerings
 from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.export.variant import Device, Variant
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
 VOCABULARY = 96

@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.family import DECODER_FAMILIES
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 

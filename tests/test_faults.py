@@ -14,14 +14,17 @@ from typing import NamedTuple, get_args
 import pytest
 import torch
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import Parity, ProviderParity, check_parity
-from dense2moe.export.parity.local import LEAST_NOISE
-from dense2moe.export.parity.records import TIERS
-from dense2moe.export.parity.taps import Part
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.inside.local import LEAST_NOISE
+from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.records import TIERS, Parity, ProviderParity
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU
+from dense2moe.export.variant import Variant
 from tests.faults import FAULTS, WAYS, Exported, Fault, plant
 
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dense2moe.export.parity.flips import Ffn, Product, find_near, near_middle
+from dense2moe.export.parity.inside.flips import Ffn, Product, find_near, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding
 
 WIDTH, INNER, BLOCK, TOKENS = 32, 48, 16, 6

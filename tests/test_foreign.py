@@ -14,11 +14,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dense2moe.export.config import ParityConfig, Variant
-from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision
+from dense2moe.export.parity.records import ProviderParity
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.export.variant import Variant
 from tests.faults import FAULTS, Exported, Inexpressible, plant
 from tests.foreign import VARIANTS, Kind, make_foreign
 

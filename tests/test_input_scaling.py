@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.input_scaling import ScaledLayer, ScalingRecord, fold, scale_layer
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder

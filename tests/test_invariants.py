@@ -15,15 +15,17 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from transformers import Glm4MoeConfig, Glm4MoeForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph import layers as layer_module
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.invariants import check_graph
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.export.variant import Variant
 
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 BLOCKS = torch.randint(2, 96, (4, 16), generator=torch.Generator().manual_seed(0))

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from dense2moe.export.config import QuantizeConfig, Variant
 from dense2moe.export.quantization import methods, static
-from dense2moe.export.quantization.bit_search import BitSearch
-from dense2moe.export.quantization.quantizer import QuantizeFacts, quantize_checkpoint
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.facts import BitSearch, QuantizeFacts
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.sensitivity import Ruler
+from dense2moe.export.variant import Variant
 
 NUM_LAYERS = 3
 

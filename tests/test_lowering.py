@@ -16,7 +16,6 @@ import torch
 from packaging.version import Version
 from safetensors.torch import save_file
 
-from dense2moe.export.config import ElementType, scale_type
 from dense2moe.export.errors import ExportError
 from dense2moe.export.lowering import (
     GROUPED,
@@ -33,6 +32,7 @@ from dense2moe.export.lowering import (
 from dense2moe.export.nodes.writer import IR_VERSION, OPSETS, GraphWriter, graph_input, int64
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
+from dense2moe.export.variant import ElementType, scale_type
 from dense2moe.upcycle.checkpoints.reader import index_tensors
 from dense2moe.upcycle.gates.gate import Gate
 

@@ -13,11 +13,14 @@ import pytest
 import torch
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
-from dense2moe.export.package import OnnxFacts, genai_config, write_package
+from dense2moe.export.facts import OnnxFacts
+from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.package import genai_config, write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder, Sampling
 from dense2moe.export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
+from dense2moe.export.variant import Variant
 
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))

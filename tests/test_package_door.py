@@ -26,8 +26,8 @@ from programs import dense2moe
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import open_package
-from dense2moe.export.parity.constants import read_constants
 from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME

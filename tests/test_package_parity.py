@@ -18,13 +18,15 @@ from click.testing import Result
 from programs import dense2moe
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.placement import count_elsewhere, find_placement
 from dense2moe.export.parity.precision import Precision, find_precision
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, is_at_hand
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.export.variant import Variant
 from tests.conftest import MakeDense
 
 pytest_plugins = ["pytester"]

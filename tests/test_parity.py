@@ -18,22 +18,38 @@ from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import Agreement, Check, Parity, ProviderParity, check_parity, find_breaches, same_experts
 from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.agreement import _Sums
-from dense2moe.export.parity.checks import Case, measure_errors
-from dense2moe.export.parity.files import FilesCheck
+from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.limits import configured_limits, noise_limit
-from dense2moe.export.parity.records import TIERS, FreeRun, Limit, PlaceCheck, Tier
-from dense2moe.export.parity.taps import Part
-from dense2moe.export.parity.weights import WeightsCheck, WrongRows
+from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.records import (
+    TIERS,
+    Agreement,
+    Check,
+    FilesCheck,
+    FreeRun,
+    Limit,
+    Parity,
+    PlaceCheck,
+    ProviderParity,
+    Tier,
+    WeightsCheck,
+    WrongRows,
+)
+from dense2moe.export.parity.ties import same_experts
+from dense2moe.export.parity.verdicts import find_breaches
+from dense2moe.export.parity.ways.feeding import Case, measure_errors
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.tasks.figure import Figure
 
 # those need text
@@ -853,7 +869,7 @@ def test_perplexities_of_some_blocks_are_told_for_all_text(
 
     Where all losses of the fine-tuned model are known, the rest of the text is as hard for both.
     """
-    monkeypatch.setattr("dense2moe.export.parity._COMPARED_TOKENS", compared_tokens)
+    monkeypatch.setattr("dense2moe.export.parity.judgement._COMPARED_TOKENS", compared_tokens)
     exported, config = exports["int8"], LIMITS.model_copy(update={"language_tokens": 4 * 48})
     # the package computes what its twin does
     package, finetuned = (

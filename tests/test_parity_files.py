@@ -13,9 +13,11 @@ import onnx
 import pytest
 from tokenizers import Tokenizer
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity.files import FilesCheck, check_files
+from dense2moe.export.parity.files.comparison import check_files
+from dense2moe.export.parity.records import FilesCheck
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.building.config import UpcycleConfig
@@ -541,7 +543,7 @@ def test_an_interrupt_goes_through(sides: Sides, monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dense2moe.export.parity.files.AutoTokenizer.from_pretrained", interrupt)
+    monkeypatch.setattr("dense2moe.export.parity.files.comparison.AutoTokenizer.from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         check_files(*sides)
 

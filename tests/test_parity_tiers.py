@@ -13,17 +13,20 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, MixtralForCausalLM
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import ProviderParity, check_parity
 from dense2moe.export.parity.agreement import MARGIN_BOUNDS
-from dense2moe.export.parity.checks import Case, measure_errors, plan_cases, run_free
+from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward, open_reference
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.limits import measure_noise
-from dense2moe.export.parity.records import TIERS
+from dense2moe.export.parity.records import TIERS, ProviderParity
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
+from dense2moe.export.parity.ways.feeding import Case, measure_errors, plan_cases, run_free
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 

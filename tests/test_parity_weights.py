@@ -15,8 +15,8 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from transformers import MixtralConfig
 
-from dense2moe.export.parity.constants import Operator, read_constants
-from dense2moe.export.parity.weights import Found, _nearest, check_weights
+from dense2moe.export.parity.weights.constants import Operator, read_constants
+from dense2moe.export.parity.weights.rows import Found, _nearest, check_weights
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, join, quantize, unpack
 from dense2moe.export.storage import MODEL_NAME
 

@@ -17,7 +17,9 @@ from dense2moe.convert.recipe import (
     resolve_path,
     schema,
 )
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData, count_domains
 from dense2moe.upcycle.data.python_docs import DOMAINS

@@ -16,16 +16,18 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import check_parity
-from dense2moe.export.parity.arithmetic import find_arithmetic
-from dense2moe.export.parity.constants import read_constants
+from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import open_reference
+from dense2moe.export.parity.inside.arithmetic import find_arithmetic
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.records import Limit
 from dense2moe.export.parity.rounding import Rounding, RoundingMeasure, rounding_limits
 from dense2moe.export.parity.taps import Seen
-from dense2moe.export.parity.weights import check_weights
+from dense2moe.export.parity.weights.constants import read_constants
+from dense2moe.export.parity.weights.rows import check_weights
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.input_scaling import round_inputs
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.simulation import BlockRounding

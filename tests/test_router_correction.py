@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.router_correction import correct_router, kl_of_scores

@@ -14,9 +14,10 @@ import pytest
 import torch
 from transformers import MixtralForCausalLM
 
-from dense2moe.export.config import OnnxConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGITS, Decoder
 from dense2moe.export.runtime.sampling import Sampling

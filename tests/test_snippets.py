@@ -23,9 +23,11 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from dense2moe.convert.report.card import escape, write_card
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.checkpoints.config_files import complete_tokenizer
 

@@ -27,11 +27,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import ProviderParity, check_parity
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.static import Magnitudes

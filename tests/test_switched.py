@@ -18,19 +18,25 @@ from packaging.version import Version
 
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe import load_recipe
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
+from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.footprint import estimate_bytes
 from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import plan_lowerings
 from dense2moe.export.graph.invariants import check_graph
-from dense2moe.export.package import OnnxFacts, write_package
-from dense2moe.export.parity import ProviderParity, check_parity, find_breaches
+from dense2moe.export.package import write_package
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import find_precision
+from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.parity.verdicts import find_breaches
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint

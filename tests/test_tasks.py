@@ -23,14 +23,13 @@ from dense2moe.convert.recipe import load_recipe
 from dense2moe.convert.report.summary import describe_task, verdict_lines
 from dense2moe.convert.report.tables import parity_sections
 from dense2moe.convert.stages import parity_settings, prepare
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import ProviderParity, check_parity, find_breaches
-from dense2moe.export.parity.answers import Outcome, Package, Row, Torch, answer_task, encode_task
-from dense2moe.export.parity.forward import open_reference
-from dense2moe.export.parity.records import Limit, TaskCheck
-from dense2moe.export.parity.scores import (
+from dense2moe.export.parity.answers.evaluation import score_task
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task, read_task, read_tasks
+from dense2moe.export.parity.answers.outcome import Outcome, Package, Row, Torch, answer_task, encode_task
+from dense2moe.export.parity.answers.scores import (
     answer_f1,
     is_exact,
     macro_f1,
@@ -38,8 +37,12 @@ from dense2moe.export.parity.scores import (
     rank_correlation,
     rank_correlation_error,
 )
-from dense2moe.export.parity.task_checks import score_task
-from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task, TaskKind, read_task, read_tasks
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.forward import open_reference
+from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.records import Limit, ProviderParity, TaskCheck, TaskKind
+from dense2moe.export.parity.verdicts import find_breaches
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.runtime.generation import Generation

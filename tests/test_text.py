@@ -11,9 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
-from dense2moe.export.runtime.text import chat_ids, count_calibration_tokens, decode_stream, start_ids
+from dense2moe.export.quantization.calibration_size import count_calibration_tokens
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.runtime.text import chat_ids, decode_stream, start_ids
 from dense2moe.upcycle.errors import UpcycleError
 
 

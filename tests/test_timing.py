@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 
 from dense2moe.export import timing
-from dense2moe.export.config import OnnxConfig, QuantizeConfig, RequestConfig, Variant
+from dense2moe.export.graph.config import OnnxConfig, RequestConfig
 from dense2moe.export.graph.decoder import Cut, build_decoder, find_candidates
 from dense2moe.export.lowering import GROUPED
 from dense2moe.export.package import write_package
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.speed import Speed
 from dense2moe.export.storage import LOWERING_KEY
+from dense2moe.export.variant import Variant
 
 
 class Named(Decoder):

@@ -15,11 +15,13 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from dense2moe.export.config import OnnxConfig, ParityConfig, QuantizeConfig, RequestConfig, Variant
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig, RequestConfig
 from dense2moe.export.graph.family import DECODER_FAMILIES
 from dense2moe.export.package import write_package
-from dense2moe.export.parity import check_parity
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.parameters import classify_tensors
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
@@ -27,6 +29,7 @@ from dense2moe.export.runtime.decoder import Decoder, Sampling
 from dense2moe.export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
 from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
 from dense2moe.export.tracing.tracer import trace_decoder
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed, with which transformers exports")

@@ -16,15 +16,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from dense2moe.export.config import Device, OnnxConfig, QuantizeConfig, Variant
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.family import DECODER_FAMILIES
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.bits import class_bits
 from dense2moe.export.quantization.blockwise import dequantize, quantize
-from dense2moe.export.quantization.quantizer import QuantizeFacts, quantize_checkpoint
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.facts import QuantizeFacts
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, Twin
+from dense2moe.export.variant import Device, Variant
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 

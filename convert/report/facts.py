@@ -10,9 +10,9 @@ from pydantic import TypeAdapter
 from dense2moe.convert.machine import Machine
 from dense2moe.convert.report.costs import StageCost
 from dense2moe.convert.report.summary import Row, Verdict
-from dense2moe.export.package import OnnxFacts
-from dense2moe.export.parity import ProviderParity
-from dense2moe.export.quantization.quantizer import QuantizeFacts
+from dense2moe.export.facts import OnnxFacts
+from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.upcycle.building.facts import ReceiptLine
 from dense2moe.upcycle.training.facts import FinetuneFacts
 

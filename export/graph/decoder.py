@@ -27,8 +27,8 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
-from dense2moe.export.config import STATIC, Device, OnnxConfig, QuantizeConfig, Variant, element_type
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.graph.layers import BlockWriter, moe_layer
 from dense2moe.export.graph.positions import add_positions
@@ -38,7 +38,9 @@ from dense2moe.export.nodes.linear import add_linear
 from dense2moe.export.nodes.writer import IR_VERSION, MICROSOFT, OPSETS, GraphWriter, graph_input
 from dense2moe.export.quantization.bits import check_head, class_bits
 from dense2moe.export.quantization.blockwise import is_quantized
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Twin, Weight
+from dense2moe.export.variant import STATIC, Device, Variant, element_type
 from dense2moe.upcycle.checkpoints.reader import TensorEntry
 
 # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedConfig
 
-from dense2moe.export.config import ElementType, OnnxConfig, Product
+from dense2moe.export.graph.config import OnnxConfig, Product
 from dense2moe.export.graph.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from dense2moe.export.graph.positions import Positions, effective_window
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
@@ -16,6 +16,7 @@ from dense2moe.export.nodes.ffn_gate import add_gate
 from dense2moe.export.nodes.linear import add_exact_linear, add_linear
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
+from dense2moe.export.variant import ElementType
 
 FindWeight = Callable[[str, tuple[int, int] | None], Weight]
 """A matrix by its name, or some of its rows."""

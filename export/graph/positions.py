@@ -15,10 +15,10 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.config import ElementType
 from dense2moe.export.graph.family import rotary_switch
 from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.variant import ElementType
 
 _MASKED: dict[ElementType, float] = {"float32": -1e30, "float16": -3e4, "bfloat16": -1e30}
 """Finite, as is its sum with any score: a row of nothing but padding then averages instead of dividing zero by zero.

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dense2moe.export.config import Device, ElementType
 from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
+from dense2moe.export.variant import Device, ElementType
 from dense2moe.upcycle.gates.gate import Gate
 
 

@@ -19,13 +19,13 @@ from collections.abc import Callable
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.config import CUDA_BLOCKS
 from dense2moe.export.gates.top_k import add_operator_logits
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
 from dense2moe.export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.blockwise import Quantized, join, zero_point_bytes
 from dense2moe.export.quantization.twin import QuantizedWeight, Weight
+from dense2moe.export.variant import CUDA_BLOCKS
 
 NAME = "qmoe"
 MIN_ONNXRUNTIME = "1.23.2"  # the attribute block_size

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.config import ElementType, scale_type
 from dense2moe.export.storage import CONTENT
+from dense2moe.export.variant import ElementType, scale_type
 
 MICROSOFT = "com.microsoft"
 OPSETS = {"": 21, MICROSOFT: 1}

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 
-from dense2moe.export.parity.records import PlaceCheck
-from dense2moe.export.parity.taps import Part
-from dense2moe.export.parity.weights import WeightsCheck
+from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.records import PlaceCheck, WeightsCheck
 
 _NORM = "epsilon, whether 1 is added to the weight, and which values it reads"
 _LOOK_AT: dict[Part, str] = {

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 import torch
 
-from dense2moe.export.config import ParityConfig, Variant
-from dense2moe.export.parity.checks import Case, measure_errors
+from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward, Reference
-from dense2moe.export.parity.records import Limit, Noise
-from dense2moe.export.parity.tasks import TaskKind
+from dense2moe.export.parity.records import Limit, Noise, TaskKind
 from dense2moe.export.parity.ties import find_tie_margin
+from dense2moe.export.parity.ways.feeding import Case, measure_errors
 from dense2moe.export.runtime.decoder import CPU
+from dense2moe.export.variant import Variant
 
 _OWN_MULTIPLE = 4.0
 _OWN_LEAST = 0.05  # of the largest logit: what a deep model that rounds its activations differs by from itself

@@ -5,10 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dense2moe.export.parity.files import FilesCheck
-from dense2moe.export.parity.taps import Part
-from dense2moe.export.parity.tasks import TaskKind
-from dense2moe.export.parity.weights import WeightsCheck
+from dense2moe.export.parity.place import Part
 from dense2moe.upcycle.tasks.figure import Figure
 
 Tier = Literal["weights", "operator", "layer", "logits", "language", "task", "routing", "files"]
@@ -243,3 +240,60 @@ class Parity:
     def passed(self) -> bool:
         """Whether no threshold was broken."""
         return not self.breaches
+
+
+@dataclass(frozen=True)
+class FilesCheck:
+    """The files that were compared, those that were not there (a sentence each).
+
+    And the differences (a sentence each).
+    """
+
+    compared: tuple[str, ...] = ()
+    missing: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no difference."""
+        return not self.differences
+
+
+@dataclass(frozen=True)
+class WrongRows:
+    """Rows of a tensor of the twin, or of one expert in it, that the file has otherwise.
+
+    The first, how many, of how many, and how it differs.
+    """
+
+    tensor: str
+    row: int
+    count: int
+    num_rows: int
+    what: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        """In words."""
+        many = "" if self.count == 1 else f"{self.count:,} of {self.num_rows:,} rows differ from the twin's; "
+        one = f"row {self.row}: " if self.num_rows > 1 else ""
+        return f"{self.tensor}{': ' if many else ', ' if one else ': '}{many}{one}{self.what}"
+
+
+@dataclass(frozen=True)
+class WeightsCheck:
+    """All rows of matrices and all vectors of the twin against those of the file.
+
+    `wrong` has the first few tensors that differ.
+
+    `not_judged`: tensors that were not found by their rows, and are compared by what the graph makes of them.
+    """
+
+    num_rows: int
+    num_vectors: int
+    num_wrong: int
+    wrong: tuple[WrongRows, ...]
+    not_judged: tuple[str, ...] = ()
+
+
+TaskKind = Literal["choice", "answer", "similarity"]

@@ -2,9 +2,9 @@
 
 Where a graph rounds what it computes with, to 8 or to 16 bits, two right computations part at every number that lies
 between two steps: a sum in another order takes the other one, and from there on both go their own ways, layer by layer.
-So no bound on the logits of a deep model can be as tight as that of one product (`dense2moe.export.parity.local` has
-these). What can be asked of whole models is that they part no further than the twin does from itself, rounded in the
-same way, when what its products read is moved by a small part of a step.
+So no bound on the logits of a deep model can be as tight as that of one product (`dense2moe.export.parity.inside.local`
+has these). What can be asked of whole models is that they part no further than the twin does from itself, rounded in
+the same way, when what its products read is moved by a small part of a step.
 """
 
 from __future__ import annotations

@@ -9,34 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 import onnx
 import torch
 
+from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, FINAL_NORMED, HIDDEN, ROUTER_LOGITS, Decoder
-
-Part = Literal[
-    "embedding",
-    "attention norm",
-    "query, key and value",
-    "cache",
-    "attention",
-    "attention output",
-    "FFN norm",
-    "router",
-    "experts",
-    "FFN",
-    "residual stream",
-    "final norm",
-    "head",
-]
-OUTSIDE = -1
-"""The layer of what is outside of layers."""
-Place = tuple[int, Part]
-ATTENTION_PARTS: tuple[Part, ...] = ("query, key and value", "attention")
-"""What shows of a way of feeding: positions, masks and the cache."""
 
 
 @dataclass(frozen=True)

@@ -13,20 +13,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import TensorClass, layer_of
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.blockwise import is_quantized
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.facts import BitSearch, SearchPoint, Sensitivity, Unit
 from dense2moe.export.quantization.journal import RecordJournal
 from dense2moe.export.quantization.sensitivity import Cost, Ruler, Weights
 from dense2moe.upcycle.checkpoints.layerwise import embed
 from dense2moe.upcycle.numbers import language_figures, perplexity
-from dense2moe.upcycle.tasks.figure import Figure
 
 SEARCHED: tuple[TensorClass, ...] = ("experts", "attention", "embedding", "head")
 _MOST_NATS = 700.0  # exp of more is no float64
@@ -37,60 +37,6 @@ Plan = Mapping[str, int]
 CountBytes = Callable[[Plan], int]
 ReadCandidate = Callable[[str, int], torch.Tensor]
 """A tensor as it comes to be in so many bits, by its name."""
-
-
-@dataclass(frozen=True, order=True)
-class Unit:
-    """Tensors that have their bits together: a class in one layer, or, with layer -1, outside of them."""
-
-    layer: int
-    tensors: TensorClass
-
-    @property
-    def label(self) -> str:
-        """What it is called."""
-        return self.tensors if self.layer < 0 else f"{self.tensors} of layer {self.layer}"
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """A unit in so many bits: bytes of the package's weights that it takes, and its cost by itself."""
-
-    unit: Unit
-    bits: int
-    num_bytes: int
-    kl: float
-
-
-@dataclass(frozen=True)
-class SearchPoint:
-    """A choice of bits that was measured.
-
-    Bytes of the package's weights, perplexity on the validation text, and what it is.
-    """
-
-    package_bytes: int
-    perplexity: float
-    label: str
-    chosen: bool
-    figures: tuple[Figure, ...] = ()
-
-
-@dataclass(frozen=True)
-class BitSearch:
-    """The outcome: points in the order of their bytes, the perplexity of the model as it is, the limit in words.
-
-    And every unit's cost and bits.
-    `bits` are the chosen ones: of each class by layer, or, outside of layers, of one.
-    """
-
-    points: tuple[SearchPoint, ...]
-    reference_perplexity: float
-    limit: str
-    num_tokens: int
-    bits: dict[TensorClass, tuple[int, ...]]
-    sensitivities: tuple[Sensitivity, ...]
-    reference_figures: tuple[Figure, ...] = ()
 
 
 class WeightsOf(Weights):

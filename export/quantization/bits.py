@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
-from dense2moe.export.config import QUANTIZED, BitsOverride, Device, ElementType, QuantizeConfig, Variant, float_type
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import TensorClass, find_decoder_family, find_refusal, layer_of
 from dense2moe.export.quantization.blockwise import is_quantized
+from dense2moe.export.quantization.config import BitsOverride, QuantizeConfig
 from dense2moe.export.quantization.parameters import classify_tensors
+from dense2moe.export.variant import QUANTIZED, Device, ElementType, Variant, float_type
 
 FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 

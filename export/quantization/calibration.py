@@ -19,10 +19,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.graph.family import DecoderFamily, GatedFfn
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
-from dense2moe.export.runtime.text import choose_blocks
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, read_rows
 from dense2moe.upcycle.gates.gate import choose_experts

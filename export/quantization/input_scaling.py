@@ -30,10 +30,10 @@ from typing import assert_never
 
 import torch
 
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.graph.family import DecoderFamily, bias_name
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
+from dense2moe.export.quantization.config import QuantizeConfig
 
 # and then those between the best and its neighbours: errors are smooth in them
 _POWERS = tuple(step / 10 for step in range(2, 11, 2))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dense2moe.export.config import QuantizeConfig
+from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, layer_of
 from dense2moe.export.progress import Progress
@@ -27,12 +27,12 @@ from dense2moe.export.quantization.blockwise import (
     round_to_nearest,
 )
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group, Rows
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.gptq import Moments, prepare_moments, quantize_gptq, quantize_together
 from dense2moe.export.quantization.input_scaling import READ_TOKENS, ScalingRecord, choose_scales, scale_layer
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.router_correction import RouterFacts
-from dense2moe.export.runtime.text import choose_blocks
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 
 _TOKENS_PER_INPUT = 2

@@ -16,36 +16,11 @@ from pathlib import Path
 
 import torch
 
-from dense2moe.export.config import (
-    STATIC,
-    Device,
-    ElementType,
-    QuantizeConfig,
-    Variant,
-    element_type,
-    float_type,
-    rounds_to_8_bits,
-)
+from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
-from dense2moe.export.footprint import (
-    Packing,
-    check_budget,
-    integer_specs,
-    node_bytes,
-    package_bytes,
-    rotary_bytes,
-    stored_bytes,
-)
 from dense2moe.export.graph.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
 from dense2moe.export.progress import Progress
-from dense2moe.export.quantization.bit_search import (
-    BitChoices,
-    BitSearch,
-    BitSearcher,
-    find_units,
-    measure_units,
-    options_of,
-)
+from dense2moe.export.quantization.bit_search import BitChoices, BitSearcher, find_units, measure_units, options_of
 from dense2moe.export.quantization.bits import (
     FLOAT_BITS,
     check_head,
@@ -56,12 +31,24 @@ from dense2moe.export.quantization.bits import (
     plan_classes,
 )
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized
+from dense2moe.export.quantization.calibration_size import count_calibration_tokens
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.facts import BitSearch, QuantizeFacts
 from dense2moe.export.quantization.journal import LayerJournal, RecordJournal
 from dense2moe.export.quantization.methods import CalibrationRecord, head_name, order_tensors, quantize_tensors
+from dense2moe.export.quantization.packing import (
+    Packing,
+    check_budget,
+    integer_specs,
+    node_bytes,
+    package_bytes,
+    rotary_bytes,
+    stored_bytes,
+)
 from dense2moe.export.quantization.sensitivity import Ruler, Weights
 from dense2moe.export.quantization.static import quantize_static
 from dense2moe.export.quantization.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
-from dense2moe.export.runtime.text import choose_blocks, count_calibration_tokens
+from dense2moe.export.variant import STATIC, Device, ElementType, Variant, element_type, float_type, rounds_to_8_bits
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import (
     Checkpoint,
@@ -83,38 +70,6 @@ _TORCH_TYPES: dict[ElementType, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
-
-
-@dataclass(frozen=True)
-class QuantizeFacts:
-    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
-
-    `block_size` is None where each row has one scale.
-
-    Bits are the mean of a class where its tensors differ. Of calibration: tokens of the expert that saw the fewest,
-    None without calibration, and matrices that saw too few for GPTQ; by layer, tokens of its experts, and its routing
-    before and after correction, in words; groups of matrices whose inputs are scaled, those that are best unscaled, and
-    those that have nothing to fold scales into. `search` is how the bits of variant 'mixed' were found. `warnings` say
-    what makes the variant worse than it could be, and how to mend it.
-    """
-
-    bits: dict[TensorClass, float]
-    block_size: int | None
-    zero_points: bool
-    expert_bytes: int
-    quantized_expert_share: float
-    quantized_bytes: int
-    num_quantized_tensors: int
-    method: str
-    fewest_expert_tokens: int | None
-    num_matrices_with_few_tokens: int
-    tokens_by_layer: dict[int, str]
-    routing_by_layer: dict[int, str]
-    num_scaled_groups: int
-    num_groups_best_unscaled: int
-    num_groups_without_place: int
-    search: BitSearch | None = None
-    warnings: tuple[str, ...] = ()
 
 
 def quantize_checkpoint(

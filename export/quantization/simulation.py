@@ -2,7 +2,7 @@
 
 With static scales the checkpoint cannot hold that inputs are rounded, so a twin's model rounds them always. The
 operators that find their scales as they run (`MatMulNBits` at accuracy_level 4, `QMoE`) round by each block of a token;
-parity finds out which do (`dense2moe.export.parity.probe`), and has their twin round the same.
+parity finds out which do (`dense2moe.export.parity.inside.probe`), and has their twin round the same.
 """
 
 from __future__ import annotations

@@ -21,12 +21,12 @@ from typing import Literal, assert_never
 
 import torch
 
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, layer_of
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized, round_to_nearest
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
+from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.methods import CalibrationRecord, head_name, order_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from dense2moe.export.config import STATIC, ElementType
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.family import DecoderFamily, find_decoder_family
 from dense2moe.export.quantization.blockwise import PARTS, Quantized, dequantize, join, num_blocks, recover
+from dense2moe.export.variant import STATIC, ElementType
 from dense2moe.upcycle.checkpoints.reader import (
     CHUNK_ELEMENTS,
     TensorEntry,

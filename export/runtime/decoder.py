@@ -20,11 +20,11 @@ import onnxruntime as ort
 import torch
 from packaging.version import Version
 
-from dense2moe.export.config import Device
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import Config, onnxruntime_errors, open_package, read_config
 from dense2moe.export.runtime.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
+from dense2moe.export.variant import Device
 from dense2moe.upcycle.errors import one_line_errors, shorten
 
 CPU = "CPUExecutionProvider"

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
-from transformers import PreTrainedConfig
-
-from dense2moe.export.config import QuantizeConfig
 from dense2moe.export.errors import ExportError
 from dense2moe.upcycle.checkpoints.tokenizer import encode
 from dense2moe.upcycle.errors import one_line_errors
 
-_TOKENS_PER_INPUT = 4  # twice what GPTQ needs, for experts that are visited less than others
-_FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # sentencepiece's tokens of a byte
 # clean_up_tokenization takes spaces out of these, in this order
 _CLEANED = (
@@ -43,29 +36,6 @@ _TAILS = sorted(
 
 Of a contraction also what the clean-up itself makes into one.
 """
-
-
-def count_calibration_tokens(config: QuantizeConfig, model: PreTrainedConfig) -> int:
-    """Tokens that calibration reads at most, as the settings or the widths of the model's experts say."""
-    if config.calibration_tokens != "auto":
-        return config.calibration_tokens
-    num_experts = max(
-        1, *(int(getattr(model, name, None) or 1) for name in ("num_local_experts", "num_experts", "n_routed_experts"))
-    )
-    width = max(int(getattr(model, "moe_intermediate_size", None) or model.intermediate_size), int(model.hidden_size))
-    share = num_experts / max(1, int(getattr(model, "num_experts_per_tok", None) or num_experts))
-    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, math.ceil(_TOKENS_PER_INPUT * width * share)))
-
-
-def choose_blocks(blocks: torch.Tensor, count: int) -> torch.Tensor:
-    """`count` of the blocks at most, and one at least, taken evenly from the whole."""
-    return blocks[choose_places(len(blocks), count)]
-
-
-def choose_places(total: int, count: int) -> list[int]:
-    """The places of `count` of `total` things at most, and of one at least, taken evenly."""
-    count = max(1, min(count, total))
-    return [place * total // count for place in range(count)]
 
 
 def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dense2moe.export.config import OnnxConfig
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, oldest_onnxruntime
 from dense2moe.export.lowering import Lowering, find_lowerings
 from dense2moe.export.nodes.writer import MICROSOFT, OPSETS, GraphWriter

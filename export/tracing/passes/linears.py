@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.config import OnnxConfig
 from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.nodes.linear import add_linear
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.parameters import Rows

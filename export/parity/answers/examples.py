@@ -13,15 +13,15 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias, cast
+from typing import Annotated, Any, TypeAlias, cast
 
 from pydantic import Field, ValidationError, model_validator
 
-from dense2moe.export.config import Record
+from dense2moe.export.blocks import choose_places
 from dense2moe.export.errors import ExportError
-from dense2moe.export.runtime.text import choose_places
+from dense2moe.export.parity.records import TaskKind
+from dense2moe.upcycle.record import Record
 
-TaskKind = Literal["choice", "answer", "similarity"]
 _Text = Annotated[str, Field(min_length=1)]
 
 

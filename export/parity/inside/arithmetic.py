@@ -9,11 +9,11 @@ import onnx
 import torch
 
 from dense2moe.export.opening import open_package
-from dense2moe.export.parity.constants import Matrix, Operator
-from dense2moe.export.parity.flips import Round
-from dense2moe.export.parity.probe import find_group
-from dense2moe.export.parity.products import Arithmetic, Narrowing
-from dense2moe.export.parity.weights import Found
+from dense2moe.export.parity.inside.flips import Round
+from dense2moe.export.parity.inside.probe import find_group
+from dense2moe.export.parity.inside.products import Arithmetic, Narrowing
+from dense2moe.export.parity.weights.constants import Matrix, Operator
+from dense2moe.export.parity.weights.rows import Found
 from dense2moe.export.quantization.simulation import BlockRounding, StaticRounding
 
 _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}

@@ -2,7 +2,7 @@
 
 Names of values are their exporter's own, but a product by the output matrix of layer 3's attention gives what that
 attention gives, and reads what its heads have attended to; what its result is added to is the residual stream before
-it. So a graph whose weights are known (`dense2moe.export.parity.weights`) is known inside, as far as its nodes are
+it. So a graph whose weights are known (`dense2moe.export.parity.weights.rows`) is known inside, as far as its nodes are
 those of a decoder: products, and additions to one residual stream. What is not found is left out.
 """
 
@@ -13,9 +13,10 @@ from collections.abc import Iterator
 import onnx
 
 from dense2moe.export.graph.family import DecoderFamily
-from dense2moe.export.parity.constants import Matrix
-from dense2moe.export.parity.taps import OUTSIDE, Part, Place, Taps
-from dense2moe.export.parity.weights import Found
+from dense2moe.export.parity.place import OUTSIDE, Part, Place
+from dense2moe.export.parity.taps import Taps
+from dense2moe.export.parity.weights.constants import Matrix
+from dense2moe.export.parity.weights.rows import Found
 
 _VIEWS = ("Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze")
 _JOINS = ("Add", "SkipSimplifiedLayerNormalization")

@@ -8,7 +8,7 @@ noise, where whole models that round by other sums part from layer to layer.
 
 The noise is measured by the same layers in float64, on the same inputs. A number that lies between two integers may be
 rounded to either; inside the experts of a fused operator such a number cannot even be seen. These flips are told apart
-(`dense2moe.export.parity.flips`), counted, and no errors.
+(`dense2moe.export.parity.inside.flips`), counted, and no errors.
 
 The twin's routers say what the graph's said, so no near-tie sends a token to other experts.
 """
@@ -27,10 +27,11 @@ from torch import nn
 from transformers import DynamicCache
 
 from dense2moe.export.graph.family import DecoderFamily
-from dense2moe.export.parity.flips import Inside
 from dense2moe.export.parity.forward import Reference, first_of
-from dense2moe.export.parity.products import Arithmetic, ProductMode
-from dense2moe.export.parity.taps import OUTSIDE, Part, Place, Seen, Taps
+from dense2moe.export.parity.inside.flips import Inside
+from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
+from dense2moe.export.parity.place import OUTSIDE, Part, Place
+from dense2moe.export.parity.taps import Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE, find_margin
 
 LEAST_NOISE = 2.0**-22

@@ -7,15 +7,14 @@ from collections.abc import Iterator
 
 from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.limits import gap_limit
+from dense2moe.export.parity.place import OWN_INPUT, Part, name_place
 from dense2moe.export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
-from dense2moe.export.parity.taps import Part
 
 MOST_TIES = 0.1
 """Of all tokens: where routers tie in more, every operator has an order of its own.
 
 And two right packages write other texts.
 """
-OWN_INPUT = ", on the graph's own input"
 _FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains it
 
 
@@ -89,26 +88,6 @@ def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
         others = "" if len(checks) == 1 else f"; and in {len(checks) - 1} more layers"
         error = f"relative error {_beyond(first)}{_describe_factor(first)}"
         yield "layer", f"{where}{OWN_INPUT}: {error}{begins}{others} ({advise(first, result.weights)})"
-
-
-def name_place(layer: int, part: Part) -> str:
-    """A place in words."""
-    return _NAMES.get(part, part) if layer < 0 else f"layer {layer}, {_NAMES.get(part, part)}"
-
-
-_NAMES: dict[Part, str] = {
-    "embedding": "the embedding",
-    "head": "the head",
-    "final norm": "the final norm",
-    "cache": "the keys and values that are cached",
-    "FFN norm": "the norm before the FFN",
-    "attention norm": "the norm before attention",
-    "attention": "attention, from its queries, keys and values",
-    "attention output": "the output matrix of attention",
-    "query, key and value": "the products that make query, key and value",
-    "FFN": "the FFN",
-    "residual stream": "the residual stream behind it",
-}
 
 
 def _describe_factor(check: PlaceCheck) -> str:

@@ -17,8 +17,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dense2moe.export.graph.family import DecoderFamily
-from dense2moe.export.parity.flips import Ffn, Inside, Product, Round, near_middle
 from dense2moe.export.parity.forward import Reference, first_of
+from dense2moe.export.parity.inside.flips import Ffn, Inside, Product, Round, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group

@@ -8,15 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from dense2moe.export.config import ParityConfig
 from dense2moe.export.graph.family import DecoderFamily
-from dense2moe.export.parity.checks import every_expert
+from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Reference
-from dense2moe.export.parity.judge import OWN_INPUT, name_place
-from dense2moe.export.parity.local import LEAST_NOISE, LocalCheck, Measured
-from dense2moe.export.parity.products import Arithmetic
+from dense2moe.export.parity.inside.local import LEAST_NOISE, LocalCheck, Measured
+from dense2moe.export.parity.inside.products import Arithmetic
+from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, Part, Place, name_place
 from dense2moe.export.parity.records import PlaceCheck
-from dense2moe.export.parity.taps import ATTENTION_PARTS, OUTSIDE, Part, Place, Seen, Taps, look
+from dense2moe.export.parity.taps import Seen, Taps, look
+from dense2moe.export.parity.ways.feeding import every_expert
 from dense2moe.export.runtime.decoder import CPU, Decoder
 
 _EXPERT_TOKENS = 64

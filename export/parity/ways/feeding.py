@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from dense2moe.export.config import ParityConfig
 from dense2moe.export.parity.agreement import LOGIT_ROWS, Follow
+from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward, Reference, forward_of
 from dense2moe.export.parity.records import Check, FreeRun
 from dense2moe.export.parity.taps import Seen, look

@@ -11,7 +11,8 @@ from transformers import AutoConfig
 
 from dense2moe.export.graph.family import rotary_switch
 from dense2moe.export.opening import load_tokenizer
-from dense2moe.export.parity.answers import (
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
+from dense2moe.export.parity.answers.outcome import (
     EncodedTask,
     Ids,
     Model,
@@ -22,10 +23,7 @@ from dense2moe.export.parity.answers import (
     encode_task,
     written_gap,
 )
-from dense2moe.export.parity.forward import Reference, run_package
-from dense2moe.export.parity.limits import gap_limit
-from dense2moe.export.parity.records import Limit, TaskCheck
-from dense2moe.export.parity.scores import (
+from dense2moe.export.parity.answers.scores import (
     answer_f1,
     is_exact,
     macro_f1,
@@ -33,7 +31,9 @@ from dense2moe.export.parity.scores import (
     rank_correlation,
     rank_correlation_error,
 )
-from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task
+from dense2moe.export.parity.forward import Reference, run_package
+from dense2moe.export.parity.limits import gap_limit
+from dense2moe.export.parity.records import Limit, TaskCheck
 from dense2moe.export.parity.ties import find_flips
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.generation import read_generation

@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.parity.checks import write_greedily
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
 from dense2moe.export.parity.forward import Reference
-from dense2moe.export.parity.tasks import Answer, Choice, Similarity, Task
+from dense2moe.export.parity.ways.feeding import write_greedily
 from dense2moe.export.runtime.decoder import HIDDEN, Decoder
 from dense2moe.export.runtime.generation import Generation
 from dense2moe.export.runtime.text import start_ids

@@ -24,7 +24,8 @@ import numpy.typing as npt
 import torch
 from scipy.spatial import cKDTree
 
-from dense2moe.export.parity.constants import Constants, Floats, Matrix
+from dense2moe.export.parity.records import WeightsCheck, WrongRows
+from dense2moe.export.parity.weights.constants import Constants, Floats, Matrix
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, open_checkpoint, read_chunks, read_tensor
 
 _TOLERANCE = 1e-5
@@ -51,43 +52,6 @@ _WORDS = {
     "layer": "router",
     "norm": "the final norm",
 }
-
-
-@dataclass(frozen=True)
-class WrongRows:
-    """Rows of a tensor of the twin, or of one expert in it, that the file has otherwise.
-
-    The first, how many, of how many, and how it differs.
-    """
-
-    tensor: str
-    row: int
-    count: int
-    num_rows: int
-    what: str
-    name: str = ""
-
-    def __str__(self) -> str:
-        """In words."""
-        many = "" if self.count == 1 else f"{self.count:,} of {self.num_rows:,} rows differ from the twin's; "
-        one = f"row {self.row}: " if self.num_rows > 1 else ""
-        return f"{self.tensor}{': ' if many else ', ' if one else ': '}{many}{one}{self.what}"
-
-
-@dataclass(frozen=True)
-class WeightsCheck:
-    """All rows of matrices and all vectors of the twin against those of the file.
-
-    `wrong` has the first few tensors that differ.
-
-    `not_judged`: tensors that were not found by their rows, and are compared by what the graph makes of them.
-    """
-
-    num_rows: int
-    num_vectors: int
-    num_wrong: int
-    wrong: tuple[WrongRows, ...]
-    not_judged: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

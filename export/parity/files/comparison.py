@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.precision import has_experts, is_dense
+from dense2moe.export.parity.records import FilesCheck
 from dense2moe.export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MODEL_NAME
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, TOKENIZER_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
@@ -141,23 +142,6 @@ _SHOWN = 60  # characters of a value in a sentence
 _REASON = 200  # and of a library's complaint
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class FilesCheck:
-    """The files that were compared, those that were not there (a sentence each).
-
-    And the differences (a sentence each).
-    """
-
-    compared: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether there is no difference."""
-        return not self.differences
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What an ONNX package holds, and how its lowering was chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dense2moe.export.variant import Device, ElementType
+
+
+@dataclass(frozen=True)
+class LoweringTime:
+    """A candidate and its speed.
+
+    Tokens per second of prefill and decode at batch 1, and seconds of the request that the recipe describes.
+    """
+
+    lowering: str
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    request_seconds: float
+
+
+Choice = Literal["only", "timed", "first, no such device here to time on"]
+
+
+@dataclass(frozen=True)
+class OnnxFacts:
+    """What was written, and how its lowering was chosen; the lowering is "none" where no layer has experts.
+
+    It is the only one that can be, the fastest of those that were timed here (`timings`, the fastest first), or, where
+    there is no device of the kind to time on, the first of those that can be.
+    """
+
+    device: Device
+    element_type: ElementType
+    lowering: str
+    choice: Choice
+    timings: tuple[LoweringTime, ...]
+    min_onnxruntime: str
+    num_nodes: int
+    package_bytes: int

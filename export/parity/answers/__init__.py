@@ -1,0 +1,1 @@
+"""What a package answers to the examples of tasks."""

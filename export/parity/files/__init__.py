@@ -1,0 +1,1 @@
+"""A package's tokenizer and configs beside the checkpoint's."""

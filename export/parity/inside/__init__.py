@@ -1,0 +1,1 @@
+"""Places inside a graph, each judged on its own input."""

@@ -1,0 +1,52 @@
+"""Places inside a graph: a layer and a part of it, and their names."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Part = Literal[
+    "embedding",
+    "attention norm",
+    "query, key and value",
+    "cache",
+    "attention",
+    "attention output",
+    "FFN norm",
+    "router",
+    "experts",
+    "FFN",
+    "residual stream",
+    "final norm",
+    "head",
+]
+
+OUTSIDE = -1
+"""The layer of what is outside of layers."""
+
+Place = tuple[int, Part]
+
+ATTENTION_PARTS: tuple[Part, ...] = ("query, key and value", "attention")
+"""What shows of a way of feeding: positions, masks and the cache."""
+
+
+OWN_INPUT = ", on the graph's own input"
+
+
+def name_place(layer: int, part: Part) -> str:
+    """A place in words."""
+    return _NAMES.get(part, part) if layer < 0 else f"layer {layer}, {_NAMES.get(part, part)}"
+
+
+_NAMES: dict[Part, str] = {
+    "embedding": "the embedding",
+    "head": "the head",
+    "final norm": "the final norm",
+    "cache": "the keys and values that are cached",
+    "FFN norm": "the norm before the FFN",
+    "attention norm": "the norm before attention",
+    "attention": "attention, from its queries, keys and values",
+    "attention output": "the output matrix of attention",
+    "query, key and value": "the products that make query, key and value",
+    "FFN": "the FFN",
+    "residual stream": "the residual stream behind it",
+}

@@ -1,0 +1,1 @@
+"""Every way of feeding a package: prefill, decoding, padding, long rows."""

@@ -1,0 +1,1 @@
+"""Rows of a package, found among those of the twin."""

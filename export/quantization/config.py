@@ -1,0 +1,171 @@
+"""Settings of quantization."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+from dense2moe.upcycle.record import NonNegative, Record
+
+_UNITS = {
+    "B": 1,
+    "kB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+}
+
+_NUMBER = r"[0-9]+\.?[0-9]*|\.[0-9]+"
+
+_SIZE = rf"\s*({_NUMBER})\s*({'|'.join(_UNITS)})\s*"
+
+_PERCENTAGE = rf"\s*({_NUMBER})\s*%\s*"
+
+
+def _read_size(value: object) -> object:
+    """Bytes of a size as people write it, such as '0.6 GB'."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(_SIZE, value)
+    if found is None:
+        raise ValueError(f"is '{value}'; must be a size such as '0.6 GB', with one of the units {', '.join(_UNITS)}")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _read_percentage(value: object) -> object:
+    """The share that a percentage such as '1 %' is."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(_PERCENTAGE, value)
+    if found is None:
+        raise ValueError(f"is '{value}'; must be a percentage such as '1 %', or a number such as 0.01")
+    return float(found[1]) / 100
+
+
+NumBytes = Annotated[
+    PositiveInt,
+    BeforeValidator(_read_size, json_schema_input_type=PositiveInt | Annotated[str, Field(pattern=f"^{_SIZE}$")]),
+]
+
+Percentage = Annotated[
+    NonNegative,
+    BeforeValidator(
+        _read_percentage, json_schema_input_type=NonNegative | Annotated[str, Field(pattern=f"^{_PERCENTAGE}$")]
+    ),
+]
+
+
+class BitsOverride(Record):
+    """Layers in which a class of tensors keeps more bits than its variant gives it."""
+
+    tensors: Literal["experts", "attention"] = Field(description="The class.")
+    layers: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = Field(
+        min_length=1, description="The layers, from 0 on."
+    )
+    bits: Literal[8, 16] = Field(description="Bits that it has at least; 16 leaves it as floats.")
+
+
+_SEARCHED_BITS = 8  # and more: by default such weights are searched, and do not learn
+
+
+class QuantizeConfig(Record):
+    """Quantization: of weights alone in the int8, int4 and mixed variants, and of activations too in int8-qdq.
+
+    Routers and norms stay in float32. Variant 'mixed' has 4 or 8 bits or floats in every class of every layer, in the
+    embedding and in the head, as measured: the best that fits into `budget`, or the smallest that costs no more than
+    `max_perplexity_increase`.
+
+    Variant 'int8-qdq' rounds weights to nearest with a scale a row: of the fields it reads those of calibration and
+    those of bits.
+    """
+
+    method: Literal["auto", "round", "search", "gptq"] = Field(
+        "auto",
+        description="How integers are chosen: 'round' takes the scale from the largest weight of a block, 'search' "
+        "takes the scale with the smallest "
+        "squared error, 'gptq' also lets weights make up on calibration text for the errors of all that were chosen "
+        "before them; 'auto' is 'gptq' "
+        "for weights of 4 bits, where there is text, and 'search' for those of 8, where it is as good and takes a "
+        "fraction of the time.",
+    )
+    calibration_tokens: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most; 'auto' is four for each "
+        "input of an expert's matrices "
+        "where the experts have equal shares, and 8,192 to 32,768 in all.",
+    )
+    calibrate_all_experts: bool = Field(
+        False, description="Whether in calibration every expert sees all tokens, and not its own alone."
+    )
+    input_scaling: Literal["auto", "none", "awq", "smooth"] = Field(
+        "auto",
+        description="Scales of what matrices read, folded into the norms and matrices before them; with any method; "
+        "learn from the same text. 'awq': "
+        "weights in large channels have smaller errors; 'smooth' weighs that against what rounding the inputs to 8 "
+        "bits costs; 'auto' is 'smooth' "
+        "where the graph rounds them and there is text, and 'none' elsewhere.",
+    )
+    correct_routers: bool = Field(
+        False,
+        description="Whether routers are fitted to route behind quantized matrices as they did in the float model; "
+        "learns from the same text.",
+    )
+    activation_range: Literal["largest", "clip"] = Field(
+        "clip",
+        description="Variant 'int8-qdq': the range of what a product reads. 'largest' reaches the largest magnitude "
+        "on calibration text, 'clip' cuts "
+        "off where the squared error is smallest.",
+    )
+    block_size: Literal[16, 32, 64, 128] = Field(
+        32, description="Weights that share one scale, along the input dimension."
+    )
+    zero_points: bool = Field(
+        False,
+        description="Whether each block has a zero point beside its scale, of a weight's bits, so that its range may "
+        "lie on one side of zero.",
+    )
+    attention_bits: Literal["variant", 8, 16] = Field(
+        8, description="Bits of attention's weights; 16 leaves them as floats; 'variant' follows the variant."
+    )
+    embedding_bits: Literal["variant", 8, 16] = Field(
+        8,
+        description="Bits of the embedding, and of a head that is the embedding; 16 leaves them as floats; 'variant' "
+        "follows the variant.",
+    )
+    head_bits: Literal["embedding", "variant", 8, 16] = Field(
+        "embedding",
+        description="Bits of an output head of its own; 'embedding' follows embedding_bits; 16 leaves it as floats.",
+    )
+    overrides: Annotated[tuple[BitsOverride, ...], Field(strict=False)] = Field(
+        (), description="Layers that keep more bits."
+    )
+    budget: NumBytes | None = Field(
+        None,
+        description="Variant 'mixed': bytes of its ONNX package at most, such as '0.6 GB'; its bits are those that "
+        "lose least within it.",
+    )
+    max_perplexity_increase: Percentage | None = Field(
+        None,
+        description="Variant 'mixed': what perplexity on validation text may rise by, such as '1 %'; its bits are "
+        "the fewest that keep to it.",
+    )
+    search_tokens: PositiveInt = Field(
+        8192, description="Tokens of the validation split that the search for the bits of 'mixed' reads, at most."
+    )
+
+    def method_of(self, bits: int) -> Literal["round", "search", "gptq"]:
+        """How a matrix of so many bits is quantized.
+
+        The error of 8 bits is next to nothing beside that of inputs rounded to 8 bits, whichever way they are chosen:
+        on SmolLM2-135M with 4 experts the whole model loses as much by searched scales as by GPTQ
+        (docs/results/activations.md).
+        """
+        if self.method != "auto":
+            return self.method
+        return "search" if bits >= _SEARCHED_BITS else "gptq"

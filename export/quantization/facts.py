@@ -1,0 +1,94 @@
+"""What was quantized, as records of plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dense2moe.export.graph.family import TensorClass
+from dense2moe.upcycle.tasks.figure import Figure
+
+
+@dataclass(frozen=True, order=True)
+class Unit:
+    """Tensors that have their bits together: a class in one layer, or, with layer -1, outside of them."""
+
+    layer: int
+    tensors: TensorClass
+
+    @property
+    def label(self) -> str:
+        """What it is called."""
+        return self.tensors if self.layer < 0 else f"{self.tensors} of layer {self.layer}"
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """A unit in so many bits: bytes of the package's weights that it takes, and its cost by itself."""
+
+    unit: Unit
+    bits: int
+    num_bytes: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class SearchPoint:
+    """A choice of bits that was measured.
+
+    Bytes of the package's weights, perplexity on the validation text, and what it is.
+    """
+
+    package_bytes: int
+    perplexity: float
+    label: str
+    chosen: bool
+    figures: tuple[Figure, ...] = ()
+
+
+@dataclass(frozen=True)
+class BitSearch:
+    """The outcome: points in the order of their bytes, the perplexity of the model as it is, the limit in words.
+
+    And every unit's cost and bits.
+    `bits` are the chosen ones: of each class by layer, or, outside of layers, of one.
+    """
+
+    points: tuple[SearchPoint, ...]
+    reference_perplexity: float
+    limit: str
+    num_tokens: int
+    bits: dict[TensorClass, tuple[int, ...]]
+    sensitivities: tuple[Sensitivity, ...]
+    reference_figures: tuple[Figure, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantizeFacts:
+    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
+
+    `block_size` is None where each row has one scale.
+
+    Bits are the mean of a class where its tensors differ. Of calibration: tokens of the expert that saw the fewest,
+    None without calibration, and matrices that saw too few for GPTQ; by layer, tokens of its experts, and its routing
+    before and after correction, in words; groups of matrices whose inputs are scaled, those that are best unscaled, and
+    those that have nothing to fold scales into. `search` is how the bits of variant 'mixed' were found. `warnings` say
+    what makes the variant worse than it could be, and how to mend it.
+    """
+
+    bits: dict[TensorClass, float]
+    block_size: int | None
+    zero_points: bool
+    expert_bytes: int
+    quantized_expert_share: float
+    quantized_bytes: int
+    num_quantized_tensors: int
+    method: str
+    fewest_expert_tokens: int | None
+    num_matrices_with_few_tokens: int
+    tokens_by_layer: dict[int, str]
+    routing_by_layer: dict[int, str]
+    num_scaled_groups: int
+    num_groups_best_unscaled: int
+    num_groups_without_place: int
+    search: BitSearch | None = None
+    warnings: tuple[str, ...] = ()

@@ -1,0 +1,131 @@
+"""How integers and scales lie on disk, and the bytes that they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedConfig
+
+from dense2moe.export.errors import ExportError
+from dense2moe.export.graph.family import DecoderFamily, rotary_switch
+from dense2moe.export.quantization.blockwise import is_quantized, num_blocks, zero_point_bytes
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.twin import COLUMN_SCALES
+from dense2moe.export.variant import STATIC, Device, Variant, element_type, scale_type
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.writer import TensorSpec
+
+_LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
+"""Bytes of a layer's nodes in a graph, and of those of one expert.
+
+What the largest lowering was seen to take, and some more.
+"""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How integers lie.
+
+    Weights that share a scale, None being those of a row, whether blocks have zero points, and what scales are stored
+    in.
+    """
+
+    block_size: int | None
+    zero_points: bool
+    scale_type: torch.dtype
+
+    @classmethod
+    def of(cls, variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> Packing:
+        """That of a variant."""
+        if variant == STATIC:
+            return cls(None, zero_points=False, scale_type=torch.float32)
+        return cls(
+            config.block_size,
+            config.zero_points,
+            torch.bfloat16 if scale_type(element_type(variant, device)) == "bfloat16" else torch.float16,
+        )
+
+
+def integer_specs(
+    name: str, shape: tuple[int, ...], bits: int, packing: Packing, has_column_scales: bool = False
+) -> list[TensorSpec]:
+    """The tensors that hold the integers of one, all of whose dimensions but the last count as rows.
+
+    Maybe with the scales of its columns.
+    """
+    rows, width = math.prod(shape[:-1]), shape[-1]  # stacked experts lie one below the other
+    block_size = packing.block_size or width
+    blocks = num_blocks(width, block_size)
+    specs = [
+        TensorSpec(f"{name}.codes", torch.uint8, (rows, blocks, block_size * bits // 8)),
+        TensorSpec(f"{name}.scales", packing.scale_type, (rows, blocks)),
+    ]
+    if packing.zero_points:
+        specs.append(TensorSpec(f"{name}.zero_points", torch.uint8, (rows, zero_point_bytes(width, bits, block_size))))
+    if has_column_scales:
+        specs.append(TensorSpec(f"{name}.{COLUMN_SCALES}", torch.float32, (width,)))
+    return specs
+
+
+def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], packing: Packing) -> int:
+    """Bytes of tensors in a checkpoint of integers, or as floats of as many bits as the plan says."""
+    total = 0
+    for name in names:
+        if is_quantized(plan[name]):
+            total += sum(
+                spec.num_bytes for spec in integer_specs(name, checkpoint.entries[name].shape, plan[name], packing)
+            )
+        else:
+            total += checkpoint.entries[name].num_elements * plan[name] // 8
+    return total
+
+
+def package_bytes(
+    shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing
+) -> int:
+    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`.
+
+    A tied head of integers by block is the embedding.
+    """
+
+    def packed(shape: tuple[int, ...], width: int) -> int:
+        return (
+            sum(spec.num_bytes for spec in integer_specs("", shape, width, packing))
+            if is_quantized(width)
+            else width // 8 * math.prod(shape)
+        )
+
+    total = sum(packed(shape, plan[name]) for name, shape in shapes.items())
+    is_tied = family.embedding in shapes and family.head not in shapes
+    if is_tied and (packing.block_size is None or not is_quantized(plan[family.embedding])):
+        # written a second time, as a matrix to multiply with
+        total += packed(shapes[family.embedding], plan[family.embedding])
+    return total
+
+
+def rotary_bytes(model: PreTrainedConfig, float_bytes: int) -> int:
+    """Bytes of a package's rotary tables: cosines and sines of half a head for each position."""
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return int((model.max_position_embeddings + (rotary_switch(model) or 0)) * head_dim * float_bytes)
+
+
+def node_bytes(model: PreTrainedConfig, family: DecoderFamily) -> int:
+    """Bytes that a package's nodes take at most."""
+    experts = family.routing(model).num_experts if family.routing is not None else 0
+    return int(model.num_hidden_layers) * (_LAYER_NODES + experts * _EXPERT_NODES)
+
+
+def check_budget(config: QuantizeConfig, fewest_bytes: int) -> None:
+    """Refuse a budget that the fewest bits do not fit into.
+
+    Raises:
+        ExportError: it is too small.
+    """
+    if config.budget is not None and fewest_bytes > config.budget:
+        raise ExportError(
+            f"quantize.budget is {config.budget:,} bytes; the fewest bits everywhere take {fewest_bytes:,}; raise it "
+            "to more than that"
+        )
