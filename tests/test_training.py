@@ -384,6 +384,10 @@ def test_the_best_step_is_saved_and_loads_in_plain_transformers(
     assert held_out_loss(loaded.eval(), read_blocks(data, "validation")) == pytest.approx(looks[best], rel=1e-5)
     evaluation = run.facts.evaluations[model]
     assert evaluation.loss == pytest.approx(held_out_loss(loaded, read_blocks(data, "test")), rel=1e-5)
+    assert [(figure.name, figure.value, figure.unit, figure.better) for figure in evaluation.figures] == [
+        ("perplexity", math.exp(evaluation.loss), "", "lower"),
+        ("loss", evaluation.loss, "nats", "lower"),
+    ]
     assert evaluation.num_parameters == sum(p.numel() for p in loaded.parameters())
     assert AutoTokenizer.from_pretrained(directory)("a cat")["input_ids"][0] == 0
 

@@ -21,8 +21,8 @@ def perplexity(loss: float) -> float:
 
 
 def language_figures(loss: float) -> tuple[Figure, ...]:
-    """What a language model is judged by: the perplexity of its mean next-token loss in nats."""
-    return (Figure("perplexity", perplexity(loss), "", "lower"),)
+    """What a language model is judged by: perplexity first, then the mean next-token loss itself, in nats."""
+    return (Figure("perplexity", perplexity(loss), "", "lower"), Figure("loss", loss, "nats", "lower"))
 
 
 def name_special(value: float) -> str | None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.frozen import compute_wide, load_stored
 from dense2moe.upcycle.memory import small_heap
-from dense2moe.upcycle.numbers import perplexity
+from dense2moe.upcycle.numbers import language_figures, perplexity
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.facts import Evaluation
 from dense2moe.upcycle.training.objective import next_token_loss
@@ -76,4 +76,4 @@ def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progres
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, perplexity(loss), weights, size, speed, tuple(losses))
+    return Evaluation(loss, perplexity(loss), weights, size, speed, tuple(losses), language_figures(loss))

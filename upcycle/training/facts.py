@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.training.history import ModelName, Step
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A torch model on held-out text.
+    """A torch model on held-out text: its figures, its size and its speed.
 
-    Mean next-token loss in nats, its exponential, weight bytes, tokens per second of greedy decoding. Decoding is what
-    plain transformers does with the checkpoint in the dtype that it has. `block_losses` has the loss of each block.
+    `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
+    text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the
+    checkpoint has.
     """
 
     loss: float
@@ -21,6 +23,7 @@ class Evaluation:
     weight_bytes: int
     decode_tokens_per_second: float
     block_losses: tuple[float, ...] = ()
+    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)
