@@ -12,16 +12,16 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dense2moe.convert.stages import Preparation
-from dense2moe.upcycle.building.plan import (
+from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
     Piece,
     RouterRows,
     SelectionBias,
-    UpcyclePlan,
     Write,
     Zeros,
 )
+from dense2moe.upcycle.building.plan import UpcyclePlan
 
 _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 

@@ -59,7 +59,7 @@ from dense2moe.upcycle.data.blocks import (
 )
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes, layer_receipt_bytes, receipt_bytes
-from dense2moe.upcycle.models.conversion import find_family
+from dense2moe.upcycle.models.table import find_family
 from dense2moe.upcycle.numbers import name_specials
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value

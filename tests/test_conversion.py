@@ -15,10 +15,12 @@ import pytest
 import transformers
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
+from dense2moe.upcycle.building.choice import choose_conversion
 from dense2moe.upcycle.building.config import BIASED_TARGETS, ExpertsConfig, RouterConfig, TargetName, UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.conversion import COMMON_NEUTRAL, CONVERSIONS, Conversion, choose_conversion, find_family
-from dense2moe.upcycle.models.dense import DENSE_FAMILIES, NO_TWIN
+from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.no_twin import NO_TWIN
+from dense2moe.upcycle.models.table import COMMON_NEUTRAL, CONVERSIONS, DENSE_FAMILIES, TARGETS, find_family
 
 every_conversion = pytest.mark.parametrize(
     "row", CONVERSIONS, ids=lambda row: f"{row.family.model_type}->{row.target.model_type}"
@@ -56,9 +58,10 @@ def derived_names(row: Conversion) -> set[str]:
 
 def structural_names(row: Conversion) -> list[str]:
     """Fields that the settings decide: experts, their width, and which layers have them."""
-    names = [row.target.count_field, row.target.width_field]
-    names += [row.target.top_k_field] if row.target.top_k_field else []
-    names += [row.target.shared.width_field] if row.target.shared else []
+    experts = row.experts
+    names = [experts.count_field, experts.width_field]
+    names += [experts.top_k_field] if experts.top_k_field else []
+    names += [experts.shared.width_field] if experts.shared else []
     return (
         names
         + {
@@ -66,7 +69,7 @@ def structural_names(row: Conversion) -> list[str]:
             "list": ["mlp_only_layers", "intermediate_size"],
             "step": ["num_sparse_encoder_layers", "num_sparse_decoder_layers"],
             "last": ["first_k_dense_replace", "intermediate_size"],
-        }[row.target.partial_layers]
+        }[row.experts.partial_layers]
     )
 
 
@@ -86,7 +89,7 @@ def test_every_config_field_of_the_source_is_classified_once(row: Conversion) ->
     classes = (row.carried, row.required, row.consumed, row.optional, row.neutral, COMMON_NEUTRAL)
     classified = [name for names in classes for name in names]
     assert declared(row.family.model_type) <= set(classified), (
-        "a new transformers has new fields: classify them in upcycle/models/conversion.py"
+        "a new transformers has new fields: classify them in the family's file in upcycle/models"
     )
     assert len(classified) == len(set(classified))
     assert set(classified) - COMMON_NEUTRAL - declared(row.family.model_type) == set(row.optional)
@@ -100,7 +103,7 @@ def test_no_field_of_a_familys_own_passes_as_neutral_for_all(row: Conversion) ->
 
 @every_conversion
 def test_every_field_that_is_set_is_one_that_the_target_reads_and_is_set_by_one_rule(row: Conversion) -> None:
-    names = [*row.carried, *row.optional, *row.target.fixed, *derived_names(row), *structural_names(row)]
+    names = [*row.carried, *row.optional, *row.experts.fixed, *derived_names(row), *structural_names(row)]
     assert len(names) == len(set(names))
     modeling = inspect.getsource(sys.modules[getattr(transformers, row.target.architecture).__module__])
     for name in set(names) - declared(row.target.model_type):
@@ -109,7 +112,7 @@ def test_every_field_that_is_set_is_one_that_the_target_reads_and_is_set_by_one_
 
 @every_conversion
 def test_every_field_of_the_target_is_decided(row: Conversion) -> None:
-    decided = {*row.carried, *row.target.fixed, *derived_names(row), *structural_names(row), *COMMON_NEUTRAL}
+    decided = {*row.carried, *row.experts.fixed, *derived_names(row), *structural_names(row), *COMMON_NEUTRAL}
     assert declared(row.target.model_type) - decided == set(UNDECIDED[row.family.task]) & declared(
         row.target.model_type
     )
@@ -123,14 +126,13 @@ def test_families_and_targets_are_those_of_transformers(row: Conversion) -> None
 
 def test_the_targets_that_a_recipe_can_ask_for_are_those_of_the_table() -> None:
     assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS)}
-    assert set(BIASED_TARGETS) == {
-        row.target.model_type for row in CONVERSIONS if any(names.selection_bias for names in row.target.experts)
-    }
+    assert set(BIASED_TARGETS) == {target.model_type for target in TARGETS if target.find("selection_bias")}
 
 
 def test_each_pair_stands_once_and_every_family_has_one() -> None:
     pairs = [(row.family.model_type, row.target.model_type) for row in CONVERSIONS]
     assert len(pairs) == len(set(pairs))
+    assert {row.target.model_type for row in CONVERSIONS} == {target.model_type for target in TARGETS}
     assert {row.family.model_type for row in CONVERSIONS} == {family.model_type for family in DENSE_FAMILIES}
 
 
@@ -326,7 +328,7 @@ def test_the_first_target_that_holds_the_model_is_taken(
 
 @every_conversion
 def test_a_target_asked_for_by_name_is_taken(row: Conversion) -> None:
-    config = UpcycleConfig(target=row.target.model_type, **(T5_SETTINGS if row.target.top_1 else {}))  # type: ignore[arg-type]
+    config = UpcycleConfig(target=row.target.model_type, **(T5_SETTINGS if row.experts.top_1 else {}))  # type: ignore[arg-type]
     unwindowed = (
         {"sliding_window": None} if (row.family.model_type, row.target.model_type) == ("mistral", "glm4_moe") else {}
     )

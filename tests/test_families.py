@@ -22,7 +22,7 @@ from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.models.conversion import CONVERSIONS
+from dense2moe.upcycle.models.table import CONVERSIONS
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")

@@ -78,7 +78,7 @@ def test_the_plan_imports_little_that_the_start_did_not() -> None:
     code = """
 import sys
 import dense2moe.upcycle.building.plan
-from dense2moe.upcycle.building.plan import expected_shapes
+from dense2moe.upcycle.building.source import expected_shapes
 before = set(sys.modules)
 from transformers import LlamaConfig
 expected_shapes(LlamaConfig(num_hidden_layers=1), "LlamaForCausalLM", "config.json")

@@ -21,22 +21,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from dense2moe.upcycle.building.choice import resolve_layers
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.plan import (
-    ExpertPart,
-    Keep,
-    RouterRows,
-    SelectionBias,
-    UpcyclePlan,
-    Write,
-    Zeros,
-    expected_shapes,
-    plan_upcycle,
-)
+from dense2moe.upcycle.building.pieces import ExpertPart, Keep, RouterRows, SelectionBias, Write, Zeros
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.source import expected_shapes
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.conversion import CONVERSIONS, Conversion, resolve_layers
+from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.table import CONVERSIONS
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -297,7 +291,7 @@ def plans() -> Iterator[Any]:
         if target != "switch_transformers":
             cases["granular"] = ({}, {"experts": ExpertsConfig(kind="granular", granularity=2)})
             cases["split"] = ({}, {"experts": ExpertsConfig(kind="split"), "num_experts_per_tok": 3})
-            count = row.target.min_experts
+            count = row.experts.min_experts
             cases["fewest experts"] = ({}, {"num_experts": count, "num_experts_per_tok": count})
         if row.family.model_type not in ("gemma", "t5"):
             cases["untied"] = (UNTIED, {})
@@ -749,7 +743,7 @@ def test_every_value_survives_to_the_reloaded_target(row: Conversion, dense_of: 
     source = talkative(row)
     directory = dense_of(row, source)
     dense = AutoConfig.from_pretrained(directory)
-    k = 1 if row.target.top_1 else 3
+    k = 1 if row.experts.top_1 else 3
     plan(directory, target=row.target.model_type, num_experts=6, num_experts_per_tok=k).target_config.save_pretrained(
         tmp_path
     )
@@ -761,8 +755,8 @@ def test_every_value_survives_to_the_reloaded_target(row: Conversion, dense_of: 
         assert getattr(found, name) == source[name] != getattr(type(found)(), name, None)
     assert {name: getattr(found, name) for name in DERIVED[name_of(row)]} == DERIVED[name_of(row)]
     width = {"t5": 64}.get(row.family.model_type, 48)
-    assert (getattr(found, row.target.count_field), getattr(found, row.target.width_field)) == (6, width)
-    assert row.target.top_1 or found.num_experts_per_tok == 3
+    assert (getattr(found, row.experts.count_field), getattr(found, row.experts.width_field)) == (6, width)
+    assert row.experts.top_1 or found.num_experts_per_tok == 3
     assert found.dtype == dense.dtype == torch.float32
 
 
@@ -915,7 +909,7 @@ def test_the_target_keeps_the_sources_dtype_but_stores_what_is_folded_in_float32
     dtype: torch.dtype, row: Conversion, make_dense: MakeDense
 ) -> None:
     dense = make_dense(dtype, architecture=row.family.architecture, **silence(row))
-    found = plan(dense, target=row.target.model_type, **(TOP_1 if row.target.top_1 else {}))
+    found = plan(dense, target=row.target.model_type, **(TOP_1 if row.experts.top_1 else {}))
     assert found.target_config.dtype == dtype
     biases = {
         write.spec.name: write.spec.dtype
@@ -969,7 +963,7 @@ def test_a_field_that_nobody_classified_is_refused_unless_it_has_its_default(
 ) -> None:
     without = tuple(name for name in CONVERSIONS[0].carried if name != "rms_norm_eps")
     monkeypatch.setattr(
-        "dense2moe.upcycle.models.conversion.CONVERSIONS", (Conversion(**{**vars(CONVERSIONS[0]), "carried": without}),)
+        "dense2moe.upcycle.building.choice.CONVERSIONS", (Conversion(**{**vars(CONVERSIONS[0]), "carried": without}),)
     )
     assert plan(make_dense(rms_norm_eps=transformers.LlamaConfig().rms_norm_eps)).target_config.num_local_experts == 4
     directory = make_dense(rms_norm_eps=0.5)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.plan import RouterRows, UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.pieces import RouterRows
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT, rounding_limit
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints import reader, writer
@@ -588,7 +589,7 @@ def test_a_group_of_granular_experts_is_one_copy_cut_by_neurons(
     )
     ffn, found = dense_ffn(dense, LAYER), experts(tmp_path, LAYER, 8)
     assert {tuple(expert.up.shape) for expert in found} == {(WIDTH // granularity, HIDDEN)}
-    assert getattr(plan.target_config, plan.conversion.target.width_field) == WIDTH // granularity
+    assert getattr(plan.target_config, plan.conversion.experts.width_field) == WIDTH // granularity
     for copy in range(0, 8, granularity):
         parts = found[copy : copy + granularity]
         assert torch.equal(torch.cat([part.gate for part in parts]), ffn.gate)

@@ -113,7 +113,7 @@ def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfi
 def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> Iterator[int]:
     config = plan.target_config
     mixture = _Shape.of(
-        config, int(getattr(config, plan.conversion.target.width_field)), plan.settings.num_experts_per_tok
+        config, int(getattr(config, plan.conversion.experts.width_field)), plan.settings.num_experts_per_tok
     )
     own = _Shape.of(dense.config, int(getattr(dense.config, "intermediate_size", config.intermediate_size)), 1)
     sizes = {write.spec.name: math.prod(write.spec.shape) for write in plan.writes}

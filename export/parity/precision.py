@@ -12,7 +12,7 @@ from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import open_package
 from dense2moe.export.runtime.decoder import ROUTER_LOGITS
 from dense2moe.export.variant import STATIC, Variant
-from dense2moe.upcycle.checkpoints.config_files import EXPERT_COUNTS
+from dense2moe.upcycle.models.table import EXPERT_COUNTS
 
 _BITS = {"MatMulNBits": "bits", "QMoE": "expert_weight_bits"}
 _DYNAMIC = ("DynamicQuantizeLinear", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger")

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.building.config import Domain, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
-from dense2moe.upcycle.building.plan import Site, plan_upcycle
+from dense2moe.upcycle.building.pieces import Site
+from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import encode, load_tokenizer

@@ -56,7 +56,8 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
-from dense2moe.upcycle.building.plan import ExpertPart, Keep, Slice, UpcyclePlan
+from dense2moe.upcycle.building.pieces import ExpertPart, Keep, Slice
+from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, pad_left, run_layers
 from dense2moe.upcycle.checkpoints.loading import check_whole, load_whole
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint, read_chunks
@@ -187,10 +188,10 @@ def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> 
 
 def _implementations(plan: UpcyclePlan, dtype: str, notes: list[str]) -> tuple[str, ...]:
     """The experts implementations of transformers that can run these widths."""
-    if plan.conversion.target.top_1:
+    if plan.conversion.experts.top_1:
         return ("its own",)
     config = plan.target_config
-    for name in ("hidden_size", plan.conversion.target.width_field):
+    for name in ("hidden_size", plan.conversion.experts.width_field):
         row_bytes = getattr(config, name) * _DTYPES[dtype].itemsize
         if row_bytes % _GROUPED_ROW_BYTES:
             notes.append(

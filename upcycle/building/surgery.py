@@ -18,24 +18,23 @@ from dense2moe.upcycle.building.experts import (
     redraw_neurons,
     seeded_generator,
 )
-from dense2moe.upcycle.building.plan import (
+from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
     Piece,
     RouterRows,
     SelectionBias,
     Slice,
-    UpcyclePlan,
     Write,
     Zeros,
-    plan_upcycle,
 )
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, copy_companions, open_checkpoint, read_chunks
 from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import draw_router
-from dense2moe.upcycle.models.dense import AddOne, MultiplyByRootOfWidth
+from dense2moe.upcycle.models.parts import AddOne, MultiplyByRootOfWidth
 from dense2moe.upcycle.progress import Progress
 
 GivenRouters = Mapping[int, torch.Tensor]

@@ -28,8 +28,6 @@ from transformers import PreTrainedConfig
 
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""The fields, over all families, that say how many experts a layer has."""
 
 _RENAMED: Mapping[str, Mapping[str, str]] = {"qwen3_moe": {"num_experts": "num_local_experts"}}
 """By model_type, the name in transformers 4 of a field that 5 writes under another."""

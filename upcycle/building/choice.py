@@ -1,0 +1,122 @@
+"""The choice of a target: the first that can hold a dense model with the settings asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.table import CONVERSIONS, find_family
+
+
+def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
+    """The first conversion that holds the source with these settings, or the one asked for.
+
+    `where` names the config in a refusal.
+
+    Raises:
+        UpcycleError: none does; the reasons are those of the target that comes nearest, the one with the fewest. A
+            layer is not in the source.
+    """
+    family = find_family(source.model_type, source.architectures, where, source)
+    rows = [row for row in CONVERSIONS if row.family is family]
+    if config.target != "auto":
+        asked = [row for row in rows if row.target.model_type == config.target]
+        if not asked:
+            names = ", ".join(row.target.model_type for row in rows)
+            raise UpcycleError(f"{where}: upcycle.target is {config.target}; {family.architecture} can become {names}")
+        rows = asked
+    else:
+        rows = [row for row in rows if not row.by_name_alone]
+    refused = [(row, find_refusals(row, source, config)) for row in rows]
+    fitting = next((row for row, reasons in refused if not reasons), None)
+    if fitting is not None:
+        return fitting
+    nearest, reasons = min(refused, key=lambda pair: len(pair[1]))
+    others = f" (the nearest target is {nearest.target.model_type})" if len(rows) > 1 else ""
+    raise UpcycleError(f"{where}: {'; '.join(reasons)}{others}")
+
+
+def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) -> list[str]:
+    """Why a target cannot hold the source with these settings, one reason each; empty where it can."""
+    architecture = conversion.target.architecture
+    reasons = [
+        f"{name} is {value}; {architecture} needs {required.value}: {required.reason}"
+        for name, required in conversion.required.items()
+        if (value := getattr(source, name, required.value)) != required.value
+    ]
+    reasons += [condition.refusal(source) for condition in conversion.conditions if not condition.holds(source)]
+    if config.router.kind != "normal" and conversion.family.ffn_module is None:
+        reasons.append(
+            f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: it is exact with a zero "
+            "router alone"
+        )
+    depths = [getattr(source, stack.num_layers) for stack in conversion.family.stacks]
+    return reasons + _find_setting_refusals(conversion, config, depths)
+
+
+def _find_setting_refusals(conversion: Conversion, config: UpcycleConfig, depths: list[int]) -> list[str]:
+    """What of the settings the target cannot express; `depths` are the layers of each stack of the source."""
+    target, experts, reasons = conversion.target, conversion.experts, []
+    if experts.partial_layers == "none" and any(len(resolve_layers(config.layers, depth)) < depth for depth in depths):
+        reasons.append(
+            f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs all: it has experts in every layer"
+        )
+    if experts.partial_layers == "last" and any(
+        resolve_layers(config.layers, depth)[0] + len(resolve_layers(config.layers, depth)) < depth for depth in depths
+    ):
+        reasons.append(
+            f"upcycle.layers is {_shown(config.layers)}; {target.architecture} needs layers up to the last: it has "
+            "dense ones before them alone"
+        )
+    if config.num_experts < experts.min_experts:
+        reasons.append(
+            f"upcycle.num_experts is {config.num_experts}; {target.architecture} needs at least "
+            f"{experts.min_experts}, which its gate compares"
+        )
+    if config.shared_expert != "none" and experts.shared is None:
+        reasons.append(
+            f"upcycle.shared_expert is {config.shared_expert}; {target.architecture} needs none: it has no shared "
+            "expert"
+        )
+    if experts.top_1 and config.num_experts_per_tok != 1:
+        k = config.num_experts_per_tok
+        reasons.append(
+            f"upcycle.num_experts_per_tok is {k}; {target.architecture} needs 1: each token visits one expert"
+        )
+    if experts.top_1 and config.experts.kind != "copies":
+        kind = config.experts.kind
+        reasons.append(
+            f"upcycle.experts.kind is {kind}; {target.architecture} needs copies: one expert a token must be the "
+            "whole FFN"
+        )
+    return reasons
+
+
+def resolve_layers(layers: str | tuple[int, ...], num_layers: int) -> tuple[int, ...]:
+    """The numbers of the layers that get experts.
+
+    Raises:
+        UpcycleError: a number is beyond the last layer, or none is left.
+    """
+    match layers:
+        case "all":
+            return tuple(range(num_layers))
+        case "last-half":
+            return tuple(range(num_layers // 2, num_layers))
+        case str():
+            step = int(layers.removeprefix("every-"))
+            chosen = tuple(range(step - 1, num_layers, step))
+        case _:
+            chosen = tuple(sorted(layers))
+    if not chosen or chosen[-1] >= num_layers:
+        named = layers if isinstance(layers, str) else f"layer {chosen[-1]}"
+        raise UpcycleError(
+            f"upcycle.layers: {named} is not in a model of {num_layers} layers; must be of 0 to {num_layers - 1}"
+        )
+    return chosen
+
+
+def _shown(layers: str | tuple[int, ...]) -> str:
+    return layers if isinstance(layers, str) else str(list(layers))

@@ -1,0 +1,95 @@
+"""Pieces that a target tensor is made of, one after the other in the order of its bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dense2moe.upcycle.checkpoints.writer import TensorSpec
+from dense2moe.upcycle.models.parts import Fold
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Rows `start` to `stop` of a stored tensor; elements, where it has one dimension."""
+
+    source: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The slice as it is, or with arithmetic of the dense model folded in."""
+
+    rows: Slice
+    fold: Fold | None = None
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Some neurons of one FFN matrix, as one expert has them.
+
+    `neuron_axis` is 0 in gate and up, whose rows are neurons, and 1 in down. `expert` names the expert over all layers:
+    the neurons that are drawn anew are the same in its gate, up and down. `routed` is false of a shared expert.
+    """
+
+    matrix: Slice
+    neuron_axis: int
+    neurons: tuple[int, int]
+    expert: str
+    drop: float = 0.0
+    noise: float = 0.0
+    scale: float = 1.0
+    routed: bool = True
+
+    @property
+    def num_neurons(self) -> int:
+        """Neurons of the expert."""
+        return self.neurons[1] - self.neurons[0]
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """Nothing but zeros: a shared expert that is silent, or its gate, whose sigmoid is then one half."""
+
+    num_elements: int
+
+
+@dataclass(frozen=True)
+class SelectionBias:
+    """What a gate adds to its scores for the choice of experts: zeros at first. A buffer, and no parameter."""
+
+    num_elements: int
+
+
+@dataclass(frozen=True)
+class RouterRows:
+    """A router's rows, each repeated `repeat` times, for the FFN number `site` of the model.
+
+    `norms` and `embedding` say how long the vectors are that it reads; see `RouterInput`.
+    """
+
+    site: int
+    num_rows: int
+    repeat: int
+    norms: tuple[str, ...]
+    embedding: str | None
+
+
+Piece = Keep | ExpertPart | Zeros | SelectionBias | RouterRows
+
+
+@dataclass(frozen=True)
+class Write:
+    """One target tensor and the pieces that make it."""
+
+    spec: TensorSpec
+    pieces: tuple[Piece, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One FFN that becomes experts: the stack of layers that it is in, and its layer there."""
+
+    stack: int
+    layer: int

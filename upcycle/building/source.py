@@ -1,0 +1,163 @@
+"""The dense checkpoint, checked before it is upcycled: its config fields and tensors are those that a table knows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, TensorEntry
+from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
+from dense2moe.upcycle.models.architecture import Architecture, Conversion
+from dense2moe.upcycle.models.table import COMMON_NEUTRAL
+
+_WINDOW_FIELDS = {"sliding_window", "layer_types", "attention_chunk_size"}
+"""What transformers' cache reads of any config, whether its class has the field or not.
+
+See `get_layer_types_and_kwargs` (cache_utils.py, 5.23).
+"""
+_SCALE_ENDS = ("scale", "scale_inv", ".scales", ".qzeros", ".g_idx", ".absmax", ".quant_map", "zero_point", ".SCB")
+_UNQUANTIZED = ("F64", "I64", "BOOL")
+
+
+def refuse_untied(checkpoint: Checkpoint, family: Architecture) -> None:
+    """Refuse a copy of the embedding with other values where the target takes the embedding in its place."""
+    head = family.find("head")
+    if not checkpoint.untied or (head is not None and head != family.find("embedding")):
+        return
+    name = checkpoint.untied[0]
+    raise UpcycleError(
+        f"{checkpoint.entries[name].file}: tensor '{name}' differs from the embedding, so transformers uses both; a "
+        "mixture made of "
+        f"{family.architecture} has one for both; remove the tensor if the embedding alone is meant"
+    )
+
+
+def refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> None:
+    """Refuse a value other than the default of a field that no table knows.
+
+    A newer transformers may have given it a meaning.
+    """
+    known = {
+        *conversion.carried,
+        *conversion.required,
+        *conversion.consumed,
+        *conversion.optional,
+        *conversion.neutral,
+        *COMMON_NEUTRAL,
+    }
+    defaults = type(source)()
+    for name in sorted(_WINDOW_FIELDS - set(type(source).__dataclass_fields__)):
+        if getattr(source, name, None) is not None:
+            raise UpcycleError(
+                f"{where}: {name} is {shorten(getattr(source, name))}; {conversion.family.architecture} has no "
+                "windows, but the key-value cache of "
+                "transformers takes them from there, so that decoding differs from reading at once; remove the field"
+            )
+    for name in type(source).__dataclass_fields__:
+        if (
+            name not in known
+            and hasattr(source, name)
+            and (value := getattr(source, name)) != getattr(defaults, name, None)
+        ):
+            raise UpcycleError(
+                f"{where}: {name} is {shorten(value)}, and what it does is not known to "
+                f"{conversion.target.architecture}; remove it or set its "
+                "default"
+            )
+
+
+def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ...]:
+    """Compare the stored tensors with those of transformers' own model of this config.
+
+    Returns the names that are dropped.
+    """
+    _check_depth(checkpoint, family)
+    expected, tied = _expected(checkpoint.config, family.architecture, str(checkpoint.directory / "config.json"))
+    num_layers = max(getattr(checkpoint.config, stack.num_layers) for stack in family.stacks)
+    droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
+    droppable |= (
+        tied  # copies of the embedding with equal values: with others, `open_checkpoint` says that nothing is tied
+    )
+    dropped = tuple(sorted(droppable & set(checkpoint.entries)))
+    for name, entry in checkpoint.entries.items():
+        if name not in dropped:
+            _refuse_quantized(entry, checkpoint.directory)
+    for name, shape in expected.items():
+        if name not in checkpoint.entries:
+            raise UpcycleError(
+                f"{checkpoint.directory}: tensor '{name}' is missing; by config.json it must be there with shape "
+                f"{list(shape)}"
+            )
+        found = checkpoint.entries[name].shape
+        if found != shape:
+            raise UpcycleError(
+                f"{checkpoint.directory}: tensor '{name}' has shape {list(found)}; by config.json it must be "
+                f"{list(shape)}"
+            )
+    for name in checkpoint.entries:
+        if name not in expected and name not in dropped:
+            raise UpcycleError(
+                f"{checkpoint.directory}: tensor '{name}' has no place in {family.architecture}; it would be lost; "
+                "remove it"
+            )
+    return dropped
+
+
+def _refuse_quantized(entry: TensorEntry, directory: Path) -> None:
+    """Refuse integers and narrow floats, and the scales beside them, which the weights are wrong without."""
+    if entry.dtype not in DTYPES:
+        hint = "" if entry.dtype in _UNQUANTIZED else "; dequantize the model first, or give it as it was before"
+        raise UpcycleError(
+            f"{directory}: tensor '{entry.name}' is stored as {entry.dtype}; it must be one of "
+            f"{', '.join(DTYPES)}{hint}"
+        )
+    if entry.name.endswith(_SCALE_ENDS):
+        raise UpcycleError(
+            f"{directory}: tensor '{entry.name}' belongs to quantized weights, which are wrong without it; "
+            "dequantize the model first, or give it "
+            "as it was before"
+        )
+
+
+def _check_depth(checkpoint: Checkpoint, family: Architecture) -> None:
+    """Refuse a config that says no layers, or more than the files can hold, before a model of it is built."""
+    for stack in family.stacks:
+        count = getattr(checkpoint.config, stack.num_layers)
+        if count < 1:
+            raise UpcycleError(
+                f"{checkpoint.directory / 'config.json'}: {stack.num_layers} is {count}; it must be at least 1"
+            )
+        if count > len(checkpoint.entries):
+            raise UpcycleError(
+                f"{checkpoint.directory / 'config.json'}: {stack.num_layers} is {count}; the files hold "
+                f"{len(checkpoint.entries)} tensors, too few"
+            )
+
+
+def expected_shapes(config: PreTrainedConfig, architecture: str, where: str) -> Mapping[str, tuple[int, ...]]:
+    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing.
+
+    Raises:
+        UpcycleError: transformers cannot build a model of the config, which `where` names.
+    """
+    return _expected(config, architecture, where)[0]
+
+
+def _expected(
+    config: PreTrainedConfig, architecture: str, where: str
+) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = getattr(transformers, architecture)(config)
+    # torch and transformers raise many kinds for values that make no model, plain asserts and KeyErrors among them
+    except Exception as error:
+        raise UpcycleError(
+            f"{where}: transformers cannot build {architecture} of these values ({describe_error(error)}); correct "
+            "the file"
+        ) from error
+    tied = set(model.all_tied_weights_keys)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied

@@ -1,0 +1,74 @@
+"""The config of the mixture: every field carried, derived or set by the settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.pieces import Site
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.errors import UpcycleError, shorten
+from dense2moe.upcycle.models.architecture import Conversion
+
+
+def make_target_config(
+    checkpoint: Checkpoint, conversion: Conversion, config: UpcycleConfig, sites: tuple[Site, ...], width: int
+) -> PreTrainedConfig:
+    """Carry the config over from the *loaded* object.
+
+    The two architectures' defaults differ, so absent json keys must not stay absent.
+    """
+    source, target, experts = checkpoint.config, conversion.target, conversion.experts
+    fields: dict[str, Any] = {name: getattr(source, name) for name in conversion.carried}
+    fields |= {name: getattr(source, name) for name in conversion.optional if hasattr(source, name)}
+    fields |= dict(experts.fixed)
+    fields[experts.count_field] = config.num_experts
+    if experts.top_k_field:
+        fields[experts.top_k_field] = config.num_experts_per_tok
+    fields[experts.width_field] = width
+    fields |= conversion.derived(source)
+    fields |= _layer_fields(checkpoint, conversion, sites)
+    if experts.shared is not None:
+        whole = config.num_parts if experts.shared.in_experts else width * config.num_parts
+        fields[experts.shared.width_field] = 0 if config.shared_expert == "none" else whole
+    where = str(checkpoint.directory / "config.json")
+    try:
+        made: PreTrainedConfig = AutoConfig.for_model(target.model_type, **fields)
+    except (
+        Exception
+    ) as error:  # the target's own validation: transformers raises strict dataclass errors of several kinds
+        raise UpcycleError(f"{where}: {target.architecture} refuses these values: {shorten(error)}") from error
+    made.architectures = [target.architecture]
+    made.dtype = source.dtype
+    return made
+
+
+def _layer_fields(checkpoint: Checkpoint, conversion: Conversion, sites: tuple[Site, ...]) -> dict[str, Any]:
+    """How the target says which layers have experts, and how wide the others are."""
+    source = checkpoint.config
+    match conversion.experts.partial_layers:
+        case "none":
+            return {}
+        case "list":
+            sparse = {site.layer for site in sites}
+            dense = [layer for layer in range(source.num_hidden_layers) if layer not in sparse]
+            return {"mlp_only_layers": dense, "intermediate_size": source.intermediate_size}
+        case "last":
+            return {"first_k_dense_replace": sites[0].layer, "intermediate_size": source.intermediate_size}
+        case "step":
+            # Layers 1, 1 + step, …, or all for step 1, where step = layers // sparse layers (its config class, 5.23).
+            fields = {}
+            for stack, (name, count) in enumerate(
+                (("encoder", source.num_layers), ("decoder", source.num_decoder_layers))
+            ):
+                chosen = [site.layer for site in sites if site.stack == stack]
+                step = count // len(chosen)
+                if chosen != [n for n in range(count) if step == 1 or n % step == 1]:
+                    raise UpcycleError(
+                        f"upcycle.layers: {conversion.target.architecture} cannot have experts in the {name}'s layers "
+                        f"{chosen} alone; use all or every-2"
+                    )
+                fields[f"num_sparse_{name}_layers"] = len(chosen)
+            return fields

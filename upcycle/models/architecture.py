@@ -1,0 +1,196 @@
+"""Records of what an architecture is, and of how a dense one becomes a sparse one.
+
+One `Architecture` of transformers says where each part's tensor lies, for surgery and for graphs alike. A `Conversion`
+gives every config field of the dense one a fate: a field that bears on the forward pass is carried, or fields of the
+target are derived from it, or it must have the one value that the target can express, or the conversion refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.models.parts import Ffn, Matrix, Part, matches
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A run of layers that are alike: the config's field of their number, and where each part lies.
+
+    Parts stand in the order in which they are written. Parts of one name are rows of one tensor. Experts whose names
+    have no `{expert}` are stacked in one tensor, [experts, rows, columns].
+    """
+
+    num_layers: str
+    parts: Mapping[Part, Matrix]
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """How a config tells the width of the expert that every token visits.
+
+    required: a model of this architecture always builds one; width 0 where none is wanted.
+    in_experts: the width counts routed experts, and not neurons.
+    """
+
+    width_field: str
+    required: bool = False
+    in_experts: bool = False
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What a sparse architecture's config says of its experts, and what it can hold.
+
+    fixed: config fields whose value does not depend on the source.
+    layers: those that may be dense; "last" has experts in the layers behind the first few.
+    top_1: each token visits one expert, whose output is multiplied by its probability.
+    """
+
+    count_field: str
+    top_k_field: str | None
+    width_field: str
+    gate: Callable[[Any], Gate]
+    fixed: Mapping[str, Any]
+    partial_layers: Literal["none", "list", "step", "last"] = "none"
+    shared: SharedExpert | None = None
+    top_1: bool = False
+    min_experts: int = 1
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Factors of the forward pass; `attention` None is one over the root of the head size. Logits are divided."""
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One architecture of transformers, dense or sparse.
+
+    An optional part, such as a bias, is there where the checkpoint has its tensor. `dropped` are tensors that old
+    checkpoints carry and no forward pass reads. `ffn_module` is the module below the base model that reads what a
+    router in its place would; None where layers cannot be run alone. `experts` is None of a dense architecture.
+
+    The rest is for graphs of decoders. `rotary` is the class of its rotary embedding in transformers; None where no
+    graph is built. `norm_per_head`: norms of query and key are of each head by itself, and not of the whole row.
+    `window` gives a layer's window or None; `refusal` says why the builder does not cover a config, or None.
+    """
+
+    model_type: str
+    architecture: str
+    task: str  # as Hugging Face names tasks
+    outside: Mapping[Part, Matrix]
+    stacks: tuple[Stack, ...]
+    dropped: tuple[str, ...] = ()
+    ffn_module: str | None = None
+    experts: Experts | None = None
+    rotary: str | None = None
+    norm_per_head: bool = True
+    multipliers: Callable[[Any], Multipliers] = lambda _: Multipliers()
+    window: Callable[[Any, int], int | None] = lambda _, __: None
+    refusal: Callable[[Any], str | None] = lambda _: None
+
+    def find(self, part: Part) -> str | None:
+        """The name of a part's tensor, None where the architecture has no such part; of the first stack of several."""
+        matrix = self.outside.get(part) or self.stacks[0].parts.get(part)
+        return None if matrix is None else matrix.name
+
+    def name(self, part: Part) -> str:
+        """The name of a part's tensor, which the architecture has."""
+        name = self.find(part)
+        assert name is not None, f"{self.model_type} has no {part}"
+        return name
+
+    @property
+    def ffn(self) -> Ffn | None:
+        """The FFN of a layer without experts."""
+        return self._ffn("ffn_gate", "ffn_up", "ffn_down")
+
+    @property
+    def routed(self) -> Ffn | None:
+        """One routed expert, or all of them where they are stacked."""
+        return self._ffn("expert_gate", "expert_up", "expert_down")
+
+    @property
+    def shared(self) -> Ffn | None:
+        """The expert that every token visits."""
+        return self._ffn("shared_gate", "shared_up", "shared_down")
+
+    def _ffn(self, gate: Part, up: Part, down: Part) -> Ffn | None:
+        first, second = self.find(gate), self.find(up)
+        return None if second is None else Ffn(None if first == second else first, second, self.name(down))
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether all experts of a layer lie in one tensor."""
+        return self.routed is not None and "{expert}" not in self.routed.up
+
+    def has_experts(self, layer: int, names: Container[str]) -> bool:
+        """Whether a layer has a router, in a checkpoint with tensors of these names."""
+        router = self.find("router")
+        return router is not None and router.format(layer=layer) in names
+
+    def find_part(self, tensor: str) -> Part | None:
+        """The part that a tensor is by its name, the first of several in one; None where the architecture has none."""
+        return next((part for part, matrix in self._all_parts() if matches(matrix.name, tensor)), None)
+
+    def _all_parts(self) -> Iterator[tuple[Part, Matrix]]:
+        yield from self.outside.items()
+        for stack in self.stacks:
+            yield from stack.parts.items()
+
+
+@dataclass(frozen=True)
+class Required:
+    """A config value that the target cannot express otherwise, and the reason in words."""
+
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What must hold of the source's config, in the words of the refusal: what is, what must be and why."""
+
+    holds: Callable[[Any], bool]
+    refusal: Callable[[Any], str]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A dense architecture, a target, and the fate of every config field.
+
+    carried: same name and meaning on both sides.
+    optional: carried where the source has them; no declared field of one side or the other, but its forward pass reads
+    them.
+    required: must have this value. consumed: read by `derived` or `conditions` alone. neutral: no forward pass reads
+    them.
+    derived: target fields that follow from the source's config.
+    zero_router: what a zero router with k = 1 or 2 gives with plain copies; "bitwise", or equal within rounding.
+    by_name_alone: 'auto' never takes it.
+    """
+
+    family: Architecture
+    target: Architecture
+    carried: tuple[str, ...]
+    required: Mapping[str, Required] = field(default_factory=dict)
+    conditions: tuple[Condition, ...] = ()
+    derived: Callable[[Any], dict[str, Any]] = lambda _: {}
+    consumed: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    neutral: tuple[str, ...] = ()
+    zero_router: Literal["bitwise", "rounding"] = "bitwise"
+    by_name_alone: bool = False
+
+    @property
+    def experts(self) -> Experts:
+        """What the target says of its experts."""
+        assert self.target.experts is not None, f"{self.target.model_type} is dense"
+        return self.target.experts

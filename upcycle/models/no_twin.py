@@ -1,0 +1,99 @@
+"""Dense families without a sparse twin in transformers: why, and the target that comes nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NoTwin:
+    """Why no mixture-of-experts architecture of transformers holds a dense family, and the nearest target."""
+
+    reason: str
+    nearest: str | None = None
+
+
+_UNGATED = NoTwin("LayerNorm, and an FFN with biases and without a gate")
+_ENCODER = NoTwin("a bidirectional encoder with an ungated FFN with biases")
+NO_TWIN: Mapping[str, NoTwin] = {
+    "gemma2": NoTwin("soft caps on attention scores and logits, and norms on both sides of the FFN", "mixtral"),
+    "gemma3_text": NoTwin("norms on both sides of the FFN, and another rotary base in every sixth layer", "qwen3_moe"),
+    "phi": NoTwin("attention and FFN in parallel, LayerNorm, and an FFN with biases and without a gate"),
+    "gpt_neox": NoTwin("attention and FFN in parallel, LayerNorm, and an FFN with biases and without a gate"),
+    "gptj": NoTwin("attention and FFN in parallel, and an FFN with biases and without a gate"),
+    "falcon": NoTwin("attention and FFN in parallel, LayerNorm, and an FFN without a gate"),
+    "cohere": NoTwin("attention and FFN in parallel, LayerNorm, and scaled logits", "granitemoe"),
+    "cohere2": NoTwin("attention and FFN in parallel, LayerNorm, and scaled logits", "granitemoe"),
+    "stablelm": NoTwin("LayerNorm with biases, and rotary embeddings of a part of each head", "mixtral"),
+    "olmo": NoTwin("a norm without weights that subtracts the mean", "mixtral"),
+    "glm": NoTwin("rotary embeddings of a part of each head, interleaved", "mixtral"),
+    "glm4": NoTwin("norms on both sides of attention and FFN, and interleaved rotary embeddings", "mixtral"),
+    "smollm3": NoTwin("layers without rotary embeddings", "mixtral"),
+    "ernie4_5": NoTwin("interleaved rotary embeddings", "mixtral"),
+    "helium": NoTwin("interleaved rotary embeddings", "mixtral"),
+    "hunyuan_v1_dense": NoTwin("norms of query and key behind the rotary embedding", "qwen3_moe"),
+    "exaone4": NoTwin("norms behind the blocks, and windows and no rotary embedding in some layers", "flex_olmo"),
+    "olmo3": NoTwin("norms behind the blocks, and windows in some layers", "flex_olmo"),
+    "gemma4_text": NoTwin("norms on both sides of the FFN, and layers that share keys and values", "qwen3_moe"),
+    "diffllama": NoTwin("differential attention", "mixtral"),
+    "bitnet": NoTwin("norms inside attention and FFN, and weights of three values", "mixtral"),
+    "arcee": NoTwin("an FFN without a gate"),
+    "apertus": NoTwin("an FFN without a gate"),
+    "nemotron": NoTwin("LayerNorm, and an FFN without a gate"),
+    "starcoder2": _UNGATED,
+    "gpt2": _UNGATED,
+    "gpt_bigcode": _UNGATED,
+    "gpt_neo": _UNGATED,
+    "opt": _UNGATED,
+    "bloom": _UNGATED,
+    "mpt": NoTwin("ALiBi positions, LayerNorm, and an FFN without a gate"),
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "xlm-roberta": _ENCODER,
+    "distilbert": _ENCODER,
+    "electra": _ENCODER,
+    "deberta-v2": _ENCODER,
+    "modernbert": NoTwin("a bidirectional encoder"),
+    "vit": _ENCODER,
+    "deit": _ENCODER,
+    "bart": NoTwin("LayerNorm after each block, and an ungated FFN with biases", "switch_transformers"),
+    "mt5": NoTwin("a gated FFN, where the only encoder-decoder target has none", "switch_transformers"),
+    "umt5": NoTwin("a gated FFN, where the only encoder-decoder target has none", "switch_transformers"),
+}
+"""Families that users ask for, by their model_type."""
+
+
+@dataclass(frozen=True)
+class Trait:
+    """A property that no target has, shown by a config with a value in one of these fields."""
+
+    fields: tuple[str, ...]
+    reason: str
+
+
+TRAITS: tuple[Trait, ...] = (
+    Trait(("vision_config", "audio_config", "text_config"), "parts that read images or sound beside the text model"),
+    Trait(("kv_lora_rank",), "latent attention"),
+    Trait(("attn_logit_softcapping", "final_logit_softcapping"), "soft caps on attention scores or logits"),
+    Trait(
+        (
+            "state_size",
+            "ssm_state_size",
+            "mamba_d_state",
+            "mamba_d_ssm",
+            "lru_width",
+            "linear_conv_kernel_dim",
+            "conv_L_cache",
+            "mlstm_round_up_to_multiple_of",
+        ),
+        "layers of a state space, a recurrence or a convolution",
+    ),
+    Trait(("parallel_attn", "use_parallel_residual"), "attention and FFN in parallel"),
+    Trait(("alibi",), "ALiBi positions"),
+    Trait(("no_rope_layers", "no_rope_layer_interval"), "layers without rotary embeddings"),
+    Trait(("attention_chunk_size",), "attention within chunks"),
+    Trait(("is_encoder_decoder",), "an encoder"),
+    Trait(("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon"), "LayerNorm"),
+)
+"""Properties by which a family is refused that no table names."""

@@ -1,0 +1,154 @@
+"""Parts of a model: the words in which architectures say where their tensors lie.
+
+A dense and a sparse architecture that mean the same by a part can hand it on, whatever each calls its tensor. A bias
+and a norm are parts of their own, so that an architecture without them leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Part = Literal[
+    # outside of the layers
+    "embedding",
+    "encoder_final_norm",
+    "final_norm",
+    "head",
+    # attention, and the norms before and after it
+    "attention_norm",
+    "query",
+    "query_bias",
+    "key",
+    "key_bias",
+    "value",
+    "value_bias",
+    "attention_output",
+    "attention_output_bias",
+    "query_norm",
+    "key_norm",
+    "positions",
+    "attention_post_norm",
+    # attention over what an encoder gives
+    "cross_query",
+    "cross_key",
+    "cross_value",
+    "cross_attention_output",
+    "cross_attention_norm",
+    # the FFN of a dense layer, and the norms before and after any FFN
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+    "ffn_post_norm",
+    # in the FFN's place: experts, and one that every token visits, its output times the sigmoid of `shared_scale`
+    "router",
+    "selection_bias",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+    "shared_scale",
+]
+
+TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]
+"""Kinds of tensors, for the bits that each is stored in."""
+
+CLASS_OF_PART: Mapping[Part, TensorClass] = {
+    "embedding": "embedding",
+    "encoder_final_norm": "norm",
+    "final_norm": "norm",
+    "head": "head",
+    "attention_norm": "norm",
+    "query": "attention",
+    "query_bias": "bias",
+    "key": "attention",
+    "key_bias": "bias",
+    "value": "attention",
+    "value_bias": "bias",
+    "attention_output": "attention",
+    "attention_output_bias": "bias",
+    "query_norm": "norm",
+    "key_norm": "norm",
+    "positions": "embedding",
+    "attention_post_norm": "norm",
+    "cross_query": "attention",
+    "cross_key": "attention",
+    "cross_value": "attention",
+    "cross_attention_output": "attention",
+    "cross_attention_norm": "norm",
+    "ffn_norm": "norm",
+    "ffn_gate": "experts",
+    "ffn_up": "experts",
+    "ffn_down": "experts",
+    "ffn_post_norm": "norm",
+    "router": "router",
+    "selection_bias": "router",
+    "expert_gate": "experts",
+    "expert_up": "experts",
+    "expert_down": "experts",
+    "shared_gate": "experts",
+    "shared_up": "experts",
+    "shared_down": "experts",
+    "shared_scale": "router",
+}
+
+Rows = Callable[[Any], tuple[int, int]]
+"""From a config to the first row of a part in a fused tensor, and the row after its last."""
+
+
+@dataclass(frozen=True)
+class AddOne:
+    """Fold a norm that multiplies by 1 + w into one that multiplies by w."""
+
+
+@dataclass(frozen=True)
+class MultiplyByRootOfWidth:
+    """Fold an embedding that the model multiplies by the root of its hidden size."""
+
+
+Fold = AddOne | MultiplyByRootOfWidth
+"""Arithmetic of a model that is moved into its weight: done, and stored, in float32, so that nothing is rounded."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where the matrix or vector of one part lies.
+
+    A tensor's name, with `{layer}` where each layer has one and `{expert}` where each expert has one; `rows`, where
+    several parts share the tensor; and what must be folded into it for an architecture without that arithmetic.
+    """
+
+    name: str
+    rows: Rows | None = None
+    fold: Fold | None = None
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """Names of one FFN's matrices. Where `gate` is None, the FFN has none, or `up` holds its rows before its own."""
+
+    gate: str | None
+    up: str
+    down: str
+
+
+def layer_of(name: str) -> int:
+    """The layer that a tensor is in by its name, -1 outside of layers."""
+    return next((int(piece) for piece in name.split(".") if piece.isdigit()), -1)
+
+
+def bias_name(matrix: str) -> str:
+    """The name of a matrix's bias."""
+    return matrix.removesuffix(".weight") + ".bias"
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a tensor's name is of a pattern with `{layer}` and `{expert}`."""
+    pieces, found = pattern.split("."), name.split(".")
+    return len(pieces) == len(found) and all(
+        piece == own or (piece.startswith("{") and own.isdigit()) for piece, own in zip(pieces, found, strict=True)
+    )

@@ -1,0 +1,120 @@
+"""The table of architectures, and of which dense one becomes which sparse one.
+
+Facts alone: nothing here, nor in a family's file, imports torch or transformers, so that a recipe is looked at quickly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dense2moe.upcycle.errors import UpcycleError, shorten
+from dense2moe.upcycle.models import gemma, glm4_moe, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, t5
+from dense2moe.upcycle.models.architecture import Architecture, Conversion
+from dense2moe.upcycle.models.no_twin import NO_TWIN, TRAITS
+
+DENSE_FAMILIES: tuple[Architecture, ...] = (
+    llama.LLAMA,
+    mistral.MISTRAL,
+    phi3.PHI3,
+    gemma.GEMMA,
+    qwen2.QWEN2,
+    qwen3.QWEN3,
+    olmo2.OLMO2,
+    granite.GRANITE,
+    t5.T5,
+)
+TARGETS: tuple[Architecture, ...] = (
+    mixtral.MIXTRAL,
+    qwen2.QWEN2_MOE,
+    qwen3.QWEN3_MOE,
+    granite.GRANITE_MOE,
+    granite.GRANITE_MOE_SHARED,
+    glm4_moe.GLM4_MOE,
+    olmo2.FLEX_OLMO,
+    t5.SWITCH_TRANSFORMERS,
+)
+CONVERSIONS: tuple[Conversion, ...] = (
+    *llama.CONVERSIONS,
+    *mistral.CONVERSIONS,
+    *phi3.CONVERSIONS,
+    *gemma.CONVERSIONS,
+    *qwen2.CONVERSIONS,
+    *qwen3.CONVERSIONS,
+    *olmo2.CONVERSIONS,
+    *granite.CONVERSIONS,
+    *t5.CONVERSIONS,
+)
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""The fields, over all families of transformers, that say how many experts a layer has."""
+
+# Fields of every PreTrainedConfig: bookkeeping, generation defaults and class labels, none read by a decoder's forward
+# pass.
+COMMON_NEUTRAL = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "dtype",
+        "model_type",
+        "output_hidden_states",
+        "output_attentions",
+        "return_dict",
+        "is_encoder_decoder",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "chunk_size_feed_forward",
+        "_from_model_config",
+    }
+)
+
+
+def find_family(model_type: str, architectures: Any, where: str, config: Any = None) -> Architecture:
+    """The family of a config.
+
+    `where` names it in a refusal, and what it holds tells what is missing of a family that no table names.
+
+    Raises:
+        UpcycleError: `architectures` is neither None nor a list of names; no family covers it: says why, where that is
+            known, and what is supported.
+    """
+    if architectures is not None and not (
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures)
+    ):
+        raise UpcycleError(
+            f"{where}: architectures is {shorten(repr(architectures))}; it must be a list of class names, such as "
+            "['LlamaForCausalLM']"
+        )
+    for family in DENSE_FAMILIES:
+        if family.model_type == model_type and (not architectures or family.architecture in architectures):
+            return family
+    named = shorten(f"{architectures[0]} ({model_type})" if architectures else model_type)
+    related = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
+    if related is not None:
+        raise UpcycleError(
+            f"{where}: {named} has another head than {related.architecture}; give the model with the head that the "
+            "family was trained with"
+        )
+    if (known := NO_TWIN.get(model_type)) is not None:
+        nearest = f"; the nearest target is {known.nearest}" if known.nearest else ""
+        raise UpcycleError(
+            f"{where}: {named} has {known.reason}; no mixture-of-experts architecture of transformers holds "
+            f"that{nearest}"
+        )
+    values = vars(config) if config is not None else {}
+    if any(isinstance(count := values.get(name), int) and count > 1 for name in EXPERT_COUNTS):
+        raise UpcycleError(
+            f"{where}: {named} is a mixture of experts already; give a dense model, such as the one that it was made "
+            "from"
+        )
+    supported = ", ".join(family.architecture for family in DENSE_FAMILIES)
+    if reasons := [trait.reason for trait in TRAITS if any(values.get(name) for name in trait.fields)]:
+        raise UpcycleError(
+            f"{where}: {named} has {' and '.join(reasons[:2])}, which no target has that can be upcycled to; "
+            f"supported: {supported}"
+        )
+    raise UpcycleError(
+        f"{where}: {named} cannot be upcycled: no table says what its tensors and config values mean; supported: "
+        f"{supported}"
+    )
