@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.report.costs import cost_table, take_costs
 
 RECIPE = """\

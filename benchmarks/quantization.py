@@ -55,7 +55,7 @@ from rivals import FOUR_BITS_ALONE, ONNXRUNTIME, OTHERS, mean_squares, run_other
 from ruamel.yaml import YAML
 from transformers.utils import logging
 
-from dense2moe.convert.artifact import code_digest
+from dense2moe.convert.artifact.keys import code_digest
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from dense2moe.convert.artifact import ArtifactError, digest_file
+from dense2moe.convert.artifact.hashing import digest_file
+from dense2moe.convert.errors import ArtifactError
 from dense2moe.upcycle.errors import describe_error, one_line_errors, shorten
 
 DIGESTS_NAME = "SHA256SUMS"

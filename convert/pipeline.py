@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 from dense2moe.convert import stages
-from dense2moe.convert.artifact import (
-    Artifact,
-    ArtifactError,
-    artifact_key,
-    build,
-    check_files,
-    check_space,
-    code_digest,
-    delete_leftovers,
-    describe_os_error,
-    find,
-    lock,
-    resume_directory,
-)
-from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.artifact.disk import check_space, describe_os_error
+from dense2moe.convert.artifact.keys import artifact_key, code_digest
+from dense2moe.convert.artifact.locking import lock
+from dense2moe.convert.artifact.manifest import Artifact
+from dense2moe.convert.artifact.sealing import build, delete_leftovers, find, resume_directory
+from dense2moe.convert.artifact.verification import check_files
+from dense2moe.convert.errors import ArtifactError, RecipeError
 from dense2moe.convert.machine import peak_resident_bytes, versions
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.report.costs import COST, StageCost
+from dense2moe.convert.run_state import RunState, Status, write_run
+from dense2moe.convert.stage_names import STAGE_NAMES, StageName
 from dense2moe.convert.stages import Facts, Job, Preparation, StageFunction
 from dense2moe.convert.worker import run_apart
 from dense2moe.export.variant import Variant
@@ -39,10 +31,8 @@ from dense2moe.upcycle.errors import MendableError, find_os_error, is_out_of_mem
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.processes import have_group, join_processes, tell
 
-RUN_NAME = "run.json"
 _SMALL_BYTES = 32_000_000
 """Of an input's file, the most that a light stage reads: configs, a training history; weights it leaves alone."""
-StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report"]
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,6 @@ PIPELINE: tuple[Stage, ...] = (
     ),
 )
 
-STAGE_NAMES: tuple[StageName, ...] = tuple(stage.name for stage in PIPELINE)
 _EACH_VARIANT = {stage.name for stage in PIPELINE if stage.each_variant}
 
 
@@ -379,19 +368,8 @@ def _check_space(
 
 
 def _record(
-    workdir: Path, preparation: Preparation, tasks: Sequence[Task], artifacts: Mapping[str, Artifact], status: str
+    workdir: Path, preparation: Preparation, tasks: Sequence[Task], artifacts: Mapping[str, Artifact], status: Status
 ) -> None:
-    """Write the run's state beside its artifacts, whole or not at all."""
-    state: dict[str, Any] = {
-        "name": preparation.loaded.name,
-        "recipe": str(preparation.loaded.path.absolute()),
-        "status": status,
-        "artifacts": {task.label: artifacts[task.label].directory.name for task in tasks if task.label in artifacts},
-    }
-    fresh = workdir / f"{RUN_NAME}.partial"
-    try:
-        fresh.write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        os.replace(fresh, workdir / RUN_NAME)
-    except OSError:
-        fresh.unlink(missing_ok=True)
-        raise
+    made = {task.label: artifacts[task.label].directory.name for task in tasks if task.label in artifacts}
+    loaded = preparation.loaded
+    write_run(workdir, RunState(loaded.name, str(loaded.path.absolute()), status, made))

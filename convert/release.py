@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from dense2moe.convert.artifact import Artifact, ArtifactError, check_space, describe_os_error, verify
+from dense2moe.convert.artifact.disk import check_space, describe_os_error
+from dense2moe.convert.artifact.manifest import Artifact
+from dense2moe.convert.artifact.verification import verify
 from dense2moe.convert.digests import DIGESTS_NAME, write_digests
-from dense2moe.convert.report.card import CARD_NAME, CARDS_NAME
-from dense2moe.convert.report.writer import HTML_NAME
+from dense2moe.convert.errors import ArtifactError
+from dense2moe.convert.report.names import CARD_NAME, CARDS_NAME, HTML_NAME
 from dense2moe.upcycle.durable import sync_tree
 
 

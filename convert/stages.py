@@ -14,12 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
-from dense2moe.convert.artifact import digest_file, open_artifact
+from dense2moe.convert.artifact.hashing import digest_file
+from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.machine import describe_machine, versions
-from dense2moe.convert.recipe import HUB_ID, HubSource, LoadedRecipe, LocalSource, Recipe, resolve_path
-from dense2moe.convert.report.card import CARDS_NAME, read_license, write_card
+from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
+from dense2moe.convert.recipe.records import HUB_ID, HubSource, LocalSource, Recipe
+from dense2moe.convert.report.card import read_license, write_card
 from dense2moe.convert.report.costs import take_costs
+from dense2moe.convert.report.names import CARDS_NAME
 from dense2moe.convert.report.writer import write_report
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory

@@ -13,11 +13,15 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was told to end, by this signal; whatever lets an interrupt through lets it through."""
+    """The process was told to end, by this signal; whatever lets an interrupt through lets it through.
+
+    `exit_code` is what shells give such an end.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.signal = signal.Signals(number)
+        self.exit_code = 128 + number
 
 
 @contextmanager

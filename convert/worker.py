@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from dense2moe.convert.artifact import ArtifactError
+from dense2moe.convert.errors import ArtifactError
 
 if TYPE_CHECKING:  # only the type: importing it would load torch
     from dense2moe.upcycle.progress import Progress

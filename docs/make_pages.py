@@ -11,7 +11,7 @@ from typing import Any, Final
 from click.testing import CliRunner
 
 from dense2moe.convert.cli import main
-from dense2moe.convert.recipe import schema
+from dense2moe.convert.recipe.schema import make_schema
 
 HERE: Final = Path(__file__).parent
 _HELP: Final = re.compile(r"```console\n\$ dense2moe (?P<arguments>[a-z -]*)--help\n.*?```", re.DOTALL)
@@ -25,7 +25,7 @@ def make_pages() -> dict[Path, str]:
     """Every page that shows code's own words, as it should read now."""
     recipe, commands = HERE / "recipe.md", HERE / "commands.md"
     return {
-        recipe: _KEYS.sub(lambda _: "\n" + "\n".join(describe_keys(schema())) + "\n", _read(recipe)),
+        recipe: _KEYS.sub(lambda _: "\n" + "\n".join(describe_keys(make_schema())) + "\n", _read(recipe)),
         commands: _HELP.sub(lambda found: _show_help(found["arguments"].split()), _read(commands)),
     }
 

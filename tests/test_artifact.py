@@ -18,20 +18,13 @@ from typing import Any
 
 import pytest
 
-from dense2moe.convert.artifact import (
-    Artifact,
-    ArtifactError,
-    artifact_key,
-    build,
-    check_files,
-    check_space,
-    code_digest,
-    describe_os_error,
-    find,
-    lock,
-    open_artifact,
-    verify,
-)
+from dense2moe.convert.artifact.disk import check_space, describe_os_error
+from dense2moe.convert.artifact.keys import artifact_key, code_digest
+from dense2moe.convert.artifact.locking import lock
+from dense2moe.convert.artifact.manifest import Artifact, open_artifact
+from dense2moe.convert.artifact.sealing import build, find
+from dense2moe.convert.artifact.verification import check_files, verify
+from dense2moe.convert.errors import ArtifactError
 
 ROOT = Path(__file__).parent.parent
 KEY = artifact_key({"source": "a" * 64}, {"num_experts": 4}, "code")
@@ -183,7 +176,7 @@ def test_the_name_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_kill_in_the_middle_leaves_a_partial_and_the_next_build_is_clean(tmp_path: Path) -> None:
     script = """
-import sys, time; from pathlib import Path; from dense2moe.convert.artifact import build
+import sys, time; from pathlib import Path; from dense2moe.convert.artifact.sealing import build
 with build(Path(sys.argv[1]), "upcycle", sys.argv[2]) as draft:
     (draft.directory / "half").write_text("half"); print("ready", flush=True); time.sleep(60)
 """
@@ -200,7 +193,7 @@ with build(Path(sys.argv[1]), "upcycle", sys.argv[2]) as draft:
 def test_the_lock_keeps_others_out_until_its_holder_is_killed(tmp_path: Path) -> None:
     workdir = tmp_path / "a" / "work"
     script = """
-import sys, time; from pathlib import Path; from dense2moe.convert.artifact import lock
+import sys, time; from pathlib import Path; from dense2moe.convert.artifact.locking import lock
 with lock(Path(sys.argv[1])):
     print("ready", flush=True); time.sleep(60)
 """
@@ -536,7 +529,9 @@ def test_a_file_past_the_size_limit_is_one_line_and_leaves_nothing(
 ) -> None:
     script = """
 import resource, sys; from pathlib import Path
-from dense2moe.convert.artifact import ArtifactError, build, describe_os_error
+from dense2moe.convert.errors import ArtifactError
+from dense2moe.convert.artifact.sealing import build
+from dense2moe.convert.artifact.disk import describe_os_error
 workdir, key, in_block, limit = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "True", int(sys.argv[4])
 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)); print("ready", flush=True)
 try:

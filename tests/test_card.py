@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from programs import dense2moe
 from report_facts import HOSTILE, make_facts, tiered
 
-from dense2moe.convert.artifact import build
+from dense2moe.convert.artifact.sealing import build
 from dense2moe.convert.report.card import read_license, write_card
 from dense2moe.convert.report.writer import write_report
 from dense2moe.export.graph.config import OnnxConfig

@@ -33,7 +33,7 @@ data:
 def recipe(tmp_path, dense_checkpoint):
     """A function that writes a recipe for the tiny dense checkpoint and some text of ours, with lines added."""
     text = tmp_path / "text.txt"
-    text.write_text((ROOT / "upcycle" / "checkpoint.py").read_text(encoding="utf-8"), encoding="utf-8")
+    text.write_text((ROOT / "upcycle" / "checkpoints" / "reader.py").read_text(encoding="utf-8"), encoding="utf-8")
 
     def write(*lines: str, source: Path = dense_checkpoint) -> Path:
         path = tmp_path / "recipe.yaml"

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dense2moe.convert.artifact import MANIFEST_NAME
-from dense2moe.convert.report.card import CARD_NAME
-from dense2moe.convert.report.writer import HTML_NAME
+from dense2moe.convert.artifact.manifest import MANIFEST_NAME
+from dense2moe.convert.report.names import CARD_NAME, HTML_NAME
 from dense2moe.convert.stages import RECEIPT_NAME
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME

@@ -14,7 +14,7 @@ import pytest
 from programs import dense2moe
 from report_facts import make_facts
 
-from dense2moe.convert.artifact import build
+from dense2moe.convert.artifact.sealing import build
 from dense2moe.convert.report.comparison import compare_runs
 
 RECIPE = """\

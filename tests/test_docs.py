@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from dense2moe.convert.cli import main
-from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.recipe.loading import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])

@@ -20,7 +20,7 @@ from test_journal import run as quantize
 from test_trainer import CONFIG, quiet
 from test_trainer import data as make_data
 
-from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.worker import Measured
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingStage
@@ -301,7 +301,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
 ) -> None:
     """And leaves nothing behind: neither what it kept, nor what a run with other settings did."""
     recipe, work = tmp_path / "tiny.json", tmp_path / "work"
-    source = {"kind": "text", "train": [str(ROOT / "upcycle" / "*.py")]}
+    source = {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")]}
     fields: dict[str, Any] = {
         "source": str(dense_checkpoint),
         "data": {"source": source, "block_size": 32, "max_train_tokens": 4096},

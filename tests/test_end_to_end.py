@@ -20,7 +20,7 @@ from programs import dense2moe, fork, kill, run_command
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dense2moe.convert.artifact import lock
+from dense2moe.convert.artifact.locking import lock
 
 ROOT = Path(__file__).parent.parent
 EMBEDDED = ROOT / "recipes" / "models" / "python-docs-4m"
@@ -66,7 +66,7 @@ def succeed(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def tiny_recipe(tmp_path_factory, dense_checkpoint):
     folder = tmp_path_factory.mktemp("tiny")
-    return write_recipe(folder / "tiny.yaml", source=dense_checkpoint, text=ROOT / "upcycle" / "*.py")
+    return write_recipe(folder / "tiny.yaml", source=dense_checkpoint, text=ROOT / "upcycle" / "*" / "*.py")
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_the_package_of_a_run_comes_with_its_card(killed_run, tmp_path):
 
 def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_run, dense_checkpoint, tmp_path):
     recipe = write_recipe(
-        tmp_path / "off.yaml", source=dense_checkpoint, text=ROOT / "upcycle" / "*.py", variants="float32, int8"
+        tmp_path / "off.yaml", source=dense_checkpoint, text=ROOT / "upcycle" / "*" / "*.py", variants="float32, int8"
     )
     lines = [
         line if not line.startswith("finetune:") else "finetune: null"
@@ -320,7 +320,7 @@ def test_verify_names_a_flipped_byte(killed_run, tmp_path):
 
 
 def write_family_recipe(folder: Path, name: str, source: Path, **fields: object) -> Path:
-    return write_recipe(folder / f"{name}.yaml", source=source, text=ROOT / "upcycle" / "*.py", **fields)
+    return write_recipe(folder / f"{name}.yaml", source=source, text=ROOT / "upcycle" / "*" / "*.py", **fields)
 
 
 def facts_of(workdir: Path, label: str) -> dict:

@@ -21,7 +21,8 @@ from programs import dense2moe
 from report_facts import make_facts
 from rich.console import Console
 
-from dense2moe.convert.artifact import build, lock
+from dense2moe.convert.artifact.locking import lock
+from dense2moe.convert.artifact.sealing import build
 from dense2moe.convert.cli import main
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.upcycle.errors import find_os_error
@@ -36,7 +37,7 @@ def raise_at_once(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Any:
     def load(_: Path) -> Never:
         raise error
 
-    monkeypatch.setattr("dense2moe.convert.recipe.load_recipe", load)
+    monkeypatch.setattr("dense2moe.convert.recipe.loading.load_recipe", load)
     return dense2moe("plan", "x.yaml", "--workdir", "work")
 
 
@@ -56,7 +57,7 @@ def test_a_signal_ends_a_command_in_one_line_and_its_own_code(
             os.kill(os.getpid(), signal.SIGTERM)  # a second one does not disturb what is to be done at the end
             os.kill(os.getpid(), signal.SIGHUP)
 
-    monkeypatch.setattr("dense2moe.convert.recipe.load_recipe", load)
+    monkeypatch.setattr("dense2moe.convert.recipe.loading.load_recipe", load)
     try:
         finished = dense2moe("check", "x.yaml")
         assert signal.getsignal(number) == signal.SIG_DFL
@@ -70,7 +71,7 @@ def test_a_signal_that_is_switched_off_stays_off(monkeypatch: pytest.MonkeyPatch
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         monkeypatch.setattr(
-            "dense2moe.convert.recipe.load_recipe", lambda _: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0
+            "dense2moe.convert.recipe.loading.load_recipe", lambda _: os.kill(os.getpid(), signal.SIGHUP) or 1 / 0
         )
         with pytest.raises(ZeroDivisionError):
             dense2moe("check", "x.yaml")
@@ -226,7 +227,7 @@ def test_brackets_and_colons_of_a_recipe_are_shown_as_they_are(tmp_path: Path) -
 
 def test_a_terminal_without_letters_ends_no_command(dense_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(
-        (ROOT / "upcycle" / "checkpoint.py").read_text(encoding="utf-8"), encoding="utf-8"
+        (ROOT / "upcycle" / "checkpoints" / "reader.py").read_text(encoding="utf-8"), encoding="utf-8"
     )
     recipe = tmp_path / "größe.json"
     source = {"kind": "text", "train": [str(tmp_path / "text.txt")], "separator": "\n\n"}

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from dense2moe.convert.artifact import resume_directory
+from dense2moe.convert.artifact.sealing import resume_directory
 from dense2moe.convert.pipeline import _check_space, plan_tasks
 from dense2moe.convert.planning import plan_tables
-from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.convert.stages import Preparation, prepare
 
 MakeDense = Callable[..., Path]

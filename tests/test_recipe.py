@@ -7,16 +7,11 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.recipe import (
-    _ALIASES,
-    HubSource,
-    LocalSource,
-    Recipe,
-    _records,
-    load_recipe,
-    resolve_path,
-    schema,
-)
+from dense2moe.convert.recipe.loading import load_recipe, resolve_path
+from dense2moe.convert.recipe.records import HubSource, LocalSource, Recipe
+from dense2moe.convert.recipe.refusals import list_records
+from dense2moe.convert.recipe.schema import make_schema
+from dense2moe.convert.recipe.suggestions import ALIASES
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -334,10 +329,10 @@ def test_a_setting_of_upcycling_that_cannot_be_is_one_line(upcycle, mistake):
 
 def test_every_key_in_the_table_of_aliases_exists():
     def all_keys(record: type[BaseModel]) -> set[str]:
-        below = [all_keys(inner) for field in record.model_fields.values() for inner in _records(field.annotation)]
+        below = [all_keys(inner) for field in record.model_fields.values() for inner in list_records(field.annotation)]
         return set(record.model_fields).union(*below)
 
-    assert set(_ALIASES) - all_keys(Recipe) == set()
+    assert set(ALIASES) - all_keys(Recipe) == set()
 
 
 def test_a_strange_key_stays_on_one_line():
@@ -648,10 +643,10 @@ def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, mes
 @pytest.mark.parametrize("target", ["auto", "mixtral"])
 def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
     text = GOOD + f"upcycle: {{target: {target}}}\nfinetune:\n  bias_update_rate: 0.001\n"
+    chosen = "'auto' never chooses it" if target == "auto" else "it is 'mixtral'"
     assert mistakes(text) == [
-        "r.yaml:5: finetune.bias_update_rate: is 0.001; must be left out, or upcycle.target be 'glm4_moe': the "
-        f"gates of '{target}' have no "
-        "selection bias"
+        "r.yaml:5: finetune.bias_update_rate: is 0.001; needs upcycle.target 'glm4_moe', whose gate has a selection "
+        f"bias, and {chosen}; set the target, or leave the rate out"
     ]
     assert load(text.replace("0.001", "0")).recipe.finetune.bias_step == 0
     assert load(text.replace(target, "glm4_moe")).recipe.finetune.bias_step == 0.001
@@ -772,7 +767,7 @@ def test_an_unknown_user_is_one_line():
 
 
 def test_the_schema_describes_every_setting_of_the_recipe():
-    written = json.loads(json.dumps(schema()))
+    written = json.loads(json.dumps(make_schema()))
     assert written["$schema"] == "https://json-schema.org/draft/2020-12/schema"
     assert written["title"] == "Recipe of dense2moe"
     assert list(written["properties"]) == list(Recipe.model_fields)
@@ -784,7 +779,7 @@ def test_the_schema_describes_every_setting_of_the_recipe():
 
 
 def test_the_schema_knows_the_shorthand_and_the_defaults_of_the_stages():
-    properties = schema()["properties"]
+    properties = make_schema()["properties"]
     branches = properties["source"]["anyOf"]
     assert branches == [
         {"minLength": 1, "type": "string"},
@@ -797,8 +792,8 @@ def test_the_schema_knows_the_shorthand_and_the_defaults_of_the_stages():
 
 def test_the_schema_agrees_with_the_loader():
     jsonschema = pytest.importorskip("jsonschema")
-    jsonschema.Draft202012Validator.check_schema(schema())
-    validator = jsonschema.Draft202012Validator(schema())
+    jsonschema.Draft202012Validator.check_schema(make_schema())
+    validator = jsonschema.Draft202012Validator(make_schema())
     data = {"source": {"kind": "python-docs"}}
     good = [
         {"source": source, "data": data} for source in ("dense", {"path": "dense"}, {"hub": "o/n", "revision": "v1"})

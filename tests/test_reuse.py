@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 from programs import dense2moe
 
-from dense2moe.convert import artifact as artifact_module
-from dense2moe.convert.artifact import ArtifactError, artifact_key, build, open_artifact
+from dense2moe.convert.artifact import verification
+from dense2moe.convert.artifact.keys import artifact_key
+from dense2moe.convert.artifact.manifest import open_artifact
+from dense2moe.convert.artifact.sealing import build
+from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.pipeline import PIPELINE, Task, _check_inputs
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +23,7 @@ def recipe(dense_checkpoint: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
     finetune = {"steps": 2, "eval_steps": 1, "warmup_steps": 1, "batch_size": 4, "control": False}
     data = {
-        "source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*.py")]},
+        "source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")]},
         "block_size": 32,
         "max_train_tokens": 4096,
     }
@@ -80,7 +83,7 @@ def test_each_artifact_is_read_once_a_run_and_none_that_this_run_made(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[tuple[str, int | None]] = []
-    check = artifact_module.check_files
+    check = verification.check_files
     monkeypatch.setattr(
         "dense2moe.convert.pipeline.check_files",
         lambda artifact, progress, largest: (

@@ -8,7 +8,7 @@ import pytest
 
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.pipeline import plan_tasks
-from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.convert.stages import data_settings, prepare
 from dense2moe.upcycle.errors import UpcycleError
 

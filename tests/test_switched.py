@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from packaging.version import Version
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.export.errors import ExportError
 from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.footprint import estimate_bytes

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.recipe import load_recipe
+from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.convert.report.summary import describe_task, verdict_lines
 from dense2moe.convert.report.tables import parity_sections
 from dense2moe.convert.stages import parity_settings, prepare

@@ -14,7 +14,8 @@ import psutil
 import pytest
 from worker_jobs import double, fail, take
 
-from dense2moe.convert.artifact import ArtifactError, lock
+from dense2moe.convert.artifact.locking import lock
+from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.worker import run_apart
 
 
@@ -65,7 +66,7 @@ import sys
 from pathlib import Path
 sys.path[:0] = [{tests!r}, {root!r}]
 from worker_jobs import wait
-from dense2moe.convert.artifact import lock
+from dense2moe.convert.artifact.locking import lock
 from dense2moe.convert.termination import termination_raised
 from dense2moe.convert.worker import run_apart
 if __name__ == "__main__":

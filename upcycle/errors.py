@@ -7,10 +7,16 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 
 class MendableError(ValueError):
-    """A mistake that the user can mend; its text says where, what is, what must be and how to mend it, in one line."""
+    """A mistake that the user can mend; its text says where, what is, what must be and how to mend it, in one line.
+
+    `exit_code` is what a command that it ends exits with.
+    """
+
+    exit_code: ClassVar[int] = 1
 
 
 class UpcycleError(MendableError):

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from dense2moe.convert.report.names import CARD_NAME
 from dense2moe.convert.report.numerals import format_count
 from dense2moe.convert.report.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
 from dense2moe.convert.report.tables import tier_table
@@ -21,8 +22,6 @@ from dense2moe.export.runtime.generation import Generation, read_generation
 from dense2moe.export.storage import GENAI_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
 
-CARD_NAME = "README.md"
-CARDS_NAME = "cards"
 _TEMPLATE_NAME = "card.md.j2"
 _MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
 _LICENSE_FIELDS = ("license", "license_name", "license_link")

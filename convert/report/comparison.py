@@ -12,7 +12,7 @@ from rich import box
 from rich.table import Table
 from ruamel.yaml import YAML
 
-from dense2moe.convert.recipe import Recipe
+from dense2moe.convert.recipe.records import Recipe
 from dense2moe.convert.report.numerals import (
     NONE,
     format_agreement,

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dense2moe.convert.report.names import JSON_NAME
 from dense2moe.convert.report.numerals import (
     NONE,
     format_agreement,
@@ -23,8 +24,6 @@ from dense2moe.convert.report.numerals import (
     format_special,
 )
 from dense2moe.convert.report.summary import compare_training, exported_model
-
-JSON_NAME = "report.json"
 
 
 @dataclass(frozen=True)

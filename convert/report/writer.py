@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from dense2moe.convert.report.costs import cost_grid
+from dense2moe.convert.report.names import HTML_NAME, JSON_NAME
 from dense2moe.convert.report.numerals import agree, format_count, format_perplexity, format_size
 from dense2moe.convert.report.pictures import draw_pictures
 from dense2moe.convert.report.summary import COLUMNS, Row, exported_model, find_measured, judge, row_cells, summarize
 from dense2moe.convert.report.tables import (
-    JSON_NAME,
     Grid,
     build_table,
     parity_sections,
@@ -31,7 +31,6 @@ from dense2moe.convert.report.tables import (
 from dense2moe.convert.report.templates import load_template
 from dense2moe.upcycle.numbers import name_specials
 
-HTML_NAME = "report.html"
 _TEMPLATE_NAME = "report.html.j2"
 
 

@@ -33,7 +33,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
-from dense2moe.convert.artifact import verify
+from dense2moe.convert.artifact.verification import verify
 from tests.robustness.inputs import Input, Inputs, Kind
 from tests.robustness.mutations import Mutation
 from tests.robustness.worker import Answer, Watched

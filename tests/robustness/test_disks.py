@@ -24,7 +24,7 @@ from typing import Any, Literal
 import pytest
 from programs import dense2moe
 
-from dense2moe.convert.artifact import open_artifact
+from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.worker import Measured
 
 COUNT = "DENSE2MOE_CAMPAIGN"

@@ -1,0 +1,1 @@
+"""Artifacts: sealed stage outputs in a work directory."""

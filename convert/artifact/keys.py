@@ -1,0 +1,42 @@
+"""Keys: what an artifact is made from, inputs, settings and code, as one digest."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+from dense2moe.convert.artifact.hashing import JSON, digest_json, walk_files
+from dense2moe.convert.artifact.manifest import FORMAT
+
+_SOURCE_SUFFIXES = (".py", ".j2")
+
+
+def artifact_key(inputs: Mapping[str, str], settings: Mapping[str, JSON], code: str) -> str:
+    """The key, 64 hex digits, of what a stage makes from inputs (their keys), settings, and code (its digest)."""
+    return digest_json({"dense2moe": FORMAT, "inputs": dict(inputs), "settings": dict(settings), "code": code})
+
+
+def code_digest(*packages: str) -> str:
+    """SHA-256 of our version and of every source file in the named import packages.
+
+    The order of the names does not matter.
+    """
+    sources: dict[str, str] = {}
+    for package in packages:
+        spec = importlib.util.find_spec(package)
+        assert spec is not None, f"{package}: not installed"
+        assert spec.submodule_search_locations, f"{package}: not an import package"
+        for root in map(Path, spec.submodule_search_locations):
+            for path in walk_files(root):
+                if path.suffix in _SOURCE_SUFFIXES:
+                    sources[f"{package}/{path.relative_to(root).as_posix()}"] = hashlib.sha256(
+                        path.read_bytes()
+                    ).hexdigest()
+    try:
+        version = importlib.metadata.version("dense2moe")
+    except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed: the sources say it all
+        version = ""
+    return digest_json({"version": version, "sources": sources})

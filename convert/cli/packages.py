@@ -1,0 +1,310 @@
+"""Commands that load an ONNX package: generate, bench, parity."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dense2moe.convert.cli.endings import end_in_one_line
+from dense2moe.convert.cli.places import check_output, find_package
+from dense2moe.convert.cli.terminal import open_console
+from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.imports import uncollected_imports
+
+
+@click.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Text to go on from; - reads standard input. May be given several times."
+)
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with a prompt on each line.")
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option(
+    "--chat",
+    is_flag=True,
+    help="Each prompt is what a user says, in the tokenizer's chat template; only the answer is printed.",
+)
+@click.option(
+    "--max-new-tokens", type=click.IntRange(min=1), help="Tokens to write at most [default: the package's, or 128]."
+)
+@click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    help="0 is greedy [default: the package's; 1 where another option draws].",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=0),
+    help="Draw from the k likeliest tokens; 0 from all [default: the package's, or 50].",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(min=0, max=1, min_open=True),
+    help="Nucleus sampling: keep this mass [default: the package's, or 1].",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(min=0, max=1),
+    help="Least share of the likeliest token's mass [default: the package's, or 0].",
+)
+@click.option(
+    "--repetition-penalty",
+    type=click.FloatRange(min=0, min_open=True),
+    help="1 is none [default: the package's, or 1].",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
+@end_in_one_line
+def generate(
+    directory: Path,
+    prompts: tuple[str, ...],
+    prompts_file: Path | None,
+    variant: str | None,
+    chat: bool,
+    max_new_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+    repetition_penalty: float | None,
+    seed: int,
+    cuda: bool,
+) -> None:
+    """Go on from prompts with the ONNX model in ARTIFACT, a package or a work directory.
+
+    One text is printed as it comes. Several are one batch, and printed with a heading each when all have ended. Where a
+    text ends, and how tokens are chosen, is what transformers reads in the package's generation_config.json; options
+    here go before it. --top-k, --top-p or --min-p alone draws, at the package's temperature or 1.
+    """
+    texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
+    texts += [] if prompts_file is None else _read_prompts(prompts_file)
+    if not texts:
+        raise click.ClickException("no prompt; give --prompt, or --prompts with a file of them")
+    with uncollected_imports():
+        from transformers.utils import logging
+
+        from dense2moe.export.opening import load_tokenizer
+        from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
+        from dense2moe.export.runtime.generation import read_generation
+        from dense2moe.export.runtime.text import chat_ids, decode_stream, start_ids
+
+    logging.set_verbosity_error()
+    package = find_package(directory, variant)
+    decoder = Decoder(package, CUDA if cuda else CPU)
+    tokenizer = load_tokenizer(package)
+    generation = read_generation(package, tokenizer)
+    ids = [chat_ids(tokenizer, text) if chat else start_ids(tokenizer, text, generation.start) for text in texts]
+    longest = max(ids, key=len)
+    room = decoder.context_length - len(longest)
+    if room < 1:
+        where = "--prompt" if len(ids) == 1 else f"prompt {ids.index(longest) + 1}"
+        raise click.ClickException(
+            f"{where}: has {len(longest)} tokens; the model's context holds {decoder.context_length}; shorten it"
+        )
+    if generation.strange:
+        click.echo(
+            f"{package}: generation_config.json has settings that are not followed here: "
+            f"{', '.join(generation.strange)}",
+            err=True,
+        )
+    sampling = generation.choose_sampling(seed, temperature, top_k, top_p, min_p, repetition_penalty)
+    steps = decoder.generate(
+        ids, min(max_new_tokens or generation.max_new_tokens or 128, room), sampling, generation.ends
+    )
+    shown = ["" if chat else text for text in texts]
+    before: list[list[int]] = [[] for _ in ids] if chat else ids
+    if len(texts) == 1:
+        click.echo(shown[0], nl=False)
+        for piece in decode_stream(tokenizer, before[0], (token for (token,) in steps if token is not None)):
+            click.echo(piece, nl=False)
+            sys.stdout.flush()
+        click.echo()
+        return
+    for number, (text, start, row) in enumerate(zip(shown, before, zip(*steps, strict=True), strict=True), 1):
+        click.echo(f"== {number} of {len(texts)}")
+        click.echo(text + "".join(decode_stream(tokenizer, start, (token for token in row if token is not None))))
+
+
+def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, divided by commas, each once."""
+    parts = value.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise click.BadParameter(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4")
+    return tuple(dict.fromkeys(int(part) for part in parts))
+
+
+@click.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--batch", "batches", callback=_parse_counts, default="1,4", show_default=True, help="Prompts at once.")
+@click.option(
+    "--prompt", "prompts", callback=_parse_counts, default="64,256", show_default=True, help="Tokens of a prompt."
+)
+@click.option(
+    "--new", "num_new", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens decoded after it."
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=5,
+    show_default=True,
+    help="Rounds that are timed, after one that is not.",
+)
+@click.option(
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run it."
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Threads of onnxruntime; 0 is its own choice.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON: every round, the machine, the versions.")
+@end_in_one_line
+def bench(
+    directory: Path,
+    variant: str | None,
+    batches: tuple[int, ...],
+    prompts: tuple[int, ...],
+    num_new: int,
+    rounds: int,
+    provider: Any,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure prefill, decode and memory of ARTIFACT, an ONNX package or a work directory.
+
+    Every batch with every prompt, in turn in each round; medians and spread, memory, and the machine. The package may
+    be of other makers, if its inputs and outputs have our names: input_ids, attention_mask, past_key_values.N.key,
+    present.N.key, logits.
+    """
+    from dense2moe.convert.progress import ProgressDisplay
+
+    with uncollected_imports():
+        from dense2moe.convert.bench import bench_lines, bench_package, bench_table
+        from dense2moe.export.runtime.speed import Load
+
+    package = find_package(directory, variant)
+    loads = [Load(batch, prompt, num_new) for batch in batches for prompt in prompts]
+    with ProgressDisplay() as display:
+        found = bench_package(package, loads, provider, threads, rounds, display.stage("bench"))
+        display.finish("bench")
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    open_console().print(bench_table(found))
+    for line in bench_lines(found):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", required=True, type=click.Path(path_type=Path), help="Checkpoint that the package must compute like."
+)
+@click.option(
+    "--data",
+    "files",
+    required=True,
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Text file in UTF-8. May be given several times.",
+)
+@click.option(
+    "--twin",
+    type=click.Path(path_type=Path),
+    help="Checkpoint with the package's own weights, where these are quantized.",
+)
+@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--blocks", type=click.IntRange(min=1), help="Blocks of text at most, taken evenly [default: all].")
+@click.option("--block-size", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens a block.")
+@click.option(
+    "--padding/--no-padding", default=True, show_default=True, help="Whether rows padded at their left must be right."
+)
+@click.option(
+    "--max-perplexity-increase",
+    type=click.FloatRange(min=0),
+    help="Relative to the reference's [default: the variant's].",
+)
+@click.option(
+    "--task", "tasks", multiple=True, type=click.Path(), help="File of a task, JSON lines. May be given several times."
+)
+@click.option(
+    "--max-score-drop",
+    type=click.FloatRange(min=0),
+    help="What its score may lie below the reference's by [default: the variant's].",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for all figures.")
+@end_in_one_line
+def parity(
+    directory: Path,
+    reference: Path,
+    files: tuple[Path, ...],
+    twin: Path | None,
+    variant: str | None,
+    blocks: int | None,
+    block_size: int,
+    padding: bool,
+    max_perplexity_increase: float | None,
+    tasks: tuple[str, ...],
+    max_score_drop: float | None,
+    json_path: Path | None,
+) -> None:
+    """Check that the ONNX decoder in ARTIFACT computes what a checkpoint does, on your text.
+
+    ARTIFACT is a package, also one of another maker with our names of inputs and outputs, or a work directory. A broken
+    limit is one line that names where, and exit code 1. A task is a file with an object on each line: prompt, choices
+    and answer; or prompt and answer; or texts (two) and score.
+    """
+    package = find_package(directory, variant)
+    check_output(json_path, "--json")
+    for file in files:
+        if not file.is_file():
+            raise click.ClickException(f"{file}: no such file; --data must be a text file in UTF-8")
+    with uncollected_imports():
+        from transformers.utils import logging
+
+        from dense2moe.convert.package_parity import check_package, describe, is_judged_alone, write_json
+        from dense2moe.convert.progress import ProgressDisplay
+        from dense2moe.export.parity.config import ParityConfig
+        from dense2moe.export.parity.precision import find_precision
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    limits = {"max_perplexity_increase": max_perplexity_increase, "max_score_drop": max_score_drop}
+    given = {name: {find_precision(package).variant: limit} for name, limit in limits.items() if limit is not None}
+    config = ParityConfig(left_padding=padding, tasks=tasks).model_copy(update=given)
+    with ProgressDisplay() as display:
+        found = check_package(package, reference, files, block_size, blocks, config, display.stage("parity"), twin)
+        display.finish("parity")
+    if json_path is not None:
+        with one_line_errors(json_path, "cannot be written", "give another --json"):
+            write_json(found, json_path)
+    for line in describe(found):
+        click.echo(line)
+    if not found.passed:
+        raise click.ClickException("\n".join(["parity was broken:", *found.breaches]))
+    only = (
+        ": its weights are not the reference's: only the perplexity, the files and the package against itself are "
+        "judged, unless --twin is given"
+    )
+    click.echo(f"parity passed{only if is_judged_alone(found) else ''}")
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.ClickException(
+            f"{path}: cannot be read ({error}); it must be a text file with a prompt on each line"
+        ) from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise click.ClickException(f"{path}:{number}: is empty; every line must be a prompt")
+    return lines

@@ -1,0 +1,46 @@
+"""Where commands read packages, and where they write."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dense2moe.convert.errors import ArtifactError
+from dense2moe.convert.run_state import RUN_NAME, read_run
+
+
+def check_output(path: Path | None, option: str) -> None:
+    """Refuse a file that could not be written, before the work.
+
+    Raises:
+        ArtifactError: its folder is not there, or may not be written in.
+    """
+    if path is None:
+        return
+    folder = path.parent
+    if not folder.is_dir():
+        raise ArtifactError(f"{path}: {folder} is no directory; make it, or give another {option}")
+    if path.is_dir():
+        raise ArtifactError(f"{path}: is a directory; {option} must name a file")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise ArtifactError(f"{path}: no permission to write it; give another {option}")
+
+
+def find_package(directory: Path, variant: str | None) -> Path:
+    """The package that is meant: the directory itself, or a variant of the run whose work directory it is.
+
+    Raises:
+        ArtifactError: it is the work directory of a run without such a package.
+    """
+    if not (directory / RUN_NAME).is_file():
+        if variant is not None:
+            raise ArtifactError(
+                f"{directory}: is not the work directory of a run, which --variant chooses from; leave it out"
+            )
+        return directory
+    packages = read_run(directory).packages
+    if not packages:
+        raise ArtifactError(f"{directory}: the run has made no ONNX package yet; finish it with `dense2moe run`")
+    if variant is not None and variant not in packages:
+        raise ArtifactError(f"{directory}: no variant '{variant}'; it has {', '.join(packages)}")
+    return directory / packages[variant or next(iter(packages))]

@@ -1,0 +1,140 @@
+"""Commands that read what a run left: show, compare, package, verify."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from dense2moe.convert.cli.endings import end_in_one_line
+from dense2moe.convert.cli.places import check_output, find_package
+from dense2moe.convert.cli.terminal import open_console
+from dense2moe.convert.errors import ArtifactError
+from dense2moe.convert.run_state import RUN_NAME, RunState, read_run
+from dense2moe.upcycle.errors import one_line_errors
+
+
+@click.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@end_in_one_line
+def show(directory: Path) -> None:
+    """Show the results of RUN, a work directory: its summary table, or how far it came."""
+    from dense2moe.convert.artifact.locking import is_locked
+    from dense2moe.convert.artifact.manifest import open_artifact
+    from dense2moe.convert.report.costs import cost_table, take_costs
+    from dense2moe.convert.report.names import HTML_NAME
+    from dense2moe.convert.report.summary import summary_table, verdict_lines
+
+    state = read_run(directory)
+    # as a kill or a power cut leaves it
+    status = "stopped" if state.status == "running" and not is_locked(directory) else state.status
+    click.echo(f"{state.name}: {status} ({state.recipe})")
+    _, costs = take_costs({label: open_artifact(directory / name).facts for label, name in state.artifacts.items()})
+    if costs:
+        open_console().print(cost_table(costs))
+    if "report" in state.artifacts:
+        report = open_artifact(directory / state.artifacts["report"])
+        open_console().print(summary_table(report.facts))
+        for line in verdict_lines(report.facts):
+            click.echo(line)
+        click.echo(f"report: {report.directory / HTML_NAME}")
+    else:
+        for label, name in state.artifacts.items():
+            click.echo(f"{label}: {directory / name}")
+
+
+@click.command()
+@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
+@click.option(
+    "--html", "output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the comparison as one page."
+)
+@end_in_one_line
+def compare(first: Path, second: Path, output: Path | None) -> None:
+    """Set two runs side by side: their recipes, figures with ratios, and parity.
+
+    Each RUN is a work directory. Of the recipes only the keys that differ are shown; a ratio is the second run's figure
+    over the first's.
+    """
+    from dense2moe.convert.artifact.manifest import open_artifact
+    from dense2moe.convert.report.comparison import compare_runs, comparison_tables, write_comparison
+
+    check_output(output, "--html")
+    states = [read_run(directory) for directory in (first, second)]
+    reports = [
+        open_artifact(_find_report(directory, state)).facts
+        for directory, state in zip((first, second), states, strict=True)
+    ]
+    names = [state.name for state in states]
+    if names[0] == names[1]:
+        names = [str(first), str(second)]
+    found = compare_runs(reports[0], reports[1], (names[0], names[1]))
+    for table in comparison_tables(found):
+        open_console().print(table)
+    for note in found.notes:
+        click.echo(note)
+    if output is not None:
+        with one_line_errors(output, "cannot be written", "give another --html"):
+            write_comparison(found, output)
+        click.echo(f"comparison: {output}")
+
+
+@click.command()
+@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
+@click.option("--variant", help="Which ONNX model [default: its first].")
+@end_in_one_line
+def package(directory: Path, output: Path, variant: str | None) -> None:
+    """Copy an ONNX model of RUN with its model card into a new DIRECTORY for the hub.
+
+    RUN is a work directory. DIRECTORY holds the package, its model card (README.md with the hub's metadata: figures,
+    the verdict of parity, how to run it, recipe, provenance) and the report. The run must have come to its report,
+    which writes the cards; artifacts stay as they are.
+    """
+    from dense2moe.convert.artifact.manifest import open_artifact
+    from dense2moe.convert.release import gather_package
+
+    state = read_run(directory)
+    found = find_package(directory, variant)
+    report = open_artifact(_find_report(directory, state))
+    variant = next(variant for variant, name in state.packages.items() if directory / name == found)
+    names = gather_package(open_artifact(found), report, variant, output)
+    click.echo(f"{output}: {variant}, {len(names)} files: {', '.join(names)}")
+    if not report.facts["variants"][variant]["parity"]["passed"]:
+        click.echo("parity was broken; the card says so at its head", err=True)
+
+
+@click.command()
+@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@end_in_one_line
+def verify(directory: Path) -> None:
+    """Check every file of ARTIFACT against its recorded digests.
+
+    ARTIFACT is an artifact of a run, a work directory, which stands for all of its run's artifacts, or a package that
+    `dense2moe package` made.
+    """
+    from dense2moe.convert import digests
+    from dense2moe.convert.artifact.manifest import MANIFEST_NAME
+    from dense2moe.convert.artifact.verification import verify as find_mismatches
+
+    if not (directory / MANIFEST_NAME).exists() and (directory / digests.DIGESTS_NAME).is_file():
+        if mismatches := [f"{directory}: {line}" for line in digests.find_mismatches(directory)]:
+            raise ArtifactError("\n".join(mismatches))
+        click.echo(f"{directory}: a package, every file as {digests.DIGESTS_NAME} says")
+        return
+    directories = [directory]
+    if (directory / RUN_NAME).is_file():
+        directories = [directory / name for name in read_run(directory).artifacts.values()]
+    mismatches = [f"{one}: {line}" for one in directories for line in find_mismatches(one)]
+    if mismatches:
+        raise ArtifactError("\n".join(mismatches))
+    click.echo(
+        f"{directory}: {len(directories)} {'artifact' if len(directories) == 1 else 'artifacts'}, every file as its "
+        "manifest says"
+    )
+
+
+def _find_report(directory: Path, state: RunState) -> Path:
+    if "report" not in state.artifacts:
+        raise ArtifactError(f"{directory}: the run has no report yet; finish it with `dense2moe run`")
+    return directory / state.artifacts["report"]

@@ -1,0 +1,127 @@
+"""Mistakes that only several records of a recipe together show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from dense2moe.convert.recipe.wording import Key, Mistake, join_choices, write_key
+from dense2moe.export.variant import CUDA_BLOCKS, QUANTIZED, STATIC
+from dense2moe.upcycle.building.config import BIASED_TARGETS
+from dense2moe.upcycle.data.config import count_domains
+from dense2moe.upcycle.record import named_value
+
+if TYPE_CHECKING:  # which asks here when it is made
+    from dense2moe.convert.recipe.records import Recipe
+
+
+class ContradictionError(ValueError):
+    """Mistakes that only several records together show."""
+
+    def __init__(self, mistakes: list[Mistake]) -> None:
+        super().__init__("; ".join(f"{write_key(key)}: {text}" for key, text in mistakes))
+        self.mistakes = mistakes
+
+
+def find_contradictions(recipe: Recipe) -> list[Mistake]:
+    """Every mistake that its records make together, by the key that is to be changed."""
+    return [
+        mistake
+        for find in (_sizes, _limits, _mixed_bits, _cuda, _selection_biases, _domains)
+        for mistake in find(recipe)
+    ]
+
+
+def _sizes(recipe: Recipe) -> Iterator[Mistake]:
+    """Every split has a block, and a block a prompt before the tokens that are decoded."""
+    block_size, named_size = recipe.data.block_size, named_value(recipe.data, "block_size")
+    for field in ("max_train_tokens", "max_validation_tokens", "max_test_tokens"):
+        tokens = getattr(recipe.data, field)
+        if tokens is not None and tokens < block_size:
+            yield (
+                ("data", field),
+                f"is {named_value(recipe.data, field)}; must be at least data.block_size, which is {named_size}, "
+                "to hold one block",
+            )
+    if recipe.parity.decode_steps >= block_size:
+        steps = named_value(recipe.parity, "decode_steps")
+        yield (
+            ("parity", "decode_steps"),
+            f"is {steps}; must be less than data.block_size, which is {named_size}, to leave a prompt",
+        )
+
+
+def _limits(recipe: Recipe) -> Iterator[Mistake]:
+    """Every variant has a limit of perplexity."""
+    if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
+        yield (
+            ("parity", "max_perplexity_increase"),
+            f"lacks {join_choices(missing, 'and')}; must have a limit for each of the variants",
+        )
+
+
+def _mixed_bits(recipe: Recipe) -> Iterator[Mistake]:
+    """A variant of mixed bits has one limit to choose them by, and a lowering that it can count."""
+    limits = [name for name in ("budget", "max_perplexity_increase") if getattr(recipe.quantize, name) is not None]
+    if len(limits) > 1:
+        yield ("quantize", limits[1]), "is given beside budget; must be one of them"
+    if limits and "mixed" not in recipe.variants:
+        yield (
+            ("quantize", limits[0]),
+            "is given for variant 'mixed', which variants lacks; add 'mixed' to variants, or leave it out",
+        )
+    if recipe.quantize.budget is not None and recipe.export.lowering == "switched":
+        yield (
+            ("export", "lowering"),
+            "is 'switched', which writes experts twice; quantize.budget, which counts them once, needs another",
+        )
+    if "mixed" in recipe.variants and not limits:
+        yield (
+            ("variants",),
+            "has 'mixed'; quantize must have a budget, or a max_perplexity_increase, to choose its bits by",
+        )
+
+
+def _cuda(recipe: Recipe) -> Iterator[Mistake]:
+    """What is quantized for CUDA is something that its operators read."""
+    if recipe.export.device != "cuda":
+        return
+    if STATIC in recipe.variants:
+        yield (
+            ("variants",),
+            f"has '{STATIC}', whose products CUDA computes as floats; leave it out, or set export.device to 'cpu'",
+        )
+    is_quantized = any(variant in QUANTIZED and variant != STATIC for variant in recipe.variants)
+    if is_quantized and recipe.export.lowering == "auto" and recipe.quantize.block_size not in CUDA_BLOCKS:
+        yield (
+            ("export", "device"),
+            f"is 'cuda'; quantize.block_size, which is {recipe.quantize.block_size}, must be "
+            f"{' or '.join(map(str, CUDA_BLOCKS))} for its QMoE operator; or name another export.lowering",
+        )
+
+
+def _selection_biases(recipe: Recipe) -> Iterator[Mistake]:
+    """Biases of the choice of experts are trained only where the target's gate has them."""
+    rate = recipe.finetune.bias_update_rate if recipe.finetune else None
+    if rate and recipe.upcycle.target not in BIASED_TARGETS:
+        targets = join_choices(BIASED_TARGETS)
+        chosen = "'auto' never chooses it" if recipe.upcycle.target == "auto" else f"it is '{recipe.upcycle.target}'"
+        yield (
+            ("finetune", "bias_update_rate"),
+            f"is {rate:g}; needs upcycle.target {targets}, whose gate has a selection bias, and {chosen}; "
+            "set the target, or leave the rate out",
+        )
+
+
+def _domains(recipe: Recipe) -> Iterator[Mistake]:
+    """Domains that are routed each to its own experts divide these evenly."""
+    num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
+    experts = "groups of granular experts" if recipe.upcycle.group_size > 1 else "experts"
+    for number, phase in enumerate(recipe.training_stages):
+        if phase.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):
+            in_list: Key = ("finetune", "stages", number, "routing")
+            yield (
+                in_list if recipe.finetune and recipe.finetune.stages else ("finetune", "routing"),
+                f"is 'by-domain'; the domains, of which the data has {num_domains}, must be 2 or more and divide "
+                f"the {num_rows} {experts} evenly",
+            )

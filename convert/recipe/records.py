@@ -1,0 +1,107 @@
+"""The recipe as records: what to convert, on which text, and how."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+from pydantic import BeforeValidator, Discriminator, Field, field_validator, model_validator
+from pydantic import Tag as Branch
+
+from dense2moe.convert.recipe.contradictions import ContradictionError, find_contradictions
+from dense2moe.convert.recipe.wording import join_choices
+from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.variant import Variant
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.data.config import DataConfig
+from dense2moe.upcycle.record import Record
+from dense2moe.upcycle.training.config import FinetuneConfig
+
+HUB_ID: Final = r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$"
+
+
+class LocalSource(Record):
+    """A dense checkpoint in a local directory."""
+
+    path: str = Field(
+        min_length=1, description="Directory of the checkpoint, beside the recipe or below the current directory."
+    )
+
+
+class HubSource(Record):
+    """A dense checkpoint of the Hugging Face hub."""
+
+    hub: str = Field(pattern=HUB_ID, description="Model id, such as 'HuggingFaceTB/SmolLM2-135M'.")
+    revision: str = Field("main", min_length=1, description="Commit, tag or branch; a commit makes the run repeatable.")
+
+
+def _from_shorthand(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
+
+
+def _source_tag(value: object) -> str | None:
+    keys = type(value).model_fields if isinstance(value, Record) else value if isinstance(value, dict) else ()
+    tags = [tag for tag in ("path", "hub") if tag in keys]
+    return tags[0] if len(tags) == 1 else None
+
+
+Source = Annotated[
+    Annotated[LocalSource, Branch("path")] | Annotated[HubSource, Branch("hub")],
+    Discriminator(_source_tag),
+    BeforeValidator(
+        _from_shorthand, json_schema_input_type=Annotated[str, Field(min_length=1)] | LocalSource | HubSource
+    ),
+]
+
+
+class Recipe(Record):
+    """What to convert, on which text, and with which settings."""
+
+    name: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="Name of the run and of its directory; the file's name without it.",
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
+    source: Source = Field(
+        description="The dense checkpoint: a local directory, or an id of the Hugging Face hub with its revision."
+    )
+    data: DataConfig = Field(description="The text that the model is fine-tuned and measured on.")
+    upcycle: UpcycleConfig = Field(UpcycleConfig(), description="How the dense model becomes a mixture of experts.")
+    finetune: FinetuneConfig | None = Field(
+        FinetuneConfig(),
+        description="How the mixture of experts is trained; null switches it off, and the upcycled model is exported "
+        "as it is.",
+    )
+    variants: Annotated[tuple[Variant, ...], Field(strict=False)] = Field(
+        ("float32", "int8", "int4"),
+        min_length=1,
+        description="Precisions of the ONNX models, each made and measured.",
+        json_schema_extra={"uniqueItems": True},
+    )
+    quantize: QuantizeConfig = Field(
+        QuantizeConfig(), description="How the int8, int8-qdq, int4 and mixed variants are quantized."
+    )
+    export: OnnxConfig = Field(OnnxConfig(), description="How the ONNX graph is built.")
+    parity: ParityConfig = Field(
+        ParityConfig(), description="How closely each ONNX model must agree with the torch model."
+    )
+
+    @property
+    def training_stages(self) -> tuple[FinetuneConfig, ...]:
+        """Every stage of fine-tuning with all of its settings; none where it is switched off."""
+        return self.finetune.resolve_stages() if self.finetune else ()
+
+    @field_validator("variants")
+    @classmethod
+    def _check_unique(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
+        if twice := [variant for variant in dict.fromkeys(variants) if variants.count(variant) > 1]:
+            raise ValueError(f"has {join_choices(twice, 'and')} more than once; must have each once")
+        return variants
+
+    @model_validator(mode="after")
+    def _check_across_records(self) -> Recipe:
+        if mistakes := find_contradictions(self):
+            raise ContradictionError(mistakes)
+        return self
