@@ -35,6 +35,7 @@ from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
 from dense2moe.export.variant import ElementType, scale_type
 from dense2moe.upcycle.checkpoints.reader import index_tensors
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 
 
 class Way(NamedTuple):
@@ -219,7 +220,7 @@ def compute(
             else np.exp(row - row.max()) / np.exp(row - row.max()).sum()
         )
         ranks = scores if bias is None else scores + bias
-        chosen = sorted(range(len(row)), key=lambda e: -ranks[e])[: routing.num_experts_per_tok]
+        chosen = sorted(range(len(row)), key=lambda e: -ranks[e])[: routing.max_experts_per_token]
         total = sum(scores[e] for e in chosen) if routing.renormalize else 1.0
         for e in chosen:
             gate, up, down = values[e]
@@ -240,7 +241,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, way: Way) -> None:
 
 
 def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1.0) -> Gate:
-    return Gate(num_experts, k, "softmax", renormalize, scale)
+    return Gate(num_experts, TopK(k), "softmax", renormalize, scale)
 
 
 @pytest.mark.parametrize(("num_experts", "k"), ROUTINGS)
@@ -393,7 +394,7 @@ def test_auto_leaves_out_what_the_runtime_computes_wrongly_and_a_name_does_not(t
 
 
 def routed(score: Any = "softmax", renormalize: bool = True, scale: float = 1.0) -> Gate:
-    return Gate(4, 2, score, renormalize, scale)
+    return Gate(4, TopK(2), score, renormalize, scale)
 
 
 @pytest.mark.parametrize(

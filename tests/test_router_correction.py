@@ -19,8 +19,12 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.router_correction import correct_router, kl_of_scores
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 from tests.conftest import MakeDense
 from tests.test_calibration import CASES, draw_blocks, load, make_mixture
+
+GATE = Gate(6, TopK(2))
 
 
 def draw(tokens: int, noise: float) -> tuple[torch.Tensor, Inputs]:
@@ -41,13 +45,13 @@ def test_kl_is_that_of_its_formula_in_float64() -> None:
     router, inputs = draw(50, 0.1)
     logits, wanted = inputs.actual @ router.T, inputs.reference @ router.T
     p, q = (softmax(found.double().numpy()) for found in (wanted, logits))
-    assert kl_of_scores(logits, wanted) == pytest.approx(float((p * np.log(p / q)).sum(-1).mean()), rel=1e-4)
-    assert kl_of_scores(logits[:0], wanted[:0]) == 0.0
+    assert kl_of_scores(logits, wanted, GATE) == pytest.approx(float((p * np.log(p / q)).sum(-1).mean()), rel=1e-4)
+    assert kl_of_scores(logits[:0], wanted[:0], GATE) == 0.0
 
 
 def test_a_router_of_bent_inputs_is_unbent() -> None:
     router, inputs = draw(2000, 0.01)
-    corrected, facts = correct_router(router, inputs, 2)
+    corrected, facts = correct_router(router, inputs, GATE)
     assert facts.method == "KL"
     assert facts.kl_after < 0.02 * facts.kl_before
     assert facts.agreement_before < 0.9 < 0.97 < facts.agreement_after
@@ -62,18 +66,18 @@ def test_a_router_of_bent_inputs_is_unbent() -> None:
 
 def test_steps_on_the_kl_are_better_than_least_squares_where_logits_are_noisy() -> None:
     router, inputs = draw(2000, 0.3)
-    corrected, facts = correct_router(router, inputs, 2)
+    corrected, facts = correct_router(router, inputs, GATE)
     x, wanted = inputs.actual[:1500].double().numpy(), (inputs.reference[:1500] @ router.T).double().numpy()
     solved = torch.from_numpy(np.linalg.lstsq(x, wanted, rcond=None)[0].T).float()
     held, judged = inputs.actual[1500:], inputs.reference[1500:] @ router.T
-    assert facts.kl_after == pytest.approx(kl_of_scores(held @ corrected.T, judged))
-    assert facts.kl_after < kl_of_scores(held @ solved.T, judged) < facts.kl_before
+    assert facts.kl_after == pytest.approx(kl_of_scores(held @ corrected.T, judged, GATE))
+    assert facts.kl_after < kl_of_scores(held @ solved.T, judged, GATE) < facts.kl_before
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 20, 400])
 def test_a_router_that_nothing_disturbs_stays_bit_for_bit(tokens: int) -> None:
     router, inputs = draw(tokens, 0.0)
-    corrected, facts = correct_router(router, Inputs(inputs.reference, inputs.reference), 2)
+    corrected, facts = correct_router(router, Inputs(inputs.reference, inputs.reference), GATE)
     assert torch.equal(corrected, router)
     assert (facts.method, facts.agreement_before, facts.agreement_after) == ("none", 1.0, 1.0)
 
@@ -82,7 +86,7 @@ def test_a_fit_that_does_not_hold_for_other_tokens_is_refused() -> None:
     """The first tokens are bent, the last are not."""
     router, inputs = draw(400, 0.0)
     actual = torch.cat([inputs.actual[:300], inputs.reference[300:]])
-    corrected, facts = correct_router(router, Inputs(actual, inputs.reference), 2)
+    corrected, facts = correct_router(router, Inputs(actual, inputs.reference), GATE)
     assert facts.method == "none"
     assert torch.equal(corrected, router)
 
@@ -114,7 +118,7 @@ def test_routing_of_the_twin_is_nearer_to_the_model(name: str, make_dense: MakeD
             method="search", input_scaling="none", correct_routers=correct, attention_bits="variant", block_size=16
         )
         facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=draw_blocks(96))
-        kls.append(kl_of_scores(scores(twin), expected))
+        kls.append(kl_of_scores(scores(twin), expected, GATE))
     assert kls[1] < 0.95 * kls[0]
     routers = [
         key for key, entry in open_checkpoint(twin).entries.items() if entry.shape == (4, 32) and entry.dtype == "F32"

@@ -104,7 +104,7 @@ def _scores(graph: GraphWriter, layer: MoeLayer, router_logits: ir.Value) -> ir.
 
 
 def _top_k(graph: GraphWriter, layer: MoeLayer, values: ir.Value) -> tuple[ir.Value, ir.Value]:
-    top_k = graph.constant("num_experts_per_tok", int64(layer.routing.num_experts_per_tok))
+    top_k = graph.constant("num_experts_per_tok", int64(layer.routing.max_experts_per_token))
     values_TK, chosen_TK = graph.op_multi(
         "TopK", [values, top_k], [f"{layer.name}.top_k", f"{layer.name}.chosen"], {"axis": -1}
     )

@@ -19,6 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 from dense2moe.export.errors import ExportError
 from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.models import routing
 
 TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]
 
@@ -176,24 +177,6 @@ _QWEN_EXPERTS = GatedFfn(*(f"{_MLP}experts.{{expert}}.{matrix}_proj.weight" for 
 _QWEN_DENSE = GatedFfn(*(f"{_MLP}{matrix}_proj.weight" for matrix in ("gate", "up", "down")))
 
 
-def _renormalized(config: Any) -> Gate:
-    return Gate(config.num_local_experts, config.num_experts_per_tok, "softmax", renormalize=True)
-
-
-def _as_configured(config: Any) -> Gate:
-    return Gate(config.num_experts, config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
-
-
-def _sigmoid(config: Any) -> Gate:
-    return Gate(
-        config.n_routed_experts,
-        config.num_experts_per_tok,
-        "sigmoid",
-        renormalize=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
-    )
-
-
 def _glm4_moe_refusal(config: Any) -> str | None:
     rotated = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
     if rotated != 1.0:
@@ -223,7 +206,7 @@ _MIXTRAL = DecoderFamily(
     attention=_PLAIN,
     router=f"{_SPARSE}gate.weight",
     experts=GatedFfn(*(f"{_SPARSE}experts.{{expert}}.{matrix}.weight" for matrix in ("w1", "w3", "w2"))),
-    routing=_renormalized,
+    routing=routing.renormalized,
     rotary=MixtralRotaryEmbedding,
     window=_one_window,
 )
@@ -237,7 +220,7 @@ _QWEN2_MOE = DecoderFamily(
         GatedFfn(*(f"{_MLP}shared_expert.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))),
         f"{_MLP}shared_expert_gate.weight",
     ),
-    routing=_as_configured,
+    routing=routing.as_configured,
     rotary=Qwen2MoeRotaryEmbedding,
     window=_window_by_layer,
 )
@@ -247,7 +230,7 @@ _QWEN3_MOE = DecoderFamily(
     router=f"{_MLP}gate.weight",
     experts=_QWEN_EXPERTS,
     dense=_QWEN_DENSE,
-    routing=_as_configured,
+    routing=routing.as_configured,
     rotary=Qwen3MoeRotaryEmbedding,
     window=_one_window,
 )
@@ -257,7 +240,7 @@ _GRANITE_MOE = DecoderFamily(
     attention=_BIASED,
     router=f"{_SPARSE}router.layer.weight",
     experts=_GRANITE_EXPERTS,
-    routing=_renormalized,
+    routing=routing.renormalized,
     rotary=GraniteMoeRotaryEmbedding,
     multipliers=_granite_multipliers,
 )
@@ -269,7 +252,7 @@ _GRANITE_MOE_SHARED = DecoderFamily(
     shared=SharedExpert(
         GatedFfn(None, f"{_LAYER}shared_mlp.input_linear.weight", f"{_LAYER}shared_mlp.output_linear.weight")
     ),
-    routing=_renormalized,
+    routing=routing.renormalized,
     rotary=GraniteMoeSharedRotaryEmbedding,
     multipliers=_granite_multipliers,
 )
@@ -280,7 +263,7 @@ _GLM4_MOE = DecoderFamily(
     experts=_QWEN_EXPERTS,
     dense=_QWEN_DENSE,
     shared=SharedExpert(GatedFfn(*(f"{_MLP}shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down")))),
-    routing=_sigmoid,
+    routing=routing.sigmoid,
     selection_bias=f"{_MLP}gate.e_score_correction_bias",
     rotary=Glm4MoeRotaryEmbedding,
     refusal=_glm4_moe_refusal,
@@ -290,7 +273,7 @@ _FLEX_OLMO = DecoderFamily(
     attention=replace(_NORMED, norm_per_head=False),
     router=f"{_MLP}gate.weight",
     experts=_QWEN_EXPERTS,
-    routing=_as_configured,
+    routing=routing.as_configured,
     rotary=FlexOlmoRotaryEmbedding,
     attention_norm=None,
     ffn_norm=None,

@@ -61,7 +61,7 @@ def _sum_by_token(
 ) -> ir.Value:
     """The layer's output [T, 1, H] for tokens [T, H] that visit experts [T, k] with weights [T, k]; rows R = T * k."""
     name = layer.name
-    k, num_experts = layer.routing.num_experts_per_tok, layer.routing.num_experts
+    k, num_experts = layer.routing.max_experts_per_token, layer.routing.num_experts
     expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
     _, order_R = graph.op_multi(

@@ -73,7 +73,7 @@ def activation_refusal(layer: MoeLayer) -> str | None:
 def swiglu_attributes(routing: Gate) -> dict[str, Any]:
     """Attributes that `MoE` and `QMoE` share."""
     return {
-        "k": routing.num_experts_per_tok,
+        "k": routing.max_experts_per_token,
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
         "activation_alpha": 1.0,

@@ -14,15 +14,16 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
-from dense2moe.export.graph.family import find_decoder_family, find_refusal, rotary_switch
+from dense2moe.export.graph.family import find_refusal, rotary_switch
 from dense2moe.export.parity.taps import Seen, look
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.gate import Score, selection_scores
+from dense2moe.upcycle.gates.gate import Gate, selection_scores
 from dense2moe.upcycle.memory import small_heap
+from dense2moe.upcycle.models.routing import assume_gate, find_gate
 
 BATCH = PARITY_BATCH
 
@@ -71,7 +72,7 @@ class Reference:
     routers: dict[int, Any] = field(default_factory=dict)
     modules: dict[int, torch.nn.Module] = field(default_factory=dict)
     biases: dict[int, torch.Tensor] = field(default_factory=dict)
-    score: Score = "softmax"
+    gate: Gate | None = None
     _forced: Mapping[int, Any] | None = None
 
     @torch.inference_mode()
@@ -99,7 +100,8 @@ class Reference:
 
     def score_of(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
         """What a layer's experts are chosen by, [B * S, E], where its router says these logits."""
-        return selection_scores(logits.reshape(-1, logits.shape[-1]), self.score, self.biases.get(layer))
+        assert self.gate is not None, "a router in a model without a gate"
+        return selection_scores(logits.reshape(-1, logits.shape[-1]), self.gate, self.biases.get(layer))
 
     @contextmanager
     def computing(self, mode: AbstractContextManager[Any]) -> Iterator[None]:
@@ -147,10 +149,8 @@ class Reference:
 
     def _watch(self) -> None:
         config = self.model.config
-        family = find_decoder_family(config) if find_refusal(config) is None else None
-        biased = family is not None and family.selection_bias is not None
-        if family is not None and family.routing is not None:
-            self.score = family.routing(config).score
+        # a traced graph shows no more than router logits, and experts are told apart by them
+        self.gate = find_gate(config) if find_refusal(config) is None else assume_gate(config)
         for n, layer in enumerate(self.model.get_decoder().layers):
             layer.register_forward_hook(_catch(self.hiddens, n))
             if hasattr(layer, "self_attn"):
@@ -160,7 +160,7 @@ class Reference:
                     router = cast(torch.nn.Module, getattr(module, "gate", None) or module.router)
                     router.register_forward_hook(self._route(n))
                     self.modules[n] = module
-                    if biased:
+                    if self.gate is not None and self.gate.selection_bias:
                         self.biases[n] = cast(torch.Tensor, router.e_score_correction_bias)
 
     def _route(self, layer: int) -> Callable[..., Any]:

@@ -25,7 +25,8 @@ from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, read_rows
-from dense2moe.upcycle.gates.gate import choose_experts
+from dense2moe.upcycle.gates.gate import route
+from dense2moe.upcycle.gates.routes import Routes
 
 _BATCH_ROWS = 8
 _BATCH_TOKENS = 1024
@@ -147,9 +148,7 @@ class CalibrationWalk:
             if self.correct_routers:
                 assert self.family.routing is not None
                 routing = self.family.routing(self.checkpoint.config)
-                self.routers[layer] = correct_router(
-                    router, routed, routing.num_experts_per_tok, routing.score, self._selection_bias(layer)
-                )
+                self.routers[layer] = correct_router(router, routed, routing, self._selection_bias(layer))
                 router, _ = self.routers[layer]
             yield from self._read_experts(layer, routed, router)
         yield from self._read_others(layer, routed, replace(routed, drift=None))
@@ -269,25 +268,24 @@ class CalibrationWalk:
         assert self.family.experts is not None
         routing = self.family.routing(self.checkpoint.config)
         logits = inputs.actual @ router.T
-        weights, chosen = choose_experts(logits, routing, self._selection_bias(layer))
+        routes = route(logits, routing, self._selection_bias(layer))
+        _, weights = routes.as_table(routing.max_experts_per_token)
         total = torch.tensor(routing.scale) if routing.renormalize else weights.sum(-1, keepdim=True)
         for expert in range(routing.num_experts):
             yield from self._read_ffn(
-                self.family.experts, layer, partial(self._visits_of, expert, inputs, weights, chosen, total), expert
+                self.family.experts, layer, partial(self._visits_of, expert, inputs, routes, total), expert
             )
 
-    def _visits_of(
-        self, expert: int, inputs: Inputs, weights: torch.Tensor, chosen: torch.Tensor, total: torch.Tensor
-    ) -> Inputs:
+    def _visits_of(self, expert: int, inputs: Inputs, routes: Routes, total: torch.Tensor) -> Inputs:
         """What one expert sees of what its layer reads."""
         if self.all_experts:
             return replace(inputs, drift=None)
-        visits = chosen == expert
-        own = visits.any(-1).nonzero()[:, 0]
+        visits = routes.expert == expert
+        own = routes.token[visits]
         # Outputs that all have the drift over the sum of their weights have it together.
         drift = None if inputs.drift is None else inputs.drift[own] / (total if total.ndim == 0 else total[own])
         actual = inputs.actual[own]
-        return Inputs(actual, actual if inputs.is_float else inputs.reference[own], drift, weights[visits])
+        return Inputs(actual, actual if inputs.is_float else inputs.reference[own], drift, routes.weight[visits])
 
     def _read_ffn(self, ffn: GatedFfn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
         """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""

@@ -15,7 +15,8 @@ import torch
 
 from dense2moe.export.quantization.aim import damp
 from dense2moe.export.quantization.inputs import Inputs
-from dense2moe.upcycle.gates.gate import Score, log_scores, selection_scores
+from dense2moe.upcycle.gates.choice import choose
+from dense2moe.upcycle.gates.gate import Gate, log_scores, selection_scores
 
 _FITTED_SHARE = 0.75
 _STEPS = 10
@@ -27,7 +28,7 @@ _MIN_TOKENS = 2
 class RouterFacts:
     """Routing on held-out tokens against the float model's, before and after.
 
-    Share of tokens with the same top-k experts, and KL of scores in nats.
+    Share of tokens with the same experts, and KL of scores in nats.
     `method` is what was kept.
     """
 
@@ -44,7 +45,7 @@ class RouterFacts:
 
 
 def correct_router(
-    router: torch.Tensor, inputs: Inputs, top_k: int, score: Score = "softmax", bias: torch.Tensor | None = None
+    router: torch.Tensor, inputs: Inputs, gate: Gate, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, RouterFacts]:
     """The router [E, H] for hidden states as they are now, by the scores of its logits, and what it gained.
 
@@ -59,47 +60,47 @@ def correct_router(
         hessian = damp(x.T @ x).double()
         step = torch.linalg.solve(hessian, (x.T @ (wanted - x @ router.T)).double()).T.float()
         candidates["least squares"] = router + step
-        candidates["KL"] = _descend(router + step, x, wanted, score)
+        candidates["KL"] = _descend(router + step, x, wanted, gate)
     kls = {
-        name: kl_of_scores(held @ candidate.T, judged, score)
+        name: kl_of_scores(held @ candidate.T, judged, gate)
         for name, candidate in candidates.items()
         if torch.isfinite(candidate).all()
     }
     best = min(kls, key=lambda name: kls[name]) if len(held) else "none"
     ours, theirs = (
-        [selection_scores(found, score, bias) for found in (held @ candidates[name].T, judged)]
+        [selection_scores(found, gate, bias) for found in (held @ candidates[name].T, judged)]
         for name in ("none", best)
     )
-    before, after = (_agreement(found, wanted_scores, top_k) for found, wanted_scores in (ours, theirs))
+    before, after = (_agreement(found, wanted_scores, gate) for found, wanted_scores in (ours, theirs))
     return candidates[best], RouterFacts(best, before, after, kls["none"], kls[best])
 
 
-def kl_of_scores(logits: torch.Tensor, wanted: torch.Tensor, score: Score = "softmax") -> float:
+def kl_of_scores(logits: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> float:
     """The mean KL in nats of the scores of `logits`, over their sum, from those of `wanted`, [tokens, E] both.
 
     0 of no tokens.
     """
-    return float(_kl(logits, wanted, score)) if len(logits) else 0.0
+    return float(_kl(logits, wanted, gate)) if len(logits) else 0.0
 
 
-def _kl(logits: torch.Tensor, wanted: torch.Tensor, score: Score) -> torch.Tensor:
-    log_p = log_scores(wanted, score)
-    return (log_p.exp() * (log_p - log_scores(logits, score))).sum(-1).mean()
+def _kl(logits: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> torch.Tensor:
+    log_p, log_q = (log_scores(each, gate).log_softmax(-1) for each in (wanted, logits))
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
 
 
-def _agreement(scores: torch.Tensor, wanted: torch.Tensor, top_k: int) -> float:
-    both = [torch.zeros_like(found).scatter(-1, found.topk(top_k, dim=-1).indices, 1.0) for found in (scores, wanted)]
+def _agreement(scores: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> float:
+    both = [torch.zeros_like(found).scatter(-1, choose(found, gate.choice), 1.0) for found in (scores, wanted)]
     return float((both[0] == both[1]).all(-1).float().mean()) if len(scores) else 1.0
 
 
-def _descend(router: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, score: Score) -> torch.Tensor:
+def _descend(router: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> torch.Tensor:
     """The router after steps on the KL."""
     weight = router.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> float:
         optimizer.zero_grad()
-        loss = _kl(x @ weight.T, wanted, score)
+        loss = _kl(x @ weight.T, wanted, gate)
         loss.backward()
         return float(loss.detach())
 

@@ -1,7 +1,7 @@
 """Load balance of experts: losses, biases, what is watched; pure tensor functions.
 
-A gate with a selection bias scores by sigmoids, and every other one by a softmax: so it is with all targets. Where a
-function takes `bias`, float32 [num_experts], it is that of such a gate, and None of another one.
+Where a function takes `bias`, it is the gate's selection bias, float32 [num_experts]; None of a gate without one, and
+where the choice is asked for that the scores alone would make.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from dense2moe.upcycle.gates.choice import choice_margin
 from dense2moe.upcycle.gates.facts import LayerRouting
+from dense2moe.upcycle.gates.gate import Gate, choose_experts, log_scores, selection_scores
 
 
-def balance_loss(
-    router_logits: torch.Tensor, top_k: int, load: torch.Tensor | None = None, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | None = None) -> torch.Tensor:
     """Load-balance loss of one layer from its router logits [tokens, num_experts]; a scalar, 1 when balanced.
 
     num_experts * sum_e load_e * probability_e, where load_e is the share of the (token, slot) pairs that go to expert e
-    and probability_e its mean softmax probability (Switch Transformer, Fedus et al. 2022, section 2.2, equations 4-6;
+    and probability_e its mean share of the scores (Switch Transformer, Fedus et al. 2022, section 2.2, equations 4-6;
     load averaged over the k slots). Computed for one layer: pooled over layers, as `transformers` does it, every layer
     could collapse onto another expert and still score 1. Gradients flow through the probabilities alone; the load is a
     count. Where several processes or parts share a batch, `load` is the whole batch's, and the mean of their losses is
@@ -28,42 +28,22 @@ def balance_loss(
     whatever a bias chooses instead (DeepSeek-V3, equations 17-20, over a batch as here and not a sequence): the loss
     balances what the router says by itself.
     """
-    load = expert_load(router_logits, top_k) if load is None else load
-    return router_logits.shape[-1] * torch.dot(load, mean_scores(router_logits, bias))
+    load = expert_load(router_logits, gate) if load is None else load
+    return router_logits.shape[-1] * torch.dot(load, mean_scores(router_logits, gate))
 
 
-def mean_scores(router_logits: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def mean_scores(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
     """The mean over tokens of each expert's share of a token's scores, from logits [tokens, num_experts].
 
     Float32 [num_experts], sums to 1.
     """
-    return _log_scores(router_logits, bias).softmax(-1).mean(0)
+    return log_scores(router_logits.float(), gate).softmax(-1).mean(0)
 
 
-def _log_scores(router_logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Float32 [tokens, num_experts], the softmax of which is the scores over their sum.
-
-    The logits, or logarithms of their sigmoids.
-    """
-    return router_logits.float() if bias is None else F.logsigmoid(router_logits.float())
-
-
-def selection_scores(router_logits: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """What the top k are chosen by, [tokens, num_experts].
-
-    The logits, whose order a softmax keeps, or sigmoid scores plus the bias.
-    """
-    return router_logits.detach() if bias is None else router_logits.detach().sigmoid() + bias
-
-
-def expert_counts(router_logits: torch.Tensor, top_k: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+def expert_counts(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
     """How many (token, slot) pairs go to each expert, from logits [tokens, num_experts]; int64 [num_experts]."""
-    return (
-        selection_scores(router_logits, bias)
-        .topk(top_k, dim=-1)
-        .indices.flatten()
-        .bincount(minlength=router_logits.shape[-1])
-    )
+    chosen = choose_experts(router_logits.detach(), gate, bias)
+    return chosen.flatten().bincount(minlength=router_logits.shape[-1])
 
 
 def move_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) -> None:
@@ -84,12 +64,12 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
     return router_logits.float().logsumexp(-1).square().mean()
 
 
-def expert_load(router_logits: torch.Tensor, top_k: int, bias: torch.Tensor | None = None) -> torch.Tensor:
+def expert_load(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Share of the (token, slot) pairs that go to each expert, from logits [tokens, num_experts].
 
     Float32 [num_experts], sums to 1.
     """
-    return chosen_load(selection_scores(router_logits, bias).topk(top_k, dim=-1).indices, router_logits.shape[-1])
+    return chosen_load(choose_experts(router_logits.detach(), gate, bias), router_logits.shape[-1])
 
 
 def chosen_load(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -100,25 +80,23 @@ def chosen_load(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
     return F.one_hot(chosen.flatten(), num_experts).float().mean(0)
 
 
-def router_entropy(router_logits: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean entropy in nats of the router's softmax, or of sigmoid scores over their sum.
+def router_entropy(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """Mean entropy in nats of each token's scores over their sum, from logits [tokens, num_experts].
 
     A scalar between 0 and log(num_experts).
-    From logits [tokens, num_experts]; a bias changes no score.
     """
-    log_p = _log_scores(router_logits.detach(), bias).log_softmax(-1)
+    log_p = log_scores(router_logits.detach().float(), gate).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def router_margin(router_logits: torch.Tensor, top_k: int, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean distance of the k-th largest selection score from the next, from logits [tokens, num_experts].
+def router_margin(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean distance of the last chosen selection score from the next, from logits [tokens, num_experts].
 
     A scalar, 0 where all are chosen.
     """
-    if top_k == router_logits.shape[-1]:
+    if gate.max_experts_per_token == router_logits.shape[-1]:
         return torch.zeros(())
-    ordered = selection_scores(router_logits, bias).float().topk(top_k + 1, dim=-1).values
-    return (ordered[:, -2] - ordered[:, -1]).mean()
+    return choice_margin(selection_scores(router_logits.detach(), gate, bias).float(), gate.choice).mean()
 
 
 def expert_cosine(weights: torch.Tensor) -> torch.Tensor:
@@ -141,7 +119,7 @@ def describe_routing(
     logits: Iterable[torch.Tensor],
     weights: Iterable[torch.Tensor],
     biases: Iterable[torch.Tensor | None],
-    top_k: int,
+    gate: Gate,
 ) -> tuple[LayerRouting, ...]:
     """How every layer with experts routes.
 
@@ -154,8 +132,8 @@ def describe_routing(
         LayerRouting(
             number,
             tuple(load.tolist()),
-            float(router_entropy(z, bias)),
-            float(router_margin(z, top_k, bias)),
+            float(router_entropy(z, gate)),
+            float(router_margin(z, gate, bias)),
             float(expert_cosine(stacked)),
         )
         for number, load, z, stacked, bias in zip(numbers, loads, logits, weights, biases, strict=True)

@@ -30,6 +30,7 @@ from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.balance import expert_load
 from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.models.routing import find_gate
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, evaluate
@@ -505,7 +506,8 @@ def measure_domains(mixture: Path, data: Path) -> DomainRouting | None:
 def _loads(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
     """Load of each expert of each layer over blocks of token ids; float32 [layers, num_experts]."""
     logits: list[torch.Tensor] = []
-    biases, top_k = tuple(selection_biases(model)), model.config.num_experts_per_tok
+    biases, gate = tuple(selection_biases(model)), find_gate(model.config)
+    assert gate is not None, "load is measured of mixtures"
     handles = [
         router.register_forward_hook(lambda _, __, output: logits.append(output[0])) for router in router_modules(model)
     ]
@@ -514,7 +516,7 @@ def _loads(model: PreTrainedModel, blocks: torch.Tensor) -> torch.Tensor:
         for batch in blocks.split(EVALUATION_BATCH):
             logits.clear()
             model(input_ids=batch.to(model.device), use_cache=False)
-            loads = [expert_load(z, top_k, bias) for z, bias in zip(logits, biases, strict=True)]
+            loads = [expert_load(z, gate, bias) for z, bias in zip(logits, biases, strict=True)]
             found.append(torch.stack(loads).cpu() * len(batch))
     finally:
         for handle in handles:

@@ -57,7 +57,9 @@ from dense2moe.upcycle.gates.balance import (
     move_bias,
     z_loss,
 )
+from dense2moe.upcycle.gates.gate import Gate
 from dense2moe.upcycle.memory import release_growth, small_heap
+from dense2moe.upcycle.models.routing import find_gate
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, held_out_loss
@@ -416,7 +418,7 @@ class _StageTrainer(Trainer):
         with self._listening():
             logits = run_with_prompt(model, self.mixture, ids, get_prompt(self.mixture))
         for number, bias in self._moving_biases().items():
-            counts = expert_counts(self.routing[number], self.mixture.config.num_experts_per_tok, bias)
+            counts = expert_counts(self.routing[number], self.gate, bias)
             self.counts[number] = self.counts[number] + counts if number in self.counts else counts
         loss = self._note("train_loss", next_token_loss(logits, ids))
         if self.teacher is not None and settings.distillation is not None:
@@ -468,19 +470,19 @@ class _StageTrainer(Trainer):
         """The experts of each token of blocks of these domains; none where the routers decide."""
         if not self.num_experts or self.stage.settings.routing == "learned":
             return None
-        block_size, top_k = self.stage.blocks.shape[1], self.mixture.config.num_experts_per_tok
-        return domain_experts(domains, block_size, self.stage.num_domains, self.num_experts, top_k)
+        block_size, count = self.stage.blocks.shape[1], self.gate.max_experts_per_token
+        return domain_experts(domains, block_size, self.stage.num_domains, self.num_experts, count)
 
     def _measure_load(self, biases: Iterable[torch.Tensor | None]) -> torch.Tensor:
         """Load of each expert of each layer over what all processes have just read.
 
         By the routers or what overrules them; [layers, num_experts].
         """
-        top_k, forced = self.mixture.config.num_experts_per_tok, self.forced
-        pairs = zip(self.routing, biases, strict=True)
-        loads = torch.stack(
-            [expert_load(z, top_k, bias) if forced is None else chosen_load(forced, z.shape[-1]) for z, bias in pairs]
-        )
+        if self.forced is None:
+            pairs = zip(self.routing, biases, strict=True)
+            loads = torch.stack([expert_load(z, self.gate, bias) for z, bias in pairs])
+        else:
+            loads = torch.stack([chosen_load(self.forced, z.shape[-1]) for z in self.routing])
         if join_processes().num_processes > 1:
             distributed.all_reduce(loads)
             loads /= join_processes().num_processes
@@ -493,10 +495,9 @@ class _StageTrainer(Trainer):
 
     def _balance(self) -> torch.Tensor:
         """Mean over layers of each layer's balance loss, with the load of all processes and parts."""
-        top_k, biases = self.mixture.config.num_experts_per_tok, tuple(selection_biases(self.mixture))
-        loads = self._measure_load((None,) * len(biases)) if self.step_load is None else self.step_load
+        loads = self._measure_load((None,) * len(self.routing)) if self.step_load is None else self.step_load
         return torch.stack(
-            [balance_loss(z, top_k, load, bias) for z, load, bias in zip(self.routing, loads, biases, strict=True)]
+            [balance_loss(z, self.gate, load) for z, load in zip(self.routing, loads, strict=True)]
         ).mean()
 
     def _share(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -504,9 +505,8 @@ class _StageTrainer(Trainer):
 
         Loads over all processes and its mean scores, [layers, num_experts] each.
         """
-        biases = tuple(selection_biases(self.mixture))
-        scores = [mean_scores(z.detach(), bias) for z, bias in zip(self.routing, biases, strict=True)]
-        return self._measure_load((None,) * len(biases)), torch.stack(scores)
+        scores = [mean_scores(z.detach(), self.gate) for z in self.routing]
+        return self._measure_load((None,) * len(scores)), torch.stack(scores)
 
     def _moving_biases(self) -> dict[int, torch.Tensor]:
         """By the number of the router, the selection biases that move: those of routers that learn."""
@@ -529,6 +529,13 @@ class _StageTrainer(Trainer):
             if join_processes().num_processes > 1:
                 distributed.all_reduce(counts)
             move_bias(bias, counts, self.stage.settings.bias_step)
+
+    @property
+    def gate(self) -> Gate:
+        """How tokens choose experts in every layer that has some."""
+        gate = find_gate(self.mixture.config)
+        assert gate is not None, "asked for the gate of a model without experts"
+        return gate
 
     def _note(self, name: str, value: torch.Tensor) -> torch.Tensor:
         self.parts.setdefault(name, []).append(value.detach().float())
@@ -834,9 +841,9 @@ class _Watch(TrainerCallback):
             for layer in cast(Any, self.trainer.mixture.get_decoder()).layers
             for weights in _stacked_weights(layer)
         )
-        biases, top_k = selection_biases(self.trainer.mixture), self.trainer.mixture.config.num_experts_per_tok
+        biases, gate = selection_biases(self.trainer.mixture), self.trainer.gate
         return describe_routing(
-            self.trainer.stage.sparse_layers, self.trainer.take_loads(), self.trainer.routing, stacked, biases, top_k
+            self.trainer.stage.sparse_layers, self.trainer.take_loads(), self.trainer.routing, stacked, biases, gate
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:

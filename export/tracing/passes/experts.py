@@ -17,6 +17,7 @@ from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 
 
 def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Lowering, activation_bits: int) -> None:
@@ -56,5 +57,5 @@ def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) ->
         )
         for e in range(module.num_experts)
     )
-    routing = Gate(module.num_experts, module.num_experts_per_tok, "softmax", renormalize=True)
+    routing = Gate(module.num_experts, TopK(module.num_experts_per_tok))
     return MoeLayer(f"layers.{module.layer}.moe", routing, experts, activation_bits, module.activation)

@@ -1,0 +1,39 @@
+"""Routes: which token visits which expert, with which weight, one row a visit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Routes:
+    """What any gate says of `num_tokens` tokens, one row a visit, rows of a token side by side and tokens in order.
+
+    token, expert: int64 [R]; weight: [R].
+    """
+
+    token: torch.Tensor
+    expert: torch.Tensor
+    weight: torch.Tensor
+    num_tokens: int
+
+    @classmethod
+    def of_table(cls, experts: torch.Tensor, weights: torch.Tensor) -> Routes:
+        """The routes of a table: every token's K experts, int64 [T, K], and their weights [T, K]."""
+        num_tokens, count = experts.shape
+        token = torch.arange(num_tokens, device=experts.device).repeat_interleave(count)
+        return cls(token, experts.flatten(), weights.flatten(), num_tokens)
+
+    def as_table(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Experts, int64 [T, count], and their weights [T, count], for whatever wants a fixed shape.
+
+        A place that a token leaves free is expert 0 with weight 0. No token may visit more than `count` experts.
+        """
+        visits = self.token.bincount(minlength=self.num_tokens)
+        place = torch.arange(len(self.token), device=self.token.device) - (visits.cumsum(0) - visits)[self.token]
+        experts = self.expert.new_zeros(self.num_tokens, count)
+        weights = self.weight.new_zeros(self.num_tokens, count)
+        experts[self.token, place], weights[self.token, place] = self.expert, self.weight
+        return experts, weights
