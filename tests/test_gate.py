@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,12 +13,12 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from dense2moe.export.graph.family import DECODER_FAMILIES
 from dense2moe.upcycle.gates.choice import choice_margin, choose, max_experts
 from dense2moe.upcycle.gates.gate import Gate, route, selection_scores
 from dense2moe.upcycle.gates.routes import Routes
 from dense2moe.upcycle.gates.top_k import TopK
-from dense2moe.upcycle.models.routing import GATES, assume_gate, find_gate
+from dense2moe.upcycle.models.routing import assume_gate, find_gate
+from dense2moe.upcycle.models.table import TARGETS
 
 HIDDEN, EXPERTS = 16, 8
 
@@ -132,7 +133,15 @@ def test_a_gate_is_read_from_its_config() -> None:
     assert assume_gate(config) == Gate(EXPERTS, TopK(3))
 
 
-def test_a_family_has_a_selection_bias_where_its_gate_has_one() -> None:
-    for family in DECODER_FAMILIES:
-        assert (family.router is not None) == (family.model_type in GATES)
-        assert (family.selection_bias is not None) == (GATES.get(family.model_type) is GATES["glm4_moe"])
+def test_an_architecture_has_a_selection_bias_where_its_gate_has_one() -> None:
+    config = SimpleNamespace(
+        n_routed_experts=4,
+        num_experts=4,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=1.0,
+    )
+    for target in TARGETS:
+        assert target.experts is not None
+        assert (target.find("selection_bias") is not None) == target.experts.gate(config).selection_bias

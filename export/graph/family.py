@@ -19,7 +19,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRotaryEmbed
 from dense2moe.export.errors import ExportError
 from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.models import routing
+from dense2moe.upcycle.models.routing import read_gate
 
 TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]
 
@@ -206,7 +206,7 @@ _MIXTRAL = DecoderFamily(
     attention=_PLAIN,
     router=f"{_SPARSE}gate.weight",
     experts=GatedFfn(*(f"{_SPARSE}experts.{{expert}}.{matrix}.weight" for matrix in ("w1", "w3", "w2"))),
-    routing=routing.renormalized,
+    routing=read_gate,
     rotary=MixtralRotaryEmbedding,
     window=_one_window,
 )
@@ -220,7 +220,7 @@ _QWEN2_MOE = DecoderFamily(
         GatedFfn(*(f"{_MLP}shared_expert.{matrix}_proj.weight" for matrix in ("gate", "up", "down"))),
         f"{_MLP}shared_expert_gate.weight",
     ),
-    routing=routing.as_configured,
+    routing=read_gate,
     rotary=Qwen2MoeRotaryEmbedding,
     window=_window_by_layer,
 )
@@ -230,7 +230,7 @@ _QWEN3_MOE = DecoderFamily(
     router=f"{_MLP}gate.weight",
     experts=_QWEN_EXPERTS,
     dense=_QWEN_DENSE,
-    routing=routing.as_configured,
+    routing=read_gate,
     rotary=Qwen3MoeRotaryEmbedding,
     window=_one_window,
 )
@@ -240,7 +240,7 @@ _GRANITE_MOE = DecoderFamily(
     attention=_BIASED,
     router=f"{_SPARSE}router.layer.weight",
     experts=_GRANITE_EXPERTS,
-    routing=routing.renormalized,
+    routing=read_gate,
     rotary=GraniteMoeRotaryEmbedding,
     multipliers=_granite_multipliers,
 )
@@ -252,7 +252,7 @@ _GRANITE_MOE_SHARED = DecoderFamily(
     shared=SharedExpert(
         GatedFfn(None, f"{_LAYER}shared_mlp.input_linear.weight", f"{_LAYER}shared_mlp.output_linear.weight")
     ),
-    routing=routing.renormalized,
+    routing=read_gate,
     rotary=GraniteMoeSharedRotaryEmbedding,
     multipliers=_granite_multipliers,
 )
@@ -263,7 +263,7 @@ _GLM4_MOE = DecoderFamily(
     experts=_QWEN_EXPERTS,
     dense=_QWEN_DENSE,
     shared=SharedExpert(GatedFfn(*(f"{_MLP}shared_experts.{matrix}_proj.weight" for matrix in ("gate", "up", "down")))),
-    routing=routing.sigmoid,
+    routing=read_gate,
     selection_bias=f"{_MLP}gate.e_score_correction_bias",
     rotary=Glm4MoeRotaryEmbedding,
     refusal=_glm4_moe_refusal,
@@ -273,7 +273,7 @@ _FLEX_OLMO = DecoderFamily(
     attention=replace(_NORMED, norm_per_head=False),
     router=f"{_MLP}gate.weight",
     experts=_QWEN_EXPERTS,
-    routing=routing.as_configured,
+    routing=read_gate,
     rotary=FlexOlmoRotaryEmbedding,
     attention_norm=None,
     ffn_norm=None,

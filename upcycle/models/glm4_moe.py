@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 from dense2moe.upcycle.models.architecture import Architecture, Condition, Experts, SharedExpert
 from dense2moe.upcycle.models.decoder import (
     EXPERTS,
@@ -25,10 +26,11 @@ from dense2moe.upcycle.models.parts import Matrix
 def _gate(config: Any) -> Gate:
     return Gate(
         config.n_routed_experts,
-        config.num_experts_per_tok,
+        TopK(config.num_experts_per_tok),
         "sigmoid",
         renormalize=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
+        selection_bias=True,
     )
 
 

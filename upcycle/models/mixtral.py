@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 from dense2moe.upcycle.models.architecture import Architecture, Experts
 from dense2moe.upcycle.models.decoder import OUTSIDE, SPARSE, attention_layer, one_window, sparse_layers
 from dense2moe.upcycle.models.parts import Matrix, Part
@@ -13,7 +14,7 @@ from dense2moe.upcycle.models.parts import Matrix, Part
 
 def renormalized_gate(config: Any) -> Gate:
     """A softmax whose chosen weights are divided by their sum."""
-    return Gate(config.num_local_experts, config.num_experts_per_tok, "softmax", renormalize=True)
+    return Gate(config.num_local_experts, TopK(config.num_experts_per_tok))
 
 
 _EXPERTS: Mapping[Part, str] = {"expert_gate": "w1", "expert_up": "w3", "expert_down": "w2"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 from dense2moe.upcycle.models.architecture import Architecture, Conversion, Experts, SharedExpert
 from dense2moe.upcycle.models.decoder import (
     EXPERTS,
@@ -30,7 +31,7 @@ from dense2moe.upcycle.models.parts import Matrix
 
 def configured_gate(config: Any) -> Gate:
     """A softmax whose chosen weights are divided by their sum where the config says so."""
-    return Gate(config.num_experts, config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
+    return Gate(config.num_experts, TopK(config.num_experts_per_tok), renormalize=config.norm_topk_prob)
 
 
 def _window_by_layer(config: Any, layer: int) -> int | None:

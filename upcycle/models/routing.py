@@ -1,53 +1,12 @@
-"""The gate of each sparse architecture, read from its config."""
+"""The gate of a sparse model, read from its config."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-from dense2moe.upcycle.checkpoints.config_files import EXPERT_COUNTS
 from dense2moe.upcycle.gates.gate import Gate
 from dense2moe.upcycle.gates.top_k import TopK
-
-
-def renormalized(config: Any) -> Gate:
-    """A softmax whose chosen weights sum to 1."""
-    return Gate(config.num_local_experts, TopK(config.num_experts_per_tok))
-
-
-def as_configured(config: Any) -> Gate:
-    """A softmax whose chosen weights sum to 1 where `norm_topk_prob` says so."""
-    return Gate(config.num_experts, TopK(config.num_experts_per_tok), renormalize=config.norm_topk_prob)
-
-
-def sigmoid(config: Any) -> Gate:
-    """Sigmoids, a bias for the choice, and a factor on the weights (DeepSeek-V3)."""
-    return Gate(
-        config.n_routed_experts,
-        TopK(config.num_experts_per_tok),
-        "sigmoid",
-        renormalize=config.norm_topk_prob,
-        scale=config.routed_scaling_factor,
-        selection_bias=True,
-    )
-
-
-def switch(config: Any) -> Gate:
-    """One expert, whose weight is its probability (Switch Transformer)."""
-    return Gate(config.num_experts, TopK(1), renormalize=False)
-
-
-GATES: Mapping[str, Callable[[Any], Gate]] = {
-    "mixtral": renormalized,
-    "qwen2_moe": as_configured,
-    "qwen3_moe": as_configured,
-    "granitemoe": renormalized,
-    "granitemoeshared": renormalized,
-    "glm4_moe": sigmoid,
-    "flex_olmo": as_configured,
-    "switch_transformers": switch,
-}
-"""By model_type."""
+from dense2moe.upcycle.models.table import EXPERT_COUNTS, TARGETS
 
 
 def find_gate(config: Any) -> Gate | None:
@@ -56,9 +15,15 @@ def find_gate(config: Any) -> Gate | None:
     Of an architecture that is not in the table no more is known than how many experts a token visits: the top k of the
     router's logits.
     """
-    if (read := GATES.get(config.model_type)) is not None:
-        return read(config)
-    return assume_gate(config)
+    target = next((target for target in TARGETS if target.model_type == config.model_type), None)
+    return assume_gate(config) if target is None or target.experts is None else target.experts.gate(config)
+
+
+def read_gate(config: Any) -> Gate:
+    """The gate of a model that has experts."""
+    gate = find_gate(config)
+    assert gate is not None, f"a {config.model_type} has no experts"
+    return gate
 
 
 def assume_gate(config: Any) -> Gate | None:

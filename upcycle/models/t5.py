@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.top_k import TopK
 from dense2moe.upcycle.models.architecture import Architecture, Condition, Conversion, Experts, Stack
 from dense2moe.upcycle.models.parts import Matrix, Part
 
@@ -57,7 +58,7 @@ def _experts(prefix: str) -> dict[Part, Matrix]:
 
 
 def _gate(config: Any) -> Gate:
-    return Gate(config.num_experts, 1, "softmax", renormalize=False)
+    return Gate(config.num_experts, TopK(1), renormalize=False)
 
 
 T5 = Architecture(
