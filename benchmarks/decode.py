@@ -33,8 +33,8 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model
 
 EMBEDDED = Path(__file__).parent.parent / "recipes" / "models" / "python-docs-4m"
 NUM_PROMPT, NUM_TOKENS, ROUNDS = 128, 64, 5

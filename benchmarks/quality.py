@@ -42,8 +42,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, PythonDocsData, TextData
 from dense2moe.upcycle.training.config import Distillation, FinetuneConfig

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss, next_token_loss
 
 MakeDense = Callable[..., Path]

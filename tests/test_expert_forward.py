@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle as convert
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.training import expert_forward
 from dense2moe.upcycle.training.expert_forward import sorted_experts_forward, use_sorted_experts
 from tests.conftest import MakeDense

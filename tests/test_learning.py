@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model, sparse_layers
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.trainer import Stage, run_stage
 from tests.conftest import MakeDense

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from dense2moe.upcycle.building.config import UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingStage

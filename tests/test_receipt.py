@@ -23,17 +23,9 @@ from transformers import AutoModelForCausalLM
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.facts import Receipt
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.receipt import (
-    ROUNDING_LIMIT,
-    choose_mode,
-    load_model,
-    rounding_limit,
-    router_modules,
-    router_weights,
-    sparse_layers,
-    write_receipt,
-)
+from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT, choose_mode, rounding_limit, write_receipt
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules, router_weights, sparse_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.footprint import receipt_bytes

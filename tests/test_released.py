@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoConfig, AutoTokenizer
 
-from dense2moe.upcycle.building.receipt import load_model
+from dense2moe.upcycle.checkpoints.loaded import load_model
 
 NAMES = list(RELEASES)
 TEXT = "".join(

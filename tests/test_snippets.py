@@ -28,8 +28,8 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.variant import Variant
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.checkpoints.config_files import complete_tokenizer
+from dense2moe.upcycle.checkpoints.loaded import load_model
 
 TRANSFORMERS_4, OPTIMUM = "DENSE2MOE_TRANSFORMERS_4_PYTHON", "DENSE2MOE_OPTIMUM_PYTHON"
 CHAT = (

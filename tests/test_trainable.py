@@ -14,8 +14,8 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.trainable import (

@@ -20,9 +20,9 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.receipt import load_model
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.config_files import complete_config, complete_tokenizer, old_fields
+from dense2moe.upcycle.checkpoints.loaded import load_model
 
 MakeDense = Callable[..., Path]
 PYTHON = "DENSE2MOE_TRANSFORMERS_4_PYTHON"

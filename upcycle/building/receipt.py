@@ -51,7 +51,6 @@ from typing import Any, Literal, cast
 
 import psutil
 import torch
-from optimum.exporters.tasks import TasksManager
 from transformers import AutoConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -59,12 +58,14 @@ from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
 from dense2moe.upcycle.building.pieces import ExpertPart, Keep, Slice
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, pad_left, run_layers
-from dense2moe.upcycle.checkpoints.loading import check_whole, load_whole
+from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules, router_weights
+from dense2moe.upcycle.checkpoints.loading import check_whole
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint, read_chunks
 from dense2moe.upcycle.checkpoints.tokenizer import encode, has_tokenizer, load_tokenizer
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.footprint import receipt_bytes
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.model_class import find_model_class
 
 ROUNDING_LIMIT = 1e-5
 """Largest rel in float32 of a router that weighs experts unequally.
@@ -117,7 +118,7 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
             source,
             output,
         ):
-            check_whole(_auto_class(plan.conversion.family.task), directory)
+            check_whole(find_model_class(plan.conversion.family.task), directory)
     comparisons: list[ReceiptLine] = []
     for number, dtype in enumerate(_DTYPES):
         progress("comparing with the dense model", number, len(_DTYPES))
@@ -467,25 +468,6 @@ def _check(c: ReceiptLine, output: Path) -> None:
         raise UpcycleError(f"{where}: differs from the dense model by {c.rel:.1e}; at most {c.limit:.0e}")
 
 
-def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
-    """Load a model by transformers alone, whole or not at all; `task` names the head as Hugging Face names tasks.
-
-    Raises:
-        UpcycleError: weights are missing, left over or of another shape, or the checkpoint is damaged; see
-            `load_whole`.
-    """
-    model = load_whole(_auto_class(task), directory, dtype)
-    if next(router_weights(model), None) is not None and not model.config.is_encoder_decoder:
-        # The default, grouped_mm, refuses bfloat16 experts whose rows are no multiple of 16 bytes; eager takes every
-        # width.
-        model.set_experts_implementation("eager")
-    return cast(PreTrainedModel, model)
-
-
-def _auto_class(task: str) -> Any:
-    return TasksManager.get_model_class_for_task(task, framework="pt")
-
-
 def _can_be_bitwise(config: Any, dtype: str) -> bool:
     """Whether torch's activation of a strided row is bitwise that of a contiguous one, at the FFN's width and dtype.
 
@@ -571,34 +553,6 @@ def _watch_groups(model: PreTrainedModel, plan: UpcyclePlan) -> Iterator[list[fl
     yield coverage
     for handle in handles:
         handle.remove()
-
-
-def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The router of each layer, in order: the module `gate` or `router` beside experts."""
-    for module in model.modules():
-        if (
-            hasattr(module, "experts")
-            and (router := getattr(module, "gate", None) or getattr(module, "router", None)) is not None
-        ):
-            yield cast(torch.nn.Module, router)
-
-
-def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:
-    """The numbers of a decoder's layers that have experts."""
-    layers = cast(torch.nn.ModuleList, model.get_decoder().layers)
-    return tuple(number for number, layer in enumerate(layers) if next(router_modules(layer), None) is not None)
-
-
-def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
-    """The router weight [num_experts, hidden] of each layer, in order."""
-    for router in router_modules(model):
-        yield cast(torch.nn.Parameter, getattr(router, "classifier", router).weight)
-
-
-def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
-    """The selection bias, float32 [num_experts], of each layer's router, in order; None of a router without one."""
-    for router in router_modules(model):
-        yield getattr(router, "e_score_correction_bias", None)
 
 
 def _compare_tokenizers(source: Path, output: Path) -> Iterator[str]:

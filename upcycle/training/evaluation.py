@@ -9,11 +9,11 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.frozen import compute_wide, load_stored
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.numbers import language_figures, perplexity
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.facts import Evaluation
+from dense2moe.upcycle.training.frozen import compute_wide, load_stored
 from dense2moe.upcycle.training.objective import next_token_loss
 from dense2moe.upcycle.training.prompt import read_prompt, run_with_prompt
 

@@ -21,9 +21,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dense2moe.upcycle.building.receipt import router_modules, router_weights, selection_biases, sparse_layers
 from dense2moe.upcycle.checkpoints.config_files import complete_config
-from dense2moe.upcycle.checkpoints.frozen import load_frozen, load_stored, stored_dtype
+from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights, selection_biases, sparse_layers
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
@@ -35,6 +34,7 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, evaluate
 from dense2moe.upcycle.training.facts import DomainRouting, Evaluation, FinetuneFacts
+from dense2moe.upcycle.training.frozen import load_frozen, load_stored, stored_dtype
 from dense2moe.upcycle.training.history import ModelName, Step, read_history, write_history
 from dense2moe.upcycle.training.objective import next_token_loss
 from dense2moe.upcycle.training.processes import join_processes, on_main, whole

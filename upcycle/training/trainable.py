@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.building.receipt import router_modules, router_weights
+from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.prompt import PARAMETER, add_prompt

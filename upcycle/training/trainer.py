@@ -41,8 +41,7 @@ from torch import distributed
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from dense2moe.upcycle.building.receipt import router_modules, router_weights, selection_biases
-from dense2moe.upcycle.checkpoints.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
+from dense2moe.upcycle.checkpoints.loaded import count_experts, router_modules, router_weights, selection_biases
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 from dense2moe.upcycle.durable import begin, discard, is_kept, keep, make, read_facts
 from dense2moe.upcycle.errors import UpcycleError, find_os_error, is_out_of_memory
@@ -64,6 +63,7 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, held_out_loss
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
+from dense2moe.upcycle.training.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
 from dense2moe.upcycle.training.history import ModelName, Step, read_history, write_history
 from dense2moe.upcycle.training.objective import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.processes import fill, join_processes
@@ -241,18 +241,13 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
             "processes, "
             f"which is {settings.gradient_accumulation_steps} × {processes}"
         )
-    num_experts = _num_experts(model)
+    num_experts = count_experts(model)
     if settings.routing == "by-domain" and num_experts and (num_domains < 2 or num_experts % num_domains):
         raise UpcycleError(
             f"finetune: routing is by-domain, the data has {num_domains} domains and a layer {num_experts} experts; "
             "the domains must be 2 or "
             "more and divide the experts evenly; give data.source of kind 'domains'"
         )
-
-
-def _num_experts(model: PreTrainedModel) -> int:
-    first = next(router_weights(model), None)
-    return 0 if first is None else first.shape[0]
 
 
 def _last_checkpoint(scratch: Path, before: Path | None = None) -> Path | None:
@@ -336,7 +331,7 @@ class _StageTrainer(Trainer):
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, stage: Stage, scratch: Path, progress: Progress
     ) -> None:
         self.mixture, self.teacher, self.stage = model, teacher, stage
-        self.num_experts = _num_experts(model)
+        self.num_experts = count_experts(model)
         self.router_logits: list[torch.Tensor] = []
         self.listens = False
         self.routing: tuple[torch.Tensor, ...] = ()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.building.receipt import load_model, router_modules
+from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.checkpoints.products import product
 from dense2moe.upcycle.checkpoints.reader import DTYPES, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError

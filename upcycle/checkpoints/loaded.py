@@ -1,0 +1,62 @@
+"""A model loaded for its task, and the routers in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import torch
+from transformers import PreTrainedModel
+
+from dense2moe.upcycle.checkpoints.loading import load_whole
+from dense2moe.upcycle.tasks.model_class import find_model_class
+
+
+def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
+    """Load a model by transformers alone, whole or not at all; `task` names the head as Hugging Face names tasks.
+
+    Raises:
+        UpcycleError: weights are missing, left over or of another shape, or the checkpoint is damaged; see
+            `load_whole`.
+    """
+    model = load_whole(find_model_class(task), directory, dtype)
+    if next(router_weights(model), None) is not None and not model.config.is_encoder_decoder:
+        # The default, grouped_mm, refuses bfloat16 experts whose rows are no multiple of 16 bytes; eager takes every
+        # width.
+        model.set_experts_implementation("eager")
+    return cast(PreTrainedModel, model)
+
+
+def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The router of each layer, in order: the module `gate` or `router` beside experts."""
+    for module in model.modules():
+        if (
+            hasattr(module, "experts")
+            and (router := getattr(module, "gate", None) or getattr(module, "router", None)) is not None
+        ):
+            yield cast(torch.nn.Module, router)
+
+
+def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:
+    """The numbers of a decoder's layers that have experts."""
+    layers = cast(torch.nn.ModuleList, model.get_decoder().layers)
+    return tuple(number for number, layer in enumerate(layers) if next(router_modules(layer), None) is not None)
+
+
+def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
+    """The router weight [num_experts, hidden] of each layer, in order."""
+    for router in router_modules(model):
+        yield cast(torch.nn.Parameter, getattr(router, "classifier", router).weight)
+
+
+def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
+    """The selection bias, float32 [num_experts], of each layer's router, in order; None of a router without one."""
+    for router in router_modules(model):
+        yield getattr(router, "e_score_correction_bias", None)
+
+
+def count_experts(model: torch.nn.Module) -> int:
+    """How many experts a layer has; 0 of a dense model."""
+    first = next(router_weights(model), None)
+    return 0 if first is None else first.shape[0]
