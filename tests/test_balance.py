@@ -21,8 +21,7 @@ from dense2moe.upcycle.gates.balance import (
     z_loss,
 )
 from dense2moe.upcycle.gates.facts import LayerRouting
-from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.gate import Gate, TopK
 
 
 def softmax(num_experts: int, k: int) -> Gate:

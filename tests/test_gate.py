@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,10 +15,10 @@ from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeTopkRouter
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from dense2moe.upcycle.gates.choice import choice_margin, choose, max_experts
-from dense2moe.upcycle.gates.gate import Gate, route, selection_scores
-from dense2moe.upcycle.gates.routes import Routes
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.choice import choice_margin, choose
+from dense2moe.upcycle.gates.gate import Gate, TopK
+from dense2moe.upcycle.gates.routes import Routes, route
+from dense2moe.upcycle.gates.scores import selection_scores
 from dense2moe.upcycle.models.routing import assume_gate, find_gate
 from dense2moe.upcycle.models.table import TARGETS
 
@@ -123,7 +125,7 @@ def test_the_choice_is_of_the_largest_and_its_margin_to_the_next() -> None:
     assert [sorted(row) for row in choose(scores, TopK(2)).tolist()] == [[1, 2], [0, 1]]
     assert choice_margin(scores, TopK(2)).tolist() == [1.0, 3.0]
     assert choice_margin(scores, TopK(3)).tolist() == [math.inf, math.inf]
-    assert max_experts(TopK(3)) == Gate(4, TopK(3)).max_experts_per_token == 3
+    assert Gate(4, TopK(3)).max_experts_per_token == 3
 
 
 def test_a_gate_is_read_from_its_config() -> None:
@@ -145,3 +147,9 @@ def test_an_architecture_has_a_selection_bias_where_its_gate_has_one() -> None:
     for target in TARGETS:
         assert target.experts is not None
         assert (target.find("selection_bias") is not None) == target.experts.gate(config).selection_bias
+
+
+def test_facts_of_gates_need_no_torch() -> None:
+    """So that a recipe is looked at quickly."""
+    program = "import sys, dense2moe.upcycle.models.routing; sys.exit(any(m in sys.modules for m in ('torch', 'onnx')))"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -34,8 +34,7 @@ from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
 from dense2moe.export.variant import ElementType, scale_type
 from dense2moe.upcycle.checkpoints.reader import index_tensors
-from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.gate import Gate, TopK
 
 
 class Way(NamedTuple):

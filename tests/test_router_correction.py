@@ -19,8 +19,7 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.router_correction import correct_router, kl_of_scores
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.gate import Gate, TopK
 from tests.conftest import MakeDense
 from tests.test_calibration import CASES, draw_blocks, load, make_mixture
 

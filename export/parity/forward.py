@@ -21,7 +21,8 @@ from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.gate import Gate, selection_scores
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.scores import selection_scores
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.models.routing import assume_gate, find_gate
 

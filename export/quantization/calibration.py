@@ -25,8 +25,7 @@ from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, read_rows
-from dense2moe.upcycle.gates.gate import route
-from dense2moe.upcycle.gates.routes import Routes
+from dense2moe.upcycle.gates.routes import Routes, route
 
 _BATCH_ROWS = 8
 _BATCH_TOKENS = 1024

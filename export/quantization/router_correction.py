@@ -16,7 +16,8 @@ import torch
 from dense2moe.export.quantization.aim import damp
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.upcycle.gates.choice import choose
-from dense2moe.upcycle.gates.gate import Gate, log_scores, selection_scores
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.scores import log_scores, selection_scores
 
 _FITTED_SHARE = 0.75
 _STEPS = 10

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from dense2moe.upcycle.gates.choice import choice_margin
 from dense2moe.upcycle.gates.facts import LayerRouting
-from dense2moe.upcycle.gates.gate import Gate, choose_experts, log_scores, selection_scores
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.scores import choose_experts, log_scores, selection_scores
 
 
 def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | None = None) -> torch.Tensor:

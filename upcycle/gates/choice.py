@@ -1,41 +1,34 @@
-"""The choice: which experts a token visits, by its selection scores.
-
-A new choice is a record in a file of its own, and a case in each function here and in `dense2moe.export.gates`.
-"""
+"""The choice of experts by selection scores: pure tensor functions."""
 
 from __future__ import annotations
 
-from typing import TypeAlias, assert_never
+import math
+from typing import assert_never
 
 import torch
 
-from dense2moe.upcycle.gates.top_k import TopK, take_top_k, top_k_margin
-
-Choice: TypeAlias = TopK  # a union, once there is a second
-
-
-def max_experts(choice: Choice) -> int:
-    """How many experts a token visits at most."""
-    match choice:
-        case TopK(k):
-            return k
-        case _:
-            assert_never(choice)
+from dense2moe.upcycle.gates.gate import Choice, TopK
 
 
 def choose(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
     """The experts that each token visits, int64 [..., K], by selection scores [..., E]."""
     match choice:
         case TopK(k):
-            return take_top_k(scores, k)
+            return scores.topk(k, dim=-1).indices
         case _:
             assert_never(choice)
 
 
 def choice_margin(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """By how much selection scores [..., E] decide which experts a token visits; [...], infinite where nothing can."""
+    """By how much selection scores [..., E] decide which experts a token visits; [...], infinite where nothing can.
+
+    Of a top-k: the last chosen score minus the first that is left out.
+    """
     match choice:
         case TopK(k):
-            return top_k_margin(scores, k)
+            if k == scores.shape[-1]:
+                return torch.full(scores.shape[:-1], math.inf, dtype=scores.dtype)
+            ordered = scores.topk(k + 1, dim=-1).values
+            return ordered[..., -2] - ordered[..., -1]
         case _:
             assert_never(choice)

@@ -6,6 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.scores import choose_experts, score_experts
+
+SMALLEST_TOTAL = 1e-20
+"""Added to the sum that weights are divided by, as transformers does it (modeling_glm4_moe.py, 5.23).
+
+Where all chosen sigmoids are zero in float32, weights are zero instead of no number. A softmax never notices."""
+
 
 @dataclass(frozen=True)
 class Routes:
@@ -37,3 +45,13 @@ class Routes:
         weights = self.weight.new_zeros(self.num_tokens, count)
         experts[self.token, place], weights[self.token, place] = self.expert, self.weight
         return experts, weights
+
+
+def route(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> Routes:
+    """The routes of tokens, from router logits [T, E] and the layer's selection bias [E], if its gate has one."""
+    assert gate.selection_bias == (bias is not None), "a gate is given its selection bias, if it has one"
+    experts = choose_experts(logits, gate, bias)
+    weights = score_experts(logits, gate).gather(-1, experts)
+    if gate.renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + SMALLEST_TOTAL)
+    return Routes.of_table(experts, weights * gate.scale)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.gate import Gate, TopK
 from dense2moe.upcycle.models.architecture import Architecture, Conversion, Experts, SharedExpert
 from dense2moe.upcycle.models.decoder import (
     EXPERTS,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.gate import Gate, TopK
 from dense2moe.upcycle.models.architecture import Architecture, Condition, Conversion, Experts, Stack
 from dense2moe.upcycle.models.parts import Matrix, Part
 

@@ -16,8 +16,7 @@ from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
-from dense2moe.upcycle.gates.gate import Gate
-from dense2moe.upcycle.gates.top_k import TopK
+from dense2moe.upcycle.gates.gate import Gate, TopK
 
 
 def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Lowering, activation_bits: int) -> None:

@@ -1,0 +1,51 @@
+"""Scores of experts, from router logits: pure tensor functions."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+import torch.nn.functional as F
+
+from dense2moe.upcycle.gates.choice import choose
+from dense2moe.upcycle.gates.gate import Gate
+
+
+def score_experts(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """The score of every expert, [..., E], from router logits [..., E]."""
+    match gate.score:
+        case "softmax":
+            return logits.softmax(-1)
+        case "sigmoid":
+            return logits.sigmoid()
+        case _:
+            assert_never(gate.score)
+
+
+def log_scores(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
+    """Logarithms of scores, [..., E], up to a number for each token, from router logits [..., E].
+
+    Their softmax is each expert's share of the sum of scores. An expert far from all others keeps a finite logarithm.
+    """
+    match gate.score:
+        case "softmax":
+            return logits
+        case "sigmoid":
+            return F.logsigmoid(logits)
+        case _:
+            assert_never(gate.score)
+
+
+def selection_scores(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
+    """What experts are chosen by, [..., E], from router logits [..., E].
+
+    Scores plus `bias` [E]; without one the logits, whose order every score keeps: two that a score would round to one
+    stay apart. `bias` may be None for a gate that has one, to ask for the choice that it would make without.
+    """
+    assert bias is None or gate.selection_bias, "a bias was given to a gate that has none"
+    return logits if bias is None else score_experts(logits, gate) + bias
+
+
+def choose_experts(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
+    """The experts that each token visits, int64 [..., K], from router logits [..., E]."""
+    return choose(selection_scores(logits, gate, bias), gate.choice)
