@@ -15,8 +15,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from dense2moe.export.names import is_router_logits
 from dense2moe.export.parity.ties import same_experts
-from dense2moe.export.runtime.decoder import ROUTER_LOGITS, Decoder
+from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
 
 Routers = dict[str, np.ndarray]
@@ -49,7 +50,7 @@ def products(model: onnx.ModelProto, *kinds: str) -> Iterator[onnx.NodeProto]:
         if (
             node.op_type in kinds
             and node.input[1] in constants
-            and not node.output[0].startswith((ROUTER_LOGITS, "logits"))
+            and not (is_router_logits(node.output[0]) or node.output[0].startswith("logits"))
         ):
             yield node
 
@@ -88,7 +89,7 @@ def force_routers(package: Path, folder: Path, num_threads: int) -> Callable[[to
     """The package with router logits as inputs: ids [B, S] and those to log probabilities [B, S, V]."""
     copy(package, folder)
     model = onnx.load(package / MODEL_NAME, load_external_data=False)
-    for node in [node for node in model.graph.node if node.output[0].startswith(ROUTER_LOGITS)]:
+    for node in [node for node in model.graph.node if is_router_logits(node.output[0])]:
         model.graph.node.remove(node)
         model.graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, None))
     onnx.save(model, folder / MODEL_NAME)
@@ -104,7 +105,7 @@ def force_routers(package: Path, folder: Path, num_threads: int) -> Callable[[to
 def run(decoder: Decoder, ids: torch.Tensor) -> tuple[torch.Tensor, Routers]:
     """Log probabilities [B, S, V], and router logits of each layer with experts."""
     found = decoder.run(decoder.new_cache(*ids.shape), ids.numpy())
-    taps = {name: np.array(found[name]) for name in decoder.taps if name.startswith(ROUTER_LOGITS)}
+    taps = {name: np.array(found[name]) for name in decoder.taps if is_router_logits(name)}
     return torch.from_numpy(np.array(found["logits"])).log_softmax(-1), taps
 
 

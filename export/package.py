@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.facts import Choice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
@@ -112,9 +113,7 @@ def _choose(
 
 def _cache_shapes(graph: DecoderGraph) -> list[tuple[Any, Any]]:
     """Heads and their size, of every key and value in the cache."""
-    past = [
-        value.shape for value in graph.model.graph.inputs if value.name and value.name.startswith("past_key_values.")
-    ]
+    past = [value.shape for value in graph.model.graph.inputs if value.name and names.is_past(value.name)]
     return [(shape[1], shape[3]) for shape in past if shape is not None]
 
 
@@ -156,17 +155,7 @@ def genai_config(
                 "num_attention_heads": heads,
                 "num_hidden_layers": config.num_hidden_layers,
                 "num_key_value_heads": config.num_key_value_heads,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
+                **names.genai_names(),
             },
         },
         "search": {

@@ -25,7 +25,7 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
-from dense2moe.export.runtime.decoder import CUDA, HIDDEN, ROUTER_LOGITS, Decoder, is_at_hand
+from dense2moe.export.runtime.decoder import CUDA, Decoder, is_at_hand
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Device, Variant
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -415,14 +415,14 @@ def test_8_bit_activations_cost_little(make: Make, variant: Variant, lowering: s
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_taps_are_router_logits_and_residual_streams(make: Make, variant: Variant) -> None:
     export = make(variant)
-    assert export.decoder.taps == [f"{HIDDEN}0", f"{HIDDEN}1", f"{ROUTER_LOGITS}0", f"{ROUTER_LOGITS}1"]
+    assert export.decoder.taps == ["hidden.0", "hidden.1", "router_logits.0", "router_logits.1"]
     ids = draw_ids(2, 30)
     caught: dict[str, torch.Tensor] = {}
     for n, layer in enumerate(export.torch.model.layers):
-        layer.register_forward_hook(lambda _module, _inputs, output, n=n: caught.update({f"{HIDDEN}{n}": output}))
+        layer.register_forward_hook(lambda _module, _inputs, output, n=n: caught.update({f"hidden.{n}": output}))
         layer.post_attention_layernorm.register_forward_hook(
             lambda _module, _inputs, output, n=n, layer=layer: caught.update(
-                {f"{ROUTER_LOGITS}{n}": (output @ layer.mlp.gate.weight.T).flatten(0, 1)}
+                {f"router_logits.{n}": (output @ layer.mlp.gate.weight.T).flatten(0, 1)}
             )
         )
     export.expect(ids, np.ones_like(ids))

@@ -16,10 +16,11 @@ from transformers import MixtralForCausalLM
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.names import FINAL_NORMED, FIRST_LOGIT
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
-from dense2moe.export.runtime.decoder import CUDA, FINAL_NORMED, FIRST_LOGIT, HIDDEN, ROUTER_LOGITS, Decoder
+from dense2moe.export.runtime.decoder import CUDA, Decoder
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
@@ -138,7 +139,7 @@ def test_what_a_larger_cache_adds_is_nothing(decoder: Decoder) -> None:
 
 def test_taps_change_no_bit_of_the_logits(package: Path, decoder: Decoder) -> None:
     tapped = Decoder(package, taps=True, num_threads=1)
-    assert tapped.taps == [f"{HIDDEN}0", f"{HIDDEN}1", f"{ROUTER_LOGITS}0", f"{ROUTER_LOGITS}1"]
+    assert tapped.taps == ["hidden.0", "hidden.1", "router_logits.0", "router_logits.1"]
     assert decoder.taps == []
     caches = [each.new_cache(2, 40) for each in (decoder, tapped)]
     for ids in (np.arange(2, 62).reshape(2, 30), np.array([[7], [8]]), np.array([[9], [10]])):
@@ -149,10 +150,10 @@ def test_taps_change_no_bit_of_the_logits(package: Path, decoder: Decoder) -> No
         batch, length = ids.shape
         assert shapes == {
             "logits": (batch, length, 300),
-            f"{HIDDEN}0": (batch, length, 32),
-            f"{HIDDEN}1": (batch, length, 32),
-            f"{ROUTER_LOGITS}0": (batch * length, 4),
-            f"{ROUTER_LOGITS}1": (batch * length, 4),
+            "hidden.0": (batch, length, 32),
+            "hidden.1": (batch, length, 32),
+            "router_logits.0": (batch * length, 4),
+            "router_logits.1": (batch * length, 4),
         }
 
 

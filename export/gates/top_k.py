@@ -7,6 +7,7 @@ from typing import assert_never
 import numpy as np
 import onnx_ir as ir
 
+from dense2moe.export import names
 from dense2moe.export.lowering.layer import MoeLayer
 from dense2moe.export.nodes.writer import GraphWriter, int64
 
@@ -80,7 +81,7 @@ def add_top_k(graph: GraphWriter, layer: MoeLayer, router_logits: ir.Value) -> t
         else:
             bias = layer.selection_bias
             bias_1E = graph.weight(f"{name}.selection_bias", ir.DataType.FLOAT, bias.shape, bias.read)
-            _, chosen_TK = _top_k(graph, layer, graph.op("Add", [scores_TE, bias_1E], f"{name}.biased_scores"))
+            _, chosen_TK = _top_k(graph, layer, graph.op("Add", [scores_TE, bias_1E], names.selection_scores(name)))
             weights_TK = graph.op("GatherElements", [scores_TE, chosen_TK], f"{name}.chosen_scores", {"axis": 1})
         if routing.renormalize:
             total = graph.op(

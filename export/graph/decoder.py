@@ -27,6 +27,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedConfig
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.family import find_decoder_family
@@ -88,47 +89,45 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     graph = GraphWriter(twin.element_type, twin.float_type)
     write = BlockWriter(graph, twin, config)
     multipliers = family.multipliers(c)
-    input_ids = graph_input("input_ids", ir.DataType.INT64, ["batch_size", "sequence_length"])
-    attention_mask = graph_input("attention_mask", ir.DataType.INT64, ["batch_size", "total_sequence_length"])
+    input_ids = graph_input(names.INPUT_IDS, ir.DataType.INT64, ["batch_size", "sequence_length"])
+    attention_mask = graph_input(names.ATTENTION_MASK, ir.DataType.INT64, ["batch_size", "total_sequence_length"])
     past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.head_dim]
     present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
     past = [
-        graph_input(f"past_key_values.{n}.{t}", graph.dtype, past_shape) for n in range(depth) for t in ("key", "value")
+        graph_input(names.past(n, kind), graph.dtype, past_shape) for n in range(depth) for kind in names.CACHE_KINDS
     ]
     positions = add_positions(graph, twin, input_ids, attention_mask)
     residual = add_embedding(graph, twin.weight(family.embedding, tokens), input_ids)
     write.used.add(family.embedding)
-    residual = write.multiply(residual, multipliers.embedding, "embedded_multiplied")
+    residual = write.multiply(residual, multipliers.embedding, names.EMBEDDED + names.MULTIPLIED)
     normed = (
         residual
         if family.attention_norm is None
-        else write.norm(residual, family.attention_norm.format(layer=0), "layers.0.normed")
+        else write.norm(residual, family.attention_norm.format(layer=0), names.attention_normed(0))
     )
     presents: list[ir.Value] = []
     for n in range(depth):
-        prefix, last = f"layers.{n}", n + 1 == depth
+        last = n + 1 == depth
         update, present = write.attention(normed, n, positions, (past[2 * n], past[2 * n + 1]))
         presents += present
-        update = _finish(
-            write, update, family.attention_post_norm, n, multipliers.residual, f"{prefix}.attention_output"
-        )
+        update = _finish(write, update, family.attention_post_norm, n, multipliers.residual, names.attention_output(n))
         normed, residual = _add_residual(
-            write, residual, update, _of_layer(family.ffn_norm, n), f"{prefix}.ffn_normed", f"{prefix}.attended"
+            write, residual, update, _of_layer(family.ffn_norm, n), names.ffn_normed(n), names.attended(n)
         )
         update = write.ffn(normed, n, lowering)
-        update = _finish(write, update, family.ffn_post_norm, n, multipliers.residual, f"{prefix}.ffn_output")
+        update = _finish(write, update, family.ffn_post_norm, n, multipliers.residual, names.ffn_output(n))
         next_norm = family.final_norm if last else _of_layer(family.attention_norm, n + 1)
-        normed_name = "final_normed" if last else f"layers.{n + 1}.normed"
-        normed, residual = _add_residual(write, residual, update, next_norm, normed_name, f"hidden.{n}")
+        normed_name = names.FINAL_NORMED if last else names.attention_normed(n + 1)
+        normed, residual = _add_residual(write, residual, update, next_norm, normed_name, names.hidden(n))
     head = family.embedding if c.tie_word_embeddings else family.head
     write.used.add(head)
     scaled = multipliers.logits != 1.0
-    name = "logits_scaled" if scaled else "logits"
+    name = f"{names.LOGITS}_scaled" if scaled else names.LOGITS
     narrow = f"{name}_narrow" if graph.element_type != "float32" else name
     logits = graph.widen(
         add_linear(graph, graph.narrow(normed), twin.weight(head, tokens), narrow, config.bits_of("head")), name
     )
-    logits = write.multiply(logits, 1.0 / multipliers.logits, "logits")
+    logits = write.multiply(logits, 1.0 / multipliers.logits, names.LOGITS)
     _declare(logits, ir.DataType.FLOAT, ["batch_size", "sequence_length", cut.vocabulary if cut else c.vocab_size])
     for present_value in presents:
         _declare(present_value, graph.dtype, present_shape)
@@ -167,8 +166,8 @@ def _finish(
     A norm, or a factor, where the architecture has them.
     """
     if post_norm is not None:
-        update = write.norm(update, post_norm.format(layer=layer), f"{name}_normed")
-    return write.multiply(update, factor, f"{name}_multiplied")
+        update = write.norm(update, post_norm.format(layer=layer), name + names.NORMED)
+    return write.multiply(update, factor, name + names.MULTIPLIED)
 
 
 def _add_residual(
@@ -178,10 +177,10 @@ def _add_residual(
     if norm is None:
         joined = write.graph.op("Add", [residual, update], sum_name)
         return joined, joined
-    names = [normed_name, "", "", sum_name]
+    shown = [normed_name, "", "", sum_name]
     attributes = {"epsilon": float(write.config.rms_norm_eps)}
     outputs = write.graph.op_multi(
-        "SkipSimplifiedLayerNormalization", [residual, update, write.scale(norm)], names, attributes, MICROSOFT
+        "SkipSimplifiedLayerNormalization", [residual, update, write.scale(norm)], shown, attributes, MICROSOFT
     )
     return outputs[0], outputs[3]
 

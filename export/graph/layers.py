@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedConfig
 
+from dense2moe.export import names as value_names
 from dense2moe.export.graph.config import OnnxConfig, Product
 from dense2moe.export.graph.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from dense2moe.export.graph.positions import Positions, effective_window
@@ -90,10 +91,10 @@ class BlockWriter:
         self, x: ir.Value, layer: int, positions: Positions, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Attention over x [B, S, H] and the past; returns its output [B, S, H] and the present keys and values."""
-        names, c, prefix = self.family.attention, self.config, f"layers.{layer}"
+        names, c = self.family.attention, self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
-        packed = self.linear(self.graph.narrow(x), matrices, f"{prefix}.query_key_value", "attention")
+        packed = self.linear(self.graph.narrow(x), matrices, value_names.query_key_value(layer), "attention")
         # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
         rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
@@ -103,7 +104,7 @@ class BlockWriter:
         normed = query_norm is not None and key_norm is not None and self.has(query_norm)
         if not rotary_inside or normed:
             sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]
-            parts = [f"{prefix}.{part}" for part in ("query", "key", "value")]
+            parts = [value_names.in_layer(layer, part) for part in ("query", "key", "value")]
             query, key, value = self.graph.op_multi(
                 "Split", [packed, self.graph.constant("head_sizes", int64(*sizes))], parts, {"axis": -1}
             )
@@ -119,7 +120,7 @@ class BlockWriter:
         attended, present_key, present_value = self.graph.op_multi(
             "GroupQueryAttention",
             [*query_key_value, *past, positions.seqlens_k, positions.total_length, *tables, bias],
-            [f"{prefix}.attention", f"present.{layer}.key", f"present.{layer}.value"],
+            [value_names.attention(layer), *(value_names.present(layer, kind) for kind in value_names.CACHE_KINDS)],
             {
                 "num_heads": heads,
                 "kv_num_heads": kv_heads,
@@ -129,7 +130,9 @@ class BlockWriter:
             },
             MICROSOFT,
         )
-        update = self.linear(attended, [names.output.format(layer=layer)], f"{prefix}.attention_output", "attention")
+        update = self.linear(
+            attended, [names.output.format(layer=layer)], value_names.attention_output(layer), "attention"
+        )
         return self.graph.widen(update), (present_key, present_value)
 
     def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
@@ -156,19 +159,19 @@ class BlockWriter:
         """
         if not self.family.has_experts(layer, self.twin.checkpoint.entries):
             assert self.family.dense is not None, f"layer {layer} has neither a router nor an FFN"
-            return self._gated(x, self.family.dense, layer, f"layers.{layer}.ffn")
+            return self._gated(x, self.family.dense, layer, value_names.in_layer(layer, "ffn"))
         assert self.family.router is not None
         assert lowering is not None, f"layer {layer} has experts, and no lowering to write them"
         router = self.family.router.format(layer=layer)
         self.used.add(router)
         moe = self.layer(layer)
         flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
-        tokens = self.graph.op("Reshape", [x, flat], f"layers.{layer}.tokens")
-        router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), f"router_logits.{layer}")
+        tokens = self.graph.op("Reshape", [x, flat], value_names.in_layer(layer, "tokens"))
+        router_logits = add_exact_linear(self.graph, tokens, self.twin.weight(router), value_names.router_logits(layer))
         self.moe_layers.append(moe)
         mixed = lowering.lower(self.graph, moe, MoeInput(x, self.graph.narrow(tokens), router_logits))
         shared = self._shared(x, layer)
-        return mixed if shared is None else self.graph.op("Add", [mixed, shared], f"layers.{layer}.mixed")
+        return mixed if shared is None else self.graph.op("Add", [mixed, shared], value_names.mixed(layer))
 
     def layer(self, layer: int) -> MoeLayer:
         """The experts of a layer as the lowerings see them."""
@@ -186,7 +189,7 @@ class BlockWriter:
         shared = self.family.shared
         if shared is None or not self.has(shared.ffn.up.format(layer=layer)):
             return None
-        prefix = f"layers.{layer}.shared_expert"
+        prefix = value_names.in_layer(layer, "shared_expert")
         scale = shared.scale.format(layer=layer) if shared.scale else None
         if self.twin.checkpoint.entries[shared.ffn.up.format(layer=layer)].num_elements == 0:
             self.used.update(
@@ -262,5 +265,5 @@ def moe_layer(
     experts = tuple(expert(number) for number in range(routing.num_experts))
     bits = settings.bits_of("experts")
     return MoeLayer(
-        f"layers.{layer}.moe", routing, experts, bits, config.hidden_act, bias, element_type, settings.device
+        value_names.experts(layer), routing, experts, bits, config.hidden_act, bias, element_type, settings.device
     )

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dense2moe.export import names
 from dense2moe.export.graph.family import rotary_switch
 from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.quantization.twin import Twin
@@ -72,7 +73,7 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
     else:
         slots = graph.op("Max", [graph.op("Sub", [count, one], "count_before"), zero], "count_positive")
         slots = graph.op("Add", [slots, _add_table_start(graph, switch, count)], "table_rows")
-    position_ids = graph.op("Slice", [slots, begin, total, one], "position_ids")
+    position_ids = graph.op("Slice", [slots, begin, total, one], names.POSITION_IDS)
     is_padding = graph.op("Equal", [attention_mask, zero], "is_padding")
     masked, open_ = _masked(graph), graph.constant("open", graph.number(0))
     bias_BT = graph.op("Where", [is_padding, masked, open_], "bias_row")

@@ -6,6 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from dense2moe.export import names
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.quantization.blockwise import unpack, zero_point_bytes
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
@@ -21,16 +22,16 @@ def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir
         case FloatWeight():
             table = graph.stored_weight("embedding.weight", weight.shape, weight.read)
             if graph.float_type == "float32":
-                return graph.op("Gather", [table, input_ids], "embedded")
-            rows = graph.op("Gather", [table, input_ids], "embedded_rows")
-            return graph.op("Cast", [rows], "embedded", {"to": int(ir.DataType.FLOAT)})
+                return graph.op("Gather", [table, input_ids], names.EMBEDDED)
+            rows = graph.op("Gather", [table, input_ids], f"{names.EMBEDDED}_rows")
+            return graph.op("Cast", [rows], names.EMBEDDED, {"to": int(ir.DataType.FLOAT)})
         case QuantizedWeight():
             if (scales := weight.read_column_scales()) is not None:
-                rows = _add_rows(graph, weight, input_ids, "embedded_scaled")
+                rows = _add_rows(graph, weight, input_ids, f"{names.EMBEDDED}_scaled")
                 return graph.op(
-                    "Mul", [rows, graph.constant("embedding.factors", scales.reciprocal().numpy())], "embedded"
+                    "Mul", [rows, graph.constant("embedding.factors", scales.reciprocal().numpy())], names.EMBEDDED
                 )
-            return _add_rows(graph, weight, input_ids, "embedded")
+            return _add_rows(graph, weight, input_ids, names.EMBEDDED)
 
 
 def _add_rows(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, name: str) -> ir.Value:

@@ -12,13 +12,14 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
 from dense2moe.export.graph.family import find_refusal, rotary_switch
 from dense2moe.export.parity.taps import Seen, look
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
-from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, HIDDEN, ROUTER_LOGITS, SELECTION_SCORES, Decoder
+from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.gate import Gate
@@ -238,15 +239,11 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
 
 def forward_of(seen: Seen, decoder: Decoder) -> Forward:
     """What was seen of a package as one computation; of the places that were not looked at there is nothing."""
-
-    def shown(*patterns: str) -> tuple[torch.Tensor | None, ...]:
-        """By layer the first of these values that the package shows."""
-        return tuple(
-            next((seen.values[name] for each in patterns if (name := each.format(n)) in seen.values), None)
-            for n in layers
-        )
-
-    layers = range(sum(name.startswith(HIDDEN) for name in seen.values))
-    hiddens = tuple(seen.values[f"{HIDDEN}{n}"] for n in layers)
-    top_k = int(decoder.config.get("num_experts_per_tok", 0))
-    return Forward(seen.logits, shown(SELECTION_SCORES, ROUTER_LOGITS + "{}"), hiddens, shown(ATTENTION_OUTPUT), top_k)
+    layers = range(sum(map(names.is_hidden, seen.values)))
+    hiddens = tuple(seen.values[names.hidden(n)] for n in layers)
+    routers = tuple(
+        seen.values.get(names.selection_scores(names.experts(n)), seen.values.get(names.router_logits(n)))
+        for n in layers
+    )
+    attended = tuple(seen.values.get(names.attention_output(n)) for n in layers)
+    return Forward(seen.logits, routers, hiddens, attended, int(decoder.config.get("num_experts_per_tok", 0)))

@@ -34,6 +34,7 @@ import onnxruntime as ort
 import torch
 from transformers import AutoConfig
 
+from dense2moe.export import names
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.graph.family import DecoderFamily, find_decoder_family, find_refusal
 from dense2moe.export.opening import open_package
@@ -70,7 +71,7 @@ from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.rows import Found, check_weights
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
-from dense2moe.export.runtime.decoder import CPU, CUDA, SELECTION_SCORES, Decoder, is_at_hand
+from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.memory import release_memory
@@ -354,7 +355,7 @@ class _Judgement:
         if self.exact:
             return run_cases(decoder, reference, cases, places.way_names, places.look_inside, tie_margin, tell)
         routers = [
-            SELECTION_SCORES.format(n) if SELECTION_SCORES.format(n) in decoder.taps else name
+            scores if (scores := names.selection_scores(names.experts(n))) in decoder.taps else name
             for n, name in taps.by_layer("router")
         ]
         share = 1.0 if routers or not own.top_k else _SHARE

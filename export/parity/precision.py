@@ -9,8 +9,8 @@ from typing import Any
 import onnx
 
 from dense2moe.export.graph.branches import take_branches
+from dense2moe.export.names import is_router_logits
 from dense2moe.export.opening import open_package
-from dense2moe.export.runtime.decoder import ROUTER_LOGITS
 from dense2moe.export.variant import STATIC, Variant
 from dense2moe.upcycle.models.table import EXPERT_COUNTS
 
@@ -69,10 +69,7 @@ def find_precision(directory: Path) -> Precision:
 
 def has_experts(model: onnx.ModelProto) -> bool:
     """Whether tokens go to experts, as far as operators and our own names tell."""
-    return any(
-        node.op_type in ("MoE", "QMoE") or any(name.startswith(ROUTER_LOGITS) for name in node.output)
-        for node in model.graph.node
-    )
+    return any(node.op_type in ("MoE", "QMoE") or any(map(is_router_logits, node.output)) for node in model.graph.node)
 
 
 def is_dense(config: Any) -> bool:

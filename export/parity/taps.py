@@ -14,8 +14,9 @@ import numpy as np
 import onnx
 import torch
 
+from dense2moe.export import names as value_names
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
-from dense2moe.export.runtime.decoder import ATTENTION_OUTPUT, FINAL_NORMED, HIDDEN, ROUTER_LOGITS, Decoder
+from dense2moe.export.runtime.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -53,29 +54,28 @@ def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
     too.
     """
     makers = {name: node for node in model.graph.node for name in node.output if name}
-    num_layers = sum(value.name.startswith("past_key_values.") for value in model.graph.input) // 2
+    num_layers = value_names.count_layers(value.name for value in model.graph.input)
     names: dict[Place, tuple[str, ...]] = {}
 
     def add(place: Place, *candidates: str) -> None:
         if (found := next((name for name in candidates if name in makers), None)) is not None:
             names[place] = (found,)
 
-    add((OUTSIDE, "embedding"), "embedded_multiplied", "embedded")
+    add((OUTSIDE, "embedding"), value_names.EMBEDDED + value_names.MULTIPLIED, value_names.EMBEDDED)
     for n in range(num_layers):
-        prefix = f"layers.{n}"
-        add((n, "attention norm"), f"{prefix}.normed")
-        add((n, "query, key and value"), f"{prefix}.query_key_value")
-        add((n, "attention"), f"{prefix}.attention")
-        add((n, "attention output"), ATTENTION_OUTPUT.format(n))
-        add((n, "FFN norm"), f"{prefix}.ffn_normed", f"{prefix}.attended")
-        add((n, "router"), f"{ROUTER_LOGITS}{n}")
-        add((n, "residual stream"), f"{HIDDEN}{n}")
-        joined = makers.get(f"{HIDDEN}{n}")
+        add((n, "attention norm"), value_names.attention_normed(n))
+        add((n, "query, key and value"), value_names.query_key_value(n))
+        add((n, "attention"), value_names.attention(n))
+        add((n, "attention output"), value_names.attention_output(n))
+        add((n, "FFN norm"), value_names.ffn_normed(n), value_names.attended(n))
+        add((n, "router"), value_names.router_logits(n))
+        add((n, "residual stream"), value_names.hidden(n))
+        joined = makers.get(value_names.hidden(n))
         if joined is not None and len(joined.input) > 1 and (n, "attention output") in names:
             update = _block_output(makers, joined.input[1], shared_outside)
             if update in makers:
                 names[n, "experts" if (n, "router") in names else "FFN"] = (update,)
-    add((OUTSIDE, "final norm"), FINAL_NORMED)
+    add((OUTSIDE, "final norm"), value_names.FINAL_NORMED)
     read = {name for node in model.graph.node for name in (*node.input, *_inner_reads(node))}
     routers = [
         name
@@ -102,9 +102,9 @@ def _inner_reads(node: onnx.NodeProto) -> list[str]:
 
 def _block_output(makers: Mapping[str, onnx.NodeProto], update: str, shared_outside: bool) -> str:
     """What a block itself computes, before a norm, a factor or a shared expert joins it to the residual stream."""
-    while update.endswith(("_multiplied", "_normed")):
+    while update.endswith((value_names.MULTIPLIED, value_names.NORMED)):
         update = makers[update].input[0]
-    return makers[update].input[0] if shared_outside and update.endswith(".mixed") else update
+    return makers[update].input[0] if shared_outside and value_names.is_mixed(update) else update
 
 
 @dataclass(frozen=True)
@@ -176,6 +176,7 @@ def look(
 def _read_cache(buffers: Mapping[str, np.ndarray], length: int) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
     found: dict[int, dict[str, torch.Tensor]] = {}
     for name, buffer in buffers.items():
-        *_, layer, kind = name.split(".")
-        found.setdefault(int(layer), {})[kind] = torch.from_numpy(np.array(buffer[:, :, :length], np.float32))
+        state = value_names.parse_state(name)
+        assert state is not None
+        found.setdefault(state.layer, {})[state.kind] = torch.from_numpy(np.array(buffer[:, :, :length], np.float32))
     return {layer: (pair["key"], pair["value"]) for layer, pair in found.items()}

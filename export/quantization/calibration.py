@@ -231,7 +231,7 @@ class CalibrationWalk:
         Returns those behind it, and what the `wanted` blocks read, [tokens, width] each.
         With `stop` nothing is computed behind the last of them, and the states are as they were.
         """
-        layer = model.get_submodule("layers.0")
+        layer = model.get_submodule("layers").get_submodule("0")
         sparse = next((module for module in layer.modules() if hasattr(module, "experts")), None)
         ffn = layer.get_submodule("mlp") if sparse is None else sparse
         places = {

@@ -8,7 +8,6 @@ concatenation instead: the present of one step is bound as the past of the next.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ import onnxruntime as ort
 import torch
 from packaging.version import Version
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import Config, onnxruntime_errors, open_package, read_config
 from dense2moe.export.runtime.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
@@ -29,15 +29,6 @@ from dense2moe.upcycle.errors import one_line_errors, shorten
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
-ROUTER_LOGITS = "router_logits."
-HIDDEN = "hidden."
-SELECTION_SCORES = "layers.{}.moe.biased_scores"  # of layers whose experts are not chosen by the logits alone
-ATTENTION_OUTPUT = "layers.{}.attention_output"
-FINAL_NORMED = "final_normed"
-FIRST_LOGIT = "first_logit"
-ROUTER_NUDGE = "router_nudge"
-_PAST = "past_key_values."
-_STATE_NAME = re.compile(re.escape(_PAST) + r"\d+\.(key|value)")
 PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
 _ELEMENT_TYPES = {
     "tensor(float)": onnx.TensorProto.FLOAT,
@@ -149,16 +140,16 @@ class Decoder:
                 "driver"
             )
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
-        self.takes_positions = any(value.name == "position_ids" for value in self.session.get_inputs())
+        self.takes_positions = any(value.name == names.POSITION_IDS for value in self.session.get_inputs())
         values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
         _check_types(values, path)
         self.past = {
             name: (_cache_shape(value, config), _ELEMENT_TYPES[value.type])
             for name, value in values.items()
-            if name.startswith(_PAST)
+            if names.is_past(name)
         }
         self.device = "cuda" if provider == CUDA else "cpu"
-        logits = values["logits"]
+        logits = values[names.LOGITS]
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else config.size("vocab_size")
         self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(_ELEMENT_TYPES[logits.type])
 
@@ -199,7 +190,7 @@ class Decoder:
             )
             if self.shares_buffer:
                 binding.bind_ortvalue_input(name, buffers[name])
-                binding.bind_ortvalue_output(name.replace(_PAST, "present."), buffers[name])
+                binding.bind_ortvalue_output(names.present_of(name), buffers[name])
         return Cache(
             buffers,
             binding,
@@ -246,18 +237,18 @@ class Decoder:
         # What is bound is not copied, so these arrays must live until the run is over; those of a step are bound once
         # and written anew.
         mask_BT = np.ascontiguousarray(cache.slots[:, :total])
-        cache.binding.bind_cpu_input("attention_mask", mask_BT)
+        cache.binding.bind_cpu_input(names.ATTENTION_MASK, mask_BT)
         positions = (
             np.ascontiguousarray(np.maximum(mask_BT.cumsum(axis=1) - 1, 0)[:, -length:])
             if self.takes_positions
             else None
         )
         if positions is not None:
-            cache.binding.bind_cpu_input("position_ids", positions)
+            cache.binding.bind_cpu_input(names.POSITION_IDS, positions)
         if not self.shares_buffer:
             for name, buffer in cache.buffers.items():
                 cache.binding.bind_ortvalue_input(name, buffer)
-                cache.binding.bind_output(name.replace(_PAST, "present."), self.device)
+                cache.binding.bind_output(names.present_of(name), self.device)
         if cache.bound != (batch, length, kept):
             self._bind(cache, batch, length, kept)
         cache.ids[:] = ids
@@ -267,7 +258,7 @@ class Decoder:
                 if nudge is None
                 else np.ascontiguousarray(nudge.numpy(), np.float32)
             )
-            cache.binding.bind_cpu_input(ROUTER_NUDGE, added)
+            cache.binding.bind_cpu_input(names.ROUTER_NUDGE, added)
         for name in cache.taps:
             cache.binding.bind_output(name)
         with onnxruntime_errors(self.path, "run"):
@@ -276,7 +267,7 @@ class Decoder:
         if not self.shares_buffer:
             # the outputs that were bound first
             cache.buffers = dict(zip(cache.buffers, cache.binding.get_outputs(), strict=False))
-        found = {"logits": self._take_logits(cache, logits_to_keep)}
+        found = {names.LOGITS: self._take_logits(cache, logits_to_keep)}
         if cache.taps:
             # Outputs come in the order in which they were first bound: the cache, the logits, the taps.
             tapped = cache.binding.get_outputs()[-len(cache.taps) :]
@@ -290,10 +281,10 @@ class Decoder:
         cache.bound, cache.ids = (batch, length, kept), np.zeros((batch, length), np.int64)
         cache.logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
         cache.first_logit[0] = length - kept
-        cache.binding.bind_cpu_input("input_ids", cache.ids)
+        cache.binding.bind_cpu_input(names.INPUT_IDS, cache.ids)
         if self._cuts_logits:
-            cache.binding.bind_cpu_input(FIRST_LOGIT, cache.first_logit)
-        cache.binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(cache.logits))
+            cache.binding.bind_cpu_input(names.FIRST_LOGIT, cache.first_logit)
+        cache.binding.bind_ortvalue_output(names.LOGITS, ort.OrtValue.ortvalue_from_numpy(cache.logits))
 
     def _take_logits(self, cache: Cache, count: int) -> Floats:
         """The logits of the last tokens; a copy of those of a step, which the next one writes over."""
@@ -338,7 +329,7 @@ class Decoder:
             mask[row, width - len(prompt) :] = 1
         running = [True] * len(prompts)
         for step in range(max_new_tokens):
-            logits = self.run(cache, ids, mask if step == 0 else None, logits_to_keep=1)["logits"][:, -1]
+            logits = self.run(cache, ids, mask if step == 0 else None, logits_to_keep=1)[names.LOGITS][:, -1]
             chosen = choose_tokens(logits, sampling, uniforms[step], seen)
             tokens = chosen.tolist()
             if seen is not None:
@@ -354,14 +345,14 @@ def _check_interface(model: onnx.ModelProto, path: Path) -> None:
     """Whether a graph has the names of inputs and outputs that a decoder package has."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name for value in model.graph.input} - weights
-    past = {name for name in inputs if name.startswith(_PAST)}
-    needed = {"input_ids", "attention_mask"}
-    strange = {name for name in past if _STATE_NAME.fullmatch(name) is None} | inputs - past - needed - {
-        "position_ids",
-        FIRST_LOGIT,
-        ROUTER_NUDGE,
+    past = {name for name in inputs if names.is_past(name)}
+    needed = {names.INPUT_IDS, names.ATTENTION_MASK}
+    strange = {name for name in past if names.parse_state(name) is None} | inputs - past - needed - {
+        names.POSITION_IDS,
+        names.FIRST_LOGIT,
+        names.ROUTER_NUDGE,
     }
-    lacking = needed - inputs | ({"logits"} | {name.replace(_PAST, "present.") for name in past}) - {
+    lacking = needed - inputs | ({names.LOGITS} | {names.present_of(name) for name in past}) - {
         value.name for value in model.graph.output
     }
     if strange or lacking or not past:
@@ -370,11 +361,11 @@ def _check_interface(model: onnx.ModelProto, path: Path) -> None:
             if lacking
             else f"has the input {min(strange)}"
             if strange
-            else f"lacks {_PAST}0.key"
+            else f"lacks {names.past(0, 'key')}"
         )
         raise ExportError(
             f"{path}: {what}; a decoder takes input_ids, attention_mask, position_ids where it wants them, and "
-            f"{_PAST}N.key and .value, and gives "
+            "past_key_values.N.key and .value, and gives "
             "logits, and present.N.key and .value; name them so when it is exported"
         )
 
@@ -390,17 +381,17 @@ def _check_version(needed: str, path: Path) -> None:
 def _check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
     """Whether inputs and outputs have the types and ranks that a decoder package has."""
     for name, value in values.items():
-        is_state = name == "logits" or name.startswith((_PAST, "present."))
+        is_state = name == names.LOGITS or names.is_state(name)
         types = (
             tuple(_ELEMENT_TYPES)
             if is_state
             else ("tensor(int64)",)
-            if name in ("input_ids", "attention_mask", "position_ids")
+            if name in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
             else (value.type,)
         )
         if value.type not in types:
             raise ExportError(f"{path}: {name} is a {value.type}; must be a {' or '.join(types)}; export it so")
-        rank = 3 if name == "logits" else 4 if name.startswith(_PAST) else None
+        rank = 3 if name == names.LOGITS else 4 if names.is_past(name) else None
         if rank is not None and len(value.shape) != rank:
             shown = {3: "[batch, tokens, vocabulary]", 4: "[batch, heads, tokens, head size]"}[rank]
             raise ExportError(f"{path}: {name} has {len(value.shape)} dimensions; must be {shown}; export it so")
@@ -425,43 +416,36 @@ def _tap_names(model: onnx.ModelProto) -> list[str]:
 
     None in a package of other makers.
     """
-    start, end = SELECTION_SCORES.split("{}")
-    made = [name for node in model.graph.node for name in node.output]
-    numbered = {name for name in made if name.startswith((ROUTER_LOGITS, HIDDEN)) and name.rpartition(".")[2].isdigit()}
-    found = numbered | {
-        name
-        for name in made
-        if name.startswith(start) and name.endswith(end) and name[len(start) : -len(end)].isdigit()
-    }
-    return sorted(found, key=lambda name: (name.split(".")[0], int(name.split(".")[1])))
+    made = {name: names.order_tap(name) for node in model.graph.node for name in node.output}
+    return [name for _, name in sorted((order, name) for name, order in made.items() if order is not None)]
 
 
 def _attention_names(model: onnx.ModelProto) -> list[str]:
     """The outputs of every layer's attention, those that have their name."""
     made = {name for node in model.graph.node for name in node.output}
-    num_layers = sum(value.name.startswith(_PAST) for value in model.graph.input) // 2
-    return [name for n in range(num_layers) if (name := ATTENTION_OUTPUT.format(n)) in made]
+    num_layers = names.count_layers(value.name for value in model.graph.input)
+    return [name for n in range(num_layers) if (name := names.attention_output(n)) in made]
 
 
-def _let_routers_be_nudged(model: onnx.ModelProto, names: Sequence[str]) -> None:
+def _let_routers_be_nudged(model: onnx.ModelProto, routers: Sequence[str]) -> None:
     """Add an input `router_nudge` [T or 1, E] that is added to router logits of these names.
 
     So experts that a text does not visit can be visited: what reads the logits reads the sum, and the logits are as
     they were.
     """
-    if not names:
+    if not routers:
         return
     nodes = model.graph.node
-    for name in names:
+    for name in routers:
         for node in nodes:
-            node.input[:] = [f"{name}.nudged" if read == name else read for read in node.input]
+            node.input[:] = [names.nudged(name) if read == name else read for read in node.input]
             for attribute in node.attribute:
                 for inner in attribute.g.node if attribute.HasField("g") else ():
-                    inner.input[:] = [f"{name}.nudged" if read == name else read for read in inner.input]
+                    inner.input[:] = [names.nudged(name) if read == name else read for read in inner.input]
         place = next(number for number, node in enumerate(nodes) if name in node.output)
-        nodes.insert(place + 1, onnx.helper.make_node("Add", [name, ROUTER_NUDGE], [f"{name}.nudged"]))
+        nodes.insert(place + 1, onnx.helper.make_node("Add", [name, names.ROUTER_NUDGE], [names.nudged(name)]))
     model.graph.input.append(
-        onnx.helper.make_tensor_value_info(ROUTER_NUDGE, onnx.TensorProto.FLOAT, ["nudged", "num_experts"])
+        onnx.helper.make_tensor_value_info(names.ROUTER_NUDGE, onnx.TensorProto.FLOAT, ["nudged", "num_experts"])
     )
 
 
@@ -473,16 +457,16 @@ def _let_logits_be_cut(model: onnx.ModelProto) -> bool:
     was added; a package of other makers may lack the name.
     """
     nodes = model.graph.node
-    readers = [number for number, node in enumerate(nodes) if FINAL_NORMED in node.input]
+    readers = [number for number, node in enumerate(nodes) if names.FINAL_NORMED in node.input]
     if not readers:
         return False
-    kept = f"{FINAL_NORMED}_kept"
+    kept = f"{names.FINAL_NORMED}_kept"
     for number in readers:
-        nodes[number].input[:] = [kept if name == FINAL_NORMED else name for name in nodes[number].input]
-    bounds = {f"{FIRST_LOGIT}.end": np.iinfo(np.int64).max, f"{FIRST_LOGIT}.axis": 1}
+        nodes[number].input[:] = [kept if name == names.FINAL_NORMED else name for name in nodes[number].input]
+    bounds = {f"{names.FIRST_LOGIT}.end": np.iinfo(np.int64).max, f"{names.FIRST_LOGIT}.axis": 1}
     model.graph.initializer.extend(
         onnx.numpy_helper.from_array(np.array([value], np.int64), name) for name, value in bounds.items()
     )
-    model.graph.input.append(onnx.helper.make_tensor_value_info(FIRST_LOGIT, onnx.TensorProto.INT64, [1]))
-    nodes.insert(readers[0], onnx.helper.make_node("Slice", [FINAL_NORMED, FIRST_LOGIT, *bounds], [kept]))
+    model.graph.input.append(onnx.helper.make_tensor_value_info(names.FIRST_LOGIT, onnx.TensorProto.INT64, [1]))
+    nodes.insert(readers[0], onnx.helper.make_node("Slice", [names.FINAL_NORMED, names.FIRST_LOGIT, *bounds], [kept]))
     return True

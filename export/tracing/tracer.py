@@ -36,11 +36,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import moe as transformers_moe
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.export.quantization.parameters import Rows, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
-from dense2moe.export.runtime.decoder import HIDDEN, ROUTER_LOGITS
 
 DOMAIN = "dense2moe"
 OPSET = 20
@@ -114,7 +114,7 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
             found[name] = _describe(name, module, layer_of.get(id(module), -1), model.config)
             _answer(module, _experts_marker(name, found[name], logits))
     for n, layer in enumerate(layers):
-        layer.register_forward_hook(lambda _module, _inputs, output, name=f"{HIDDEN}{n}": _tap(name, output))
+        layer.register_forward_hook(lambda _module, _inputs, output, n=n: _tap(names.hidden(n), output))
     if not found:
         raise ExportError(
             f"config.json: model_type {model.config.model_type} has no module of experts that transformers marks as one"
@@ -194,7 +194,7 @@ def _experts_marker(name: str, module: ExpertsModule, logits: dict[str, torch.Te
         inputs = [x, top_k_weights.reshape(-1, k).to(x.dtype), top_k_index.reshape(-1, k).to(torch.int64)]
         said = logits.pop(name, None)
         if said is not None and said.shape[-1] == module.num_experts:
-            inputs.append(_tap(f"{ROUTER_LOGITS}{module.layer}", said.reshape(-1, module.num_experts).to(x.dtype)))
+            inputs.append(_tap(names.router_logits(module.layer), said.reshape(-1, module.num_experts).to(x.dtype)))
         return _symbolic("Experts", inputs, name, x, tuple(x.shape)).reshape(hidden_states.shape)
 
     return forward

@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
 from dense2moe.export.parity.forward import Reference
 from dense2moe.export.parity.ways.feeding import write_greedily
-from dense2moe.export.runtime.decoder import HIDDEN, Decoder
+from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.generation import Generation
 from dense2moe.export.runtime.text import start_ids
 from dense2moe.upcycle.checkpoints.tokenizer import encode
@@ -109,20 +110,16 @@ class Package:
     def logits(self, ids: torch.Tensor, num_kept: int) -> torch.Tensor:
         """See `Model`."""
         return torch.from_numpy(
-            self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=num_kept)["logits"]
+            self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=num_kept)[names.LOGITS]
         )
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
         """See `Model`."""
-        last = max(
-            (name for name in self.decoder.taps if name.startswith(HIDDEN)),
-            key=lambda name: int(name.removeprefix(HIDDEN)),
-            default=None,
-        )
-        if last is None:
+        streams = [name for name in self.decoder.taps if names.is_hidden(name)]  # layer by layer
+        if not streams:
             return None
         return torch.from_numpy(
-            self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=1)[last]
+            self.decoder.run(self.decoder.new_cache(*ids.shape), ids.numpy(), logits_to_keep=1)[streams[-1]]
         )
 
     def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:

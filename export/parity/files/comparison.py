@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig, AutoTokenizer
 
+from dense2moe.export import names
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.precision import has_experts, is_dense
 from dense2moe.export.parity.records import FilesCheck
@@ -123,16 +124,8 @@ _GENAI_SIZES = {
 }
 """Where genai_config.json has a size, and the config's name of it."""
 
-_GENAI_NAMES = {
-    "inputs": {
-        "input_ids": "input_ids",
-        "attention_mask": "attention_mask",
-        "position_ids": "position_ids",
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
-    },
-    "outputs": {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"},
-}
+_GENAI_NAMES = names.genai_names()
+_GENAI_NAMES["inputs"][names.POSITION_IDS] = names.POSITION_IDS
 """The names in every graph that `dense2moe.export.runtime.decoder.Decoder` takes; genai has the same defaults."""
 
 _SHARING = ("GroupQueryAttention", "PagedAttention")  # operators that write the present into the buffer of the past
@@ -695,6 +688,6 @@ def _compare_genai_names(found: Mapping[str, Any], graph: _Graph) -> Iterator[st
             if not isinstance(pattern, str) or pattern != (right or pattern):
                 yield _is(where, pattern, _show(right) if right else "a name")
                 continue
-            names = (pattern.replace("%d", str(layer)) for layer in layers) if "%d" in pattern else iter([pattern])
-            if (lacking := next((name for name in names if name not in graph.names[side]), None)) is not None:
+            every = (pattern.replace("%d", str(layer)) for layer in layers) if "%d" in pattern else iter([pattern])
+            if (lacking := next((name for name in every if name not in graph.names[side]), None)) is not None:
                 yield f"{where} is {_show(pattern)}; must be among the graph's {side}, which have no {_show(lacking)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx
 import torch
 
+from dense2moe.export.names import is_past
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.inside.flips import Round
 from dense2moe.export.parity.inside.probe import find_group
@@ -41,9 +42,7 @@ def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
 def find_narrow(package: Path) -> torch.dtype | None:
     """The 16 bits that a graph's attention computes in: those of its cache; None where they are 32."""
     model = open_package(package).model
-    types = {
-        value.type.tensor_type.elem_type for value in model.graph.input if value.name.startswith("past_key_values.")
-    }
+    types = {value.type.tensor_type.elem_type for value in model.graph.input if is_past(value.name)}
     return next((_NARROW[kind] for kind in types if kind in _NARROW), None)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import onnx
 
 from dense2moe.export.graph.family import DecoderFamily
+from dense2moe.export.names import count_layers
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Taps
 from dense2moe.export.parity.weights.constants import Matrix
@@ -27,7 +28,7 @@ def discover_taps(
 ) -> Taps:
     """The places of a graph, by what was found of its weights. `tied`: the head is the embedding's matrix."""
     graph = _Graph(model.graph, found)
-    num_layers = sum(value.name.startswith("past_key_values.") for value in model.graph.input) // 2
+    num_layers = count_layers(value.name for value in model.graph.input)
     names: dict[Place, tuple[str, ...]] = {}
 
     def add(layer: int, part: Part, *values: str | None) -> None:

@@ -275,7 +275,7 @@ class LocalCheck:
         }
         for part, pattern in norms.items():
             if pattern and (n, part) in taps:
-                module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").split(f"layers.{n}.")[1])
+                module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").partition(f".{n}.")[2])
                 handles.append(module.register_forward_hook(self._at((n, cast(Part, part)))))
         block = self.reference.modules.get(n)
         if self.family is not None and self.family.ffn_norm is None and (n, "FFN norm") in taps:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dense2moe.export.graph.family import DecoderFamily
+from dense2moe.export.graph.family import DecoderFamily, layer_of
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.flips import Ffn, Inside, Product, Round, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
@@ -224,6 +224,6 @@ def _find_inside(
     if family is not None and family.experts is not None:
         first, last = (pattern.format(layer=n, expert=0) for pattern in (family.experts.up, family.experts.down))
         return rounds.get(first), rounds.get(last)
-    names = [name for name in rounds if f"layers.{n}." in name and "expert" in name and "shared" not in name]
+    names = [name for name in rounds if layer_of(name) == n and "expert" in name and "shared" not in name]
     lasts = [name for name in names if any(word in name for word in ("down", "w2", "output_linear"))]
     return rounds.get(next((name for name in names if name not in lasts), "")), rounds.get(next(iter(lasts), ""))

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from dense2moe.export import names
 from dense2moe.export.parity.agreement import LOGIT_ROWS, Follow
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward, Reference, forward_of
@@ -417,7 +418,7 @@ def write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stop: Co
     cache, ids = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt])
     written: list[int] = []
     while len(written) < count and not (written and written[-1] in stop):
-        logits = decoder.run(cache, ids.numpy(), logits_to_keep=1)["logits"][0, -1]
+        logits = decoder.run(cache, ids.numpy(), logits_to_keep=1)[names.LOGITS][0, -1]
         written.append(int(logits.argmax()))
         ids = torch.tensor([written[-1:]])
     return written

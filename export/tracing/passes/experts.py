@@ -10,6 +10,7 @@ Left alone: shared experts, which every token visits: they are plain products.
 
 from __future__ import annotations
 
+from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.lowering import Expert, Lowering, MoeLayer
 from dense2moe.export.nodes.writer import GraphWriter
@@ -57,4 +58,4 @@ def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) ->
         for e in range(module.num_experts)
     )
     routing = Gate(module.num_experts, TopK(module.num_experts_per_tok))
-    return MoeLayer(f"layers.{module.layer}.moe", routing, experts, activation_bits, module.activation)
+    return MoeLayer(names.experts(module.layer), routing, experts, activation_bits, module.activation)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from dense2moe.export import names
 from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.tracing.tracer import Trace
 
@@ -23,19 +24,23 @@ def name_interface(trace: Trace, graph: GraphWriter) -> None:
     traced = trace.model.graph
     ids, mask, positions, *past = traced.inputs
     logits, *present = traced.outputs
-    assert [value.name for value in (ids, mask, positions)] == ["input_ids", "attention_mask", "position_ids"]
+    assert [value.name for value in (ids, mask, positions)] == [
+        names.INPUT_IDS,
+        names.ATTENTION_MASK,
+        names.POSITION_IDS,
+    ]
     assert len(past) == len(present) == 2 * trace.num_layers
-    for values, stem, length in (
-        (past, "past_key_values", "past_sequence_length"),
-        (present, "present", "total_sequence_length"),
+    for values, name_state, length in (
+        (past, names.past, "past_sequence_length"),
+        (present, names.present, "total_sequence_length"),
     ):
         for number, value in enumerate(values):
             assert value.shape is not None
             _, heads, _, width = value.shape
-            value.name = f"{stem}.{number // 2}.{('key', 'value')[number % 2]}"
+            value.name = name_state(number // 2, names.CACHE_KINDS[number % 2])
             value.shape = ir.Shape(["batch_size", heads, length, width])
     assert logits.shape is not None
-    logits.name, logits.shape = "logits", ir.Shape(["batch_size", "sequence_length", logits.shape[2]])
+    logits.name, logits.shape = names.LOGITS, ir.Shape(["batch_size", "sequence_length", logits.shape[2]])
     ids.shape, mask.shape = (
         ir.Shape(["batch_size", "sequence_length"]),
         ir.Shape(["batch_size", "total_sequence_length"]),
@@ -56,4 +61,4 @@ def _compute_positions(trace: Trace, graph: GraphWriter, ids: ir.Value, mask: ir
     traced.insert_before(traced[0], graph.take_nodes())
     positions.replace_all_uses_with(found)
     traced.inputs.remove(positions)
-    found.name = "position_ids"
+    found.name = names.POSITION_IDS

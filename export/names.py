@@ -1,0 +1,192 @@
+"""Names of a graph's values, made and parsed in one place.
+
+Builders give values these names, the runtime binds them, parity looks at them; a test holds that no other module spells
+one. Inputs and outputs have the names that onnxruntime-genai takes by default, and that other exporters give:
+
+    input_ids, attention_mask, position_ids     [B, S], [B, P + S], [B, S]; positions in packages of other makers alone
+    past_key_values.N.key, .value               [B, heads, P, head_dim] of layer N, and as outputs present.N.key, .value
+    logits                                      [B, S, V]
+
+Inside the graph a layer's values begin with `layers.N.`, but for the two that are shown of every decoder, traced ones
+too: `router_logits.N` [T, E] and `hidden.N` [B, S, H], the residual stream behind layer N. What a builder names for
+itself alone has a stem of its own (`layers.N.ffn.gate_up`) and no function here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal, NamedTuple, cast
+
+CacheKind = Literal["key", "value"]
+CACHE_KINDS: tuple[CacheKind, ...] = ("key", "value")
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+FIRST_LOGIT = "first_logit"
+"""The input [1] that our runtime adds: the first token that the head multiplies."""
+ROUTER_NUDGE = "router_nudge"
+"""The input [T or 1, E] that our runtime adds: what is added to the router logits of every layer."""
+
+EMBEDDED = "embedded"
+FINAL_NORMED = "final_normed"
+"""What the head multiplies [B, S, H]."""
+MULTIPLIED, NORMED = "_multiplied", "_normed"
+"""Ends of names: a block's output times a factor, or behind a norm of its own."""
+
+_PAST, _PRESENT = "past_key_values", "present"
+_ROUTER_LOGITS, _HIDDEN, _LAYER = "router_logits", "hidden", "layers"
+_SELECTION = "biased_scores"
+_STATE = re.compile(rf"(?:{_PAST}|{_PRESENT})\.(\d+)\.(key|value)")
+_TAP = re.compile(rf"(?:({_ROUTER_LOGITS}|{_HIDDEN})\.(\d+)|({_LAYER})\.(\d+)\.moe\.{_SELECTION})")
+
+
+class State(NamedTuple):
+    """A key or a value in the cache: its layer and which of both it is."""
+
+    layer: int
+    kind: CacheKind
+
+
+def past(layer: int, kind: CacheKind) -> str:
+    """The input of a layer's cached keys or values."""
+    return f"{_PAST}.{layer}.{kind}"
+
+
+def present(layer: int, kind: CacheKind) -> str:
+    """The output of a layer's cached keys or values, those of new tokens among them."""
+    return f"{_PRESENT}.{layer}.{kind}"
+
+
+def present_of(past_name: str) -> str:
+    """The output that continues an input of the cache."""
+    return _PRESENT + past_name.removeprefix(_PAST)
+
+
+def is_past(name: str) -> bool:
+    """Whether an input is of the cache, however it goes on."""
+    return name.startswith(f"{_PAST}.")
+
+
+def is_state(name: str) -> bool:
+    """Whether a value is of the cache, as input or as output, however it goes on."""
+    return name.startswith((f"{_PAST}.", f"{_PRESENT}."))
+
+
+def parse_state(name: str) -> State | None:
+    """The layer and the kind of a value of the cache; None where the name is no such one."""
+    found = _STATE.fullmatch(name)
+    return None if found is None else State(int(found[1]), cast(CacheKind, found[2]))
+
+
+def count_layers(inputs: Iterable[str]) -> int:
+    """The number of layers whose keys and values are among a graph's inputs."""
+    return sum(map(is_past, inputs)) // len(CACHE_KINDS)
+
+
+def genai_names() -> dict[str, dict[str, str]]:
+    """Names of inputs and outputs as onnxruntime-genai is told them, `%d` being a layer."""
+    states = {
+        side: {f"{side}_{kind}_names": f"{stem}.%d.{kind}" for kind in CACHE_KINDS}
+        for side, stem in (("past", _PAST), ("present", _PRESENT))
+    }
+    return {
+        "inputs": {INPUT_IDS: INPUT_IDS, ATTENTION_MASK: ATTENTION_MASK, **states["past"]},
+        "outputs": {LOGITS: LOGITS, **states["present"]},
+    }
+
+
+def router_logits(layer: int) -> str:
+    """The router's product of a layer [T, E]."""
+    return f"{_ROUTER_LOGITS}.{layer}"
+
+
+def is_router_logits(name: str) -> bool:
+    """Whether a value is some layer's router logits."""
+    return name.startswith(f"{_ROUTER_LOGITS}.")
+
+
+def nudged(router: str) -> str:
+    """Router logits with the nudge added."""
+    return f"{router}.nudged"
+
+
+def hidden(layer: int) -> str:
+    """The residual stream behind a layer [B, S, H]."""
+    return f"{_HIDDEN}.{layer}"
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a value is the residual stream behind some layer."""
+    return name.startswith(f"{_HIDDEN}.")
+
+
+def in_layer(layer: int, part: str) -> str:
+    """A value inside of a layer."""
+    return f"{_LAYER}.{layer}.{part}"
+
+
+def attention_normed(layer: int) -> str:
+    """What attention reads: behind its norm."""
+    return in_layer(layer, "normed")
+
+
+def query_key_value(layer: int) -> str:
+    """Queries, keys and values of new tokens, side by side."""
+    return in_layer(layer, "query_key_value")
+
+
+def attention(layer: int) -> str:
+    """What the heads give, side by side, before the output matrix."""
+    return in_layer(layer, "attention")
+
+
+def attention_output(layer: int) -> str:
+    """What attention gives, behind its output matrix."""
+    return in_layer(layer, "attention_output")
+
+
+def attended(layer: int) -> str:
+    """The residual stream between attention and the FFN."""
+    return in_layer(layer, "attended")
+
+
+def ffn_normed(layer: int) -> str:
+    """What the FFN reads: behind its norm."""
+    return in_layer(layer, "ffn_normed")
+
+
+def ffn_output(layer: int) -> str:
+    """What the FFN or the experts give."""
+    return in_layer(layer, "ffn_output")
+
+
+def experts(layer: int) -> str:
+    """The experts of a layer; their own values begin with this name."""
+    return in_layer(layer, "moe")
+
+
+def mixed(layer: int) -> str:
+    """The sum of experts and a shared expert."""
+    return in_layer(layer, "mixed")
+
+
+def is_mixed(name: str) -> bool:
+    """Whether a value is the sum of experts and a shared expert."""
+    return name.endswith(".mixed")
+
+
+def selection_scores(experts_name: str) -> str:
+    """Scores [T, E] that experts are chosen by, where these are not the router logits alone."""
+    return f"{experts_name}.{_SELECTION}"
+
+
+def order_tap(name: str) -> tuple[str, int] | None:
+    """The stem and the layer of what is shown of every layer: residual stream, router logits, selection scores.
+
+    None of any other value.
+    """
+    found = _TAP.fullmatch(name)
+    return None if found is None else (found[1] or found[3], int(found[2] or found[4]))
