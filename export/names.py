@@ -20,7 +20,6 @@ from typing import Literal, NamedTuple, cast
 
 CacheKind = Literal["key", "value"]
 CACHE_KINDS: tuple[CacheKind, ...] = ("key", "value")
-
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
 POSITION_IDS = "position_ids"

@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Final, Literal, assert_never
 
 Variant = Literal["float32", "float16", "bfloat16", "int8", "int8-qdq", "int4", "mixed"]
-
 Device = Literal["cpu", "cuda"]
-
 ElementType = Literal["float32", "float16", "bfloat16"]
-
 STATIC: Final = "int8-qdq"
 """The variant whose activations are integers too, with scales that are part of the file."""
 

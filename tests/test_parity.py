@@ -43,7 +43,8 @@ from dense2moe.export.parity.records import (
 )
 from dense2moe.export.parity.ties import same_experts
 from dense2moe.export.parity.verdicts import find_breaches
-from dense2moe.export.parity.ways.feeding import Case, measure_errors
+from dense2moe.export.parity.ways.cases import Case
+from dense2moe.export.parity.ways.feeding import measure_errors
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder

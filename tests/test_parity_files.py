@@ -543,7 +543,7 @@ def test_an_interrupt_goes_through(sides: Sides, monkeypatch: pytest.MonkeyPatch
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dense2moe.export.parity.files.comparison.AutoTokenizer.from_pretrained", interrupt)
+    monkeypatch.setattr("dense2moe.export.parity.files.tokenizer.AutoTokenizer.from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         check_files(*sides)
 

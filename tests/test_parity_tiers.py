@@ -22,7 +22,9 @@ from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.limits import measure_noise
 from dense2moe.export.parity.records import TIERS, ProviderParity
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
-from dense2moe.export.parity.ways.feeding import Case, measure_errors, plan_cases, run_free
+from dense2moe.export.parity.ways.cases import Case, plan_cases
+from dense2moe.export.parity.ways.feeding import measure_errors
+from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder

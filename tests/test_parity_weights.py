@@ -15,8 +15,10 @@ from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
 from transformers import MixtralConfig
 
-from dense2moe.export.parity.weights.constants import Operator, read_constants
-from dense2moe.export.parity.weights.rows import Found, _nearest, check_weights
+from dense2moe.export.parity.weights.constants import read_constants
+from dense2moe.export.parity.weights.differences import find_nearest
+from dense2moe.export.parity.weights.matrix import Operator
+from dense2moe.export.parity.weights.rows import Found, check_weights
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, join, quantize, unpack
 from dense2moe.export.storage import MODEL_NAME
 
@@ -375,4 +377,4 @@ def test_rows_that_are_no_numbers_or_huge_ones_are_like_no_other() -> None:
     """And numpy warns of nothing, which would be printed before what parity says."""
     true = np.ones(4, np.float32)
     rows = [np.full(4, value, np.float32) for value in (np.nan, np.inf, 3e38, 1.01)]
-    assert _nearest(true, rows) == 3
+    assert find_nearest(true, rows) == 3

@@ -13,7 +13,7 @@ import torch
 
 from dense2moe.export.parity.inside import probe
 from dense2moe.export.parity.inside.probe import find_group
-from dense2moe.export.parity.weights.constants import Operator
+from dense2moe.export.parity.weights.matrix import Operator
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.input_scaling import round_inputs
 from dense2moe.export.runtime.decoder import CPU

@@ -6,13 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from dense2moe.export.variant import (
-    STATIC,
-    Device,
-    Variant,
-    element_type,
-    rounds_to_8_bits,
-)
+from dense2moe.export.variant import STATIC, Device, Variant, element_type, rounds_to_8_bits
 from dense2moe.upcycle.record import Record
 
 

@@ -6,9 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from dense2moe.export.variant import (
-    Variant,
-)
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.record import NonNegative, Record
 
 Share = Annotated[float, Field(ge=0, le=1)]

@@ -66,7 +66,9 @@ from dense2moe.export.parity.rounding import RoundingMeasure, rounding_limits
 from dense2moe.export.parity.taps import Seen, Taps, find_taps
 from dense2moe.export.parity.ties import TIE_MARGIN
 from dense2moe.export.parity.verdicts import MOST_TIES, find_breaches, judge_tiers
-from dense2moe.export.parity.ways.feeding import Errors, own_noise, plan_cases, run_cases, run_cases_alone, run_free
+from dense2moe.export.parity.ways.cases import plan_cases
+from dense2moe.export.parity.ways.feeding import Errors, own_noise, run_cases, run_cases_alone
+from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.rows import Found, check_weights
 from dense2moe.export.progress import Progress

@@ -10,7 +10,8 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward, Reference
 from dense2moe.export.parity.records import Limit, Noise, TaskKind
 from dense2moe.export.parity.ties import find_tie_margin
-from dense2moe.export.parity.ways.feeding import Case, measure_errors
+from dense2moe.export.parity.ways.cases import Case
+from dense2moe.export.parity.ways.feeding import measure_errors
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.variant import Variant
 

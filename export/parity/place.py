@@ -24,7 +24,6 @@ OUTSIDE = -1
 """The layer of what is outside of layers."""
 
 Place = tuple[int, Part]
-
 ATTENTION_PARTS: tuple[Part, ...] = ("query, key and value", "attention")
 """What shows of a way of feeding: positions, masks and the cache."""
 

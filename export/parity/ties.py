@@ -21,7 +21,6 @@ EXACT_TIE = 1e-6
 # relative length of a difference of residual streams; float32 noise in them is 1e-6, another expert changes them by
 # 1e-2 and more
 MOVED = 1e-4
-
 Routers = Sequence[torch.Tensor | None]
 
 

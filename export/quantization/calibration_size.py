@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig
 from dense2moe.export.quantization.config import QuantizeConfig
 
 _TOKENS_PER_INPUT = 4  # twice what GPTQ needs, for experts that are visited less than others
-
 _FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
 
 

@@ -22,9 +22,7 @@ _UNITS = {
 }
 
 _NUMBER = r"[0-9]+\.?[0-9]*|\.[0-9]+"
-
 _SIZE = rf"\s*({_NUMBER})\s*({'|'.join(_UNITS)})\s*"
-
 _PERCENTAGE = rf"\s*({_NUMBER})\s*%\s*"
 
 

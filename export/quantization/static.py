@@ -33,7 +33,6 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 
 BITS = 8
 ActivationRange = Literal["largest", "clip"]
-
 _LARGEST_INTEGER = (1 << (BITS - 1)) - 1
 _BINS = 4096  # sixteen and more for each integer
 _CANDIDATES = 64  # ranges that are tried, at equal distances

@@ -21,7 +21,7 @@ from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
 from dense2moe.export.parity.forward import Reference
-from dense2moe.export.parity.ways.feeding import write_greedily
+from dense2moe.export.parity.ways.free_text import write_greedily
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.generation import Generation
 from dense2moe.export.runtime.text import start_ids

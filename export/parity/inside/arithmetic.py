@@ -13,7 +13,7 @@ from dense2moe.export.opening import open_package
 from dense2moe.export.parity.inside.flips import Round
 from dense2moe.export.parity.inside.probe import find_group
 from dense2moe.export.parity.inside.products import Arithmetic, Narrowing
-from dense2moe.export.parity.weights.constants import Matrix, Operator
+from dense2moe.export.parity.weights.matrix import Matrix, Operator
 from dense2moe.export.parity.weights.rows import Found
 from dense2moe.export.quantization.simulation import BlockRounding, StaticRounding
 

@@ -16,7 +16,7 @@ from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.names import count_layers
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Taps
-from dense2moe.export.parity.weights.constants import Matrix
+from dense2moe.export.parity.weights.matrix import Matrix
 from dense2moe.export.parity.weights.rows import Found
 
 _VIEWS = ("Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze")

@@ -29,7 +29,6 @@ _WHOLE_STEP = 1.01
 """A flip is one step, times the weight of the expert where it is inside of one."""
 _ALIKE = 1e-3  # of the largest singular value: experts may be as good as copies, and their columns then are
 _TINY = 1e-30
-
 Round = Callable[[torch.Tensor], torch.Tensor]
 Alone = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, list[list[torch.Tensor]]]]
 """Of rows [T, H] of inputs, and their numbers.

@@ -16,7 +16,7 @@ from dense2moe.export.parity.inside.products import Arithmetic
 from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, Part, Place, name_place
 from dense2moe.export.parity.records import PlaceCheck
 from dense2moe.export.parity.taps import Seen, Taps, look
-from dense2moe.export.parity.ways.feeding import every_expert
+from dense2moe.export.parity.ways.cases import every_expert
 from dense2moe.export.runtime.decoder import CPU, Decoder
 
 _EXPERT_TOKENS = 64

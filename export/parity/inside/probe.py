@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
 from dense2moe.export.nodes.writer import IR_VERSION, MICROSOFT
-from dense2moe.export.parity.weights.constants import INT8, Operator
+from dense2moe.export.parity.weights.matrix import INT8, Operator
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, quantize
 from dense2moe.export.quantization.input_scaling import round_inputs
 
@@ -32,7 +32,6 @@ Float32 sums of a few hundred products differ by less, another rounding by a hun
 _ROWS = (1, 33)
 _REFUSALS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
 _OPSET = 21
-
 Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 

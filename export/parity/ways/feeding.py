@@ -7,55 +7,19 @@ reference that is fed in the same pieces computes the same function.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from dense2moe.export import names
-from dense2moe.export.parity.agreement import LOGIT_ROWS, Follow
-from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.agreement import LOGIT_ROWS
 from dense2moe.export.parity.forward import Forward, Reference, forward_of
-from dense2moe.export.parity.records import Check, FreeRun
+from dense2moe.export.parity.records import Check
 from dense2moe.export.parity.taps import Seen, look
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips
+from dense2moe.export.parity.ways.cases import Case
 from dense2moe.export.runtime.decoder import Decoder
-
-_BATCH_LENGTH = 128  # of the rows of a batch: where they lie and how they are padded shows in short ones as well
-_NUDGE = 30.0  # of a router logit: no router is as sure
-_NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a tie
-
-
-@dataclass(frozen=True)
-class Case:
-    """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time.
-
-    Logits are judged of a whole prefill, or of what is decoded and of the last token before: all of such a prefill is
-    judged in a case of its own. Of a long one that a package is only held against itself, the last `num_logits` are.
-    """
-
-    name: str
-    ids: torch.Tensor
-    mask: torch.Tensor
-    num_prefill: int
-    num_logits: int = 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is a prefill of one row with all its logits."""
-        return (
-            len(self.ids) == 1
-            and self.num_prefill == self.ids.shape[1]
-            and not self.num_logits
-            and bool(self.mask.all())
-        )
-
-    def shares_text(self, other: Case, reference: Reference) -> bool:
-        """Whether one forward of the reference serves both."""
-        if not (torch.equal(self.ids, other.ids) and torch.equal(self.mask, other.mask)):
-            return False
-        return self.num_prefill == other.num_prefill or not reference.reads_in_pieces(self.ids.shape[1])
 
 
 @dataclass(frozen=True)
@@ -77,111 +41,6 @@ class Errors:
         if self.check.place is not None:
             return self.check
         return Check(**{**self.check.__dict__, "first_position": int(places.min()) if len(places) else None})
-
-
-def plan_cases(
-    blocks: torch.Tensor, context: int, window: int | None, margins: torch.Tensor | None, config: ParityConfig
-) -> list[Case]:
-    """The ways to feed a package with context `context` text in blocks [N, S].
-
-    Where `margins` [N, S] are the reference's smallest by token.
-    """
-    size = min(blocks.shape[1], context)
-    short, steps = max(2, size // 7), min(config.decode_steps, size - 1)
-    start = size - steps
-    alone = blocks[:1, :size]
-    ones = torch.ones_like(alone)
-    cases = [
-        Case("prefill, batch 1, 1 token", alone[:, :1], ones[:, :1], 1),
-        Case(f"prefill, batch 1, {short} tokens", alone[:, :short], ones[:, :short], short),
-        Case(f"prefill, batch 1, {size} tokens", alone, ones, size),
-        Case(f"{steps} decode steps after {start} tokens, batch 1", alone, ones, start),
-    ]
-    size = min(size, max(_BATCH_LENGTH, 2 * steps))
-    start = size - steps
-    batch = blocks[: min(3, len(blocks)), :size]
-    ones = torch.ones_like(batch)
-    if len(batch) > 1:
-        cases.append(Case(f"{steps} decode steps after {start} tokens, batch {len(batch)}", batch, ones, start))
-    if config.left_padding:
-        padded = ones.clone()
-        for row in range(1, len(batch)):
-            padded[row, : start * row // len(batch)] = 0
-        cases += [
-            Case(f"prefill, batch {len(batch)}, {size} tokens, left padding", batch, padded, size),
-            Case(f"{steps} decode steps after {start} tokens, batch {len(batch)}, left padding", batch, padded, start),
-        ]
-    elif len(batch) > 1:
-        cases.append(Case(f"prefill, batch {len(batch)}, {size} tokens", batch, ones, size))
-    cases += _long_cases(blocks, context, window, steps, config.longest_row)
-    return cases + _tie_cases(blocks[:, :size], margins, config.left_padding)
-
-
-def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: int, longest_row: int) -> list[Case]:
-    """A row of several blocks, up to the context or the longest row that is wished.
-
-    And decoding across the end of the window.
-    """
-    row = blocks.flatten()[None, : min(context, longest_row)]
-    ones, size = torch.ones_like(row), row.shape[1]
-    cases = []
-    if size > blocks.shape[1]:
-        what = "the whole context" if size == context else "of several blocks"
-        cases = [
-            Case(f"prefill, batch 1, {size} tokens, {what}", row, ones, size, steps + 1),
-            Case(f"{steps} decode steps after {size - steps} tokens, batch 1, {what}", row, ones, size - steps),
-        ]
-    if window is not None and window < size:
-        start, end = max(1, window - steps // 2), min(size, window + steps - steps // 2)
-        cases.append(
-            Case(
-                f"{end - start} decode steps after {start} tokens, batch 1, across the window of {window}",
-                row[:, :end],
-                ones[:, :end],
-                start,
-            )
-        )
-    return cases
-
-
-def every_expert(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """What is added to router logits [T, E] so that each expert is visited, beside every other in turn.
-
-    By more than any tie.
-    """
-    nudge = torch.zeros(num_tokens, num_experts)
-    tokens = torch.arange(num_tokens)
-    for place in range(top_k):
-        step = 1 + tokens // num_experts % max(1, num_experts - 1)
-        nudge[tokens, (tokens + place * step) % num_experts] += _NUDGE
-    chosen = (nudge > 0).sum(-1)
-    for token in (chosen < top_k).nonzero()[:, 0].tolist():  # steps that meet
-        free = (nudge[token] == 0).nonzero()[: top_k - int(chosen[token]), 0]
-        nudge[token, free] = _NUDGE
-    return nudge.clamp(max=_NUDGE)
-
-
-def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding: bool) -> list[Case]:
-    """The rows that end at the tokens whose routing is nearest to a tie.
-
-    One batch where padding is asked for, else the nearest alone.
-    """
-    if margins is None or not torch.isfinite(margins).any():
-        return []
-    flat = margins[:, : blocks.shape[1]].flatten()
-    nearest = flat.argsort()[: _NEAR_TIES if left_padding else 1]
-    rows = [blocks[place // blocks.shape[1], : place % blocks.shape[1] + 1] for place in nearest.tolist()]
-    width = max(len(row) for row in rows)
-    ids, mask = torch.zeros(2, len(rows), width, dtype=torch.int64)
-    for n, row in enumerate(rows):
-        ids[n, width - len(row) :] = row
-        mask[n, width - len(row) :] = 1
-    largest = float(flat[nearest].max())
-    padding = ", left padding" if len(rows) > 1 else ""
-    name = (
-        f"prefill, batch {len(rows)}, rows that end nearest to a tie of experts (margin at most {largest:.0e}){padding}"
-    )
-    return [Case(name, ids, mask, width)]
 
 
 WayCheck = Callable[[Seen], tuple[str, int | None] | None]
@@ -375,50 +234,3 @@ def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor
     """Of logits [T, V]: the largest and the mean difference, and whether the likeliest token is the same; each [T]."""
     error = (found - expected).abs_()
     return error.amax(-1), error.mean(-1), found.argmax(-1) == expected.argmax(-1)
-
-
-def run_free(
-    decoder: Decoder,
-    reference: Reference,
-    blocks: torch.Tensor,
-    num_tokens: int,
-    follow: Follow | None = None,
-    routers: Sequence[str] = (),
-) -> FreeRun:
-    """Let the package go on greedily from the first halves of blocks [N, S], each by itself.
-
-    And ask the reference what it would have written. One forward of the reference over the package's text is enough: up
-    to the first token that differs, both have read the same. `follow` runs it with what the package's routers say to
-    that text, whose logits are called `routers`.
-    """
-    prefixes, gaps = [], []
-    half = max(1, min(blocks.shape[1], decoder.context_length) // 2)
-    count = min(num_tokens, decoder.context_length - half)
-    for block in blocks:
-        prompt = block[:half].tolist()
-        text = prompt + write_greedily(decoder, prompt, count)
-        ids = torch.tensor([text])
-        ones = torch.ones_like(ids)
-        if follow is None or not routers or reference.reads_in_pieces(len(text)):
-            logits = reference.forward(ids, ones, half).logits[0, half - 1 : -1]
-        else:
-            logits = follow(reference, look(decoder, ids, ones, len(text), routers)).logits[0, half - 1 : -1]
-        written = ids[0, half:]
-        chosen = logits.argmax(-1)
-        differs = (chosen != written).nonzero()[:, 0].tolist()
-        prefixes.append(differs[0] if differs else len(written))
-        if differs:
-            at = differs[0]
-            gaps.append(float((logits[at, chosen[at]] - logits[at, written[at]]) / logits.abs().max()))
-    return FreeRun(len(blocks), count, min(prefixes), sum(prefixes) / len(prefixes), len(gaps), max(gaps, default=0.0))
-
-
-def write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stop: Container[int] = ()) -> list[int]:
-    """The likeliest tokens after a prompt, one after the other, at most so many, up to one of `stop`."""
-    cache, ids = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt])
-    written: list[int] = []
-    while len(written) < count and not (written and written[-1] in stop):
-        logits = decoder.run(cache, ids.numpy(), logits_to_keep=1)[names.LOGITS][0, -1]
-        written.append(int(logits.argmax()))
-        ids = torch.tensor([written[-1:]])
-    return written

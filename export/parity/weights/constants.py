@@ -8,87 +8,21 @@ rows [N, K], read from the file when they are asked for. Formats are those of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from onnx import NodeProto, TensorProto
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import Package, open_package
-from dense2moe.export.quantization.blockwise import Quantized, dequantize, num_blocks, zero_point_bytes
+from dense2moe.export.parity.weights.matrix import INT8, Constants, Floats, Matrix, Operator, Use
+from dense2moe.export.parity.weights.values import NARROW, Values
 
-Floats = npt.NDArray[np.float32]
-Use = Literal["product", "table", "experts", "stored"]
-INT8 = 4  # accuracy_level of the operators that read activations in 8 bits
-_VIEWS = ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten")
-_KEPT = 3  # codes, scales and zero points
 _LEAST_MATRIX = 256  # bytes of integers
-_NARROW = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Operator:
-    """The arithmetic of a product.
-
-    Its operator, the bits and block of its integers, and whether it finds 8-bit scales of its inputs as it runs.
-    """
-
-    op: str
-    bits: int = 32
-    block_size: int = 0
-    rounds_inputs: bool = False
-    zero_points: bool = False
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """Rows [N, K] that one node multiplies its input by, or takes its rows from (`table`).
-
-    Of stacked experts those of one.
-    What no node is known to multiply by is `stored`: it stands in the file, once as it is and once turned.
-
-    `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits.
-    `input_factors` [K]: what the input is multiplied by just before, which may belong to the matrix or not.
-    """
-
-    value: str
-    given: str
-    use: Use
-    operator: Operator
-    shape: tuple[int, int]
-    read: Callable[[], Floats]
-    part: str = ""
-    expert: int | None = None
-    narrow: torch.dtype | None = None
-    input_factors: Callable[[], Floats] | None = None
-    input_scale: float | None = None
-
-    @property
-    def place(self) -> str:
-        """Where it is in the graph, in words."""
-        return (
-            self.value
-            + (f", {self.part}" if self.part else "")
-            + ("" if self.expert is None else f", expert {self.expert}")
-        )
-
-
-@dataclass(frozen=True)
-class Constants:
-    """All matrices of a graph, and all vectors of floats, by name.
-
-    `unread` are integers that nothing is known to read as a matrix.
-    """
-
-    matrices: tuple[Matrix, ...]
-    vectors: dict[str, Floats]
-    unread: tuple[str, ...] = ()
 
 
 def read_constants(directory: Path) -> Constants:
@@ -114,22 +48,14 @@ class _Graph:
     """Nodes, and constants by name, of one graph."""
 
     def __init__(self, graph: onnx.GraphProto, package: Package) -> None:
-        self.nodes = list(graph.node)
-        self.package = package
-        self.tensors = {tensor.name: tensor for tensor in graph.initializer}
-        for node in self.nodes:
-            if node.op_type == "Constant":
-                self.tensors.update(
-                    (node.output[0], attribute.t) for attribute in node.attribute if attribute.name == "value"
-                )
-        self.makers = {name: node for node in self.nodes for name in node.output if name}
-        self.last: dict[str, npt.NDArray[Any]] = {}
+        self.values = Values(graph, package)
+        self.nodes, self.tensors, self.makers = self.values.nodes, self.values.tensors, self.values.makers
         self.read: set[str] = set()
 
     def matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
         """What a node multiplies by, or takes rows of."""
         for matrix in self._matrices_of(node):
-            self.read |= {source for name in node.input if name for source in self._chain(name) or ()}
+            self.read |= {source for name in node.input if name for source in self.values.chain(name) or ()}
             yield matrix
 
     def _matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
@@ -146,10 +72,12 @@ class _Graph:
             case "MatMul" | "FusedMatMul" | "Gemm":
                 yield from self._product(node, settings)
             case "Gather" if (
-                (found := self._find(node.input[0])) is not None and len(found[1]) == 2 and settings.get("axis", 0) == 0
+                (found := self.values.find(node.input[0])) is not None
+                and len(found[1]) == 2
+                and settings.get("axis", 0) == 0
             ):
                 read, shape, narrow = found
-                if _is_float(self._source(node.input[0])):
+                if _is_float(self.values.source(node.input[0])):
                     yield self._matrix(node, node.input[1], "table", Operator("Gather"), shape, read, narrow=narrow)
 
     def stored(self) -> Iterator[Matrix]:
@@ -158,7 +86,7 @@ class _Graph:
             if name in self.read or not _is_float(tensor) or len(tensor.dims) < 2 or min(tensor.dims[-2:]) < 2:
                 continue
             rows, width = int(np.prod(tensor.dims[:-1])), int(tensor.dims[-1])
-            narrow = _NARROW.get(tensor.data_type)
+            narrow = NARROW.get(tensor.data_type)
             yield Matrix(
                 name, "", "stored", Operator("stored"), (rows, width), partial(self._stored, name, False), narrow=narrow
             )
@@ -175,7 +103,7 @@ class _Graph:
             )
 
     def _stored(self, name: str, turned: bool) -> Floats:
-        whole = self._array(name).astype(np.float32)
+        whole = self.values.array(name).astype(np.float32)
         whole = np.swapaxes(whole, -1, -2) if turned else whole
         return np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]))
 
@@ -194,10 +122,10 @@ class _Graph:
         for name, tensor in self.tensors.items():
             dims = [size for size in tensor.dims if size != 1]
             if len(dims) == 1 and _is_float(tensor):
-                yield name, self._array(name).astype(np.float32).reshape(-1)
+                yield name, self.values.array(name).astype(np.float32).reshape(-1)
 
     def _product(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
-        found = self._find(node.input[1])
+        found = self.values.find(node.input[1])
         if found is None or len(found[1]) < 2:
             return
         read, shape, narrow = found
@@ -234,16 +162,16 @@ class _Graph:
         quantized = self.makers.get(dequantized.input[0])
         if quantized is None or quantized.op_type != "QuantizeLinear" or quantized.input[1] not in self.tensors:
             return None
-        scale = self._array(quantized.input[1])
+        scale = self.values.array(quantized.input[1])
         return float(scale.reshape(-1)[0]) if scale.size == 1 else None
 
     def _integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
         rows, width, bits, block = settings["N"], settings["K"], settings.get("bits", 4), settings["block_size"]
         names = [*node.input, "", "", "", ""]
-        if self._find(names[1]) is None or self._find(names[2]) is None:
+        if self.values.find(names[1]) is None or self.values.find(names[2]) is None:
             return
         operator = Operator("MatMulNBits", bits, block, settings.get("accuracy_level", 0) == INT8, bool(names[3]))
-        read = partial(self._dequantize, (names[1], names[2], names[3]), operator, (rows, width))
+        read = partial(self.values.dequantize, (names[1], names[2], names[3]), operator, (rows, width))
         yield self._matrix(node, names[0], "product", operator, (rows, width), read)
 
     def _integer_table(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
@@ -263,7 +191,7 @@ class _Graph:
             "table",
             operator,
             shape,
-            partial(self._dequantize, (names[0], names[2], names[3]), operator, shape),
+            partial(self.values.dequantize, (names[0], names[2], names[3]), operator, shape),
         )
 
     def _expert_integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
@@ -271,18 +199,20 @@ class _Graph:
         names = [*node.input, *[""] * 15]
         rounds = bits == 8 or settings.get("accuracy_level", 0) == INT8
         for part, codes, scales, zeros in (("fc1", 2, 3, 11), ("fc2", 5, 6, 12)):
-            if names[codes] not in self.tensors or self._find(names[scales]) is None:
+            if names[codes] not in self.tensors or self.values.find(names[scales]) is None:
                 continue
             dims = self.tensors[names[codes]].dims
             shape = (int(dims[1]), int(dims[2]) * 8 // bits)
             operator = Operator("QMoE", bits, block or shape[1], rounds, bool(names[zeros]))
             for expert in range(dims[0]):
-                read = partial(self._dequantize, (names[codes], names[scales], names[zeros]), operator, shape, expert)
+                read = partial(
+                    self.values.dequantize, (names[codes], names[scales], names[zeros]), operator, shape, expert
+                )
                 yield self._matrix(node, node.input[0], "experts", operator, shape, read, part=part, expert=expert)
 
     def _experts(self, node: NodeProto) -> Iterator[Matrix]:
         for part, place in (("fc1", 2), ("fc2", 4)):
-            found = self._find(node.input[place]) if place < len(node.input) and node.input[place] else None
+            found = self.values.find(node.input[place]) if place < len(node.input) and node.input[place] else None
             if found is None:
                 continue
             read, shape, narrow = found
@@ -339,139 +269,7 @@ class _Graph:
             ),
             None,
         )
-        return None if found is None else lambda: self._array(found).astype(np.float32).reshape(-1)
-
-    def _dequantize(
-        self, names: tuple[str, str, str], operator: Operator, shape: tuple[int, int], expert: int | None = None
-    ) -> Floats:
-        """The rows that integers, scales and zero points stand for; of one expert, where they are stacked."""
-        codes, scales, zeros = names
-        (rows, width), bits, block = shape, operator.bits, operator.block_size
-        blocks = num_blocks(width, block)
-
-        def tensor(name: str) -> torch.Tensor:
-            whole = self._resolve(name)
-            return torch.from_numpy(np.array(whole if expert is None else whole[expert]))
-
-        packed = tensor(codes)
-        packed = (
-            _pack_again(packed, bits)
-            if self.tensors[codes].data_type not in (TensorProto.UINT8, TensorProto.INT8)
-            else packed.view(torch.uint8)
-        )
-        packed = packed.reshape(rows, -1)
-        short = blocks * block * bits // 8 - packed.shape[1]  # a table's last block is as wide as the row leaves it
-        packed = torch.nn.functional.pad(packed, (0, short)) if short > 0 else packed
-        own = tensor(scales).to(torch.float32).reshape(rows, blocks)
-        points = None
-        if zeros:
-            found = tensor(zeros)
-            if found.is_floating_point():
-                codes_only = dequantize(
-                    Quantized(packed.reshape(rows, blocks, -1), torch.ones_like(own)), blocks * block, bits
-                )
-                middle = float(1 << (bits - 1))
-                shifted = (
-                    codes_only.reshape(rows, blocks, block) + middle - found.reshape(rows, blocks, 1).to(torch.float32)
-                )
-                return (shifted * own[..., None]).reshape(rows, -1)[:, :width].numpy()
-            points = found.view(torch.uint8).reshape(rows, -1)[:, : zero_point_bytes(width, bits, block)]
-        return dequantize(Quantized(packed.reshape(rows, blocks, -1), own, points), width, bits).numpy()
-
-    def _find(self, name: str) -> tuple[Callable[[], Floats], tuple[int, ...], torch.dtype | None] | None:
-        """How to read a value that is made of constants alone, its shape, and the 16 bits that it is stored in.
-
-        None if it is not such a one.
-        """
-        chain = self._chain(name)
-        if chain is None:
-            return None
-        tensor = self.tensors[chain[-1]]
-        shape = tuple(tensor.dims)
-        for node_name in reversed(chain[:-1]):
-            node = self.makers[node_name]
-            if node.op_type == "Transpose":
-                order = next((list(a.ints) for a in node.attribute if a.name == "perm"), list(range(len(shape)))[::-1])
-                shape = tuple(shape[place] for place in order)
-            elif node.op_type in _VIEWS:
-                shape = self._resolve(node_name).shape
-        return lambda: self._resolve(name).astype(np.float32), shape, _NARROW.get(tensor.data_type)
-
-    def _chain(self, name: str) -> list[str] | None:
-        """A value and what it is made of, down to the constant."""
-        chain = [name]
-        while chain[-1] not in self.tensors:
-            node = self.makers.get(chain[-1])
-            if node is None or node.op_type not in (*_VIEWS, "Cast", "Transpose", "DequantizeLinear"):
-                return None
-            chain.append(node.input[0])
-        return chain
-
-    def _source(self, name: str) -> TensorProto:
-        chain = self._chain(name)
-        assert chain is not None
-        found: TensorProto = self.tensors[chain[-1]]
-        return found
-
-    def _resolve(self, name: str) -> npt.NDArray[Any]:
-        """A value made of constants alone, as numbers."""
-        if name in self.tensors:
-            return self._array(name)
-        node = self.makers[name]
-        inner = self._resolve(node.input[0])
-        settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-        match node.op_type:
-            case "Transpose":
-                return np.transpose(inner, settings.get("perm"))
-            case "Cast":
-                kind = settings["to"]
-                return inner.astype(
-                    np.float32 if kind == TensorProto.BFLOAT16 else onnx.helper.tensor_dtype_to_np_dtype(kind)
-                )
-            case "Reshape":
-                return inner.reshape(
-                    [size or inner.shape[n] for n, size in enumerate(self._array(node.input[1]).tolist())]
-                )
-            case "DequantizeLinear":
-                return self._dequantize_linear(node, inner, settings)
-            case "Identity":
-                return inner
-            case _:
-                return inner.reshape([size for size in inner.shape if size != 1])
-
-    def _dequantize_linear(
-        self, node: NodeProto, codes: npt.NDArray[Any], settings: dict[str, Any]
-    ) -> npt.NDArray[Any]:
-        axis, block = settings.get("axis", 1), settings.get("block_size", 0)
-        scales = self._resolve(node.input[1]).astype(np.float32)
-        zeros = (
-            self._resolve(node.input[2]).astype(np.float32)
-            if len(node.input) > 2 and node.input[2]
-            else np.zeros_like(scales)
-        )
-        if block:
-            scales, zeros = (
-                np.repeat(each, block, axis=axis).take(range(codes.shape[axis]), axis=axis) for each in (scales, zeros)
-            )
-        elif scales.size > 1:
-            form = [1] * codes.ndim
-            form[axis] = -1
-            scales, zeros = scales.reshape(form), zeros.reshape(form)
-        found: npt.NDArray[Any] = (codes.astype(np.float32) - zeros) * scales
-        return found
-
-    def _array(self, name: str) -> npt.NDArray[Any]:
-        """A constant as numbers; the last few are kept, since stacked experts are read one after the other."""
-        if name not in self.last:
-            while len(self.last) >= _KEPT:
-                del self.last[next(iter(self.last))]
-            self.last[name] = self._load(name)
-        return self.last[name]
-
-    def _load(self, name: str) -> npt.NDArray[Any]:
-        tensor = self.tensors[name]
-        array = self.package.read_tensor(tensor)
-        return array.astype(np.float32) if tensor.data_type == TensorProto.BFLOAT16 else array
+        return None if found is None else lambda: self.values.array(found).astype(np.float32).reshape(-1)
 
 
 def _take(read: Callable[[], Floats], place: int) -> Floats:
@@ -480,11 +278,4 @@ def _take(read: Callable[[], Floats], place: int) -> Floats:
 
 
 def _is_float(tensor: TensorProto) -> bool:
-    return tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, *_NARROW)
-
-
-def _pack_again(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers one an element as the packed codes that they are read from."""
-    whole = codes.to(torch.int16)
-    unsigned = (whole + (1 << (bits - 1)) if int(whole.min()) < 0 else whole).to(torch.uint8)
-    return unsigned if bits == 8 else unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)
+    return tensor.data_type in (TensorProto.FLOAT, TensorProto.DOUBLE, *NARROW)

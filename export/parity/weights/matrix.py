@@ -1,0 +1,74 @@
+"""Matrices of a graph, as float32 rows that are read when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Floats = npt.NDArray[np.float32]
+Use = Literal["product", "table", "experts", "stored"]
+INT8 = 4  # accuracy_level of the operators that read activations in 8 bits
+
+
+@dataclass(frozen=True)
+class Operator:
+    """The arithmetic of a product.
+
+    Its operator, the bits and block of its integers, and whether it finds 8-bit scales of its inputs as it runs.
+    """
+
+    op: str
+    bits: int = 32
+    block_size: int = 0
+    rounds_inputs: bool = False
+    zero_points: bool = False
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows [N, K] that one node multiplies its input by, or takes its rows from (`table`).
+
+    Of stacked experts those of one.
+    What no node is known to multiply by is `stored`: it stands in the file, once as it is and once turned.
+
+    `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits.
+    `input_factors` [K]: what the input is multiplied by just before, which may belong to the matrix or not.
+    """
+
+    value: str
+    given: str
+    use: Use
+    operator: Operator
+    shape: tuple[int, int]
+    read: Callable[[], Floats]
+    part: str = ""
+    expert: int | None = None
+    narrow: torch.dtype | None = None
+    input_factors: Callable[[], Floats] | None = None
+    input_scale: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is in the graph, in words."""
+        return (
+            self.value
+            + (f", {self.part}" if self.part else "")
+            + ("" if self.expert is None else f", expert {self.expert}")
+        )
+
+
+@dataclass(frozen=True)
+class Constants:
+    """All matrices of a graph, and all vectors of floats, by name.
+
+    `unread` are integers that nothing is known to read as a matrix.
+    """
+
+    matrices: tuple[Matrix, ...]
+    vectors: dict[str, Floats]
+    unread: tuple[str, ...] = ()
