@@ -18,6 +18,7 @@ import torch
 from dense2moe.export.names import is_router_logits
 from dense2moe.export.parity.ties import same_experts
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.storage import MODEL_NAME
 
 Routers = dict[str, np.ndarray]
@@ -125,7 +126,7 @@ class Judge:
     def __init__(self, floats: Path, blocks: torch.Tensor, num_threads: int) -> None:
         self.num_threads = num_threads
         self.batches = blocks.split(4)
-        decoder = Decoder(floats, taps=True, num_threads=num_threads)
+        decoder = Decoder(floats, inspection=Inspection(streams=True), num_threads=num_threads)
         self.top_k: int = decoder.config["num_experts_per_tok"]
         self.expected = [run(decoder, ids) for ids in self.batches]
         self.loss = float(
@@ -154,7 +155,7 @@ class Judge:
     def compare_package(self, package: Path, folder: Path, num_bytes: int | None = None) -> Outcome:
         """By its routing too. `folder` is to be made, and worked in; the bytes are the package's own if not given."""
         decoder, forced = (
-            Decoder(package, taps=True, num_threads=self.num_threads),
+            Decoder(package, inspection=Inspection(streams=True), num_threads=self.num_threads),
             force_routers(package, folder, self.num_threads),
         )
         found = [run(decoder, ids) for ids in self.batches]

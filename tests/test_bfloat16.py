@@ -26,6 +26,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
+from dense2moe.export.runtime.inspection import NOTHING, Inspection
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 
 VOCABULARY = 96
@@ -91,9 +92,9 @@ def expect(twin: Path) -> np.ndarray:
     return found
 
 
-def run(package: Path, taps: bool = False) -> np.ndarray:
+def run(package: Path, inspection: Inspection = NOTHING) -> np.ndarray:
     """A prefill of twenty tokens, and four decode steps."""
-    decoder = Decoder(package, taps=taps, num_threads=1)
+    decoder = Decoder(package, inspection=inspection, num_threads=1)
     cache = decoder.new_cache(*IDS.shape)
     return np.concatenate(
         [decoder.run(cache, ids)["logits"] for ids in np.split(IDS, [20, 21, 22, 23], axis=1)], axis=1
@@ -119,7 +120,7 @@ def test_the_graph_equals_its_twin_to_float32(tmp_path: Path, lowering: str, tie
     twin, package = export(make_mixture(tmp_path / "source", tie_word_embeddings=tied), tmp_path, lowering=lowering)
     expected = expect(twin)
     assert difference(run(package), expected) < EXACT
-    assert difference(run(package, taps=True), expected) < EXACT
+    assert difference(run(package, inspection=Inspection(streams=True)), expected) < EXACT
 
 
 def test_biases_and_a_shared_expert_are_stored_in_bfloat16_too(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.sensitivity import Ruler
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
 NAMES = {
@@ -200,7 +201,7 @@ def test_a_budget_holds_on_the_disk_and_is_used(tied: bool, tmp_path: Path) -> N
     assert costs == sorted(costs, reverse=True)
     assert sizes[-1] > 0.8 * 1_100_000
 
-    decoder, blocks = Decoder(tmp_path / "package 950000", taps=True), held_out[:2]
+    decoder, blocks = Decoder(tmp_path / "package 950000", inspection=Inspection(streams=True)), held_out[:2]
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(tmp_path / "twin 950000", dtype=torch.float32)(blocks).logits
     found = torch.from_numpy(decoder.run(decoder.new_cache(*blocks.shape), blocks.numpy())["logits"])

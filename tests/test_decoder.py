@@ -26,6 +26,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CUDA, Decoder, is_at_hand
+from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Device, Variant
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -56,7 +57,7 @@ class Export:
         if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
             # in .ci/runtimes
             pytest.skip(f"the package needs onnxruntime {self.facts.min_onnxruntime}, this is {ort.__version__}")
-        self.decoder = Decoder(self.package, taps=True, num_threads=1)
+        self.decoder = Decoder(self.package, inspection=Inspection(streams=True), num_threads=1)
         self.torch = MixtralForCausalLM.from_pretrained(
             self.twin, dtype=torch.float32, experts_implementation="eager"
         ).eval()
@@ -735,5 +736,5 @@ def test_a_file_for_cuda_equals_its_twin_on_cuda(
         pytest.skip("no CUDA device, or no onnxruntime-gpu")
     export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
     assert export.facts.lowering == name
-    export.decoder = Decoder(export.package, CUDA, taps=True)
+    export.decoder = Decoder(export.package, CUDA, inspection=Inspection(streams=True))
     assert_same_logits(export, FLOAT16)

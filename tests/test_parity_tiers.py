@@ -28,6 +28,7 @@ from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
@@ -260,7 +261,7 @@ def test_noise_of_a_place_is_that_of_its_own_product(package: Path, mixture_chec
     noise = {(check.layer, check.part): check.noise for check in places}
     weight = load_file(package.parent / "twin" / "model.safetensors")["model.layers.1.self_attn.o_proj.weight"]
     name = "layers.1.attention"
-    decoder = Decoder(package, more_taps=[name])
+    decoder = Decoder(package, inspection=Inspection(values=(name,)))
     row = BLOCKS[:1]
     read = torch.from_numpy(decoder.run(decoder.new_cache(*row.shape, taps=[name]), row.numpy())[name]).reshape(
         row.shape[1], -1

@@ -21,6 +21,7 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CUDA, Decoder
+from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
@@ -138,7 +139,7 @@ def test_what_a_larger_cache_adds_is_nothing(decoder: Decoder) -> None:
 
 
 def test_taps_change_no_bit_of_the_logits(package: Path, decoder: Decoder) -> None:
-    tapped = Decoder(package, taps=True, num_threads=1)
+    tapped = Decoder(package, inspection=Inspection(streams=True), num_threads=1)
     assert tapped.taps == ["hidden.0", "hidden.1", "router_logits.0", "router_logits.1"]
     assert decoder.taps == []
     caches = [each.new_cache(2, 40) for each in (decoder, tapped)]
@@ -374,7 +375,7 @@ def test_a_float16_package_has_a_cache_of_half_the_bytes_and_float32_logits(
     package.mkdir()
     quantize_checkpoint(mixture_checkpoint, twin, "float16", QuantizeConfig(method="search"), lambda *_: None)
     write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
-    narrow = Decoder(package, taps=True, num_threads=1)
+    narrow = Decoder(package, inspection=Inspection(streams=True), num_threads=1)
     caches = [each.new_cache(2, 20) for each in (decoder, narrow)]
     wide_bytes, narrow_bytes = (sum(buffer.numpy().nbytes for buffer in cache.buffers.values()) for cache in caches)
     assert wide_bytes == 2 * narrow_bytes

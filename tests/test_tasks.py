@@ -46,6 +46,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.runtime.generation import Generation
+from dense2moe.export.runtime.inspection import Inspection
 from tests.report_facts import make_facts, tiered
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
@@ -194,7 +195,7 @@ def both_models(package: Path, task: Task, num_tokens: int = 8) -> list[list[Out
     with open_reference(package.parent / "twin") as reference:
         return [
             answer_task(model, encoded, tokenizer, num_tokens)
-            for model in (Torch(reference), Package(Decoder(package, taps=True)))
+            for model in (Torch(reference), Package(Decoder(package, inspection=Inspection(streams=True))))
         ]
 
 
@@ -298,7 +299,7 @@ def test_a_row_is_not_padded_past_the_switch_of_a_longrope(
     for switch in (None, 6):
         read.clear()
         answer_task(
-            Watched(Decoder(package, taps=True)),
+            Watched(Decoder(package, inspection=Inspection(streams=True))),
             encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8, switch),
             tiny_tokenizer,
             8,

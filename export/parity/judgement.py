@@ -74,6 +74,7 @@ from dense2moe.export.parity.weights.rows import Found, check_weights
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
+from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.memory import release_memory
@@ -185,15 +186,10 @@ class _Judgement:
         config, blocks, progress = self.config, self.blocks, self.progress
         arithmetic = self._find_arithmetic(provider)
         taps = self._find_taps()
-        decoder = Decoder(
-            self.package,
-            provider,
-            taps=True,
-            attention_taps=True,
-            more_taps=taps.all,
-            nudges=taps.routers,
-            num_experts=taps.num_experts,
+        inspection = Inspection(
+            streams=True, attention=True, values=taps.all, routers=taps.routers, num_experts=taps.num_experts
         )
+        decoder = Decoder(self.package, provider, inspection)
         evaluation = TaskEvaluation(self.twin, self.tasks, decoder, config.num_examples, config.answer_tokens)
         noise = self._measure_noise() if self.exact and config.noise_blocks else None
         tuned = self._compare_finetuned(decoder, evaluation)

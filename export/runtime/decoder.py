@@ -8,7 +8,7 @@ concatenation instead: the present of one step is bound as the past of the next.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,24 +17,25 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from packaging.version import Version
 
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.export.opening import Config, onnxruntime_errors, open_package, read_config
+from dense2moe.export.opening import onnxruntime_errors, open_package, read_config
+from dense2moe.export.runtime.inspection import NOTHING, Inspection, let_logits_be_cut, let_routers_be_nudged
+from dense2moe.export.runtime.interface import (
+    ELEMENT_TYPES,
+    check_interface,
+    check_types,
+    check_version,
+    read_cache_shape,
+)
 from dense2moe.export.runtime.sampling import Floats, Ints, Sampling, choose_tokens, draw_uniforms
 from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
 from dense2moe.export.variant import Device
-from dense2moe.upcycle.errors import one_line_errors, shorten
 
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
-_ELEMENT_TYPES = {
-    "tensor(float)": onnx.TensorProto.FLOAT,
-    "tensor(float16)": onnx.TensorProto.FLOAT16,
-    "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
-}
 
 
 def is_at_hand(provider: str) -> bool:
@@ -75,22 +76,16 @@ class Cache:
 class Decoder:
     """An ONNX decoder package, ready to run.
 
-    With `taps`, the graph's router logits and residual streams become outputs too, with `attention_taps` what its
-    attentions give, and with `more_taps` values of these names; nothing else changes. Where `nudges` has names of
-    router logits, a run can add to them, for `num_experts` experts.
+    What `inspection` says becomes outputs too; nothing else changes.
     """
 
     def __init__(
         self,
         directory: Path,
         provider: str = CPU,
-        taps: bool = False,
+        inspection: Inspection = NOTHING,
         num_threads: int = 0,
-        attention_taps: bool = False,
         profile: Path | None = None,
-        more_taps: Sequence[str] = (),
-        nudges: Sequence[str] = (),
-        num_experts: int = 0,
     ) -> None:
         """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
 
@@ -106,10 +101,10 @@ class Decoder:
                 "[gpu] extra"
             )
         self.path, self.metadata = path, {entry.key: entry.value for entry in model.metadata_props}
-        _check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), path)
+        check_version(self.metadata.get(MIN_ONNXRUNTIME_KEY, "0"), path)
         self.provider = provider
-        self.taps = (_tap_names(model) if taps else []) + (_attention_names(model) if attention_taps else [])
-        shown = list(dict.fromkeys([*self.taps, *more_taps]))
+        self.taps = inspection.find_taps(model)
+        shown = list(dict.fromkeys([*self.taps, *inspection.values]))
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads
         options.enable_mem_pattern = (
@@ -122,10 +117,10 @@ class Decoder:
             options.enable_profiling, options.profile_file_prefix = True, str(profile)
         # onnxruntime infers the type
         model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in shown)
-        self.num_experts = num_experts if nudges else 0
-        _let_routers_be_nudged(model, nudges)
-        self._cuts_logits = _let_logits_be_cut(model)
-        _check_interface(model, path)
+        self.num_experts = inspection.num_experts if inspection.routers else 0
+        let_routers_be_nudged(model, inspection.routers)
+        self._cuts_logits = let_logits_be_cut(model)
+        check_interface(model, path)
         config = read_config(directory)
         self.config, self.context_length = dict(config.values), config.size("max_position_embeddings")
         self.num_experts_per_tok = config.size("num_experts_per_tok", default=0, least=0)
@@ -142,16 +137,16 @@ class Decoder:
         self.shares_buffer = any(node.op_type == "GroupQueryAttention" for node in model.graph.node)
         self.takes_positions = any(value.name == names.POSITION_IDS for value in self.session.get_inputs())
         values = {value.name: value for value in (*self.session.get_inputs(), *self.session.get_outputs())}
-        _check_types(values, path)
+        check_types(values, path)
         self.past = {
-            name: (_cache_shape(value, config), _ELEMENT_TYPES[value.type])
+            name: (read_cache_shape(value, config), ELEMENT_TYPES[value.type])
             for name, value in values.items()
             if names.is_past(name)
         }
         self.device = "cuda" if provider == CUDA else "cpu"
         logits = values[names.LOGITS]
         self._vocab_size = logits.shape[2] if isinstance(logits.shape[2], int) else config.size("vocab_size")
-        self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(_ELEMENT_TYPES[logits.type])
+        self._logits_type = onnx.helper.tensor_dtype_to_np_dtype(ELEMENT_TYPES[logits.type])
 
     @property
     def vocab_size(self) -> int:
@@ -339,134 +334,3 @@ class Decoder:
             if not any(running):
                 return
             ids = chosen[:, None]
-
-
-def _check_interface(model: onnx.ModelProto, path: Path) -> None:
-    """Whether a graph has the names of inputs and outputs that a decoder package has."""
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = {value.name for value in model.graph.input} - weights
-    past = {name for name in inputs if names.is_past(name)}
-    needed = {names.INPUT_IDS, names.ATTENTION_MASK}
-    strange = {name for name in past if names.parse_state(name) is None} | inputs - past - needed - {
-        names.POSITION_IDS,
-        names.FIRST_LOGIT,
-        names.ROUTER_NUDGE,
-    }
-    lacking = needed - inputs | ({names.LOGITS} | {names.present_of(name) for name in past}) - {
-        value.name for value in model.graph.output
-    }
-    if strange or lacking or not past:
-        what = (
-            f"lacks {', '.join(sorted(lacking))}"
-            if lacking
-            else f"has the input {min(strange)}"
-            if strange
-            else f"lacks {names.past(0, 'key')}"
-        )
-        raise ExportError(
-            f"{path}: {what}; a decoder takes input_ids, attention_mask, position_ids where it wants them, and "
-            "past_key_values.N.key and .value, and gives "
-            "logits, and present.N.key and .value; name them so when it is exported"
-        )
-
-
-def _check_version(needed: str, path: Path) -> None:
-    """Whether this onnxruntime is as new as a package says that it needs."""
-    with one_line_errors(path, f"says that it needs onnxruntime {shorten(needed)!r}", "export it again", ExportError):
-        oldest = Version(needed)
-    if Version(ort.__version__) < oldest:
-        raise ExportError(f"{path}: needs onnxruntime {needed} or newer; this is {ort.__version__}; upgrade it")
-
-
-def _check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
-    """Whether inputs and outputs have the types and ranks that a decoder package has."""
-    for name, value in values.items():
-        is_state = name == names.LOGITS or names.is_state(name)
-        types = (
-            tuple(_ELEMENT_TYPES)
-            if is_state
-            else ("tensor(int64)",)
-            if name in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS)
-            else (value.type,)
-        )
-        if value.type not in types:
-            raise ExportError(f"{path}: {name} is a {value.type}; must be a {' or '.join(types)}; export it so")
-        rank = 3 if name == names.LOGITS else 4 if names.is_past(name) else None
-        if rank is not None and len(value.shape) != rank:
-            shown = {3: "[batch, tokens, vocabulary]", 4: "[batch, heads, tokens, head size]"}[rank]
-            raise ExportError(f"{path}: {name} has {len(value.shape)} dimensions; must be {shown}; export it so")
-
-
-def _cache_shape(value: ort.NodeArg, config: Config) -> tuple[Any, int, Any, int]:
-    """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
-    batch, heads, length, head_dim = value.shape
-    if not isinstance(heads, int):
-        heads = config.size("num_key_value_heads" if "num_key_value_heads" in config.values else "num_attention_heads")
-    if not isinstance(head_dim, int):
-        head_dim = (
-            config.size("head_dim")
-            if "head_dim" in config.values
-            else config.size("hidden_size") // config.size("num_attention_heads")
-        )
-    return batch, int(heads), length, int(head_dim)
-
-
-def _tap_names(model: onnx.ModelProto) -> list[str]:
-    """Router logits, selection scores and residual streams of every layer, in order.
-
-    None in a package of other makers.
-    """
-    made = {name: names.order_tap(name) for node in model.graph.node for name in node.output}
-    return [name for _, name in sorted((order, name) for name, order in made.items() if order is not None)]
-
-
-def _attention_names(model: onnx.ModelProto) -> list[str]:
-    """The outputs of every layer's attention, those that have their name."""
-    made = {name for node in model.graph.node for name in node.output}
-    num_layers = names.count_layers(value.name for value in model.graph.input)
-    return [name for n in range(num_layers) if (name := names.attention_output(n)) in made]
-
-
-def _let_routers_be_nudged(model: onnx.ModelProto, routers: Sequence[str]) -> None:
-    """Add an input `router_nudge` [T or 1, E] that is added to router logits of these names.
-
-    So experts that a text does not visit can be visited: what reads the logits reads the sum, and the logits are as
-    they were.
-    """
-    if not routers:
-        return
-    nodes = model.graph.node
-    for name in routers:
-        for node in nodes:
-            node.input[:] = [names.nudged(name) if read == name else read for read in node.input]
-            for attribute in node.attribute:
-                for inner in attribute.g.node if attribute.HasField("g") else ():
-                    inner.input[:] = [names.nudged(name) if read == name else read for read in inner.input]
-        place = next(number for number, node in enumerate(nodes) if name in node.output)
-        nodes.insert(place + 1, onnx.helper.make_node("Add", [name, names.ROUTER_NUDGE], [names.nudged(name)]))
-    model.graph.input.append(
-        onnx.helper.make_tensor_value_info(names.ROUTER_NUDGE, onnx.TensorProto.FLOAT, ["nudged", "num_experts"])
-    )
-
-
-def _let_logits_be_cut(model: onnx.ModelProto) -> bool:
-    """Add an input `first_logit` [1]: the first token of those fed that the head multiplies.
-
-    A prompt needs the logits of its last token alone, and those of all may take more time than a layer and more memory
-    than the weights. It is no input of the package, since others who load it would have to give it. Returns whether it
-    was added; a package of other makers may lack the name.
-    """
-    nodes = model.graph.node
-    readers = [number for number, node in enumerate(nodes) if names.FINAL_NORMED in node.input]
-    if not readers:
-        return False
-    kept = f"{names.FINAL_NORMED}_kept"
-    for number in readers:
-        nodes[number].input[:] = [kept if name == names.FINAL_NORMED else name for name in nodes[number].input]
-    bounds = {f"{names.FIRST_LOGIT}.end": np.iinfo(np.int64).max, f"{names.FIRST_LOGIT}.axis": 1}
-    model.graph.initializer.extend(
-        onnx.numpy_helper.from_array(np.array([value], np.int64), name) for name, value in bounds.items()
-    )
-    model.graph.input.append(onnx.helper.make_tensor_value_info(names.FIRST_LOGIT, onnx.TensorProto.INT64, [1]))
-    nodes.insert(readers[0], onnx.helper.make_node("Slice", [names.FINAL_NORMED, names.FIRST_LOGIT, *bounds], [kept]))
-    return True
