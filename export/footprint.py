@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
-from dense2moe.export.graph.family import find_decoder_family, layer_of
+from dense2moe.export.graph.coverage import classify_tensor, find_decoder_family
 from dense2moe.export.quantization.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.calibration_size import count_calibration_tokens
@@ -23,6 +23,7 @@ from dense2moe.export.quantization.packing import (
 )
 from dense2moe.export.variant import QUANTIZED, STATIC, Device, Variant, element_type
 from dense2moe.upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.models.parts import layer_of
 
 _FLOAT = 4
 _TIMED_BYTES = 256 << 20  # a little more than `dense2moe.export.timing` takes of a model
@@ -59,7 +60,7 @@ def estimate_bytes(
         FLOAT_BITS[element_type(variant, device)],
         Packing.of(variant, config, device),
     )
-    classes = {name: family.classify(name) for name in shapes}
+    classes = {name: classify_tensor(family, name) for name in shapes}
     plan = plan_bits(shapes, classes, bits, config.overrides)
 
     def integer_bytes(plan: Mapping[str, int]) -> int:

@@ -13,8 +13,8 @@ from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.facts import Choice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.graph.coverage import find_refusal
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
-from dense2moe.export.graph.family import find_refusal
 from dense2moe.export.graph.invariants import check_graph
 from dense2moe.export.lowering import Lowering
 from dense2moe.export.progress import Progress

@@ -29,10 +29,11 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dense2moe.export.graph.family import DecoderFamily, find_decoder_family
+from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.models.architecture import Architecture
 
 Way = Literal["prefill", "padding", "decode", "batch"]
 Array = np.ndarray[Any, Any]
@@ -270,7 +271,7 @@ class Graph:
         return self.checkpoint.config
 
     @property
-    def family(self) -> DecoderFamily:
+    def family(self) -> Architecture:
         return find_decoder_family(self.config)
 
     # Nodes.
@@ -423,7 +424,7 @@ class Graph:
 
     def expert(self, part: Literal["gate", "up", "down"], number: int) -> Array:
         """A matrix [N, K] of one expert of the layer."""
-        names = self.family.experts
+        names = self.family.routed
         if names is None or not self.family.has_experts(self.at.layer, self.checkpoint.entries):
             raise Inexpressible(f"layer {self.at.layer} has no experts")
         if names.gate is not None:
@@ -437,9 +438,9 @@ class Graph:
 
     @property
     def num_experts(self) -> int:
-        if self.family.routing is None:
+        if self.family.experts is None:
             raise Inexpressible("the model has no experts")
-        return self.family.routing(self.config).num_experts
+        return self.family.gate(self.config).num_experts
 
     @property
     def head_size(self) -> int:
@@ -447,7 +448,7 @@ class Graph:
 
     def router(self) -> tuple[Floats, onnx.NodeProto]:
         """The router's weights, which are floats, and the product that reads them."""
-        for rows in self.find(self.read(self.family.router)):
+        for rows in self.find(self.read(self.family.find("router"))):
             if isinstance(rows.store, Floats):
                 for node in self.nodes():
                     if node.op_type in ("MatMul", "Gemm") and any(
@@ -514,7 +515,7 @@ def zero_a_row(g: Graph) -> None:
 
 def leave_weights_unnormalized(g: Graph) -> None:
     """In a fused operator, whose CPU kernel of integers does so whatever it is told, by a factor on what it gives."""
-    if g.family.routing is None or not g.family.routing(g.config).renormalize:
+    if g.family.experts is None or not g.family.gate(g.config).renormalize:
         raise Inexpressible("the model does not renormalize")
     changed = False
     for node in g.nodes():
@@ -679,15 +680,15 @@ def _change_a_norm(g: Graph, name: str | None) -> None:
 
 
 def change_an_attention_norm(g: Graph) -> None:
-    _change_a_norm(g, g.family.attention_norm or g.family.attention_post_norm)
+    _change_a_norm(g, g.family.find("attention_norm") or g.family.find("attention_post_norm"))
 
 
 def change_an_ffn_norm(g: Graph) -> None:
-    _change_a_norm(g, g.family.ffn_norm or g.family.ffn_post_norm)
+    _change_a_norm(g, g.family.find("ffn_norm") or g.family.find("ffn_post_norm"))
 
 
 def change_the_final_norm(g: Graph) -> None:
-    _change_a_norm(g, g.family.final_norm)
+    _change_a_norm(g, g.family.name("final_norm"))
 
 
 def _no_norm_of(g: Graph, name: str | None) -> None:
@@ -696,13 +697,13 @@ def _no_norm_of(g: Graph, name: str | None) -> None:
 
 
 def stretch_keys_of_one_head(g: Graph) -> None:
-    _no_norm_of(g, g.family.attention.key_norm)
-    for rows in g.find(g.read(g.family.attention.key)):
+    _no_norm_of(g, g.family.find("key_norm"))
+    for rows in g.find(g.read(g.family.name("key"))):
         rows.some(slice(g.at.head * g.head_size, (g.at.head + 1) * g.head_size)).scale(1.01)
 
 
 def stretch_values_of_one_head(g: Graph) -> None:
-    for rows in g.find(g.read(g.family.attention.value)):
+    for rows in g.find(g.read(g.family.name("value"))):
         rows.some(slice(g.at.head * g.head_size, (g.at.head + 1) * g.head_size)).scale(1.01)
 
 
@@ -716,8 +717,8 @@ def change_the_temperature(g: Graph) -> None:
         )
         g.set_attribute(node, "scale", scale * 1.01)
         return
-    _no_norm_of(g, g.family.attention.query_norm)
-    for rows in g.find(g.read(g.family.attention.query)):
+    _no_norm_of(g, g.family.find("query_norm"))
+    for rows in g.find(g.read(g.family.name("query"))):
         rows.scale(1.01)
 
 
@@ -753,7 +754,7 @@ def _permute_embedding(g: Graph, taken: Mapping[int, int]) -> None:
 
 
 def _head(g: Graph) -> Array:
-    return g.read(g.family.embedding if g.config.tie_word_embeddings else g.family.head)
+    return g.read(g.family.name("embedding" if g.config.tie_word_embeddings else "head"))
 
 
 def scale_a_head_row(g: Graph) -> None:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.graph.coverage import classify_tensor, find_decoder_family
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -22,6 +22,7 @@ from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.models.parts import ATTENTION
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
 
@@ -122,7 +123,7 @@ def test_every_group_reads_what_transformers_matrices_read(
 
 
 def is_quantized(checkpoint: Any, key: str) -> bool:
-    kind = find_decoder_family(checkpoint.config).classify(key)
+    kind = classify_tensor(find_decoder_family(checkpoint.config), key)
     return kind in ("experts", "attention") and checkpoint.entries[key].num_elements > 0
 
 
@@ -275,10 +276,10 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
     mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
     checkpoint, blocks = open_checkpoint(mixture), draw_blocks(3)
     family, generator = find_decoder_family(checkpoint.config), torch.Generator().manual_seed(0)
-    a, model, moved = family.attention, load(mixture), load(mixture)
+    model, moved = load(mixture), load(mixture)
     walk = CalibrationWalk(checkpoint, family, blocks, all_experts=False)
     list(walk.read_layer(0))
-    output = a.output.format(layer=0)
+    output = family.name("attention_output", 0)
     changed = {
         output: checkpoint.read(output) + 0.1 * torch.randn(checkpoint.entries[output].shape, generator=generator)
     }
@@ -286,7 +287,7 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
     walk.advance(0, changed)
     groups = walk.read_layer(1)
     first = next(groups)
-    for key in (pattern.format(layer=1) for pattern in (a.query, a.key, a.value, a.output)):
+    for key in (family.name(part, 1) for part in ATTENTION):
         weight = checkpoint.read(key) + 0.1 * torch.randn(checkpoint.entries[key].shape, generator=generator)
         moved.get_parameter(key).data.copy_(weight)
         walk.replace(key, None, weight)

@@ -19,8 +19,8 @@ from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForC
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.graph.decoder import plan_lowerings
-from dense2moe.export.graph.family import find_decoder_family
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint

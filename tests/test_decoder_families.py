@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.family import DECODER_FAMILIES
+from dense2moe.export.graph.coverage import DECODERS
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -251,7 +251,7 @@ def test_a_float16_package_equals_its_twin_within_float16(name: str, make_dense:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {case.target for case in CASES.values()} | {"mixtral"} == {family.model_type for family in DECODER_FAMILIES}
+    assert {case.target for case in CASES.values()} | {"mixtral"} == {family.model_type for family in DECODERS}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -58,7 +58,9 @@ def test_folding_alone_keeps_the_logits_of_transformers(name: str, make_dense: M
         together = [[group] for group in groups if group.place != "first"]
         together.append([group for group in groups if group.place == "first"])
         for parts in together:
-            norm = {"attention": family.attention_norm, "first": family.ffn_norm}.get(parts[0].place, "")
+            norm = {"attention": family.find("attention_norm"), "first": family.find("ffn_norm")}.get(
+                parts[0].place, ""
+            )
             if norm is not None:
                 fold(
                     scaled,
@@ -70,7 +72,9 @@ def test_folding_alone_keeps_the_logits_of_transformers(name: str, make_dense: M
         tensors |= scaled.changed
     shutil.copytree(mixture, tmp_path / "folded")
     save_file(tensors, tmp_path / "folded" / "model.safetensors", metadata={"format": "pt"})
-    assert folded == ({"output", "last"} if family.attention_norm is None else {"attention", "output", "first", "last"})
+    assert folded == (
+        {"output", "last"} if family.find("attention_norm") is None else {"attention", "output", "first", "last"}
+    )
     ids = torch.randint(2, 300, (3, 40), generator=generator)
     with torch.no_grad():
         expected, found = (load(path)(input_ids=ids).logits for path in (mixture, tmp_path / "folded"))

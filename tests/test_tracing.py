@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig, RequestConfig
-from dense2moe.export.graph.family import DECODER_FAMILIES
+from dense2moe.export.graph.coverage import DECODERS, classify_tensor
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
@@ -416,7 +416,7 @@ FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(
-    "family", [family for family in DECODER_FAMILIES if family.experts], ids=lambda family: family.model_type
+    "family", [family for family in DECODERS if family.routed], ids=lambda family: family.model_type
 )
 def test_tensors_classified_by_modules_are_as_the_families_have_them(family: Any, tmp_path: Path) -> None:
     stem, fields = FAMILY_MODELS[family.model_type]
@@ -424,7 +424,7 @@ def test_tensors_classified_by_modules_are_as_the_families_have_them(family: Any
     model.save_pretrained(tmp_path)
     shapes = {name: entry.shape for name, entry in open_checkpoint(tmp_path).entries.items()}
     found = classify_tensors(model.config, shapes)
-    assert found == {name: family.classify(name) for name in shapes}
+    assert found == {name: classify_tensor(family, name) for name in shapes}
     assert "experts" in found.values()
 
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.family import DECODER_FAMILIES
+from dense2moe.export.graph.coverage import DECODERS, classify_tensor
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.bits import class_bits
 from dense2moe.export.quantization.blockwise import dequantize, quantize
@@ -481,7 +481,7 @@ def test_a_tensor_that_the_family_does_not_know_is_refused(tmp_path: Path) -> No
     ],
 )
 def test_every_tensor_has_one_class(name: str, kind: str) -> None:
-    assert DECODER_FAMILIES[0].classify(name) == kind
+    assert classify_tensor(DECODERS[0], name) == kind
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def test_every_tensor_has_one_class(name: str, kind: str) -> None:
 def test_names_that_only_look_alike_have_none(name: str) -> None:
     message = f"tensor '{name}' is not known to the mixtral family; it can be neither quantized nor exported"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        DECODER_FAMILIES[0].classify(name)
+        classify_tensor(DECODERS[0], name)
 
 
 @pytest.mark.parametrize(

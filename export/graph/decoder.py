@@ -30,7 +30,7 @@ from transformers import PreTrainedConfig
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.family import find_decoder_family
+from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.graph.layers import BlockWriter, moe_layer
 from dense2moe.export.graph.positions import add_positions
 from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings
@@ -97,29 +97,28 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
         graph_input(names.past(n, kind), graph.dtype, past_shape) for n in range(depth) for kind in names.CACHE_KINDS
     ]
     positions = add_positions(graph, twin, input_ids, attention_mask)
-    residual = add_embedding(graph, twin.weight(family.embedding, tokens), input_ids)
-    write.used.add(family.embedding)
+    residual = add_embedding(graph, twin.weight(family.name("embedding"), tokens), input_ids)
+    write.used.add(family.name("embedding"))
     residual = write.multiply(residual, multipliers.embedding, names.EMBEDDED + names.MULTIPLIED)
-    normed = (
-        residual
-        if family.attention_norm is None
-        else write.norm(residual, family.attention_norm.format(layer=0), names.attention_normed(0))
-    )
+    first_norm = family.find("attention_norm", 0)
+    normed = residual if first_norm is None else write.norm(residual, first_norm, names.attention_normed(0))
     presents: list[ir.Value] = []
     for n in range(depth):
         last = n + 1 == depth
         update, present = write.attention(normed, n, positions, (past[2 * n], past[2 * n + 1]))
         presents += present
-        update = _finish(write, update, family.attention_post_norm, n, multipliers.residual, names.attention_output(n))
+        update = _finish(
+            write, update, family.find("attention_post_norm", n), multipliers.residual, names.attention_output(n)
+        )
         normed, residual = _add_residual(
-            write, residual, update, _of_layer(family.ffn_norm, n), names.ffn_normed(n), names.attended(n)
+            write, residual, update, family.find("ffn_norm", n), names.ffn_normed(n), names.attended(n)
         )
         update = write.ffn(normed, n, lowering)
-        update = _finish(write, update, family.ffn_post_norm, n, multipliers.residual, names.ffn_output(n))
-        next_norm = family.final_norm if last else _of_layer(family.attention_norm, n + 1)
+        update = _finish(write, update, family.find("ffn_post_norm", n), multipliers.residual, names.ffn_output(n))
+        next_norm = family.name("final_norm") if last else family.find("attention_norm", n + 1)
         normed_name = names.FINAL_NORMED if last else names.attention_normed(n + 1)
         normed, residual = _add_residual(write, residual, update, next_norm, normed_name, names.hidden(n))
-    head = family.embedding if c.tie_word_embeddings else family.head
+    head = family.name("embedding" if c.tie_word_embeddings else "head")
     write.used.add(head)
     scaled = multipliers.logits != 1.0
     name = f"{names.LOGITS}_scaled" if scaled else names.LOGITS
@@ -154,19 +153,13 @@ def oldest_onnxruntime(lowering: Lowering | None, layers: Sequence[MoeLayer], de
     return max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
 
 
-def _of_layer(pattern: str | None, layer: int) -> str | None:
-    return None if pattern is None else pattern.format(layer=layer)
-
-
-def _finish(
-    write: BlockWriter, update: ir.Value, post_norm: str | None, layer: int, factor: float, name: str
-) -> ir.Value:
+def _finish(write: BlockWriter, update: ir.Value, post_norm: str | None, factor: float, name: str) -> ir.Value:
     """What a block does to its output before it joins the residual stream.
 
     A norm, or a factor, where the architecture has them.
     """
     if post_norm is not None:
-        update = write.norm(update, post_norm.format(layer=layer), name + names.NORMED)
+        update = write.norm(update, post_norm, name + names.NORMED)
     return write.multiply(update, factor, name + names.MULTIPLIED)
 
 

@@ -29,10 +29,11 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
-from dense2moe.export.graph.family import TensorClass, find_refusal, layer_of
+from dense2moe.export.graph.coverage import find_refusal
 from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.models.parts import TensorClass, layer_of
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
 _INTEGERS = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)
@@ -96,10 +97,10 @@ def _gates_of_nothing(twin: Twin) -> set[str]:
     """The gates of shared experts of width 0, which no graph needs."""
     config, entries = twin.checkpoint.config, twin.checkpoint.entries
     shared = None if find_refusal(config) is not None else twin.family.shared
-    if shared is None or shared.scale is None:
+    if shared is None or twin.family.find("shared_scale") is None:
         return set()
-    ups = {n: entries.get(shared.ffn.up.format(layer=n)) for n in range(config.num_hidden_layers)}
-    return {shared.scale.format(layer=n) for n, up in ups.items() if up is not None and not up.num_elements}
+    ups = {n: entries.get(shared.up.format(layer=n)) for n in range(config.num_hidden_layers)}
+    return {twin.family.name("shared_scale", n) for n, up in ups.items() if up is not None and not up.num_elements}
 
 
 def _check_elements(directory: Path, graph: _Graph, twin: Twin, classes: dict[str, TensorClass]) -> None:

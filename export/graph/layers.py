@@ -10,14 +10,16 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export import names as value_names
 from dense2moe.export.graph.config import OnnxConfig, Product
-from dense2moe.export.graph.family import DecoderFamily, GatedFfn, bias_name, rotary_switch
 from dense2moe.export.graph.positions import Positions, effective_window
+from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from dense2moe.export.nodes.ffn_gate import add_gate
 from dense2moe.export.nodes.linear import add_exact_linear, add_linear
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
 from dense2moe.export.variant import ElementType
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import QUERY_KEY_VALUE, Ffn, bias_name
 
 FindWeight = Callable[[str, tuple[int, int] | None], Weight]
 """A matrix by its name, or some of its rows."""
@@ -91,16 +93,14 @@ class BlockWriter:
         self, x: ir.Value, layer: int, positions: Positions, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
         """Attention over x [B, S, H] and the past; returns its output [B, S, H] and the present keys and values."""
-        names, c = self.family.attention, self.config
+        family, c = self.family, self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
-        matrices = [pattern.format(layer=layer) for pattern in (names.query, names.key, names.value)]
+        matrices = [family.name(part, layer) for part in QUERY_KEY_VALUE]
         packed = self.linear(self.graph.narrow(x), matrices, value_names.query_key_value(layer), "attention")
         # The operator rotates a prompt by slots, which are no rows of a longrope's tables.
         rotary_inside = self.head_dim % _ROTARY_HEAD_MULTIPLE == 0 and rotary_switch(c) is None
         query_key_value: tuple[ir.Value | None, ...] = (packed, None, None)
-        query_norm, key_norm = (
-            None if name is None else name.format(layer=layer) for name in (names.query_norm, names.key_norm)
-        )
+        query_norm, key_norm = family.find("query_norm", layer), family.find("key_norm", layer)
         normed = query_norm is not None and key_norm is not None and self.has(query_norm)
         if not rotary_inside or normed:
             sizes = [count * self.head_dim for count in (heads, kv_heads, kv_heads)]
@@ -131,13 +131,13 @@ class BlockWriter:
             MICROSOFT,
         )
         update = self.linear(
-            attended, [names.output.format(layer=layer)], value_names.attention_output(layer), "attention"
+            attended, [family.name("attention_output", layer)], value_names.attention_output(layer), "attention"
         )
         return self.graph.widen(update), (present_key, present_value)
 
     def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
         """RMS norm of a projection [B, S, heads * head_dim]: of each head by itself, or of the whole row."""
-        if not self.family.attention.norm_per_head:
+        if not self.family.norm_per_head:
             return self.graph.narrow(self.norm(self.graph.widen(x), name, f"{x.name}_normed"))
         split = self.graph.constant(f"split_{heads}_heads", int64(0, 0, heads, self.head_dim))
         joined = self.graph.constant(f"join_{heads}_heads", int64(0, 0, heads * self.head_dim))
@@ -158,11 +158,10 @@ class BlockWriter:
         Its experts where it has a router, with a shared one where there is one, or else one FFN.
         """
         if not self.family.has_experts(layer, self.twin.checkpoint.entries):
-            assert self.family.dense is not None, f"layer {layer} has neither a router nor an FFN"
-            return self._gated(x, self.family.dense, layer, value_names.in_layer(layer, "ffn"))
-        assert self.family.router is not None
+            assert self.family.ffn is not None, f"layer {layer} has neither a router nor an FFN"
+            return self._gated(x, self.family.ffn, layer, value_names.in_layer(layer, "ffn"))
         assert lowering is not None, f"layer {layer} has experts, and no lowering to write them"
-        router = self.family.router.format(layer=layer)
+        router = self.family.name("router", layer)
         self.used.add(router)
         moe = self.layer(layer)
         flat = self.graph.constant("flat_hidden", int64(-1, moe.hidden_size))
@@ -177,8 +176,8 @@ class BlockWriter:
         """The experts of a layer as the lowerings see them."""
         names = expert_names(self.family, self.config, layer)
         self.used.update(names)
-        if self.family.selection_bias is not None:
-            self.used.add(self.family.selection_bias.format(layer=layer))
+        if self.family.find("selection_bias") is not None:
+            self.used.add(self.family.name("selection_bias", layer))
         shapes = {name: self.twin.checkpoint.entries[name].shape for name in names}
         return moe_layer(
             self.family, self.config, layer, shapes, self.twin.weight, self.graph.element_type, self.settings
@@ -187,25 +186,22 @@ class BlockWriter:
     def _shared(self, x: ir.Value, layer: int) -> ir.Value | None:
         """What the expert adds that every token visits; None where there is none, or one of width 0."""
         shared = self.family.shared
-        if shared is None or not self.has(shared.ffn.up.format(layer=layer)):
+        if shared is None or not self.has(shared.up.format(layer=layer)):
             return None
         prefix = value_names.in_layer(layer, "shared_expert")
-        scale = shared.scale.format(layer=layer) if shared.scale else None
-        if self.twin.checkpoint.entries[shared.ffn.up.format(layer=layer)].num_elements == 0:
-            self.used.update(
-                name.format(layer=layer)
-                for name in (shared.ffn.gate, shared.ffn.up, shared.ffn.down, shared.scale)
-                if name
-            )
+        scale = self.family.find("shared_scale", layer)
+        if self.twin.checkpoint.entries[shared.up.format(layer=layer)].num_elements == 0:
+            names = (shared.gate, shared.up, shared.down, scale)
+            self.used.update(name.format(layer=layer) for name in names if name)
             return None
-        y = self._gated(x, shared.ffn, layer, prefix)
+        y = self._gated(x, shared, layer, prefix)
         if scale is None:
             return y
         self.used.add(scale)
         gate = add_exact_linear(self.graph, x, self.twin.weight(scale), f"{prefix}.scale_logit")
         return self.graph.op("Mul", [y, self.graph.op("Sigmoid", [gate], f"{prefix}.scale")], f"{prefix}.scaled")
 
-    def _gated(self, x: ir.Value, ffn: GatedFfn, layer: int, prefix: str) -> ir.Value:
+    def _gated(self, x: ir.Value, ffn: Ffn, layer: int, prefix: str) -> ir.Value:
         """One gated FFN over x [B, S, H], both float32."""
         both = self.linear(
             self.graph.narrow(x),
@@ -220,17 +216,16 @@ class BlockWriter:
         return self.graph.widen(self.linear(inner, [ffn.down.format(layer=layer)], f"{prefix}.down", "experts"))
 
 
-def expert_names(family: DecoderFamily, config: PreTrainedConfig, layer: int) -> set[str]:
+def expert_names(family: Architecture, config: PreTrainedConfig, layer: int) -> set[str]:
     """Every tensor of a layer's experts."""
-    assert family.experts is not None
-    assert family.routing is not None
-    num_experts = family.routing(config).num_experts
-    patterns = [name for name in (family.experts.gate, family.experts.up, family.experts.down) if name]
+    assert family.routed is not None
+    num_experts = family.gate(config).num_experts
+    patterns = [name for name in (family.routed.gate, family.routed.up, family.routed.down) if name]
     return {pattern.format(layer=layer, expert=expert) for pattern in patterns for expert in range(num_experts)}
 
 
 def moe_layer(
-    family: DecoderFamily,
+    family: Architecture,
     config: PreTrainedConfig,
     layer: int,
     shapes: Mapping[str, tuple[int, ...]],
@@ -242,9 +237,8 @@ def moe_layer(
 
     Each expert's matrices, which are rows of one tensor where experts are stacked.
     """
-    assert family.experts is not None
-    assert family.routing is not None
-    routing, names = family.routing(config), family.experts
+    assert family.routed is not None
+    routing, names = family.gate(config), family.routed
 
     def expert(number: int) -> Expert:
         if names.gate is not None:
@@ -260,7 +254,7 @@ def moe_layer(
             weight(down, (hidden * number, hidden * (number + 1))),
         )
 
-    bias = None if family.selection_bias is None else weight(family.selection_bias.format(layer=layer), None)
+    bias = None if family.find("selection_bias") is None else weight(family.name("selection_bias", layer), None)
     assert bias is None or isinstance(bias, FloatWeight), "a selection bias is quantized"
     experts = tuple(expert(number) for number in range(routing.num_experts))
     bits = settings.bits_of("experts")

@@ -16,7 +16,7 @@ import onnx_ir as ir
 import torch
 
 from dense2moe.export import names
-from dense2moe.export.graph.family import rotary_switch
+from dense2moe.export.graph.rotary import make_rotary, rotary_switch
 from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.variant import ElementType
@@ -158,7 +158,7 @@ def rotary_tables(twin: Twin) -> tuple[torch.Tensor, torch.Tensor]:
     lengths, switch = [c.max_position_embeddings], rotary_switch(c)
     if switch is not None:
         lengths.insert(0, switch)
-    rotary = twin.family.rotary(c)
+    rotary = make_rotary(twin.family, c)
     tables = [rotary(torch.zeros(1, dtype=torch.float32), torch.arange(length)[None]) for length in lengths]
     half = tables[0][0].shape[-1] // 2
     cos, sin = (torch.cat([table[which][0, :, :half] for table in tables]) for which in (0, 1))

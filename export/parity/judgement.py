@@ -36,7 +36,7 @@ from transformers import AutoConfig
 
 from dense2moe.export import names
 from dense2moe.export.blocks import choose_blocks
-from dense2moe.export.graph.family import DecoderFamily, find_decoder_family, find_refusal
+from dense2moe.export.graph.coverage import find_decoder_family, find_refusal
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
 from dense2moe.export.parity.answers.evaluation import TaskEvaluation
@@ -78,6 +78,7 @@ from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.numbers import language_figures, perplexity
 
 _TIMED_TOKENS = 32
@@ -271,7 +272,7 @@ class _Judgement:
         )
 
     @cached_property
-    def family(self) -> DecoderFamily | None:
+    def family(self) -> Architecture | None:
         """What is known of the twin's architecture; None where the graph builder does not know it."""
         config = AutoConfig.from_pretrained(self.twin, local_files_only=True, trust_remote_code=False)
         return find_decoder_family(config) if find_refusal(config) is None else None

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from transformers import PreTrainedConfig
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import TensorClass, find_decoder_family, find_refusal, layer_of
+from dense2moe.export.graph.coverage import classify_tensor, find_decoder_family, find_refusal
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.config import BitsOverride, QuantizeConfig
 from dense2moe.export.quantization.parameters import classify_tensors
 from dense2moe.export.variant import QUANTIZED, Device, ElementType, Variant, float_type
+from dense2moe.upcycle.models.parts import TensorClass, layer_of
 
 FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16, "bfloat16": 16}
 
@@ -93,7 +94,7 @@ def plan_classes(config: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]
     if find_refusal(config) is not None:
         return classify_tensors(config, shapes)
     family = find_decoder_family(config)
-    return {name: family.classify(name) for name in shapes}
+    return {name: classify_tensor(family, name) for name in shapes}
 
 
 def plan_bits(

@@ -20,12 +20,13 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from dense2moe.export.blocks import choose_blocks
-from dense2moe.export.graph.family import DecoderFamily, GatedFfn
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, read_rows
 from dense2moe.upcycle.gates.routes import Routes, route
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import ATTENTION, QUERY_KEY_VALUE, Ffn
 
 _BATCH_ROWS = 8
 _BATCH_TOKENS = 1024
@@ -61,7 +62,7 @@ class CalibrationWalk:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        family: DecoderFamily,
+        family: Architecture,
         blocks: torch.Tensor,
         all_experts: bool,
         correct_routers: bool = False,
@@ -145,8 +146,7 @@ class CalibrationWalk:
         if self.family.has_experts(layer, self.checkpoint.entries):
             router = self.read(self._router(layer))
             if self.correct_routers:
-                assert self.family.routing is not None
-                routing = self.family.routing(self.checkpoint.config)
+                routing = self.family.gate(self.checkpoint.config)
                 self.routers[layer] = correct_router(router, routed, routing, self._selection_bias(layer))
                 router, _ = self.routers[layer]
             yield from self._read_experts(layer, routed, router)
@@ -167,47 +167,45 @@ class CalibrationWalk:
         return Group("head", ((name, None),), partial(_same, Inputs(read, true)))
 
     def _read_attention(self, layer: int, inputs: Inputs) -> Group:
-        a = self.family.attention
         return Group(
             "attention",
-            tuple((name.format(layer=layer), None) for name in (a.query, a.key, a.value)),
+            tuple((self.family.name(part, layer), None) for part in QUERY_KEY_VALUE),
             partial(_same, inputs),
         )
 
     def _read_output(self, layer: int, inputs: Inputs) -> Group:
-        return Group("output", ((self.family.attention.output.format(layer=layer), None),), partial(_same, inputs))
+        return Group("output", ((self.family.name("attention_output", layer), None),), partial(_same, inputs))
 
     def _read_others(self, layer: int, dense: Inputs, shared: Inputs) -> Iterator[Group]:
         """The groups of an FFN in the place of experts, and of one beside them."""
-        if self.family.dense is not None and not self.family.has_experts(layer, self.checkpoint.entries):
-            yield from self._read_ffn(self.family.dense, layer, partial(_same, dense), None)
-        if self.family.shared is not None and self._has_elements(self.family.shared.ffn.up.format(layer=layer)):
-            yield from self._read_ffn(self.family.shared.ffn, layer, partial(_same, shared), None)
+        if self.family.ffn is not None and not self.family.has_experts(layer, self.checkpoint.entries):
+            yield from self._read_ffn(self.family.ffn, layer, partial(_same, dense), None)
+        if self.family.shared is not None and self._has_elements(self.family.shared.up.format(layer=layer)):
+            yield from self._read_ffn(self.family.shared, layer, partial(_same, shared), None)
 
     def _router(self, layer: int) -> str:
-        assert self.family.router is not None
-        return self.family.router.format(layer=layer)
+        return self.family.name("router", layer)
 
     def _selection_bias(self, layer: int) -> torch.Tensor | None:
         """What the layer's router adds to its scores for the choice of experts; float32 [E]."""
-        return None if self.family.selection_bias is None else self.read(self.family.selection_bias.format(layer=layer))
+        name = self.family.find("selection_bias", layer)
+        return None if name is None else self.read(name)
 
     def _drift(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
         """What a block's outputs would have to have more.
 
         None where a norm stands between them and the residual stream.
         """
-        if self.family.ffn_norm is None:
+        if self.family.find("ffn_norm") is None:
             return None
         return (reference - states) / self.family.multipliers(self.checkpoint.config).residual
 
     def _put(self, model: PreTrainedModel, layer: int) -> None:
         """Let the model compute with attention's matrices as they are by now."""
-        a = self.family.attention
-        for pattern in (a.query, a.key, a.value, a.output):
-            if (pattern.format(layer=layer), None) in self._replaced:
-                place = pattern.format(layer=0).removeprefix("model.")
-                model.get_parameter(place).data.copy_(self._replaced[pattern.format(layer=layer), None])
+        for part in ATTENTION:
+            if (name := (self.family.name(part, layer), None)) in self._replaced:
+                place = self.family.name(part, 0).removeprefix("model.")
+                model.get_parameter(place).data.copy_(self._replaced[name])
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
         """Go on behind the layer, as it computes with tensors in the place of its own.
@@ -263,16 +261,15 @@ class CalibrationWalk:
         return torch.cat(after), {place: torch.cat(parts) for place, parts in caught.items()}
 
     def _read_experts(self, layer: int, inputs: Inputs, router: torch.Tensor) -> Iterator[Group]:
-        assert self.family.routing is not None
-        assert self.family.experts is not None
-        routing = self.family.routing(self.checkpoint.config)
+        assert self.family.routed is not None
+        routing = self.family.gate(self.checkpoint.config)
         logits = inputs.actual @ router.T
         routes = route(logits, routing, self._selection_bias(layer))
         _, weights = routes.as_table(routing.max_experts_per_token)
         total = torch.tensor(routing.scale) if routing.renormalize else weights.sum(-1, keepdim=True)
         for expert in range(routing.num_experts):
             yield from self._read_ffn(
-                self.family.experts, layer, partial(self._visits_of, expert, inputs, routes, total), expert
+                self.family.routed, layer, partial(self._visits_of, expert, inputs, routes, total), expert
             )
 
     def _visits_of(self, expert: int, inputs: Inputs, routes: Routes, total: torch.Tensor) -> Inputs:
@@ -286,7 +283,7 @@ class CalibrationWalk:
         actual = inputs.actual[own]
         return Inputs(actual, actual if inputs.is_float else inputs.reference[own], drift, routes.weight[visits])
 
-    def _read_ffn(self, ffn: GatedFfn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
+    def _read_ffn(self, ffn: Ffn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
         """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""
         up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
         if ffn.gate is not None:

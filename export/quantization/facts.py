@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dense2moe.export.graph.family import TensorClass
+from dense2moe.upcycle.models.parts import TensorClass
 from dense2moe.upcycle.tasks.figure import Figure
 
 

@@ -30,10 +30,11 @@ from typing import assert_never
 
 import torch
 
-from dense2moe.export.graph.family import DecoderFamily, bias_name
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import bias_name
 
 # and then those between the best and its neighbours: errors are smooth in them
 _POWERS = tuple(step / 10 for step in range(2, 11, 2))
@@ -112,13 +113,13 @@ def scale_layer(
         if group.place == "first":
             first.append(group)  # the norm before them is one
             continue
-        if group.place == "attention" and family.attention_norm is None:
+        if group.place == "attention" and family.find("attention_norm") is None:
             record.num_without_place += 1
             continue
         scales = choose_scales([group], walk, plan, config, record)
         if scales is not None:
             fold(scaled, family, [group], scales)
-    if first and family.ffn_norm is None:
+    if first and family.find("ffn_norm") is None:
         record.num_without_place += 1
     elif first and len(first) == num_first:  # else the norm has readers that are not quantized
         scales = choose_scales(first, walk, plan, config, record)
@@ -127,7 +128,7 @@ def scale_layer(
     return scaled.changed
 
 
-def fold(scaled: ScaledLayer, family: DecoderFamily, groups: Sequence[Group], scales: torch.Tensor) -> None:
+def fold(scaled: ScaledLayer, family: Architecture, groups: Sequence[Group], scales: torch.Tensor) -> None:
     """Multiply the columns of all that read one input by scales [K], and divide what makes the input.
 
     `groups` is one group, or all the first matrices of a layer's FFNs.
@@ -138,21 +139,19 @@ def fold(scaled: ScaledLayer, family: DecoderFamily, groups: Sequence[Group], sc
     group = groups[0]
     match group.place:
         case "attention":
-            assert family.attention_norm is not None
-            scaled.divide_outputs(family.attention_norm.format(layer=layer), (0, len(scales)), scales)
+            scaled.divide_outputs(family.name("attention_norm", layer), (0, len(scales)), scales)
         case "output":
             heads = config.num_key_value_heads
             own = scales.view(heads, config.num_attention_heads // heads, -1)[:, 0].flatten()
-            value = family.attention.value.format(layer=layer)
+            value = family.name("value", layer)
             for name in (value, bias_name(value)):
                 if name in scaled.walk.checkpoint.entries:
                     scaled.divide_outputs(name, (0, len(own)), own)
         case "first":
-            assert family.ffn_norm is not None
-            scaled.divide_outputs(family.ffn_norm.format(layer=layer), (0, len(scales)), scales)
-            gate = family.shared.scale if family.shared is not None else None
-            others = [name.format(layer=layer) for name in (family.router, gate) if name is not None]
-            scaled.multiply_inputs([(name, None) for name in others if name in scaled.walk.checkpoint.entries], scales)
+            scaled.divide_outputs(family.name("ffn_norm", layer), (0, len(scales)), scales)
+            others = (family.find("router", layer), family.find("shared_scale", layer))
+            readers = [(name, None) for name in others if name is not None and name in scaled.walk.checkpoint.entries]
+            scaled.multiply_inputs(readers, scales)
         case "last":
             assert group.up is not None
             name, rows = group.up

@@ -15,7 +15,6 @@ import torch
 
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import DecoderFamily, layer_of
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.aim import find_aim
 from dense2moe.export.quantization.blockwise import (
@@ -34,6 +33,8 @@ from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.router_correction import RouterFacts
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import ATTENTION, layer_of
 
 _TOKENS_PER_INPUT = 2
 """Below so many tokens for each input of a matrix, second moments say too little for GPTQ (the figure is Olive's).
@@ -127,7 +128,7 @@ class CalibrationRecord:
         }
 
 
-def order_tensors(names: Mapping[str, int], family: DecoderFamily | None) -> list[str]:
+def order_tensors(names: Mapping[str, int], family: Architecture | None) -> list[str]:
     """Tensors in the order in which `quantize_tensors` yields them.
 
     Those outside of layers, then layer by layer, then what makes the logits.
@@ -136,17 +137,17 @@ def order_tensors(names: Mapping[str, int], family: DecoderFamily | None) -> lis
     return sorted(names, key=lambda name: (name == last, layer_of(name), name))
 
 
-def head_name(names: Container[str], family: DecoderFamily | None) -> str | None:
+def head_name(names: Container[str], family: Architecture | None) -> str | None:
     """The tensor that makes the logits, which may be the embedding as well.
 
     None where no family describes the model.
     """
-    return None if family is None else family.head if family.head in names else family.embedding
+    return None if family is None else family.name("head") if family.name("head") in names else family.name("embedding")
 
 
 def quantize_tensors(
     checkpoint: Checkpoint,
-    family: DecoderFamily | None,
+    family: Architecture | None,
     plan: Mapping[str, int],
     config: QuantizeConfig,
     scale_type: torch.dtype,
@@ -262,7 +263,7 @@ def _quantize_head(
     1.43e-2 where searched scales have 2.16e-2, and more tokens keep their experts than by the head's moments alone.
     Nothing takes its scales in, and they are in `record` by themselves: its integers stand for the weights times them.
     """
-    group, bits, is_embedding = walk.read_head(name), plan[name], name == walk.family.embedding
+    group, bits, is_embedding = walk.read_head(name), plan[name], name == walk.family.name("embedding")
     inputs = group.read()
     scales = (
         None
@@ -273,7 +274,7 @@ def _quantize_head(
         if is_embedding:
             record.column_scales[name] = scales
         else:
-            norm = walk.family.final_norm
+            norm = walk.family.name("final_norm")
             record.replaced[norm] = walk.checkpoint.read(norm).to(torch.float32) / scales
         inputs = Inputs(inputs.actual / scales, inputs.reference / scales)
     height, width = walk.checkpoint.entries[name].shape
@@ -319,8 +320,7 @@ def _quantize_layer(
     scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
     if learns:
-        a = walk.family.attention
-        in_attention = [name.format(layer=layer) for name in (a.query, a.key, a.value, a.output)]
+        in_attention = [walk.family.name(part, layer) for part in ATTENTION]
         attention_learns = any(
             is_quantized(plan[name]) and config.method_of(plan[name]) == "gptq" for name in in_attention if name in plan
         )
@@ -337,8 +337,7 @@ def _quantize_layer(
     record.scarce_experts[layer] = len(scarce)
     record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
     if layer in walk.routers:
-        assert walk.family.router is not None
-        record.replaced[walk.family.router.format(layer=layer)], record.routers[layer] = walk.routers.pop(layer)
+        record.replaced[walk.family.name("router", layer)], record.routers[layer] = walk.routers.pop(layer)
     return {name: join(found) for name, found in parts.items()}
 
 

@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedConfig
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import DecoderFamily, rotary_switch
+from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.quantization.blockwise import is_quantized, num_blocks, zero_point_bytes
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.twin import COLUMN_SCALES
 from dense2moe.export.variant import STATIC, Device, Variant, element_type, scale_type
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
+from dense2moe.upcycle.models.architecture import Architecture
 
 _LAYER_NODES, _EXPERT_NODES = 1 << 14, 1 << 12
 """Bytes of a layer's nodes in a graph, and of those of one expert.
@@ -84,7 +85,7 @@ def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int],
 
 
 def package_bytes(
-    shapes: Mapping[str, tuple[int, ...]], family: DecoderFamily, plan: Mapping[str, int], packing: Packing
+    shapes: Mapping[str, tuple[int, ...]], family: Architecture, plan: Mapping[str, int], packing: Packing
 ) -> int:
     """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`.
 
@@ -99,10 +100,11 @@ def package_bytes(
         )
 
     total = sum(packed(shape, plan[name]) for name, shape in shapes.items())
-    is_tied = family.embedding in shapes and family.head not in shapes
-    if is_tied and (packing.block_size is None or not is_quantized(plan[family.embedding])):
+    embedding = family.name("embedding")
+    is_tied = embedding in shapes and family.name("head") not in shapes
+    if is_tied and (packing.block_size is None or not is_quantized(plan[embedding])):
         # written a second time, as a matrix to multiply with
-        total += packed(shapes[family.embedding], plan[family.embedding])
+        total += packed(shapes[embedding], plan[embedding])
     return total
 
 
@@ -112,9 +114,9 @@ def rotary_bytes(model: PreTrainedConfig, float_bytes: int) -> int:
     return int((model.max_position_embeddings + (rotary_switch(model) or 0)) * head_dim * float_bytes)
 
 
-def node_bytes(model: PreTrainedConfig, family: DecoderFamily) -> int:
+def node_bytes(model: PreTrainedConfig, family: Architecture) -> int:
     """Bytes that a package's nodes take at most."""
-    experts = family.routing(model).num_experts if family.routing is not None else 0
+    experts = family.gate(model).num_experts if family.experts is not None else 0
     return int(model.num_hidden_layers) * (_LAYER_NODES + experts * _EXPERT_NODES)
 
 

@@ -19,7 +19,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreT
 from transformers.core_model_loading import revert_weight_conversion
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import TensorClass
+from dense2moe.upcycle.models.parts import TensorClass
 
 Shapes = Mapping[str, tuple[int, ...]]
 

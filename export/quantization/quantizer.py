@@ -18,7 +18,7 @@ import torch
 
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import DecoderFamily, TensorClass, find_decoder_family, find_refusal
+from dense2moe.export.graph.coverage import find_decoder_family, find_refusal
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.bit_search import BitChoices, BitSearcher, find_units, measure_units, options_of
 from dense2moe.export.quantization.bits import (
@@ -61,6 +61,8 @@ from dense2moe.upcycle.checkpoints.reader import (
 )
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 from dense2moe.upcycle.durable import begin
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import TensorClass
 from dense2moe.upcycle.numbers import name_specials
 
 _INTEGERS, _CODES = "integers", ".codes"
@@ -208,7 +210,7 @@ class _Job:
     """What is quantized, how, and where it goes."""
 
     checkpoint: Checkpoint
-    family: DecoderFamily | None
+    family: Architecture | None
     classes: Mapping[str, TensorClass]
     variant: Variant
     config: QuantizeConfig
@@ -247,7 +249,7 @@ class _Job:
         return (
             self.config.input_scaling != "none"
             and self.family is not None
-            and name == self.family.embedding == head_name(self.classes, self.family)
+            and name == self.family.name("embedding") == head_name(self.classes, self.family)
         )
 
 

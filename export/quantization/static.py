@@ -22,7 +22,6 @@ from typing import Literal, assert_never
 import torch
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import DecoderFamily, layer_of
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized, round_to_nearest
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
@@ -30,6 +29,8 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.methods import CalibrationRecord, head_name, order_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import layer_of
 
 BITS = 8
 ActivationRange = Literal["largest", "clip"]
@@ -97,7 +98,7 @@ class Magnitudes:
 
 def quantize_static(
     checkpoint: Checkpoint,
-    family: DecoderFamily | None,
+    family: Architecture | None,
     plan: Mapping[str, int],
     config: QuantizeConfig,
     blocks: torch.Tensor | None,
@@ -202,14 +203,14 @@ def _add(magnitudes: Magnitudes, inputs: torch.Tensor, walk: CalibrationWalk, la
         ) from error
 
 
-def _is_down(family: DecoderFamily, group: Group, layer: int) -> bool:
-    assert family.experts is not None
-    return group.matrices[0][0] == family.experts.down.format(layer=layer, expert=group.expert)
+def _is_down(family: Architecture, group: Group, layer: int) -> bool:
+    assert family.routed is not None
+    return group.matrices[0][0] == family.routed.down.format(layer=layer, expert=group.expert)
 
 
 def _measure_head(walk: CalibrationWalk, how: ActivationRange) -> float:
     """The scale of what the head reads: the states after the last layer, normed."""
-    weight = walk.read_matrix(walk.family.final_norm, None)[0]
+    weight = walk.read_matrix(walk.family.name("final_norm"), None)[0]
     x = walk.states
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + walk.checkpoint.config.rms_norm_eps) * weight
     magnitudes = Magnitudes()

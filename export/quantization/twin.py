@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.family import DecoderFamily, find_decoder_family
+from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.quantization.blockwise import PARTS, Quantized, dequantize, join, num_blocks, recover
 from dense2moe.export.variant import STATIC, ElementType
 from dense2moe.upcycle.checkpoints.reader import (
@@ -30,6 +30,7 @@ from dense2moe.upcycle.checkpoints.reader import (
     read_tensor,
 )
 from dense2moe.upcycle.errors import one_line_errors, shorten
+from dense2moe.upcycle.models.architecture import Architecture
 
 SCHEME_NAME = "quantization.json"
 STEM = "scales"
@@ -147,7 +148,7 @@ class Twin:
         self.scales = index_tensors(directory, STEM) if self.scheme["tensors"] else {}
 
     @cached_property
-    def family(self) -> DecoderFamily:
+    def family(self) -> Architecture:
         """What the graph builder knows of the architecture.
 
         Raises:

@@ -97,14 +97,17 @@ class Architecture:
     window: Callable[[Any, int], int | None] = lambda _, __: None
     refusal: Callable[[Any], str | None] = lambda _: None
 
-    def find(self, part: Part) -> str | None:
-        """The name of a part's tensor, None where the architecture has no such part; of the first stack of several."""
-        matrix = self.outside.get(part) or self.stacks[0].parts.get(part)
-        return None if matrix is None else matrix.name
+    def find(self, part: Part, layer: int | None = None) -> str | None:
+        """The name of a part's tensor, None where the architecture has no such part.
 
-    def name(self, part: Part) -> str:
+        Without `layer`, the pattern of the name in all layers; of the first stack of several.
+        """
+        matrix = self.outside.get(part) or self.stacks[0].parts.get(part)
+        return None if matrix is None else matrix.name if layer is None else matrix.name.format(layer=layer)
+
+    def name(self, part: Part, layer: int | None = None) -> str:
         """The name of a part's tensor, which the architecture has."""
-        name = self.find(part)
+        name = self.find(part, layer)
         assert name is not None, f"{self.model_type} has no {part}"
         return name
 
@@ -132,10 +135,14 @@ class Architecture:
         """Whether all experts of a layer lie in one tensor."""
         return self.routed is not None and "{expert}" not in self.routed.up
 
+    def gate(self, config: Any) -> Gate:
+        """How tokens choose experts, by a config of this sparse architecture."""
+        assert self.experts is not None, f"{self.model_type} is dense"
+        return self.experts.gate(config)
+
     def has_experts(self, layer: int, names: Container[str]) -> bool:
         """Whether a layer has a router, in a checkpoint with tensors of these names."""
-        router = self.find("router")
-        return router is not None and router.format(layer=layer) in names
+        return self.find("router", layer) in names
 
     def find_part(self, tensor: str) -> Part | None:
         """The part that a tensor is by its name, the first of several in one; None where the architecture has none."""

@@ -12,7 +12,7 @@ from dense2moe.upcycle.models.parts import Matrix, Part
 
 
 def renormalized_gate(config: Any) -> Gate:
-    """A softmax whose chosen weights are divided by their sum."""
+    """A softmax whose chosen weights sum to 1."""
     return Gate(config.num_local_experts, TopK(config.num_experts_per_tok))
 
 

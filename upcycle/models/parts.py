@@ -54,6 +54,9 @@ Part = Literal[
     "shared_scale",
 ]
 
+QUERY_KEY_VALUE: tuple[Part, ...] = ("query", "key", "value")
+ATTENTION: tuple[Part, ...] = (*QUERY_KEY_VALUE, "attention_output")
+
 TensorClass = Literal["experts", "router", "attention", "embedding", "head", "norm", "bias"]
 """Kinds of tensors, for the bits that each is stored in."""
 

@@ -29,7 +29,7 @@ from dense2moe.upcycle.models.parts import Matrix
 
 
 def configured_gate(config: Any) -> Gate:
-    """A softmax whose chosen weights are divided by their sum where the config says so."""
+    """A softmax whose chosen weights sum to 1 where `norm_topk_prob` says so."""
     return Gate(config.num_experts, TopK(config.num_experts_per_tok), renormalize=config.norm_topk_prob)
 
 

@@ -18,13 +18,6 @@ def find_gate(config: Any) -> Gate | None:
     return assume_gate(config) if target is None or target.experts is None else target.experts.gate(config)
 
 
-def read_gate(config: Any) -> Gate:
-    """The gate of a model that has experts."""
-    gate = find_gate(config)
-    assert gate is not None, f"a {config.model_type} has no experts"
-    return gate
-
-
 def assume_gate(config: Any) -> Gate | None:
     """A softmax over the top k of the router's logits, whatever the architecture; None of a model without experts."""
     count = int(getattr(config, "num_experts_per_tok", None) or 0)

@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from transformers import AutoConfig
 
-from dense2moe.export.graph.family import rotary_switch
+from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
 from dense2moe.export.parity.answers.outcome import (

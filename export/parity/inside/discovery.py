@@ -12,20 +12,19 @@ from collections.abc import Iterator
 
 import onnx
 
-from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.names import count_layers
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Taps
 from dense2moe.export.parity.weights.matrix import Matrix
 from dense2moe.export.parity.weights.rows import Found
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import QUERY_KEY_VALUE
 
 _VIEWS = ("Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze")
 _JOINS = ("Add", "SkipSimplifiedLayerNormalization")
 
 
-def discover_taps(
-    model: onnx.ModelProto, found: Found, family: DecoderFamily, tied: bool, shared_outside: bool
-) -> Taps:
+def discover_taps(model: onnx.ModelProto, found: Found, family: Architecture, tied: bool, shared_outside: bool) -> Taps:
     """The places of a graph, by what was found of its weights. `tied`: the head is the embedding's matrix."""
     graph = _Graph(model.graph, found)
     num_layers = count_layers(value.name for value in model.graph.input)
@@ -38,13 +37,13 @@ def discover_taps(
     routers: list[str] = []
     num_experts = 0
     for n in range(num_layers):
-        a = family.attention
-        products = [graph.product(pattern.format(layer=n)) for pattern in (a.query, a.key, a.value)]
+        products = [graph.product(family.name(part, n)) for part in QUERY_KEY_VALUE]
         if all(products):
             add(n, "query, key and value", *(graph.with_bias(product.value) for product in products if product))
-            if family.attention_norm is not None and len({product.given for product in products if product}) == 1:
+            read = {product.given for product in products if product}
+            if family.find("attention_norm") is not None and len(read) == 1:
                 add(n, "attention norm", products[0].given if products[0] else None)
-        output = graph.product(a.output.format(layer=n))
+        output = graph.product(family.name("attention_output", n))
         if output is None:
             continue
         given = graph.with_bias(output.value)
@@ -52,20 +51,20 @@ def discover_taps(
         add(n, "attention output", given)
         before, attended = graph.join(given)
         add(*((n - 1, "residual stream") if n else (OUTSIDE, "embedding")), before)
-        router = graph.product(family.router.format(layer=n)) if family.router is not None else None
+        router = graph.product(family.name("router", n)) if family.find("router") is not None else None
         if router is not None:
             add(n, "router", router.value)
             if router.narrow is None:
                 routers.append(router.value)
                 num_experts = router.shape[0]
-        dense = graph.product(family.dense.up.format(layer=n)) if family.dense is not None and router is None else None
-        if family.ffn_norm is not None and (first := router or dense) is not None:
+        dense = graph.product(family.ffn.up.format(layer=n)) if family.ffn is not None and router is None else None
+        if family.find("ffn_norm") is not None and (first := router or dense) is not None:
             add(n, "FFN norm", first.given)
         update, behind = graph.join(attended, update_is_other=True) if attended else (None, None)
         add(n, "residual stream", behind)
         if not shared_outside or router is None:
             add(n, "experts" if router is not None else "FFN", graph.before_factor(update) if update else None)
-    head = graph.product(family.embedding if tied else family.head)
+    head = graph.product(family.name("embedding") if tied else family.name("head"))
     if head is not None:
         add(OUTSIDE, "final norm", head.given)
     return Taps(names, num_layers, tuple(routers), num_experts)

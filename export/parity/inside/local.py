@@ -26,13 +26,13 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.flips import Inside
 from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE, find_margin
+from dense2moe.upcycle.models.architecture import Architecture
 
 LEAST_NOISE = 2.0**-22
 """Two units in the last place of float32: a norm's factor is rounded by as much, alike for all elements of a token."""
@@ -86,7 +86,7 @@ class LocalCheck:
 
     reference: Reference
     taps: Taps
-    family: DecoderFamily | None
+    family: Architecture | None
     arithmetic: Arithmetic
     noise: dict[Place, float] = field(default_factory=dict)
     found: dict[Place, Measured] = field(default_factory=dict)
@@ -270,15 +270,15 @@ class LocalCheck:
                 handles.append(output.register_forward_pre_hook(lambda _, given: self._read_attention(n, given)))
                 handles.append(output.register_forward_hook(self._at((n, "attention output"))))
         norms = {
-            "attention norm": self.family and self.family.attention_norm,
-            "FFN norm": self.family and self.family.ffn_norm,
+            "attention norm": self.family and self.family.find("attention_norm"),
+            "FFN norm": self.family and self.family.find("ffn_norm"),
         }
         for part, pattern in norms.items():
             if pattern and (n, part) in taps:
                 module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").partition(f".{n}.")[2])
                 handles.append(module.register_forward_hook(self._at((n, cast(Part, part)))))
         block = self.reference.modules.get(n)
-        if self.family is not None and self.family.ffn_norm is None and (n, "FFN norm") in taps:
+        if self.family is not None and self.family.find("ffn_norm") is None and (n, "FFN norm") in taps:
             ffn = cast(nn.Module, block if block is not None else layer.mlp)
             handles.append(ffn.register_forward_pre_hook(lambda _, given: self._enter_ffn(n, given)))
         if block is not None:

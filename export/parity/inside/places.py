@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from dense2moe.export.graph.family import DecoderFamily
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Reference
 from dense2moe.export.parity.inside.local import LEAST_NOISE, LocalCheck, Measured
@@ -18,6 +17,7 @@ from dense2moe.export.parity.records import PlaceCheck
 from dense2moe.export.parity.taps import Seen, Taps, look
 from dense2moe.export.parity.ways.cases import every_expert
 from dense2moe.export.runtime.decoder import CPU, Decoder
+from dense2moe.upcycle.models.architecture import Architecture
 
 _EXPERT_TOKENS = 64
 _FEW_TOKENS = 4  # as many as an operator may compute by another kernel, and a graph by another branch
@@ -59,7 +59,7 @@ class PlacesCheck:
         reference: Reference,
         decoder: Decoder,
         taps: Taps,
-        family: DecoderFamily | None,
+        family: Architecture | None,
         arithmetic: Arithmetic,
         config: ParityConfig,
         provider: str,

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from dense2moe.export.graph.family import DecoderFamily, layer_of
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.flips import Ffn, Inside, Product, Round, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import layer_of
 
 _MOVE = 1e-4  # of a number: a hundredth of the step of the largest in its group
 _EMBEDDING = "model.embed_tokens.weight"
@@ -68,7 +69,7 @@ class ProductMode(TorchFunctionMode):
     def __init__(
         self,
         reference: Reference,
-        family: DecoderFamily | None,
+        family: Architecture | None,
         arithmetic: Arithmetic,
         route: Callable[[int, torch.Tensor], torch.Tensor],
         unseen: Callable[[], AbstractContextManager[None]],
@@ -217,12 +218,10 @@ class ProductMode(TorchFunctionMode):
         return output, found
 
 
-def _find_inside(
-    family: DecoderFamily | None, rounds: Mapping[str, Round], n: int
-) -> tuple[Round | None, Round | None]:
+def _find_inside(family: Architecture | None, rounds: Mapping[str, Round], n: int) -> tuple[Round | None, Round | None]:
     """How a layer's experts round what their first matrices and their last read."""
-    if family is not None and family.experts is not None:
-        first, last = (pattern.format(layer=n, expert=0) for pattern in (family.experts.up, family.experts.down))
+    if family is not None and family.routed is not None:
+        first, last = (pattern.format(layer=n, expert=0) for pattern in (family.routed.up, family.routed.down))
         return rounds.get(first), rounds.get(last)
     names = [name for name in rounds if layer_of(name) == n and "expert" in name and "shared" not in name]
     lasts = [name for name in names if any(word in name for word in ("down", "w2", "output_linear"))]

@@ -1,0 +1,65 @@
+"""Coverage of the graph builder: which configs it takes, and why it takes no other."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from transformers import PreTrainedConfig
+
+from dense2moe.export.errors import ExportError
+from dense2moe.export.nodes.ffn_gate import Activation
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.models.parts import CLASS_OF_PART, TensorClass
+from dense2moe.upcycle.models.table import DENSE_FAMILIES, TARGETS
+
+DECODERS: tuple[Architecture, ...] = tuple(
+    architecture for architecture in (*TARGETS, *DENSE_FAMILIES) if architecture.rotary is not None
+)
+"""Architectures that graphs are built of."""
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic", "longrope")
+"""Rotary variants of the builder.
+
+"dynamic" changes its frequencies beyond `max_position_embeddings` only, where a package ends.
+"""
+
+
+def find_decoder_family(config: PreTrainedConfig) -> Architecture:
+    """The architecture of a config, its values checked.
+
+    Raises:
+        ExportError: the architecture, activation or rotary variant is not covered.
+    """
+    refusal = find_refusal(config)
+    if refusal is not None:
+        raise ExportError(refusal)
+    return next(family for family in DECODERS if family.model_type == config.model_type)
+
+
+def find_refusal(config: PreTrainedConfig) -> str | None:
+    """Why the graph builder does not cover a config, or None."""
+    family = next((family for family in DECODERS if family.model_type == config.model_type), None)
+    if family is None:
+        supported = ", ".join(family.model_type for family in DECODERS)
+        return f"config.json: model_type {config.model_type} has no ONNX builder yet; supported: {supported}"
+    if config.hidden_act not in get_args(Activation):
+        return f"config.json: hidden_act is {config.hidden_act}; the builder covers {', '.join(get_args(Activation))}"
+    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
+    if rope_type not in ROPE_TYPES:
+        return f"config.json: rope_type is {rope_type}; the builder covers {', '.join(ROPE_TYPES)}"
+    refusal = family.refusal(config)
+    return None if refusal is None else f"config.json: {refusal}"
+
+
+def classify_tensor(family: Architecture, name: str) -> TensorClass:
+    """The class of a tensor by its name.
+
+    Raises:
+        ExportError: the name is unknown, so that nothing is quantized or kept by accident.
+    """
+    part = family.find_part(name)
+    if part is None:
+        raise ExportError(
+            f"tensor '{name}' is not known to the {family.model_type} family; it can be neither quantized nor exported"
+        )
+    return CLASS_OF_PART[part]
