@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from dense2moe.convert.report.numerals import format_agreement, format_error, format_perplexity, format_share
 from dense2moe.convert.report.summary import describe_task
+from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.coverage import find_refusal
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity

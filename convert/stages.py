@@ -24,10 +24,10 @@ from dense2moe.convert.report.card import read_license, write_card
 from dense2moe.convert.report.costs import take_costs
 from dense2moe.convert.report.names import CARDS_NAME
 from dense2moe.convert.report.writer import write_report
+from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
 from dense2moe.export.graph.config import rounds_activations
-from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.answers.examples import Task, read_tasks

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedConfig
 
-from dense2moe.export.graph.coverage import classify_tensor, find_decoder_family
+from dense2moe.export.coverage import classify_tensor, find_decoder_family
 from dense2moe.export.quantization.bits import FLOAT_BITS, check_overrides, class_bits, plan_bits
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.calibration_size import count_calibration_tokens

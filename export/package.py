@@ -10,10 +10,10 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from dense2moe.export import names
+from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.facts import Choice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.coverage import find_refusal
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
 from dense2moe.export.graph.invariants import check_graph
 from dense2moe.export.lowering import Lowering

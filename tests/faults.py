@@ -29,7 +29,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from dense2moe.export.graph.coverage import find_decoder_family
+from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint

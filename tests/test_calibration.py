@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from dense2moe.export.coverage import classify_tensor, find_decoder_family
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.coverage import classify_tensor, find_decoder_family
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig

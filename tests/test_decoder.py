@@ -16,10 +16,10 @@ from onnx import TensorProto
 from packaging.version import Version
 from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
 
+from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.graph.decoder import plan_lowerings
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dense2moe.export.coverage import DECODERS
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.coverage import DECODERS
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint

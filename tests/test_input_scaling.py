@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
+from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig

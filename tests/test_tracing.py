@@ -15,9 +15,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from dense2moe.export.coverage import DECODERS, classify_tensor
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig, RequestConfig
-from dense2moe.export.graph.coverage import DECODERS, classify_tensor
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity

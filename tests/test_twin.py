@@ -16,10 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from dense2moe.export.coverage import DECODERS, classify_tensor
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import estimate_bytes
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.coverage import DECODERS, classify_tensor
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.bits import class_bits
 from dense2moe.export.quantization.blockwise import dequantize, quantize

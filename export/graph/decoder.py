@@ -28,9 +28,9 @@ import onnx_ir as ir
 from transformers import PreTrainedConfig
 
 from dense2moe.export import names
+from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
-from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.graph.layers import BlockWriter, moe_layer
 from dense2moe.export.graph.positions import add_positions
 from dense2moe.export.lowering import Lowering, MoeLayer, find_common_lowerings

@@ -27,9 +27,9 @@ import onnx
 from onnx import NodeProto, TensorProto
 from onnx.external_data_helper import load_external_data_for_tensor
 
+from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
-from dense2moe.export.graph.coverage import find_refusal
 from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.storage import MODEL_NAME

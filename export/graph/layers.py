@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig
 from dense2moe.export import names as value_names
 from dense2moe.export.graph.config import OnnxConfig, Product
 from dense2moe.export.graph.positions import Positions, effective_window
-from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from dense2moe.export.nodes.ffn_gate import add_gate
 from dense2moe.export.nodes.linear import add_exact_linear, add_linear
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter, int64
 from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
+from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.variant import ElementType
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import QUERY_KEY_VALUE, Ffn, bias_name

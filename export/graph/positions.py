@@ -16,9 +16,9 @@ import onnx_ir as ir
 import torch
 
 from dense2moe.export import names
-from dense2moe.export.graph.rotary import make_rotary, rotary_switch
 from dense2moe.export.nodes.writer import GraphWriter, int64
 from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.rotary import make_rotary, rotary_switch
 from dense2moe.export.variant import ElementType
 
 _MASKED: dict[ElementType, float] = {"float32": -1e30, "float16": -3e4, "bfloat16": -1e30}

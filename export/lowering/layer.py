@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from dense2moe.export.nodes.ffn_gate import Activation
+from dense2moe.export.coverage import Activation
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Weight
 from dense2moe.export.variant import Device, ElementType

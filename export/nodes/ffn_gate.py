@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import onnx_ir as ir
 
+from dense2moe.export.coverage import Activation
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
-
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
 
 
 def add_gate(graph: GraphWriter, gate: ir.Value, up: ir.Value, prefix: str, activation: Activation) -> ir.Value:

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dense2moe.export import names
+from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
-from dense2moe.export.graph.coverage import find_refusal
-from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.parity.taps import Seen, look
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
+from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError

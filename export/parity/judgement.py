@@ -36,7 +36,7 @@ from transformers import AutoConfig
 
 from dense2moe.export import names
 from dense2moe.export.blocks import choose_blocks
-from dense2moe.export.graph.coverage import find_decoder_family, find_refusal
+from dense2moe.export.coverage import find_decoder_family, find_refusal
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.agreement import Comparison, Follow, compare, mean_divergence, measure_losses
 from dense2moe.export.parity.answers.evaluation import TaskEvaluation

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedConfig
 
+from dense2moe.export.coverage import classify_tensor, find_decoder_family, find_refusal
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.coverage import classify_tensor, find_decoder_family, find_refusal
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.config import BitsOverride, QuantizeConfig
 from dense2moe.export.quantization.parameters import classify_tensors

@@ -10,10 +10,10 @@ import torch
 from transformers import PreTrainedConfig
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.quantization.blockwise import is_quantized, num_blocks, zero_point_bytes
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.twin import COLUMN_SCALES
+from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.variant import STATIC, Device, Variant, element_type, scale_type
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.writer import TensorSpec

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from dense2moe.export.blocks import choose_blocks
+from dense2moe.export.coverage import find_decoder_family, find_refusal
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.coverage import find_decoder_family, find_refusal
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.bit_search import BitChoices, BitSearcher, find_units, measure_units, options_of
 from dense2moe.export.quantization.bits import (

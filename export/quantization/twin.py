@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.coverage import find_decoder_family
 from dense2moe.export.quantization.blockwise import PARTS, Quantized, dequantize, join, num_blocks, recover
 from dense2moe.export.variant import STATIC, ElementType
 from dense2moe.upcycle.checkpoints.reader import (

@@ -37,8 +37,8 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations import moe as transformers_moe
 
 from dense2moe.export import names
+from dense2moe.export.coverage import Activation
 from dense2moe.export.errors import ExportError
-from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.export.quantization.parameters import Rows, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
 

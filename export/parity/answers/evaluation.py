@@ -9,7 +9,6 @@ from typing import cast
 import torch
 from transformers import AutoConfig
 
-from dense2moe.export.graph.rotary import rotary_switch
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
 from dense2moe.export.parity.answers.outcome import (
@@ -35,6 +34,7 @@ from dense2moe.export.parity.forward import Reference, run_package
 from dense2moe.export.parity.limits import gap_limit
 from dense2moe.export.parity.records import Limit, TaskCheck
 from dense2moe.export.parity.ties import find_flips
+from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.generation import read_generation
 

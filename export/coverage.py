@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Literal, get_args
 
 from transformers import PreTrainedConfig
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.nodes.ffn_gate import Activation
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import CLASS_OF_PART, TensorClass
 from dense2moe.upcycle.models.table import DENSE_FAMILIES, TARGETS
+
+Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
+"""Activations of a gated FFN, by their names in configs."""
 
 DECODERS: tuple[Architecture, ...] = tuple(
     architecture for architecture in (*TARGETS, *DENSE_FAMILIES) if architecture.rotary is not None
