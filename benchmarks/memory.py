@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dense2moe.convert.artifact.manifest import open_artifact
-from dense2moe.convert.report.costs import cost_table, take_costs
+from dense2moe.convert.report.costs import cost_table, read_costs, take_costs
 
 RECIPE = """\
 source: {source}
@@ -96,7 +96,7 @@ def main(model: Path, text: Path, trains: str, until: str, blocks: int, batch: i
             facts = {label: open_artifact(workdir / name).facts for label, name in state["artifacts"].items()}
             costs = take_costs(facts)[1]
             shown = costs if number == 0 else {label: cost for label, cost in costs.items() if label == "finetune"}
-            Console(width=100).print(f"train: {train}", cost_table(shown))
+            Console(width=100).print(f"train: {train}", cost_table(read_costs(shown)))
             if finished.returncode:
                 print(finished.stderr.strip().splitlines()[-1])
             for made in workdir.glob("finetune-*"):

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from dense2moe.convert.report.numerals import format_agreement, format_error, format_perplexity, format_share
-from dense2moe.convert.report.summary import describe_task
+from dense2moe.convert.report.figures import format_figure
+from dense2moe.convert.report.numerals import format_agreement, format_error, format_share
+from dense2moe.convert.report.verdicts import describe_task
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.parity.answers.examples import read_tasks
@@ -164,12 +165,9 @@ def _describe_figures(found: ProviderParity) -> Iterator[str]:
             f"  places inside: {len(found.places):,}, each on its own input; {wrong} wrong, {flips} flips of a "
             "rounding told apart"
         )
-    beside = (
-        f"± {format_share(found.perplexity_error)} beside the reference's "
-        f"{format_perplexity(found.finetuned_perplexity)}"
-    )
+    beside = f"± {format_share(found.figures_error)} beside the reference's {format_figure(found.finetuned_figures[0])}"
     yield (
-        f"  perplexity {format_perplexity(found.perplexity)} {beside}; KL {format_error(a.kl)}, "
+        f"  {found.figures[0].name} {format_figure(found.figures[0])} {beside}; KL {format_error(a.kl)}, "
         f"top-1 {format_agreement(a.top1_agreement)}, top-5 {format_agreement(a.top5_agreement)}"
     )
     largest = max(check.relative_error for check in found.checks)
@@ -177,7 +175,7 @@ def _describe_figures(found: ProviderParity) -> Iterator[str]:
     held = "" if limit is None else f", at most {format_error(limit.value)}: {limit.origin}"
     yield f"  largest relative error of logits {format_error(largest)} in {len(found.checks)} ways of feeding it{held}"
     for task in found.tasks:
-        yield f"  {task}" if isinstance(task, str) else f"  {describe_task(asdict(task))}"
+        yield f"  {task}" if isinstance(task, str) else f"  {describe_task(task)}"
     if found.num_fallback_nodes:
         elsewhere = ", ".join(f"{sum(ops.values())} on {where}" for where, ops in found.placement.items())
         yield f"  nodes by where they ran: {elsewhere}"

@@ -20,7 +20,8 @@ from dense2moe.convert.artifact.verification import check_files
 from dense2moe.convert.errors import ArtifactError, RecipeError
 from dense2moe.convert.machine import peak_resident_bytes, versions
 from dense2moe.convert.progress import ProgressDisplay
-from dense2moe.convert.report.costs import COST, StageCost
+from dense2moe.convert.report.costs import COST
+from dense2moe.convert.report.facts import StageCost
 from dense2moe.convert.run_state import RunState, Status, write_run
 from dense2moe.convert.stage_names import STAGE_NAMES, StageName
 from dense2moe.convert.stages import Facts, Job, Preparation, StageFunction

@@ -22,6 +22,7 @@ from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
 from dense2moe.convert.recipe.records import HUB_ID, HubSource, LocalSource, Recipe
 from dense2moe.convert.report.card import read_license, write_card
 from dense2moe.convert.report.costs import take_costs
+from dense2moe.convert.report.facts import read_facts
 from dense2moe.convert.report.names import CARDS_NAME
 from dense2moe.convert.report.writer import write_report
 from dense2moe.export.coverage import find_decoder_family
@@ -611,8 +612,9 @@ def run_report(job: Job) -> Facts:
         json.loads(line) for line in (job.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()
     ]
     write_report({**facts, "finetune": {**facts["finetune"], "history": history}}, job.output)
+    records = read_facts(facts, job.preparation.loaded.name)
     for variant in facts["variants"]:
-        write_card(facts, variant, job.inputs[f"onnx-{variant}"], job.output / CARDS_NAME / variant)
+        write_card(records, variant, job.inputs[f"onnx-{variant}"], job.output / CARDS_NAME / variant)
     return facts
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
+from dense2moe.convert.report.facts import ReportFacts, read_facts
+
 HOSTILE = "name: quickstart\n# <script>alert('recipe')</script> & \"quotes\"\nupcycle:\n  num_experts: 4\n"
+
+
+def figures(value: float) -> list[dict[str, Any]]:
+    return [{"name": "perplexity", "value": value, "unit": "", "better": "lower"}]
 
 
 def evaluation(loss: float, perplexity: float, parameters: int, size: int, speed: float) -> dict[str, Any]:
     return {
         "loss": loss,
         "perplexity": perplexity,
+        "figures": figures(perplexity),
         "num_parameters": parameters,
         "weight_bytes": size,
         "decode_tokens_per_second": speed,
@@ -100,7 +108,7 @@ def variant(
         }
         for name in names
     ]
-    figures = {
+    found = {
         "onnxruntime": "1.32.0",
         "checks": checks,
         "twin": agreement(4e-7, 1.0, [1.0, 1.0, 1.0, 0.99998]),
@@ -108,6 +116,9 @@ def variant(
         "perplexity": perplexity,
         "twin_perplexity": perplexity,
         "finetuned_perplexity": 11.2345,
+        "figures": figures(perplexity),
+        "twin_figures": figures(perplexity),
+        "finetuned_figures": figures(11.2345),
         "worst_layer": 2,
         "prefill_tokens_per_second": 20 * speed,
         "decode_tokens_per_second": speed,
@@ -142,7 +153,7 @@ def variant(
             "timings": TIMINGS,
         },
         "parity": {
-            "providers": {"CPUExecutionProvider": figures, "CUDAExecutionProvider": "not run: no CUDA device"},
+            "providers": {"CPUExecutionProvider": found, "CUDAExecutionProvider": "not run: no CUDA device"},
             "passed": True,
             "breaches": [],
         },
@@ -372,8 +383,63 @@ def searched(facts: dict[str, Any]) -> dict[str, Any]:
         (9_000_000, 11.3, "8 bits"),
     )
     points = [
-        {"package_bytes": size, "perplexity": p, "label": label, "chosen": size == 7_000_000}
+        {"package_bytes": size, "perplexity": p, "figures": figures(p), "label": label, "chosen": size == 7_000_000}
         for size, p, label in tried
     ]
-    facts["variants"]["int4"]["quantize"]["search"] = {"points": points, "reference_perplexity": 11.24, "limit": "+3 %"}
+    facts["variants"]["int4"]["quantize"]["search"] = {
+        "points": points,
+        "reference_perplexity": 11.24,
+        "reference_figures": figures(11.24),
+        "limit": "+3 %",
+        "num_tokens": 4096,
+        "bits": {"experts": [4], "attention": [8]},
+        "sensitivities": [],
+    }
     return facts
+
+
+def set_figure(facts: dict[str, Any], model: str, value: float) -> None:
+    """Give a torch model another figure."""
+    facts["finetune"]["evaluations"][model]["figures"][0]["value"] = value
+
+
+def cpu(facts: dict[str, Any], variant: str) -> dict[str, Any]:
+    """What parity found on the CPU."""
+    found: dict[str, Any] = facts["variants"][variant]["parity"]["providers"]["CPUExecutionProvider"]
+    return found
+
+
+def records(facts: dict[str, Any]) -> ReportFacts:
+    """The facts as records, as the commands read them."""
+    return read_facts(facts, "quickstart")
+
+
+def classified(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same facts of a classifier, which is judged by its F1: 1 less a twentieth of each perplexity."""
+    for found in _figured(facts):
+        for figure in found:
+            figure |= {"name": "F1", "value": 1 - figure["value"] / 20, "better": "higher"}
+    return facts
+
+
+def _figured(item: Any) -> Iterator[list[dict[str, Any]]]:
+    """Every list of figures in the facts."""
+    match item:
+        case dict():
+            for name, value in item.items():
+                if name.endswith("figures"):
+                    yield value
+                else:
+                    yield from _figured(value)
+        case list():
+            for value in item:
+                yield from _figured(value)
+
+
+def forget(facts: dict[str, Any], *models: str) -> None:
+    """The facts of a run that did not train these models."""
+    finetune = facts["finetune"]
+    for key in ("evaluations", "best_steps", "num_steps", "seconds"):
+        for model in models:
+            del finetune[key][model]
+    finetune["history"] = [step for step in finetune["history"] if step["model"] not in models]

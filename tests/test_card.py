@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from programs import dense2moe
-from report_facts import HOSTILE, make_facts, tiered
+from report_facts import HOSTILE, classified, make_facts, records, tiered
 
 from dense2moe.convert.artifact.sealing import build
 from dense2moe.convert.report.card import read_license, write_card
@@ -41,7 +41,7 @@ def facts() -> dict[str, Any]:
 
 
 def card_of(facts: dict[str, Any], package: Path, output: Path, variant: str = "float32") -> ModelCard:
-    write_card(facts, variant, package, output)
+    write_card(records(facts), variant, package, output)
     return ModelCard.load(output / "README.md")
 
 
@@ -85,12 +85,19 @@ def test_the_licence_is_that_of_the_source_s_card(tmp_path, text, expected) -> N
 def test_the_card_tells_the_verdict_the_figures_and_where_it_comes_from(facts, package, tmp_path) -> None:
     text = card_of(tiered(facts), package, tmp_path, "int8").text
     assert "**Parity passed**" in text
-    assert "| ONNX int8 | 11.24 | 12.3 MB | 99.61 % | 99.69 % | 622 | 12,440 | passed |" in text
+    assert "| ONNX int8 | passed | 11.24 | 12.3 MB | 99.61 % | 99.69 % | 622 | 12,440 |" in text
     assert "ONNX int4" not in text
-    assert "- ONNX int8: perplexity 11.24, 0.06 % above float32 ONNX's; parity passed." in text
+    assert "- ONNX int8: perplexity 11.24, 0.06 % worse than ONNX float32's; parity passed." in text
     assert "- routing: Does every token visit the same experts? passed." in text
     assert HOSTILE.strip() in text
     assert f"| SHA-256 of model.onnx | `{'a7' * 32}` |" in text
+
+
+def test_the_card_of_a_classifier_speaks_of_its_own_figure(facts, package, tmp_path) -> None:
+    text = card_of(tiered(classified(facts)), package, tmp_path, "int8").text
+    assert "| Model | Parity | F1 | Size |" in text
+    assert "F1 is measured on held-out text; higher is better." in text
+    assert "erplexity" not in text
 
 
 def test_a_broken_parity_stands_at_the_head(facts, package, tmp_path) -> None:
@@ -124,7 +131,7 @@ def workdir(facts, package, tmp_path) -> Path:
         with build(tmp_path / "run", label, key) as draft:
             if label == "report":
                 write_report(facts, draft.directory)
-                write_card(facts, "float32", package, draft.directory / "cards" / "float32")
+                write_card(records(facts), "float32", package, draft.directory / "cards" / "float32")
             else:
                 for path in package.iterdir():
                     (draft.directory / path.name).write_bytes(path.read_bytes())

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 from programs import dense2moe
-from report_facts import make_facts
+from report_facts import classified, make_facts, records
 
 from dense2moe.convert.artifact.sealing import build
+from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.report.comparison import compare_runs
+from dense2moe.convert.report.facts import read_facts
 
 RECIPE = """\
 source: models/a
@@ -37,20 +39,20 @@ def runs() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def test_of_the_recipes_only_what_differs_is_told_and_a_default_that_is_written_is_no_difference(runs) -> None:
-    rows = compare_runs(*runs, ("a", "b")).recipes.rows
+    rows = compare_runs(*map(records, runs), ("a", "b")).recipes.rows
     assert set(rows) == {("finetune.steps", "80", "60"), ("upcycle.num_experts", "8", "6")}
 
 
 def test_a_recipe_of_another_version_is_compared_as_it_was_written(runs) -> None:
     runs[0]["recipe"] = "source: models/a\nfinetune: {forgotten_key: 3}\n"
     runs[1]["recipe"] = "source: models/a\nfinetune: {forgotten_key: 4, other: [1, 2]}\n"
-    rows = compare_runs(*runs, ("a", "b")).recipes.rows
+    rows = compare_runs(*map(records, runs), ("a", "b")).recipes.rows
     assert rows == (("finetune.forgotten_key", "3", "4"), ("finetune.other", "—", "[1, 2]"))
 
 
 def test_every_figure_has_its_ratio(runs) -> None:
     runs[1]["finetune"]["evaluations"]["dense"]["decode_tokens_per_second"] = 420.0
-    rows = compare_runs(*runs, ("a", "b")).figures.rows
+    rows = compare_runs(*map(records, runs), ("a", "b")).figures.rows
     assert rows[:3] == (
         ("dense", "perplexity", "14.88", "14.88", "1.0000 ×"),
         ("", "size", "8.26 MB", "8.26 MB", "1.0000 ×"),
@@ -63,7 +65,7 @@ def test_every_figure_has_its_ratio(runs) -> None:
 
 
 def test_the_verdicts_of_parity_are_side_by_side(runs) -> None:
-    assert compare_runs(*runs, ("a", "b")).parity.rows == (
+    assert compare_runs(*map(records, runs), ("a", "b")).parity.rows == (
         ("ONNX float32", "passed", "passed"),
         ("ONNX int8", "passed", "FAILED: CPUExecutionProvider: language: KL"),
         ("ONNX int4", "passed", "—"),
@@ -71,11 +73,11 @@ def test_the_verdicts_of_parity_are_side_by_side(runs) -> None:
 
 
 def test_what_makes_two_runs_incomparable_is_said(runs) -> None:
-    assert compare_runs(*runs, ("a", "b")).notes == ()
+    assert compare_runs(*map(records, runs), ("a", "b")).notes == ()
     runs[1]["machine"]["cores"] = 64
     runs[1]["data"]["digest"] = "sha256:0"
     runs[1]["versions"]["torch"] = "9.9"
-    notes = compare_runs(*runs, ("a", "b")).notes
+    notes = compare_runs(*map(records, runs), ("a", "b")).notes
     assert len(notes) == 3
     assert "held-out text differs" in notes[0]
     assert "x86_64, 2 cores and x86_64, 64 cores" in notes[1]
@@ -129,12 +131,56 @@ def test_a_run_without_a_report_is_one_line(runs, tmp_path) -> None:
 
 def test_what_packages_score_is_compared_task_by_task(runs) -> None:
     for facts, accuracy in zip(runs, (0.5, 0.6), strict=True):
-        task = {"name": "intents", "metric": "accuracy", "package": {"accuracy": accuracy, "macro F1": 0.1}}
+        scores = {"accuracy": accuracy, "macro F1": 0.1}
+        task = {
+            "name": "intents",
+            "kind": "choice",
+            "num_examples": 100,
+            "metric": "accuracy",
+            **dict.fromkeys(("package", "twin", "finetuned"), scores),
+            "change": 0.0,
+            "standard_error": 0.0,
+            "same_as_twin": 1.0,
+            "same_as_finetuned": 1.0,
+            "largest_gap": 0.0,
+        }
         facts["variants"]["int8"]["parity"]["providers"]["CPUExecutionProvider"]["tasks"] = [
             task,
             "not run: 'pairs' compares hidden states",
         ]
-    rows = compare_runs(*runs, ("a", "b")).figures.rows
+    rows = compare_runs(*map(records, runs), ("a", "b")).figures.rows
     place = next(n for n, row in enumerate(rows) if row[0] == "ONNX int4")
     assert rows[place - 1] == ("", "intents: accuracy", "0.500", "0.600", "1.20 ×")
     assert sum("intents" in row[1] for row in rows) == 1
+
+
+def test_two_classifiers_are_compared_by_their_own_figure(runs) -> None:
+    first, second = (records(classified(facts)) for facts in runs)
+    rows = compare_runs(first, second, ("a", "b")).figures.rows
+    assert rows[0] == ("dense", "F1", "0.2560", "0.2560", "1.0000 ×")
+    assert not any("perplexity" in row for row in rows)
+
+
+def test_figures_of_other_names_are_not_set_side_by_side(runs) -> None:
+    rows = compare_runs(records(runs[0]), records(classified(runs[1])), ("a", "b")).figures.rows
+    assert rows[:2] == (("dense", "perplexity", "14.88", "—", "—"), ("", "F1", "—", "0.2560", "—"))
+
+
+@pytest.mark.parametrize("command", ["compare", "show"])
+def test_a_report_of_older_code_is_one_line(runs, tmp_path, command) -> None:
+    del runs[1]["finetune"]["evaluations"]["dense"]["figures"], runs[1]["upcycle"]["receipt"]
+    first, second = (write_run(tmp_path / name, facts) for name, facts in zip(("first", "second"), runs, strict=True))
+    code, said = invoke(command, *([first, second] if command == "compare" else [second]))
+    assert code == 1
+    assert said.splitlines()[-1] == (
+        f"Error: {second}: its report has no upcycle.receipt that this version can read: it was written by another "
+        "version of dense2moe; run its recipe again, which reuses what is still good"
+    )
+    runs[1]["upcycle"]["receipt"] = []
+    with pytest.raises(ArtifactError, match=r"^b: its report has no finetune\.evaluations\.dense\.figures that"):
+        read_facts(runs[1], "b")
+    del runs[1]["variants"]["int8"]["parity"]["providers"]["CPUExecutionProvider"]["twin"]["kl"]
+    with pytest.raises(
+        ArtifactError, match=r"has no variants\.int8\.parity\.providers\.CPUExecutionProvider\.twin\.kl that"
+    ):
+        read_facts(runs[1], "b")

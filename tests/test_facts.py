@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from jsonschema import Draft202012Validator
 from programs import dense2moe
 from report_facts import make_facts, tiered
 
-from dense2moe.convert.report.facts import report_schema
+from dense2moe.convert.report.schema import report_schema
 from dense2moe.convert.report.writer import write_report
 
 ROOT = Path(__file__).parent.parent
@@ -78,10 +80,23 @@ def test_a_report_that_lacks_a_figure_or_has_words_for_it_is_not(validator, repo
     assert report["variants"]["int4"]["parity"]["providers"]["CPUExecutionProvider"]["finetuned"]["kl"] == "NaN"
     spoilt = copy.deepcopy(report)
     del spoilt["variants"]["int8"]["onnx"]["package_bytes"]
-    spoilt["finetune"]["evaluations"]["dense"]["perplexity"] = "low"
+    spoilt["finetune"]["evaluations"]["dense"]["figures"][0]["value"] = "low"
     spoilt["summary"][0]["passed"] = 1
     assert {error.json_path for error in validator.iter_errors(spoilt)} == {
         "$.variants.int8.onnx",
-        "$.finetune.evaluations.dense.perplexity",
+        "$.finetune.evaluations.dense.figures[0].value",
         "$.summary[0].passed",
     }
+
+
+def test_facts_are_read_without_torch() -> None:
+    modules = ("facts", "summary", "verdicts", "comparison", "schema", "costs")
+    code = "\n".join(
+        (
+            "import sys",
+            *(f"import dense2moe.convert.report.{module}" for module in modules),
+            "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'matplotlib', 'scipy'}",
+            "print(sorted(heavy & set(sys.modules)))",
+        )
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -67,6 +67,16 @@ def test_the_verdict_is_on_the_first_screen(page: Page, report: Path) -> None:
     assert page.evaluate("document.querySelector('.badge').getBoundingClientRect().bottom < innerHeight / 2")
 
 
+def test_whether_each_model_passed_is_seen_on_a_phone(page: Page, report: Path) -> None:
+    page.open(report, 390, 844)
+    places = page.evaluate(
+        "[...document.querySelectorAll('[aria-label=\"Models\"] .mark')]"
+        ".map((mark) => mark.getBoundingClientRect().right)"
+    )
+    assert len(places) == 3
+    assert max(places) < 390
+
+
 def test_a_page_that_runs_a_script_or_loads_a_picture_is_caught(page: Page, report: Path, tmp_path: Path) -> None:
     """The test can fail: the page's own policy refuses both, and the console says so."""
     text = report.read_text(encoding="utf-8")

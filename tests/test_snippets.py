@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from programs import dense2moe
-from report_facts import make_facts
+from report_facts import make_facts, records
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -142,7 +142,7 @@ def make_release(
     package.mkdir()
     quantize_checkpoint(checkpoint, folder / "twin", variant, QuantizeConfig(method="search", block_size=16), silent)
     write_package(folder / "twin", package, OnnxConfig(lowering="grouped"), silent)
-    write_card(facts, variant, package, folder / "card")
+    write_card(records(facts), variant, package, folder / "card")
     return Release((folder / "card" / "README.md").read_text(encoding="utf-8"), package, run, end, text + "\n")
 
 
@@ -236,7 +236,7 @@ def test_settings_that_some_runtimes_lack_are_told(release: Release, tmp_path: P
     shutil.copytree(release.package, package)
     settings = {"do_sample": True, "min_p": 0.1, "num_beams": 3, "no_repeat_ngram_size": 2}
     (package / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    write_card(make_facts(), "float32", package, tmp_path)
+    write_card(records(make_facts()), "float32", package, tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "says to draw (temperature 1, top-k 50, top-p 1, min-p 0.1)" in text
     assert "onnxruntime-genai has no min-p." in text
@@ -263,7 +263,7 @@ def test_names_in_the_card_are_escaped(release: Release, tmp_path: Path) -> None
     facts = make_facts()
     facts["name"] = "x <img src=y>\n# injected [a](b)"
     facts["base_model"], facts["source"]["origin"] = None, "models/<b>*bold*"
-    write_card(facts, "float32", release.package, tmp_path)
+    write_card(records(facts), "float32", release.package, tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "\n# x \\<img src=y> # injected \\[a\\](b), float32\n" in text
     assert "from \\<b>\\*bold\\*, LlamaForCausalLM" in text

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerF
 
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe.loading import load_recipe
-from dense2moe.convert.report.summary import describe_task, verdict_lines
-from dense2moe.convert.report.tables import parity_sections
+from dense2moe.convert.report.parity_tables import parity_sections
+from dense2moe.convert.report.verdicts import describe_task, verdict_lines
 from dense2moe.convert.stages import parity_settings, prepare
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
@@ -47,7 +47,7 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.runtime.generation import Generation
 from dense2moe.export.runtime.inspection import Inspection
-from tests.report_facts import make_facts, tiered
+from tests.report_facts import make_facts, records, tiered
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONTEXT = 256
@@ -625,7 +625,7 @@ def test_another_task_makes_another_parity_and_nothing_else(tmp_path: Path, dens
 
 def test_the_report_tells_the_tasks() -> None:
     facts = tiered(make_facts())
-    assert "intents" not in " ".join(verdict_lines(facts))
+    assert "intents" not in " ".join(verdict_lines(records(facts)))
     check = {
         **CHECK.__dict__,
         "package": {"accuracy": 0.6, "macro F1": 0.5},
@@ -636,11 +636,20 @@ def test_the_report_tells_the_tasks() -> None:
         "not run: 'pairs' …",
     ]
     told = "intents: accuracy 0.600, −0.100 ± 0.020 beside the fine-tuned model's"
-    assert describe_task(check) == told
-    assert next(line for line in verdict_lines(facts) if line.startswith("ONNX int8")).endswith(
+    assert (
+        describe_task(
+            replace(
+                CHECK,
+                **{name: check[name] for name in ("package", "twin")},
+                finetuned={"accuracy": 0.7, "macro F1": 0.6},
+            )
+        )
+        == told
+    )
+    assert next(line for line in verdict_lines(records(facts)) if line.startswith("ONNX int8")).endswith(
         f"; {told}; parity passed."
     )
-    sections = {section["name"]: dict(section["providers"][0]["tables"]) for section in parity_sections(facts)}
+    sections = {section.name: dict(section.providers[0].tables) for section in parity_sections(records(facts))}
     assert sections["int8"]["Tasks"].rows == (
         ("intents", "100", "accuracy", "0.700", "0.600", "0.600", "−0.100 ± 0.020", "90.00 %", "100 %"),
         ("", "", "macro F1", "0.600", "0.500", "0.500", "", "", ""),

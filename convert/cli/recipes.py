@@ -62,9 +62,11 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     """
     from dense2moe.convert.pipeline import run_pipeline
     from dense2moe.convert.progress import ProgressDisplay
-    from dense2moe.convert.report.costs import cost_table, take_costs
+    from dense2moe.convert.report.costs import cost_table, read_costs, take_costs
+    from dense2moe.convert.report.facts import read_facts
     from dense2moe.convert.report.names import HTML_NAME
-    from dense2moe.convert.report.summary import summary_table, verdict_lines
+    from dense2moe.convert.report.summary import summary_table
+    from dense2moe.convert.report.verdicts import verdict_lines
     from dense2moe.upcycle.training.processes import leave_processes
 
     preparation = _prepare(recipe, apart=True)
@@ -74,11 +76,12 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     leave_processes()
     if outcome is None:
         return  # the first process of several tells what came out
-    if (facts := outcome.facts) is not None:
-        open_console().print(
-            cost_table(take_costs({label: artifact.facts for label, artifact in outcome.artifacts.items()})[1])
-        )
-        open_console().print(summary_table(facts))
+    if outcome.facts is not None:
+        facts = read_facts(outcome.facts, str(workdir))
+        costs = take_costs({label: artifact.facts for label, artifact in outcome.artifacts.items()})[1]
+        console = open_console()
+        console.print(cost_table(read_costs(costs)))
+        console.print(summary_table(facts, console.width))
         for line in verdict_lines(facts):
             click.echo(line)
         click.echo(f"report: {outcome.artifacts['report'].directory / HTML_NAME}")
@@ -95,7 +98,7 @@ def schema(report: bool) -> None:
     """Print the JSON schema of recipes, for editors, or of the reports' JSON."""
     if report:
         with uncollected_imports():
-            from dense2moe.convert.report.facts import report_schema
+            from dense2moe.convert.report.schema import report_schema
 
         click.echo(json.dumps(report_schema(), indent=2))
         return

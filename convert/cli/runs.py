@@ -21,21 +21,25 @@ def show(directory: Path) -> None:
     """Show the results of RUN, a work directory: its summary table, or how far it came."""
     from dense2moe.convert.artifact.locking import is_locked
     from dense2moe.convert.artifact.manifest import open_artifact
-    from dense2moe.convert.report.costs import cost_table, take_costs
+    from dense2moe.convert.report.costs import cost_table, read_costs, take_costs
+    from dense2moe.convert.report.facts import read_facts
     from dense2moe.convert.report.names import HTML_NAME
-    from dense2moe.convert.report.summary import summary_table, verdict_lines
+    from dense2moe.convert.report.summary import summary_table
+    from dense2moe.convert.report.verdicts import verdict_lines
 
     state = read_run(directory)
     # as a kill or a power cut leaves it
     status = "stopped" if state.status == "running" and not is_locked(directory) else state.status
     click.echo(f"{state.name}: {status} ({state.recipe})")
     _, costs = take_costs({label: open_artifact(directory / name).facts for label, name in state.artifacts.items()})
+    console = open_console()
     if costs:
-        open_console().print(cost_table(costs))
+        console.print(cost_table(read_costs(costs)))
     if "report" in state.artifacts:
         report = open_artifact(directory / state.artifacts["report"])
-        open_console().print(summary_table(report.facts))
-        for line in verdict_lines(report.facts):
+        facts = read_facts(report.facts, str(directory))
+        console.print(summary_table(facts, console.width))
+        for line in verdict_lines(facts):
             click.echo(line)
         click.echo(f"report: {report.directory / HTML_NAME}")
     else:
@@ -58,11 +62,12 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     """
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.report.comparison import compare_runs, comparison_tables, write_comparison
+    from dense2moe.convert.report.facts import read_facts
 
     check_output(output, "--html")
     states = [read_run(directory) for directory in (first, second)]
     reports = [
-        open_artifact(_find_report(directory, state)).facts
+        read_facts(open_artifact(_find_report(directory, state)).facts, str(directory))
         for directory, state in zip((first, second), states, strict=True)
     ]
     names = [state.name for state in states]

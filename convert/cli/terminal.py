@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,13 +11,13 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import
 
 
 def open_console() -> Console:
-    """Standard output for tables: 100 columns wide where it is no terminal."""
+    """Standard output for tables; where it is no terminal, as wide as COLUMNS says, or else 100 columns."""
     from rich.console import Console
 
     is_terminal = sys.stdout.isatty()
     return Console(
         markup=False,  # texts are also the user's: brackets and colons stay as they are
         emoji=False,
-        width=None if is_terminal else 100,
+        width=None if is_terminal or os.environ.get("COLUMNS") else 100,
         force_terminal=None if is_terminal else False,
     )

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
+from dense2moe.convert.report.facts import ReportFacts
+from dense2moe.convert.report.figures import figure_title
 from dense2moe.convert.report.names import CARD_NAME
 from dense2moe.convert.report.numerals import format_count
-from dense2moe.convert.report.summary import COLUMNS, exported_model, find_measured, judge, row_cells, summarize
-from dense2moe.convert.report.tables import tier_table
+from dense2moe.convert.report.parity_tables import tier_table
+from dense2moe.convert.report.summary import row_cells, summarize, summary_columns
 from dense2moe.convert.report.templates import load_template
+from dense2moe.convert.report.verdicts import judge
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
@@ -42,7 +45,7 @@ def read_license(checkpoint: Path) -> dict[str, str]:
     return {field: metadata[field] for field in _LICENSE_FIELDS if isinstance(metadata.get(field), str)}
 
 
-def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path) -> None:
+def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) -> None:
     """Write the card of one variant as `README.md` into the directory `output`.
 
     `package` is looked at for what can run it. It says at its head whether parity passed. A licence stands in it only
@@ -53,23 +56,23 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
     tokenizer = load_tokenizer(package) if has_tokenizer(package) else None
     generation = read_generation(package, tokenizer)
     chat = bool(tokenizer and tokenizer.chat_template)
-    found = facts["variants"][variant]
+    found = facts.variants[variant]
     rows = [row for row in summarize(facts) if row.passed is None or row.name == f"ONNX {variant}"]
-    others = {f"ONNX {name}:" for name in facts["variants"] if name != variant}
+    others = {f"ONNX {name}:" for name in facts.variants if name != variant}
     text = load_template(_TEMPLATE_NAME).render(
         metadata=_metadata(facts, variant),
         facts=facts,
         variant=variant,
-        name=escape(facts["name"]),
-        origin=escape(facts["source"]["origin"] if facts["base_model"] else Path(facts["source"]["origin"]).name),
-        parity=found["parity"],
-        breaches=[escape(breach) for breach in found["parity"]["breaches"]],
-        measured=find_measured(found),
-        model=exported_model(facts),
-        onnx=found["onnx"],
-        quantize=found["quantize"],
+        name=escape(facts.name),
+        origin=escape(facts.source.origin if facts.base_model else Path(facts.source.origin).name),
+        parity=found.parity,
+        breaches=[escape(breach) for breach in found.parity.breaches],
+        model=facts.exported,
+        onnx=found.onnx,
+        figure=facts.figure("dense"),
+        figure_title=figure_title(facts.figure("dense")),
         count=format_count,
-        figures=_markdown_table(COLUMNS, [row_cells(row) for row in rows]),
+        figures=_markdown_table(summary_columns(facts), [row_cells(row) for row in rows]),
         tiers=_tier_lines(facts, variant),
         findings=[
             escape(verdict.text)
@@ -83,12 +86,12 @@ def write_card(facts: dict[str, Any], variant: str, package: Path, output: Path)
         prompt="Tell me a story." if chat else "Once",
         num_tokens=min(40, context // 2),
         genai_length=min(context, MAX_LENGTH),
-        checkpoint=f"finetune-{facts['keys']['finetune'][:12]}",
+        checkpoint=f"finetune-{facts.keys['finetune'][:12]}",
         generation=generation,
         sampling=_tell_sampling(generation),
         ends=_tell_ends(generation, tokenizer),
-        fence="`" * max(3, 1 + max(map(len, re.findall("`+", facts["recipe"])), default=0)),
-        digests=facts["digests"][f"onnx-{variant}"],
+        fence="`" * max(3, 1 + max(map(len, re.findall("`+", facts.recipe)), default=0)),
+        digests=facts.digests[f"onnx-{variant}"],
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / CARD_NAME).write_text(text.rstrip() + "\n", encoding="utf-8")
@@ -124,11 +127,12 @@ def _tell_ends(generation: Generation, tokenizer: Any) -> str:
     )
 
 
-def _metadata(facts: dict[str, Any], variant: str) -> str:
+def _metadata(facts: ReportFacts, variant: str) -> str:
     tags = ["onnx", "onnxruntime", "mixture-of-experts", "sparse-upcycling", "dense2moe", variant]
+    license_fields: dict[str, Any] = dict(facts.license)
     data = ModelCardData(
-        **facts["license"],
-        base_model=facts["base_model"],
+        **license_fields,
+        base_model=facts.base_model,
         pipeline_tag="text-generation",
         library_name="onnx",
         tags=tags,
@@ -143,15 +147,14 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
-def _tier_lines(facts: dict[str, Any], variant: str) -> list[str]:
-    return list(_tiers({"variants": {variant: facts["variants"][variant]}}))
-
-
-def _tiers(facts: dict[str, Any]) -> Iterator[str]:
-    table = tier_table(facts)
+def _tier_lines(facts: ReportFacts, variant: str) -> list[str]:
+    """Each tier's question and what came of it, by provider where several ran."""
+    table = tier_table({variant: facts.variants[variant]})
+    lines = []
     for tier, question, *answers in table.rows:
         told = "; ".join(
             f"{answer} ({header.partition(', ')[2]})" if ", " in header else answer
             for header, answer in zip(table.headers[2:], answers, strict=True)
         )
-        yield escape(f"{tier}: {question} {told}.")
+        lines.append(escape(f"{tier}: {question} {told}."))
+    return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,31 +13,26 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from dense2moe.convert.recipe.records import Recipe
-from dense2moe.convert.report.numerals import (
-    NONE,
-    format_agreement,
-    format_perplexity,
-    format_rounded,
-    format_score,
-    format_size,
-)
-from dense2moe.convert.report.summary import find_measured, summarize
-from dense2moe.convert.report.tables import Grid
+from dense2moe.convert.report.facts import ReportFacts, VariantFacts
+from dense2moe.convert.report.figures import format_figure
+from dense2moe.convert.report.grid import Grid
+from dense2moe.convert.report.numerals import NONE, format_agreement, format_rounded, format_score, format_size
+from dense2moe.convert.report.summary import FAILED, PASSED, Row, summarize
 from dense2moe.convert.report.templates import load_template
+from dense2moe.export.parity.records import TaskCheck
 
-_FIGURES: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
-    ("perplexity", "perplexity", format_perplexity),
-    ("size", "size_bytes", lambda size: NONE if size is None else format_size(size)),
-    ("top-1 agreement", "top1_agreement", format_agreement),
-    ("routing agreement", "routing_agreement", format_agreement),
-    ("decode tokens/s", "decode_tokens_per_second", format_rounded),
-    ("prefill tokens/s", "prefill_tokens_per_second", format_rounded),
+_FIGURES: tuple[tuple[str, Callable[[Row], float | None], Callable[[Any], str]], ...] = (
+    ("size", lambda row: row.size_bytes, lambda size: NONE if size is None else format_size(size)),
+    ("top-1 agreement", lambda row: row.top1_agreement, format_agreement),
+    ("routing agreement", lambda row: row.routing_agreement, format_agreement),
+    ("decode tokens/s", lambda row: row.decode_tokens_per_second, format_rounded),
+    ("prefill tokens/s", lambda row: row.prefill_tokens_per_second, format_rounded),
 )
 _TEMPLATE_NAME = "comparison.html.j2"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Names of the two runs; their recipes' differences; a table of figures with ratios, second over first.
 
     One of verdicts; and what to mind.
@@ -50,20 +45,20 @@ class Comparison:
     notes: tuple[str, ...]
 
 
-def compare_runs(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> Comparison:
+def compare_runs(first: ReportFacts, second: ReportFacts, names: tuple[str, str]) -> RunComparison:
     """Set the facts of two reports side by side.
 
     Where a recipe is valid for this version its defaults count as written, so that a default set in one and left out in
     the other is no difference.
     """
-    values = [_flatten(_read_recipe(facts["recipe"])) for facts in (first, second)]
+    values = [_flatten(_read_recipe(facts.recipe)) for facts in (first, second)]
     keys = dict.fromkeys((*values[0], *values[1]))
     differences = tuple(
         (key, *(str(found.get(key, NONE)) for found in values))
         for key in keys
         if values[0].get(key, NONE) != values[1].get(key, NONE)
     )
-    return Comparison(
+    return RunComparison(
         names,
         Grid(("recipe", *names), differences),
         Grid(("model", "figure", *names, "ratio"), tuple(_figures(first, second))),
@@ -72,7 +67,7 @@ def compare_runs(first: dict[str, Any], second: dict[str, Any], names: tuple[str
     )
 
 
-def comparison_tables(comparison: Comparison) -> Iterator[Table]:
+def comparison_tables(comparison: RunComparison) -> Iterator[Table]:
     """For the terminal: recipes, figures, parity; those without a row are left out."""
     for grid in (comparison.recipes, comparison.figures, comparison.parity):
         if not grid.rows:
@@ -85,7 +80,7 @@ def comparison_tables(comparison: Comparison) -> Iterator[Table]:
         yield table
 
 
-def write_comparison(comparison: Comparison, output: Path) -> None:
+def write_comparison(comparison: RunComparison, output: Path) -> None:
     """Write the page `output`: one file that needs no other, no script and no network."""
     output.write_text(load_template(_TEMPLATE_NAME).render(comparison=comparison), encoding="utf-8")
 
@@ -113,37 +108,43 @@ def _flatten(value: Any, name: str = "") -> dict[str, Any]:
     }
 
 
-def _figures(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+def _figures(first: ReportFacts, second: ReportFacts) -> Iterator[tuple[str, ...]]:
     sides = [{row.name: row for row in summarize(facts)} for facts in (first, second)]
     scores = [_scores(facts) for facts in (first, second)]
     for model in dict.fromkeys((*sides[0], *sides[1])):
-        label = model
-        for name, field, text in _FIGURES:
-            values = [getattr(row, field) if (row := side.get(model)) else None for side in sides]
-            if values == [None, None]:
-                continue
-            yield label, name, *(text(value) for value in values), _ratio(*values)
-            label = ""
+        rows = [side.get(model) for side in sides]
+        found = [*_judged(rows), *_measured(rows)]
         for place in dict.fromkeys(place for side in scores for place in side if place[0] == model):
             values = [side.get(place) for side in scores]
-            yield (
-                label,
-                place[1],
-                *(NONE if value is None else format_score(value) for value in values),
-                _ratio(*values),
-            )
+            texts = tuple(NONE if value is None else format_score(value) for value in values)
+            found.append((place[1], *texts, _ratio(*values)))
+        yield from ((model if number == 0 else "", *cells) for number, cells in enumerate(found))
 
 
-def _scores(facts: dict[str, Any]) -> dict[tuple[str, str], float]:
+def _judged(rows: Sequence[Row | None]) -> Iterator[tuple[str, ...]]:
+    """The figure that models are judged by; two of different names, of different tasks, in a row each."""
+    figures = [row.figure if row else None for row in rows]
+    for name in dict.fromkeys(figure.name for figure in figures if figure):
+        same = [figure if figure and figure.name == name else None for figure in figures]
+        yield name, *map(format_figure, same), _ratio(*(figure.value if figure else None for figure in same))
+
+
+def _measured(rows: Sequence[Row | None]) -> Iterator[tuple[str, ...]]:
+    for name, read, text in _FIGURES:
+        values = [read(row) if row else None for row in rows]
+        if values != [None, None]:
+            yield name, *map(text, values), _ratio(*values)
+
+
+def _scores(facts: ReportFacts) -> dict[tuple[str, str], float]:
     """What every package scored, by the model and the name of task and score."""
-    found = {f"ONNX {name}": find_measured(variant) or {} for name, variant in facts["variants"].items()}
-    tasks = (
-        (model, task)
-        for model, measured in found.items()
-        for task in measured.get("tasks", ())
-        if isinstance(task, dict)
-    )
-    return {(model, f"{task['name']}: {task['metric']}"): task["package"][task["metric"]] for model, task in tasks}
+    return {
+        (f"ONNX {name}", f"{task.name}: {task.metric}"): task.package[task.metric]
+        for name, variant in facts.variants.items()
+        if (measured := variant.parity.measured)
+        for task in measured.tasks
+        if isinstance(task, TaskCheck)
+    }
 
 
 def _ratio(first: float | None, second: float | None) -> str:
@@ -156,41 +157,36 @@ def _ratio(first: float | None, second: float | None) -> str:
     )
 
 
-def _parity(first: dict[str, Any], second: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    for variant in dict.fromkeys((*first["variants"], *second["variants"])):
-        yield f"ONNX {variant}", *(_verdict(facts["variants"].get(variant)) for facts in (first, second))
+def _parity(first: ReportFacts, second: ReportFacts) -> Iterator[tuple[str, ...]]:
+    for variant in dict.fromkeys((*first.variants, *second.variants)):
+        yield f"ONNX {variant}", *(_verdict(facts.variants.get(variant)) for facts in (first, second))
 
 
-def _verdict(variant: dict[str, Any] | None) -> str:
+def _verdict(variant: VariantFacts | None) -> str:
     if variant is None:
         return NONE
-    return (
-        "passed"
-        if variant["parity"]["passed"]
-        else f"FAILED: {'; '.join(variant['parity']['breaches']) or 'no reason given'}"
-    )
+    parity = variant.parity
+    return PASSED if parity.passed else f"{FAILED}: {'; '.join(parity.breaches) or 'no reason given'}"
 
 
-def _notes(first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:
+def _notes(first: ReportFacts, second: ReportFacts) -> Iterator[str]:
     """What makes figures of the two incomparable."""
-    if (
-        first["data"].get("digest") != second["data"].get("digest")
-        or first["data"]["num_tokens"] != second["data"]["num_tokens"]
-    ):
-        yield "The held-out text differs, so perplexities and agreements are not to be compared."
-    if (
-        first["machine"]["processor"] != second["machine"]["processor"]
-        or first["machine"]["cores"] != second["machine"]["cores"]
-    ):
-        machines = [f"{facts['machine']['processor']}, {facts['machine']['cores']} cores" for facts in (first, second)]
+    if _text(first) != _text(second):
+        figures = dict.fromkeys(facts.figure("dense").name for facts in (first, second))
+        yield f"The held-out text differs, so {' and '.join(figures)} and agreements are not to be compared."
+    machines = [f"{facts.machine.processor}, {facts.machine.cores} cores" for facts in (first, second)]
+    if machines[0] != machines[1]:
         yield f"The machines differ ({machines[0]} and {machines[1]}), so speeds are not to be compared."
-    names = [
-        name
-        for name in {**first["versions"], **second["versions"]}
-        if first["versions"].get(name) != second["versions"].get(name)
-    ]
-    if names:
+    versions = first.versions, second.versions
+    differing = [name for name in versions[0] | versions[1] if versions[0].get(name) != versions[1].get(name)]
+    if differing:
         told = ", ".join(
-            f"{name} {first['versions'].get(name, NONE)} and {second['versions'].get(name, NONE)}" for name in names
+            f"{name} {versions[0].get(name, NONE)} and {versions[1].get(name, NONE)}" for name in differing
         )
         yield f"Versions differ: {told}."
+
+
+def _text(facts: ReportFacts) -> tuple[Any, ...]:
+    """What tells one text from another: its digest, or each domain's, and how many tokens it has."""
+    details = {name: value for name, value in facts.data.details.items() if name.startswith("digest")}
+    return facts.data.digest, details, facts.data.num_tokens

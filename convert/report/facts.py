@@ -1,25 +1,38 @@
-"""The facts of a report, as records from which its JSON schema is made."""
+"""Facts of a run, as the report, the summary, the cards and comparisons read them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
+from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.machine import Machine
-from dense2moe.convert.report.costs import StageCost
-from dense2moe.convert.report.summary import Row, Verdict
 from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.parity.records import ProviderParity
 from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.upcycle.building.facts import ReceiptLine
-from dense2moe.upcycle.training.facts import FinetuneFacts
+from dense2moe.upcycle.tasks.figure import Figure
+from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
+from dense2moe.upcycle.training.history import ModelName
 
-_NUMBER = {
-    "description": "A number; one that JSON lacks is its name.",
-    "anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}],
-}
+CPU = "CPUExecutionProvider"
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Seconds that a stage took, the most memory of its process that was resident, and what the plan had said.
+
+    Bytes, None where it said nothing. Where several processes share a stage it is the first one's memory; where a stage
+    has no process of its own, the run's up to then.
+    """
+
+    seconds: float
+    peak_resident_bytes: int
+    planned_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -40,13 +53,15 @@ class SourceFacts:
 class DataFacts:
     """The text: tokens a block, tokens of each split, names of the domains, SHA-256 of all documents.
 
-    And what else its source tells.
+    `digest` is None where each domain has its own. In `report.json` the entries of `details` stand beside the others:
+    whatever else the text's source tells, such as the interpreter or the digest of one domain.
     """
 
     block_size: int
     num_tokens: dict[str, int]
     domains: list[str]
-    digest: str
+    digest: str | None = None
+    details: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,6 +102,12 @@ class ParityFacts:
     breaches: list[str]
     passed: bool
 
+    @property
+    def measured(self) -> ProviderParity | None:
+        """The figures of the CPU, which parity always runs on, or else of the first provider that ran."""
+        ran = {name: found for name, found in self.providers.items() if isinstance(found, ProviderParity)}
+        return ran.get(CPU) or next(iter(ran.values()), None)
+
 
 @dataclass(frozen=True)
 class VariantFacts:
@@ -99,13 +120,12 @@ class VariantFacts:
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What `report.json` holds.
+    """What the stages of a run found.
 
     Losses and KL are in nats a token, sizes in bytes, agreements and loads are shares, errors relative unless named so.
     By stage what it found; `keys` and `digests` are SHA-256: of what each artifact was made from, and of the files in
     the dense checkpoint and in the packages. `base_model` is a model id of the hub, `license` what the dense model's
-    card says. `costs` is what each stage took, by its label, but for the report's own. `summary` has a row for each
-    model, `verdicts` what the numbers say: good, bad (false) or neither (null).
+    card says. `costs` is what each stage took, by its label, but for the report's own.
     """
 
     dense2moe: str
@@ -125,26 +145,77 @@ class ReportFacts:
     finetune: FinetuneFacts
     variants: dict[str, VariantFacts]
     costs: dict[str, StageCost]
-    summary: list[Row]
-    verdicts: list[Verdict]
+
+    @property
+    def exported(self) -> ModelName:
+        """The torch model that the ONNX variants were made from: upcycled where fine-tuning was switched off."""
+        return "fine-tuned" if "fine-tuned" in self.finetune.evaluations else "upcycled"
+
+    def figure(self, model: ModelName) -> Figure:
+        """The figure that a torch model is judged by."""
+        return self.finetune.evaluations[model].figures[0]
 
 
-def report_schema() -> dict[str, Any]:
-    """JSON schema of `report.json`.
+def read_facts(found: Mapping[str, Any], where: str) -> ReportFacts:
+    """The facts of a run as records, from `report.json` or from the report artifact, which leaves the history out.
 
-    A later version may add keys; none that is required here goes away without notice.
+    Raises:
+        ArtifactError: facts are missing, or are not what this version writes; one line, which begins with `where`.
     """
-    schema = _name_numbers(TypeAdapter(ReportFacts).json_schema(mode="serialization"))
-    schema["$defs"]["Number"] = _NUMBER
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Report of dense2moe"}
+    try:
+        facts = _adapter().validate_python(_complete(found))
+    except ValidationError as error:
+        errors = error.errors(include_url=False, include_input=False)
+        lacking = [each for each in errors if each["type"] == "missing"] or errors
+        wrong = list(dict.fromkeys(_name(each["loc"], found) for each in lacking))
+    else:
+        wrong = list(_lacking(facts))
+    if not wrong:
+        return facts
+    more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    raise ArtifactError(
+        f"{where}: its report has no {wrong[0]}{more} that this version can read: it was written by another version "
+        "of dense2moe; run its recipe again, which reuses what is still good"
+    )
 
 
-def _name_numbers(value: Any) -> Any:
-    """Every plain number as a reference to `Number`, without the titles that only repeat the keys."""
-    if isinstance(value, dict):
-        if value.get("type") == "number":
-            return {"$ref": "#/$defs/Number"}
-        return {
-            key: _name_numbers(item) for key, item in value.items() if not (key == "title" and isinstance(item, str))
+@cache
+def _adapter() -> TypeAdapter[ReportFacts]:
+    return TypeAdapter(ReportFacts)
+
+
+def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts with the history, which only `report.json` has, and with what only some sources of text tell."""
+    completed = dict(found)
+    if isinstance(finetune := found.get("finetune"), Mapping):
+        completed["finetune"] = {"history": (), **finetune}
+    if isinstance(data := found.get("data"), Mapping):
+        known = {each.name for each in fields(DataFacts)}
+        completed["data"] = {name: value for name, value in data.items() if name in known} | {
+            "details": {name: value for name, value in data.items() if name not in known}
         }
-    return [_name_numbers(item) for item in value] if isinstance(value, list) else value
+    return completed
+
+
+def _lacking(facts: ReportFacts) -> Iterator[str]:
+    """What older versions did not write, though records have a default for it."""
+    figured: dict[str, Evaluation | ProviderParity] = {
+        f"finetune.evaluations.{name}": found for name, found in facts.finetune.evaluations.items()
+    }
+    for name, variant in facts.variants.items():
+        for provider, found in variant.parity.providers.items():
+            if isinstance(found, ProviderParity):
+                figured[f"variants.{name}.parity.providers.{provider}"] = found
+    yield from (f"{name}.figures" for name, found in figured.items() if not found.figures)
+
+
+def _name(place: tuple[int | str, ...], found: Any) -> str:
+    """A place in nested facts with dots; the names that pydantic adds for members of a union are left out."""
+    parts = []
+    for number, part in enumerate(place, 1):
+        inside = part in found if isinstance(found, Mapping) else isinstance(part, int)
+        if inside:
+            found = found[part]
+        if inside or number == len(place):
+            parts.append(str(part))
+    return ".".join(parts)

@@ -10,10 +10,10 @@ NONE = "—"
 
 
 def agree(a: float, b: float, digits: int) -> bool:
-    """Whether two positive numbers differ by at most half a unit in the last of so many digits."""
-    if not (math.isfinite(a) and math.isfinite(b) and a > 0):
+    """Whether two numbers differ by at most half a unit in the last of so many digits of the first."""
+    if not (math.isfinite(a) and math.isfinite(b)):
         return False
-    return abs(a - b) <= 0.5 * 10.0 ** (math.floor(math.log10(a)) + 1 - digits)
+    return a == b or (a != 0 and abs(a - b) <= 0.5 * 10.0 ** (math.floor(math.log10(abs(a))) + 1 - digits))
 
 
 def format_special(value: float) -> str | None:
@@ -21,13 +21,12 @@ def format_special(value: float) -> str | None:
     return None if math.isfinite(value) else "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
-def format_perplexity(value: float | None, digits: int = 4) -> str:
-    """A perplexity to so many digits."""
-    if value is None:
-        return NONE
-    if value >= 1e7 or format_special(value):
+def format_digits(value: float, digits: int = 4) -> str:
+    """A number to so many digits: 17.46; with an exponent from ten millions on."""
+    size = abs(value)
+    if size >= 1e7 or format_special(value):
         return format_special(value) or f"{value:.3e}"
-    return f"{value:,.0f}" if value >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
+    return f"{value:,.0f}" if size >= 10 ** (digits - 1) else f"{value:#.{digits}g}".rstrip(".")
 
 
 def format_rounded(value: float | None) -> str:
@@ -75,15 +74,6 @@ def format_score(value: float) -> str:
 def format_difference(value: float, error: float) -> str:
     """A difference of scores with its standard error: −0.010 ± 0.008."""
     return f"{'−' if value < 0 else '+' if value > 0 else ''}{format_score(abs(value))} ± {format_score(error)}"
-
-
-def describe_change(new: float, old: float) -> str:
-    """How `new` stands to `old`, ready to be followed by a possessive: "1.20 % above"."""
-    if not (math.isfinite(new) and math.isfinite(old) and old > 0):
-        return "not comparable with"
-    if new == old:
-        return "equal to"
-    return f"{format_share(new / old - 1)} {'above' if new > old else 'below'}"
 
 
 def format_scaled(value: float, units: Sequence[tuple[float, str]]) -> str:

@@ -8,48 +8,52 @@ with torch within its limits? Whether fine-tuning paid is a finding, not a failu
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dense2moe.convert.report.costs import cost_grid
+from dense2moe.convert.report.facts import ReportFacts, read_facts
+from dense2moe.convert.report.figures import describe_step, figure_title, figures_agree, format_figure
+from dense2moe.convert.report.grid import Grid
 from dense2moe.convert.report.names import HTML_NAME, JSON_NAME
-from dense2moe.convert.report.numerals import agree, format_count, format_perplexity, format_size
-from dense2moe.convert.report.pictures import draw_pictures
-from dense2moe.convert.report.summary import COLUMNS, Row, exported_model, find_measured, judge, row_cells, summarize
+from dense2moe.convert.report.numerals import NONE, format_count, format_size
+from dense2moe.convert.report.parity_tables import parity_sections, tier_table
+from dense2moe.convert.report.pictures.selection import draw_pictures
+from dense2moe.convert.report.summary import Row, row_cells, summarize, summary_columns
 from dense2moe.convert.report.tables import (
-    Grid,
     build_table,
-    parity_sections,
     provenance_sections,
-    receipt_table,
-    tier_table,
+    receipt_tables,
     timing_table,
     trained_table,
 )
 from dense2moe.convert.report.templates import load_template
+from dense2moe.convert.report.verdicts import judge
 from dense2moe.upcycle.numbers import name_specials
 
 _TEMPLATE_NAME = "report.html.j2"
 
 
-def write_report(facts: dict[str, Any], output: Path) -> None:
+def write_report(found: Mapping[str, Any], output: Path) -> None:
     """Write `report.html` and `report.json` into the directory `output`.
 
-    The page needs no other file and no network. The JSON is the facts, under "summary" the rows of `summarize` and
-    under "verdicts" the findings of `judge`; its keys are sorted, and a number that JSON lacks is the string "NaN",
-    "Infinity" or "-Infinity". `convert/report/facts.py` has its schema.
+    The page needs no other file and no network. The JSON is the facts that were found, under "summary" the rows of
+    `summarize` and under "verdicts" the findings of `judge`; its keys are sorted, and a number that JSON lacks is the
+    string "NaN", "Infinity" or "-Infinity". `convert/report/schema.py` has its schema.
 
     Raises:
+        ArtifactError: facts are missing.
         OSError: the disk is full or not writable.
     """
+    facts = read_facts(found, str(found.get("name", output)))
     output.mkdir(parents=True, exist_ok=True)
     judged = {
         "summary": [asdict(row) for row in summarize(facts)],
         "verdicts": [asdict(verdict) for verdict in judge(facts)],
     }
-    document = name_specials({**facts, **judged})
+    document = name_specials({**found, **judged})
     text = json.dumps(document, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (output / JSON_NAME).write_text(text + "\n", encoding="utf-8")
     (output / HTML_NAME).write_text(_page(facts), encoding="utf-8")
@@ -58,25 +62,37 @@ def write_report(facts: dict[str, Any], output: Path) -> None:
 # --- The page
 
 
-def _page(facts: dict[str, Any]) -> str:
+@dataclass(frozen=True)
+class Tile:
+    """A figure to remember: its label, the number, a remark, and whether it is good, bad or neither."""
+
+    label: str
+    figure: str
+    remark: str
+    good: bool | None = None
+
+
+def _page(facts: ReportFacts) -> str:
     rows = summarize(facts)
     return load_template(_TEMPLATE_NAME).render(
         facts=facts,
         badge=_badge(rows),
         verdicts=list(judge(facts)),
-        model=exported_model(facts),
+        model=facts.exported,
         tiles=list(_tiles(facts)),
-        summary=Grid(COLUMNS, tuple(row_cells(row) for row in rows)),
+        figure=facts.figure("dense"),
+        figure_title=figure_title(facts.figure("dense")),
+        summary=Grid(summary_columns(facts), tuple(row_cells(row) for row in rows)),
         first_onnx_row=next((n for n, row in enumerate(rows) if row.passed is not None), None),
-        perplexity_note=_perplexity_note(facts),
+        figure_note=_figure_note(facts),
         trained=trained_table(facts),
         pictures=draw_pictures(facts, rows),
-        receipt=receipt_table(facts["upcycle"]["receipt"]),
-        tiers=tier_table(facts),
-        parity=list(parity_sections(facts)),
+        receipt=receipt_tables(facts.upcycle.receipt),
+        tiers=tier_table(facts.variants),
+        parity=parity_sections(facts),
         builds=build_table(facts),
         timings=timing_table(facts),
-        costs=cost_grid(facts.get("costs", {})),
+        costs=cost_grid(facts.costs),
         provenance=list(provenance_sections(facts)),
         json_name=JSON_NAME,
         subtitle=_subtitle(facts),
@@ -95,53 +111,54 @@ def _badge(rows: Sequence[Row]) -> dict[str, str]:
     )
 
 
-def _subtitle(facts: dict[str, Any]) -> str:
-    source, upcycle = facts["source"], facts["upcycle"]
-    experts = f"{upcycle['num_experts']} experts a layer, top-{upcycle['num_experts_per_tok']}"
-    return (
-        f"{source['architecture']} of {format_count(source['num_parameters'])} parameters → {upcycle['target']}, "
-        f"{experts}"
+def _subtitle(facts: ReportFacts) -> str:
+    source, upcycle = facts.source, facts.upcycle
+    experts = f"{upcycle.num_experts} experts a layer, top-{upcycle.num_experts_per_tok}"
+    return f"{source.architecture} of {format_count(source.num_parameters)} parameters → {upcycle.target}, {experts}"
+
+
+def _tiles(facts: ReportFacts) -> Iterator[Tile]:
+    """The few figures to remember."""
+    source, upcycle, model = facts.source, facts.upcycle, facts.exported
+    parameters = f"{format_count(source.num_parameters)} → {format_count(upcycle.num_parameters)}"
+    yield Tile("Parameters", parameters, "dense model → mixture of experts")
+    active = upcycle.num_active_parameters
+    yield Tile(
+        "Parameters used for a token",
+        format_count(active),
+        f"{active / source.num_parameters:.2f} × the dense model's, which uses all of its own",
     )
-
-
-def _tiles(facts: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """The few figures to remember: label, number, remark."""
-    source, upcycle, evaluations = facts["source"], facts["upcycle"], facts["finetune"]["evaluations"]
-    yield (
-        "Parameters",
-        f"{format_count(source['num_parameters'])} → {format_count(upcycle['num_parameters'])}",
-        "dense → mixture",
+    figure = facts.figure(model)
+    step, words, good = describe_step(facts.figure("dense"), figure)
+    yield Tile(
+        f"{figure_title(figure)} ({figure.better} is better)",
+        step,
+        f"{words}: dense → {model}, on held-out text",
+        good,
     )
-    active = upcycle["num_active_parameters"]
-    yield "Active a token", format_count(active), f"{active / source['num_parameters']:.2f} × the dense model's"
-    model = exported_model(facts)
-    dense, tuned = (evaluations[name]["perplexity"] for name in ("dense", model))
-    yield (
-        "Perplexity",
-        f"{format_perplexity(dense, 3)} → {format_perplexity(tuned, 3)}",
-        f"dense → {model}, on held-out text",
-    )
-    if facts["variants"]:
-        name, size = min(
-            ((n, v["onnx"]["package_bytes"]) for n, v in facts["variants"].items()), key=lambda pair: pair[1]
-        )
-        yield (
-            "Smallest ONNX",
-            format_size(size),
-            f"{name}; the {model} checkpoint has {format_size(evaluations[model]['weight_bytes'])}",
-        )
+    if facts.variants:
+        yield _smallest_tile(facts)
 
 
-def _perplexity_note(facts: dict[str, Any]) -> str:
-    """A warning where parity measured perplexity on other text than the evaluations did."""
-    measured = next((m for m in map(find_measured, facts["variants"].values()) if m), None)
-    model = exported_model(facts)
-    tuned = facts["finetune"]["evaluations"][model]["perplexity"]
-    if measured is None or agree(tuned, measured["finetuned_perplexity"], 3):
+def _smallest_tile(facts: ReportFacts) -> Tile:
+    """The smallest package that passed; one that failed is nothing to remember."""
+    label = "Smallest ONNX model that passed"
+    passed = {name: found.onnx.package_bytes for name, found in facts.variants.items() if found.parity.passed}
+    if not passed:
+        return Tile(label, NONE, "no ONNX model agrees with torch within its limits", good=False)
+    name = min(passed, key=lambda each: passed[each])
+    whole = format_size(facts.finetune.evaluations[facts.exported].weight_bytes)
+    return Tile(label, format_size(passed[name]), f"{name}; the {facts.exported} checkpoint has {whole}")
+
+
+def _figure_note(facts: ReportFacts) -> str:
+    """A warning where parity measured the figure on other text than the evaluations did."""
+    measured = next((m for found in facts.variants.values() if (m := found.parity.measured)), None)
+    tuned = facts.figure(facts.exported)
+    if measured is None or figures_agree(tuned, measured.finetuned_figures[0], 3):
         return ""
-    there = format_perplexity(measured["finetuned_perplexity"])
     return (
-        f"Parity measures perplexity on text of its own, where the {model} torch model has {there} (and "
-        f"{format_perplexity(tuned)} above): "
+        f"Parity measures {tuned.name} on text of its own, where the {facts.exported} torch model has "
+        f"{format_figure(measured.finetuned_figures[0])} (and {format_figure(tuned)} above): "
         "compare ONNX rows with each other and with that figure."
     )

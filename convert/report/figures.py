@@ -1,0 +1,72 @@
+"""Figures in words: the number that a model is judged by, and how two of them compare."""
+
+from __future__ import annotations
+
+import math
+
+from dense2moe.convert.report.numerals import NONE, agree, format_digits, format_share
+from dense2moe.upcycle.tasks.figure import Figure
+
+_MOST_DIGITS = 7
+_ROUNDING = 1e-6
+"""Of a figure: two that differ by a smaller share differ by the rounding of float32."""
+
+
+def figure_title(figure: Figure) -> str:
+    """The name of a figure as a heading, with its unit: "Perplexity", "Loss, nats"."""
+    name = figure.name[:1].upper() + figure.name[1:]
+    return f"{name}, {figure.unit}" if figure.unit else name
+
+
+def format_figure(figure: Figure | None, digits: int = 4) -> str:
+    """The number of a figure, with its unit."""
+    if figure is None:
+        return NONE
+    number = format_digits(figure.value, digits)
+    return f"{number} {figure.unit}" if figure.unit else number
+
+
+def describe_change(new: Figure, old: Figure) -> str:
+    """How `new` stands to `old`, ready to be followed by what `old` is of: "1.20 % worse than"."""
+    if not (math.isfinite(new.value) and math.isfinite(old.value)):
+        return "not comparable with"
+    gain = new.gain(old.value)
+    if gain == 0:
+        return "equal to"
+    return f"{_size(gain, old.value)} {'better' if gain > 0 else 'worse'} than"
+
+
+def format_improvement(new: Figure, old: Figure) -> str:
+    """By how much a better figure is better, in the way that it is: "lower by 6.38 %"."""
+    return f"{new.better} by {_size(new.gain(old.value), old.value)}"
+
+
+def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
+    """From one figure to the next: both with the digits in which they differ, in words, and whether that is good."""
+    if not (math.isfinite(new.value) and math.isfinite(old.value)):
+        return f"{format_figure(old)} → {format_figure(new)}", "not comparable", False
+    gain = new.gain(old.value)
+    if abs(gain) <= _ROUNDING * abs(old.value):
+        return f"{format_figure(old)} → {format_figure(new)}", "the same but for rounding", None
+    digits = next((n for n in range(3, _MOST_DIGITS) if not same_text(old, new, n)), _MOST_DIGITS)
+    word = "better" if gain > 0 else "worse"
+    return (
+        f"{format_figure(old, digits)} → {format_figure(new, digits)}",
+        f"{word} by {_size(gain, old.value)}",
+        gain > 0,
+    )
+
+
+def same_text(first: Figure, second: Figure, digits: int) -> bool:
+    """Whether two figures read the same in so many digits."""
+    return format_digits(first.value, digits) == format_digits(second.value, digits)
+
+
+def figures_agree(first: Figure, second: Figure, digits: int) -> bool:
+    """Whether two figures differ by at most half a unit in the last of so many digits."""
+    return agree(first.value, second.value, digits)
+
+
+def _size(gain: float, of: float) -> str:
+    """A difference as a share of what it differs from; as itself where that is not positive."""
+    return format_share(gain / of) if of > 0 else format_digits(abs(gain), 3)
