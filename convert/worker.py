@@ -21,12 +21,14 @@ import multiprocessing.forkserver
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import reduction
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from dense2moe.convert.errors import ArtifactError
@@ -112,7 +114,8 @@ def run_apart(
     process = context.Process(
         target=_work, args=(sender, _Held(held), function, argument, torch.get_num_threads()), daemon=True
     )
-    process.start()
+    with _main_hidden():
+        process.start()
     sender.close()
     try:
         return _listen(receiver, process, label, progress)
@@ -121,6 +124,20 @@ def run_apart(
         process.join()
         process.close()
         receiver.close()
+
+
+@contextmanager
+def _main_hidden() -> Iterator[None]:
+    """For the length of a `with`, no main module is seen.
+
+    multiprocessing would run the caller's script again in the new process, and a stage needs nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _listen(

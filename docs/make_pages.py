@@ -1,21 +1,37 @@
-"""Pages made from the code: keys of a recipe, help texts."""
+"""Pages made from the code: recipe keys, help texts, the Python API."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
 from click.testing import CliRunner
 
+from dense2moe import api
 from dense2moe.convert.cli import main
 from dense2moe.convert.recipe.schema import make_schema
 
 HERE: Final = Path(__file__).parent
 _HELP: Final = re.compile(r"```console\n\$ dense2moe (?P<arguments>[a-z -]*)--help\n.*?```", re.DOTALL)
 _KEYS: Final = re.compile(r"(?<=<!-- keys -->\n).*(?=<!-- end of keys -->)", re.DOTALL)
+_FUNCTIONS: Final = re.compile(r"(?<=<!-- functions -->\n).*(?=<!-- end of functions -->)", re.DOTALL)
+_SHOWN: Final = (
+    api.prepare_data,
+    api.upcycle,
+    api.finetune,
+    api.quantize,
+    api.export_onnx,
+    api.check_parity,
+    api.Package,
+    api.GenerateConfig,
+    api.run,
+    api.Run,
+)
 _BOUNDS: Final = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 
 Schema = Mapping[str, Any]
@@ -23,10 +39,11 @@ Schema = Mapping[str, Any]
 
 def make_pages() -> dict[Path, str]:
     """Every page that shows code's own words, as it should read now."""
-    recipe, commands = HERE / "recipe.md", HERE / "commands.md"
+    recipe, commands, functions = (HERE / name for name in ("recipe.md", "commands.md", "python-api.md"))
     return {
         recipe: _KEYS.sub(lambda _: "\n" + "\n".join(describe_keys(make_schema())) + "\n", _read(recipe)),
         commands: _HELP.sub(lambda found: _show_help(found["arguments"].split()), _read(commands)),
+        functions: _FUNCTIONS.sub(lambda _: "\n" + "\n".join(map(_show_object, _SHOWN)), _read(functions)),
     }
 
 
@@ -119,6 +136,62 @@ def _describe_default(value: Schema) -> str:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
+
+
+def _show_object(shown: Any) -> str:
+    """A function, a class with its public methods, or a record of settings: its signature, docstring and example."""
+    if issubclass_of_record(shown):
+        return "\n".join([f"## {shown.__name__}", "", *_describe_record(shown.model_json_schema(), {})])
+    parts = [f"## {shown.__name__}", "", _show_signature(shown), "", *_show_docstring(shown)]
+    if inspect.isclass(shown):
+        for name, member in vars(shown).items():
+            if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                what = f"`{name}`" if isinstance(member, property) else f"`{name}{_plain_signature(member)}`"
+                text, *rest = (inspect.getdoc(member) or "").split("\n\n", 1)
+                parts += [f"- {what}: {' '.join([_one_line(text), *map(_one_line, rest)])}"]
+        parts += [""]
+    return "\n".join(parts)
+
+
+def issubclass_of_record(shown: Any) -> bool:
+    """Whether it is a record of settings, whose keys are described by themselves."""
+    return inspect.isclass(shown) and hasattr(shown, "model_json_schema")
+
+
+def _plain_signature(function: Any) -> str:
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(function)))
+    return signature.replace("(self, ", "(").replace("(self)", "()")
+
+
+def _show_signature(shown: Any) -> str:
+    whole = f"{shown.__name__}{_plain_signature(shown)}".replace(" -> None", "")
+    if len(whole) <= 100:
+        return f"```text\n{whole}\n```"
+    inside, _, returned = whole.partition("(")[2].rpartition(")")
+    lines = "".join(f"    {part},\n" for part in re.split(r", (?=\*|\w+:)", inside))
+    return f"```text\n{shown.__name__}(\n{lines}){returned}\n```"
+
+
+def _show_docstring(shown: Any) -> Iterator[str]:
+    """The docstring's paragraphs; its sections as lists, and the example as code that a test runs."""
+    for part in re.split(r"\n\n(?=\w)", inspect.getdoc(shown) or ""):
+        title, _, body = part.partition("\n")
+        match title:
+            case "Example:":
+                yield from ("```python", textwrap.dedent(body).rstrip(), "```", "")
+            case "Args:" | "Attributes:":
+                entries = re.split(r"\n(?=\S)", textwrap.dedent(body))
+                for entry in entries:
+                    name, _, meaning = _one_line(entry).partition(": ")
+                    yield f"- `{name}`: {meaning}"
+                yield ""
+            case "Returns:" | "Raises:":
+                yield from (
+                    f"{title[:-1]} {_one_line(body)}".replace("Raises", "Raises:").replace("Returns", "Returns:"),
+                    "",
+                )
+            case _:
+                yield from (_one_line(part), "")
 
 
 def slug(heading: str) -> str:

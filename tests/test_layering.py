@@ -17,7 +17,8 @@ def test_imports_point_down(tmp_path: Path) -> None:
         pytest.skip("import-linter is not installed")
     for folder in ("convert", "export", "upcycle"):  # as they lie once installed: import-linter reads one folder
         shutil.copytree(ROOT / folder, tmp_path / "dense2moe" / folder)
-    shutil.copy(ROOT / "dense2moe" / "__init__.py", tmp_path / "dense2moe")
+    for file in (ROOT / "dense2moe").glob("*.py"):
+        shutil.copy(file, tmp_path / "dense2moe")
     arguments = [command, "--no-cache", "--config", str(ROOT / "pyproject.toml")]
     finished = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout

@@ -17,14 +17,15 @@ def code_block(language: str, start: str, text: str = README) -> str:
 
 
 def tree_entries() -> dict[str, str]:
-    """Path to comment, from the README's tree, whose indentation is two spaces a level."""
+    """Path to comment, from the README's tree: two spaces a level, one name or several on a line."""
     entries: dict[str, str] = {}
     parents: list[str] = []
     for line in code_block("text", "dense2moe/").splitlines():
-        name, _, comment = line.partition("# ")
-        depth = (len(name) - len(name.lstrip())) // 2
-        parents[depth:] = [name.strip()]
-        entries["".join(parents)] = comment.strip()
+        names, _, comment = line.partition("# ")
+        depth = (len(names) - len(names.lstrip())) // 2
+        for name in names.split():
+            parents[depth:] = [name]
+            entries["".join(parents)] = comment.strip()
     return entries
 
 

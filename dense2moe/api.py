@@ -1,0 +1,362 @@
+"""The Python API: a run, its stages, and packages that write text.
+
+Every function takes directories in public formats, writes one new directory, and returns what it found as a frozen
+record. A directory gets its name when it is whole, so nothing half-made is left behind. Settings are the records that a
+recipe is made of (docs/recipe.md has every key). Nothing is printed; `progress`, where given, is called with what is
+being done, how much is done, and how much there is in all. What a user can mend is a `MendableError`, one line with
+where, what is, what must be and how to mend it; anything else is a bug.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dense2moe.convert.package_parity import check_package
+from dense2moe.export.facts import OnnxFacts
+from dense2moe.export.graph.config import OnnxConfig
+from dense2moe.export.package import write_package
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.records import Parity
+from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.facts import QuantizeFacts
+from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.runtime.continuation import GenerateConfig, Package
+from dense2moe.export.variant import Device, Variant
+from dense2moe.new_directory import new_directory
+from dense2moe.runs import Run, run
+from dense2moe.upcycle.building import surgery
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.facts import Receipt
+from dense2moe.upcycle.building.hidden_states import read_routers
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt import write_receipt
+from dense2moe.upcycle.data import blocks as text_blocks
+from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.durable import discard_damage
+from dense2moe.upcycle.errors import MendableError, UpcycleError
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training import fine_tuning
+from dense2moe.upcycle.training.config import Distillation, FinetuneConfig, TrainingStage
+from dense2moe.upcycle.training.facts import FinetuneFacts
+
+__all__ = [
+    "DataConfig",
+    "Device",
+    "Distillation",
+    "DomainsData",
+    "ExpertsConfig",
+    "FinetuneConfig",
+    "FinetuneFacts",
+    "GenerateConfig",
+    "HubData",
+    "MendableError",
+    "OnnxConfig",
+    "OnnxFacts",
+    "Package",
+    "Parity",
+    "ParityConfig",
+    "PythonDocsData",
+    "QuantizeConfig",
+    "QuantizeFacts",
+    "Receipt",
+    "RouterConfig",
+    "Run",
+    "TextData",
+    "TrainingStage",
+    "UpcycleConfig",
+    "Upcycled",
+    "Variant",
+    "check_parity",
+    "export_onnx",
+    "finetune",
+    "prepare_data",
+    "quantize",
+    "run",
+    "upcycle",
+]
+
+PathLike = str | Path
+_BLOCK_SIZE = 256  # as in a recipe
+
+
+@dataclass(frozen=True)
+class Upcycled:
+    """A mixture that was written.
+
+    Attributes:
+        plan: where every tensor came from, and the sizes of the mixture.
+        receipt: how its logits compare with the dense model's.
+    """
+
+    plan: UpcyclePlan
+    receipt: Receipt
+
+
+def prepare_data(
+    tokenizer: PathLike, output: PathLike, config: DataConfig, *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Cut text into blocks of tokens: splits train, validation and test.
+
+    Args:
+        tokenizer: a directory with a tokenizer, such as the dense checkpoint.
+        output: new directory; each split is a safetensors file with `input_ids`, int32 [blocks, block_size].
+        config: the text; files are found below the current directory.
+        progress: called as the work goes on.
+
+    Returns:
+        Tokens of each split, names of the domains, and a digest of the text.
+
+    Raises:
+        MendableError: no tokenizer, no text, or too little text for a block in each split.
+
+    Example:
+        text = TextData(kind="text", train=("corpus.txt",), separator="---")
+        found = prepare_data("dense", "data", DataConfig(source=text, block_size=32))
+    """
+    with new_directory(output) as directory:
+        return text_blocks.prepare_data(Path(tokenizer), directory, config, Path.cwd(), progress or _quiet)
+
+
+def upcycle(
+    dense: PathLike,
+    output: PathLike,
+    config: UpcycleConfig | None = None,
+    *,
+    data: PathLike | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Upcycled:
+    """Make a mixture of experts of a dense checkpoint, and compare the two.
+
+    Memory does not grow with the model while it is written. The result is an architecture of transformers, which loads
+    without code of ours.
+
+    Args:
+        dense: a Hugging Face checkpoint in safetensors.
+        output: new directory of the mixture.
+        config: experts, router, layers; 8 experts and top-2 if not given.
+        data: a directory of `prepare_data`, for routers that learn from training text.
+        seed: seed of the router, the noise and the neurons that are drawn.
+        progress: called as the work goes on.
+
+    Returns:
+        The plan that was carried out, and the receipt: relative errors of logits in three dtypes.
+
+    Raises:
+        MendableError: the checkpoint cannot be upcycled so, or what was written does not compute what the dense model
+            computes; nothing is left then.
+
+    Example:
+        made = upcycle("dense", "mixture", UpcycleConfig(num_experts=4, num_experts_per_tok=2), seed=1)
+        print(made.plan.num_parameters, made.plan.num_active_parameters)
+        print(max(line.rel for line in made.receipt.comparisons if line.dtype == "float32"))
+    """
+    config, source = config or UpcycleConfig(), Path(dense)
+    blocks = _read_blocks(data, "train")
+    if blocks is None and config.router.kind == "kmeans" and not config.router.domains:
+        raise UpcycleError("upcycle.router: kind 'kmeans' has no domains; give them, or `data` with training text")
+    with new_directory(output) as directory:
+        text = torch.zeros((0, _BLOCK_SIZE), dtype=torch.int64) if blocks is None else blocks
+        reading = read_routers(source, config, text, Path.cwd(), seed, progress or _quiet)
+        routers = reading.routers if reading else None
+        plan = surgery.upcycle(source, directory, config, seed, progress or _quiet, routers)
+        surgery.check_written(source, directory, plan, seed, progress or _quiet, routers)
+        context = int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE))
+        receipt = write_receipt(source, directory, plan, min(text.shape[1], context), progress or _quiet)
+    return Upcycled(plan, receipt)
+
+
+def finetune(
+    dense: PathLike,
+    mixture: PathLike,
+    data: PathLike,
+    output: PathLike,
+    config: FinetuneConfig | None = None,
+    *,
+    seed: int = 0,
+    scratch: PathLike | None = None,
+    progress: Progress | None = None,
+) -> FinetuneFacts:
+    """Fine-tune a mixture briefly, beside the dense model as its control.
+
+    Args:
+        dense: the dense checkpoint: parent of a distillation, and the control's start.
+        mixture: the mixture's checkpoint.
+        data: a directory of `prepare_data`.
+        output: new directory of the fine-tuned mixture, with `history.jsonl` and the controls.
+        config: what learns, for how long and at which rate.
+        seed: seed of the order of blocks and of dropout.
+        scratch: directory of checkpoints: a killed call that is made again with the same arguments resumes there. The
+            caller deletes it when all is well. Nothing is kept if not given.
+        progress: called as the work goes on.
+
+    Returns:
+        Held-out losses and figures of each model (losses in nats), the history, which step was kept, seconds.
+
+    Raises:
+        MendableError: the loss became NaN or infinite, memory ran out, or settings, model and data do not fit together.
+
+    Example:
+        settings = FinetuneConfig(steps=2, warmup_steps=0, eval_steps=1, batch_size=2, control=False)
+        facts = finetune("dense", "mixture", "data", "tuned", settings)
+        print(facts.best_steps, facts.warnings)
+    """
+    with new_directory(output) as directory, tempfile.TemporaryDirectory(dir=directory.parent) as own:
+        kept = _resume(scratch or own, progress)
+        settings = (config or FinetuneConfig(), seed, progress or _quiet, kept)
+        return fine_tuning.finetune(Path(dense), Path(mixture), Path(data), directory, *settings)
+
+
+def quantize(
+    checkpoint: PathLike,
+    output: PathLike,
+    variant: Variant,
+    config: QuantizeConfig | None = None,
+    *,
+    data: PathLike | None = None,
+    device: Device = "cpu",
+    activation_bits: int = 8,
+    scratch: PathLike | None = None,
+    progress: Progress | None = None,
+) -> QuantizeFacts:
+    """Choose integers and scales for a checkpoint, and write its twin, which torch can run.
+
+    Routers and norms stay in float32. Memory holds one layer at a time.
+
+    Args:
+        checkpoint: a mixture, or any decoder.
+        output: new directory of the twin: a plain checkpoint with the dequantized weights, and the integers beside it.
+        variant: "float32", "float16", "bfloat16", "int8", "int8-qdq", "int4" or "mixed".
+        config: method, groups and bits of each class of tensors.
+        data: a directory of `prepare_data`: calibration text for GPTQ and scaled inputs, and for "mixed" validation
+            text. Without it scales are searched, which needs no text.
+        device: "cuda" has quantized variants compute in float16.
+        activation_bits: bits in which quantized products read their inputs on the CPU: 8 or 32.
+        scratch: directory of progress: a killed call that is made again with the same arguments resumes there. The
+            caller deletes it when all is well. Nothing is kept if not given.
+        progress: called as the work goes on.
+
+    Returns:
+        Bits of each class of tensors, bytes, and what calibration saw.
+
+    Raises:
+        MendableError: the architecture is not covered, an expert would stay unquantized, a weight is NaN, infinite or
+            beyond float16's range where that is needed, or no bits keep to the limits of "mixed".
+
+    Example:
+        facts = quantize("mixture", "twin", "int8", QuantizeConfig(block_size=16), data="data")
+        print(facts.bits, facts.quantized_bytes)
+    """
+    blocks = _read_blocks(data, "train")
+    held_out = _read_blocks(data, "validation") if variant == "mixed" else None
+    with new_directory(output) as directory:
+        return quantize_checkpoint(
+            Path(checkpoint),
+            directory,
+            variant,
+            config or QuantizeConfig(),
+            progress or _quiet,
+            device,
+            blocks,
+            held_out,
+            None if scratch is None else _resume(scratch, progress),
+            activation_bits,
+        )
+
+
+def export_onnx(
+    twin: PathLike, output: PathLike, config: OnnxConfig | None = None, *, progress: Progress | None = None
+) -> OnnxFacts:
+    """Write a checkpoint as an ONNX package: one graph for prefill and decode, with a KV cache.
+
+    An architecture without a builder is traced, which needs the extra `[trace]`.
+
+    Args:
+        twin: a directory of `quantize`, also of variant "float32".
+        output: new directory of the package, which onnxruntime and onnxruntime-genai load.
+        config: the device, and how experts are written.
+        progress: called as the work goes on.
+
+    Returns:
+        The lowering and how it was chosen, the number of nodes, and bytes.
+
+    Raises:
+        MendableError: the architecture or the lowering is not covered.
+
+    Example:
+        facts = export_onnx("twin", "int8", OnnxConfig(lowering="grouped"))
+        print(facts.lowering, facts.package_bytes)
+    """
+    with new_directory(output) as directory:
+        return write_package(Path(twin), directory, config or OnnxConfig(), progress or _quiet)
+
+
+def check_parity(
+    package: PathLike,
+    reference: PathLike,
+    data: PathLike | Sequence[PathLike],
+    config: ParityConfig | None = None,
+    *,
+    twin: PathLike | None = None,
+    block_size: int = _BLOCK_SIZE,
+    num_blocks: int | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Compare an ONNX package with the torch model that it must compute like, on text.
+
+    A float32 or float16 package must compute what the reference does. A package with rounded weights has weights of its
+    own: without `twin` only its perplexity, its files and itself are judged.
+
+    Args:
+        package: the package, also one of another maker with our names of inputs and outputs.
+        reference: the checkpoint that was exported; or the fine-tuned one, where the package is quantized.
+        data: text files in UTF-8, held out.
+        config: limits, tasks and ways of feeding.
+        twin: a checkpoint with the package's own weights, as `quantize` writes one.
+        block_size: tokens of a block.
+        num_blocks: blocks at most, taken evenly; all if not given.
+        progress: called as the work goes on.
+
+    Returns:
+        Figures by execution provider, and `breaches`: every broken limit, a line each. `passed` if there is none.
+
+    Raises:
+        MendableError: a file cannot be read, or package and checkpoint are not of one model.
+
+    Example:
+        limits = ParityConfig(decode_steps=4, noise_blocks=1, max_perplexity_increase={"int8": 0.5})
+        parity = check_parity("int8", "mixture", "corpus.txt", limits, twin="twin", block_size=32, num_blocks=8)
+        assert parity.passed, parity.breaches
+    """
+    files = [Path(data)] if isinstance(data, str | Path) else [Path(file) for file in data]
+    return check_package(
+        Path(package),
+        Path(reference),
+        files,
+        block_size,
+        num_blocks,
+        config or ParityConfig(),
+        progress or _quiet,
+        None if twin is None else Path(twin),
+    )
+
+
+def _quiet(*_: object) -> None:
+    """Progress that nobody watches."""
+
+
+def _read_blocks(data: PathLike | None, split: Split) -> torch.Tensor | None:
+    return None if data is None else text_blocks.read_blocks(Path(data), split)
+
+
+def _resume(scratch: PathLike, progress: Progress | None) -> Path:
+    """What a killed call has kept, without what a power cut has damaged."""
+    discard_damage(Path(scratch), progress or _quiet)
+    return Path(scratch)

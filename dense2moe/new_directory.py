@@ -1,0 +1,32 @@
+"""New directories, which get their name when they are whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dense2moe.upcycle.errors import UpcycleError
+
+
+@contextmanager
+def new_directory(output: str | Path) -> Iterator[Path]:
+    """A directory that gets its name when it is whole; of a failure nothing is left.
+
+    Raises:
+        UpcycleError: something is there already.
+    """
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise UpcycleError(f"{output}: is there already; must be a new directory; give another one, or delete it")
+    partial = output.with_name(f"{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        os.replace(partial, output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
