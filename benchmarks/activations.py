@@ -46,7 +46,7 @@ from dense2moe.convert.machine import describe_machine
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.upcycle.building.config import UpcycleConfig
@@ -126,7 +126,7 @@ def make_packages(
         if not (twin / "done").exists():
             twin.mkdir(parents=True, exist_ok=True)
             config = QuantizeConfig(calibration_tokens=calibration.numel(), **quantize)
-            quantize_checkpoint(mixture, twin, variant, config, silent, blocks=calibration)  # type: ignore[arg-type]
+            quantize_checkpoint(mixture, twin, variant, config, silent, QuantizeInputs(blocks=calibration))  # type: ignore[arg-type]
             (twin / "done").touch()
         package = folder / name
         if not (package / "genai_config.json").exists():

@@ -47,8 +47,9 @@ from dense2moe.export.parity.inside.local import LEAST_NOISE
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import find_precision
 from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.variant import Variant
 
@@ -110,7 +111,7 @@ def judge(seed: int, folder: Path) -> tuple[ProviderParity, tuple[str, ...]]:
     quantize_checkpoint(source, twin, "float32", QuantizeConfig(), silent)
     write_package(twin, package, OnnxConfig(lowering=LOWERINGS[seed % len(LOWERINGS)]), silent)
     blocks = torch.randint(2, 300, (6, 48), generator=torch.Generator().manual_seed(seed))
-    parity = check_parity(package, twin, source, blocks, "float32", False, ParityConfig(), silent)
+    parity = check_parity(ParitySubject(package, twin, source, blocks, "float32", False), ParityConfig(), silent)
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)
     return result, parity.breaches
@@ -289,9 +290,7 @@ def export(source: Path, folder: Path, variant: Variant, lowering: str, activati
         variant,
         settings,
         silent,
-        blocks=text if variant == "int8-qdq" else None,
-        held_out=text,
-        activation_bits=activation_bits,
+        QuantizeInputs(activation_bits=activation_bits, blocks=text if variant == "int8-qdq" else None, held_out=text),
     )
     wishes = [
         OnnxConfig.model_validate({"lowering": wish, "activation_bits": activation_bits})
@@ -317,7 +316,7 @@ def ask_parity(
     """A package judged by its twin; an exception is a breach of its own kind."""
     start = time.monotonic()
     try:
-        parity = check_parity(package, twin, source, blocks, variant, rounds, LOOSE, silent)
+        parity = check_parity(ParitySubject(package, twin, source, blocks, variant, rounds), LOOSE, silent)
     except Exception as error:
         first = str(error).strip().splitlines()
         return Verdict((f"EXCEPTION {type(error).__name__}: {first[0] if first else ''}",), time.monotonic() - start)

@@ -60,7 +60,7 @@ from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.data.blocks import read_blocks
 
@@ -159,7 +159,7 @@ def write_ours(
     twin, package = folder / "twin", folder / "package"
     for path in (twin, package):
         path.mkdir(parents=True)
-    quantize_checkpoint(mixture, twin, VARIANTS[bits], config, lambda *_: None, blocks=blocks)
+    quantize_checkpoint(mixture, twin, VARIANTS[bits], config, lambda *_: None, QuantizeInputs(blocks=blocks))
     write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), lambda *_: None)
     return package
 

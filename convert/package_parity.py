@@ -20,6 +20,7 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision, is_dense
 from dense2moe.export.parity.records import Parity, ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.progress import Progress
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.upcycle.checkpoints.loading import check_whole
@@ -73,16 +74,18 @@ def check_package(
     is_parent = precision.has_experts and is_dense(checkpoints[reference])
     exact_twin = twin is not None or not (precision.rounds_weights or is_parent)
     return check_parity(
-        package,
-        twin or reference,
-        reference,
-        blocks,
-        precision.variant,
-        precision.rounds_activations,
+        ParitySubject(
+            package,
+            twin or reference,
+            reference,
+            blocks,
+            precision.variant,
+            precision.rounds_activations,
+            exact_twin=exact_twin,
+            tasks=tasks,
+        ),
         config,
         progress,
-        exact_twin,
-        tasks,
     )
 
 

@@ -33,7 +33,8 @@ from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.answers.examples import Task, read_tasks
 from dense2moe.export.parity.judgement import check_parity
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.parity.subject import ParitySubject
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.variant import QUANTIZED, Variant, element_type, float_type, rounds_to_8_bits
 from dense2moe.upcycle.building.hidden_states import read_routers
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
@@ -540,11 +541,13 @@ def run_quantize(job: Job) -> Facts:
             job.variant,
             recipe.quantize,
             job.progress,
-            recipe.export.device,
-            read_blocks(data, "train"),
-            read_blocks(data, "validation") if job.variant == "mixed" else None,
-            job.scratch,
-            recipe.export.activation_bits,
+            QuantizeInputs(
+                device=recipe.export.device,
+                activation_bits=recipe.export.activation_bits,
+                blocks=read_blocks(data, "train"),
+                held_out=read_blocks(data, "validation") if job.variant == "mixed" else None,
+                scratch=job.scratch,
+            ),
         )
     )
 
@@ -562,16 +565,20 @@ def run_parity(job: Job) -> Facts:
     assert job.variant is not None
     trained = job.recipe.finetune is not None
     parity = check_parity(
-        job.inputs["onnx"],
-        job.inputs["quantize"],
-        job.inputs["finetune"],
-        read_blocks(job.inputs["data"], "test"),
-        job.variant,
-        rounds_activations(job.variant, job.recipe.export),
+        ParitySubject(
+            job.inputs["onnx"],
+            job.inputs["quantize"],
+            job.inputs["finetune"],
+            read_blocks(job.inputs["data"], "test"),
+            job.variant,
+            rounds_activations(job.variant, job.recipe.export),
+            tasks=job.preparation.tasks,
+            finetuned_losses=job.input_facts["finetune"]["evaluations"]["fine-tuned"]["block_losses"]
+            if trained
+            else None,
+        ),
         job.recipe.parity,
         job.progress,
-        tasks=job.preparation.tasks,
-        finetuned_losses=job.input_facts["finetune"]["evaluations"]["fine-tuned"]["block_losses"] if trained else None,
     )
     facts = {**_jsonable(parity), "passed": parity.passed}
     if not trained:  # parity calls the model that was exported the fine-tuned one

@@ -22,8 +22,9 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.export.runtime.inspection import NOTHING, Inspection
@@ -77,7 +78,7 @@ def export(source: Path, folder: Path, **config: Any) -> tuple[Path, Path]:
     for path in (twin, package):
         path.mkdir()
     settings = OnnxConfig(**config)
-    quantize_checkpoint(source, twin, "bfloat16", QuantizeConfig(), silent, settings.device)
+    quantize_checkpoint(source, twin, "bfloat16", QuantizeConfig(), silent, QuantizeInputs(device=settings.device))
     facts = write_package(twin, package, settings, silent)
     if Version(ort.__version__) < Version(facts.min_onnxruntime):
         # in .ci/runtimes
@@ -209,7 +210,9 @@ def test_a_package_that_nothing_here_can_run_has_not_passed(tmp_path: Path) -> N
         pytest.skip("a CUDA device is here to run it")
     source = make_mixture(tmp_path / "source")
     twin, package = export(source, tmp_path, lowering="fused", device="cuda")
-    parity = check_parity(package, twin, source, torch.from_numpy(IDS), "bfloat16", True, ParityConfig(), silent)
+    parity = check_parity(
+        ParitySubject(package, twin, source, torch.from_numpy(IDS), "bfloat16", True), ParityConfig(), silent
+    )
     assert not parity.passed
     reasons = f"{CPU}: not run: onnxruntime's CPU does not compute in bfloat16; {CUDA}: not run: no CUDA device"
     assert parity.breaches == (f"compared nowhere: {reasons}",)

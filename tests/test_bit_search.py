@@ -22,7 +22,7 @@ from dense2moe.export.quantization.bit_search import BitChoices, find_units
 from dense2moe.export.quantization.bits import plan_classes
 from dense2moe.export.quantization.config import BitsOverride, QuantizeConfig
 from dense2moe.export.quantization.facts import Sensitivity, Unit
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.sensitivity import Ruler
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import Decoder
@@ -168,7 +168,7 @@ def search(source: Path, output: Path, held_out: torch.Tensor, method: str = "se
     output.mkdir()
     config = QuantizeConfig.model_validate({"method": method, "block_size": 16, **fields})
     return quantize_checkpoint(
-        source, output, "mixed", config, silent, blocks=draw_blocks(8, seed=5), held_out=held_out
+        source, output, "mixed", config, silent, QuantizeInputs(blocks=draw_blocks(8, seed=5), held_out=held_out)
     )
 
 
@@ -190,8 +190,8 @@ def test_a_budget_holds_on_the_disk_and_is_used(tied: bool, tmp_path: Path) -> N
         assert written.package_bytes <= chosen[0].package_bytes <= budget
         loss, kl = judge(tmp_path / f"twin {budget}", held_out, source)
         assert math.log(chosen[0].perplexity) == pytest.approx(loss, rel=1e-5)
-        assert [figure.value for figure in chosen[0].figures] == [chosen[0].perplexity]
-        assert [figure.value for figure in facts.search.reference_figures] == [facts.search.reference_perplexity]
+        assert chosen[0].figures[0].value == chosen[0].perplexity
+        assert facts.search.reference_figures[0].value == facts.search.reference_perplexity
         assert math.log(facts.search.reference_perplexity) == pytest.approx(judge(source, held_out)[0], rel=1e-5)
         sizes.append(written.package_bytes)
         costs.append(kl)

@@ -17,7 +17,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
@@ -147,7 +147,7 @@ def test_gptq_is_nearer_to_the_model_than_search_and_search_than_rounding(
         twin = tmp_path / method
         twin.mkdir()
         config = QuantizeConfig(method=method, block_size=16, attention_bits="variant")
-        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=blocks)
+        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, QuantizeInputs(blocks=blocks))
         assert (facts.method, facts.quantized_expert_share) == (method, 1.0)
         with torch.no_grad():
             errors[method] = float((load(twin)(input_ids=held_out).logits - expected).square().mean())
@@ -165,7 +165,7 @@ def test_an_expert_without_enough_tokens_is_searched_and_counted(
         path.mkdir()
     blocks = draw_blocks(1, length=2)
     config = QuantizeConfig(block_size=16, zero_points=zero_points)
-    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", config, lambda *_: None, blocks=blocks)
+    facts = quantize_checkpoint(mixture_checkpoint, few, "int4", config, lambda *_: None, QuantizeInputs(blocks=blocks))
     scheme = json.loads((few / SCHEME_NAME).read_text())
     counts = [count for layer in scheme["expert_tokens"].values() for count in layer]
     assert len(counts) == 2 * 4
@@ -194,7 +194,12 @@ def test_calibration_reads_no_more_tokens_than_it_may(mixture_checkpoint: Path, 
     (tmp_path / "twin").mkdir()
     config = QuantizeConfig(block_size=16, calibration_tokens=100)
     quantize_checkpoint(
-        mixture_checkpoint, tmp_path / "twin", "int4", config, lambda *_: None, blocks=draw_blocks(16, length=20)
+        mixture_checkpoint,
+        tmp_path / "twin",
+        "int4",
+        config,
+        lambda *_: None,
+        QuantizeInputs(blocks=draw_blocks(16, length=20)),
     )
     scheme = json.loads((tmp_path / "twin" / SCHEME_NAME).read_text())
     assert {sum(layer) for layer in scheme["expert_tokens"].values()} == {2 * 100}
@@ -209,7 +214,7 @@ def test_quantizing_twice_gives_the_same_integers(mixture_checkpoint: Path, tmp_
             "int4",
             QuantizeConfig(block_size=16),
             lambda *_: None,
-            blocks=draw_blocks(16),
+            QuantizeInputs(blocks=draw_blocks(16)),
         )
     for file in ("model.safetensors", "scales.safetensors"):
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
@@ -237,7 +242,12 @@ def test_by_default_4_bits_are_learned_and_8_bits_searched(mixture_checkpoint: P
         (tmp_path / method).mkdir()
         config = QuantizeConfig(method=method, block_size=16, input_scaling="awq")
         facts = quantize_checkpoint(
-            mixture_checkpoint, tmp_path / method, "int4", config, lambda *_: None, blocks=draw_blocks(16)
+            mixture_checkpoint,
+            tmp_path / method,
+            "int4",
+            config,
+            lambda *_: None,
+            QuantizeInputs(blocks=draw_blocks(16)),
         )
         checkpoint = open_checkpoint(tmp_path / method)
         found[method], methods[method] = {name: checkpoint.read(name) for name in checkpoint.entries}, facts.method
@@ -259,7 +269,12 @@ def test_8_bits_are_searched_on_the_float_model_or_without_text(
     for name, blocks in (("text", draw_blocks(16)), ("none", None)):
         (tmp_path / name).mkdir()
         facts = quantize_checkpoint(
-            mixture_checkpoint, tmp_path / name, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=blocks
+            mixture_checkpoint,
+            tmp_path / name,
+            "int8",
+            QuantizeConfig(block_size=16),
+            lambda *_: None,
+            QuantizeInputs(blocks=blocks),
         )
         assert (facts.method, facts.num_scaled_groups > 0, facts.warnings) == ("search", blocks is not None, ())
 
@@ -337,7 +352,7 @@ def test_the_head_is_nearer_to_the_model_than_with_searched_scales(
     (tmp_path / "twin").mkdir()
     # the head alone is compared, with the norm as it was
     config = QuantizeConfig(block_size=16, embedding_bits="variant", input_scaling="none")
-    quantize_checkpoint(mixture, tmp_path / "twin", "int4", config, lambda *_: None, blocks=blocks)
+    quantize_checkpoint(mixture, tmp_path / "twin", "int4", config, lambda *_: None, QuantizeInputs(blocks=blocks))
     head = model.get_output_embeddings().weight.detach()
     with torch.no_grad():
         hidden = model.model(input_ids=held_out).last_hidden_state

@@ -23,7 +23,7 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import plan_lowerings
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import CUDA, Decoder, is_at_hand
 from dense2moe.export.runtime.inspection import Inspection
@@ -52,7 +52,7 @@ class Export:
         self.twin, self.package = directory / "twin", directory / "package"
         for path in (self.twin, self.package):
             path.mkdir()
-        quantize_checkpoint(source, self.twin, variant, quantize, silent, config.device)
+        quantize_checkpoint(source, self.twin, variant, quantize, silent, QuantizeInputs(device=config.device))
         self.facts = write_package(self.twin, self.package, config, silent)
         if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
             # in .ci/runtimes

@@ -21,6 +21,7 @@ from dense2moe.export.parity.inside.local import LEAST_NOISE
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.place import Part
 from dense2moe.export.parity.records import TIERS, Parity, ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU
@@ -72,7 +73,9 @@ class Row(NamedTuple):
 
 def judge(exported: Exported, variant: Variant) -> tuple[Parity, ProviderParity]:
     parity = check_parity(
-        exported.package, exported.twin, exported.source, BLOCKS, variant, variant == "int8", CONFIG, silent
+        ParitySubject(exported.package, exported.twin, exported.source, BLOCKS, variant, variant == "int8"),
+        CONFIG,
+        silent,
     )
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)

@@ -18,6 +18,7 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision
 from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
@@ -142,12 +143,9 @@ NAMED = (
 def judge(exported: Exported, blocks: torch.Tensor = TEXT) -> tuple[tuple[str, ...], ProviderParity]:
     precision = find_precision(exported.package)
     parity = check_parity(
-        exported.package,
-        exported.twin,
-        exported.source,
-        blocks,
-        precision.variant,
-        precision.rounds_activations,
+        ParitySubject(
+            exported.package, exported.twin, exported.source, blocks, precision.variant, precision.rounds_activations
+        ),
         CONFIG,
         lambda *_: None,
     )

@@ -18,7 +18,7 @@ from dense2moe.export.package import write_package
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.input_scaling import ScaledLayer, ScalingRecord, fold, scale_layer
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from tests.test_calibration import draw_blocks, load, make_mixture
@@ -113,7 +113,9 @@ def test_salient_channels_are_rounded_less(method: str, mixture_checkpoint: Path
         twin = tmp_path / scaling
         twin.mkdir()
         config = QuantizeConfig(method=method, input_scaling=scaling, attention_bits="variant", block_size=16)
-        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=draw_blocks(64))
+        facts = quantize_checkpoint(
+            mixture, twin, "int4", config, lambda *_: None, QuantizeInputs(blocks=draw_blocks(64))
+        )
         assert (facts.num_scaled_groups > 0) == (scaling == "awq")
         with torch.no_grad():
             errors.append(
@@ -154,7 +156,12 @@ def test_the_head_s_salient_channels_are_rounded_less_and_its_norm_makes_up_for_
             (tmp_path / scaling).mkdir()
             config = QuantizeConfig(method=method, input_scaling=scaling, head_bits="variant", block_size=16)
             quantize_checkpoint(
-                tmp_path / "mixture", tmp_path / scaling, "int4", config, lambda *_: None, blocks=draw_blocks(64)
+                tmp_path / "mixture",
+                tmp_path / scaling,
+                "int4",
+                config,
+                lambda *_: None,
+                QuantizeInputs(blocks=draw_blocks(64)),
             )
             twin = load(tmp_path / scaling)
             errors.append(float((twin.lm_head(twin.model.norm(states)) - expected).square().mean()))
@@ -172,7 +179,9 @@ def test_what_cannot_be_folded_is_counted(make_dense: MakeDense, tmp_path: Path)
     mixture = make("olmo2, norms after", make_dense, tmp_path / "mixture")
     (tmp_path / "twin").mkdir()
     config = QuantizeConfig(method="search", input_scaling="awq", attention_bits="variant", block_size=16)
-    facts = quantize_checkpoint(mixture, tmp_path / "twin", "int4", config, lambda *_: None, blocks=draw_blocks(16))
+    facts = quantize_checkpoint(
+        mixture, tmp_path / "twin", "int4", config, lambda *_: None, QuantizeInputs(blocks=draw_blocks(16))
+    )
     assert facts.num_groups_without_place == 2 * 2, "attention's and the FFN's first matrices, in two layers"
 
 

@@ -22,7 +22,7 @@ from dense2moe.export.graph.invariants import check_graph
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from dense2moe.export.variant import Variant
@@ -43,7 +43,7 @@ def make_package(source: Path, folder: Path, variant: Variant, lowering: Any) ->
         config = QuantizeConfig(
             method="search", block_size=16, max_perplexity_increase=1.0 if variant == "mixed" else None
         )
-        quantize_checkpoint(source, twin, variant, config, silent, blocks=BLOCKS, held_out=BLOCKS)
+        quantize_checkpoint(source, twin, variant, config, silent, QuantizeInputs(blocks=BLOCKS, held_out=BLOCKS))
     package.mkdir()
     write_package(twin, package, OnnxConfig(lowering=lowering, activation_bits=32), silent)
     return twin, package

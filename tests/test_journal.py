@@ -13,7 +13,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from dense2moe.export.quantization import methods, static
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import BitSearch, QuantizeFacts
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.sensitivity import Ruler
 from dense2moe.export.variant import Variant
 
@@ -66,7 +66,12 @@ def run(
 
     config = QuantizeConfig.model_validate({"block_size": 16, **fields})
     return quantize_checkpoint(
-        source, output, variant, config, progress, blocks=draw(24, 1), held_out=draw(4, 2), scratch=scratch
+        source,
+        output,
+        variant,
+        config,
+        progress,
+        QuantizeInputs(blocks=draw(24, 1), held_out=draw(4, 2), scratch=scratch),
     )
 
 

@@ -17,7 +17,7 @@ from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import genai_config, write_package
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.decoder import Decoder, Sampling
 from dense2moe.export.storage import DATA_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME
 from dense2moe.export.variant import Variant
@@ -43,7 +43,14 @@ def export(source: Path, directory: Path, variant: Variant, **config: Any) -> tu
     twin, package = directory / "twin", directory / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(source, twin, variant, QuantizeConfig(method="search"), silent, config.get("device", "cpu"))
+    quantize_checkpoint(
+        source,
+        twin,
+        variant,
+        QuantizeConfig(method="search"),
+        silent,
+        QuantizeInputs(device=config.get("device", "cpu")),
+    )
     return (
         twin,
         package,

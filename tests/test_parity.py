@@ -41,6 +41,7 @@ from dense2moe.export.parity.records import (
     WeightsCheck,
     WrongRows,
 )
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.ties import same_experts
 from dense2moe.export.parity.verdicts import find_breaches
 from dense2moe.export.parity.ways.cases import Case
@@ -104,7 +105,9 @@ def exports(mixture_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 def check(
     exported: Exported, variant: Variant, config: ParityConfig = LIMITS, rounds: bool = False
 ) -> tuple[Parity, ProviderParity]:
-    parity = check_parity(exported.package, exported.twin, exported.finetuned, BLOCKS, variant, rounds, config, silent)
+    parity = check_parity(
+        ParitySubject(exported.package, exported.twin, exported.finetuned, BLOCKS, variant, rounds), config, silent
+    )
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)
     return parity, result
@@ -210,9 +213,9 @@ def test_figures_equal_those_of_transformers(exports: dict[Variant, Exported], v
     assert result.perplexity == pytest.approx(perplexity(twin), rel=1e-6)
     assert result.twin_perplexity == pytest.approx(perplexity(twin), rel=1e-6)
     assert result.finetuned_perplexity == pytest.approx(perplexity(finetuned), rel=1e-6)
-    assert result.figures == (Figure("perplexity", result.perplexity, "", "lower"),)
-    assert result.twin_figures == (Figure("perplexity", result.twin_perplexity, "", "lower"),)
-    assert result.finetuned_figures == (Figure("perplexity", result.finetuned_perplexity, "", "lower"),)
+    assert result.figures[0] == Figure("perplexity", result.perplexity, "", "lower")
+    assert result.twin_figures[0] == Figure("perplexity", result.twin_perplexity, "", "lower")
+    assert result.finetuned_figures[0] == Figure("perplexity", result.finetuned_perplexity, "", "lower")
     assert result.figures_error == result.perplexity_error
     log_p, log_q = finetuned.log_softmax(-1), twin.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
@@ -839,12 +842,7 @@ def test_progress_tells_of_every_part(exports: dict[Variant, Exported]) -> None:
     seen: list[tuple[str, int, int]] = []
     exported = exports["float32"]
     check_parity(
-        exported.package,
-        exported.twin,
-        exported.finetuned,
-        BLOCKS[:2],
-        "float32",
-        False,
+        ParitySubject(exported.package, exported.twin, exported.finetuned, BLOCKS[:2], "float32", False),
         LIMITS,
         lambda *step: seen.append(step),
     )
@@ -870,7 +868,7 @@ def test_perplexities_of_some_blocks_are_told_for_all_text(
 
     Where all losses of the fine-tuned model are known, the rest of the text is as hard for both.
     """
-    monkeypatch.setattr("dense2moe.export.parity.judgement._COMPARED_TOKENS", compared_tokens)
+    monkeypatch.setattr("dense2moe.export.parity.provider._COMPARED_TOKENS", compared_tokens)
     exported, config = exports["int8"], LIMITS.model_copy(update={"language_tokens": 4 * 48})
     # the package computes what its twin does
     package, finetuned = (
@@ -885,15 +883,11 @@ def test_perplexities_of_some_blocks_are_told_for_all_text(
         (finetuned, math.exp(sum(finetuned) / 6)),
     ):
         parity = check_parity(
-            exported.package,
-            exported.twin,
-            exported.finetuned,
-            BLOCKS,
-            "int8",
-            False,
+            ParitySubject(
+                exported.package, exported.twin, exported.finetuned, BLOCKS, "int8", False, finetuned_losses=known
+            ),
             config,
             silent,
-            finetuned_losses=known,
         )
         result = parity.providers[CPU]
         assert isinstance(result, ProviderParity)

@@ -21,6 +21,7 @@ from dense2moe.export.parity.forward import Forward, open_reference
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.limits import measure_noise
 from dense2moe.export.parity.records import TIERS, ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
 from dense2moe.export.parity.ways.cases import Case, plan_cases
 from dense2moe.export.parity.ways.feeding import measure_errors
@@ -72,7 +73,9 @@ def outputs_of(directory: Path, dtype: torch.dtype = torch.float32) -> tuple[tor
 
 
 def judge(package: Path, twin: Path, finetuned: Path, variant: Variant = "int4") -> ProviderParity:
-    result = check_parity(package, twin, finetuned, BLOCKS, variant, False, CONFIG, silent).providers[CPU]
+    result = check_parity(ParitySubject(package, twin, finetuned, BLOCKS, variant, False), CONFIG, silent).providers[
+        CPU
+    ]
     assert isinstance(result, ProviderParity)
     return result
 
@@ -167,7 +170,7 @@ def test_a_package_with_other_biases_than_its_twin_is_a_breach(scale: float, bia
     """The routers are the same, and so are their logits."""
     package = export(with_biases(biased, tmp_path / "other", scale), tmp_path, "float32")
     source = with_biases(biased, tmp_path / "source", 0.3)
-    parity = check_parity(package, source, source, BLOCKS, "float32", False, CONFIG, silent)
+    parity = check_parity(ParitySubject(package, source, source, BLOCKS, "float32", False), CONFIG, silent)
     found = parity.providers[CPU]
     assert isinstance(found, ProviderParity)
     assert {tier for tier, told in found.tiers.items() if told == "broken"} == {

@@ -24,12 +24,13 @@ from dense2moe.export.parity.inside.arithmetic import find_arithmetic
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.records import Limit
 from dense2moe.export.parity.rounding import Rounding, RoundingMeasure, rounding_limits
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.taps import Seen
 from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.rows import check_weights
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.input_scaling import round_inputs
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.simulation import BlockRounding
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from tests.test_calibration import draw_blocks, load
@@ -74,7 +75,7 @@ def make_package(mixture: Path, directory: Path, **fields: object) -> tuple[Path
     for path in (twin, package):
         path.mkdir(parents=True)
     config = QuantizeConfig.model_validate({"block_size": 16, "method": "search", **fields})
-    quantize_checkpoint(mixture, twin, "int8", config, lambda *_: None, blocks=draw_blocks(32))
+    quantize_checkpoint(mixture, twin, "int8", config, lambda *_: None, QuantizeInputs(blocks=draw_blocks(32)))
     write_package(twin, package, OnnxConfig(lowering="grouped"), lambda *_: None)
     return twin, package
 
@@ -104,7 +105,9 @@ def test_a_tied_head_keeps_its_function_and_the_embedding_its_rows(mixture_check
     twin, package = tmp_path / "twin", tmp_path / "package"
     for path in (twin, package):
         path.mkdir()
-    quantize_checkpoint(mixture, twin, "int8", QuantizeConfig(block_size=16), lambda *_: None, blocks=draw_blocks(64))
+    quantize_checkpoint(
+        mixture, twin, "int8", QuantizeConfig(block_size=16), lambda *_: None, QuantizeInputs(blocks=draw_blocks(64))
+    )
     write_package(twin, package, OnnxConfig(lowering="grouped", activation_bits=32), lambda *_: None)
     factors = {
         tensor.name for tensor in onnx.load(package / "model.onnx", load_external_data=False).graph.initializer
@@ -124,7 +127,7 @@ def test_parity_holds_kl_to_what_two_rounded_computations_part_by(mixture_checkp
     mixture, blocks = plant(mixture_checkpoint, tmp_path / "mixture"), draw_blocks(8, seed=1)
     twin, package = make_package(mixture, tmp_path, input_scaling="none")
     config = ParityConfig(max_kl=1e-9, max_perplexity_increase={}, min_routing_agreement=1.0)
-    found = check_parity(package, twin, mixture, blocks, "int8", True, config, lambda *_: None)
+    found = check_parity(ParitySubject(package, twin, mixture, blocks, "int8", True), config, lambda *_: None)
     result = found.providers["CPUExecutionProvider"]
     assert not isinstance(result, str)
     assert found.passed, found.breaches

@@ -15,7 +15,7 @@ import torch
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.inputs import Inputs
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.router_correction import correct_router, kl_of_scores
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -116,7 +116,9 @@ def test_routing_of_the_twin_is_nearer_to_the_model(name: str, make_dense: MakeD
         config = QuantizeConfig(
             method="search", input_scaling="none", correct_routers=correct, attention_bits="variant", block_size=16
         )
-        facts = quantize_checkpoint(mixture, twin, "int4", config, lambda *_: None, blocks=draw_blocks(96))
+        facts = quantize_checkpoint(
+            mixture, twin, "int4", config, lambda *_: None, QuantizeInputs(blocks=draw_blocks(96))
+        )
         kls.append(kl_of_scores(scores(twin), expected, GATE))
     assert kls[1] < 0.95 * kls[0]
     routers = [
@@ -128,7 +130,12 @@ def test_routing_of_the_twin_is_nearer_to_the_model(name: str, make_dense: MakeD
 
 def test_a_dense_model_has_no_router_to_correct(dense_checkpoint: Path, tmp_path: Path) -> None:
     facts = quantize_checkpoint(
-        dense_checkpoint, tmp_path, "int4", QuantizeConfig(correct_routers=True), lambda *_: None, blocks=draw_blocks(8)
+        dense_checkpoint,
+        tmp_path,
+        "int4",
+        QuantizeConfig(correct_routers=True),
+        lambda *_: None,
+        QuantizeInputs(blocks=draw_blocks(8)),
     )
     assert facts.routing_by_layer == {}
 

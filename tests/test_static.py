@@ -34,8 +34,9 @@ from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.static import Magnitudes
 from dense2moe.export.quantization.twin import SCHEME_NAME, QuantizedWeight, Twin
@@ -77,7 +78,7 @@ def make_mixture(directory: Path, model_class: Any = MixtralForCausalLM, **field
 
 def make_twin(source: Path, directory: Path, **config: Any) -> Path:
     directory.mkdir()
-    quantize_checkpoint(source, directory, "int8-qdq", QuantizeConfig(**config), silent, blocks=BLOCKS)
+    quantize_checkpoint(source, directory, "int8-qdq", QuantizeConfig(**config), silent, QuantizeInputs(blocks=BLOCKS))
     return directory
 
 
@@ -341,7 +342,7 @@ def test_parity_compares_with_the_twin_whose_activations_are_rounded(tmp_path: P
     twin = make_twin(source, tmp_path / "twin")
     package = make_package(twin, tmp_path / "package")
     limits = ParityConfig(max_perplexity_increase={"int8-qdq": 1.0}, decode_steps=4)
-    parity = check_parity(package, twin, source, BLOCKS, "int8-qdq", True, limits, silent)
+    parity = check_parity(ParitySubject(package, twin, source, BLOCKS, "int8-qdq", True), limits, silent)
     assert parity.passed, parity.breaches
     result = parity.providers[CPU]
     assert isinstance(result, ProviderParity)
@@ -350,7 +351,7 @@ def test_parity_compares_with_the_twin_whose_activations_are_rounded(tmp_path: P
     scales = json.loads((twin / SCHEME_NAME).read_text())
     scales["input_scales"]["model.layers.1.block_sparse_moe.experts.1.w2.weight"] = [0.01]  # not what the file has
     (twin / SCHEME_NAME).write_text(json.dumps(scales))
-    broken = check_parity(package, twin, source, BLOCKS, "int8-qdq", True, limits, silent)
+    broken = check_parity(ParitySubject(package, twin, source, BLOCKS, "int8-qdq", True), limits, silent)
     # each token goes to all of them
     line = f"{CPU}: operator: layer 1, experts 0, 1, 2 on the graph's own input: relative error "
     assert broken.breaches[0].startswith(line)
@@ -443,7 +444,14 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
         "floats; leave it out"
     )
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
-        quantize_checkpoint(source, tmp_path / "twin", "int8-qdq", QuantizeConfig(), silent, "cuda", BLOCKS)
+        quantize_checkpoint(
+            source,
+            tmp_path / "twin",
+            "int8-qdq",
+            QuantizeConfig(),
+            silent,
+            QuantizeInputs(device="cuda", blocks=BLOCKS),
+        )
     twin = make_twin(source, tmp_path / "another")
     message = (
         "export.lowering 'fused' cannot express layers.0.moe (qmoe: the QMoE operator takes no scales of "

@@ -30,6 +30,7 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import find_precision
 from dense2moe.export.parity.records import ProviderParity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.verdicts import find_breaches
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -81,7 +82,9 @@ def exact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def judge(folder: Path, package: Path, source: Path) -> ProviderParity:
-    result = check_parity(package, folder / "twin", source, BLOCKS, "int4", False, CONFIG, silent).providers[CPU]
+    result = check_parity(
+        ParitySubject(package, folder / "twin", source, BLOCKS, "int4", False), CONFIG, silent
+    ).providers[CPU]
     assert isinstance(result, ProviderParity)
     return result
 
@@ -131,7 +134,9 @@ def test_with_rounded_activations_it_is_near_its_twin(source: Path, tmp_path: Pa
         pytest.skip(f"QMoE reads activations of 4-bit weights in 8 bits from onnxruntime {facts.min_onnxruntime} on")
     assert find_precision(tmp_path / "package").variant == variant
     assert find_precision(tmp_path / "package").rounds_activations
-    result = check_parity(tmp_path / "package", tmp_path / "twin", source, BLOCKS, variant, True, CONFIG, silent)
+    result = check_parity(
+        ParitySubject(tmp_path / "package", tmp_path / "twin", source, BLOCKS, variant, True), CONFIG, silent
+    )
     assert result.passed, result.breaches
 
 

@@ -41,6 +41,7 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import open_reference
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.records import Limit, ProviderParity, TaskCheck, TaskKind
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.verdicts import find_breaches
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -417,7 +418,9 @@ def run(package: Path, finetuned: Path, tasks: Sequence[Task], **settings: Any) 
         **settings,
     )
     result = check_parity(
-        package, package.parent / "twin", finetuned, BLOCKS, "float32", False, config, silent, tasks=tasks
+        ParitySubject(package, package.parent / "twin", finetuned, BLOCKS, "float32", False, tasks=tasks),
+        config,
+        silent,
     )
     assert isinstance(result.providers[CPU], ProviderParity)
     return result.providers[CPU]

@@ -21,6 +21,7 @@ from dense2moe.export.graph.config import OnnxConfig, RequestConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
+from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.parameters import classify_tensors
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -361,7 +362,7 @@ def test_parity_of_a_traced_package_passes(whole: Any) -> None:
     config = ParityConfig(
         max_relative_error=EXACT, max_kl=1e-8, min_routing_agreement=0.99, max_perplexity_increase={}, decode_steps=8
     )
-    parity = check_parity(package, twin, source, blocks, "int8", False, config, silent)
+    parity = check_parity(ParitySubject(package, twin, source, blocks, "int8", False), config, silent)
     assert parity.breaches == ()
     result = parity.providers["CPUExecutionProvider"]
     assert not isinstance(result, str)

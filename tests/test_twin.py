@@ -25,7 +25,7 @@ from dense2moe.export.quantization.bits import class_bits
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import QuantizeFacts
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.twin import SCHEME_NAME, FloatWeight, QuantizedWeight, Twin
 from dense2moe.export.variant import Device, Variant
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
@@ -67,7 +67,9 @@ def make_twin(
 ) -> QuantizeFacts:
     output.mkdir()
     held_out = torch.randint(2, 90, (4, 12), generator=torch.Generator().manual_seed(0)) if variant == "mixed" else None
-    return quantize_checkpoint(source, output, variant, config, silent, device, held_out=held_out)
+    return quantize_checkpoint(
+        source, output, variant, config, silent, QuantizeInputs(device=device, held_out=held_out)
+    )
 
 
 def data_bytes(path: Path) -> int:
@@ -414,7 +416,12 @@ def test_a_tensor_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
         twin.mkdir()
         with pytest.raises(UpcycleError, match=f"^{re.escape(message)}$"):
             quantize_checkpoint(
-                source, twin, variant, QuantizeConfig(method=method), silent, blocks=torch.ones(1, 8, dtype=torch.int64)
+                source,
+                twin,
+                variant,
+                QuantizeConfig(method=method),
+                silent,
+                QuantizeInputs(blocks=torch.ones(1, 8, dtype=torch.int64)),
             )
         assert list(twin.iterdir()) == []
 
@@ -433,7 +440,7 @@ def test_zero_matrices_and_equal_rows_stay_what_they_are_in_every_method(
     (tmp_path / "twin").mkdir()
     blocks = torch.randint(0, 96, (64, 32), generator=torch.Generator().manual_seed(0))
     config = QuantizeConfig(method=method, block_size=16, zero_points=zero_points)
-    facts = quantize_checkpoint(source, tmp_path / "twin", "int4", config, silent, blocks=blocks)
+    facts = quantize_checkpoint(source, tmp_path / "twin", "int4", config, silent, QuantizeInputs(blocks=blocks))
     assert facts.num_matrices_with_few_tokens == 0
     found = load_file(tmp_path / "twin" / "model.safetensors")
     assert (found[f"{prefix}.w1.weight"] == 0).all()

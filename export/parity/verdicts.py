@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.limits import gap_limit
-from dense2moe.export.parity.place import OWN_INPUT, Part, name_place
-from dense2moe.export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, Tier
+from dense2moe.export.parity.place import OUTSIDE, OWN_INPUT, Part, name_place
+from dense2moe.export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, TaskCheck, Tier
 
+NO_TWIN = "no checkpoint with the package's own weights was given"
 MOST_TIES = 0.1
 """Of all tokens: where routers tie in more, every operator has an order of its own.
 
@@ -218,3 +219,36 @@ def judge_tiers(breaches: list[tuple[Tier, str]], why_not: dict[Tier, str]) -> d
     """What became of each tier: passed, broken, or why it was not run or not judged."""
     broken = {tier for tier, _ in breaches}
     return {tier: "broken" if tier in broken else why_not.get(tier, "passed") for tier in TIERS}
+
+
+def explain_unjudged(result: ProviderParity, exact_twin: bool, unknown: Sequence[str]) -> dict[Tier, str]:
+    """Why a tier that broke no limit did not simply pass.
+
+    `unknown`: products whose rounding of their inputs is not known on this processor, in words.
+    """
+    reasons: dict[Tier, str] = {}
+    if not isinstance(result.weights, str) and (lost := result.weights.not_judged):
+        reasons["weights"] = (
+            f"passed but for {len(lost)} tensors that were not found by their rows: {lost[0]} and others"
+        )
+    if not exact_twin:
+        reasons = dict.fromkeys(("weights", "operator", "layer", "routing"), f"not judged: {NO_TWIN}")
+        reasons["logits"] = f"passed: each way of feeding it against itself; not judged against torch: {NO_TWIN}"
+    elif isinstance(result.places, str):
+        reasons = {"operator": result.places, "layer": result.places}
+    elif not any(check.part == "experts" for check in result.places):
+        reasons["operator"] = "not run: the package shows no blocks of experts"
+    elif not any(check.layer != OUTSIDE for check in result.places):
+        reasons["layer"] = "not run: the package shows nothing of its layers"
+    if unknown:
+        text = f"not judged: how this processor rounds the inputs of {' and of '.join(unknown)} is not known"
+        reasons |= {"operator": text, "layer": text}
+    if result.tie_share > MOST_TIES:
+        reasons["routing"] = f"not judged: the routers tie in {result.tie_share:.0%} of all tokens"
+    if not result.twin.routing_agreement:
+        reasons["routing"] = "not run: the package shows no router logits"
+    if not any(isinstance(check, TaskCheck) for check in result.tasks):
+        reasons["task"] = next(
+            (check for check in result.tasks if isinstance(check, str)), "not run: no task was given"
+        )
+    return reasons

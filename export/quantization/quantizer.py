@@ -74,32 +74,45 @@ _TORCH_TYPES: dict[ElementType, torch.dtype] = {
 }
 
 
+@dataclass(frozen=True)
+class QuantizeInputs:
+    """What quantizing is given beside a checkpoint and its settings.
+
+    `device` is what the graph will run on, `activation_bits` those that it will read the inputs of quantized products
+    with on the CPU. `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them
+    `calibration_tokens` are read, blocks taken evenly. `held_out` are ids [N, S] that the bits of variant 'mixed' are
+    chosen on, `search_tokens` of them. `scratch` is a folder that a killed call is resumed from, which the caller hands
+    to `durable.discard_damage` before; without it nothing is kept.
+    """
+
+    device: Device = "cpu"
+    activation_bits: int = 8
+    blocks: torch.Tensor | None = None
+    held_out: torch.Tensor | None = None
+    scratch: Path | None = None
+
+
+_NOTHING = QuantizeInputs()
+
+
 def quantize_checkpoint(
     source: Path,
     output: Path,
     variant: Variant,
     config: QuantizeConfig,
     progress: Progress,
-    device: Device = "cpu",
-    blocks: torch.Tensor | None = None,
-    held_out: torch.Tensor | None = None,
-    scratch: Path | None = None,
-    activation_bits: int = 8,
+    given: QuantizeInputs = _NOTHING,
 ) -> QuantizeFacts:
     """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`.
 
-    One tensor in memory at a time, or one layer. `blocks` are token ids [N, S] to calibrate on, which method gptq
-    needs; of them `calibration_tokens` are read, blocks taken evenly. `held_out` are ids [N, S] that the bits of
-    variant 'mixed' are chosen on, `search_tokens` of them. A killed call is taken up again where it was if it is made
-    again with the same arguments and the same `scratch`, which the caller hands to `durable.discard_damage` before;
-    without that nothing is kept. `activation_bits` are those that the graph will read the inputs of quantized products
-    with on the CPU.
+    One tensor in memory at a time, or one layer. A killed call is resumed if it is made again with the same arguments.
 
     Raises:
         ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's
             range where that is needed, or no bits keep to the limits of variant 'mixed'.
         UpcycleError: a tensor holds NaN or infinite values; nothing is written then.
     """
+    device, blocks = given.device, given.blocks
     if variant == STATIC and device == "cuda":
         raise ExportError(
             f"variant '{STATIC}' is for providers that compute in 8 bits, and CUDA's computes its products as "
@@ -111,12 +124,12 @@ def quantize_checkpoint(
     check_head(config, checkpoint.config.tie_word_embeddings)
     classes = plan_classes(checkpoint.config, shapes)
     if config.input_scaling == "auto":
-        smooth = family is not None and blocks is not None and rounds_to_8_bits(variant, device, activation_bits)
+        smooth = family is not None and blocks is not None and rounds_to_8_bits(variant, device, given.activation_bits)
         config = config.model_copy(update={"input_scaling": "smooth" if smooth else "none"})
     if config.method == "auto" and (family is None or blocks is None):
         config = config.model_copy(update={"method": "search"})
     check_overrides(config, checkpoint.config)
-    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, scratch)
+    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, given.scratch)
     bits = class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits, config.overrides)
     search = None
@@ -126,7 +139,7 @@ def quantize_checkpoint(
     save_config(checkpoint.config, output)
     copy_companions(source, output)
     if variant == "mixed":
-        plan, record, search = _search_bits(job, plan, held_out)
+        plan, record, search = _search_bits(job, plan, given.held_out)
     else:
         record = _write_twin(job, plan)
     integer_specs = job.integer_specs(plan)

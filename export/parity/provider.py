@@ -1,0 +1,334 @@
+"""All figures of a package on one execution provider, and what they break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from statistics import fmean
+
+import onnxruntime as ort
+import torch
+from transformers import AutoConfig
+
+from dense2moe.export import names
+from dense2moe.export.coverage import find_decoder_family, find_refusal
+from dense2moe.export.opening import open_package
+from dense2moe.export.parity.agreement import Comparison, Follow, compare, measure_losses
+from dense2moe.export.parity.answers.evaluation import TaskEvaluation
+from dense2moe.export.parity.config import ParityConfig
+from dense2moe.export.parity.files.comparison import check_files
+from dense2moe.export.parity.forced import force_routing
+from dense2moe.export.parity.forward import BATCH, Forward, Reference, open_reference
+from dense2moe.export.parity.inside.arithmetic import find_arithmetic, find_narrow
+from dense2moe.export.parity.inside.discovery import discover_taps
+from dense2moe.export.parity.inside.places import PlacesCheck
+from dense2moe.export.parity.inside.products import Arithmetic
+from dense2moe.export.parity.limits import configured_limits, measure_noise, noise_limit, own_limit
+from dense2moe.export.parity.placement import count_elsewhere, find_placement
+from dense2moe.export.parity.records import Agreement, Check, Limit, Noise, ProviderParity, Tier
+from dense2moe.export.parity.rounding import RoundingMeasure, rounding_limits
+from dense2moe.export.parity.subject import ParitySubject
+from dense2moe.export.parity.taps import Seen, Taps, find_taps
+from dense2moe.export.parity.ties import TIE_MARGIN
+from dense2moe.export.parity.verdicts import MOST_TIES, NO_TWIN, explain_unjudged, find_breaches, judge_tiers
+from dense2moe.export.parity.ways.cases import plan_cases
+from dense2moe.export.parity.ways.feeding import Errors, own_noise, run_cases, run_cases_alone
+from dense2moe.export.parity.ways.free_text import run_free
+from dense2moe.export.parity.weights.constants import read_constants
+from dense2moe.export.parity.weights.rows import Found, check_weights
+from dense2moe.export.progress import Progress
+from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.export.runtime.inspection import Inspection
+from dense2moe.export.runtime.speed import measure_speed
+from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.numbers import language_figures, perplexity
+
+_TIMED_TOKENS = 32
+_FREE_ROWS = 3
+_COMPARED_TOKENS = 512
+"""Of the text on which a package is set beside a torch model token by token, which torch takes most of the time for.
+
+Means over so many tokens have a standard error of less than a tenth of themselves (KL of int8 from SmolLM2-135M's
+mixture: 1.33e-3 ± 0.04e-3 over eight times as many), where the limits leave room for twice them; perplexities are
+compared on more. """
+_SHARE = 0.7
+"""Of a case's tokens, where a package rounds what it computes with and does not show its routers.
+
+The others may have gone to other experts.
+"""
+
+
+class ProviderJudgement:
+    """One package, and all that it is compared with, judged on one provider after the other."""
+
+    def __init__(
+        self, subject: ParitySubject, config: ParityConfig, progress: Progress, whole_loss: float | None
+    ) -> None:
+        """`whole_loss`: the fine-tuned model's mean loss of all text, of which the subject's blocks are some."""
+        self.subject, self.config, self.progress, self.whole_loss = subject, config, progress, whole_loss
+        self.finetuned_losses = None if subject.finetuned_losses is None else list(subject.finetuned_losses)
+        progress("comparing weights", 0, 1)
+        self.weights: Found | None = (
+            check_weights(read_constants(subject.package), subject.twin) if subject.exact_twin else None
+        )
+        self.files = check_files(subject.package, subject.twin)
+        self.some = subject.blocks[: max(1, _COMPARED_TOKENS // subject.blocks.shape[1])]
+
+    def judge(self, provider: str) -> tuple[ProviderParity, list[tuple[Tier, str]]]:
+        """All figures of one provider, and what they break."""
+        config, blocks, progress = self.config, self.subject.blocks, self.progress
+        arithmetic = self._find_arithmetic(provider)
+        taps = self._find_taps()
+        inspection = Inspection(
+            streams=True, attention=True, values=taps.all, routers=taps.routers, num_experts=taps.num_experts
+        )
+        decoder = Decoder(self.subject.package, provider, inspection)
+        evaluation = TaskEvaluation(
+            self.subject.twin, self.subject.tasks, decoder, config.num_examples, config.answer_tokens
+        )
+        noise = self._measure_noise() if self.subject.exact and config.noise_blocks else None
+        tuned = self._compare_finetuned(decoder, evaluation)
+        with open_reference(self.subject.twin) as reference:
+            places = PlacesCheck(
+                reference, decoder, taps, self.family, arithmetic, config, provider, self.subject.exact_twin
+            )
+            with places.computing():
+                places.check_text(blocks, _teller(progress, "comparing places inside", 2))
+                follow = self._follow(places)
+                measure = (
+                    RoundingMeasure(reference, places.moved, follow)
+                    if self.subject.exact_twin and self.subject.rounds_activations
+                    else None
+                )
+                watch = measure.add if measure else _ignore
+                tell = _teller(progress, "comparing with the twin", len(self.some))
+                own = compare(decoder, reference, self.some, tell, watch, follow=follow)
+                if self.finetuned_losses is None:
+                    self.finetuned_losses = _extend([], reference, blocks, progress)  # which goes its own ways
+                forced = force_routing(reference, blocks, tuned)
+                rounding = measure.result() if measure else None
+                tie_margin = rounding.tie_margin if rounding else noise.tie_margin if noise else TIE_MARGIN
+                limits = configured_limits(self.subject.variant, self.subject.exact_twin, config)
+                if rounding is not None:
+                    limits = rounding_limits(limits, rounding)
+                ties = 0.0 if own.margins is None else float((own.margins < TIE_MARGIN).float().mean())
+                # then right packages go ways of their own, and only what they compute on their way can be judged
+                if ties > MOST_TIES:
+                    limits = {name: limit for name, limit in limits.items() if name not in ("kl", "routing", "factor")}
+                if self.subject.exact:
+                    limits["logits"] = noise_limit(noise.logits if noise else None, config, "the logits", provider)
+                    limits["last hidden state"] = limits["logits"]
+                errors = self._run_cases(decoder, reference, places, own, taps, tie_margin)
+                free = run_free(
+                    decoder, reference, blocks[:_FREE_ROWS], config.free_tokens, follow, taps.of_layers(("router",))
+                )
+                progress("doing tasks", 0, 1)
+                task_checks = evaluation.check(reference, limits, tie_margin)
+                if not self.subject.exact_twin:  # of the ways of feeding it alone: answers are another model's
+                    limits["logits"] = own_limit(own_noise(errors), self.subject.rounds_activations, config)
+            found_places = places.result()
+            places.close()
+        tuned = tuned or own
+        # a package's sessions are opened one after the other: each holds all weights
+        del (
+            decoder,
+            evaluation,
+            reference,
+            measure,
+            watch,
+            places,
+        )
+        release_memory()
+        checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
+        result = self._measure_alone(provider, own, tuned, checks, limits)
+        unmeasured = "not measured: " + ("parity.noise_blocks is 0" if self.subject.exact else NO_TWIN)
+        result = replace(
+            result,
+            places=found_places,
+            weights=self.weights.check if self.weights else "not judged: " + NO_TWIN,
+            files=self.files,
+            free_run=free,
+            tie_share=ties,
+            tasks=task_checks,
+            forced=forced,
+            noise=noise or (rounding.noise if rounding else unmeasured),
+            limits=limits,
+            logits_factor=own.factor if "factor" in limits else None,
+        )
+        broken = find_breaches(result)
+        reasons = explain_unjudged(result, self.subject.exact_twin, arithmetic.unknown)
+        return replace(result, tiers=judge_tiers(broken, reasons)), broken
+
+    def _find_arithmetic(self, provider: str) -> Arithmetic:
+        return (
+            Arithmetic({}, find_narrow(self.subject.package))
+            if self.weights is None
+            else find_arithmetic(self.subject.package, self.weights, provider)
+        )
+
+    @cached_property
+    def family(self) -> Architecture | None:
+        """What is known of the twin's architecture; None where the graph builder does not know it."""
+        config = AutoConfig.from_pretrained(self.subject.twin, local_files_only=True, trust_remote_code=False)
+        return find_decoder_family(config) if find_refusal(config) is None else None
+
+    def _find_taps(self) -> Taps:
+        """The places of the graph that can be looked at: by our names, or else by the weights that it multiplies by."""
+        model = open_package(self.subject.package).model
+        shared_outside = self.family is not None and self.family.model_type == "granitemoeshared"
+        taps = find_taps(model, shared_outside)
+        if taps.names or self.weights is None or self.family is None:
+            return taps
+        tied = bool(
+            getattr(
+                AutoConfig.from_pretrained(self.subject.twin, local_files_only=True, trust_remote_code=False),
+                "tie_word_embeddings",
+                False,
+            )
+        )
+        return discover_taps(model, self.weights, self.family, tied, shared_outside)
+
+    @staticmethod
+    def _follow(places: PlacesCheck) -> Follow:
+        """Run the twin with what the package's routers said.
+
+        The routing in the result is what its own would have said.
+        """
+
+        def follow(reference: Reference, seen: Seen) -> Forward:
+            with places.following(seen):
+                found = reference.forward(seen.ids, seen.mask)
+            own = places.own_routers
+            routers = tuple(
+                reference.score_of(n, own[n]).reshape(*seen.ids.shape, -1) if n in own else router
+                for n, router in enumerate(found.routers)
+            )
+            return Forward(found.logits, routers, found.hiddens, found.attended, found.top_k)
+
+        return follow
+
+    def _measure_noise(self) -> Noise:
+        """The twin in float32 against itself in float64, one after the other in memory."""
+        self.progress("measuring noise", 0, 1)
+        ids = self.subject.blocks[: min(BATCH, self.config.noise_blocks)]
+        with open_reference(self.subject.twin) as reference:
+            first = reference.forward(ids, torch.ones_like(ids))
+        with open_reference(self.subject.twin, torch.float64) as exact:
+            return measure_noise(exact, ids, first)
+
+    def _compare_finetuned(self, decoder: Decoder, evaluation: TaskEvaluation) -> Comparison | None:
+        """The package against the fine-tuned model; None where that is the twin."""
+        if self.subject.finetuned == self.subject.twin:
+            return None
+        with open_reference(self.subject.finetuned) as reference:
+            tell = _teller(self.progress, "comparing with the fine-tuned model", len(self.some))
+            tuned = compare(decoder, reference, self.some, tell, keeps_first=True)
+            if self.finetuned_losses is None:
+                self.finetuned_losses = _extend(tuned.reference_losses, reference, self.subject.blocks, self.progress)
+            evaluation.ask_finetuned(reference)
+        return tuned
+
+    def _run_cases(
+        self,
+        decoder: Decoder,
+        reference: Reference,
+        places: PlacesCheck,
+        own: Comparison,
+        taps: Taps,
+        tie_margin: float,
+    ) -> list[Errors]:
+        """Every way of feeding the package, against the twin where it computes in float32 alone.
+
+        Else against itself.
+        """
+        window = getattr(reference.model.config, "sliding_window", None)
+        cases = plan_cases(
+            self.subject.blocks,
+            decoder.context_length,
+            window,
+            own.margins if self.subject.exact else None,
+            self.config,
+        )
+        tell = _teller(self.progress, "checking logits", len(cases))
+        if self.subject.exact:
+            return run_cases(decoder, reference, cases, places.way_names, places.look_inside, tie_margin, tell)
+        routers = [
+            scores if (scores := names.selection_scores(names.experts(n))) in decoder.taps else name
+            for n, name in taps.by_layer("router")
+        ]
+        share = 1.0 if routers or not own.top_k else _SHARE
+        return run_cases_alone(decoder, cases, places.way_names, routers, places.look_inside, tie_margin, share, tell)
+
+    def _measure_alone(
+        self, provider: str, own: Comparison, tuned: Comparison, checks: tuple[Check, ...], limits: dict[str, Limit]
+    ) -> ProviderParity:
+        """What the package does with no torch model beside it.
+
+        Its speed, its perplexity over all text, where its nodes run.
+        """
+        assert self.finetuned_losses is not None
+        self.progress("measuring speed", 0, 1)
+        plain = Decoder(self.subject.package, provider)
+        speed = measure_speed(plain, self.subject.blocks[0].tolist(), _TIMED_TOKENS)
+        losses = _extend(tuned.package_losses, plain, self.subject.blocks, self.progress)
+        mean, tuned_mean, own_mean, twin_mean = (
+            fmean(each) for each in (losses, self.finetuned_losses, own.package_losses, own.reference_losses)
+        )
+        # what all text is harder by than these blocks
+        beyond = 0.0 if self.whole_loss is None else self.whole_loss - tuned_mean
+        twin_loss = mean + twin_mean - own_mean  # beyond the text that is compared the two differ as they do on it
+        differences = [loss - other for loss, other in zip(losses, self.finetuned_losses, strict=True)]
+        error = (
+            float(torch.tensor(differences, dtype=torch.float64).std()) / math.sqrt(len(differences))
+            if len(differences) > 1
+            else 0.0
+        )
+        package_loss, twin_loss, finetuned_loss = (loss + beyond for loss in (mean, twin_loss, tuned_mean))
+        placement = find_placement(self.subject.package, provider)
+        self.progress("measuring speed", 1, 1)
+        return ProviderParity(
+            ort.__version__,
+            checks,
+            own.agreement,
+            tuned.agreement,
+            perplexity(package_loss),
+            perplexity(twin_loss),
+            perplexity(finetuned_loss),
+            _worst_layer(own.agreement),
+            speed.prefill,
+            speed.decode,
+            limits=limits,
+            placement=placement,
+            num_fallback_nodes=count_elsewhere(placement, provider),
+            perplexity_error=error,
+            figures=language_figures(package_loss),
+            twin_figures=language_figures(twin_loss),
+            finetuned_figures=language_figures(finetuned_loss),
+            figures_error=error,
+            num_language_tokens=self.subject.blocks.numel(),
+        )
+
+
+def _extend(losses: list[float], model: Reference | Decoder, blocks: torch.Tensor, progress: Progress) -> list[float]:
+    """The mean losses of a model of all blocks [N, S], of which those of the first are known."""
+    rest = blocks[len(losses) :]
+    return losses + (
+        measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else []
+    )
+
+
+def _ignore(*_: object) -> None:
+    """Watch nothing."""
+
+
+def _teller(progress: Progress, what: str, total: int) -> Callable[[int], None]:
+    progress(what, 0, total)
+    return lambda done: progress(what, done, total)
+
+
+def _worst_layer(agreement: Agreement) -> int | None:
+    layers = range(len(agreement.hidden_error))
+    return min(layers, key=lambda n: (agreement.routing_agreement[n], -agreement.hidden_error[n])) if layers else None

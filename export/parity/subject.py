@@ -1,0 +1,37 @@
+"""The subject of parity: a package, and all that it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dense2moe.export.parity.answers.examples import Task
+from dense2moe.export.variant import Variant
+
+
+@dataclass(frozen=True)
+class ParitySubject:
+    """A package, its twin and the fine-tuned model, and held-out blocks [N, block_size] of token ids.
+
+    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`: the twin has the very
+    weights of the package; without it the package is judged by its figures, by what `tasks` score, and by itself.
+    `finetuned_losses` are the fine-tuned model's mean losses of all blocks in float32, where they are known already.
+    """
+
+    package: Path
+    twin: Path
+    finetuned: Path
+    blocks: torch.Tensor
+    variant: Variant
+    rounds_activations: bool
+    exact_twin: bool = True
+    tasks: Sequence[Task] = ()
+    finetuned_losses: Sequence[float] | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the graph computes in float32 alone, with the weights of the twin."""
+        return self.exact_twin and not self.rounds_activations
