@@ -19,45 +19,43 @@ from dense2moe.upcycle.imports import uncollected_imports
 
 @click.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@click.option(
-    "--prompt", "prompts", multiple=True, help="Text to go on from; - reads standard input. May be given several times."
-)
+@click.option("--prompt", "prompts", multiple=True, help="Prompt; - reads standard input. May be given several times.")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with a prompt on each line.")
-@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
+@click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
 @click.option(
     "--chat",
     is_flag=True,
-    help="Each prompt is what a user says, in the tokenizer's chat template; only the answer is printed.",
+    help="Put each prompt into the tokenizer's chat template, as the user's message, and print only the answer.",
 )
 @click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), help="Tokens to write at most [default: the package's, or 128]."
+    "--max-new-tokens", type=click.IntRange(min=1), help="New tokens at most [default: the package's, or 128]."
 )
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0),
-    help="0 is greedy [default: the package's; 1 where another option draws].",
+    help="Sampling temperature; 0 is greedy [default: the package's; 1 if another option turns sampling on].",
 )
 @click.option(
     "--top-k",
     type=click.IntRange(min=0),
-    help="Draw from the k likeliest tokens; 0 from all [default: the package's, or 50].",
+    help="Sample from the k likeliest tokens; 0 is all [default: the package's, or 50].",
 )
 @click.option(
     "--top-p",
     type=click.FloatRange(min=0, max=1, min_open=True),
-    help="Nucleus sampling: keep this mass [default: the package's, or 1].",
+    help="Nucleus sampling: keep this probability mass [default: the package's, or 1].",
 )
 @click.option(
     "--min-p",
     type=click.FloatRange(min=0, max=1),
-    help="Least share of the likeliest token's mass [default: the package's, or 0].",
+    help="Smallest probability, as a share of the likeliest token's [default: the package's, or 0].",
 )
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(min=0, min_open=True),
-    help="1 is none [default: the package's, or 1].",
+    help="Penalty for tokens that are there already; 1 is none [default: the package's, or 1].",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
 @end_in_one_line
 def generate(
@@ -75,11 +73,12 @@ def generate(
     seed: int,
     cuda: bool,
 ) -> None:
-    """Go on from prompts with the ONNX model in ARTIFACT, a package or a work directory.
+    """Continue prompts with the ONNX model in ARTIFACT, a package or a work directory.
 
-    One text is printed as it comes. Several are one batch, and printed with a heading each when all have ended. Where a
-    text ends, and how tokens are chosen, is what transformers reads in the package's generation_config.json; options
-    here go before it. --top-k, --top-p or --min-p alone draws, at the package's temperature or 1.
+    The text of one prompt is printed as it comes. Several prompts are one batch, printed with a heading each when all
+    have ended. The package's generation_config.json says where a text ends and how tokens are chosen, as in
+    transformers; options override it. --top-k, --top-p or --min-p alone turns sampling on, at the package's temperature
+    or 1.
     """
     texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
     texts += [] if prompts_file is None else _read_prompts(prompts_file)
@@ -140,30 +139,47 @@ def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[in
 
 @click.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
-@click.option("--batch", "batches", callback=_parse_counts, default="1,4", show_default=True, help="Prompts at once.")
+@click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
 @click.option(
-    "--prompt", "prompts", callback=_parse_counts, default="64,256", show_default=True, help="Tokens of a prompt."
+    "--batch",
+    "batches",
+    callback=_parse_counts,
+    default="1,4",
+    show_default=True,
+    help="Batch sizes, divided by commas.",
 )
 @click.option(
-    "--new", "num_new", type=click.IntRange(min=0), default=64, show_default=True, help="Tokens decoded after it."
+    "--prompt",
+    "prompts",
+    callback=_parse_counts,
+    default="64,256",
+    show_default=True,
+    help="Prompt lengths in tokens, divided by commas.",
+)
+@click.option(
+    "--new",
+    "num_new",
+    type=click.IntRange(min=0),
+    default=64,
+    show_default=True,
+    help="Tokens decoded after the prompt.",
 )
 @click.option(
     "--rounds",
     type=click.IntRange(min=1),
     default=5,
     show_default=True,
-    help="Rounds that are timed, after one that is not.",
+    help="Timed rounds, after one round of warm-up.",
 )
 @click.option(
-    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where to run it."
+    "--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Execution provider."
 )
 @click.option(
     "--threads",
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Threads of onnxruntime; 0 is its own choice.",
+    help="Threads of onnxruntime; 0 leaves the choice to it.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON: every round, the machine, the versions.")
 @end_in_one_line
@@ -180,9 +196,9 @@ def bench(
 ) -> None:
     """Measure prefill, decode and memory of ARTIFACT, an ONNX package or a work directory.
 
-    Every batch with every prompt, in turn in each round; medians and spread, memory, and the machine. The package may
-    be of other makers, if its inputs and outputs have our names: input_ids, attention_mask, past_key_values.N.key,
-    present.N.key, logits.
+    Each round measures every batch size with every prompt length. Printed are medians and spread, memory, and the
+    machine. The package may be of another maker, if its inputs and outputs have our names: input_ids, attention_mask,
+    past_key_values.N.key, present.N.key, logits.
     """
     from dense2moe.convert.progress import ProgressDisplay
 
@@ -206,7 +222,10 @@ def bench(
 @click.command()
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option(
-    "--reference", required=True, type=click.Path(path_type=Path), help="Checkpoint that the package must compute like."
+    "--reference",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Checkpoint whose outputs the package must give.",
 )
 @click.option(
     "--data",
@@ -219,28 +238,30 @@ def bench(
 @click.option(
     "--twin",
     type=click.Path(path_type=Path),
-    help="Checkpoint with the package's own weights, where these are quantized.",
+    help="Checkpoint with the package's own weights, if they are quantized.",
 )
-@click.option("--variant", help="Which package, where ARTIFACT is a work directory [default: its first].")
-@click.option("--blocks", type=click.IntRange(min=1), help="Blocks of text at most, taken evenly [default: all].")
-@click.option("--block-size", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens a block.")
-@click.option(
-    "--padding/--no-padding", default=True, show_default=True, help="Whether rows padded at their left must be right."
-)
+@click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
+@click.option("--blocks", type=click.IntRange(min=1), help="Blocks of text to read, taken evenly [default: all].")
+@click.option("--block-size", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens in a block.")
+@click.option("--padding/--no-padding", default=True, show_default=True, help="Also judge batches padded on the left.")
 @click.option(
     "--max-perplexity-increase",
     type=click.FloatRange(min=0),
-    help="Relative to the reference's [default: the variant's].",
+    help="Largest relative increase over the reference's perplexity [default: the variant's].",
 )
 @click.option(
-    "--task", "tasks", multiple=True, type=click.Path(), help="File of a task, JSON lines. May be given several times."
+    "--task",
+    "tasks",
+    multiple=True,
+    type=click.Path(),
+    help="File of a task in JSON lines. May be given several times.",
 )
 @click.option(
     "--max-score-drop",
     type=click.FloatRange(min=0),
-    help="What its score may lie below the reference's by [default: the variant's].",
+    help="Largest drop of a task's score below the reference's, plus two standard errors [default: the variant's].",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="File for all figures.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures to this file.")
 @end_in_one_line
 def parity(
     directory: Path,
@@ -256,11 +277,11 @@ def parity(
     max_score_drop: float | None,
     json_path: Path | None,
 ) -> None:
-    """Check that the ONNX decoder in ARTIFACT computes what a checkpoint does, on your text.
+    """Check on your text that the ONNX decoder in ARTIFACT computes what a checkpoint computes.
 
-    ARTIFACT is a package, also one of another maker with our names of inputs and outputs, or a work directory. A broken
-    limit is one line that names where, and exit code 1. A task is a file with an object on each line: prompt, choices
-    and answer; or prompt and answer; or texts (two) and score.
+    ARTIFACT is a work directory or a package, also one of another maker with our names of inputs and outputs. Each
+    broken limit is one line that names the place, and the exit code is 1. A task is a file with a JSON object on each
+    line: prompt, choices and answer; or prompt and answer; or two texts and a score.
     """
     package = find_package(directory, variant)
     check_output(json_path, "--json")

@@ -18,7 +18,7 @@ from dense2moe.upcycle.errors import one_line_errors
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @end_in_one_line
 def show(directory: Path) -> None:
-    """Show the results of RUN, a work directory: its summary table, or how far it came."""
+    """Show the results of RUN, a work directory: its summary table, or its finished stages."""
     from dense2moe.convert.artifact.locking import is_locked
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.report.costs import cost_table, read_costs, take_costs
@@ -55,10 +55,10 @@ def show(directory: Path) -> None:
 )
 @end_in_one_line
 def compare(first: Path, second: Path, output: Path | None) -> None:
-    """Set two runs side by side: their recipes, figures with ratios, and parity.
+    """Compare two runs side by side: recipes, figures with ratios, and parity.
 
-    Each RUN is a work directory. Of the recipes only the keys that differ are shown; a ratio is the second run's figure
-    over the first's.
+    Each RUN is a work directory. Only the recipe keys that differ are shown. A ratio is the second run's figure divided
+    by the first run's.
     """
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.report.comparison import compare_runs, comparison_tables, write_comparison
@@ -87,14 +87,13 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 @click.command()
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
-@click.option("--variant", help="Which ONNX model [default: its first].")
+@click.option("--variant", help="Variant to copy [default: the first].")
 @end_in_one_line
 def package(directory: Path, output: Path, variant: str | None) -> None:
     """Copy an ONNX model of RUN with its model card into a new DIRECTORY for the hub.
 
-    RUN is a work directory. DIRECTORY holds the package, its model card (README.md with the hub's metadata: figures,
-    the verdict of parity, how to run it, recipe, provenance) and the report. The run must have come to its report,
-    which writes the cards; artifacts stay as they are.
+    RUN is a work directory whose run has written its report. DIRECTORY gets the package, the report and the model card:
+    README.md with the hub's metadata, figures, the verdict of parity, code to run the model, the recipe and provenance.
     """
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.release import gather_package
@@ -113,10 +112,10 @@ def package(directory: Path, output: Path, variant: str | None) -> None:
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @end_in_one_line
 def verify(directory: Path) -> None:
-    """Check every file of ARTIFACT against its recorded digests.
+    """Check every file of ARTIFACT against its recorded digest.
 
-    ARTIFACT is an artifact of a run, a work directory, which stands for all of its run's artifacts, or a package that
-    `dense2moe package` made.
+    ARTIFACT is one artifact of a run, a work directory with all artifacts of a run, or a directory that `dense2moe
+    package` made.
     """
     from dense2moe.convert import digests
     from dense2moe.convert.artifact.manifest import MANIFEST_NAME
