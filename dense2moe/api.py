@@ -25,7 +25,7 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.records import Parity
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import QuantizeFacts
-from dense2moe.export.quantization.quantizer import quantize_checkpoint
+from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.runtime.continuation import GenerateConfig, Package
 from dense2moe.export.variant import Device, Variant
 from dense2moe.new_directory import new_directory
@@ -263,11 +263,9 @@ def quantize(
             variant,
             config or QuantizeConfig(),
             progress or _quiet,
-            device,
-            blocks,
-            held_out,
-            None if scratch is None else _resume(scratch, progress),
-            activation_bits,
+            QuantizeInputs(
+                device, activation_bits, blocks, held_out, None if scratch is None else _resume(scratch, progress)
+            ),
         )
 
 
