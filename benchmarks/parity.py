@@ -43,7 +43,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig, rounds_activations
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
-from dense2moe.export.parity.inside.local import LEAST_NOISE
+from dense2moe.export.parity.inside.meter import LEAST_NOISE
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import find_precision
 from dense2moe.export.parity.records import ProviderParity

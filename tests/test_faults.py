@@ -17,7 +17,7 @@ import torch
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
-from dense2moe.export.parity.inside.local import LEAST_NOISE
+from dense2moe.export.parity.inside.meter import LEAST_NOISE
 from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.place import Part
 from dense2moe.export.parity.records import TIERS, Parity, ProviderParity

@@ -15,7 +15,6 @@ The twin's routers say what the graph's said, so no near-tie sends a token to ot
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -27,57 +26,15 @@ from torch import nn
 from transformers import DynamicCache
 
 from dense2moe.export.parity.forward import Reference, first_of
-from dense2moe.export.parity.inside.flips import Inside
+from dense2moe.export.parity.inside.blame import find_factors, find_wrong_experts
+from dense2moe.export.parity.inside.meter import TINY, Measured, Meter
 from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE, find_margin
 from dense2moe.upcycle.models.architecture import Architecture
 
-LEAST_NOISE = 2.0**-22
-"""Two units in the last place of float32: a norm's factor is rounded by as much, alike for all elements of a token."""
-_PROVISIONAL = 32  # of the least noise, where the noise is not known yet
-_MOST_EXPLAINED = 256
-_FLIPPED = 30.0
-"""Times the median error of tokens: beyond it a token of the noise's own text is one with a flip."""
-_HEARD = 0.05  # an expert with less weight than this in a token is not judged by it
-_STRAIGHT = 1e-3  # relative; an output that differs from a multiple of the twin's by less is that multiple
-_TINY = 1e-30
-_NARROW_PARTS = ("query, key and value", "cache", "attention", "attention output", "experts", "FFN", "head")
-"""Of a graph in 16 bits what is computed in them, whatever it is widened to then.
-
-Our residual stream, norms and routers are float32.
-"""
-_SHAKEN = 2.0  # queries, keys and values rounded once more give the worst token; that of the limit is a mean one
-_NARROW_SHARE = 0.2  # of the type's epsilon: rounding to the nearest errs by a fifth of it in the mean of squares
 _NOISE_TOKENS = 16  # of the head, whose matrix is large
-
-
-@dataclass
-class Measured:
-    """One place on one text.
-
-    Relative errors [B, S] of each token, which of them are judged, and tokens whose error is a flip of rounding.
-    `parts` are the sums over tokens of found times expected, and of expected squared: their ratio is the factor between
-    both.
-    """
-
-    errors: torch.Tensor
-    judged: torch.Tensor
-    flips: int = 0
-    parts: tuple[float, float] = (0.0, 0.0)
-
-    @property
-    def worst(self) -> float:
-        """The largest judged error; NaN where one is."""
-        some = self.errors[self.judged]
-        return float(some.max()) if len(some) else 0.0
-
-    def first(self, limit: float) -> int | None:
-        """The first place in a row that is beyond the limit, pads not counted."""
-        beyond = self.judged & ~(self.errors <= limit)
-        places = (self.judged.cumsum(1) - 1)[beyond]
-        return int(places.min()) if len(places) else None
 
 
 @dataclass
@@ -88,25 +45,15 @@ class LocalCheck:
     taps: Taps
     family: Architecture | None
     arithmetic: Arithmetic
-    noise: dict[Place, float] = field(default_factory=dict)
-    found: dict[Place, Measured] = field(default_factory=dict)
-    limit: Callable[[Place], float] = lambda _: math.inf
-    _seen: Seen | None = None
-    _span: slice = field(default_factory=lambda: slice(None))
     _parts: frozenset[Part] | None = None
     own_routers: dict[int, torch.Tensor] = field(default_factory=dict)
-    _measures_noise: bool = False
     _follows: bool = False
-    _shakes: bool = False
-    _expected: dict[Place, torch.Tensor] = field(default_factory=dict)
-    _attended: dict[int, torch.Tensor] = field(default_factory=dict)
-    narrow_noise: dict[Place, float] = field(default_factory=dict)
-    narrow_taps: frozenset[str] = frozenset()
     blame: dict[int, tuple[tuple[int, ...], tuple[float, float] | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Hook the modules, and find their weights."""
         self._mode = ProductMode(self.reference, self.family, self.arithmetic, self._say, self._unseen)
+        self.meter = Meter(self.taps, self.arithmetic, self._mode)
         self._handles: list[Any] = []
         model = self.reference.model
         layers = model.get_decoder().layers
@@ -143,8 +90,8 @@ class LocalCheck:
 
         The rest of the twin is then not computed.
         """
-        self._seen, self._parts, self.found = seen, None if parts is None else frozenset(parts), {}
-        self._measures_noise, self._mode.leaves_out = measures_noise, parts is not None
+        self.meter.seen, self._parts, self.meter.found = seen, None if parts is None else frozenset(parts), {}
+        self.meter.measures_noise, self._mode.leaves_out = measures_noise, parts is not None
         size = seen.ids.shape[1]
         pieces = [(0, size)]
         if self.reference.reads_in_pieces(size):
@@ -154,12 +101,12 @@ class LocalCheck:
             cache = self._run(seen, pieces)
             # the longer a row, the more its rounding weighs
             if self._parts is not None and self.arithmetic.narrow is not None:
-                self._shakes = True
+                self.meter.shakes = True
                 self._run(seen, pieces)
             # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
             if bool(seen.mask.all()):
                 self._compare_cache(cache)
-        return self.found
+        return self.meter.found
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
@@ -167,15 +114,14 @@ class LocalCheck:
         try:
             yield
         finally:
-            self._seen, self._parts, self._measures_noise, self._mode.leaves_out = None, None, False, False
-            self._shakes = False
-            self._attended.clear()
+            self.meter.forget()
+            self._parts, self._mode.leaves_out = None, False
 
     def _run(self, seen: Seen, pieces: Sequence[tuple[int, int]]) -> DynamicCache:
         """One forward of the twin beside what was seen, in pieces; returns its cache."""
         cache = DynamicCache()
         for start, stop in pieces:
-            self._span = slice(start, stop)
+            self.meter.span = slice(start, stop)
             positions = (seen.mask.cumsum(1) - 1).clamp(min=0)[:, start:stop]
             output = self.reference.model(
                 input_ids=seen.ids[:, start:stop],
@@ -211,39 +157,39 @@ class LocalCheck:
     def _compare_head(self, own: torch.Tensor, shown: torch.Tensor) -> None:
         """The logits of the last tokens, from the final norm that was replaced by the graph's."""
         tokens = min(own.shape[1], shown.shape[1])
-        assert self._seen is not None
-        stop = self._span.indices(self._seen.ids.shape[1])[1]
-        self._span = slice(stop - tokens, stop)
+        assert self.meter.seen is not None
+        stop = self.meter.span.indices(self.meter.seen.ids.shape[1])[1]
+        self.meter.span = slice(stop - tokens, stop)
         head, final = self.reference.model.get_output_embeddings(), self._tap((OUTSIDE, "final norm"))
         place: Place = (OUTSIDE, "head")
-        if self._measures_noise and final is not None and isinstance(head, nn.Linear):
+        if self.meter.measures_noise and final is not None and isinstance(head, nn.Linear):
             some = final[:, :_NOISE_TOKENS].reshape(-1, final.shape[-1])
             exact = some.double() @ head.weight.double().T
-            self.noise[place] = max(
-                self.noise.get(place, 0.0),
+            self.meter.noise[place] = max(
+                self.meter.noise.get(place, 0.0),
                 float(((some @ head.weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max()),
             )
         scale = float(getattr(self.reference.model.config, "logits_scaling", 1.0))
         inside = self._mode.inside_of(head, final, scale) if final is not None else None
-        self._measures_noise, before = False, self._measures_noise
-        self._compare(place, own[:, -tokens:], shown[:, -tokens:], inside)
-        self._measures_noise = before
+        self.meter.measures_noise, before = False, self.meter.measures_noise
+        self.meter.compare(place, own[:, -tokens:], shown[:, -tokens:], inside)
+        self.meter.measures_noise = before
 
     def _compare_cache(self, cache: DynamicCache) -> None:
-        assert self._seen is not None
-        for n, (key, value) in self._seen.cache.items():
+        assert self.meter.seen is not None
+        for n, (key, value) in self.meter.seen.cache.items():
             layer: Any = cache.layers[n]
             if getattr(layer, "keys", None) is None:
                 continue
             keys, values = layer.keys, layer.values
             length = min(keys.shape[2], key.shape[2])  # of a window the last ones alone may be kept
-            self._span = slice(key.shape[2] - length, None)
+            self.meter.span = slice(key.shape[2] - length, None)
             own, shown = (
                 torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2)
                 for a, b in ((keys, values), (key, value))
             )
-            by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=_TINY)
-            self._keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
+            by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=TINY)
+            self.meter.keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
     # Hooks
 
@@ -289,13 +235,13 @@ class LocalCheck:
     def _tap(self, place: Place) -> torch.Tensor | None:
         """What the graph showed at a place in the piece that is fed, where it is looked at."""
         names = self.taps.names.get(place, ())
-        if self._seen is None or (self._parts is not None and place[1] not in self._parts):
+        if self.meter.seen is None or (self._parts is not None and place[1] not in self._parts):
             return None
-        pieces = [self._seen.values[name][:, self._span] for name in names if name in self._seen.values]
+        pieces = [self.meter.seen.values[name][:, self.meter.span] for name in names if name in self.meter.seen.values]
         if not pieces or len(pieces) < len(names):
             return None
         found = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-        if self._shakes and place[1] == "query, key and value" and self.arithmetic.narrow is not None:
+        if self.meter.shakes and place[1] == "query, key and value" and self.arithmetic.narrow is not None:
             step = torch.finfo(self.arithmetic.narrow).eps
             found = found * (
                 1 + step * (torch.rand(found.shape, generator=torch.Generator().manual_seed(place[0])) - 0.5)
@@ -313,18 +259,18 @@ class LocalCheck:
         if tap is None or self._mode.in_double:
             return None
         if place == (OUTSIDE, "embedding"):
-            self._compare(place, given[0] if given else named["hidden_states"], tap)
+            self.meter.compare(place, given[0] if given else named["hidden_states"], tap)
         return ((tap, *given[1:]), named) if given else (given, {**named, "hidden_states": tap})
 
     def _leave_layer(
         self, n: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
-        if self._seen is None or self._mode.in_double:
+        if self.meter.seen is None or self._mode.in_double:
             return
         tap = self._tap((n, "residual stream"))
         if tap is not None:
-            self._compare((n, "residual stream"), first_of(output), tap)
-        if self._measures_noise:
+            self.meter.compare((n, "residual stream"), first_of(output), tap)
+        if self.meter.measures_noise:
             self._run_in_double(module, given, named)
 
     def _at(self, place: Place, part: slice | None = None) -> Callable[..., Any]:
@@ -337,7 +283,7 @@ class LocalCheck:
             own = first_of(output)
             some = (tap if part is None else tap[..., part]).reshape(own.shape)
             if self._parts is None:
-                self._compare(place, own, some, self._mode.inside_of(module, given[0]))
+                self.meter.compare(place, own, some, self._mode.inside_of(module, given[0]))
             return (some, *output[1:]) if isinstance(output, tuple) else some
 
         return hook
@@ -347,31 +293,22 @@ class LocalCheck:
         tap = self._tap((n, "FFN norm"))
         if tap is None:
             return None
-        self._compare((n, "FFN norm"), given[0], tap.reshape(given[0].shape))
+        self.meter.compare((n, "FFN norm"), given[0], tap.reshape(given[0].shape))
         return (tap.reshape(given[0].shape), *given[1:])
 
     def _read_attention(self, n: int, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
         tap = self._tap((n, "attention"))
         if tap is None:
             return None
-        if self._shakes and not self._mode.in_double:
-            self._add_shaken(n, given[0])
+        if self.meter.shakes and not self._mode.in_double:
+            self.meter.add_shaken(n, given[0])
             return (tap.reshape(given[0].shape), *given[1:])
         if self.arithmetic.narrow is not None and not self._mode.in_double:
-            self._attended[n] = torch.cat([self._attended[n], given[0]], 1) if n in self._attended else given[0]
-        self._compare((n, "attention"), given[0], tap)
+            self.meter.attended[n] = (
+                torch.cat([self.meter.attended[n], given[0]], 1) if n in self.meter.attended else given[0]
+            )
+        self.meter.compare((n, "attention"), given[0], tap)
         return (tap.reshape(given[0].shape), *given[1:])
-
-    def _add_shaken(self, n: int, shaken: torch.Tensor) -> None:
-        """What attention gives when its queries, keys and values are rounded once more, beside what it gave.
-
-        Its noise in 16 bits on this text.
-        """
-        assert self._seen is not None
-        place: Place = (n, "attention")
-        some = self._errors(shaken, self._attended[n][:, self._span])[self._seen.mask.bool()[:, self._span]]
-        if len(some):
-            self.narrow_noise[place] = max(self.narrow_noise.get(place, 0.0), float(some.max()) / _SHAKEN)
 
     def _leave_block(self, n: int, given: tuple[Any, ...], output: Any) -> Any:
         tap = self._tap((n, "experts"))
@@ -380,8 +317,8 @@ class LocalCheck:
         own = first_of(output)
         some = tap.reshape(own.shape)
         x = given[0].reshape(-1, given[0].shape[-1])
-        decided = self._is_decided(n, len(x)).reshape(self._view(own).shape[:-1])
-        self._compare((n, "experts"), own, some, self._mode.inside_experts(n, x), decided)
+        decided = self._is_decided(n, len(x)).reshape(self.meter.view(own).shape[:-1])
+        self.meter.compare((n, "experts"), own, some, self._mode.inside_experts(n, x), decided)
         if not self._mode.in_double:
             self._find_blame(n, own, some, decided)
         return (some, *output[1:]) if isinstance(output, tuple) else some
@@ -392,28 +329,16 @@ class LocalCheck:
         And whether each token's output is the twin's times a factor.
         """
         place: Place = (n, "experts")
-        wrong = ~(self.found[place].errors[:, self._span] <= self.limit(place))
-        assert self._seen is not None
-        judged = (decided & self._seen.mask.bool()[:, self._span]).flatten()
+        wrong = ~(self.meter.found[place].errors[:, self.meter.span] <= self.meter.limit(place))
+        assert self.meter.seen is not None
+        judged = (decided & self.meter.seen.mask.bool()[:, self.meter.span]).flatten()
         wrong = wrong.flatten()[judged]
         if not wrong.any():
             return
-        scores = self.reference.scores(n)[judged]
         top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
-        best = scores.topk(top_k, dim=-1).indices
-        # whoever is heard by this is by sigmoids, which are less far apart
-        weights = scores.gather(-1, best).softmax(-1)
-        chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(scores.shape[-1])]
-        experts = tuple(number for number, heard in enumerate(chosen) if heard.any() and wrong[heard].all())
-        a, b = (self._view(value).flatten(0, 1)[judged].double() for value in (shown, own))
-        size = b.norm(dim=-1).clamp(min=_TINY)
-        factor = (a * b).sum(-1) / size.square()
-        straight = bool(((a - factor[:, None] * b).norm(dim=-1) <= _STRAIGHT * size).all())
-        self.blame[n] = experts, (float(factor.min()), float(factor.max())) if straight else None
-
-    def is_narrow(self, place: Place) -> bool:
-        """Whether a place is computed in 16 bits."""
-        return place[1] in _NARROW_PARTS or any(name in self.narrow_taps for name in self.taps.names.get(place, ()))
+        ours, theirs = (self.meter.view(value).flatten(0, 1)[judged] for value in (shown, own))
+        blamed = find_wrong_experts(self.reference.scores(n)[judged], top_k, wrong)
+        self.blame[n] = blamed, find_factors(ours, theirs)
 
     def _is_decided(self, n: int, count: int) -> torch.Tensor:
         """Tokens whose experts are chosen by more than a rounding: of equal logits every operator may choose others."""
@@ -429,18 +354,18 @@ class LocalCheck:
         The twin's routers say what the graph's said on the same text, and nothing else is replaced or compared.
         `own_routers` has what they would have said.
         """
-        self._seen = Seen(
+        self.meter.seen = Seen(
             seen.ids,
             seen.mask,
             seen.num_prefill,
             seen.logits,
             {name: seen.values[name] for name in self._router_names(seen)},
         )
-        self._follows, self._span, self.own_routers = True, slice(None), {}
+        self._follows, self.meter.span, self.own_routers = True, slice(None), {}
         try:
             yield
         finally:
-            self._seen, self._follows = None, False
+            self.meter.seen, self._follows = None, False
 
     def _router_names(self, seen: Seen) -> list[str]:
         return [
@@ -454,119 +379,27 @@ class LocalCheck:
     @contextmanager
     def _unseen(self) -> Iterator[None]:
         """For the length of a `with`: nothing is compared and nothing replaced."""
-        seen, self._seen = self._seen, None
+        seen, self.meter.seen = self.meter.seen, None
         try:
             yield
         finally:
-            self._seen = seen
+            self.meter.seen = seen
 
     def _say(self, n: int, own: torch.Tensor) -> torch.Tensor:
         """What a router says: the graph's own logits, with what was added to them; `own` [T, E] are the twin's."""
         tap = self._tap((n, "router"))
         if tap is None:
             return own
-        assert self._seen is not None
-        batch = len(self._seen.ids)
+        assert self.meter.seen is not None
+        batch = len(self.meter.seen.ids)
         shown = tap.reshape(batch, -1, own.shape[-1])
         if self._follows:
             self.own_routers[n] = own
         else:
-            self._compare((n, "router"), own.view(shown.shape), shown)
-        if self._seen.nudge is not None:
-            shown = shown + self._seen.nudge.view(batch, -1, own.shape[-1])[:, self._span]
+            self.meter.compare((n, "router"), own.view(shown.shape), shown)
+        if self.meter.seen.nudge is not None:
+            shown = shown + self.meter.seen.nudge.view(batch, -1, own.shape[-1])[:, self.meter.span]
         return shown.reshape(own.shape).to(own.dtype)
-
-    # Comparing
-
-    def _view(self, value: torch.Tensor) -> torch.Tensor:
-        assert self._seen is not None
-        return value.reshape(len(self._seen.ids), -1, value.shape[-1])
-
-    def _errors(self, found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
-        """Relative errors [B, S] of tokens."""
-        found, expected = self._view(found), self._view(expected)
-        errors: torch.Tensor = (found - expected).norm(dim=-1) / expected.norm(dim=-1).clamp(min=_TINY)
-        return errors
-
-    def _compare(
-        self,
-        place: Place,
-        expected: torch.Tensor,
-        found: torch.Tensor,
-        inside: Inside | None = None,
-        decided: torch.Tensor | None = None,
-    ) -> None:
-        """Keep a place's errors; `inside` knows what flips of a rounding may have added to tokens."""
-        if self._mode.in_double:
-            self._add_noise(place, expected)
-            return
-        if self._measures_noise:
-            before = self._expected.get(place)
-            self._expected[place] = (
-                expected if before is None or place[1] != "query, key and value" else torch.cat([before, expected], -1)
-            )
-        errors = self._errors(found, expected)
-        flips = self._tell_flips_apart(place, errors, found, expected, inside)
-        self._keep(place, errors, found, expected, decided, flips)
-
-    def _tell_flips_apart(
-        self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, inside: Inside | None
-    ) -> int:
-        """Tokens that are beyond the limit by flips of a rounding alone get what is left as their error.
-
-        Returns how many there were.
-        """
-        assert self._seen is not None
-        if inside is None:
-            return 0
-        limit = self.limit(place) if place in self.noise else min(self.limit(place), _PROVISIONAL * LEAST_NOISE)
-        real = self._seen.mask.bool()[:, self._span][:, -errors.shape[1] :]
-        rows = (real & ~(errors <= limit)).flatten().nonzero()[:_MOST_EXPLAINED, 0]
-        ours = self._view(found).flatten(0, 1)
-        count = 0
-        for row, error in inside.explain(
-            rows, ours[rows].double(), self._view(expected).flatten(0, 1)[rows].double(), limit
-        ):
-            errors[divmod(row, errors.shape[1])] = error
-            count += 1
-        return count
-
-    def _keep(
-        self,
-        place: Place,
-        errors: torch.Tensor,
-        found: torch.Tensor,
-        expected: torch.Tensor,
-        decided: torch.Tensor | None = None,
-        flips: int = 0,
-    ) -> None:
-        assert self._seen is not None
-        real = self._seen.mask.bool()[:, self._span][:, -errors.shape[1] :]
-        judged = real if decided is None else real & decided
-        a, b = self._view(found)[judged].double(), self._view(expected)[judged].double()
-        parts = float((a * b).sum()), float((b * b).sum())
-        before = self.found.get(place)
-        if before is None:
-            whole = torch.zeros(self._seen.mask.shape)
-            before = Measured(whole, torch.zeros_like(whole, dtype=torch.bool))
-            self.found[place] = before
-        columns = slice(*self._span.indices(whole_length := before.errors.shape[1]))
-        start = (columns.stop if columns.stop is not None else whole_length) - errors.shape[1]
-        place_of = slice(start, start + errors.shape[1])
-        kept = before.errors[:, place_of]
-        before.errors[:, place_of] = torch.where(
-            errors.float().isnan() | kept.isnan(), torch.nan, torch.maximum(kept, errors.float())
-        )
-        before.judged[:, place_of] |= judged
-        before.flips += flips
-        before.parts = before.parts[0] + parts[0], before.parts[1] + parts[1]
-        kind = self.arithmetic.narrow
-        if kind is not None and (self.is_narrow(place) or place[1] not in ("embedding", "router")):
-            rounded = self._errors(expected.to(kind).to(expected.dtype), expected)[judged]
-            least = _NARROW_SHARE * torch.finfo(kind).eps  # what is rounded already loses nothing more
-            self.narrow_noise[place] = max(
-                self.narrow_noise.get(place, least), float(rounded.mean()) if len(rounded) else 0.0
-            )
 
     def _run_in_double(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         """The layer once more in float64, on the same inputs; each of its places adds to the noise there."""
@@ -577,7 +410,7 @@ class LocalCheck:
             return tuple(map(widen, value)) if isinstance(value, tuple) else value
 
         routers = dict(self.reference.routers)
-        expected = dict(self._expected)
+        expected = dict(self.meter.expected)
         arguments = (
             tuple(map(widen, given)),
             {name: None if name == "past_key_values" else widen(value) for name, value in named.items()},
@@ -586,27 +419,9 @@ class LocalCheck:
         try:
             module(*arguments[0], **arguments[1])
             if self.arithmetic.narrow is not None:  # heads are rotated in 16 bits, and rounded once more
-                self._expected, self._shakes = expected, True
+                self.meter.expected, self.meter.shakes = expected, True
                 module(*arguments[0], **arguments[1])
         finally:
-            self._mode.in_double = self._shakes = False
+            self._mode.in_double = self.meter.shakes = False
             self.reference.routers.update(routers)
-        self._expected = {}
-
-    def _add_noise(self, place: Place, exact: torch.Tensor) -> None:
-        narrow = self._expected.get(place)
-        if narrow is None:
-            return
-        if place[1] == "query, key and value":  # one after the other
-            self._expected[place], narrow = narrow[..., exact.shape[-1] :], narrow[..., : exact.shape[-1]]
-        errors = self._errors(narrow.double().reshape(exact.shape), exact)
-        assert self._seen is not None
-        if self._shakes:
-            if place[1] == "attention":
-                some = errors[self._seen.mask.bool()[:, self._span]]
-                self.narrow_noise[place] = max(self.narrow_noise.get(place, 0.0), float(some.max()) / _SHAKEN)
-            return
-        some = errors[self._seen.mask.bool()[:, self._span]]
-        some = some[some <= max(_FLIPPED * float(some.median()), LEAST_NOISE)] if len(some) else some
-        if len(some):
-            self.noise[place] = max(self.noise.get(place, 0.0), float(some.max()))
+        self.meter.expected = {}

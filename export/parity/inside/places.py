@@ -10,7 +10,8 @@ import torch
 
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Reference
-from dense2moe.export.parity.inside.local import LEAST_NOISE, LocalCheck, Measured
+from dense2moe.export.parity.inside.local import LocalCheck
+from dense2moe.export.parity.inside.meter import LEAST_NOISE, Measured
 from dense2moe.export.parity.inside.products import Arithmetic
 from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, Part, Place, name_place
 from dense2moe.export.parity.records import PlaceCheck
@@ -67,8 +68,8 @@ class PlacesCheck:
     ) -> None:
         """Without an exact twin, or where this processor's rounding is not known, nothing inside is checked."""
         self._local = LocalCheck(reference, taps, family, arithmetic)
-        self._local.limit = self._limit
-        self._local.narrow_taps = frozenset(
+        self._local.meter.limit = self._limit
+        self._local.meter.narrow_taps = frozenset(
             value.name for value in decoder.session.get_outputs() if value.type in _NARROW_TYPES
         )
         self._decoder, self._taps, self._config, self._provider = decoder, taps, config, provider
@@ -160,9 +161,9 @@ class PlacesCheck:
         # on CUDA it alone holds: products in float32 may round their factors to TF32
         limit = self._config.max_relative_error
         if self._provider == CPU and self._config.noise_blocks:
-            limit = min(limit, self._config.noise_multiple * max(self._local.noise.get(place, 0.0), LEAST_NOISE))
-        multiple = _NARROW_MULTIPLE if self._local.is_narrow(place) else _BEHIND_MULTIPLE
-        return max(limit, multiple * self._local.narrow_noise.get(place, 0.0))
+            limit = min(limit, self._config.noise_multiple * max(self._local.meter.noise.get(place, 0.0), LEAST_NOISE))
+        multiple = _NARROW_MULTIPLE if self._local.meter.is_narrow(place) else _BEHIND_MULTIPLE
+        return max(limit, multiple * self._local.meter.narrow_noise.get(place, 0.0))
 
     def _add(self, found: dict[Place, Measured]) -> None:
         for place, measured in found.items():
@@ -175,7 +176,7 @@ class PlacesCheck:
                 *place,
                 measured.worst,
                 limit,
-                self._local.noise.get(place),
+                self._local.meter.noise.get(place),
                 int(measured.judged.sum()),
                 measured.flips,
                 product / square if square > 0 else 1.0,

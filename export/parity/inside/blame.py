@@ -1,0 +1,32 @@
+"""Blame: which experts are wrong, and whether outputs are multiples of the right ones."""
+
+from __future__ import annotations
+
+import torch
+
+_HEARD = 0.05
+"""An expert with a smaller weight than this in a token is not judged by it."""
+_STRAIGHT = 1e-3
+"""Relative: an output that differs from a multiple of the twin's by less is that multiple."""
+_TINY = 1e-30
+
+
+def find_wrong_experts(scores: torch.Tensor, top_k: int, wrong: torch.Tensor) -> tuple[int, ...]:
+    """The experts that are wrong in every token that hears them.
+
+    `scores` [T, E] are what experts are chosen by, `wrong` [T] the tokens whose output is beyond the limit. An expert
+    that has 5 % of a softmax has at least 5 % by sigmoids, whose weights lie closer together.
+    """
+    best = scores.topk(top_k, dim=-1).indices
+    weights = scores.gather(-1, best).softmax(-1)
+    chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(scores.shape[-1])]
+    return tuple(number for number, heard in enumerate(chosen) if heard.any() and wrong[heard].all())
+
+
+def find_factors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float] | None:
+    """The least and the largest factor, where each token's output [T, H] is a multiple of the expected; else None."""
+    a, b = found.double(), expected.double()
+    size = b.norm(dim=-1).clamp(min=_TINY)
+    factor = (a * b).sum(-1) / size.square()
+    straight = bool(((a - factor[:, None] * b).norm(dim=-1) <= _STRAIGHT * size).all())
+    return (float(factor.min()), float(factor.max())) if straight else None
