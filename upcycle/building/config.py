@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from dense2moe.upcycle.models.table import TARGETS
 from dense2moe.upcycle.record import NonNegative, Record
 
 
@@ -101,18 +102,13 @@ class RouterConfig(Record):
 
 
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
-TargetName = Literal[
-    "auto",
-    "mixtral",
-    "qwen2_moe",
-    "qwen3_moe",
-    "granitemoe",
-    "granitemoeshared",
-    "glm4_moe",
-    "flex_olmo",
-    "switch_transformers",
-]
-BIASED_TARGETS: tuple[TargetName, ...] = ("glm4_moe",)
+if TYPE_CHECKING:
+    TargetName: TypeAlias = str
+else:
+    TargetName = Literal[("auto", *(target.model_type for target in TARGETS))]
+BIASED_TARGETS: tuple[TargetName, ...] = tuple(
+    target.model_type for target in TARGETS if target.find("selection_bias") is not None
+)
 """Targets whose gates have a selection bias."""
 
 
