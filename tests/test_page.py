@@ -67,13 +67,14 @@ def test_the_verdict_is_on_the_first_screen(page: Page, report: Path) -> None:
     assert page.evaluate("document.querySelector('.badge').getBoundingClientRect().bottom < innerHeight / 2")
 
 
-def test_whether_each_model_passed_is_seen_on_a_phone(page: Page, report: Path) -> None:
+@pytest.mark.parametrize(("table", "num_marks"), [("Models", 3), ("Tiers", 3 * 7)])
+def test_whether_each_model_passed_is_seen_on_a_phone(page: Page, report: Path, table: str, num_marks: int) -> None:
     page.open(report, 390, 844)
     places = page.evaluate(
-        "[...document.querySelectorAll('[aria-label=\"Models\"] .mark')]"
+        f"[...document.querySelectorAll('[aria-label=\"{table}\"] .mark')]"
         ".map((mark) => mark.getBoundingClientRect().right)"
     )
-    assert len(places) == 3
+    assert len(places) == num_marks
     assert max(places) < 390
 
 

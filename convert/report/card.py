@@ -151,10 +151,10 @@ def _tier_lines(facts: ReportFacts, variant: str) -> list[str]:
     """Each tier's question and what came of it, by provider where several ran."""
     table = tier_table({variant: facts.variants[variant]})
     lines = []
-    for tier, question, *answers in table.rows:
+    for tier, *answers, question in table.rows:
         told = "; ".join(
             f"{answer} ({header.partition(', ')[2]})" if ", " in header else answer
-            for header, answer in zip(table.headers[2:], answers, strict=True)
+            for header, answer in zip(table.headers[1:-1], answers, strict=True)
         )
         lines.append(escape(f"{tier}: {question} {told}."))
     return lines

@@ -20,6 +20,7 @@ from dense2moe.convert.report.numerals import (
 )
 from dense2moe.convert.report.summary import FAILED
 from dense2moe.export.parity.records import (
+    TIERS,
     Agreement,
     Forced,
     FreeRun,
@@ -30,16 +31,19 @@ from dense2moe.export.parity.records import (
     WeightsCheck,
 )
 
-_TIERS: dict[Tier, str] = {
-    "weights": "Is every row of every matrix in the file the torch twin's?",
-    "operator": "Are router and experts of each layer right, on the same input?",
-    "layer": "Is every other place, from the embedding to the head?",
-    "logits": "Are the logits the same however the tokens are fed?",
-    "language": "Does it predict as well?",
+_QUESTIONS: dict[Tier, str] = {
+    "weights": "Does the file hold the twin's weights, row by row?",
+    "operator": "Do router and experts of each layer compute what the twin's do, given the same input?",
+    "layer": "Does every other part, from the embedding to the head, given the same input?",
+    "logits": "Are the outputs the same however the tokens are fed: at once, padded, one by one?",
+    "language": "Does it predict text as well?",
     "task": "Does it do its tasks as well?",
     "routing": "Does every token visit the same experts?",
-    "files": "Do tokenizer and configs say what the checkpoint's say?",
+    "files": "Do tokenizer and settings say what the checkpoint's say?",
 }
+_PLAIN = 1e-3
+"""From here on a limit is written without an exponent."""
+
 Titled = tuple[str | None, Grid]
 
 
@@ -98,11 +102,11 @@ def tier_table(variants: dict[str, VariantFacts]) -> Grid:
     alone = len({provider for _, provider in found}) == 1
     headers = (
         "tier",
-        "question",
         *(name if alone else f"{name}, {provider.removesuffix('ExecutionProvider')}" for name, provider in found),
+        "question",
     )
-    tiers = dict.fromkeys(tier for answers in found.values() for tier in answers)
-    rows = ((tier, _TIERS[tier], *(_answer(answers, tier) for answers in found.values())) for tier in tiers)
+    asked = [tier for tier in TIERS if any(tier in answers for answers in found.values())]
+    rows = ((tier, *(_answer(answers, tier) for answers in found.values()), _QUESTIONS[tier]) for tier in asked)
     return Grid(headers, tuple(rows))
 
 
@@ -135,15 +139,15 @@ def _remarks(found: ProviderParity, model: str) -> Iterator[str]:
         yield _describe_free_run(found.free_run)
     if isinstance(found.forced, Forced):
         yield (
-            f"With the {model} model's routing forced on it the twin is {format_error(found.forced.kl)} nats from it, "
-            "with its own "
-            f"{format_error(found.forced.kl_free)}: the difference is what other experts cost."
+            f"The twin's KL from the {model} model is {format_error(found.forced.kl)} nats where it has to send tokens "
+            f"to that model's experts, {format_error(found.forced.kl_free)} where it chooses: the difference is what "
+            "other experts cost."
         )
     yield from _describe_flips(found.finetuned, model)
     yield (
-        f"{found.num_fallback_nodes} nodes were placed on another provider than asked for."
+        f"{found.num_fallback_nodes} operators of the graph ran on another provider than the one asked for."
         if found.num_fallback_nodes
-        else "No node was placed on another provider."
+        else "Every operator of the graph ran on the provider asked for."
     )
 
 
@@ -158,12 +162,16 @@ def _describe_weights(weights: WeightsCheck) -> str:
 def _describe_places(places: Sequence[PlaceCheck]) -> str:
     worst = max(places, key=_share_of_limit)
     flips = sum(place.num_flips for place in places)
-    told = f" {flips:,} flips of an 8-bit rounding inside an operator were told apart." if flips else ""
+    told = (
+        f" In {flips:,} tokens an 8-bit rounding inside an operator went the other way, which is no fault."
+        if flips
+        else ""
+    )
     where = worst.part if worst.layer < 0 else f"{worst.part} of layer {worst.layer}"
     return (
-        f"Each of {len(places):,} places inside the graph was compared on the graph's own input: nearest to its "
-        f"limit is the {where}, with an "
-        f"error of {format_error(worst.error)}, at most {format_error(worst.limit)}.{told}"
+        f"Each of {len(places):,} places inside the graph was compared with the twin's, given the same input: nearest "
+        f"to its limit of {format_error(worst.limit)} is the {where}, with an error of {format_error(worst.error)}."
+        f"{told}"
     )
 
 
@@ -197,12 +205,19 @@ def _provider_tables(found: ProviderParity, model: str) -> Iterator[Titled]:
     if tasks := [task for task in found.tasks if isinstance(task, TaskCheck)]:
         yield "Tasks", _task_table(tasks, model)
     if places := _places(found):
-        yield "Places inside the graph, each on its own input: the worst layer of each", _place_table(places)
+        yield (
+            "Places inside the graph, given the same input as the twin's: the worst layer of each",
+            _place_table(places),
+        )
     if found.limits:
         rows = tuple(
-            (column_title(name), format_error(limit.value), limit.origin) for name, limit in found.limits.items()
+            (column_title(name), _format_limit(limit.value), limit.origin) for name, limit in found.limits.items()
         )
         yield "Where the limits come from", Grid(("limit", "value", "origin"), rows)
+
+
+def _format_limit(value: float) -> str:
+    return f"{value:.4g}" if value >= _PLAIN else format_error(value)
 
 
 def _places(found: ProviderParity) -> tuple[PlaceCheck, ...]:

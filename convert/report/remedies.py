@@ -42,10 +42,10 @@ def _find_remedy(variant: str, broken: list[Tier], *, ran: bool) -> str:
         return "do not give this package away; copy the files named above from the checkpoint, or export it again"
     if broken and all(tier in _COSTS for tier in broken) and variant not in ("float32", "float16", "bfloat16"):
         return (
-            f"take a variant with more bits than {variant}, calibrate on more text, or allow more under `parity` in "
-            "the recipe"
+            f"take a variant with more bits than {variant}, calibrate on more text, or set wider limits under parity "
+            "in the recipe"
         )
     return (
         "do not use this package; read in the report's part on parity which place is wrong, and try another "
-        "`export.lowering`"
+        "export.lowering in the recipe"
     )

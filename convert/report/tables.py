@@ -22,6 +22,7 @@ from dense2moe.convert.report.verdicts import compare_training
 from dense2moe.upcycle.building.facts import ReceiptLine
 
 _FEW = 12  # rows of a receipt that are shown whole
+_DIGITS = re.compile(r"\d+")
 
 
 def trained_table(facts: ReportFacts) -> Grid:
@@ -72,9 +73,9 @@ def receipt_tables(comparisons: Sequence[ReceiptLine]) -> ReceiptTables:
     for line in comparisons:
         rows.setdefault((line.router, line.text, line.experts), {})[line.dtype] = line
     whole = Grid(
-        ("router", "text", "experts", "tokens", *dtypes),
+        ("comparison", *dtypes, "tokens"),
         tuple(
-            (f"{router} router", text, experts, _num_tokens(found.values()), *_receipt_cells(found, dtypes))
+            (_name_kind(router, text, experts), *_receipt_cells(found, dtypes), _num_tokens(found.values()))
             for (router, text, experts), found in sorted(rows.items(), key=lambda row: _badness(row[1].values()))
         ),
     )
@@ -82,10 +83,10 @@ def receipt_tables(comparisons: Sequence[ReceiptLine]) -> ReceiptTables:
         return ReceiptTables(whole, None, len(comparisons))
     kinds: dict[tuple[str, str, str], list[ReceiptLine]] = {}
     for line in comparisons:
-        kinds.setdefault((line.router, re.sub(r"\d+", "…", line.text), line.experts), []).append(line)
+        kinds.setdefault((line.router, _DIGITS.sub("…", line.text), line.experts), []).append(line)
     ranked = sorted(kinds.items(), key=lambda kind: _badness(kind[1]))
     grouped = Grid(
-        ("router", "text", "experts", "places", "tokens", *dtypes),
+        ("comparison", *dtypes, "tokens", "comparisons of this kind", "the worst"),
         tuple(_kind_row(router, experts, lines, dtypes) for (router, _, experts), lines in ranked),
     )
     return ReceiptTables(grouped, whole, len(comparisons))
@@ -98,16 +99,19 @@ def _kind_row(router: str, experts: str, lines: Sequence[ReceiptLine], dtypes: S
         for dtype in dict.fromkeys(line.dtype for line in lines)
     }
     place = min(worst.values(), key=lambda line: _badness([line])).text
-    num_places = len({line.text for line in lines})
-    text = place if num_places == 1 else f"worst: {place}"
+    places = {line.text for line in lines}
     return (
-        f"{router} router",
-        text,
-        experts,
-        str(num_places),
-        _num_tokens(lines),
+        _name_kind(router, _DIGITS.sub("…", place) if len(places) > 1 else place, experts),
         *_receipt_cells(worst, dtypes),
+        _num_tokens(lines),
+        f"{len(lines):,}",
+        place,
     )
+
+
+def _name_kind(router: str, text: str, experts: str) -> str:
+    """A comparison in words; of the embedding and the head, which have no router and no experts, the text alone."""
+    return text if router == "no" else f"{text}; {router} router, {experts} experts"
 
 
 def _num_tokens(lines: Any) -> str:
