@@ -42,14 +42,14 @@ MUTATIONS = (
     # surgery
     Mutation(
         "gate and up of the experts are exchanged",
-        "(ffn.gate, names.gate, 0), (ffn.up, names.up, 0)",
-        "(ffn.up, names.gate, 0), (ffn.gate, names.up, 0)",
+        '"expert_gate": "ffn_gate", "expert_up": "ffn_up"',
+        '"expert_gate": "ffn_up", "expert_up": "ffn_gate"',
         "test_experts_without_noise_are_the_ffn_and_everything_else_is_unchanged",
     ),
     Mutation(
         "stacked experts have up before gate",
-        "for expert in range(count) for matrix in (ffn.gate, ffn.up)",
-        "for expert in range(count) for matrix in (ffn.up, ffn.gate)",
+        "self._part(_EXPERT_OF[part], layer, site, expert) for part in parts",
+        "self._part(_EXPERT_OF[part], layer, site, expert) for part in reversed(parts)",
         "test_granites_experts_are_stacked_gate_before_up",
     ),
     Mutation(
@@ -155,8 +155,8 @@ MUTATIONS = (
     ),
     Mutation(
         "an exported token visits one expert more",
-        "int64(layer.routing.num_experts_per_tok)",
-        "int64(layer.routing.num_experts_per_tok + 1)",
+        "int64(layer.routing.max_experts_per_token)",
+        "int64(layer.routing.max_experts_per_token + 1)",
         "test_an_ffn_width_that_no_block_divides_is_computed",
         "[grouped]",
     ),
@@ -347,8 +347,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a head of its own is passed over for the embedding",
-        "head = family.embedding if c.tie_word_embeddings else family.head",
-        "head = family.embedding",
+        'family.name("embedding" if c.tie_word_embeddings else "head")',
+        'family.name("embedding")',
         "test_heads_tied_or_not_equal_transformers",
         "[False-grouped]",
     ),
@@ -497,22 +497,28 @@ MUTATIONS = (
     ),
     Mutation(
         "a signal ends a command as an error does",
-        "sys.exit(128 + number)",
-        "sys.exit(1)",
+        "self.exit_code = 128 + number",
+        "self.exit_code = 1",
         "test_a_signal_ends_a_command_in_one_line_and_its_own_code",
     ),
     # report
     Mutation(
         "a figure that is worse is called better",
-        "{'above' if new > old else 'below'}",
-        "{'below' if new > old else 'above'}",
+        "'better' if gain > 0 else 'worse'} than",
+        "'worse' if gain > 0 else 'better'} than",
         "test_the_verdict_compares_each_variant_with_float32_onnx",
     ),
     Mutation(
         "a report's routing agreement is its best layer's",
-        'min(agreement["routing_agreement"], default=None)',
-        'max(agreement["routing_agreement"], default=None)',
+        "min(agreement.routing_agreement, default=None)",
+        "max(agreement.routing_agreement, default=None)",
         "test_a_variant_row_takes_its_worst_layer_and_its_agreement_with_the_fine_tuned_model",
+    ),
+    Mutation(
+        "the smallest model of a report may be one that failed",
+        "for name, found in facts.variants.items() if found.parity.passed}",
+        "for name, found in facts.variants.items()}",
+        "test_the_smallest_model_of_the_tiles_has_passed",
     ),
     Mutation(
         "a ratio of two runs is upside down",
