@@ -1,174 +1,76 @@
-"""The plan as tables: what a run would make, before any work."""
+"""Every artifact that a pipeline makes, planned before any work."""
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
-from typing import assert_never
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
-from rich.filesize import decimal
-from rich.table import Table
-
-from dense2moe.convert.stages import Preparation
-from dense2moe.upcycle.building.pieces import (
-    ExpertPart,
-    Keep,
-    Piece,
-    RouterRows,
-    SelectionBias,
-    Write,
-    Zeros,
-)
-from dense2moe.upcycle.building.plan import UpcyclePlan
-
-_BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
+from dense2moe.convert.artifact.keys import artifact_key, code_digest
+from dense2moe.convert.pipeline import PIPELINE, Stage
+from dense2moe.convert.preparation import Each, Facts, Preparation
 
 
-def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
-    """The models with their parameters, where every tensor comes from, the config's values.
+@dataclass(frozen=True)
+class PlannedArtifact:
+    """One artifact to be made: its stage and item, the labels that it reads and their keys by input, settings, key."""
 
-    And what artifacts and stages need of the machine.
+    stage: Stage
+    item: str | None
+    inputs: dict[str, str]
+    input_keys: dict[str, str]
+    settings: Facts
+    key: str
+
+    @property
+    def label(self) -> str:
+        """What the artifact is called."""
+        return make_label(self.stage, self.item)
+
+
+def make_label(stage: Stage, item: str | None) -> str:
+    """What the artifact of a stage, or of one item of it, is called."""
+    return stage.name if item is None else f"{stage.name}-{item}"
+
+
+def plan_artifacts(
+    preparation: Preparation, until: str, pipeline: tuple[Stage, ...] = PIPELINE
+) -> tuple[PlannedArtifact, ...]:
+    """Every artifact up to stage `until`, in order, with its key.
+
+    Keys follow from settings and the keys of inputs, so all are known before any work.
     """
-    return (
-        _models(preparation),
-        _tensors(preparation.plan),
-        _fields(preparation.plan),
-        _artifacts(preparation, workdir),
-        _memory(preparation),
-    )
+    rows = {stage.name: stage for stage in pipeline}
+    planned: dict[str, PlannedArtifact] = {}
+    for stage, item in order_stages(pipeline, preparation.items, until):
+        found = dict(_find_inputs(stage, item, rows, preparation))
+        inputs = {name: label for made in planned for name, label in found.items() if label == made}
+        assert inputs.keys() == found.keys(), f"{stage.name}: reads what is not made before it"
+        keys = {name: planned[label].key for name, label in inputs.items()}
+        settings = stage.settings(preparation, item)
+        key = artifact_key(keys, settings, code_digest(*stage.code))
+        planned[make_label(stage, item)] = PlannedArtifact(stage, item, inputs, keys, settings, key)
+    return tuple(planned.values())
 
 
-def _models(preparation: Preparation) -> Table:
-    plan, dense = preparation.plan, preparation.checkpoint
-    conversion, settings = plan.conversion, plan.settings
-    models = Table(
-        title=f"{preparation.loaded.name}: {conversion.family.architecture} to {conversion.target.architecture}",
-        title_justify="left",
-    )
-    for heading in ("", "dense", "mixture of experts"):
-        models.add_column(heading, justify="left" if not heading else "right")
-    models.add_row("parameters", f"{dense.num_parameters:,}", f"{plan.num_parameters:,}")
-    models.add_row("active a token", f"{dense.num_parameters:,}", f"{plan.num_active_parameters:,}")
-    models.add_row("layers, with experts", f"{plan.num_layers}", f"{len(plan.sites)}")
-    models.add_row("experts a layer, chosen", "—", f"{settings.num_experts}, {settings.num_experts_per_tok}")
-    models.add_row("tensors", f"{len(dense.entries)}", f"{len(plan.writes)}")
-    models.add_row("bytes", decimal(dense.num_bytes), decimal(plan.num_bytes))
-    models.add_row("source tensors dropped", ", ".join(plan.dropped) or "none", "")
-    models.add_row("computes what the dense one does", "", _function(plan))
-    return models
+def order_stages(
+    pipeline: tuple[Stage, ...], items: Mapping[Each, Sequence[str]], until: str
+) -> Iterator[tuple[Stage, str | None]]:
+    """Stages and items in the order of the table; neighbours that are repeated over the same go item by item."""
+    number = [stage.name for stage in pipeline].index(until)
+    for each, rows in groupby(pipeline[: number + 1], key=lambda stage: stage.each):
+        stages = list(rows)
+        yield from ((stage, item) for item in (items[each] if each else (None,)) for stage in stages)
 
 
-def _function(plan: UpcyclePlan) -> str:
-    if plan.keeps_function:
-        return "yes"
-    return "with a zero router alone" if plan.keeps_function_at_zero else "no"
-
-
-def _tensors(plan: UpcyclePlan) -> Table:
-    """A row for tensors that are alike but for their numbers."""
-    table = Table(title="tensors, N for the number of a layer", title_justify="left")
-    for heading in ("number", "to", "shape", "from"):
-        table.add_column(heading, justify="right" if heading == "number" else "left", overflow="fold")
-    alike: dict[tuple[str, str, str], int] = {}
-    for write in plan.writes:
-        pattern, origin = _pattern(write.spec.name, plan), _origin(write)
-        shape = f"{' × '.join(map(str, write.spec.shape))} {str(write.spec.dtype).removeprefix('torch.')}"
-        key = (pattern, shape, "as it is" if origin == pattern else origin)
-        alike[key] = alike.get(key, 0) + 1
-    for key, number in alike.items():
-        table.add_row(f"{number}", *key)
-    return table
-
-
-def _pattern(name: str, plan: UpcyclePlan) -> str:
-    """The name with its layer's and its expert's number taken out; what else T5 numbers stays."""
-    experts = f"{{0-{plan.settings.num_experts - 1}}}"
-    name = re.sub(r"(layers|block)\.\d+\.", r"\1.N.", name, count=1)
-    return re.sub(r"(experts\.(?:expert_)?)\d+\.", rf"\g<1>{experts}.", name)
-
-
-def _origin(write: Write) -> str:
-    """What a tensor is made of, in words."""
-    words = list(dict.fromkeys(_describe(piece) for piece in write.pieces))
-    return re.sub(r"(layers|block)\.\d+\.", r"\1.N.", " and ".join(words))
-
-
-def _describe(piece: Piece) -> str:
-    match piece:
-        case Keep(rows=rows, fold=fold):
-            return f"{rows.source}{f' ({type(fold).__name__})' if fold else ''}"
-        case ExpertPart():
-            return f"{piece.matrix.source}{''.join(f', {change}' for change in _changes(piece))}"
-        case Zeros() | SelectionBias():
-            return "zeros"
-        case RouterRows():
-            return "a new router"
-        case _:
-            assert_never(piece)
-
-
-def _changes(part: ExpertPart) -> Iterator[str]:
-    if part.drop:
-        yield f"{part.drop:g} of the neurons drawn anew"
-    if part.noise:
-        yield f"noise of {part.noise:g}"
-    if part.scale != 1:
-        yield f"× {part.scale:g}"
-
-
-def _fields(plan: UpcyclePlan) -> Table:
-    """The config's values: what was carried over, and what the target has of its own."""
-    conversion, made = plan.conversion, plan.target_config
-    table = Table(title="config", title_justify="left")
-    for heading in ("field", "value", ""):
-        table.add_column(heading, overflow="fold")
-    carried = [name for name in (*conversion.carried, *conversion.optional) if hasattr(made, name)]
-    own = [name for name in made.to_diff_dict() if name not in carried and name not in _BOOKKEEPING]
-    for name in sorted(carried):
-        table.add_row(name, str(getattr(made, name)), "carried over")
-    for name in sorted(own):
-        table.add_row(name, str(getattr(made, name)), "set")
-    return table
-
-
-def _artifacts(preparation: Preparation, workdir: Path) -> Table:
-    recipe = preparation.loaded.recipe
-    artifacts = Table(title=f"artifacts in {workdir}", title_justify="left")
-    artifacts.add_column("artifact")
-    artifacts.add_column("size", justify="right")
-    artifacts.add_column("")
-    for label, size in preparation.artifact_bytes.items():
-        variant = next((v for v in recipe.variants if label == f"onnx-{v}"), None)
-        artifacts.add_row(label, decimal(size), _name_lowerings(preparation.lowerings[variant]) if variant else "")
-    existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    artifacts.add_section()
-    artifacts.add_row(
-        "disk in all",
-        decimal(sum(preparation.artifact_bytes.values())),
-        f"{decimal(shutil.disk_usage(existing).free)} free",
-    )
-    if "finetune" in preparation.artifact_bytes:
-        artifacts.add_row("disk to fine-tune", decimal(preparation.scratch_bytes), "besides, until it is done")
-    if preparation.last_stage is not None:
-        last, reason = preparation.last_stage
-        artifacts.add_section()
-        artifacts.add_row(f"runs up to {last}", "", reason)
-    return artifacts
-
-
-def _memory(preparation: Preparation) -> Table:
-    """The most memory that each stage has resident in its process, and the most of all."""
-    table = Table(title="memory by stage, at its peak", title_justify="left")
-    for heading in ("stage", "memory"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for label, size in preparation.memory_bytes.items():
-        table.add_row(label, decimal(size))
-    table.add_section()
-    table.add_row("most", decimal(max(preparation.memory_bytes.values(), default=0)))
-    return table
-
-
-def _name_lowerings(lowerings: tuple[str, ...]) -> str:
-    return f"lowering {lowerings[0]}" if len(lowerings) == 1 else f"the fastest lowering of {', '.join(lowerings)}"
+def _find_inputs(
+    stage: Stage, item: str | None, rows: Mapping[str, Stage], preparation: Preparation
+) -> Iterator[tuple[str, str]]:
+    """The name of each input and the label of the artifact that it is."""
+    for read in stage.reads:
+        name, maker = (read, rows[read]) if isinstance(read, str) else (read.name, rows[read.find_stage(preparation)])
+        if maker.each is None or maker.each == stage.each:
+            yield name, make_label(maker, item if maker.each else None)
+        else:
+            assert stage.gathers, f"{stage.name}: reads {maker.name} of each {maker.each} and does not gather"
+            yield from ((make_label(maker, each), make_label(maker, each)) for each in preparation.items[maker.each])

@@ -36,7 +36,7 @@ from dense2moe.convert.errors import ArtifactError
 if TYPE_CHECKING:  # only the type: importing it would load torch
     from dense2moe.upcycle.progress import Progress
 
-_PRELOADED = ["dense2moe.convert.stages", "dense2moe.convert.stage_server"]
+_PRELOADED = ["dense2moe.convert.pipeline", "dense2moe.convert.stage_server"]
 _TOLD_TO_RUN_ALONE = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 
 Argument = TypeVar("Argument")

@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console
 
-from dense2moe.convert.pipeline import run_pipeline
+from dense2moe.convert.checking import prepare
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.convert.report.names import HTML_NAME
 from dense2moe.convert.stage_names import StageName
-from dense2moe.convert.stages import prepare
+from dense2moe.convert.walk import run_pipeline
 from dense2moe.upcycle.training.processes import leave_processes
 
 

@@ -219,7 +219,7 @@ def test_a_bug_keeps_its_traceback(recipe, monkeypatch):
     def fail(*_):
         raise KeyError("planted")
 
-    monkeypatch.setattr("dense2moe.convert.stages.prepare", fail)
+    monkeypatch.setattr("dense2moe.convert.checking.prepare", fail)
     with pytest.raises(KeyError, match="planted"):
         invoke("check", recipe())
 
@@ -238,7 +238,7 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_w
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("dense2moe.convert.stages.check_values", fail)
+    monkeypatch.setattr("dense2moe.convert.stages.source.check_values", fail)
     workdir = tmp_path / "work"
     code, output = invoke("run", recipe(), "--workdir", workdir)
     assert code == 1
@@ -256,7 +256,7 @@ def test_a_stage_that_says_itself_what_to_do_about_memory_keeps_its_words(recipe
             "finetune: out of memory while training fine-tuned; the last good checkpoint is checkpoint-2"
         )
 
-    monkeypatch.setattr("dense2moe.convert.stages.check_values", fail)
+    monkeypatch.setattr("dense2moe.convert.stages.source.check_values", fail)
     code, output = invoke("run", recipe(), "--workdir", tmp_path / "work")
     assert code == 1
     assert (

@@ -10,7 +10,7 @@ import pytest
 
 from dense2moe.convert.artifact.manifest import MANIFEST_NAME
 from dense2moe.convert.report.names import CARD_NAME, HTML_NAME
-from dense2moe.convert.stages import RECEIPT_NAME
+from dense2moe.convert.stages.upcycle import RECEIPT_NAME
 from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
 from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, belongs, find_companions

@@ -301,7 +301,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
 ) -> None:
     """And leaves nothing behind: neither what it kept, nor what a run with other settings did."""
     recipe, work = tmp_path / "tiny.json", tmp_path / "work"
-    source = {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")]}
+    source = {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")], "separator": "\n\n"}
     fields: dict[str, Any] = {
         "source": str(dense_checkpoint),
         "data": {"source": source, "block_size": 32, "max_train_tokens": 4096},
@@ -321,7 +321,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
 
         return Measured(function(argument, watch), 0)
 
-    monkeypatch.setattr("dense2moe.convert.pipeline.run_apart", run_here)
+    monkeypatch.setattr("dense2moe.convert.walk.run_apart", run_here)
     killed_at = 3
     assert run().exit_code == 130
     killed_at = 0

@@ -15,10 +15,13 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dense2moe.convert.artifact.sealing import resume_directory
-from dense2moe.convert.pipeline import _check_space, plan_tasks
-from dense2moe.convert.planning import plan_tables
+from dense2moe.convert.checking import prepare
+from dense2moe.convert.planning import plan_artifacts
+from dense2moe.convert.preparation import Preparation
+from dense2moe.convert.preview import plan_tables
+from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.recipe.loading import load_recipe
-from dense2moe.convert.stages import Preparation, prepare
+from dense2moe.convert.walk import Walk
 
 MakeDense = Callable[..., Path]
 
@@ -236,27 +239,25 @@ def test_the_disk_that_training_needs_is_every_stages_weights_and_three_checkpoi
 ) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}", finetune)
     mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
-    assert preparation.scratch_bytes == results * preparation.artifact_bytes["finetune"] + 4 * (
+    assert preparation.scratch_bytes.get("finetune") == results * preparation.artifact_bytes["finetune"] + 4 * (
         mixtures * mixture + dense * DENSE
     )
 
 
-def test_what_a_killed_run_left_is_not_asked_for_again(
-    dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_killed_run_left_is_not_asked_for_again(dense_checkpoint: Path, tmp_path: Path) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("dense2moe.convert.pipeline.check_space", lambda _, needed_bytes: asked.append(needed_bytes))
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
-    tasks = plan_tasks(preparation, "report")
-    left = resume_directory(tmp_path, "finetune", tasks[3].key) / "fine-tuned" / "stage-0"
-    for size in (None, 1000, 10 * preparation.scratch_bytes):
+    planned = plan_artifacts(preparation, "report")
+    scratch = preparation.scratch_bytes["finetune"]
+    left = resume_directory(tmp_path, "finetune", planned[3].key) / "fine-tuned" / "stage-0"
+    for size in (None, 1000, 10 * scratch):
         if size is not None:
             left.mkdir(parents=True, exist_ok=True)
             with (left / "model.safetensors").open("wb") as file:
                 file.truncate(size)
-        _check_space(preparation, tmp_path, tasks, {})
+        asked.append(Walk(preparation, tmp_path, planned, ProgressDisplay(), -1).missing_bytes())
     artifacts = sum(preparation.artifact_bytes.values())
-    assert asked == [artifacts + preparation.scratch_bytes, artifacts + preparation.scratch_bytes - 1000, artifacts]
+    assert asked == [artifacts + scratch, artifacts + scratch - 1000, artifacts]
 
 
 def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path: Path) -> None:
@@ -291,7 +292,7 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
 def test_every_stage_of_a_run_has_its_memory_and_the_most_is_said(dense_checkpoint: Path, tmp_path: Path) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
     rows = rendered(plan_tables(preparation, tmp_path / "run")[4])
-    assert [label for label, _ in rows[:-1]] == [task.label for task in plan_tasks(preparation, "report")]
+    assert [label for label, _ in rows[:-1]] == [task.label for task in plan_artifacts(preparation, "report")]
     assert rows[-1] == ("most", decimal(max(preparation.memory_bytes.values())))
 
 

@@ -13,7 +13,10 @@ from dense2moe.convert.artifact.keys import artifact_key
 from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.artifact.sealing import build
 from dense2moe.convert.errors import ArtifactError
-from dense2moe.convert.pipeline import PIPELINE, Task, _check_inputs
+from dense2moe.convert.pipeline import PIPELINE
+from dense2moe.convert.planning import PlannedArtifact
+from dense2moe.convert.progress import ProgressDisplay
+from dense2moe.convert.walk import Walk
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,7 +26,7 @@ def recipe(dense_checkpoint: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiny.json"
     finetune = {"steps": 2, "eval_steps": 1, "warmup_steps": 1, "batch_size": 4, "control": False}
     data = {
-        "source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")]},
+        "source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")], "separator": "\n\n"},
         "block_size": 32,
         "max_train_tokens": 4096,
     }
@@ -85,7 +88,7 @@ def test_each_artifact_is_read_once_a_run_and_none_that_this_run_made(
     read: list[tuple[str, int | None]] = []
     check = verification.check_files
     monkeypatch.setattr(
-        "dense2moe.convert.pipeline.check_files",
+        "dense2moe.convert.walk.check_files",
         lambda artifact, progress, largest: (
             read.append((artifact.manifest["label"], largest)),
             check(artifact, progress, largest),
@@ -108,7 +111,7 @@ def test_the_report_checks_what_it_reads_and_leaves_weights_alone(
     And reads histories and configs of models that take minutes to hash.
     """
     assert [stage.name for stage in PIPELINE if stage.light] == ["source", "report"]
-    monkeypatch.setattr("dense2moe.convert.pipeline._SMALL_BYTES", 100)
+    monkeypatch.setattr("dense2moe.convert.walk._SMALL_BYTES", 100)
     key = artifact_key({}, {}, "")
     with build(tmp_path, "finetune", key) as draft:
         (draft.directory / "model.safetensors").write_bytes(bytes(1000))
@@ -116,14 +119,17 @@ def test_the_report_checks_what_it_reads_and_leaves_weights_alone(
         made = draft.seal(inputs={}, settings={}, facts={}, versions={}, seed=0)
     change(made.directory / "model.safetensors")
     report, quantize = (
-        Task(next(stage for stage in PIPELINE if stage.name == name), None, {"finetune": "finetune"}, {}, {}, key)
+        PlannedArtifact(
+            next(stage for stage in PIPELINE if stage.name == name), None, {"finetune": "finetune"}, {}, {}, key
+        )
         for name in ("report", "quantize")
     )
-    hashed: set[str] = set()
-    _check_inputs(report, {"finetune": made}, hashed, lambda *_: None)
-    assert hashed == set()  # not all of it was read
+    walk = Walk(None, tmp_path, [], ProgressDisplay(), -1)
+    walk.artifacts["finetune"] = made
+    walk.check_inputs(report, lambda *_: None)
+    assert walk.hashed == set()  # not all of it was read
     with pytest.raises(ArtifactError, match=r"model\.safetensors: SHA-256"):
-        _check_inputs(quantize, {"finetune": made}, hashed, lambda *_: None)
+        walk.check_inputs(quantize, lambda *_: None)
     (made.directory / "history.jsonl").write_bytes(b"x" * 100)
     with pytest.raises(ArtifactError, match=r"history\.jsonl: SHA-256"):
-        _check_inputs(report, {"finetune": made}, hashed, lambda *_: None)
+        walk.check_inputs(report, lambda *_: None)

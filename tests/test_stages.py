@@ -6,10 +6,11 @@ from fnmatch import fnmatchcase
 
 import pytest
 
+from dense2moe.convert.checking import prepare
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.pipeline import plan_tasks
+from dense2moe.convert.planning import plan_artifacts
 from dense2moe.convert.recipe.loading import load_recipe
-from dense2moe.convert.stages import data_settings, prepare
+from dense2moe.convert.stages.data import list_settings
 from dense2moe.upcycle.errors import UpcycleError
 
 DOCUMENTS = "|".join(f"Document {number} tells of house {number % 7} and its garden." for number in range(200))
@@ -119,9 +120,9 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
         ).hexdigest()
         for place, name in places.items()
     }
-    assert data_settings(prepared(), None) == data_settings(first, None)
+    assert list_settings(prepared(), None) == list_settings(first, None)
     (tmp_path / "b.txt").write_text(f"another {DOCUMENTS}", encoding="utf-8")
-    assert data_settings(prepared(), None) != data_settings(first, None)
+    assert list_settings(prepared(), None) != list_settings(first, None)
 
 
 @pytest.mark.parametrize("pattern", ["t.txt", "t*.txt", "[t]*.txt"])
@@ -150,13 +151,13 @@ def test_fine_tuning_is_switched_off_by_null_alone(tmp_path, dense_checkpoint):
         return load_recipe(path)
 
     preparation = prepare(load("null"), lambda *_: None)
-    assert preparation.scratch_bytes == 0
+    assert preparation.scratch_bytes == {}
     assert "finetune" not in preparation.artifact_bytes
-    tasks = {task.label: task for task in plan_tasks(preparation, "report")}
+    tasks = {task.label: task for task in plan_artifacts(preparation, "report")}
     assert "finetune" in tasks
     assert {name for name, task in tasks.items() if "finetune" in task.inputs.values()} == {"report"}
     for name in ("quantize-int8", "parity-int8"):
-        assert tasks[name].inputs["finetune"] == "upcycle"
+        assert tasks[name].inputs["exported"] == "upcycle"
     with pytest.raises(
         RecipeError,
         match=r"finetune\.steps: is 0; must be greater than 0, or `finetune: null`, which switches fine-tuning off",

@@ -18,11 +18,12 @@ from scipy import stats
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from dense2moe.convert.checking import prepare
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.convert.report.parity_tables import parity_sections
 from dense2moe.convert.report.verdicts import describe_task, verdict_lines
-from dense2moe.convert.stages import parity_settings, prepare
+from dense2moe.convert.stages.parity import list_settings
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
@@ -621,7 +622,7 @@ def test_another_task_makes_another_parity_and_nothing_else(tmp_path: Path, dens
         write_task(tmp_path / "words.jsonl", examples)
         preparation = prepare(load_recipe(recipe), silent)
         assert preparation.tasks == (Task("words", "choice", examples),)
-        settings.append(parity_settings(preparation, "int8"))
+        settings.append(list_settings(preparation, "int8"))
     assert settings[0].pop("task_files") != settings[1].pop("task_files")
     assert settings[0] == settings[1]
 

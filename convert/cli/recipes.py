@@ -15,7 +15,7 @@ from dense2moe.convert.stage_names import STAGE_NAMES
 from dense2moe.upcycle.imports import uncollected_imports
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
-    from dense2moe.convert.stages import Preparation
+    from dense2moe.convert.preparation import Preparation
 
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
@@ -40,7 +40,7 @@ def check(recipe: Path) -> None:
 @end_in_one_line
 def plan(recipe: Path, workdir: Path | None) -> None:
     """Show what RECIPE would make: sizes, parameters, disk and memory, before any work."""
-    from dense2moe.convert.planning import plan_tables
+    from dense2moe.convert.preview import plan_tables
 
     preparation = _prepare(recipe)
     console = open_console()
@@ -60,13 +60,13 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     fine-tuning at its last checkpoint. Another setting makes new artifacts beside the old. A broken parity threshold
     ends in exit code 1, after the report is written.
     """
-    from dense2moe.convert.pipeline import run_pipeline
     from dense2moe.convert.progress import ProgressDisplay
     from dense2moe.convert.report.costs import cost_table, read_costs, take_costs
     from dense2moe.convert.report.facts import read_facts
     from dense2moe.convert.report.names import HTML_NAME
     from dense2moe.convert.report.summary import summary_table
     from dense2moe.convert.report.verdicts import verdict_lines
+    from dense2moe.convert.walk import run_pipeline
     from dense2moe.upcycle.training.processes import leave_processes
 
     preparation = _prepare(recipe, apart=True)
@@ -76,15 +76,15 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     leave_processes()
     if outcome is None:
         return  # the first process of several tells what came out
-    if outcome.facts is not None:
-        facts = read_facts(outcome.facts, str(workdir))
+    if (report := outcome.artifacts.get("report")) is not None:
+        facts = read_facts(report.facts, str(workdir))
         costs = take_costs({label: artifact.facts for label, artifact in outcome.artifacts.items()})[1]
         console = open_console()
         console.print(cost_table(read_costs(costs)))
         console.print(summary_table(facts, console.width))
         for line in verdict_lines(facts):
             click.echo(line)
-        click.echo(f"report: {outcome.artifacts['report'].directory / HTML_NAME}")
+        click.echo(f"report: {report.directory / HTML_NAME}")
     else:
         for label, artifact in outcome.artifacts.items():
             click.echo(f"{label}: {artifact.directory}")
@@ -118,7 +118,7 @@ def _prepare(recipe: Path, apart: bool = False) -> Preparation:
     with uncollected_imports():
         from transformers.utils import logging
 
-        from dense2moe.convert.stages import prepare
+        from dense2moe.convert.checking import prepare
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -152,7 +152,7 @@ def recipe(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def run_here(function: Any, argument: Any, label: str, held: int, progress: Any) -> Measured[Any]:
         return Measured(function(argument, progress), 0)
 
-    monkeypatch.setattr("dense2moe.convert.pipeline.run_apart", run_here)
+    monkeypatch.setattr("dense2moe.convert.walk.run_apart", run_here)
     monkeypatch.setattr("dense2moe.convert.worker.start_server", lambda: None)
     (tmp_path / "inputs").mkdir()
     text = "".join(

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from dense2moe.upcycle.building.config import Domain, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Site
-from dense2moe.upcycle.building.plan import plan_upcycle
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import encode, load_tokenizer
@@ -38,13 +38,19 @@ class RouterReading:
 
 
 def read_routers(
-    source: Path, config: UpcycleConfig, blocks: torch.Tensor, base: Path, seed: int, progress: Progress
+    source: Path,
+    config: UpcycleConfig,
+    blocks: torch.Tensor,
+    base: Path,
+    seed: int,
+    progress: Progress,
+    plan: UpcyclePlan | None = None,
 ) -> RouterReading | None:
     """Routers from hidden states of the dense checkpoint in `source`; None where the settings draw them.
 
     `blocks` are training text, token ids [blocks, block_size], for k-means without domains of its own; paths of
-    domains' files start at `base`. Memory: one layer of the dense model and the hidden states of the text. A mean is
-    over real tokens, never over padding.
+    domains' files start at `base`. The plan is made here unless it is given. Memory: one layer of the dense model and
+    the hidden states of the text. A mean is over real tokens, never over padding.
 
     Raises:
         UpcycleError: a domain has no file, no text or no tokens, or there are fewer tokens than router rows.
@@ -53,7 +59,7 @@ def read_routers(
     if settings.kind == "normal":
         return None
     checkpoint = open_checkpoint(source)
-    plan = plan_upcycle(checkpoint, config)
+    plan = plan or plan_upcycle(checkpoint, config)
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None, "the conversion refuses routers from hidden states where layers cannot be run alone"
     sequences = _read_sequences(source, settings, blocks, base)

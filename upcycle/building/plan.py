@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -38,7 +39,7 @@ from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import Conversion
 from dense2moe.upcycle.models.parts import Matrix, Part
-from dense2moe.upcycle.models.table import find_family
+from dense2moe.upcycle.models.table import find_conversion, find_family
 
 _DENSE: frozenset[Part] = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
 _EXPERT_OF: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
@@ -57,6 +58,11 @@ class UpcyclePlan:
     dropped: tuple[str, ...]
     sites: tuple[Site, ...]
     num_layers: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process gets all of it but the conversion, which holds functions: there it is the table's own row."""
+        known = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "conversion"}
+        return _restore_plan, (self.conversion.family.architecture, self.conversion.target.architecture, known)
 
     @property
     def num_bytes(self) -> int:
@@ -104,6 +110,10 @@ class UpcyclePlan:
             and self.settings.num_experts_per_tok <= 2
             and self.conversion.zero_router == "bitwise"
         )
+
+
+def _restore_plan(family: str, target: str, known: dict[str, Any]) -> UpcyclePlan:
+    return UpcyclePlan(conversion=find_conversion(family, target), **known)
 
 
 def _count(write: Write) -> int:

@@ -48,19 +48,20 @@ def upcycle(
     seed: int,
     progress: Progress,
     routers: GivenRouters | None = None,
+    plan: UpcyclePlan | None = None,
 ) -> UpcyclePlan:
     """Write the mixture of experts of the checkpoint in `source` into the empty directory `output`.
 
-    Returns the plan that was carried out. `routers` are the rows of routers that are not drawn. Memory does not grow
-    with the model: what changes nothing is copied by the kernel, and the rest passes in chunks of a few million
-    weights.
+    Returns the plan that was carried out, which is made here unless it is given. `routers` are the rows of routers that
+    are not drawn. Memory does not grow with the model: what changes nothing is copied by the kernel, and the rest
+    passes in chunks of a few million weights.
 
     Raises:
         UpcycleError: the source cannot be upcycled (nothing is written then).
         OSError: the disk is full or not writable.
     """
     checkpoint = open_checkpoint(source)
-    plan = plan_upcycle(checkpoint, config)
+    plan = plan or plan_upcycle(checkpoint, config)
     surgeon = _Surgeon(checkpoint, plan, seed, routers or {})
     save_config(plan.target_config, output)
     copy_companions(source, output)

@@ -1,0 +1,204 @@
+"""Everything that a run will use, read and cross-checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dense2moe.convert.artifact.hashing import digest_file
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.preparation import Preparation
+from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
+from dense2moe.convert.report.card import read_license
+from dense2moe.convert.stages import finetune, source, upcycle
+from dense2moe.convert.stages.data import find_data_base
+from dense2moe.export.coverage import find_decoder_family
+from dense2moe.export.errors import ExportError
+from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
+from dense2moe.export.graph.config import rounds_activations
+from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
+from dense2moe.export.parity.answers.examples import read_tasks
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.checkpoints.loading import check_generation_config
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
+from dense2moe.upcycle.data.blocks import check_data, match_files, resolve_files
+from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.record import named_value
+from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.fine_tuning import check_finetune
+
+_OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
+    """Read and cross-check everything that a run will use: checkpoint, plan, export, data files. Writes nothing.
+
+    Raises:
+        RecipeError, UpcycleError, ExportError: in one line each, what is wrong and how to mend it.
+    """
+    recipe = loaded.recipe
+    directory, origin = source.locate_source(loaded)
+    checkpoint = open_checkpoint(directory)
+    plan = plan_upcycle(checkpoint, recipe.upcycle)
+    _check_context(loaded, checkpoint)
+    if recipe.finetune and _is_decoder(plan):
+        check_finetune(recipe.finetune, plan.num_layers)
+    shapes = {write.spec.name: write.spec.shape for write in plan.writes}
+    last_stage = _find_last_stage(plan, recipe.training_stages)
+    variants = recipe.variants if last_stage is None else ()
+    lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in variants}
+    texts = resolve_files(recipe.data.source, find_data_base(loaded))
+    data_files = {
+        f"{where}.{split}/{file}": _digest(file)
+        for where, splits in texts.items()
+        for split, files in splits.items()
+        for file in files
+    }
+    domain_files = _digest_domains(loaded)
+    task_paths = [resolve_path(path, loaded.path) for path in recipe.parity.tasks]
+    tasks = read_tasks(task_paths)
+    check_generation_config(directory)
+    check_data(directory, recipe.data, find_data_base(loaded), checkpoint.config.vocab_size)
+    sizes = _estimate_artifacts(checkpoint, plan, shapes, loaded, last_stage is None)
+    text_bytes = sum(
+        Path(file).stat().st_size for splits in texts.values() for files in splits.values() for file in files
+    )
+    scratch = {}
+    if recipe.finetune and "finetune" in sizes:
+        scratch["finetune"] = finetune.estimate_scratch(checkpoint, plan, recipe.finetune, sizes["finetune"])
+    return Preparation(
+        loaded=loaded,
+        origin=origin,
+        checkpoint=checkpoint,
+        plan=plan,
+        source_files=_digest_source(checkpoint, progress),
+        data_files=data_files,
+        domain_files=domain_files,
+        lowerings=lowerings,
+        artifact_bytes=sizes,
+        scratch_bytes=scratch,
+        last_stage=last_stage,
+        license=read_license(directory),
+        tasks=tasks,
+        task_files={path.name: _digest(path) for path in task_paths},
+        memory_bytes=_estimate_memory(checkpoint, plan, shapes, loaded, sizes, text_bytes),
+    )
+
+
+def _is_decoder(plan: UpcyclePlan) -> bool:
+    return plan.conversion.family.task == "text-generation"
+
+
+def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
+    """Refuse blocks, with a learned prompt before them, that are longer than the model's context."""
+    recipe = loaded.recipe
+    context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
+    if recipe.data.block_size > context:
+        block_size = named_value(recipe.data, "block_size")
+        raise RecipeError(
+            f"{loaded.path}: data.block_size: is {block_size}; must be at most the model's context, which is {context}"
+        )
+    prompt_tokens = next((phase.prompt_tokens for phase in recipe.training_stages if phase.train == "prompt"), 0)
+    if recipe.data.block_size + prompt_tokens > context:
+        raise RecipeError(
+            f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; "
+            f"both together must be at most the model's context, which is {context}"
+        )
+
+
+def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
+    """The last stage that can be run for a target and its training, and why the next cannot."""
+    if not _is_decoder(plan):
+        return (
+            "upcycle",
+            f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come",
+        )
+    try:
+        find_decoder_family(plan.target_config)
+    except ExportError as error:
+        return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
+    if (limit := find_operator_limit(plan.target_config)) is not None:
+        return "finetune", f"no ONNX model of this shape can run ({limit})"
+    if training and training[-1].train == "prompt":
+        return (
+            "finetune",
+            "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft",
+        )
+    return None
+
+
+def _digest_domains(loaded: LoadedRecipe) -> dict[str, str]:
+    """SHA-256 of the text files of the routers' domains, under each domain's number."""
+    base = upcycle.find_router_base(loaded)
+    return {
+        f"{number}/{file}": _digest(file)
+        for number, domain in enumerate(loaded.recipe.upcycle.router.domains)
+        for file in match_files(domain.files, base, f"{loaded.path}: upcycle.router.domains[{number}].files")
+    }
+
+
+def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
+    names = source.name_files(checkpoint)
+    digests = {}
+    for number, name in enumerate(names):
+        progress("reading the dense checkpoint", number, len(names))
+        digests[name] = _digest(checkpoint.directory / name)
+    return digests
+
+
+def _digest(file: Path) -> str:
+    with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"):
+        return digest_file(file)
+
+
+def _estimate_artifacts(
+    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Shapes, loaded: LoadedRecipe, is_exported: bool
+) -> dict[str, int]:
+    """Bytes of the large artifacts, by label."""
+    recipe = loaded.recipe
+    sizes = {"upcycle": plan.num_bytes}
+    if recipe.finetune and _is_decoder(plan):
+        sizes["finetune"] = finetune.estimate_artifact(checkpoint, plan, recipe.finetune)
+    if not is_exported:
+        return sizes
+    for variant in recipe.variants:
+        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(
+            plan.target_config, shapes, variant, recipe.quantize, recipe.export.device, recipe.export.lowering
+        )
+    return sizes
+
+
+def _estimate_memory(
+    checkpoint: Checkpoint,
+    plan: UpcyclePlan,
+    shapes: Shapes,
+    loaded: LoadedRecipe,
+    sizes: Mapping[str, int],
+    text_bytes: int,
+) -> dict[str, int]:
+    """The most memory that each stage has resident, by label; of the light stages, what the run's own process has."""
+    recipe, own = loaded.recipe, IMPORT_BYTES + _OWN_BYTES
+    block_size = recipe.data.block_size
+    planned = {
+        "source": own,
+        "data": data_bytes(text_bytes),
+        "upcycle": upcycle.estimate_memory(checkpoint, plan, block_size),
+    }
+    if recipe.finetune and "finetune" in sizes:
+        planned["finetune"] = finetune_bytes(plan, checkpoint, recipe.finetune, recipe.data)
+    for variant in recipe.variants:
+        if (package := sizes.get(f"onnx-{variant}")) is not None:
+            config = plan.target_config
+            planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
+            planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(
+                shapes, package, recipe.export.lowering == "auto"
+            )
+            longest_row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
+            noise = recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export)
+            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(
+                config, plan.num_parameters, package, block_size, longest_row, noise
+            )
+    return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})

@@ -1,0 +1,87 @@
+"""What is known before the first byte of work, and what one run of a stage is given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dense2moe.convert.recipe.loading import LoadedRecipe
+from dense2moe.convert.recipe.records import Recipe
+from dense2moe.export.parity.answers.examples import Task
+from dense2moe.export.variant import Variant
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.progress import Progress
+
+Facts = dict[str, Any]
+Each = Literal["source", "variant"]
+"""Over what a stage may be repeated."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
+
+    `last_stage` is the last that can be run for this target, with the reason; None where all can. `license` is
+    what the dense model's own card says of its licence. By label: `artifact_bytes`, of those that are large;
+    `scratch_bytes`, what a stage needs on the disk beside its artifact while it runs; `memory_bytes`, the most memory
+    that it is planned to have resident.
+    """
+
+    loaded: LoadedRecipe
+    origin: str
+    checkpoint: Checkpoint
+    plan: UpcyclePlan
+    source_files: Mapping[str, str]
+    data_files: Mapping[str, str]
+    domain_files: Mapping[str, str]
+    lowerings: Mapping[Variant, tuple[str, ...]]
+    artifact_bytes: Mapping[str, int]
+    scratch_bytes: Mapping[str, int]
+    last_stage: tuple[str, str] | None
+    license: Mapping[str, str]
+    tasks: tuple[Task, ...] = ()
+    task_files: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings."""
+        return self.loaded.recipe
+
+    @property
+    def items(self) -> Mapping[Each, Sequence[str]]:
+        """What a stage is repeated over: the one source, the variants."""
+        return {"source": (self.origin,), "variant": self.recipe.variants}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One run of one stage: the directories that it reads and writes, and what was known before.
+
+    `item` is the variant, or source, of a stage that is repeated. `inputs` are directories, and `input_facts` and
+    `keys` what their manifests say, each by the stage's name, or by its label where all of its artifacts are gathered.
+    `scratch` outlives a killed run; it may not exist yet, and goes when the artifact is sealed.
+    """
+
+    preparation: Preparation
+    item: str | None
+    inputs: Mapping[str, Path]
+    input_facts: Mapping[str, Facts]
+    keys: Mapping[str, str]
+    output: Path
+    scratch: Path
+    progress: Progress
+
+    @property
+    def recipe(self) -> Recipe:
+        """The settings."""
+        return self.preparation.recipe
+
+    @property
+    def variant(self) -> Variant:
+        """The variant of a stage that is repeated over them."""
+        assert self.item in self.recipe.variants, f"item {self.item!r}"
+        return self.item

@@ -1,0 +1,38 @@
+"""Text as blocks of tokens: training, validation and test."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+from dense2moe.convert.preparation import Facts, Preparation, StageRun
+from dense2moe.convert.recipe.loading import LoadedRecipe
+from dense2moe.upcycle.data.blocks import find_files, prepare_data, text_sources
+
+
+def find_data_base(loaded: LoadedRecipe) -> Path:
+    """The folder that the data's file names start at."""
+    sources = text_sources(loaded.recipe.data.source)
+    return find_text_base(loaded, next(iter(sources.values())).train[0]) if sources else Path.cwd()
+
+
+def find_text_base(loaded: LoadedRecipe, first: str) -> Path:
+    """The folder that names of text files start at: beside the recipe, or else the current one, as for the source.
+
+    The first file given decides which.
+    """
+    beside = loaded.path.absolute().parent
+    return beside if find_files(first, beside) else Path.cwd()
+
+
+def list_settings(preparation: Preparation, _: str | None) -> Facts:
+    """The text that is meant, down to the digests of its files."""
+    data = preparation.recipe.data
+    interpreter = platform.python_version() if data.source.kind == "python-docs" else None
+    return {**data.model_dump(mode="json"), "files": dict(preparation.data_files), "interpreter": interpreter}
+
+
+def run_stage(run: StageRun) -> Facts:
+    """Held-out and training text as blocks of tokens."""
+    base = find_data_base(run.preparation.loaded)
+    return prepare_data(run.inputs["source"], run.output, run.recipe.data, base, run.progress)

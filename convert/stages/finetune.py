@@ -1,0 +1,58 @@
+"""The fine-tuned mixture, and its dense controls."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from dense2moe.convert.preparation import Facts, Preparation, StageRun
+from dense2moe.convert.stage_names import StageName
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.fine_tuning import finetune, measure_untrained
+
+
+def name_exported(preparation: Preparation) -> StageName:
+    """The stage whose mixture is exported: the upcycled one where fine-tuning is switched off."""
+    return "upcycle" if preparation.recipe.finetune is None else "finetune"
+
+
+def estimate_artifact(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig) -> int:
+    """Bytes of the weights written: the mixture's, and those of the two controls."""
+    is_wide = config.resolve_stages()[-1].dtype == "float32"
+    mixture = 4 * plan.num_parameters if is_wide else plan.num_bytes
+    dense = 4 * checkpoint.num_parameters if is_wide else checkpoint.num_bytes
+    return mixture + (2 * dense if config.control else 0)
+
+
+def estimate_scratch(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig, artifact_bytes: int) -> int:
+    """Bytes on the disk while it trains: the weights after every phase, and three checkpoints of one model.
+
+    They are the best, the latest and the one being written, of the model that takes most. A checkpoint is what learns
+    in float32 with AdamW's two moments. Routers, low-rank updates and a prompt are next to nothing.
+    """
+    phases = config.resolve_stages()
+    mixture = plan.num_parameters if any(phase.train not in ("router", "lora", "prompt") for phase in phases) else 0
+    is_control_whole = config.control and any(phase.train not in ("lora", "prompt") for phase in phases)
+    control = checkpoint.num_parameters if is_control_whole else 0
+    return len(phases) * artifact_bytes + 3 * 3 * 4 * max(mixture, control)
+
+
+def list_settings(preparation: Preparation, _: str | None) -> Facts:
+    """The training recipe; without fine-tuning only figures are taken, which need no settings."""
+    recipe = preparation.recipe
+    return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed} if recipe.finetune else {"off": True}
+
+
+def run_stage(run: StageRun) -> Facts:
+    """The fine-tuned mixture, and the dense control.
+
+    The history is in a file beside them: megabytes where there are many experts. Where fine-tuning is switched off, no
+    model: the held-out figures of the dense and the upcycled model alone.
+    """
+    source, mixture, data = (run.inputs[name] for name in ("source", "upcycle", "data"))
+    if (config := run.recipe.finetune) is None:
+        facts = measure_untrained(source, mixture, data, run.output, run.progress)
+    else:
+        facts = finetune(source, mixture, data, run.output, config, run.recipe.seed, run.progress, run.scratch)
+    return {name: value for name, value in asdict(facts).items() if name != "history"}

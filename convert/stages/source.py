@@ -1,0 +1,104 @@
+"""The dense checkpoint: found or fetched, its files linked, its values checked."""
+
+from __future__ import annotations
+
+import os
+import re
+from glob import escape
+from pathlib import Path
+
+from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.preparation import Facts, Preparation, StageRun
+from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
+from dense2moe.convert.recipe.records import HUB_ID, HubSource, LocalSource
+from dense2moe.convert.report.facts import SourceFacts
+from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.reader import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    Checkpoint,
+    check_values,
+    read_config,
+    read_index,
+    refuse_adapter,
+)
+from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.models.table import find_family
+
+
+def locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
+    """The directory of the dense checkpoint, fetched from the hub if need be, and what the recipe calls it.
+
+    Raises:
+        RecipeError: it is not there, or cannot be fetched.
+    """
+    match loaded.recipe.source:
+        case LocalSource(path=path):
+            return _resolve_source(path, loaded.path).resolve(), path
+        case HubSource(hub=hub, revision=revision):
+            return _download(hub, revision), f"{hub}@{revision}"
+
+
+def name_files(checkpoint: Checkpoint) -> list[str]:
+    """The files of a checkpoint that something is made of: its config, what belongs to it, its weights."""
+    directory = checkpoint.directory
+    weights = {entry.file.name for entry in checkpoint.entries.values()}
+    indexes = {file.name for file in directory.glob("*.safetensors.index.json")}
+    return [CONFIG_NAME, *find_companions(directory), *sorted(weights | indexes)]
+
+
+def list_settings(preparation: Preparation, _: str | None) -> Facts:
+    """What is in the dense checkpoint, and where it is."""
+    return {"directory": str(preparation.checkpoint.directory), "files": dict(preparation.source_files)}
+
+
+def run_stage(run: StageRun) -> SourceFacts:
+    """Links to the dense checkpoint's files, every value that something is made of read once and found finite.
+
+    They are relative: work directory and checkpoint can be moved together, or be seen at another place from a
+    container.
+    """
+    checkpoint = run.preparation.checkpoint
+    for number, _ in enumerate(check_values(checkpoint, run.preparation.plan.dropped), 1):
+        run.progress("checking values", number, len(checkpoint.entries))
+    for name in run.preparation.source_files:
+        link = run.output / name
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(os.path.relpath((checkpoint.directory / name).resolve(), link.parent.resolve()))
+    return SourceFacts(
+        origin=run.preparation.origin,
+        architecture=(checkpoint.config.architectures or ["?"])[0],
+        num_parameters=checkpoint.num_parameters,
+        num_bytes=checkpoint.num_bytes,
+        dtype=", ".join(sorted({entry.dtype for entry in checkpoint.entries.values()})),
+    )
+
+
+def _resolve_source(path: str, recipe_path: Path) -> Path:
+    """The directory of a local source; one that is not there may be meant as an id of the hub."""
+    try:
+        return resolve_path(path, recipe_path)
+    except RecipeError as error:
+        if not re.fullmatch(HUB_ID, path):
+            raise
+        raise RecipeError(f"{error}, or write `source: {{hub: {path}}}` for a model of the Hugging Face hub") from error
+
+
+def _download(hub: str, revision: str) -> Path:
+    """A model of the hub: what belongs to it, and then, of the same commit, the weights that its index names."""
+    from huggingface_hub import snapshot_download  # only a hub source needs it
+
+    remedy = "check the id, or give a path"
+    with one_line_errors(Path(hub), f"revision '{revision}' cannot be fetched from the hub", remedy, RecipeError):
+        directory = Path(snapshot_download(hub, revision=revision, ignore_patterns=list(HUB_IGNORED)))
+    refuse_adapter(directory)
+    config = read_config(directory)
+    # before gigabytes are fetched for nothing
+    find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME), config)
+    weights = read_index(directory) if (directory / INDEX_NAME).is_file() else ()
+    names = [escape(name) for name in (SINGLE_NAME, *weights)]
+    with one_line_errors(
+        Path(hub), f"the weights of revision '{revision}' cannot be fetched from the hub", remedy, RecipeError
+    ):
+        return Path(snapshot_download(hub, revision=directory.name, allow_patterns=[*names, TEMPLATES_PATTERN]))

@@ -1,0 +1,79 @@
+"""The mixture of experts, and the receipt that it computes what the dense model does."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from dense2moe.convert.preparation import Facts, Preparation, StageRun
+from dense2moe.convert.recipe.loading import LoadedRecipe
+from dense2moe.convert.report.facts import UpcycleFacts
+from dense2moe.convert.stages.data import find_text_base
+from dense2moe.upcycle.building.hidden_states import read_routers
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
+from dense2moe.upcycle.building.surgery import check_written, upcycle
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.footprint import layer_receipt_bytes, receipt_bytes
+from dense2moe.upcycle.numbers import name_specials
+
+RECEIPT_NAME = "receipt.json"
+
+
+def find_router_base(loaded: LoadedRecipe) -> Path:
+    """The folder that names of the routers' text files start at."""
+    files = [file for domain in loaded.recipe.upcycle.router.domains for file in domain.files]
+    return find_text_base(loaded, files[0]) if files else Path.cwd()
+
+
+def estimate_memory(checkpoint: Checkpoint, plan: UpcyclePlan, block_size: int) -> int:
+    """The most memory resident: the receipt's, whole models at once or layer by layer."""
+    if choose_mode(plan, checkpoint, block_size) == "whole":
+        return receipt_bytes(plan, checkpoint, block_size)
+    return layer_receipt_bytes(plan, checkpoint)
+
+
+def list_settings(preparation: Preparation, _: str | None) -> Facts:
+    """Experts, router and seed."""
+    recipe = preparation.recipe
+    return {
+        **recipe.upcycle.model_dump(mode="json"),
+        "domain_files": dict(preparation.domain_files),
+        "block_size": recipe.data.block_size,
+        "seed": recipe.seed,
+    }
+
+
+def run_stage(run: StageRun) -> UpcycleFacts:
+    """The mixture, its tensors compared with what they were made of, and its receipt."""
+    config, seed, source, plan = run.recipe.upcycle, run.recipe.seed, run.inputs["source"], run.preparation.plan
+    blocks = read_blocks(run.inputs["data"], "train")
+    base = find_router_base(run.preparation.loaded)
+    reading = read_routers(source, config, blocks, base, seed, run.progress, plan)
+    routers = reading.routers if reading else None
+    upcycle(source, run.output, config, seed, run.progress, routers, plan)
+    num_written = check_written(source, run.output, plan, seed, run.progress, routers)
+    receipt = write_receipt(source, run.output, plan, run.recipe.data.block_size, run.progress)
+    (run.output / RECEIPT_NAME).write_text(
+        json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
+    )
+    return UpcycleFacts(
+        target=plan.conversion.target.architecture,
+        num_experts=config.num_experts,
+        num_experts_per_tok=config.num_experts_per_tok,
+        num_layers=plan.num_layers,
+        num_sparse_layers=len(plan.sites),
+        num_parameters=plan.num_parameters,
+        num_active_parameters=plan.num_active_parameters,
+        num_bytes=plan.num_bytes,
+        dropped=list(plan.dropped),
+        keeps_function=plan.keeps_function,
+        num_tensors_compared=num_written,
+        router_text_tokens=list(reading.num_tokens) if reading else [],
+        router_loads={str(site): load for site, load in reading.loads.items()} if reading else {},
+        receipt_mode=receipt.mode,
+        receipt_notes=list(receipt.notes),
+        receipt=list(receipt.comparisons),
+    )
