@@ -42,28 +42,25 @@ class OnnxConfig(Record):
 
     device: Device = Field(
         "cpu",
-        description="Where it is to run. 'cuda' writes quantized variants in float16, as files that both the CPU and "
-        "CUDA read; they need "
-        "quantize.block_size 64 or 128.",
+        description="Where the graph runs. 'cuda' writes quantized variants in float16, as files that both the CPU and "
+        "CUDA read; they need quantize.block_size 64 or 128.",
     )
     lowering: Literal["auto", "fused", "grouped", "unrolled", "switched"] = Field(
         "auto",
-        description="How experts are written: 'fused' is the MoE or QMoE operator, 'grouped' sorts tokens by expert "
-        "and has two products an "
-        "expert, 'unrolled' is a subgraph an expert; 'switched' is 'fused' for a decode step and 'grouped' for a "
-        "prefill, and has quantized experts "
-        "twice in the file and in memory; 'auto' times those that can express the layers on this machine and keeps "
-        "the fastest, or takes "
-        "the first of them where there is no such device to time on.",
+        description="How experts are written: 'fused' is the MoE or QMoE operator; 'grouped' sorts tokens by expert and"
+        " has two products an expert; 'unrolled' is a subgraph an expert; 'switched' is 'fused' for a "
+        "decode step and 'grouped' for a prefill, and stores quantized experts twice. 'auto' times the "
+        "lowerings that can express the layers on this machine and keeps the fastest; without such a device"
+        " to time on it takes the first of them.",
     )
     request: RequestConfig = Field(RequestConfig(), description="The request whose time 'auto' makes shortest.")
     activation_bits: Literal[8, 32] = Field(
         8,
-        description="Precision in which quantized matrix products read activations; 8 rounds them, as other engines "
-        "do; 32 is exact and slower.",
+        description="Precision in which quantized matrix products read activations: 8 rounds them, as other engines do;"
+        " 32 is exact and slower.",
     )
     exact_products: Annotated[tuple[Product, ...], Field(strict=False)] = Field(
-        (), description="Quantized products that read activations exactly although `activation_bits` is 8."
+        (), description="Quantized products that read activations exactly even if `activation_bits` is 8."
     )
 
     def bits_of(self, product: Product) -> Literal[8, 32]:

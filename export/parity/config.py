@@ -17,30 +17,25 @@ class ParityConfig(Record):
 
     max_relative_error: NonNegative = Field(
         1e-3,
-        description="Graphs that compute in float32 alone: largest logit difference from the torch model, relative "
-        "to the largest logit, however "
-        "large the noise.",
+        description="Graphs that compute in float32 alone: largest logit error against the torch model, relative to the"
+        " largest logit, whatever the noise.",
     )
     noise_multiple: PositiveFloat = Field(
         32,
-        description="Graphs that compute in float32 alone: how many times what float32 torch differs by from float64 "
-        "on this text they may differ "
-        "from float32 torch, in logits and in every layer.",
+        description="Graphs that compute in float32 alone: allowed error, as a multiple of float32 torch's own error "
+        "against float64 on this text, in logits and in every layer.",
     )
     noise_blocks: Annotated[int, Field(ge=0)] = Field(
         4,
-        description="Held-out blocks on which that noise is measured, 4 at most; with 0 `max_relative_error` alone "
-        "holds, and the model is not read "
-        "once more in float64, at 8 bytes a weight.",
+        description="Held-out blocks on which that error is measured, 4 at most; with 0 `max_relative_error` is the "
+        "only limit, and the model is not read once more in float64, at 8 bytes a weight.",
     )
-    left_padding: bool = Field(
-        True, description="Whether rows of different lengths, padded at their left, must be right too."
-    )
+    left_padding: bool = Field(True, description="Also judge rows of different lengths, padded on the left.")
     longest_row: PositiveInt = Field(
-        1024, description="Tokens of the longest row that is checked, where the model's context and the text have them."
+        1024, description="Tokens of the longest row that is checked, as far as the model's context and the text reach."
     )
     free_tokens: PositiveInt = Field(
-        32, description="Tokens that the package writes greedily by itself, beside the torch model."
+        32, description="Tokens that the package decodes greedily by itself, beside the torch model."
     )
     max_kl: NonNegative = Field(
         1e-3, description="Mean KL divergence in nats from the torch model with the same weights."
@@ -63,7 +58,7 @@ class ParityConfig(Record):
             "int4": 0.05,
             "mixed": 0.05,
         },
-        description="Relative to the fine-tuned model, on held-out text.",
+        description="Largest relative increase of perplexity over the fine-tuned model, on held-out text.",
     )
     tasks: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         (),
@@ -81,16 +76,17 @@ class ParityConfig(Record):
             "int4": 0.02,
             "mixed": 0.02,
         },
-        description="What a task's score may lie below the fine-tuned model's by, beside two standard errors of the "
-        "difference over its examples.",
+        description="Largest allowed drop of a task's score below the fine-tuned model's, plus two standard errors of "
+        "the difference over its examples.",
     )
-    num_examples: Annotated[int, Field(ge=2)] = Field(100, description="Examples of a task at most, taken evenly.")
-    answer_tokens: PositiveInt = Field(32, description="Tokens of a written answer at most.")
+    num_examples: Annotated[int, Field(ge=2)] = Field(100, description="Examples of a task to read, taken evenly.")
+    answer_tokens: PositiveInt = Field(32, description="Largest number of tokens of a written answer.")
     language_tokens: PositiveInt = Field(
         4096,
-        description="Held-out tokens on which perplexities are compared, in blocks taken evenly; the perplexity of "
-        "all text is the fine-tuned "
-        "model's there times the ratio of both.",
+        description="Held-out tokens on which perplexities are compared, in blocks taken evenly. The perplexity of all "
+        "text is the fine-tuned model's perplexity times the ratio measured here.",
     )
-    num_blocks: PositiveInt | None = Field(None, description="The same in blocks, instead of `language_tokens`.")
+    num_blocks: PositiveInt | None = Field(
+        None, description="Blocks on which perplexities are compared, instead of `language_tokens`."
+    )
     decode_steps: PositiveInt = Field(16, description="Decode steps chained after a prefill, teacher-forced.")

@@ -66,7 +66,7 @@ class BitsOverride(Record):
     layers: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = Field(
         min_length=1, description="The layers, from 0 on."
     )
-    bits: Literal[8, 16] = Field(description="Bits that it has at least; 16 leaves it as floats.")
+    bits: Literal[8, 16] = Field(description="Smallest number of bits; 16 leaves the class as floats.")
 
 
 _SEARCHED_BITS = 8  # and more: by default such weights are searched, and do not learn
@@ -86,75 +86,71 @@ class QuantizeConfig(Record):
     method: Literal["auto", "round", "search", "gptq"] = Field(
         "auto",
         description="How integers are chosen: 'round' takes the scale from the largest weight of a block, 'search' "
-        "takes the scale with the smallest "
-        "squared error, 'gptq' also lets weights make up on calibration text for the errors of all that were chosen "
-        "before them; 'auto' is 'gptq' "
-        "for weights of 4 bits, where there is text, and 'search' for those of 8, where it is as good and takes a "
-        "fraction of the time.",
+        "takes the scale with the smallest squared error, 'gptq' also lets weights compensate, on "
+        "calibration text, the errors of all weights rounded before them. 'auto' is 'gptq' for weights of 4"
+        " bits, if there is text, and 'search' for 8 bits, where it is as good and takes a fraction of the "
+        "time.",
     )
     calibration_tokens: PositiveInt | Literal["auto"] = Field(
         "auto",
-        description="Tokens of the training split that 'gptq' and 'int8-qdq' read, at most; 'auto' is four for each "
-        "input of an expert's matrices "
-        "where the experts have equal shares, and 8,192 to 32,768 in all.",
+        description="Largest number of tokens of the training split that 'gptq' and 'int8-qdq' read; 'auto' is four for"
+        " each input of an expert's matrices if experts have equal shares, and between 8,192 and 32,768.",
     )
     calibrate_all_experts: bool = Field(
-        False, description="Whether in calibration every expert sees all tokens, and not its own alone."
+        False, description="Show every expert all tokens in calibration, not only its own."
     )
     input_scaling: Literal["auto", "none", "awq", "smooth"] = Field(
         "auto",
-        description="Scales of what matrices read, folded into the norms and matrices before them; with any method; "
-        "learn from the same text. 'awq': "
-        "weights in large channels have smaller errors; 'smooth' weighs that against what rounding the inputs to 8 "
-        "bits costs; 'auto' is 'smooth' "
-        "where the graph rounds them and there is text, and 'none' elsewhere.",
+        description="Scales of the inputs of matrices, folded into the norms and matrices before them; combines with "
+        "any method, and learns from the same text. 'awq' reduces the errors of weights in large channels; "
+        "'smooth' weighs them against the error of rounding inputs to 8 bits; 'auto' is 'smooth' if the "
+        "graph rounds inputs and there is text, else 'none'.",
     )
     correct_routers: bool = Field(
         False,
-        description="Whether routers are fitted to route behind quantized matrices as they did in the float model; "
-        "learns from the same text.",
+        description="Fit routers, on the same text, to route behind quantized matrices as they did in the float model.",
     )
     activation_range: Literal["largest", "clip"] = Field(
         "clip",
-        description="Variant 'int8-qdq': the range of what a product reads. 'largest' reaches the largest magnitude "
-        "on calibration text, 'clip' cuts "
-        "off where the squared error is smallest.",
+        description="Variant 'int8-qdq': range of a product's input. 'largest' reaches the largest magnitude on "
+        "calibration text, 'clip' cuts off where the squared error is smallest.",
     )
     block_size: Literal[16, 32, 64, 128] = Field(
         32, description="Weights that share one scale, along the input dimension."
     )
     zero_points: bool = Field(
         False,
-        description="Whether each block has a zero point beside its scale, of a weight's bits, so that its range may "
-        "lie on one side of zero.",
+        description="Give each block a zero point beside its scale, with as many bits as a weight, so that its range "
+        "may lie on one side of zero.",
     )
     attention_bits: Literal["variant", 8, 16] = Field(
         8, description="Bits of attention's weights; 16 leaves them as floats; 'variant' follows the variant."
     )
     embedding_bits: Literal["variant", 8, 16] = Field(
         8,
-        description="Bits of the embedding, and of a head that is the embedding; 16 leaves them as floats; 'variant' "
-        "follows the variant.",
+        description="Bits of the embedding, and of a tied head; 16 leaves them as floats; 'variant' follows the "
+        "variant.",
     )
     head_bits: Literal["embedding", "variant", 8, 16] = Field(
         "embedding",
-        description="Bits of an output head of its own; 'embedding' follows embedding_bits; 16 leaves it as floats.",
+        description="Bits of an untied head; 'embedding' follows embedding_bits; 16 leaves it as floats.",
     )
     overrides: Annotated[tuple[BitsOverride, ...], Field(strict=False)] = Field(
         (), description="Layers that keep more bits."
     )
     budget: NumBytes | None = Field(
         None,
-        description="Variant 'mixed': bytes of its ONNX package at most, such as '0.6 GB'; its bits are those that "
-        "lose least within it.",
+        description="Variant 'mixed': largest size of its ONNX package, such as '0.6 GB'; it takes the bits that lose "
+        "least within this size.",
     )
     max_perplexity_increase: Percentage | None = Field(
         None,
-        description="Variant 'mixed': what perplexity on validation text may rise by, such as '1 %'; its bits are "
-        "the fewest that keep to it.",
+        description="Variant 'mixed': largest increase of perplexity on validation text, such as '1 %'; it takes the "
+        "fewest bits within this limit.",
     )
     search_tokens: PositiveInt = Field(
-        8192, description="Tokens of the validation split that the search for the bits of 'mixed' reads, at most."
+        8192,
+        description="Largest number of tokens of the validation split that the search for the bits of 'mixed' reads.",
     )
 
     def method_of(self, bits: int) -> Literal["round", "search", "gptq"]:

@@ -69,20 +69,20 @@ class RouterConfig(Record):
 
     kind: Literal["normal", "prototypes", "kmeans", "ridge"] = Field(
         "normal",
-        description="'normal' draws it; 'prototypes': each row is the mean hidden state of one domain; 'kmeans': the "
-        "rows are centres of clusters "
-        "of hidden states; 'ridge': the rows are a ridge regression from hidden states to domains.",
+        description="'normal' draws the router; 'prototypes': each row is the mean hidden state of one domain; "
+        "'kmeans': rows are the centres of clusters of hidden states; 'ridge': rows are a ridge regression "
+        "from hidden states to domains.",
     )
     logit_std: NonNegative = Field(
         1.0, description="Standard deviation of the router's logits at the start; 0 makes a zero router."
     )
     domains: Annotated[tuple[Domain, ...], Field(strict=False)] = Field(
         (),
-        description="Text of each expert's domain, for 'prototypes' and 'ridge'; for 'kmeans' the text to cluster, "
-        "the training split without it.",
+        description="Text of each expert's domain, for 'prototypes' and 'ridge'; for 'kmeans' the text to cluster, by "
+        "default the training split.",
     )
     max_tokens: PositiveInt = Field(
-        8192, description="Tokens of each domain, or of the training split, that are read at most."
+        8192, description="Largest number of tokens read of each domain, or of the training split."
     )
     penalty: PositiveFloat = Field(
         1e-2, description="Penalty of the ridge regression, relative to the mean square of a hidden state's element."
@@ -144,17 +144,15 @@ class UpcycleConfig(Record):
     )
     shared_expert: Literal["none", "half", "zero"] = Field(
         "none",
-        description="An expert that every token visits. 'half': a copy of the FFN that gives one half, the routed "
-        "experts the other; "
-        "'zero': a copy whose output starts at zero.",
+        description="An expert that every token visits. 'half': a copy of the FFN that gives one half of the output, "
+        "the routed experts give the other; 'zero': a copy whose output starts at zero.",
     )
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
     receipt: Literal["auto", "whole", "layers"] = Field(
         "auto",
-        description="How the result is compared with the dense model: 'whole' holds both in memory, 'layers' one "
-        "layer of each at a time; "
-        "'auto' takes 'whole' where it fits.",
+        description="How the result is compared with the dense model: 'whole' holds both in memory, 'layers' one layer "
+        "of each at a time; 'auto' takes 'whole' if it fits.",
     )
     shard_bytes: Annotated[int, Field(ge=1_000_000)] = Field(
         5_000_000_000, description="Largest weight file, in bytes."

@@ -32,7 +32,7 @@ class TextData(Record):
         (), description="Files or globs held out for the reported figures."
     )
     separator: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="What divides a file into documents; a file is one document without it."
+        None, description="Text between two documents of a file; without it a file is one document."
     )
 
 
@@ -81,12 +81,12 @@ class DataConfig(Record):
     block_size: Annotated[int, Field(ge=8)] = Field(256, description="Tokens a block.")
     max_train_tokens: PositiveInt | None = Field(
         None,
-        description="Use at most this many tokens, taken evenly from the whole; of a large text no more than about "
+        description="Largest number of tokens to use, taken evenly from the whole text; of a large text at most about "
         "twice as many are tokenized.",
     )
     max_validation_tokens: PositiveInt = Field(
-        32_768, description="Tokens of the validation split that are used, taken evenly from the whole."
+        32_768, description="Largest number of tokens of the validation split to use, taken evenly from the whole."
     )
     max_test_tokens: PositiveInt = Field(
-        32_768, description="Tokens of the test split that are used, taken evenly from the whole."
+        32_768, description="Largest number of tokens of the test split to use, taken evenly from the whole."
     )

@@ -26,7 +26,7 @@ Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
 
 
 class TrainingStage(Record):
-    """One stage of training: what differs in it from the settings around the list."""
+    """One phase of training: what differs in it from the settings around the list."""
 
     train: str | None = Field(
         None, description="As `finetune.train`.", json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"}
@@ -42,45 +42,40 @@ class TrainingStage(Record):
 
 
 class FinetuneConfig(Record):
-    """A brief fine-tune with a balance loss a layer.
-
-    And the dense model continued on the same tokens as the control.
-    """
+    """A brief fine-tune with a balance loss for each layer, and the dense model as its control."""
 
     train: str = Field(
         "all",
-        description="What learns: 'all', 'experts' (and routers), 'router' (all of them), 'last-N' (the last N "
-        "layers), 'lora' (low-rank updates "
-        "of experts and every linear layer, merged at the end, and the routers whole), or 'prompt' (vectors before "
-        "the text, in the last stage).",
+        description="What learns: 'all', 'experts' (and routers), 'router' (all of them), 'last-N' (the last N layers),"
+        " 'lora' (low-rank updates of experts and every linear layer, merged at the end, and whole "
+        "routers), or 'prompt' (vectors before the text, in the last phase).",
         json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"},
     )
     stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
         (),
-        description="Stages that follow each other, each with what differs in it from the settings here; one stage "
-        "without the list.",
+        description="Phases of training, one after the other, each with what differs in it from the settings here; one "
+        "phase without the list.",
     )
-    steps: PositiveInt = Field(200, description="Optimizer steps at most.")
-    batch_size: PositiveInt = Field(8, description="Blocks a step, over all devices and parts of a step.")
+    steps: PositiveInt = Field(200, description="Largest number of optimizer steps.")
+    batch_size: PositiveInt = Field(8, description="Blocks in a step, over all devices and parts of a step.")
     gradient_accumulation_steps: PositiveInt = Field(
         1, description="Parts that a step is computed in, one after the other, to save memory."
     )
     gradient_checkpointing: bool = Field(
         False,
-        description="Compute the layers' inner values twice instead of keeping them, to save memory; done anyway "
-        "where most weights do not "
-        "learn, or the values would take more than 1 GB.",
+        description="Compute the layers' activations again in the backward pass instead of keeping them, to save "
+        "memory; done anyway if most weights do not learn, or the activations would take more than 1 GB.",
     )
     routing: Literal["learned", "by-domain"] = Field(
         "learned",
-        description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the "
-        "router says.",
+        description="'by-domain' sends the text of each domain of the data to experts of its own, whatever the router "
+        "says.",
     )
     learning_rate: PositiveFloat = Field(
-        3e-4, description="Peak learning rate of AdamW, for everything but what has a rate of its own."
+        3e-4, description="Peak learning rate of AdamW, for everything without a rate of its own."
     )
     expert_learning_rate: PositiveFloat | None = Field(
-        None, description="Peak learning rate of the experts; the common one if not given."
+        None, description="Peak learning rate of the experts; `learning_rate` if not given."
     )
     router_learning_rate: PositiveFloat = Field(1e-3, description="Peak learning rate of the routers.")
     schedule: Schedule = Field(
@@ -94,10 +89,9 @@ class FinetuneConfig(Record):
     )
     bias_update_rate: NonNegative | None = Field(
         None,
-        description="What a step adds to, or takes from, the selection bias of an expert with too few, or too many, "
-        "tokens: balance without a loss, "
-        "where routers learn and gates have a bias, which target 'glm4_moe' gives them. 0.001 there if not given; 0 "
-        "leaves biases as they are.",
+        description="Step of the selection bias: added for an expert with too few tokens, subtracted for an expert with"
+        " too many. Balances without a loss, in phases in which routers learn, and needs gates with a bias,"
+        " which target 'glm4_moe' has. 0.001 there if not given; 0 leaves biases as they are.",
     )
     z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
     distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")
@@ -108,10 +102,12 @@ class FinetuneConfig(Record):
     lora_alpha: PositiveInt = Field(16, description="The updates are multiplied by lora_alpha / lora_rank.")
     prompt_tokens: PositiveInt = Field(16, description="Vectors before the text with train 'prompt'.")
     eval_steps: PositiveInt = Field(
-        50, description="Steps between two looks at the validation split, and between two checkpoints."
+        50, description="Steps between two evaluations on the validation split, and between two checkpoints."
     )
     patience: PositiveInt = Field(
-        3, description="End a stage after this many looks without a better validation loss; the best weights are kept."
+        3,
+        description="End a phase after this many evaluations without a better validation loss; the best weights are "
+        "kept.",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
@@ -119,8 +115,8 @@ class FinetuneConfig(Record):
     )
     dtype: Literal["source", "float32"] = Field(
         "source",
-        description="What fine-tuned weights are written in: 'source' is the dtype of the dense model's; they are "
-        "float32 while they learn.",
+        description="Type of the fine-tuned weights on disk: 'source' is the dense model's; they are float32 while they"
+        " learn.",
     )
     control: bool = Field(
         True,
