@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from dense2moe.export import names
@@ -123,6 +124,21 @@ class Reference:
             yield
         finally:
             self._forced = None
+
+    @contextmanager
+    def without_ffns(self) -> Iterator[None]:
+        """For the length of a `with`: layers have no FFN, and their experts are not computed."""
+        replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        for n, layer in enumerate(self.model.get_decoder().layers):
+            block: Any = self.modules.get(n, getattr(layer, "mlp", None))
+            replaced += [(layer, name, module) for name, module in layer.named_children() if module is block]
+        for layer, name, _ in replaced:
+            setattr(layer, name, nn.Identity())
+        try:
+            yield
+        finally:
+            for layer, name, module in replaced:
+                setattr(layer, name, module)
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, cache: DynamicCache | None) -> Forward:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -16,7 +16,7 @@ The twin's routers say what the graph's said, so no near-tie sends a token to ot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -27,7 +27,7 @@ from transformers import DynamicCache
 
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.blame import find_factors, find_wrong_experts
-from dense2moe.export.parity.inside.meter import TINY, Measured, Meter
+from dense2moe.export.parity.inside.meter import Measured, Meter
 from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Seen, Taps
@@ -97,7 +97,7 @@ class LocalCheck:
         if self.reference.reads_in_pieces(size):
             ends = [seen.num_prefill, *range(seen.num_prefill + 1, size + 1)]
             pieces = list(zip([0, *ends], ends, strict=False))
-        with self._ending(), torch.inference_mode(), self._mode, self._without_ffns():
+        with self._ending(), torch.inference_mode(), self._mode, self._shortened():
             cache = self._run(seen, pieces)
             # the longer a row, the more its rounding weighs
             if self._parts is not None and self.arithmetic.narrow is not None:
@@ -105,7 +105,7 @@ class LocalCheck:
                 self._run(seen, pieces)
             # rows padded at their left may be rotated from where they begin or from their slots: what attends is alike
             if bool(seen.mask.all()):
-                self._compare_cache(cache)
+                self.meter.compare_cache(cache)
         return self.meter.found
 
     @contextmanager
@@ -135,24 +135,10 @@ class LocalCheck:
                 self._compare_head(output.logits, seen.logits)
         return cache
 
-    @contextmanager
-    def _without_ffns(self) -> Iterator[None]:
-        """For the length of a `with`.
-
-        Where parts of attention alone are looked at, and what is behind it is replaced, layers have no FFN.
-        """
-        replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        if self._parts is not None and self.family is not None:
-            for n, layer in enumerate(self.reference.model.get_decoder().layers):
-                block: Any = self.reference.modules.get(n, getattr(layer, "mlp", None))
-                replaced += [(layer, name, module) for name, module in layer.named_children() if module is block]
-        for layer, name, _ in replaced:
-            setattr(layer, name, nn.Identity())
-        try:
-            yield
-        finally:
-            for layer, name, module in replaced:
-                setattr(layer, name, module)
+    def _shortened(self) -> AbstractContextManager[None]:
+        """Where parts of attention alone are looked at, and what is behind it is replaced, layers have no FFN."""
+        some = self._parts is not None and self.family is not None
+        return self.reference.without_ffns() if some else nullcontext()
 
     def _compare_head(self, own: torch.Tensor, shown: torch.Tensor) -> None:
         """The logits of the last tokens, from the final norm that was replaced by the graph's."""
@@ -174,22 +160,6 @@ class LocalCheck:
         self.meter.measures_noise, before = False, self.meter.measures_noise
         self.meter.compare(place, own[:, -tokens:], shown[:, -tokens:], inside)
         self.meter.measures_noise = before
-
-    def _compare_cache(self, cache: DynamicCache) -> None:
-        assert self.meter.seen is not None
-        for n, (key, value) in self.meter.seen.cache.items():
-            layer: Any = cache.layers[n]
-            if getattr(layer, "keys", None) is None:
-                continue
-            keys, values = layer.keys, layer.values
-            length = min(keys.shape[2], key.shape[2])  # of a window the last ones alone may be kept
-            self.meter.span = slice(key.shape[2] - length, None)
-            own, shown = (
-                torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2)
-                for a, b in ((keys, values), (key, value))
-            )
-            by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=TINY)
-            self.meter.keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
     # Hooks
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from dense2moe.export.parity.inside.flips import Inside
 from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
@@ -143,6 +145,23 @@ class Meter:
             self.narrow_noise[place] = max(
                 self.narrow_noise.get(place, least), float(rounded.mean()) if len(rounded) else 0.0
             )
+
+    def compare_cache(self, cache: DynamicCache) -> None:
+        """Keep the errors of cached keys and values, each head by itself; `cache` is the twin's."""
+        assert self.seen is not None
+        for n, (key, value) in self.seen.cache.items():
+            layer: Any = cache.layers[n]
+            if getattr(layer, "keys", None) is None:
+                continue
+            keys, values = layer.keys, layer.values
+            length = min(keys.shape[2], key.shape[2])  # of a window the last ones alone may be kept
+            self.span = slice(key.shape[2] - length, None)
+            own, shown = (
+                torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2)
+                for a, b in ((keys, values), (key, value))
+            )
+            by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=TINY)
+            self.keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
     def view(self, value: torch.Tensor) -> torch.Tensor:
         """A value by row of the text and token [B, S, width]."""
