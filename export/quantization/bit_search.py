@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -117,32 +117,40 @@ def options_of(unit: Unit, config: QuantizeConfig, floats: int) -> tuple[int, ..
     return tuple(bits for bits in (4, 8) if bits >= least) + (() if unit.tensors == "experts" else (floats,))
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Units of a decoder, the bits that each may have, `floats` being floats, and how tensors in them come to be."""
+
+    units: Mapping[Unit, Collection[str]]
+    options: Mapping[Unit, tuple[int, ...]]
+    floats: int
+    count_bytes: CountBytes
+    read: ReadCandidate
+
+
 def measure_units(
-    ruler: Ruler,
-    units: Mapping[Unit, Collection[str]],
-    options: Mapping[Unit, tuple[int, ...]],
-    floats: int,
-    count_bytes: CountBytes,
-    read: ReadCandidate,
-    progress: Progress,
-    journal: RecordJournal,
+    ruler: Ruler, candidates: Candidates, progress: Progress, journal: RecordJournal
 ) -> list[Sensitivity]:
     """What every unit costs by itself in every number of bits that it may have; floats cost nothing.
 
     Those in the journal are taken from it.
     """
+    units, options = candidates.units, candidates.options
     found = [Sensitivity(**{**record, "unit": Unit(**record["unit"])}) for record in journal.read()]
     known = {sensitivity.unit for sensitivity in found}
     total = len(units)
 
     def choices(unit: Unit) -> tuple[list[int], list[Weights]]:
         quantized = [bits for bits in options[unit] if is_quantized(bits)]
-        return quantized, [WeightsOf(units[unit], dict.fromkeys(units[unit], bits), read) for bits in quantized]
+        return quantized, [
+            WeightsOf(units[unit], dict.fromkeys(units[unit], bits), candidates.read) for bits in quantized
+        ]
 
     def note(unit: Unit, quantized: list[int], costs: list[Cost]) -> None:
-        kls = dict(zip(quantized, (cost.kl for cost in costs), strict=True)) | {floats: 0.0}
+        kls = dict(zip(quantized, (cost.kl for cost in costs), strict=True)) | {candidates.floats: 0.0}
         for bits in options[unit]:
-            found.append(Sensitivity(unit, bits, count_bytes(dict.fromkeys(units[unit], bits)), kls[bits]))
+            num_bytes = candidates.count_bytes(dict.fromkeys(units[unit], bits))
+            found.append(Sensitivity(unit, bits, num_bytes, kls[bits]))
         journal.add([asdict(sensitivity) for sensitivity in found if sensitivity.unit == unit])
         progress("measuring each part in fewer bits", len({s.unit for s in found}), total)
 

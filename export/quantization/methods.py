@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -17,6 +15,7 @@ from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
 from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.aim import find_aim
+from dense2moe.export.quantization.assignment import Assignment
 from dense2moe.export.quantization.blockwise import (
     Quantized,
     dequantize,
@@ -26,14 +25,14 @@ from dense2moe.export.quantization.blockwise import (
     round_to_nearest,
 )
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group, Rows
+from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.gptq import Moments, prepare_moments, quantize_gptq, quantize_together
-from dense2moe.export.quantization.input_scaling import READ_TOKENS, ScalingRecord, choose_scales, scale_layer
+from dense2moe.export.quantization.input_scaling import READ_TOKENS, choose_scales, scale_layer
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
-from dense2moe.export.quantization.router_correction import RouterFacts
+from dense2moe.export.quantization.order import head_name, order_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import ATTENTION, layer_of
 
 _TOKENS_PER_INPUT = 2
@@ -51,114 +50,12 @@ _MOMENTS_ELEMENTS = 1 << 25
 """
 
 
-@dataclass
-class CalibrationRecord:
-    """What calibration saw and changed.
-
-    Tokens of each expert by layer, by layer the experts with too few of them for GPTQ, their matrices, and how many
-    times the text would be enough for the one that lacks most; routing before and after correction by layer; groups of
-    matrices with scaled inputs; and the float tensors that stand in the place of the checkpoint's, by name.
-
-    `input_scales` are those of static quantization: of what a matrix reads, by the name of its tensor; one an expert
-    where experts that read different things are stacked in it. `column_scales` [K] are what the columns of a matrix
-    were multiplied by before it was quantized, where no tensor has taken that in.
-    """
-
-    expert_tokens: dict[int, list[int]] = field(default_factory=dict)
-    scarce_experts: dict[int, int] = field(default_factory=dict)
-    num_searched: int = 0
-    largest_lack: float = 1.0
-    routers: dict[int, RouterFacts] = field(default_factory=dict)
-    scaling: ScalingRecord = field(default_factory=ScalingRecord)
-    replaced: dict[str, torch.Tensor] = field(default_factory=dict)
-    input_scales: dict[str, list[float]] = field(default_factory=dict)
-    column_scales: dict[str, torch.Tensor] = field(default_factory=dict)
-
-    def add(self, other: CalibrationRecord) -> None:
-        """Take in what was seen in another layer."""
-        self.expert_tokens |= other.expert_tokens
-        self.scarce_experts |= other.scarce_experts
-        self.num_searched += other.num_searched
-        self.largest_lack = max(self.largest_lack, other.largest_lack)
-        self.routers |= other.routers
-        self.scaling.add(other.scaling)
-        self.replaced |= other.replaced
-        self.input_scales |= other.input_scales
-        self.column_scales |= other.column_scales
-
-    def write(self) -> dict[str, Any]:
-        """Facts for JSON; the tensors in `replaced` are not among them."""
-        facts = {
-            name: getattr(self, name)
-            for name in ("expert_tokens", "scarce_experts", "num_searched", "largest_lack", "input_scales")
-        }
-        return facts | {
-            "routers": {layer: asdict(found) for layer, found in self.routers.items()},
-            "scaling": asdict(self.scaling),
-        }
-
-    @classmethod
-    def read(cls, facts: Mapping[str, Any], replaced: Mapping[str, torch.Tensor]) -> CalibrationRecord:
-        """The record that `write` and JSON made facts of."""
-        by_layer = {
-            name: {int(layer): value for layer, value in facts[name].items()}
-            for name in ("expert_tokens", "scarce_experts")
-        }
-        routers = {int(layer): RouterFacts(**found) for layer, found in facts["routers"].items()}
-        return cls(
-            **{
-                **facts,
-                **by_layer,
-                "routers": routers,
-                "scaling": ScalingRecord(**facts["scaling"]),
-                "replaced": dict(replaced),
-            }
-        )
-
-    def describe_tokens(self) -> dict[int, str]:
-        """By layer, in words.
-
-        The fewest tokens of an expert, the median, and experts with fewer than twice the width of a matrix of theirs.
-        """
-        return {
-            layer: f"fewest {min(counts):,}, median {statistics.median_low(counts):,}; too few in "
-            f"{self.scarce_experts.get(layer, 0)} of "
-            f"{len(counts)} experts"
-            for layer, counts in self.expert_tokens.items()
-        }
-
-
-def order_tensors(names: Mapping[str, int], family: Architecture | None) -> list[str]:
-    """Tensors in the order in which `quantize_tensors` yields them.
-
-    Those outside of layers, then layer by layer, then what makes the logits.
-    """
-    last = head_name(names, family)
-    return sorted(names, key=lambda name: (name == last, layer_of(name), name))
-
-
-def head_name(names: Container[str], family: Architecture | None) -> str | None:
-    """The tensor that makes the logits, which may be the embedding as well.
-
-    None where no family describes the model.
-    """
-    return None if family is None else family.name("head") if family.name("head") in names else family.name("embedding")
-
-
 def quantize_tensors(
-    checkpoint: Checkpoint,
-    family: Architecture | None,
-    plan: Mapping[str, int],
-    config: QuantizeConfig,
-    scale_type: torch.dtype,
-    blocks: torch.Tensor | None,
-    record: CalibrationRecord,
-    progress: Progress,
-    journal: LayerJournal,
+    assignment: Assignment, record: CalibrationRecord, progress: Progress, journal: LayerJournal
 ) -> Iterator[tuple[str, Quantized]]:
-    """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`.
+    """Quantize every tensor of an assignment, in the order of `order_tensors`.
 
-    One layer in memory at a time. Method gptq reads `blocks` [N, S] of token ids. A matrix that sees fewer than two
+    One layer in memory at a time. Method gptq reads the text. A matrix that sees fewer than two
     tokens for each of its inputs is quantized with searched scales instead, errors weighed by its inputs' mean squares.
     An embedding has searched scales always, unless it is the head as well, and so has a model that no family describes
     (`family` None), which cannot be walked. Where no matrix in a layer learns and inputs are scaled, a few of the
@@ -167,6 +64,8 @@ def quantize_tensors(
     Raises:
         ExportError: gptq without text.
     """
+    checkpoint, family, plan = assignment.checkpoint, assignment.family, assignment.plan
+    config, scale_type, blocks = assignment.config, assignment.scale_type, assignment.blocks
     names = [name for name in order_tensors(plan, family) if is_quantized(plan[name])]
     in_layers = [name for name in names if layer_of(name) >= 0]
     walk = None

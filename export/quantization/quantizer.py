@@ -20,7 +20,14 @@ from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.coverage import find_decoder_family, find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.progress import Progress
-from dense2moe.export.quantization.bit_search import BitChoices, BitSearcher, find_units, measure_units, options_of
+from dense2moe.export.quantization.bit_search import (
+    BitChoices,
+    BitSearcher,
+    Candidates,
+    find_units,
+    measure_units,
+    options_of,
+)
 from dense2moe.export.quantization.bits import (
     FLOAT_BITS,
     check_head,
@@ -30,48 +37,20 @@ from dense2moe.export.quantization.bits import (
     plan_bits,
     plan_classes,
 )
-from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized
-from dense2moe.export.quantization.calibration_size import count_calibration_tokens
+from dense2moe.export.quantization.blockwise import dequantize, is_quantized
+from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import BitSearch, QuantizeFacts
-from dense2moe.export.quantization.journal import LayerJournal, RecordJournal
-from dense2moe.export.quantization.methods import CalibrationRecord, head_name, order_tensors, quantize_tensors
-from dense2moe.export.quantization.packing import (
-    Packing,
-    check_budget,
-    integer_specs,
-    node_bytes,
-    package_bytes,
-    rotary_bytes,
-    stored_bytes,
-)
+from dense2moe.export.quantization.journal import RecordJournal
+from dense2moe.export.quantization.packing import check_budget, node_bytes, package_bytes, rotary_bytes, stored_bytes
 from dense2moe.export.quantization.sensitivity import Ruler, Weights
-from dense2moe.export.quantization.static import quantize_static
-from dense2moe.export.quantization.twin import COLUMN_SCALES, SCHEME_NAME, STEM, read_dequantized, read_quantized
-from dense2moe.export.variant import STATIC, Device, ElementType, Variant, element_type, float_type, rounds_to_8_bits
+from dense2moe.export.quantization.twin import SCHEME_NAME, read_quantized
+from dense2moe.export.quantization.writer import Quantization, choose_text, write_integers, write_twin
+from dense2moe.export.variant import STATIC, Device, Variant, float_type, rounds_to_8_bits
 from dense2moe.upcycle.checkpoints.config_files import save_config
-from dense2moe.upcycle.checkpoints.reader import (
-    Checkpoint,
-    TensorEntry,
-    check_values,
-    copy_companions,
-    index_tensors,
-    open_checkpoint,
-    read_tensor,
-)
-from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, check_values, copy_companions, open_checkpoint
 from dense2moe.upcycle.durable import begin
-from dense2moe.upcycle.models.architecture import Architecture
-from dense2moe.upcycle.models.parts import TensorClass
 from dense2moe.upcycle.numbers import name_specials
-
-_INTEGERS, _CODES = "integers", ".codes"
-_SHARD_BYTES = 5_000_000_000
-_TORCH_TYPES: dict[ElementType, torch.dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -129,7 +108,7 @@ def quantize_checkpoint(
     if config.method == "auto" and (family is None or blocks is None):
         config = config.model_copy(update={"method": "search"})
     check_overrides(config, checkpoint.config)
-    job = _Job(checkpoint, family, classes, variant, config, device, blocks, output, progress, given.scratch)
+    job = Quantization(checkpoint, family, classes, variant, config, device, blocks, output, progress, given.scratch)
     bits = class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits, config.overrides)
     search = None
@@ -141,7 +120,7 @@ def quantize_checkpoint(
     if variant == "mixed":
         plan, record, search = _search_bits(job, plan, given.held_out)
     else:
-        record = _write_twin(job, plan)
+        record = write_twin(job, plan)
     integer_specs = job.integer_specs(plan)
     experts = [name for name in plan if classes[name] == "experts" and checkpoint.entries[name].num_elements]
     sizes = {name: checkpoint.entries[name].num_elements for name in experts}
@@ -188,7 +167,7 @@ def quantize_checkpoint(
     return facts
 
 
-def _describe_method(job: _Job, plan: Mapping[str, int]) -> str:
+def _describe_method(job: Quantization, plan: Mapping[str, int]) -> str:
     if job.variant == STATIC:
         return "round"
     if job.config.method == "gptq" and job.family is None:
@@ -199,10 +178,10 @@ def _describe_method(job: _Job, plan: Mapping[str, int]) -> str:
     return next(iter(found), job.config.method)
 
 
-def _warnings(job: _Job, plan: Mapping[str, int], record: CalibrationRecord) -> Iterator[str]:
+def _warnings(job: Quantization, plan: Mapping[str, int], record: CalibrationRecord) -> Iterator[str]:
     if job.blocks is None or not record.num_searched:
         return
-    read = _choose_text(job.blocks, job).numel()
+    read = choose_text(job.blocks, job).numel()
     enough = math.ceil(read * record.largest_lack)
     count = sum(is_quantized(bits) for bits in plan.values())
     more = (
@@ -218,104 +197,8 @@ def _warnings(job: _Job, plan: Mapping[str, int], record: CalibrationRecord) -> 
     )
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What is quantized, how, and where it goes."""
-
-    checkpoint: Checkpoint
-    family: Architecture | None
-    classes: Mapping[str, TensorClass]
-    variant: Variant
-    config: QuantizeConfig
-    device: Device
-    blocks: torch.Tensor | None
-    output: Path
-    progress: Progress
-    scratch: Path | None
-
-    @property
-    def computes_in(self) -> ElementType:
-        """What the graph computes in, which scales are rounded to."""
-        return element_type(self.variant, self.device)
-
-    @property
-    def packing(self) -> Packing:
-        """How the integers lie."""
-        return Packing.of(self.variant, self.config, self.device)
-
-    def integer_specs(self, plan: Mapping[str, int]) -> list[TensorSpec]:
-        """The integers of a plan, in the order in which they are made."""
-        return [
-            spec
-            for name in order_tensors(plan, self.family)
-            if is_quantized(plan[name])
-            for spec in integer_specs(
-                name, self.checkpoint.entries[name].shape, plan[name], self.packing, self.has_column_scales(name)
-            )
-        ]
-
-    def has_column_scales(self, name: str) -> bool:
-        """Whether scales of a matrix's inputs lie beside its integers.
-
-        Of a head that is the embedding, where inputs are scaled.
-        """
-        return (
-            self.config.input_scaling != "none"
-            and self.family is not None
-            and name == self.family.name("embedding") == head_name(self.classes, self.family)
-        )
-
-
-def _choose_text(blocks: torch.Tensor, job: _Job) -> torch.Tensor:
-    """The blocks [N, S] that calibration reads, taken evenly."""
-    return choose_blocks(blocks, count_calibration_tokens(job.config, job.checkpoint.config) // blocks.shape[1])
-
-
-def _write_integers(
-    job: _Job, plan: Mapping[str, int], output: Path
-) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
-    """Quantize by a plan, and write the integers into the empty folder `output`; returns where they are."""
-    record, specs = CalibrationRecord(), job.integer_specs(plan)
-    if not specs:
-        return {}, record
-    text = None if job.blocks is None else _choose_text(job.blocks, job)
-    journal = LayerJournal(job.scratch, plan, job.config.model_dump_json())
-    if job.variant == STATIC:
-        quantized = quantize_static(job.checkpoint, job.family, plan, job.config, text, record, job.progress, journal)
-    else:
-        scales = job.packing.scale_type
-        quantized = quantize_tensors(
-            job.checkpoint, job.family, plan, job.config, scales, text, record, job.progress, journal
-        )
-    write_tensors(output, specs, _integer_tensors(job, quantized, record), _SHARD_BYTES, stem=_INTEGERS)
-    return index_tensors(output, _INTEGERS), record
-
-
-def _write_twin(job: _Job, plan: dict[str, int]) -> CalibrationRecord:
-    """Write the checkpoint that has the values of a plan's integers.
-
-    And of these the scales, from which both can be told.
-    """
-    for old in job.output.glob(f"{STEM}*.safetensors*"):
-        old.unlink()
-    with tempfile.TemporaryDirectory(dir=job.output) as folder:
-        integers, record = _write_integers(job, plan, Path(folder))
-        specs = [TensorSpec(name, torch.float32, entry.shape) for name, entry in job.checkpoint.entries.items()]
-        write_tensors(job.output, specs, _twin_tensors(job, integers, plan, record.replaced), _SHARD_BYTES)
-        kept = [spec for spec in job.integer_specs(plan) if not spec.name.endswith(_CODES)]
-        if kept:
-            write_tensors(
-                job.output,
-                kept,
-                ((spec.name, read_tensor(integers[spec.name])) for spec in kept),
-                _SHARD_BYTES,
-                stem=STEM,
-            )
-    return record
-
-
 def _search_bits(
-    job: _Job, base: Mapping[str, int], held_out: torch.Tensor | None
+    job: Quantization, base: Mapping[str, int], held_out: torch.Tensor | None
 ) -> tuple[dict[str, int], CalibrationRecord, BitSearch]:
     """Choose the bits of variant 'mixed', and write the twin; returns the plan, what calibration saw, and the search.
 
@@ -350,7 +233,7 @@ def _search_bits(
             plan = {
                 name: bits if any(name in names for names in units.values()) else width for name, width in base.items()
             }
-            candidates[bits], _ = _write_integers(alone, plan, folder / f"{bits}-bits")
+            candidates[bits], _ = write_integers(alone, plan, folder / f"{bits}-bits")
 
         def read(name: str, bits: int) -> torch.Tensor:
             return dequantize(read_quantized(name, candidates[bits]), shapes[name][-1], bits).reshape(shapes[name])
@@ -358,7 +241,9 @@ def _search_bits(
         ruler = Ruler(job.checkpoint, choose_blocks(held_out, config.search_tokens // held_out.shape[1]))
         options = {unit: options_of(unit, config, floats) for unit in units}
         journal = RecordJournal(folder / "sensitivities")
-        sensitivities = measure_units(ruler, units, options, floats, count_bytes, read, job.progress, journal)
+        sensitivities = measure_units(
+            ruler, Candidates(units, options, floats, count_bytes, read), job.progress, journal
+        )
         searcher = BitSearcher(
             ruler,
             BitChoices(base, units, sensitivities),
@@ -370,7 +255,7 @@ def _search_bits(
         )
         searcher.choose()
         while True:
-            record = _write_twin(job, searcher.plan)
+            record = write_twin(job, searcher.plan)
             cost = ruler.measure(_Tensors(open_checkpoint(job.output)))
             if not searcher.reject(cost):
                 break
@@ -391,53 +276,3 @@ class _Tensors(Weights):
 
     def __len__(self) -> int:
         return len(self._checkpoint.entries)
-
-
-def _integer_tensors(
-    job: _Job, quantized: Iterator[tuple[str, Quantized]], record: CalibrationRecord
-) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, found in quantized:
-        if not torch.isfinite(found.scales).all():
-            raise _beyond_float16(job.checkpoint, name, job.checkpoint.read(name).to(torch.float32))
-        narrow = replace(found, scales=found.scales.to(job.packing.scale_type))
-        yield from ((f"{name}.{part}", tensor) for part, tensor in narrow.parts().items())
-        if job.has_column_scales(name):
-            width = job.checkpoint.entries[name].shape[-1]
-            yield f"{name}.{COLUMN_SCALES}", record.column_scales.get(name, torch.ones(width))
-
-
-def _twin_tensors(
-    job: _Job, integers: Mapping[str, TensorEntry], plan: dict[str, int], replaced: Mapping[str, torch.Tensor]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    checkpoint, narrow = job.checkpoint, _TORCH_TYPES[float_type(job.variant, job.device)]
-    for number, (name, bits) in enumerate(plan.items(), 1):
-        if is_quantized(bits):
-            shape = checkpoint.entries[name].shape
-            yield name, read_dequantized(name, integers, shape, bits)
-        else:
-            weight = (replaced[name] if name in replaced else checkpoint.read(name)).to(torch.float32)
-            rounded = weight.to(narrow).to(torch.float32) if bits == 16 else weight
-            if not torch.isfinite(rounded).all():
-                raise (
-                    _beyond_float16(checkpoint, name, weight)
-                    if narrow == torch.float16
-                    else _beyond_bfloat16(checkpoint, name, weight)
-                )
-            yield name, rounded
-        job.progress("writing the twin", number, len(plan))
-
-
-def _beyond_float16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
-    return ExportError(
-        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; float16 reaches "
-        f"{torch.finfo(torch.float16).max:.0f}; "
-        "leave out the variants in float16, which are 'float16' and with export.device 'cuda' the quantized ones"
-    )
-
-
-def _beyond_bfloat16(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> ExportError:
-    reach = torch.finfo(torch.bfloat16).max
-    return ExportError(
-        f"{checkpoint.directory}: tensor '{name}' holds {float(weight.abs().max()):.6g}; bfloat16 reaches "
-        f"{reach:.6g}; leave out 'bfloat16'"
-    )

@@ -23,12 +23,12 @@ import torch
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.progress import Progress
+from dense2moe.export.quantization.assignment import Assignment
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized, round_to_nearest
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
-from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
-from dense2moe.export.quantization.methods import CalibrationRecord, head_name, order_tensors
-from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.export.quantization.order import head_name, order_tensors
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import layer_of
 
@@ -97,25 +97,20 @@ class Magnitudes:
 
 
 def quantize_static(
-    checkpoint: Checkpoint,
-    family: Architecture | None,
-    plan: Mapping[str, int],
-    config: QuantizeConfig,
-    blocks: torch.Tensor | None,
-    record: CalibrationRecord,
-    progress: Progress,
-    journal: LayerJournal,
+    assignment: Assignment, record: CalibrationRecord, progress: Progress, journal: LayerJournal
 ) -> Iterator[tuple[str, Quantized]]:
-    """Quantize every tensor of `plan` (bits by name; 16 and 32 are left alone), in the order of `order_tensors`.
+    """Quantize every tensor of an assignment, in the order of `order_tensors`.
 
     One layer in memory at a time. Weights [N, K] have one scale a row, codes [N, 1, K]. When all have been yielded,
-    `record.input_scales` has those of what they read, on `blocks` [N, S] of token ids: one for all experts of a layer,
+    `record.input_scales` has those of what they read, on the text: one for all experts of a layer,
     which read the same states, and one for each expert's down projection. An expert that sees no token has the widest
     range of its layer. Scales of layers that are in the journal are taken from it.
 
     Raises:
         ExportError: no text, a model that no family describes, or one whose states are not finite.
     """
+    checkpoint, family, plan = assignment.checkpoint, assignment.family, assignment.plan
+    config, blocks = assignment.config, assignment.blocks
     if family is None:
         raise ExportError(
             f"{checkpoint.directory}: model_type {checkpoint.config.model_type} is traced, and cannot be calibrated; "
