@@ -54,7 +54,7 @@ from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.variant import Variant
 
 if TYPE_CHECKING:
-    from tests.faults import Exported, Fault
+    from tests.faults.planted import Exported, Fault
     from tests.foreign import Kind
 
 LOWERINGS = ("fused", "grouped", "unrolled")
@@ -377,7 +377,7 @@ def make_packages(
     exporter: Exporter, variant: Variant, kind: Kind, folder: Path, bits: int, lowering: str
 ) -> tuple[Exported, bool]:
     """A correct package and its twin, and whether it rounds activations; each exporter's model is the same one."""
-    from tests.faults import Exported
+    from tests.faults.planted import Exported
     from tests.foreign import make_checkpoint, make_foreign
 
     source = folder / "source"
@@ -398,7 +398,8 @@ def judge_faults(
     exported: Exported, variant: Variant, rounds: bool, blocks: torch.Tensor, only: str
 ) -> Iterator[tuple[str, str, str]]:
     """Fault, verdict and first breach: of the correct package, and of each faulty one."""
-    from tests.faults import FAULTS, Inexpressible, plant
+    from tests.faults.planted import FAULTS, plant
+    from tests.faults.stores import Inexpressible
 
     right = ask_parity(exported.package, exported.twin, exported.source, blocks, variant, rounds)
     yield "(none)", "ALARM" if right.breaches else "passed", as_cell(right.breaches)

@@ -39,7 +39,9 @@ from transformers import (
 
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
-from tests.faults import Exported, Graph, Integers
+from tests.faults.graphs import Graph
+from tests.faults.planted import Exported
+from tests.faults.stores import Integers
 
 Kind = Literal["llama", "mixtral", "qwen2_moe"]
 Accuracy = Literal[0, 4]

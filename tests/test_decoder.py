@@ -3,176 +3,46 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from exports import (
+    EXACT,
+    EXACT_PRODUCTS,
+    FLOAT16,
+    PREFILL,
+    STEPS,
+    VARIANTS,
+    Export,
+    Make,
+    assert_same_logits,
+    draw_ids,
+    make_exports,
+    pad,
+)
 from onnx import TensorProto
 from packaging.version import Version
-from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, MixtralForCausalLM, Qwen2Config
+from transformers import DynamicCache, Glm4MoeConfig, MixtralConfig, Qwen2Config
 
 from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import plan_lowerings
-from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_checkpoint
 from dense2moe.export.quantization.twin import Twin
-from dense2moe.export.runtime.decoder import CUDA, Decoder, is_at_hand
-from dense2moe.export.runtime.inspection import Inspection
-from dense2moe.export.storage import MODEL_NAME
-from dense2moe.export.variant import Device, Variant
+from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-
-VOCABULARY = 96
-PREFILL, STEPS = 20, 64
-EXACT_PRODUCTS = {"activation_bits": 32, "lowering": "grouped"}  # 8 bits round; what that costs is measured apart
-# those need text
-VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
-Padding = Literal["left", "right", "none"]
-
-
-def silent(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
-
-
-class Export:
-    """A tiny mixture exported: its twin in torch, and its package in onnxruntime."""
-
-    def __init__(
-        self, source: Path, directory: Path, variant: Variant, quantize: QuantizeConfig, config: OnnxConfig
-    ) -> None:
-        self.twin, self.package = directory / "twin", directory / "package"
-        for path in (self.twin, self.package):
-            path.mkdir()
-        quantize_checkpoint(source, self.twin, variant, quantize, silent, QuantizeInputs(device=config.device))
-        self.facts = write_package(self.twin, self.package, config, silent)
-        if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
-            # in .ci/runtimes
-            pytest.skip(f"the package needs onnxruntime {self.facts.min_onnxruntime}, this is {ort.__version__}")
-        self.decoder = Decoder(self.package, inspection=Inspection(streams=True), num_threads=1)
-        self.torch = MixtralForCausalLM.from_pretrained(
-            self.twin, dtype=torch.float32, experts_implementation="eager"
-        ).eval()
-
-    @property
-    def proto(self) -> onnx.ModelProto:
-        return onnx.load(self.package / MODEL_NAME)
-
-    def expect(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """Logits of one forward over all tokens, without a cache."""
-        mask_BT = torch.from_numpy(mask)
-        positions = (mask_BT.cumsum(1) - 1).clamp(min=0)
-        with torch.inference_mode():
-            return self.torch(
-                torch.from_numpy(ids), attention_mask=mask_BT, position_ids=positions, use_cache=False
-            ).logits.numpy()
-
-    def run(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> np.ndarray:
-        """Logits of the package, fed in pieces of so many tokens."""
-        cache = self.decoder.new_cache(*ids.shape)
-        ends = np.cumsum(pieces)
-        assert ends[-1] == ids.shape[1]
-        parts = [
-            self.decoder.run(cache, ids[:, end - n : end], mask[:, end - n : end])["logits"]
-            for n, end in zip(pieces, ends, strict=True)
-        ]
-        return np.concatenate(parts, axis=1)
-
-    def error(self, ids: np.ndarray, mask: np.ndarray, pieces: list[int]) -> float:
-        """Largest difference at real tokens, relative to the largest logit."""
-        found, expected = self.run(ids, mask, pieces), self.expect(ids, mask)
-        real = mask.astype(bool)
-        return float(np.abs(found - expected)[real].max() / np.abs(expected[real]).max())
-
-
-Make = Callable[..., Export]
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Make:
     """Make a tiny mixture of the given config, quantize it and export it."""
-
-    def build(
-        variant: Variant = "float32",
-        quantize: dict[str, Any] | None = None,
-        onnx_config: dict[str, Any] | None = None,
-        **fields: Any,
-    ) -> Export:
-        source = tmp_path / "source"
-        make_mixture(source, **fields)
-        return Export(
-            source,
-            tmp_path,
-            variant,
-            QuantizeConfig(**{"method": "search"} | (quantize or {})),
-            OnnxConfig(**EXACT_PRODUCTS | (onnx_config or {})),
-        )
-
-    return build
-
-
-def make_mixture(directory: Path, **fields: Any) -> None:
-    """A random Mixtral whose attention, experts and norms all show in the logits."""
-    small = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.2,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-    }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = MixtralForCausalLM(MixtralConfig(**small | fields))
-        for name, parameter in model.named_parameters():
-            if "norm" in name:
-                torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    model.save_pretrained(directory)
-
-
-def draw_ids(batch: int, length: int = PREFILL + STEPS) -> np.ndarray:
-    return np.random.default_rng(0).integers(2, VOCABULARY, (batch, length))
-
-
-def pad(batch: int, padding: Padding) -> np.ndarray:
-    """A mask over a padded prompt and the tokens after it; the first row of three lacks 12 tokens, the second 6."""
-    mask = np.ones((batch, PREFILL + STEPS), np.int64)
-    for row in range(batch):
-        if padding == "left":
-            mask[row, : 6 * (batch - 1 - row)] = 0
-        if padding == "right":
-            mask[row, PREFILL - 6 * (batch - 1 - row) : PREFILL] = 0
-    return mask
-
-
-# Float32 sums in another order, through two layers: 3e-6 measured over all tests of this file.
-EXACT = 5e-6
-# In float16 each product rounds what it reads and writes by 2^-11 of itself, and so do attention and its cache: 6e-3
-# measured over all tests.
-FLOAT16 = 1e-2
-
-
-def assert_same_logits(export: Export, limit: float = EXACT) -> None:
-    """Prefill and chained decode steps, one row and three, padded on either side."""
-    for batch, padding in ((1, "none"), (3, "left"), (3, "right")):
-        ids, mask = draw_ids(batch), pad(batch, padding)
-        assert export.error(ids[:, :PREFILL], mask[:, :PREFILL], [PREFILL]) < limit, (batch, padding, "prefill")
-        assert export.error(ids, mask, [PREFILL] + [1] * STEPS) < limit, (batch, padding, "decode")
+    return make_exports(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -594,147 +464,3 @@ def test_models_that_are_not_covered_are_refused(config: Any, message: str) -> N
 
 def test_a_window_of_the_whole_context_is_full_attention(make: Make) -> None:
     assert_same_logits(make(sliding_window=128))
-
-
-# Float16
-
-
-CHOOSES_ALL = {"num_experts_per_tok": 4, "hidden_size": 64, "head_dim": 16, "intermediate_size": 96}
-"""Every expert is chosen, so that no rounding can change which: what is left is noise.
-
-The widths are those that CUDA's operators take.
-"""
-SCALES = {"MatMulNBits": 2, "QMoE": 3}  # which input they are
-FLOAT16_WAYS: list[tuple[Variant, Device, str, str]] = [
-    ("float16", "cpu", "fused", "moe"),
-    ("float16", "cpu", "grouped", "grouped"),
-    ("float16", "cpu", "unrolled", "unrolled"),
-    ("float16", "cuda", "fused", "moe"),
-    ("int8", "cuda", "grouped", "grouped"),
-    ("int4", "cuda", "fused", "qmoe"),
-    ("int4", "cuda", "grouped", "grouped"),
-    ("int4", "cuda", "unrolled", "unrolled"),
-    ("int4", "cuda", "switched", "switched"),
-]
-
-
-@pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
-def test_a_float16_package_equals_its_twin_within_float16(
-    make: Make, variant: Variant, device: Device, lowering: str, name: str
-) -> None:
-    export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
-    assert (export.facts.lowering, export.facts.element_type) == (name, "float16")
-    assert_same_logits(export, FLOAT16)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"sliding_window": 16},
-        {"head_dim": 8},  # rotated by a node of its own
-        {"tie_word_embeddings": False},
-        {"vocab_size": 97},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-@pytest.mark.parametrize(("variant", "device"), [("float16", "cpu"), ("int4", "cuda")])
-def test_shapes_of_decoders_equal_their_twin_in_float16(
-    make: Make, variant: Variant, device: Device, fields: dict[str, Any]
-) -> None:
-    export = make(variant, {"block_size": 64, "embedding_bits": "variant"}, {"device": device}, **CHOOSES_ALL | fields)
-    assert_same_logits(export, FLOAT16)
-
-
-@pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
-def test_float16_costs_little_where_experts_are_chosen(
-    make: Make, variant: Variant, device: Device, lowering: str, name: str
-) -> None:
-    export = make(
-        variant,
-        {"block_size": 64},
-        {"device": device, "lowering": lowering},
-        **CHOOSES_ALL | {"num_experts_per_tok": 2},
-    )
-    ids = draw_ids(3)
-    found = torch.from_numpy(export.run(ids, np.ones_like(ids), [PREFILL] + [1] * STEPS)).log_softmax(-1)
-    expected = torch.from_numpy(export.expect(ids, np.ones_like(ids))).log_softmax(-1)
-    kl = (expected.exp() * (expected - found)).sum(-1).mean()
-    assert 0 < kl < 5e-3  # a flip of near-equal router logits here and there: 1.5e-3 nats measured at most
-
-
-@pytest.mark.parametrize(("variant", "device", "lowering", "name"), FLOAT16_WAYS)
-def test_routers_norms_and_logits_stay_float32_in_a_float16_graph(
-    make: Make, variant: Variant, device: Device, lowering: str, name: str
-) -> None:
-    export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
-    for branch, graph in enumerate(model.graph for model in take_branches(export.proto)):
-        kinds = {tensor.name: tensor.data_type for tensor in graph.initializer}
-        norms = [node for node in graph.node if node.op_type.endswith("SimplifiedLayerNormalization")]
-        assert [kinds[node.input[-1]] for node in norms] == [TensorProto.FLOAT] * 5  # two a layer, and the last
-        makers = {output: node for node in graph.node for output in node.output}
-        for n in range(2):
-            router = makers[f"router_logits.{n}"]
-            assert kinds[router.input[1]] == TensorProto.FLOAT
-            flat = makers[router.input[0]]
-            assert flat.op_type == "Reshape"
-            assert makers[flat.input[0]] in norms  # nothing else between: what the router reads was never rounded
-        chosen = [node for node in graph.node if node.op_type == "TopK" and node.output[0].endswith(".top_k")]
-        assert [node.input[0] for node in chosen] == (
-            []
-            if lowering == "fused" or (lowering == "switched" and branch == 0)
-            else ["router_logits.0", "router_logits.1"]
-        )
-        declared = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output)}
-        caches = {kind for value, kind in declared.items() if value.startswith(("past_key_values.", "present."))}
-        assert (caches, declared["logits"]) == ({TensorProto.FLOAT16}, TensorProto.FLOAT)
-        products = {
-            kinds[node.input[1]]
-            for node in graph.node
-            if node.op_type == "MatMul" and node.input[1] in kinds and "router" not in node.name
-        }
-        assert products <= {TensorProto.FLOAT16}
-        scales = {
-            node.op_type: kinds[node.input[at]]
-            for node in graph.node
-            for kind, at in SCALES.items()
-            if node.op_type == kind
-        }
-        assert set(scales.values()) <= {TensorProto.FLOAT16}
-
-
-def test_a_row_of_nothing_but_padding_poisons_no_other_and_is_finite_in_float16(make: Make) -> None:
-    """Scores of masked slots stay finite in float16.
-
-    Minus infinity there would make the row NaN, and NaN times a weight of zero stays NaN.
-    """
-    export = make("float16", None, {}, **CHOOSES_ALL)
-    ids, mask = draw_ids(2, 12), np.ones((2, 12), np.int64)
-    mask[1] = 0
-    found = export.run(ids, mask, [12])
-    assert np.isfinite(found).all()
-    np.testing.assert_array_equal(found[:1], export.run(ids[:1], mask[:1], [12]))
-
-
-def test_what_cannot_be_timed_here_is_chosen_by_rank_and_said(make: Make) -> None:
-    if is_at_hand(CUDA):
-        pytest.skip("a CUDA device is here to time on")
-    export = make("int4", {"block_size": 64}, {"device": "cuda", "lowering": "auto"}, **CHOOSES_ALL)
-    assert (export.facts.lowering, export.facts.choice, export.facts.timings) == (
-        "qmoe",
-        "first, no such device here to time on",
-        (),
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("variant", "device", "lowering", "name"), [way for way in FLOAT16_WAYS if way[1] == "cuda"])
-def test_a_file_for_cuda_equals_its_twin_on_cuda(
-    make: Make, variant: Variant, device: Device, lowering: str, name: str
-) -> None:
-    """The very files that the tests above run on the CPU. Float16 sums on both; CUDA's are of another order."""
-    if not is_at_hand(CUDA):
-        pytest.skip("no CUDA device, or no onnxruntime-gpu")
-    export = make(variant, {"block_size": 64}, {"device": device, "lowering": lowering}, **CHOOSES_ALL)
-    assert export.facts.lowering == name
-    export.decoder = Decoder(export.package, CUDA, inspection=Inspection(streams=True))
-    assert_same_logits(export, FLOAT16)

@@ -26,7 +26,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU
 from dense2moe.export.variant import Variant
-from tests.faults import FAULTS, WAYS, Exported, Fault, plant
+from tests.faults.planted import FAULTS, WAYS, Exported, Fault, plant
 
 pytest.importorskip("onnx_ir", reason="onnx-ir is not installed")
 from tests.foreign import make_checkpoint

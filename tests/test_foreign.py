@@ -22,7 +22,8 @@ from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
-from tests.faults import FAULTS, Exported, Inexpressible, plant
+from tests.faults.planted import FAULTS, Exported, plant
+from tests.faults.stores import Inexpressible
 from tests.foreign import VARIANTS, Kind, make_foreign
 
 BLOCKS = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(0))

@@ -5,54 +5,40 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 from transformers import MixtralForCausalLM
 
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
-from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.agreement import _Sums
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward
 from dense2moe.export.parity.judgement import check_parity
-from dense2moe.export.parity.limits import configured_limits, noise_limit
-from dense2moe.export.parity.place import Part
-from dense2moe.export.parity.records import (
-    TIERS,
-    Agreement,
-    Check,
-    FilesCheck,
-    FreeRun,
-    Limit,
-    Parity,
-    PlaceCheck,
-    ProviderParity,
-    Tier,
-    WeightsCheck,
-    WrongRows,
-)
+from dense2moe.export.parity.records import TIERS, Parity, ProviderParity, WeightsCheck
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.ties import same_experts
-from dense2moe.export.parity.verdicts import find_breaches
-from dense2moe.export.parity.ways.cases import Case
-from dense2moe.export.parity.ways.feeding import measure_errors
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
 from dense2moe.export.runtime.speed import measure_speed
-from dense2moe.export.storage import DATA_NAME, MODEL_NAME
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.tasks.figure import Figure
+from tests.faults.by_name import (
+    CHANGES,
+    Change,
+    Weights,
+    change_weights,
+    lose_a_head_to_nan,
+    perturb_the_router,
+    scale_one_expert_by_2_percent,
+    swap_two_experts,
+)
 
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
@@ -250,7 +236,7 @@ def test_a_float16_export_is_held_to_what_float16_rounds(exports: dict[Variant, 
 def test_a_planted_fault_in_float16_is_caught_at_its_place(
     exports: dict[Variant, Exported], tmp_path: Path, fault: str
 ) -> None:
-    planted = plant(exports["float16"], tmp_path, next(each for each in FAULTS if each.__name__ == fault))
+    planted = plant(exports["float16"], tmp_path, next(each for each in CHANGES if each.__name__ == fault))
     parity, result = check(planted, "float16", rounds=True)
     other_routing = fault == "perturb_the_router"
     assert any(
@@ -302,79 +288,14 @@ def test_fewer_blocks_are_taken_evenly(exports: dict[Variant, Exported]) -> None
     assert result.finetuned_perplexity == pytest.approx(perplexity(logits_of(exports["float32"].finetuned)), rel=1e-6)
 
 
-# Planted faults, all in the last of two layers. A fault changes the package's weights by name.
-
-Weights = dict[str, np.ndarray]
-FUSED, GROUPED = "layers.1.moe.fc", "layers.1.moe.expert."
-
-
-def swap_two_experts(weights: Weights) -> None:
-    for name in list(weights):
-        if name.startswith(FUSED):
-            weights[name] = weights[name][[1, 0, 2, 3]]
-        if name.startswith(f"{GROUPED}0."):
-            other = name.replace(f"{GROUPED}0.", f"{GROUPED}1.")
-            weights[name], weights[other] = weights[other], weights[name]
-
-
-def swap_gate_and_up(weights: Weights) -> None:
-    for name in list(weights):
-        if name.startswith(f"{FUSED}1"):
-            interleaved = weights[name]
-            weights[name] = np.stack([interleaved[:, 1::2], interleaved[:, 0::2]], axis=2).reshape(interleaved.shape)
-        if name.startswith(GROUPED) and ".gate_up." in name:
-            axis = 1 if name.endswith(".weight") else 0
-            weights[name] = np.roll(weights[name], weights[name].shape[axis] // 2, axis)
+def plant(exported: Exported, directory: Path, change: Change | None = None, epsilon: float | None = None) -> Exported:
+    """The package with its weights changed."""
+    return exported._replace(package=change_weights(exported.package, directory, change, epsilon))
 
 
 def wrong_places(result: ProviderParity) -> set[tuple[int, str]]:
     assert isinstance(result.places, tuple)
     return {(each.layer, each.part) for each in result.places if not each.is_right}
-
-
-def perturb_the_router(weights: Weights) -> None:
-    router = weights["router_logits.1.weight"]
-    weights["router_logits.1.weight"] = router + np.float32(0.2 * router.std()) * np.random.default_rng(
-        0
-    ).standard_normal(router.shape, np.float32)
-
-
-def scale_one_expert_by_2_percent(weights: Weights) -> None:
-    for name in list(weights):
-        if name in (f"{FUSED}2.scales", f"{FUSED}2"):
-            weights[name] = (weights[name] * np.float32([1, 1, 1.02, 1])[:, None, None]).astype(weights[name].dtype)
-        if name == f"{GROUPED}2.down.scales":
-            weights[name] = (weights[name] * np.float32(1.02)).astype(weights[name].dtype)
-
-
-def lose_a_head_to_nan(weights: Weights) -> None:
-    name = next(name for name in ("logits.weight", "logits.scales") if name in weights)
-    weights[name] = np.full_like(weights[name], np.nan)
-
-
-Fault = Callable[[Weights], None]
-FAULTS: tuple[Fault, ...] = (swap_two_experts, swap_gate_and_up, perturb_the_router, scale_one_expert_by_2_percent)
-
-
-def plant(exported: Exported, directory: Path, fault: Fault | None = None, epsilon: float | None = None) -> Exported:
-    """A copy of the package with the fault in it; `epsilon` is set in the norm before layer 1's attention."""
-    package = directory / "faulty"
-    shutil.copytree(exported.package, package)
-    proto = onnx.load(package / MODEL_NAME)
-    before = {tensor.name: numpy_helper.to_array(tensor) for tensor in proto.graph.initializer}
-    after = dict(before)
-    if fault is not None:
-        fault(after)
-        assert any(not np.array_equal(before[name], after[name]) for name in before)
-    for tensor in proto.graph.initializer:
-        assert after[tensor.name].dtype == before[tensor.name].dtype
-        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(after[tensor.name]), tensor.name))
-    for node in proto.graph.node:
-        if epsilon is not None and "layers.1.normed" in node.output:
-            next(attribute for attribute in node.attribute if attribute.name == "epsilon").f = epsilon
-    (package / DATA_NAME).unlink()
-    onnx.save(proto, package / MODEL_NAME)
-    return exported._replace(package=package)
 
 
 @pytest.mark.parametrize("variant", EXACT)
@@ -384,10 +305,10 @@ def test_a_package_written_anew_without_a_fault_passes(
     assert check(plant(exports[variant], tmp_path), variant)[0].breaches == ()
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", CHANGES, ids=lambda fault: fault.__name__)
 @pytest.mark.parametrize("variant", EXACT)
 def test_a_planted_fault_is_caught_and_its_layer_named(
-    exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Fault
+    exports: dict[Variant, Exported], tmp_path: Path, variant: Variant, fault: Change
 ) -> None:
     parity, result = check(plant(exports[variant], tmp_path, fault), variant)
     assert not parity.passed
@@ -527,299 +448,6 @@ def test_ties_between_equal_experts_are_no_flips(mixture_checkpoint: Path, tmp_p
     assert parity.passed
     assert sum(each.num_tie_flips for each in result.checks) == 0
     assert all(each.relative_error < ROUNDING for each in result.checks)
-
-
-# Limits, on figures made by hand.
-
-SAME = Agreement(
-    max_error=0.0,
-    mean_error=0.0,
-    kl=0.0,
-    top1_agreement=1.0,
-    routing_agreement=(1.0, 1.0, 1.0),
-    hidden_error=(0.0, 1e-6, 2e-6),
-)
-FIGURES = ProviderParity(
-    onnxruntime="1.32.0",
-    checks=(Check("prefill", 8, 0.0, 0.0, 1e-6, 1.0, 0), Check("decode", 8, 0.0, 0.0, 1e-6, 1.0, 0, decoded=True)),
-    twin=SAME,
-    finetuned=SAME,
-    perplexity=10.0,
-    twin_perplexity=10.0,
-    finetuned_perplexity=10.0,
-    worst_layer=2,
-    prefill_tokens_per_second=1.0,
-    decode_tokens_per_second=1.0,
-    weights=WeightsCheck(100, 5, 0, ()),
-    limits={"logits": Limit(1e-5, "by hand"), **configured_limits("int8", True, ParityConfig())},
-)
-WORST = "(worst layer 2: routing agreement 1.0000, hidden error 2.0e-06)"
-
-
-def breaches_of(**changes: Any) -> list[tuple[Tier, str]]:
-    return find_breaches(replace(FIGURES, **changes))
-
-
-def test_figures_within_every_limit_break_none() -> None:
-    assert breaches_of() == []
-
-
-def test_figures_at_a_limit_do_not_break_it() -> None:
-    limits = {"logits": Limit(1e-6, ""), "kl": Limit(0.0, ""), "routing": Limit(1.0, ""), "perplexity": Limit(0.0, "")}
-    assert breaches_of(limits=limits) == []
-
-
-def test_every_breach_is_one_line_that_names_tier_and_worst_layer() -> None:
-    changes = {
-        "checks": (
-            replace(FIGURES.checks[0], relative_error=0.25, first_position=0),
-            replace(FIGURES.checks[1], relative_error=0.5),
-        ),
-        "twin": replace(SAME, kl=0.03, routing_agreement=(1.0, 0.5, 0.25), hidden_error=(0.0, 0.5, 0.75)),
-        "perplexity": 10.5,
-    }
-    worst = "(worst layer 2: routing agreement 0.2500, hidden error 7.5e-01)"
-    assert breaches_of(**changes) == [
-        ("logits", f"prefill: relative error 2.5e-01 > 1.0e-05, from token 0 on {worst}"),
-        ("logits", f"decode: relative error 5.0e-01 > 1.0e-05 {worst}"),
-        ("language", f"KL from the twin 3.0e-02 > 1e-03 {worst}"),
-        (
-            "language",
-            "perplexity 10.5000 is +5.00% ± 0.00% of the fine-tuned model's; at most +0.50% and two standard errors "
-            f"{worst}",
-        ),
-        ("routing", f"routing agreement with the twin 0.2500 < 0.97 {worst}"),
-    ]
-    without_logits = configured_limits("int8", True, ParityConfig())
-    assert breaches_of(**changes, limits=without_logits) == breaches_of(**changes)[2:]
-
-
-def test_a_check_s_errors_that_only_decoding_has_point_to_the_cache() -> None:
-    checks = (FIGURES.checks[0], replace(FIGURES.checks[1], relative_error=0.5, first_position=7))
-    hint = "(every prefill is right: look at the KV cache and the positions of decoding)"
-    assert breaches_of(checks=checks) == [
-        ("logits", f"decode: relative error 5.0e-01 > 1.0e-05, from token 7 on {hint}")
-    ]
-
-
-def test_greedy_text_may_differ_where_two_tokens_are_as_likely() -> None:
-    # two logits, each off by 1e-5
-    tied = FreeRun(num_rows=3, num_tokens=32, shortest_prefix=5, mean_prefix=20.0, num_diverged=1, largest_gap=2e-5)
-    assert breaches_of(free_run=tied) == []
-    line = (
-        "greedy text differs after 5 of 32 tokens, where the reference's choice is ahead by 3.0e-05 > 2.0e-05 of "
-        f"the largest logit {WORST}"
-    )
-    assert breaches_of(free_run=replace(tied, largest_gap=3e-5)) == [("logits", line)]
-    # other weights write another text
-    assert breaches_of(free_run=replace(tied, largest_gap=0.5), weights="not judged") == []
-    assert breaches_of(free_run=replace(tied, largest_gap=0.5), tie_share=0.9) == []
-
-
-WRONG = PlaceCheck(layer=1, part="experts", error=0.5, limit=1e-5, noise=1e-7, num_tokens=9)
-
-
-def test_an_operator_is_named_with_its_experts() -> None:
-    given = "on the graph's own input"
-    right = "its weights are all in the file: look at"
-    look = (
-        f"({right} the order of experts and of gate and up, the activation, biases, and what router logits become "
-        "as weights of experts)"
-    )
-    expected = {
-        (): f"layer 1, experts, none of them in every token, {given}: relative error 5.0e-01 > 1.0e-05 {look}",
-        (2,): f"layer 1, expert 2 {given}: relative error 5.0e-01 > 1.0e-05 {look}",
-        (0, 3): f"layer 1, experts 0, 3 {given}: relative error 5.0e-01 > 1.0e-05 {look}",
-    }
-    fine = replace(WRONG, layer=0, error=1e-5)
-    for experts, line in expected.items():
-        assert breaches_of(places=(fine, replace(WRONG, experts=experts))) == [("operator", line)]
-    line = (
-        f"layer 1, router logits {given}: relative error 3.0e-02 > 1.0e-05 ({right} its bias, what it reads, and "
-        "the type that it is computed in)"
-    )
-    assert breaches_of(places=(replace(WRONG, part="router", error=0.03),)) == [("operator", line)]
-    straight = replace(WRONG, experts=(0, 1, 2), factors=(0.5, 0.75))
-    line = (
-        "layer 1, experts, each token's output a multiple of the twin's, 0.50 to 0.75 times (are the weights "
-        f"renormalized?), {given}"
-    )
-    assert breaches_of(places=(straight,)) == [("operator", f"{line}: relative error 5.0e-01 > 1.0e-05 {look}")]
-
-
-def test_a_layer_names_the_first_place_of_each_kind() -> None:
-    attention, head = replace(WRONG, part="attention"), replace(WRONG, layer=-1, part="head")
-    given, error = "on the graph's own input: relative error", "5.0e-01 > 1.0e-05"
-    scale, bias = (
-        "look at the scale and the mask of attention, and the order of its heads",
-        "a factor, a cap or a bias behind it",
-    )
-    bias = f"its weights are all in the file: look at {bias}"
-    alike = replace(head, error=1e-6, factor=1.001, factor_limit=2e-4)
-    expected = {
-        (attention,): f"layer 1, attention, from its queries, keys and values, {given} {error} ({scale})",
-        (replace(attention, layer=0), attention, replace(attention, layer=2)): (
-            f"layer 0, attention, from its queries, keys and values, {given} {error}; and in 2 more layers ({scale})"
-        ),
-        (replace(attention, first_position=1),): (
-            f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 1 on (a token that "
-            "reads itself alone is right: "
-            "look at positions and rotary tables)"
-        ),
-        (replace(attention, first_position=7),): (
-            f"layer 1, attention, from its queries, keys and values, {given} {error}, from token 7 on (every token "
-            "before 7 is right: look at the "
-            "window and the mask of attention)"
-        ),
-        (replace(WRONG, part="cache", first_position=1),): (
-            f"layer 1, the keys and values that are cached, {given} {error}, from token 1 on (the first token is "
-            "right: look at positions and rotary "
-            "tables)"
-        ),
-        (replace(WRONG, part="cache", first_position=32),): (
-            f"layer 1, the keys and values that are cached, {given} {error}, from token 32 on (every token before 32 "
-            "is right: look at positions and "
-            "rotary tables)"
-        ),
-        (replace(head, first_position=4),): f"the head, {given} {error}, from token 4 on ({bias})",
-        (
-            replace(head, error=0.02, factor=1.02),
-        ): f"the head, {given} 2.0e-02 > 1.0e-05, 1.02 times the twin's ({bias})",
-        (alike,): f"the head, {given} of all tokens alike 1.0e-03 > 2.0e-04, 1.001 times the twin's ({bias})",
-    }
-    for places, line in expected.items():
-        assert breaches_of(places=places) == [("layer", line)]
-    both = breaches_of(places=(attention, replace(attention, layer=2), head))
-    assert [line.split(",")[0] for _, line in both] == ["layer 1", "the head"]
-    assert breaches_of(places=(replace(alike, factor=1.0001),)) == []
-    assert [tier for tier, _ in breaches_of(places=(replace(head, error=math.nan),))] == ["layer"]
-
-
-def test_what_is_known_of_a_place_s_weights_says_where_to_look() -> None:
-    right = WeightsCheck(8, 8, 0, ())
-    norm, head = replace(WRONG, part="FFN norm"), replace(WRONG, layer=-1, part="head")
-    experts = WeightsCheck(8, 8, 1, (WrongRows("layer 1, expert 2, w2", 0, 1, 4, "is all zeros in the file"),))
-    assert advise(norm, right) == (
-        "its weights are all in the file: look at epsilon, whether 1 is added to the weight, and which values it reads"
-    )
-    assert advise(WRONG, experts) == "its weights in the file are not the twin's: look at these first"
-    # more may be wrong than the first few that are told
-    assert advise(replace(WRONG, layer=11), experts).startswith("look at the order of experts")
-    assert advise(head, replace(right, not_judged=("lm_head.weight",))) == "look at a factor, a cap or a bias behind it"
-    lost = WeightsCheck(8, 8, 1, (WrongRows("the head", 3, 1, 9, "no row of the file is the twin's"),))
-    assert advise(head, lost) == "its weights in the file are not the twin's: look at these first"
-    assert advise(replace(WRONG, part="attention", first_position=1), right).startswith(
-        "a token that reads itself alone is right"
-    )
-    assert {advise(replace(WRONG, part=part), "not judged").startswith("look at ") for part in get_args(Part)} == {True}
-
-
-def test_logits_that_are_no_numbers_are_no_logits_that_are_left_out() -> None:
-    """Also where routers say no numbers either, whose choices would else count as flips."""
-    ids = torch.ones(1, 4, dtype=torch.int64)
-    case = Case("decode", ids, torch.tensor([[0, 1, 1, 1]]), 2)
-    lost, routers = torch.full((1, 4, 5), math.nan), (torch.full((1, 4, 3), math.nan),)
-    forward = Forward(lost, routers, (torch.zeros(1, 4, 1),), (), 2)
-    for share in (1.0, 0.7):
-        assert math.isnan(measure_errors(case, forward, forward, share=share).check.relative_error)
-    right = Forward(torch.cat([lost[:, :1], torch.ones(1, 3, 5)], 1), (), (), (), 0)
-    assert measure_errors(case, right, right).check.relative_error == 0  # padding may be anything
-
-
-def test_a_way_of_feeding_is_named_with_the_place_inside() -> None:
-    where = (
-        "layer 1, attention, from its queries, keys and values, on the graph's own input: relative error 5.0e-01 "
-        "> 1.0e-05"
-    )
-    checks = (FIGURES.checks[0], replace(FIGURES.checks[1], place=where, first_position=7))
-    hint = "(every prefill is right: look at the KV cache and the positions of decoding)"
-    assert breaches_of(checks=checks) == [("logits", f"decode: {where}, from token 7 on {hint}")]
-
-
-def test_logits_that_are_all_larger_are_named() -> None:
-    limits = {**FIGURES.limits, "factor": Limit(1e-3, "")}
-    line = "logits are 1.002 times the twin's; a right package's differ from 1 by 1.0e-03 at most"
-    assert breaches_of(limits=limits, logits_factor=1.002) == [("logits", line)]
-    assert breaches_of(limits=limits, logits_factor=0.9991) == breaches_of(limits=limits, logits_factor=None) == []
-    assert [tier for tier, _ in breaches_of(limits=limits, logits_factor=math.nan)] == ["logits"]
-
-
-def test_wrong_rows_and_files_have_a_line_each_and_what_is_more_is_counted() -> None:
-    wrong = (
-        WrongRows("layer 1, expert 2, w2", 0, 32, 32, "the whole row in the file is 1.02 times the twin's"),
-        WrongRows("the embedding", 7, 1, 300, "is all zeros in the file"),
-        WrongRows("layer 0, attention norm", 0, 1, 1, "element 7 in the file is 1.01 times the twin's"),
-    )
-    files = FilesCheck(differences=("config.json: 'eos_token_id' is 2; the checkpoint's is 1",))
-    assert breaches_of(weights=WeightsCheck(1000, 5, 40, wrong), files=files) == [
-        (
-            "weights",
-            "layer 1, expert 2, w2: 32 of 32 rows differ from the twin's; row 0: the whole row in the file is 1.02 "
-            "times the twin's",
-        ),
-        ("weights", "the embedding, row 7: is all zeros in the file"),
-        ("weights", "layer 0, attention norm: element 7 in the file is 1.01 times the twin's"),
-        ("weights", "6 more rows of 1,000 differ from the twin's"),
-        ("files", "config.json: 'eos_token_id' is 2; the checkpoint's is 1"),
-    ]
-    assert breaches_of(weights=WeightsCheck(1000, 5, 0, ()), files=FilesCheck()) == []
-
-
-def test_perplexity_is_held_to_the_variants_own_limit() -> None:
-    config = ParityConfig(max_perplexity_increase={"int8": 0.01, "int4": 0.03})
-    breach = (
-        "language",
-        "perplexity 10.2000 is +2.00% ± 0.40% of the fine-tuned model's; at most +1.00% and two standard errors "
-        f"{WORST}",
-    )
-    limits = {variant: configured_limits(variant, True, config) for variant in VARIANTS}
-    assert {
-        variant: breaches_of(perplexity=10.2, perplexity_error=0.004, limits=limits[variant]) for variant in VARIANTS
-    } == {
-        "float32": [],
-        "float16": [],
-        "bfloat16": [],
-        "int8": [breach],
-        "int4": [],
-    }
-    assert breaches_of(perplexity=10.2, perplexity_error=0.006, limits=limits["int8"]) == []  # which chance explains
-    assert breaches_of(perplexity=9.0, limits=limits["int8"]) == []  # better is no breach
-    assert len(breaches_of(perplexity=10.2, perplexity_error=math.nan, limits=limits["int8"])) == 1
-
-
-ERROR = "± 0.00% of the fine-tuned model's; at most +0.50% and two standard errors"
-
-
-@pytest.mark.parametrize(
-    ("changes", "tier", "start"),
-    [
-        (
-            {"checks": (replace(FIGURES.checks[0], relative_error=math.nan),)},
-            "logits",
-            "prefill: relative error nan > 1.0e-05",
-        ),
-        ({"twin": replace(SAME, kl=math.nan)}, "language", "KL from the twin nan > 1e-03"),
-        ({"perplexity": math.nan}, "language", f"perplexity nan is +nan% {ERROR}"),
-        ({"perplexity": math.inf}, "language", f"perplexity inf is +inf% {ERROR}"),
-    ],
-)
-def test_what_is_not_a_number_breaks_its_limit(changes: dict[str, Any], tier: Tier, start: str) -> None:
-    assert breaches_of(**changes) == [(tier, f"{start} {WORST}")]
-
-
-def test_a_limit_is_a_multiple_of_the_noise_and_says_so() -> None:
-    config = ParityConfig(noise_multiple=10, max_relative_error=1e-4)
-    limit = noise_limit(3e-7, config, "the logits")
-    assert limit.value == pytest.approx(3e-6)
-    assert limit.origin == "10 times 3.0e-07, what float32 torch differs by from float64 in the logits on this text"
-    assert noise_limit(0.0, config, "the logits").value == pytest.approx(10 * 2.0**-24)  # no sum is rounded to less
-    assert noise_limit(3e-5, config, "the logits") == Limit(
-        1e-4, "parity.max_relative_error; 10 times the noise of float32 in the logits would be 3.0e-04"
-    )
-    assert noise_limit(3e-7, config, "the logits", CUDA).value == 1e-4
-    assert noise_limit(None, config, "x") == Limit(
-        1e-4, "parity.max_relative_error; the noise of float32 in x was not measured"
-    )
 
 
 def test_the_same_experts_in_another_order_are_the_same() -> None:

@@ -1,0 +1,1 @@
+"""Planted faults, the one home of them: what parity must catch and name."""
