@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dense2moe.convert.artifact.hashing import digest_file
+from dense2moe.convert.artifact.known import digest_known, find_claimed
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.preparation import Preparation
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
@@ -141,17 +141,23 @@ def _digest_domains(loaded: LoadedRecipe) -> dict[str, str]:
 
 
 def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
+    """SHA-256 of every file of the dense checkpoint by name.
+
+    Weights in the hub's cache, whose headers say their size, have it in their names; stage `source` reads them.
+    """
     names = source.name_files(checkpoint)
+    weights = {entry.file.name for entry in checkpoint.entries.values()}
     digests = {}
     for number, name in enumerate(names):
         progress("reading the dense checkpoint", number, len(names))
-        digests[name] = _digest(checkpoint.directory / name)
+        file = checkpoint.directory / name
+        digests[name] = (find_claimed(file) if name in weights else None) or _digest(file)
     return digests
 
 
 def _digest(file: Path) -> str:
     with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"):
-        return digest_file(file)
+        return digest_known(file)
 
 
 def _estimate_artifacts(

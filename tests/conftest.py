@@ -37,6 +37,12 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Digests of sources that tests read are kept among the tests' own files."""
+    os.environ["DENSE2MOE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 300 tokens that starts every text with `<s>`, as Llama's does; `</s>` is its end of text."""

@@ -22,6 +22,7 @@ from typing import Any
 
 from dense2moe.convert.artifact.disk import tell_os_errors
 from dense2moe.convert.artifact.hashing import JSON, count_bytes, digest_file, is_digest, walk_files
+from dense2moe.convert.artifact.known import digest_known
 from dense2moe.convert.artifact.manifest import (
     FORMAT,
     MANIFEST_NAME,
@@ -209,7 +210,8 @@ def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[
     advance = count_bytes("hashing files", sum(path.stat().st_size for path in paths), progress)
     files: dict[str, dict[str, JSON]] = {}
     for path in paths:
-        record: dict[str, JSON] = {"size": path.stat().st_size, "sha256": digest_file(path, advance)}
+        digest = digest_known(path, advance) if path.is_symlink() else digest_file(path, advance)
+        record: dict[str, JSON] = {"size": path.stat().st_size, "sha256": digest}
         if path.is_symlink():
             record["link"] = os.readlink(path)
             assert directory.name not in Path(os.readlink(path)).parts, (

@@ -9,6 +9,7 @@ from typing import Any
 
 from dense2moe.convert.artifact.disk import tell_os_errors
 from dense2moe.convert.artifact.hashing import count_bytes, digest_file, walk_files
+from dense2moe.convert.artifact.known import digest_known
 from dense2moe.convert.artifact.manifest import (
     GIVE,
     MANIFEST_NAME,
@@ -24,6 +25,8 @@ from dense2moe.upcycle.progress import Progress
 def check_files(artifact: Artifact, progress: Progress | None = None, largest_bytes: int | None = None) -> None:
     """Read the files of an artifact, or those of at most `largest_bytes`, before something is made of them.
 
+    The files that links lead to are read only where they were not, or were changed since.
+
     Raises:
         ArtifactError: a file is not as the manifest says; nothing is ever deleted for that.
     """
@@ -32,7 +35,12 @@ def check_files(artifact: Artifact, progress: Progress | None = None, largest_by
     advance = count_bytes(
         f"checking files of {artifact.manifest['label']}", sum(files[name]["size"] for name in names), progress
     )
-    for mismatch in find_mismatches(artifact, lambda path: digest_file(path, advance), names):
+
+    def digest(path: Path) -> str:
+        """A link leads to what a user gave, which is known; what lies here is ours, and read."""
+        return digest_known(path, advance) if path.is_symlink() else digest_file(path, advance)
+
+    for mismatch in find_mismatches(artifact, digest, names):
         raise ArtifactError(f"{artifact.directory}: {mismatch}; {REMAKE}")
 
 

@@ -7,6 +7,7 @@ import re
 from glob import escape
 from pathlib import Path
 
+from dense2moe.convert.artifact.known import digest_known, find_claimed
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
@@ -23,7 +24,7 @@ from dense2moe.upcycle.checkpoints.reader import (
     read_index,
     refuse_adapter,
 )
-from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.models.table import find_family
 
 
@@ -62,7 +63,8 @@ def run_stage(run: StageRun) -> SourceFacts:
     checkpoint = run.preparation.checkpoint
     for number, _ in enumerate(check_values(checkpoint, run.preparation.plan.dropped), 1):
         run.progress("checking values", number, len(checkpoint.entries))
-    for name in run.preparation.source_files:
+    for name, planned in run.preparation.source_files.items():
+        _check_digest(checkpoint.directory / name, planned)
         link = run.output / name
         link.parent.mkdir(exist_ok=True)
         link.symlink_to(os.path.relpath((checkpoint.directory / name).resolve(), link.parent.resolve()))
@@ -73,6 +75,20 @@ def run_stage(run: StageRun) -> SourceFacts:
         num_bytes=checkpoint.num_bytes,
         dtype=", ".join(sorted({entry.dtype for entry in checkpoint.entries.values()})),
     )
+
+
+def _check_digest(file: Path, planned: str) -> None:
+    """Refuse a file that is not what keys were made of: in the hub's cache, only its name was asked until now."""
+    with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"):
+        found = digest_known(file)
+    if found == planned:
+        return
+    if find_claimed(file) == planned:
+        raise UpcycleError(
+            f"{file}: SHA-256 {found[:12]}...; must be {planned[:12]}..., as the hub named it; delete "
+            f"{file.resolve()}, and a run fetches it again"
+        )
+    raise UpcycleError(f"{file}: was changed while it was read; run again")
 
 
 def _resolve_source(path: str, recipe_path: Path) -> Path:

@@ -1,0 +1,103 @@
+"""Digests of files that were read before, kept in the user's cache.
+
+A source of gigabytes is read once, and known again by its path, size, inode and times. An entry that does not fit the
+file is nothing, and the file is read anew. So an edit is always noticed: it changes the time of the last change of the
+inode, which no program can set back; and of a file that was changed within two seconds, whose next edit could fall into
+the same tick of a coarse clock, nothing is kept (as git does, Documentation/technical/racy-git.txt). Where the cache
+cannot be written, every look reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from dense2moe.convert.artifact.hashing import digest_file, is_digest
+
+CACHE_VARIABLE = "DENSE2MOE_CACHE"
+"""The environment variable that names another directory for what is kept than the user's cache."""
+_LEAST_BYTES = 1_000_000  # a smaller file is read in a moment
+_RACY_NS = 2_000_000_000
+
+
+def digest_known(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
+    """SHA-256 of a file in 64 hex digits, read only if it was not, or was changed since.
+
+    `advance` is told how many bytes were read or known.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    state = _read_state(path)
+    if state["size"] < _LEAST_BYTES:
+        return digest_file(path, advance)
+    entry = _find_entry(state["path"])
+    if entry is not None and (known := _read_entry(entry, state)) is not None:
+        advance(state["size"])
+        return known
+    began = time.time_ns()
+    digest = digest_file(path, advance)
+    is_settled = max(state["mtime_ns"], state["ctime_ns"]) < began - _RACY_NS
+    if entry is not None and is_settled and _read_state(path) == state:
+        _write_entry(entry, {**state, "sha256": digest})
+    return digest
+
+
+def find_claimed(path: Path) -> str | None:
+    """SHA-256 that the name of a file in the hub's cache claims, where it is one of the hub's large files.
+
+    The hub names their blobs by it. Nothing is read: whoever makes something of the file reads it first.
+    """
+    blob = path.resolve()
+    return blob.name if blob.parent.name == "blobs" and is_digest(blob.name) else None
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    """All by which a file is known again."""
+    found = path.stat()
+    return {
+        "path": str(path.resolve()),
+        "size": found.st_size,
+        "inode": found.st_ino,
+        "mtime_ns": found.st_mtime_ns,
+        "ctime_ns": found.st_ctime_ns,
+    }
+
+
+def _find_entry(path: str) -> Path | None:
+    """Where the digest of a file is kept; None where this user has no home."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        folder = Path(named)
+    else:
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense2moe"
+        except RuntimeError:
+            return None
+    return folder / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
+
+
+def _read_entry(entry: Path, state: dict[str, Any]) -> str | None:
+    try:
+        kept = json.loads(entry.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    digest = kept.pop("sha256", None) if isinstance(kept, dict) else None
+    return str(digest) if kept == state and is_digest(digest) else None
+
+
+def _write_entry(entry: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all, and by several runs at once, of which the last wins."""
+    fresh = entry.with_suffix(f".{os.getpid()}.partial")
+    with suppress(OSError):
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            fresh.write_text(json.dumps(content) + "\n", encoding="utf-8")
+            os.replace(fresh, entry)
+        finally:
+            fresh.unlink(missing_ok=True)
