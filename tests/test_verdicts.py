@@ -31,9 +31,14 @@ from dense2moe.export.parity.ways.cases import Case
 from dense2moe.export.parity.ways.feeding import measure_errors
 from dense2moe.export.runtime.decoder import CUDA
 from dense2moe.export.variant import Variant
+from dense2moe.upcycle.tasks.figure import Figure
 
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
+
+
+def figures(perplexity: float) -> tuple[Figure, ...]:
+    return (Figure("perplexity", perplexity, "", "lower"),)
 
 
 SAME = Agreement(
@@ -52,6 +57,9 @@ FIGURES = ProviderParity(
     perplexity=10.0,
     twin_perplexity=10.0,
     finetuned_perplexity=10.0,
+    figures=figures(10.0),
+    twin_figures=figures(10.0),
+    finetuned_figures=figures(10.0),
     worst_layer=2,
     prefill_tokens_per_second=1.0,
     decode_tokens_per_second=1.0,
@@ -81,7 +89,7 @@ def test_every_breach_is_one_line_that_names_tier_and_worst_layer() -> None:
             replace(FIGURES.checks[1], relative_error=0.5),
         ),
         "twin": replace(SAME, kl=0.03, routing_agreement=(1.0, 0.5, 0.25), hidden_error=(0.0, 0.5, 0.75)),
-        "perplexity": 10.5,
+        "figures": figures(10.5),
     }
     worst = "(worst layer 2: routing agreement 0.2500, hidden error 7.5e-01)"
     assert breaches_of(**changes) == [
@@ -279,7 +287,7 @@ def test_perplexity_is_held_to_the_variants_own_limit() -> None:
     )
     limits = {variant: configured_limits(variant, True, config) for variant in VARIANTS}
     assert {
-        variant: breaches_of(perplexity=10.2, perplexity_error=0.004, limits=limits[variant]) for variant in VARIANTS
+        variant: breaches_of(figures=figures(10.2), figures_error=0.004, limits=limits[variant]) for variant in VARIANTS
     } == {
         "float32": [],
         "float16": [],
@@ -287,9 +295,27 @@ def test_perplexity_is_held_to_the_variants_own_limit() -> None:
         "int8": [breach],
         "int4": [],
     }
-    assert breaches_of(perplexity=10.2, perplexity_error=0.006, limits=limits["int8"]) == []  # which chance explains
-    assert breaches_of(perplexity=9.0, limits=limits["int8"]) == []  # better is no breach
-    assert len(breaches_of(perplexity=10.2, perplexity_error=math.nan, limits=limits["int8"])) == 1
+    assert breaches_of(figures=figures(10.2), figures_error=0.006, limits=limits["int8"]) == []  # which chance explains
+    assert breaches_of(figures=figures(9.0), limits=limits["int8"]) == []  # better is no breach
+    assert len(breaches_of(figures=figures(10.2), figures_error=math.nan, limits=limits["int8"])) == 1
+
+
+def test_a_figure_that_is_better_the_higher_may_not_fall() -> None:
+    def accuracy(value: float) -> tuple[Figure, ...]:
+        return (Figure("accuracy", value, "", "higher"),)
+
+    changes = {
+        "figures": accuracy(0.72),
+        "finetuned_figures": accuracy(0.8),
+        "figures_error": 0.01,
+        "limits": {"accuracy": Limit(0.05, "")},
+    }
+    (breach,) = breaches_of(**changes)
+    assert breach[1].startswith(
+        "accuracy 0.7200 is -10.00% ± 1.00% of the fine-tuned model's; at least -5.00% and two standard errors "
+    )
+    assert breaches_of(**changes | {"figures": accuracy(0.75)}) == []
+    assert breaches_of(**changes | {"figures": accuracy(0.9)}) == []
 
 
 ERROR = "± 0.00% of the fine-tuned model's; at most +0.50% and two standard errors"
@@ -304,8 +330,8 @@ ERROR = "± 0.00% of the fine-tuned model's; at most +0.50% and two standard err
             "prefill: relative error nan > 1.0e-05",
         ),
         ({"twin": replace(SAME, kl=math.nan)}, "language", "KL from the twin nan > 1e-03"),
-        ({"perplexity": math.nan}, "language", f"perplexity nan is +nan% {ERROR}"),
-        ({"perplexity": math.inf}, "language", f"perplexity inf is +inf% {ERROR}"),
+        ({"figures": figures(math.nan)}, "language", f"perplexity nan is +nan% {ERROR}"),
+        ({"figures": figures(math.inf)}, "language", f"perplexity inf is +inf% {ERROR}"),
     ],
 )
 def test_what_is_not_a_number_breaks_its_limit(changes: dict[str, Any], tier: Tier, start: str) -> None:

@@ -9,6 +9,7 @@ from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.limits import gap_limit
 from dense2moe.export.parity.place import OUTSIDE, OWN_INPUT, Part, name_place
 from dense2moe.export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, TaskCheck, Tier
+from dense2moe.upcycle.tasks.figure import Figure
 
 NO_TWIN = "no checkpoint with the package's own weights was given"
 MOST_TIES = 0.1
@@ -160,14 +161,19 @@ def _language(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     limits = result.limits
     if "kl" in limits and not result.twin.kl <= limits["kl"].value:
         yield "language", f"KL from the twin {result.twin.kl:.1e} > {limits['kl'].value:.0e} ({_worst(result)})"
-    increase = result.perplexity / result.finetuned_perplexity - 1
-    most = limits["perplexity"].value if "perplexity" in limits else math.inf
-    if not increase - 2 * result.perplexity_error <= most:
-        text = (
-            f"perplexity {result.perplexity:.4f} is {increase:+.2%} ± {result.perplexity_error:.2%} of the "
-            "fine-tuned model's"
-        )
-        yield "language", f"{text}; at most {most:+.2%} and two standard errors ({_worst(result)})"
+    if result.figures:
+        yield from _first_figure(result, result.figures[0], result.finetuned_figures[0])
+
+
+def _first_figure(result: ProviderParity, found: Figure, tuned: Figure) -> Iterator[tuple[Tier, str]]:
+    """What the figure that is judged may be worse by than the fine-tuned model's; NaN breaks every limit."""
+    change = found.value / tuned.value - 1 if tuned.value else found.value
+    sign = 1 if found.better == "lower" else -1
+    most = result.limits[found.name].value if found.name in result.limits else math.inf
+    if not sign * change - 2 * result.figures_error <= most:
+        text = f"{found.name} {found.value:.4f} is {change:+.2%} ± {result.figures_error:.2%} of the fine-tuned model's"
+        bound = "at most" if sign > 0 else "at least"
+        yield "language", f"{text}; {bound} {sign * most:+.2%} and two standard errors ({_worst(result)})"
 
 
 def _task(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
