@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it fails."""
 
+import io
 import json
 import re
 import shutil
@@ -13,6 +14,7 @@ from programs import dense2moe
 from safetensors.torch import load_file, save_file
 
 from dense2moe.convert.cli import main
+from dense2moe.convert.cli.terminal import open_console
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -321,3 +323,20 @@ def test_a_prompt_longer_than_the_context_is_one_line(package):
         code, output = invoke("generate", package, *prompts)
         assert code == 1
         assert re.fullmatch(rf"Error: {where}: has \d+ tokens; the model's context holds 256; shorten it\n", output)
+
+
+def test_in_80_columns_no_line_of_help_is_cut() -> None:
+    said = dense2moe("--help", terminal_width=80).output
+    commands = said[said.index("Commands:") :].splitlines()[1:]
+    assert len(commands) == len(main.commands)
+    assert not [line for line in commands if line.endswith("...")]
+    assert max(map(len, said.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(("columns", "width"), [("70", 70), ("160", 160), ("", 100)])
+def test_what_goes_into_a_pipe_is_as_wide_as_columns_says(
+    monkeypatch: pytest.MonkeyPatch, columns: str, width: int
+) -> None:
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    monkeypatch.setenv("COLUMNS", columns)
+    assert open_console().width == width

@@ -17,7 +17,7 @@ from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.imports import uncollected_imports
 
 
-@click.command()
+@click.command(short_help="Continue prompts with the ONNX model in ARTIFACT.")
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option("--prompt", "prompts", multiple=True, help="Prompt; - reads standard input. May be given several times.")
 @click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with a prompt on each line.")
@@ -137,7 +137,7 @@ def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[in
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
-@click.command()
+@click.command(short_help="Measure prefill, decode and memory of the model in ARTIFACT.")
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
 @click.option(
@@ -219,7 +219,7 @@ def bench(
         click.echo(line)
 
 
-@click.command()
+@click.command(short_help="Check that the ONNX decoder in ARTIFACT computes the same.")
 @click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.option(
     "--reference",

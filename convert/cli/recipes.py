@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import; only the com
 _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
 
-@click.command()
+@click.command(short_help="Read RECIPE and all it names: could a run start?")
 @_RECIPE
 @end_in_one_line
 def check(recipe: Path) -> None:
@@ -34,7 +34,7 @@ def check(recipe: Path) -> None:
         click.echo(f"{reason}; run it with --until {last}")
 
 
-@click.command()
+@click.command(short_help="Show what RECIPE would make: sizes, disk, memory.")
 @_RECIPE
 @click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
 @end_in_one_line
@@ -48,7 +48,7 @@ def plan(recipe: Path, workdir: Path | None) -> None:
         console.print(table)
 
 
-@click.command()
+@click.command(short_help="Run RECIPE, from the dense model to ONNX and a report.")
 @_RECIPE
 @click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
 @click.option("--until", type=click.Choice(STAGE_NAMES), default="report", show_default=True, help="Last stage to run.")
@@ -92,7 +92,7 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
         raise ArtifactError("\n".join(["parity was broken:", *outcome.breaches]))
 
 
-@click.command()
+@click.command(short_help="Print the JSON schema of recipes, or of report.json.")
 @click.option("--report", is_flag=True, help="That of report.json instead.")
 def schema(report: bool) -> None:
     """Print the JSON schema of recipes, for editors, or of the reports' JSON."""

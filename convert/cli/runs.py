@@ -14,7 +14,7 @@ from dense2moe.convert.run_state import RUN_NAME, RunState, read_run
 from dense2moe.upcycle.errors import one_line_errors
 
 
-@click.command()
+@click.command(short_help="Show the results of RUN, or how far it came.")
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @end_in_one_line
 def show(directory: Path) -> None:
@@ -47,7 +47,7 @@ def show(directory: Path) -> None:
             click.echo(f"{label}: {directory / name}")
 
 
-@click.command()
+@click.command(short_help="Compare two runs side by side: recipes, figures, parity.")
 @click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
 @click.option(
@@ -84,7 +84,7 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
         click.echo(f"comparison: {output}")
 
 
-@click.command()
+@click.command(short_help="Copy an ONNX model of RUN into a DIRECTORY for the hub.")
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
 @click.option("--variant", help="Variant to copy [default: the first].")
