@@ -182,7 +182,7 @@ def test_a_branch_without_integers_is_found_in_the_file(exact: Path, tmp_path: P
         check_graph(faulty, Twin(exact / "twin"))
 
 
-def test_float_experts_are_grouped_and_sigmoid_gates_are_refused(source: Path, tmp_path: Path) -> None:
+def test_float_experts_are_grouped_and_exact_8_bit_ones_are_refused(source: Path, tmp_path: Path) -> None:
     assert export(source, tmp_path, "float32").lowering == "grouped"
     checkpoint = open_checkpoint(source)
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}

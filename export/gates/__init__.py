@@ -1,1 +1,1 @@
-"""Gates as nodes of a graph, and the same in torch."""
+"""Gates as nodes of a graph: scores, choice, routes, and weights told to operators as logits."""

@@ -7,7 +7,7 @@ either. What the file must hold is known from the twin: its tensors, and which o
    rounds what a router multiplies, and what a bias is added to.
 2. From a router's product on, everything that decides which experts a token visits, and with which weight, is float32.
    The one exception is an operator that routes by itself and takes logits in the type that it computes in
-   (`lowering/top_k.py` says what is done about that).
+   (`gates/logits.py` says what is done about that).
 3. Tokens that have been sent to experts are multiplied by integers, where experts are quantized.
 4. Every matrix is accounted for: those that products read as floats have as many elements as the twin leaves floats,
    those that they read as integers at least as many as it quantizes; more only by neurons of zeros that fill a block.

@@ -11,7 +11,6 @@ import onnxruntime as ort
 from packaging.version import Version
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.gates.top_k import add_logits
 from dense2moe.export.lowering import grouped, moe, qmoe, switched, unrolled
 from dense2moe.export.lowering.layer import Expert, MoeInput, MoeLayer
 from dense2moe.export.nodes.writer import GraphWriter
@@ -28,8 +27,8 @@ class Lowering:
     """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly.
 
     `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32.
-    `lower_chosen` takes tokens [T, H] and, for each, weights and numbers [T, k] of the experts that it visits: any
-    routing at all.
+    `lower_chosen` takes tokens [T, H] and, for each, weights and numbers [T, K] of the experts that it visits: any
+    routes at all.
     """
 
     name: str
@@ -39,36 +38,13 @@ class Lowering:
     lower_chosen: LowerChosen
 
 
-def _of_logits(lower: LowerLogits) -> LowerChosen:
-    """A lowering of chosen experts and their weights, by one that does softmax and top-k itself."""
-
-    def lower_chosen(
-        graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
-    ) -> ir.Value:
-        logits, total_T1 = add_logits(graph, layer.routing.num_experts, weights, chosen, layer.name)
-        return graph.op(
-            "Mul", [lower(graph, layer, MoeInput(tokens, tokens, logits)), total_T1], f"{layer.name}.output_weighted"
-        )
-
-    return lower_chosen
-
-
-MOE = Lowering(moe.NAME, moe.min_onnxruntime, moe.refusal, moe.lower, _of_logits(moe.lower))
-QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower, _of_logits(qmoe.lower))
+MOE = Lowering(moe.NAME, moe.min_onnxruntime, moe.refusal, moe.lower, moe.lower_chosen)
+QMOE = Lowering(qmoe.NAME, qmoe.min_onnxruntime, qmoe.refusal, qmoe.lower, qmoe.lower_chosen)
 GROUPED = Lowering(grouped.NAME, grouped.min_onnxruntime, grouped.refusal, grouped.lower, grouped.lower_chosen)
 UNROLLED = Lowering(unrolled.NAME, unrolled.min_onnxruntime, unrolled.refusal, unrolled.lower, unrolled.lower_chosen)
 
 
-def _switch_chosen(
-    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
-) -> ir.Value:
-    def write(lowering: Lowering) -> Callable[[GraphWriter, MoeLayer], ir.Value]:
-        return lambda branch, own: lowering.lower_chosen(branch, own, tokens, weights, chosen)
-
-    return switched.add_switch(graph, layer, tokens, write(QMOE), write(GROUPED))
-
-
-SWITCHED = Lowering(switched.NAME, switched.min_onnxruntime, switched.refusal, switched.lower, _switch_chosen)
+SWITCHED = Lowering(switched.NAME, switched.min_onnxruntime, switched.refusal, switched.lower, switched.lower_chosen)
 
 
 def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__version__) -> tuple[Lowering, ...]:

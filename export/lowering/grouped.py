@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dense2moe.export.gates.top_k import add_top_k
+from dense2moe.export.gates.routes import add_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 from dense2moe.export.nodes.ffn_gate import add_gate
 from dense2moe.export.nodes.linear import add_linear, oldest_onnxruntime
@@ -43,7 +43,9 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
     return add_hidden_shape(
         graph,
-        _sum_by_token(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)),
+        _sum_by_token(
+            graph, layer, x.tokens, *add_routes(graph, layer.gate, layer.selection_bias, x.router_logits, layer.name)
+        ),
         x.hidden,
         f"{layer.name}.output",
     )
@@ -61,7 +63,7 @@ def _sum_by_token(
 ) -> ir.Value:
     """The layer's output [T, 1, H] for tokens [T, H] that visit experts [T, k] with weights [T, k]; rows R = T * k."""
     name = layer.name
-    k, num_experts = layer.routing.max_experts_per_token, layer.routing.num_experts
+    k, num_experts = layer.gate.max_experts_per_token, layer.gate.num_experts
     expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")
     num_rows = graph.shared("num_rows", lambda: graph.op("Shape", [expert_R], "num_rows"))
     _, order_R = graph.op_multi(

@@ -26,13 +26,13 @@ class Expert:
 class MoeLayer:
     """One layer, as the lowerings see it.
 
-    Its name in the graph, the routing's meaning, its experts with the function of their gate, the bits of products'
-    activations, and the graph's element type and the device that it is written for. `selection_bias` [1, E] is added to
-    the scores for the choice of experts, and not for their weights (DeepSeek-V3, section 2.1.2).
+    Its name in the graph, how tokens choose experts, its experts with the function of their own gate, the bits of
+    products' activations, and the graph's element type and the device that it is written for. `selection_bias` [1, E]
+    is there where the gate has one.
     """
 
     name: str
-    routing: Gate
+    gate: Gate
     experts: tuple[Expert, ...]
     activation_bits: int
     activation: Activation = "silu"

@@ -1,9 +1,9 @@
 """The `MoE` operator of onnxruntime: float experts, one node a layer.
 
 fc1 [E, 2I, H] holds gate and up rows interleaved (swiglu_fusion 1), fc2 [E, H, I]; alpha 1 and beta 0 make its SwiGLU
-the plain SiLU gate. The operator takes raw router logits and does softmax, top-k and renormalization itself; in a
-float16 graph it takes them rounded to float16, their largest at zero, and in a bfloat16 one it is told which experts
-are chosen.
+the plain SiLU gate. The operator takes raw router logits and does softmax, top-k and renormalization itself; what
+other gates say it is told (`dense2moe.export.gates.logits`). `normalize_routing_weights` is always 1: with 0 it
+computes wrong values before onnxruntime 1.32 when it stands between other nodes, and `QMoE` ignores it.
 
 CUDA's kernel (contrib_ops/cuda/moe of onnxruntime 1.31) computes in float32, float16 or bfloat16, and wants rows of 16
 bytes. It honours the attributes of a plain SwiGLU from 1.28 on. By construction: no CUDA device was at hand.
@@ -16,7 +16,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.gates.top_k import add_operator_logits
+from dense2moe.export.lowering.fused import lower_logits, lower_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.twin import FloatWeight
@@ -39,7 +39,7 @@ def refusal(layer: MoeLayer) -> str | None:
             f"CUDA's MoE operator takes widths that are multiples of {_CUDA_WIDTHS}, not {layer.hidden_size} and "
             f"{layer.intermediate_size}"
         )
-    return routing_refusal(layer) or activation_refusal(layer)
+    return activation_refusal(layer)
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
@@ -47,33 +47,15 @@ def min_onnxruntime(layer: MoeLayer) -> str:
     return MIN_ONNXRUNTIME_CUDA if layer.device == "cuda" else MIN_ONNXRUNTIME
 
 
-def routing_refusal(layer: MoeLayer) -> str | None:
-    """Why the operators' built-in routing cannot express the layer's, or None.
-
-    Without renormalization the operator computes wrong values before onnxruntime 1.32 when it stands between other
-    nodes.
-    """
-    routing = layer.routing
-    if routing.score != "softmax":
-        return f"the operator scores by softmax, not {routing.score}"
-    if layer.selection_bias is not None:
-        return "the operator has no bias for the choice of experts"
-    if not routing.renormalize:
-        return "normalize_routing_weights=0 computes wrong values before onnxruntime 1.32"
-    if routing.scale != 1.0:
-        return "the operator has no factor on the weights"
-    return None
-
-
 def activation_refusal(layer: MoeLayer) -> str | None:
     """Why the operators' gate cannot express the layer's, or None."""
     return None if layer.activation == "silu" else f"the operator's gate is SiLU, not {layer.activation}"
 
 
-def swiglu_attributes(routing: Gate) -> dict[str, Any]:
+def swiglu_attributes(gate: Gate) -> dict[str, Any]:
     """Attributes that `MoE` and `QMoE` share."""
     return {
-        "k": routing.max_experts_per_token,
+        "k": gate.max_experts_per_token,
         "activation_type": "swiglu",
         "swiglu_fusion": 1,
         "activation_alpha": 1.0,
@@ -84,7 +66,22 @@ def swiglu_attributes(routing: Gate) -> dict[str, Any]:
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
-    num_experts, height, width = layer.routing.num_experts, layer.intermediate_size, layer.hidden_size
+    return lower_logits(graph, layer, x, add_operator)
+
+
+def lower_chosen(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
+    """The same for tokens [T, H] and experts that are chosen, with their weights [T, K]; returns [T, H]."""
+    return lower_routes(graph, layer, tokens, weights, chosen, add_operator)
+
+
+def add_operator(graph: GraphWriter, layer: MoeLayer, x: ir.Value, logits: ir.Value, name: str) -> ir.Value:
+    """The layer's output, float32 and of the shape of x [..., H], by the routes that `logits` [T, E] tell.
+
+    Both are of the graph's element type.
+    """
+    num_experts, height, width = layer.gate.num_experts, layer.intermediate_size, layer.hidden_size
 
     def fc1() -> torch.Tensor:
         return torch.stack([torch.stack([_read(e.gate), _read(e.up)], dim=1).flatten(0, 1) for e in layer.experts])
@@ -94,8 +91,8 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 
     fc1_value = graph.float_weight(f"{layer.name}.fc1", (num_experts, 2 * height, width), fc1)
     fc2_value = graph.float_weight(f"{layer.name}.fc2", (num_experts, width, height), fc2)
-    inputs = [graph.narrow(x.hidden), add_operator_logits(graph, layer, x.router_logits), fc1_value, None, fc2_value]
-    return graph.widen(graph.op("MoE", inputs, f"{layer.name}.output", swiglu_attributes(layer.routing), MICROSOFT))
+    inputs = [x, logits, fc1_value, None, fc2_value]
+    return graph.widen(graph.op("MoE", inputs, name, swiglu_attributes(layer.gate), MICROSOFT))
 
 
 def _read(weight: object) -> torch.Tensor:

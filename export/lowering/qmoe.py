@@ -19,9 +19,9 @@ from collections.abc import Callable
 import onnx_ir as ir
 import torch
 
-from dense2moe.export.gates.top_k import add_operator_logits
+from dense2moe.export.lowering.fused import lower_logits, lower_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer
-from dense2moe.export.lowering.moe import activation_refusal, routing_refusal, swiglu_attributes
+from dense2moe.export.lowering.moe import activation_refusal, swiglu_attributes
 from dense2moe.export.nodes.writer import MICROSOFT, GraphWriter
 from dense2moe.export.quantization.blockwise import Quantized, join, zero_point_bytes
 from dense2moe.export.quantization.twin import QuantizedWeight, Weight
@@ -58,7 +58,7 @@ def refusal(layer: MoeLayer) -> str | None:
         return "CUDA's QMoE operator has no zero points"
     if gate.bits == 8 and layer.activation_bits != 8:
         return "with 8-bit weights the operator reads activations in 8 bits"
-    return routing_refusal(layer) or activation_refusal(layer)
+    return activation_refusal(layer)
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
@@ -80,10 +80,25 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
+    return lower_logits(graph, layer, x, add_operator)
+
+
+def lower_chosen(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
+    """The same for tokens [T, H] and experts that are chosen, with their weights [T, K]; returns [T, H]."""
+    return lower_routes(graph, layer, tokens, weights, chosen, add_operator)
+
+
+def add_operator(graph: GraphWriter, layer: MoeLayer, x: ir.Value, logits: ir.Value, output: str) -> ir.Value:
+    """The layer's output, float32 and of the shape of x [..., H], by the routes that `logits` [T, E] tell.
+
+    Both are of the graph's element type.
+    """
     down = _quantized(layer.experts[0].down)
     bits, block = down.bits, down.block_size
     width, height = layer.hidden_size, down.num_blocks * block
-    num_experts = layer.routing.num_experts
+    num_experts = layer.gate.num_experts
 
     def fc1() -> Quantized:
         return join(
@@ -119,16 +134,15 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 
     fc1_codes, fc1_scales, fc1_zero_points = add("fc1", 2 * height, width, fc1)
     fc2_codes, fc2_scales, fc2_zero_points = add("fc2", width, height, fc2)
-    attributes = {**swiglu_attributes(layer.routing), "expert_weight_bits": bits, "block_size": block}
+    attributes = {**swiglu_attributes(layer.gate), "expert_weight_bits": bits, "block_size": block}
     if bits == 4 and layer.activation_bits == 8:
         attributes["accuracy_level"] = 4
     if layer.device == "cuda":
         attributes["weights_prepacked"] = 0
-    logits = add_operator_logits(graph, layer, x.router_logits)
-    inputs = [graph.narrow(x.hidden), logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
+    inputs: list[ir.Value | None] = [x, logits, fc1_codes, fc1_scales, None, fc2_codes, fc2_scales]
     if down.zero_points:
         inputs += [None, None, None, None, fc1_zero_points, fc2_zero_points]
-    return graph.widen(graph.op("QMoE", inputs, f"{layer.name}.output", attributes, MICROSOFT))
+    return graph.widen(graph.op("QMoE", inputs, output, attributes, MICROSOFT))
 
 
 def _quantized(weight: Weight) -> QuantizedWeight:

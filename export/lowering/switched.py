@@ -15,13 +15,17 @@ import numpy as np
 import onnx_ir as ir
 from packaging.version import Version
 
+from dense2moe.export.gates.logits import is_the_operators
+from dense2moe.export.gates.routes import add_routes
 from dense2moe.export.lowering import grouped, qmoe
-from dense2moe.export.lowering.layer import MoeInput, MoeLayer
+from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 from dense2moe.export.nodes.writer import GraphWriter, int64
 
 NAME = "switched"
 _STEP_TOKENS = 4
 """Tokens that are a decode step at most: at 150 M parameters both take as long from 4 to 8 on."""
+
+_Write = Callable[[GraphWriter, MoeLayer], ir.Value]
 
 
 def refusal(layer: MoeLayer) -> str | None:
@@ -35,22 +39,36 @@ def min_onnxruntime(layer: MoeLayer) -> str:
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
-    """The layer's output [B, S, H]."""
-    return add_switch(
+    """The layer's output [B, S, H]; a gate that the operator does not know routes before the branches, once."""
+    if not is_the_operators(layer.gate):
+        routes = add_routes(graph, layer.gate, layer.selection_bias, x.router_logits, layer.name)
+        return add_hidden_shape(graph, lower_chosen(graph, layer, x.tokens, *routes), x.hidden, f"{layer.name}.output")
+    return _add_switch(
         graph,
         layer,
         x.tokens,
         lambda branch, own: qmoe.lower(branch, own, x),
         lambda branch, own: grouped.lower(branch, own, x),
+        f"{layer.name}.output",
     )
 
 
-def add_switch(
-    graph: GraphWriter,
-    layer: MoeLayer,
-    tokens: ir.Value,
-    step: Callable[[GraphWriter, MoeLayer], ir.Value],
-    prefill: Callable[[GraphWriter, MoeLayer], ir.Value],
+def lower_chosen(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
+) -> ir.Value:
+    """The same for tokens [T, H] and experts that are chosen, with their weights [T, K]; returns [T, H]."""
+    return _add_switch(
+        graph,
+        layer,
+        tokens,
+        lambda branch, own: qmoe.lower_chosen(branch, own, tokens, weights, chosen),
+        lambda branch, own: grouped.lower_chosen(branch, own, tokens, weights, chosen),
+        f"{layer.name}.output_by_token",
+    )
+
+
+def _add_switch(
+    graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, step: _Write, prefill: _Write, name: str
 ) -> ir.Value:
     """What `step` writes of the layer for a few tokens [T, H] and `prefill` for more.
 
@@ -61,7 +79,7 @@ def add_switch(
     for attribute, prefix, write in (("then_branch", "step", step), ("else_branch", "prefill", prefill)):
         branch = graph.branch(f"{layer.name}.{prefix}.")
         branches[attribute] = branch.close(write(branch, replace(layer, name="experts")), f"{layer.name}.{prefix}")
-    return graph.op("If", [is_step], f"{layer.name}.output", branches)
+    return graph.op("If", [is_step], name, branches)
 
 
 def _add_condition(graph: GraphWriter, tokens: ir.Value) -> ir.Value:

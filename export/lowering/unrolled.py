@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from dense2moe.export.gates.top_k import add_top_k
+from dense2moe.export.gates.routes import add_routes
 from dense2moe.export.lowering.layer import MoeInput, MoeLayer, add_hidden_shape
 from dense2moe.export.nodes.ffn_gate import add_gate
 from dense2moe.export.nodes.linear import add_linear, oldest_onnxruntime
@@ -35,7 +35,9 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
     """The layer's output [B, S, H]."""
     return add_hidden_shape(
         graph,
-        lower_chosen(graph, layer, x.tokens, *add_top_k(graph, layer, x.router_logits)),
+        lower_chosen(
+            graph, layer, x.tokens, *add_routes(graph, layer.gate, layer.selection_bias, x.router_logits, layer.name)
+        ),
         x.hidden,
         f"{layer.name}.output",
     )

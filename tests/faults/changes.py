@@ -56,8 +56,7 @@ def leave_weights_unnormalized(g: Graph) -> None:
         elif (
             node.op_type == "Div"
             and (total := g.maker(node.input[1])) is not None
-            and total.op_type == "ReduceSum"
-            and total.input[0] == node.input[0]
+            and _sums(g, total, node.input[0])
         ):
             node.input[1] = g.constant(np.ones(1, helper.tensor_dtype_to_np_dtype(g.router()[0].tensor.data_type)))
         else:
@@ -65,6 +64,13 @@ def leave_weights_unnormalized(g: Graph) -> None:
         changed = True
     if not changed:
         raise Inexpressible("no node renormalizes")
+
+
+def _sums(g: Graph, total: onnx.NodeProto, values: str) -> bool:
+    """Whether a node gives the sum of these values, with a number that keeps it above zero or without."""
+    if total.op_type == "Add" and (below := g.maker(total.input[0])) is not None:
+        total = below
+    return total.op_type == "ReduceSum" and total.input[0] == values
 
 
 def _weigh_by_total(g: Graph, node: onnx.NodeProto) -> None:

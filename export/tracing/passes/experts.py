@@ -2,7 +2,7 @@
 
 1. `Experts(x [T, H], weights [T, k], chosen [T, k])` → the nodes of the lowering, which computes the chosen experts
    only. The choice and its weights are the model's own nodes, so any routing is right; an operator that routes by
-   itself is told it by logarithms (`lowering/top_k.py`).
+   itself is told it by logarithms (`gates/logits.py`).
 2. Its fourth input, the router logits, has been tapped for parity and is dropped.
 
 Left alone: shared experts, which every token visits: they are plain products.
