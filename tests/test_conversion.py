@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import pytest
 import transformers
+from families import FAMILIES
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from dense2moe.upcycle.building.choice import choose_conversion
@@ -134,6 +135,12 @@ def test_each_pair_stands_once_and_every_family_has_one() -> None:
     assert len(pairs) == len(set(pairs))
     assert {row.target.model_type for row in CONVERSIONS} == {target.model_type for target in TARGETS}
     assert {row.family.model_type for row in CONVERSIONS} == {family.model_type for family in DENSE_FAMILIES}
+
+
+def test_every_conversion_stands_in_the_table_of_the_tests() -> None:
+    assert {(row.family.model_type, row.family.architecture, row.target.model_type) for row in CONVERSIONS} == {
+        (name, family.architecture, target) for name, family in FAMILIES.items() for target in family.targets
+    }
 
 
 # Families

@@ -6,7 +6,7 @@ The package computes the logits of transformers, however it is fed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from families import EXPORTED, Exported
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -32,83 +33,10 @@ PREFILL, STEPS = 20, 64
 # Float32 sums in another order, through four layers: 3e-6 measured at most over the tests of this file.
 EXACT = 1e-5
 FLOAT16 = 1e-2  # each product rounds what it reads and writes by 2^-11 of itself: 5.4e-3 measured at most
-WINDOW = 12  # crossed in the prompt and again in decoding
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
 
 MakeDense = Callable[..., Path]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A dense model, how it is upcycled (None: not at all), and the target that this makes."""
-
-    architecture: str
-    overrides: dict[str, Any]
-    upcycle: dict[str, Any] | None
-    target: str
-
-
-CASES = {
-    "mistral, window": Case("MistralForCausalLM", {"sliding_window": WINDOW, "head_dim": 16}, {}, "mixtral"),
-    "gemma, tanh GELU": Case("GemmaForCausalLM", {"head_dim": 16}, {}, "mixtral"),
-    "phi3": Case("Phi3ForCausalLM", {"sliding_window": WINDOW}, {}, "mixtral"),
-    "llama, some layers": Case("LlamaForCausalLM", {"num_hidden_layers": 4}, {"layers": "every-2"}, "qwen2_moe"),
-    "llama, half shared": Case(
-        "LlamaForCausalLM", {"tie_word_embeddings": False}, {"shared_expert": "half"}, "qwen2_moe"
-    ),
-    "qwen2, biases": Case("Qwen2ForCausalLM", {}, {}, "qwen2_moe"),
-    "qwen2, windows by layer": Case(
-        "Qwen2ForCausalLM",
-        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2, "num_hidden_layers": 4},
-        {"layers": [1, 3], "shared_expert": "half"},
-        "qwen2_moe",
-    ),
-    "qwen3, q and k norms, some layers": Case(
-        "Qwen3ForCausalLM", {"head_dim": 16, "num_hidden_layers": 4}, {"layers": "last-half"}, "qwen3_moe"
-    ),
-    "qwen3, biases and window": Case(
-        "Qwen3ForCausalLM",
-        {
-            "head_dim": 24,
-            "attention_bias": True,
-            "use_sliding_window": True,
-            "sliding_window": WINDOW,
-            "max_window_layers": 0,
-        },
-        {},
-        "qwen3_moe",
-    ),
-    "llama, attention bias": Case("LlamaForCausalLM", {"attention_bias": True, "head_dim": 16}, {}, "granitemoe"),
-    "granite, multipliers": Case(
-        "GraniteForCausalLM",
-        {
-            "embedding_multiplier": 3.0,
-            "logits_scaling": 2.0,
-            "residual_multiplier": 0.5,
-            "attention_multiplier": 0.2,
-            "attention_bias": True,
-        },
-        {},
-        "granitemoe",
-    ),
-    "granite, shared": Case(
-        "GraniteForCausalLM", {"residual_multiplier": 0.5}, {"shared_expert": "half"}, "granitemoeshared"
-    ),
-    "llama, a selection bias, some layers, half shared": Case(
-        "LlamaForCausalLM",
-        {"num_hidden_layers": 4, "tie_word_embeddings": False},
-        {"target": "glm4_moe", "layers": "last-half", "shared_expert": "half"},
-        "glm4_moe",
-    ),
-    "qwen2, a selection bias": Case("Qwen2ForCausalLM", {}, {"target": "glm4_moe"}, "glm4_moe"),
-    "qwen3, a selection bias": Case("Qwen3ForCausalLM", {"head_dim": 24}, {"target": "glm4_moe"}, "glm4_moe"),
-    "olmo2, norms after": Case("Olmo2ForCausalLM", {}, {}, "flex_olmo"),
-    "llama, dense": Case("LlamaForCausalLM", {}, None, "llama"),
-    "llama, dense with attention bias": Case(
-        "LlamaForCausalLM", {"attention_bias": True, "tie_word_embeddings": False}, None, "llama"
-    ),
-}
 
 
 def move_biases(mixture: Path) -> None:
@@ -127,7 +55,7 @@ class Export:
     Its twin in torch, and its package in onnxruntime.
     """
 
-    def __init__(self, dense: Path, directory: Path, case: Case, variant: Variant, config: OnnxConfig) -> None:
+    def __init__(self, dense: Path, directory: Path, case: Exported, variant: Variant, config: OnnxConfig) -> None:
         mixture, twin, package = (directory / name for name in ("mixture", "twin", "package"))
         for path in (mixture, twin, package):
             path.mkdir()
@@ -192,9 +120,9 @@ def assert_same_logits(export: Export, limit: float = EXACT) -> None:
         assert export.error(ids, mask, [PREFILL] + [1] * STEPS) < limit, (batch, "decode")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    case = CASES[name]
+    case = EXPORTED[name]
     export = Export(
         make_dense(architecture=case.architecture, **case.overrides),
         tmp_path,
@@ -221,7 +149,7 @@ def test_a_float32_package_equals_transformers(name: str, make_dense: MakeDense,
 def test_a_quantized_package_equals_its_twin(
     name: str, variant: Variant, make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    case = CASES[name]
+    case = EXPORTED[name]
     export = Export(
         make_dense(architecture=case.architecture, **case.overrides),
         tmp_path,
@@ -233,10 +161,10 @@ def test_a_quantized_package_equals_its_twin(
     assert_same_logits(export)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_a_float16_package_equals_its_twin_within_float16(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
     """With every expert chosen, so that no rounding changes which."""
-    case = CASES[name]
+    case = EXPORTED[name]
     if case.upcycle is not None:
         case = replace(case, upcycle=case.upcycle | {"num_experts_per_tok": 4})
     export = Export(
@@ -251,7 +179,7 @@ def test_a_float16_package_equals_its_twin_within_float16(name: str, make_dense:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {case.target for case in CASES.values()} | {"mixtral"} == {family.model_type for family in DECODERS}
+    assert {case.target for case in EXPORTED.values()} | {"mixtral"} == {family.model_type for family in DECODERS}
 
 
 @pytest.mark.parametrize(
@@ -271,7 +199,7 @@ def test_what_a_case_is_about_shows_in_its_logits(
     name: str, field: str, value: Any, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     """Else the equality above would say nothing: with the field changed in the torch model, the two differ by far."""
-    case = CASES[name]
+    case = EXPORTED[name]
     export = Export(
         make_dense(architecture=case.architecture, **case.overrides),
         tmp_path,
@@ -292,7 +220,7 @@ def test_what_a_case_is_about_shows_in_its_logits(
 def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no_node(
     make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    case = CASES["llama, some layers"]
+    case = EXPORTED["llama, some layers"]
     export = Export(
         make_dense(architecture=case.architecture, **case.overrides),
         tmp_path,
@@ -311,7 +239,7 @@ def test_a_layer_without_experts_has_no_router_and_a_shared_expert_of_width_0_no
 
 
 def test_a_gate_other_than_silu_has_no_fused_operator(make_dense: MakeDense, tmp_path: Path) -> None:
-    case = CASES["gemma, tanh GELU"]
+    case = EXPORTED["gemma, tanh GELU"]
     export = Export(
         make_dense(architecture=case.architecture, **case.overrides), tmp_path, case, "float32", OnnxConfig()
     )
@@ -319,7 +247,7 @@ def test_a_gate_other_than_silu_has_no_fused_operator(make_dense: MakeDense, tmp
 
 
 def test_a_dense_model_has_no_lowering_whatever_is_asked_for(make_dense: MakeDense, tmp_path: Path) -> None:
-    case = CASES["llama, dense"]
+    case = EXPORTED["llama, dense"]
     export = Export(
         make_dense(architecture=case.architecture, **case.overrides),
         tmp_path,

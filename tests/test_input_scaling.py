@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import EXPORTED
 from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -22,7 +23,6 @@ from dense2moe.export.quantization.quantizer import QuantizeInputs, quantize_che
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from tests.test_calibration import draw_blocks, load, make_mixture
-from tests.test_decoder_families import CASES
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # a shared expert of width 0
 
@@ -30,7 +30,7 @@ MakeDense = Callable[..., Path]
 
 
 def make(name: str, make_dense: MakeDense, directory: Path) -> Path:
-    case = CASES[name]
+    case = EXPORTED[name]
     dense = make_dense(architecture=case.architecture, **case.overrides)
     return dense if case.upcycle is None else make_mixture(dense, directory, case.upcycle)
 
@@ -44,7 +44,7 @@ def draw_scales(group: Group, width: int, walk: CalibrationWalk, generator: torc
     return own.expand(-1, config.num_attention_heads // heads, -1).flatten()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", EXPORTED)
 def test_folding_alone_keeps_the_logits_of_transformers(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
     mixture = make(name, make_dense, tmp_path / "mixture")
     checkpoint, generator = open_checkpoint(mixture), torch.Generator().manual_seed(0)
