@@ -46,7 +46,8 @@ from transformers import (
 from transformers.utils import logging
 
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.trainer import Stage, run_stage
+from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase_run import run_phase
 
 LAYERS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 4, 512, 1408, 8, 2, 4096
 OURS, DENSE = "dense2moe", "dense, same active FFN"
@@ -98,15 +99,13 @@ def run_ours(model: PreTrainedModel, blocks: torch.Tensor, batch: int, bfloat16:
         steps=steps, batch_size=batch, warmup_steps=0, eval_steps=steps, precision="bfloat16" if bfloat16 else "float32"
     )
     domains = torch.zeros(len(blocks), dtype=torch.int64)
-    stage = Stage(
+    phase = Phase(
         OURS,
         0,
         settings,
-        blocks,
-        domains,
+        Examples(blocks, domains),
+        Examples(blocks[:1], domains[:1]),
         1,
-        blocks[:1],
-        domains[:1],
         0,
         steps,
         tuple(range(LAYERS)),
@@ -114,7 +113,7 @@ def run_ours(model: PreTrainedModel, blocks: torch.Tensor, batch: int, bfloat16:
         0,
     )
     with tempfile.TemporaryDirectory() as scratch:
-        run_stage(model, None, stage, Path(scratch), None, watch.on_step_end)
+        run_phase(model, None, phase, Path(scratch), watch.on_step_end)
     return watch.seconds
 
 

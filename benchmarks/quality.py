@@ -46,10 +46,11 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, PythonDocsData, TextData
+from dense2moe.upcycle.tasks.next_token import next_token_loss
 from dense2moe.upcycle.training.config import Distillation, FinetuneConfig
 from dense2moe.upcycle.training.evaluation import held_out_loss
-from dense2moe.upcycle.training.fine_tuning import Job, draw_order, train_model
-from dense2moe.upcycle.training.objective import next_token_loss
+from dense2moe.upcycle.training.job import Job, Setup, train_model
+from dense2moe.upcycle.training.order import draw_order
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTROL, DISTILLED_CONTROL = "dense, continued", "dense, continued, distilled"
@@ -213,12 +214,11 @@ def measure(setting: Setting, data: Path, name: str, seed: int) -> dict[str, Any
         source = setting.dense if name in (CONTROL, DISTILLED_CONTROL) else mixture
         test = read_blocks(data, "test")
         before = held_out_loss(load_model(source, torch.float32), test)
-        stages = setting.finetune.model_copy(update={"distillation": way.distillation}).resolve_stages()
+        stages = setting.finetune.model_copy(update={"distillation": way.distillation}).resolve_phases()
         teacher = setting.dense if way.distillation else None
         started = time.perf_counter()
-        trained = train_model(
-            Job("model", source, output, stages), mixture, data, "float32", seed, scratch, teacher, quiet
-        )
+        setup = Setup(mixture, data, scratch, "float32", seed)
+        trained = train_model(Job("fine-tuned", source, output, stages), setup, teacher, quiet)
         model = load_model(output, torch.float32)
         return {
             "before": before,

@@ -21,7 +21,8 @@ from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.checkpoints.loading import check_generation_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
-from dense2moe.upcycle.data.blocks import check_data, match_files, resolve_files
+from dense2moe.upcycle.data.blocks import check_data
+from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes
 from dense2moe.upcycle.progress import Progress

@@ -43,7 +43,7 @@ from dense2moe.upcycle.durable import discard_damage
 from dense2moe.upcycle.errors import MendableError, UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training import fine_tuning
-from dense2moe.upcycle.training.config import Distillation, FinetuneConfig, TrainingStage
+from dense2moe.upcycle.training.config import Distillation, FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.facts import FinetuneFacts
 
 __all__ = [
@@ -69,7 +69,7 @@ __all__ = [
     "RouterConfig",
     "Run",
     "TextData",
-    "TrainingStage",
+    "TrainingPhase",
     "UpcycleConfig",
     "Upcycled",
     "Variant",

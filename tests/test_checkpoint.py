@@ -17,15 +17,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dense2moe.upcycle.checkpoints.reader import (
-    CHUNK_ELEMENTS,
-    Checkpoint,
-    check_values,
-    index_tensors,
-    open_checkpoint,
-    read_chunks,
-    read_header,
-)
+from dense2moe.upcycle.checkpoints.headers import index_tensors, read_header
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, check_values, open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import CHUNK_ELEMENTS, read_chunks
 from dense2moe.upcycle.errors import UpcycleError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's limit, in safetensors' README
@@ -559,7 +553,7 @@ def test_chunks_follow_each_other_and_are_as_small_as_rows_allow(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader.CHUNK_ELEMENTS", 10)
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.tensors.CHUNK_ELEMENTS", 10)
     whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     checkpoint = checkpoint_of(tmp_path, {"before": torch.ones(3), "tensor": whole})
     chunks = list(read_chunks(checkpoint.entries["tensor"], start, stop))

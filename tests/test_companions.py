@@ -15,7 +15,7 @@ from dense2moe.export.quantization.twin import SCHEME_NAME
 from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
 from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, belongs, find_companions
 from dense2moe.upcycle.checkpoints.reader import copy_companions
-from dense2moe.upcycle.training.fine_tuning import HISTORY_NAME
+from dense2moe.upcycle.training.history import HISTORY_NAME
 
 CARRIED = (
     "LICENSE",

@@ -17,13 +17,12 @@ from programs import dense2moe
 from test_journal import StoppedError, same
 from test_journal import mixture as make_mixture
 from test_journal import run as quantize
-from test_trainer import CONFIG, quiet
-from test_trainer import data as make_data
+from training_runs import CONFIG, make_data, quiet
 
 from dense2moe.convert.artifact.manifest import open_artifact
 from dense2moe.convert.worker import Measured
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
-from dense2moe.upcycle.training.config import FinetuneConfig, TrainingStage
+from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.fine_tuning import finetune
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +205,7 @@ def tuned(
 
 LEARNING = CONFIG.model_copy(
     update={
-        "stages": (TrainingStage(train="router", steps=2), TrainingStage(steps=6)),
+        "stages": (TrainingPhase(train="router", steps=2), TrainingPhase(steps=6)),
         "eval_steps": 2,
         "tensorboard": True,
     }
@@ -255,9 +254,9 @@ def test_a_fine_tuning_of_which_a_folder_was_thrown_away_ends_with_the_same_bits
     config, scratch, unbroken = killed
     folders = folders_of(scratch)
     places = {"fine-tuned/steps"} | (
-        {"fine-tuned/stage-0/trained", "fine-tuned/stage-1/checkpoints/checkpoint-4"}
+        {"fine-tuned/phase-0/trained", "fine-tuned/phase-1/checkpoints/checkpoint-4"}
         if config is LEARNING
-        else {f"fine-tuned/stage-0/checkpoints/{name}" for name in ("start", "checkpoint-2")}
+        else {f"fine-tuned/phase-0/checkpoints/{name}" for name in ("start", "checkpoint-2")}
     )
     assert places <= set(folders), folders
     fresh = copies(scratch, tmp_path / "copy")
@@ -335,7 +334,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
         (work / name).mkdir()
     sealed = next(work.glob("upcycle-*[0-9a-f]"))
     after_its_seal = shutil.copytree(scratch, sealed.with_name(f"{sealed.name}.resume"))
-    (newest,) = scratch.glob("fine-tuned/stage-0/checkpoints/checkpoint-2")
+    (newest,) = scratch.glob("fine-tuned/phase-0/checkpoints/checkpoint-2")
     empty(newest / "optimizer.pt")
     finished = run()
     assert finished.exit_code == 0, finished.stderr

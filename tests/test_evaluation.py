@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dense2moe.upcycle.checkpoints.loaded import load_model
-from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss, next_token_loss
+from dense2moe.upcycle.tasks.next_token import next_token_loss
+from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss
 
 MakeDense = Callable[..., Path]
 

@@ -28,7 +28,7 @@ from mixtures import (
 )
 from safetensors.torch import load_file
 
-from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT, rounding_limit
+from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT, rounding_limit
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT
+from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.models.table import CONVERSIONS
 

@@ -83,7 +83,7 @@ def test_a_stored_head_is_tied_where_transformers_ties_it(kind: str, folder: Pat
 
 
 def test_the_larger_matrices_are_compared_to_their_last_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader.CHUNK_ELEMENTS", 7 * 32)  # 300 rows in pieces of seven
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.tensors.CHUNK_ELEMENTS", 7 * 32)  # 300 rows in pieces of seven
     rewrite(folder, lambda state: state.update({HEAD: HEADS["one number off by its last bit"](state[EMBEDDING])}))
     assert open_checkpoint(folder).untied == (HEAD,)
     rewrite(folder, lambda state: state.update({HEAD: state[EMBEDDING].clone()}))
@@ -93,7 +93,7 @@ def test_the_larger_matrices_are_compared_to_their_last_row(folder: Path, monkey
 def test_no_weight_is_read_where_no_copy_is_stored(
     folder: Path, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dense2moe.upcycle.checkpoints.reader._read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr("dense2moe.upcycle.checkpoints.tensors._read", lambda *_: pytest.fail("a weight was read"))
     assert open_checkpoint(folder).untied == ()
     assert open_checkpoint(make_dense(tie_word_embeddings=False)).untied == ()
 

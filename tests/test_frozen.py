@@ -14,10 +14,10 @@ from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_weights
 from dense2moe.upcycle.checkpoints.products import product
+from dense2moe.upcycle.tasks.next_token import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
 from dense2moe.upcycle.training.frozen import keep_narrow, load_frozen, merge_low_rank, stored_dtype, use_low_rank
-from dense2moe.upcycle.training.objective import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.trainable import choose_trainable
 
 MakeDense = Callable[..., Path]

@@ -18,7 +18,7 @@ from mixtures import (
 )
 from safetensors.torch import load_file, save_file
 
-from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT
+from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.errors import UpcycleError
 

@@ -18,7 +18,8 @@ from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, Upcyc
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.trainer import Stage, run_stage
+from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase_run import run_phase
 from tests.conftest import MakeDense
 
 RANK = 2
@@ -113,8 +114,20 @@ def step(directory: Path, output: Path, **settings: Any) -> None:
         torch.zeros(8, dtype=torch.int64),
     )
     model = load_model(directory, torch.float32)
-    stage = Stage("m", 0, config, blocks, domains, 1, blocks, domains, 0, 1, sparse_layers(model), "float32", 0)
-    run_stage(model, None, stage, output / "checkpoints", lambda *_: None)
+    phase = Phase(
+        "m",
+        0,
+        config,
+        Examples(blocks, domains),
+        Examples(blocks, domains),
+        1,
+        0,
+        1,
+        sparse_layers(model),
+        "float32",
+        0,
+    )
+    run_phase(model, None, phase, output / "checkpoints", lambda *_: None)
     model.save_pretrained(output)
 
 

@@ -151,7 +151,7 @@ def test_what_transformers_would_only_warn_about_is_refused(fault: str, copy: Pa
 
 def test_names_and_shapes_are_checked_without_reading_a_weight(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for reader in (
-        "dense2moe.upcycle.checkpoints.reader._read",
+        "dense2moe.upcycle.checkpoints.tensors._read",
         "dense2moe.upcycle.checkpoints.loading.safe_open",
         "safetensors.safe_open",
         "transformers.modeling_utils.safe_open",

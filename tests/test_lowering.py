@@ -34,7 +34,7 @@ from dense2moe.export.nodes.writer import IR_VERSION, OPSETS, GraphWriter, graph
 from dense2moe.export.quantization.blockwise import dequantize, quantize
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight
 from dense2moe.export.variant import ElementType, scale_type
-from dense2moe.upcycle.checkpoints.reader import index_tensors
+from dense2moe.upcycle.checkpoints.headers import index_tensors
 from dense2moe.upcycle.gates.gate import Gate, TopK
 
 

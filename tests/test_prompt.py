@@ -14,7 +14,7 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
-from dense2moe.upcycle.training.config import FinetuneConfig, TrainingStage
+from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.prompt import add_prompt, get_prompt, read_prompt, run_with_prompt, write_prompt
@@ -65,7 +65,7 @@ def test_peft_computes_the_same_from_what_is_written(architecture: str, make_den
         prompt += 0.5
     ids = torch.randint(model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = run_with_prompt(model, model, ids, prompt)
+        ours = run_with_prompt(model, model, {"input_ids": ids}, prompt)
         assert ours.shape == (2, 9, model.config.vocab_size)
         assert float((ours - model(ids).logits).abs().max()) > 1e-2
         write_prompt(prompt, model, tmp_path / "prompt")
@@ -81,7 +81,7 @@ def test_without_a_prompt_nothing_stands_before_the_text(mixture_checkpoint: Pat
     ids = torch.arange(12)[None]
     assert read_prompt(mixture_checkpoint) is None
     assert get_prompt(model) is None
-    assert torch.equal(run_with_prompt(model, model, ids, None), model(ids).logits)
+    assert torch.equal(run_with_prompt(model, model, {"input_ids": ids}, None), model(ids).logits)
 
 
 def test_the_prompt_alone_learns_and_is_part_of_what_is_measured(
@@ -113,7 +113,7 @@ def test_a_killed_run_learns_the_same_prompt(
     dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(
-        update={"control": False, "stages": (TrainingStage(train="router", steps=4), TrainingStage())}
+        update={"control": False, "stages": (TrainingPhase(train="router", steps=4), TrainingPhase())}
     )
 
     def run(name: str, scratch: str, stop: int | None) -> torch.Tensor | None:

@@ -595,7 +595,7 @@ def test_a_stage_has_what_it_gives_and_the_settings_around_the_list():
         "finetune: {steps: 50, schedule: linear, distillation: {weight: 0.3}, stages: [{train: router, steps: "
         "20}, {learning_rate: 1e-5}]}\n"
     )
-    first, second = load(GOOD + text).recipe.finetune.resolve_stages()
+    first, second = load(GOOD + text).recipe.finetune.resolve_phases()
     assert (first.train, first.steps, first.schedule, first.learning_rate) == (
         "router",
         20,

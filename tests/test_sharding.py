@@ -1,6 +1,6 @@
 """What a launch under FSDP may ask for.
 
-That the model is divided, and computes what it did, is shown in `test_trainer`.
+That the model is divided, and computes what it did, is shown in `test_many_processes`.
 """
 
 from __future__ import annotations

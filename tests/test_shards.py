@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from dense2moe.upcycle.checkpoints.reader import index_tensors
+from dense2moe.upcycle.checkpoints.headers import index_tensors
 from dense2moe.upcycle.checkpoints.writer import Content, Span, TensorSpec, read_span, write_tensors
 from dense2moe.upcycle.errors import UpcycleError
 

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 
 from dense2moe.upcycle.building.pieces import RouterRows
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.receipt import ROUNDING_LIMIT
+from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints import writer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint

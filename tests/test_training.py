@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -28,20 +27,14 @@ from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.facts import LayerRouting
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import held_out_loss
-from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
-from dense2moe.upcycle.training.fine_tuning import (
-    Trained,
-    _harm,
-    _stretch,
-    _warnings,
-    draw_order,
-    finetune,
-)
+from dense2moe.upcycle.training.facts import FinetuneFacts
+from dense2moe.upcycle.training.fine_tuning import _stretch, finetune
 from dense2moe.upcycle.training.history import Step
-from dense2moe.upcycle.training.objective import next_token_loss
+from dense2moe.upcycle.training.order import draw_order
+from dense2moe.upcycle.training.phase import Trained
+from dense2moe.upcycle.training.prompt import run_with_prompt
 
 BLOCK = 32
 NUM_TRAIN_BLOCKS = 21  # no epoch ends with a step of eight blocks, nor with a part of one
@@ -119,12 +112,13 @@ def start(
         batches: list[torch.Tensor] = []
         seen: list[tuple[str, int, int]] = []
 
-        def recorded_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            batches.append(ids.clone())
-            return next_token_loss(logits, ids)
+        def recorded(call: Any, model: Any, inputs: Any, prompt: Any) -> torch.Tensor:
+            if torch.is_grad_enabled():  # and not the pass that only counts
+                batches.append(inputs["input_ids"].clone())
+            return run_with_prompt(call, model, inputs, prompt)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dense2moe.upcycle.training.trainer.next_token_loss", recorded_loss)
+            patch.setattr("dense2moe.upcycle.training.trainer.run_with_prompt", recorded)
             scratch = tmp_path_factory.mktemp("scratch")
             facts = finetune(
                 dense,
@@ -539,24 +533,6 @@ def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Calla
     assert (run.output / "model.safetensors").read_bytes() == (alone.output / "model.safetensors").read_bytes()
 
 
-def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
-    def evaluation(loss: float) -> Evaluation:
-        return Evaluation(loss, math.exp(loss), 1, 4, 1.0)
-
-    trained = {"fine-tuned": Trained((), 8, 9, 1.0, 1.0), "dense continued": Trained((), 9, 9, 1.0, 1.0)}
-    evaluations = {
-        "upcycled": evaluation(2.0),
-        "fine-tuned": evaluation(2.5),
-        "dense": evaluation(2.0),
-        "dense continued": evaluation(1.5),
-    }
-    assert list(_harm(trained, evaluations)) == [
-        "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had "
-        "2.0000; "
-        "lower finetune.learning_rate, or give more text or steps"
-    ]
-
-
 def test_bfloat16_autocast_still_saves_float32(start: Callable[..., Run]) -> None:
     run = start(SHORT.model_copy(update={"steps": 3, "eval_steps": 3, "precision": "bfloat16"}))
     assert run.facts.precision == "bfloat16"
@@ -602,66 +578,3 @@ def test_the_task_gradient_is_the_routers_share_of_the_whole(run: Run, mixture_c
     )
     assert run.facts.router_task_gradient > 1e-4
     assert not [warning for warning in run.facts.warnings if "task gradient" in warning]
-
-
-def test_experts_that_are_dead_between_the_last_two_looks_are_named() -> None:
-    def step(number: int, *loads: tuple[float, ...]) -> Step:
-        return Step(
-            "fine-tuned",
-            number,
-            0,
-            layers=tuple(LayerRouting(2 * n + 1, load, 1.0, 0.0, 1.0) for n, load in enumerate(loads)),
-        )
-
-    def look(number: int) -> Step:
-        return Step("fine-tuned", number, 0, validation_loss=1.0)
-
-    # A tenth of the share of one of four is .025. The last two lines are of three steps and of one: (3 * 0 + .096) / 4
-    # is .024, and .104 / 4 is .026.
-    history = (
-        step(2, (0.0, 0.0, 0.0, 1.0), (0.25,) * 4),
-        look(2),
-        step(5, (0.25,) * 4, (0.0, 1.0, 0.0, 0.0)),
-        step(6, (0.0, 0.0, 0.0, 1.0), (0.096, 0.8, 0.104, 0.0)),
-        look(6),
-        Step("dense continued", 6, 0, validation_loss=1.0),
-    )
-    assert list(_warnings(history, 1.0, CONFIG)) == [
-        "layer 3: experts [0, 3] get less than a tenth of their share of tokens; raise finetune.balance_coefficient"
-    ]
-    assert list(_warnings((Step("dense continued", 2, 0),), 1.0, CONFIG)) == []
-
-
-def test_routers_that_never_learned_are_told_instead_of_dead_experts() -> None:
-    history = (Step("fine-tuned", 1, 0, layers=(LayerRouting(0, (1.0, 0.0), 0.1, 0.0, 1.0),)),)
-    (warning,) = _warnings(history, 1.0, CONFIG.model_copy(update={"train": "experts", "routing": "by-domain"}))
-    assert warning.startswith("the last of finetune.stages is by-domain: the routers have not learned")
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"steps": 5, "warmup_steps": 5}, "warmup_steps is 5; it must be fewer than steps, which is 5"),
-        (
-            {"stages": [{}, {"steps": 9}]},
-            r"stages\[1\]: warmup_steps is 10 by default; it must be fewer than steps, which is 9",
-        ),
-        ({"train": "last-0"}, "train is 'last-0'; must be all, experts, router, lora, prompt or last-N"),
-        (
-            {"stages": [{"train": "prompts"}]},
-            r"stages\[0\]: train is 'prompts'; must be all, experts, router, lora, prompt or last-N",
-        ),
-        ({"stages": [{"train": "prompt"}, {}]}, r"stages\[0\]: train is 'prompt'; it must be that of the last stage"),
-        (
-            {"routing": "by-domain"},
-            "routing is by-domain and train is 'all'; must be experts: routers cannot learn from it",
-        ),
-        (
-            {"batch_size": 9, "gradient_accumulation_steps": 2},
-            "batch_size is 9; it must be a multiple of gradient_accumulation_steps, which is 2",
-        ),
-    ],
-)
-def test_settings_that_contradict_each_other_are_refused(fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
-        FinetuneConfig(**fields)

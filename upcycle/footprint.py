@@ -130,7 +130,7 @@ def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data
     for name_sizes, shape, bytes_now in ((sizes, mixture, plan.num_bytes), (dense_sizes, own, dense.num_bytes)):
         yield _evaluation_bytes(shape, bytes_now, data.block_size)
         yield _evaluation_bytes(shape, written * sum(name_sizes.values()), data.block_size)
-    for number, stage in enumerate(finetune.resolve_stages()):
+    for number, stage in enumerate(finetune.resolve_phases()):
         frozen = stored if number == 0 else _FLOAT  # between stages weights are float32
         yield teacher + _training_bytes(mixture, sizes, stage, frozen, data.block_size, plan.num_layers)
         if finetune.control:

@@ -91,7 +91,7 @@ class Recipe(Record):
     @property
     def training_stages(self) -> tuple[FinetuneConfig, ...]:
         """Every stage of fine-tuning with all of its settings; none where it is switched off."""
-        return self.finetune.resolve_stages() if self.finetune else ()
+        return self.finetune.resolve_phases() if self.finetune else ()
 
     @field_validator("variants")
     @classmethod

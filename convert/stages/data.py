@@ -7,7 +7,8 @@ from pathlib import Path
 
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.recipe.loading import LoadedRecipe
-from dense2moe.upcycle.data.blocks import find_files, prepare_data, text_sources
+from dense2moe.upcycle.data.blocks import prepare_data
+from dense2moe.upcycle.data.files import find_files, text_sources
 
 
 def find_data_base(loaded: LoadedRecipe) -> Path:

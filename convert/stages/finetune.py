@@ -19,7 +19,7 @@ def name_exported(preparation: Preparation) -> StageName:
 
 def estimate_artifact(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig) -> int:
     """Bytes of the weights written: the mixture's, and those of the two controls."""
-    is_wide = config.resolve_stages()[-1].dtype == "float32"
+    is_wide = config.resolve_phases()[-1].dtype == "float32"
     mixture = 4 * plan.num_parameters if is_wide else plan.num_bytes
     dense = 4 * checkpoint.num_parameters if is_wide else checkpoint.num_bytes
     return mixture + (2 * dense if config.control else 0)
@@ -31,7 +31,7 @@ def estimate_scratch(checkpoint: Checkpoint, plan: UpcyclePlan, config: Finetune
     They are the best, the latest and the one being written, of the model that takes most. A checkpoint is what learns
     in float32 with AdamW's two moments. Routers, low-rank updates and a prompt are next to nothing.
     """
-    phases = config.resolve_stages()
+    phases = config.resolve_phases()
     mixture = plan.num_parameters if any(phase.train not in ("router", "lora", "prompt") for phase in phases) else 0
     is_control_whole = config.control and any(phase.train not in ("lora", "prompt") for phase in phases)
     control = checkpoint.num_parameters if is_control_whole else 0

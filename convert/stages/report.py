@@ -17,7 +17,7 @@ from dense2moe.convert.report.costs import take_costs
 from dense2moe.convert.report.facts import read_facts
 from dense2moe.convert.report.names import CARDS_NAME
 from dense2moe.convert.report.writer import write_report
-from dense2moe.upcycle.training.fine_tuning import HISTORY_NAME
+from dense2moe.upcycle.training.history import HISTORY_NAME
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:

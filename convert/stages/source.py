@@ -15,15 +15,8 @@ from dense2moe.convert.recipe.records import HUB_ID, HubSource, LocalSource
 from dense2moe.convert.report.facts import SourceFacts
 from dense2moe.upcycle.checkpoints.companions import HUB_IGNORED, TEMPLATES_PATTERN, find_companions
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
-from dense2moe.upcycle.checkpoints.reader import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    Checkpoint,
-    check_values,
-    read_config,
-    read_index,
-    refuse_adapter,
-)
+from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, read_index
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, check_values, read_config, refuse_adapter
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.models.table import find_family
 

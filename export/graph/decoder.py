@@ -42,7 +42,7 @@ from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Twin, Weight
 from dense2moe.export.variant import STATIC, Device, Variant, element_type
-from dense2moe.upcycle.checkpoints.reader import TensorEntry
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 
 # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 _MIN_ONNXRUNTIME = "1.23"

@@ -23,7 +23,8 @@ from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
-from dense2moe.upcycle.checkpoints.reader import Checkpoint, read_rows
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import read_rows
 from dense2moe.upcycle.gates.routes import Routes, route
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import ATTENTION, QUERY_KEY_VALUE, Ffn

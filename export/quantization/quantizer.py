@@ -48,7 +48,8 @@ from dense2moe.export.quantization.twin import SCHEME_NAME, read_quantized
 from dense2moe.export.quantization.writer import Quantization, choose_text, write_integers, write_twin
 from dense2moe.export.variant import STATIC, Device, Variant, float_type, rounds_to_8_bits
 from dense2moe.upcycle.checkpoints.config_files import save_config
-from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, check_values, copy_companions, open_checkpoint
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, check_values, copy_companions, open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 from dense2moe.upcycle.durable import begin
 from dense2moe.upcycle.numbers import name_specials
 

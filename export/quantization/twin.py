@@ -21,14 +21,9 @@ from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.blockwise import PARTS, Quantized, dequantize, join, num_blocks, recover
 from dense2moe.export.variant import STATIC, ElementType
-from dense2moe.upcycle.checkpoints.reader import (
-    CHUNK_ELEMENTS,
-    TensorEntry,
-    index_tensors,
-    open_checkpoint,
-    read_rows,
-    read_tensor,
-)
+from dense2moe.upcycle.checkpoints.headers import index_tensors
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import CHUNK_ELEMENTS, TensorEntry, read_rows, read_tensor
 from dense2moe.upcycle.errors import one_line_errors, shorten
 from dense2moe.upcycle.models.architecture import Architecture
 

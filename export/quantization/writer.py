@@ -24,7 +24,9 @@ from dense2moe.export.quantization.packing import Packing, integer_specs
 from dense2moe.export.quantization.static import quantize_static
 from dense2moe.export.quantization.twin import COLUMN_SCALES, STEM, read_dequantized
 from dense2moe.export.variant import STATIC, Device, ElementType, Variant, element_type, float_type
-from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, index_tensors, read_tensor
+from dense2moe.upcycle.checkpoints.headers import index_tensors
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_tensor
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import TensorClass

@@ -53,11 +53,7 @@ def leave_weights_unnormalized(g: Graph) -> None:
             _weigh_by_total(g, node)
         elif node.op_type == "Softmax" and (top := g.maker(node.input[0])) is not None and top.op_type == "TopK":
             _take_all_scores(g, node, top)
-        elif (
-            node.op_type == "Div"
-            and (total := g.maker(node.input[1])) is not None
-            and _sums(g, total, node.input[0])
-        ):
+        elif node.op_type == "Div" and (total := g.maker(node.input[1])) is not None and _sums(g, total, node.input[0]):
             node.input[1] = g.constant(np.ones(1, helper.tensor_dtype_to_np_dtype(g.router()[0].tensor.data_type)))
         else:
             continue

@@ -16,7 +16,8 @@ from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_layers
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import encode, load_tokenizer
-from dense2moe.upcycle.data.blocks import match_files, read_file
+from dense2moe.upcycle.data.documents import read_file
+from dense2moe.upcycle.data.files import match_files
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows, router_load
 from dense2moe.upcycle.progress import Progress

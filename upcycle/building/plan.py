@@ -34,7 +34,8 @@ from dense2moe.upcycle.building.pieces import (
 )
 from dense2moe.upcycle.building.source import check_tensors, refuse_unknown_fields, refuse_untied
 from dense2moe.upcycle.building.target_config import make_target_config
-from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import Conversion

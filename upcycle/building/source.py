@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, TensorEntry
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
 from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
 from dense2moe.upcycle.models.table import COMMON_NEUTRAL

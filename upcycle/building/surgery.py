@@ -30,7 +30,8 @@ from dense2moe.upcycle.building.pieces import (
 )
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.checkpoints.config_files import save_config
-from dense2moe.upcycle.checkpoints.reader import DTYPES, Checkpoint, copy_companions, open_checkpoint, read_chunks
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, copy_companions, open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES, read_chunks
 from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import draw_router

@@ -26,15 +26,9 @@ from safetensors import safe_open
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
-from dense2moe.upcycle.checkpoints.reader import (
-    GENERATION_CONFIG_NAME,
-    INDEX_NAME,
-    READABLE,
-    SINGLE_NAME,
-    Checkpoint,
-    index_tensors,
-    open_checkpoint,
-)
+from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, index_tensors
+from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import READABLE
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from dense2moe.upcycle.memory import give_heap_back, release_memory
 

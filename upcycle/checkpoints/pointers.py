@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from dense2moe.upcycle.checkpoints.tensors import READ_AGAIN
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors
+
 POINTER_REMEDY = "run `git lfs pull` where it was cloned"
 _BEGINNING = b"version https://git-lfs.github.com/spec/"
 
@@ -16,3 +19,15 @@ def is_pointer(file: Path) -> bool:
     """
     with file.open("rb") as stream:
         return stream.read(len(_BEGINNING)) == _BEGINNING
+
+
+def refuse_pointer(file: Path) -> None:
+    """Refuse a pointer that git-LFS leaves in the place of a file.
+
+    Raises:
+        UpcycleError: it is one, or cannot be read at all.
+    """
+    with one_line_errors(file, "cannot be read", READ_AGAIN):
+        found = is_pointer(file)
+    if found:
+        raise UpcycleError(f"{file}: is a git-LFS pointer, not the file itself; {POINTER_REMEDY}, or download the file")

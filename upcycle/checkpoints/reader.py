@@ -1,16 +1,8 @@
-"""Hugging Face checkpoints on disk, read tensor by tensor or by rows.
-
-The safetensors layout is read here from its own header (8 bytes of little-endian length, a JSON object, then the data),
-because two things are asked of it that the library does not promise: memory that does not grow with the model (no
-mapped pages), and one clear line for every way in which a file can be wrong. Format: huggingface/safetensors, README
-"Format".
-"""
+"""Hugging Face checkpoints on disk, checked before a weight is read."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,60 +13,23 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from dense2moe.upcycle.checkpoints.companions import find_companions, is_training_state
+from dense2moe.upcycle.checkpoints.companions import find_companions
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, complete_tokenizer
-from dense2moe.upcycle.checkpoints.pointers import POINTER_REMEDY, is_pointer
+from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, index_tensors
+from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
+from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry, read_chunks, read_rows, read_tensor
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 
-DTYPES: dict[str, torch.dtype] = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-READABLE = {
-    **DTYPES,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-STEM = "model"
-INDEX_NAME = f"{STEM}.safetensors.index.json"
-SINGLE_NAME = f"{STEM}.safetensors"
 GENERATION_CONFIG_NAME = "generation_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 
 # The name of an embedding in the models that we read, and the others that share its matrix where it is tied.
 _TIED_DECODER = ("model.embed_tokens.weight", ("lm_head.weight",))
 _TIED_SEQ2SEQ = ("shared.weight", ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"))
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _DISTRIBUTED = (
     "shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"  # as transformers 5.23 names them, distributed/checkpoint.py
 )
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_READ_AGAIN = "mend its mode or its disk, or download it again"
-_CHUNK_BYTES = 1 << 24
-_MOST_LETTERS = 500  # of a tensor's name, in which a path of modules fits many times
 _MAX_LAYERS = 100_000  # a hundred times the deepest model there is
-CHUNK_ELEMENTS = 1 << 22
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """Where one tensor lies: its file, safetensors dtype name, shape, and byte range in the file."""
-
-    name: str
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    num_bytes: int
-
-    @property
-    def num_elements(self) -> int:
-        """Values, of whatever size."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -108,51 +63,6 @@ class Checkpoint:
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read some rows of one tensor into fresh memory, with the dtype it is stored in."""
         return read_rows(self.entries[name], start, stop)
-
-
-def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """Read one tensor into fresh memory, with the dtype it is stored in; no page of the file stays mapped."""
-    return _read(entry, entry.start, entry.shape)
-
-
-def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """Read rows `start` to `stop` of one tensor (elements, where it has one dimension) into fresh memory.
-
-    With the dtype it is stored in.
-    """
-    row_bytes = entry.num_bytes // max(1, entry.shape[0])
-    return _read(entry, entry.start + start * row_bytes, (stop - start, *entry.shape[1:]))
-
-
-def read_chunks(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
-    """Read rows `start` to `stop` (all) of one tensor in pieces of about 4 million elements.
-
-    Memory does not grow with the tensor.
-    """
-    if entry.num_elements == 0 or not entry.shape:
-        yield read_tensor(entry)
-        return
-    stop = entry.shape[0] if stop is None else stop
-    step = max(1, CHUNK_ELEMENTS * entry.shape[0] // entry.num_elements)
-    for first in range(start, stop, step):
-        yield read_rows(entry, first, min(stop, first + step))
-
-
-def _read(entry: TensorEntry, position: int, shape: tuple[int, ...]) -> torch.Tensor:
-    buffer = bytearray(math.prod(shape) * READABLE[entry.dtype].itemsize)
-    with one_line_errors(entry.file, "cannot be read", _READ_AGAIN), entry.file.open("rb", buffering=0) as file:
-        file.seek(position)
-        view = memoryview(buffer)
-        while view:
-            count = file.readinto(view[:_CHUNK_BYTES])
-            if not count:
-                raise UpcycleError(
-                    f"{entry.file}: ended inside tensor '{entry.name}'; the file changed while it was read; run again"
-                )
-            view = view[count:]
-    if not buffer:
-        return torch.empty(shape, dtype=READABLE[entry.dtype])
-    return torch.frombuffer(buffer, dtype=READABLE[entry.dtype]).reshape(shape)
 
 
 def open_checkpoint(directory: Path) -> Checkpoint:
@@ -206,18 +116,6 @@ def refuse_adapter(directory: Path) -> None:
         "adapter).merge_and_unload(), write the "
         "result with save_pretrained() into a new directory, and give that"
     )
-
-
-def refuse_pointer(file: Path) -> None:
-    """Refuse a pointer that git-LFS leaves in the place of a file.
-
-    Raises:
-        UpcycleError: it is one, or cannot be read at all.
-    """
-    with one_line_errors(file, "cannot be read", _READ_AGAIN):
-        found = is_pointer(file)
-    if found:
-        raise UpcycleError(f"{file}: is a git-LFS pointer, not the file itself; {POINTER_REMEDY}, or download the file")
 
 
 def _refuse_other_weights(directory: Path, config: PreTrainedConfig, entries: Mapping[str, TensorEntry]) -> None:
@@ -282,32 +180,6 @@ def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dic
     }
 
 
-def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
-    """Where every tensor lies in `stem`.safetensors or in the shards that `stem`.safetensors.index.json lists.
-
-    Raises:
-        UpcycleError: the index or a header is missing, truncated, inconsistent, hostile or of an unsupported kind.
-    """
-    entries: dict[str, TensorEntry] = {}
-    for file, expected in _weight_files(directory, stem).items():
-        for entry in read_header(file):
-            if entry.name in entries:
-                raise UpcycleError(
-                    f"{file}: tensor '{entry.name}' is also in {entries[entry.name].file.name}; each must be stored "
-                    "once"
-                )
-            if expected is not None and entry.name not in expected:
-                raise UpcycleError(
-                    f"{file}: tensor '{entry.name}' is not listed for this file in the index; mend the index"
-                )
-            entries[entry.name] = entry
-        if expected is not None and (missing := sorted(expected - entries.keys())):
-            raise UpcycleError(
-                f"{file}: tensor '{shorten(missing[0])}' must be here by the index but is not; download this file again"
-            )
-    return entries
-
-
 def read_config(directory: Path) -> PreTrainedConfig:
     """The config of a checkpoint, as transformers reads it.
 
@@ -368,133 +240,6 @@ def _is_known(raw: Mapping[str, Any]) -> bool:
         and len(names) > 0
         and all(isinstance(name, str) and hasattr(transformers, name) for name in names)
     )
-
-
-def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
-    """The safetensors files, each with the names that the index gives it (None without an index)."""
-    if (directory / f"{stem}.safetensors.index.json").is_file():
-        files = {directory / name: expected for name, expected in read_index(directory, stem).items()}
-        for file in files:
-            if not file.is_file():
-                raise UpcycleError(
-                    f"{directory / f'{stem}.safetensors.index.json'}: names {file.name}, which is not there; "
-                    "download it"
-                )
-        return dict(files)
-    single = directory / f"{stem}.safetensors"
-    if single.is_file():
-        return {single: None}
-    pickles = (path for pattern in _PICKLES for path in sorted(directory.glob(pattern)))
-    if (pickle := next((path for path in pickles if not is_training_state(path.name)), None)) is not None:
-        raise UpcycleError(
-            f"{pickle}: pickled weights can run code and are never loaded; convert them to {SINGLE_NAME} first"
-        )
-    raise UpcycleError(
-        f"{directory}: no {single.name} and no {single.name}.index.json; the weights must be in safetensors"
-    )
-
-
-def read_index(directory: Path, stem: str = STEM) -> dict[str, set[str]]:
-    """The names of the files of weights that the index of a checkpoint lists, each with its tensors.
-
-    Raises:
-        UpcycleError: there is no index, or it is damaged or names a file elsewhere.
-    """
-    path = directory / f"{stem}.safetensors.index.json"
-    refuse_pointer(path)
-    with one_line_errors(
-        path, "not a safetensors index", "it must hold a 'weight_map' object of name to file; download it again"
-    ):
-        weight_map = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_refuse_duplicates)["weight_map"]
-        pairs = [(str(name), str(file)) for name, file in weight_map.items()]
-    files: dict[str, set[str]] = {}
-    for name, file_name in pairs:
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors") or not file_name.isprintable():
-            raise UpcycleError(
-                f"{path}: '{shorten(name)}' is said to be in '{shorten(file_name)}'; it must be a *.safetensors file "
-                "beside the index"
-            )
-        files.setdefault(file_name, set()).add(name)
-    return files
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name '{next(n for n in names if names.count(n) > 1)}' occurs twice")
-    return result
-
-
-def read_header(file: Path) -> list[TensorEntry]:
-    """Read and check the header of one safetensors file, without reading its data.
-
-    Raises:
-        UpcycleError: truncated, oversized or malformed header; overlapping, missing or leftover bytes; duplicate names;
-            unsupported dtype.
-    """
-    refuse_pointer(file)
-    with one_line_errors(file, "cannot be read", _READ_AGAIN), file.open("rb") as stream:
-        size, prefix = os.fstat(stream.fileno()).st_size, stream.read(8)
-        length = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or length < 2:
-            raise UpcycleError(f"{file}: not a safetensors file ({size} bytes, no header); download it again")
-        if length > _MAX_HEADER_BYTES or 8 + length > size:
-            raise UpcycleError(
-                f"{file}: header says {length} bytes in a file of {size}; truncated or not safetensors; download it "
-                "again"
-            )
-        raw = stream.read(length)
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_refuse_duplicates)
-        if not isinstance(header, dict):
-            raise ValueError("the header is no JSON object")
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("__metadata__ is no object of texts")
-        spans = [_span(name, value) for name, value in header.items()]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UpcycleError(f"{file}: malformed safetensors header ({shorten(error)}); download it again") from error
-    position = 0
-    entries = []
-    for name, dtype, shape, begin, end in sorted(spans, key=lambda s: (s[3], s[4])):
-        if begin != position:
-            kind = "overlaps another tensor" if begin < position else "leaves a gap before it"
-            raise UpcycleError(
-                f"{file}: tensor '{name}' {kind} at byte {begin} (expected {position}); the file is corrupt; "
-                "download it again"
-            )
-        if dtype not in READABLE:
-            raise UpcycleError(
-                f"{file}: tensor '{name}' has dtype {shorten(dtype)}; it must be one of {', '.join(DTYPES)}"
-            )
-        needed = math.prod(shape) * READABLE[dtype].itemsize
-        if end - begin != needed:
-            raise UpcycleError(
-                f"{file}: tensor '{name}' of shape {list(shape)} {dtype} has {end - begin} bytes; it must have {needed}"
-            )
-        position = end
-        entries.append(TensorEntry(name, file, dtype, shape, 8 + length + begin, needed))
-    if 8 + length + position != size:
-        raise UpcycleError(
-            f"{file}: {size} bytes; by its header it must have {8 + length + position}; truncated or corrupt; "
-            "download it again"
-        )
-    return entries
-
-
-def _span(name: str, value: Any) -> tuple[str, str, tuple[int, ...], int, int]:
-    dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
-    if not name.isprintable() or len(name) > _MOST_LETTERS:
-        raise ValueError(
-            f"tensor '{shorten(name)[:60]}' must have a name of printable characters, {_MOST_LETTERS} at most"
-        )
-    if not isinstance(dtype, str) or not isinstance(shape, list):
-        raise ValueError(f"tensor '{name}' has no dtype and shape")
-    for number in (*shape, begin, end):
-        if type(number) is not int or number < 0:
-            raise ValueError(f"tensor '{name}' has {number!r} where a count must be")
-    return name, dtype, tuple(shape), begin, end
 
 
 def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Iterator[str]:

@@ -21,7 +21,8 @@ from typing import IO, Any
 
 import torch
 
-from dense2moe.upcycle.checkpoints.reader import READABLE, STEM
+from dense2moe.upcycle.checkpoints.headers import STEM
+from dense2moe.upcycle.checkpoints.tensors import READABLE
 from dense2moe.upcycle.errors import UpcycleError
 
 _CHUNK_BYTES = 1 << 24

@@ -25,7 +25,7 @@ _TRAINED = re.compile(r"all|experts|router|lora|prompt|last-[1-9][0-9]{0,3}")
 Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
 
 
-class TrainingStage(Record):
+class TrainingPhase(Record):
     """One phase of training: what differs in it from the settings around the list."""
 
     train: str | None = Field(
@@ -51,7 +51,7 @@ class FinetuneConfig(Record):
         "routers), or 'prompt' (vectors before the text, in the last phase).",
         json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"},
     )
-    stages: Annotated[tuple[TrainingStage, ...], Field(strict=False)] = Field(
+    stages: Annotated[tuple[TrainingPhase, ...], Field(strict=False)] = Field(
         (),
         description="Phases of training, one after the other, each with what differs in it from the settings here; one "
         "phase without the list.",
@@ -133,25 +133,25 @@ class FinetuneConfig(Record):
         return value
 
     @model_validator(mode="after")
-    def _check_stages(self) -> FinetuneConfig:
-        stages = self.resolve_stages()
-        for number, stage in enumerate(stages):
+    def _check_phases(self) -> FinetuneConfig:
+        phases = self.resolve_phases()
+        for number, phase in enumerate(phases):
             where = f"stages[{number}]: " if self.stages else ""
-            if not _TRAINED.fullmatch(stage.train):
+            if not _TRAINED.fullmatch(phase.train):
                 raise ValueError(
-                    f"{where}train is '{stage.train}'; must be all, experts, router, lora, prompt or last-N"
+                    f"{where}train is '{phase.train}'; must be all, experts, router, lora, prompt or last-N"
                 )
-            if stage.warmup_steps >= stage.steps:
-                given, steps = named_value(stage, "warmup_steps"), named_value(stage, "steps")
+            if phase.warmup_steps >= phase.steps:
+                given, steps = named_value(phase, "warmup_steps"), named_value(phase, "steps")
                 raise ValueError(f"{where}warmup_steps is {given}; it must be fewer than steps, which is {steps}")
-            if stage.train == "prompt" and number + 1 < len(stages):
+            if phase.train == "prompt" and number + 1 < len(phases):
                 raise ValueError(
-                    f"{where}train is 'prompt'; it must be that of the last stage, since what follows would not know "
+                    f"{where}train is 'prompt'; it must be the last phase's, since what follows would not know "
                     "the prompt"
                 )
-            if stage.routing == "by-domain" and stage.train != "experts":
+            if phase.routing == "by-domain" and phase.train != "experts":
                 raise ValueError(
-                    f"{where}routing is by-domain and train is '{stage.train}'; must be experts: routers cannot "
+                    f"{where}routing is by-domain and train is '{phase.train}'; must be experts: routers cannot "
                     "learn from it"
                 )
         if self.batch_size % self.gradient_accumulation_steps:
@@ -169,7 +169,7 @@ class FinetuneConfig(Record):
         """
         return 1e-3 if self.bias_update_rate is None else self.bias_update_rate
 
-    def resolve_stages(self) -> tuple[FinetuneConfig, ...]:
-        """Every stage with all of its settings, and no list in it."""
+    def resolve_phases(self) -> tuple[FinetuneConfig, ...]:
+        """Every phase with all of its settings, and no list in it."""
         whole = self.model_copy(update={"stages": ()})
-        return tuple(whole.model_copy(update=stage.model_dump(exclude_none=True)) for stage in self.stages) or (whole,)
+        return tuple(whole.model_copy(update=phase.model_dump(exclude_none=True)) for phase in self.stages) or (whole,)

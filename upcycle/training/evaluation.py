@@ -10,35 +10,41 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.memory import small_heap
-from dense2moe.upcycle.numbers import language_figures, perplexity
+from dense2moe.upcycle.numbers import perplexity
 from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
+from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.facts import Evaluation
 from dense2moe.upcycle.training.frozen import compute_wide, load_stored
-from dense2moe.upcycle.training.objective import next_token_loss
 from dense2moe.upcycle.training.prompt import read_prompt, run_with_prompt
 
 EVALUATION_BATCH = 8
 
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers in its first pass it keeps for training
-def held_out_loss(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> float:
-    """Mean next-token loss in nats over blocks of token ids [blocks, block_size].
+def held_out_loss(
+    model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None, task: Task = NEXT_TOKEN
+) -> float:
+    """Mean loss of the task over blocks of token ids [blocks, block_size].
 
     Each after the vectors of `prompt` [P, H] where there are some.
     No position sees another block.
     """
-    losses = held_out_losses(model, blocks, prompt)
+    losses = held_out_losses(model, blocks, prompt, task)
     return sum(losses) / len(losses)
 
 
 @torch.no_grad()
-def held_out_losses(model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None) -> list[float]:
-    """The mean next-token loss of each block; see `held_out_loss`."""
+def held_out_losses(
+    model: PreTrainedModel, blocks: torch.Tensor, prompt: torch.Tensor | None = None, task: Task = NEXT_TOKEN
+) -> list[float]:
+    """The mean loss of each block; see `held_out_loss`."""
     losses: list[float] = []
-    for batch in blocks.split(EVALUATION_BATCH):
-        batch = batch.to(model.device)
-        logits = run_with_prompt(model, model, batch, prompt)
-        losses += [float(next_token_loss(row[None], block[None])) for row, block in zip(logits, batch, strict=True)]
+    for ids in blocks.split(EVALUATION_BATCH):
+        batch = {"input_ids": ids.to(model.device)}
+        predictions = run_with_prompt(model, model, task.inputs(batch), prompt)
+        for row, block in zip(predictions, batch["input_ids"], strict=True):
+            losses.append(float(task.loss(row[None], {"input_ids": block[None]})))
     return losses
 
 
@@ -62,18 +68,20 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int =
     return sorted(speeds)[repeats // 2]
 
 
-def evaluate(directory: Path, blocks: torch.Tensor, name: str, progress: Progress) -> Evaluation:
+def evaluate(
+    directory: Path, blocks: torch.Tensor, name: str, progress: Progress, task: Task = NEXT_TOKEN
+) -> Evaluation:
     """Measure a checkpoint on held-out blocks [blocks, block_size]: decoding as stored, the loss in float32."""
     progress(f"evaluating {name}", 0, 1)
-    model = load_stored(directory)
+    model = load_stored(directory, task.name)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
     speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
     compute_wide(model)
     prompt = read_prompt(directory)
     with small_heap(model):
-        losses = held_out_losses(model, blocks, None if prompt is None else prompt.to(model.device))
+        losses = held_out_losses(model, blocks, None if prompt is None else prompt.to(model.device), task)
     loss = sum(losses) / len(losses)
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, perplexity(loss), weights, size, speed, tuple(losses), language_figures(loss))
+    return Evaluation(loss, perplexity(loss), weights, size, speed, tuple(losses), task.figures(loss))

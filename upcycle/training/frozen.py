@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.checkpoints.products import product
-from dense2moe.upcycle.checkpoints.reader import DTYPES, open_checkpoint
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.memory import give_heap_back
 from dense2moe.upcycle.training.expert_forward import LOW_RANK, use_sorted_experts
@@ -36,16 +37,19 @@ def stored_dtype(directory: Path) -> torch.dtype:
     return DTYPES[found.pop()] if len(found) == 1 and found <= DTYPES.keys() else torch.float32
 
 
-def load_frozen(directory: Path) -> PreTrainedModel:
-    """A checkpoint whose weights are as stored and whose arithmetic is float32; nothing in it learns."""
-    model = load_stored(directory)
+def load_frozen(directory: Path, task: str = "text-generation") -> PreTrainedModel:
+    """A checkpoint whose weights are as stored and whose arithmetic is float32; nothing in it learns.
+
+    `task` names its head as Hugging Face names tasks.
+    """
+    model = load_stored(directory, task)
     compute_wide(model)
     return model
 
 
-def load_stored(directory: Path) -> PreTrainedModel:
-    """A checkpoint in the dtype that it is stored in."""
-    return load_model(directory, stored_dtype(directory))
+def load_stored(directory: Path, task: str = "text-generation") -> PreTrainedModel:
+    """A checkpoint in the dtype that it is stored in; `task` names its head as Hugging Face names tasks."""
+    return load_model(directory, stored_dtype(directory), task)
 
 
 def compute_wide(model: PreTrainedModel) -> None:

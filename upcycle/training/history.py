@@ -15,6 +15,9 @@ ModelName = Literal["dense", "upcycled", "fine-tuned", "dense continued", "dense
 """The torch models of a run; the last two are the controls, dense models trained beside the mixture."""
 
 
+HISTORY_NAME = "history.jsonl"
+
+
 @dataclass(frozen=True)
 class Step:
     """One line of the history; losses in nats a token, the balance loss is 1 when balanced.

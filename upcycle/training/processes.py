@@ -53,6 +53,21 @@ def tell(message: Found | None) -> Found:
     return cast(Found, broadcast_object_list(said)[0] if state.num_processes > 1 else said[0])
 
 
+def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes, in place; every process must ask for it."""
+    if join_processes().num_processes > 1:
+        distributed.all_reduce(values)
+    return values
+
+
+def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, in place; every process must ask for it."""
+    if join_processes().num_processes > 1:
+        distributed.all_reduce(values)
+        values /= join_processes().num_processes
+    return values
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor on the CPU, all of it: where FSDP has divided it among the processes, all of them must ask for it."""
     found = tensor.detach()
@@ -63,9 +78,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Values as a parameter has its own.
+    """Values laid out as a parameter: this process's part of them where FSDP has divided the parameter.
 
-    This process's part of them where FSDP has divided it; every process has all values.
+    Every process has all values.
     """
     if not isinstance(parameter, DTensor):
         return values

@@ -6,8 +6,9 @@ weights that learn. They begin as embeddings of tokens that the vocabulary has (
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -36,25 +37,26 @@ def get_prompt(model: Any) -> nn.Parameter | None:
     return getattr(model, PARAMETER, None)
 
 
-def run_with_prompt(call: Any, model: Any, ids: torch.Tensor, prompt: torch.Tensor | None) -> torch.Tensor:
+def run_with_prompt(call: Any, model: Any, inputs: Mapping[str, Any], prompt: torch.Tensor | None) -> torch.Tensor:
     """Logits [B, S, vocabulary] of token ids [B, S] after the prompt [P, H], or with nothing before them.
 
-    `call` is the model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has
-    gathered the embedding only there, and the prompt as well where it is the model's parameter.
+    `inputs` are what the model is called with, `input_ids` among them; `call` is the model itself or what wraps it. The
+    text is embedded inside the model's own call, since FSDP has gathered the embedding only there, and the prompt as
+    well where it is the model's parameter.
     """
     if prompt is None:
-        logits: torch.Tensor = call(input_ids=ids, use_cache=False).logits
-        return logits
+        return cast(torch.Tensor, call(**inputs).logits)
 
     def embed(_: nn.Module, __: Any, keywords: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         text = model.get_input_embeddings()(keywords["input_ids"])
-        vectors = prompt if get_prompt(model) is None else get_prompt(model)
-        before = vectors.to(text.dtype).expand(len(text), -1, -1)  # type: ignore[union-attr]
-        return (), {"inputs_embeds": torch.cat([before, text], dim=1), "use_cache": False}
+        learned = get_prompt(model)
+        vectors = (prompt if learned is None else learned).to(text.dtype).expand(len(text), -1, -1)
+        others = {name: value for name, value in keywords.items() if name != "input_ids"}
+        return (), {"inputs_embeds": torch.cat([vectors, text], dim=1), **others}
 
     handle = model.register_forward_pre_hook(embed, with_kwargs=True)
     try:
-        logits = call(input_ids=ids, use_cache=False).logits
+        logits = cast(torch.Tensor, call(**inputs).logits)
     finally:
         handle.remove()
     return logits[:, prompt.shape[0] :]

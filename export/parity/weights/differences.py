@@ -13,7 +13,7 @@ import torch
 from dense2moe.export.parity.records import WrongRows
 from dense2moe.export.parity.weights.matrix import Floats, Matrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
-from dense2moe.upcycle.checkpoints.reader import TensorEntry, read_chunks, read_tensor
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks, read_tensor
 
 _MOST_PAIRS = 2048
 MOST_TOLD = 5

@@ -34,7 +34,8 @@ from dense2moe.export.parity.weights.differences import (
 )
 from dense2moe.export.parity.weights.matrix import Constants, Floats, Matrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
-from dense2moe.upcycle.checkpoints.reader import Checkpoint, TensorEntry, open_checkpoint, read_chunks
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks
 
 _TOLERANCE = 1e-5
 """Of a row's length.

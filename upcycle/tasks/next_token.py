@@ -1,4 +1,4 @@
-"""What training minimizes besides the balance of experts: pure tensor functions.
+"""Next token: a decoder predicts the token that follows each of a block.
 
 A vocabulary makes logits the largest tensor of a step, and a loss in plain torch keeps four more of their size. Here a
 block of the batch is done at a time, once for the value and once more for the gradient: besides the logits there is
@@ -13,6 +13,9 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from dense2moe.upcycle.numbers import language_figures
+from dense2moe.upcycle.tasks.task import Batch, Task
+
 
 def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy in nats of logits [B, S, vocabulary] against the ids [B, S] that follow; a scalar."""
@@ -24,11 +27,11 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean divergence KL(teacher || student) in nats over the positions that have a next token.
+    """Mean divergence KL(teacher || student) in nats, times the squared temperature; a scalar.
 
-    Times the squared temperature; a scalar. Both logits are [B, S, vocabulary], and both are divided by the
-    temperature. The square keeps the gradient's size when the temperature changes (Hinton et al. 2015, "Distilling the
-    Knowledge in a Neural Network", section 2). No gradient flows into the teacher.
+    The mean is over the positions that have a next token. Both logits are [B, S, vocabulary], and both are divided by
+    the temperature. The square keeps the gradient's size when the temperature changes (Hinton et al. 2015, "Distilling
+    the Knowledge in a Neural Network", section 2). No gradient flows into the teacher.
     """
 
     def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
@@ -42,7 +45,7 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temper
 def _mean_over_blocks(logits: torch.Tensor, of_block: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The mean of a loss over the blocks of logits [B, S, vocabulary].
 
-    `of_block` gives that of one, by its number and its logits [S, vocabulary].
+    `of_block` gives the loss of one block, by its number and its logits [S, vocabulary].
     """
     return cast(torch.Tensor, cast(Any, _MeanOverBlocks).apply(logits, of_block))
 
@@ -63,3 +66,21 @@ class _MeanOverBlocks(torch.autograd.Function):
                 block = block.detach().requires_grad_()
                 (found[number],) = torch.autograd.grad(ctx.of_block(number, block), block, gradient / len(logits))
         return found, None
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch["input_ids"], "use_cache": False}
+
+
+def _loss(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    return next_token_loss(logits, batch["input_ids"])
+
+
+NEXT_TOKEN = Task(
+    name="text-generation",
+    inputs=_inputs,
+    loss=_loss,
+    divergence=distillation_loss,
+    figures=language_figures,
+    unread={"logits_to_keep": 1},
+)

@@ -1,0 +1,104 @@
+"""Mixtures with their receipts, of every decoder family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.facts import Receipt
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt import write_receipt
+from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.errors import UpcycleError
+
+MakeDense = Callable[..., Path]
+EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
+EXACT = 64  # an FFN width of which the vector loop of `silu` leaves no rest, so that equal means bitwise
+NUMBER = r"\d\.\de-\d\d"
+T5 = "T5ForConditionalGeneration"
+MISSING = "{} missing, which transformers would draw at random; restore the file that held it"
+LEFT_OVER = "{} left over, which transformers would pass over; remove it, or correct config.json"
+WINDOW = 12
+# Every decoder family, with what is its own, and settings that lead to each target.
+DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama to mixtral": ({}, {}),
+    "llama to qwen2_moe, some layers": ({}, {"layers": [1]}),
+    "llama to granitemoe": ({"attention_bias": True}, {}),
+    "llama to granitemoeshared": ({"attention_bias": True}, {"shared_expert": "half"}),
+    "mistral": ({"architecture": "MistralForCausalLM", "sliding_window": WINDOW}, {}),
+    "phi3": ({"architecture": "Phi3ForCausalLM", "sliding_window": WINDOW}, {}),
+    "gemma": ({"architecture": "GemmaForCausalLM", "head_dim": 16}, {}),
+    "qwen2": (
+        {
+            "architecture": "Qwen2ForCausalLM",
+            "use_sliding_window": True,
+            "sliding_window": WINDOW,
+            "max_window_layers": 1,
+        },
+        {},
+    ),
+    "qwen3": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"layers": "every-2"}),
+    "olmo2": ({"architecture": "Olmo2ForCausalLM"}, {}),
+    "llama to glm4_moe": ({}, {"target": "glm4_moe", "layers": [1]}),
+    "qwen3 to glm4_moe": ({"architecture": "Qwen3ForCausalLM", "head_dim": 16}, {"target": "glm4_moe"}),
+    "granite": (
+        {
+            "architecture": "GraniteForCausalLM",
+            "embedding_multiplier": 3.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+        },
+        {},
+    ),
+}
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
+
+
+def settings(num_experts: int = 4, k: int = 2, logit_std: float = 1.0, **overrides: Any) -> UpcycleConfig:
+    """Settings; those of experts by their own names, and the number of parts of a copy as `granularity`."""
+    names = ("kind", "granularity", "noise", "drop")
+    experts = ExpertsConfig(**{name: overrides.pop(name) for name in names if name in overrides})
+    return UpcycleConfig(
+        num_experts=num_experts,
+        num_experts_per_tok=k,
+        experts=experts,
+        router=RouterConfig(logit_std=logit_std),
+        **overrides,
+    )
+
+
+def make_mixture(source: Path, output: Path, **overrides: Any) -> UpcyclePlan:
+    output.mkdir()
+    return upcycle(source, output, settings(**overrides), 0, quiet)
+
+
+def receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int = 64) -> Receipt:
+    return write_receipt(source, output, plan, block_size, quiet)
+
+
+def refusal(source: Path, output: Path, plan: UpcyclePlan, block_size: int = 64) -> str:
+    with pytest.raises(UpcycleError) as excinfo:
+        receipt(source, output, plan, block_size)
+    assert "\n" not in str(excinfo.value)
+    return str(excinfo.value)
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    state = load_file(directory / "model.safetensors")
+    change(state)
+    save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_gates_overflow(factor: float) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda state: [
+        weight.mul_(factor) for name, weight in state.items() if "up_proj" in name or "gate_proj" in name
+    ]

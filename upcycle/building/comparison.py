@@ -1,0 +1,258 @@
+"""The two models compared, whole or part by part: differences in the receipt's unit.
+
+"rel" is max |MoE logits - dense logits| / max |dense logits| over real (not padded) positions.
+
+A layer's "rel" is of what it adds, so that a large residual stream does not hide its FFN: the difference of what the
+layers give, divided by max |what the dense layer gives - what it reads|. Each element's error is divided by the larger
+of that and a twentieth of the element, so rounding of a large residual is not charged to the layer. Measured in float32
+on every family, at 2 and 12 layers, k = 2 and 3: 3e-7 at most; where half of the stream is a thousand times what a
+layer adds: 2e-6.
+
+Half of an odd multiple of the dtype's smallest number is no number of the dtype: it is rounded, and two of them are not
+the whole. In float16 that number is 2^-24, and outputs below 1.2e-4, which every real model has, lose their last bit;
+in bfloat16 and float32 it is below 1e-38. So where a comparison is not bitwise, the dense model is run again with each
+FFN's output halved in the dtype and added to itself, and the mixture must equal that bit for bit. No tolerance is
+needed, and one wrong bit anywhere is still seen.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from dense2moe.upcycle.building.facts import ReceiptLine
+from dense2moe.upcycle.building.model_pass import real_logits, real_states, set_router, watch_groups
+from dense2moe.upcycle.building.pieces import Keep
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt_text import Text
+from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT
+from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, run_layers
+from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_RESIDUAL_SHARE = 0.05  # two roundings of a sum in float32 are then 5e-6 of it: half of the limit
+
+
+class DenseNotFiniteError(ArithmeticError):
+    """The dense model gives NaN or an infinity for a text or in a layer; the message names which."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed of a plan in a dtype.
+
+    Bits equal with a zero router, and the largest rel, none where the dtype rounds too coarsely to judge.
+    """
+
+    plan: UpcyclePlan
+    dtype: str
+    bitwise_at_zero: bool
+    limit: float | None
+
+
+def compare_models(
+    source: Path, output: Path, claim: Claim, text: Text, experts: tuple[str, ...]
+) -> Iterator[ReceiptLine]:
+    """Compare two whole models, held at once, on each text, with each experts implementation and router.
+
+    Raises:
+        DenseNotFiniteError: the dense model gives NaN or an infinity.
+    """
+    plan, dtype = claim.plan, DTYPES[claim.dtype]
+    task = plan.conversion.family.task
+    sparse = load_model(output, dtype, task)
+    load = functools.cache(lambda wanted: load_model(source, wanted, task))
+    texts = [("padded batch", text.ids, text.mask, False), ("decoding with a cache", text.ids, text.mask, True)]
+    if claim.dtype == "float32":
+        texts.insert(0, ("one long text", text.ids[:1], torch.ones_like(text.ids[:1]), False))
+    for name, ids, mask, cached in texts:
+        run = functools.partial(real_logits, ids=ids, mask=mask, cached=cached)
+        dense = _Dense(name, dtype, load, run, _ffn_names(plan))
+        for implementation in experts:
+            if len(experts) > 1:
+                sparse.set_experts_implementation(implementation)
+            for router in ("shipped", "zero"):
+                with set_router(sparse, router), watch_groups(sparse, plan.settings.group_size) as coverage:
+                    found = run(sparse)
+                yield _judge(found, dense, claim, router, implementation, ids.shape[1], coverage)
+
+
+def compare_layers(
+    source: Path, output: Path, claim: Claim, text: Text, experts: tuple[str, ...]
+) -> Iterator[ReceiptLine]:
+    """Compare the embedding, each layer and the head, one part of each model at a time.
+
+    Raises:
+        DenseNotFiniteError: the dense model gives NaN or an infinity.
+    """
+    dense, sparse = open_checkpoint(source), open_checkpoint(output)
+    plan, dtype = claim.plan, DTYPES[claim.dtype]
+    ffn_module = plan.conversion.family.ffn_module
+    assert ffn_module is not None
+    real = text.mask.bool()
+    pair = _Pair(*(embed(side, text.ids, dtype)[real].to(torch.float32) for side in (sparse, dense)))
+    yield _judge_outside(pair, "embedding", claim, text)
+    states = torch.empty(0)
+    for layer, before, _, after in run_layers(dense, text.ids, text.mask, dtype, ffn_module):
+        model = load_layer(sparse, layer, dtype)
+        run = functools.partial(real_states, states=before, mask=text.mask)
+        is_sparse = next(router_modules(model), None) is not None
+        own = _Dense(
+            f"layer {layer}",
+            dtype,
+            functools.partial(load_layer, dense, layer),
+            run,
+            (ffn_module.format(layer=0),) if is_sparse else (),
+            given=after[real].to(torch.float32),
+            read=before[real].to(torch.float32),
+        )
+        for implementation in experts:
+            if is_sparse:
+                model.set_experts_implementation(implementation)
+            for router in ("shipped", "zero"):
+                with set_router(model, router), watch_groups(model, plan.settings.group_size) as coverage:
+                    found = run(model)
+                yield _judge(found, own, claim, router, implementation, text.ids.shape[1], coverage)
+        states = after[real]
+    pair = _Pair(*(apply_head(side, states, dtype).to(torch.float32) for side in (sparse, dense)))
+    yield _judge_outside(pair, "head", claim, text)
+
+
+def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:
+    """Of a decoder, the modules below its base model that experts took the place of."""
+    pattern = plan.conversion.family.ffn_module
+    return () if pattern is None else tuple(pattern.format(layer=site.layer) for site in plan.sites)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """What the mixture gives and what the dense model does, float32 [tokens, N], and what a layer of theirs read."""
+
+    found: torch.Tensor
+    reference: torch.Tensor
+    read: torch.Tensor | None = None
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether they are equal."""
+        return torch.equal(self.found, self.reference)
+
+    @property
+    def rel(self) -> float:
+        """The largest difference, as the module's docstring says it.
+
+        Of what is equal it is 0, whatever it is divided by.
+        """
+        difference = (self.found - self.reference).abs()
+        least = torch.finfo(torch.float32).tiny  # a layer may add nothing, and logits may all be zero
+        if self.read is None:
+            return float(difference.max() / self.reference.abs().max().clamp(min=least))
+        added = max(float((self.reference - self.read).abs().max()), least)
+        return float((difference / (_RESIDUAL_SHARE * self.reference.abs()).clamp(min=added)).max())
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The dense model, or a layer of it, on one text.
+
+    And what it gives under roundings that a right conversion may add; computed when asked for. `run` gives a model's
+    outputs, float32 [tokens, N] of the real tokens; `ffns` are the modules below the base model that experts took the
+    place of. `given` are the outputs where they are known already, and `read` is what a layer reads.
+    """
+
+    text: str
+    dtype: torch.dtype
+    load: Callable[[torch.dtype], PreTrainedModel]
+    run: Callable[[PreTrainedModel], torch.Tensor]
+    ffns: tuple[str, ...]
+    given: torch.Tensor | None = None
+    read: torch.Tensor | None = None
+
+    @functools.cached_property
+    def outputs(self) -> torch.Tensor:
+        """As the model gives them.
+
+        Raises:
+            DenseNotFiniteError: one is NaN or infinite.
+        """
+        found = self.run(self.load(self.dtype)) if self.given is None else self.given
+        if count := int((~torch.isfinite(found)).sum()):
+            raise DenseNotFiniteError(f"{self.text}: {count} of {found.numel()} numbers are NaN or infinite")
+        return found
+
+    @functools.cached_property
+    def halved(self) -> torch.Tensor:
+        """With the output y of each FFN replaced by y/2 + y/2 in the model's dtype.
+
+        Y itself but where y/2 is rounded.
+        """
+        model = self.load(self.dtype)
+        base = model.base_model
+        handles = [
+            base.get_submodule(name).register_forward_hook(lambda _, __, y: y * 0.5 + y * 0.5) for name in self.ffns
+        ]
+        try:
+            return self.run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @functools.cached_property
+    def noise(self) -> float:
+        """The rel of the model to itself in float64.
+
+        Norms and softmaxes stay in float32 there, as transformers computes them in every dtype.
+        """
+        return self.compare(self.run(self.load(torch.float64))).rel
+
+    def compare(self, found: torch.Tensor) -> _Pair:
+        """The mixture's outputs beside the model's own."""
+        return _Pair(found, self.outputs, self.read)
+
+
+def _judge(
+    found: torch.Tensor, dense: _Dense, claim: Claim, router: str, experts: str, num_tokens: int, coverage: list[float]
+) -> ReceiptLine:
+    plan, pair = claim.plan, dense.compare(found)
+    bitwise_due = claim.bitwise_at_zero and router == "zero"
+    kept = plan.keeps_function_at_zero if router == "zero" else plan.keeps_function
+    limit, noise = claim.limit if kept else None, None
+    if limit is not None and limit < pair.rel:
+        noise = dense.noise
+        limit = max(limit, NOISE_FACTOR * noise)
+    return ReceiptLine(
+        router,
+        claim.dtype,
+        dense.text,
+        experts,
+        num_tokens,
+        pair.rel,
+        pair.bitwise,
+        bitwise_due,
+        limit,
+        min(coverage) if coverage else None,
+        halves_bitwise=bitwise_due and not pair.bitwise and _halves(plan) and torch.equal(found, dense.halved),
+        noise=noise,
+    )
+
+
+def _halves(plan: UpcyclePlan) -> bool:
+    """Whether a zero router weighs two experts by one half each."""
+    return plan.settings.num_experts_per_tok == 2
+
+
+def _judge_outside(pair: _Pair, part: str, claim: Claim, text: Text) -> ReceiptLine:
+    """Of what is outside the layers, which every conversion keeps."""
+    if not torch.isfinite(pair.reference).all():
+        raise DenseNotFiniteError(f"{part}: not all of its numbers are finite")
+    folded = any(
+        isinstance(piece, Keep) and piece.fold is not None for write in claim.plan.writes for piece in write.pieces
+    )
+    limit = ROUNDING_LIMIT if claim.dtype == "float32" else None
+    return ReceiptLine("no", claim.dtype, part, "no", text.ids.shape[1], pair.rel, pair.bitwise, not folded, limit)

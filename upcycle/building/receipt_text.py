@@ -1,0 +1,86 @@
+"""The text that both models read for the receipt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from dense2moe.upcycle.checkpoints.layerwise import pad_left
+from dense2moe.upcycle.checkpoints.tokenizer import encode, has_tokenizer, load_tokenizer
+
+DECODE_STEPS = 8
+_MAX_TOKENS = 640
+_MAX_WINDOW_TOKENS = 2048  # a text is made longer than _MAX_TOKENS only to cross a window, and no longer than this
+# read for each token that is wanted: many times what tokens of English have, and a small part of the text
+_LETTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True)
+class Text:
+    """Three rows of token ids, padded on the left, their mask, and what they leave unshown; int64 [3, S]."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    notes: tuple[str, ...]
+
+    def shorten(self, length: int) -> Text:
+        """The last tokens of each row."""
+        return Text(self.ids[:, -length:], self.mask[:, -length:], self.notes)
+
+
+def read_text(source: Path, block_size: int) -> Text:
+    """Three rows of real English, one longer than a block and than a window, and two shorter, padded on the left.
+
+    The text is this package's own documentation: at hand on every machine, and tokens that follow each other as in real
+    text. A checkpoint without a tokenizer gets seeded random ids instead.
+    """
+    config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    context = getattr(config, "max_position_embeddings", _MAX_TOKENS)
+    window = getattr(config, "sliding_window", None) or 0
+    beyond = window + 4 * DECODE_STEPS
+    wanted = max(min(_MAX_TOKENS, block_size + block_size // 4), beyond if beyond <= _MAX_WINDOW_TOKENS else 0)
+    length = max(2 * DECODE_STEPS, min(wanted, context))
+    notes: tuple[str, ...] = ()
+    if length <= window < context:
+        notes = (
+            f"the text of {length} tokens does not cross the window of {window}; that it was kept is known from the "
+            "config alone",
+        )
+    if has_tokenizer(source):
+        text = (_read_prose() * 4)[: _LETTERS_PER_TOKEN * length]
+        stream = encode(load_tokenizer(source), text)
+    else:
+        stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
+    ids, mask = pad_left(
+        [stream[row : row + count] for row, count in enumerate((length, max(DECODE_STEPS + 1, length // 2), 3))]
+    )
+    return Text(ids, mask, notes)
+
+
+def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
+    """Whether the tokenizer gives the same ids in both directories.
+
+    Transformers chooses its class, and so its rules, by the model beside it too.
+    """
+    if not has_tokenizer(source):
+        return
+    text = _read_prose()
+    dense, sparse = (load_tokenizer(path) for path in (source, output))
+    if encode(dense, text) != encode(sparse, text):
+        yield (
+            "transformers tokenizes otherwise beside the mixture than beside the dense model: by "
+            f"{type(sparse).__name__} and by "
+            f"{type(dense).__name__}; name the class that is meant in tokenizer_config.json, and see that "
+            "tokenizer.json has its rules"
+        )
+
+
+@cache
+def _read_prose() -> str:
+    """The source of the modules beside this one, with its documentation."""
+    return "".join(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))

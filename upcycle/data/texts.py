@@ -1,0 +1,169 @@
+"""Texts of every kind of source: documents of each domain and split, as streams."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, assert_never, cast
+
+from dense2moe.upcycle.data.config import DataSource, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.documents import Piece, Stream, read_documents
+from dense2moe.upcycle.data.files import domain_place, resolve_files, text_files
+from dense2moe.upcycle.data.python_docs import DOMAINS, SPLITS, Split, read_python_docs
+from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
+
+_HELD_OUT_PER_MILLE = 50
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents of each domain, a stream for each split, their characters.
+
+    And where they come from in words and digests.
+    """
+
+    domains: dict[str, dict[Split, Stream]]
+    num_chars: dict[str, dict[Split, int]]
+    facts: dict[str, str]
+
+
+def read_texts(source: DataSource, base: Path) -> Texts:
+    """Read the documents; relative paths of files start at `base`.
+
+    Raises:
+        UpcycleError: a file or data set is missing, not UTF-8 or empty.
+    """
+    streams, facts = _open_streams(source, base)
+    surveys = {name: _survey(documents) for name, documents in streams.items()}
+    if not isinstance(source, PythonDocsData):  # which has a digest of its own
+        digests = {name: digest for name, (_, digest) in surveys.items()}
+        facts |= (
+            {f"digest of {name}": digest for name, digest in digests.items()}
+            if isinstance(source, DomainsData)
+            else {"digest": digests["text"]}
+        )
+    return Texts(streams, {name: num_chars for name, (num_chars, _) in surveys.items()}, facts)
+
+
+def _open_streams(source: DataSource, base: Path) -> tuple[dict[str, dict[Split, Stream]], dict[str, str]]:
+    match source:
+        case PythonDocsData():
+            docs = read_python_docs()
+            texts = {
+                domain: {split: [d.text for d in docs.documents[split] if d.domain == domain] for split in SPLITS}
+                for domain in DOMAINS
+            }
+            streams = {
+                str(domain): {split: partial(map, Piece, found[split]) for split in SPLITS}
+                for domain, found in texts.items()
+            }
+            return cast("dict[str, dict[Split, Stream]]", streams), {
+                "interpreter": f"CPython {docs.version}",
+                "digest": docs.digest,
+            }
+        case TextData():
+            return {"text": open_files(source, base, "data.source")}, {}
+        case HubData():
+            return {"text": _open_hub(source, "data.source")}, {"data set": source.path}
+        case DomainsData():
+            resolve_files(source, base)
+            return {
+                name: open_files(part, base, domain_place(name))
+                if isinstance(part, TextData)
+                else _open_hub(part, domain_place(name))
+                for name, part in source.domains.items()
+            }, {}
+        case _:
+            assert_never(source)
+
+
+def _survey(documents: Mapping[Split, Stream]) -> tuple[dict[Split, int], str]:
+    """How many characters each split has, and the SHA-256 of all documents with their splits, in order.
+
+    Each is read once.
+    """
+    digest, num_chars = hashlib.sha256(), {}
+    for split in SPLITS:
+        num_chars[split] = 0
+        for piece in documents[split]():
+            num_chars[split] += len(piece.text)
+            digest.update(
+                (f"{split}\0" if piece.first else "").encode() + piece.text.encode() + (b"\0" if piece.last else b"")
+            )
+    return num_chars, digest.hexdigest()
+
+
+def open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
+    """The documents of each split; without a single one in a split they are refused.
+
+    Without `validation` or `test` files the hash of a document, of its first piece if it is long, decides which of the
+    train files' it falls into.
+    """
+    files = text_files(source, base, where)
+    # as Python reads line ends
+    separator = source.separator and source.separator.replace("\r\n", "\n").replace("\r", "\n")
+    held_out = cast("list[Split]", [split for split in ("test", "validation") if not getattr(source, split)])
+
+    def read(split: Split) -> Iterator[Piece]:
+        if split in held_out or split == "train":
+            for file in files["train"]:
+                belongs = False
+                for piece in read_documents(file, separator):
+                    belongs = _hashed_split(piece.text.strip(), held_out) == split if piece.first else belongs
+                    if belongs:
+                        yield piece
+        else:
+            for file in files[split]:
+                yield from read_documents(file, separator)
+
+    for split in SPLITS:
+        if next(read(split), None) is None:
+            raise UpcycleError(
+                f"{where}: no document falls into the {split} split; give `{split}:` files, or a `separator` that "
+                "makes more documents"
+            )
+    return {split: partial(read, split) for split in SPLITS}
+
+
+def _hashed_split(document: str, held_out: list[Split]) -> Split:
+    number = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") % 1000
+    for split in held_out:
+        if number < _HELD_OUT_PER_MILLE:
+            return split
+        number -= _HELD_OUT_PER_MILLE
+    return "train"
+
+
+def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:
+    import datasets  # slow to import, and only this needs it
+
+    where = f"{place}: data set '{source.path}'"
+    documents: dict[Split, Stream] = {}
+    for split in SPLITS:
+        name = getattr(source, split)
+        try:
+            rows = datasets.load_dataset(source.path, source.name, revision=source.revision, split=name)
+        except Exception as error:  # datasets raises many kinds for a missing set, split, revision or network
+            raise UpcycleError(f"{where}, split '{name}': {describe_error(error)}") from error
+        if source.text_column not in rows.column_names:
+            raise UpcycleError(
+                f"{where}: no column '{source.text_column}'; it has {shorten(', '.join(rows.column_names))}"
+            )
+        documents[split] = partial(
+            _read_rows, rows, source.text_column, f"{where}: column '{source.text_column}' of split '{name}'"
+        )
+        if next(documents[split](), None) is None:
+            raise UpcycleError(f"{where}: split '{name}' has no text in column '{source.text_column}'")
+    return documents
+
+
+def _read_rows(rows: Any, column: str, where: str) -> Iterator[Piece]:
+    """The documents of a data set, which lies on the disk; rows without text are left out."""
+    for row in rows.select_columns([column]):
+        if not isinstance(text := row[column], str | None):
+            raise UpcycleError(f"{where} holds {type(text).__name__}; it must hold text")
+        if text and text.strip():
+            yield Piece(text)

@@ -1,0 +1,199 @@
+"""One model's training, phase by phase, resumed where it was killed.
+
+A finished phase leaves its weights and its history in the scratch directory, an unfinished one its checkpoints, each in
+a folder that `dense2moe.upcycle.durable` seals. The weights that come out are the same, bit for bit on one machine's
+CPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoConfig, PreTrainedModel
+
+from dense2moe.upcycle.checkpoints.config_files import complete_config
+from dense2moe.upcycle.checkpoints.loaded import sparse_layers
+from dense2moe.upcycle.checkpoints.reader import copy_companions
+from dense2moe.upcycle.data.blocks import read_blocks, read_domains
+from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
+from dense2moe.upcycle.memory import release_memory
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
+from dense2moe.upcycle.tasks.task import Task
+from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.events import write_events
+from dense2moe.upcycle.training.frozen import load_frozen, load_stored, stored_dtype
+from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, Step, read_history, write_history
+from dense2moe.upcycle.training.order import draw_order
+from dense2moe.upcycle.training.phase import Examples, Phase, Trained
+from dense2moe.upcycle.training.phase_run import run_phase
+from dense2moe.upcycle.training.processes import join_processes, whole
+from dense2moe.upcycle.training.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
+
+EVENTS_DIRECTORY = "tensorboard"
+_TRAINED_NAME = "trained"  # a finished phase, beside its checkpoints
+_STEPS_NAME = "steps"
+_RESULTS = ("best_step", "last_step", "seconds", "compute_seconds")  # of `Trained`, kept beside the weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to be trained: its name, where it comes from and goes to, and the settings of its phases."""
+
+    name: ModelName
+    source: Path
+    target: Path
+    phases: tuple[FinetuneConfig, ...]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(settings.steps for settings in self.phases)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all models of a fine-tuning share.
+
+    mixture: the checkpoint that tells which layers have experts. data: the blocks. scratch: where a killed run resumes.
+    """
+
+    mixture: Path
+    data: Path
+    scratch: Path
+    precision: str
+    seed: int
+    task: Task = NEXT_TOKEN
+
+
+def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress) -> Trained:
+    """Train one model through its phases and save it; a phase that an earlier run finished is not run again.
+
+    `teacher` is a checkpoint that is distilled from.
+    """
+    folder = setup.scratch / job.name.replace(",", "").replace(" ", "-")
+    job = _settle(job, folder)
+    loaded_teacher = _load_teacher(teacher, setup.task) if teacher else None
+    source, first_step, best_step = job.source, 0, 0
+    seconds = compute_seconds = 0.0
+    history: list[Step] = []
+    for planned in _plan_phases(job, setup):
+        phase = replace(planned, first_step=first_step)
+        place = folder / f"phase-{phase.number}"
+        finished = place / _TRAINED_NAME
+        if not is_kept(finished):
+            if join_processes().is_main_process:
+                for later in range(phase.number + 1, len(job.phases)):
+                    discard(folder / f"phase-{later}")  # it went on from what is made again here
+            model = load_stored(source, setup.task.name)
+            result = run_phase(model, loaded_teacher, phase, place / "checkpoints", progress)
+            release_memory()  # the Trainer and its callbacks hold each other, and the optimizer's state with them
+            if join_processes().is_main_process:
+                _keep_trained(model, result, job.source, finished)
+            join_processes().wait_for_everyone()
+        if join_processes().is_main_process:
+            discard(place / "checkpoints")  # also those of a run that was killed before this
+        facts = read_facts(finished)
+        history += read_history(finished / HISTORY_NAME)
+        if facts["best_step"] > first_step:  # otherwise the weights are those that the phase began with
+            best_step = facts["best_step"]
+        source, first_step = finished, facts["last_step"]
+        seconds, compute_seconds = seconds + facts["seconds"], compute_seconds + facts["compute_seconds"]
+    if join_processes().is_main_process:
+        _write_target(job, source, history)
+    join_processes().wait_for_everyone()
+    return Trained(tuple(history), best_step, first_step, seconds, compute_seconds)
+
+
+def read_examples(data: Path, split: Split) -> Examples:
+    """The blocks of a split with their domains."""
+    return Examples(read_blocks(data, split), read_domains(data, split)[1])
+
+
+def load_shape(directory: Path, task: Task) -> PreTrainedModel:
+    """The model of a checkpoint without its weights."""
+    with torch.device("meta"), warnings.catch_warnings():
+        # a shared expert of width 0
+        warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        return cast(PreTrainedModel, task.model_class.from_config(config))
+
+
+def _settle(job: Job, folder: Path) -> Job:
+    """The job with the steps that it was begun with.
+
+    Measured seconds decide them, and would be others on the next start.
+    """
+    if join_processes().is_main_process and not is_kept(folder / _STEPS_NAME):
+        begin(folder)  # what is left of other steps is of no use
+        keep(folder / _STEPS_NAME, [settings.steps for settings in job.phases])
+    join_processes().wait_for_everyone()
+    steps = read_facts(folder / _STEPS_NAME)
+    phases = (settings.model_copy(update={"steps": count}) for settings, count in zip(job.phases, steps, strict=True))
+    return replace(job, phases=tuple(phases))
+
+
+def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
+    """The phases of a job, as if each began at step 0: where the phase before it ends is not yet known."""
+    train, validation = read_examples(setup.data, "train"), read_examples(setup.data, "validation")
+    num_domains = len(read_domains(setup.data, "train")[0])
+    layers = sparse_layers(load_shape(setup.mixture, setup.task))
+    sizes = [settings.steps * settings.batch_size for settings in job.phases]
+    order = draw_order(len(train), sum(sizes), setup.seed)
+    last = torch.float32 if job.phases[-1].dtype == "float32" else stored_dtype(job.source)
+    return [
+        Phase(
+            model=job.name,
+            number=number,
+            settings=settings,
+            train=train,
+            validation=validation,
+            num_domains=num_domains,
+            first_step=0,
+            total_steps=job.num_steps,
+            sparse_layers=layers,
+            precision=setup.precision,
+            seed=setup.seed,
+            order=order[sum(sizes[:number]) : sum(sizes[: number + 1])],
+            dtype=last if number + 1 == len(job.phases) else torch.float32,
+            task=setup.task,
+        )
+        for number, settings in enumerate(job.phases)
+    ]
+
+
+def _load_teacher(directory: Path, task: Task) -> PreTrainedModel:
+    return cast(PreTrainedModel, cast(Any, load_frozen(directory, task.name)).to(join_processes().device))
+
+
+def _keep_trained(model: PreTrainedModel, result: Trained, source: Path, directory: Path) -> None:
+    """Write what a phase made: the model, its prompt and its history; then seal the directory."""
+    begin(directory)
+    passed_over = {*model.all_tied_weights_keys, PARAMETER}
+    weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}
+    _save(model, weights, source, directory)
+    if (prompt := get_prompt(model)) is not None:
+        write_prompt(prompt, model, directory / PROMPT_DIRECTORY)
+    write_history(directory / HISTORY_NAME, result.history)
+    keep(directory, {name: getattr(result, name) for name in _RESULTS})
+
+
+def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path, target: Path) -> None:
+    model.save_pretrained(target, state_dict=weights)
+    complete_config(target)
+    copy_companions(source, target)
+
+
+def _write_target(job: Job, trained: Path, history: list[Step]) -> None:
+    """Copy the model of the last phase to its place, with TensorBoard's events where they are wanted."""
+    ignored = shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME)
+    shutil.copytree(trained, job.target, dirs_exist_ok=True, ignore=ignored)
+    if any(settings.tensorboard for settings in job.phases):
+        told = [step for step in history if job.phases[step.stage].tensorboard]
+        write_events(job.target / EVENTS_DIRECTORY, told)

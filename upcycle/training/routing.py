@@ -1,0 +1,259 @@
+"""Routing while a model trains: hooks in, losses and figures of each layer out.
+
+1. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it and however many
+   parts it is computed in. Its gradient in one part needs the load of the parts to come (a product of two means is no
+   sum over parts), so a step of several parts begins with a forward pass of all of them without gradients, which only
+   counts: about a quarter more time, and only where the loss has a weight.
+2. Where a gate has a selection bias and its router learns, each step ends by moving the bias against the load of all
+   its tokens: of all parts, of all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds
+   it. In a phase in which a router does not learn (`prompt`, `by-domain`, the first layers of `last-N`) its bias stays:
+   it belongs to the scores that it was balanced for.
+3. Where domains have experts of their own, the routers are overruled: each token goes to the experts of its domain,
+   with equal weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from dense2moe.upcycle.checkpoints.loaded import count_experts, router_modules, router_weights, selection_biases
+from dense2moe.upcycle.gates.balance import (
+    balance_loss,
+    chosen_load,
+    describe_routing,
+    expert_counts,
+    expert_load,
+    mean_scores,
+    move_bias,
+    z_loss,
+)
+from dense2moe.upcycle.gates.facts import LayerRouting
+from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.models.routing import find_gate
+from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.processes import mean_over_processes, sum_over_processes
+from dense2moe.upcycle.training.sharding import gathered
+from dense2moe.upcycle.training.trainable import domain_experts, stacked_weights
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """A loss of the routers: its name in the history, its value, a scalar, and what it is multiplied by."""
+
+    name: str
+    value: torch.Tensor
+    coefficient: float
+
+
+def read_gate(model: PreTrainedModel) -> Gate:
+    """The gate of the layers of a model that has experts."""
+    gate = find_gate(model.config)
+    assert gate is not None, "a dense model has no gate"
+    return gate
+
+
+@contextmanager
+def hooked_routers(model: torch.nn.Module, hook: Callable[[torch.Tensor, Any], Any]) -> Iterator[None]:
+    """For the length of a `with`, each router's pass ends with `hook`, given its logits and all that it returns.
+
+    What the hook returns, if it is not None, takes the place of what the router returned.
+    """
+    handles = [
+        router.register_forward_hook(lambda _, __, output: hook(output[0], output)) for router in router_modules(model)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Routing:
+    """What the routers of a model say in each pass of training, and what follows from it.
+
+    A dense model has no router: nothing is heard, forced or added to its loss.
+
+    A step is `begin_step`, for each of its parts `force`, a pass within `listening`, `count` and `losses`, then
+    `end_step`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, settings: FinetuneConfig, num_domains: int, sparse_layers: tuple[int, ...]
+    ) -> None:
+        self.model, self.settings = model, settings
+        self.num_domains, self.sparse_layers = num_domains, sparse_layers
+        self.num_experts = count_experts(model)
+        self._said: list[torch.Tensor] = []  # router logits of the pass that runs, a layer each
+        self._listens = False
+        self._logits: tuple[torch.Tensor, ...] = ()  # of the last pass, [tokens, num_experts] a layer
+        self._forced: torch.Tensor | None = None  # experts of each token, int64 [tokens, k], whatever routers say
+        self._num_parts = 1
+        self._load_ahead: torch.Tensor | None = None  # of the whole step, before its first part
+        self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # loads and mean scores of parts without a loss
+        self._counts: dict[int, torch.Tensor] = {}  # tokens of each expert in this step, by the router's number
+        self._loads: list[torch.Tensor] = []  # of each part since the last description
+
+    @cached_property
+    def gate(self) -> Gate:
+        """How tokens choose experts in every layer that has some."""
+        return read_gate(self.model)
+
+    @contextmanager
+    def hooks(self) -> Iterator[None]:
+        """For the length of a `with`: every router is heard, and overruled where domains have experts of their own."""
+        with hooked_routers(self.model, self._hear):
+            yield
+
+    def _hear(self, logits: torch.Tensor, output: Any) -> Any:
+        if self._listens:
+            self._said.append(logits)
+        if self._forced is None:
+            return None
+        weights = torch.full_like(self._forced, 1 / self._forced.shape[1], dtype=output[1].dtype)
+        return logits, weights, self._forced
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """For the length of a `with`, a forward pass: afterwards its router logits are known.
+
+        A layer that is computed twice calls its router again in the backward pass: who kept these logits would keep all
+        that they were computed from.
+        """
+        self._listens = True
+        try:
+            yield
+            self._logits = tuple(self._said)
+        finally:
+            self._listens = False
+            self._said.clear()
+
+    def force(self, domains: torch.Tensor, block_size: int) -> None:
+        """Send the next blocks to their domains' experts, if the settings say so; domains: int64 [blocks]."""
+        self._forced = None
+        if self.num_experts and self.settings.routing == "by-domain":
+            count = self.gate.max_experts_per_token
+            self._forced = domain_experts(domains, block_size, self.num_domains, self.num_experts, count)
+
+    def begin_step(self, num_parts: int) -> None:
+        """A step of so many parts begins."""
+        self._num_parts, self._load_ahead = num_parts, None
+
+    @property
+    def needs_count(self) -> bool:
+        """Whether the balance loss of this part needs the load of all parts of the step, which is not yet known."""
+        return bool(
+            self.num_experts
+            and self._forced is None
+            and self._num_parts > 1
+            and self.settings.balance_coefficient
+            and self._load_ahead is None
+        )
+
+    def count_ahead(self, passes: Iterable[Callable[[], Any]]) -> None:
+        """Run every part of the step without gradients, with the random numbers that the parts will draw."""
+        loads = []
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            for run in passes:
+                with self.listening():
+                    run()
+                loads.append(self._measure_load((None,) * len(self._logits)))
+        self._load_ahead = torch.stack(loads).mean(0)
+
+    def count(self) -> None:
+        """Count where the tokens of the last pass went, for the biases and for the next description."""
+        for number, bias in self.moving_biases().items():
+            counts = expert_counts(self._logits[number], self.gate, bias)
+            self._counts[number] = self._counts[number] + counts if number in self._counts else counts
+        if self._logits:
+            self._loads.append(self._measure_load(selection_biases(self.model)))
+
+    def losses(self) -> Iterator[RouterLoss]:
+        """The routers' losses over the last pass, each the mean over layers; none where the routers are overruled."""
+        if not self._logits or self._forced is not None:
+            return
+        settings = self.settings
+        if settings.balance_coefficient or self._num_parts == 1:
+            yield RouterLoss("balance_loss", self._balance(), settings.balance_coefficient)
+        else:
+            self._watched.append(self._watch())
+        if settings.z_coefficient:
+            mean = torch.stack([z_loss(logits) for logits in self._logits]).mean()
+            yield RouterLoss("z_loss", mean, settings.z_coefficient)
+
+    def let_go(self) -> None:
+        """Keep the logits of the last pass, and nothing that they were computed from."""
+        self._logits = tuple(logits.detach() for logits in self._logits)
+
+    def end_step(self) -> torch.Tensor | None:
+        """Move every selection bias by the tokens of this step; returns a balance that was only watched."""
+        balance = None
+        if self._watched:
+            loads, scores = (torch.stack(each).mean(0) for each in zip(*self._watched, strict=True))
+            balance = loads.shape[-1] * (loads * scores).sum(-1).mean()
+            self._watched = []
+        for number, bias in self.moving_biases().items():
+            move_bias(bias, sum_over_processes(self._counts.pop(number)), self.settings.bias_step)
+        return balance
+
+    def moving_biases(self) -> dict[int, torch.Tensor]:
+        """By the number of the router, the selection biases that move: those of routers that learn."""
+        if not self.settings.bias_step:
+            return {}
+        pairs = enumerate(zip(router_weights(self.model), selection_biases(self.model), strict=True))
+        return {number: bias for number, (weight, bias) in pairs if bias is not None and weight.requires_grad}
+
+    def describe(self) -> tuple[LayerRouting, ...]:
+        """How each layer routes; nothing of a dense model.
+
+        Its load over all that was read since the last call; entropy and margin over this process's last part. Every
+        process must ask for it.
+        """
+        if not self._logits:
+            return ()
+        loads, self._loads = torch.stack(self._loads).mean(0), []
+        layers = cast(Any, self.model.get_decoder()).layers
+        weights = (weights for layer in layers for weights in _stacked_weights(layer))
+        biases = selection_biases(self.model)
+        return describe_routing(self.sparse_layers, loads, self._logits, weights, biases, self.gate)
+
+    def _measure_load(self, biases: Iterable[torch.Tensor | None]) -> torch.Tensor:
+        """Load of each expert of each layer over what all processes have just read; [layers, num_experts].
+
+        By the routers, or by what overrules them.
+        """
+        if self._forced is None:
+            pairs = zip(self._logits, biases, strict=True)
+            loads = torch.stack([expert_load(logits, self.gate, bias) for logits, bias in pairs])
+        else:
+            loads = torch.stack([chosen_load(self._forced, logits.shape[-1]) for logits in self._logits])
+        return mean_over_processes(loads)
+
+    def _balance(self) -> torch.Tensor:
+        """Mean over layers of each layer's balance loss, with the load of all processes and parts."""
+        loads = self._load_ahead
+        if loads is None:
+            loads = self._measure_load((None,) * len(self._logits))
+        pairs = zip(self._logits, loads, strict=True)
+        return torch.stack([balance_loss(logits, self.gate, load) for logits, load in pairs]).mean()
+
+    def _watch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a part adds to a balance that is only watched: loads over all processes and its mean scores.
+
+        [layers, num_experts] each.
+        """
+        scores = torch.stack([mean_scores(logits.detach(), self.gate) for logits in self._logits])
+        return self._measure_load((None,) * len(self._logits)), scores
+
+
+def _stacked_weights(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The first matrices of a decoder layer's experts; every process must ask for them."""
+    with gathered(layer):
+        yield from (stacked_weights(module.experts) for module in layer.modules() if hasattr(module, "experts"))

@@ -1,0 +1,170 @@
+"""The watch over a phase: history, time, checkpoints, and what ends it early."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from transformers import TrainerCallback
+
+from dense2moe.upcycle.durable import begin, discard, is_kept, keep, read_facts
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.training.history import HISTORY_NAME, Step, read_history, write_history
+from dense2moe.upcycle.training.loss_parts import LossParts
+from dense2moe.upcycle.training.phase import Phase
+from dense2moe.upcycle.training.processes import join_processes
+from dense2moe.upcycle.training.resumable import START_NAME, checkpoint_folder, describe_last, find_checkpoints
+from dense2moe.upcycle.training.routing import Routing
+
+
+class Watched(Protocol):
+    """What is watched: a trainer of one phase."""
+
+    phase: Phase
+    routing: Routing
+    parts: LossParts
+
+    def save_learned(self, directory: Path) -> None:
+        """Write what learns into a directory."""
+
+    def evaluate(self) -> Any:
+        """Look at the validation split."""
+
+    def end_step(self) -> None:
+        """What follows the optimizer's step."""
+
+
+class Watch(TrainerCallback):
+    """Moves what the Trainer logs into our history, times the steps and seals the checkpoints.
+
+    It ends a phase on a loss that is NaN or infinite, or that no longer falls. The start is a candidate too: it is
+    looked at before the first step, and what learns is kept as it was until a look is better.
+    """
+
+    def __init__(self, trainer: Watched, scratch: Path, progress: Progress) -> None:
+        self.trainer, self.phase = trainer, trainer.phase
+        self.scratch, self.progress = scratch, progress
+        self.history: list[Step] = []
+        self.seconds = self.compute_seconds = 0.0
+        self.began = self.began_computing = 0.0
+
+    @property
+    def best_step(self) -> int:
+        """The step, counted over all phases, with the lowest validation loss.
+
+        The first of equals, and so the start before all.
+        """
+        looks = [step for step in self.history if step.validation_loss is not None]
+        return min(looks, key=lambda step: cast(float, step.validation_loss)).step
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint of a step is, which is counted over all phases."""
+        return checkpoint_folder(self.scratch, step - self.phase.first_step)
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether the last looks were all no better than one before them."""
+        losses = [step.validation_loss for step in self.history if step.validation_loss is not None]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.phase.settings.patience
+
+    def resume(self, checkpoint: Path) -> bool:
+        """Take over what a checkpoint has recorded, unless the best checkpoint that it names is gone."""
+        self.history = list(read_history(checkpoint / HISTORY_NAME))
+        self.seconds, self.compute_seconds = read_facts(checkpoint)
+        if is_kept(self.checkpoint(self.best_step)):
+            return True
+        self.history, self.seconds, self.compute_seconds = [], 0.0, 0.0
+        return False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Keep the start and look at it, unless an earlier run did."""
+        if not self.history:
+            start = self.scratch / START_NAME
+            if state.is_world_process_zero:
+                begin(start)
+            self.trainer.save_learned(start)
+            if state.is_world_process_zero:
+                keep(start)
+            self.trainer.evaluate()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clocks."""
+        self.began = _now()
+        self.began_computing = time.process_time()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Let the routing end its step."""
+        self.trainer.end_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clocks, report progress, and ask for a look and a checkpoint where they are due."""
+        seconds = _now() - self.began
+        self.seconds += seconds
+        self.compute_seconds += seconds if torch.cuda.is_available() else time.process_time() - self.began_computing
+        if state.global_step % args.eval_steps == 0 or state.global_step == state.max_steps:
+            # What is logged at a checkpoint is complete there; and the last weights are a candidate too.
+            control.should_log = control.should_evaluate = control.should_save = True
+        losses = (step.train_loss for step in reversed(self.history) if step.model == self.phase.model)
+        loss = next((f": loss {loss:.3f}" for loss in losses if loss is not None), "")
+        done = self.phase.first_step + state.global_step
+        self.progress(f"training {self.phase.model}{loss}", done, self.phase.total_steps)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Add a line to the history: the parts of the loss and how layers route, or a look."""
+        logs = logs or {}
+        parts = self.trainer.parts.take() if "loss" in logs else {}
+        validation = logs.get("eval_loss")
+        if not parts and validation is None:
+            return
+        phase, step = self.phase, self.phase.first_step + state.global_step
+        for value in (*parts.values(), validation):
+            if value is not None and not math.isfinite(value):
+                raise self._not_finite(value, state.global_step)
+        line = Step(
+            model=phase.model,
+            step=step,
+            num_tokens=step * phase.settings.batch_size * phase.train.block_size,
+            stage=phase.number,
+            **parts,
+            validation_loss=validation,
+            learning_rate=logs.get("learning_rate"),
+            layers=self.trainer.routing.describe() if parts else (),
+        )
+        self.history.append(line)
+
+    def _not_finite(self, loss: float, step: int) -> UpcycleError:
+        if step == 0:
+            return UpcycleError(
+                f"finetune: the validation loss of {self.phase.model} is {loss} before the first step of a phase; it "
+                "must be finite; set finetune.precision: float32, or look for values in the checkpoint that overflow"
+            )
+        return UpcycleError(
+            f"finetune: the loss of {self.phase.model} is {loss} at step {self.phase.first_step + step}; lower "
+            f"finetune.learning_rate{describe_last(self.scratch)}"
+        )
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the phase where looks have not been better for long enough."""
+        control.should_training_stop |= self.patience_is_over
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Seal a checkpoint with its history, then discard those that are neither the last nor the best."""
+        join_processes().wait_for_everyone()  # each has a file of random numbers in it
+        if state.is_world_process_zero:
+            last = self.checkpoint(self.phase.first_step + state.global_step)
+            best = self.checkpoint(self.best_step)
+            write_history(last / HISTORY_NAME, self.history)
+            keep(last, [self.seconds, self.compute_seconds])
+            for folder in {*find_checkpoints(self.scratch), self.scratch / START_NAME} - {last, best}:
+                discard(folder)
+
+
+def _now() -> float:
+    """Seconds on a clock, when the device has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
