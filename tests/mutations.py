@@ -182,14 +182,14 @@ MUTATIONS = (
     ),
     Mutation(
         "each part of an accumulated step is balanced by its own load",
-        "self.step_load = self._count_ahead(model)",
-        "self.step_load = None",
+        "loads = self._load_ahead",
+        "loads = None",
         "test_losses_and_gradients_are_those_of_the_whole_batch_however_many_parts_it_has",
         "mixture_checkpoint-change0",
     ),
     Mutation(
         "a selection bias counts the last part of a step alone",
-        "self.counts[number] + counts if number in self.counts else counts",
+        "self._counts[number] + counts if number in self._counts else counts",
         "counts",
         "test_a_step_moves_each_bias_by_the_rate_against_the_load_of_all_its_parts",
         "[4-all]",
@@ -208,7 +208,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a killed run goes on with a fresh optimizer",
-        "fill_optimizer(cast(torch.optim.Optimizer, self.optimizer), state)",
+        "fill_optimizer(optimizer, state)",
         "state.clear()",
         "test_a_killed_run_ends_with_the_weights_of_one_that_was_not",
         "[7-mixture_checkpoint]",
