@@ -1,4 +1,4 @@
-"""Some of many blocks, taken evenly."""
+"""Blocks of token ids, chosen evenly."""
 
 from __future__ import annotations
 

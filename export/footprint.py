@@ -1,4 +1,4 @@
-"""Bytes that quantized weights take, and memory of the stages, from shapes alone."""
+"""Bytes of packages and memory of the stages, from shapes alone."""
 
 from __future__ import annotations
 

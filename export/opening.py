@@ -1,4 +1,4 @@
-"""The door for ONNX packages: whatever is wrong with one's files is one line.
+"""Opening ONNX packages: whatever is wrong with a file is one line.
 
 A package may come from anybody: cut by a download, made of git-LFS pointers, written for another runtime, or no package
 at all. What onnx, onnxruntime, json, tokenizers and the file system say of its files becomes an `ExportError` that

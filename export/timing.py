@@ -1,4 +1,4 @@
-"""Which lowering is the fastest here: the candidates timed side by side on this machine.
+"""Timing of lowerings: the candidates side by side on this machine.
 
 No lowering wins everywhere: it depends on the runtime, the processor, the widths, the number of experts and the bits.
 What is timed is the model itself, cut to its first layer with experts, or to a few where their weights are few; layers

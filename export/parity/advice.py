@@ -1,4 +1,4 @@
-"""What to look at next where a place of a graph is wrong.
+"""Advice: the next thing to look at where a place is wrong.
 
 What its first wrong token says, else what such a place has beside its weights.
 """
@@ -43,7 +43,7 @@ _WEIGHTS: dict[Part, str] = {
 
 
 def advise(check: PlaceCheck, weights: WeightsCheck | str) -> str:
-    """What is known of a place's weights, or of its first tokens, and what to look at next."""
+    """Advice on a wrong place, from its weights or its first wrong token."""
     own = _WEIGHTS.get(check.part)
     if own is not None and not isinstance(weights, str):
         layer = f"layer {check.layer}, " if check.layer >= 0 else ""
@@ -55,7 +55,7 @@ def advise(check: PlaceCheck, weights: WeightsCheck | str) -> str:
 
 
 def _start(found: PlaceCheck) -> str:
-    """What the first wrong token says of attention.
+    """Advice on attention, from its first wrong token.
 
     The first token reads itself alone, whatever positions and mask are.
     """

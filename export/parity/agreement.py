@@ -29,7 +29,7 @@ MARGIN_BOUNDS = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.3, 1.0, 3.0)
 
 @dataclass(frozen=True)
 class Comparison:
-    """What one comparison found.
+    """The outcome of comparing a package with one torch model.
 
     Figures, the mean next-token losses of both sides by block, and parts that later tiers go on from. `margins` [N, S]
     is each token's smallest margin in the reference, None without routers. `factor`: the package's logits are so many
@@ -94,7 +94,7 @@ def compare(
 def measure_losses(
     model: Reference | Decoder, ids: torch.Tensor, tell: Callable[[int], None] = lambda _: None
 ) -> list[float]:
-    """A model's mean next-token loss of each block of ids [N, S], as `compare` measures it.
+    """A model's mean next-token loss of each block of ids [N, S].
 
     `tell` is told how many blocks are done.
     """
@@ -130,7 +130,7 @@ def mean_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def factor_of(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Sums of found times expected, and of expected squared, of logits [..., V] about each token's own mean.
+    """Sums over logits [..., V], centred by token: found times expected, expected squared.
 
     Their ratio is a factor.
     """

@@ -12,7 +12,7 @@ from dense2moe.export.parity.records import Forced
 
 
 def force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | None) -> Forced | str:
-    """The twin with the fine-tuned model's routing: what remains is the error of the weights alone."""
+    """The twin with the fine-tuned model's routing, which leaves the error of weights alone."""
     if tuned is None:
         return "not run: one checkpoint is both references"
     if not tuned.routers:
@@ -29,5 +29,5 @@ def force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | Non
 
 
 def _first_tokens(said: Any, count: int) -> Any:
-    """What a router said of the first tokens of a batch."""
+    """A router's output for the first tokens of a batch."""
     return tuple(part[:count] for part in said) if isinstance(said, tuple) else said[:count]

@@ -1,4 +1,4 @@
-"""One computation of some text with what is inside it, by torch and by the package."""
+"""One forward with its inner values, by torch and by the package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BATCH = PARITY_BATCH
 
 @dataclass(frozen=True)
 class Forward:
-    """What one computation of ids [B, S] gave.
+    """One forward over ids [B, S]: logits and inner values.
 
     Logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and k. Selection scores [B, S,
     E] are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more
@@ -55,7 +55,7 @@ class Forward:
 
 
 def split_batches(ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
-    """Blocks of ids [N, S] in batches whose logits are not too many to hold at once; of one block, if need be."""
+    """Blocks of ids [N, S] in batches whose logits fit in memory."""
     rows = LOGITS_BYTES // (4 * ids.shape[1] * vocab_size)
     return cast("tuple[torch.Tensor, ...]", ids.split(min(max(rows, 1), BATCH)))
 
@@ -94,16 +94,16 @@ class Reference:
         return _join([self._read(ids[:, start:end], mask[:, :end], cache) for start, end in pieces])
 
     def reads_in_pieces(self, size: int) -> bool:
-        """Whether rows of so many tokens are fed as the package is fed, since a longrope switches within them."""
+        """Whether rows of this length are fed in pieces, since a longrope switches within."""
         switch = rotary_switch(self.model.config)
         return switch is not None and size > switch
 
     def scores(self, layer: int) -> torch.Tensor:
-        """What the layer's experts were chosen by in the last forward, [B * S, E]."""
+        """The layer's selection scores in the last forward, [B * S, E]."""
         return self.score_of(layer, first_of(self.routers[layer]))
 
     def score_of(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
-        """What a layer's experts are chosen by, [B * S, E], where its router says these logits."""
+        """A layer's selection scores [B * S, E] for these router logits."""
         assert self.gate is not None, "a router in a model without a gate"
         return selection_scores(logits.reshape(-1, logits.shape[-1]), self.gate, self.biases.get(layer))
 
@@ -200,7 +200,7 @@ def _catch(caught: dict[int, torch.Tensor], layer: int) -> Callable[..., None]:
 
 
 def first_of(output: Any) -> torch.Tensor:
-    """What a module computes, without what it says besides."""
+    """A module's first output."""
     return cast(torch.Tensor, output[0] if isinstance(output, tuple) else output)
 
 
@@ -255,7 +255,7 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
 
 
 def forward_of(seen: Seen, decoder: Decoder) -> Forward:
-    """What was seen of a package as one computation; of the places that were not looked at there is nothing."""
+    """A package that was fed, as one forward, with the values that were shown."""
     layers = range(sum(map(names.is_hidden, seen.values)))
     hiddens = tuple(seen.values[names.hidden(n)] for n in layers)
     routers = tuple(

@@ -21,7 +21,7 @@ _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is r
 
 
 def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward) -> Noise:
-    """What `first`, the float32 reference's forward over ids [B, S], differs by from the same checkpoint in float64.
+    """The difference of `first`, a float32 forward over ids [B, S], from float64.
 
     Routers' ties are left out. Norms, rotary tables and the softmax of routers are float32 in both, as transformers has
     them; their rounding is in the figures.
@@ -65,7 +65,7 @@ def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: 
 
 
 def own_limit(noise: float, rounds: bool, config: ParityConfig) -> Limit:
-    """Of a package without a checkpoint of its own weights, each way of feeding it against its own prefill."""
+    """The limit of logits without a twin: each way of feeding against its own prefill."""
     least = _OWN_LEAST if rounds else config.max_relative_error
     said = (
         f"{_OWN_MULTIPLE:g} times what the package's own prefills of one text differ by, {noise:.1e} of the "
@@ -97,7 +97,7 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
 
 
 def gap_limit(kind: TaskKind, limits: Mapping[str, Limit]) -> Limit | None:
-    """The limit that a task's gap is held to, that of logits or of the last hidden state where texts are compared.
+    """The limit of a task's gap: of logits, or of the last hidden state for similarity.
 
     None where there is none.
     """

@@ -1,4 +1,4 @@
-"""On which provider every node of a package ran, by onnxruntime's own profile."""
+"""The provider of every node that ran, by onnxruntime's profile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph computes in, read from its weights and operators."""
+"""The precision of a graph, read from its weights and operators."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ACCURACY_INT8 = 4  # `accuracy_level` of MatMulNBits and QMoE: activations in 8
 
 @dataclass(frozen=True)
 class Precision:
-    """The variant that a package is, and whether its graph rounds what it computes with, to 16 or to 8 bits.
+    """A package's variant, and whether its graph rounds to 16 or 8 bits.
 
     `has_experts`: operators or names in the graph show that tokens go to experts.
     """

@@ -171,12 +171,12 @@ class ProviderJudgement:
 
     @cached_property
     def family(self) -> Architecture | None:
-        """What is known of the twin's architecture; None where the graph builder does not know it."""
+        """The record of the twin's architecture; None where the builder does not cover it."""
         config = AutoConfig.from_pretrained(self.subject.twin, local_files_only=True, trust_remote_code=False)
         return find_decoder_family(config) if find_refusal(config) is None else None
 
     def _find_taps(self) -> Taps:
-        """The places of the graph that can be looked at: by our names, or else by the weights that it multiplies by."""
+        """The visible places of the graph, by our names or else by its weights."""
         model = open_package(self.subject.package).model
         shared_outside = self.family is not None and self.family.model_type == "granitemoeshared"
         taps = find_taps(model, shared_outside)
@@ -265,7 +265,7 @@ class ProviderJudgement:
     def _measure_alone(
         self, provider: str, own: Comparison, tuned: Comparison, checks: tuple[Check, ...], limits: dict[str, Limit]
     ) -> ProviderParity:
-        """What the package does with no torch model beside it.
+        """Figures of the package alone.
 
         Its speed, its perplexity over all text, where its nodes run.
         """
@@ -313,7 +313,7 @@ class ProviderJudgement:
 
 
 def _extend(losses: list[float], model: Reference | Decoder, blocks: torch.Tensor, progress: Progress) -> list[float]:
-    """The mean losses of a model of all blocks [N, S], of which those of the first are known."""
+    """A model's mean losses of all blocks [N, S], where the first are known."""
     rest = blocks[len(losses) :]
     return losses + (
         measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else []

@@ -84,7 +84,7 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PlaceCheck:
-    """One place of the graph on the graph's own input to it, beside the twin with the same arithmetic.
+    """One place on the graph's own input, beside the twin with the same arithmetic.
 
     Errors relative, the worst token's. `layer` is -1 outside of layers. noise: what float32 torch differs by from
     float64 there, None where it was not measured. `num_flips`: tokens whose difference is a flip of a rounding inside,
@@ -161,7 +161,7 @@ class TaskCheck:
 
 @dataclass(frozen=True)
 class Forced:
-    """KL of the twin from the fine-tuned model where the latter's routing is forced on it.
+    """KL of the twin with the fine-tuned model's routing forced on it.
 
     And where the twin chooses itself.
     """
@@ -231,7 +231,7 @@ class ProviderParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """The outcome: figures by provider (or why it was not run), and every broken threshold in words."""
+    """The outcome: figures by provider, or why it was not run, and broken limits."""
 
     providers: dict[str, ProviderParity | str]
     breaches: tuple[str, ...]
@@ -244,10 +244,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class FilesCheck:
-    """The files that were compared, those that were not there (a sentence each).
-
-    And the differences (a sentence each).
-    """
+    """Files that were compared, and a sentence for each missing file and each difference."""
 
     compared: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -261,7 +258,7 @@ class FilesCheck:
 
 @dataclass(frozen=True)
 class WrongRows:
-    """Rows of a tensor of the twin, or of one expert in it, that the file has otherwise.
+    """Wrong rows of one tensor, or of one expert in it.
 
     The first, how many, of how many, and how it differs.
     """

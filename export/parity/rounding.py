@@ -1,4 +1,4 @@
-"""How far two equally rounded computations of one text part, and the limits of whole models that follow.
+"""Limits of whole models, from how far two equally rounded computations part.
 
 Where a graph rounds what it computes with, to 8 or to 16 bits, two right computations part at every number that lies
 between two steps: a sum in another order takes the other one, and from there on both go their own ways, layer by layer.
@@ -90,7 +90,7 @@ class RoundingMeasure:
         self._same = [old + new for old, new in zip(self._same or [0.0] * len(counts), counts, strict=True)]
 
     def result(self) -> Rounding:
-        """What was found."""
+        """The noise and the divergences that were measured."""
         count, (product, square) = self._num_tokens, self._parts
         return Rounding(
             max(self._kl / count, 0.0),

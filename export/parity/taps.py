@@ -1,4 +1,4 @@
-"""Places inside a package's graph that can be looked at, and what is seen there.
+"""Visible places inside a package's graph, and their values.
 
 Graphs that we build keep the names of these values (`dense2moe.export.graph.decoder`); a traced one has residual
 streams and router logits alone, and one of other makers none. A place that a graph does not show is not judged by
@@ -90,7 +90,7 @@ def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
 
 
 def _inner_reads(node: onnx.NodeProto) -> list[str]:
-    """What the nodes of a node's branches read."""
+    """Inputs of the nodes in a node's branches."""
     return [
         name
         for attribute in node.attribute
@@ -101,7 +101,7 @@ def _inner_reads(node: onnx.NodeProto) -> list[str]:
 
 
 def _block_output(makers: Mapping[str, onnx.NodeProto], update: str, shared_outside: bool) -> str:
-    """What a block itself computes, before a norm, a factor or a shared expert joins it to the residual stream."""
+    """A block's own output, before a norm, a factor or a shared expert."""
     while update.endswith((value_names.MULTIPLIED, value_names.NORMED)):
         update = makers[update].input[0]
     return makers[update].input[0] if shared_outside and value_names.is_mixed(update) else update

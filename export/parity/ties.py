@@ -1,4 +1,4 @@
-"""Ties of routers: the same experts or not, by what margin, and which flips are no fault.
+"""Near-ties of routers: the same experts or not, and by what margin.
 
 All of it is told of selection scores: router logits, or scores plus a bias where a gate chooses by these.
 """
@@ -32,7 +32,7 @@ def same_experts(ours: torch.Tensor, theirs: torch.Tensor, top_k: int) -> torch.
 
 
 def find_margin(routers: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Selection score of the last chosen expert minus that of the first one left out; infinite where all are chosen."""
+    """The score of the last chosen expert minus the first left-out one; else infinite."""
     if top_k == routers.shape[-1]:
         return torch.full(routers.shape[:-1], math.inf, dtype=routers.dtype)
     top = routers.topk(top_k + 1, dim=-1).values
@@ -83,5 +83,5 @@ def find_tie_margin(narrow: Routers, true: Routers) -> float:
 
 
 def before_flips(flips: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Real tokens [B, S] before the first flip of their row: those that a right package computes to within noise."""
+    """Real tokens [B, S] before the first flip of their row, which are judged."""
     return mask.bool() & (flips.cumsum(1) == 0)

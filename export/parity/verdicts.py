@@ -1,4 +1,4 @@
-"""The judge: every broken limit in one line that names tier and place."""
+"""Verdicts: every broken limit in a line that names tier and place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains i
 
 
 def find_breaches(result: ProviderParity) -> list[tuple[Tier, str]]:
-    """Every limit that the figures break, the tiers in their order; a figure without a limit is not judged."""
+    """Every broken limit, tier by tier; a figure without a limit is not judged."""
     tiers = (_weights, _operator, _layer, _logits, _language, _task, _routing, _files)
     return [breach for tier in tiers for breach in tier(result)]
 
@@ -143,7 +143,7 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
 
 
 def describe_pattern(checks: tuple[Check, ...], broken: list[Check]) -> str | None:
-    """What the broken checks have in common that the right ones have not; None where that says nothing."""
+    """The pattern of the broken checks, as advice; None where there is none."""
     right = [check for check in checks if check not in broken]
     if not broken or not right:
         return None
@@ -166,7 +166,7 @@ def _language(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
 
 
 def _first_figure(result: ProviderParity, found: Figure, tuned: Figure) -> Iterator[tuple[Tier, str]]:
-    """What the figure that is judged may be worse by than the fine-tuned model's; NaN breaks every limit."""
+    """The first figure beside the fine-tuned model's; NaN breaks every limit."""
     change = found.value / tuned.value - 1 if tuned.value else found.value
     sign = 1 if found.better == "lower" else -1
     most = result.limits[found.name].value if found.name in result.limits else math.inf
@@ -222,7 +222,7 @@ def _over(error: float, limit: Limit) -> str:
 
 
 def judge_tiers(breaches: list[tuple[Tier, str]], why_not: dict[Tier, str]) -> dict[Tier, str]:
-    """What became of each tier: passed, broken, or why it was not run or not judged."""
+    """Each tier's outcome: passed, broken, or the reason that it was not judged."""
     broken = {tier for tier, _ in breaches}
     return {tier: "broken" if tier in broken else why_not.get(tier, "passed") for tier in TIERS}
 

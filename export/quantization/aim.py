@@ -1,4 +1,4 @@
-"""Weights moved before they are quantized, so that outputs on what is read now are those of the float model.
+"""Weights shifted before quantization to cancel errors upstream (GPTAQ).
 
 A matrix W that gave X~ W' in the float model reads X instead, behind matrices that are quantized. The weights that come
 nearest to the old outputs, min |X~ W' + D - X V'|² + damping |V - W|² over V, are V' = W' + (X'X + damping)⁻¹ X'((X~ -
@@ -29,7 +29,7 @@ _PANELS = 4
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is read [T, K], how much less it is than in the float model [T, K].
+    """Inputs [T, K], and how much less they are than in the float model [T, K].
 
     And the drift [T, N] where there is one.
     """
@@ -39,14 +39,14 @@ class Tokens:
     drift: torch.Tensor | None
 
     def wanted(self, weight: torch.Tensor) -> torch.Tensor:
-        """What the outputs [T, N] of a weight [N, K] are to have more."""
+        """The difference that the outputs [T, N] of a weight [N, K] have to make up for."""
         lost = self.lost @ weight.T
         return lost if self.drift is None else lost.add_(self.drift)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """The moments X'X of all inputs, float32 [K, K], and what says where weights are to go.
+    """The moments X'X of all inputs, float32 [K, K], and the shift that weights need.
 
     Steps are fitted on some tokens, and their length on others, which are `held`. `factor` is the Cholesky factor of
     the damped moments of the fitted tokens, float64.
@@ -59,7 +59,7 @@ class Aim:
 
     @cached_property
     def _turn(self) -> torch.Tensor:
-        """What weights [N, K] are multiplied with to give their step, where no drift is to be made up for.
+        """The matrix that gives the step of weights [N, K] where no drift is made up for.
 
         The same for all of them.
         """

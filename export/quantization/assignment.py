@@ -1,4 +1,4 @@
-"""What a method of quantization is to quantize."""
+"""The work of one method of quantization."""
 
 from __future__ import annotations
 

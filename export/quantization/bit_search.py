@@ -40,7 +40,7 @@ ReadCandidate = Callable[[str, int], torch.Tensor]
 
 
 class WeightsOf(Weights):
-    """Some tensors of candidates, each made when it is read; those that stay floats are left to the checkpoint."""
+    """Candidate tensors, each made when it is read; floats are left to the checkpoint."""
 
     def __init__(self, names: Collection[str], plan: Plan, read: ReadCandidate) -> None:
         self._bits = {name: plan[name] for name in names if is_quantized(plan[name])}
@@ -60,7 +60,7 @@ class WeightsOf(Weights):
 
 
 class BitChoices:
-    """Bits of every tensor of a decoder from the fewest on, as a sequence of plans on the front of bytes and cost."""
+    """Plans of bits on the front of bytes and cost, the fewest bytes first."""
 
     def __init__(
         self, base: Plan, units: Mapping[Unit, Collection[str]], sensitivities: Collection[Sensitivity]
@@ -84,7 +84,7 @@ class BitChoices:
         return {**self.base, **{name: bits[unit] for unit, names in self.units.items() for name in names}}
 
     def fill(self, budget: int, count_bytes: CountBytes) -> list[Sensitivity]:
-        """Upgrades in the order of their worth, those left out that no longer fit into the budget."""
+        """Upgrades in the order of their worth, without those that exceed the budget."""
         taken: list[Sensitivity] = []
         closed: set[Unit] = set()
         for upgrade in self.upgrades:
@@ -119,7 +119,7 @@ def options_of(unit: Unit, config: QuantizeConfig, floats: int) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class Candidates:
-    """Units of a decoder, the bits that each may have, `floats` being floats, and how tensors in them come to be."""
+    """Units, the bits that each may have, and how its tensors are read in them."""
 
     units: Mapping[Unit, Collection[str]]
     options: Mapping[Unit, tuple[int, ...]]
@@ -131,7 +131,7 @@ class Candidates:
 def measure_units(
     ruler: Ruler, candidates: Candidates, progress: Progress, journal: RecordJournal
 ) -> list[Sensitivity]:
-    """What every unit costs by itself in every number of bits that it may have; floats cost nothing.
+    """The cost of every unit by itself in each number of bits; floats cost nothing.
 
     Those in the journal are taken from it.
     """

@@ -1,4 +1,4 @@
-"""How many bits every tensor has: by its class, by the recipe, by layer."""
+"""Bits of every tensor: by its class, by the recipe, by layer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16, "bfloat16": 
 
 
 def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> dict[TensorClass, int]:
-    """Bits of each tensor class; 32 is float32, 16 rounded to `float_type`, and what is below is quantized.
+    """Bits of each tensor class: 32 is float32, 16 is `float_type`, fewer is quantized.
 
     Routers and norms always are 32.
     Of variant 'mixed' these are the fewest that a class may have.
@@ -103,7 +103,7 @@ def plan_bits(
     bits: Mapping[TensorClass, int],
     overrides: Sequence[BitsOverride] = (),
 ) -> dict[str, int]:
-    """Bits of every tensor by name, as `class_bits` has them, or more where an override says so.
+    """Bits of every tensor by name: those of `class_bits`, or more by an override.
 
     16 there are `bits["bias"]`, which are floats.
     A tensor without elements (a shared expert of width 0) has nothing to quantize.

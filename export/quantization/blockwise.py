@@ -27,7 +27,7 @@ PARTS = ("codes", "scales", "zero_points")
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight: codes uint8 [N, num_blocks, block_size * bits / 8], scales float32 [N, num_blocks].
+    """A quantized weight: codes uint8 [N, num_blocks, bytes], scales float32 [N, num_blocks].
 
     `zero_points` uint8 [N, ceil(num_blocks * bits / 8)] are packed like codes, each row by itself; None is 2^(bits-1)
     for every block.
@@ -57,7 +57,7 @@ def join(parts: Sequence[Quantized], combine: Callable[[list[torch.Tensor]], tor
 
 
 def is_quantized(bits: int) -> bool:
-    """Whether a tensor of so many bits is held as integers and scales."""
+    """Whether a tensor with this number of bits is held as integers and scales."""
     return bits < 16
 
 
@@ -67,7 +67,7 @@ def num_blocks(width: int, block_size: int) -> int:
 
 
 def zero_point_bytes(width: int, bits: int, block_size: int) -> int:
-    """Bytes of the zero points of one row of so many weights."""
+    """Bytes of the zero points of one row."""
     return math.ceil(num_blocks(width, block_size) * bits / 8)
 
 
@@ -247,7 +247,7 @@ def round_to(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 def recover(
     weight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int, block_size: int
 ) -> Quantized:
-    """The integers that a dequantized weight [N, K] was made of, bit for bit, from its scales and zero points.
+    """The exact integers of a dequantized weight [N, K], from its scales and zero points.
 
     See `Quantized`. A float32 w = integer * scale is off by one rounding, and so w / scale nearest to that integer.
     Scales may be smaller than 1 / the largest number.

@@ -1,4 +1,4 @@
-"""What every matrix of a decoder reads on calibration text, one layer in memory at a time.
+"""Calibration inputs of every matrix of a decoder, layer by layer.
 
 Two streams of hidden states walk through the layers: that of the float model, and that of the model as it is quantized
 so far, every matrix of a layer in the order in which it computes. So a matrix can make up for the errors of all before
@@ -54,7 +54,7 @@ class Group:
 
 
 class _EnoughError(Exception):
-    """All that was to be caught is caught: the rest of the layer need not be computed."""
+    """Every wanted input is caught: the rest of the layer need not be computed."""
 
 
 class CalibrationWalk:
@@ -81,7 +81,7 @@ class CalibrationWalk:
         self._replaced: dict[tuple[str, Rows], torch.Tensor] = {}
 
     def replace(self, name: str, rows: Rows, weight: torch.Tensor) -> None:
-        """Let the groups that follow in this layer be behind a matrix of another value."""
+        """Give a matrix another value for the groups that follow in this layer."""
         self._replaced[name, rows] = weight
 
     def read_float(
@@ -91,7 +91,7 @@ class CalibrationWalk:
         changed: Mapping[str, torch.Tensor] | None = None,
         moves: bool = False,
     ) -> Iterator[Group]:
-        """The groups of the layer that is next as they are in the float model alone, on about `num_tokens` of the text.
+        """The groups of the next layer in the float model alone, on about `num_tokens` tokens.
 
         `changed` is as for `read_layer`. Where it `moves`, both streams are those of the float model behind the layer;
         else nothing moves on.
@@ -116,7 +116,7 @@ class CalibrationWalk:
     def read_layer(
         self, layer: int, changed: Mapping[str, torch.Tensor] | None = None, attention_learns: bool = True
     ) -> Iterator[Group]:
-        """The groups of the layer that is next, in the order in which they compute, experts in order.
+        """The groups of the next layer in the order of computation, experts in order.
 
         Each is behind what `replace` was told of. `changed` are tensors in the place of the checkpoint's with which the
         layer computes the same function. Where attention does not learn, its groups are those of the float model.
@@ -154,7 +154,7 @@ class CalibrationWalk:
         yield from self._read_others(layer, routed, replace(routed, drift=None))
 
     def pass_float(self, layer: int) -> None:
-        """Go on behind the layer, which is not read, as the float model computes it."""
+        """Advance past the layer as the float model computes it, without reading it."""
         self._changed = {}
         after, _ = self._run(load_layer(self.checkpoint, layer, torch.float32), self.reference_states, (), stop=False)
         self.states = self.reference_states = after
@@ -188,12 +188,12 @@ class CalibrationWalk:
         return self.family.name("router", layer)
 
     def _selection_bias(self, layer: int) -> torch.Tensor | None:
-        """What the layer's router adds to its scores for the choice of experts; float32 [E]."""
+        """The selection bias of a layer's router, float32 [E]."""
         name = self.family.find("selection_bias", layer)
         return None if name is None else self.read(name)
 
     def _drift(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
-        """What a block's outputs would have to have more.
+        """The difference that a block's outputs have to make up for.
 
         None where a norm stands between them and the residual stream.
         """
@@ -209,7 +209,7 @@ class CalibrationWalk:
                 model.get_parameter(place).data.copy_(self._replaced[name])
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
-        """Go on behind the layer, as it computes with tensors in the place of its own.
+        """Advance past `layer` with these tensors substituted, even if it was never read.
 
         It may be one that was not read.
         """
@@ -274,7 +274,7 @@ class CalibrationWalk:
             )
 
     def _visits_of(self, expert: int, inputs: Inputs, routes: Routes, total: torch.Tensor) -> Inputs:
-        """What one expert sees of what its layer reads."""
+        """One expert's part of its layer's inputs."""
         if self.all_experts:
             return replace(inputs, drift=None)
         visits = routes.expert == expert
@@ -326,7 +326,7 @@ class CalibrationWalk:
         return (self._changed[name] if name in self._changed else self.checkpoint.read(name)).float()
 
     def read_matrix(self, name: str, rows: Rows) -> torch.Tensor:
-        """A matrix of the layer in float32, before it is quantized: all dimensions but the last count as rows."""
+        """A matrix of the layer in float32, before quantization; leading dimensions count as rows."""
         if name in self._changed:
             whole = self._changed[name].flatten(0, -2)
             return whole if rows is None else whole[slice(*rows)]

@@ -1,4 +1,4 @@
-"""What calibration saw and changed, as a record."""
+"""What calibration saw and changed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many tokens calibration reads."""
+"""The number of tokens that calibration reads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
 
 
 def count_calibration_tokens(config: QuantizeConfig, model: PreTrainedConfig) -> int:
-    """Tokens that calibration reads at most, as the settings or the widths of the model's experts say."""
+    """The most tokens that calibration reads, by the settings or the experts' widths."""
     if config.calibration_tokens != "auto":
         return config.calibration_tokens
     num_experts = max(

@@ -73,7 +73,7 @@ _SEARCHED_BITS = 8  # and more: by default such weights are searched, and do not
 
 
 class QuantizeConfig(Record):
-    """Quantization: of weights alone in the int8, int4 and mixed variants, and of activations too in int8-qdq.
+    """Quantization of weights, and in variant int8-qdq of activations too.
 
     Routers and norms stay in float32. Variant 'mixed' has 4 or 8 bits or floats in every class of every layer, in the
     embedding and in the head, as measured: the best that fits into `budget`, or the smallest that costs no more than
@@ -154,7 +154,7 @@ class QuantizeConfig(Record):
     )
 
     def method_of(self, bits: int) -> Literal["round", "search", "gptq"]:
-        """How a matrix of so many bits is quantized.
+        """The method that quantizes a matrix with this number of bits.
 
         The error of 8 bits is next to nothing beside that of inputs rounded to 8 bits, whichever way they are chosen:
         on SmolLM2-135M with 4 experts the whole model loses as much by searched scales as by GPTQ

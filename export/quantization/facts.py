@@ -10,7 +10,7 @@ from dense2moe.upcycle.tasks.figure import Figure
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """Tensors that have their bits together: a class in one layer, or, with layer -1, outside of them."""
+    """Tensors with common bits: one class in one layer, or outside of layers (-1)."""
 
     layer: int
     tensors: TensorClass
@@ -23,7 +23,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A unit in so many bits: bytes of the package's weights that it takes, and its cost by itself."""
+    """A unit in a number of bits: its bytes in the package, and its cost alone."""
 
     unit: Unit
     bits: int
@@ -47,7 +47,7 @@ class SearchPoint:
 
 @dataclass(frozen=True)
 class BitSearch:
-    """The outcome: points in the order of their bytes, the perplexity of the model as it is, the limit in words.
+    """The outcome of a search: measured points, the fewest bytes first, and the limit.
 
     And every unit's cost and bits.
     `bits` are the chosen ones: of each class by layer, or, outside of layers, of one.
@@ -64,7 +64,7 @@ class BitSearch:
 
 @dataclass(frozen=True)
 class QuantizeFacts:
-    """What was quantized: bits of each tensor class, bytes of the experts and the share of them that is quantized.
+    """What was quantized: bits by class, bytes of experts, their quantized share.
 
     `block_size` is None where each row has one scale.
 

@@ -58,7 +58,7 @@ A block of their columns fits into a core's cache, and a step takes longer than 
 
 @dataclass(frozen=True)
 class Moments:
-    """What GPTQ needs to know of the inputs of matrices, padded to whole blocks.
+    """Second moments of matrix inputs for GPTQ, padded to whole blocks.
 
     Damped X'X, the factor of its inverse, X'X's own diagonal.
     """
@@ -117,7 +117,7 @@ def quantize_together(
     zero_points: bool = False,
     passes: int = _PASSES,
 ) -> list[Quantized]:
-    """Quantize weights of one shape [N, K], each for inputs of its own moments, as `quantize_gptq` does one.
+    """Quantize weights of one shape [N, K] side by side, each with its own moments.
 
     Many small ones take little longer.
 

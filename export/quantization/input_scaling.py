@@ -1,4 +1,4 @@
-"""Inputs scaled so that the weights that matter most are rounded least, and the model computes what it did.
+"""Input scales (AWQ, SmoothQuant), folded into norms and matrices.
 
 A matrix W that reads x computes the same with W diag(s) on x / s, and a weight in a large channel of x, made larger by
 s, has a smaller relative error when it is rounded (AWQ, Lin et al., 2023, section 3.2). The operators that read x in 8
@@ -72,7 +72,7 @@ class ScalingRecord:
 
 @dataclass
 class ScaledLayer:
-    """The tensors of one layer that are changed, by name, float32; the layer computes the same function with them."""
+    """Changed tensors of one layer, float32 by name; its function is the same."""
 
     walk: CalibrationWalk
     layer: int
@@ -99,7 +99,7 @@ class ScaledLayer:
 def scale_layer(
     walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, record: ScalingRecord
 ) -> dict[str, torch.Tensor]:
-    """The changed tensors of the layer that is next in the walk; `plan` has the bits of every tensor.
+    """The changed tensors of the next layer; `plan` has the bits of every tensor.
 
     Counts groups in `record`.
     """
@@ -252,7 +252,7 @@ class _Part:
 
 
 def round_inputs(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """What the operators with 8-bit activations read of x [..., K].
+    """x [..., K] as operators with 8-bit activations read it.
 
     Integers from -127 to 127 times a scale for each block of a token. Measured to the bit of float32 on onnxruntime's
     CPU (`MatMulNBits` at accuracy_level 4, `QMoE`): the scale is the block's largest magnitude / 127.

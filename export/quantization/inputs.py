@@ -1,4 +1,4 @@
-"""What matrices read on calibration text: behind what is quantized, and in the float model."""
+"""Calibration inputs of a matrix: after quantized layers, and in the float model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 @dataclass(frozen=True)
 class Inputs:
-    """What matrices read, a token a row, float32.
+    """Inputs of a matrix, float32, one row a token.
 
     actual: [tokens, K], behind what is before them as it is quantized. reference: the same tokens in the float model.
     drift: [tokens, N], what is to be added to the outputs for the residual stream to be the float model's again; None

@@ -210,7 +210,7 @@ def _quantize_layer(
     learns: bool,
     progress: Callable[[int], None],
 ) -> dict[str, Quantized]:
-    """Every quantized tensor of a layer, behind what is quantized before it where anything `learns`.
+    """Every quantized tensor of a layer, after quantized layers where anything `learns`.
 
     Or else as the float model has it.
     `progress` is told how many matrices are done, and not of the last, since the layer is not kept yet.
@@ -264,7 +264,7 @@ def _prepare(
     record: CalibrationRecord,
     scarce: set[int],
 ) -> Iterator[_Prepared]:
-    """The matrices of a group that are to be quantized, moved where that can be learned.
+    """The matrices of a group to quantize, shifted where the shift can be learned.
 
     Experts with too few tokens for it go into `scarce`.
     """

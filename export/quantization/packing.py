@@ -1,4 +1,4 @@
-"""How integers and scales lie on disk, and the bytes that they take."""
+"""The layout of integers and scales on disk, and its bytes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Packing:
 def integer_specs(
     name: str, shape: tuple[int, ...], bits: int, packing: Packing, has_column_scales: bool = False
 ) -> list[TensorSpec]:
-    """The tensors that hold the integers of one, all of whose dimensions but the last count as rows.
+    """The tensors that hold the integers of one tensor; leading dimensions count as rows.
 
     Maybe with the scales of its columns.
     """
@@ -72,7 +72,7 @@ def integer_specs(
 
 
 def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], packing: Packing) -> int:
-    """Bytes of tensors in a checkpoint of integers, or as floats of as many bits as the plan says."""
+    """Bytes of tensors in a checkpoint, as integers or floats by the plan."""
     total = 0
     for name in names:
         if is_quantized(plan[name]):

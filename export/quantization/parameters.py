@@ -1,4 +1,4 @@
-"""The parameters of any transformers decoder: where each lies in the checkpoint, and what it is.
+"""The parameters of any transformers decoder: their class, and their rows on disk.
 
 A checkpoint's names are not always the model's: experts lie one by one and are stacked at loading, modules have been
 renamed. transformers keeps that mapping as rules which it can also run backwards, to save a model. So the model is
@@ -56,7 +56,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
-    """Where in a checkpoint of these shapes the rows of every parameter and stored buffer lie, in their order.
+    """The rows in a checkpoint of every parameter and stored buffer, in order.
 
     Raises:
         ExportError: the checkpoint's tensors are not those that transformers would save, or no rows of them.

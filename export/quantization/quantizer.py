@@ -1,4 +1,4 @@
-"""The quantize stage: a checkpoint's integers and scales, and the twin that computes with their values.
+"""The quantize stage: from a checkpoint to its twin and its scales.
 
 Where the ONNX file holds float16 or bfloat16, weights and scales are rounded to it here, once. Scales are 16 bits in
 every file: integers are chosen for them as they are rounded, so that a step that is off by 0.2 % at most adds 2 % to
@@ -201,7 +201,7 @@ def _warnings(job: Quantization, plan: Mapping[str, int], record: CalibrationRec
 def _search_bits(
     job: Quantization, base: Mapping[str, int], held_out: torch.Tensor | None
 ) -> tuple[dict[str, int], CalibrationRecord, BitSearch]:
-    """Choose the bits of variant 'mixed', and write the twin; returns the plan, what calibration saw, and the search.
+    """Choose the bits of variant 'mixed', and write the twin.
 
     Every part is quantized in 4 and in 8 bits, and these candidates are measured, each by itself and so without scaled
     inputs and corrected routers, which bind parts together. The twin is quantized anew by the chosen plan, each layer

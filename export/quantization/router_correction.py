@@ -1,4 +1,4 @@
-"""A router fitted anew to what it reads behind quantized matrices.
+"""Routers refitted to their inputs after quantized layers.
 
 So that tokens meet the experts that they met in the float model. The router's logits on the float model's hidden states
 are what it is to give on those that it reads now. First by damped least squares, which has a closed form, then by a few
@@ -48,7 +48,7 @@ class RouterFacts:
 def correct_router(
     router: torch.Tensor, inputs: Inputs, gate: Gate, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, RouterFacts]:
-    """The router [E, H] for hidden states as they are now, by the scores of its logits, and what it gained.
+    """The router [E, H] refitted to present hidden states, and what that gained.
 
     Float32 in and out.
     `bias` [E] is what it adds to its scores for the choice, and stays.

@@ -1,4 +1,4 @@
-"""What replacing weights of a decoder costs on text, measured with one layer in memory at a time."""
+"""The cost on text of replacing weights, measured layer by layer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Ruler:
     def measure_layer(
         self, layer: int, before: torch.Tensor, choices: Sequence[Weights]
     ) -> tuple[list[Cost], torch.Tensor]:
-        """The cost of each choice of weights of one layer by itself, and the states [N, S, H] after the layer as it is.
+        """The cost of each choice of weights in one layer, and the states [N, S, H] after it.
 
         `before` is what the layer reads where nothing is replaced; `embed` gives what the first one does.
         """

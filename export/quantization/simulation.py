@@ -1,4 +1,4 @@
-"""8-bit activations in torch: products read their inputs rounded, as those of the graph do.
+"""8-bit activations in torch: products round their inputs as the graph does.
 
 With static scales the checkpoint cannot hold that inputs are rounded, so a twin's model rounds them always. The
 operators that find their scales as they run (`MatMulNBits` at accuracy_level 4, `QMoE`) round by each block of a token;

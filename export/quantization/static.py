@@ -1,4 +1,4 @@
-"""Static 8-bit quantization: weights by output channel, and the range of what every product reads, measured on text.
+"""Static 8-bit quantization: weights by row, input ranges measured on text.
 
 A product x W' of a float graph becomes s_x s_n (x_q W_q'): the weights of output n are integers times s_n, x is rounded
 to integers times s_x, and both scales are constants of the file. Providers that compute in 8 bits want it so, as
@@ -153,7 +153,7 @@ def quantize_static(
 
 
 def _round_rows(weight: torch.Tensor) -> Quantized:
-    """A weight [N, K] with one scale a row; that of a row of zeros is 1, which is positive as providers want it."""
+    """A weight [N, K] with one positive scale a row; a row of zeros has scale 1."""
     found = round_to_nearest(weight, BITS, weight.shape[1])
     return replace(found, scales=torch.where(found.scales == 0, torch.ones(()), found.scales))
 

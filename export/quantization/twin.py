@@ -90,7 +90,7 @@ class QuantizedWeight:
 
     @property
     def name(self) -> str:
-        """What its tensor is called."""
+        """The name of its tensor."""
         return self.entry.name
 
     @property
@@ -100,7 +100,7 @@ class QuantizedWeight:
 
     @property
     def content(self) -> str:
-        """What it is, in words that no other matrix has."""
+        """A description that no other matrix has."""
         return f"{self.name}[{self.start}:{self.start + self.shape[0]}]"
 
     def read(self) -> Quantized:
@@ -118,7 +118,7 @@ class QuantizedWeight:
         return recover(weight if columns is None else weight * columns, scales, zero_points, self.bits, self.block_size)
 
     def read_column_scales(self) -> torch.Tensor | None:
-        """What the columns of the matrix were multiplied by, float32 [width]; None where they are as they were."""
+        """The factors of the columns, float32 [width]; None where there are none."""
         entry = self.scales.get(f"{self.name}.{COLUMN_SCALES}")
         return None if entry is None else read_tensor(entry)
 
@@ -144,7 +144,7 @@ class Twin:
 
     @cached_property
     def family(self) -> Architecture:
-        """What the graph builder knows of the architecture.
+        """The record of the architecture.
 
         Raises:
             ExportError: it does not know it.

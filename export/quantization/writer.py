@@ -57,7 +57,7 @@ class Quantization:
 
     @property
     def computes_in(self) -> ElementType:
-        """What the graph computes in, which scales are rounded to."""
+        """The element type of the graph's products, which scales are rounded to."""
         return element_type(self.variant, self.device)
 
     @property
@@ -96,7 +96,7 @@ def choose_text(blocks: torch.Tensor, job: Quantization) -> torch.Tensor:
 def write_integers(
     job: Quantization, plan: Mapping[str, int], output: Path
 ) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
-    """Quantize by a plan, and write the integers into the empty folder `output`; returns where they are."""
+    """Quantize by a plan into the empty folder `output`; returns where integers are."""
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
         return {}, record

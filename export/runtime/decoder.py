@@ -205,7 +205,7 @@ class Decoder:
         )
 
     def read_cache(self, cache: Cache) -> dict[str, Floats]:
-        """The keys and values in a cache by the names of their inputs, [B, heads, capacity (or length), head_dim]."""
+        """Cached keys and values by input name, [B, heads, capacity or length, head_dim]."""
         return {name: np.asarray(buffer.numpy(), np.float32) for name, buffer in cache.buffers.items()}
 
     def run(
@@ -216,7 +216,7 @@ class Decoder:
         logits_to_keep: int = 0,
         nudge: torch.Tensor | None = None,
     ) -> dict[str, Floats]:
-        """Feed ids [B, S] after what the cache holds; returns logits [B, S, V] and the taps by name, float32.
+        """Feed ids [B, S] behind the cache; returns logits [B, S, V] and taps, float32.
 
         The mask [B, S] is 1 for a real token and 0 for padding. With
         `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed,
@@ -282,7 +282,7 @@ class Decoder:
         cache.binding.bind_ortvalue_output(names.LOGITS, ort.OrtValue.ortvalue_from_numpy(cache.logits))
 
     def _take_logits(self, cache: Cache, count: int) -> Floats:
-        """The logits of the last tokens; a copy of those of a step, which the next one writes over."""
+        """The logits of the last tokens; of a step a copy, since the next step overwrites them."""
         found = cache.logits[:, -count:]  # -0 is all of them
         if cache.ids.shape[1] > 1:
             cache.bound = None  # the next call binds arrays of its own

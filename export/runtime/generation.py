@@ -56,7 +56,7 @@ As none does.
 
 @dataclass(frozen=True)
 class Generation:
-    """What a package says of generation.
+    """A package's settings of generation.
 
     start: the token that starts a text without tokens. ends: the tokens that end one. draws: whether tokens are drawn.
     max_new_tokens: tokens to write, where the file says so. sampling: how tokens are drawn, if they are; its seed is 0.
@@ -159,7 +159,7 @@ def _read_genai(path: Path) -> dict[str, Any]:
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
-    """Token ids, whether one, a list or none; what is no id is none."""
+    """Token ids, from one, a list or none; anything else is left out."""
     ids = value if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 

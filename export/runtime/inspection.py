@@ -1,4 +1,4 @@
-"""What a loaded graph is made to show of its inside, and inputs added to it."""
+"""Outputs and inputs added to a loaded graph, for looking inside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dense2moe.export import names
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a decoder shows of its graph's inside.
+    """Values inside the graph that a decoder shows.
 
     `streams`: router logits, selection scores and residual streams of every layer. `attention`: what its attentions
     give. `values`: more values, by name. `routers`: names of router logits that a run can add to, for `num_experts`
@@ -44,14 +44,14 @@ def _tap_names(model: onnx.ModelProto) -> list[str]:
 
 
 def _attention_names(model: onnx.ModelProto) -> list[str]:
-    """The outputs of every layer's attention, those that have their name."""
+    """The named outputs of every layer's attention."""
     made = {name for node in model.graph.node for name in node.output}
     num_layers = names.count_layers(value.name for value in model.graph.input)
     return [name for n in range(num_layers) if (name := names.attention_output(n)) in made]
 
 
 def let_routers_be_nudged(model: onnx.ModelProto, routers: Sequence[str]) -> None:
-    """Add an input `router_nudge` [T or 1, E] that is added to router logits of these names.
+    """Add an input `router_nudge` [T or 1, E], which is added to these router logits.
 
     So experts that a text does not visit can be visited: what reads the logits reads the sum, and the logits are as
     they were.
@@ -73,7 +73,7 @@ def let_routers_be_nudged(model: onnx.ModelProto, routers: Sequence[str]) -> Non
 
 
 def let_logits_be_cut(model: onnx.ModelProto) -> bool:
-    """Add an input `first_logit` [1]: the first token of those fed that the head multiplies.
+    """Add an input `first_logit` [1]: the first token that the head multiplies.
 
     A prompt needs the logits of its last token alone, and those of all may take more time than a layer and more memory
     than the weights. It is no input of the package, since others who load it would have to give it. Returns whether it

@@ -1,4 +1,4 @@
-"""Inputs and outputs of a graph: whether they are a decoder's, their types and shapes."""
+"""A decoder graph's interface: names, types and shapes of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
 
 
 def read_cache_shape(value: ort.NodeArg, config: Config) -> tuple[Any, int, Any, int]:
-    """[batch, heads, length, head_dim] of a key or value; what the graph leaves open is in the config."""
+    """The shape [B, heads, length, head_dim] of a key or value, by graph and config."""
     batch, heads, length, head_dim = value.shape
     if not isinstance(heads, int):
         heads = config.size("num_key_value_heads" if "num_key_value_heads" in config.values else "num_attention_heads")

@@ -1,4 +1,4 @@
-"""The choice of the next token: greedy, or drawn from the likeliest ones; pure functions of arrays."""
+"""The choice of the next token: greedy, top-k, nucleus or min-p sampling."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _top_k(logits: Floats, k: int) -> Ints:
 
 
 def _nucleus(mass: Floats, top_p: float) -> Bools:
-    """The fewest of each row's largest masses that hold the share `top_p` of it, and always one.
+    """The nucleus of each row: the fewest tokens with probability `top_p`, at least one.
 
     Masses below (1 - top_p) / V of the row's hold less than 1 - top_p of it all together, so only the others are
     sorted.
@@ -102,7 +102,7 @@ def _nucleus(mass: Floats, top_p: float) -> Bools:
 
 
 def _largest(values: Floats, threshold: Floats, count: Ints) -> Bools:
-    """Which are each row's `count` [B, 1] largest, given the least of those.
+    """Each row's `count` [B, 1] largest values, given the least of them.
 
     All above it, and the first of those that equal it.
     """

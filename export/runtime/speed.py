@@ -55,7 +55,7 @@ def measure_speed(decoder: Decoder, prompt: Sequence[int], num_new_tokens: int, 
 
 @dataclass(frozen=True)
 class Load:
-    """So many prompts of so many tokens, each followed by so many new ones."""
+    """A load to time: prompts, tokens of each, new tokens of each."""
 
     batch_size: int
     prompt_tokens: int

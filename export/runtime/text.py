@@ -39,7 +39,7 @@ Of a contraction also what the clean-up itself makes into one.
 
 
 def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:
-    """The tokens of a text, as the tokenizer gives them: a token before them only where it puts one itself.
+    """The tokens of a text, with a start token only where the tokenizer adds one.
 
     A text without any is the token `start` alone, or the tokenizer's own that starts a text; empty where neither is
     known.

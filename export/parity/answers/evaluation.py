@@ -1,4 +1,4 @@
-"""Tasks: does the package answer as the twin does, and how well beside the fine-tuned model?"""
+"""Answers of the package beside the twin's and the fine-tuned model's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class TaskEvaluation:
         self.tuned = self._ask(Torch(reference))
 
     def check(self, twin: Reference, limits: Mapping[str, Limit], tie_margin: float) -> tuple[TaskCheck | str, ...]:
-        """Ask the twin, and compare all answers; a task that cannot be done is a sentence that says why."""
+        """Ask the twin, and compare all answers; an impossible task is a sentence."""
         own = self._ask(Torch(twin))
         checks: list[TaskCheck | str] = []
         for encoded, found, of_twin, of_tuned in zip(self.encoded, self.found, own, self.tuned or own, strict=True):
@@ -159,7 +159,7 @@ def _given(task: Task) -> list[float]:
 
 
 def _points(task: Task, outcomes: Sequence[Outcome]) -> list[float]:
-    """What each example counts for in the score that is judged.
+    """The contribution of each example to the judged score.
 
     For texts to be compared, how alike the model finds them.
     """

@@ -1,4 +1,4 @@
-"""Tasks: files of examples with right answers, one JSON object a line, of one kind a file.
+"""Files of examples with right answers, one JSON object a line.
 
     choice       {"prompt": "...", "choices": ["...", "..."], "answer": "..."}   the likeliest of some texts; accuracy
     answer       {"prompt": "...", "answer": "..."}               what the model writes greedily; F1 and exact match
@@ -49,7 +49,7 @@ class Choice(Record):
 
 
 class Answer(Record):
-    """A prompt and what is a right answer to it: the text that is written up to `until`."""
+    """A prompt and its right answers: texts that end at `until`."""
 
     prompt: _Text
     answer: _Text | Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)]
@@ -85,7 +85,7 @@ class Task:
     examples: tuple[Example, ...]
 
     def cut(self, most: int) -> Task:
-        """At most so many of its examples, taken evenly."""
+        """At most `most` of its examples, taken evenly."""
         return Task(
             self.name, self.kind, tuple(self.examples[place] for place in choose_places(len(self.examples), most))
         )

@@ -1,4 +1,4 @@
-"""What a model answers to the examples of a task, by torch and by the package.
+"""Answers to the examples of a task, by torch and by the package.
 
 Rows of like length are a batch, padded at their right, where a decoder's tokens do not see it; so no mask is needed,
 and any package can be asked. A choice is scored by the sum of its tokens' log-probabilities after the prompt (Brown et
@@ -35,20 +35,20 @@ Ids: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Row:
-    """Token ids of which those from `start` on, 1 at least, are scored: each by the logits of the token before it."""
+    """Token ids, scored from `start` (1 at least) on by the logits before each."""
 
     ids: Ids
     start: int
 
     @property
     def fed(self) -> Ids:
-        """What is fed: the last token is only scored."""
+        """The tokens that are fed: the last token is only scored."""
         return self.ids[:-1]
 
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """A task with its texts as token ids: rows for each choice of each example, a prompt each, or two texts each.
+    """A task as token ids: rows by choice, one prompt, or two texts an example.
 
     `ends`: the tokens that end a written answer. `switch`: a row beyond so many tokens changes what is computed of all
     of them, so none that is shorter is padded to more; see `rotary_switch`.
@@ -80,7 +80,7 @@ class Outcome:
 
 
 class Model(Protocol):
-    """What tasks ask of a model."""
+    """A model as tasks need it."""
 
     def logits(self, ids: torch.Tensor, num_kept: int) -> torch.Tensor:
         """Logits [B, num_kept, V] of the last tokens of ids [B, S]."""
@@ -90,10 +90,10 @@ class Model(Protocol):
         """Tokens that there are logits for."""
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """What the last layer gives, [B, S, H]; None where the model does not show it."""
+        """The last layer's output [B, S, H]; None where the model does not show it."""
 
     def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
-        """The likeliest tokens after a prompt, one after the other, at most so many, up to one of `stop`."""
+        """The likeliest tokens after a prompt, at most `count`, up to one of `stop`."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Torch:
 def encode_task(
     task: Task, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None
 ) -> EncodedTask:
-    """The task's texts as token ids, as the tokenizer gives them; prompts that are too long lose their beginning.
+    """A task as token ids; prompts that are too long lose their beginning.
 
     Raises:
         ExportError: a choice, an answer of `num_tokens` or a text to be compared does not fit into the context.
@@ -236,7 +236,7 @@ def _find_parting(one: Ids, other: Ids) -> int:
 
 
 def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: int) -> list[Outcome] | None:
-    """What a model answers to every example of a task; None where it does not show what the task asks for."""
+    """A model's answer to every example; None where it cannot do the task."""
     match encoded.task.kind:
         case "choice":
             return _choose(model, encoded)
@@ -265,7 +265,7 @@ def _batches(rows: Iterable[Ids], model: Model, switch: int | None) -> Iterator[
 
 
 def _pad(rows: Sequence[Ids]) -> torch.Tensor:
-    """Rows as ids [B, S], of which the first is the longest; each is followed by its own last token."""
+    """Rows as ids [B, S], the longest first, each padded by its own last token."""
     return torch.tensor([row + row[-1:] * (len(rows[0]) - len(row)) for row in rows])
 
 

@@ -1,4 +1,4 @@
-"""Scores of a task: accuracy, F1, exact match, Spearman's correlation; and how sure the difference of two is."""
+"""Scores of a task: accuracy, F1, exact match, Spearman's correlation, standard errors."""
 
 from __future__ import annotations
 

@@ -133,7 +133,7 @@ def _compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any], conf
 
 
 def _implied(values: Mapping[str, Any], field: str) -> Any:
-    """What `dense2moe.export.runtime.decoder.Decoder` takes for a field that a config leaves out."""
+    """The value that our runtime takes for a field that a config leaves out."""
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if field == "num_key_value_heads":
         return heads

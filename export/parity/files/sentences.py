@@ -1,4 +1,4 @@
-"""Values of files in sentences that say what is and what must be."""
+"""Sentences about values in files: what is, and what must be."""
 
 from __future__ import annotations
 
@@ -35,6 +35,6 @@ def as_ids(value: Any) -> Any:
 
 
 def known_ids(value: Any) -> frozenset[int]:
-    """Token ids as a set, which is empty where something else stands in their place."""
+    """Token ids as a set; empty where the value is anything else."""
     ids = as_ids(value)
     return ids if isinstance(ids, frozenset) else frozenset()

@@ -62,7 +62,7 @@ class Sides:
 
     @property
     def is_parent(self) -> bool:
-        """Whether the checkpoint is dense and the package a mixture, made from it or from another.
+        """Whether the checkpoint is dense and the package a mixture.
 
         One architecture has the other's sizes.
         """
@@ -70,7 +70,7 @@ class Sides:
 
 
 def attempt(call: Callable[..., _T], *arguments: Any) -> _T | Failure:
-    """What a library makes of a file, or its complaint; a panic in Rust is no `Exception`."""
+    """A library's result, or its complaint; a panic in Rust counts as a complaint."""
     try:
         return call(*arguments)
     except BaseException as error:
@@ -88,19 +88,19 @@ def attempt(call: Callable[..., _T], *arguments: Any) -> _T | Failure:
 
 
 def or_none(found: _T | Failure) -> _T | None:
-    """What was read, None where it could not be."""
+    """The result; None in place of a complaint."""
     return None if isinstance(found, Failure) else found
 
 
 def load_config(directory: Path) -> Any:
-    """The config of a checkpoint's decoder, which is a part of the config in a model of text and images."""
+    """The config of a checkpoint's decoder, also of a model of text and images."""
     return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).get_text_config(
         decoder=True
     )
 
 
 def read_graph(package: Path) -> GraphSide:
-    """What the graph of a package says of itself."""
+    """A package's graph: its maker, names and operators."""
     model = open_package(package).model
     weights = {tensor.name for tensor in model.graph.initializer}
     return GraphSide(
@@ -123,7 +123,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_sides(sides: Sides, name: str) -> tuple[dict[str, Any], dict[str, Any]] | FilesCheck:
-    """A JSON file of the package and of the checkpoint, or what is wrong with it."""
+    """A JSON file of the package and the checkpoint's, or the failed check."""
     found, expected = (attempt(read_json, directory / name) for directory in (sides.package, sides.twin))
     if isinstance(found, Failure) or isinstance(expected, Failure):
         pairs = (("package", found), ("checkpoint", expected))

@@ -142,7 +142,7 @@ def _tell_vocabulary(name: str, found: Mapping[str, int], expected: Mapping[str,
 
 
 def _tell_texts(name: str, tokenizer: Any, expected: Any) -> str | None:
-    """The first way of encoding or decoding texts that gives something else, in a sentence."""
+    """A sentence on the first text that is encoded or decoded otherwise; None without one."""
     added = {str(token) for each in (tokenizer, expected) for token in each.added_tokens_decoder.values()}
     texts = [*_TEXTS, *(text for token in sorted(added) for text in (token, f"a {token} b"))]
     rows: list[list[int] | Failure] = []
@@ -207,7 +207,7 @@ def _as_template(template: Any) -> Any:
 
 
 def _tell_template(found: Any, right: Any) -> tuple[Any, str]:
-    """What is and what must be, from where two long templates part."""
+    """Two long templates from where they part: what is, and what must be."""
     if not (isinstance(found, str) and isinstance(right, str)):
         return found, "none" if right is None else show(right)
     place = _find_parting(found, right)

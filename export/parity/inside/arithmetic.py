@@ -1,4 +1,4 @@
-"""How a graph computes each product of its twin: read from the file, and probed on this machine."""
+"""The graph's arithmetic: how each product rounds, by file and probe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
 
 
 def find_narrow(package: Path) -> torch.dtype | None:
-    """The 16 bits that a graph's attention computes in: those of its cache; None where they are 32."""
+    """The 16-bit type of a graph's attention and cache; None in float32."""
     model = open_package(package).model
     types = {value.type.tensor_type.elem_type for value in model.graph.input if is_past(value.name)}
     return next((_NARROW[kind] for kind in types if kind in _NARROW), None)

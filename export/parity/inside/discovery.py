@@ -1,4 +1,4 @@
-"""Places inside a graph of any maker, found by the weights that it multiplies by.
+"""Places inside any maker's graph, found by their weights.
 
 Names of values are their exporter's own, but a product by the output matrix of layer 3's attention gives what that
 attention gives, and reads what its heads have attended to; what its result is added to is the residual stream before
@@ -25,7 +25,7 @@ _JOINS = ("Add", "SkipSimplifiedLayerNormalization")
 
 
 def discover_taps(model: onnx.ModelProto, found: Found, family: Architecture, tied: bool, shared_outside: bool) -> Taps:
-    """The places of a graph, by what was found of its weights. `tied`: the head is the embedding's matrix."""
+    """The places of a graph by its weights; `tied`: the head is the embedding's matrix."""
     graph = _Graph(model.graph, found)
     num_layers = count_layers(value.name for value in model.graph.input)
     names: dict[Place, tuple[str, ...]] = {}
@@ -121,7 +121,7 @@ class _Graph:
         return None, None
 
     def before_factor(self, value: str) -> str:
-        """What a value is before it is multiplied by a number."""
+        """The value before a multiplication by a number."""
         maker = self.makers.get(value)
         if maker is None or not self._scales(maker):
             return value

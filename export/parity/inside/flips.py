@@ -38,12 +38,12 @@ What an FFN makes of them, and what flips inside of it may add to each.
 
 
 class Inside(Protocol):
-    """A part of a model with a rounding of which only what it gives is seen."""
+    """A part of a model that rounds inside, where only its output is seen."""
 
     def explain(
         self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
     ) -> Iterator[tuple[int, float]]:
-        """Of rows that are beyond a limit those that flips explain, each with the relative error that is left.
+        """Rows beyond the limit that flips explain, each with its remaining relative error.
 
         Both float64 [rows, N].
         """
@@ -106,7 +106,7 @@ class Ffn:
         yield from ((int(rows[number]), error) for number, error in best.items() if error <= limit)
 
     def _move(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """A row's inputs with those moved across the middle that lie at it, in every choice of them."""
+        """A row's inputs with every choice of near-middle numbers rounded the other way."""
         if not isinstance(self.first, BlockRounding):
             return
         places, steps, integers = find_near(x[None], self.first, "given")
@@ -123,7 +123,7 @@ class Ffn:
 
 
 def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.Tensor) -> float:
-    """The relative error that is left of a difference [N] when at most one step of each column is taken off.
+    """The relative error of a difference [N] without at most one step of each column.
 
     Infinite where none can be.
     """
@@ -142,7 +142,7 @@ def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.
 
 
 def find_near(x: torch.Tensor, rounding: BlockRounding, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of x [T, K]: the places [n, 2] of numbers near the middle between two integers, the step of each number [T, K].
+    """Places [n, 2] in x [T, K] near the middle of two integers, and steps [T, K].
 
     And how many steps it is.
     """

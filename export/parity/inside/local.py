@@ -1,4 +1,4 @@
-"""Each product and each layer of a package on its own input, beside the twin's.
+"""Each place of a package on its own input, beside the twin's.
 
 One forward of the twin goes beside what the graph showed. At every place that the graph shows, the twin's value is
 compared with the graph's and then replaced by it. So each part of the twin reads what the same part of the graph has
@@ -39,7 +39,7 @@ _NOISE_TOKENS = 16  # of the head, whose matrix is large
 
 @dataclass
 class LocalCheck:
-    """The twin, hooked at every place that a package shows. `noise` grows with each text that it is measured on."""
+    """The twin, hooked at every place that a package shows."""
 
     reference: Reference
     taps: Taps
@@ -74,7 +74,7 @@ class LocalCheck:
         return self._mode
 
     def moved(self) -> AbstractContextManager[None]:
-        """For the length of a `with`: what rounded products read is moved by a small part of a step."""
+        """For the length of a `with`: inputs of rounded products move by part of a step."""
         return self._mode.moved()
 
     def close(self) -> None:
@@ -136,7 +136,7 @@ class LocalCheck:
         return cache
 
     def _shortened(self) -> AbstractContextManager[None]:
-        """Where parts of attention alone are looked at, and what is behind it is replaced, layers have no FFN."""
+        """For the length of a `with`: where attention alone is looked at, layers have no FFN."""
         some = self._parts is not None and self.family is not None
         return self.reference.without_ffns() if some else nullcontext()
 
@@ -203,7 +203,7 @@ class LocalCheck:
             handles.append(cast(nn.Module, layer.mlp).register_forward_hook(self._at((n, "FFN"))))
 
     def _tap(self, place: Place) -> torch.Tensor | None:
-        """What the graph showed at a place in the piece that is fed, where it is looked at."""
+        """The graph's value at a place in the present piece; None where it is not compared."""
         names = self.taps.names.get(place, ())
         if self.meter.seen is None or (self._parts is not None and place[1] not in self._parts):
             return None
@@ -244,7 +244,7 @@ class LocalCheck:
             self._run_in_double(module, given, named)
 
     def _at(self, place: Place, part: slice | None = None) -> Callable[..., Any]:
-        """A hook: what a module gives is compared with the graph's, and replaced by it."""
+        """A hook that compares a module's output with the graph's, and replaces it."""
 
         def hook(module: Any, given: Any, output: Any) -> Any:
             tap = self._tap(place)
@@ -259,7 +259,7 @@ class LocalCheck:
         return hook
 
     def _enter_ffn(self, n: int, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """What an FFN reads where no norm stands before it."""
+        """Compare and replace the input of an FFN without a norm before it."""
         tap = self._tap((n, "FFN norm"))
         if tap is None:
             return None
@@ -311,7 +311,7 @@ class LocalCheck:
         self.blame[n] = blamed, find_factors(ours, theirs)
 
     def _is_decided(self, n: int, count: int) -> torch.Tensor:
-        """Tokens whose experts are chosen by more than a rounding: of equal logits every operator may choose others."""
+        """Tokens whose experts are chosen by a margin above rounding."""
         scores = self.reference.scores(n)
         top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
         decided: torch.Tensor = find_margin(scores, top_k).reshape(count) >= EXACT_TIE
@@ -356,7 +356,7 @@ class LocalCheck:
             self.meter.seen = seen
 
     def _say(self, n: int, own: torch.Tensor) -> torch.Tensor:
-        """What a router says: the graph's own logits, with what was added to them; `own` [T, E] are the twin's."""
+        """Router logits of the graph, nudge included, in place of the twin's `own` [T, E]."""
         tap = self._tap((n, "router"))
         if tap is None:
             return own
@@ -372,7 +372,7 @@ class LocalCheck:
         return shown.reshape(own.shape).to(own.dtype)
 
     def _run_in_double(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """The layer once more in float64, on the same inputs; each of its places adds to the noise there."""
+        """The layer again in float64, on the same inputs, to measure the noise of its places."""
 
         def widen(value: Any) -> Any:
             if isinstance(value, torch.Tensor) and value.is_floating_point():

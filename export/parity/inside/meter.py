@@ -59,7 +59,7 @@ class Measured:
 
 
 class Meter:
-    """What the places of a graph differ by from the twin's, on one text after the other.
+    """Errors of a graph's places against the twin's, text by text.
 
     `noise` and `narrow_noise` grow with each text that they are measured on; `found` is of the last one. `span` are the
     columns of the text that are fed. While `shakes`, queries, keys and values are rounded once more.
@@ -175,7 +175,7 @@ class Meter:
         return errors
 
     def add_shaken(self, n: int, shaken: torch.Tensor) -> None:
-        """What attention gives when its queries, keys and values are rounded once more, beside what it gave.
+        """Attention's noise in 16 bits: its output with queries, keys and values rounded again.
 
         Its noise in 16 bits on this text.
         """
@@ -206,7 +206,7 @@ class Meter:
     def _tell_flips_apart(
         self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, inside: Inside | None
     ) -> int:
-        """Tokens that are beyond the limit by flips of a rounding alone get what is left as their error.
+        """Take flips of a rounding off the errors beyond the limit; returns their number.
 
         Returns how many there were.
         """

@@ -1,4 +1,4 @@
-"""All places of a package on its own inputs: on text, with every expert visited, and in every way of feeding it."""
+"""The check of all places: on text, with every expert visited, in every way."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _ORDER: tuple[Part, ...] = (
 
 
 class PlacesCheck:
-    """The places that a package shows, checked one text after the other; `result` has the worst of each."""
+    """The check of a package's places, text by text; `result` has the worst of each."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class PlacesCheck:
 
     @property
     def way_names(self) -> tuple[str, ...]:
-        """What is seen of every way of feeding the package."""
+        """Names of the values that are seen in every way of feeding the package."""
         return self._taps.of_layers(ATTENTION_PARTS) if self._judges else ()
 
     def computing(self) -> AbstractContextManager[object]:
@@ -87,7 +87,7 @@ class PlacesCheck:
         return self._local.reference.computing(self._local.mode) if self._exact_twin else nullcontext()
 
     def moved(self) -> AbstractContextManager[None]:
-        """For the length of a `with`: what rounded products of the twin read is moved by a small part of a step."""
+        """For the length of a `with`: inputs of rounded products move by part of a step."""
         return self._local.moved()
 
     def following(self, seen: Seen) -> AbstractContextManager[None]:
@@ -96,7 +96,7 @@ class PlacesCheck:
 
     @property
     def own_routers(self) -> dict[int, torch.Tensor]:
-        """What the twin's routers would have said, by layer, where they followed."""
+        """The twin's own router logits by layer, where its routers followed the graph's."""
         return self._local.own_routers
 
     def close(self) -> None:
@@ -104,10 +104,7 @@ class PlacesCheck:
         self._local.close()
 
     def check_text(self, blocks: torch.Tensor, tell: Callable[[int], None]) -> None:
-        """A row of text in which every expert is visited, on which the noise is measured, its first tokens alone.
-
-        And a row as it is.
-        """
+        """Check a row of text as it is, one in which every expert is visited, and its first tokens alone."""
         if not self._judges:
             return
         names = self._taps.all
@@ -136,7 +133,7 @@ class PlacesCheck:
         tell(2)
 
     def look_inside(self, seen: Seen) -> tuple[str, int | None] | None:
-        """What is wrong in one way of feeding the package, and from which token on."""
+        """The first wrong place in one way of feeding the package, and its first wrong token."""
         if not self._judges or not self.way_names:
             return None
         found = self._local.measure(seen, ATTENTION_PARTS)

@@ -1,4 +1,4 @@
-"""What this processor and this onnxruntime do with the inputs of quantized products.
+"""How this onnxruntime rounds inputs of quantized products here, found by trying.
 
 Found out by products of known numbers. `accuracy_level` allows an operator to round its inputs to 8 bits; whether it
 does, and in groups of how many, is the kernel's choice, and another processor has other kernels. So before anything is
@@ -100,7 +100,7 @@ def _round(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Of the rows most are the same: a number between two integers may be rounded to either."""
+    """Whether most rows are the same: a tie may be rounded to either integer."""
     errors = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return bool(errors.median() <= _SAME)
 

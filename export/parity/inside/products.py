@@ -60,7 +60,7 @@ class _Call:
 
 
 class ProductMode(TorchFunctionMode):
-    """While it is entered, products of the twin read their inputs as the graph's do.
+    """A mode in which the twin's products round their inputs as the graph's do.
 
     Weights are told by their addresses; experts are stacked, so theirs are told by the module that is computing. With
     `leaves_out` no product is computed but those of routers. `in_double`: inputs are float64, and so are products.
@@ -122,7 +122,7 @@ class ProductMode(TorchFunctionMode):
 
     @contextmanager
     def moved(self) -> Iterator[None]:
-        """For the length of a `with`: what rounded products read is moved by a small part of a step."""
+        """For the length of a `with`: inputs of rounded products move by part of a step."""
         self._generator = torch.Generator().manual_seed(0)
         try:
             yield
@@ -168,7 +168,7 @@ class ProductMode(TorchFunctionMode):
         return last if weight.shape[1] != self._width or weight.shape[0] == self._width else first
 
     def inside_of(self, module: nn.Module, given: torch.Tensor, divisor: float = 1.0) -> Inside | None:
-        """The rounding of a product, or inside a dense FFN, where there is one that finds its scales as it runs.
+        """The dynamic rounding of a product, or inside a dense FFN; None without one.
 
         What a product gives is divided.
         """
@@ -183,7 +183,7 @@ class ProductMode(TorchFunctionMode):
         return Ffn(flat, lambda some, _: self._run_alone(module, some, None), rounding)
 
     def inside_experts(self, n: int, given: torch.Tensor) -> Inside | None:
-        """The rounding inside a layer's experts, of tokens [T, H] that its router sends where the graph's has."""
+        """The rounding inside a layer's experts for tokens [T, H], by the graph's routing."""
         first, last = self._inside[n]
         if not isinstance(last, BlockRounding):
             return None

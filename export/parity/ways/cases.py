@@ -84,7 +84,7 @@ def plan_cases(
 
 
 def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: int, longest_row: int) -> list[Case]:
-    """A row of several blocks, up to the context or the longest row that is wished.
+    """A row of several blocks, up to the context or `longest_row`.
 
     And decoding across the end of the window.
     """
@@ -111,7 +111,7 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
 
 
 def every_expert(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """What is added to router logits [T, E] so that each expert is visited, beside every other in turn.
+    """A nudge [T, E] of router logits that visits each expert beside every other.
 
     By more than any tie.
     """

@@ -59,7 +59,7 @@ def run_cases(
     tie_margin: float = TIE_MARGIN,
     tell: Callable[[int], None] = lambda _: None,
 ) -> list[Errors]:
-    """Feed the package as each case says, and compare with one full forward of the reference.
+    """Feed the package each case, and compare with one full forward of the reference.
 
     Cases of one text that follow each other share it.
     `names` are the places that are seen beside what the decoder shows anyway.
@@ -87,7 +87,7 @@ def run_cases_alone(
     share: float = 1.0,
     tell: Callable[[int], None] = lambda _: None,
 ) -> list[Errors]:
-    """Feed the package as each case says, and compare with one full prefill, by the same package.
+    """Feed the package each case, and compare with its own full prefill.
 
     Of each row by itself. What computes in rounded numbers has no other equal: two graphs part where one rounds up and
     the other down, and so does a graph from itself, but no more than two equally rounded computations do. Where what
@@ -120,7 +120,7 @@ def run_cases_alone(
 
 
 def own_noise(errors: Sequence[Errors]) -> float:
-    """What a graph's prefills of one text differ by from each other: the part of them that both have."""
+    """The largest difference between a graph's own prefills of one text."""
     return max((each.check.relative_error for each in errors if each.case.is_plain), default=0.0)
 
 
@@ -137,7 +137,7 @@ def _with_place(errors: Errors, wrong: tuple[str, int | None] | None) -> Errors:
 
 
 class _Prefills:
-    """Full prefills of single rows by a package; what begins a row that is known needs none of its own."""
+    """Full prefills of single rows by a package; beginnings of known rows are reused."""
 
     def __init__(self, decoder: Decoder, routers: Sequence[str]) -> None:
         self._decoder, self._routers = decoder, routers
@@ -150,7 +150,7 @@ class _Prefills:
             self._known.append((ids, self.read(seen)))
 
     def of(self, case: Case, num_logits: int) -> Forward:
-        """What each row of a case has in its own full prefill, padded as the case is.
+        """Each row's own full prefill, padded as the case is.
 
         With the logits of its last tokens.
         """
@@ -231,6 +231,6 @@ def measure_errors(
 
 
 def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits [T, V]: the largest and the mean difference, and whether the likeliest token is the same; each [T]."""
+    """Largest and mean difference of logits [T, V], and equal likeliest tokens; each [T]."""
     error = (found - expected).abs_()
     return error.amax(-1), error.mean(-1), found.argmax(-1) == expected.argmax(-1)

@@ -51,7 +51,7 @@ def run_free(
 
 
 def write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stop: Container[int] = ()) -> list[int]:
-    """The likeliest tokens after a prompt, one after the other, at most so many, up to one of `stop`."""
+    """The likeliest tokens after a prompt, at most `count`, up to one of `stop`."""
     cache, ids = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt])
     written: list[int] = []
     while len(written) < count and not (written and written[-1] in stop):

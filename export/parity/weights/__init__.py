@@ -1,1 +1,1 @@
-"""Rows of a package, found among those of the twin."""
+"""Rows of a package, found among the twin's."""

@@ -1,4 +1,4 @@
-"""The constants of a graph as the numbers that they stand for: whoever wrote it, and whatever its values are called.
+"""The matrices and vectors of any maker's graph, as float32 numbers.
 
 A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `Matrix`: float32
 rows [N, K], read from the file when they are asked for. Formats are those of the operators' documentation (ONNX
@@ -53,7 +53,7 @@ class _Graph:
         self.read: set[str] = set()
 
     def matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
-        """What a node multiplies by, or takes rows of."""
+        """The matrices that a node multiplies by or takes rows of."""
         for matrix in self._matrices_of(node):
             self.read |= {source for name in node.input if name for source in self.values.chain(name) or ()}
             yield matrix
@@ -155,7 +155,7 @@ class _Graph:
             )
 
     def _static_scale(self, name: str) -> float | None:
-        """The scale of an input that is rounded to integers by one that is part of the file."""
+        """The static scale of a quantized input; None without one."""
         dequantized = self.makers.get(name)
         if dequantized is None or dequantized.op_type != "DequantizeLinear":
             return None

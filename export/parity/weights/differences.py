@@ -101,7 +101,7 @@ def find_nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
 
 
 def read_scaled(matrix: Matrix) -> Floats:
-    """The rows of a matrix as the twin has them, what multiplies its input counted in."""
+    """The rows of a matrix with the factors of its input multiplied in."""
     rows = matrix.read()
     return rows if matrix.input_factors is None else rows * matrix.input_factors()
 
@@ -139,7 +139,7 @@ def _read_row(entry: TensorEntry, row: int) -> Floats:
 
 
 def name_tensor(name: str, entry: TensorEntry, row: int) -> tuple[str, int, int]:
-    """A tensor of a checkpoint in words, the row in it, and of how many."""
+    """A tensor in words, the row in it, and its number of rows."""
     layer, expert = (re.search(rf"\b{word}s\.(\d+)\.", name) for word in ("layer", "expert"))
     stem = name.removesuffix(".weight").split(".")[-1]
     stem = _WORDS.get(stem, stem)

@@ -31,7 +31,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows [N, K] that one node multiplies its input by, or takes its rows from (`table`).
+    """Rows [N, K] that one node multiplies by, or gathers from (`table`).
 
     Of stacked experts those of one.
     What no node is known to multiply by is `stored`: it stands in the file, once as it is and once turned.

@@ -1,4 +1,4 @@
-"""Every weight of a package beside the twin's: each expert, each row, also those that no text visits.
+"""Every row of a package's weights beside the twin's, whatever its names.
 
 Rows are recognized by what they hold, not by names: so a package of any exporter is judged, whatever it calls its
 matrices, in whatever order it has laid their rows, and whether it has packed them, turned them or put several below
@@ -50,7 +50,7 @@ _WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
 
 @dataclass(frozen=True)
 class Found:
-    """What a file was found to hold: the check, and by tensor of the twin the matrices that multiply by rows of it."""
+    """The check, and by tensor of the twin the graph's matrices with rows of it."""
 
     check: WeightsCheck
     operators: dict[str, tuple[Matrix, ...]] = field(default_factory=dict)
@@ -95,7 +95,7 @@ def check_weights(constants: Constants, twin: Path) -> Found:
 
 
 def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
-    """A matrix without the columns of zeros that fill its last block, where it is as wide as one of the twin's then."""
+    """A matrix without padding columns, where it then has a width of the twin's."""
     rows, width = matrix.shape
     own = max((each for each in widths if width - matrix.operator.block_size < each < width), default=None)
     if width in widths or own is None or not matrix.operator.block_size:
@@ -104,7 +104,7 @@ def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
 
 
 def _cut(read: Callable[[], Floats], width: int) -> Floats:
-    """The first columns of a matrix; all of them where those behind are no zeros, which no row of the twin is then."""
+    """The first columns of a matrix; NaN where the columns behind hold other than zeros."""
     whole = read()
     return (
         np.ascontiguousarray(whole[:, :width])
@@ -114,12 +114,12 @@ def _cut(read: Callable[[], Floats], width: int) -> Floats:
 
 
 def _draw_vectors(width: int) -> torch.Tensor:
-    """Two vectors [2, K] no two entries of which are alike, so that a row with two entries exchanged is another."""
+    """Two vectors [2, K] with all entries different, so that order counts."""
     return torch.randn(2, width, generator=torch.Generator().manual_seed(width))
 
 
 def _key(rows: torch.Tensor, vectors: torch.Tensor) -> npt.NDArray[np.float32]:
-    """Of each row [N, K] its products with two vectors, and its length; float32 [N, 3].
+    """The key of each row [N, K]: products with two vectors, and length; float32 [N, 3].
 
     Of rows that are not all numbers all three are one number.
     """
@@ -200,7 +200,7 @@ def _look_up(keys: npt.NDArray[np.float32], tree: cKDTree) -> tuple[npt.NDArray[
 def _misplaced(
     matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: RowKeys
 ) -> list[tuple[Matrix, int]]:
-    """Rows of a table, or of a head, that are those of another token."""
+    """Rows of a table or head that are another token's."""
     owners, rows = known.locate(places)
     is_head = matrix.use == "product" and all(known.owners[owner] in BY_TOKEN for owner in np.unique(owners[good]))
     if matrix.use != "table" and not is_head:
@@ -218,7 +218,7 @@ def _misplaced(
 def _check_vectors(
     checkpoint: Checkpoint, vectors: dict[str, TensorEntry], constants: Constants
 ) -> Iterator[WrongRows]:
-    """Norms, biases and the like: each must be in the file, by itself or as a part of a longer one."""
+    """Wrong norms, biases and other vectors: each must be in the file, or inside a longer one."""
     by_size: dict[int, list[Floats]] = {}
     for values in constants.vectors.values():
         by_size.setdefault(len(values), []).append(values)

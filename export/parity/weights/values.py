@@ -1,4 +1,4 @@
-"""Values of a graph that are made of constants alone, as numbers."""
+"""A graph's constant values as numbers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Values:
         return dequantize(Quantized(packed.reshape(rows, blocks, -1), own, points), width, bits).numpy()
 
     def find(self, name: str) -> tuple[Callable[[], Floats], tuple[int, ...], torch.dtype | None] | None:
-        """How to read a value that is made of constants alone, its shape, and the 16 bits that it is stored in.
+        """A constant value's reader, shape, and 16-bit type.
 
         None if it is not such a one.
         """
@@ -156,7 +156,7 @@ class Values:
         return found
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A constant as numbers; the last few are kept, since stacked experts are read one after the other."""
+        """A constant as numbers; the last few are kept for stacked experts."""
         if name not in self.last:
             while len(self.last) >= _KEPT:
                 del self.last[next(iter(self.last))]
