@@ -1,7 +1,8 @@
 """The table of families for tests: what each dense model says, what it becomes, and what would be lost on the way.
 
-A new family with a native target is one row here. `test_plan.py` and `test_target_config.py` ask every row about plans
-and configs, `test_families.py` about the function, `test_decoder_families.py` about packages.
+A new family is one row here, and a new target one of `SPARSE`. `test_plan.py` and `test_target_config.py` ask every row
+about plans and configs, `test_families.py` about the function, `test_decoder_families.py` about packages,
+`test_tracing.py` about classes of tensors.
 """
 
 from __future__ import annotations
@@ -9,6 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """A target. `model` are config values of a small one, beside those of any small decoder.
+
+    shared: it can have an expert that every token visits. partial: it can have experts in every second layer.
+    """
+
+    model: Mapping[str, Any]
+    shared: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +80,6 @@ class Family:
 
 WINDOW = 12  # shorter than the text of every test
 NUM_LAYERS = 4
-SHARED = ("qwen2_moe", "granitemoeshared", "glm4_moe")
-"""Targets that can have an expert that every token visits."""
-PARTIAL = ("qwen2_moe", "qwen3_moe", "switch_transformers")
-"""Targets that can have experts in every second layer."""
-
 UNTIED = {"tie_word_embeddings": False}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -147,6 +155,31 @@ _GLM4 = {
     "routed_scaling_factor": 1.0,
     "norm_topk_prob": True,
     "intermediate_size": 48,
+}
+
+SPARSE: Mapping[str, Sparse] = {
+    "mixtral": Sparse({"num_local_experts": 4}),
+    "qwen2_moe": Sparse(
+        {
+            "num_experts": 4,
+            "decoder_sparse_step": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 16,
+        },
+        shared=True,
+        partial=True,
+    ),
+    "qwen3_moe": Sparse(
+        {"num_experts": 4, "mlp_only_layers": [0], "moe_intermediate_size": 24, "attention_bias": True}, partial=True
+    ),
+    "granitemoe": Sparse({"num_local_experts": 4, "attention_bias": True, "tie_word_embeddings": True}),
+    "granitemoeshared": Sparse({"num_local_experts": 4, "shared_intermediate_size": 16}, shared=True),
+    "glm4_moe": Sparse(
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+        shared=True,
+    ),
+    "flex_olmo": Sparse({"num_experts": 4}),
+    "switch_transformers": Sparse({"num_experts": 4}, partial=True),
 }
 
 FAMILIES: Mapping[str, Family] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, PARTIAL, SHARED, UNTIED, Becomes
+from families import FAMILIES, SPARSE, UNTIED, Becomes
 from safetensors.torch import load_file, save_file
 
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
@@ -99,14 +99,14 @@ def plans() -> Iterator[Any]:
             cases["fewest experts"] = ({}, {"num_experts": count, "num_experts_per_tok": count})
         if row.family.model_type not in ("gemma", "t5"):
             cases["untied"] = (UNTIED, {})
-        if target in PARTIAL:
+        if SPARSE[target].partial:
             cases["partial"] = (
                 {"num_layers": 5} if top_1 else {"num_hidden_layers": 3},
                 {"layers": "every-2", **top_1},
             )
         if target == "glm4_moe":
             cases["last layers"] = ({"num_hidden_layers": 3}, {"layers": (1, 2)})
-        if target in SHARED:
+        if SPARSE[target].shared:
             cases["half"] = ({}, {"shared_expert": "half"})
             cases["zero"] = ({}, {"shared_expert": "zero"})
             cases["half of granular"] = (

@@ -104,6 +104,7 @@ def test_a_fused_tensor_is_the_first_of_its_parts_and_has_no_gate_of_its_own() -
     assert granite.shared is not None
     assert granite.routed.gate is granite.shared.gate is None
     assert granite.is_stacked
+    assert [target.model_type for target in TARGETS if target.shared_is_outside] == ["granitemoeshared"]
     assert classify_tensor(granite, "model.layers.3.shared_mlp.input_linear.weight") == "experts"
     mixtral = TARGETS[0]
     assert not mixtral.is_stacked

@@ -13,6 +13,7 @@ import onnxruntime_genai as og
 import pytest
 import torch
 import transformers
+from families import SPARSE
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from dense2moe.export.coverage import DECODERS, classify_tensor
@@ -391,37 +392,11 @@ def test_greedy_tokens_of_a_traced_package_are_those_of_transformers(whole: Any)
     assert len(found) == count or found[-1] == 1
 
 
-FAMILY_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", {"num_local_experts": 4}),
-    "qwen2_moe": (
-        "Qwen2Moe",
-        {
-            "num_experts": 4,
-            "decoder_sparse_step": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 16,
-        },
-    ),
-    "qwen3_moe": (
-        "Qwen3Moe",
-        {"num_experts": 4, "mlp_only_layers": [0], "moe_intermediate_size": 24, "attention_bias": True},
-    ),
-    "granitemoe": ("GraniteMoe", {"num_local_experts": 4, "attention_bias": True, "tie_word_embeddings": True}),
-    "granitemoeshared": ("GraniteMoeShared", {"num_local_experts": 4, "shared_intermediate_size": 16}),
-    "glm4_moe": (
-        "Glm4Moe",
-        {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
-    ),
-    "flex_olmo": ("FlexOlmo", {"num_experts": 4}),
-}
-
-
 @pytest.mark.parametrize(
     "family", [family for family in DECODERS if family.routed], ids=lambda family: family.model_type
 )
 def test_tensors_classified_by_modules_are_as_the_families_have_them(family: Any, tmp_path: Path) -> None:
-    stem, fields = FAMILY_MODELS[family.model_type]
-    model = make_model(stem, **fields)
+    model = make_model(family.architecture.removesuffix("ForCausalLM"), **SPARSE[family.model_type].model)
     model.save_pretrained(tmp_path)
     shapes = {name: entry.shape for name, entry in open_checkpoint(tmp_path).entries.items()}
     found = classify_tensors(model.config, shapes)

@@ -178,7 +178,7 @@ class ProviderJudgement:
     def _find_taps(self) -> Taps:
         """The visible places of the graph, by our names or else by its weights."""
         model = open_package(self.subject.package).model
-        shared_outside = self.family is not None and self.family.model_type == "granitemoeshared"
+        shared_outside = self.family is not None and self.family.shared_is_outside
         taps = find_taps(model, shared_outside)
         if taps.names or self.weights is None or self.family is None:
             return taps

@@ -131,6 +131,11 @@ class Architecture:
         return None if second is None else Ffn(None if first == second else first, second, self.name(down))
 
     @property
+    def shared_is_outside(self) -> bool:
+        """Whether the shared expert's module lies beside the module of the router, and not in it."""
+        return self.shared is not None and _module(self.shared.up) != _module(self.name("router"))
+
+    @property
     def is_stacked(self) -> bool:
         """Whether all experts of a layer lie in one tensor."""
         return self.routed is not None and "{expert}" not in self.routed.up
@@ -152,6 +157,12 @@ class Architecture:
         yield from self.outside.items()
         for stack in self.stacks:
             yield from stack.parts.items()
+
+
+def _module(name: str) -> list[str]:
+    """The module of a layer that a tensor lies in, as the pieces of its name up to there."""
+    pieces = name.split(".")
+    return pieces[: pieces.index("{layer}") + 2]
 
 
 @dataclass(frozen=True)
