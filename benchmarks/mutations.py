@@ -18,7 +18,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +51,19 @@ class Outcome:
 @click.option("--only", "names", multiple=True, help="Only mutations whose name has this in it; may be given again.")
 @click.option("--list", "lists", is_flag=True, help="Only list the mutations and their tests.")
 @click.option("--baseline/--no-baseline", default=True, help="Run the tests once without a mutation, first.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the outcomes as JSON lines, too.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Add the outcomes to a file as JSON lines; what it has is not run again.",
+)
 def main(names: Sequence[str], lists: bool, baseline: bool, output: Path | None) -> None:
     """Make every mutation in a copy of the sources, and see whether its tests fail."""
-    chosen = [mutation for mutation in MUTATIONS if not names or any(name in mutation.name for name in names)]
+    known = _read_names(output)
+    chosen = [
+        mutation
+        for mutation in MUTATIONS
+        if mutation.name not in known and (not names or any(name in mutation.name for name in names))
+    ]
     tests = find_tests(ROOT)
     if lost := [mutation for mutation in chosen if mutation.test not in tests]:
         raise click.ClickException("\n".join(f"'{each.name}': there is no {each.test}" for each in lost))
@@ -74,8 +84,8 @@ def main(names: Sequence[str], lists: bool, baseline: bool, output: Path | None)
         if baseline:
             _check_unmutated(copy, chosen, tests)
         outcomes = []
-        for mutation, path, text in mutants:
-            with _Changed(copy / path, text):
+        for number, (mutation, path, text) in enumerate(mutants, 1):
+            with _changed(copy / path, text, number):
                 found = _judge(mutation.name, *_run_tests(copy, tests[mutation.test], mutation.chosen))
             outcomes.append(found)
             click.echo(f"{found.verdict:9} {found.seconds:6.1f} s  {found.name}  {found.killed_by}")
@@ -90,20 +100,24 @@ def main(names: Sequence[str], lists: bool, baseline: bool, output: Path | None)
     sys.exit(len(killed) < len(outcomes))
 
 
-class _Changed:
-    """For the length of a `with`: a file has another text, and a date that no compiled file of it has."""
+def _read_names(output: Path | None) -> set[str]:
+    """The mutations that an earlier run has written the outcomes of."""
+    if output is None or not output.exists():
+        return set()
+    return {json.loads(line)["name"] for line in output.read_text(encoding="utf-8").splitlines()}
 
-    def __init__(self, path: Path, text: str) -> None:
-        self._path, self._text = path, text
 
-    def __enter__(self) -> None:
-        self._before, self._status = self._path.read_bytes(), self._path.stat()
-        self._path.write_text(self._text, encoding="utf-8")
-        os.utime(self._path, (1, 1))
-
-    def __exit__(self, *_: object) -> None:
-        self._path.write_bytes(self._before)
-        os.utime(self._path, (self._status.st_atime, self._status.st_mtime))
+@contextmanager
+def _changed(path: Path, text: str, number: int) -> Iterator[None]:
+    """For the length of a `with`: a file has another text, and a date that no compiled file has."""
+    before, status = path.read_bytes(), path.stat()
+    path.write_text(text, encoding="utf-8")
+    os.utime(path, (number, number))
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+        os.utime(path, (status.st_atime, status.st_mtime))
 
 
 def _import_what_is_slow() -> None:
@@ -125,7 +139,7 @@ def _check_unmutated(copy: Path, chosen: Sequence[Mutation], tests: Mapping[str,
     """Run the tests of all mutations, a file at a time, on the code as it is; a test that fails ends the program."""
     for files in dict.fromkeys(tuple(tests[mutation.test]) for mutation in chosen):
         own = dict.fromkeys(f"({each.chosen})" for each in chosen if tuple(tests[each.test]) == files)
-        code, said, seconds = _run_tests(copy, files, " or ".join(own), writes_bytecode=True)
+        code, said, seconds = _run_tests(copy, files, " or ".join(own))
         click.echo(f"{'passed' if code == 0 else 'FAILED':9} {seconds:6.1f} s  {' '.join(files)} as it is")
         if code != 0:
             what = "takes too long" if code is None else "fails"
@@ -152,16 +166,14 @@ def _judge(name: str, code: int | None, said: str, seconds: float) -> Outcome:
             return Outcome(name, "broken", seconds)
 
 
-def _run_tests(
-    copy: Path, files: Sequence[str], chosen: str, writes_bytecode: bool = False
-) -> tuple[int | None, str, float]:
+def _run_tests(copy: Path, files: Sequence[str], chosen: str) -> tuple[int | None, str, float]:
     """Run tests of the copy in a forked process; returns pytest's exit code, what it printed, and the seconds."""
     began = time.monotonic()
     with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         sys.stdout.flush()
         process = os.fork()
         if process == 0:
-            _become(copy, said.fileno(), lambda: _pytest(files, chosen), writes_bytecode)
+            _become(copy, said.fileno(), lambda: _pytest(files, chosen))
         code = _wait(process)
         said.seek(0)
         return code, said.read(), time.monotonic() - began
@@ -173,7 +185,7 @@ def _pytest(files: Sequence[str], chosen: str) -> int:
     return int(pytest.main([*_ARGUMENTS, "-k", chosen, *(f"tests/{file}" for file in files)]))
 
 
-def _become(copy: Path, said: int, work: Callable[[], int], writes_bytecode: bool) -> None:
+def _become(copy: Path, said: int, work: Callable[[], int]) -> None:
     """In the forked process: stand in the copy, print into `said`, do the work and end with what it returns."""
     code = 70
     try:
@@ -183,10 +195,7 @@ def _become(copy: Path, said: int, work: Callable[[], int], writes_bytecode: boo
         os.chdir(copy)
         sys.path[:] = [str(copy), *(path for path in sys.path if not path.startswith(str(ROOT)))]
         sys.modules.pop("mutations", None)
-        sys.dont_write_bytecode = not writes_bytecode
         os.environ |= {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-        if not writes_bytecode:
-            os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
         code = work()
     except BaseException:
         traceback.print_exc()
