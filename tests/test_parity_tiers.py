@@ -366,6 +366,17 @@ def test_what_follows_a_near_tie_flip_is_not_judged_and_a_clear_flip_is() -> Non
         assert errors.judge(0.1).first_position is None
 
 
+def test_what_stands_at_padding_is_not_judged() -> None:
+    mask, routers = torch.tensor([[0, 1, 1]]), [[2.0, 1.0, 0.0]] * 3
+    found, expected = make_forward(routers), make_forward(routers)
+    found.logits[0, 0] += 5
+    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, 1)
+    assert before_flips(flips, mask).tolist() == [[False, True, True]]
+    errors = measure_errors(Case("case", torch.ones_like(mask), mask, 3), found, expected)
+    assert (errors.check.num_tokens, errors.check.relative_error) == (2, 0.0)
+    assert errors.judge(0.0).first_position is None
+
+
 def test_a_reference_leaves_memory_when_it_is_closed(mixture_checkpoint: Path) -> None:
     """Without waiting for the collector of cycles.
 
