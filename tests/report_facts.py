@@ -17,7 +17,6 @@ def figures(value: float) -> list[dict[str, Any]]:
 def evaluation(loss: float, perplexity: float, parameters: int, size: int, speed: float) -> dict[str, Any]:
     return {
         "loss": loss,
-        "perplexity": perplexity,
         "figures": figures(perplexity),
         "num_parameters": parameters,
         "weight_bytes": size,

@@ -179,7 +179,7 @@ def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
     report = json.loads(next(workdir.glob("report-*/report.json")).read_text(encoding="utf-8"))
     assert [row["name"] for row in report["summary"]] == ["dense", "upcycled", "ONNX float32", "ONNX int8"]
-    upcycled = report["finetune"]["evaluations"]["upcycled"]["perplexity"]
+    upcycled = report["finetune"]["evaluations"]["upcycled"]["figures"][0]["value"]
     assert report["variants"]["float32"]["parity"]["providers"]["CPUExecutionProvider"]["perplexity"] == pytest.approx(
         upcycled, rel=1e-4
     )
@@ -472,7 +472,9 @@ def embedded_run(tmp_path_factory):
 
 def test_upcycling_keeps_the_perplexity_to_four_digits(embedded_run):
     evaluations = embedded_run[1]["finetune"]["evaluations"]
-    assert f"{evaluations['upcycled']['perplexity']:.4g}" == f"{evaluations['dense']['perplexity']:.4g}"
+    assert f"{evaluations['upcycled']['figures'][0]['value']:.4g}" == (
+        f"{evaluations['dense']['figures'][0]['value']:.4g}"
+    )
 
 
 @pytest.mark.parametrize(("variant", "limit"), [("float32", 1e-4), ("float16", 5e-4), ("int8", 0.005), ("int4", 0.05)])

@@ -62,7 +62,7 @@ def test_an_evaluation_counts_and_measures_the_model(name: str, request: pytest.
     assert found.num_parameters == sum(tensor.numel() for tensor in state.values())
     assert found.weight_bytes == (directory / "model.safetensors").stat().st_size
     assert found.loss == held_out_loss(load_model(directory, torch.float32), blocks)
-    assert found.perplexity == math.exp(found.loss)
+    assert found.figures[0].value == math.exp(found.loss)
     assert found.decode_tokens_per_second > 0
     assert seen == [("evaluating this one", 0, 1), ("evaluating this one", 1, 1)]
 

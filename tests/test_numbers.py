@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from dense2moe.upcycle.numbers import name_specials, perplexity
+from dense2moe.upcycle.numbers import name_specials
+from dense2moe.upcycle.tasks.language import perplexity
 
 
 @pytest.mark.parametrize("loss", [0.0, 1.5, 700.0])

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: perplexities beyond float64, and JSON.
+"""Numbers that are not finite, in JSON.
 
 A loss, a divergence or an error of a broken model is NaN or infinite, and saying so is the job of every record; it must
 neither end a run nor become a token that JSON does not have.
@@ -8,21 +8,6 @@ from __future__ import annotations
 
 import math
 from typing import Any
-
-from dense2moe.upcycle.tasks.figure import Figure
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss) of a loss in nats; infinite beyond float64, NaN of NaN."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
-def language_figures(loss: float) -> tuple[Figure, ...]:
-    """What a language model is judged by: perplexity first, then the mean next-token loss itself, in nats."""
-    return (Figure("perplexity", perplexity(loss), "", "lower"), Figure("loss", loss, "nats", "lower"))
 
 
 def name_special(value: float) -> str | None:

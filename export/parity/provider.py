@@ -44,7 +44,7 @@ from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.models.architecture import Architecture
-from dense2moe.upcycle.numbers import language_figures, perplexity
+from dense2moe.upcycle.tasks.language import language_figures, perplexity
 
 _TIMED_TOKENS = 32
 _FREE_ROWS = 3

@@ -26,7 +26,7 @@ from dense2moe.export.quantization.journal import RecordJournal
 from dense2moe.export.quantization.sensitivity import Cost, Ruler, Weights
 from dense2moe.upcycle.checkpoints.layerwise import embed
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
-from dense2moe.upcycle.numbers import language_figures, perplexity
+from dense2moe.upcycle.tasks.language import language_figures, perplexity
 
 SEARCHED: tuple[TensorClass, ...] = ("experts", "attention", "embedding", "head")
 _MOST_NATS = 700.0  # exp of more is no float64

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from dense2moe.upcycle.numbers import language_figures
+from dense2moe.upcycle.tasks.language import language_figures
 from dense2moe.upcycle.tasks.task import Batch, Task
 
 

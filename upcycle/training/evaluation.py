@@ -10,7 +10,6 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.memory import small_heap
-from dense2moe.upcycle.numbers import perplexity
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
@@ -84,4 +83,4 @@ def evaluate(
     weights = sum(p.numel() for p in model.parameters())
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     progress(f"evaluating {name}", 1, 1)
-    return Evaluation(loss, perplexity(loss), weights, size, speed, tuple(losses), task.figures(loss))
+    return Evaluation(loss, task.figures(loss), weights, size, speed, tuple(losses))

@@ -18,12 +18,11 @@ class Evaluation:
     """
 
     loss: float
-    perplexity: float
+    figures: tuple[Figure, ...]
     num_parameters: int
     weight_bytes: int
     decode_tokens_per_second: float
     block_losses: tuple[float, ...] = ()
-    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,20 @@
+"""Figures of a language model: perplexity, and the loss that it is made of."""
+
+from __future__ import annotations
+
+import math
+
+from dense2moe.upcycle.tasks.figure import Figure
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a loss in nats; infinite beyond float64, NaN of NaN."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def language_figures(loss: float) -> tuple[Figure, ...]:
+    """What a language model is judged by: perplexity first, then the mean next-token loss itself, in nats."""
+    return (Figure("perplexity", perplexity(loss), "", "lower"), Figure("loss", loss, "nats", "lower"))
