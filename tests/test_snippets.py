@@ -207,7 +207,7 @@ def test_the_code_of_a_rounded_package_runs_in_genai(rounded: Release, monkeypat
     pytest.importorskip("onnxruntime_genai")
     assert rounded.execute("onnxruntime_genai", monkeypatch).startswith("Once")
     assert rounded.generate(monkeypatch).startswith("Once")
-    assert "rounded to int8, so its text may be another than the checkpoint's" in rounded.card
+    assert "rounded to int8, so its text may differ from the checkpoint's" in rounded.card
 
 
 @pytest.mark.optimum

@@ -16,7 +16,7 @@ from dense2moe.convert.report.figures import figure_title
 from dense2moe.convert.report.names import CARD_NAME
 from dense2moe.convert.report.numerals import format_count
 from dense2moe.convert.report.parity_tables import tier_table
-from dense2moe.convert.report.summary import row_cells, summarize, summary_columns
+from dense2moe.convert.report.summary import describe_models, row_cells, summarize, summary_columns
 from dense2moe.convert.report.templates import load_template
 from dense2moe.convert.report.verdicts import judge
 from dense2moe.export.opening import load_tokenizer
@@ -69,6 +69,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
         breaches=[escape(breach) for breach in found.parity.breaches],
         model=facts.exported,
         onnx=found.onnx,
+        models=describe_models(facts),
         figure=facts.figure("dense"),
         figure_title=figure_title(facts.figure("dense")),
         count=format_count,

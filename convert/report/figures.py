@@ -33,6 +33,8 @@ def describe_change(new: Figure, old: Figure) -> str:
     gain = new.gain(old.value)
     if gain == 0:
         return "equal to"
+    if _is_rounding(gain, old.value):
+        return "the same but for rounding as"
     return f"{_size(gain, old.value)} {'better' if gain > 0 else 'worse'} than"
 
 
@@ -46,7 +48,7 @@ def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
     if not (math.isfinite(new.value) and math.isfinite(old.value)):
         return f"{format_figure(old)} → {format_figure(new)}", "not comparable", False
     gain = new.gain(old.value)
-    if abs(gain) <= _ROUNDING * abs(old.value):
+    if _is_rounding(gain, old.value):
         return f"{format_figure(old)} → {format_figure(new)}", "the same but for rounding", None
     digits = next((n for n in range(3, _MOST_DIGITS) if not same_text(old, new, n)), _MOST_DIGITS)
     word = "better" if gain > 0 else "worse"
@@ -65,6 +67,10 @@ def same_text(first: Figure, second: Figure, digits: int) -> bool:
 def figures_agree(first: Figure, second: Figure, digits: int) -> bool:
     """Whether two figures differ by at most half a unit in the last of so many digits."""
     return agree(first.value, second.value, digits)
+
+
+def _is_rounding(gain: float, of: float) -> bool:
+    return abs(gain) <= _ROUNDING * abs(of)
 
 
 def _size(gain: float, of: float) -> str:

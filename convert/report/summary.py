@@ -114,6 +114,21 @@ def row_cells(row: Row) -> tuple[str, ...]:
     )
 
 
+_MEANINGS: dict[ModelName, str] = {
+    "dense": "the source model",
+    "upcycled": "the mixture made from it, before any training",
+    "dense continued": "the source model trained on the same tokens as the mixture",
+    "dense, equal time": "the source model trained as long as the mixture",
+    "fine-tuned": "the mixture after training",
+}
+
+
+def describe_models(facts: ReportFacts) -> str:
+    """What the models of the summary are, in one sentence."""
+    told = [f"“{name}” is {_MEANINGS[name]}" for name in TORCH_MODELS if name in facts.finetune.evaluations]
+    return f"{'; '.join(told)}."
+
+
 def summary_table(facts: ReportFacts, width: int) -> Table:
     """The summary for a terminal of so many columns; 80 are enough, and in fewer a cell is folded, never cut."""
     wide = width >= _WIDE

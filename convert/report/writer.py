@@ -21,7 +21,7 @@ from dense2moe.convert.report.names import HTML_NAME, JSON_NAME
 from dense2moe.convert.report.numerals import NONE, format_count, format_size
 from dense2moe.convert.report.parity_tables import parity_sections, tier_table
 from dense2moe.convert.report.pictures.selection import draw_pictures
-from dense2moe.convert.report.summary import Row, row_cells, summarize, summary_columns
+from dense2moe.convert.report.summary import Row, describe_models, row_cells, summarize, summary_columns
 from dense2moe.convert.report.tables import (
     build_table,
     provenance_sections,
@@ -80,6 +80,7 @@ def _page(facts: ReportFacts) -> str:
         verdicts=list(judge(facts)),
         model=facts.exported,
         tiles=list(_tiles(facts)),
+        models=describe_models(facts),
         figure=facts.figure("dense"),
         figure_title=figure_title(facts.figure("dense")),
         summary=Grid(summary_columns(facts), tuple(row_cells(row) for row in rows)),
