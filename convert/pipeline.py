@@ -19,7 +19,9 @@ class Input:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of a pipeline: a name, what it reads, what decides its output, its function, the code of both.
+    """One row of a pipeline: a name, what it reads, what decides its output, its function, and the code below it.
+
+    An artifact is made anew where anything changes in the packages of `code`, or in the module of `run`.
 
     `each` says over what it is repeated. It reads the artifacts of the same item of stages that are repeated over the
     same; where it `gathers`, all artifacts of stages that are repeated over something else, by their labels.

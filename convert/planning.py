@@ -48,7 +48,7 @@ def plan_artifacts(
         assert inputs.keys() == found.keys(), f"{stage.name}: reads what is not made before it"
         keys = {name: planned[label].key for name, label in inputs.items()}
         settings = stage.settings(preparation, item)
-        key = artifact_key(keys, settings, code_digest(*stage.code))
+        key = artifact_key(keys, settings, code_digest(*stage.code, stage.run.__module__))
         planned[make_label(stage, item)] = PlannedArtifact(stage, item, inputs, keys, settings, key)
     return tuple(planned.values())
 

@@ -14,7 +14,7 @@ from typing import cast
 from dense2moe.convert.artifact.disk import check_space, describe_os_error
 from dense2moe.convert.artifact.locking import lock
 from dense2moe.convert.artifact.manifest import Artifact
-from dense2moe.convert.artifact.sealing import build, delete_leftovers, find, resume_directory
+from dense2moe.convert.artifact.sealing import build, delete_leftovers, find, find_manifests, resume_directory
 from dense2moe.convert.artifact.verification import check_files
 from dense2moe.convert.errors import ArtifactError, RecipeError
 from dense2moe.convert.machine import peak_resident_bytes, versions
@@ -78,6 +78,11 @@ def run_pipeline(
         walk = Walk(preparation, workdir, planned, display, held)
         delete_leftovers(workdir, names)
         check_space(workdir, walk.missing_bytes())
+        if outdated := walk.find_outdated():
+            display.note(
+                f"{workdir}: made by another version of dense2moe, left as they are and made anew: "
+                f"{', '.join(outdated)}"
+            )
         walk.record("running")
         try:
             for each in planned:
@@ -141,6 +146,18 @@ class Walk:
                 left = resume_directory(self.workdir, each.label, each.key).rglob("*")
                 needed += max(0, scratch - sum(path.stat().st_size for path in left if path.is_file()))
         return needed
+
+    def find_outdated(self) -> list[str]:
+        """Labels of artifacts that are missing, where other code has made them of the same settings and inputs."""
+        outdated, keys = [], set[str]()
+        for each in self.planned:
+            settings = json.loads(json.dumps(each.settings))
+            for manifest in find_manifests(self.workdir, each.label) if each.label not in self.artifacts else ():
+                other = set(manifest["inputs"].values()) - set(each.input_keys.values())
+                if manifest["settings"] == settings and other <= keys:
+                    keys.add(manifest["key"])
+                    outdated.append(each.label)
+        return list(dict.fromkeys(outdated))
 
     def make(self, planned: PlannedArtifact) -> Artifact:
         """Run one stage and seal what it made."""

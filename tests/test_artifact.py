@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 
-from dense2moe.convert.artifact.disk import check_space, describe_os_error
 from dense2moe.convert.artifact.keys import artifact_key, code_digest
 from dense2moe.convert.artifact.locking import lock
 from dense2moe.convert.artifact.manifest import Artifact, open_artifact
@@ -108,6 +107,10 @@ def test_the_code_digest_changes_with_any_source_and_nothing_else(
     assert code_digest("dense2moe.convert", "sample_package") == before
     template.write_text("two")
     assert code_digest("sample_package", "dense2moe.convert") != before
+    (tmp_path / "sample_module.py").write_text("one = 1")
+    alone = code_digest("sample_module")
+    (tmp_path / "sample_module.py").write_text("one = 2")
+    assert code_digest("sample_module") != alone
 
 
 @pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt, OSError(errno.ENOSPC, "full")])
@@ -550,55 +553,6 @@ except OSError as error:
             "raise the limit (ulimit -f), or give a --workdir on another file system\n"
         )
     assert names(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("number", "line"),
-    [
-        (errno.ENOSPC, "w: the disk is full; free some space, or give another --workdir"),
-        (errno.EDQUOT, "w: your disk quota is used up; free some space, or give another --workdir"),
-        (
-            errno.EACCES,
-            "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir",
-        ),
-        (
-            errno.EPERM,
-            "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir",
-        ),
-        (errno.EROFS, "w: no write permission: the file system is read-only; give another --workdir"),
-        (errno.ENOTDIR, "w: a file is in the way; must be a directory; move it away, or give another --workdir"),
-        (
-            errno.EIO,
-            "w: the disk fails (Input/output error); look at the disk, or give another --workdir, and run again",
-        ),
-    ],
-)
-def test_an_error_of_the_system_is_one_line(number: int, line: str) -> None:
-    assert describe_os_error(OSError(number, os.strerror(number)), Path("w")) == line
-    assert describe_os_error(OSError(number, os.strerror(number), "w/model"), Path("w")) == line.replace(
-        "w:", "w/model:", 1
-    )
-
-
-def test_an_error_without_a_number_is_one_line_too() -> None:
-    line = "w: two lines; mend that, or give another --workdir, and run again"
-    assert describe_os_error(OSError("two\nlines"), Path("w")) == line
-
-
-def test_too_little_space_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def usage(path: Path) -> Any:
-        assert path == tmp_path  # the nearest that exists
-        return shutil._ntuple_diskusage(10_000_000, 0, 2_500_000)
-
-    monkeypatch.setattr(shutil, "disk_usage", usage)
-    check_space(tmp_path / "a" / "b", 2_500_000)
-    with pytest.raises(ArtifactError) as caught:
-        check_space(tmp_path / "a" / "b", 3_000_000_000)
-    assert (
-        str(caught.value)
-        == f"{tmp_path / 'a' / 'b'}: 2.5 MB free on this disk; 3.0 GB needed; free some space, or give another "
-        "--workdir"
-    )
 
 
 def test_progress_counts_every_byte(tmp_path: Path) -> None:

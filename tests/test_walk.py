@@ -110,6 +110,32 @@ def test_only_what_reads_a_changed_item_is_made_anew(preparation: SimpleNamespac
     assert same == {"source-code", "branch-code"}
 
 
+def test_what_another_version_of_the_code_made_is_told_in_one_line_and_made_anew(
+    preparation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = run(preparation, tmp_path, "merge").artifacts
+    monkeypatch.setattr("dense2moe.convert.planning.code_digest", lambda *_: "another version")
+    capsys.readouterr()
+    after = run(preparation, tmp_path, "merge").artifacts
+    assert capsys.readouterr().err.splitlines()[0] == (
+        f"! {tmp_path}: made by another version of dense2moe, left as they are and made anew: source-code, "
+        "branch-code, source-prose, branch-prose, merge"
+    )
+    assert not {artifact.directory for artifact in before.values()} & {a.directory for a in after.values()}
+    assert all(artifact.directory.is_dir() for artifact in before.values())
+    run(preparation, tmp_path, "merge")
+    assert "another version" not in capsys.readouterr().err  # all is there
+
+
+def test_another_setting_is_no_other_version(
+    preparation: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(preparation, tmp_path, "merge")
+    preparation.lengths["prose"] = 1
+    run(preparation, tmp_path, "merge")
+    assert "another version" not in capsys.readouterr().err
+
+
 def test_an_input_may_be_made_by_another_stage_as_the_preparation_says(preparation: SimpleNamespace) -> None:
     for road in ("merge", "ensemble"):
         preparation.road = road

@@ -19,24 +19,28 @@ def artifact_key(inputs: Mapping[str, str], settings: Mapping[str, JSON], code: 
     return digest_json({"dense2moe": FORMAT, "inputs": dict(inputs), "settings": dict(settings), "code": code})
 
 
-def code_digest(*packages: str) -> str:
-    """SHA-256 of our version and of every source file in the named import packages.
+def code_digest(*names: str) -> str:
+    """SHA-256 of our version and of every source file in the named import packages, and of the modules named alone.
 
     The order of the names does not matter.
     """
     sources: dict[str, str] = {}
-    for package in packages:
-        spec = importlib.util.find_spec(package)
-        assert spec is not None, f"{package}: not installed"
-        assert spec.submodule_search_locations, f"{package}: not an import package"
-        for root in map(Path, spec.submodule_search_locations):
+    for name in names:
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"{name}: not installed"
+        if spec.submodule_search_locations is None:
+            assert spec.origin is not None, f"{name}: has no source file"
+            sources[name] = _digest_source(Path(spec.origin))
+        for root in map(Path, spec.submodule_search_locations or ()):
             for path in walk_files(root):
                 if path.suffix in _SOURCE_SUFFIXES:
-                    sources[f"{package}/{path.relative_to(root).as_posix()}"] = hashlib.sha256(
-                        path.read_bytes()
-                    ).hexdigest()
+                    sources[f"{name}/{path.relative_to(root).as_posix()}"] = _digest_source(path)
     try:
         version = importlib.metadata.version("dense2moe")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed: the sources say it all
         version = ""
     return digest_json({"version": version, "sources": sources})
+
+
+def _digest_source(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

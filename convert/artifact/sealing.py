@@ -127,6 +127,14 @@ def find(workdir: Path, label: str, key: str) -> Artifact | None:
     return artifact
 
 
+def find_manifests(workdir: Path, label: str) -> Iterator[dict[str, Any]]:
+    """The manifests of all sealed artifacts of a label; what cannot be read is none."""
+    for directory in sorted(workdir.glob(f"{label}-*")):
+        if is_digest(directory.name.removeprefix(f"{label}-").ljust(64, "0")):
+            with suppress(ArtifactError):
+                yield read_artifact(directory, REMAKE).manifest
+
+
 @contextmanager
 def build(workdir: Path, label: str, key: str) -> Iterator[Draft]:
     """A fresh directory to make an artifact in.

@@ -1,0 +1,63 @@
+"""What the file system refuses is one line, and a run that cannot end does not begin."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dense2moe.convert.artifact.disk import check_space, describe_os_error
+from dense2moe.convert.errors import ArtifactError
+
+
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.ENOSPC, "w: the disk is full; free some space, or give another --workdir"),
+        (errno.EDQUOT, "w: your disk quota is used up; free some space, or give another --workdir"),
+        (
+            errno.EACCES,
+            "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir",
+        ),
+        (
+            errno.EPERM,
+            "w: no permission; must be yours to read and write; change its owner or mode, or give another --workdir",
+        ),
+        (errno.EROFS, "w: no write permission: the file system is read-only; give another --workdir"),
+        (errno.ENOTDIR, "w: a file is in the way; must be a directory; move it away, or give another --workdir"),
+        (
+            errno.EIO,
+            "w: the disk fails (Input/output error); look at the disk, or give another --workdir, and run again",
+        ),
+    ],
+)
+def test_an_error_of_the_system_is_one_line(number: int, line: str) -> None:
+    assert describe_os_error(OSError(number, os.strerror(number)), Path("w")) == line
+    assert describe_os_error(OSError(number, os.strerror(number), "w/model"), Path("w")) == line.replace(
+        "w:", "w/model:", 1
+    )
+
+
+def test_an_error_without_a_number_is_one_line_too() -> None:
+    line = "w: two lines; mend that, or give another --workdir, and run again"
+    assert describe_os_error(OSError("two\nlines"), Path("w")) == line
+
+
+def test_too_little_space_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def usage(path: Path) -> Any:
+        assert path == tmp_path  # the nearest that exists
+        return shutil._ntuple_diskusage(10_000_000, 0, 2_500_000)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    check_space(tmp_path / "a" / "b", 2_500_000)
+    with pytest.raises(ArtifactError) as caught:
+        check_space(tmp_path / "a" / "b", 3_000_000_000)
+    assert (
+        str(caught.value)
+        == f"{tmp_path / 'a' / 'b'}: 2.5 MB free on this disk; 3.0 GB needed; free some space, or give another "
+        "--workdir"
+    )
