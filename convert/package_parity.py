@@ -21,13 +21,13 @@ from dense2moe.export.parity.judgement import check_parity
 from dense2moe.export.parity.precision import Precision, find_precision, is_dense
 from dense2moe.export.parity.records import Parity, ProviderParity
 from dense2moe.export.parity.subject import ParitySubject
-from dense2moe.export.progress import Progress
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder, is_at_hand
 from dense2moe.upcycle.checkpoints.loading import check_whole
 from dense2moe.upcycle.data.blocks import read_text_blocks
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.models.table import EXPERT_COUNTS
 from dense2moe.upcycle.numbers import name_specials
+from dense2moe.upcycle.progress import Progress
 
 
 def check_package(

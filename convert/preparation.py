@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dense2moe.convert.recipe.loading import LoadedRecipe
 from dense2moe.convert.recipe.records import Recipe
-from dense2moe.export.parity.answers.examples import Task
+from dense2moe.export.parity.answers.examples import TaskFile
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
@@ -42,7 +42,7 @@ class Preparation:
     scratch_bytes: Mapping[str, int]
     last_stage: tuple[str, str] | None
     license: Mapping[str, str]
-    tasks: tuple[Task, ...] = ()
+    tasks: tuple[TaskFile, ...] = ()
     task_files: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
 

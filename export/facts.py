@@ -21,7 +21,7 @@ class LoweringTime:
     request_seconds: float
 
 
-Choice = Literal["only", "timed", "first, no such device here to time on"]
+LoweringChoice = Literal["only", "timed", "first, no such device here to time on"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OnnxFacts:
     device: Device
     element_type: ElementType
     lowering: str
-    choice: Choice
+    choice: LoweringChoice
     timings: tuple[LoweringTime, ...]
     min_onnxruntime: str
     num_nodes: int

@@ -59,7 +59,7 @@ _CODE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+/onnxruntime/\S+:\
 
 
 @dataclass(frozen=True)
-class Package:
+class OpenedPackage:
     """A package that was opened.
 
     Its graph without weights, whose tensors name their files relative to `data_folder`, links followed.
@@ -102,7 +102,7 @@ class Package:
             return ort.InferenceSession(self.model.SerializeToString(), options, providers=[provider])
 
 
-def open_package(directory: Path) -> Package:
+def open_package(directory: Path) -> OpenedPackage:
     """Read a package's graph, and look up the files of its weights.
 
     Raises:
@@ -142,7 +142,7 @@ def open_package(directory: Path) -> Package:
         next(entry for entry in tensor.external_data if entry.key == "location").value = (
             files[location].relative_to(folder).as_posix()
         )
-    return Package(directory, model, folder)
+    return OpenedPackage(directory, model, folder)
 
 
 def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> None:

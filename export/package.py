@@ -12,12 +12,11 @@ from transformers import PreTrainedConfig
 from dense2moe.export import names
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
-from dense2moe.export.facts import Choice, LoweringTime, OnnxFacts
+from dense2moe.export.facts import LoweringChoice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
 from dense2moe.export.graph.invariants import check_graph
 from dense2moe.export.lowering import Lowering
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
 from dense2moe.export.runtime.generation import Generation, read_generation
@@ -27,6 +26,7 @@ from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
 from dense2moe.export.tracing.tracer import trace_decoder
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import copy_companions
+from dense2moe.upcycle.progress import Progress
 
 MAX_LENGTH = 4096
 """Tokens of prompt and answer for which onnxruntime-genai allocates its cache, unless it is told another number."""
@@ -65,7 +65,9 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     )
 
 
-def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Choice, Timings]:
+def _build(
+    twin: Twin, config: OnnxConfig, folder: Path, progress: Progress
+) -> tuple[DecoderGraph, LoweringChoice, Timings]:
     """The graph from the checkpoint's tensors."""
     candidates = find_candidates(twin, config)
     cut = cut_for_timing(twin)
@@ -75,7 +77,9 @@ def _build(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> 
     return build_decoder(twin, config, lowering), choice, timings
 
 
-def _trace(twin: Twin, config: OnnxConfig, folder: Path, progress: Progress) -> tuple[DecoderGraph, Choice, Timings]:
+def _trace(
+    twin: Twin, config: OnnxConfig, folder: Path, progress: Progress
+) -> tuple[DecoderGraph, LoweringChoice, Timings]:
     """The graph from the model's own forward, where no builder knows the architecture."""
     if twin.element_type != "float32":
         raise ExportError(
@@ -101,7 +105,7 @@ def _choose(
     build: Callable[[Lowering], DecoderGraph],
     folder: Path,
     progress: Progress,
-) -> tuple[Lowering | None, Choice, Timings]:
+) -> tuple[Lowering | None, LoweringChoice, Timings]:
     """The lowering to write, None without experts, how it was chosen, and the times that decided."""
     if len(candidates) < 2:
         return next(iter(candidates), None), "only", ()

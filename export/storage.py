@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
-from dense2moe.export.progress import Progress
+from dense2moe.upcycle.progress import Progress
 
 MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"

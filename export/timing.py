@@ -20,12 +20,12 @@ from dense2moe.export.facts import LoweringTime
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import Cut, DecoderGraph
 from dense2moe.export.lowering import Lowering
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.speed import Speed, measure_speed
 from dense2moe.export.storage import save_graph
 from dense2moe.upcycle.models.parts import layer_of
+from dense2moe.upcycle.progress import Progress
 
 _TIMED_BYTES = 16 << 20
 """Layers are taken until their weights have as many bytes, or all of them.

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dense2moe.export.parity.inside.flips import Ffn, Product, find_near, near_middle
+from dense2moe.export.parity.inside.flips import RoundedFfn, RoundedProduct, find_near, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding
 
 WIDTH, INNER, BLOCK, TOKENS = 32, 48, 16, 6
@@ -42,7 +42,7 @@ def explained(x: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, divi
     errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     rows = (errors > LIMIT).nonzero()[:, 0]
     return dict(
-        Product(x, WEIGHT, ROUNDING, divisor).explain(rows, found[rows].double(), expected[rows].double(), LIMIT)
+        RoundedProduct(x, WEIGHT, ROUNDING, divisor).explain(rows, found[rows].double(), expected[rows].double(), LIMIT)
     )
 
 
@@ -110,7 +110,7 @@ def test_a_flip_beside_an_error_is_an_error_and_so_is_what_is_no_number() -> Non
     assert explained(x, found, expected) == {}
     assert (
         dict(
-            Product(x, WEIGHT, ROUNDING, 1.0).explain(
+            RoundedProduct(x, WEIGHT, ROUNDING, 1.0).explain(
                 torch.tensor([1]), found[1:2].double(), expected[1:2].double(), LIMIT
             )
         )
@@ -135,7 +135,7 @@ def run(rows: torch.Tensor, numbers: torch.Tensor) -> tuple[torch.Tensor, list[l
 def explain_ffn(x: torch.Tensor, found: torch.Tensor) -> dict[int, float]:
     expected = run(x, torch.arange(TOKENS))[0]
     rows = ((found - expected).norm(dim=-1) > LIMIT * expected.norm(dim=-1)).nonzero()[:, 0]
-    return dict(Ffn(x, run, ROUNDING).explain(rows, found[rows].double(), expected[rows].double(), LIMIT))
+    return dict(RoundedFfn(x, run, ROUNDING).explain(rows, found[rows].double(), expected[rows].double(), LIMIT))
 
 
 def test_a_flip_inside_an_ffn_is_explained_and_another_error_is_not() -> None:

@@ -18,7 +18,7 @@ from transformers import MixtralConfig
 from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.differences import find_nearest
 from dense2moe.export.parity.weights.matrix import Operator
-from dense2moe.export.parity.weights.rows import Found, check_weights
+from dense2moe.export.parity.weights.rows import FoundWeights, check_weights
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, join, quantize, unpack
 from dense2moe.export.storage import MODEL_NAME
 
@@ -200,7 +200,7 @@ Plant = Callable[[Tensors], Tensors]
 
 def judge(
     tmp_path: Path, form: Form, plant: Plant = lambda tensors: tensors, others: dict[str, torch.Tensor] | None = None
-) -> Found:
+) -> FoundWeights:
     package = write_package(tmp_path / "package", plant(draw(form)), form, others or floats(form))
     return check_weights(read_constants(package), write_twin(tmp_path / "twin", form))
 

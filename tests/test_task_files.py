@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task, read_task, read_tasks
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile, read_task, read_tasks
 from dense2moe.export.parity.answers.scores import (
     answer_f1,
     is_exact,
@@ -62,7 +62,7 @@ def test_a_file_says_by_its_keys_what_kind_of_task_it_is(tmp_path: Path) -> None
         "similarity": PAIRS,
     }
     for kind, examples in kinds.items():
-        assert read_task(write_task(tmp_path / f"{kind}.jsonl", examples)) == Task(kind, kind, tuple(examples))
+        assert read_task(write_task(tmp_path / f"{kind}.jsonl", examples)) == TaskFile(kind, kind, tuple(examples))
 
 
 def test_a_right_choice_is_named_by_its_text_or_its_place() -> None:
@@ -130,8 +130,8 @@ def test_a_file_that_is_not_there_and_two_of_one_name_are_refused(tmp_path: Path
 
 
 def test_examples_are_taken_evenly() -> None:
-    assert Task("t", "choice", CHOICES).cut(3).examples == (CHOICES[0], CHOICES[8], CHOICES[16])
-    assert Task("t", "choice", CHOICES).cut(100).examples == CHOICES
+    assert TaskFile("t", "choice", CHOICES).cut(3).examples == (CHOICES[0], CHOICES[8], CHOICES[16])
+    assert TaskFile("t", "choice", CHOICES).cut(100).examples == CHOICES
 
 
 def test_f1_and_exact_match_are_those_of_squad() -> None:

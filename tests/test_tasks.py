@@ -28,8 +28,15 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.answers.evaluation import score_task
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
-from dense2moe.export.parity.answers.outcome import Outcome, Package, Row, Torch, answer_task, encode_task
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile
+from dense2moe.export.parity.answers.outcome import (
+    Outcome,
+    PackageModel,
+    ScoredRow,
+    TorchModel,
+    answer_task,
+    encode_task,
+)
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import open_reference
 from dense2moe.export.parity.judgement import check_parity
@@ -101,13 +108,13 @@ def load(directory: Path) -> MixtralForCausalLM:
     return MixtralForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
 
 
-def both_models(package: Path, task: Task, num_tokens: int = 8) -> list[list[Outcome] | None]:
+def both_models(package: Path, task: TaskFile, num_tokens: int = 8) -> list[list[Outcome] | None]:
     tokenizer = AutoTokenizer.from_pretrained(package)
     encoded = encode_task(task, tokenizer, GENERATION, CONTEXT, num_tokens)
     with open_reference(package.parent / "twin") as reference:
         return [
             answer_task(model, encoded, tokenizer, num_tokens)
-            for model in (Torch(reference), Package(Decoder(package, inspection=Inspection(streams=True))))
+            for model in (TorchModel(reference), PackageModel(Decoder(package, inspection=Inspection(streams=True))))
         ]
 
 
@@ -125,11 +132,11 @@ def test_choices_have_the_likelihood_that_transformers_loss_says(
             labels = ids.clone()
             labels[:, :-num_scored] = -100
             expected.append(-float(model(ids, labels=labels).loss) * num_scored)
-    for outcomes in both_models(package, Task("t", "choice", CHOICES)):
+    for outcomes in both_models(package, TaskFile("t", "choice", CHOICES)):
         assert outcomes is not None
         found = [value for outcome in outcomes for value in outcome.values]
         assert found == pytest.approx(expected, abs=2e-4)  # float32 sums of up to 8 losses of 6 nats
-        assert score_task(Task("t", "choice", CHOICES), outcomes)["accuracy"] == np.mean(
+        assert score_task(TaskFile("t", "choice", CHOICES), outcomes)["accuracy"] == np.mean(
             [np.argmax(expected[3 * n : 3 * n + 3]) == n % 3 for n in range(24)]
         )
 
@@ -143,22 +150,22 @@ def test_a_choice_is_scored_from_where_its_tokens_leave_the_prompt(tiny_tokenize
     prompt = tuple(tiny_tokenizer("Licens").input_ids)
     whole = [tuple(tiny_tokenizer("Licens" + choice).input_ids) for choice in example.choices]
     assert whole[0][: len(prompt)] != prompt  # "License" is a token, or ends in one that covers both
-    rows = encode_task(Task("t", "choice", (example, example)), tiny_tokenizer, GENERATION, CONTEXT, 8).rows[0]
+    rows = encode_task(TaskFile("t", "choice", (example, example)), tiny_tokenizer, GENERATION, CONTEXT, 8).rows[0]
     start = next(n for n, pair in enumerate(zip(prompt, whole[0], strict=False)) if pair[0] != pair[1])
-    assert rows == tuple(Row(ids, start) for ids in whole)
+    assert rows == tuple(ScoredRow(ids, start) for ids in whole)
 
 
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     long = Choice(prompt="work " * 20, choices=(" the", " of"), answer=0)
-    (row, _), *_ = encode_task(Task("t", "choice", (long, long)), tiny_tokenizer, GENERATION, 16, 8).rows
+    (row, _), *_ = encode_task(TaskFile("t", "choice", (long, long)), tiny_tokenizer, GENERATION, 16, 8).rows
     whole = tiny_tokenizer(long.prompt + " the").input_ids
     assert len(row.fed) == 16
     assert row.ids == tuple(whole[-17:])
     with pytest.raises(ExportError, match=r"task 't', example 1: a choice has .* tokens; the model's context holds 4"):
         encode_task(
-            Task("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2),
+            TaskFile("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2),
             tiny_tokenizer,
             GENERATION,
             4,
@@ -166,7 +173,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(
         )
     with pytest.raises(ExportError, match=r"example 1: a text has .* tokens; the model's context holds 4"):
         encode_task(
-            Task("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2),
+            TaskFile("t", "similarity", (Similarity(texts=("derivative works of", "a"), score=1),) * 2),
             tiny_tokenizer,
             GENERATION,
             4,
@@ -175,12 +182,12 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(
     with pytest.raises(
         ExportError, match=r"parity\.answer_tokens is 8; must be less than the model's context, which is 8"
     ):
-        encode_task(Task("t", "answer", ANSWERS), tiny_tokenizer, GENERATION, 8, 8)
+        encode_task(TaskFile("t", "answer", ANSWERS), tiny_tokenizer, GENERATION, 8, 8)
 
 
 def test_an_empty_prompt_needs_a_token_that_starts_a_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """With none before it the first token of a choice would count in no score."""
-    task = Task("t", "choice", (Choice(prompt="", choices=("a", "b"), answer=0),) * 2)
+    task = TaskFile("t", "choice", (Choice(prompt="", choices=("a", "b"), answer=0),) * 2)
     assert {row.start for rows in encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8).rows for row in rows} == {1}
     startless = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()), eos_token="</s>"
@@ -198,14 +205,14 @@ def test_a_row_is_not_padded_past_the_switch_of_a_longrope(
     """There the model computes all tokens otherwise, the padded row's too."""
     read: list[tuple[int, int]] = []
 
-    class Watched(Package):
+    class Watched(PackageModel):
         def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
             read.append((ids.shape[0], ids.shape[1]))
             return super().hidden(ids)
 
     texts = ("a" * 3, "b" * 4, "c" * 8, "d" * 8, "e" * 9)  # the letters that no merge takes together
     lengths = [len(tiny_tokenizer(text).input_ids) for text in texts]
-    task = Task(
+    task = TaskFile(
         "t", "similarity", tuple(Similarity(texts=(text, texts[0]), score=float(n)) for n, text in enumerate(texts))
     )
     for switch in (None, 6):
@@ -234,13 +241,13 @@ def test_answers_are_what_transformers_generates(package: Path, tiny_tokenizer: 
             model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :], skip_special_tokens=True
         )
         expected.append(text.partition("\n")[0].strip())
-    for outcomes in both_models(package, Task("t", "answer", ANSWERS)):
+    for outcomes in both_models(package, TaskFile("t", "answer", ANSWERS)):
         assert outcomes is not None
         assert [outcome.text for outcome in outcomes] == expected
 
 
 def test_answers_are_the_likeliest_tokens_whatever_a_checkpoint_forbids(package: Path, tmp_path: Path) -> None:
-    task = Task("t", "answer", ANSWERS)
+    task = TaskFile("t", "answer", ANSWERS)
     expected = both_models(package, task)
     home = shutil.copytree(package.parent, tmp_path / "home")
     settings = {
@@ -268,10 +275,10 @@ def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(
     expected = [
         float(torch.cosine_similarity(mean(a), mean(b), dim=0)) for a, b in (example.texts for example in PAIRS)
     ]
-    for outcomes in both_models(package, Task("t", "similarity", PAIRS)):
+    for outcomes in both_models(package, TaskFile("t", "similarity", PAIRS)):
         assert outcomes is not None
         assert [outcome.values[0] for outcome in outcomes] == pytest.approx(expected, abs=1e-5)
-        scores = score_task(Task("t", "similarity", PAIRS), outcomes)
+        scores = score_task(TaskFile("t", "similarity", PAIRS), outcomes)
         assert scores["Spearman's correlation"] == pytest.approx(
             stats.spearmanr(expected, [pair.score for pair in PAIRS]).statistic, abs=0.05
         )
@@ -280,7 +287,7 @@ def test_texts_are_as_alike_as_the_means_of_what_the_last_layer_gives(
 # --- Parity
 
 
-def run(package: Path, finetuned: Path, tasks: Sequence[Task], **settings: Any) -> ProviderParity:
+def run(package: Path, finetuned: Path, tasks: Sequence[TaskFile], **settings: Any) -> ProviderParity:
     config = ParityConfig(
         max_perplexity_increase={},
         longest_row=48,
@@ -298,14 +305,20 @@ def run(package: Path, finetuned: Path, tasks: Sequence[Task], **settings: Any) 
     return result.providers[CPU]
 
 
-def tasks_of(checkpoint: Path) -> list[Task]:
+def tasks_of(checkpoint: Path) -> list[TaskFile]:
     """Tasks whose right answers are those that a checkpoint gives, so that it scores 1."""
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    given = [Task("choices", "choice", CHOICES), Task("answers", "answer", ANSWERS), Task("pairs", "similarity", PAIRS)]
+    given = [
+        TaskFile("choices", "choice", CHOICES),
+        TaskFile("answers", "answer", ANSWERS),
+        TaskFile("pairs", "similarity", PAIRS),
+    ]
     made = []
     with open_reference(checkpoint) as reference:
         for task in given:
-            outcomes = answer_task(Torch(reference), encode_task(task, tokenizer, GENERATION, CONTEXT, 8), tokenizer, 8)
+            outcomes = answer_task(
+                TorchModel(reference), encode_task(task, tokenizer, GENERATION, CONTEXT, 8), tokenizer, 8
+            )
             assert outcomes is not None
             pairs = zip(task.examples, outcomes, strict=True)
             update = {
@@ -314,7 +327,7 @@ def tasks_of(checkpoint: Path) -> list[Task]:
                 "similarity": lambda outcome: {"score": outcome.values[0]},
             }[task.kind]
             made.append(
-                Task(
+                TaskFile(
                     task.name,
                     task.kind,
                     tuple(example.model_copy(update=update(outcome)) for example, outcome in pairs),
@@ -492,7 +505,7 @@ def test_another_task_makes_another_parity_and_nothing_else(tmp_path: Path, dens
     for examples in (CHOICES, CHOICES[1:]):
         write_task(tmp_path / "words.jsonl", examples)
         preparation = prepare(load_recipe(recipe), silent)
-        assert preparation.tasks == (Task("words", "choice", examples),)
+        assert preparation.tasks == (TaskFile("words", "choice", examples),)
         settings.append(list_settings(preparation, "int8"))
     assert settings[0].pop("task_files") != settings[1].pop("task_files")
     assert settings[0] == settings[1]

@@ -23,7 +23,7 @@ def rounds_activations(variant: Variant, config: OnnxConfig) -> bool:
     )
 
 
-Product = Literal["attention", "experts", "head"]
+ProductKind = Literal["attention", "experts", "head"]
 """Kinds of quantized products.
 
 An FFN that stands beside experts or in their place counts as one, in a traced decoder as attention.
@@ -59,10 +59,10 @@ class OnnxConfig(Record):
         description="Precision in which quantized matrix products read activations: 8 rounds them, as other engines do;"
         " 32 is exact and slower.",
     )
-    exact_products: Annotated[tuple[Product, ...], Field(strict=False)] = Field(
+    exact_products: Annotated[tuple[ProductKind, ...], Field(strict=False)] = Field(
         (), description="Quantized products that read activations exactly even if `activation_bits` is 8."
     )
 
-    def bits_of(self, product: Product) -> Literal[8, 32]:
+    def bits_of(self, product: ProductKind) -> Literal[8, 32]:
         """The precision in which products of a kind read activations."""
         return 32 if product in self.exact_products else self.activation_bits

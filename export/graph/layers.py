@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from dense2moe.export import names as value_names
-from dense2moe.export.graph.config import OnnxConfig, Product
+from dense2moe.export.graph.config import OnnxConfig, ProductKind
 from dense2moe.export.graph.positions import Positions, effective_window
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from dense2moe.export.nodes.ffn_gate import add_gate
@@ -64,7 +64,7 @@ class BlockWriter:
             "+".join(names), (size,), lambda: torch.cat([checkpoint.read(name) for name in names])
         )
 
-    def linear(self, x: ir.Value, names: Sequence[str], output: str, product: Product) -> ir.Value:
+    def linear(self, x: ir.Value, names: Sequence[str], output: str, product: ProductKind) -> ir.Value:
         """x [B, S, K] times the transposed matrices `names` [N, K] below each other.
 
         Plus their biases where they have some; called `output`.

@@ -32,9 +32,9 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.provider import ProviderJudgement
 from dense2moe.export.parity.records import Parity, ProviderParity
 from dense2moe.export.parity.subject import ParitySubject
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.runtime.decoder import CPU, CUDA, is_at_hand
+from dense2moe.upcycle.progress import Progress
 
 
 def check_parity(subject: ParitySubject, config: ParityConfig, progress: Progress) -> Parity:

@@ -37,13 +37,13 @@ from dense2moe.export.parity.ways.cases import plan_cases
 from dense2moe.export.parity.ways.feeding import Errors, own_noise, run_cases, run_cases_alone
 from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.parity.weights.constants import read_constants
-from dense2moe.export.parity.weights.rows import Found, check_weights
-from dense2moe.export.progress import Progress
+from dense2moe.export.parity.weights.rows import FoundWeights, check_weights
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.models.architecture import Architecture
+from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.language import language_figures, perplexity
 
 _TIMED_TOKENS = 32
@@ -71,7 +71,7 @@ class ProviderJudgement:
         self.subject, self.config, self.progress, self.whole_loss = subject, config, progress, whole_loss
         self.finetuned_losses = None if subject.finetuned_losses is None else list(subject.finetuned_losses)
         progress("comparing weights", 0, 1)
-        self.weights: Found | None = (
+        self.weights: FoundWeights | None = (
             check_weights(read_constants(subject.package), subject.twin) if subject.exact_twin else None
         )
         self.files = check_files(subject.package, subject.twin)

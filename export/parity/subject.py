@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from dense2moe.export.parity.answers.examples import Task
+from dense2moe.export.parity.answers.examples import TaskFile
 from dense2moe.export.variant import Variant
 
 
@@ -28,7 +28,7 @@ class ParitySubject:
     variant: Variant
     rounds_activations: bool
     exact_twin: bool = True
-    tasks: Sequence[Task] = ()
+    tasks: Sequence[TaskFile] = ()
     finetuned_losses: Sequence[float] | None = None
 
     @property

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass
 import torch
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import BitSearch, SearchPoint, Sensitivity, Unit
@@ -26,6 +25,7 @@ from dense2moe.export.quantization.journal import RecordJournal
 from dense2moe.export.quantization.sensitivity import Cost, Ruler, Weights
 from dense2moe.upcycle.checkpoints.layerwise import embed
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
+from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.language import language_figures, perplexity
 
 SEARCHED: tuple[TensorClass, ...] = ("experts", "attention", "embedding", "head")

@@ -33,7 +33,7 @@ _BATCH_ROWS = 8
 _BATCH_TOKENS = 1024
 """Of an FFN at once: what it makes of them fits into a cache."""
 
-Rows = tuple[int, int] | None
+RowSpan = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Group:
     """
 
     place: Literal["attention", "output", "first", "last", "head"]
-    matrices: tuple[tuple[str, Rows], ...]
+    matrices: tuple[tuple[str, RowSpan], ...]
     read: Callable[[], Inputs]
     expert: int | None = None
     up: tuple[str, tuple[int, int]] | None = None
@@ -78,9 +78,9 @@ class CalibrationWalk:
         self._num_read = 0
         self.routers: dict[int, tuple[torch.Tensor, RouterFacts]] = {}
         self._changed: Mapping[str, torch.Tensor] = {}
-        self._replaced: dict[tuple[str, Rows], torch.Tensor] = {}
+        self._replaced: dict[tuple[str, RowSpan], torch.Tensor] = {}
 
-    def replace(self, name: str, rows: Rows, weight: torch.Tensor) -> None:
+    def replace(self, name: str, rows: RowSpan, weight: torch.Tensor) -> None:
         """Give a matrix another value for the groups that follow in this layer."""
         self._replaced[name, rows] = weight
 
@@ -289,8 +289,8 @@ class CalibrationWalk:
         up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
         if ffn.gate is not None:
             gate = ffn.gate.format(layer=layer, expert=expert)
-            first: tuple[tuple[str, Rows], ...] = ((gate, None), (up, None))
-            second: Rows = None
+            first: tuple[tuple[str, RowSpan], ...] = ((gate, None), (up, None))
+            second: RowSpan = None
         else:
             *_, height, _ = self.checkpoint.entries[up].shape
             *_, hidden, _ = self.checkpoint.entries[down].shape
@@ -298,7 +298,7 @@ class CalibrationWalk:
             second = None if expert is None else (hidden * expert, hidden * (expert + 1))
         yield Group("first", first, lambda: replace(read(), drift=None), expert)
 
-        def inner(x: torch.Tensor, replaced: Mapping[tuple[str, Rows], torch.Tensor]) -> torch.Tensor:
+        def inner(x: torch.Tensor, replaced: Mapping[tuple[str, RowSpan], torch.Tensor]) -> torch.Tensor:
             both = torch.cat([replaced[part] if part in replaced else self.read_matrix(*part) for part in first]).T
             activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
             result = x.new_empty(len(x), both.shape[1] // 2)
@@ -316,7 +316,7 @@ class CalibrationWalk:
         up_rows = self._up_rows(*first[-1], stacked=ffn.gate is None)
         yield Group("last", ((down, second),), read_inner, expert, (first[-1][0], up_rows))
 
-    def _up_rows(self, name: str, rows: Rows, stacked: bool) -> tuple[int, int]:
+    def _up_rows(self, name: str, rows: RowSpan, stacked: bool) -> tuple[int, int]:
         """The rows of up in its tensor, in which those of the gate may lie before them."""
         start, stop = rows or (0, math.prod(self.checkpoint.entries[name].shape[:-1]))
         return ((start + stop) // 2 if stacked else start), stop
@@ -325,7 +325,7 @@ class CalibrationWalk:
         """A tensor of the layer in float32, as the layer has it by now."""
         return (self._changed[name] if name in self._changed else self.checkpoint.read(name)).float()
 
-    def read_matrix(self, name: str, rows: Rows) -> torch.Tensor:
+    def read_matrix(self, name: str, rows: RowSpan) -> torch.Tensor:
         """A matrix of the layer in float32, before quantization; leading dimensions count as rows."""
         if name in self._changed:
             whole = self._changed[name].flatten(0, -2)

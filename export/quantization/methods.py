@@ -13,7 +13,6 @@ import torch
 
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.aim import find_aim
 from dense2moe.export.quantization.assignment import Assignment
 from dense2moe.export.quantization.blockwise import (
@@ -24,7 +23,7 @@ from dense2moe.export.quantization.blockwise import (
     quantize,
     round_to_nearest,
 )
-from dense2moe.export.quantization.calibration import CalibrationWalk, Group, Rows
+from dense2moe.export.quantization.calibration import CalibrationWalk, Group, RowSpan
 from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.gptq import Moments, prepare_moments, quantize_gptq, quantize_together
@@ -34,6 +33,7 @@ from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.order import head_name, order_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.models.parts import ATTENTION, layer_of
+from dense2moe.upcycle.progress import Progress
 
 _TOKENS_PER_INPUT = 2
 """Below so many tokens for each input of a matrix, second moments say too little for GPTQ (the figure is Olive's).
@@ -248,7 +248,7 @@ class _Prepared:
     """
 
     name: str
-    rows: Rows
+    rows: RowSpan
     bits: int
     weight: torch.Tensor
     moments: Moments | None

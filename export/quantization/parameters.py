@@ -25,7 +25,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowRange:
     """Rows `start` to `stop` of the tensor `name`.
 
     All its dimensions but the last count as one, and a vector's rows are its elements.
@@ -55,7 +55,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     return model
 
 
-def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[Rows, ...]]:
+def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
     """The rows in a checkpoint of every parameter and stored buffer, in order.
 
     Raises:
@@ -105,12 +105,12 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
     return {name: located[firsts[id(value)]] for name, value in stored.items()}
 
 
-def _pieces(names: list[str], owner: torch.Tensor, row: torch.Tensor) -> tuple[Rows, ...]:
+def _pieces(names: list[str], owner: torch.Tensor, row: torch.Tensor) -> tuple[RowRange, ...]:
     """Runs of rows that follow each other in one tensor."""
     breaks = ((owner[1:] != owner[:-1]) | (row[1:] != row[:-1] + 1)).nonzero().flatten() + 1
     starts = [0, *breaks.tolist()] if len(owner) else []
     ends = [*starts[1:], len(owner)]
-    return tuple(Rows(names[owner[a]], int(row[a]), int(row[b - 1]) + 1) for a, b in zip(starts, ends, strict=True))
+    return tuple(RowRange(names[owner[a]], int(row[a]), int(row[b - 1]) + 1) for a, b in zip(starts, ends, strict=True))
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -19,7 +19,6 @@ import torch
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.coverage import find_decoder_family, find_refusal
 from dense2moe.export.errors import ExportError
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.bit_search import (
     BitChoices,
     BitSearcher,
@@ -52,6 +51,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, check_values, copy_
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 from dense2moe.upcycle.durable import begin
 from dense2moe.upcycle.numbers import name_specials
+from dense2moe.upcycle.progress import Progress
 
 
 @dataclass(frozen=True)

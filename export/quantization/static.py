@@ -22,7 +22,6 @@ from typing import Literal, assert_never
 import torch
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.assignment import Assignment
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, is_quantized, round_to_nearest
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
@@ -31,6 +30,7 @@ from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.order import head_name, order_tensors
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import layer_of
+from dense2moe.upcycle.progress import Progress
 
 BITS = 8
 ActivationRange = Literal["largest", "clip"]

@@ -11,7 +11,6 @@ import torch
 
 from dense2moe.export.blocks import choose_blocks
 from dense2moe.export.errors import ExportError
-from dense2moe.export.progress import Progress
 from dense2moe.export.quantization.assignment import Assignment
 from dense2moe.export.quantization.blockwise import Quantized, is_quantized
 from dense2moe.export.quantization.calibration_record import CalibrationRecord
@@ -30,6 +29,7 @@ from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_tensor
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import TensorClass
+from dense2moe.upcycle.progress import Progress
 
 _INTEGERS, _CODES = "integers", ".codes"
 _SHARD_BYTES = 5_000_000_000

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.progress import Progress
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from transformers.integrations import moe as transformers_moe
 from dense2moe.export import names
 from dense2moe.export.coverage import Activation
 from dense2moe.export.errors import ExportError
-from dense2moe.export.quantization.parameters import Rows, empty_model, find_routers, locate_parameters
+from dense2moe.export.quantization.parameters import RowRange, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
 
 DOMAIN = "dense2moe"
@@ -70,7 +70,7 @@ class Trace:
     """
 
     model: ir.Model
-    located: Mapping[str, tuple[Rows, ...]]
+    located: Mapping[str, tuple[RowRange, ...]]
     experts: Mapping[str, ExpertsModule]
     num_layers: int
 
@@ -211,7 +211,7 @@ def _tap(name: str, output: Any) -> Any:
     return _symbolic("Tap", [output], name, output, tuple(output.shape))
 
 
-def _fill(model: PreTrainedModel, located: Mapping[str, tuple[Rows, ...]], twin: Twin) -> None:
+def _fill(model: PreTrainedModel, located: Mapping[str, tuple[RowRange, ...]], twin: Twin) -> None:
     """Give the parameters and buffers that are left their values: small ones, in float32."""
     for name, value in model.state_dict(keep_vars=True).items():
         tensors = []

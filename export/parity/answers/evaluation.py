@@ -10,14 +10,14 @@ import torch
 from transformers import AutoConfig
 
 from dense2moe.export.opening import load_tokenizer
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile
 from dense2moe.export.parity.answers.outcome import (
     EncodedTask,
     Ids,
     Model,
     Outcome,
-    Package,
-    Torch,
+    PackageModel,
+    TorchModel,
     answer_task,
     encode_task,
     written_gap,
@@ -46,7 +46,7 @@ class TaskEvaluation:
     """
 
     def __init__(
-        self, directory: Path, tasks: Sequence[Task], decoder: Decoder, num_examples: int, answer_tokens: int
+        self, directory: Path, tasks: Sequence[TaskFile], decoder: Decoder, num_examples: int, answer_tokens: int
     ) -> None:
         """Ask the package; the tokenizer is in `directory`.
 
@@ -56,10 +56,10 @@ class TaskEvaluation:
         self.decoder, self.answer_tokens = decoder, answer_tokens
         self.tokenizer = load_tokenizer(directory) if tasks else None
         self.encoded = self._encode(directory, [task.cut(num_examples) for task in tasks]) if tasks else []
-        self.found = self._ask(Package(decoder))
+        self.found = self._ask(PackageModel(decoder))
         self.tuned: list[list[Outcome] | None] | None = None
 
-    def _encode(self, directory: Path, tasks: Sequence[Task]) -> list[EncodedTask]:
+    def _encode(self, directory: Path, tasks: Sequence[TaskFile]) -> list[EncodedTask]:
         switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
         generation = read_generation(directory, self.tokenizer)
         return [
@@ -69,11 +69,11 @@ class TaskEvaluation:
 
     def ask_finetuned(self, reference: Reference) -> None:
         """Ask the fine-tuned model, where it is not the twin."""
-        self.tuned = self._ask(Torch(reference))
+        self.tuned = self._ask(TorchModel(reference))
 
     def check(self, twin: Reference, limits: Mapping[str, Limit], tie_margin: float) -> tuple[TaskCheck | str, ...]:
         """Ask the twin, and compare all answers; an impossible task is a sentence."""
-        own = self._ask(Torch(twin))
+        own = self._ask(TorchModel(twin))
         checks: list[TaskCheck | str] = []
         for encoded, found, of_twin, of_tuned in zip(self.encoded, self.found, own, self.tuned or own, strict=True):
             if found is None or of_twin is None or of_tuned is None:
@@ -86,7 +86,7 @@ class TaskEvaluation:
         return [answer_task(model, encoded, self.tokenizer, self.answer_tokens) for encoded in self.encoded]
 
 
-def score_task(task: Task, outcomes: Sequence[Outcome]) -> dict[str, float]:
+def score_task(task: TaskFile, outcomes: Sequence[Outcome]) -> dict[str, float]:
     """A model's scores by name, the one that is judged first."""
     match task.kind:
         case "choice":
@@ -154,11 +154,11 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _given(task: Task) -> list[float]:
+def _given(task: TaskFile) -> list[float]:
     return [example.score for example in cast("tuple[Similarity, ...]", task.examples)]
 
 
-def _points(task: Task, outcomes: Sequence[Outcome]) -> list[float]:
+def _points(task: TaskFile, outcomes: Sequence[Outcome]) -> list[float]:
     """The contribution of each example to the judged score.
 
     For texts to be compared, how alike the model finds them.
@@ -175,14 +175,14 @@ def _points(task: Task, outcomes: Sequence[Outcome]) -> list[float]:
     return points
 
 
-def _error(task: Task, found: Sequence[Outcome], other: Sequence[Outcome]) -> float:
+def _error(task: TaskFile, found: Sequence[Outcome], other: Sequence[Outcome]) -> float:
     """Standard error of the difference of two models' scores."""
     if task.kind == "similarity":
         return rank_correlation_error(_points(task, found), _points(task, other), _given(task))
     return mean_difference_error(_points(task, found), _points(task, other))
 
 
-def _same(task: Task, found: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
+def _same(task: TaskFile, found: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
     answer: dict[str, Callable[[Outcome], object]] = {
         "choice": lambda outcome: outcome.chosen,
         "answer": lambda outcome: outcome.text,

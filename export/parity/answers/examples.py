@@ -77,21 +77,21 @@ _KINDS: dict[TaskKind, type[Choice] | type[Answer] | type[Similarity]] = {
 
 
 @dataclass(frozen=True)
-class Task:
+class TaskFile:
     """Examples of one kind; its name is the file's."""
 
     name: str
     kind: TaskKind
     examples: tuple[Example, ...]
 
-    def cut(self, most: int) -> Task:
+    def cut(self, most: int) -> TaskFile:
         """At most `most` of its examples, taken evenly."""
-        return Task(
+        return TaskFile(
             self.name, self.kind, tuple(self.examples[place] for place in choose_places(len(self.examples), most))
         )
 
 
-def read_task(file: Path) -> Task:
+def read_task(file: Path) -> TaskFile:
     """Read a task.
 
     Raises:
@@ -116,10 +116,10 @@ def read_task(file: Path) -> Task:
         raise ExportError(f"{file}: has {len(examples)} examples; a task needs two or more, one JSON object a line")
     if kind == "similarity" and len({cast(Similarity, example).score for example in examples}) < 2:
         raise ExportError(f"{file}: every score is the same; a correlation needs scores that differ")
-    return Task(file.stem, kind, tuple(examples))
+    return TaskFile(file.stem, kind, tuple(examples))
 
 
-def read_tasks(files: list[Path]) -> tuple[Task, ...]:
+def read_tasks(files: list[Path]) -> tuple[TaskFile, ...]:
     """Read tasks, whose names must differ.
 
     Raises:

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, Task
+from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile
 from dense2moe.export.parity.forward import Reference
 from dense2moe.export.parity.ways.free_text import write_greedily
 from dense2moe.export.runtime.decoder import Decoder
@@ -34,7 +34,7 @@ Ids: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredRow:
     """Token ids, scored from `start` (1 at least) on by the logits before each."""
 
     ids: Ids
@@ -54,8 +54,8 @@ class EncodedTask:
     of them, so none that is shorter is padded to more; see `rotary_switch`.
     """
 
-    task: Task
-    rows: tuple[tuple[Row, ...], ...]
+    task: TaskFile
+    rows: tuple[tuple[ScoredRow, ...], ...]
     ends: frozenset[int]
     switch: int | None = None
 
@@ -97,7 +97,7 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True)
-class Package:
+class PackageModel:
     """A package."""
 
     decoder: Decoder
@@ -128,7 +128,7 @@ class Package:
 
 
 @dataclass(frozen=True)
-class Torch:
+class TorchModel:
     """A reference; it writes by transformers' own `generate`."""
 
     reference: Reference
@@ -166,7 +166,7 @@ class Torch:
 
 
 def encode_task(
-    task: Task, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None
+    task: TaskFile, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None
 ) -> EncodedTask:
     """A task as token ids; prompts that are too long lose their beginning.
 
@@ -186,10 +186,10 @@ def encode_task(
                         f"{context}"
                     )
                 rows.append(
-                    (Row(_encode(tokenizer, example.prompt, generation.start, where)[num_tokens - context :], 1),)
+                    (ScoredRow(_encode(tokenizer, example.prompt, generation.start, where)[num_tokens - context :], 1),)
                 )
             case Similarity(texts=texts):
-                rows.append(tuple(Row(_encode(tokenizer, text, generation.start, where), 1) for text in texts))
+                rows.append(tuple(ScoredRow(_encode(tokenizer, text, generation.start, where), 1) for text in texts))
                 if (longest := max(len(row.ids) for row in rows[-1])) > context:
                     raise ExportError(
                         f"{where}: a text has {longest} tokens; the model's context holds {context}; shorten it"
@@ -207,7 +207,7 @@ def _encode(tokenizer: Any, text: str, start: int | None, where: str) -> Ids:
 
 def _encode_choices(
     example: Choice, tokenizer: Any, start_token: int | None, context: int, where: str
-) -> tuple[Row, ...]:
+) -> tuple[ScoredRow, ...]:
     """Rows that are scored from where they first differ from the prompt alone.
 
     Prompt and choice are one text, whose tokens may lie across both.
@@ -226,7 +226,7 @@ def _encode_choices(
                 f"{where}: a choice has {len(ids) - start} tokens; the model's context holds {context}; must have "
                 "some, and fit"
             )
-        rows.append(Row(ids[cut:], start - cut))
+        rows.append(ScoredRow(ids[cut:], start - cut))
     return tuple(rows)
 
 
@@ -313,7 +313,9 @@ def _compare(model: Model, encoded: EncodedTask) -> list[Outcome] | None:
     ]
 
 
-def _write(model: Model, row: Row, example: Answer, tokenizer: Any, num_tokens: int, stop: frozenset[int]) -> Outcome:
+def _write(
+    model: Model, row: ScoredRow, example: Answer, tokenizer: Any, num_tokens: int, stop: frozenset[int]
+) -> Outcome:
     ids = model.write(row.ids, num_tokens, stop)
     return Outcome(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).partition(example.until)[0].strip())
 

@@ -14,13 +14,13 @@ from dense2moe.export.parity.inside.flips import Round
 from dense2moe.export.parity.inside.probe import find_group
 from dense2moe.export.parity.inside.products import Arithmetic, Narrowing
 from dense2moe.export.parity.weights.matrix import Matrix, Operator
-from dense2moe.export.parity.weights.rows import Found
+from dense2moe.export.parity.weights.rows import FoundWeights
 from dense2moe.export.quantization.simulation import BlockRounding, StaticRounding
 
 _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
 
 
-def find_arithmetic(package: Path, found: Found, provider: str) -> Arithmetic:
+def find_arithmetic(package: Path, found: FoundWeights, provider: str) -> Arithmetic:
     """The roundings of a package's products, by the tensors of its twin that were found in it."""
     narrow = find_narrow(package)
     rounds: dict[str, Round] = {}

@@ -16,7 +16,7 @@ from dense2moe.export.names import count_layers
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Taps
 from dense2moe.export.parity.weights.matrix import Matrix
-from dense2moe.export.parity.weights.rows import Found
+from dense2moe.export.parity.weights.rows import FoundWeights
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import QUERY_KEY_VALUE
 
@@ -24,7 +24,9 @@ _VIEWS = ("Reshape", "Identity", "Cast", "Flatten", "Squeeze", "Unsqueeze")
 _JOINS = ("Add", "SkipSimplifiedLayerNormalization")
 
 
-def discover_taps(model: onnx.ModelProto, found: Found, family: Architecture, tied: bool, shared_outside: bool) -> Taps:
+def discover_taps(
+    model: onnx.ModelProto, found: FoundWeights, family: Architecture, tied: bool, shared_outside: bool
+) -> Taps:
     """The places of a graph by its weights; `tied`: the head is the embedding's matrix."""
     graph = _Graph(model.graph, found)
     num_layers = count_layers(value.name for value in model.graph.input)
@@ -73,7 +75,7 @@ def discover_taps(model: onnx.ModelProto, found: Found, family: Architecture, ti
 class _Graph:
     """Who makes and who reads each value, and which products there are by each tensor of the twin."""
 
-    def __init__(self, graph: onnx.GraphProto, found: Found) -> None:
+    def __init__(self, graph: onnx.GraphProto, found: FoundWeights) -> None:
         self.makers = {name: node for node in graph.node for name in node.output if name}
         self.readers: dict[str, list[onnx.NodeProto]] = {}
         for node in graph.node:

@@ -50,7 +50,7 @@ class Inside(Protocol):
 
 
 @dataclass(frozen=True)
-class Product:
+class RoundedProduct:
     """One product of inputs [T, K] that are known."""
 
     given: torch.Tensor
@@ -70,7 +70,7 @@ class Product:
 
 
 @dataclass(frozen=True)
-class Ffn:
+class RoundedFfn:
     """A gated FFN, or a block of experts, of inputs [T, H] that are known.
 
     Where a flip of one of these may have been, it is tried.

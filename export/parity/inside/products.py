@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from dense2moe.export.parity.forward import Reference, first_of
-from dense2moe.export.parity.inside.flips import Ffn, Inside, Product, Round, near_middle
+from dense2moe.export.parity.inside.flips import Inside, Round, RoundedFfn, RoundedProduct, near_middle
 from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import layer_of
@@ -175,12 +175,14 @@ class ProductMode(TorchFunctionMode):
         flat = given.reshape(-1, given.shape[-1])
         if isinstance(module, nn.Linear):
             rounding = self._rounds.get(module.weight.data_ptr())
-            return Product(flat, module.weight, rounding, divisor) if isinstance(rounding, BlockRounding) else None
+            return (
+                RoundedProduct(flat, module.weight, rounding, divisor) if isinstance(rounding, BlockRounding) else None
+            )
         last = getattr(module, "down_proj", None)
         rounding = self._rounds.get(last.weight.data_ptr()) if isinstance(last, nn.Linear) else None
         if not isinstance(rounding, BlockRounding):
             return None
-        return Ffn(flat, lambda some, _: self._run_alone(module, some, None), rounding)
+        return RoundedFfn(flat, lambda some, _: self._run_alone(module, some, None), rounding)
 
     def inside_experts(self, n: int, given: torch.Tensor) -> Inside | None:
         """The rounding inside a layer's experts for tokens [T, H], by the graph's routing."""
@@ -189,7 +191,9 @@ class ProductMode(TorchFunctionMode):
             return None
         logits = first_of(self._reference.routers[n])
         logits = logits.reshape(-1, logits.shape[-1])
-        return Ffn(given, lambda some, rows: self._run_alone(self._reference.modules[n], some, logits[rows]), first)
+        return RoundedFfn(
+            given, lambda some, rows: self._run_alone(self._reference.modules[n], some, logits[rows]), first
+        )
 
     def _run_alone(
         self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None

@@ -18,7 +18,7 @@ import torch
 from onnx import NodeProto, TensorProto
 
 from dense2moe.export.graph.branches import take_branches
-from dense2moe.export.opening import Package, open_package
+from dense2moe.export.opening import OpenedPackage, open_package
 from dense2moe.export.parity.weights.matrix import INT8, Constants, Floats, Matrix, Operator, Use
 from dense2moe.export.parity.weights.values import NARROW, Values
 
@@ -47,7 +47,7 @@ def read_constants(directory: Path) -> Constants:
 class _Graph:
     """Nodes, and constants by name, of one graph."""
 
-    def __init__(self, graph: onnx.GraphProto, package: Package) -> None:
+    def __init__(self, graph: onnx.GraphProto, package: OpenedPackage) -> None:
         self.values = Values(graph, package)
         self.nodes, self.tensors, self.makers = self.values.nodes, self.values.tensors, self.values.makers
         self.read: set[str] = set()

@@ -49,14 +49,14 @@ _WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """The check, and by tensor of the twin the graph's matrices with rows of it."""
 
     check: WeightsCheck
     operators: dict[str, tuple[Matrix, ...]] = field(default_factory=dict)
 
 
-def check_weights(constants: Constants, twin: Path) -> Found:
+def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     """Compare a file's constants with a checkpoint."""
     checkpoint = open_checkpoint(twin)
     # What belongs to an expert without neurons, as its gate does, computes nothing, and no graph needs it.
@@ -91,7 +91,7 @@ def check_weights(constants: Constants, twin: Path) -> Found:
         wrong.append(line)
         num_wrong += 1
     check = WeightsCheck(num_rows, len(vectors), num_wrong, tuple(wrong[:MOST_TOLD]), tuple(not_judged))
-    return Found(check, {name: tuple(found) for name, found in operators.items()})
+    return FoundWeights(check, {name: tuple(found) for name, found in operators.items()})
 
 
 def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:

@@ -11,7 +11,7 @@ import onnx
 import torch
 from onnx import NodeProto, TensorProto
 
-from dense2moe.export.opening import Package
+from dense2moe.export.opening import OpenedPackage
 from dense2moe.export.parity.weights.matrix import Floats, Operator
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, num_blocks, zero_point_bytes
 
@@ -23,7 +23,7 @@ NARROW = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat
 class Values:
     """Nodes and constants of one graph by name, and values that are made of constants alone."""
 
-    def __init__(self, graph: onnx.GraphProto, package: Package) -> None:
+    def __init__(self, graph: onnx.GraphProto, package: OpenedPackage) -> None:
         self.nodes = list(graph.node)
         self.package = package
         self.tensors = {tensor.name: tensor for tensor in graph.initializer}

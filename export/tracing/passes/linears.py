@@ -18,7 +18,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.nodes.linear import add_linear
 from dense2moe.export.nodes.writer import GraphWriter
-from dense2moe.export.quantization.parameters import Rows
+from dense2moe.export.quantization.parameters import RowRange
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
@@ -47,7 +47,7 @@ def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, config: OnnxConf
         replace_marker(trace, marker, graph, y)
 
 
-def _add_bias(graph: GraphWriter, twin: Twin, name: str, pieces: Sequence[Rows]) -> ir.Value:
+def _add_bias(graph: GraphWriter, twin: Twin, name: str, pieces: Sequence[RowRange]) -> ir.Value:
     """A vector of elements of the checkpoint, float32."""
 
     def read() -> torch.Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import onnx_ir as ir
 
 from dense2moe.export.nodes.writer import GraphWriter
-from dense2moe.export.quantization.parameters import Rows
+from dense2moe.export.quantization.parameters import RowRange
 from dense2moe.export.quantization.twin import Twin, Weight
 from dense2moe.export.tracing.tracer import DOMAIN, Trace
 
@@ -35,7 +35,7 @@ def weights_of(trace: Trace, twin: Twin, parameter: str, start: int = 0, stop: i
         end = begin + piece.stop - piece.start
         first, last = max(start, begin), end if stop is None else min(stop, end)
         if first < last:
-            own = Rows(piece.name, piece.start + first - begin, piece.start + last - begin)
+            own = RowRange(piece.name, piece.start + first - begin, piece.start + last - begin)
             found.append(twin.weight(own.name, (own.start, own.stop)))
         begin = end
     return tuple(found)
