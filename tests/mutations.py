@@ -333,10 +333,10 @@ MUTATIONS = (
         "mistral",
     ),
     Mutation(
-        "positions of a decode step are one more than those of a prefill",
+        "positions of tokens, and not of padding, are one more",
         '"slot_after"), one], "slots"',
         '"slot_after"), zero], "slots"',
-        "test_greedy_tokens_equal_those_of_transformers",
+        "test_a_padded_batch_generates_what_each_prompt_does_alone_and_transformers_does",
     ),
     Mutation(
         "rotary embeddings turn backwards",
