@@ -406,7 +406,7 @@ MUTATIONS = (
         "a nucleus has one token more at its boundary",
         "(before_BN < top_p * total_B1)",
         "(before_BN <= top_p * total_B1)",
-        "test_tokens_are_drawn_by_their_probabilities",
+        "test_a_nucleus_whose_tokens_hold_just_its_share_has_no_more",
     ),
     Mutation(
         "the temperature sharpens what it is to soften",

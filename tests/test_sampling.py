@@ -64,6 +64,12 @@ def test_tokens_are_drawn_by_their_probabilities(sampling: Sampling, expected: d
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-4)
 
 
+@pytest.mark.parametrize(("top_p", "count"), [(0.25, 1), (0.5, 2), (0.75, 3)])
+def test_a_nucleus_whose_tokens_hold_just_its_share_has_no_more(top_p: float, count: int) -> None:
+    found = shares([0.0] * 4, Sampling(temperature=1.0, top_p=top_p))
+    assert found == pytest.approx(dict.fromkeys(range(count), 1 / count), abs=1e-4)
+
+
 def probabilities(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """The distribution asked for, by a loop over the tokens from the likeliest down."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token], token))[: sampling.top_k or None]
