@@ -47,7 +47,7 @@ _SAMPLE_TOKENS = 256
 _GPTQ_SHARE = 0.3
 """What GPTQ leaves of the error of searched scales, about.
 
-4.6e-3 of 1.6e-2 nats on the embedded model's mixture (README, "Measured").
+4.6e-3 of 1.6e-2 nats on the embedded model's mixture (docs/results/quantization.md).
 """
 _LARGEST_INTEGER = 127
 
