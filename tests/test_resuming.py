@@ -22,6 +22,7 @@ from training_runs import (
     changed,
     make_biased,
     make_data,
+    make_reference,
     make_start,
     quiet,
     read_biases,
@@ -36,7 +37,7 @@ from dense2moe.upcycle.training.phase import Examples, Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.prompt import run_with_prompt
 
-data, start, biased = make_data, make_start, make_biased  # fixtures
+data, start, reference, biased = make_data, make_start, make_reference, make_biased  # fixtures
 
 
 # Killed, and taken up again
@@ -47,13 +48,14 @@ data, start, biased = make_data, make_start, make_biased  # fixtures
     [*((at, "mixture_checkpoint") for at in (1, 2, 3, 5, 6, 7, 9, 10, 12)), *((at, "biased") for at in (3, 7, 12))],
 )
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
-    at: int, mixture: str, start: Start, request: pytest.FixtureRequest, tmp_path: Path
+    at: int, mixture: str, start: Start, reference: Start, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    start = partial(start, mixture=request.getfixturevalue(mixture))
+    source = request.getfixturevalue(mixture)
+    start = partial(start, mixture=source)
     config = CONFIG.model_copy(
         update={"stages": (TrainingPhase(train="router", steps=4), TrainingPhase(steps=8)), "expert_dropout": 0.1}
     )
-    whole, untouched = start(config)
+    whole, untouched = reference(config, mixture=source)
 
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == at:
@@ -103,7 +105,7 @@ def test_the_seed_alone_decides_and_the_generators_of_the_process_stay_where_the
 @pytest.mark.parametrize("patience", [1, 99])
 @pytest.mark.parametrize("cut", ["record", "weights"])
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
-    cut: str, patience: int, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: str, patience: int, start: Start, reference: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With patience it was to end before its last step, and without at it."""
     config = CONFIG.model_copy(
@@ -115,7 +117,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
             "steps": 3,
         }
     )
-    whole, untouched = start(config)
+    whole, untouched = reference(config)
     assert whole.num_steps == {"fine-tuned": 1 if patience == 1 else 3}
     plain = os.replace
 
@@ -205,17 +207,17 @@ def test_the_start_is_forgotten_when_a_look_is_better(start: Start, tmp_path: Pa
 @pytest.mark.parametrize("train", ["all", "lora"])
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(
-    at: int, train: str, start: Start, tmp_path: Path
+    at: int, train: str, start: Start, reference: Start, tmp_path: Path
 ) -> None:
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == at:
             raise Killed
 
-    _, learned = start(CONFIG.model_copy(update={"steps": 60, "learning_rate": 1e-2}))
+    _, learned = reference(CONFIG.model_copy(update={"steps": 60, "learning_rate": 1e-2}))
     config = CONFIG.model_copy(
         update={"steps": 4, "learning_rate": 3.0, "router_learning_rate": 3.0, "train": train, "lora_alpha": 64}
     )
-    whole, _ = start(config, mixture=learned)
+    whole, _ = reference(config, mixture=learned)
     with pytest.raises(Killed):
         start(config, tmp_path, progress, learned)
     facts, output = start(config, tmp_path, mixture=learned)
@@ -409,9 +411,15 @@ def test_a_lack_of_memory_is_one_line_that_names_the_last_checkpoint(
     ],
 )
 def test_a_full_disk_is_told_as_one_and_keeps_the_checkpoint_before(
-    writer: str, error: Exception, said: str, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writer: str,
+    error: Exception,
+    said: str,
+    start: Start,
+    reference: Start,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    _, untouched = start(CONFIG)
+    _, untouched = reference(CONFIG)
 
     def full(*_: Any, **__: Any) -> None:
         raise error

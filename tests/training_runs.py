@@ -64,7 +64,7 @@ def make_data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 Start = Callable[..., tuple[FinetuneFacts, Path]]
 
 
-@pytest.fixture(name="start")
+@pytest.fixture(scope="module", name="start")
 def make_start(
     dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Start:
@@ -76,6 +76,20 @@ def make_start(
         return finetune(dense_checkpoint, mixture, data, output, config, 0, progress, scratch), output
 
     return start
+
+
+@pytest.fixture(scope="module", name="reference")
+def make_reference(start: Start, mixture_checkpoint: Path) -> Start:
+    """A run from its start to its end, made once for all that are compared with it. Shared: read only."""
+    made: dict[tuple[str, Path], tuple[FinetuneFacts, Path]] = {}
+
+    def reference(config: FinetuneConfig, mixture: Path = mixture_checkpoint) -> tuple[FinetuneFacts, Path]:
+        key = (config.model_dump_json(), mixture)
+        if key not in made:
+            made[key] = start(config, mixture=mixture)
+        return made[key]
+
+    return reference
 
 
 BIAS = "model.layers.{}.mlp.gate.e_score_correction_bias"
