@@ -203,7 +203,7 @@ def test_a_run_under_fsdp_that_is_killed_is_taken_up_by_fsdp_and_by_one_process(
 def test_a_process_that_is_killed_for_real_is_taken_up(
     dense_checkpoint: Path, mixture_checkpoint: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = CONFIG.model_copy(update={"steps": 40, "eval_steps": 4}).model_dump_json()
+    settings = CONFIG.model_copy(update={"steps": 16, "eval_steps": 2}).model_dump_json()
     outputs = []
     for kill in (False, True):
         place = tmp_path / str(kill)
