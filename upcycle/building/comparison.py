@@ -1,4 +1,4 @@
-"""The two models compared, whole or part by part: differences in the receipt's unit.
+"""Two models compared, whole or part by part, in the receipt's unit.
 
 "rel" is max |MoE logits - dense logits| / max |dense logits| over real (not padded) positions.
 
@@ -132,7 +132,7 @@ def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Pair:
-    """What the mixture gives and what the dense model does, float32 [tokens, N], and what a layer of theirs read."""
+    """Outputs of the mixture and of the dense model, float32 [tokens, N], and a layer's input."""
 
     found: torch.Tensor
     reference: torch.Tensor
@@ -159,9 +159,9 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Dense:
-    """The dense model, or a layer of it, on one text.
+    """The dense model, or a layer of it, on one text, with the roundings that a conversion may add.
 
-    And what it gives under roundings that a right conversion may add; computed when asked for. `run` gives a model's
+    Each output is computed when asked for. `run` gives a model's
     outputs, float32 [tokens, N] of the real tokens; `ffns` are the modules below the base model that experts took the
     place of. `given` are the outputs where they are known already, and `read` is what a layer reads.
     """

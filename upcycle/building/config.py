@@ -1,4 +1,4 @@
-"""Settings of upcycling: how many experts, how they are made and how routers start."""
+"""Settings of upcycling: experts, how they are made, how routers start."""
 
 from __future__ import annotations
 

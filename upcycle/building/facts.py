@@ -1,4 +1,4 @@
-"""Facts of the receipt: the dense model and the mixture made from it, compared."""
+"""Facts of the receipt: dense model and mixture compared."""
 
 from __future__ import annotations
 

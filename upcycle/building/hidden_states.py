@@ -1,4 +1,4 @@
-"""Routers read from hidden states of the dense model, on text of each domain."""
+"""Routers read from hidden states of the dense model, domain by domain."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class RouterReading:
-    """Routers by the number of their FFN, float32 [rows, hidden].
+    """Routers read from text: by the number of their FFN, float32 [rows, hidden].
 
-    And the load that each row has on the text that it was read from.
+    loads: the share of the router's own text that each row would get.
     """
 
     routers: dict[int, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Passes of a model for the receipt: logits, hidden states, and what its routers do."""
+"""Passes for the receipt: logits, hidden states, and what routers do."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache
 
 @torch.no_grad()
 def real_states(model: PreTrainedModel, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What a model of one layer makes of states [B, S, H] with mask [B, S]: float32 [tokens, H] of the real tokens."""
+    """Output of a model of one layer for states [B, S, H], at the real tokens: float32 [tokens, H]."""
     given = model(inputs_embeds=states.to(model.dtype), attention_mask=mask, use_cache=False).last_hidden_state
     return cast(torch.Tensor, given[mask.bool()].to(torch.float32))
 

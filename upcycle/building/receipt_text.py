@@ -63,9 +63,9 @@ def read_text(source: Path, block_size: int) -> Text:
 
 
 def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
-    """Whether the tokenizer gives the same ids in both directories.
+    """Whether the tokenizer gives the same ids in both directories, in words where it does not.
 
-    Transformers chooses its class, and so its rules, by the model beside it too.
+    transformers chooses its class, and so its rules, by the model beside it too.
     """
     if not has_tokenizer(source):
         return

@@ -1,4 +1,4 @@
-"""How much rounding a conversion that keeps the function may add.
+"""Rounding that a conversion may add although it keeps the function.
 
 With copied experts and a zero router, k = 2 weighs both experts with exactly one half, and the sum is bitwise the dense
 FFN wherever one half of its output is a number of the dtype; every other router rounds, at most `ROUNDING_LIMIT` in
@@ -77,10 +77,10 @@ def _measure_loss(dense: Checkpoint, matrix: Slice, scale: float, dtype: torch.d
 
 
 def can_be_bitwise(config: Any, dtype: torch.dtype) -> bool:
-    """Whether torch's activation of a strided row is bitwise that of a contiguous one, at the FFN's width and dtype.
+    """Whether torch computes the activation of a strided row bitwise as of a contiguous one.
 
-    On this machine. A million values, since rounding to bfloat16 hides nearly all differences: of GELU's, one value in
-    twenty thousand shows.
+    At the FFN's width and dtype, on this machine. A million values, since rounding to bfloat16 hides nearly all
+    differences: of GELU's, one value in twenty thousand shows.
     """
     width = config.intermediate_size
     fused = torch.randn(max(64, 1_000_000 // width), 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -1,4 +1,4 @@
-"""What belongs to a model beside its weights, by rule and not by a list of names.
+"""Companions of a checkpoint: files beside the weights, chosen by rule.
 
 A file beside the weights goes along wherever the model goes, unless it is
 

@@ -1,4 +1,4 @@
-"""One decoder layer of a checkpoint at a time, run by plain transformers.
+"""One decoder layer at a time, run by plain transformers.
 
 A model too large to be held is run layer after layer: each is built as a model of one layer of the same class, from the
 tensors of that layer alone, with the embedding and the final norm taken out of it. These two, and the head, are built
@@ -232,10 +232,7 @@ def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, int64 [B, S].
-
-    Of rows of different lengths, padded on the left with the first token there is.
-    """
+    """Token ids and mask, int64 [B, S], of rows padded on the left with the first token there is."""
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), rows[0][0])
     mask = torch.zeros_like(ids)

@@ -38,10 +38,11 @@ _MOST_NAMES = 3  # in a message
 
 
 def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
-    """`auto_class.from_pretrained(directory)` in evaluation mode, every weight of which is in the files.
+    """`auto_class.from_pretrained(directory)` in evaluation mode, whole or not at all.
 
-    And every weight of the files in it. Where transformers did not tie a head to the embedding because their values
-    differ, the model's config says so, and so does what is saved of it.
+    Every weight of the model is in the files, and every weight of the files in the model. Where transformers did not
+    tie a head to the embedding because their values differ, the model's config says so, and so does what is saved of
+    it.
 
     Raises:
         UpcycleError: the directory is no whole checkpoint in safetensors, is damaged, asks for code of its own, or is
@@ -60,7 +61,7 @@ def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings:
 def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
     """Open a checkpoint and refuse what `load_whole` would, as far as names and shapes tell.
 
-    Transformers loads tensors without values. So a size that is wrong costs no memory. Of a model of several parts
+    transformers loads tensors without values, so a size that is wrong costs no memory. Of a model of several parts
     (text and image), nothing but its config and headers is checked.
 
     Raises:
@@ -121,9 +122,9 @@ def _list_tensors(names: list[str]) -> str:
 
 
 def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a config of which the auto class has no model, before it lists all those that it has.
+    """Refuse a config without a model in the auto class, or with more layers than there are tensors.
 
-    And one of more layers than there are tensors.
+    The auto class itself would list all configs that it knows.
     """
     config, path = checkpoint.config, checkpoint.directory / CONFIG_NAME
     if type(config) not in auto_class._model_mapping:

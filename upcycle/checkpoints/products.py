@@ -21,10 +21,10 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with a narrow matrix, of which nothing but that matrix is kept for the backward pass.
+    """A product with a narrow matrix, which is all that is kept for the backward pass.
 
-    And the input where the matrix learns. The matrix's gradient is rounded to its own dtype, some rows at a time, as
-    autograd rounds that of a matrix that was cast.
+    Where the matrix learns, the input is kept too. The matrix's gradient is rounded to its own dtype, some rows at a
+    time, as autograd rounds that of a matrix that was cast.
     """
 
     @staticmethod

@@ -68,7 +68,7 @@ class Checkpoint:
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Open a checkpoint directory as plain transformers understands it.
 
-    And check everything that can be checked without reading the weights. Only where config.json ties the embeddings and
+    Everything is checked that can be without reading the weights. Only where config.json ties the embeddings and
     a copy of them is stored nevertheless, the copies are read and compared.
 
     Raises:
@@ -166,9 +166,9 @@ def _are_equal(first: TensorEntry, second: TensorEntry) -> bool:
 
 
 def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The entries, a tied embedding under its own name where the file has it under another, such as the head's.
+    """The entries with a tied embedding under its own name, whichever name the file has.
 
-    Transformers loads either.
+    transformers loads either.
     """
     name, others = _TIED_SEQ2SEQ if config.is_encoder_decoder else _TIED_DECODER
     stored = next((other for other in others if other in entries), None)

@@ -1,4 +1,4 @@
-"""One tensor of a safetensors file, read whole, by rows or in pieces."""
+"""A tensor of a safetensors file: read whole, by rows, in pieces."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """Read rows `start` to `stop` of one tensor (elements, where it has one dimension) into fresh memory.
+    """Read rows `start` to `stop` of one tensor into fresh memory, with the dtype it is stored in.
 
-    With the dtype it is stored in.
+    Of a tensor of one dimension, rows are elements.
     """
     row_bytes = entry.num_bytes // max(1, entry.shape[0])
     return _read(entry, entry.start + start * row_bytes, (stop - start, *entry.shape[1:]))

@@ -1,4 +1,4 @@
-"""Weights written by shard: the plan first, then bytes, never a whole model.
+"""Weights written by shard: plan first, then bytes, never a whole model.
 
 A tensor is given as a run of contents: tensors, or spans of other files, which the kernel copies without any of it
 passing through this process (`copy_file_range`; a plain read and write where the file system cannot). The plan knows
@@ -75,9 +75,9 @@ def write_tensors(
     stem: str = STEM,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write tensors in the order of `specs` into size-limited shards of about one size and, when there are several.
+    """Write tensors in the order of `specs` into shards of about one size, with an index of several.
 
-    An index. `tensors` must yield exactly the names of `specs`, in their order: each with the tensor itself, of its
+    `tensors` must yield exactly the names of `specs`, in their order: each with the tensor itself, of its
     dtype and shape, or with contents that follow each other and add up to its bytes. One content is held at a time.
     `report` is called with how many tensors are written, and of how many.
 

@@ -81,8 +81,8 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
 def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> None:
     """Refuse what `prepare_data` would, as far as that is known at once.
 
-    And a tokenizer with ids beyond the embedding's `num_rows` rows. Of each domain and split as much text is tokenized
-    as makes one block. Data sets of the hub, and Python's documentation, are not opened.
+    A tokenizer with ids beyond the embedding's `num_rows` rows is refused as well. Of each domain and split as much
+    text is tokenized as makes one block. Data sets of the hub, and Python's documentation, are not opened.
 
     Raises:
         UpcycleError: no tokenizer, or one that fails or does not fit the model; no text, or too little for one block.

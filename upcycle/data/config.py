@@ -1,4 +1,4 @@
-"""Settings of the text: where it comes from, and how much of it is used."""
+"""Settings of the text: its source, and how much is used."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _PIECE_CHARS = 1 << 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of text: a document, or a part of a long one, which begins with `first` and ends with `last`."""
+    """A document, or a part of a long one, which begins with `first` and ends with `last`."""
 
     text: str
     first: bool = True
@@ -50,7 +50,7 @@ def read_file(file: Path) -> Iterator[str]:
 
 
 def _find_bad_byte(file: Path) -> int:
-    """Where a file's first byte is that is not UTF-8: a stream that decodes only tells the place in its own buffer."""
+    """Where a file stops being UTF-8: a stream that decodes knows the place in its own buffer alone."""
     done = 0
     with file.open("rb") as lines:
         for line in lines:
@@ -100,9 +100,9 @@ def join_texts(texts: Iterator[str]) -> Iterator[Piece]:
 
 
 def _trim(text: str, first: bool, last: bool) -> str:
-    """Text without the blank lines before a document, whose first line keeps its indentation.
+    """Text without the blank lines before a document and the white space behind it.
 
-    And without white space behind it.
+    The first line keeps its indentation.
     """
     if last:
         text = text.rstrip()

@@ -27,10 +27,7 @@ _CHARS_A_TOKEN = 9  # of the first attempt, which should be enough: English has 
 def pack_domains(
     tokenizer: PreTrainedTokenizerBase, texts: Texts, split: Split, limit: int | None, block_size: int
 ) -> list[torch.Tensor]:
-    """Blocks of each domain, int32 [blocks, block_size].
-
-    Of all text, or of as much of each as a limit needs at least.
-    """
+    """Blocks of each domain, int32 [blocks, block_size], of all text or of what a limit needs."""
     num_chars = sum(of_domain[split] for of_domain in texts.num_chars.values())
     share = (
         1.0

@@ -1,4 +1,4 @@
-"""Texts of every kind of source: documents of each domain and split, as streams."""
+"""Texts of every kind of source, as streams of documents."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _HELD_OUT_PER_MILLE = 50
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents of each domain, a stream for each split, their characters.
+    """Documents of each domain, a stream for each split.
 
-    And where they come from in words and digests.
+    num_chars: characters of each domain and split. facts: where the text comes from, in words and digests.
     """
 
     domains: dict[str, dict[Split, Stream]]
@@ -97,7 +97,7 @@ def _survey(documents: Mapping[Split, Stream]) -> tuple[dict[Split, int], str]:
 
 
 def open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
-    """The documents of each split; without a single one in a split they are refused.
+    """The documents of each split; a split without any is refused.
 
     Without `validation` or `test` files the hash of a document, of its first piece if it is long, decides which of the
     train files' it falls into.

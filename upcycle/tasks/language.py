@@ -1,4 +1,4 @@
-"""Figures of a language model: perplexity, and the loss that it is made of."""
+"""Figures of a language model: perplexity, and its loss."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from optimum.exporters.tasks import TasksManager
 
 
 def find_model_class(task: str) -> Any:
-    """The auto class for a task by its name at Hugging Face, which optimum keeps a table of.
+    """The auto class for a task by its Hugging Face name, from the table of optimum.
 
     "text-generation" gives `AutoModelForCausalLM`, "text2text-generation" `AutoModelForSeq2SeqLM`.
     """

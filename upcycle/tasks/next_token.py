@@ -1,4 +1,4 @@
-"""Next token: a decoder predicts the token that follows each of a block.
+"""The task of predicting the next token.
 
 A vocabulary makes logits the largest tensor of a step, and a loss in plain torch keeps four more of their size. Here a
 block of the batch is done at a time, once for the value and once more for the gradient: besides the logits there is

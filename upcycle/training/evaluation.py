@@ -26,8 +26,7 @@ def held_out_loss(
 ) -> float:
     """Mean loss of the task over blocks of token ids [blocks, block_size].
 
-    Each after the vectors of `prompt` [P, H] where there are some.
-    No position sees another block.
+    Every block stands alone, after the vectors of `prompt` [P, H] where there are some.
     """
     losses = held_out_losses(model, blocks, prompt, task)
     return sum(losses) / len(losses)

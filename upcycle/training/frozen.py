@@ -1,4 +1,4 @@
-"""Frozen weights in the dtype that they are stored in, computed with in float32.
+"""Frozen weights: stored in their own dtype, computed with in float32.
 
 What does not learn needs no float32 copy: every bfloat16 and every float16 number is a float32 number, so a matrix that
 is cast where it is multiplied gives, bit for bit, what a float32 copy of it gives. The cast matrix lives as long as its
@@ -53,7 +53,7 @@ def load_stored(directory: Path, task: str = "text-generation") -> PreTrainedMod
 
 
 def compute_wide(model: PreTrainedModel) -> None:
-    """Let the arithmetic of a model be float32, whatever its weights are stored in; nothing in it learns."""
+    """Make a model compute in float32 whatever its weights are stored in; nothing in it learns."""
     model.requires_grad_(False)
     keep_narrow(model)
     if next(router_modules(model), None) is not None:
@@ -61,9 +61,9 @@ def compute_wide(model: PreTrainedModel) -> None:
 
 
 def keep_narrow(model: PreTrainedModel) -> None:
-    """Make a model compute in float32 (or as autocast says) with matrices that stay as narrow as they are.
+    """Make a model compute in float32, or as autocast says, with narrow frozen matrices.
 
-    All else of it becomes float32.
+    Frozen matrices keep their dtype; all other parameters become float32.
     """
     narrow = {
         id(parameter)
@@ -119,9 +119,9 @@ def use_low_rank(model: nn.Module) -> None:
 
 
 def _factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The factors [experts, rank, in] and [experts, out, rank] of a stack [experts, out, in], and their scale.
+    """The factors of a stack's low-rank updates as peft lays them out, and their scale.
 
-    As peft lays them out.
+    [experts, rank, in] and [experts, out, rank] of a stack [experts, out, in].
     """
     (adapter,) = wrapper.lora_A
     first, second = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight

@@ -22,7 +22,7 @@ HISTORY_NAME = "history.jsonl"
 class Step:
     """One line of the history; losses in nats a token, the balance loss is 1 when balanced.
 
-    Steps and tokens are counted over all stages.
+    Steps and tokens are counted over all phases; `stage` is the number of the phase.
     """
 
     model: ModelName

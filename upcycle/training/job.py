@@ -44,7 +44,7 @@ _RESULTS = ("best_step", "last_step", "seconds", "compute_seconds")  # of `Train
 
 @dataclass(frozen=True)
 class Job:
-    """One model to be trained: its name, where it comes from and goes to, and the settings of its phases."""
+    """One model to be trained: its name, source, target, and the settings of its phases."""
 
     name: ModelName
     source: Path
@@ -73,9 +73,9 @@ class Setup:
 
 
 def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress) -> Trained:
-    """Train one model through its phases and save it; a phase that an earlier run finished is not run again.
+    """Train one model through its phases, and save it.
 
-    `teacher` is a checkpoint that is distilled from.
+    A phase that an earlier run finished is not run again. `teacher` is a checkpoint to distil from.
     """
     folder = setup.scratch / job.name.replace(",", "").replace(" ", "-")
     job = _settle(job, folder)
@@ -140,7 +140,7 @@ def _settle(job: Job, folder: Path) -> Job:
 
 
 def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
-    """The phases of a job, as if each began at step 0: where the phase before it ends is not yet known."""
+    """The phases of a job, all from step 0: where the phase before each ends is not yet known."""
     train, validation = read_examples(setup.data, "train"), read_examples(setup.data, "validation")
     num_domains = len(read_domains(setup.data, "train")[0])
     layers = sparse_layers(load_shape(setup.mixture, setup.task))

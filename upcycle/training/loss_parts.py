@@ -1,4 +1,4 @@
-"""Parts of a loss, noted as they are computed and told as means."""
+"""Parts of a loss: noted when computed, told as means."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The order of blocks: each epoch shuffled anew, drawn when it is come to."""
+"""The order of blocks: every epoch shuffled anew, drawn when reached."""
 
 from __future__ import annotations
 

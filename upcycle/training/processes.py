@@ -26,7 +26,7 @@ def join_processes() -> PartialState:
 
 
 def have_group() -> bool:
-    """Whether a launcher began this process, which then belongs to a group; one it began alone is a group too."""
+    """Whether a launcher began this process, alone or with others: it then belongs to a group."""
     join_processes()
     return distributed.is_available() and distributed.is_initialized()
 
@@ -69,7 +69,7 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the CPU, all of it: where FSDP has divided it among the processes, all of them must ask for it."""
+    """A whole tensor on the CPU; where FSDP has divided it, every process must ask for it."""
     found = tensor.detach()
     if isinstance(found, DTensor):
         # torch cannot gather a width of 0

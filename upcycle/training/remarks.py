@@ -1,4 +1,4 @@
-"""Warnings after fine-tuning: what did not help, routers without a gradient, idle experts."""
+"""Warnings after fine-tuning: no gain, routers without a gradient, idle experts."""
 
 from __future__ import annotations
 

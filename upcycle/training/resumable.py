@@ -1,4 +1,4 @@
-"""What a killed phase resumes from: weights that change, the optimizer, the schedule.
+"""Resumable state of a phase: weights that change, optimizer, schedule.
 
 A checkpoint holds what learns, and the selection biases that move, by their names in memory. The Trainer's own loses
 experts and routers when it is loaded: it looks for the names in memory, where experts are stacked, and its file has one

@@ -1,4 +1,4 @@
-"""The routers' gradient at the start: what a task tells them before experts differ."""
+"""The routers' share of the task's gradient before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing while a model trains: hooks in, losses and figures of each layer out.
+"""Routing during training: hooks in, losses and figures of each layer out.
 
 1. The balance loss is each layer's own, with the load of the whole batch, whichever processes share it and however many
    parts it is computed in. Its gradient in one part needs the load of the parts to come (a product of two means is no

@@ -97,7 +97,7 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 def collect(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
-    """Whole tensors, on the CPU of the first process; the others give it their parts, and keep none."""
+    """Whole tensors on the CPU of the first process; the others send it their parts."""
     found = {}
     for name, tensor in tensors.items():
         values = whole(tensor)

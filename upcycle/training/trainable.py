@@ -134,7 +134,7 @@ def _check_found(experts: set[str], routers: set[str], sparse_layers: tuple[int,
 
 
 def _low_rank_shapes(model: PreTrainedModel, names: AbstractSet[str]) -> dict[str, tuple[int, int, int]]:
-    """Those of `names` that are matrices of a linear layer or of a layer's experts, between the embeddings."""
+    """Matrices among `names` that get low-rank updates: of linear layers and of experts."""
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name, parameter in model.named_parameters():
@@ -272,9 +272,9 @@ def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[in
 
 
 def _read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict[str, Any], set[int]]:
-    """Shapes of both factors and the scale of each matrix's low-rank update, as peft made it.
+    """Each matrix's low-rank update as peft made it: shapes of both factors, and its scale.
 
-    And the identities of the factors that learn.
+    Also the identities of the factors that learn.
     """
     updates: dict[str, Any] = {}
     adapters: set[int] = set()
@@ -292,10 +292,7 @@ def _read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dic
 
 
 def stacked_weights(experts: Any) -> torch.Tensor:
-    """The first matrices of all experts, [num_experts, ...], as they compute.
-
-    With the low-rank update that is not merged yet.
-    """
+    """The first matrices of all experts, [num_experts, ...], low-rank updates included."""
     name, parameter = next((name, p) for name, p in experts.named_parameters() if p.ndim == 3)
     wrapper = experts
     while (wrapped := getattr(wrapper, "parameter_name", None)) is not None:  # peft nests a wrapper for each parameter
@@ -325,9 +322,9 @@ def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], Non
 def domain_experts(
     domains: torch.Tensor, block_size: int, num_domains: int, num_experts: int, top_k: int
 ) -> torch.Tensor:
-    """The experts of each token when domains have experts of their own.
+    """The experts of each token where domains have experts of their own; int64 [B * block_size, k].
 
-    Int64 [B * block_size, k] from the domain of each block [B].
+    `domains` has the domain of each block [B].
     The experts are divided evenly, in order; a domain with more than `top_k` has its tokens take turns among them.
     """
     share = num_experts // num_domains

@@ -1,4 +1,4 @@
-"""The Trainer of transformers, given the losses, rates and checkpoints of a phase.
+"""The Trainer of transformers, with a phase's losses, rates and checkpoints.
 
 The Trainer, on accelerate, runs the loop, so that one process and many are the same code: it divides batches, gathers
 gradients over parts and processes, clips, casts, and brings random numbers, optimizer and data back to where a killed

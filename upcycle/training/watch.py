@@ -1,4 +1,4 @@
-"""The watch over a phase: history, time, checkpoints, and what ends it early."""
+"""The watch over a phase: history, time, checkpoints, early ends."""
 
 from __future__ import annotations
 
