@@ -56,8 +56,8 @@ def plan(recipe: Path, workdir: Path | None) -> None:
 def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     """Run RECIPE: upcycle, fine-tune, quantize, export, check parity, report.
 
-    Finished artifacts are reused, so a second run costs seconds, and a killed one goes on at the stage it was in,
-    fine-tuning at its last checkpoint. Another setting makes new artifacts beside the old. A broken parity threshold
+    Finished artifacts are reused, so a second run takes seconds. A killed run resumes at the stage it was in, and
+    fine-tuning at its last checkpoint. A changed setting makes new artifacts beside the old. A broken limit of parity
     ends in exit code 1, after the report is written.
     """
     from dense2moe.convert.progress import ProgressDisplay
@@ -93,9 +93,9 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
 
 
 @click.command(short_help="Print the JSON schema of recipes, or of report.json.")
-@click.option("--report", is_flag=True, help="That of report.json instead.")
+@click.option("--report", is_flag=True, help="Print the schema of report.json instead.")
 def schema(report: bool) -> None:
-    """Print the JSON schema of recipes, for editors, or of the reports' JSON."""
+    """Print the JSON schema of recipes, for editors, or of report.json."""
     if report:
         from dense2moe.convert.report.schema import report_schema
 
