@@ -1,1 +1,1 @@
-"""The report of a run: its page, its tables, its model card, its facts."""
+"""The report of a run: page, tables, pictures, model card, facts."""

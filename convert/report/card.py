@@ -1,4 +1,4 @@
-"""The model card: what the hub shows of a package, with its figures and how to run it."""
+"""The model card: figures of a package, and how to run it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LICENSE_FIELDS = ("license", "license_name", "license_link")
 
 
 def read_license(checkpoint: Path) -> dict[str, str]:
-    """What the card of a checkpoint says of its licence, in the hub's own fields.
+    """The licence in a checkpoint's card, by the hub's own fields.
 
     Empty where there is no card, or none that can be read.
     """
@@ -99,12 +99,12 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
 
 
 def escape(text: str) -> str:
-    """A text that is no Markdown, for a line of it: what would be a mark or HTML there is shown as it is."""
+    """Plain text for a line of Markdown: marks and HTML are escaped."""
     return _MARKS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def _tell_sampling(generation: Generation) -> str:
-    """The settings of a draw, or of greedy decoding; empty where it has none."""
+    """Settings of sampling or of greedy decoding; empty if there are none."""
     sampling = generation.sampling
     drawn = (
         [f"temperature {sampling.temperature:g}", f"top-k {sampling.top_k}", f"top-p {sampling.top_p:g}"]
@@ -121,7 +121,7 @@ def _tell_sampling(generation: Generation) -> str:
 
 
 def _tell_ends(generation: Generation, tokenizer: Any) -> str:
-    """The tokens that end a text, by name where there is a tokenizer."""
+    """The end tokens, by name if there is a tokenizer."""
     names = {token: None if tokenizer is None else tokenizer.convert_ids_to_tokens(token) for token in generation.ends}
     return " or ".join(
         f"token {token}" if name is None else f"{escape(str(name))} ({token})" for token, name in names.items()
@@ -149,7 +149,7 @@ def _markdown_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def _tier_lines(facts: ReportFacts, variant: str) -> list[str]:
-    """Each tier's question and what came of it, by provider where several ran."""
+    """Each tier's question and its answers, by provider if several ran."""
     table = tier_table({variant: facts.variants[variant]})
     lines = []
     for tier, *answers, question in table.rows:

@@ -1,4 +1,4 @@
-"""Two runs side by side: what differs in their recipes, and what came of it."""
+"""Two runs side by side: differing settings, figures, parity."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ _TEMPLATE_NAME = "comparison.html.j2"
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Names of the two runs; their recipes' differences; a table of figures with ratios, second over first.
+    """Two runs: their names, and tables of recipes, figures and parity.
+
+    A ratio of figures is the second over the first.
 
     One of verdicts; and what to mind.
     """
@@ -68,7 +70,7 @@ def compare_runs(first: ReportFacts, second: ReportFacts, names: tuple[str, str]
 
 
 def comparison_tables(comparison: RunComparison) -> Iterator[Table]:
-    """For the terminal: recipes, figures, parity; those without a row are left out."""
+    """Tables for the terminal: recipes, figures, parity; empty ones are left out."""
     for grid in (comparison.recipes, comparison.figures, comparison.parity):
         if not grid.rows:
             continue
@@ -81,7 +83,7 @@ def comparison_tables(comparison: RunComparison) -> Iterator[Table]:
 
 
 def write_comparison(comparison: RunComparison, output: Path) -> None:
-    """Write the page `output`: one file that needs no other, no script and no network."""
+    """Write the page `output`, one file without scripts or network."""
     output.write_text(load_template(_TEMPLATE_NAME).render(comparison=comparison), encoding="utf-8")
 
 
@@ -98,7 +100,7 @@ def _read_recipe(text: str) -> Any:
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """Leaves by their dotted names; a list is a leaf, as it is written in one line."""
+    """Leaves by their dotted names; a list is a leaf."""
     if not isinstance(value, dict):
         return {name: value}
     return {
@@ -122,7 +124,7 @@ def _figures(first: ReportFacts, second: ReportFacts) -> Iterator[tuple[str, ...
 
 
 def _judged(rows: Sequence[Row | None]) -> Iterator[tuple[str, ...]]:
-    """The figure that models are judged by; two of different names, of different tasks, in a row each."""
+    """The figure that models are judged by; a row for each name."""
     figures = [row.figure if row else None for row in rows]
     for name in dict.fromkeys(figure.name for figure in figures if figure):
         same = [figure if figure and figure.name == name else None for figure in figures]
@@ -137,7 +139,7 @@ def _measured(rows: Sequence[Row | None]) -> Iterator[tuple[str, ...]]:
 
 
 def _scores(facts: ReportFacts) -> dict[tuple[str, str], float]:
-    """What every package scored, by the model and the name of task and score."""
+    """Scores of every package, by model and by task and metric."""
     return {
         (f"ONNX {name}", f"{task.name}: {task.metric}"): task.package[task.metric]
         for name, variant in facts.variants.items()
@@ -187,6 +189,6 @@ def _notes(first: ReportFacts, second: ReportFacts) -> Iterator[str]:
 
 
 def _text(facts: ReportFacts) -> tuple[Any, ...]:
-    """What tells one text from another: its digest, or each domain's, and how many tokens it has."""
+    """What tells one text from another: digests and numbers of tokens."""
     details = {name: value for name, value in facts.data.details.items() if name.startswith("digest")}
     return facts.data.digest, details, facts.data.num_tokens

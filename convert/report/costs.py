@@ -20,7 +20,7 @@ _HEADERS = ("Stage", "Time", "Peak memory", "Planned", "Ratio")
 
 
 def take_costs(facts: Mapping[str, dict[str, Any]]) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The facts of stages without their costs, and the costs; both by label."""
+    """Facts of stages without their costs, and the costs, by label."""
     without = {label: {name: value for name, value in found.items() if name != COST} for label, found in facts.items()}
     return without, {label: found[COST] for label, found in facts.items() if COST in found}
 

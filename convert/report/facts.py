@@ -1,4 +1,4 @@
-"""Facts of a run, as the report, the summary, the cards and comparisons read them."""
+"""Facts of a run: the records that reports, cards and comparisons read."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = "CPUExecutionProvider"
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds that a stage took, the most memory of its process that was resident, and what the plan had said.
+    """What a stage took: seconds, peak resident memory, and planned memory.
 
     Bytes, None where it said nothing. Where several processes share a stage it is the first one's memory; where a stage
     has no process of its own, the run's up to then.
@@ -51,7 +51,7 @@ class SourceFacts:
 
 @dataclass(frozen=True)
 class DataFacts:
-    """The text: tokens a block, tokens of each split, names of the domains, SHA-256 of all documents.
+    """The text: block size, tokens of each split, domains, SHA-256.
 
     `digest` is None where each domain has its own. In `report.json` the entries of `details` stand beside the others:
     whatever else the text's source tells, such as the interpreter or the digest of one domain.
@@ -104,7 +104,7 @@ class ParityFacts:
 
     @property
     def measured(self) -> ProviderParity | None:
-        """The figures of the CPU, which parity always runs on, or else of the first provider that ran."""
+        """The figures on the CPU, or else of the first provider that ran."""
         ran = {name: found for name, found in self.providers.items() if isinstance(found, ProviderParity)}
         return ran.get(CPU) or next(iter(ran.values()), None)
 
@@ -148,7 +148,7 @@ class ReportFacts:
 
     @property
     def exported(self) -> ModelName:
-        """The torch model that the ONNX variants were made from: upcycled where fine-tuning was switched off."""
+        """The torch model that the ONNX variants were made from."""
         return "fine-tuned" if "fine-tuned" in self.finetune.evaluations else "upcycled"
 
     def figure(self, model: ModelName) -> Figure:
@@ -157,7 +157,9 @@ class ReportFacts:
 
 
 def read_facts(found: Mapping[str, Any], where: str) -> ReportFacts:
-    """The facts of a run as records, from `report.json` or from the report artifact, which leaves the history out.
+    """The facts of a run as records.
+
+    They come from `report.json`, or from the report artifact, which leaves the history out.
 
     Raises:
         ArtifactError: facts are missing, or are not what this version writes; one line, which begins with `where`.
@@ -185,7 +187,7 @@ def _adapter() -> TypeAdapter[ReportFacts]:
 
 
 def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts with the history, which only `report.json` has, and with what only some sources of text tell."""
+    """The same facts with a history, and with details of the text in one place."""
     completed = dict(found)
     if isinstance(finetune := found.get("finetune"), Mapping):
         completed["finetune"] = {"history": (), **finetune}
@@ -198,7 +200,7 @@ def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lacking(facts: ReportFacts) -> Iterator[str]:
-    """What older versions did not write, though records have a default for it."""
+    """Facts that older versions did not write, though records default them."""
     figured: dict[str, Evaluation | ProviderParity] = {
         f"finetune.evaluations.{name}": found for name, found in facts.finetune.evaluations.items()
     }
@@ -210,7 +212,10 @@ def _lacking(facts: ReportFacts) -> Iterator[str]:
 
 
 def _name(place: tuple[int | str, ...], found: Any) -> str:
-    """A place in nested facts with dots; the names that pydantic adds for members of a union are left out."""
+    """A place in nested facts, with dots.
+
+    The names that pydantic adds for members of a union are left out.
+    """
     parts = []
     for number, part in enumerate(place, 1):
         inside = part in found if isinstance(found, Mapping) else isinstance(part, int)

@@ -1,4 +1,4 @@
-"""Figures in words: the number that a model is judged by, and how two of them compare."""
+"""Figures in words: titles, numbers, and how two figures compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _ROUNDING = 1e-6
 
 
 def figure_title(figure: Figure) -> str:
-    """The name of a figure as a heading, with its unit: "Perplexity", "Loss, nats"."""
+    """A figure's name and unit as a heading: "Perplexity", "Loss, nats"."""
     name = figure.name[:1].upper() + figure.name[1:]
     return f"{name}, {figure.unit}" if figure.unit else name
 
@@ -27,7 +27,7 @@ def format_figure(figure: Figure | None, digits: int = 4) -> str:
 
 
 def describe_change(new: Figure, old: Figure) -> str:
-    """How `new` stands to `old`, ready to be followed by what `old` is of: "1.20 % worse than"."""
+    """How `new` compares to `old`: "1.20 % worse than"."""
     if not (math.isfinite(new.value) and math.isfinite(old.value)):
         return "not comparable with"
     gain = new.gain(old.value)
@@ -39,12 +39,15 @@ def describe_change(new: Figure, old: Figure) -> str:
 
 
 def format_improvement(new: Figure, old: Figure) -> str:
-    """By how much a better figure is better, in the way that it is: "lower by 6.38 %"."""
+    """By how much a better figure is better: "lower by 6.38 %"."""
     return f"{new.better} by {_size(new.gain(old.value), old.value)}"
 
 
 def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
-    """From one figure to the next: both with the digits in which they differ, in words, and whether that is good."""
+    """From one figure to the next: numbers, words, and whether it is better.
+
+    Both numbers have as many digits as it takes to tell them apart.
+    """
     if not (math.isfinite(new.value) and math.isfinite(old.value)):
         return f"{format_figure(old)} → {format_figure(new)}", "not comparable", False
     gain = new.gain(old.value)
@@ -65,7 +68,7 @@ def same_text(first: Figure, second: Figure, digits: int) -> bool:
 
 
 def figures_agree(first: Figure, second: Figure, digits: int) -> bool:
-    """Whether two figures differ by at most half a unit in the last of so many digits."""
+    """Whether two figures agree to so many digits."""
     return agree(first.value, second.value, digits)
 
 
@@ -74,5 +77,5 @@ def _is_rounding(gain: float, of: float) -> bool:
 
 
 def _size(gain: float, of: float) -> str:
-    """A difference as a share of what it differs from; as itself where that is not positive."""
+    """A difference as a share of `of`, or itself if `of` is not positive."""
     return format_share(gain / of) if of > 0 else format_digits(abs(gain), 3)

@@ -1,4 +1,4 @@
-"""A table whose cells are text, and facts as text where their name is all that is known."""
+"""A grid: a table whose cells are text; facts become cells."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def list_facts(facts: Any, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def shallow(record: Any) -> dict[str, Any]:
-    """The fields of a record by name; those of nested records are left as they are."""
+    """The fields of a record by name; nested records stay records."""
     return {each.name: getattr(record, each.name) for each in fields(record)}
 
 
 def tabulate(records: Sequence[Any], leave_out: Sequence[str] = ()) -> Grid:
-    """Records of one kind as a table; a column for every field that any of them has a value for."""
+    """Records of one kind as a table, without the columns that are empty."""
     found = [shallow(record) for record in records]
     names = [
         name

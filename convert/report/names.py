@@ -1,4 +1,4 @@
-"""Names of what a report is made of: its files, its folder of model cards."""
+"""Names of a report's files and of its folder of cards."""
 
 from __future__ import annotations
 

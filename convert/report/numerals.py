@@ -10,19 +10,22 @@ NONE = "—"
 
 
 def agree(a: float, b: float, digits: int) -> bool:
-    """Whether two numbers differ by at most half a unit in the last of so many digits of the first."""
+    """Whether two numbers agree to so many digits of the first.
+
+    They may differ by half a unit in the last digit.
+    """
     if not (math.isfinite(a) and math.isfinite(b)):
         return False
     return a == b or (a != 0 and abs(a - b) <= 0.5 * 10.0 ** (math.floor(math.log10(abs(a))) + 1 - digits))
 
 
 def format_special(value: float) -> str | None:
-    """The text of a number that is none."""
+    """NaN and infinities as text; None for a finite number."""
     return None if math.isfinite(value) else "NaN" if math.isnan(value) else "∞" if value > 0 else "−∞"
 
 
 def format_digits(value: float, digits: int = 4) -> str:
-    """A number to so many digits: 17.46; with an exponent from ten millions on."""
+    """A number to so many digits: 17.46; exponents from 1e7 on."""
     size = abs(value)
     if size >= 1e7 or format_special(value):
         return format_special(value) or f"{value:.3e}"
@@ -49,7 +52,7 @@ def format_error(value: float) -> str:
 
 
 def format_agreement(value: float | None) -> str:
-    """A share as a percentage; 100 % only when nothing at all differs."""
+    """A share as a percentage; 100 % only if nothing differs."""
     if value is None:
         return NONE
     if special := format_special(value):
@@ -67,7 +70,7 @@ def format_share(value: float) -> str:
 
 
 def format_score(value: float) -> str:
-    """A task's score, which is no more exact than its examples are many: 0.712."""
+    """A task's score, to three decimals: 0.712."""
     return format_special(value) or f"{value:.3f}"
 
 
@@ -94,5 +97,5 @@ def format_count(number: float) -> str:
 
 
 def trim_zeros(text: str) -> str:
-    """A scaled number without zeros behind the point: 50.0 k becomes 50 k."""
+    """A scaled number without trailing zeros: 50.0 k becomes 50 k."""
     return re.sub(r"\.0+(?= )|(?<=\.\d)0(?= )", "", text)

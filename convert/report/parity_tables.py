@@ -1,4 +1,4 @@
-"""The report's part on parity: tiers, and for each variant and provider notes, remarks and tables."""
+"""Tables and sentences of parity: tiers, variants, execution providers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ Titled = tuple[str | None, Grid]
 
 @dataclass(frozen=True)
 class ProviderSection:
-    """One execution provider: a note, remarks in sentences, and tables with their titles."""
+    """One execution provider: a note, remarks, tables with their titles."""
 
     name: str
     note: str
@@ -59,7 +59,7 @@ class ProviderSection:
 
 @dataclass(frozen=True)
 class VariantSection:
-    """Parity of one variant: whether it passed, why not, and what each provider did."""
+    """Parity of one variant: verdict, broken limits, a section a provider."""
 
     name: str
     passed: bool
@@ -89,7 +89,7 @@ def _provider_section(name: str, found: ProviderParity | str, facts: ReportFacts
 
 
 def tier_table(variants: dict[str, VariantFacts]) -> Grid:
-    """What each tier of parity asks, and its answer for every variant and provider that ran.
+    """Each tier's question, and its answer for every variant and provider.
 
     No rows where parity had no tiers.
     """
@@ -187,7 +187,7 @@ def _describe_free_run(run: FreeRun) -> str:
 
 
 def _describe_flips(agreement: Agreement, model: str) -> Iterator[str]:
-    """How many tokens went to other experts, where the package shows its routers."""
+    """How many tokens went to other experts, if the package shows routers."""
     if not agreement.margins:
         return
     if agreement.flipped_share == 0:
@@ -251,7 +251,7 @@ def _place_row(part: str, found: Sequence[PlaceCheck]) -> tuple[str, ...]:
 
 
 def _task_table(tasks: Sequence[TaskCheck], model: str) -> Grid:
-    """A row for each score of each task; the first of a task is the one that is judged."""
+    """A row for each score of each task, the judged score first."""
     headers = ("task", "examples", "score", model, "twin", "package", "change", f"same as {model}", "same as twin")
     rows = []
     for task in tasks:

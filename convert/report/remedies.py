@@ -21,7 +21,7 @@ _SHOWN = 2  # broken limits in a sentence; the page has them all
 
 
 def describe_failure(variant: str, parity: ParityFacts) -> str:
-    """Why a variant failed, in words that need no page of ours, and what to do now; whole sentences."""
+    """Why a variant failed, and what to do now, in plain words."""
     broken = _find_broken(parity)
     shown, more = parity.breaches[:_SHOWN], len(parity.breaches) - _SHOWN
     limits = "; ".join([*shown, *([f"{more} more"] if more > 0 else [])])

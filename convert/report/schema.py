@@ -18,7 +18,7 @@ _NUMBER = {
 
 @dataclass(frozen=True)
 class Report(ReportFacts):
-    """What `report.json` holds: the facts, a row for each model, and what the numbers say.
+    """What `report.json` holds: facts, a row a model, verdicts.
 
     Of a verdict `good` is true, false (bad) or null (neither).
     """
@@ -39,7 +39,10 @@ def report_schema() -> dict[str, Any]:
 
 
 def _name_numbers(value: Any) -> Any:
-    """Every plain number as a reference to `Number`; paragraphs in one line; no titles that only repeat the keys."""
+    """Plain numbers as references to `Number`, without titles that repeat keys.
+
+    Each paragraph of a description becomes one line.
+    """
     if isinstance(value, dict):
         if value.get("type") == "number":
             return {"$ref": "#/$defs/Number"}

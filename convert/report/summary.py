@@ -1,4 +1,4 @@
-"""The summary: a row for each model, for a page, a card and a terminal."""
+"""The summary: a row a model, for page, card and terminal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Verdict:
 
 
 def summarize(facts: ReportFacts) -> list[Row]:
-    """One row for each torch model and each ONNX variant, in the order in which they came to be.
+    """A row for each torch model and ONNX variant, oldest first.
 
     A variant's figures are those of the CPU, which parity always runs on, or else of the first provider that ran.
     """
@@ -130,7 +130,10 @@ def describe_models(facts: ReportFacts) -> str:
 
 
 def summary_table(facts: ReportFacts, width: int) -> Table:
-    """The summary for a terminal of so many columns; 80 are enough, and in fewer a cell is folded, never cut."""
+    """The summary for a terminal of `width` columns; 80 are enough.
+
+    In fewer, cells are folded, never cut.
+    """
     wide = width >= _WIDE
     table = Table(box=box.SIMPLE_HEAD, padding=(0, int(wide), 0, 0), pad_edge=False, show_edge=False)
     for number, header in enumerate(summary_columns(facts)):

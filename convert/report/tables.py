@@ -1,4 +1,4 @@
-"""The report's tables of training, of the receipt, of builds and of where all comes from."""
+"""Tables of training, receipt, builds, timings and provenance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 def trained_table(facts: ReportFacts) -> Grid:
-    """What the mixture reached and took, and the dense models that were trained beside it."""
+    """What the mixture and the dense controls reached and took."""
     headers = (
         "Trained",
         "Loss, nats",
@@ -55,7 +55,10 @@ def trained_table(facts: ReportFacts) -> Grid:
 
 @dataclass(frozen=True)
 class ReceiptTables:
-    """The receipt: a row a kind of comparison, with the worst of them; and, where that is less, every one of them."""
+    """The receipt by kind of comparison; and whole, where that is more.
+
+    A row of a kind has the worst of its comparisons.
+    """
 
     kinds: Grid
     whole: Grid | None
@@ -93,7 +96,7 @@ def receipt_tables(comparisons: Sequence[ReceiptLine]) -> ReceiptTables:
 
 
 def _kind_row(router: str, experts: str, lines: Sequence[ReceiptLine], dtypes: Sequence[str]) -> tuple[str, ...]:
-    """All comparisons of one kind: where the worst is, how many there are, and the worst of each dtype."""
+    """One kind of comparison: the worst in each dtype, and how many."""
     worst = {
         dtype: min((line for line in lines if line.dtype == dtype), key=lambda line: _badness([line]))
         for dtype in dict.fromkeys(line.dtype for line in lines)
@@ -110,7 +113,10 @@ def _kind_row(router: str, experts: str, lines: Sequence[ReceiptLine], dtypes: S
 
 
 def _name_kind(router: str, text: str, experts: str) -> str:
-    """A comparison in words; of the embedding and the head, which have no router and no experts, the text alone."""
+    """A comparison in words.
+
+    The embedding and the head have no router and no experts.
+    """
     return text if router == "no" else f"{text}; {router} router, {experts} experts"
 
 
@@ -120,7 +126,7 @@ def _num_tokens(lines: Any) -> str:
 
 
 def _badness(lines: Any) -> tuple[float, float]:
-    """The nearest to its limit first, and then the largest error of what has no limit; ascending."""
+    """A sort key: nearest to its limit first, then the largest error."""
     shares = [line.rel / line.limit for line in lines if line.limit]
     return -max(shares, default=0.0), -max((line.rel for line in lines), default=0.0)
 
@@ -137,7 +143,7 @@ def _receipt_cell(line: ReceiptLine) -> str:
 
 
 def build_table(facts: ReportFacts) -> Grid:
-    """How each variant was quantized and exported: a row for each fact, a column for each variant.
+    """How each variant was quantized and exported, a row a fact.
 
     Timings and searches have places of their own.
     """
@@ -159,7 +165,7 @@ def build_table(facts: ReportFacts) -> Grid:
 
 
 def timing_table(facts: ReportFacts) -> Grid:
-    """The lowerings that were timed to choose one, of each variant the fastest first."""
+    """The timed lowerings of each variant, the fastest first."""
     headers = ("Variant", "Experts written as", "Prefill tokens/s", "Decode tokens/s", "Request, ms")
     rows = (
         (
@@ -176,7 +182,7 @@ def timing_table(facts: ReportFacts) -> Grid:
 
 
 def provenance_sections(facts: ReportFacts) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Every fact that is shown nowhere else, by the stage that found it."""
+    """Facts that are shown nowhere else, by the stage that found them."""
     shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
     found = _without(facts, "name", "recipe", "variants", "costs")
     nested = {name: value for name, value in found.items() if is_dataclass(value) or isinstance(value, dict)}

@@ -8,7 +8,7 @@ import jinja2
 
 
 def load_template(name: str) -> jinja2.Template:
-    """A template of this package; what is put into HTML is escaped, and a name that is not given is an error."""
+    """A template of this package; HTML is escaped, undefined names are errors."""
     environment = jinja2.Environment(
         autoescape=jinja2.select_autoescape(["html.j2"]),
         undefined=jinja2.StrictUndefined,

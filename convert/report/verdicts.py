@@ -81,8 +81,8 @@ def _finetuning_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
     tuned = facts.figure("fine-tuned")
     if finetune.best_steps.get("fine-tuned") == 0:
         yield Verdict(
-            "Fine-tuning helped nothing: no look at the validation split was better than the start, whose weights "
-            "were kept.",
+            "Fine-tuning did not help: at no check was the validation loss lower than at the start, so the weights of "
+            "the start were kept.",
             False,
         )
     if "dense continued" not in finetune.evaluations:
@@ -100,7 +100,7 @@ def _finetuning_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
 
 
 def _control_verdict(tuned: Figure, control: Figure, training: str) -> Verdict:
-    """Whether the mixture beats a dense model that was trained as `training` says, by their figures."""
+    """Whether the mixture beats a dense model trained as `training` says."""
     figures = f"{format_figure(tuned)} against {format_figure(control)}"
     wins = tuned.gain(control.value) > 0
     if wins and figures_agree(tuned, control, 4):
@@ -123,7 +123,10 @@ def _control_verdict(tuned: Figure, control: Figure, training: str) -> Verdict:
 
 
 def _weigh_times(found: Verdict, finetune: FinetuneFacts) -> Verdict:
-    """A verdict on equal time with both times; it decides nothing where the winner had much more."""
+    """A verdict on equal time, with both times.
+
+    It decides nothing where the winner had much more time.
+    """
     names: tuple[ModelName, ModelName] = ("fine-tuned", "dense, equal time")
     seconds = finetune.compute_seconds or finetune.seconds  # an older run knows the clock's alone
     mixture, control = (f"{format_seconds(seconds[name])} ({finetune.num_steps[name]:,} steps)" for name in names)
@@ -152,7 +155,7 @@ def _cost_verdict(facts: ReportFacts) -> Verdict:
 
 
 def compare_training(facts: ReportFacts) -> list[Training]:
-    """The fine-tuned mixture and the dense models that it is to be compared with, those that were trained."""
+    """The fine-tuned mixture and the dense controls that were trained."""
     finetune = facts.finetune
     names: tuple[ModelName, ...] = ("fine-tuned", "dense continued", "dense, equal time")
     return [

@@ -64,7 +64,7 @@ def write_report(found: Mapping[str, Any], output: Path) -> None:
 
 @dataclass(frozen=True)
 class Tile:
-    """A figure to remember: its label, the number, a remark, and whether it is good, bad or neither."""
+    """A number to remember: label, number, remark; good, bad or neither."""
 
     label: str
     figure: str
@@ -153,7 +153,7 @@ def _smallest_tile(facts: ReportFacts) -> Tile:
 
 
 def _figure_note(facts: ReportFacts) -> str:
-    """A warning where parity measured the figure on other text than the evaluations did."""
+    """A warning where parity measured the figure on other text."""
     measured = next((m for found in facts.variants.values() if (m := found.parity.measured)), None)
     tuned = facts.figure(facts.exported)
     if measured is None or figures_agree(tuned, measured.finetuned_figures[0], 3):

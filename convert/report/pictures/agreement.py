@@ -62,7 +62,7 @@ def draw_hidden_errors(agreements: Mapping[str, Agreement], model: str) -> Drawi
 
 
 def draw_margins(margins: Mapping[str, Sequence[MarginBin]], model: str) -> Drawing:
-    """How wide the reference's margins are, and of each width the share of choices that came out otherwise."""
+    """Histogram of router margins, and the share of flipped choices at each."""
     bins = next(iter(margins.values()))
     counts = [found.num_choices for found in bins]
     total = sum(counts)
@@ -108,7 +108,7 @@ def draw_margins(margins: Mapping[str, Sequence[MarginBin]], model: str) -> Draw
 
 
 def _flips(found: MarginBin) -> float:
-    """Choices of a width of margin that came out otherwise; a width without choices has no agreement."""
+    """Flipped choices of a bin; a bin without choices has no agreement."""
     return (1 - found.agreement) * found.num_choices if found.num_choices and found.agreement is not None else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Drawing: what all pictures share, from colours and axes to the SVG that stands in a page."""
+"""Drawing: colours, axes, labels and SVG, for all pictures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dense2moe.upcycle.training.history import Step
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing with its title, what it shows for those who cannot see it, and what to see in it."""
+    """A drawing: title, SVG, alternative text, and a caption."""
 
     title: str
     svg: Markup
@@ -95,7 +95,10 @@ def open_axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def draw_layer_lines(axes: Axes, lines: Mapping[str, Sequence[float]]) -> None:
-    """A line for each variant over the layers; markers differ, so that equal lines and print in grey can be read."""
+    """A line for each variant over the layers.
+
+    Markers differ, so that equal lines and print in grey can be read.
+    """
     for number, (name, values) in enumerate(lines.items()):
         style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
         axes.plot(range(len(values)), values, label=name, markersize=5 if len(values) <= 16 else 2.5, **style)  # type: ignore[arg-type]
@@ -104,7 +107,7 @@ def draw_layer_lines(axes: Axes, lines: Mapping[str, Sequence[float]]) -> None:
 
 
 def draw_layer_band(axes: Axes, logged: Sequence[Step], values: Sequence[Sequence[float]]) -> None:
-    """The mean over layers [step][layer] as a line in the range of all layers, against tokens."""
+    """Mean and range over layers [step][layer], against tokens."""
     tokens = [step.num_tokens for step in logged]
     axes.fill_between(
         tokens,
@@ -142,7 +145,7 @@ def choose_scale(values: Sequence[float]) -> Literal["log", "linear"]:
 
 
 def set_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str]) -> None:
-    """Ticks as dense as the span of the values allows, written by `text`."""
+    """Ticks as dense as the values' span allows, written by `text`."""
     if choose_scale(values) == "log":
         ratio = max(values) / min(values)
         axis.set_major_locator(
@@ -155,10 +158,7 @@ def set_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str])
 
 
 def place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, at the first of some places where it covers nothing else.
-
-    Or else where it covers least.
-    """
+    """Write each name beside its point, where it covers nothing else, or least."""
     FigureCanvasAgg(figure)  # which keeps what measures text, where a figure by itself makes that anew for each label
     figure.draw_without_rendering()
     frame = axes.get_window_extent()
@@ -233,5 +233,5 @@ def write_svg(figure: Figure, prefix: str) -> Markup:
 
 
 def fair_shares(loads: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Load of each expert of each layer over what it would be if all were equal."""
+    """Load of each expert of each layer over the fair share."""
     return [[share * len(load) for share in load] for load in loads]

@@ -36,7 +36,7 @@ def draw_loads(step: Step) -> Drawing:
 
 
 def draw_specialization(domains: DomainRouting, names: Sequence[int]) -> Drawing:
-    """The load of each expert in each layer, side by side for each domain."""
+    """Load of each expert in each layer, domains side by side."""
     shares = {domain: fair_shares(loads) for domain, loads in domains.loads.items()}
     num_experts = len(next(iter(shares.values()))[0])
     figure, axes = _heat_map([list(chain(*layer)) for layer in zip(*shares.values(), strict=True)], names, num_experts)
@@ -77,9 +77,9 @@ def draw_specialization(domains: DomainRouting, names: Sequence[int]) -> Drawing
 
 
 def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_experts: int) -> tuple[Figure, Axes]:
-    """Shares of each layer (row) in columns that count through the experts, once or several times with a gap between.
+    """Shares of each layer (row) by expert (column); 1 is fair.
 
-    1 is fair.
+    Columns count through the experts once, or once a domain with a gap between.
     """
     num_layers, num_columns = len(shares), max(map(len, shares))
     edges = [_column_edge(n, num_experts, num_columns // num_experts) for n in range(num_columns)]
@@ -125,7 +125,7 @@ def _heat_map(shares: Sequence[Sequence[float]], names: Sequence[int], num_exper
 
 
 def _column_edge(column: int, num_experts: int, num_groups: int) -> float:
-    """Where a column of a heat map begins, when columns are one wide and a gap parts the groups of experts."""
+    """Where a column of a heat map begins, with gaps between groups."""
     return column + column // num_experts * num_experts * num_groups / 64
 
 

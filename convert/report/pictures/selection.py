@@ -22,7 +22,7 @@ def draw_pictures(facts: ReportFacts, rows: Sequence[Row]) -> list[Picture]:
 
 
 def plan_pictures(facts: ReportFacts, rows: Sequence[Row]) -> dict[str, Callable[[], Picture]]:
-    """By its title, what draws each picture that the facts have the numbers for."""
+    """By title, what draws each picture that the facts have numbers for."""
     agreements = {name: m.finetuned for name, v in facts.variants.items() if (m := v.parity.measured)}
     finetune, model = facts.finetune, facts.exported
     logged = [step for step in finetune.history if step.layers]

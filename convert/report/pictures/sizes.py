@@ -1,4 +1,4 @@
-"""Pictures of size, quality and speed: the models, and the bits that a search tried."""
+"""Pictures of size, quality and speed, and of a search of bits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dense2moe.upcycle.tasks.figure import Figure
 
 
 def draw_sizes(rows: Sequence[Row]) -> Drawing:
-    """A point for each model: the size of its files against its figure."""
+    """A point for each model: figure against size of the files."""
     placed = [(row, row.figure) for row in rows if row.figure is not None and math.isfinite(row.figure.value)]
     kind = next(row.figure for row in rows if row.figure is not None)
     canvas, axes = open_axes("size of the files", f"{figure_title(kind)} on held-out text ({kind.better} is better)")
@@ -67,7 +67,10 @@ def _scale_axes(axes: Axes, sizes: Sequence[float], values: Sequence[float]) -> 
 
 
 def draw_search(variant: str, search: BitSearch) -> Drawing:
-    """Every mixture of bits that a search tried, those that none beats joined by a line, and the one chosen."""
+    """Every mixture of bits that a search tried, and the one chosen.
+
+    Those that no other beats in both size and figure are joined by a line.
+    """
     reference = search.reference_figures[0]
     tried = [(point, point.figures[0]) for point in search.points if math.isfinite(point.figures[0].value)]
     front: list[tuple[SearchPoint, Figure]] = []

@@ -124,7 +124,7 @@ def draw_distances(logged: Sequence[Step]) -> Drawing:
 
 
 def _largest(values: Sequence[Sequence[float]], least: float) -> float:
-    """The largest finite number of all, and at least `least`: where an axis may end."""
+    """The largest finite number, at least `least`: where an axis ends."""
     return max([least, *(value for found in values for value in found if math.isfinite(value))])
 
 
