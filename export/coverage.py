@@ -1,4 +1,4 @@
-"""Coverage of the graph builder: which configs it takes, and why it takes no other."""
+"""Coverage of the graph builder: the configs that it takes."""
 
 from __future__ import annotations
 

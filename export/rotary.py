@@ -19,7 +19,7 @@ def make_rotary(family: Architecture, config: PreTrainedConfig) -> torch.nn.Modu
 
 
 def rotary_switch(config: PreTrainedConfig) -> int | None:
-    """The number of tokens beyond which a longrope takes its long factors for all that it reads from then on.
+    """The length beyond which a longrope takes its long factors.
 
     None where nothing switches. Keys in the cache stay as they were rotated. So a text that comes in pieces has other
     logits than one that is read at once, here as in transformers, whose `dynamic_rope_update` (modeling_rope_utils.py,

@@ -49,6 +49,7 @@ SMALL = {
     "vocab_size": 99,
     "hidden_size": 64,
     "intermediate_size": 8,
+    "head_dim": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,

@@ -1,4 +1,4 @@
-"""The choice of a target: the first that can hold a dense model with the settings asked for."""
+"""The choice of a target, and why others cannot hold the model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dense2moe.upcycle.models.table import CONVERSIONS, find_family
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
-    """The first conversion that holds the source with these settings, or the one asked for.
+    """The first conversion that fits, or the one asked for.
 
     `where` names the config in a refusal.
 
@@ -39,7 +39,10 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
 
 
 def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) -> list[str]:
-    """Why a target cannot hold the source with these settings, one reason each; empty where it can."""
+    """Why a target cannot hold the source with these settings.
+
+    One reason each; empty where it can.
+    """
     architecture = conversion.target.architecture
     reasons = [
         f"{name} is {value}; {architecture} needs {required.value}: {required.reason}"
@@ -57,7 +60,10 @@ def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) ->
 
 
 def _find_setting_refusals(conversion: Conversion, config: UpcycleConfig, depths: list[int]) -> list[str]:
-    """What of the settings the target cannot express; `depths` are the layers of each stack of the source."""
+    """Settings that the target cannot express, one reason each.
+
+    `depths` are the numbers of layers in each stack of the source.
+    """
     target, experts, reasons = conversion.target, conversion.experts, []
     if experts.partial_layers == "none" and any(len(resolve_layers(config.layers, depth)) < depth for depth in depths):
         reasons.append(

@@ -20,7 +20,7 @@ class Moments:
 
 
 def measure_moments(chunks: Iterable[torch.Tensor]) -> Moments:
-    """Mean and standard deviation over all elements of a weight that comes in chunks of any shape.
+    """Mean and standard deviation of a weight that comes in chunks.
 
     Summed in float64, a block at a time.
     """
@@ -50,10 +50,11 @@ def add_noise(weight: torch.Tensor, relative_std: float, std: float, generator: 
 
 
 def choose_neurons(num_neurons: int, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Which neurons are drawn anew: a mask, bool [num_neurons], of the nearest whole number to `share` of them.
+    """Which neurons are drawn anew: a mask, bool [num_neurons].
 
-    One mask serves gate, up and down of an expert (Drop-Upcycling, Nakamura et al. 2025, section 3): a neuron is a row
-    of the first two and a column of the third, and half a neuron kept would be noise in the other half.
+    It has the whole number of neurons that is nearest to `share` of them. One mask serves gate, up and down of an
+    expert (Drop-Upcycling, Nakamura et al. 2025, section 3): a neuron is a row of the first two and a column of the
+    third, and half a neuron kept would be noise in the other half.
     """
     mask = torch.zeros(num_neurons, dtype=torch.bool)
     mask[torch.randperm(num_neurons, generator=generator)[: round(share * num_neurons)]] = True
@@ -63,9 +64,9 @@ def choose_neurons(num_neurons: int, share: float, generator: torch.Generator) -
 def redraw_neurons(
     weight: torch.Tensor, mask: torch.Tensor, neuron_axis: int, moments: Moments, generator: torch.Generator
 ) -> torch.Tensor:
-    """Return float32 `weight` [rows, columns] with the masked rows (axis 0) or columns (axis 1) drawn anew.
+    """Return float32 `weight` [rows, columns] with masked neurons drawn anew.
 
-    From N(mean, std) of the whole weight.
+    Neurons are rows (axis 0) or columns (axis 1), drawn from N(mean, std) of the whole weight.
     """
     count = int(mask.sum())
     if count == 0:
@@ -81,7 +82,7 @@ def redraw_neurons(
 
 
 def seeded_generator(seed: int, name: str) -> torch.Generator:
-    """A generator that depends on the run's seed and the tensor's name alone.
+    """A generator by the run's seed and the tensor's name alone.
 
     So that the order of writing changes nothing.
     """

@@ -1,4 +1,4 @@
-"""Pieces that a target tensor is made of, one after the other in the order of its bytes."""
+"""Pieces of a target tensor, in the order of its bytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dense2moe.upcycle.models.parts import Fold
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of a stored tensor; elements, where it has one dimension."""
+    """Rows `start` to `stop` of a stored tensor; elements of a vector."""
 
     source: str
     start: int
@@ -19,7 +19,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Keep:
-    """The slice as it is, or with arithmetic of the dense model folded in."""
+    """The slice as it is, or with arithmetic folded in."""
 
     rows: Slice
     fold: Fold | None = None
@@ -50,22 +50,26 @@ class ExpertPart:
 
 @dataclass(frozen=True)
 class Zeros:
-    """Nothing but zeros: a shared expert that is silent, or its gate, whose sigmoid is then one half."""
+    """Zeros: of a silent shared expert, or of its scale.
+
+    A scale of zeros has a sigmoid of one half.
+    """
 
     num_elements: int
 
 
 @dataclass(frozen=True)
 class SelectionBias:
-    """What a gate adds to its scores for the choice of experts: zeros at first. A buffer, and no parameter."""
+    """A gate's selection bias: zeros at first; a buffer, no parameter."""
 
     num_elements: int
 
 
 @dataclass(frozen=True)
 class RouterRows:
-    """A router's rows, each repeated `repeat` times, for the FFN number `site` of the model.
+    """A router's rows, each repeated `repeat` times, at an FFN.
 
+    `site` is the number of the FFN in the model.
     `norms` and `embedding` say how long the vectors are that it reads; see `RouterInput`.
     """
 
@@ -89,7 +93,7 @@ class Write:
 
 @dataclass(frozen=True)
 class Site:
-    """One FFN that becomes experts: the stack of layers that it is in, and its layer there."""
+    """One FFN that becomes experts: its stack and its layer there."""
 
     stack: int
     layer: int

@@ -1,8 +1,9 @@
-"""The plan of an upcycling, from names and shapes alone: for each part of the target, the source's same part.
+"""The plan of an upcycling, from names and shapes alone.
 
-Complete and exclusive: every row of every source tensor is used or its tensor listed as dropped, every target tensor is
-written once. Nothing here reads a weight. A target tensor is a run of pieces, one after the other in the order of its
-bytes, so that a piece that changes nothing is a copy of bytes from one file to another. In the FFN's place stand:
+For each part of the target, the piece of the source's same part. Complete and exclusive: every row of every source
+tensor is used or its tensor listed as dropped, every target tensor is written once. Nothing here reads a weight. A
+target tensor is a run of pieces, one after the other in the order of its bytes, so that a piece that changes nothing is
+a copy of bytes from one file to another. In the FFN's place stand:
 
 1. the router, of rows that are drawn or read from hidden states, and its selection bias, of zeros;
 2. experts, each of some or all neurons of the FFN: its gate of the FFN's gate, and so for up and down;
@@ -77,7 +78,7 @@ class UpcyclePlan:
 
     @property
     def num_active_parameters(self) -> int:
-        """Parameters that one token meets: everything but the experts that it does not visit."""
+        """Parameters that one token meets: all but unvisited experts."""
         experts = sum(
             _count(write) for write in self.writes if isinstance(piece := write.pieces[0], ExpertPart) and piece.routed
         )
@@ -85,7 +86,7 @@ class UpcyclePlan:
 
     @property
     def keeps_function(self) -> bool:
-        """Whether the mixture computes what the dense model does, whatever its router says, up to rounding."""
+        """Whether the function is kept whatever the router says, within rounding."""
         experts = self.settings.experts
         return experts.kept and experts.kind != "split" and not self.conversion.experts.top_1
 
@@ -149,7 +150,10 @@ def plan_upcycle(checkpoint: Checkpoint, config: UpcycleConfig) -> UpcyclePlan:
 
 @dataclass(frozen=True)
 class _Layer:
-    """One layer of the source: its parts, its number, and its FFN's number among those that become experts."""
+    """One layer of the source.
+
+    Its parts, its number, and its FFN's number among those that become experts.
+    """
 
     parts: Mapping[Part, Matrix]
     number: int
@@ -194,7 +198,7 @@ class _Planner:
                 yield from self._layer(tensors, _Layer(stack.parts, layer, numbers.get(Site(number, layer))))
 
     def _layer(self, tensors: Mapping[str, tuple[Part, ...]], layer: _Layer) -> Iterator[Write]:
-        """The writes of one layer, of the target's tensors and the parts in each."""
+        """The writes of one layer, by the target's tensors."""
         for pattern, parts in tensors.items():
             if layer.site is None:
                 if parts[0] not in _SPARSE:
@@ -223,7 +227,7 @@ class _Planner:
         return Slice(entry.name, start, stop)
 
     def _move(self, pattern: str, matrix: Matrix | None, layer: int | None) -> Iterator[Write]:
-        """The same part of the source; nothing where it is optional, and the checkpoint has none."""
+        """The source's same part; nothing where the checkpoint has none."""
         if matrix is None or matrix.name.format(layer=layer) not in self.entries:
             return
         rows = self._slice(matrix, layer)
@@ -233,7 +237,10 @@ class _Planner:
         yield Write(spec, (Keep(rows, matrix.fold),))
 
     def _experts(self, pattern: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Iterator[Write]:
-        """All experts' tensors of one name: one each, or one of all, in which each expert's parts follow each other."""
+        """The experts' tensors of one name: one each, or one stacked.
+
+        In a stacked one, each expert's parts follow each other.
+        """
         count, hidden = self.config.num_experts, self._hidden(layer)
         shape = (hidden, self.width) if parts == ("expert_down",) else (len(parts) * self.width, hidden)
         pieces = [[self._part(_EXPERT_OF[part], layer, site, expert) for part in parts] for expert in range(count)]
@@ -281,7 +288,7 @@ class _Planner:
         return Write(TensorSpec(name, DTYPES[entry.dtype], (self.config.num_experts, entry.num_elements)), (rows,))
 
     def _router_input(self, layer: _Layer) -> tuple[tuple[str, ...], str | None]:
-        """The norms, and the embedding, by which the size of what a router reads is known.
+        """Norms, and the embedding, that set the router input's size.
 
         The norm before the FFN, or, where norms follow attention and FFN, all that were added to the residual stream.
         """
@@ -292,7 +299,7 @@ class _Planner:
         return (after[0].format(layer=layer.number), *earlier), self.family.outside["embedding"].name
 
     def _shared(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Write:
-        """The shared expert: none (width 0 where the architecture always builds one), half of the output, or silent."""
+        """The shared expert: of width 0, half of the output, or silent."""
         kind, hidden = self.config.shared_expert, self._hidden(layer)
         width = 0 if kind == "none" else self.ffn_width
         # a sigmoid of zero is the one half; without such a gate the weights themselves are halved
@@ -315,7 +322,7 @@ class _Planner:
 
 
 def _group_by_name(parts: Mapping[Part, Matrix]) -> dict[str, tuple[Part, ...]]:
-    """The tensors of a layer, in order, each with the parts that are its rows."""
+    """The tensors of a layer, each with the parts in it."""
     found: dict[str, tuple[Part, ...]] = {}
     for part, matrix in parts.items():
         found[matrix.name] = (*found.get(matrix.name, ()), part)

@@ -1,4 +1,4 @@
-"""The dense checkpoint, checked before it is upcycled: its config fields and tensors are those that a table knows."""
+"""The dense checkpoint, checked before it is upcycled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _UNQUANTIZED = ("F64", "I64", "BOOL")
 
 
 def refuse_untied(checkpoint: Checkpoint, family: Architecture) -> None:
-    """Refuse a copy of the embedding with other values where the target takes the embedding in its place."""
+    """Refuse an untied head where the target takes the embedding."""
     head = family.find("head")
     if not checkpoint.untied or (head is not None and head != family.find("embedding")):
         return
@@ -38,9 +38,9 @@ def refuse_untied(checkpoint: Checkpoint, family: Architecture) -> None:
 
 
 def refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> None:
-    """Refuse a value other than the default of a field that no table knows.
+    """Refuse values of config fields that no table knows.
 
-    A newer transformers may have given it a meaning.
+    A newer transformers may have given the field a meaning. Its default is taken.
     """
     known = {
         *conversion.carried,
@@ -72,7 +72,7 @@ def refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, wher
 
 
 def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ...]:
-    """Compare the stored tensors with those of transformers' own model of this config.
+    """Compare stored tensors with transformers' own model of the config.
 
     Returns the names that are dropped.
     """
@@ -109,7 +109,7 @@ def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ..
 
 
 def _refuse_quantized(entry: TensorEntry, directory: Path) -> None:
-    """Refuse integers and narrow floats, and the scales beside them, which the weights are wrong without."""
+    """Refuse quantized weights: integers, narrow floats, and their scales."""
     if entry.dtype not in DTYPES:
         hint = "" if entry.dtype in _UNQUANTIZED else "; dequantize the model first, or give it as it was before"
         raise UpcycleError(
@@ -125,7 +125,7 @@ def _refuse_quantized(entry: TensorEntry, directory: Path) -> None:
 
 
 def _check_depth(checkpoint: Checkpoint, family: Architecture) -> None:
-    """Refuse a config that says no layers, or more than the files can hold, before a model of it is built."""
+    """Refuse an absurd number of layers, before a model is built."""
     for stack in family.stacks:
         count = getattr(checkpoint.config, stack.num_layers)
         if count < 1:
@@ -140,7 +140,9 @@ def _check_depth(checkpoint: Checkpoint, family: Architecture) -> None:
 
 
 def expected_shapes(config: PreTrainedConfig, architecture: str, where: str) -> Mapping[str, tuple[int, ...]]:
-    """Names and shapes of transformers' own model of this config, tied copies left out; allocates nothing.
+    """Names and shapes of transformers' own model; allocates nothing.
+
+    Tied copies are left out.
 
     Raises:
         UpcycleError: transformers cannot build a model of the config, which `where` names.

@@ -1,4 +1,4 @@
-"""Surgery: a dense checkpoint in, a mixture of experts out, a piece of a tensor at a time."""
+"""Surgery: from a dense checkpoint to a mixture, streamed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def upcycle(
     routers: GivenRouters | None = None,
     plan: UpcyclePlan | None = None,
 ) -> UpcyclePlan:
-    """Write the mixture of experts of the checkpoint in `source` into the empty directory `output`.
+    """Write the mixture of a dense checkpoint into an empty directory.
 
     Returns the plan that was carried out, which is made here unless it is given. `routers` are the rows of routers that
     are not drawn. Memory does not grow with the model: what changes nothing is copied by the kernel, and the rest
@@ -169,7 +169,7 @@ class _Surgeon:
         return math.sqrt(squares)
 
     def _row_square(self, name: str) -> float:
-        """Mean squared length of the rows of a matrix, the squared length of a vector; of a norm, as it multiplies."""
+        """Mean squared length of a matrix's rows; of a norm as applied."""
         entry = self.checkpoint.entries[name]
         moments = self._measure(Slice(name, 0, entry.shape[0]))
         mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
@@ -195,8 +195,9 @@ class _Surgeon:
 def check_written(
     source: Path, output: Path, plan: UpcyclePlan, seed: int, progress: Progress, routers: GivenRouters | None = None
 ) -> int:
-    """Make every tensor of `plan` once more and compare it with what is on the disk, bit by bit.
+    """Compare every tensor on disk with the plan, bit by bit.
 
+    Each is made once more for that.
     Returns how many there are.
     The logits of a router show only the experts that it chooses; this shows all of them.
 

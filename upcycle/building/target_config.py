@@ -1,4 +1,4 @@
-"""The config of the mixture: every field carried, derived or set by the settings."""
+"""The config of the mixture: fields carried, derived or set."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_target_config(
 
 
 def _layer_fields(checkpoint: Checkpoint, conversion: Conversion, sites: tuple[Site, ...]) -> dict[str, Any]:
-    """How the target says which layers have experts, and how wide the others are."""
+    """Fields that say which layers have experts, and how wide others are."""
     source = checkpoint.config
     match conversion.experts.partial_layers:
         case "none":

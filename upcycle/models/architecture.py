@@ -1,4 +1,4 @@
-"""Records of what an architecture is, and of how a dense one becomes a sparse one.
+"""Records: what an architecture is, and how dense becomes sparse.
 
 One `Architecture` of transformers says where each part's tensor lies, for surgery and for graphs alike. A `Conversion`
 gives every config field of the dense one a fate: a field that bears on the forward pass is carried, or fields of the
@@ -17,8 +17,9 @@ from dense2moe.upcycle.models.parts import Ffn, Matrix, Part, matches
 
 @dataclass(frozen=True)
 class Stack:
-    """A run of layers that are alike: the config's field of their number, and where each part lies.
+    """Layers that are alike: how many, and where each part lies.
 
+    `num_layers` is the config's field.
     Parts stand in the order in which they are written. Parts of one name are rows of one tensor. Experts whose names
     have no `{expert}` are stacked in one tensor, [experts, rows, columns].
     """
@@ -29,7 +30,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class SharedExpert:
-    """How a config tells the width of the expert that every token visits.
+    """How a config tells the width of a shared expert.
 
     required: a model of this architecture always builds one; width 0 where none is wanted.
     in_experts: the width counts routed experts, and not neurons.
@@ -42,7 +43,7 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class Experts:
-    """What a sparse architecture's config says of its experts, and what it can hold.
+    """Config fields of a sparse architecture's experts, and what it can hold.
 
     fixed: config fields whose value does not depend on the source.
     layers: those that may be dense; "last" has experts in the layers behind the first few.
@@ -62,7 +63,10 @@ class Experts:
 
 @dataclass(frozen=True)
 class Multipliers:
-    """Factors of the forward pass; `attention` None is one over the root of the head size. Logits are divided."""
+    """Factors of the forward pass.
+
+    `attention` None is one over the root of the head size. Logits are divided by theirs.
+    """
 
     embedding: float = 1.0
     attention: float | None = None
@@ -98,7 +102,7 @@ class Architecture:
     refusal: Callable[[Any], str | None] = lambda _: None
 
     def find(self, part: Part, layer: int | None = None) -> str | None:
-        """The name of a part's tensor, None where the architecture has no such part.
+        """The name of a part's tensor; None where there is none.
 
         Without `layer`, the pattern of the name in all layers; of the first stack of several.
         """
@@ -132,7 +136,7 @@ class Architecture:
 
     @property
     def shared_is_outside(self) -> bool:
-        """Whether the shared expert's module lies beside the module of the router, and not in it."""
+        """Whether the shared expert lies outside of the router's module."""
         return self.shared is not None and _module(self.shared.up) != _module(self.name("router"))
 
     @property
@@ -146,11 +150,14 @@ class Architecture:
         return self.experts.gate(config)
 
     def has_experts(self, layer: int, names: Container[str]) -> bool:
-        """Whether a layer has a router, in a checkpoint with tensors of these names."""
+        """Whether a layer has a router in a checkpoint of these tensors."""
         return self.find("router", layer) in names
 
     def find_part(self, tensor: str) -> Part | None:
-        """The part that a tensor is by its name, the first of several in one; None where the architecture has none."""
+        """The part that a tensor is, by its name; None where unknown.
+
+        Of a tensor that holds several parts, the first.
+        """
         return next((part for part, matrix in self._all_parts() if matches(matrix.name, tensor)), None)
 
     def _all_parts(self) -> Iterator[tuple[Part, Matrix]]:
@@ -160,14 +167,14 @@ class Architecture:
 
 
 def _module(name: str) -> list[str]:
-    """The module of a layer that a tensor lies in, as the pieces of its name up to there."""
+    """The module of a layer that a tensor lies in, by its name."""
     pieces = name.split(".")
     return pieces[: pieces.index("{layer}") + 2]
 
 
 @dataclass(frozen=True)
 class Required:
-    """A config value that the target cannot express otherwise, and the reason in words."""
+    """The only config value that the target can express, and why."""
 
     value: Any
     reason: str
@@ -175,7 +182,10 @@ class Required:
 
 @dataclass(frozen=True)
 class Condition:
-    """What must hold of the source's config, in the words of the refusal: what is, what must be and why."""
+    """What must hold of the source's config, and the refusal otherwise.
+
+    A refusal says what is, what must be and why.
+    """
 
     holds: Callable[[Any], bool]
     refusal: Callable[[Any], str]

@@ -1,4 +1,4 @@
-"""What decoders of Llama's shape share: names of tensors, config fields, and what targets need of them."""
+"""Decoders of Llama's shape: names, config fields and conditions they share."""
 
 from __future__ import annotations
 
@@ -50,13 +50,14 @@ EXPERTS: Mapping[Part, Matrix] = {
 
 
 def shared_expert(module: str) -> dict[Part, Matrix]:
-    """The parts of the expert that every token visits, in a module of this name."""
+    """The parts of a shared expert, in a module of this name."""
     return {part: Matrix(f"{MLP}{module}.{name}.weight") for part, name in _SHARED.items()}
 
 
 def attention_layer(optional: Iterable[Part] = (), norms_after: bool = False) -> dict[Part, Matrix]:
-    """The parts of a layer beside its FFN; `optional` biases and norms of attention, norms before or after each half.
+    """The parts of a layer beside its FFN.
 
+    `optional` are biases and norms within attention; other norms stand before attention and FFN, or after them.
     OLMo calls the norm after attention as Llama calls the one before the FFN.
     """
     absent = {*BIASES, *HEAD_NORMS} - set(optional)

@@ -1,4 +1,4 @@
-"""Gemma: norms that multiply by 1 + w, and an embedding multiplied by the root of the hidden size.
+"""Gemma: norms of 1 + w, and a multiplied embedding.
 
 Both are folded into the weights. The head is the embedding itself, not multiplied, so the target stores both.
 """

@@ -1,4 +1,4 @@
-"""GLM-4-MoE: a sigmoid gate with a selection bias, and an expert that every token visits."""
+"""GLM-4-MoE: a sigmoid gate with a selection bias, and a shared expert."""
 
 from __future__ import annotations
 
@@ -85,6 +85,9 @@ NO_WINDOWS = Condition(
 
 
 def glm4_moe_fields(config: Any) -> dict[str, Any]:
-    """GLM-4-MoE of a source that rotates whole heads: it rotates half unless its rotary parameters say otherwise."""
+    """GLM-4-MoE's fields for a source that rotates whole heads.
+
+    It rotates half of each head unless its rotary parameters say otherwise.
+    """
     rope = {**config.rope_parameters, "partial_rotary_factor": 1.0}
     return {"rope_parameters": rope, "head_dim": head_dim(config), "attention_bias": False, "use_qk_norm": False}

@@ -1,4 +1,4 @@
-"""Granite and its mixtures: multipliers of embedding, attention, residual and logits, and experts in one tensor."""
+"""Granite and its mixtures: multipliers, and experts stacked in one tensor."""
 
 from __future__ import annotations
 
@@ -76,7 +76,10 @@ GRANITE_MOE_SHARED = replace(
 
 
 def plain_fields(config: Any) -> dict[str, Any]:
-    """Granite's multipliers, so that they do nothing, and its attention scale, so that it is Llama's."""
+    """Granite's fields for a source without multipliers.
+
+    They multiply by one, and attention's scale is Llama's.
+    """
     return {
         "embedding_multiplier": 1.0,
         "logits_scaling": 1.0,

@@ -1,4 +1,4 @@
-"""Mixtral: the nearest target of most decoders; every layer has experts, and none is shared."""
+"""Mixtral: experts in every layer, none shared; most decoders' nearest target."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dense families without a sparse twin in transformers: why, and the target that comes nearest."""
+"""Dense families without a sparse twin in transformers, and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class NoTwin:
-    """Why no mixture-of-experts architecture of transformers holds a dense family, and the nearest target."""
+    """Why no sparse architecture holds a dense family, and the nearest."""
 
     reason: str
     nearest: str | None = None
@@ -66,7 +66,7 @@ NO_TWIN: Mapping[str, NoTwin] = {
 
 @dataclass(frozen=True)
 class Trait:
-    """A property that no target has, shown by a config with a value in one of these fields."""
+    """A property that no target has, and config fields that show it."""
 
     fields: tuple[str, ...]
     reason: str

@@ -1,4 +1,4 @@
-"""OLMo 2 and FlexOlmo: norms after attention and FFN, and norms of the whole query and key."""
+"""OLMo 2 and FlexOlmo: norms after attention and FFN."""
 
 from __future__ import annotations
 

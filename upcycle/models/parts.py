@@ -1,4 +1,4 @@
-"""Parts of a model: the words in which architectures say where their tensors lie.
+"""Parts of a model: the vocabulary for where tensors lie.
 
 A dense and a sparse architecture that mean the same by a part can hand it on, whatever each calls its tensor. A bias
 and a norm are parts of their own, so that an architecture without them leaves them out.
@@ -105,12 +105,12 @@ Rows = Callable[[Any], tuple[int, int]]
 
 @dataclass(frozen=True)
 class AddOne:
-    """Fold a norm that multiplies by 1 + w into one that multiplies by w."""
+    """Fold of a norm that multiplies by 1 + w."""
 
 
 @dataclass(frozen=True)
 class MultiplyByRootOfWidth:
-    """Fold an embedding that the model multiplies by the root of its hidden size."""
+    """Fold of an embedding that is multiplied by the root of its width."""
 
 
 Fold = AddOne | MultiplyByRootOfWidth
@@ -132,7 +132,10 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Ffn:
-    """Names of one FFN's matrices. Where `gate` is None, the FFN has none, or `up` holds its rows before its own."""
+    """Names of one FFN's matrices.
+
+    Where `gate` is None, the FFN has no gate, or `up` holds the gate's rows before its own.
+    """
 
     gate: str | None
     up: str
@@ -140,7 +143,7 @@ class Ffn:
 
 
 def layer_of(name: str) -> int:
-    """The layer that a tensor is in by its name, -1 outside of layers."""
+    """The layer of a tensor, by its name; -1 outside of layers."""
     return next((int(piece) for piece in name.split(".") if piece.isdigit()), -1)
 
 

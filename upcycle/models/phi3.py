@@ -1,4 +1,4 @@
-"""Phi-3: fused matrices of attention and FFN, one window for all layers, and long rotary embeddings."""
+"""Phi-3: fused matrices, one window, and long rotary embeddings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PHI3 = dense_decoder("phi3", "Phi3ForCausalLM", {**attention_layer(), **FFN, **_
 
 
 def _longrope_fields(config: Any) -> dict[str, Any]:
-    """The length that a long rotary embedding stretches, among the rotary parameters, where the targets look for it.
+    """Rotary parameters with the length that longrope stretches among them.
 
     Phi-3 keeps it beside them. The targets also check the number of factors, for which they want the size of a head.
     """

@@ -1,4 +1,4 @@
-"""Qwen2, with biases of query, key and value, and Qwen2-MoE, which can have dense layers and shares an expert."""
+"""Qwen2 and Qwen2-MoE: biases of query, key and value; a shared expert."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ QWEN2_MOE = Architecture(
 
 
 def unwindowed_fields(config: Any) -> dict[str, Any]:
-    """Qwen2-MoE without windows and without biases of query, key and value."""
+    """Qwen2-MoE's fields without windows and without biases."""
     return {
         "qkv_bias": False,
         "layer_types": ["full_attention"] * config.num_hidden_layers,
@@ -78,7 +78,10 @@ def unwindowed_fields(config: Any) -> dict[str, Any]:
 
 
 def windowed_fields(config: Any) -> dict[str, Any]:
-    """Qwen2-MoE of a source with one window for all layers, or none: it says the window of each."""
+    """Qwen2-MoE's fields for a source with one window or none.
+
+    Qwen2-MoE says for each layer whether it has a window.
+    """
     if config.sliding_window is None:
         return unwindowed_fields(config)
     return {

@@ -9,7 +9,7 @@ from dense2moe.upcycle.models.table import EXPERT_COUNTS, TARGETS
 
 
 def find_gate(config: Any) -> Gate | None:
-    """The gate of a model's layers with experts; None of a model that has none.
+    """The gate of a model's layers; None of a dense model.
 
     Of an architecture that is not in the table no more is known than how many experts a token visits: the top k of the
     router's logits.
@@ -19,7 +19,10 @@ def find_gate(config: Any) -> Gate | None:
 
 
 def assume_gate(config: Any) -> Gate | None:
-    """A softmax over the top k of the router's logits, whatever the architecture; None of a model without experts."""
+    """A softmax over the top k logits, whatever the architecture.
+
+    None of a dense model.
+    """
     count = int(getattr(config, "num_experts_per_tok", None) or 0)
     sizes = (getattr(config, name, None) for name in EXPERT_COUNTS)
     return Gate(next((int(size) for size in sizes if size), count), TopK(count)) if count else None

@@ -1,4 +1,4 @@
-"""T5 and Switch Transformers: an encoder and a decoder, FFNs without a gate, one expert a token."""
+"""T5 and Switch Transformers: encoder and decoder, one expert a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of architectures, and of which dense one becomes which sparse one.
+"""The table of architectures and of conversions between them.
 
 Facts alone: nothing here, nor in a family's file, imports torch or transformers, so that a recipe is looked at quickly.
 """
