@@ -20,6 +20,7 @@ from dense2moe.export.parity.ties import same_experts
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.storage import MODEL_NAME
+from dense2moe.upcycle.gates.gate import TopK
 
 Routers = dict[str, np.ndarray]
 """Router logits of one batch, by the name that the graph has for them."""
@@ -127,7 +128,7 @@ class Judge:
         self.num_threads = num_threads
         self.batches = blocks.split(4)
         decoder = Decoder(floats, inspection=Inspection(streams=True), num_threads=num_threads)
-        self.top_k: int = decoder.config["num_experts_per_tok"]
+        self.choice = TopK(int(decoder.config["num_experts_per_tok"]))
         self.expected = [run(decoder, ids) for ids in self.batches]
         self.loss = float(
             torch.cat(
@@ -182,4 +183,4 @@ class Judge:
     def _same(self, routers: Routers, own: Routers) -> torch.Tensor:
         """Whether each token of a batch meets the same experts, by layer [L, B * S]."""
         pairs = [(torch.from_numpy(routers[name]), torch.from_numpy(logits)) for name, logits in own.items()]
-        return torch.stack([same_experts(a, b, self.top_k).flatten() for a, b in pairs])
+        return torch.stack([same_experts(a, b, self.choice).flatten() for a, b in pairs])

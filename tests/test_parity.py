@@ -28,6 +28,7 @@ from dense2moe.export.quantization.quantizer import quantize_checkpoint
 from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
 from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.variant import Variant
+from dense2moe.upcycle.gates.gate import TopK
 from dense2moe.upcycle.tasks.figure import Figure
 from tests.faults.by_name import (
     CHANGES,
@@ -453,9 +454,9 @@ def test_ties_between_equal_experts_are_no_flips(mixture_checkpoint: Path, tmp_p
 def test_the_same_experts_in_another_order_are_the_same() -> None:
     ours = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0], [3.0, 2.0, 1.0, 0.0]])
     theirs = torch.tensor([[2.0, 3.0, 1.0, 0.0], [3.0, 1.0, 2.0, 0.0], [0.0, 1.0, 2.0, 3.0]])
-    assert same_experts(ours, theirs, 2).tolist() == [True, False, False]
-    assert same_experts(ours, theirs, 4).tolist() == [True, True, True]
-    assert same_experts(ours, theirs, 1).tolist() == [False, True, False]
+    assert same_experts(ours, theirs, TopK(2)).tolist() == [True, False, False]
+    assert same_experts(ours, theirs, TopK(4)).tolist() == [True, True, True]
+    assert same_experts(ours, theirs, TopK(1)).tolist() == [False, True, False]
 
 
 def test_speed_is_measured_within_the_context(exports: dict[Variant, Exported]) -> None:
@@ -532,7 +533,7 @@ def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypat
     ids = torch.randint(0, 11, (2, 7), generator=generator)
     monkeypatch.setattr("dense2moe.export.parity.agreement.LOGIT_ROWS", 3)
     sums = _Sums()
-    sums.add(Forward(ours, (), (), (), 2), Forward(theirs, (), (), (), 2), ids)
+    sums.add(Forward(ours, (), (), (), TopK(2)), Forward(theirs, (), (), (), TopK(2)), ids)
     p, q = (logits.double().softmax(-1) for logits in (theirs, ours))
     assert sums.kl == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5)
     for losses, probabilities in zip(sums.losses, (q, p), strict=True):

@@ -33,6 +33,7 @@ from dense2moe.export.runtime.inspection import Inspection
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.gates.gate import TopK
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, longest_row=48, free_tokens=8)
@@ -336,7 +337,7 @@ def test_every_case_fits_the_context() -> None:
 
 def make_forward(routers: list[list[float]], error: float = 0.0) -> Forward:
     logits = torch.tensor([[[10.0, 1.0]] * len(routers)]) + error
-    return Forward(logits, (torch.tensor([routers]),), (torch.ones(1, len(routers), 4),), (None,), 1)
+    return Forward(logits, (torch.tensor([routers]),), (torch.ones(1, len(routers), 4),), (None,), TopK(1))
 
 
 def test_the_margin_of_a_near_tie_grows_with_the_noise_and_not_with_flips() -> None:
@@ -357,7 +358,7 @@ def test_what_follows_a_near_tie_flip_is_not_judged_and_a_clear_flip_is() -> Non
         ([clear, clear, clear], [clear, [1.0, 2.0, 0.0], clear], [True, True, True]),
     ):
         found, expected = make_forward(ours, error=0.5), make_forward(theirs)
-        flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, 1)
+        flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, TopK(1))
         assert before_flips(flips, mask).tolist() == [judged]
         errors = measure_errors(Case("case", ids, mask, 3), found, expected)
         assert errors.check.num_tie_flips == judged.count(False) // 2
@@ -370,7 +371,7 @@ def test_what_stands_at_padding_is_not_judged() -> None:
     mask, routers = torch.tensor([[0, 1, 1]]), [[2.0, 1.0, 0.0]] * 3
     found, expected = make_forward(routers), make_forward(routers)
     found.logits[0, 0] += 5
-    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, 1)
+    flips = find_flips(found.routers, expected.routers, found.hiddens, expected.hiddens, mask, TopK(1))
     assert before_flips(flips, mask).tolist() == [[False, True, True]]
     errors = measure_errors(Case("case", torch.ones_like(mask), mask, 3), found, expected)
     assert (errors.check.num_tokens, errors.check.relative_error) == (2, 0.0)

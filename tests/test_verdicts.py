@@ -31,6 +31,7 @@ from dense2moe.export.parity.ways.cases import Case
 from dense2moe.export.parity.ways.feeding import measure_errors
 from dense2moe.export.runtime.decoder import CUDA
 from dense2moe.export.variant import Variant
+from dense2moe.upcycle.gates.gate import TopK
 from dense2moe.upcycle.tasks.figure import Figure
 
 # those need text
@@ -232,10 +233,10 @@ def test_logits_that_are_no_numbers_are_no_logits_that_are_left_out() -> None:
     ids = torch.ones(1, 4, dtype=torch.int64)
     case = Case("decode", ids, torch.tensor([[0, 1, 1, 1]]), 2)
     lost, routers = torch.full((1, 4, 5), math.nan), (torch.full((1, 4, 3), math.nan),)
-    forward = Forward(lost, routers, (torch.zeros(1, 4, 1),), (), 2)
+    forward = Forward(lost, routers, (torch.zeros(1, 4, 1),), (), TopK(2))
     for share in (1.0, 0.7):
         assert math.isnan(measure_errors(case, forward, forward, share=share).check.relative_error)
-    right = Forward(torch.cat([lost[:, :1], torch.ones(1, 3, 5)], 1), (), (), (), 0)
+    right = Forward(torch.cat([lost[:, :1], torch.ones(1, 3, 5)], 1), (), (), (), None)
     assert measure_errors(case, right, right).check.relative_error == 0  # padding may be anything
 
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from dense2moe.export.parity.forward import Forward, Reference, forward_of, run_package, split_batches
 from dense2moe.export.parity.records import Agreement, MarginBin
 from dense2moe.export.parity.taps import Seen, look
-from dense2moe.export.parity.ties import find_margin, find_smallest_margin, same_experts
+from dense2moe.export.parity.ties import find_smallest_margin, same_experts
 from dense2moe.export.runtime.decoder import Decoder
+from dense2moe.upcycle.gates.choice import choice_margin
+from dense2moe.upcycle.gates.gate import Choice
 
 Follow = Callable[[Reference, Seen], Forward]
 """A reference on what a package was seen with."""
@@ -41,7 +43,7 @@ class Comparison:
     package_losses: list[float]
     reference_losses: list[float]
     margins: torch.Tensor | None
-    top_k: int
+    choice: Choice | None
     factor: float
     first: torch.Tensor | None
     routers: dict[int, Any]
@@ -67,27 +69,27 @@ def compare(
     first: torch.Tensor | None = None
     routers: dict[int, Any] = {}
 
-    def add(batch: torch.Tensor) -> int:
+    def add(batch: torch.Tensor) -> Choice | None:
         nonlocal first, routers
         mask = torch.ones_like(batch)
         seen = look(decoder, batch, mask, batch.shape[1], decoder.taps)
         expected = reference.forward(batch, mask) if follow is None else follow(reference, seen)
         if keeps_first and first is None:
             first, routers = expected.logits, dict(reference.routers)
-        smallest = find_smallest_margin(expected.routers, expected.top_k)
+        smallest = find_smallest_margin(expected.routers, expected.choice)
         margins.extend([] if smallest is None else [smallest])
         found = forward_of(seen, decoder)
         sums.add(found, expected.seen_by(found), batch)
         watch(batch, expected, seen)
-        return expected.top_k
+        return expected.choice
 
-    top_k = 0
+    choice: Choice | None = None
     for batch in split_batches(ids, decoder.vocab_size):
-        top_k = add(batch)  # a call of its own, so that one batch of logits is in memory
+        choice = add(batch)  # a call of its own, so that one batch of logits is in memory
         tell(sums.tokens // ids.shape[1])
     factor = sums.parts[0] / max(sums.parts[1], 1e-300)
     return Comparison(
-        sums.agreement(), *sums.losses, torch.cat(margins) if margins else None, top_k, factor, first, routers
+        sums.agreement(), *sums.losses, torch.cat(margins) if margins else None, choice, factor, first, routers
     )
 
 
@@ -231,10 +233,11 @@ class _Sums:
             if ours is None or theirs is None:
                 same.append(float(count))
                 continue
-            agrees = same_experts(ours, theirs, expected.top_k)
+            assert expected.choice is not None, "routers in a model that chooses no experts"
+            agrees = same_experts(ours, theirs, expected.choice)
             same.append(float(agrees.sum()))
             flipped |= ~agrees
-            margin = find_margin(theirs, expected.top_k)
+            margin = choice_margin(theirs, expected.choice)
             for n, (least, below) in enumerate(_bins()):
                 inside = (margin >= least) & (margin < below)
                 self.by_margin[n][0] += float(inside.sum())

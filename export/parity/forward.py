@@ -24,7 +24,7 @@ from dense2moe.export.rotary import rotary_switch
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.gate import Gate
+from dense2moe.upcycle.gates.gate import Choice, Gate, TopK
 from dense2moe.upcycle.gates.scores import selection_scores
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.models.routing import assume_gate, find_gate
@@ -36,22 +36,22 @@ BATCH = PARITY_BATCH
 class Forward:
     """One forward over ids [B, S]: logits and inner values.
 
-    Logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and k. Selection scores [B, S,
-    E] are what the top k experts are chosen by: router logits, or scores plus a bias. A traced package shows no more
-    than the logits. A layer's residual stream is [B, S, H]. A layer without experts has None for selection scores, one
-    that does not show its attention's output [B, S, H] None for that. A package that shows no residual streams has no
-    layers here at all.
+    Logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and the choice. Selection
+    scores [B, S, E] are what experts are chosen by: router logits, or scores plus a bias. A traced package shows no
+    more than the logits. A layer's residual stream is [B, S, H]. A layer without experts has None for selection scores,
+    one that does not show its attention's output [B, S, H] None for that. A package that shows no residual streams has
+    no layers here at all.
     """
 
     logits: torch.Tensor
     routers: tuple[torch.Tensor | None, ...]
     hiddens: tuple[torch.Tensor, ...]
     attended: tuple[torch.Tensor | None, ...]
-    top_k: int
+    choice: Choice | None
 
     def seen_by(self, other: Forward) -> Forward:
         """Without the layers, if the other shows none."""
-        return self if other.hiddens else Forward(self.logits, (), (), (), self.top_k)
+        return self if other.hiddens else Forward(self.logits, (), (), (), self.choice)
 
 
 def split_batches(ids: torch.Tensor, vocab_size: int) -> tuple[torch.Tensor, ...]:
@@ -152,9 +152,9 @@ class Reference:
             )
         layers = range(len(self.hiddens))
         routers = tuple(self.scores(n).reshape(*ids.shape, -1) if n in self.routers else None for n in layers)
-        top_k = getattr(self.model.config, "num_experts_per_tok", 0)
+        choice = None if self.gate is None else self.gate.choice
         hiddens, attended = tuple(self.hiddens[n] for n in layers), tuple(self.attended.get(n) for n in layers)
-        return Forward(found.logits, routers, hiddens, attended, top_k)
+        return Forward(found.logits, routers, hiddens, attended, choice)
 
     def _forget(self) -> None:
         """Let go of the model, which holds the hooks, which hold this.
@@ -242,7 +242,7 @@ def _join(parts: Sequence[Forward]) -> Forward:
         joined([part.routers for part in parts]),
         hiddens,
         joined([part.attended for part in parts]),
-        parts[0].top_k,
+        parts[0].choice,
     )
 
 
@@ -254,6 +254,12 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
     return forward_of(look(decoder, ids, mask, num_prefill, decoder.taps), decoder)
 
 
+def choice_of(decoder: Decoder) -> Choice | None:
+    """How a package's tokens choose experts, by its own config; None of a model without any."""
+    count = int(decoder.config.get("num_experts_per_tok", 0))
+    return TopK(count) if count else None
+
+
 def forward_of(seen: Seen, decoder: Decoder) -> Forward:
     """A package that was fed, as one forward, with the values that were shown."""
     layers = range(sum(map(names.is_hidden, seen.values)))
@@ -263,4 +269,4 @@ def forward_of(seen: Seen, decoder: Decoder) -> Forward:
         for n in layers
     )
     attended = tuple(seen.values.get(names.attention_output(n)) for n in layers)
-    return Forward(seen.logits, routers, hiddens, attended, int(decoder.config.get("num_experts_per_tok", 0)))
+    return Forward(seen.logits, routers, hiddens, attended, choice_of(decoder))

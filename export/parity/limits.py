@@ -39,7 +39,7 @@ def _as_double(forward: Forward) -> Forward:
         return tuple(None if value is None else value.double() for value in values)
 
     hiddens = tuple(value.double() for value in forward.hiddens)
-    return Forward(forward.logits.double(), double(forward.routers), hiddens, double(forward.attended), forward.top_k)
+    return Forward(forward.logits.double(), double(forward.routers), hiddens, double(forward.attended), forward.choice)
 
 
 def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: str = CPU) -> Limit:

@@ -206,7 +206,7 @@ class ProviderJudgement:
                 reference.score_of(n, own[n]).reshape(*seen.ids.shape, -1) if n in own else router
                 for n, router in enumerate(found.routers)
             )
-            return Forward(found.logits, routers, found.hiddens, found.attended, found.top_k)
+            return Forward(found.logits, routers, found.hiddens, found.attended, found.choice)
 
         return follow
 
@@ -259,7 +259,7 @@ class ProviderJudgement:
             scores if (scores := names.selection_scores(names.experts(n))) in decoder.taps else name
             for n, name in taps.by_layer("router")
         ]
-        share = 1.0 if routers or not own.top_k else _SHARE
+        share = 1.0 if routers or own.choice is None else _SHARE
         return run_cases_alone(decoder, cases, places.way_names, routers, places.look_inside, tie_margin, share, tell)
 
     def _measure_alone(

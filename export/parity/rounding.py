@@ -86,7 +86,8 @@ class RoundingMeasure:
             if a is not None and b is not None
         ]
         self._margin = max(self._margin, find_tie_margin([a for a, _ in pairs], [b for _, b in pairs]))
-        counts = [float(same_experts(a, b, expected.top_k).sum()) for a, b in pairs]
+        assert expected.choice is not None or not pairs, "routers in a model that chooses no experts"
+        counts = [float(same_experts(a, b, expected.choice).sum()) for a, b in pairs if expected.choice is not None]
         self._same = [old + new for old, new in zip(self._same or [0.0] * len(counts), counts, strict=True)]
 
     def result(self) -> Rounding:

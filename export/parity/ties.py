@@ -5,10 +5,12 @@ All of it is told of selection scores: router logits, or scores plus a bias wher
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
+
+from dense2moe.upcycle.gates.choice import choice_margin, choose
+from dense2moe.upcycle.gates.gate import Choice
 
 # selection scores; float32 noise in them is 1e-6 in a shallow model, so a flip above this margin is a fault and not a
 # tie
@@ -24,24 +26,15 @@ MOVED = 1e-4
 Routers = Sequence[torch.Tensor | None]
 
 
-def same_experts(ours: torch.Tensor, theirs: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Whether two selection scores [..., E] choose the same set of top-k experts; bool [...]."""
-    a = ours.topk(top_k, dim=-1).indices.sort(-1).values
-    b = theirs.topk(top_k, dim=-1).indices.sort(-1).values
+def same_experts(ours: torch.Tensor, theirs: torch.Tensor, choice: Choice) -> torch.Tensor:
+    """Whether two selection scores [..., E] choose the same set of experts; bool [...]."""
+    a, b = (choose(scores, choice).sort(-1).values for scores in (ours, theirs))
     return (a == b).all(-1)
 
 
-def find_margin(routers: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The score of the last chosen expert minus the first left-out one; else infinite."""
-    if top_k == routers.shape[-1]:
-        return torch.full(routers.shape[:-1], math.inf, dtype=routers.dtype)
-    top = routers.topk(top_k + 1, dim=-1).values
-    return top[..., -2] - top[..., -1]
-
-
-def find_smallest_margin(routers: Routers, top_k: int) -> torch.Tensor | None:
+def find_smallest_margin(routers: Routers, choice: Choice | None) -> torch.Tensor | None:
     """The smallest margin [B, S] among layers of selection scores [B, S, E]; None where no layer has any."""
-    margins = [find_margin(layer, top_k) for layer in routers if layer is not None]
+    margins = [choice_margin(layer, choice) for layer in routers if layer is not None and choice is not None]
     return torch.stack(margins).amin(0) if margins else None
 
 
@@ -51,7 +44,7 @@ def find_flips(
     streams: Sequence[torch.Tensor],
     true_streams: Sequence[torch.Tensor],
     mask: torch.Tensor,
-    top_k: int,
+    choice: Choice | None,
     tie_margin: float = TIE_MARGIN,
 ) -> torch.Tensor:
     """Real tokens, bool [B, S].
@@ -63,10 +56,11 @@ def find_flips(
     for our_scores, their_scores, stream, true_stream in zip(ours, theirs, streams, true_streams, strict=True):
         if our_scores is None or their_scores is None:
             continue
-        margin, own_margin = (find_margin(routers, top_k) for routers in (their_scores, our_scores))
+        assert choice is not None, "routers in a model that chooses no experts"
+        margin, own_margin = (choice_margin(scores, choice) for scores in (their_scores, our_scores))
         tied = torch.minimum(margin, own_margin) < EXACT_TIE
         moved = (stream - true_stream).norm(dim=-1) > MOVED * true_stream.norm(dim=-1)
-        flips |= (~same_experts(our_scores, their_scores, top_k) | (tied & moved)) & (margin < tie_margin)
+        flips |= (~same_experts(our_scores, their_scores, choice) | (tied & moved)) & (margin < tie_margin)
     return flips & mask.bool()
 
 

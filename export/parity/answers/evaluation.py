@@ -215,6 +215,6 @@ def _flips(texts: Sequence[Ids], decoder: Decoder, twin: Reference, tie_margin: 
         mask = torch.ones_like(ids)
         found = run_package(decoder, ids, mask, ids.shape[1])
         own = twin.forward(ids, mask).seen_by(found)
-        if find_flips(found.routers, own.routers, found.hiddens, own.hiddens, mask, own.top_k, tie_margin).any():
+        if find_flips(found.routers, own.routers, found.hiddens, own.hiddens, mask, own.choice, tie_margin).any():
             return True
     return False

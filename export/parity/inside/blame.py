@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dense2moe.upcycle.gates.choice import choose
+from dense2moe.upcycle.gates.gate import Choice
+
 _HEARD = 0.05
 """An expert with a smaller weight than this in a token is not judged by it."""
 _STRAIGHT = 1e-3
@@ -11,13 +14,13 @@ _STRAIGHT = 1e-3
 _TINY = 1e-30
 
 
-def find_wrong_experts(scores: torch.Tensor, top_k: int, wrong: torch.Tensor) -> tuple[int, ...]:
+def find_wrong_experts(scores: torch.Tensor, choice: Choice, wrong: torch.Tensor) -> tuple[int, ...]:
     """The experts that are wrong in every token that hears them.
 
     `scores` [T, E] are what experts are chosen by, `wrong` [T] the tokens whose output is beyond the limit. An expert
     that has 5 % of a softmax has at least 5 % by sigmoids, whose weights lie closer together.
     """
-    best = scores.topk(top_k, dim=-1).indices
+    best = choose(scores, choice)
     weights = scores.gather(-1, best).softmax(-1)
     chosen = [((best == expert) & (weights >= _HEARD)).any(-1) for expert in range(scores.shape[-1])]
     return tuple(number for number, heard in enumerate(chosen) if heard.any() and wrong[heard].all())

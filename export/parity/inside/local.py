@@ -31,7 +31,9 @@ from dense2moe.export.parity.inside.meter import Measured, Meter
 from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
 from dense2moe.export.parity.place import OUTSIDE, Part, Place
 from dense2moe.export.parity.taps import Seen, Taps
-from dense2moe.export.parity.ties import EXACT_TIE, find_margin
+from dense2moe.export.parity.ties import EXACT_TIE
+from dense2moe.upcycle.gates.choice import choice_margin
+from dense2moe.upcycle.gates.gate import Choice
 from dense2moe.upcycle.models.architecture import Architecture
 
 _NOISE_TOKENS = 16  # of the head, whose matrix is large
@@ -305,16 +307,20 @@ class LocalCheck:
         wrong = wrong.flatten()[judged]
         if not wrong.any():
             return
-        top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
         ours, theirs = (self.meter.view(value).flatten(0, 1)[judged] for value in (shown, own))
-        blamed = find_wrong_experts(self.reference.scores(n)[judged], top_k, wrong)
+        blamed = find_wrong_experts(self.reference.scores(n)[judged], self._choice, wrong)
         self.blame[n] = blamed, find_factors(ours, theirs)
+
+    @property
+    def _choice(self) -> Choice:
+        """How tokens choose experts, where there are some."""
+        assert self.reference.gate is not None, "asked for the choice of a model without experts"
+        return self.reference.gate.choice
 
     def _is_decided(self, n: int, count: int) -> torch.Tensor:
         """Tokens whose experts are chosen by a margin above rounding."""
         scores = self.reference.scores(n)
-        top_k = int(getattr(self.reference.model.config, "num_experts_per_tok", 1))
-        decided: torch.Tensor = find_margin(scores, top_k).reshape(count) >= EXACT_TIE
+        decided: torch.Tensor = choice_margin(scores, self._choice).reshape(count) >= EXACT_TIE
         return decided
 
     @contextmanager

@@ -112,8 +112,9 @@ class PlacesCheck:
         ones = torch.ones_like(row)
         nudge = None
         if self._taps.routers:
-            top_k = int(getattr(self._local.reference.model.config, "num_experts_per_tok", 1))
-            nudge = every_expert(row.shape[1], self._taps.num_experts, top_k)
+            gate = self._local.reference.gate
+            assert gate is not None, "routers in a model without a gate"
+            nudge = every_expert(row.shape[1], self._taps.num_experts, gate.max_experts_per_token)
         seen = look(self._decoder, row, ones, row.shape[1], names, nudge, with_cache=True)
         self._add(self._local.measure(seen, measures_noise=self._config.noise_blocks > 0))
         tell(1)

@@ -110,19 +110,19 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
     return cases
 
 
-def every_expert(num_tokens: int, num_experts: int, top_k: int) -> torch.Tensor:
-    """A nudge [T, E] of router logits that visits each expert beside every other.
+def every_expert(num_tokens: int, num_experts: int, count: int) -> torch.Tensor:
+    """A nudge [T, E] of router logits by which tokens visit `count` experts, each expert beside every other.
 
     By more than any tie.
     """
     nudge = torch.zeros(num_tokens, num_experts)
     tokens = torch.arange(num_tokens)
-    for place in range(top_k):
+    for place in range(count):
         step = 1 + tokens // num_experts % max(1, num_experts - 1)
         nudge[tokens, (tokens + place * step) % num_experts] += _NUDGE
     chosen = (nudge > 0).sum(-1)
-    for token in (chosen < top_k).nonzero()[:, 0].tolist():  # steps that meet
-        free = (nudge[token] == 0).nonzero()[: top_k - int(chosen[token]), 0]
+    for token in (chosen < count).nonzero()[:, 0].tolist():  # steps that meet
+        free = (nudge[token] == 0).nonzero()[: count - int(chosen[token]), 0]
         nudge[token, free] = _NUDGE
     return nudge.clamp(max=_NUDGE)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from dense2moe.export.parity.agreement import LOGIT_ROWS
-from dense2moe.export.parity.forward import Forward, Reference, forward_of
+from dense2moe.export.parity.forward import Forward, Reference, choice_of, forward_of
 from dense2moe.export.parity.records import Check
 from dense2moe.export.parity.taps import Seen, look
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips
@@ -164,7 +164,7 @@ class _Prefills:
 
         routers = tuple(padded(layer, size) for layer in zip(*(part.routers for part in parts), strict=True))
         streams = tuple(router.new_zeros(*router.shape[:2], 1) for router in routers)
-        return Forward(padded([part.logits for part in parts], num_logits), routers, streams, (), parts[0].top_k)
+        return Forward(padded([part.logits for part in parts], num_logits), routers, streams, (), parts[0].choice)
 
     def _row(self, ids: list[int], num_logits: int) -> Forward:
         count = len(ids)
@@ -173,7 +173,7 @@ class _Prefills:
             start = max(0, count - num_logits)
             if longer[:count] == ids and first <= start:
                 routers = tuple(router[:, :count] for router in known.routers if router is not None)
-                return Forward(known.logits[:, start - first : count - first], routers, (), (), known.top_k)
+                return Forward(known.logits[:, start - first : count - first], routers, (), (), known.choice)
         row = torch.tensor([ids])
         self._known.append((ids, self.read(look(self._decoder, row, torch.ones_like(row), count, self._routers))))
         return self._row(ids, num_logits)
@@ -182,9 +182,7 @@ class _Prefills:
         """Logits, and what experts are chosen by, by layer."""
         routers = [seen.values[name].reshape(*seen.ids.shape, -1) for name in self._routers]
         streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
-        return Forward(
-            seen.logits, tuple(routers), streams, (), int(self._decoder.config.get("num_experts_per_tok", 0))
-        )
+        return Forward(seen.logits, tuple(routers), streams, (), choice_of(self._decoder))
 
 
 def measure_errors(
@@ -197,7 +195,7 @@ def measure_errors(
     kept = found.logits.shape[1]
     real = case.mask[:, -kept:].bool()
     flips = find_flips(
-        found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.top_k, tie_margin
+        found.routers, expected.routers, found.hiddens, expected.hiddens, case.mask, expected.choice, tie_margin
     )
     judged = before_flips(flips, case.mask)[:, -kept:]
     parts = zip(
