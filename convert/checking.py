@@ -24,11 +24,12 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
-from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes, finetune_bytes
+from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.fine_tuning import check_finetune
+from dense2moe.upcycle.training.footprint import finetune_bytes
 
 _OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
 Shapes = Mapping[str, tuple[int, ...]]

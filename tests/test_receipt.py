@@ -25,12 +25,12 @@ from receipts import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dense2moe.upcycle.building.footprint import receipt_bytes
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT, rounding_limit
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
-from dense2moe.upcycle.footprint import receipt_bytes
 
 # What is compared
 

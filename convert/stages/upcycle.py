@@ -10,13 +10,13 @@ from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.recipe.loading import LoadedRecipe
 from dense2moe.convert.report.facts import UpcycleFacts
 from dense2moe.convert.stages.data import find_text_base
+from dense2moe.upcycle.building.footprint import layer_receipt_bytes, receipt_bytes
 from dense2moe.upcycle.building.hidden_states import read_routers
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.footprint import layer_receipt_bytes, receipt_bytes
 from dense2moe.upcycle.numbers import name_specials
 
 RECEIPT_NAME = "receipt.json"

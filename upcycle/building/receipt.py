@@ -31,13 +31,13 @@ from dense2moe.upcycle.building.comparison import (
     compare_models,
 )
 from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
+from dense2moe.upcycle.building.footprint import receipt_bytes
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt_text import compare_tokenizers, read_text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT, can_be_bitwise, rounding_limit
 from dense2moe.upcycle.checkpoints.loading import check_whole
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.footprint import receipt_bytes
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.model_class import find_model_class
 

@@ -23,10 +23,10 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from dense2moe.upcycle.footprint import keeps_much
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, held_out_loss
+from dense2moe.upcycle.training.footprint import keeps_much
 from dense2moe.upcycle.training.loss_parts import LossParts
 from dense2moe.upcycle.training.phase import Examples, Phase
 from dense2moe.upcycle.training.prompt import get_prompt, run_with_prompt

@@ -1,0 +1,31 @@
+"""Footprints of the receipt: whole models, or layer by layer."""
+
+from __future__ import annotations
+
+import math
+
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, layer_of
+
+_RECEIPT_ROWS = 3
+
+
+def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
+    """Of both models held at once: float32 copies, and the logits of texts as both say them."""
+    length = max(block_size + block_size // 4, 16)
+    vocabulary = int(getattr(dense.config, "vocab_size", 0))
+    logits = 6 * FLOAT_BYTES * vocabulary * _RECEIPT_ROWS * length
+    return IMPORT_BYTES + FLOAT_BYTES * (plan.num_parameters + dense.num_parameters) + logits
+
+
+def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
+    """Of both models compared layer by layer.
+
+    The largest layer of each, or the head of each, three times over while it is loaded.
+    """
+    layers: dict[int, int] = {}
+    for write in plan.writes:
+        layers[layer_of(write.spec.name)] = layers.get(layer_of(write.spec.name), 0) + math.prod(write.spec.shape)
+    head = max((entry.num_elements for entry in dense.entries.values()), default=0)
+    return IMPORT_BYTES + 3 * FLOAT_BYTES * max(*(size for layer, size in layers.items() if layer >= 0), 2 * head, 1)
