@@ -17,7 +17,8 @@ from dense2moe.upcycle.checkpoints.products import product
 from dense2moe.upcycle.tasks.next_token import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
-from dense2moe.upcycle.training.frozen import keep_narrow, load_frozen, merge_low_rank, stored_dtype, use_low_rank
+from dense2moe.upcycle.training.frozen import keep_narrow, load_frozen, stored_dtype
+from dense2moe.upcycle.training.low_rank import merge_low_rank, use_low_rank
 from dense2moe.upcycle.training.trainable import choose_trainable
 
 MakeDense = Callable[..., Path]

@@ -9,7 +9,7 @@ autocast makes of them. Vectors (norms, biases) and routers are next to nothing,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +23,7 @@ from dense2moe.upcycle.checkpoints.products import product
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.memory import give_heap_back
-from dense2moe.upcycle.training.expert_forward import LOW_RANK, use_sorted_experts
+from dense2moe.upcycle.training.expert_forward import use_sorted_experts
 
 _SELECTION_BIAS = "e_score_correction_bias"  # is float32 wherever it is
 _SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside it is rounded to the dtype of loading
@@ -102,55 +101,6 @@ def _matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
             plain = (isinstance(module, nn.Linear) or _is_look_up(module)) and parameter.ndim == 2
             if (plain or parameter.ndim == 3) and id(parameter) not in routers:
                 yield parameter
-
-
-def use_low_rank(model: nn.Module) -> None:
-    """Let stacked experts that peft gave low-rank updates compute with the two factors.
-
-    peft itself makes a sum as large as all experts of a layer, in the dtype of the frozen ones, where a small update is
-    lost.
-    """
-    for module in model.modules():
-        if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
-            wrapper: Any = module
-            experts = wrapper.get_base_layer()
-            experts.__dict__.setdefault(LOW_RANK, {})[wrapper.parameter_name] = partial(_factors, wrapper)
-            wrapper.forward = partial(_pass_on, wrapper)
-
-
-def _factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The factors of a stack's low-rank updates as peft lays them out, and their scale.
-
-    [experts, rank, in] and [experts, out, rank] of a stack [experts, out, in].
-    """
-    (adapter,) = wrapper.lora_A
-    first, second = wrapper.lora_A[adapter].weight, wrapper.lora_B[adapter].weight
-    num_experts, rows, columns = wrapper.get_param().shape
-    assert (first.shape[1], second.shape[0]) == (columns, rows)
-    return (
-        first.reshape(num_experts, -1, columns),
-        second.reshape(rows, -1, num_experts).permute(2, 0, 1),
-        wrapper.scaling[adapter],
-    )
-
-
-def _pass_on(wrapper: Any, *arguments: Any, **keywords: Any) -> Any:
-    return wrapper.base_layer(*arguments, **keywords)
-
-
-def merge_low_rank(model: nn.Module, dtype: torch.dtype) -> None:
-    """Add every low-rank update to its matrix in float32, one matrix after the other, and round the sum to `dtype`."""
-    for module in model.modules():
-        if hasattr(module, "lora_A"):
-            layer: Any = module
-            base = layer.get_base_layer()
-            base.__dict__.pop(LOW_RANK, None)
-            matrix = layer.get_param() if hasattr(layer, "parameter_name") else base.weight
-            matrix.data = matrix.data.to(torch.float32)
-            (adapter,) = layer.lora_A
-            matrix.data = (matrix.data + layer.get_delta_weight(adapter).detach()).to(dtype)
-            layer.lora_B[adapter].weight.data.zero_()  # what is left for peft to merge
-            give_heap_back()
 
 
 def narrow(model: PreTrainedModel, dtype: torch.dtype, where: str) -> None:

@@ -20,7 +20,8 @@ from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.expert_forward import use_sorted_experts
-from dense2moe.upcycle.training.frozen import keep_narrow, merge_low_rank, narrow, use_low_rank
+from dense2moe.upcycle.training.frozen import keep_narrow, narrow
+from dense2moe.upcycle.training.low_rank import merge_low_rank, use_low_rank
 from dense2moe.upcycle.training.phase import Phase, Trained, check_settings
 from dense2moe.upcycle.training.processes import join_processes
 from dense2moe.upcycle.training.resumable import describe_last, last_checkpoint

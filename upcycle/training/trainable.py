@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.low_rank import add_low_rank, read_updates
 from dense2moe.upcycle.training.prompt import PARAMETER, add_prompt
 
 Named = Iterator[tuple[str, nn.Parameter]]
@@ -69,7 +70,7 @@ def choose_trainable(
         add_prompt(model, settings.prompt_tokens)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in planned.whole)
-    finish = _add_low_rank(model, planned) if planned.low_rank else lambda _: None
+    finish = add_low_rank(model, planned.low_rank, planned.rank, planned.alpha) if planned.low_rank else lambda _: None
     _check_learning(model, planned, names, settings.train)
     return finish
 
@@ -204,40 +205,6 @@ def parameter_groups(
     ]
 
 
-def _add_low_rank(model: PreTrainedModel, planned: Learning) -> Callable[[bool], None]:
-    """Give matrices low-rank updates by peft; returns what merges them into the weights, or takes them off.
-
-    Hu et al. 2021. Experts are parameters of three
-    dimensions and no linear layers, which peft leaves out unless they are named. peft is given the list of layers and
-    not the model: of a model of transformers it rewrites targets that end as the experts of an older version did, so
-    that linear layers called `gate_proj` lose their updates and experts get two ranks in one (peft 0.21,
-    `_convert_peft_config_moe`).
-    """
-    import peft  # slow to import, and only this needs it
-
-    layers: Any = model.get_decoder().layers
-    names = {id(parameter): name for name, parameter in layers.named_parameters()}
-    wanted = {name: names[id(parameter)] for name, parameter in model.named_parameters() if name in planned.low_rank}
-    stacked = sorted(inner for name, inner in wanted.items() if not name.endswith(".weight"))
-    linear = sorted(inner.removesuffix(".weight") for name, inner in wanted.items() if name.endswith(".weight"))
-    kept = {id(parameter) for parameter in layers.parameters() if parameter.requires_grad}
-    config = peft.LoraConfig(
-        r=planned.rank, lora_alpha=planned.alpha, target_modules=linear, target_parameters=stacked or None
-    )
-    adapted = peft.LoraModel(layers, config, "default")
-    for parameter in layers.parameters():
-        if id(parameter) in kept:  # peft has frozen all but its own
-            parameter.requires_grad_(True)
-
-    def finish(learned: bool) -> None:
-        if learned:
-            adapted.merge_and_unload()
-        else:
-            adapted.unload()
-
-    return finish
-
-
 def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[int, str], train: str) -> None:
     """Compare what learns with what is meant to: names, ranks, shapes and scales.
 
@@ -246,7 +213,7 @@ def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[in
     Raises:
         UpcycleError: something is missing, too much, or of another size.
     """
-    updates, adapters = _read_updates(model, names)
+    updates, adapters = read_updates(model, names)
     expected: dict[str, Any] = {
         name: ((planned.rank * count, columns), (rows, planned.rank * count), planned.alpha / planned.rank)
         for name, (count, rows, columns) in planned.low_rank.items()
@@ -269,26 +236,6 @@ def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[in
             "peft or transformers did something else than asked: install the versions of constraints.txt, or choose "
             "another finetune.train"
         )
-
-
-def _read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict[str, Any], set[int]]:
-    """Each matrix's low-rank update as peft made it: shapes of both factors, and its scale.
-
-    Also the identities of the factors that learn.
-    """
-    updates: dict[str, Any] = {}
-    adapters: set[int] = set()
-    for module in model.modules():
-        if (factors := getattr(module, "lora_A", None)) is None:
-            continue
-        layer: Any = module
-        matrix = layer.get_param() if hasattr(layer, "parameter_name") else layer.base_layer.weight
-        for adapter in factors:
-            pair = [layer.lora_A[adapter].weight, layer.lora_B[adapter].weight]
-            shapes = tuple(tuple(factor.shape) if factor.requires_grad else () for factor in pair)
-            updates[names.get(id(matrix), "an unknown matrix")] = (*shapes, layer.scaling[adapter])
-            adapters |= {id(factor) for factor in pair}
-    return updates, adapters
 
 
 def stacked_weights(experts: Any) -> torch.Tensor:
