@@ -1,1 +1,1 @@
-"""Gates as nodes of a graph: scores, choice, routes, and weights told to operators as logits."""
+"""Gates as nodes: scores, choice, routes, and routes told as logits."""

@@ -1,9 +1,9 @@
-"""Routes told to an operator that routes by itself: it takes router logits, and does softmax and top-k.
+"""Routes told as logits to operators that route by themselves.
 
-`MoE` and `QMoE` know one gate: a softmax over the top k, renormalized. A gate of that kind gives them its own logits.
-Any other routes are told as the logarithms of their weights, of which such a gate makes the weights again, over their
-sum; what the operator gives is multiplied by that sum. So it matters neither how weights came about nor what they sum
-to.
+`MoE` and `QMoE` take router logits and know one gate: a softmax over the top k, renormalized. A gate of that kind gives
+them its own logits. Any other routes are told as the logarithms of their weights, of which the operator makes the
+weights again, over their sum; what it gives is multiplied by that sum. So it matters neither how weights came about nor
+what they sum to.
 
 - A weight of zero has no logarithm: weights are raised to 1e-20 first, whose route adds nothing beside any other (and
   the CPU's operators skip routes below 1e-8). Where all weights of a token are zero they come out equal, times a sum of
@@ -12,7 +12,7 @@ to.
 - float16 and bfloat16 are fine near zero: there the largest logarithm is taken off first, which changes no softmax.
 
 Measured against float64 on ten gates of 4 experts: 5.3e-7 of the largest output in float32, and 5.9e-4 in a float16
-graph, as by `grouped`, which is told nothing.
+graph; by `grouped`, which is told nothing, 5.3e-7 and 8.1e-4.
 """
 
 from __future__ import annotations

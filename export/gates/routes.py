@@ -1,4 +1,4 @@
-"""Routes as nodes: from router logits to the experts that each token visits, and their weights.
+"""Routes as nodes: chosen experts and their weights, from router logits.
 
 1. Scores, by `scores`.
 2. The choice, by `choice`: of the scores, or of scores plus the selection bias.

@@ -24,8 +24,9 @@ LoweringWish = Literal["auto", "fused", "grouped", "unrolled", "switched"]
 
 @dataclass(frozen=True)
 class Lowering:
-    """A way to write a layer: what it refuses, how it writes, and the oldest runtime that computes it rightly.
+    """A way to write a layer of experts.
 
+    It says what it refuses, and the oldest onnxruntime that computes a layer rightly.
     `lower` takes hidden states of the graph's element type and router logits in float32, and returns float32.
     `lower_chosen` takes tokens [T, H] and, for each, weights and numbers [T, K] of the experts that it visits: any
     routes at all.

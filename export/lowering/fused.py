@@ -1,4 +1,4 @@
-"""The operators that route by themselves, given a gate that they know, or told the routes of any other."""
+"""Operators that route by themselves: given logits, or told routes."""
 
 from __future__ import annotations
 

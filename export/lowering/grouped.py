@@ -1,4 +1,6 @@
-"""Tokens sorted by expert, and two products an expert: standard operators, any width, any provider.
+"""Tokens sorted by expert, and two products an expert.
+
+Standard operators, any width, any provider.
 
 1. Every pair of a token and one of its k experts is a row; rows are sorted by expert (`TopK` breaks ties by the lower
    index, so it sorts stably).

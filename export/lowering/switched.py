@@ -1,4 +1,6 @@
-"""The fused operator for a decode step and `grouped` for a prefill, in one graph: an `If` on the number of tokens.
+"""The fused operator for a decode step, `grouped` for a prefill.
+
+One graph has both, behind an `If` on the number of tokens.
 
 On the CPU `QMoE` is the faster of the two for a few tokens, where `grouped` pays for its nodes, and the slower one for
 many. Each branch has weights of its own, since of a subgraph onnxruntime packs for its kernels only those, and the two

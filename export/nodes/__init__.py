@@ -1,1 +1,1 @@
-"""Nodes of a graph under construction: the writer, products, FFN gates, the embedding."""
+"""Nodes of a graph: the writer, products, FFN gates, the embedding."""

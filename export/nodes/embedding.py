@@ -1,4 +1,4 @@
-"""The embedding of a graph: rows gathered from a table, float or quantized."""
+"""The embedding: rows gathered from a float or quantized table."""
 
 from __future__ import annotations
 

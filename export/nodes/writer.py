@@ -1,4 +1,4 @@
-"""A graph under construction: named nodes, and weights that stay on disk until they are written."""
+"""A graph under construction: named nodes, and weights read when saved."""
 
 from __future__ import annotations
 

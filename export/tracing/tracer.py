@@ -1,4 +1,4 @@
-"""Any mixture-of-experts decoder of transformers as a graph, with markers where its large weights are.
+"""Any sparse decoder traced, with markers in place of its large weights.
 
 transformers' exporter follows the model's own forward, so whatever a family does between its matrices is right by
 construction: its attention, its norms, how its router chooses. What holds weights is not followed. Before the trace,
@@ -64,9 +64,9 @@ class ExpertsModule:
 
 @dataclass(frozen=True)
 class Trace:
-    """A graph with markers; where in the checkpoint the rows of every parameter are.
+    """A graph with markers.
 
-    And the modules of experts by name.
+    `located`: where in the checkpoint the rows of every parameter lie. `experts`: the modules of experts by name.
     """
 
     model: ir.Model

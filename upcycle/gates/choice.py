@@ -20,7 +20,9 @@ def choose(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
 
 
 def choice_margin(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """By how much selection scores [..., E] decide which experts a token visits; [...], infinite where nothing can.
+    """The margin by which selection scores [..., E] decide the choice; [...].
+
+    Infinite where every expert is chosen.
 
     Of a top-k: the last chosen score minus the first that is left out.
     """

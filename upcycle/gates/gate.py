@@ -1,4 +1,4 @@
-"""The gate: the whole rule by which tokens choose experts, as a record.
+"""The gate: the rule by which tokens choose experts.
 
 Four things are apart, in this order:
 

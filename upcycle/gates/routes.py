@@ -1,4 +1,4 @@
-"""Routes: which token visits which expert, with which weight, one row a visit."""
+"""Routes: one row a visit, of token, expert and weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ Where all chosen sigmoids are zero in float32, weights are zero instead of no nu
 
 @dataclass(frozen=True)
 class Routes:
-    """What any gate says of `num_tokens` tokens, one row a visit, rows of a token side by side and tokens in order.
+    """What any gate says of `num_tokens` tokens, one row a visit.
+
+    Rows of a token lie side by side, and tokens in order.
 
     token, expert: int64 [R]; weight: [R].
     """
@@ -48,7 +50,10 @@ class Routes:
 
 
 def route(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> Routes:
-    """The routes of tokens, from router logits [T, E] and the layer's selection bias [E], if its gate has one."""
+    """The routes of tokens, from router logits [T, E].
+
+    `bias` [E] is the layer's selection bias; None of a gate without one.
+    """
     assert gate.selection_bias == (bias is not None), "a gate is given its selection bias, if it has one"
     experts = choose_experts(logits, gate, bias)
     weights = score_experts(logits, gate).gather(-1, experts)

@@ -1,4 +1,4 @@
-"""From a traced graph to a package's: the passes in their order, one a file."""
+"""Passes that make a traced graph a package's, in their order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Markers of a traced graph: found, and replaced by nodes that compute what they stand for."""
+"""Markers of a traced graph, found and replaced by nodes."""
 
 from __future__ import annotations
 
