@@ -13,15 +13,17 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner, Result
 
 from dense2moe.convert.cli import main
-from dense2moe.convert.worker import start_server
+from dense2moe.convert.worker import Measured, start_server
 
 _PATIENCE = 600  # seconds
 
@@ -34,6 +36,22 @@ def dense2moe(*arguments: object, **settings: Any) -> Result:
     return CliRunner().invoke(
         main, [str(each) for each in arguments], prog_name="dense2moe", catch_exceptions=False, **settings
     )
+
+
+@contextmanager
+def stages_here() -> Iterator[None]:
+    """For the length of a `with`, stages run in this process.
+
+    What processes of their own are for is shown elsewhere, and they cost more than most stages of tiny models.
+    """
+
+    def run_here(function: Callable[..., Any], argument: Any, _: str, __: int, progress: Any) -> Measured[Any]:
+        return Measured(function(argument, progress), 0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dense2moe.convert.walk.run_apart", run_here)
+        patch.setattr("dense2moe.convert.worker.start_server", lambda: None)
+        yield
 
 
 def fork(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from jsonschema import Draft202012Validator
-from programs import dense2moe, fork, kill, run_command
+from programs import dense2moe, fork, kill, launch, run_command, stages_here
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,6 +61,13 @@ def succeed(*arguments: object) -> str:
     finished = dense2moe(*arguments)
     assert finished.exit_code == 0, finished.stderr
     return finished.stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stages_here():
+    """Only what is forked, launched or started as a program has processes for its stages."""
+    with stages_here():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -197,36 +204,35 @@ def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_
     assert "fine-tune" not in card.partition("## Recipe")[0]
 
 
-@pytest.mark.parametrize("fsdp", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}], ids=["copies", "parts"])
-def test_two_processes_share_the_fine_tuning_of_one_run(fsdp, killed_run, tiny_recipe, tmp_path):
+def losses_of(workdir: Path) -> dict[str, float]:
+    """Of each model; not of the control of equal time, whose steps are measured."""
+    evaluations = facts_of(workdir, "finetune")["evaluations"]
+    return {name: found["loss"] for name, found in evaluations.items() if name != "dense, equal time"}
+
+
+def test_two_processes_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe, tmp_path):
+    """As a launcher starts them."""
     workdir = tmp_path / "shared"
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        "-m",
-        "dense2moe",
-        "run",
-        str(tiny_recipe),
-    ]
-    finished = subprocess.run(
-        [*command, "--workdir", str(workdir)], env=os.environ | fsdp, capture_output=True, text=True, check=False
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "dense2moe", "run", str(tiny_recipe), "--workdir", str(workdir)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("report: ") == 1
     assert succeed("verify", workdir).endswith("8 artifacts, every file as its manifest says\n")
     assert not list(workdir.glob("*.resume"))
-    alone, shared = (
-        json.loads(next(each.glob("report-*/report.json")).read_text(encoding="utf-8"))
-        for each in (killed_run[0], workdir)
-    )
-    for name, evaluation in alone["finetune"]["evaluations"].items():
-        if name != "dense, equal time":  # whose steps are measured
-            # Sums in another order, and three steps.
-            assert shared["finetune"]["evaluations"][name]["loss"] == pytest.approx(evaluation["loss"], rel=1e-4)
+    # sums in another order, and three steps
+    assert losses_of(workdir) == pytest.approx(losses_of(killed_run[0]), rel=1e-4)
+
+
+def test_two_processes_with_parts_of_the_model_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe, tmp_path):
+    workdir, said = tmp_path / "shared", tmp_path / "said.txt"
+    arguments = ["run", str(tiny_recipe), "--workdir", str(workdir), "--until", "finetune"]
+    fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    codes = launch(2, run_command, arguments, said=said, environment=fsdp)
+    assert codes == [0, 0], said.read_text(encoding="utf-8")
+    assert succeed("verify", workdir).endswith("4 artifacts, every file as its manifest says\n")
+    assert not list(workdir.glob("*.resume"))
+    assert losses_of(workdir) == pytest.approx(losses_of(killed_run[0]), rel=1e-4)
 
 
 def test_a_second_run_reuses_everything(killed_run, tiny_recipe):
