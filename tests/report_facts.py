@@ -47,7 +47,7 @@ def history() -> list[dict[str, Any]]:
                 "model": model,
                 "step": stride * number,
                 "num_tokens": stride * number * 2048,
-                "stage": (number - 1) // 2,
+                "phase": (number - 1) // 2,
             }
             high = 0.25 + 0.2 / number
             rest = (1 - high) / 3

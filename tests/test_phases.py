@@ -52,7 +52,7 @@ def test_stages_follow_each_other_and_count_on(start: Start, mixture_checkpoint:
     )
     facts, output = start(CONFIG.model_copy(update={"stages": stages}))
     logged = [step for step in facts.history if step.train_loss is not None]
-    assert [(step.stage, step.step) for step in logged] == [(0, 1), (0, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
+    assert [(step.phase, step.step) for step in logged] == [(0, 1), (0, 2), (1, 3), (1, 4), (1, 5), (1, 6)]
     assert [step.num_tokens for step in logged] == [step * 4 * BLOCK for step in range(1, 7)]
     assert facts.num_steps == {"fine-tuned": 6}
     assert changed(mixture_checkpoint, output) == {name for name in weights(output) if "block_sparse_moe" in name}

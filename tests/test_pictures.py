@@ -13,7 +13,7 @@ from dense2moe.convert.report.pictures.drawing import Picture
 from dense2moe.convert.report.pictures.selection import plan_pictures
 from dense2moe.convert.report.summary import summarize
 
-STAGE_DASH = "1.2,1.2"
+PHASE_DASH = "1.2,1.2"
 
 
 @pytest.fixture
@@ -41,24 +41,24 @@ def test_the_training_curve_shows_the_mixture_and_both_controls(facts):
         assert f">{label}<" in drawn.svg
 
 
-def test_the_training_curve_marks_where_stages_begin(facts):
+def test_the_training_curve_marks_where_phases_begin(facts):
     ends = {
-        (s["model"], s["num_tokens"]) for s in facts["finetune"]["history"] if s["step"] in (40, 60) and s["stage"] == 0
+        (s["model"], s["num_tokens"]) for s in facts["finetune"]["history"] if s["step"] in (40, 60) and s["phase"] == 0
     }
     places = {tokens for _, tokens in ends}
     assert len(places) == 2  # the mixture's and its equal in tokens, and that of equal time
     drawn = picture(facts, "Training")
-    assert drawn.svg.count(f"stroke-dasharray: {STAGE_DASH}") == len(places)
-    assert "where a stage begins" in drawn.caption
+    assert drawn.svg.count(f"stroke-dasharray: {PHASE_DASH}") == len(places)
+    assert "where a phase begins" in drawn.caption
 
 
-def test_one_stage_is_not_marked(facts):
+def test_one_phase_is_not_marked(facts):
     for step in facts["finetune"]["history"]:
-        step["stage"] = 0
+        step["phase"] = 0
     for title in ("Training", "Load over training", "Experts coming apart", "Routers over training"):
         drawn = picture(facts, title)
-        assert STAGE_DASH not in drawn.svg
-        assert "stage" not in drawn.caption
+        assert PHASE_DASH not in drawn.svg
+        assert "phase" not in drawn.caption
 
 
 def test_the_specialization_names_the_expert_that_tells_domains_apart_most(facts):

@@ -521,7 +521,7 @@ def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Calla
     stages = ({"steps": 4}, {name: value for name, value in HARM.items() if name != "eval_steps"} | {"steps": 2})
     run = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "stages": stages}))
     looks = {
-        (step.stage, step.step): step.validation_loss
+        (step.phase, step.step): step.validation_loss
         for step in of(run, "fine-tuned")
         if step.validation_loss is not None
     }

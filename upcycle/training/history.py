@@ -22,13 +22,13 @@ HISTORY_NAME = "history.jsonl"
 class Step:
     """One line of the history; losses in nats a token, the balance loss is 1 when balanced.
 
-    Steps and tokens are counted over all phases; `stage` is the number of the phase.
+    Steps and tokens are counted over all phases; `phase` is the number of one, from 0.
     """
 
     model: ModelName
     step: int
     num_tokens: int
-    stage: int = 0
+    phase: int = 0
     train_loss: float | None = None
     balance_loss: float | None = None
     z_loss: float | None = None

@@ -195,5 +195,5 @@ def _write_target(job: Job, trained: Path, history: list[Step]) -> None:
     ignored = shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME)
     shutil.copytree(trained, job.target, dirs_exist_ok=True, ignore=ignored)
     if any(settings.tensorboard for settings in job.phases):
-        told = [step for step in history if job.phases[step.stage].tensorboard]
+        told = [step for step in history if job.phases[step.phase].tensorboard]
         write_events(job.target / EVENTS_DIRECTORY, told)

@@ -68,7 +68,7 @@ def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
     if not lines:
         return {}
     last = lines[-1]
-    same_phase = [step for step in history if (step.model, step.stage) == (last.model, last.stage)]
+    same_phase = [step for step in history if (step.model, step.phase) == (last.model, last.phase)]
     looks = [step.step for step in same_phase if step.validation_loss is not None and step.step < last.step]
     start = max(looks, default=0)
     # each line has the mean load over the steps since the line before it
@@ -76,7 +76,7 @@ def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
     recent = [
         (line, count)
         for line, count in zip(lines, num_steps, strict=True)
-        if line.stage == last.stage and line.step > start
+        if line.phase == last.phase and line.step > start
     ]
     total = sum(count * torch.tensor([layer.load for layer in line.layers]) for line, count in recent)
     means = cast(torch.Tensor, total / sum(count for _, count in recent))

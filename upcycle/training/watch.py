@@ -128,7 +128,7 @@ class Watch(TrainerCallback):
             model=phase.model,
             step=step,
             num_tokens=step * phase.settings.batch_size * phase.train.block_size,
-            stage=phase.number,
+            phase=phase.number,
             **parts,
             validation_loss=validation,
             learning_rate=logs.get("learning_rate"),

@@ -119,7 +119,7 @@ def draw_layer_band(axes: Axes, logged: Sequence[Step], values: Sequence[Sequenc
     )
     axes.plot(tokens, [fmean(layers) for layers in values], color=BLUE, marker="." if len(values) <= 2 else "")
     mark_tokens(axes)
-    mark_stages(axes, find_stage_starts(logged), GREY)
+    mark_phases(axes, find_phase_starts(logged), GREY)
 
 
 def mark_tokens(axes: Axes) -> None:
@@ -128,13 +128,13 @@ def mark_tokens(axes: Axes) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
 
 
-def find_stage_starts(steps: Sequence[Step]) -> list[int]:
-    """Tokens at which one model's second and later stages begin."""
-    return [before.num_tokens for before, after in pairwise(steps) if before.stage != after.stage]
+def find_phase_starts(steps: Sequence[Step]) -> list[int]:
+    """Tokens at which one model's second and later phases begin."""
+    return [before.num_tokens for before, after in pairwise(steps) if before.phase != after.phase]
 
 
-def mark_stages(axes: Axes, starts: Sequence[int], color: str) -> None:
-    """A thin line where a stage begins."""
+def mark_phases(axes: Axes, starts: Sequence[int], color: str) -> None:
+    """A thin line where a phase begins."""
     for tokens in starts:
         axes.axvline(tokens, color=color, linewidth=0.6, linestyle=(0, (2, 2)), zorder=1)
 

@@ -21,8 +21,8 @@ from dense2moe.convert.report.pictures.drawing import (
     Drawing,
     draw_layer_band,
     fair_shares,
-    find_stage_starts,
-    mark_stages,
+    find_phase_starts,
+    mark_phases,
     mark_tokens,
     open_axes,
     write_svg,
@@ -62,8 +62,8 @@ def draw_training(finetune: FinetuneFacts) -> Drawing:
             axes.plot(
                 *zip(*best, strict=True), "o", color=color, markerfacecolor="none", markersize=9, markeredgewidth=1.2
             )
-        starts = [tokens for tokens in find_stage_starts(steps) if tokens not in marked]
-        mark_stages(axes, starts, color if marked else GREY)
+        starts = [tokens for tokens in find_phase_starts(steps) if tokens not in marked]
+        mark_phases(axes, starts, color if marked else GREY)
         marked.update(starts)
     drawn.append(Line2D([], [], color=GREY, linewidth=0.7, label="the same, training loss"))
     mark_tokens(axes)
@@ -71,11 +71,11 @@ def draw_training(finetune: FinetuneFacts) -> Drawing:
         handles=drawn, loc="outside upper left", ncols=2, handlelength=2.6, labelspacing=0.35, columnspacing=1.4
     )
     reached = f"{', '.join(ends[:-1])} and {ends[-1]}" if len(ends) > 1 else ends[0]
-    stages = "; a thin vertical line is where a stage begins, grey where it is the mixture's" if marked else ""
+    phases = "; a thin vertical line is where a phase begins, grey where it is the mixture's" if marked else ""
     return (
         write_svg(figure, "training"),
         "Line chart: training and validation loss against tokens.",
-        f"The validation loss reached {reached}; a ring marks the weights that were kept{stages}.",
+        f"The validation loss reached {reached}; a ring marks the weights that were kept{phases}.",
     )
 
 
@@ -93,7 +93,7 @@ def draw_balance(logged: Sequence[Step]) -> Drawing:
     axes.set_ylim(0, 1.25 * max(1.6, *highest))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     mark_tokens(axes)
-    mark_stages(axes, find_stage_starts(logged), GREY)
+    mark_phases(axes, find_phase_starts(logged), GREY)
     axes.legend(loc="upper right", handlelength=2.2, labelspacing=0.35)
     return (
         write_svg(figure, "balance"),
