@@ -135,7 +135,7 @@ def workdir(facts, package, tmp_path) -> Path:
             else:
                 for path in package.iterdir():
                     (draft.directory / path.name).write_bytes(path.read_bytes())
-            facts_of = {"variants": facts["variants"]} if label == "report" else {}
+            facts_of = facts if label == "report" else {}
             directories[label] = draft.seal(inputs={}, settings={}, facts=facts_of, versions={}, seed=0).directory.name
     state = {"name": "tiny", "status": "finished", "recipe": "tiny.yaml", "artifacts": directories}
     (tmp_path / "run" / "run.json").write_text(json.dumps(state), encoding="utf-8")

@@ -97,14 +97,16 @@ def package(directory: Path, output: Path, variant: str | None) -> None:
     """
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.release import gather_package
+    from dense2moe.convert.report.facts import read_facts
 
     state = read_run(directory)
     found = find_package(directory, variant)
     report = open_artifact(_find_report(directory, state))
     variant = next(variant for variant, name in state.packages.items() if directory / name == found)
+    passed = read_facts(report.facts, str(directory)).variants[variant].parity.passed
     names = gather_package(open_artifact(found), report, variant, output)
     click.echo(f"{output}: {variant}, {len(names)} files: {', '.join(names)}")
-    if not report.facts["variants"][variant]["parity"]["passed"]:
+    if not passed:
         click.echo("parity was broken; the card says so at its head", err=True)
 
 
