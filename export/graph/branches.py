@@ -1,4 +1,4 @@
-"""A graph whose `If` nodes all go one way, as a graph without them."""
+"""A graph without its `If` nodes: one branch taken in all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _BRANCHES = ("then_branch", "else_branch")
 
 
 def take_branches(model: onnx.ModelProto) -> list[onnx.ModelProto]:
-    """The models that a model is when all its `If` nodes take the first branch, and when all take the second.
+    """Two models: all `If` nodes take the first branch, or all the second.
 
     Itself where it has none. Nodes and weights of the branch taken lie among those around it, and what it returns has
     the name of what the node returned.

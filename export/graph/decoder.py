@@ -72,15 +72,16 @@ class DecoderGraph:
 
 @dataclass(frozen=True)
 class Cut:
-    """A part of a model, for timing: its first layers, and the first tokens of its vocabulary."""
+    """A part of a model, for timing: first layers, first tokens."""
 
     num_layers: int
     vocabulary: int
 
 
 def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut: Cut | None = None) -> DecoderGraph:
-    """Build the graph of a (quantized) checkpoint, or a part of it; weights are read when the model is saved.
+    """Build the graph of a (quantized) checkpoint, or of a part.
 
+    Weights are read when the model is saved.
     `lowering` must be able to express the layers with experts; None is for a model without any.
     """
     c, family = twin.checkpoint.config, twin.family
@@ -147,14 +148,14 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
 
 
 def oldest_onnxruntime(lowering: Lowering | None, layers: Sequence[MoeLayer], device: Device) -> str:
-    """The oldest runtime that computes a graph for a device with this lowering of its layers."""
+    """The oldest onnxruntime that computes a graph with this lowering."""
     least = _MIN_ONNXRUNTIME if device == "cpu" else _MIN_ONNXRUNTIME_CUDA
     needed = [lowering.min_onnxruntime(layer) for layer in layers] if lowering else []
     return max([least, *needed], key=lambda version: tuple(map(int, version.split("."))))
 
 
 def _finish(write: BlockWriter, update: ir.Value, post_norm: str | None, factor: float, name: str) -> ir.Value:
-    """What a block does to its output before it joins the residual stream.
+    """An output, normed and multiplied before it joins the residual stream.
 
     A norm, or a factor, where the architecture has them.
     """
@@ -166,7 +167,10 @@ def _finish(write: BlockWriter, update: ir.Value, post_norm: str | None, factor:
 def _add_residual(
     write: BlockWriter, residual: ir.Value, update: ir.Value, norm: str | None, normed_name: str, sum_name: str
 ) -> tuple[ir.Value, ir.Value]:
-    """residual + update, and its RMS norm, in one node; returns (normed, sum). Without a norm both are the sum."""
+    """residual + update, and its RMS norm, in one node.
+
+    Returns (normed, sum). Without a norm both are the sum.
+    """
     if norm is None:
         joined = write.graph.op("Add", [residual, update], sum_name)
         return joined, joined
@@ -183,7 +187,7 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
 
 
 def find_operator_limit(c: PreTrainedConfig) -> str | None:
-    """What of a config no operator of onnxruntime computes, although the builder would write it, or None.
+    """A limit of onnxruntime's operators that a config exceeds, or None.
 
     Only a session that runs would tell it, after all the work: so says the operator of onnxruntime 1.32 on the CPU.
     """

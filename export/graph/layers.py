@@ -1,4 +1,4 @@
-"""The blocks of a decoder layer: attention, and the FFN, sparse or dense."""
+"""The halves of a decoder layer: attention and FFN."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ _ROTARY_HEAD_MULTIPLE = (
 
 
 class BlockWriter:
-    """Writes the blocks of one decoder into a graph, and knows which of its tensors were read.
+    """Writes attention and FFNs of one decoder into a graph.
 
+    Knows which of the checkpoint's tensors were read.
     Blocks read the residual stream and return what is added to it, in float32; inside they compute in the graph's
     element type.
     """
@@ -78,7 +79,7 @@ class BlockWriter:
         return self.graph.op("Add", [y, self._biases(biases)], output) if biases else y
 
     def norm(self, x: ir.Value, name: str, output: str) -> ir.Value:
-        """RMS norm of x over its last dimension, by the scale `name`; both float32."""
+        """RMS norm of x over its last dimension, in float32."""
         attributes = {"axis": -1, "epsilon": float(self.config.rms_norm_eps), "stash_type": 1}
         return self.graph.op("SimplifiedLayerNormalization", [x, self.scale(name)], output, attributes)
 
@@ -92,7 +93,10 @@ class BlockWriter:
     def attention(
         self, x: ir.Value, layer: int, positions: Positions, past: tuple[ir.Value, ir.Value]
     ) -> tuple[ir.Value, tuple[ir.Value, ir.Value]]:
-        """Attention over x [B, S, H] and the past; returns its output [B, S, H] and the present keys and values."""
+        """Attention over x [B, S, H] and the past.
+
+        Returns its output [B, S, H] and the present keys and values.
+        """
         family, c = self.family, self.config
         heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
         matrices = [family.name(part, layer) for part in QUERY_KEY_VALUE]
@@ -136,7 +140,10 @@ class BlockWriter:
         return self.graph.widen(update), (present_key, present_value)
 
     def _norm_projection(self, x: ir.Value, name: str, heads: int) -> ir.Value:
-        """RMS norm of a projection [B, S, heads * head_dim]: of each head by itself, or of the whole row."""
+        """RMS norm of each head of a projection, or of the row.
+
+        x is [B, S, heads * head_dim].
+        """
         if not self.family.norm_per_head:
             return self.graph.narrow(self.norm(self.graph.widen(x), name, f"{x.name}_normed"))
         split = self.graph.constant(f"split_{heads}_heads", int64(0, 0, heads, self.head_dim))
@@ -146,7 +153,7 @@ class BlockWriter:
         return self.graph.op("Reshape", [normed, joined], f"{x.name}_normed")
 
     def _rotate(self, x: ir.Value, positions: Positions, num_heads: int) -> ir.Value:
-        """Rotate x [B, S, num_heads * head_dim] by a node of its own."""
+        """Rotate x [B, S, num_heads * head_dim] in a separate node."""
         inputs = [x, positions.position_ids, positions.cos, positions.sin]
         return self.graph.op(
             "RotaryEmbedding", inputs, f"{x.name}_rotated", {"interleaved": 0, "num_heads": num_heads}, MICROSOFT
@@ -184,7 +191,7 @@ class BlockWriter:
         )
 
     def _shared(self, x: ir.Value, layer: int) -> ir.Value | None:
-        """What the expert adds that every token visits; None where there is none, or one of width 0."""
+        """The shared expert's output; None without one, or of width 0."""
         shared = self.family.shared
         if shared is None or not self.has(shared.up.format(layer=layer)):
             return None

@@ -101,7 +101,7 @@ def add_positions(graph: GraphWriter, twin: Twin, input_ids: ir.Value, attention
 
 
 def effective_window(twin: Twin, layer: int) -> int | None:
-    """The window of a layer; None where it is as wide as the context."""
+    """The window of a layer; None where it spans the context."""
     c = twin.checkpoint.config
     return _effective(twin.family.window(c, layer), c.max_position_embeddings)
 
