@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from dense2moe.export.parity.forward import Forward, Reference, forward_of, run_package, split_batches
 from dense2moe.export.parity.records import Agreement, MarginBin
-from dense2moe.export.parity.taps import Seen, look
+from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.parity.ties import find_smallest_margin, same_experts
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.upcycle.gates.choice import choice_margin
@@ -72,7 +72,7 @@ def compare(
     def add(batch: torch.Tensor) -> Choice | None:
         nonlocal first, routers
         mask = torch.ones_like(batch)
-        seen = look(decoder, batch, mask, batch.shape[1], decoder.taps)
+        seen = look(decoder, FedText(batch, mask, batch.shape[1]), decoder.taps)
         expected = reference.forward(batch, mask) if follow is None else follow(reference, seen)
         if keeps_first and first is None:
             first, routers = expected.logits, dict(reference.routers)

@@ -17,7 +17,7 @@ from dense2moe.export import names
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
-from dense2moe.export.parity.taps import Seen, look
+from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
 from dense2moe.export.rotary import rotary_switch
@@ -251,7 +251,7 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
 
     A prefill of `num_prefill` tokens, then one token at a time; then a prefill has the logits of its last alone.
     """
-    return forward_of(look(decoder, ids, mask, num_prefill, decoder.taps), decoder)
+    return forward_of(look(decoder, FedText(ids, mask, num_prefill), decoder.taps), decoder)
 
 
 def choice_of(decoder: Decoder) -> Choice | None:

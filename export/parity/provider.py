@@ -23,6 +23,7 @@ from dense2moe.export.parity.forced import force_routing
 from dense2moe.export.parity.forward import BATCH, Forward, Reference, open_reference
 from dense2moe.export.parity.inside.arithmetic import find_arithmetic, find_narrow
 from dense2moe.export.parity.inside.discovery import discover_taps
+from dense2moe.export.parity.inside.local import LocalCheck
 from dense2moe.export.parity.inside.places import PlacesCheck
 from dense2moe.export.parity.inside.products import Arithmetic
 from dense2moe.export.parity.limits import configured_limits, measure_noise, noise_limit, own_limit
@@ -34,7 +35,7 @@ from dense2moe.export.parity.taps import Seen, Taps, find_taps
 from dense2moe.export.parity.ties import TIE_MARGIN
 from dense2moe.export.parity.verdicts import MOST_TIES, NO_TWIN, explain_unjudged, find_breaches, judge_tiers
 from dense2moe.export.parity.ways.cases import plan_cases
-from dense2moe.export.parity.ways.feeding import Errors, own_noise, run_cases, run_cases_alone
+from dense2moe.export.parity.ways.feeding import Errors, Watch, own_noise, run_cases, run_cases_alone
 from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.rows import FoundWeights, check_weights
@@ -92,9 +93,8 @@ class ProviderJudgement:
         noise = self._measure_noise() if self.subject.exact and config.noise_blocks else None
         tuned = self._compare_finetuned(decoder, evaluation)
         with open_reference(self.subject.twin) as reference:
-            places = PlacesCheck(
-                reference, decoder, taps, self.family, arithmetic, config, provider, self.subject.exact_twin
-            )
+            local = LocalCheck(reference, taps, self.family, arithmetic)
+            places = PlacesCheck(local, decoder, config, provider, self.subject.exact_twin)
             with places.computing():
                 places.check_text(blocks, _teller(progress, "comparing places inside", 2))
                 follow = self._follow(places)
@@ -140,6 +140,7 @@ class ProviderJudgement:
             measure,
             watch,
             places,
+            local,
         )
         release_memory()
         checks = tuple(each.judge(limits["logits"].value if "logits" in limits else math.inf) for each in errors)
@@ -253,14 +254,15 @@ class ProviderJudgement:
             self.config,
         )
         tell = _teller(self.progress, "checking logits", len(cases))
+        watch = Watch(places.way_names, places.look_inside, tie_margin, tell)
         if self.subject.exact:
-            return run_cases(decoder, reference, cases, places.way_names, places.look_inside, tie_margin, tell)
+            return run_cases(decoder, reference, cases, watch)
         routers = [
             scores if (scores := names.selection_scores(names.experts(n))) in decoder.taps else name
             for n, name in taps.by_layer("router")
         ]
         share = 1.0 if routers or own.choice is None else _SHARE
-        return run_cases_alone(decoder, cases, places.way_names, routers, places.look_inside, tie_margin, share, tell)
+        return run_cases_alone(decoder, cases, routers, watch, share)
 
     def _measure_alone(
         self, provider: str, own: Comparison, tuned: Comparison, checks: tuple[Check, ...], limits: dict[str, Limit]

@@ -135,20 +135,33 @@ class Seen:
         )
 
 
+@dataclass(frozen=True)
+class FedText:
+    """Ids and mask [B, S]: a prefill of `num_prefill` tokens, then one token at a time.
+
+    Of a whole prefill the last `num_logits` tokens have logits, all where it is 0; else the last one alone has.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    num_prefill: int
+    num_logits: int = 0
+
+    @classmethod
+    def whole(cls, ids: torch.Tensor) -> FedText:
+        """Rows without padding, in one prefill."""
+        return cls(ids, torch.ones_like(ids), ids.shape[1])
+
+
 def look(
     decoder: Decoder,
-    ids: torch.Tensor,
-    mask: torch.Tensor,
-    num_prefill: int,
+    text: FedText,
     names: Sequence[str] = (),
     nudge: torch.Tensor | None = None,
-    num_logits: int = 0,
     with_cache: bool = False,
 ) -> Seen:
-    """Feed ids [B, S]: a prefill of `num_prefill` tokens, then one token at a time.
-
-    Then a prefill has the logits of its last alone.
-    """
+    """Feed a text, and see values by name; `nudge` [B * S, E] is added to the router logits of every layer."""
+    ids, mask, num_prefill, num_logits = text.ids, text.mask, text.num_prefill, text.num_logits
     cache = decoder.new_cache(len(ids), ids.shape[1], taps=names)
     kept = num_logits if num_prefill == ids.shape[1] else 1
     wide = None if nudge is None else nudge.view(len(ids), ids.shape[1], -1)

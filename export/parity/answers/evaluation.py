@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -79,7 +81,10 @@ class TaskEvaluation:
             if found is None or of_twin is None or of_tuned is None:
                 checks.append(f"not run: '{encoded.task.name}' compares hidden states, and the package shows none")
             else:
-                checks.append(compare_task(encoded, found, of_twin, of_tuned, self.decoder, twin, limits, tie_margin))
+                is_flip = partial(_flips, decoder=self.decoder, twin=twin, tie_margin=tie_margin)
+                answers = TaskAnswers(encoded, found, of_twin, of_tuned)
+                gaps = _gaps(encoded, found, of_twin, twin)
+                checks.append(compare_task(answers, gaps, gap_limit(encoded.task.kind, limits), is_flip))
         return tuple(checks)
 
     def _ask(self, model: Model) -> list[list[Outcome] | None]:
@@ -106,27 +111,30 @@ def score_task(task: TaskFile, outcomes: Sequence[Outcome]) -> dict[str, float]:
             return {"Spearman's correlation": rank_correlation(_points(task, outcomes), _given(task))}
 
 
+@dataclass(frozen=True)
+class TaskAnswers:
+    """A task, and the answers of the package (`found`), of the twin (`own`) and of the fine-tuned model (`tuned`)."""
+
+    encoded: EncodedTask
+    found: Sequence[Outcome]
+    own: Sequence[Outcome]
+    tuned: Sequence[Outcome]
+
+
 def compare_task(
-    encoded: EncodedTask,
-    found: Sequence[Outcome],
-    own: Sequence[Outcome],
-    tuned: Sequence[Outcome],
-    decoder: Decoder,
-    twin: Reference,
-    limits: Mapping[str, Limit],
-    tie_margin: float,
+    answers: TaskAnswers, all_gaps: Iterable[float], limit: Limit | None, is_flip: Callable[[Sequence[Ids]], bool]
 ) -> TaskCheck:
-    """One task, from the answers of the package (`found`), of the twin and of the fine-tuned model."""
+    """One task done by three models.
+
+    `all_gaps`: by example, how far the twin prefers its own answer. A gap beyond the limit does not count where the
+    example's texts flip experts at a near-tie, as `is_flip` says.
+    """
+    encoded, found, own, tuned = answers.encoded, answers.found, answers.own, answers.tuned
     task = encoded.task
     package, finetuned = score_task(task, found), score_task(task, tuned)
-    limit = gap_limit(task.kind, limits)
     gaps, num_flips = {}, 0
-    for number, gap in enumerate(_gaps(encoded, found, own, twin), 1):
-        if (
-            limit is not None
-            and not gap <= limit.value
-            and _flips(_texts(encoded, number - 1, own), decoder, twin, tie_margin)
-        ):
+    for number, gap in enumerate(all_gaps, 1):
+        if limit is not None and not gap <= limit.value and is_flip(_texts(encoded, number - 1, own)):
             num_flips += 1
         else:
             gaps[number] = gap

@@ -9,16 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from dense2moe.export.parity.config import ParityConfig
-from dense2moe.export.parity.forward import Reference
 from dense2moe.export.parity.inside.local import LocalCheck
 from dense2moe.export.parity.inside.meter import LEAST_NOISE, Measured
-from dense2moe.export.parity.inside.products import Arithmetic
 from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, Part, Place, name_place
 from dense2moe.export.parity.records import PlaceCheck
-from dense2moe.export.parity.taps import Seen, Taps, look
+from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.parity.ways.cases import every_expert
 from dense2moe.export.runtime.decoder import CPU, Decoder
-from dense2moe.upcycle.models.architecture import Architecture
 
 _EXPERT_TOKENS = 64
 _FEW_TOKENS = 4  # as many as an operator may compute by another kernel, and a graph by another branch
@@ -57,23 +54,20 @@ class PlacesCheck:
 
     def __init__(
         self,
-        reference: Reference,
+        local: LocalCheck,
         decoder: Decoder,
-        taps: Taps,
-        family: Architecture | None,
-        arithmetic: Arithmetic,
         config: ParityConfig,
         provider: str,
         exact_twin: bool,
     ) -> None:
         """Without an exact twin, or where this processor's rounding is not known, nothing inside is checked."""
-        self._local = LocalCheck(reference, taps, family, arithmetic)
+        self._local = local
         self._local.meter.limit = self._limit
         self._local.meter.narrow_taps = frozenset(
             value.name for value in decoder.session.get_outputs() if value.type in _NARROW_TYPES
         )
-        self._decoder, self._taps, self._config, self._provider = decoder, taps, config, provider
-        self._judges = exact_twin and not arithmetic.unknown
+        self._decoder, self._taps, self._config, self._provider = decoder, local.taps, config, provider
+        self._judges = exact_twin and not local.arithmetic.unknown
         self._exact_twin = exact_twin
         self._worst: dict[Place, PlaceCheck] = {}
 
@@ -109,28 +103,19 @@ class PlacesCheck:
             return
         names = self._taps.all
         row = blocks[:1, : min(_EXPERT_TOKENS, blocks.shape[1])]
-        ones = torch.ones_like(row)
         nudge = None
         if self._taps.routers:
             gate = self._local.reference.gate
             assert gate is not None, "routers in a model without a gate"
             nudge = every_expert(row.shape[1], self._taps.num_experts, gate.max_experts_per_token)
-        seen = look(self._decoder, row, ones, row.shape[1], names, nudge, with_cache=True)
+        seen = look(self._decoder, FedText.whole(row), names, nudge, with_cache=True)
         self._add(self._local.measure(seen, measures_noise=self._config.noise_blocks > 0))
         tell(1)
         few = row[:, :_FEW_TOKENS]
         some = None if nudge is None else nudge[:_FEW_TOKENS]
-        self._add(
-            self._local.measure(
-                look(self._decoder, few, ones[:, :_FEW_TOKENS], few.shape[1], names, some, with_cache=True)
-            )
-        )
+        self._add(self._local.measure(look(self._decoder, FedText.whole(few), names, some, with_cache=True)))
         whole = blocks[:1, : min(_TEXT_TOKENS, blocks.shape[1], self._decoder.context_length)]
-        self._add(
-            self._local.measure(
-                look(self._decoder, whole, torch.ones_like(whole), whole.shape[1], names, with_cache=True)
-            )
-        )
+        self._add(self._local.measure(look(self._decoder, FedText.whole(whole), names, with_cache=True)))
         tell(2)
 
     def look_inside(self, seen: Seen) -> tuple[str, int | None] | None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from dense2moe.export.parity.agreement import LOGIT_ROWS
 from dense2moe.export.parity.forward import Forward, Reference, choice_of, forward_of
 from dense2moe.export.parity.records import Check
-from dense2moe.export.parity.taps import Seen, look
+from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips
 from dense2moe.export.parity.ways.cases import Case
 from dense2moe.export.runtime.decoder import Decoder
@@ -50,42 +50,41 @@ None where nothing is.
 """
 
 
-def run_cases(
-    decoder: Decoder,
-    reference: Reference,
-    cases: Sequence[Case],
-    names: Sequence[str],
-    look_inside: WayCheck,
-    tie_margin: float = TIE_MARGIN,
-    tell: Callable[[int], None] = lambda _: None,
-) -> list[Errors]:
+@dataclass(frozen=True)
+class Watch:
+    """How cases are watched: values that are seen beside the decoder's taps, the check of places, and near-ties.
+
+    `tell` is called with the number of cases that are done.
+    """
+
+    values: Sequence[str]
+    look_inside: WayCheck
+    tie_margin: float = TIE_MARGIN
+    tell: Callable[[int], None] = lambda _: None
+
+
+def run_cases(decoder: Decoder, reference: Reference, cases: Sequence[Case], watch: Watch) -> list[Errors]:
     """Feed the package each case, and compare with one full forward of the reference.
 
     Cases of one text that follow each other share it.
-    `names` are the places that are seen beside what the decoder shows anyway.
     """
     known: tuple[Case, Forward] | None = None
     errors = []
     for number, case in enumerate(cases):
-        tell(number)
-        seen = look(decoder, case.ids, case.mask, case.num_prefill, [*decoder.taps, *names], with_cache=True)
+        watch.tell(number)
+        text = FedText(case.ids, case.mask, case.num_prefill)
+        seen = look(decoder, text, [*decoder.taps, *watch.values], with_cache=True)
         if known is None or not known[0].shares_text(case, reference):
             known = None  # before the next is computed
             known = case, reference.forward(case.ids, case.mask, case.num_prefill)
         found = forward_of(seen, decoder)
-        errors.append(_with_place(measure_errors(case, found, known[1].seen_by(found), tie_margin), look_inside(seen)))
+        measured = measure_errors(case, found, known[1].seen_by(found), watch.tie_margin)
+        errors.append(_with_place(measured, watch.look_inside(seen)))
     return errors
 
 
 def run_cases_alone(
-    decoder: Decoder,
-    cases: Sequence[Case],
-    names: Sequence[str],
-    routers: Sequence[str],
-    look_inside: WayCheck,
-    tie_margin: float,
-    share: float = 1.0,
-    tell: Callable[[int], None] = lambda _: None,
+    decoder: Decoder, cases: Sequence[Case], routers: Sequence[str], watch: Watch, share: float = 1.0
 ) -> list[Errors]:
     """Feed the package each case, and compare with its own full prefill.
 
@@ -101,21 +100,15 @@ def run_cases_alone(
         sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)
     ):
         case = cases[number]
-        tell(done)
-        seen = look(
-            decoder,
-            case.ids,
-            case.mask,
-            case.num_prefill,
-            [*names, *routers],
-            num_logits=case.num_logits,
-            with_cache=True,
-        )
+        watch.tell(done)
+        text = FedText(case.ids, case.mask, case.num_prefill, case.num_logits)
+        seen = look(decoder, text, [*watch.values, *routers], with_cache=True)
         found = prefills.read(seen)
         if case.num_prefill == case.ids.shape[1] and len(case.ids) == 1:
             prefills.keep(seen)
         expected = prefills.of(case, found.logits.shape[1])
-        errors[number] = _with_place(measure_errors(case, found, expected, tie_margin, share), look_inside(seen))
+        measured = measure_errors(case, found, expected, watch.tie_margin, share)
+        errors[number] = _with_place(measured, watch.look_inside(seen))
     return [errors[number] for number in range(len(cases))]
 
 
@@ -175,7 +168,7 @@ class _Prefills:
                 routers = tuple(router[:, :count] for router in known.routers if router is not None)
                 return Forward(known.logits[:, start - first : count - first], routers, (), (), known.choice)
         row = torch.tensor([ids])
-        self._known.append((ids, self.read(look(self._decoder, row, torch.ones_like(row), count, self._routers))))
+        self._known.append((ids, self.read(look(self._decoder, FedText.whole(row), self._routers))))
         return self._row(ids, num_logits)
 
     def read(self, seen: Seen) -> Forward:

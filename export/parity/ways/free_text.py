@@ -10,7 +10,7 @@ from dense2moe.export import names
 from dense2moe.export.parity.agreement import Follow
 from dense2moe.export.parity.forward import Reference
 from dense2moe.export.parity.records import FreeRun
-from dense2moe.export.parity.taps import look
+from dense2moe.export.parity.taps import FedText, look
 from dense2moe.export.runtime.decoder import Decoder
 
 
@@ -39,7 +39,7 @@ def run_free(
         if follow is None or not routers or reference.reads_in_pieces(len(text)):
             logits = reference.forward(ids, ones, half).logits[0, half - 1 : -1]
         else:
-            logits = follow(reference, look(decoder, ids, ones, len(text), routers)).logits[0, half - 1 : -1]
+            logits = follow(reference, look(decoder, FedText.whole(ids), routers)).logits[0, half - 1 : -1]
         written = ids[0, half:]
         chosen = logits.argmax(-1)
         differs = (chosen != written).nonzero()[:, 0].tolist()

@@ -8,18 +8,18 @@ rows [N, K], read from the file when they are asked for. Formats are those of th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx import NodeProto, TensorProto
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import OpenedPackage, open_package
-from dense2moe.export.parity.weights.matrix import INT8, Constants, Floats, Matrix, Operator, Use
+from dense2moe.export.parity.weights.matrix import INT8, Constants, Floats, Matrix, Operator
 from dense2moe.export.parity.weights.values import NARROW, Values
 
 _LEAST_MATRIX = 256  # bytes of integers
@@ -78,7 +78,17 @@ class _Graph:
             ):
                 read, shape, narrow = found
                 if _is_float(self.values.source(node.input[0])):
-                    yield self._matrix(node, node.input[1], "table", Operator("Gather"), shape, read, narrow=narrow)
+                    yield self._with_factors(
+                        Matrix(
+                            node.output[0],
+                            node.input[1],
+                            "table",
+                            Operator("Gather"),
+                            (shape[0], shape[1]),
+                            read,
+                            narrow=narrow,
+                        )
+                    )
 
     def stored(self) -> Iterator[Matrix]:
         """Float matrices that no product was seen to read, as they are and turned."""
@@ -142,16 +152,18 @@ class _Graph:
         many = int(np.prod(shape[:-2])) if len(shape) > 2 else 0
         for number in range(max(many, 1)):
             expert = number if many else None
-            yield self._matrix(
-                node,
-                node.input[0],
-                "product",
-                operator,
-                (rows, width),
-                partial(one, number),
-                narrow=narrow,
-                expert=expert,
-                scale=scale,
+            yield self._with_factors(
+                Matrix(
+                    node.output[0],
+                    node.input[0],
+                    "product",
+                    operator,
+                    (rows, width),
+                    partial(one, number),
+                    narrow=narrow,
+                    expert=expert,
+                    input_scale=scale,
+                )
             )
 
     def _static_scale(self, name: str) -> float | None:
@@ -172,7 +184,7 @@ class _Graph:
             return
         operator = Operator("MatMulNBits", bits, block, settings.get("accuracy_level", 0) == INT8, bool(names[3]))
         read = partial(self.values.dequantize, (names[1], names[2], names[3]), operator, (rows, width))
-        yield self._matrix(node, names[0], "product", operator, (rows, width), read)
+        yield self._with_factors(Matrix(node.output[0], names[0], "product", operator, (rows, width), read))
 
     def _integer_table(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
         names = [*node.input, ""]
@@ -185,13 +197,15 @@ class _Graph:
             Operator("GatherBlockQuantized", bits, block, zero_points=bool(names[3])),
             (codes.dims[0], width),
         )
-        yield self._matrix(
-            node,
-            names[1],
-            "table",
-            operator,
-            shape,
-            partial(self.values.dequantize, (names[0], names[2], names[3]), operator, shape),
+        yield self._with_factors(
+            Matrix(
+                node.output[0],
+                names[1],
+                "table",
+                operator,
+                shape,
+                partial(self.values.dequantize, (names[0], names[2], names[3]), operator, shape),
+            )
         )
 
     def _expert_integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
@@ -208,7 +222,9 @@ class _Graph:
                 read = partial(
                     self.values.dequantize, (names[codes], names[scales], names[zeros]), operator, shape, expert
                 )
-                yield self._matrix(node, node.input[0], "experts", operator, shape, read, part=part, expert=expert)
+                yield self._with_factors(
+                    Matrix(node.output[0], node.input[0], "experts", operator, shape, read, part=part, expert=expert)
+                )
 
     def _experts(self, node: NodeProto) -> Iterator[Matrix]:
         for part, place in (("fc1", 2), ("fc2", 4)):
@@ -218,35 +234,26 @@ class _Graph:
             read, shape, narrow = found
             for expert in range(shape[0]):
                 own = partial(_take, read, expert)
-                yield self._matrix(
-                    node,
-                    node.input[0],
-                    "experts",
-                    Operator("MoE"),
-                    shape[1:],
-                    own,
-                    part=part,
-                    expert=expert,
-                    narrow=narrow,
+                yield self._with_factors(
+                    Matrix(
+                        node.output[0],
+                        node.input[0],
+                        "experts",
+                        Operator("MoE"),
+                        (shape[1], shape[2]),
+                        own,
+                        part=part,
+                        expert=expert,
+                        narrow=narrow,
+                    )
                 )
 
-    def _matrix(
-        self,
-        node: NodeProto,
-        given: str,
-        use: Use,
-        operator: Operator,
-        shape: tuple[int, ...],
-        read: Callable[[], Floats],
-        part: str = "",
-        expert: int | None = None,
-        narrow: torch.dtype | None = None,
-        scale: float | None = None,
-    ) -> Matrix:
-        factors = self._factors(given, shape[1]) if use != "table" else self._row_factors(node.output[0], shape[1])
-        return Matrix(
-            node.output[0], given, use, operator, (shape[0], shape[1]), read, part, expert, narrow, factors, scale
-        )
+    def _with_factors(self, matrix: Matrix) -> Matrix:
+        """The matrix with what its input, or the rows of a table, are multiplied by."""
+        width = matrix.shape[1]
+        is_table = matrix.use == "table"
+        factors = self._row_factors(matrix.value, width) if is_table else self._factors(matrix.given, width)
+        return replace(matrix, input_factors=factors)
 
     def _factors(self, given: str, width: int) -> Callable[[], Floats] | None:
         """A vector [K] that a value is multiplied by just before."""
