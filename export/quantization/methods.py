@@ -94,9 +94,7 @@ def quantize_tensors(
             found, own = kept.quantized, CalibrationRecord.read(kept.facts, kept.floats)
         else:
             own = CalibrationRecord()
-            found = _quantize_layer(
-                walk, layer, plan, config, scale_type, own, learns, partial(_tell, progress, done, len(names))
-            )
+            found = _quantize_layer(walk, layer, assignment, own, learns, partial(_tell, progress, done, len(names)))
             journal.write(layer, KeptLayer(found, own.replaced, own.write()))
         record.add(own)
         expected = [name for name in in_layers if layer_of(name) == layer]
@@ -203,9 +201,7 @@ def _quantize_head(
 def _quantize_layer(
     walk: CalibrationWalk,
     layer: int,
-    plan: Mapping[str, int],
-    config: QuantizeConfig,
-    scale_type: torch.dtype,
+    assignment: Assignment,
     record: CalibrationRecord,
     learns: bool,
     progress: Callable[[int], None],
@@ -215,6 +211,7 @@ def _quantize_layer(
     Or else as the float model has it.
     `progress` is told how many matrices are done, and not of the last, since the layer is not kept yet.
     """
+    plan, config, scale_type = assignment.plan, assignment.config, assignment.scale_type
     changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
     scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
