@@ -296,10 +296,7 @@ class LocalCheck:
         return (some, *output[1:]) if isinstance(output, tuple) else some
 
     def _find_blame(self, n: int, own: torch.Tensor, shown: torch.Tensor, decided: torch.Tensor) -> None:
-        """Which experts are wrong in every token that hears them.
-
-        And whether each token's output is the twin's times a factor.
-        """
+        """Find the experts that are wrong wherever they are heard, and factors of the twin's outputs."""
         place: Place = (n, "experts")
         wrong = ~(self.meter.found[place].errors[:, self.meter.span] <= self.meter.limit(place))
         assert self.meter.seen is not None
@@ -319,9 +316,7 @@ class LocalCheck:
 
     def _is_decided(self, n: int, count: int) -> torch.Tensor:
         """Tokens whose experts are chosen by a margin above rounding."""
-        scores = self.reference.scores(n)
-        decided: torch.Tensor = choice_margin(scores, self._choice).reshape(count) >= EXACT_TIE
-        return decided
+        return choice_margin(self.reference.scores(n), self._choice).reshape(count) >= EXACT_TIE
 
     @contextmanager
     def following(self, seen: Seen) -> Iterator[None]:
