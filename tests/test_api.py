@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from worker_jobs import double
 
 import dense2moe
 from dense2moe import api
+from dense2moe.convert.worker import run_apart
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(
@@ -100,16 +102,15 @@ def test_the_package_gives_the_functions_of_the_api():
         _ = dense2moe.transmogrify
 
 
-def test_a_run_does_not_run_its_script_again(folder: Path):
-    """Stages have processes of their own, which need nothing of a script without `if __name__ == "__main__"`."""
-    script = folder / "script.py"
-    script.write_text(
-        'from dense2moe.api import run\nprint("once")\nprint(*run("recipe.yaml", "work", until="data").artifacts)\n',
-        encoding="utf-8",
-    )
-    finished = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, cwd=folder)
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.split() == ["once", "source", "data"]
+def test_a_stage_s_process_does_not_run_the_script_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A script that calls `run` needs no `if __name__ == "__main__"`."""
+    script = tmp_path / "script.py"
+    script.write_text(f"open({str(tmp_path / 'again')!r}, 'w')\n", encoding="utf-8")
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
+    with open(tmp_path / "held", "w") as held:
+        assert run_apart(double, 21, "a stage", held.fileno(), lambda *_: None).found == 42
+    assert not (tmp_path / "again").exists()
 
 
 def test_nothing_is_imported_by_a_bare_name():
