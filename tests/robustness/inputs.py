@@ -24,7 +24,11 @@ from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, Upcyc
 from dense2moe.upcycle.building.surgery import upcycle
 from tests.foreign import make_checkpoint
 from tests.programs import dense2moe
-from tests.robustness.mutations import JSON, JSON_LINES, MODEL, SAFETENSORS, TEXT, YAML, Change, Table, tabulate
+from tests.robustness.files import Change
+from tests.robustness.formats import JSON, JSON_LINES, TEXT, YAML
+from tests.robustness.graphs import MODEL
+from tests.robustness.mutations import Table, tabulate
+from tests.robustness.tensors import SAFETENSORS
 
 Kind = Literal[
     "recipes",

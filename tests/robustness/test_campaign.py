@@ -17,7 +17,8 @@ import pytest
 from tests.robustness.campaign import Case, Runner, Table, campaign, judge
 from tests.robustness.inputs import Kind
 from tests.robustness.misbehaviour import crash, hang, leave
-from tests.robustness.mutations import Mutation, change_tree
+from tests.robustness.mutations import Mutation
+from tests.robustness.trees import change_tree
 from tests.robustness.worker import Answer
 
 COUNT = "DENSE2MOE_CAMPAIGN"
