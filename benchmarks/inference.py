@@ -30,67 +30,54 @@ that, and the share may then exceed 100 %.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
 import torch
+from race_tables import print_exports, print_machine, print_speeds, print_targets
+from racing import (
+    DENSE,
+    EXPORTER,
+    GENAI,
+    GENAI_SWITCHED,
+    GGUF_KINDS,
+    LLAMA,
+    MOST_RELATIVE_ERROR,
+    NAMED_LOWERING,
+    NUM_EXPERTS,
+    OPENVINO,
+    OURS,
+    PRECISIONS,
+    ROUTER_FACTOR,
+    SWITCHED,
+    TOP_K,
+    TORCH,
+    WEIGHT_BITS,
+    Contender,
+    EngineError,
+    Race,
+    Result,
+    run_child,
+)
 from rich.console import Console
-from rich.table import Table
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.writer import TensorSpec, write_tensors
-
-OURS, SWITCHED, DENSE, LLAMA, GENAI, GENAI_SWITCHED, EXPORTER, OPENVINO, TORCH = (
-    "dense2moe",
-    "dense2moe, switched",
-    "dense2moe, dense model",
-    "llama.cpp",
-    "onnxruntime-genai",
-    "onnxruntime-genai, switched",
-    "transformers' exporter",
-    "OpenVINO",
-    "torch eager",
-)
-ENGINES = {
-    OURS: "dense2moe",
-    SWITCHED: "dense2moe",
-    DENSE: "dense2moe",
-    LLAMA: "llama.cpp",
-    GENAI: "onnxruntime-genai",
-    GENAI_SWITCHED: "onnxruntime-genai",
-    EXPORTER: "transformers-onnx",
-    OPENVINO: "openvino",
-    TORCH: "torch",
-}
-NUM_EXPERTS, TOP_K, ROUTER_FACTOR = 8, 2, 20.0
-NUM_PROMPT, NUM_TOKENS, NUM_COMPARED = 256, 64, 9
-PRECISIONS: tuple[Variant, ...] = ("float32", "int8", "int4")
-GGUF_KINDS = {"float32": "f32", "int8": "q8_0", "int4": "q4_0"}
-WEIGHT_BITS = {"float32": 32.0, "int8": 8.5, "int4": 4.5}
-NAMED_LOWERING = "grouped"
-MOST_RELATIVE_ERROR, MOST_AGAINST_DENSE, MOST_EXPORT_BYTES = 1e-3, 1.15, 1.5e9
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -184,30 +171,6 @@ def make_checkpoint(model: Model, directory: Path, dense: bool) -> None:
     model.config(dense).save_pretrained(directory)
 
 
-class EngineError(Exception):
-    """An engine, or what makes its file, that ended early; its last words."""
-
-
-def last_words(log: Path) -> str:
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:160] if lines else "without a word"
-
-
-def run_child(command: Sequence[object], log: Path) -> tuple[str, int, float]:
-    """Run a command to its end; returns what it printed, its peak resident bytes and its seconds."""
-    started = time.perf_counter()
-    with log.open("w") as errors, tempfile.TemporaryFile("w+") as output:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        process = subprocess.Popen([str(part) for part in command], stdout=output, stderr=errors, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        printed = output.read()
-    if process.returncode:
-        raise EngineError(f"{Path(str(command[1])).name} ended with {process.returncode}: {last_words(log)}")
-    return printed, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.perf_counter() - started
-
-
 @dataclass(frozen=True)
 class Export:
     """One `write_package` in a process of its own; `wish` is the lowering asked for."""
@@ -256,156 +219,6 @@ def run_package(source: Path, output: Path, lowering: str) -> None:
     output.mkdir()
     facts = write_package(source, output, OnnxConfig.model_validate({"lowering": lowering}), lambda *_: None)
     print(facts.lowering, facts.package_bytes)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """An engine in its Python, and what it runs."""
-
-    name: str
-    python: Path
-    path: Path
-
-    @property
-    def num_bytes(self) -> int:
-        """Of its files."""
-        files = [self.path] if self.path.is_file() else self.path.iterdir()
-        return sum(file.stat().st_size for file in files)
-
-
-class Running:
-    """The process of a contender, ready to answer."""
-
-    def __init__(self, contender: Contender, threads: int, folder: Path) -> None:
-        self.log = folder / f"{contender.name}.log"
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        command = [
-            contender.python,
-            Path(__file__).resolve().with_name("engines.py"),
-            "run",
-            ENGINES[contender.name],
-            contender.path,
-            threads,
-        ]
-        with self.log.open("w") as errors:
-            self.process = subprocess.Popen(
-                [str(part) for part in command],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                env=environment,
-                text=True,
-            )
-        self.hello = self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            raise EngineError(f"ended with {self.process.returncode}: {last_words(self.log)}")
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):  # its log says what it died of
-            print(json.dumps(request), file=self.process.stdin, flush=True)
-        return self._read()
-
-    def close(self) -> None:
-        assert self.process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-
-
-@dataclass
-class Result:
-    """What is known of one engine in one precision."""
-
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    note: str = ""
-    versions: list[str] = field(default_factory=list)
-    logits: np.ndarray | None = None
-    left_out: str = ""
-
-    @property
-    def speeds(self) -> tuple[float, float]:
-        """Tokens per second of prefill and decoding, medians."""
-        return NUM_PROMPT / statistics.median(self.prefill), NUM_TOKENS / statistics.median(self.decode)
-
-
-class Race:
-    """Contenders that take turns on the same requests."""
-
-    def __init__(self, vocabulary: int, threads: int, folder: Path) -> None:
-        self.vocabulary, self.threads, self.folder = vocabulary, threads, folder
-        self.results: dict[str, Result] = {}
-
-    def run(self, contenders: Sequence[Contender], rounds: int) -> None:
-        """Rounds after a start that is not counted.
-
-        Of engines that do not fit into memory together, half as many with two requests a turn.
-        """
-        # Weights are mapped, and once more packed for the processor's kernels.
-        together = 2 * sum(contender.num_bytes for contender in contenders) < 0.8 * psutil.virtual_memory().available
-        with contextlib.ExitStack() as stack:
-            running = {}
-            if together:
-                for contender in contenders:
-                    started = self._start(contender)
-                    if started:
-                        running[contender.name] = stack.enter_context(contextlib.closing(started))
-            num_rounds = rounds if together else (rounds + 1) // 2
-            for number in range(num_rounds):
-                at = number % len(contenders)
-                for contender in [*contenders[at:], *contenders[:at]]:
-                    if not self.results.setdefault(contender.name, Result()).left_out:
-                        self._turn(contender, running.get(contender.name), number, 1 if together else 2)
-                print(f"  round {number + 1} of {num_rounds}", file=sys.stderr)
-
-    def _start(self, contender: Contender) -> Running | None:
-        """Load an engine and let it run once; None, and the reason in its result, where it cannot."""
-        result = self.results.setdefault(contender.name, Result())
-        try:
-            running = Running(contender, self.threads, self.folder)
-            result.versions, result.note = running.hello["versions"], result.note or running.hello["note"]
-            request = self._request(0)
-            answer = running.ask(
-                {
-                    "prompt": request["prompt"],
-                    "tokens": request["tokens"][: NUM_COMPARED - 1],
-                    "num_logits": NUM_COMPARED,
-                }
-            )
-        except EngineError as error:
-            result.left_out = str(error)
-            return None
-        result.logits = np.array(answer["logits"])
-        return running
-
-    def _turn(self, contender: Contender, running: Running | None, number: int, count: int) -> None:
-        once = running is None
-        running = running or self._start(contender)
-        if running is None:
-            return
-        result = self.results[contender.name]
-        time.sleep(0.05)  # until the threads of the engine before have stopped spinning
-        try:
-            for part in range(count):
-                answer = running.ask({**self._request(1 + number * count + part), "num_logits": 0})
-                result.prefill.append(answer["prefill"])
-                result.decode.append(answer["decode"])
-        except EngineError as error:
-            result.left_out = str(error)
-        if once:
-            running.close()
-
-    def _request(self, seed: int) -> dict[str, Any]:
-        ids = np.random.default_rng(seed).integers(3, self.vocabulary, NUM_PROMPT + NUM_TOKENS).tolist()
-        return {"prompt": ids[:NUM_PROMPT], "tokens": ids[NUM_PROMPT:]}
 
 
 def measure_bandwidth(threads: int) -> tuple[float, str]:
@@ -634,140 +447,6 @@ def run_model(model: Model, arguments: argparse.Namespace, pythons: Pythons, scr
     if not arguments.cache:
         shutil.rmtree(files)
     return outcome
-
-
-def print_machine(outcome: Outcome, threads: int) -> None:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    cache = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("cache size")), "of an unknown size"
-    )
-    memory = psutil.virtual_memory().total / GB
-    found = [
-        version for results in outcome.results.values() for result in results.values() for version in result.versions
-    ]
-    versions = [f"dense2moe {importlib.metadata.version('dense2moe')}", *dict.fromkeys(found)]
-    print(
-        f"\n{datetime.date.today()}, {processor}, {os.cpu_count()} cores, last cache {cache}, {memory:.0f} GB "
-        f"memory, {threads} threads an engine,"
-    )
-    print(f"Python {platform.python_version()}, {', '.join(versions)}")
-
-
-def print_speeds(outcome: Outcome, console: Console) -> None:
-    model = outcome.model
-    title = (
-        f"{model.name}: {model.num_weights / 1e6:,.0f} M weights; tokens per second, prompt {NUM_PROMPT}, "
-        f"{NUM_TOKENS} tokens, batch 1"
-    )
-    table = Table(title=title)
-    for heading in (
-        "precision",
-        "engine",
-        "prefill",
-        "decode",
-        "dense2moe / it: prefill",
-        "decode",
-        "share of limit",
-        "",
-    ):
-        table.add_column(heading, justify="left" if heading in ("precision", "engine", "") else "right")
-    for precision, results in outcome.results.items():
-        ours = results[OURS].speeds
-        for name in ENGINES:
-            result = results[name]
-            if result.left_out:
-                table.add_row(precision, name, "—", "—", "", "", "", result.left_out)
-                continue
-            speeds = result.speeds
-            ratios = ["", ""] if name == OURS else [f"{a / b:.2f}×" for a, b in zip(ours, speeds, strict=True)]
-            share = f"{speeds[1] / outcome.limit(precision):.0%}"
-            table.add_row(precision, name, *(f"{speed:,.0f}" for speed in speeds), *ratios, share, result.note)
-        table.add_section()
-    console.print(table)
-    print(
-        f"Bandwidth {outcome.bandwidth / GB:.1f} GB/s ({outcome.way}); active weights and the limit of decoding:",
-        end=" ",
-    )
-    parts = [f"{p} {outcome.model.active_bytes(p) / 1e6:.1f} MB, {outcome.limit(p):,.0f} tokens/s" for p in PRECISIONS]
-    print("; ".join(parts))
-    errors = ", ".join(f"{name} {error:.1e}" for name, error in outcome.errors.items())
-    print(
-        "Largest difference from dense2moe's logits in float32, relative to the largest logit: "
-        f"{errors or 'nobody to compare with'}"
-    )
-
-
-def print_exports(outcome: Outcome, console: Console) -> None:
-    table = Table(title=f"{outcome.model.name}: write_package, each in a process of its own")
-    for heading in ("precision", "lowering asked for", "written", "package MB", "seconds", "peak resident MB"):
-        table.add_column(
-            heading, justify="right" if heading in ("package MB", "seconds", "peak resident MB") else "left"
-        )
-    for precision, exports in outcome.exports.items():
-        for export in exports:
-            sizes = [f"{size / 1e6:,.0f}" for size in (export.num_bytes, export.peak_bytes)]
-            table.add_row(precision, export.wish, export.lowering, sizes[0], f"{export.seconds:.1f}", sizes[1])
-    console.print(table)
-
-
-def judge(what: str, value: float, bound: float, at_least: bool, unit: str = "×") -> None:
-    met = value >= bound if at_least else value <= bound
-    print(
-        f"- {what}: {value:,.2f}{unit}, {'at least' if at_least else 'at most'} {bound:,.2f}{unit}: "
-        f"{'met' if met else 'MISSED'}"
-    )
-
-
-def _judge_decoding(what: str, found: dict[str, Result], speed: float, genai: str) -> None:
-    """Against llama.cpp, the fastest of the others, of which `genai` runs the same file, and the dense model."""
-    if LLAMA in found:
-        judge(f"{what}, decode against llama.cpp", speed / found[LLAMA].speeds[1], 1.0, True)
-    rivals = [name for name in (genai, EXPORTER, OPENVINO, TORCH) if name in found]
-    if rivals:
-        best = max(rivals, key=lambda name: found[name].speeds[1])
-        judge(f"{what}, decode against the fastest other rival ({best})", speed / found[best].speeds[1], 1.0, True)
-    judge(
-        f"{what}, time of decoding against the dense model", found[DENSE].speeds[1] / speed, MOST_AGAINST_DENSE, False
-    )
-
-
-def print_targets(outcome: Outcome) -> None:
-    print(f"\nTargets, {outcome.model.name}:")
-    results = {
-        precision: {name: r for name, r in found.items() if not r.left_out}
-        for precision, found in outcome.results.items()
-    }
-    for precision, found in results.items():
-        for name, genai in ((OURS, GENAI), (SWITCHED, GENAI_SWITCHED)):
-            if name in found:
-                _judge_decoding(f"{precision}, {name}", found, found[name].speeds[1], genai)
-    found = results["float32"]
-    rivals = [name for name in found if name not in (OURS, DENSE)]
-    if rivals:
-        best = max(rivals, key=lambda name: found[name].speeds[0])
-        judge(
-            f"float32, prefill against the fastest rival ({best})",
-            found[OURS].speeds[0] / found[best].speeds[0],
-            1.0,
-            True,
-        )
-    for precision in PRECISIONS[1:]:
-        for name in (OURS, SWITCHED):
-            judge(
-                f"{precision}, {name}, prefill against float32",
-                results[precision][name].speeds[0] / found[OURS].speeds[0],
-                1.0,
-                True,
-            )
-    if outcome.model.name == "1b":
-        for precision, exports in outcome.exports.items():
-            for export in exports:
-                what = f"{precision}, peak resident of the export, lowering {export.wish}"
-                judge(what, export.peak_bytes / GB, MOST_EXPORT_BYTES / GB, False, " GB")
 
 
 def main() -> None:
