@@ -1,6 +1,6 @@
 """Mutations of the code, and which tests kill them.
 
-`python benchmarks/mutations.py [--only NAME] [--list] [--output FILE]`: every mutation of `tests/mutations.py` is made
+`python benchmarks/mutations.py [--only NAME] [--output FILE]`: every mutation of `tests/mutations.py` is made
 in a copy of the sources, and the tests that must fail are run there; before that, once, all these tests without a
 mutation, which must pass. A mutation survives where they pass with it. Torch, transformers and onnxruntime are imported
 once, and each mutation has a process forked from there, which has not imported anything of ours yet. The exit code is 1
@@ -50,15 +50,16 @@ class Outcome:
 @click.command()
 @click.option("--only", "names", multiple=True, help="Only mutations whose name has this in it; may be given again.")
 @click.option("--list", "lists", is_flag=True, help="Only list the mutations and their tests.")
-@click.option("--baseline/--no-baseline", default=True, help="Run the tests once without a mutation, first.")
+@click.option("--baseline/--no-baseline", default=True, help="First run the tests once without a mutation.")
+@click.option("--mutants/--no-mutants", default=True, help="Run the tests with each mutation.")
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
     help="Add the outcomes to a file as JSON lines; what it has is not run again.",
 )
-def main(names: Sequence[str], lists: bool, baseline: bool, output: Path | None) -> None:
+def main(names: Sequence[str], lists: bool, baseline: bool, mutants: bool, output: Path | None) -> None:
     """Make every mutation in a copy of the sources, and see whether its tests fail."""
-    known = _read_names(output)
+    known = _read_names(output) if mutants else set()
     chosen = [
         mutation
         for mutation in MUTATIONS
@@ -74,7 +75,7 @@ def main(names: Sequence[str], lists: bool, baseline: bool, output: Path | None)
         return
     sources = read_sources(ROOT)
     try:
-        mutants = [(mutation, *mutate(mutation, sources)) for mutation in chosen]
+        changes = [(mutation, *mutate(mutation, sources)) for mutation in chosen]
     except LookupError as error:
         raise click.ClickException(str(error)) from error
     with tempfile.TemporaryDirectory() as folder:
@@ -83,21 +84,27 @@ def main(names: Sequence[str], lists: bool, baseline: bool, output: Path | None)
         _import_what_is_slow()
         if baseline:
             _check_unmutated(copy, chosen, tests)
-        outcomes = []
-        for number, (mutation, path, text) in enumerate(mutants, 1):
-            with _changed(copy / path, text, number):
-                found = _judge(mutation.name, *_run_tests(copy, tests[mutation.test], mutation.chosen))
-            outcomes.append(found)
-            click.echo(f"{found.verdict:9} {found.seconds:6.1f} s  {found.name}  {found.killed_by}")
-            if output is not None:
-                with output.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(found.__dict__) + "\n")
+        outcomes = list(_run_mutants(copy, changes if mutants else [], tests, output))
     killed = [outcome for outcome in outcomes if outcome.verdict == "killed"]
     click.echo(f"{len(killed)} of {len(outcomes)} killed, {sum(outcome.seconds for outcome in outcomes):.0f} s")
     for outcome in outcomes:
         if outcome.verdict != "killed":
             click.echo(f"{outcome.verdict}: {outcome.name}", err=True)
     sys.exit(len(killed) < len(outcomes))
+
+
+def _run_mutants(
+    copy: Path, changes: Sequence[tuple[Mutation, Path, str]], tests: Mapping[str, list[str]], output: Path | None
+) -> Iterator[Outcome]:
+    """Make each mutation in the copy and run its test; told as they come."""
+    for number, (mutation, path, text) in enumerate(changes, 1):
+        with _changed(copy / path, text, number):
+            found = _judge(mutation.name, *_run_tests(copy, tests[mutation.test], mutation.chosen))
+        click.echo(f"{found.verdict:9} {found.seconds:6.1f} s  {found.name}  {found.killed_by}")
+        if output is not None:
+            with output.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(found.__dict__) + "\n")
+        yield found
 
 
 def _read_names(output: Path | None) -> set[str]:
