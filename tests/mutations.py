@@ -116,7 +116,7 @@ MUTATIONS = (
         "test_active_parameters_leave_out_the_experts_that_a_token_does_not_visit",
     ),
     Mutation(
-        "a number that is none is below every limit of the receipt",
+        "NaN is below every limit of the receipt",
         "if c.limit is not None and not c.rel <= c.limit:",
         "if c.limit is not None and c.rel > c.limit:",
         "test_a_weight_that_is_no_number_is_refused",
@@ -452,7 +452,7 @@ MUTATIONS = (
         "test_what_follows_a_near_tie_flip_is_not_judged_and_a_clear_flip_is",
     ),
     Mutation(
-        "every other choice of experts is a near-tie",
+        "the margin of a near-tie is ten thousand times as wide",
         "return max(TIE_MARGIN, _TIE_MULTIPLE * noise)",
         "return 1e4 * max(TIE_MARGIN, _TIE_MULTIPLE * noise)",
         "test_the_margin_of_a_near_tie_grows_with_the_noise_and_not_with_flips",
@@ -490,7 +490,7 @@ MUTATIONS = (
         "test_a_key_given_twice_is_refused_with_both_lines",
     ),
     Mutation(
-        "a training setting that nobody knows is accepted",
+        "an unknown key of upcycling or fine-tuning is accepted",
         'extra="forbid") def named_value(record',
         'extra="ignore")\n\n\ndef named_value(record',
         "test_an_unknown_key_names_the_one_that_was_meant",
