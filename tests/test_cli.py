@@ -319,7 +319,7 @@ def test_a_file_of_prompts_that_cannot_be_read_is_one_line(package, tmp_path):
 
 def test_a_prompt_longer_than_the_context_is_one_line(package):
     short, long = ("--prompt", "a"), ("--prompt", "x " * 300)
-    for prompts, where in ((long, "--prompt"), ((*short, *long), "prompt 2")):
+    for prompts, where in ((long, "the prompt"), ((*short, *long), "prompt 2")):
         code, output = invoke("generate", package, *prompts)
         assert code == 1
         assert re.fullmatch(rf"Error: {where}: has \d+ tokens; the model's context holds 256; shorten it\n", output)

@@ -87,46 +87,37 @@ def generate(
     with uncollected_imports():
         from transformers.utils import logging
 
-        from dense2moe.export.opening import load_tokenizer
-        from dense2moe.export.runtime.decoder import CPU, CUDA, Decoder
-        from dense2moe.export.runtime.generation import read_generation
-        from dense2moe.export.runtime.text import chat_ids, decode_stream, start_ids
+        from dense2moe.export.runtime.continuation import GenerateConfig, Package
 
     logging.set_verbosity_error()
-    package = find_package(directory, variant)
-    decoder = Decoder(package, CUDA if cuda else CPU)
-    tokenizer = load_tokenizer(package)
-    generation = read_generation(package, tokenizer)
-    ids = [chat_ids(tokenizer, text) if chat else start_ids(tokenizer, text, generation.start) for text in texts]
-    longest = max(ids, key=len)
-    room = decoder.context_length - len(longest)
-    if room < 1:
-        where = "--prompt" if len(ids) == 1 else f"prompt {ids.index(longest) + 1}"
-        raise click.ClickException(
-            f"{where}: has {len(longest)} tokens; the model's context holds {decoder.context_length}; shorten it"
-        )
-    if generation.strange:
+    package = Package(find_package(directory, variant), "cuda" if cuda else "cpu")
+    if package.ignored_settings:
         click.echo(
-            f"{package}: generation_config.json has settings that are not followed here: "
-            f"{', '.join(generation.strange)}",
+            f"{package.directory}: generation_config.json has settings that are not followed here: "
+            f"{', '.join(package.ignored_settings)}",
             err=True,
         )
-    sampling = generation.choose_sampling(seed, temperature, top_k, top_p, min_p, repetition_penalty)
-    steps = decoder.generate(
-        ids, min(max_new_tokens or generation.max_new_tokens or 128, room), sampling, generation.ends
+    config = GenerateConfig(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        chat=chat,
     )
-    shown = ["" if chat else text for text in texts]
-    before: list[list[int]] = [[] for _ in ids] if chat else ids
     if len(texts) == 1:
-        click.echo(shown[0], nl=False)
-        for piece in decode_stream(tokenizer, before[0], (token for (token,) in steps if token is not None)):
+        pieces = package.stream(texts[0], config)
+        click.echo("" if chat else texts[0], nl=False)
+        for piece in pieces:
             click.echo(piece, nl=False)
             sys.stdout.flush()
         click.echo()
         return
-    for number, (text, start, row) in enumerate(zip(shown, before, zip(*steps, strict=True), strict=True), 1):
+    for number, (text, continued) in enumerate(zip(texts, package.generate(texts, config), strict=True), 1):
         click.echo(f"== {number} of {len(texts)}")
-        click.echo(text + "".join(decode_stream(tokenizer, start, (token for token in row if token is not None))))
+        click.echo(continued if chat else text + continued)
 
 
 def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:

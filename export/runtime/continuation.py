@@ -107,8 +107,9 @@ class Package:
         """The text of `generate`, in pieces as they come."""
         config = config or GenerateConfig()
         ids = self._encode(prompt, config)
-        tokens = (token for (token,) in self._steps([ids], config) if token is not None)
-        yield from decode_stream(self._tokenizer, [] if config.chat else ids, tokens)
+        steps = self._steps([ids], config)  # here, so that a prompt is refused before a piece is asked for
+        tokens = (token for (token,) in steps if token is not None)
+        return decode_stream(self._tokenizer, [] if config.chat else ids, tokens)
 
     def _encode(self, text: str, config: GenerateConfig) -> list[int]:
         if config.chat:
