@@ -26,18 +26,18 @@ ROOT = Path(__file__).resolve().parent.parent
 BLOCK_SIZE = 256
 
 _MAKE_BEFORE = """
-from export.config import OnnxConfig, QuantizeConfig
-from export.package import write_package
-from export.quantizer import quantize_checkpoint
+from {export}.config import OnnxConfig, QuantizeConfig
+from {export}.package import write_package
+from {export}.quantizer import quantize_checkpoint
 quantize_checkpoint(mixture, twin, variant, QuantizeConfig(method="round"), quiet)
 write_package(twin, package, OnnxConfig(), quiet)
-"""
+""".format(export="export")  # its name then
 _JUDGE_BEFORE = """
-from export.config import ParityConfig
-from export.parity import check_parity
+from {export}.config import ParityConfig
+from {export}.parity import check_parity
 def judge():
     return check_parity(package, twin, mixture, blocks, variant, True, ParityConfig(), quiet)
-"""
+""".format(export="export")
 _MAKE_NOW = """
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package

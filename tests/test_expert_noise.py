@@ -25,7 +25,7 @@ from mixtures import (
 )
 
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.checkpoints import reader
+from dense2moe.upcycle.checkpoints import tensors
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
@@ -126,7 +126,7 @@ def test_one_set_of_neurons_is_drawn_anew_in_gate_up_and_down_and_no_other_bit_c
 def test_a_weight_that_passes_in_chunks_is_changed_as_one(
     name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 5 * HIDDEN)  # five rows of gate and up, two of down
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 5 * HIDDEN)  # five rows of gate and up, two of down
     dense, _ = make(name, make_dense, tmp_path, drop=0.25, noise=0.0)
     (tmp_path / "noisy").mkdir()
     make(name, make_dense, tmp_path / "noisy", noise=0.5)
@@ -161,7 +161,7 @@ def test_chunks_change_no_bit_of_what_is_not_drawn_by_them(
     for name in ("whole", "chunks"):
         (tmp_path / name).mkdir()
         upcycle(dense, tmp_path / name, settings(**overrides), 0, quiet)
-        monkeypatch.setattr(reader, "CHUNK_ELEMENTS", 5 * HIDDEN)
+        monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", 5 * HIDDEN)
     whole, chunks = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "chunks"))
     assert whole == chunks
 
