@@ -15,10 +15,13 @@ from training_runs import (
     BLOCK,
     CONFIG,
     Start,
+    TrainAlone,
     changed,
+    first_step,
     make_biased,
     make_data,
     make_start,
+    make_train_alone,
     quiet,
     weights,
 )
@@ -39,7 +42,7 @@ from dense2moe.upcycle.training.routing import Routing
 from dense2moe.upcycle.training.schedule import schedule_share
 from tests.conftest import MakeDense
 
-data, start, biased = make_data, make_start, make_biased  # fixtures
+data, start, train, biased = make_data, make_start, make_train_alone, make_biased  # fixtures
 
 
 # Stages
@@ -58,9 +61,9 @@ def test_stages_follow_each_other_and_count_on(start: Start, mixture_checkpoint:
     assert changed(mixture_checkpoint, output) == {name for name in weights(output) if "block_sparse_moe" in name}
 
 
-def test_a_stage_begins_with_the_best_weights_of_the_one_before(start: Start) -> None:
-    one = start(CONFIG.model_copy(update={"steps": 4}))
-    both = start(
+def test_a_stage_begins_with_the_best_weights_of_the_one_before(train_alone: TrainAlone) -> None:
+    one = train_alone(CONFIG.model_copy(update={"steps": 4}))
+    both = train_alone(
         CONFIG.model_copy(
             update={
                 "stages": (
@@ -70,39 +73,41 @@ def test_a_stage_begins_with_the_best_weights_of_the_one_before(start: Start) ->
             }
         )
     )
-    assert one[0].best_steps == {"fine-tuned": 4}
-    assert both[0].best_steps == {"fine-tuned": 4}
+    assert one[0].best_step == 4
+    assert both[0].best_step == 4
     # float32 weights do not move by 1e-20.
     assert changed(one[1], both[1]) == set()
 
 
-def test_experts_of_their_own_domains_learn_those_alone(start: Start, mixture_checkpoint: Path) -> None:
+def test_experts_of_their_own_domains_learn_those_alone(train_alone: TrainAlone, mixture_checkpoint: Path) -> None:
     stage = TrainingPhase(train="experts", routing="by-domain")
-    facts, output = start(CONFIG.model_copy(update={"stages": (stage,)}))
+    facts, output = train_alone(CONFIG.model_copy(update={"stages": (stage,)}))
     assert changed(mixture_checkpoint, output) == {name for name in weights(output) if ".experts." in name}
     assert all(step.balance_loss is None for step in facts.history)
 
 
 def test_by_domain_sends_a_batch_of_one_domain_to_its_experts_alone(
-    start: Start, mixture_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+    train_alone: TrainAlone, mixture_checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     blocks = load_file(data / "train.safetensors")
     only_digits = torch.nonzero(blocks["domains"] == 1).flatten()
     monkeypatch.setattr(
         "dense2moe.upcycle.training.job.draw_order", lambda _, count, __: only_digits.repeat(count)[:count]
     )
-    _, output = start(CONFIG.model_copy(update={"stages": (TrainingPhase(train="experts", routing="by-domain"),)}))
+    _, output = train_alone(
+        CONFIG.model_copy(update={"stages": (TrainingPhase(train="experts", routing="by-domain"),)})
+    )
     assert changed(mixture_checkpoint, output) == {
         name for name in weights(output) if ".experts.2." in name or ".experts.3." in name
     }
 
 
 def test_a_stage_by_domain_is_watched_and_judged_as_it_is_trained(
-    start: Start, mixture_checkpoint: Path, data: Path
+    train_alone: TrainAlone, mixture_checkpoint: Path, data: Path
 ) -> None:
     """With rates too small to change a weight: the validation loss is that of each domain through its own experts."""
     stage = TrainingPhase(train="experts", routing="by-domain", steps=2, learning_rate=1e-20)
-    facts, _ = start(CONFIG.model_copy(update={"stages": (stage,)}))
+    facts, _ = train_alone(CONFIG.model_copy(update={"stages": (stage,)}))
     model = load_model(mixture_checkpoint, torch.float32)
     stored = load_file(data / "validation.safetensors")
     losses = []
@@ -188,19 +193,26 @@ def test_low_rank_updates_are_merged_into_a_checkpoint_like_any_other(start: Sta
     assert facts.evaluations["fine-tuned"].loss < facts.evaluations["upcycled"].loss
 
 
-def test_computing_the_inner_values_twice_changes_nothing(start: Start) -> None:
-    plain, again = (start(CONFIG.model_copy(update={"gradient_checkpointing": value}))[1] for value in (False, True))
+def test_computing_the_inner_values_twice_changes_nothing(train_alone: TrainAlone) -> None:
+    plain, again = (
+        train_alone(CONFIG.model_copy(update={"gradient_checkpointing": value}))[1] for value in (False, True)
+    )
     assert changed(plain, again) == set()
 
 
-def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(start: Start) -> None:
-    histories = [
-        start(CONFIG.model_copy(update={"steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": parts}))[
-            0
-        ].history
+def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(
+    mixture_checkpoint: Path, data: Path, tmp_path: Path
+) -> None:
+    steps = [
+        first_step(
+            mixture_checkpoint,
+            data,
+            CONFIG.model_copy(update={"gradient_accumulation_steps": parts}),
+            tmp_path / str(parts),
+        )
         for parts in (1, 2, 4)
     ]
-    whole, *others = [[layer.load for step in history for layer in step.layers] for history in histories]
+    whole, *others = [[layer.load for layer in step.layers] for step in steps]
     assert len(whole) == 2
     for loads in others:
         assert loads == [pytest.approx(load, abs=1e-6) for load in whole]
@@ -218,7 +230,7 @@ def test_the_load_is_that_of_the_whole_batch_however_many_parts_it_has(start: St
 )
 @pytest.mark.parametrize("kind", ["mixture_checkpoint", "biased"])
 def test_losses_and_gradients_are_those_of_the_whole_batch_however_many_parts_it_has(
-    kind: str, change: dict[str, Any], start: Start, request: pytest.FixtureRequest
+    kind: str, change: dict[str, Any], data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     steps, gradients = [], []
 
@@ -231,15 +243,13 @@ def test_losses_and_gradients_are_those_of_the_whole_batch_however_many_parts_it
     try:
         for parts in (1, 2, 4):
             settings = {
-                "steps": 1,
-                "warmup_steps": 0,
+                "gradient_accumulation_steps": parts,
                 "balance_coefficient": 0.5,
                 "z_coefficient": 0.1,
                 "max_grad_norm": 1e9,
-            } | change
-            config = CONFIG.model_copy(update=settings | {"gradient_accumulation_steps": parts})
-            facts, _ = start(config, mixture=request.getfixturevalue(kind))
-            steps += [step for step in facts.history if step.train_loss is not None]
+            }
+            config = CONFIG.model_copy(update=settings | change)
+            steps.append(first_step(request.getfixturevalue(kind), data, config, tmp_path / str(parts)))
     finally:
         handle.remove()
     exact = change.get("precision") is None
@@ -252,7 +262,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch_however_many_parts_it
 
 
 def test_experts_drop_the_same_activations_in_the_pass_that_counts(
-    start: Start, monkeypatch: pytest.MonkeyPatch
+    mixture_checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is counted ahead is what the parts then measure, bit for bit."""
     measured: list[torch.Tensor] = []
@@ -263,19 +273,16 @@ def test_experts_drop_the_same_activations_in_the_pass_that_counts(
         return measured[-1]
 
     monkeypatch.setattr(Routing, "_measure_load", measure)
-    start(
-        CONFIG.model_copy(
-            update={"steps": 1, "warmup_steps": 0, "gradient_accumulation_steps": 2, "expert_dropout": 0.5}
-        )
-    )
+    config = CONFIG.model_copy(update={"gradient_accumulation_steps": 2, "expert_dropout": 0.5})
+    first_step(mixture_checkpoint, data, config, tmp_path)
     ahead, parts = measured[:2], measured[2:]
     assert [load.tolist() for load in parts] == [load.tolist() for load in ahead]
     assert ahead[0].tolist() != ahead[1].tolist()
 
 
-def test_the_last_weights_are_looked_at_too(start: Start) -> None:
-    facts, _ = start(CONFIG.model_copy(update={"steps": 5, "eval_steps": 3}))
-    assert [step.step for step in facts.history if step.validation_loss is not None] == [0, 3, 5]
+def test_the_last_weights_are_looked_at_too(train_alone: TrainAlone) -> None:
+    trained, _ = train_alone(CONFIG.model_copy(update={"steps": 5, "eval_steps": 3}))
+    assert [step.step for step in trained.history if step.validation_loss is not None] == [0, 3, 5]
 
 
 # Objectives and rates

@@ -12,11 +12,16 @@ from safetensors.torch import load_file
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import finetune
+from dense2moe.upcycle.training.history import Step
+from dense2moe.upcycle.training.job import Job, Setup, read_examples, train_model
+from dense2moe.upcycle.training.phase import Examples, Phase, Trained
+from dense2moe.upcycle.training.phase_run import run_phase
 
 BLOCK = 16
 CONFIG = FinetuneConfig(
@@ -76,6 +81,35 @@ def make_start(
         return finetune(dense_checkpoint, mixture, data, output, config, 0, progress, scratch), output
 
     return start
+
+
+TrainAlone = Callable[..., tuple[Trained, Path]]
+
+
+@pytest.fixture(scope="module", name="train_alone")
+def make_train_alone(mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> TrainAlone:
+    """The training of a fine-tuning, without the measurements of the models before and after."""
+
+    def train_alone(
+        config: FinetuneConfig, scratch: Path | None = None, progress: Any = quiet, mixture: Path = mixture_checkpoint
+    ) -> tuple[Trained, Path]:
+        output = tmp_path_factory.mktemp("output")
+        setup = Setup(mixture, data, scratch or tmp_path_factory.mktemp("scratch"), config.precision, 0)
+        return train_model(Job("fine-tuned", mixture, output, config.resolve_phases()), setup, None, progress), output
+
+    return train_alone
+
+
+def first_step(mixture: Path, data: Path, config: FinetuneConfig, scratch: Path) -> Step:
+    """The history of one step on a batch of both domains; nothing is saved as a model."""
+    examples = read_examples(data, "train")
+    places = torch.linspace(0, len(examples) - 1, config.batch_size).long()
+    batch = Examples(examples.ids[places], examples.domains[places])
+    settings = config.model_copy(update={"steps": 1, "warmup_steps": 0})
+    model = load_model(mixture, torch.float32)
+    phase = Phase("m", 0, settings, batch, batch, 2, 0, 1, (0, 1), settings.precision, 0)
+    (step,) = (step for step in run_phase(model, None, phase, scratch, quiet).history if step.train_loss is not None)
+    return step
 
 
 @pytest.fixture(scope="module", name="reference")
