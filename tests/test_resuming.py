@@ -19,11 +19,13 @@ from training_runs import (
     CONFIG,
     Killed,
     Start,
+    TrainAlone,
     changed,
     make_biased,
     make_data,
     make_reference,
     make_start,
+    make_train_alone,
     quiet,
     read_biases,
 )
@@ -37,7 +39,8 @@ from dense2moe.upcycle.training.phase import Examples, Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.prompt import run_with_prompt
 
-data, start, reference, biased = make_data, make_start, make_reference, make_biased  # fixtures
+data, start, train_alone = make_data, make_start, make_train_alone  # fixtures
+reference, biased = make_reference, make_biased
 
 
 # Killed, and taken up again
@@ -48,10 +51,15 @@ data, start, reference, biased = make_data, make_start, make_reference, make_bia
     [*((at, "mixture_checkpoint") for at in (1, 2, 3, 5, 6, 7, 9, 10, 12)), *((at, "biased") for at in (3, 7, 12))],
 )
 def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
-    at: int, mixture: str, start: Start, reference: Start, request: pytest.FixtureRequest, tmp_path: Path
+    at: int,
+    mixture: str,
+    train_alone: TrainAlone,
+    reference: TrainAlone,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
 ) -> None:
     source = request.getfixturevalue(mixture)
-    start = partial(start, mixture=source)
+    train_alone = partial(train_alone, mixture=source)
     config = CONFIG.model_copy(
         update={"stages": (TrainingPhase(train="router", steps=4), TrainingPhase(steps=8)), "expert_dropout": 0.1}
     )
@@ -62,41 +70,43 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(
             raise Killed
 
     with pytest.raises(Killed):
-        start(config, tmp_path, progress)
-    taken_up, output = start(config, tmp_path)
+        train_alone(config, tmp_path, progress)
+    taken_up, output = train_alone(config, tmp_path)
     assert changed(untouched, output) == set()
     assert taken_up.history == whole.history
-    assert taken_up.best_steps == whole.best_steps
+    assert taken_up.best_step == whole.best_step
     if mixture == "biased":
         assert read_biases(output).abs().amin(-1).max() > 0
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
 def test_a_stage_that_was_killed_before_its_first_checkpoint_begins_with_the_same_random_numbers(
-    train: str, start: Start, tmp_path: Path
+    train: str, train_alone: TrainAlone, tmp_path: Path
 ) -> None:
     stages = (TrainingPhase(train="router", steps=4), TrainingPhase(train=train, steps=4))
     config = CONFIG.model_copy(update={"stages": stages, "expert_dropout": 0.1})
-    _, untouched = start(config)
+    _, untouched = train_alone(config)
 
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        start(config, tmp_path, progress)
-    assert changed(untouched, start(config, tmp_path)[1]) == set()
+        train_alone(config, tmp_path, progress)
+    assert changed(untouched, train_alone(config, tmp_path)[1]) == set()
 
 
 @pytest.mark.parametrize("train", ["all", "lora"])
-def test_the_seed_alone_decides_and_the_generators_of_the_process_stay_where_they_are(train: str, start: Start) -> None:
+def test_the_seed_alone_decides_and_the_generators_of_the_process_stay_where_they_are(
+    train: str, train_alone: TrainAlone
+) -> None:
     config = CONFIG.model_copy(update={"train": train, "expert_dropout": 0.1, "steps": 2})
     outputs = []
     for seed in (1, 2):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()[1].tolist()  # type: ignore[index]
-            outputs.append(start(config)[1])
+            outputs.append(train_alone(config)[1])
             assert torch.equal(torch.get_rng_state(), before[0])
             assert (random.getstate(), numpy.random.get_state()[1].tolist()) == before[1:]  # type: ignore[index]
     assert changed(*outputs) == set()
@@ -105,7 +115,12 @@ def test_the_seed_alone_decides_and_the_generators_of_the_process_stay_where_the
 @pytest.mark.parametrize("patience", [1, 99])
 @pytest.mark.parametrize("cut", ["record", "weights"])
 def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
-    cut: str, patience: int, start: Start, reference: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: str,
+    patience: int,
+    train_alone: TrainAlone,
+    reference: TrainAlone,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With patience it was to end before its last step, and without at it."""
     config = CONFIG.model_copy(
@@ -118,7 +133,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
         }
     )
     whole, untouched = reference(config)
-    assert whole.num_steps == {"fine-tuned": 1 if patience == 1 else 3}
+    assert whole.last_step == (1 if patience == 1 else 3)
     plain = os.replace
 
     def replace(fresh: Path, path: Path) -> None:
@@ -134,31 +149,31 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_end_does_not_train_on(
             patch.setattr(os, "replace", replace)
         else:
             patch.setattr("dense2moe.upcycle.training.job._save", save)
-        start(config, tmp_path)
+        train_alone(config, tmp_path)
     stage = tmp_path / "fine-tuned" / "phase-0"
     assert not is_kept(stage / "trained")
     assert any((stage / "checkpoints").iterdir())
     seen: list[int] = []
-    facts, output = start(
+    found, output = train_alone(
         config, tmp_path, lambda what, done, _: seen.append(done) if what.startswith("training fine-tuned") else None
     )
     assert seen == []
     assert changed(untouched, output) == set()
-    assert (facts.num_steps, facts.best_steps, facts.history) == (whole.num_steps, whole.best_steps, whole.history)
+    assert (found.last_step, found.best_step, found.history) == (whole.last_step, whole.best_step, whole.history)
 
 
-def test_checkpoints_that_a_kill_left_are_not_in_what_is_written(start: Start, tmp_path: Path) -> None:
-    start(CONFIG, tmp_path)
+def test_checkpoints_that_a_kill_left_are_not_in_what_is_written(train_alone: TrainAlone, tmp_path: Path) -> None:
+    train_alone(CONFIG, tmp_path)
     left = tmp_path / "fine-tuned" / "phase-0" / "checkpoints" / "checkpoint-6"
     left.mkdir(parents=True)
     (left / "optimizer.pt").touch()
-    _, output = start(CONFIG, tmp_path)
+    _, output = train_alone(CONFIG, tmp_path)
     assert not (output / "checkpoints").exists()
     assert not left.exists()
 
 
 def test_the_checkpoint_before_stays_until_the_next_is_whole(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_alone: TrainAlone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 0
 
@@ -171,20 +186,20 @@ def test_the_checkpoint_before_stays_until_the_next_is_whole(
 
     monkeypatch.setattr("dense2moe.upcycle.training.watch.write_history", write)
     with pytest.raises(Killed):
-        start(CONFIG, tmp_path)
+        train_alone(CONFIG, tmp_path)
     checkpoints = tmp_path / "fine-tuned" / "phase-0" / "checkpoints"
     assert (checkpoints / "checkpoint-2" / "history.jsonl").is_file()
     assert (checkpoints / "checkpoint-4" / "optimizer.pt").is_file()
 
 
-def test_only_the_best_checkpoint_and_the_latest_are_kept(start: Start, tmp_path: Path) -> None:
+def test_only_the_best_checkpoint_and_the_latest_are_kept(train_alone: TrainAlone, tmp_path: Path) -> None:
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == 5:
             raise Killed
 
     # No look is better than the start.
     with pytest.raises(Killed):
-        start(
+        train_alone(
             CONFIG.model_copy(update={"learning_rate": 1e-20, "router_learning_rate": 1e-20, "eval_steps": 1}),
             tmp_path,
             progress,
@@ -193,13 +208,13 @@ def test_only_the_best_checkpoint_and_the_latest_are_kept(start: Start, tmp_path
     assert {folder.name for folder in kept} == {"start", "checkpoint-4"}
 
 
-def test_the_start_is_forgotten_when_a_look_is_better(start: Start, tmp_path: Path) -> None:
+def test_the_start_is_forgotten_when_a_look_is_better(train_alone: TrainAlone, tmp_path: Path) -> None:
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == 5:
             raise Killed
 
     with pytest.raises(Killed):
-        start(CONFIG.model_copy(update={"eval_steps": 1}), tmp_path, progress)
+        train_alone(CONFIG.model_copy(update={"eval_steps": 1}), tmp_path, progress)
     kept = {folder.name for folder in (tmp_path / "fine-tuned" / "phase-0" / "checkpoints").iterdir()}
     assert kept == {"checkpoint-4"}
 
@@ -207,7 +222,7 @@ def test_the_start_is_forgotten_when_a_look_is_better(start: Start, tmp_path: Pa
 @pytest.mark.parametrize("train", ["all", "lora"])
 @pytest.mark.parametrize("at", [1, 2, 4])
 def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(
-    at: int, train: str, start: Start, reference: Start, tmp_path: Path
+    at: int, train: str, start: Start, reference: TrainAlone, tmp_path: Path
 ) -> None:
     def progress(what: str, done: int, total: int) -> None:
         if what.startswith("training fine-tuned") and done == at:
@@ -242,7 +257,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert path.read_text() == "[1]"
 
 
-def test_what_was_trained_is_not_trained_again(start: Start, tmp_path: Path) -> None:
+def test_what_was_trained_is_not_trained_again(train_alone: TrainAlone, tmp_path: Path) -> None:
     seen: list[int] = []
 
     def progress(what: str, done: int, total: int) -> None:
@@ -252,10 +267,10 @@ def test_what_was_trained_is_not_trained_again(start: Start, tmp_path: Path) -> 
                 raise Killed
 
     with pytest.raises(Killed):
-        start(CONFIG, tmp_path, progress)
-    start(CONFIG, tmp_path, progress)
+        train_alone(CONFIG, tmp_path, progress)
+    train_alone(CONFIG, tmp_path, progress)
     assert seen == [1, 2, 3, 4, 5, 5, 6]
-    start(CONFIG, tmp_path, progress)
+    train_alone(CONFIG, tmp_path, progress)
     assert seen == [1, 2, 3, 4, 5, 5, 6]
 
 
@@ -295,7 +310,7 @@ def computed() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
-def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, start: Start) -> None:
+def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, train_alone: TrainAlone) -> None:
     kept: list[tuple[int, ...]] = []
     before = computed()  # by a test before this one
 
@@ -303,13 +318,13 @@ def test_between_steps_nothing_of_a_step_is_kept(recomputes: bool, start: Start)
         if what.startswith("training fine-tuned"):
             kept.extend(tuple(each.shape) for each in computed() if not any(each is other for other in before))
 
-    start(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}), progress=progress)
+    train_alone(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}), progress=progress)
     assert kept == []
 
 
 @pytest.mark.parametrize("recomputes", [False, True])
 def test_a_backward_pass_keeps_no_more_of_routers_than_the_forward_pass(
-    recomputes: bool, start: Start, monkeypatch: pytest.MonkeyPatch
+    recomputes: bool, train_alone: TrainAlone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
     backward = Accelerator.backward
@@ -321,7 +336,7 @@ def test_a_backward_pass_keeps_no_more_of_routers_than_the_forward_pass(
         kept.append(shapes.count((CONFIG.batch_size * BLOCK, 4)))
 
     monkeypatch.setattr(Accelerator, "backward", count)
-    start(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}))
+    train_alone(CONFIG.model_copy(update={"steps": 2, "gradient_checkpointing": recomputes}))
     assert kept == [2, 2]  # of two layers
 
 
@@ -352,12 +367,12 @@ def test_what_a_later_stage_cannot_do_is_told_before_any_work(
     assert seen == []
 
 
-def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(start: Start, tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(train_alone: TrainAlone, tmp_path: Path) -> None:
     stages = (TrainingPhase(steps=2), TrainingPhase(steps=4, learning_rate=1e30, router_learning_rate=1e30))
     with pytest.raises(
         UpcycleError, match=r"finetune: the loss of fine-tuned is (nan|inf) at step \d; lower finetune\.learning_rate"
     ):
-        start(CONFIG.model_copy(update={"stages": stages}), tmp_path)
+        train_alone(CONFIG.model_copy(update={"stages": stages}), tmp_path)
     assert (tmp_path / "fine-tuned" / "phase-0" / "trained" / "model.safetensors").is_file()
 
 
@@ -370,7 +385,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(start: Start, t
     ],
 )
 def test_a_lack_of_memory_is_one_line_that_names_the_last_checkpoint(
-    error: Exception, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, train_alone: TrainAlone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = 0
 
@@ -383,7 +398,7 @@ def test_a_lack_of_memory_is_one_line_that_names_the_last_checkpoint(
 
     monkeypatch.setattr("dense2moe.upcycle.training.trainer.run_with_prompt", fail)
     with pytest.raises(UpcycleError) as excinfo:
-        start(CONFIG, tmp_path)
+        train_alone(CONFIG, tmp_path)
     assert str(excinfo.value) == (
         "finetune: out of memory while training fine-tuned; raise finetune.gradient_accumulation_steps, set "
         "finetune.gradient_checkpointing, or "
@@ -414,8 +429,8 @@ def test_a_full_disk_is_told_as_one_and_keeps_the_checkpoint_before(
     writer: str,
     error: Exception,
     said: str,
-    start: Start,
-    reference: Start,
+    train_alone: TrainAlone,
+    reference: TrainAlone,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -429,9 +444,9 @@ def test_a_full_disk_is_told_as_one_and_keeps_the_checkpoint_before(
             monkeypatch.setattr(writer, full)
 
     with pytest.raises(OSError, match=said):
-        start(CONFIG, tmp_path, progress)
+        train_alone(CONFIG, tmp_path, progress)
     monkeypatch.undo()
-    assert changed(untouched, start(CONFIG, tmp_path)[1]) == set()
+    assert changed(untouched, train_alone(CONFIG, tmp_path)[1]) == set()
 
 
 def test_a_batch_that_accumulation_does_not_divide_is_refused() -> None:

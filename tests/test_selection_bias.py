@@ -11,20 +11,20 @@ import torch.nn.functional as F
 from training_runs import (
     BLOCK,
     CONFIG,
-    Start,
+    TrainAlone,
     make_biased,
     make_data,
-    make_start,
+    make_train_alone,
     read_biases,
 )
 
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules, selection_biases
 from dense2moe.upcycle.data.blocks import read_blocks
-from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.order import draw_order
+from dense2moe.upcycle.training.phase import Trained
 from dense2moe.upcycle.training.trainable import parameter_groups
 
-data, start, biased = make_data, make_start, make_biased  # fixtures
+data, train_alone, biased = make_data, make_train_alone, make_biased  # fixtures
 
 
 # Gates with a selection bias
@@ -52,10 +52,10 @@ def first_counts(mixture: Path, data: Path, num_blocks: int) -> torch.Tensor:
 @pytest.mark.parametrize("train", ["all", "experts", "router", "lora"])
 @pytest.mark.parametrize("parts", [1, 2, 4])
 def test_a_step_moves_each_bias_by_the_rate_against_the_load_of_all_its_parts(
-    train: str, parts: int, start: Start, biased: Path, data: Path
+    train: str, parts: int, train_alone: TrainAlone, biased: Path, data: Path
 ) -> None:
     still = {"learning_rate": 1e-20, "router_learning_rate": 1e-20, "warmup_steps": 0, "steps": 1}
-    _, output = start(
+    _, output = train_alone(
         CONFIG.model_copy(update=still | {"train": train, "gradient_accumulation_steps": parts}), mixture=biased
     )
     counts = first_counts(biased, data, 4)
@@ -78,9 +78,9 @@ def test_a_step_moves_each_bias_by_the_rate_against_the_load_of_all_its_parts(
     ],
 )
 def test_a_bias_moves_where_its_router_learns(
-    settings: dict[str, Any], moving: tuple[bool, bool], start: Start, biased: Path
+    settings: dict[str, Any], moving: tuple[bool, bool], train_alone: TrainAlone, biased: Path
 ) -> None:
-    _, output = start(CONFIG.model_copy(update={"steps": 2, **settings}), mixture=biased)
+    _, output = train_alone(CONFIG.model_copy(update={"steps": 2, **settings}), mixture=biased)
     assert [bool(layer.any()) for layer in read_biases(output)] == list(moving)
 
 
@@ -94,22 +94,22 @@ def test_no_gradient_and_no_optimizer_reaches_a_bias(biased: Path) -> None:
         assert id(bias) not in held
 
 
-def imbalance(facts: FinetuneFacts) -> float:
+def imbalance(trained: Trained) -> float:
     """The mean over the last steps and layers of half the sum of the loads' distances from a quarter."""
-    last = [layer.load for step in facts.history[-8:] for layer in step.layers]
+    last = [layer.load for step in trained.history[-8:] for layer in step.layers]
     return sum(abs(share - 0.25) for load in last for share in load) / 2 / len(last)
 
 
-def test_an_unbalanced_router_becomes_balanced_by_its_bias_alone(start: Start, biased: Path) -> None:
+def test_an_unbalanced_router_becomes_balanced_by_its_bias_alone(train_alone: TrainAlone, biased: Path) -> None:
     config = CONFIG.model_copy(update={"steps": 60, "balance_coefficient": 0.0, "eval_steps": 60})
     without, with_bias = (
-        start(config.model_copy(update={"bias_update_rate": rate}), mixture=biased)[0] for rate in (0.0, 2e-2)
+        train_alone(config.model_copy(update={"bias_update_rate": rate}), mixture=biased)[0] for rate in (0.0, 2e-2)
     )
     assert imbalance(without) > 0.1
     assert imbalance(with_bias) < 0.6 * imbalance(without)  # 0.52; the load is that of the last steps together
 
 
-def test_the_best_weights_come_back_with_their_biases(start: Start, biased: Path) -> None:
+def test_the_best_weights_come_back_with_their_biases(train_alone: TrainAlone, biased: Path) -> None:
     """With rates that harm the model from the first step on, the best look is the first.
 
     Whose biases moved by one step.
@@ -124,6 +124,6 @@ def test_the_best_weights_come_back_with_their_biases(start: Start, biased: Path
             "warmup_steps": 0,
         }
     )
-    facts, output = start(config, mixture=biased)
-    assert facts.num_steps["fine-tuned"] > facts.best_steps["fine-tuned"] == 1
+    trained, output = train_alone(config, mixture=biased)
+    assert trained.last_step > trained.best_step == 1
     assert float(read_biases(output).abs().max()) == pytest.approx(1e-3)

@@ -113,14 +113,14 @@ def first_step(mixture: Path, data: Path, config: FinetuneConfig, scratch: Path)
 
 
 @pytest.fixture(scope="module", name="reference")
-def make_reference(start: Start, mixture_checkpoint: Path) -> Start:
-    """A run from its start to its end, made once for all that are compared with it. Shared: read only."""
-    made: dict[tuple[str, Path], tuple[FinetuneFacts, Path]] = {}
+def make_reference(train_alone: TrainAlone, mixture_checkpoint: Path) -> TrainAlone:
+    """A training from its start to its end, made once for all that are compared with it. Shared: read only."""
+    made: dict[tuple[str, Path], tuple[Trained, Path]] = {}
 
-    def reference(config: FinetuneConfig, mixture: Path = mixture_checkpoint) -> tuple[FinetuneFacts, Path]:
+    def reference(config: FinetuneConfig, mixture: Path = mixture_checkpoint) -> tuple[Trained, Path]:
         key = (config.model_dump_json(), mixture)
         if key not in made:
-            made[key] = start(config, mixture=mixture)
+            made[key] = train_alone(config, mixture=mixture)
         return made[key]
 
     return reference
