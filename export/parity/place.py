@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 Part = Literal[
     "embedding",
@@ -19,6 +19,8 @@ Part = Literal[
     "final norm",
     "head",
 ]
+PARTS: tuple[Part, ...] = get_args(Part)
+"""In the order in which a forward pass comes to them."""
 
 OUTSIDE = -1
 """The layer of what is outside of layers."""

@@ -11,7 +11,7 @@ import torch
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.inside.local import LocalCheck
 from dense2moe.export.parity.inside.meter import LEAST_NOISE, Measured
-from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, Part, Place, name_place
+from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, PARTS, Place, name_place
 from dense2moe.export.parity.records import PlaceCheck
 from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.parity.ways.cases import every_expert
@@ -32,21 +32,6 @@ _BEHIND_MULTIPLE = 4.0
 A runtime that computes that one in 32 bits need not round what it gives on.
 """
 _NARROW_TYPES = ("tensor(float16)", "tensor(bfloat16)")
-_ORDER: tuple[Part, ...] = (
-    "embedding",
-    "attention norm",
-    "query, key and value",
-    "cache",
-    "attention",
-    "attention output",
-    "FFN norm",
-    "router",
-    "experts",
-    "FFN",
-    "residual stream",
-    "final norm",
-    "head",
-)
 
 
 class PlacesCheck:
@@ -183,4 +168,4 @@ def _badness(check: PlaceCheck) -> float:
 def _order(place: Place) -> tuple[int, int]:
     """Places in the order of computation."""
     layer, part = place
-    return (layer if layer != OUTSIDE or part == "embedding" else 1 << 30), _ORDER.index(part)
+    return (layer if layer != OUTSIDE or part == "embedding" else 1 << 30), PARTS.index(part)
