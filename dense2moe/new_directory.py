@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 
 
 @contextmanager
@@ -16,14 +16,17 @@ def new_directory(output: str | Path) -> Iterator[Path]:
     """A directory that gets its name when it is whole; of a failure nothing is left.
 
     Raises:
-        UpcycleError: something is there already.
+        UpcycleError: something is there already, or no directory can be made there.
     """
     output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise UpcycleError(f"{output}: is there already; must be a new directory; give another one, or delete it")
     partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with one_line_errors(output, "no directory can be made there", "give another one"):
+        taken = output.exists() and not (output.is_dir() and not any(output.iterdir()))
+        if not taken:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+    if taken:
+        raise UpcycleError(f"{output}: is there already; must be a new directory; give another one, or delete it")
     try:
         yield partial
         os.replace(partial, output)

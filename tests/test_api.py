@@ -12,6 +12,9 @@ from worker_jobs import double
 import dense2moe
 from dense2moe import api
 from dense2moe.convert.worker import run_apart
+from dense2moe.new_directory import new_directory
+from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.errors import UpcycleError
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = re.findall(
@@ -123,3 +126,16 @@ def test_nothing_is_imported_by_a_bare_name():
     ]
     assert len(files) > 200
     assert [str(file) for file in files if bare.search(file.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("name", ["file/output", "x" * 300, "a\0b"])
+def test_a_place_where_no_directory_can_be_is_one_line(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UpcycleError, match="no directory can be made there") as caught, new_directory(tmp_path / name):
+        pass
+    assert "\n" not in str(caught.value)
+
+
+def test_blocks_that_are_not_there_are_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UpcycleError, match=r"cannot be read .*; give the directory that prepare_data wrote"):
+        read_blocks(tmp_path, "train")

@@ -174,7 +174,7 @@ def test_a_report_of_older_code_is_one_line(runs, tmp_path, command) -> None:
     assert code == 1
     assert said.splitlines()[-1] == (
         f"Error: {second}: its report has no upcycle.receipt and 1 more that this version can read: it was written by "
-        "another version of dense2moe; run its recipe again, which reuses what is still good"
+        "another version of dense2moe; run its recipe again"
     )
     runs[1]["upcycle"]["receipt"] = []
     with pytest.raises(ArtifactError, match=r"^b: its report has no finetune\.evaluations\.dense\.figures that"):

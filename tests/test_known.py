@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import shutil
 import time
@@ -187,3 +188,13 @@ def test_weights_in_the_hub_s_cache_are_known_by_their_blob_and_read_before_anyt
         f"Error: {weights}: SHA-256 {found[:12]}...; must be {claimed[:12]}..., as the hub named it; delete "
         f"{weights.resolve()}, and a run fetches it again"
     )
+
+
+def test_a_file_that_a_program_has_mapped_and_goes_on_changing_is_read_again(file: Path, read: list[str]) -> None:
+    """The system gives a changed page no new time until it is written."""
+    with open(file, "r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+        mapped[0] = ord("x")
+        digest_known(file)
+        time.sleep(0.01)
+        mapped[1] = ord("y")
+        assert digest_known(file) == hashlib.sha256(file.read_bytes()).hexdigest()

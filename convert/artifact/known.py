@@ -2,9 +2,10 @@
 
 A source of gigabytes is read once, and known again by its path, size, inode and times. An entry that does not fit the
 file is nothing, and the file is read anew. So an edit is always noticed: it changes the time of the last change of the
-inode, which no program can set back; and of a file that was changed within two seconds, whose next edit could fall into
-the same tick of a coarse clock, nothing is kept (as git does, Documentation/technical/racy-git.txt). Where the cache
-cannot be written, every look reads.
+inode, which no program can set back; of a file that was changed within two seconds, whose next edit could fall into
+the same tick of a coarse clock, nothing is kept (as git does, Documentation/technical/racy-git.txt); and a file is
+forced to disk before it is read, since a page that a program has mapped and changed gets no new time until then.
+Where the cache cannot be written, every look reads.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dense2moe.convert.artifact.hashing import digest_file, is_digest
+from dense2moe.upcycle.durable import sync
 
 CACHE_VARIABLE = "DENSE2MOE_CACHE"
 """The environment variable that names another directory for what is kept than the user's cache."""
@@ -42,11 +44,22 @@ def digest_known(path: Path, advance: Callable[[int], None] = lambda _: None) ->
         advance(state["size"])
         return known
     began = time.time_ns()
+    is_forced = _force(path)
+    state = _read_state(path)
     digest = digest_file(path, advance)
     is_settled = max(state["mtime_ns"], state["ctime_ns"]) < began - _RACY_NS
-    if entry is not None and is_settled and _read_state(path) == state:
+    if entry is not None and is_forced and is_settled and _read_state(path) == state:
         _write_entry(entry, {**state, "sha256": digest})
     return digest
+
+
+def _force(path: Path) -> bool:
+    """Write what is changed of a file to disk; False where the system refuses."""
+    try:
+        sync(path)
+    except OSError:
+        return False
+    return True
 
 
 def find_claimed(path: Path) -> str | None:

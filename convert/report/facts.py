@@ -177,7 +177,7 @@ def read_facts(found: Mapping[str, Any], where: str) -> ReportFacts:
     more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
     raise ArtifactError(
         f"{where}: its report has no {wrong[0]}{more} that this version can read: it was written by another version "
-        "of dense2moe; run its recipe again, which reuses what is still good"
+        "of dense2moe; run its recipe again"
     )
 
 

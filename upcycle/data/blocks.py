@@ -22,7 +22,7 @@ from dense2moe.upcycle.data.files import domain_place, text_sources
 from dense2moe.upcycle.data.packing import choose_evenly, encode_documents, pack, pack_domains
 from dense2moe.upcycle.data.python_docs import SPLITS, Split, read_sample
 from dense2moe.upcycle.data.texts import open_files, read_texts
-from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.progress import Progress
 
 FACTS_NAME = "data.json"
@@ -134,8 +134,14 @@ def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, nu
 
 
 def read_blocks(directory: Path, split: Split) -> torch.Tensor:
-    """The blocks that `prepare_data` wrote; int64 [blocks, block_size]."""
-    return load_file(directory / f"{split}.safetensors")["input_ids"].to(torch.int64)
+    """The blocks that `prepare_data` wrote; int64 [blocks, block_size].
+
+    Raises:
+        UpcycleError: there are none, or the file is damaged.
+    """
+    file = directory / f"{split}.safetensors"
+    with one_line_errors(file, "cannot be read", "give the directory that prepare_data wrote"):
+        return load_file(file)["input_ids"].to(torch.int64)
 
 
 def read_domains(directory: Path, split: Split) -> tuple[tuple[str, ...], torch.Tensor]:
