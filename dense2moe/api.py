@@ -13,10 +13,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
 
+from dense2moe.arguments import check_arguments
 from dense2moe.convert.package_parity import check_package
 from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
@@ -99,6 +101,7 @@ class Upcycled:
     receipt: Receipt
 
 
+@check_arguments
 def prepare_data(
     tokenizer: PathLike, output: PathLike, config: DataConfig, *, progress: Progress | None = None
 ) -> dict[str, Any]:
@@ -124,13 +127,14 @@ def prepare_data(
         return text_blocks.prepare_data(Path(tokenizer), directory, config, Path.cwd(), progress or _quiet)
 
 
+@check_arguments
 def upcycle(
     dense: PathLike,
     output: PathLike,
     config: UpcycleConfig | None = None,
     *,
     data: PathLike | None = None,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     progress: Progress | None = None,
 ) -> Upcycled:
     """Make a mixture of experts of a dense checkpoint, and compare the two.
@@ -173,6 +177,7 @@ def upcycle(
     return Upcycled(plan, receipt)
 
 
+@check_arguments
 def finetune(
     dense: PathLike,
     mixture: PathLike,
@@ -180,7 +185,7 @@ def finetune(
     output: PathLike,
     config: FinetuneConfig | None = None,
     *,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     scratch: PathLike | None = None,
     progress: Progress | None = None,
 ) -> FinetuneFacts:
@@ -214,6 +219,7 @@ def finetune(
         return fine_tuning.finetune(Path(dense), Path(mixture), Path(data), directory, *settings)
 
 
+@check_arguments
 def quantize(
     checkpoint: PathLike,
     output: PathLike,
@@ -222,7 +228,7 @@ def quantize(
     *,
     data: PathLike | None = None,
     device: Device = "cpu",
-    activation_bits: int = 8,
+    activation_bits: Literal[8, 32] = 8,
     scratch: PathLike | None = None,
     progress: Progress | None = None,
 ) -> QuantizeFacts:
@@ -269,6 +275,7 @@ def quantize(
         )
 
 
+@check_arguments
 def export_onnx(
     twin: PathLike, output: PathLike, config: OnnxConfig | None = None, *, progress: Progress | None = None
 ) -> OnnxFacts:
@@ -296,15 +303,16 @@ def export_onnx(
         return write_package(Path(twin), directory, config or OnnxConfig(), progress or _quiet)
 
 
+@check_arguments
 def check_parity(
     package: PathLike,
     reference: PathLike,
-    data: PathLike | Sequence[PathLike],
+    data: PathLike | Annotated[Sequence[PathLike], Field(min_length=1)],
     config: ParityConfig | None = None,
     *,
     twin: PathLike | None = None,
-    block_size: int = _BLOCK_SIZE,
-    num_blocks: int | None = None,
+    block_size: PositiveInt = _BLOCK_SIZE,
+    num_blocks: PositiveInt | None = None,
     progress: Progress | None = None,
 ) -> Parity:
     """Compare an ONNX package with the torch model that it must compute like, on text.

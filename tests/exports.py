@@ -28,6 +28,18 @@ PREFILL, STEPS = 20, 64
 EXACT_PRODUCTS = {"activation_bits": 32, "lowering": "grouped"}  # 8 bits round; what that costs is measured apart
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
+LAYER_PARTS = (
+    "attention norm",
+    "query, key and value",
+    "cache",
+    "attention",
+    "attention output",
+    "FFN norm",
+    "router",
+    "experts",
+    "residual stream",
+)
+"""Parts of a layer that a package shows inside."""
 Padding = Literal["left", "right", "none"]
 
 

@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.facts import Receipt
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import write_receipt
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.errors import UpcycleError
+from tests import mixtures
+from tests.mixtures import quiet
 
 MakeDense = Callable[..., Path]
 EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight"
@@ -59,21 +61,9 @@ DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def quiet(what: str, done: int, total: int) -> None:
-    pass
-
-
 def settings(num_experts: int = 4, k: int = 2, logit_std: float = 1.0, **overrides: Any) -> UpcycleConfig:
-    """Settings; those of experts by their own names, and the number of parts of a copy as `granularity`."""
-    names = ("kind", "granularity", "noise", "drop")
-    experts = ExpertsConfig(**{name: overrides.pop(name) for name in names if name in overrides})
-    return UpcycleConfig(
-        num_experts=num_experts,
-        num_experts_per_tok=k,
-        experts=experts,
-        router=RouterConfig(logit_std=logit_std),
-        **overrides,
-    )
+    """Those of `mixtures.settings`, with a router that is drawn."""
+    return mixtures.settings(num_experts, k, logit_std, **overrides)
 
 
 def make_mixture(source: Path, output: Path, **overrides: Any) -> UpcyclePlan:

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -139,3 +140,29 @@ def test_a_place_where_no_directory_can_be_is_one_line(name: str, tmp_path: Path
 def test_blocks_that_are_not_there_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UpcycleError, match=r"cannot be read .*; give the directory that prepare_data wrote"):
         read_blocks(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("call", "line"),
+    [
+        (lambda: api.quantize("c", "o", "int5"), "quantize: variant is 'int5'; must be 'float32', .* or 'mixed'"),
+        (lambda: api.quantize("c", "o", "int8", device="tpu"), "quantize: device is 'tpu'; must be 'cpu' or 'cuda'"),
+        (lambda: api.quantize("c", "o", "int8", activation_bits=5), "quantize: activation_bits is 5; must be 8 or 32"),
+        (lambda: api.upcycle("d", "o", seed=-1), "upcycle: seed is -1; must be greater than or equal to 0"),
+        (lambda: api.upcycle("d", "o", seed="a"), "upcycle: seed is 'a'; must be a valid integer"),
+        (
+            lambda: api.check_parity("p", "r", "t", block_size=0),
+            "check_parity: block_size is 0; must be greater than 0",
+        ),
+        (lambda: api.check_parity("p", "r", "t", num_blocks=-3), "check_parity: num_blocks is -3; must be greater .*"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_before_any_work(
+    call: Callable[[], object], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UpcycleError) as caught:
+        call()
+    assert re.match(line, str(caught.value)), str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

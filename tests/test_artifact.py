@@ -331,7 +331,7 @@ def test_a_link_that_sealing_would_break_is_a_bug(tmp_path: Path) -> None:
         draft.seal(**SEAL)
 
 
-MEND = "give the directory of a sealed artifact"
+MEND = "give an artifact, a work directory, or a package with SHA256SUMS"
 
 
 def edit(directory: Path, **changes: Any) -> Path:

@@ -22,6 +22,7 @@ from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
+from tests.exports import LAYER_PARTS
 from tests.faults.planted import FAULTS, Exported, plant
 from tests.faults.stores import Inexpressible
 from tests.foreign import VARIANTS, Kind, make_foreign
@@ -119,17 +120,6 @@ def test_every_fault_can_be_planted_in_a_package_of_another_maker(
 
 TEXT = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONFIG = ParityConfig(max_perplexity_increase={}, free_tokens=4, decode_steps=8, longest_row=48, noise_blocks=1)
-PARTS = (
-    "attention norm",
-    "query, key and value",
-    "cache",
-    "attention",
-    "attention output",
-    "FFN norm",
-    "router",
-    "experts",
-    "residual stream",
-)
 NAMED = (
     "two experts swapped",
     "one expert's scale wrong by 2 %",
@@ -163,7 +153,7 @@ def test_places_are_found_by_their_weights_and_all_are_right(folders: Callable[[
     untold = {"task": "not run: no task was given", "routing": "not run: the package shows no router logits"}
     assert {tier: told for tier, told in result.tiers.items() if told != "passed"} == untold
     assert isinstance(result.places, tuple)
-    layers = [(n, part) for n in (0, 1) for part in PARTS]
+    layers = [(n, part) for n in (0, 1) for part in LAYER_PARTS]
     assert [(place.layer, place.part) for place in result.places] == [
         (-1, "embedding"),
         *layers,

@@ -30,6 +30,7 @@ from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.gates.gate import TopK
 from dense2moe.upcycle.tasks.figure import Figure
+from tests.exports import LAYER_PARTS
 from tests.faults.by_name import (
     CHANGES,
     Change,
@@ -147,25 +148,12 @@ def test_a_right_export_passes(exports: dict[Variant, Exported], variant: Varian
     assert min(result.prefill_tokens_per_second, result.decode_tokens_per_second) > 0
 
 
-PARTS = (
-    "attention norm",
-    "query, key and value",
-    "cache",
-    "attention",
-    "attention output",
-    "FFN norm",
-    "router",
-    "experts",
-    "residual stream",
-)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_place_of_a_right_export_is_seen_and_right(exports: dict[Variant, Exported], variant: Variant) -> None:
     exported = exports[variant]
     _, result = check(exported, variant, rounds=variant == "float16")
     assert isinstance(result.places, tuple)
-    layers = [(n, part) for n in (0, 1) for part in PARTS]
+    layers = [(n, part) for n in (0, 1) for part in LAYER_PARTS]
     assert [(each.layer, each.part) for each in result.places] == [
         (-1, "embedding"),
         *layers,

@@ -215,5 +215,5 @@ def test_a_difference_of_float32_s_rounding_is_called_so() -> None:
     figure["value"] = 11.2345 * (1 + 1e-7)
     line = next(line for line in verdict_lines(records(facts)) if line.startswith("ONNX float32: "))
     assert line == (
-        "ONNX float32: perplexity 11.23, the same but for rounding as the fine-tuned torch model's; parity passed."
+        "ONNX float32: perplexity 11.23, equal but for rounding to the fine-tuned torch model's; parity passed."
     )

@@ -28,7 +28,7 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.answers.evaluation import score_task
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile
+from dense2moe.export.parity.answers.examples import Choice, Similarity, TaskFile
 from dense2moe.export.parity.answers.outcome import (
     Outcome,
     PackageModel,
@@ -49,42 +49,15 @@ from dense2moe.export.runtime.decoder import CPU, Decoder
 from dense2moe.export.runtime.generation import Generation
 from dense2moe.export.runtime.inspection import Inspection
 from tests.report_facts import make_facts, records, tiered
+from tests.task_examples import ANSWERS, CHOICES, PAIRS, write_task
 
 BLOCKS = torch.randint(2, 300, (4, 48), generator=torch.Generator().manual_seed(0))
 CONTEXT = 256
 GENERATION = Generation(start=0, ends=(1,))  # of the tiny tokenizer
-WORDS = (
-    "License",
-    "work",
-    "the terms of",
-    "You may",
-    "derivative",
-    " and conditions",
-    "a copy",
-    "in whole or in part",
-    "Contribution",
-)
-MARKS = (",", ";", ")")  # a token each, so that none wins by being short
-CHOICES = tuple(
-    Choice(
-        prompt=f"{WORDS[n % 9]} of {WORDS[(n * 5 + 2) % 9]}",
-        choices=MARKS if n % 3 else (" the", " distribution", f" {WORDS[(n + 1) % 9]}."),
-        answer=n % 3,
-    )
-    for n in range(24)
-)
-ANSWERS = tuple(Answer(prompt=f"{WORDS[n]} {WORDS[n - 1]}", answer=WORDS[n - 2]) for n in range(8))
-PAIRS = tuple(Similarity(texts=(WORDS[n % 9], WORDS[(n * n + 1) % 9] + " it"), score=float(n % 4)) for n in range(12))
 
 
 def silent(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
-
-
-def write_task(path: Path, examples: Sequence[Choice | Answer | Similarity | dict[str, Any]]) -> Path:
-    lines = [example if isinstance(example, dict) else example.model_dump(mode="json") for example in examples]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return path
 
 
 @pytest.fixture(scope="module")

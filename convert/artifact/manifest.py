@@ -36,7 +36,7 @@ _FIELDS = {
     SEAL: str,
 }
 REMAKE = "move the directory away, and it will be made again"
-GIVE = "give the directory of a sealed artifact"
+GIVE = "give an artifact, a work directory, or a package with SHA256SUMS"
 
 
 @dataclass(frozen=True)

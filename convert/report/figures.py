@@ -34,7 +34,7 @@ def describe_change(new: Figure, old: Figure) -> str:
     if gain == 0:
         return "equal to"
     if _is_rounding(gain, old.value):
-        return "the same but for rounding as"
+        return "equal but for rounding to"
     return f"{_size(gain, old.value)} {'better' if gain > 0 else 'worse'} than"
 
 
