@@ -2,9 +2,10 @@
 
 Every function takes directories in public formats, writes one new directory, and returns what it found as a frozen
 record. A directory gets its name when it is whole, so nothing half-made is left behind. Settings are the records that a
-recipe is made of (docs/recipe.md has every key). Nothing is printed; `progress`, where given, is called with what is
-being done, how much is done, and how much there is in all. What a user can mend is a `MendableError`, one line with
-where, what is, what must be and how to mend it; anything else is a bug.
+recipe is made of (docs/recipe.md has every key). Nothing is printed, but for bars of transformers while it loads a
+model; `progress`, where given, is called with what is being done, how much is done, and how much there is in all. What
+a user can mend is a `MendableError`, one line with where, what is, what must be and how to mend it; anything else is a
+bug.
 """
 
 from __future__ import annotations
