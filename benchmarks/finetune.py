@@ -45,8 +45,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 
 LAYERS, HIDDEN, INTERMEDIATE, EXPERTS, TOP_K, VOCABULARY = 4, 512, 1408, 8, 2, 4096

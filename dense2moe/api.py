@@ -41,6 +41,7 @@ from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import write_receipt
 from dense2moe.upcycle.data import blocks as text_blocks
 from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.examples import Examples, read_examples
 from dense2moe.upcycle.data.python_docs import Split
 from dense2moe.upcycle.durable import discard_damage
 from dense2moe.upcycle.errors import MendableError, UpcycleError
@@ -87,6 +88,7 @@ __all__ = [
 
 PathLike = str | Path
 _BLOCK_SIZE = 256  # as in a recipe
+_NO_TEXT = Examples(torch.zeros((0, _BLOCK_SIZE), dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -164,17 +166,18 @@ def upcycle(
         print(max(line.rel for line in made.receipt.comparisons if line.dtype == "float32"))
     """
     config, source = config or UpcycleConfig(), Path(dense)
-    blocks = _read_blocks(data, "train")
-    if blocks is None and config.router.kind == "kmeans" and not config.router.domains:
-        raise UpcycleError("upcycle.router: kind 'kmeans' has no domains; give them, or `data` with training text")
+    if data is None and config.router.kind != "normal" and not config.router.domains:
+        raise UpcycleError(
+            f"upcycle.router: kind '{config.router.kind}' has no domains; give them, or `data` with training text"
+        )
     with new_directory(output) as directory:
-        text = torch.zeros((0, _BLOCK_SIZE), dtype=torch.int64) if blocks is None else blocks
-        reading = read_routers(source, config, text, Path.cwd(), seed, progress or _quiet)
+        training = _NO_TEXT if data is None else read_examples(Path(data), "train")
+        reading = read_routers(source, config, training, Path.cwd(), seed, progress or _quiet)
         routers = reading.routers if reading else None
         plan = surgery.upcycle(source, directory, config, seed, progress or _quiet, routers)
         surgery.check_written(source, directory, plan, seed, progress or _quiet, routers)
         context = int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE))
-        receipt = write_receipt(source, directory, plan, min(text.shape[1], context), progress or _quiet)
+        receipt = write_receipt(source, directory, plan, min(training.block_size, context), progress or _quiet)
     return Upcycled(plan, receipt)
 
 

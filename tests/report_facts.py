@@ -284,6 +284,7 @@ def make_facts() -> dict[str, Any]:
                 },
                 "between": [0.0, 0.1, 0.25, 0.1],
                 "within": [0.01, 0.02, 0.03, 0.02],
+                "information": [0.3, 0.2, 0.1, 0.2],
             },
             "sparse_layers": [0, 1, 2, 3],
             "warnings": [

@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,15 @@ from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.start import kmeans_rows
+from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 
 MakeDense = Callable[..., Path]
-NO_BLOCKS = torch.empty(0, 16, dtype=torch.int64)
+NO_TEXT = Examples(torch.empty(0, 16, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
 ALPHABETS = ("aeiou ", "0123456789", "+-*/=()", "XYZQWK_")
 SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"architecture": "LlamaForCausalLM"},
@@ -73,9 +75,9 @@ def settings(kind: str, num_experts: int = 4, given: tuple[Domain, ...] = (), **
 
 
 def read(
-    source: Path, config: UpcycleConfig, blocks: torch.Tensor = NO_BLOCKS, base: Path = Path(), seed: int = 0
+    source: Path, config: UpcycleConfig, text: Examples = NO_TEXT, base: Path = Path(), seed: int = 0
 ) -> RouterReading:
-    found = read_routers(source, config, blocks, base, seed, quiet)
+    found = read_routers(source, config, text, base, seed, quiet)
     assert found is not None
     return found
 
@@ -93,6 +95,10 @@ def ffn_inputs(source: Path, rows: Sequence[Sequence[int]]) -> list[torch.Tensor
     for row in rows:
         model(input_ids=torch.tensor([row]), use_cache=False)
     return [torch.cat(states) for states in found]
+
+
+def one_domain(blocks: torch.Tensor) -> Examples:
+    return Examples(blocks, torch.zeros(len(blocks), dtype=torch.int64))
 
 
 def cut(texts: Sequence[str], source: Path, max_tokens: int = 10**9, row: int = 512) -> list[list[int]]:
@@ -245,6 +251,49 @@ def test_the_reported_load_is_where_the_text_that_was_read_goes(
         assert sum(found.loads[site]) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("kind", ["prototypes", "ridge"])
+def test_without_domains_rows_are_read_from_the_training_text_by_its_domains(kind: str, dense_checkpoint: Path) -> None:
+    """As from the same text given domain by domain, whatever the order of the blocks."""
+    texts = [row[:64] for domain in domains() for row in cut(domain.prompts[:1], dense_checkpoint)[:1]]
+    blocks = torch.tensor([text[:48] for text in texts]).reshape(-1, 16)
+    numbers = torch.arange(4).repeat_interleave(3)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    found = read(dense_checkpoint, settings(kind), Examples(blocks[shuffled], numbers[shuffled]))
+    assert found.num_tokens == (48,) * 4
+    states = [ffn_inputs(dense_checkpoint, blocks[numbers == number].tolist()) for number in range(4)]
+    make = prototype_rows if kind == "prototypes" else partial(ridge_rows, penalty=1e-2)
+    for site, rows in found.routers.items():
+        expected = make([domain[site] for domain in states], logit_std=1.0)
+        assert torch.allclose(rows, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_of_a_domain_with_several_experts_win_its_tokens_and_differ(dense_checkpoint: Path) -> None:
+    texts = [cut((domain.prompts[0],), dense_checkpoint)[0][:64] for domain in domains()]
+    blocks = torch.tensor(texts).reshape(-1, 16)
+    numbers = torch.arange(4).repeat_interleave(4)
+    found = read(dense_checkpoint, settings("ridge", 8), Examples(blocks, numbers))
+    states = ffn_inputs(dense_checkpoint, blocks.tolist())
+    for site, rows in found.routers.items():
+        owners = (states[site] @ rows.T).argmax(-1) // 2
+        wanted = numbers.repeat_interleave(16)
+        assert float((owners == wanted).float().mean()) > 0.75
+        pairs = rows.reshape(4, 2, -1)
+        assert float((pairs[:, 0] - pairs[:, 1]).norm(dim=-1).min()) > 0.1 * float(rows.norm(dim=-1).mean())
+
+
+@pytest.mark.parametrize(("num_domains", "num_experts"), [(1, 4), (3, 4)])
+def test_domains_of_the_training_text_that_do_not_divide_the_experts_are_refused(
+    num_domains: int, num_experts: int, dense_checkpoint: Path
+) -> None:
+    text = Examples(torch.zeros(6, 16, dtype=torch.int64), torch.arange(6) % num_domains)
+    message = refusal(dense_checkpoint, settings("ridge", num_experts), text)
+    assert message == (
+        f"upcycle.router: kind is 'ridge' without domains, and the training text has {num_domains}; they must be 2 or "
+        f"more and divide the {num_experts} router rows evenly; give data.source of kind 'domains', or "
+        "upcycle.router.domains"
+    )
+
+
 def test_logits_on_the_text_that_was_read_differ_by_the_deviation_asked_for(make_dense: MakeDense) -> None:
     source, texts = make_dense(intermediate_size=64), domains()
     states = [ffn_inputs(source, cut(domain.prompts, source)) for domain in texts]
@@ -261,7 +310,7 @@ def test_logits_on_the_text_that_was_read_differ_by_the_deviation_asked_for(make
 def test_kmeans_without_domains_clusters_blocks_taken_evenly_from_the_training_text(make_dense: MakeDense) -> None:
     source = make_dense(intermediate_size=64)
     blocks = torch.randint(300, (10, 16), generator=torch.Generator().manual_seed(0))
-    found = read(source, settings("kmeans", max_tokens=3 * 16 + 15), blocks, seed=7)
+    found = read(source, settings("kmeans", max_tokens=3 * 16 + 15), one_domain(blocks), seed=7)
     assert found.num_tokens == (3 * 16,)
     states = ffn_inputs(source, blocks[[0, 4, 9]].tolist())
     for site, router in found.routers.items():
@@ -271,19 +320,20 @@ def test_kmeans_without_domains_clusters_blocks_taken_evenly_from_the_training_t
 
 def test_kmeans_of_less_text_than_asked_for_reads_all_of_it(dense_checkpoint: Path) -> None:
     blocks = torch.randint(300, (3, 16), generator=torch.Generator().manual_seed(0))
-    assert read(dense_checkpoint, settings("kmeans"), blocks).num_tokens == (48,)
+    assert read(dense_checkpoint, settings("kmeans"), one_domain(blocks)).num_tokens == (48,)
 
 
 def test_kmeans_with_domains_clusters_their_text_and_not_the_blocks(dense_checkpoint: Path) -> None:
     texts = domains()[:2]  # for kmeans they need not be as many as experts
     blocks = torch.zeros(3, 16, dtype=torch.int64)
-    found = read(dense_checkpoint, settings("kmeans", given=texts), blocks)
+    found = read(dense_checkpoint, settings("kmeans", given=texts), one_domain(blocks))
     assert found.num_tokens == tuple(sum(map(len, cut(domain.prompts, dense_checkpoint))) for domain in texts)
 
 
 def test_kmeans_depends_on_the_seed_alone(dense_checkpoint: Path) -> None:
     blocks = torch.randint(300, (6, 16), generator=torch.Generator().manual_seed(0))
-    one, again, other = (read(dense_checkpoint, settings("kmeans"), blocks, seed=seed).routers for seed in (1, 1, 2))
+    text = one_domain(blocks)
+    one, again, other = (read(dense_checkpoint, settings("kmeans"), text, seed=seed).routers for seed in (1, 1, 2))
     assert all(torch.equal(one[site], again[site]) for site in one)
     assert not any(torch.equal(one[site], other[site]) for site in one)
     assert not torch.equal(one[0], one[1])
@@ -334,7 +384,7 @@ def test_a_router_in_a_half_precision_checkpoint_is_the_rows_rounded(make_dense:
 
 
 def test_a_drawn_router_reads_nothing(tmp_path: Path) -> None:
-    assert read_routers(tmp_path / "absent", settings("normal"), NO_BLOCKS, tmp_path, 0, quiet) is None
+    assert read_routers(tmp_path / "absent", settings("normal"), NO_TEXT, tmp_path, 0, quiet) is None
 
 
 def test_progress_counts_the_layers(dense_checkpoint: Path) -> None:
@@ -342,7 +392,7 @@ def test_progress_counts_the_layers(dense_checkpoint: Path) -> None:
     read_routers(
         dense_checkpoint,
         settings("prototypes", given=domains()),
-        NO_BLOCKS,
+        NO_TEXT,
         Path(),
         0,
         lambda *report: seen.append(report),
@@ -350,14 +400,14 @@ def test_progress_counts_the_layers(dense_checkpoint: Path) -> None:
     assert seen == [("reading hidden states", 1, 2), ("reading hidden states", 2, 2)]
 
 
-def refusal(source: Path, config: UpcycleConfig, blocks: torch.Tensor = NO_BLOCKS, base: Path = Path()) -> str:
+def refusal(source: Path, config: UpcycleConfig, text: Examples = NO_TEXT, base: Path = Path()) -> str:
     with pytest.raises(UpcycleError) as excinfo:
-        read(source, config, blocks, base)
+        read(source, config, text, base)
     return str(excinfo.value)
 
 
 def test_fewer_tokens_than_clusters_are_refused(dense_checkpoint: Path) -> None:
-    message = refusal(dense_checkpoint, settings("kmeans", 8), torch.zeros(1, 7, dtype=torch.int64))
+    message = refusal(dense_checkpoint, settings("kmeans", 8), one_domain(torch.zeros(1, 7, dtype=torch.int64)))
     assert message == "upcycle.router: 7 tokens of text; must be at least one for each of 8 clusters"
 
 

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from tests.conftest import MakeDense
 

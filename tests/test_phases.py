@@ -31,12 +31,13 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model, router_modules
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.tasks.next_token import distillation_loss, next_token_loss
 from dense2moe.upcycle.training.config import Distillation, TrainingPhase
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import finetune
-from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.routing import Routing
 from dense2moe.upcycle.training.schedule import schedule_share

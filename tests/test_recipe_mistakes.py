@@ -100,7 +100,14 @@ def test_mistakes_in_a_list_of_domains_are_placed_at_their_item():
             "{num_experts: 6, num_experts_per_tok: 4, experts: {kind: granular, granularity: 4}}",
             ": num_experts is 6; it must be a multiple of experts.granularity, which is 4",
         ),
-        ("{router: {kind: ridge}}", "router: kind 'ridge' has 0 domains; must have one for each expert"),
+        (
+            "{router: {kind: ridge, domains: [{prompts: [a]}]}}",
+            "router: kind 'ridge' has 1 domain; must have 2 or more, or none to take the data's",
+        ),
+        (
+            "{router: {kind: ridge, domains: [{prompts: [a]}, {prompts: [b]}, {prompts: [c]}]}}",
+            ": router.domains has 3 domains; they must divide the 8 router rows evenly",
+        ),
     ],
 )
 def test_a_setting_of_upcycling_that_cannot_be_is_one_line(upcycle, mistake):
@@ -322,7 +329,7 @@ def test_domains_are_sources_in_the_order_of_the_file():
 
 STAGE_KEYS = (
     "train, steps, routing, learning_rate, expert_learning_rate, router_learning_rate, schedule, "
-    "warmup_steps, balance_coefficient"
+    "warmup_steps, balance_coefficient, domain_coefficient, domain_fade"
 )
 
 
@@ -418,6 +425,17 @@ def test_domains_must_divide_the_experts_of_a_stage_by_domain(data, upcycle, mes
     )
     assert mistakes(text) == [f"r.yaml:7: finetune.stages[1].routing: is 'by-domain'; the domains, {message}"]
     assert load(text.replace("by-domain", "learned")).recipe.finetune.stages[1].routing == "learned"
+    told = text.replace("train: experts, routing: by-domain", "domain_coefficient: 0.1")
+    assert mistakes(told) == [f"r.yaml:7: finetune.stages[1].domain_coefficient: is 0.1; the domains, {message}"]
+
+
+def test_a_router_from_the_domains_of_the_data_needs_domains_that_divide_the_experts():
+    text = "source: dense\ndata: {source: {kind: python-docs}}\nupcycle:\n  num_experts: 3\n  router: {kind: ridge}\n"
+    assert mistakes(text) == [
+        "r.yaml:5: upcycle.router.kind: is 'ridge' without router.domains; the domains, of which the data has 2, must "
+        "be 2 or more and divide the 3 experts evenly"
+    ]
+    assert load(text.replace("num_experts: 3", "num_experts: 4")).recipe.upcycle.router.kind == "ridge"
 
 
 @pytest.mark.parametrize("target", ["auto", "mixtral"])

@@ -319,6 +319,7 @@ def test_a_large_model_makes_a_page(facts, written):
         "loads": dict.fromkeys("abcdefgh", [load] * 48),
         "between": [0.0] * 48,
         "within": [0.0] * 48,
+        "information": [0.0] * 48,
     }
     facts["finetune"]["sparse_layers"] = list(range(48))
     Outline(written(facts))

@@ -31,11 +31,12 @@ from training_runs import (
 )
 
 from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.durable import is_kept
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.history import write_history, write_whole
-from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.prompt import run_with_prompt
 

@@ -15,12 +15,13 @@ from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import DataConfig, TextData
+from dense2moe.upcycle.data.examples import Examples, read_examples
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.history import Step
-from dense2moe.upcycle.training.job import Job, Setup, read_examples, train_model
-from dense2moe.upcycle.training.phase import Examples, Phase, Trained
+from dense2moe.upcycle.training.job import Job, Setup, train_model
+from dense2moe.upcycle.training.phase import Phase, Trained
 from dense2moe.upcycle.training.phase_run import run_phase
 
 BLOCK = 16

@@ -114,14 +114,19 @@ def _selection_biases(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _domains(recipe: Recipe) -> Iterator[Mistake]:
-    """Domains that are routed each to its own experts divide these evenly."""
+    """Domains whose experts are their own divide these evenly."""
     num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
+    if num_domains >= 2 and num_rows % num_domains == 0:
+        return
     experts = "groups of granular experts" if recipe.upcycle.group_size > 1 else "experts"
+    given = f"the domains, of which the data has {num_domains}"
+    must = f"{given}, must be 2 or more and divide the {num_rows} {experts} evenly"
+    router = recipe.upcycle.router
+    if router.reads_domains and not router.domains:
+        yield ("upcycle", "router", "kind"), f"is '{router.kind}' without router.domains; {must}"
     for number, phase in enumerate(recipe.training_stages):
-        if phase.routing == "by-domain" and (num_domains < 2 or num_rows % num_domains):
-            in_list: Key = ("finetune", "stages", number, "routing")
-            yield (
-                in_list if recipe.finetune and recipe.finetune.stages else ("finetune", "routing"),
-                f"is 'by-domain'; the domains, of which the data has {num_domains}, must be 2 or more and divide "
-                f"the {num_rows} {experts} evenly",
-            )
+        key: Key = ("finetune", "stages", number) if recipe.finetune and recipe.finetune.stages else ("finetune",)
+        if phase.routing == "by-domain":
+            yield (*key, "routing"), f"is 'by-domain'; {must}"
+        if phase.domain_coefficient:
+            yield (*key, "domain_coefficient"), f"is {phase.domain_coefficient:g}; {must}"

@@ -16,7 +16,7 @@ from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
 from dense2moe.upcycle.building.surgery import check_written, upcycle
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.data.blocks import read_blocks
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 
 RECEIPT_NAME = "receipt.json"
@@ -49,9 +49,9 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
 def run_stage(run: StageRun) -> UpcycleFacts:
     """The mixture, its tensors compared with what they were made of, and its receipt."""
     config, seed, source, plan = run.recipe.upcycle, run.recipe.seed, run.inputs["source"], run.preparation.plan
-    blocks = read_blocks(run.inputs["data"], "train")
+    training = read_examples(run.inputs["data"], "train")
     base = find_router_base(run.preparation.loaded)
-    reading = read_routers(source, config, blocks, base, seed, run.progress, plan)
+    reading = read_routers(source, config, training, base, seed, run.progress, plan)
     routers = reading.routers if reading else None
     upcycle(source, run.output, config, seed, run.progress, routers, plan)
     num_written = check_written(source, run.output, plan, seed, run.progress, routers)

@@ -71,15 +71,15 @@ class RouterConfig(Record):
         "normal",
         description="'normal' draws the router; 'prototypes': each row is the mean hidden state of one domain; "
         "'kmeans': rows are the centres of clusters of hidden states; 'ridge': rows are a ridge regression "
-        "from hidden states to domains.",
+        "from hidden states to domains. A domain with several rows is cut into as many clusters.",
     )
     logit_std: NonNegative = Field(
         1.0, description="Standard deviation of the router's logits at the start; 0 makes a zero router."
     )
     domains: Annotated[tuple[Domain, ...], Field(strict=False)] = Field(
         (),
-        description="Text of each expert's domain, for 'prototypes' and 'ridge'; for 'kmeans' the text to cluster, by "
-        "default the training split.",
+        description="Text of each domain, for 'prototypes' and 'ridge', among which the experts are divided evenly; "
+        "for 'kmeans' the text to cluster; by default the training split, by the domains of the data.",
     )
     max_tokens: PositiveInt = Field(
         8192, description="Largest number of tokens read of each domain, or of the training split."
@@ -90,8 +90,8 @@ class RouterConfig(Record):
 
     @model_validator(mode="after")
     def _check_domains(self) -> RouterConfig:
-        if self.kind in ("prototypes", "ridge") and len(self.domains) < 2:
-            raise ValueError(f"kind '{self.kind}' has {len(self.domains)} domains; must have one for each expert")
+        if self.reads_domains and len(self.domains) == 1:
+            raise ValueError(f"kind '{self.kind}' has 1 domain; must have 2 or more, or none to take the data's")
         if self.kind == "normal" and self.domains:
             raise ValueError("kind 'normal' has domains; must be 'prototypes', 'kmeans' or 'ridge' to read them")
         if self.kind != "normal" and self.logit_std == 0:
@@ -99,6 +99,11 @@ class RouterConfig(Record):
                 f"kind '{self.kind}' has a logit_std of 0; must be greater, or nothing is left of what was read"
             )
         return self
+
+    @property
+    def reads_domains(self) -> bool:
+        """Whether rows are of domains, given here or with the data."""
+        return self.kind in ("prototypes", "ridge")
 
 
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
@@ -188,10 +193,10 @@ class UpcycleConfig(Record):
                 "router.logit_std is 0; it must be greater with granular experts, or a tie of all chooses parts of "
                 "different copies"
             )
-        if self.router.kind in ("prototypes", "ridge") and len(self.router.domains) != self.num_router_rows:
+        if self.router.reads_domains and self.router.domains and self.num_router_rows % len(self.router.domains):
             raise ValueError(
-                f"router.domains has {len(self.router.domains)} domains; it must have {self.num_router_rows}, one "
-                "for each router row"
+                f"router.domains has {len(self.router.domains)} domains; they must divide the {self.num_router_rows} "
+                "router rows evenly"
             )
         return self
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dense2moe.upcycle.building.config import Domain, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import Domain, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
@@ -17,9 +17,11 @@ from dense2moe.upcycle.checkpoints.layerwise import pad_left, real_tokens, run_l
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.checkpoints.tokenizer import encode, load_tokenizer
 from dense2moe.upcycle.data.documents import read_file
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.data.files import match_files
+from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows, router_load
+from dense2moe.upcycle.gates.start import kmeans_rows, prototype_rows, ridge_rows, router_load, split_domains
 from dense2moe.upcycle.progress import Progress
 
 _MAX_ROW_TOKENS = 512
@@ -41,7 +43,7 @@ class RouterReading:
 def read_routers(
     source: Path,
     config: UpcycleConfig,
-    blocks: torch.Tensor,
+    training: Examples,
     base: Path,
     seed: int,
     progress: Progress,
@@ -49,12 +51,13 @@ def read_routers(
 ) -> RouterReading | None:
     """Routers from hidden states of the dense checkpoint in `source`; None where the settings draw them.
 
-    `blocks` are training text, token ids [blocks, block_size], for k-means without domains of its own; paths of
-    domains' files start at `base`. The plan is made here unless it is given. Memory: one layer of the dense model and
+    `training` is the text that routers without domains of their own are read from; paths of domains' files start at
+    `base`. The plan is made here unless it is given. Memory: one layer of the dense model and
     the hidden states of the text. A mean is over real tokens, never over padding.
 
     Raises:
-        UpcycleError: a domain has no file, no text or no tokens, or there are fewer tokens than router rows.
+        UpcycleError: a domain has no file, no text or no tokens, the domains of the training text are fewer than two or
+            do not divide the router rows evenly, or there are fewer tokens than router rows.
     """
     settings = config.router
     if settings.kind == "normal":
@@ -63,13 +66,9 @@ def read_routers(
     plan = plan or plan_upcycle(checkpoint, config)
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None, "the conversion refuses routers from hidden states where layers cannot be run alone"
-    sequences = _read_sequences(source, settings, blocks, base)
+    sequences = _read_sequences(source, config, training, base)
     num_tokens = tuple(sum(map(len, domain)) for domain in sequences)
-    if settings.kind == "kmeans" and sum(num_tokens) < config.num_router_rows:
-        raise UpcycleError(
-            f"upcycle.router: {sum(num_tokens)} tokens of text; must be at least one for each of "
-            f"{config.num_router_rows} clusters"
-        )
+    _check_tokens(num_tokens, config)
     owner = torch.tensor([number for number, domain in enumerate(sequences) for _ in domain])
     batch = _Batch(*pad_left([row for domain in sequences for row in domain]), owner)
     numbers = {site: number for number, site in enumerate(plan.sites)}
@@ -97,23 +96,33 @@ class _Batch:
     owner: torch.Tensor
 
 
+def _check_tokens(num_tokens: tuple[int, ...], config: UpcycleConfig) -> None:
+    """Refuse less text than one token for each cluster."""
+    clusters = config.num_router_rows if config.router.kind == "kmeans" else config.num_router_rows // len(num_tokens)
+    found = sum(num_tokens) if config.router.kind == "kmeans" else min(num_tokens)
+    if found < clusters:
+        raise UpcycleError(
+            f"upcycle.router: {found} tokens of text; must be at least one for each of {clusters} clusters"
+        )
+
+
 def _make_rows(states: list[torch.Tensor], config: UpcycleConfig, generator: torch.Generator) -> torch.Tensor:
     settings = config.router
     match settings.kind:
         case "prototypes":
-            return prototype_rows(states, settings.logit_std)
+            return prototype_rows(split_domains(states, config.num_router_rows, generator), settings.logit_std)
         case "ridge":
-            return ridge_rows(states, settings.penalty, settings.logit_std)
+            parts = split_domains(states, config.num_router_rows, generator)
+            return ridge_rows(parts, settings.penalty, settings.logit_std)
         case _:
             return kmeans_rows(torch.cat(states), config.num_router_rows, settings.logit_std, generator)
 
 
-def _read_sequences(source: Path, settings: RouterConfig, blocks: torch.Tensor, base: Path) -> list[list[list[int]]]:
-    """Rows of token ids of each domain, `max_tokens` at most; the training text where there are no domains."""
+def _read_sequences(source: Path, config: UpcycleConfig, training: Examples, base: Path) -> list[list[list[int]]]:
+    """Rows of token ids of each domain, `max_tokens` at most; of the training text where no domains are given."""
+    settings = config.router
     if not settings.domains:
-        wanted = max(1, settings.max_tokens // blocks.shape[1])
-        places = torch.linspace(0, len(blocks) - 1, min(wanted, len(blocks))).round().long()
-        return [blocks[places].tolist()]
+        return _take_blocks(training, config)
     tokenizer = load_tokenizer(source)
     domains = []
     for number, domain in enumerate(settings.domains):
@@ -122,6 +131,22 @@ def _read_sequences(source: Path, settings: RouterConfig, blocks: torch.Tensor, 
             raise UpcycleError(f"upcycle.router.domains[{number}]: its text has no tokens; give other prompts or files")
         domains.append(rows)
     return domains
+
+
+def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[int]]]:
+    """Blocks of the training text, evenly over the whole; of each domain for rows that are of domains."""
+    parts = [training.ids]
+    if config.router.reads_domains:
+        numbers = training.domains.unique()
+        if len(numbers) < 2 or config.num_router_rows % len(numbers):
+            raise UpcycleError(
+                f"upcycle.router: kind is '{config.router.kind}' without domains, and the training text has "
+                f"{len(numbers)}; they must be 2 or more and divide the {config.num_router_rows} router rows evenly; "
+                "give data.source of kind 'domains', or upcycle.router.domains"
+            )
+        parts = [training.ids[training.domains == number] for number in numbers]
+    wanted = max(1, config.router.max_tokens // training.block_size)
+    return [part[choose_evenly(len(part), wanted)].tolist() for part in parts]
 
 
 def _read_domain(domain: Domain, number: int, base: Path) -> list[str]:

@@ -102,6 +102,27 @@ def kmeans_rows(
     return scale_rows(centres, states, logit_std)
 
 
+def split_domains(states: Sequence[torch.Tensor], num_rows: int, generator: torch.Generator) -> list[torch.Tensor]:
+    """The hidden states of each router row: each domain's, cut into clusters where a domain has several rows.
+
+    `states` holds one float32 [tokens, hidden] a domain, whose number divides `num_rows`. Returns as many of the same,
+    a domain's clusters one after the other; a cluster without tokens has its whole domain's.
+
+    Raises:
+        ValueError: a domain has fewer tokens than rows.
+    """
+    count = num_rows // len(states)
+    if count == 1:
+        return list(states)
+    found = []
+    for domain in states:
+        centres = kmeans_rows(domain, count, 1.0, generator)
+        nearest = (domain @ centres.T).argmax(-1)
+        clusters = [domain[nearest == number] for number in range(count)]
+        found += [cluster if len(cluster) else domain for cluster in clusters]
+    return found
+
+
 def _spread_start(points: torch.Tensor, num_rows: int, generator: torch.Generator) -> torch.Tensor:
     """k-means++: each next centre is a point drawn by its distance from those chosen before."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]

@@ -39,6 +39,8 @@ class TrainingPhase(Record):
     schedule: Schedule | None = Field(None, description="As `finetune.schedule`.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="As `finetune.warmup_steps`.")
     balance_coefficient: NonNegative | None = Field(None, description="As `finetune.balance_coefficient`.")
+    domain_coefficient: NonNegative | None = Field(None, description="As `finetune.domain_coefficient`.")
+    domain_fade: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="As `finetune.domain_fade`.")
 
 
 class FinetuneConfig(Record):
@@ -92,6 +94,14 @@ class FinetuneConfig(Record):
         description="Step of the selection bias: added for an expert with too few tokens, subtracted for an expert with"
         " too many. Balances without a loss, in phases in which routers learn, and needs gates with a bias,"
         " which target 'glm4_moe' has. 0.001 there if not given; 0 leaves biases as they are.",
+    )
+    domain_coefficient: NonNegative = Field(
+        0.0,
+        description="Weight of the domain loss: the cross-entropy of each router with the domain of the text, whose "
+        "experts have places of their own; it fades to 0.",
+    )
+    domain_fade: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.5, description="Share of a phase's steps at which the domain loss has faded to 0."
     )
     z_coefficient: NonNegative = Field(0.0, description="Weight of the router z-loss, which keeps router logits small.")
     distillation: Distillation | None = Field(None, description="Also learn from the dense parent's distributions.")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.checkpoints.loaded import selection_biases
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
 from dense2moe.upcycle.gates.balance import expert_load
+from dense2moe.upcycle.gates.domains import expert_information
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH
 from dense2moe.upcycle.training.facts import DomainRouting
@@ -42,6 +43,7 @@ def measure_domains(mixture: Path, data: Path, task: Task) -> DomainRouting | No
         loads={name: tuple(map(tuple, load.tolist())) for name, load in wholes.items()},
         between=_mean_distance(pairs),
         within=_mean_distance(list(halves.values())),
+        information=tuple(expert_information(torch.stack(list(wholes.values()), 1)).tolist()),
     )
 
 

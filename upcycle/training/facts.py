@@ -31,12 +31,14 @@ class DomainRouting:
 
     loads: domain, then layer, then the share of the (token, slot) pairs of each expert. between: for each layer, half
     the sum of absolute differences of two domains' loads, the mean over pairs of domains. within: the same between two
-    halves of one domain, the mean over domains.
+    halves of one domain, the mean over domains. information: for each layer, the mutual information of expert and
+    domain in nats, domains weighing the same: 0 where all are routed alike, at most the logarithm of their number.
     """
 
     loads: dict[str, tuple[tuple[float, ...], ...]]
     between: tuple[float, ...]
     within: tuple[float, ...]
+    information: tuple[float, ...]
 
 
 @dataclass(frozen=True)

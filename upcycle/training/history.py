@@ -32,6 +32,7 @@ class Step:
     train_loss: float | None = None
     balance_loss: float | None = None
     z_loss: float | None = None
+    domain_loss: float | None = None
     distillation_loss: float | None = None
     validation_loss: float | None = None
     learning_rate: float | None = None

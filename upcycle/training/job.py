@@ -19,8 +19,8 @@ from transformers import AutoConfig, PreTrainedModel
 from dense2moe.upcycle.checkpoints.config_files import complete_config
 from dense2moe.upcycle.checkpoints.loaded import sparse_layers
 from dense2moe.upcycle.checkpoints.reader import copy_companions
-from dense2moe.upcycle.data.blocks import read_blocks, read_domains
-from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.data.blocks import read_domains
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
@@ -31,7 +31,7 @@ from dense2moe.upcycle.training.events import write_events
 from dense2moe.upcycle.training.frozen import load_frozen, load_stored, stored_dtype
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, Step, read_history, write_history
 from dense2moe.upcycle.training.order import draw_order
-from dense2moe.upcycle.training.phase import Examples, Phase, Trained
+from dense2moe.upcycle.training.phase import Phase, Trained
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.processes import join_processes, whole
 from dense2moe.upcycle.training.prompt import PARAMETER, PROMPT_DIRECTORY, get_prompt, write_prompt
@@ -109,11 +109,6 @@ def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress
         _write_target(job, source, history)
     join_processes().wait_for_everyone()
     return Trained(tuple(history), best_step, first_step, seconds, compute_seconds)
-
-
-def read_examples(data: Path, split: Split) -> Examples:
-    """The blocks of a split with their domains."""
-    return Examples(read_blocks(data, split), read_domains(data, split)[1])
 
 
 def load_shape(directory: Path, task: Task) -> PreTrainedModel:

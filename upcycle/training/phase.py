@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import count_experts
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
@@ -16,27 +17,6 @@ from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.history import ModelName, Step
 from dense2moe.upcycle.training.processes import join_processes
 from dense2moe.upcycle.training.sharding import is_divided
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Blocks of token ids, int64 [blocks, block_size], and the number of each block's domain, int64 [blocks]."""
-
-    ids: torch.Tensor
-    domains: torch.Tensor
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @property
-    def block_size(self) -> int:
-        """Tokens of a block."""
-        return self.ids.shape[1]
-
-    def split(self, count: int) -> list[Examples]:
-        """The same in parts of `count` blocks; the last may be smaller."""
-        pairs = zip(self.ids.split(count), self.domains.split(count), strict=True)
-        return [Examples(ids, domains) for ids, domains in pairs]
 
 
 @dataclass(frozen=True)
@@ -105,9 +85,18 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
             f"which is {settings.gradient_accumulation_steps} × {processes}"
         )
     num_experts = count_experts(model)
-    if settings.routing == "by-domain" and num_experts and (num_domains < 2 or num_experts % num_domains):
+    wish = describe_domain_wish(settings)
+    if wish is not None and num_experts and (num_domains < 2 or num_experts % num_domains):
         raise UpcycleError(
-            f"finetune: routing is by-domain, the data has {num_domains} domains and a layer {num_experts} experts; "
-            "the domains must be 2 or "
-            "more and divide the experts evenly; give data.source of kind 'domains'"
+            f"finetune: {wish}, the data has {num_domains} domains and a layer {num_experts} experts; the domains must "
+            "be 2 or more and divide the experts evenly; give data.source of kind 'domains'"
         )
+
+
+def describe_domain_wish(settings: FinetuneConfig) -> str | None:
+    """The setting that gives domains experts of their own, in words; None where none does."""
+    if settings.routing == "by-domain":
+        return "routing is by-domain"
+    if settings.domain_coefficient > 0:
+        return f"domain_coefficient is {settings.domain_coefficient:g}"
+    return None

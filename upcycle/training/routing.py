@@ -8,8 +8,10 @@
    its tokens: of all parts, of all processes, as the gate chose. No gradient reaches the bias, and no optimizer holds
    it. In a phase in which a router does not learn (`prompt`, `by-domain`, the first layers of `last-N`) its bias stays:
    it belongs to the scores that it was balanced for.
-3. Where domains have experts of their own, the routers are overruled: each token goes to the experts of its domain,
-   with equal weights.
+3. Where domains have experts of their own (`by-domain`), the routers are overruled: each token goes to the experts of
+   its domain, with equal weights.
+4. The domain loss tells routers which experts are whose, without overruling them. Its weight falls with the steps that
+   are done, so that in the end the text alone decides.
 """
 
 from __future__ import annotations
@@ -34,13 +36,14 @@ from dense2moe.upcycle.gates.balance import (
     move_bias,
     z_loss,
 )
+from dense2moe.upcycle.gates.domains import domain_experts, domain_loss, faded
 from dense2moe.upcycle.gates.facts import LayerRouting
 from dense2moe.upcycle.gates.gate import Gate
 from dense2moe.upcycle.models.routing import find_gate
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.processes import mean_over_processes, sum_over_processes
 from dense2moe.upcycle.training.sharding import gathered
-from dense2moe.upcycle.training.trainable import domain_experts, stacked_weights
+from dense2moe.upcycle.training.trainable import stacked_weights
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Routing:
 
     A dense model has no router: nothing is heard, forced or added to its loss.
 
-    A step is `begin_step`, for each of its parts `force`, a pass within `listening`, `count` and `losses`, then
+    A step is `begin_step`, for each of its parts `tell`, a pass within `listening`, `count` and `losses`, then
     `end_step`.
     """
 
@@ -94,7 +97,8 @@ class Routing:
         self._listens = False
         self._logits: tuple[torch.Tensor, ...] = ()  # of the last pass, [tokens, num_experts] a layer
         self._forced: torch.Tensor | None = None  # experts of each token, int64 [tokens, k], whatever routers say
-        self._num_parts = 1
+        self._domains = torch.empty(0, dtype=torch.int64)  # of the blocks that are read
+        self._num_parts, self._domain_coefficient = 1, settings.domain_coefficient
         self._load_ahead: torch.Tensor | None = None  # of the whole step, before its first part
         self._watched: list[tuple[torch.Tensor, torch.Tensor]] = []  # loads and mean scores of parts without a loss
         self._counts: dict[int, torch.Tensor] = {}  # tokens of each expert in this step, by the router's number
@@ -134,16 +138,17 @@ class Routing:
             self._listens = False
             self._said.clear()
 
-    def force(self, domains: torch.Tensor, block_size: int) -> None:
-        """Send the next blocks to their domains' experts, if the settings say so; domains: int64 [blocks]."""
-        self._forced = None
+    def tell(self, domains: torch.Tensor, block_size: int) -> None:
+        """Tell the domains of the next blocks, int64 [blocks], which by the settings go to their own experts."""
+        self._domains, self._forced = domains, None
         if self.num_experts and self.settings.routing == "by-domain":
             count = self.gate.max_experts_per_token
             self._forced = domain_experts(domains, block_size, self.num_domains, self.num_experts, count)
 
-    def begin_step(self, num_parts: int) -> None:
-        """A step of so many parts begins."""
+    def begin_step(self, num_parts: int, done: float) -> None:
+        """A step of so many parts begins, when the share `done` of the phase's steps is done."""
         self._num_parts, self._load_ahead = num_parts, None
+        self._domain_coefficient = faded(self.settings.domain_coefficient, self.settings.domain_fade, done)
 
     @property
     def needs_count(self) -> bool:
@@ -187,6 +192,9 @@ class Routing:
         if settings.z_coefficient:
             mean = torch.stack([z_loss(logits) for logits in self._logits]).mean()
             yield RouterLoss("z_loss", mean, settings.z_coefficient)
+        if self._domain_coefficient:
+            losses = [domain_loss(logits, self.gate, self._domains, self.num_domains) for logits in self._logits]
+            yield RouterLoss("domain_loss", torch.stack(losses).mean(), self._domain_coefficient)
 
     def let_go(self) -> None:
         """Keep the logits of the last pass, and nothing that they were computed from."""

@@ -264,19 +264,3 @@ def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], Non
             each.act_fn = act_fn
 
     return remove
-
-
-def domain_experts(
-    domains: torch.Tensor, block_size: int, num_domains: int, num_experts: int, top_k: int
-) -> torch.Tensor:
-    """The experts of each token where domains have experts of their own; int64 [B * block_size, k].
-
-    `domains` has the domain of each block [B].
-    The experts are divided evenly, in order; a domain with more than `top_k` has its tokens take turns among them.
-    """
-    share = num_experts // num_domains
-    count = min(top_k, share)
-    position = torch.arange(block_size, device=domains.device)[:, None] * count + torch.arange(
-        count, device=domains.device
-    )
-    return (domains[:, None, None] * share + position % share).flatten(0, 1)

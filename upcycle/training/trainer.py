@@ -23,12 +23,13 @@ import transformers
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from dense2moe.upcycle.data.examples import Examples
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.training.evaluation import EVALUATION_BATCH, held_out_loss
 from dense2moe.upcycle.training.footprint import keeps_much
 from dense2moe.upcycle.training.loss_parts import LossParts
-from dense2moe.upcycle.training.phase import Examples, Phase
+from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.prompt import get_prompt, run_with_prompt
 from dense2moe.upcycle.training.resumable import count_steps, load_optimizer, load_weights, save_optimizer, save_weights
 from dense2moe.upcycle.training.routing import Routing
@@ -79,7 +80,7 @@ class PhaseTrainer(Trainer):
         """The parts of the step that begins, and how many items they have."""
         samples = super().get_batch_samples(*arguments)
         self.step_parts = samples[0]
-        self.routing.begin_step(len(self.step_parts))
+        self.routing.begin_step(len(self.step_parts), self.state.global_step / self.phase.settings.steps)
         return samples
 
     def compute_loss(
@@ -91,7 +92,7 @@ class PhaseTrainer(Trainer):
     ) -> Any:
         """The task's loss mixed with the divergence from the teacher, plus the losses of the routers."""
         task, distillation = self.phase.task, self.phase.settings.distillation
-        self.routing.force(inputs["domains"], self.phase.train.block_size)
+        self.routing.tell(inputs["domains"], self.phase.train.block_size)
         if self.routing.needs_count:
             unread = partial(model, **task.unread)
             self.routing.count_ahead(partial(self._predict_part, unread, part) for part in self.step_parts)
@@ -137,7 +138,7 @@ class PhaseTrainer(Trainer):
         for examples in self.phase.validation.split(EVALUATION_BATCH):
             # what steps leave free in the heap would lie beside the logits of more blocks than a step's
             release_growth()
-            self.routing.force(examples.domains.to(self.mixture.device), examples.block_size)
+            self.routing.tell(examples.domains.to(self.mixture.device), examples.block_size)
             loss = held_out_loss(self.mixture, examples.ids, get_prompt(self.mixture), self.phase.task)
             total += loss * len(examples)
         metrics = {f"{metric_key_prefix}_loss": total / len(self.phase.validation)}

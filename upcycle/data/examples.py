@@ -1,0 +1,41 @@
+"""Blocks of tokens, each with the domain that its text is of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dense2moe.upcycle.data.blocks import read_blocks, read_domains
+from dense2moe.upcycle.data.python_docs import Split
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Blocks of token ids, int64 [blocks, block_size], and the number of each block's domain, int64 [blocks]."""
+
+    ids: torch.Tensor
+    domains: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return self.ids.shape[1]
+
+    def split(self, count: int) -> list[Examples]:
+        """The same in parts of `count` blocks; the last may be smaller."""
+        pairs = zip(self.ids.split(count), self.domains.split(count), strict=True)
+        return [Examples(ids, domains) for ids, domains in pairs]
+
+
+def read_examples(directory: Path, split: Split) -> Examples:
+    """The blocks of a split that `prepare_data` wrote, with their domains.
+
+    Raises:
+        UpcycleError: there are none, or the file is damaged.
+    """
+    return Examples(read_blocks(directory, split), read_domains(directory, split)[1])
