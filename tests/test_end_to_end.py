@@ -481,6 +481,8 @@ def test_upcycling_keeps_the_perplexity_to_four_digits(embedded_run):
     assert f"{evaluations['upcycled']['figures'][0]['value']:.4g}" == (
         f"{evaluations['dense']['figures'][0]['value']:.4g}"
     )
+    assert evaluations["upcycled"]["same"]["num_blocks"] == 4
+    assert evaluations["upcycled"]["same"]["difference"] < 1e-5
 
 
 @pytest.mark.parametrize(("variant", "limit"), [("float32", 1e-4), ("float16", 5e-4), ("int8", 0.005), ("int4", 0.05)])

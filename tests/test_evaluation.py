@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,20 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.facts import ReceiptLine, shows_equality
+from dense2moe.upcycle.building.receipt import write_receipt
+from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.tasks.next_token import next_token_loss
 from dense2moe.upcycle.training.evaluation import decode_speed, evaluate, held_out_loss
+from dense2moe.upcycle.training.prompt import run_with_prompt
 
 MakeDense = Callable[..., Path]
+
+
+def quiet(what: str, done: int, total: int) -> None:
+    pass
 
 
 def random_blocks(num: int, size: int = 24) -> torch.Tensor:
@@ -72,6 +82,80 @@ def test_a_checkpoint_in_bfloat16_is_evaluated_in_float32(make_dense: MakeDense)
     blocks = random_blocks(2)
     expected = held_out_loss(AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval(), blocks)
     assert evaluate(directory, blocks, "half", lambda *report: None).loss == expected
+
+
+@pytest.fixture(scope="module")
+def equal_mixture(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[ReceiptLine]]:
+    """A mixture of equal experts, and its receipt."""
+    output = tmp_path_factory.mktemp("equal")
+    plan = upcycle(dense_checkpoint, output, UpcycleConfig(num_experts=4, num_experts_per_tok=2), 0, quiet)
+    return output, list(write_receipt(dense_checkpoint, output, plan, 24, quiet).comparisons)
+
+
+@pytest.fixture
+def read_ids(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The blocks that are read for their losses, as they are read."""
+    seen: list[torch.Tensor] = []
+
+    def recorded(call: Any, model: Any, inputs: Any, prompt: Any) -> torch.Tensor:
+        seen.extend(inputs["input_ids"])
+        return run_with_prompt(call, model, inputs, prompt)
+
+    monkeypatch.setattr("dense2moe.upcycle.training.evaluation.run_with_prompt", recorded)
+    return seen
+
+
+def test_a_mixture_shown_to_be_equal_is_read_on_a_few_blocks_and_has_the_dense_figures(
+    dense_checkpoint: Path, equal_mixture: tuple[Path, list[ReceiptLine]], read_ids: list[torch.Tensor]
+) -> None:
+    blocks = random_blocks(21)
+    dense = evaluate(dense_checkpoint, blocks, "dense", quiet)
+    read_ids.clear()
+    found = evaluate(equal_mixture[0], blocks, "upcycled", quiet, equal=("dense", dense))
+    assert torch.equal(torch.stack(read_ids), blocks[[0, 5, 10, 15]])
+    assert (found.loss, found.figures, found.block_losses) == (dense.loss, dense.figures, dense.block_losses)
+    assert found.num_parameters > dense.num_parameters
+    assert found.same is not None
+    assert (found.same.model, found.same.num_blocks) == ("dense", 4)
+    own = held_out_loss(load_model(equal_mixture[0], torch.float32), blocks)
+    assert own == pytest.approx(found.loss, abs=1e-5)
+
+
+def test_a_mixture_whose_losses_differ_is_read_on_every_block(
+    dense_checkpoint: Path, mixture_checkpoint: Path, read_ids: list[torch.Tensor]
+) -> None:
+    blocks = random_blocks(9)
+    dense = evaluate(dense_checkpoint, blocks, "dense", quiet)
+    found = evaluate(mixture_checkpoint, blocks, "upcycled", quiet, equal=("dense", dense))
+    assert found == replace(
+        evaluate(mixture_checkpoint, blocks, "upcycled", quiet),
+        decode_tokens_per_second=found.decode_tokens_per_second,
+    )
+    assert found.same is None
+    one_off = replace(dense, block_losses=(*dense.block_losses[:6], math.nan, *dense.block_losses[7:]))
+    assert evaluate(dense_checkpoint, blocks, "dense", quiet, equal=("dense", one_off)).same is None
+
+
+def test_few_blocks_are_all_read(
+    dense_checkpoint: Path, equal_mixture: tuple[Path, list[ReceiptLine]], read_ids: list[torch.Tensor]
+) -> None:
+    blocks = random_blocks(4)
+    dense = evaluate(dense_checkpoint, blocks, "dense", quiet)
+    assert evaluate(equal_mixture[0], blocks, "upcycled", quiet, equal=("dense", dense)).same is None
+    assert len(read_ids) == 8
+
+
+def test_a_receipt_shows_equality_where_the_written_router_is_held_to_a_limit(
+    equal_mixture: tuple[Path, list[ReceiptLine]],
+) -> None:
+    lines = equal_mixture[1]
+    assert shows_equality(lines)
+    assert not shows_equality([])
+    for line in lines:
+        others = [other for other in lines if other != line]
+        is_counted = line.dtype == "float32" and line.router == "shipped"
+        assert shows_equality([*others, replace(line, limit=None)]) != is_counted
+        assert shows_equality([*others, replace(line, rel=1.0)]) != is_counted
 
 
 def test_shards_count_as_weights_and_their_index_does_not(make_dense: MakeDense) -> None:

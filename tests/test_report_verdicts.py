@@ -39,6 +39,15 @@ def test_the_verdict_says_that_upcycling_kept_the_perplexity(facts):
     )
 
 
+def test_the_verdict_says_that_the_mixture_has_the_dense_models_figures(facts):
+    facts["finetune"]["evaluations"]["upcycled"]["same"] = {"model": "dense", "num_blocks": 4, "difference": 2.4e-7}
+    assert verdict_lines(records(facts))[0] == (
+        "Upcycling kept the perplexity, 14.880: the receipt shows that the mixture computes what the dense model does, "
+        "and the losses of 4 held-out blocks, read by both, differ by 2e-07 nats a token at most; so the other blocks "
+        "were read by the dense model alone."
+    )
+
+
 def test_the_verdict_says_that_upcycling_changed_the_perplexity(facts):
     set_figure(facts, "upcycled", 14.8903)
     assert (

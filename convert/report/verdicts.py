@@ -50,7 +50,7 @@ def verdict_lines(facts: ReportFacts) -> list[str]:
 
 def judge(facts: ReportFacts) -> Iterator[Verdict]:
     """What the numbers say, in order: upcycling, fine-tuning, each variant."""
-    yield _upcycling_verdict(facts.figure("dense"), facts.figure("upcycled"))
+    yield _upcycling_verdict(facts)
     yield from _finetuning_verdicts(facts)
     if "dense continued" in facts.finetune.evaluations:
         yield _cost_verdict(facts)
@@ -62,7 +62,16 @@ def judge(facts: ReportFacts) -> Iterator[Verdict]:
         yield Verdict("No ONNX variant was asked for, so nothing was exported and no parity was checked.", None)
 
 
-def _upcycling_verdict(dense: Figure, upcycled: Figure) -> Verdict:
+def _upcycling_verdict(facts: ReportFacts) -> Verdict:
+    dense, upcycled = facts.figure("dense"), facts.figure("upcycled")
+    if (same := facts.finetune.evaluations["upcycled"].same) is not None:
+        differ = f"differ by {same.difference:.0e} nats a token at most" if same.difference else "are equal"
+        return Verdict(
+            f"Upcycling kept the {dense.name}, {format_figure(dense, 5)}: the receipt shows that the mixture computes "
+            f"what the dense model does, and the losses of {same.num_blocks} held-out blocks, read by both, {differ}; "
+            "so the other blocks were read by the dense model alone.",
+            True,
+        )
     figures = f"{format_figure(dense, 5)} dense, {format_figure(upcycled, 5)} upcycled"
     if figures_agree(dense, upcycled, 4):
         return Verdict(f"Upcycling kept the {dense.name} to 4 digits: {figures}, before any training.", True)

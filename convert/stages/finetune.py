@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.stage_names import StageName
+from dense2moe.upcycle.building.facts import ReceiptLine, shows_equality
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -48,11 +49,14 @@ def run_stage(run: StageRun) -> Facts:
     """The fine-tuned mixture, and the dense control.
 
     The history is in a file beside them: megabytes where there are many experts. Where fine-tuning is switched off, no
-    model: the held-out figures of the dense and the upcycled model alone.
+    model: the held-out figures of the dense and the upcycled model alone. Where the receipt shows that the
+    mixture computes what the dense model does, the dense model's held-out losses are its own.
     """
     source, mixture, data = (run.inputs[name] for name in ("source", "upcycle", "data"))
+    equal = shows_equality(ReceiptLine(**line) for line in run.input_facts["upcycle"]["receipt"])
     if (config := run.recipe.finetune) is None:
-        facts = measure_untrained(source, mixture, data, run.output, run.progress)
+        facts = measure_untrained(source, mixture, data, run.output, run.progress, equal=equal)
     else:
-        facts = finetune(source, mixture, data, run.output, config, run.recipe.seed, run.progress, run.scratch)
+        settings = (config, run.recipe.seed, run.progress, run.scratch)
+        facts = finetune(source, mixture, data, run.output, *settings, equal=equal)
     return {name: value for name, value in asdict(facts).items() if name != "history"}

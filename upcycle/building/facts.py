@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,3 +40,9 @@ class Receipt:
     mode: Literal["whole", "layers"]
     comparisons: tuple[ReceiptLine, ...]
     notes: tuple[str, ...]
+
+
+def shows_equality(lines: Iterable[ReceiptLine]) -> bool:
+    """Whether a receipt shows the written mixture equal to the dense model, but for rounding in float32."""
+    written = [line for line in lines if line.dtype == "float32" and line.router == "shipped"]
+    return bool(written) and all(line.limit is not None and line.rel <= line.limit for line in written)

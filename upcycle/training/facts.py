@@ -9,12 +9,25 @@ from dense2moe.upcycle.training.history import ModelName, Step
 
 
 @dataclass(frozen=True)
+class SameLosses:
+    """Why a model's held-out losses are those of another, which it was shown to equal but for rounding.
+
+    `model` is the other. Both read `num_blocks` blocks, and `difference` is the largest between the two mean losses of
+    one of these blocks, in nats a token.
+    """
+
+    model: ModelName
+    num_blocks: int
+    difference: float
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """A torch model on held-out text: its figures, its size and its speed.
 
     `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
     text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the
-    checkpoint has.
+    checkpoint has. `same` is given where the losses were computed on another model.
     """
 
     loss: float
@@ -23,6 +36,7 @@ class Evaluation:
     weight_bytes: int
     decode_tokens_per_second: float
     block_losses: tuple[float, ...] = ()
+    same: SameLosses | None = None
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def finetune(
     progress: Progress,
     scratch: Path,
     task: Task = NEXT_TOKEN,
+    equal: bool = False,
 ) -> FinetuneFacts:
     """Fine-tune the checkpoint in `mixture` on the blocks in `data`.
 
@@ -54,6 +55,9 @@ def finetune(
     same steps, into `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The
     history goes to `output/history.jsonl`. What a killed run needs to go on is kept in `scratch`, which the caller
     hands to `durable.discard_damage` before, and deletes when all is well.
+
+    With `equal` the mixture was shown to compute what `dense` does, by its receipt. It is read on a few held-out
+    blocks, and where the losses are the same it has the dense model's figures.
 
     Under `accelerate launch` every process calls this, and `leave_processes` in the end; the first one writes, and all
     of them return the same facts.
@@ -68,7 +72,7 @@ def finetune(
     phases = config.resolve_phases()
     _check_data(shape, config, phases, data)
     setup = Setup(mixture, data, scratch, _choose_precision(config), seed, task)
-    evaluations = _evaluate_untrained(dense, mixture, data, task, progress)
+    evaluations = _evaluate_untrained(dense, mixture, data, task, progress, equal)
     train, test = read_blocks(data, "train"), read_blocks(data, "test")
     gradient = on_main(lambda: measure_router_gradient(mixture, train[:_GRADIENT_BLOCKS], task))
     trained: dict[ModelName, Trained] = {}
@@ -95,13 +99,19 @@ def finetune(
 
 
 def measure_untrained(
-    dense: Path, mixture: Path, data: Path, output: Path, progress: Progress, task: Task = NEXT_TOKEN
+    dense: Path,
+    mixture: Path,
+    data: Path,
+    output: Path,
+    progress: Progress,
+    task: Task = NEXT_TOKEN,
+    equal: bool = False,
 ) -> FinetuneFacts:
     """The facts of a run without fine-tuning.
 
-    Held-out figures of the dense model and of the mixture, and an empty history in `output`.
+    Held-out figures of the dense model and of the mixture, and an empty history in `output`; `equal` as in `finetune`.
     """
-    evaluations = _evaluate_untrained(dense, mixture, data, task, progress)
+    evaluations = _evaluate_untrained(dense, mixture, data, task, progress, equal)
     if join_processes().is_main_process:
         write_history(output / HISTORY_NAME, ())
     domains = on_main(lambda: measure_domains(mixture, data, task))
@@ -109,16 +119,17 @@ def measure_untrained(
 
 
 def _evaluate_untrained(
-    dense: Path, mixture: Path, data: Path, task: Task, progress: Progress
+    dense: Path, mixture: Path, data: Path, task: Task, progress: Progress, equal: bool
 ) -> dict[ModelName, Evaluation]:
     """Held-out figures of the dense model and of the mixture made from it."""
     test = read_blocks(data, "test")
-    return on_main(
-        lambda: {
-            "dense": evaluate(dense, test, "dense", progress, task),
-            "upcycled": evaluate(mixture, test, "upcycled", progress, task),
-        }
-    )
+
+    def measure() -> dict[ModelName, Evaluation]:
+        found = evaluate(dense, test, "dense", progress, task)
+        known: tuple[ModelName, Evaluation] | None = ("dense", found) if equal else None
+        return {"dense": found, "upcycled": evaluate(mixture, test, "upcycled", progress, task, known)}
+
+    return on_main(measure)
 
 
 def _check_data(shape: PreTrainedModel, config: FinetuneConfig, phases: tuple[FinetuneConfig, ...], data: Path) -> None:
