@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from shapes import drop_other_families
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +27,11 @@ MakeDense = Callable[..., Path]
 # models of the tests are tiny: a second thread makes them no faster, and on a busy machine ten times slower
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the commands that tests run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of tests of many families, one of each shape runs unless all are asked for."""
+    drop_other_families(config, items)
 
 
 def pytest_collection_finish() -> None:
