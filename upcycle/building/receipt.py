@@ -84,8 +84,11 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
             limit if dtype == "float32" else None,
         )
         compare = compare_models if mode == "whole" else compare_layers
+        found: list[ReceiptLine] = []
         try:
-            found = list(compare(source, output, claim, read, experts))
+            for comparison in compare(source, output, claim, read, experts):
+                _check(comparison, output)  # at once, since the first broken limit ends it
+                found.append(comparison)
         except DenseNotFiniteError as error:
             if dtype == "float32":  # what every claim is about
                 raise UpcycleError(
@@ -94,8 +97,6 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
                 ) from error
             notes.append(f"{dtype} was not compared: the dense model itself is not finite in it ({error})")
             continue
-        for comparison in found:
-            _check(comparison, output)
         comparisons += found
     progress("comparing with the dense model", len(DTYPES), len(DTYPES))
     return Receipt(mode, tuple(comparisons), (*notes, *_describe_rounding(comparisons)))
