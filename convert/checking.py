@@ -19,7 +19,7 @@ from dense2moe.export.graph.config import rounds_activations
 from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.checkpoints.loading import check_generation_config
+from dense2moe.upcycle.checkpoints.generation_settings import check_generation_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.files import match_files, resolve_files
@@ -62,7 +62,7 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     domain_files = _digest_domains(loaded)
     task_paths = [resolve_path(path, loaded.path) for path in recipe.parity.tasks]
     tasks = read_tasks(task_paths)
-    check_generation_config(directory)
+    remarks = check_generation_config(directory, checkpoint.config.vocab_size)
     check_data(directory, recipe.data, find_data_base(loaded), checkpoint.config.vocab_size)
     sizes = _estimate_artifacts(checkpoint, plan, shapes, loaded, last_stage is None)
     text_bytes = sum(
@@ -87,6 +87,7 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         tasks=tasks,
         task_files={path.name: _digest(path) for path in task_paths},
         memory_bytes=_estimate_memory(checkpoint, plan, shapes, loaded, sizes, text_bytes),
+        remarks=remarks,
     )
 
 

@@ -27,7 +27,7 @@ class Preparation:
     `last_stage` is the last that can be run for this target, with the reason; None where all can. `license` is
     what the dense model's own card says of its licence. By label: `artifact_bytes`, of those that are large;
     `scratch_bytes`, what a stage needs on the disk beside its artifact while it runs; `memory_bytes`, the most memory
-    that it is planned to have resident.
+    that it is planned to have resident. `remarks` are lines that the user should read, and that stop nothing.
     """
 
     loaded: LoadedRecipe
@@ -45,6 +45,7 @@ class Preparation:
     tasks: tuple[TaskFile, ...] = ()
     task_files: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     @property
     def recipe(self) -> Recipe:

@@ -29,7 +29,7 @@ from dense2moe.convert.worker import run_apart
 from dense2moe.upcycle.durable import discard_damage
 from dense2moe.upcycle.errors import MendableError, find_os_error, is_out_of_memory
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.training.processes import have_group, join_processes, tell
+from dense2moe.upcycle.training.processes import explain_single_process, have_group, join_processes, tell
 
 _SMALL_BYTES = 32_000_000
 """Of an input's file, the most that a light stage reads: configs, a training history; weights it leaves alone."""
@@ -78,6 +78,8 @@ def run_pipeline(
         walk = Walk(preparation, workdir, planned, display, held)
         delete_leftovers(workdir, names)
         check_space(workdir, walk.missing_bytes())
+        for line in (*preparation.remarks, *walk.find_launch_remarks()):
+            display.note(line)
         if outdated := walk.find_outdated():
             display.note(
                 f"{workdir}: made by another version of dense2moe, left as they are and made anew: "
@@ -146,6 +148,12 @@ class Walk:
                 left = resume_directory(self.workdir, each.label, each.key).rglob("*")
                 needed += max(0, scratch - sum(path.stat().st_size for path in left if path.is_file()))
         return needed
+
+    def find_launch_remarks(self) -> list[str]:
+        """What the user should know of the processes that began this run, where it has something for them to share."""
+        shared = any(each.stage.all_processes for each in self.planned if each.label not in self.artifacts)
+        remark = explain_single_process() if shared else None
+        return [] if remark is None else [remark]
 
     def find_outdated(self) -> list[str]:
         """Labels of artifacts that are missing, where other code has made them of the same settings and inputs."""

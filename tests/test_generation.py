@@ -136,11 +136,11 @@ def test_the_number_of_tokens_is_the_file_s_where_it_says_one(write: Write) -> N
         ),
         (
             {"generation_config": {"repetition_penalty": 0}},
-            "generation_config.json: repetition_penalty is 0; must be a number of 1e-06 or more; ",
+            "generation_config.json: repetition_penalty is 0; must be a number above 0; ",
         ),
         (
             {"generation_config": {"max_new_tokens": True}},
-            "generation_config.json: max_new_tokens is True; must be a number of 1 or more; ",
+            "generation_config.json: max_new_tokens is True; must be a whole number of 1 or more; ",
         ),
     ],
 )

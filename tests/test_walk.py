@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,12 +72,18 @@ def preparation(tmp_path: Path) -> SimpleNamespace:
         artifact_bytes={},
         scratch_bytes={},
         memory_bytes={},
+        remarks=(),
     )
 
 
-def run(preparation: SimpleNamespace, workdir: Path, until: str = "report") -> Outcome:
+def run(
+    preparation: SimpleNamespace,
+    workdir: Path,
+    until: str = "report",
+    stages: tuple[Stage, ...] = MERGED_AND_ENSEMBLE,
+) -> Outcome:
     with ProgressDisplay() as display:
-        outcome = run_pipeline(preparation, workdir, until, display, MERGED_AND_ENSEMBLE)
+        outcome = run_pipeline(preparation, workdir, until, display, stages)
     assert outcome is not None
     return outcome
 
@@ -166,6 +172,19 @@ def count_plans(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         name = module.__name__
         monkeypatch.setattr(module, "plan_upcycle", lambda *given, name=name: found.append(name) or plan(*given))
     return found
+
+
+def test_a_launch_that_began_one_process_is_noted_where_there_is_work_to_share(
+    preparation: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preparation.remarks = ("a remark",)
+    monkeypatch.setattr("dense2moe.convert.walk.explain_single_process", lambda: "one process")
+    stages = tuple(replace(stage, all_processes=stage.name == "merge") for stage in MERGED_AND_ENSEMBLE)
+    said = []
+    for until in ("branch", "report", "report"):  # before it, at it, and when it is reused
+        run(preparation, tmp_path, until, stages)
+        said.append([line for line in capsys.readouterr().err.splitlines() if line.startswith("! ")])
+    assert said == [["! a remark"], ["! a remark", "! one process"], ["! a remark"]]
 
 
 def test_an_upcycling_is_planned_once(

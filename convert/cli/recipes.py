@@ -32,6 +32,8 @@ def check(recipe: Path) -> None:
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage
         click.echo(f"{reason}; run it with --until {last}")
+    for line in preparation.remarks:
+        click.echo(line)
 
 
 @click.command(short_help="Show what RECIPE would make: sizes, disk, memory.")

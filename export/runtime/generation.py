@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import GenerationConfig
 
@@ -20,9 +20,12 @@ from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import GENAI_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.generation_settings import refuse_values
 from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
 from dense2moe.upcycle.errors import one_line_errors
+
+Number = TypeVar("Number", int, float)
 
 _TOP_K = 50  # transformers' default where tokens are drawn
 _NO_EFFECT: dict[str, tuple[Any, ...]] = {
@@ -111,7 +114,8 @@ def read_generation(directory: Path, tokenizer: Any = None) -> Generation:
     Raises:
         ExportError: one of these files cannot be read, or a setting is no number of its range.
     """
-    read = [_read(directory, name) for name in (GENERATION_CONFIG_NAME, CONFIG_NAME) if (directory / name).is_file()]
+    names = [name for name in (GENERATION_CONFIG_NAME, CONFIG_NAME) if (directory / name).is_file()]
+    read = [_read(directory, name, is_own=name == names[0]) for name in names]
     own = read[0] if read else GenerationConfig()
     starts, ends = [each.bos_token_id for each in read], [each.eos_token_id for each in read]
     if not (directory / CONFIG_NAME).is_file() and (directory / GENAI_CONFIG_NAME).is_file():
@@ -122,32 +126,32 @@ def read_generation(directory: Path, tokenizer: Any = None) -> Generation:
     if tokenizer is None and not found and has_tokenizer(directory):
         tokenizer = load_tokenizer(directory)
     starts.append(getattr(tokenizer, "bos_token_id", None))
-    where = directory / GENERATION_CONFIG_NAME
-    max_new_tokens = None if own.max_new_tokens is None else int(_number(where, own, "max_new_tokens", 0, 1))
     sampling = Sampling(
-        temperature=_number(where, own, "temperature", 1.0),
-        top_k=int(_number(where, own, "top_k", _TOP_K)),
-        top_p=_number(where, own, "top_p", 1.0, most=1),
-        min_p=_number(where, own, "min_p", 0.0, most=1),
-        repetition_penalty=_number(where, own, "repetition_penalty", 1.0, 1e-6),
+        temperature=_default(own.temperature, 1.0),
+        top_k=_default(own.top_k, _TOP_K),
+        top_p=_default(own.top_p, 1.0),
+        min_p=_default(own.min_p, 0.0),
+        repetition_penalty=_default(own.repetition_penalty, 1.0),
     )
     return Generation(
         start=next((ids[0] for ids in map(_as_ids, starts) if ids), None),
         ends=found or _as_ids(getattr(tokenizer, "eos_token_id", None)),
         draws=bool(own.do_sample) and sampling.temperature > 0,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=own.max_new_tokens,
         sampling=sampling,
         strange=tuple(_find_strange(own)),
     )
 
 
-def _read(directory: Path, name: str) -> GenerationConfig:
-    is_model = name == CONFIG_NAME
+def _read(directory: Path, name: str, is_own: bool) -> GenerationConfig:
+    """Settings of a file; `is_own`: all count, and not only the tokens."""
     with one_line_errors(
         directory / name, "transformers cannot read it", "copy it from the checkpoint again", ExportError
     ):
+        if is_own:
+            refuse_values(directory / name, ExportError)
         return GenerationConfig.from_pretrained(
-            directory, config_file_name=name, local_files_only=True, _from_model_config=is_model
+            directory, config_file_name=name, local_files_only=True, _from_model_config=name == CONFIG_NAME
         )
 
 
@@ -164,18 +168,8 @@ def _as_ids(value: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 
 
-def _number(
-    where: Path, settings: GenerationConfig, name: str, default: float, least: float = 0, most: float = float("inf")
-) -> float:
-    value = getattr(settings, name, None)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-        bound = f" and at most {most:g}" if most < float("inf") else ""
-        raise ExportError(
-            f"{where}: {name} is {value!r}; must be a number of {least:g} or more{bound}; correct it, or leave it out"
-        )
-    return value
+def _default(value: Number | None, default: Number) -> Number:
+    return default if value is None else value
 
 
 def _find_strange(settings: GenerationConfig) -> Iterator[str]:

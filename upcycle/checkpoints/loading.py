@@ -27,7 +27,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.utils import CONFIG_NAME
 
 from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, index_tensors
-from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME, Checkpoint, open_checkpoint
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import READABLE
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from dense2moe.upcycle.memory import give_heap_back, release_memory
@@ -205,20 +205,6 @@ def _find_class(auto_class: Any, config: Any) -> Any:
         return found
     named = {each.__name__: each for each in found}
     return next((named[name] for name in getattr(config, "architectures", None) or () if name in named), found[0])
-
-
-def check_generation_config(directory: Path) -> None:
-    """Refuse settings for generation beside a checkpoint that transformers cannot read.
-
-    Raises:
-        UpcycleError: what it says of them.
-    """
-    path = directory / GENERATION_CONFIG_NAME
-    if path.is_file():
-        with one_line_errors(
-            path, "transformers cannot read these settings for generation", "correct the file, or remove it"
-        ):
-            GenerationConfig.from_pretrained(directory, local_files_only=True)
 
 
 def _read_generation_config(directory: Path) -> GenerationConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -23,6 +24,22 @@ Found = TypeVar("Found")
 def join_processes() -> PartialState:
     """This process among the others; the first call meets them."""
     return PartialState(cpu=not torch.cuda.is_available(), timeout=_PATIENCE)
+
+
+def explain_single_process() -> str | None:
+    """Why there is one process though `accelerate launch` was asked for several; None where there is nothing to say.
+
+    On CPUs it begins several by MPI alone, and otherwise one, without a word. It then sets where they would meet, which
+    it does for several alone, and the number of none (`prepare_simple_launcher_cmd_env`, accelerate 1.15).
+    """
+    if join_processes().num_processes > 1 or not {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
+        return None
+    if "WORLD_SIZE" in os.environ:
+        return None
+    return (
+        "accelerate launch was asked for several processes and began one, as it does on CPUs without MPI; to share the "
+        "steps, launch with torchrun --standalone --nproc-per-node 2 -m dense2moe run RECIPE"
+    )
 
 
 def have_group() -> bool:
