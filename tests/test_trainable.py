@@ -17,11 +17,11 @@ from dense2moe.upcycle.building.config import ExpertsConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.gates.domains import domain_experts
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.trainable import (
     add_expert_dropout,
     choose_trainable,
-    domain_experts,
     expert_parameters,
     parameter_groups,
     stacked_weights,
