@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays.
+    """What is imported by now stays."""
+    _keep_what_is()
 
-    Garbage collections that tests ask for, by loading models, need not look through all of it each time.
-    """
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
+    """What the tests of a file leave (models of transformers imported on the way) stays."""
+    yield
+    if nextitem is not None and nextitem.path != item.path:
+        _keep_what_is()
+
+
+def _keep_what_is() -> None:
+    """Garbage collections that tests ask for, by loading models, need not look through all of it each time."""
     gc.collect()
     gc.freeze()
 

@@ -20,9 +20,12 @@ def run_python(code: str, *arguments: str) -> str:
 @pytest.fixture
 def collector():
     """The garbage collector is as it was after the test."""
-    was_enabled = gc.isenabled()
+    was_enabled, was_frozen = gc.isenabled(), gc.get_freeze_count() > 0
     yield
     gc.unfreeze()
+    if was_frozen:  # else every collection of the tests behind this file passes over all that was imported
+        gc.collect()
+        gc.freeze()
     (gc.enable if was_enabled else gc.disable)()
 
 
