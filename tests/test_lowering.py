@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ import pytest
 import torch
 from packaging.version import Version
 from safetensors.torch import save_file
+from shapes import each_shape
 
 from dense2moe.export.errors import ExportError
 from dense2moe.export.lowering import (
@@ -202,6 +205,14 @@ def load(layer: MoeLayer, lowering: Lowering) -> ort.InferenceSession:
     return ort.InferenceSession(build(layer, lowering).SerializeToString(), options)
 
 
+@cache
+def loaded(way: Way, gate: Gate, equal: bool = False) -> tuple[MoeLayer, list[Matrices], ort.InferenceSession]:
+    """A layer of the usual sizes, its values, and its graph, each made once."""
+    with TemporaryDirectory() as folder:
+        layer, values = make_layer(Path(folder), way, gate, equal=equal)
+        return layer, values, load(layer, way.lowering)
+
+
 def run(session: ort.InferenceSession, x: np.ndarray, logits: np.ndarray) -> np.ndarray:
     return -session.run(None, {"x": -x, "router_logits": logits})[0]
 
@@ -243,48 +254,64 @@ def softmax(num_experts: int, k: int, renormalize: bool = True, scale: float = 1
     return Gate(num_experts, TopK(k), "softmax", renormalize, scale)
 
 
-@pytest.mark.parametrize(("num_experts", "k"), ROUTINGS)
-def test_the_layer_is_computed(way: Way, num_experts: int, k: int, tmp_path: Path) -> None:
-    layer, values = make_layer(tmp_path, way, softmax(num_experts, k))
-    session = load(layer, way.lowering)
+# Every way with few experts of many, and with all; and every routing by each lowering.
+EVERYWHERE = {(4, 2), (8, 1), (2, 2)}
+ROUTED = [(name, *routing) for name in WAYS for routing in ROUTINGS]
+
+
+def name_of(case: tuple[str, int, int]) -> str:
+    return "{}, {} experts, {} a token".format(*case)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_experts", "k"),
+    each_shape(
+        ROUTED,
+        {
+            name_of(case)
+            for case in ROUTED
+            if case[1:] in EVERYWHERE or case[0] in ("moe", "qmoe_4", "grouped", "unrolled", "switched_4")
+        },
+        name=name_of,
+    ),
+)
+def test_the_layer_is_computed(name: str, num_experts: int, k: int) -> None:
+    way = WAYS[name]
+    layer, values, session = loaded(way, softmax(num_experts, k))
     for batch, length in ((1, 1), (1, 4), (1, 5), (4, 16)):
         x, logits = draw(batch, length, 64, num_experts, seed=length)
         assert_close(run(session, x, logits), compute(values, layer.gate, x, logits), way)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_no_tokens_give_no_output(way: Way, batch: int, tmp_path: Path) -> None:
+def test_no_tokens_give_no_output(way: Way, batch: int) -> None:
     """Of a layer alone: a decoder's attention refuses no tokens."""
     if way.lowering in (GROUPED, UNROLLED) and Version(ort.__version__) < Version("1.31"):
         pytest.skip("TopK of no rows ends the process before onnxruntime 1.31, by a division by zero")
-    layer, _ = make_layer(tmp_path, way, softmax(4, 2))
-    assert run(load(layer, way.lowering), *draw(batch, 0, 64, 4)).shape == (batch, 0, 64)
+    _, _, session = loaded(way, softmax(4, 2))
+    assert run(session, *draw(batch, 0, 64, 4)).shape == (batch, 0, 64)
 
 
 @pytest.mark.parametrize("chosen", [[0, 1], [2, 3]])
-def test_an_expert_may_get_no_token(way: Way, chosen: list[int], tmp_path: Path) -> None:
-    layer, values = make_layer(tmp_path, way, softmax(4, 2))
+def test_an_expert_may_get_no_token(way: Way, chosen: list[int]) -> None:
+    layer, values, session = loaded(way, softmax(4, 2))
     x, logits = draw(2, 8, 64, 4)
     logits[:, chosen] += 50
-    assert_close(run(load(layer, way.lowering), x, logits), compute(values, layer.gate, x, logits), way)
+    assert_close(run(session, x, logits), compute(values, layer.gate, x, logits), way)
 
 
-def test_an_expert_may_get_every_token_with_the_whole_weight(way: Way, tmp_path: Path) -> None:
-    layer, values = make_layer(tmp_path, way, softmax(4, 2))
+def test_an_expert_may_get_every_token_with_the_whole_weight(way: Way) -> None:
+    _, values, session = loaded(way, softmax(4, 2))
     x, logits = draw(2, 8, 64, 4)
     logits[:, 3] = 200  # in float32 the other scores are exactly zero
-    assert_close(
-        run(load(layer, way.lowering), x, logits), compute(values[3:], softmax(1, 1), x, np.zeros((16, 1))), way
-    )
+    assert_close(run(session, x, logits), compute(values[3:], softmax(1, 1), x, np.zeros((16, 1))), way)
 
 
-def test_equal_experts_equal_one_ffn_even_when_the_router_ties(way: Way, tmp_path: Path) -> None:
-    layer, values = make_layer(tmp_path, way, softmax(4, 2), equal=True)
+def test_equal_experts_equal_one_ffn_even_when_the_router_ties(way: Way) -> None:
+    _, values, session = loaded(way, softmax(4, 2), equal=True)
     x, logits = draw(2, 8, 64, 4)
     logits[:8] = 0
-    assert_close(
-        run(load(layer, way.lowering), x, logits), compute(values[:1], softmax(1, 1), x, np.zeros((16, 1))), way
-    )
+    assert_close(run(session, x, logits), compute(values[:1], softmax(1, 1), x, np.zeros((16, 1))), way)
 
 
 def test_an_ffn_width_that_no_block_divides_is_computed(way: Way, tmp_path: Path) -> None:
