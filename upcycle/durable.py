@@ -1,4 +1,4 @@
-"""Folders kept for resuming: forced to disk, sealed by checksums, thrown away where damaged.
+"""Folders for resuming: forced to disk, sealed by checksums, deleted if damaged.
 
 A long computation keeps what it has finished in folders below one scratch directory. Each is written, then sealed by
 `keep`: its files are forced to disk, and a record of their sizes and checksums comes last. Before a computation is
@@ -36,7 +36,7 @@ def begin(folder: Path) -> None:
 
 
 def make(folder: Path) -> None:
-    """Make a folder, and those above it, that a power cut does not take away.
+    """Make a folder and its parents, surviving a power cut.
 
     Raises:
         OSError: the disk is full or not writable, or a file is in the way.
@@ -82,7 +82,9 @@ def read_facts(folder: Path) -> Any:
 
 
 def discard(path: Path) -> None:
-    """Delete a folder, its record first, or a file or link in its place; a link is not followed.
+    """Delete a folder, record first, or a file or link there.
+
+    A link is not followed.
 
     Raises:
         OSError: it cannot be deleted.
@@ -96,7 +98,7 @@ def discard(path: Path) -> None:
 
 
 def discard_damage(scratch: Path, progress: Progress) -> list[str]:
-    """Delete all below `scratch` that is not sealed, and what is not as it was sealed.
+    """Delete everything below `scratch` that is unsealed or damaged.
 
     Returns a line for each folder of the latter.
 
@@ -126,7 +128,7 @@ def discard_damage(scratch: Path, progress: Progress) -> list[str]:
 
 
 def _find_kept(folder: Path) -> Iterator[Path]:
-    """The sealed folders below a folder; all that is in none of them, and is no folder, is deleted."""
+    """Sealed folders below a folder; deletes all other files."""
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         path = Path(entry.path)
         if not entry.is_dir(follow_symlinks=False):
@@ -138,7 +140,7 @@ def _find_kept(folder: Path) -> Iterator[Path]:
 
 
 def _find_damage(folder: Path, advance: Callable[[int], None]) -> str | None:
-    """How a sealed folder differs from its record, in words; None where it does not."""
+    """How a sealed folder differs from its record, or None."""
     try:
         record = json.loads((folder / RECORD_NAME).read_bytes())
         content = {name: record[name] for name in ("facts", "files")}
@@ -166,7 +168,7 @@ def _find_damage(folder: Path, advance: Callable[[int], None]) -> str | None:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """All in a folder that is no directory, without its record."""
+    """Everything in a folder but directories and its record."""
     for parent, _, names in os.walk(folder):
         yield from (
             Path(parent) / name for name in sorted(names) if name not in (RECORD_NAME, f"{RECORD_NAME}.partial")
@@ -174,7 +176,9 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force a folder and all in it to disk: files, then the entries of the folders they are in.
+    """Force a folder and everything in it to disk.
+
+    Files first, then the entries of their folders.
 
     Raises:
         OSError: the disk is full or fails.

@@ -1,4 +1,4 @@
-"""Errors that a user can mend, and the door through which errors of other libraries become one."""
+"""Errors that a user can mend, and other libraries' errors as such."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import ClassVar
 
 
 class MendableError(ValueError):
-    """A mistake that the user can mend; its text says where, what is, what must be and how to mend it, in one line.
+    """A mistake that the user can mend, told in one line.
+
+    Its text says where, what is, what must be, and how to mend it.
 
     `exit_code` is what a command that it ends exits with.
     """
@@ -60,7 +62,7 @@ _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_containe
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, and nobody has said so yet in words of ours."""
+    """Whether memory ran out, and no error of ours says so."""
     return isinstance(error, MemoryError) or (
         not isinstance(error, MendableError) and any(words in str(error) for words in _NO_MEMORY)
     )
@@ -68,11 +70,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] = UpcycleError) -> Iterator[None]:
-    """For the length of a `with`, which holds calls of other libraries alone.
+    """Context manager: other libraries' errors become one line.
 
-    What they raise about the file `path` is one line. The line says the path, `what` is wrong with it, the library's
-    own words, and how to `mend` it. Panics of libraries written in Rust are `BaseException`s and told alike; an
-    interrupt, and running out of memory, stay what they are.
+    Only calls of other libraries belong inside. What they raise about the file `path` is one line. The line says the
+    path, `what` is wrong with it, the library's own words, and how to `mend` it. Panics of libraries written in Rust
+    are `BaseException`s and told alike; an interrupt, and running out of memory, stay what they are.
 
     Raises:
         MendableError: of this `kind`.
@@ -88,7 +90,7 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:
-    """The system's refusal behind an exception of any library.
+    """The operating system's error behind an exception of any library.
 
     An `OSError`, or one made of its number or words where only these are left.
     Libraries written in Rust quote the number; torch, where it opens the file itself, only says that it cannot write.
@@ -110,7 +112,7 @@ def find_os_error(error: BaseException | None) -> OSError | None:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error of another library in a few words of one line.
+    """Another library's error in a few words of one line.
 
     What the file system says, or its kind and its own text.
     """
@@ -120,7 +122,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def shorten(text: object) -> str:
-    """A text of somebody else for a line of ours: in one line, without control characters, not too long."""
+    """Foreign text cut to one short line without control characters."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(str(text).split()))[
         :_MOST_LETTERS
     ]

@@ -22,7 +22,7 @@ _TOKENIZER_BYTES = 50_000_000
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths that inner values have, in numbers a token."""
+    """Widths of inner values, in numbers per token."""
 
     hidden: int
     attention: int
@@ -33,7 +33,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any, width: int, copies: int) -> Shape:
-        """Those of a model whose tokens visit `copies` FFNs of `width`."""
+        """The widths of a model whose tokens visit `copies` FFNs of `width`."""
         c = getattr(config, "decoder", config)
         heads = c.num_attention_heads
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
@@ -65,7 +65,7 @@ class Shape:
 
 
 def data_bytes(text_bytes: int) -> int:
-    """Of text that is streamed.
+    """Bytes that streaming text takes.
 
     The tokenizer's work on pieces of it, and 2 bytes a character that is kept, by `benchmarks/data.py`.
     """
@@ -73,6 +73,6 @@ def data_bytes(text_bytes: int) -> int:
 
 
 def layer_of(name: str) -> int:
-    """The layer that a tensor is in, by its name; -1 outside of layers."""
+    """A tensor's layer, by its name; -1 outside of layers."""
     found = re.search(r"\.(?:layers|block)\.(\d+)\.", name)
     return int(found[1]) if found else -1

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uncollected_imports() -> Iterator[None]:
-    """Import inside this.
+    """Context manager: imports run without the garbage collector.
 
     The garbage collector waits, and then leaves all that there is alone for good (`gc.freeze`), if anything was
     imported. Modules live to the end of the process. Importing torch and transformers makes so many objects that the

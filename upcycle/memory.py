@@ -1,4 +1,4 @@
-"""Memory that nobody uses any more, given back to the system."""
+"""Unused memory, given back to the system."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ HEAP_BYTES = 192 << 20
 
 
 class _Least:
-    """The least that the process has had resident, in bytes, since the heap was last given back."""
+    """Smallest resident memory since the heap was given back, in bytes."""
 
     bytes = 0
 
 
 def release_memory() -> None:
-    """Free objects that only hold each other, as models of transformers and trainers do.
+    """Free reference cycles, as models of transformers and trainers form.
 
     And give what the heap has free back to the system.
     The heap keeps blocks of up to 32 MB that are freed (glibc), of which gradients and optimizers leave gigabytes.
@@ -51,7 +51,7 @@ def release_growth() -> None:
 
 @contextmanager
 def small_heap(model: nn.Module) -> Iterator[None]:
-    """For the length of a `with`.
+    """Context manager: free heap is given back between a model's layers.
 
     Between two layers of a model the heap is given back wherever what is resident has grown by much. How many tokens an
     expert gets, and so how large its tensors are, is another number each time: what one leaves free in the heap does
@@ -71,13 +71,18 @@ def small_heap(model: nn.Module) -> Iterator[None]:
 
 
 def give_heap_back() -> None:
-    """Give the heap back if the process has grown by `HEAP_BYTES`; where a system can."""
+    """Return free heap to the system after growth by `HEAP_BYTES`.
+
+    Where the system can.
+    """
     if _find_resident() is not None and _has_grown():
         _give_back()
 
 
 def _has_grown() -> bool:
-    """Whether more is resident by `HEAP_BYTES` than there was at least since the heap was last given back.
+    """Whether resident memory grew by `HEAP_BYTES` over its minimum.
+
+    The minimum is since the heap was last given back.
 
     Or the system does not tell.
     """
@@ -97,7 +102,7 @@ def _give_back() -> None:
 
 @cache
 def _find_resident() -> Callable[[], int] | None:
-    """What reads the bytes that the process has resident, where the system tells them at little cost (Linux)."""
+    """A reader of this process's resident bytes, where cheap (Linux)."""
     source, page = Path("/proc/self/statm"), os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     return (lambda: int(source.read_bytes().split()[1]) * page) if source.exists() else None
 

@@ -11,7 +11,7 @@ from typing import Any
 
 
 def name_special(value: float) -> str | None:
-    """The name of NaN or an infinity, as Python's own JSON writes it.
+    """The name of NaN or an infinity, as Python's JSON writes it.
 
     "NaN", "Infinity", "-Infinity"; None of a finite number.
     """
@@ -19,7 +19,9 @@ def name_special(value: float) -> str | None:
 
 
 def name_specials(value: Any) -> Any:
-    """The same value of lists, dicts and scalars, each float that is not finite as its name, so that it is strict JSON.
+    """A value with NaN and infinities replaced by their names.
+
+    Lists, dicts and scalars become strict JSON.
 
     Tuples become lists.
     """

@@ -16,5 +16,5 @@ class Record(BaseModel):
 
 
 def named_value(record: BaseModel, field: str) -> str:
-    """A value for a message, which says where it is none of the file's own but the default."""
+    """A value for a message, marked where it is the default."""
     return f"{getattr(record, field)}{'' if field in record.model_fields_set else ' by default'}"

@@ -40,7 +40,10 @@ _RESIDUAL_SHARE = 0.05  # two roundings of a sum in float32 are then 5e-6 of it:
 
 
 class DenseNotFiniteError(ArithmeticError):
-    """The dense model gives NaN or an infinity for a text or in a layer; the message names which."""
+    """The dense model's outputs are not finite; the message names where.
+
+    NaN or an infinity, for a text or in a layer.
+    """
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,9 @@ class Claim:
 def compare_models(
     source: Path, output: Path, claim: Claim, text: Text, experts: tuple[str, ...]
 ) -> Iterator[ReceiptLine]:
-    """Compare two whole models, held at once, on each text, with each experts implementation and router.
+    """Compare two whole models, both in memory, on every text.
+
+    One comparison for each experts implementation and each router.
 
     Raises:
         DenseNotFiniteError: the dense model gives NaN or an infinity.
@@ -86,7 +91,7 @@ def compare_models(
 def compare_layers(
     source: Path, output: Path, claim: Claim, text: Text, experts: tuple[str, ...]
 ) -> Iterator[ReceiptLine]:
-    """Compare the embedding, each layer and the head, one part of each model at a time.
+    """Compare embedding, layers and head, one part of each model at once.
 
     Raises:
         DenseNotFiniteError: the dense model gives NaN or an infinity.
@@ -125,14 +130,17 @@ def compare_layers(
 
 
 def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:
-    """Of a decoder, the modules below its base model that experts took the place of."""
+    """Names of a decoder's FFNs that experts replace.
+
+    Relative to the decoder's base model.
+    """
     pattern = plan.conversion.family.ffn_module
     return () if pattern is None else tuple(pattern.format(layer=site.layer) for site in plan.sites)
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """Outputs of the mixture and of the dense model, float32 [tokens, N], and a layer's input."""
+    """Outputs of both models, float32 [tokens, N], and a layer's input."""
 
     found: torch.Tensor
     reference: torch.Tensor
@@ -145,7 +153,7 @@ class _Pair:
 
     @property
     def rel(self) -> float:
-        """The largest difference, as the module's docstring says it.
+        """The largest relative difference, as the module's docstring defines it.
 
         Of what is equal it is 0, whatever it is divided by.
         """
@@ -159,11 +167,11 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Dense:
-    """The dense model, or a layer of it, on one text, with the roundings that a conversion may add.
+    """The dense model, or a layer of it, on one text.
 
-    Each output is computed when asked for. `run` gives a model's
-    outputs, float32 [tokens, N] of the real tokens; `ffns` are the modules below the base model that experts took the
-    place of. `given` are the outputs where they are known already, and `read` is what a layer reads.
+    It can be run with the roundings that a conversion may add. Each output is computed when asked for. `run` gives a
+    model's outputs, float32 [tokens, N] of the real tokens; `ffns` are the modules below the base model that experts
+    took the place of. `given` are the outputs where they are known already, and `read` is what a layer reads.
     """
 
     text: str
@@ -176,7 +184,7 @@ class _Dense:
 
     @functools.cached_property
     def outputs(self) -> torch.Tensor:
-        """As the model gives them.
+        """The model's own outputs.
 
         Raises:
             DenseNotFiniteError: one is NaN or infinite.
@@ -188,7 +196,9 @@ class _Dense:
 
     @functools.cached_property
     def halved(self) -> torch.Tensor:
-        """With the output y of each FFN replaced by y/2 + y/2 in the model's dtype.
+        """Outputs with each FFN's output y replaced by y/2 + y/2.
+
+        In the model's dtype.
 
         Y itself but where y/2 is rounded.
         """
@@ -248,7 +258,7 @@ def _halves(plan: UpcyclePlan) -> bool:
 
 
 def _judge_outside(pair: _Pair, part: str, claim: Claim, text: Text) -> ReceiptLine:
-    """Of what is outside the layers, which every conversion keeps."""
+    """The comparison outside the layers, which every conversion keeps."""
     if not torch.isfinite(pair.reference).all():
         raise DenseNotFiniteError(f"{part}: not all of its numbers are finite")
     folded = any(

@@ -12,7 +12,10 @@ from dense2moe.upcycle.record import NonNegative, Record
 
 
 class ExpertsConfig(Record):
-    """How the FFN becomes experts. Without noise and redrawing, the mixture computes what the dense model does."""
+    """How the FFN becomes experts.
+
+    Without noise and redrawing, the mixture computes what the dense model does.
+    """
 
     kind: Literal["copies", "granular", "split"] = Field(
         "copies",
@@ -122,7 +125,10 @@ MOST_EXPERTS = 4096
 
 
 class UpcycleConfig(Record):
-    """Sparse upcycling (Komatsuzaki et al. 2022): the FFN becomes experts, and a router is added."""
+    """Sparse upcycling: the FFN becomes experts, and a router is added.
+
+    Komatsuzaki et al. 2022.
+    """
 
     target: TargetName = Field(
         "auto",
@@ -166,7 +172,7 @@ class UpcycleConfig(Record):
     @field_validator("layers", mode="before")
     @classmethod
     def _check_layers(cls, value: Any) -> Any:
-        """One message for a union of which no branch fits."""
+        """Refuse layers of a wrong type in one message, not three."""
         if isinstance(value, str) and _LAYERS.fullmatch(value):
             return value
         if isinstance(value, list | tuple) and value and all(type(item) is int and item >= 0 for item in value):
@@ -202,12 +208,12 @@ class UpcycleConfig(Record):
 
     @property
     def group_size(self) -> int:
-        """Experts that share one router row: the parts of one copy of the FFN."""
+        """Experts that share a router row: parts of one FFN copy."""
         return self.experts.granularity or 1
 
     @property
     def num_router_rows(self) -> int:
-        """Router rows that differ."""
+        """Distinct router rows."""
         return self.num_experts // self.group_size
 
     @property

@@ -9,14 +9,14 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ReceiptLine:
-    """One comparison of the two models: which router, dtype, text and experts implementation, and what came out.
+    """One comparison of the two models.
 
-    `text` names the part of the models where they are compared part by part; the embedding and the head have "no"
-    router and "no" experts. `limit` is the largest rel that is allowed; none where the function need not be kept, or
-    the dtype rounds too coarsely to judge. `bitwise_due`: every bit must be equal, or equal to the dense model's with
-    FFN outputs halved in the dtype and added again, which is `halves_bitwise` (false where it was not needed). `noise`:
-    rel of the dense model to itself in float64, where it was measured. `group_coverage`: of granular experts, the share
-    of tokens that were sent to whole copies of the FFN.
+    Which router, dtype, text and experts implementation, and the result. `text` names the part of the models where they
+    are compared part by part; the embedding and the head have "no" router and "no" experts. `limit` is the largest rel
+    that is allowed; none where the function need not be kept, or the dtype rounds too coarsely to judge. `bitwise_due`:
+    every bit must be equal, or equal to the dense model's with FFN outputs halved in the dtype and added again, which
+    is `halves_bitwise` (false where it was not needed). `noise`: rel of the dense model to itself in float64, where it
+    was measured. `group_coverage`: of granular experts, the share of tokens that were sent to whole copies of the FFN.
     """
 
     router: str
@@ -35,7 +35,10 @@ class ReceiptLine:
 
 @dataclass(frozen=True)
 class Receipt:
-    """All comparisons, whether of whole models or layer by layer, and what could not be compared, in words."""
+    """All comparisons of the receipt, and remarks on what was left out.
+
+    Comparisons are of whole models or layer by layer.
+    """
 
     mode: Literal["whole", "layers"]
     comparisons: tuple[ReceiptLine, ...]

@@ -12,7 +12,7 @@ _RECEIPT_ROWS = 3
 
 
 def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
-    """Of both models held at once: float32 copies, and the logits of texts as both say them."""
+    """Bytes of comparing whole models: float32 copies, and both models' logits."""
     length = max(block_size + block_size // 4, 16)
     vocabulary = int(getattr(dense.config, "vocab_size", 0))
     logits = 6 * FLOAT_BYTES * vocabulary * _RECEIPT_ROWS * length
@@ -20,7 +20,7 @@ def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
 
 
 def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
-    """Of both models compared layer by layer.
+    """Bytes of comparing both models layer by layer.
 
     The largest layer of each, or the head of each, three times over while it is loaded.
     """

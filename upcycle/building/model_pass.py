@@ -14,7 +14,10 @@ from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights
 
 
 def real_logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cached: bool) -> torch.Tensor:
-    """Float32 logits [tokens, vocabulary] of the real tokens of ids and mask [B, S]; see `_logits`."""
+    """Float32 logits [tokens, vocabulary] of the real tokens; pads are dropped.
+
+    Token ids and mask are [B, S]; see `_logits`.
+    """
     logits = _logits(model, ids, mask, cached)
     return logits[mask[:, -logits.shape[1] :].bool()]
 
@@ -47,14 +50,17 @@ def _logits(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor, cache
 
 @torch.no_grad()
 def real_states(model: PreTrainedModel, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Output of a model of one layer for states [B, S, H], at the real tokens: float32 [tokens, H]."""
+    """Output of a one-layer model at the real tokens: float32 [tokens, H].
+
+    Its input is states [B, S, H].
+    """
     given = model(inputs_embeds=states.to(model.dtype), attention_mask=mask, use_cache=False).last_hidden_state
     return cast(torch.Tensor, given[mask.bool()].to(torch.float32))
 
 
 @contextmanager
 def set_router(model: PreTrainedModel, router: str) -> Iterator[None]:
-    """For the length of a `with`: the model with its routers as they are ("shipped") or all zero."""
+    """Context manager: the model's routers are unchanged ("shipped") or all zero."""
     weights = [] if router == "shipped" else list(router_weights(model))
     saved = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
@@ -68,7 +74,9 @@ def set_router(model: PreTrainedModel, router: str) -> Iterator[None]:
 
 @contextmanager
 def watch_groups(model: PreTrainedModel, size: int) -> Iterator[list[float]]:
-    """For the length of a `with`: collects each layer's share of tokens that are sent to whole copies of the FFN.
+    """Context manager: collects shares of tokens sent to whole FFN copies.
+
+    A share for each layer.
 
     `size` experts are one copy; where it is 1, nothing is collected.
     """

@@ -62,7 +62,10 @@ class UpcyclePlan:
     num_layers: int
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Another process gets all of it but the conversion, which holds functions: there it is the table's own row."""
+        """Pickle everything but the conversion, which holds functions.
+
+        The other process takes the conversion from the table of conversions.
+        """
         known = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "conversion"}
         return _restore_plan, (self.conversion.family.architecture, self.conversion.target.architecture, known)
 

@@ -49,7 +49,7 @@ _MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a ru
 
 
 def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int, progress: Progress) -> Receipt:
-    """Compare the dense checkpoint with the mixture of experts made from it by `plan`.
+    """Compare the dense checkpoint with the mixture that `plan` made from it.
 
     The limits are enforced where the plan keeps the function: with every router, or with a zero router alone.
     `block_size` is the length in tokens of a training block: one text is longer than that, and longer than an attention
@@ -103,7 +103,7 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
 
 
 def _describe_rounding(comparisons: Sequence[ReceiptLine]) -> Iterator[str]:
-    """What differs by the dtype or the model alone, and not by the conversion, in words."""
+    """Differences caused by the dtype or the model alone, in words."""
     for dtype in dict.fromkeys(c.dtype for c in comparisons if c.halves_bitwise):
         yield (
             f"zero router, {dtype}: bitwise but for FFN outputs whose half is no {dtype} number; bitwise with "
@@ -124,7 +124,7 @@ def _describe_rounding(comparisons: Sequence[ReceiptLine]) -> Iterator[str]:
 
 
 def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> Literal["whole", "layers"]:
-    """Whether both models are held at once, as the settings say or as memory allows.
+    """Whether both models are held at once: by settings or free memory.
 
     An encoder-decoder is always held whole.
     """

@@ -22,7 +22,12 @@ _LETTERS_PER_TOKEN = 64
 
 @dataclass(frozen=True)
 class Text:
-    """Three rows of token ids, padded on the left, their mask, and what they leave unshown; int64 [3, S]."""
+    """Three rows of token ids, their mask, and what they leave out.
+
+    Padded on the left; ids and mask are int64 [3, S].
+
+    Padded on the left; ids and mask are int64.
+    """
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -34,10 +39,11 @@ class Text:
 
 
 def read_text(source: Path, block_size: int) -> Text:
-    """Three rows of real English, one longer than a block and than a window, and two shorter, padded on the left.
+    """Three rows of real English, padded on the left.
 
-    The text is this package's own documentation: at hand on every machine, and tokens that follow each other as in real
-    text. A checkpoint without a tokenizer gets seeded random ids instead.
+    One is longer than a block and than a window, two are shorter. The text is this package's own documentation: at hand
+    on every machine, and tokens that follow each other as in real text. A checkpoint without a tokenizer gets seeded
+    random ids instead.
     """
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     context = getattr(config, "max_position_embeddings", _MAX_TOKENS)
@@ -63,7 +69,7 @@ def read_text(source: Path, block_size: int) -> Text:
 
 
 def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
-    """Whether the tokenizer gives the same ids in both directories, in words where it does not.
+    """How the two directories' tokenizers differ, in words; empty if they agree.
 
     transformers chooses its class, and so its rules, by the model beside it too.
     """

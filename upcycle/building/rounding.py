@@ -44,11 +44,11 @@ _LEAST_WEIGHT = 1e-30  # no weight of a model that computes anything is smaller
 
 
 def rounding_limit(plan: UpcyclePlan, dense: Checkpoint) -> float:
-    """Largest rel in float32, from sums in another order and weights that are rounded when they are multiplied.
+    """Largest rel in float32 that rounding explains.
 
-    A scale that is a power
-    of two rounds nothing but what it makes smaller than the dtype's normal numbers: half of a float16 weight below
-    1.2e-4 may be no float16 number. What it takes from these matrices is measured.
+    Sums are taken in another order, and weights are rounded when they are multiplied. A scale that is a power of two
+    rounds nothing but what it makes smaller than the dtype's normal numbers: half of a float16 weight below 1.2e-4 may
+    be no float16 number. What it takes from these matrices is measured.
     """
     scaled = {
         (piece.matrix, piece.scale, write.spec.dtype)
@@ -67,7 +67,10 @@ def _is_power_of_two(scale: float) -> bool:
 
 
 def _measure_loss(dense: Checkpoint, matrix: Slice, scale: float, dtype: torch.dtype) -> float:
-    """What a scaled matrix, stored in `dtype`, has lost: the norm of the difference over the norm."""
+    """Relative error of a scaled matrix stored in `dtype`.
+
+    The norm of the difference over the norm.
+    """
     lost = norm = 0.0
     for chunk in read_chunks(dense.entries[matrix.source], matrix.start, matrix.stop):
         exact = chunk.to(torch.float32) * scale
@@ -77,7 +80,7 @@ def _measure_loss(dense: Checkpoint, matrix: Slice, scale: float, dtype: torch.d
 
 
 def can_be_bitwise(config: Any, dtype: torch.dtype) -> bool:
-    """Whether torch computes the activation of a strided row bitwise as of a contiguous one.
+    """Whether torch's activation gives strided and contiguous rows equal bits.
 
     At the FFN's width and dtype, on this machine. A million values, since rounding to bfloat16 hides nearly all
     differences: of GELU's, one value in twenty thousand shows.

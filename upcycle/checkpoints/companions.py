@@ -131,7 +131,9 @@ Its weights and the templates, which are among these, are fetched by their names
 
 
 def find_companions(directory: Path) -> tuple[str, ...]:
-    """The names of the files that belong to the model in a directory, sorted; a template's with its folder.
+    """Names of the files that belong to the model, sorted.
+
+    Chat templates come with their folder's name.
 
     Raises:
         UpcycleError: the directory cannot be listed.
@@ -145,7 +147,7 @@ def find_companions(directory: Path) -> tuple[str, ...]:
 
 
 def belongs(name: str) -> bool:
-    """Whether a file of this name goes along with a model, if it is small."""
+    """Whether a small file of this name belongs to a model."""
     folded = name.casefold()
     return (
         not name.startswith(".") and name.isprintable() and not any(fnmatchcase(folded, pattern) for pattern in _LEFT)
@@ -153,10 +155,10 @@ def belongs(name: str) -> bool:
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a file of this name is a state of training, such as an optimizer's."""
+    """Whether a file of this name is training state, as an optimizer's."""
     return any(fnmatchcase(name.casefold(), pattern) for pattern in _TRAINING)
 
 
 def _is_small_file(path: Path) -> bool:
-    """Whether a path is, or leads to, a file of a size that is no model's."""
+    """Whether a path is, or links to, a file smaller than weights."""
     return path.is_file() and path.stat().st_size <= _MOST_BYTES

@@ -43,7 +43,10 @@ def save_config(config: PreTrainedConfig, directory: Path) -> None:
 
 
 def complete_config(directory: Path) -> None:
-    """Add to the `config.json` that transformers 5 saved in `directory` what transformers 4 reads under other names."""
+    """Add the names that transformers 4 reads to a saved `config.json`.
+
+    The file is one that transformers 5 saved in `directory`.
+    """
     path = directory / CONFIG_NAME
     values = json.loads(path.read_text(encoding="utf-8"))
     # names code beside the dense checkpoint, which is not carried: the class is transformers' own
@@ -52,7 +55,7 @@ def complete_config(directory: Path) -> None:
 
 
 def old_fields(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a config that transformers 5 saved says, under the names that transformers 4 reads."""
+    """A config of transformers 5 under the field names of transformers 4."""
     old = {name: values[new] for name, new in _RENAMED.get(values["model_type"], {}).items()}
     if "dtype" in values:
         old["torch_dtype"] = values["dtype"]

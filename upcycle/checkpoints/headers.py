@@ -28,7 +28,9 @@ _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
-    """Where every tensor lies in `stem`.safetensors or in the shards that `stem`.safetensors.index.json lists.
+    """Where every tensor lies, in one safetensors file or in shards.
+
+    The file is `stem`.safetensors; shards are listed by `stem`.safetensors.index.json.
 
     Raises:
         UpcycleError: the index or a header is missing, truncated, inconsistent, hostile or of an unsupported kind.
@@ -54,7 +56,10 @@ def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
 
 
 def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
-    """The safetensors files, each with the names that the index gives it (None without an index)."""
+    """The safetensors files, each with the tensor names the index gives.
+
+    None without an index.
+    """
     if (directory / f"{stem}.safetensors.index.json").is_file():
         files = {directory / name: expected for name, expected in read_index(directory, stem).items()}
         for file in files:
@@ -78,7 +83,7 @@ def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
 
 
 def read_index(directory: Path, stem: str = STEM) -> dict[str, set[str]]:
-    """The names of the files of weights that the index of a checkpoint lists, each with its tensors.
+    """The weight files that a checkpoint's index lists, each with its tensors.
 
     Raises:
         UpcycleError: there is no index, or it is damaged or names a file elsewhere.
@@ -110,7 +115,7 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_header(file: Path) -> list[TensorEntry]:
-    """Read and check the header of one safetensors file, without reading its data.
+    """Read and check a safetensors file's header, but no data.
 
     Raises:
         UpcycleError: truncated, oversized or malformed header; overlapping, missing or leftover bytes; duplicate names;

@@ -65,7 +65,7 @@ def load_layer(
 
 
 def _name_in_decoder(name: str) -> str:
-    """What a tensor of the base model is called in the whole decoder, and in its files."""
+    """A base model tensor's name in the whole decoder and its files."""
     return f"model.{name}"
 
 
@@ -105,10 +105,10 @@ def _config_without_layers(config: Any) -> Any:
 def embed(
     checkpoint: Checkpoint, ids: torch.Tensor, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None
 ) -> torch.Tensor:
-    """What the first layer reads, [B, S, H] in `dtype`, for token ids [B, S].
+    """Input of the first layer, [B, S, H], for token ids.
 
-    A model of the ids' own rows of the embedding, and no layer.
-    An embedding in `replaced`, by its name in the checkpoint, stands in for its own.
+    Token ids are [B, S]; the result is in `dtype`. In `dtype`. A model of the ids' own rows of the embedding, and no
+    layer. An embedding in `replaced`, by its name in the checkpoint, stands in for its own.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -131,9 +131,9 @@ def embed(
 
 @torch.no_grad()
 def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What the head reads, [tokens, H] in `dtype`, of the last layer's states [tokens, H].
+    """Input of the head, [tokens, H], from the last layer's states.
 
-    A model of the final norm, and no layer.
+    States [tokens, H]; in `dtype`. A model of the final norm, and no layer.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -161,7 +161,7 @@ def apply_head(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype)
 def load_head(
     checkpoint: Checkpoint, dtype: torch.dtype, replaced: Mapping[str, torch.Tensor] | None = None
 ) -> PreTrainedModel:
-    """A model of the final norm and the head, and no layer, in `dtype`.
+    """A model of the final norm and the head alone, in `dtype`.
 
     The last layer's states as `inputs_embeds` in, `logits` out. Tensors in `replaced`, by their names in the
     checkpoint, stand in for its own. Without them, where config.json ties a head that is stored as well, transformers
@@ -204,10 +204,11 @@ def run_layers(
     ffn_module: str,
     batch_rows: int = 8,
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Run a dense decoder on token ids and mask [B, S], layer by layer.
+    """Run a dense decoder layer by layer.
 
-    Yields the layer's number, what it read, what its FFN read and what it gave, each [B, S, H]. `ffn_module` is the
-    FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at once.
+    On token ids and mask [B, S]. Yields the layer's number, what it read, what its FFN read and what it gave, each [B,
+    S, H]. `ffn_module` is the FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at
+    once.
     """
     states = embed(checkpoint, ids, dtype)
     for layer in range(checkpoint.config.num_hidden_layers):
@@ -227,12 +228,20 @@ def run_layers(
 
 
 def real_tokens(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The hidden states [tokens, H] in float32 of the real tokens of [B, S, H]; pads never count."""
+    """Float32 states [tokens, H] of the real tokens of [B, S, H].
+
+    Pads are dropped.
+    """
     return states[mask.bool()].to(torch.float32)
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, int64 [B, S], of rows padded on the left with the first token there is."""
+    """Token ids and mask, int64 [B, S], of rows of unequal length.
+
+    Padded on the left, with the first token of the first row.
+
+    The pad is the first token of the first row.
+    """
     length = max(map(len, rows))
     ids = torch.full((len(rows), length), rows[0][0])
     mask = torch.zeros_like(ids)

@@ -14,7 +14,9 @@ from dense2moe.upcycle.tasks.model_class import find_model_class
 
 
 def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation") -> PreTrainedModel:
-    """Load a model by transformers alone, whole or not at all; `task` names the head as Hugging Face names tasks.
+    """Load a model by transformers alone, whole or not at all.
+
+    `task` names the head as Hugging Face names tasks.
 
     Raises:
         UpcycleError: weights are missing, left over or of another shape, or the checkpoint is damaged; see
@@ -29,7 +31,7 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
 
 
 def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """The router of each layer, in order: the module `gate` or `router` beside experts."""
+    """Each layer's router, in order: module `gate` or `router` beside experts."""
     for module in model.modules():
         if (
             hasattr(module, "experts")
@@ -51,7 +53,10 @@ def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
 
 
 def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
-    """The selection bias, float32 [num_experts], of each layer's router, in order; None of a router without one."""
+    """Each layer's selection bias, float32 [num_experts]; None without one.
+
+    In the order of the layers.
+    """
     for router in router_modules(model):
         yield getattr(router, "e_score_correction_bias", None)
 

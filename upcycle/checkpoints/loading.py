@@ -59,7 +59,7 @@ def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings:
 
 
 def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
-    """Open a checkpoint and refuse what `load_whole` would, as far as names and shapes tell.
+    """Refuse what `load_whole` would refuse, from names and shapes alone.
 
     transformers loads tensors without values, so a size that is wrong costs no memory. Of a model of several parts
     (text and image), nothing but its config and headers is checked.
@@ -122,7 +122,9 @@ def _list_tensors(names: list[str]) -> str:
 
 
 def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
-    """Refuse a config without a model in the auto class, or with more layers than there are tensors.
+    """Refuse configs without a model class, or with too many layers.
+
+    Too many: more layers than there are tensors.
 
     The auto class itself would list all configs that it knows.
     """
@@ -141,14 +143,17 @@ def _check_config(auto_class: Any, checkpoint: Checkpoint) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """For the length of a `with`: no warning of a shared expert of width 0."""
+    """Context manager: no warning about a shared expert of width 0."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Initializing zero-element tensors", category=UserWarning)
         yield
 
 
 def _one_line(directory: Path) -> AbstractContextManager[None]:
-    """For the length of a `with`: an error of transformers, safetensors or torch is one line about the checkpoint."""
+    """Context manager: library errors become one line about the checkpoint.
+
+    Errors of transformers, safetensors or torch.
+    """
     return one_line_errors(directory, "transformers cannot load this checkpoint", "download it again, or correct it")
 
 
@@ -194,7 +199,9 @@ def _find_files(directory: Path) -> list[Path]:
 
 
 def _find_class(auto_class: Any, config: Any) -> Any:
-    """The class of models that an auto class takes for a config, by its architecture where there are several.
+    """The model class that an auto class takes for a config.
+
+    By the config's architecture where there are several.
 
     None where only itself can tell.
     """
@@ -208,7 +215,10 @@ def _find_class(auto_class: Any, config: Any) -> Any:
 
 
 def _read_generation_config(directory: Path) -> GenerationConfig:
-    """That of a checkpoint, or what its config says of generation, as `from_pretrained` takes them."""
+    """A checkpoint's generation settings, as `from_pretrained` finds them.
+
+    Its own file, or the fields of its config.
+    """
     try:
         return GenerationConfig.from_pretrained(directory, local_files_only=True)
     except OSError:
@@ -219,7 +229,10 @@ def _read_generation_config(directory: Path) -> GenerationConfig:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor that is read when it is indexed; what stacking those before it left in the heap is given back."""
+    """A tensor that is read when it is indexed.
+
+    Memory that stacking earlier tensors left in the heap is given back first.
+    """
 
     file: Any
     name: str
@@ -237,7 +250,7 @@ def _open_tensors(file: Path, opened: ExitStack) -> Iterator[_Tensor]:
 
 @contextmanager
 def _by_turn() -> Iterator[None]:
-    """For the length of a `with`: transformers reads no tensor before its turn."""
+    """Context manager: transformers reads each tensor in its turn."""
     before = os.environ.get(_READS_BY_TURN)
     os.environ[_READS_BY_TURN] = "1"
     try:

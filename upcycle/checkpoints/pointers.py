@@ -12,7 +12,9 @@ _BEGINNING = b"version https://git-lfs.github.com/spec/"
 
 
 def is_pointer(file: Path) -> bool:
-    """Whether a file is a git-LFS pointer, a few lines of text that name the file that was not downloaded.
+    """Whether a file is a git-LFS pointer instead of the file itself.
+
+    A pointer is a few lines of text that name the file that was not downloaded.
 
     Raises:
         OSError: it cannot be read.

@@ -11,7 +11,9 @@ _CAST_ELEMENTS = 1 << 24  # of a matrix that are cast at once: 64 MB in float32
 
 
 def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x @ weight.T, of x [..., in] and weight [out, in], in the dtype of x or as autocast says.
+    """x @ weight.T in x's dtype, or in autocast's.
+
+    x is [..., in], weight [out, in].
 
     The weight may be narrower than x.
     """
@@ -21,7 +23,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """A product with a narrow matrix, which is all that is kept for the backward pass.
+    """A product that keeps only its narrow matrix for the backward pass.
 
     Where the matrix learns, the input is kept too. The matrix's gradient is rounded to its own dtype, some rows at a
     time, as autograd rounds that of a matrix that was cast.
@@ -57,6 +59,6 @@ class _Product(torch.autograd.Function):
 
 
 def _parts(weight: torch.Tensor) -> list[slice]:
-    """The rows of a matrix, as many at once as may be cast at once."""
+    """A matrix's rows, as many at once as may be cast."""
     step = max(1, _CAST_ELEMENTS // max(1, weight.shape[1]))
     return [slice(start, start + step) for start in range(0, max(1, len(weight)), step)]

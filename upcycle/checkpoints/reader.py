@@ -34,11 +34,11 @@ _MAX_LAYERS = 100_000  # a hundred times the deepest model there is
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint directory: its loaded config and where every tensor lies. Holds no tensor.
+    """A checked checkpoint directory: its config and where tensors lie.
 
-    `untied` names stored copies of a tied embedding whose values differ from it. transformers 5 ties equal weights
-    alone and loads these as they are; so the config of such a decoder says here that its embeddings are not tied,
-    whatever the file says.
+    It holds no tensor. `untied` names stored copies of a tied embedding whose values differ from it. transformers 5
+    ties equal weights alone and loads these as they are; so the config of such a decoder says here that its embeddings
+    are not tied, whatever the file says.
     """
 
     directory: Path
@@ -57,11 +57,11 @@ class Checkpoint:
         return sum(entry.num_bytes for entry in self.entries.values())
 
     def read(self, name: str) -> torch.Tensor:
-        """Read one tensor into fresh memory, with the dtype it is stored in."""
+        """Read one tensor into fresh memory, in its stored dtype."""
         return read_tensor(self.entries[name])
 
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Read some rows of one tensor into fresh memory, with the dtype it is stored in."""
+        """Read rows of one tensor into fresh memory, in its stored dtype."""
         return read_rows(self.entries[name], start, stop)
 
 
@@ -98,7 +98,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 
 def refuse_adapter(directory: Path) -> None:
-    """Refuse a directory with an adapter, which transformers applies to the model whenever it loads the directory.
+    """Refuse a directory with an adapter.
+
+    transformers would apply the adapter to the model whenever it loads the directory.
 
     Raises:
         UpcycleError: the adapter must be merged first, and how.
@@ -119,7 +121,7 @@ def refuse_adapter(directory: Path) -> None:
 
 
 def _refuse_other_weights(directory: Path, config: PreTrainedConfig, entries: Mapping[str, TensorEntry]) -> None:
-    """Refuse weights that transformers prefers to those in `entries`, which are what is read here."""
+    """Refuse weights that transformers would read instead of `entries`."""
     other = next((entry.file.name for entry in entries.values() if entry.file.name != SINGLE_NAME), None)
     if other is not None and (directory / SINGLE_NAME).is_file():
         raise UpcycleError(
@@ -144,7 +146,9 @@ def _refuse_other_weights(directory: Path, config: PreTrainedConfig, entries: Ma
 
 
 def _find_untied(config: PreTrainedConfig, entries: Mapping[str, TensorEntry]) -> Iterator[str]:
-    """The stored copies of a tied embedding whose values, in float32, are not all equal to it.
+    """Stored copies of a tied embedding that differ from it.
+
+    Their float32 values are compared.
 
     `_tied_params_are_equal` of transformers 5.23.
     """
@@ -166,7 +170,9 @@ def _are_equal(first: TensorEntry, second: TensorEntry) -> bool:
 
 
 def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """The entries with a tied embedding under its own name, whichever name the file has.
+    """The entries with a tied embedding under its own name.
+
+    Whichever name the file gives it.
 
     transformers loads either.
     """
@@ -229,7 +235,7 @@ def _mend_config(raw: Mapping[str, Any]) -> str:
 
 
 def _is_known(raw: Mapping[str, Any]) -> bool:
-    """Whether transformers itself has the config and every class that a config file names.
+    """Whether transformers itself has every class a config names.
 
     So that its `auto_map` is not needed: Phi-3's is such.
     """
@@ -243,7 +249,7 @@ def _is_known(raw: Mapping[str, Any]) -> bool:
 
 
 def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Iterator[str]:
-    """Read every tensor once and refuse NaN and infinite values; yields each name when it is done, for progress.
+    """Refuse NaN and infinities in every tensor; yields each checked name.
 
     Tensors that are `dropped` are passed over: nothing is made of their values.
 

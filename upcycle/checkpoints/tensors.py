@@ -31,7 +31,10 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: its file, safetensors dtype name, shape, and byte range in the file."""
+    """Where one tensor lies, and what it is.
+
+    Its file, safetensors dtype name, shape, and byte range in the file.
+    """
 
     name: str
     file: Path
@@ -42,17 +45,20 @@ class TensorEntry:
 
     @property
     def num_elements(self) -> int:
-        """Values, of whatever size."""
+        """Number of values."""
         return math.prod(self.shape)
 
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
-    """Read one tensor into fresh memory, with the dtype it is stored in; no page of the file stays mapped."""
+    """Read one tensor into fresh memory, in its stored dtype.
+
+    No page of the file stays mapped.
+    """
     return _read(entry, entry.start, entry.shape)
 
 
 def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
-    """Read rows `start` to `stop` of one tensor into fresh memory, with the dtype it is stored in.
+    """Read rows `start` to `stop` into fresh memory, in their stored dtype.
 
     Of a tensor of one dimension, rows are elements.
     """
@@ -61,7 +67,9 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
 
 
 def read_chunks(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
-    """Read rows `start` to `stop` (all) of one tensor in pieces of about 4 million elements.
+    """Read rows of one tensor in pieces of about 4 million elements.
+
+    Rows `start` to `stop`, by default all.
 
     Memory does not grow with the tensor.
     """

@@ -31,7 +31,9 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a checkpoint, as transformers loads it; no code of the checkpoint is run.
+    """The tokenizer beside a checkpoint, as transformers loads it.
+
+    No code of the checkpoint is run.
 
     Raises:
         UpcycleError: there is none, a file of it is damaged or asks for code, or a package is needed that is not
@@ -58,7 +60,10 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_json(file: Path) -> None:
-    """Refuse a small file of a tokenizer that holds no JSON object; transformers does not say which file it means."""
+    """Refuse a small tokenizer file that holds no JSON object.
+
+    transformers would not say which file it means.
+    """
     if not file.is_file():
         return
     with one_line_errors(file, "not valid JSON", "restore the file"):
@@ -79,7 +84,9 @@ def _mend_loading(directory: Path) -> str:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = True) -> list[int]:
-    """The token ids of a text, with the special tokens that the tokenizer puts around it or without.
+    """Token ids of a text, with or without special tokens.
+
+    The special tokens are those that the tokenizer puts around a text.
 
     Raises:
         UpcycleError: the tokenizer fails on the text.
@@ -90,7 +97,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = Tru
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int, sample: str) -> None:
-    """Refuse a tokenizer with an id that the model's embedding of `num_rows` rows does not have.
+    """Refuse a tokenizer whose ids exceed the embedding's `num_rows` rows.
 
     Or without tokens for a `sample` of the text.
 
@@ -119,7 +126,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, num_rows: int, sample: str) ->
 
 
 def _read_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The tokens that its own file has.
+    """The tokens in the tokenizer's own file.
 
     A class of transformers may add others of its family, which no text of this model holds.
     """

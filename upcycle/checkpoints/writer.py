@@ -61,7 +61,7 @@ Content = torch.Tensor | Span
 
 @dataclass(frozen=True)
 class _Copies:
-    """The spans of one tensor, the file that they go to, and where each begins there."""
+    """One tensor's spans, their file, and where each begins in it."""
 
     file: Path
     spans: list[tuple[Span, int]]
@@ -75,11 +75,11 @@ def write_tensors(
     stem: str = STEM,
     report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write tensors in the order of `specs` into shards of about one size, with an index of several.
+    """Write tensors into shards of about one size, in `specs`' order.
 
-    `tensors` must yield exactly the names of `specs`, in their order: each with the tensor itself, of its
-    dtype and shape, or with contents that follow each other and add up to its bytes. One content is held at a time.
-    `report` is called with how many tensors are written, and of how many.
+    Several shards get an index. `tensors` must yield exactly the names of `specs`, in their order: each with the tensor
+    itself, of its dtype and shape, or with contents that follow each other and add up to its bytes. One content is held
+    at a time. `report` is called with how many tensors are written, and of how many.
 
     Raises:
         ValueError: `tensors` does not follow `specs` (a mistake of the caller, not of the user).
@@ -123,7 +123,7 @@ def write_tensors(
 def _write_tensor(
     file: IO[bytes], position: int, spec: TensorSpec, content: torch.Tensor | Iterable[Content]
 ) -> list[tuple[Span, int]]:
-    """Write the tensors of one content at their places; returns its spans and the places where they belong."""
+    """Write the tensors of one content; returns spans and their places."""
     if isinstance(content, torch.Tensor):
         if tuple(content.shape) != spec.shape:
             raise ValueError(f"planned {spec}, was given the shape {tuple(content.shape)}")
@@ -148,7 +148,7 @@ def _write_tensor(
 
 
 def _reserve(file: IO[bytes], num_bytes: int) -> None:
-    """Take the room on the disk at once, where the system can.
+    """Reserve the file's space on the disk, where the system can.
 
     A full disk is told before the work, and ext4 takes a sixth less time.
     """
@@ -162,7 +162,7 @@ def _reserve(file: IO[bytes], num_bytes: int) -> None:
 
 
 def _write_all(file: IO[bytes], data: Any) -> None:
-    """Write every byte: an unbuffered file may take fewer at a call."""
+    """Write every byte; an unbuffered file may take fewer per call."""
     view = memoryview(data)
     while view:
         view = view[file.write(view[:_CHUNK_BYTES]) :]
@@ -178,7 +178,7 @@ class _Copier:
         self._in_kernel = hasattr(os, "copy_file_range")
 
     def copy(self, tensors: list[_Copies]) -> Iterator[int]:
-        """Copy the spans of these tensors; yields how many are copied, one after the other.
+        """Copy these tensors' spans; yields the number copied so far.
 
         Raises what the first copy that failed raised.
         """
@@ -225,7 +225,7 @@ class _Copier:
 
 
 def read_span(span: Span) -> Iterator[torch.Tensor]:
-    """The bytes of a span, uint8, in chunks; one chunk where there are at most 16 MiB.
+    """A span's bytes, uint8, in chunks of at most 16 MiB.
 
     Raises:
         UpcycleError: the file ends before the span does.
@@ -240,7 +240,7 @@ def read_span(span: Span) -> Iterator[torch.Tensor]:
 
 
 def _divide(specs: list[TensorSpec], shard_bytes: int) -> list[list[TensorSpec]]:
-    """As few shards as the limit allows, and then the smallest limit that needs no more.
+    """Tensors in the fewest shards, of sizes as even as possible.
 
     Threads that share the work end together.
     """

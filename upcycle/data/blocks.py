@@ -99,7 +99,7 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> N
 
 
 def _fills_block(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[Piece], block_size: int) -> bool:
-    """Whether text has tokens for one block; no more of it is tokenized."""
+    """Whether text fills one block; stops tokenizing when it does."""
     num_tokens = 0
     for ids in encode_documents(tokenizer, pieces):
         num_tokens += len(ids)
@@ -117,7 +117,9 @@ def _too_short(split: Split, domain: str | None, block_size: int) -> UpcycleErro
 
 
 def read_text_blocks(tokenizer: Path, files: Sequence[Path], block_size: int, num_blocks: int | None) -> torch.Tensor:
-    """Text files as blocks of tokens, int64 [blocks, block_size], at most `num_blocks`, taken evenly from the whole.
+    """Text files as blocks of tokens, int64 [blocks, block_size].
+
+    At most `num_blocks`, taken evenly from the whole.
 
     Raises:
         UpcycleError: no tokenizer in the directory `tokenizer`, a file that is not UTF-8, or too little text for one
@@ -145,6 +147,6 @@ def read_blocks(directory: Path, split: Split) -> torch.Tensor:
 
 
 def read_domains(directory: Path, split: Split) -> tuple[tuple[str, ...], torch.Tensor]:
-    """The names of the domains, and the number of each block's; int64 [blocks]."""
+    """The domains' names, and each block's domain number, int64 [blocks]."""
     names = json.loads((directory / FACTS_NAME).read_text(encoding="utf-8"))["domains"]
     return tuple(names), load_file(directory / f"{split}.safetensors")["domains"].to(torch.int64)

@@ -10,7 +10,7 @@ from dense2moe.upcycle.record import Record
 
 
 class PythonDocsData(Record):
-    """The documentation and source of the running Python interpreter; needs no network and no files."""
+    """Documentation and source of the running Python; needs no network."""
 
     kind: Literal["python-docs"]
 
@@ -50,7 +50,10 @@ class HubData(Record):
 
 
 class DomainsData(Record):
-    """Text of several domains, each a source of its own. A block holds text of one domain."""
+    """Text of several domains, each with a source of its own.
+
+    A block holds text of one domain.
+    """
 
     kind: Literal["domains"]
     domains: Annotated[dict[str, Annotated[TextData | HubData, Field(discriminator="kind")]], Field(min_length=2)] = (
@@ -62,7 +65,7 @@ DataSource = PythonDocsData | TextData | HubData | DomainsData
 
 
 def count_domains(source: DataSource) -> int:
-    """How many domains the text of a source is of."""
+    """Number of domains in a source's text."""
     match source:
         case PythonDocsData():
             return 2  # prose and code

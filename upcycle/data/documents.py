@@ -20,7 +20,10 @@ _PIECE_CHARS = 1 << 16
 
 @dataclass(frozen=True)
 class Piece:
-    """A document, or a part of a long one, which begins with `first` and ends with `last`."""
+    """A document, or a part of a long one.
+
+    Its first part has `first` set, its last part `last`.
+    """
 
     text: str
     first: bool = True
@@ -32,7 +35,9 @@ Stream = Callable[[], Iterator[Piece]]
 
 
 def read_file(file: Path) -> Iterator[str]:
-    """The text of a file, a piece at a time, without a byte-order mark, every line end as one newline.
+    """A file's text, a piece at a time.
+
+    Without a byte-order mark; every line end becomes one newline.
 
     Raises:
         UpcycleError: it is not UTF-8, a pointer of git-LFS, or cannot be read.
@@ -50,7 +55,10 @@ def read_file(file: Path) -> Iterator[str]:
 
 
 def _find_bad_byte(file: Path) -> int:
-    """Where a file stops being UTF-8: a stream that decodes knows the place in its own buffer alone."""
+    """Where a file stops being UTF-8.
+
+    A decoding stream knows only the place in its own buffer.
+    """
     done = 0
     with file.open("rb") as lines:
         for line in lines:
@@ -63,7 +71,7 @@ def _find_bad_byte(file: Path) -> int:
 
 
 def read_documents(file: Path, separator: str | None) -> Iterator[Piece]:
-    """The documents of a file that are not blank, in order, the long ones in pieces."""
+    """A file's documents in order, long ones in pieces; blank ones dropped."""
     held = ""
     # whether the next piece is its document's first, and whether one of it has been given
     first, open_document = (
@@ -87,7 +95,7 @@ def read_documents(file: Path, separator: str | None) -> Iterator[Piece]:
 
 
 def join_texts(texts: Iterator[str]) -> Iterator[Piece]:
-    """The text of a file as one document, as it is."""
+    """A file's text as one document, unchanged."""
     held = ""
     first = True
     for text in texts:
@@ -100,7 +108,7 @@ def join_texts(texts: Iterator[str]) -> Iterator[Piece]:
 
 
 def _trim(text: str, first: bool, last: bool) -> str:
-    """Text without the blank lines before a document and the white space behind it.
+    """Text without leading blank lines and trailing white space.
 
     The first line keeps its indentation.
     """

@@ -12,7 +12,7 @@ from dense2moe.upcycle.errors import UpcycleError
 
 
 def domain_place(name: str) -> str:
-    """Where in a recipe one domain's source is, as messages name it."""
+    """Where a domain's source stands in a recipe, for messages."""
     return f"data.source.domains.{name}"
 
 
@@ -28,7 +28,9 @@ def text_sources(source: DataSource) -> dict[str, TextData]:
 
 
 def text_files(source: TextData, base: Path, where: str = "data.source") -> dict[Split, list[Path]]:
-    """The files of each split, globs resolved, in the order given; `where` names the source in a refusal.
+    """Files of each split, globs resolved, in order.
+
+    `where` names the source in an error.
 
     Raises:
         UpcycleError: a path or glob matches no file, or a held-out file is also trained on.
@@ -48,7 +50,9 @@ def text_files(source: TextData, base: Path, where: str = "data.source") -> dict
 
 
 def resolve_files(source: DataSource, base: Path) -> dict[str, dict[Split, list[Path]]]:
-    """The files of each split of every source of text files, by its place in the recipe.
+    """Files of each split, for every source of text files.
+
+    Keyed by the source's place in the recipe.
 
     Raises:
         UpcycleError: as `text_files`, or a file that one domain holds out is trained on in another.
@@ -89,7 +93,9 @@ def find_files(pattern: str, base: Path) -> list[Path]:
 
 
 def match_files(patterns: Iterable[str], base: Path, where: str) -> list[Path]:
-    """The files that paths and globs below `base` mean, in the order given, each once; `where` names them in a refusal.
+    """Files that paths and globs below `base` mean, each once, in order.
+
+    `where` names them in an error.
 
     Raises:
         UpcycleError: a path or glob matches no file.

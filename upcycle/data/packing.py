@@ -27,7 +27,10 @@ _CHARS_A_TOKEN = 9  # of the first attempt, which should be enough: English has 
 def pack_domains(
     tokenizer: PreTrainedTokenizerBase, texts: Texts, split: Split, limit: int | None, block_size: int
 ) -> list[torch.Tensor]:
-    """Blocks of each domain, int32 [blocks, block_size], of all text or of what a limit needs."""
+    """Blocks of each domain, int32 [blocks, block_size].
+
+    Of all text, or of as much as a limit needs.
+    """
     num_chars = sum(of_domain[split] for of_domain in texts.num_chars.values())
     share = (
         1.0
@@ -44,7 +47,10 @@ def pack_domains(
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], block_size: int) -> torch.Tensor:
-    """Blocks of all tokens in order, int32 [blocks, block_size]; what is left of the last is dropped."""
+    """Blocks of all tokens in order, int32 [blocks, block_size].
+
+    Tokens that do not fill the last block are dropped.
+    """
     stream = array("i")
     for ids in encode_documents(tokenizer, pieces):
         stream.extend(ids)
@@ -77,7 +83,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]
 
 
 def _take_evenly(pieces: Iterator[Piece], share: float) -> Iterator[Piece]:
-    """About this share of the text, in pieces taken evenly.
+    """Roughly this share of the text, in evenly spread pieces.
 
     What follows a gap begins a document, and what goes before one ends it.
     """
@@ -99,7 +105,7 @@ def _take_evenly(pieces: Iterator[Piece], share: float) -> Iterator[Piece]:
 
 
 def choose_evenly(count: int, wanted: int | None) -> torch.Tensor:
-    """The places of at most `wanted` of `count` things, taken evenly from the whole; int64."""
+    """Indices of at most `wanted` of `count` things, evenly spread; int64."""
     if wanted is None or wanted >= count:
         return torch.arange(count)
     places = torch.linspace(0, count - 1, wanted, dtype=torch.float64)  # float32 would take some twice from 10 000 on

@@ -49,7 +49,7 @@ _SKIPPED_PREFIXES = ("_sysconfigdata",)
 
 @dataclass(frozen=True)
 class Document:
-    """One text: its module (which decides the split), its domain, and the text itself."""
+    """One text, its domain, and its module, which decides the split."""
 
     module: str
     domain: Domain
@@ -58,7 +58,7 @@ class Document:
 
 @dataclass(frozen=True)
 class PythonDocs:
-    """The whole data set: documents a split, the interpreter's version, and the SHA-256 of all text in order."""
+    """The whole data set: documents by split, interpreter's version, the text's SHA-256."""
 
     documents: dict[Split, tuple[Document, ...]]
     version: str
@@ -110,7 +110,10 @@ def _no_text(split: str) -> str:
 
 
 def split_of(module: str) -> Split:
-    """The split of a dotted module name: SHA-256 of the name modulo 1000, the first 50 test, the next 50 validation."""
+    """The split of a dotted module name, by hash.
+
+    SHA-256 of the name modulo 1000: the first 50 are test, the next 50 validation.
+    """
     number = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "big") % 1000
     for split, share in _HELD_OUT_PER_MILLE.items():
         if number < share:
@@ -147,7 +150,10 @@ def _topics() -> Iterator[Document]:
 
 
 def _builtin_docs() -> Iterator[Document]:
-    """Docstrings of the modules compiled into the interpreter: importing those runs no Python code."""
+    """Docstrings of modules compiled into the interpreter.
+
+    Importing them runs no Python code.
+    """
     for name in sorted(set(sys.builtin_module_names)):
         module = importlib.import_module(name)
         parts = [f"{name}\n\n{inspect.getdoc(module) or ''}"]
@@ -196,7 +202,7 @@ def _library() -> Iterator[Document]:
 
 
 def _docstrings(tree: ast.Module, module: str) -> Iterator[tuple[str, str | None]]:
-    """Names with their signatures, and docstrings, in source order, as `help()` shows them."""
+    """Names, signatures and docstrings in source order, as `help()` shows them."""
     yield module, ast.get_docstring(tree)
     stack: list[tuple[str, ast.AST]] = [("", tree)]
     while stack:

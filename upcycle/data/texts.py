@@ -81,7 +81,9 @@ def _open_streams(source: DataSource, base: Path) -> tuple[dict[str, dict[Split,
 
 
 def _survey(documents: Mapping[Split, Stream]) -> tuple[dict[Split, int], str]:
-    """How many characters each split has, and the SHA-256 of all documents with their splits, in order.
+    """Characters of each split, and the SHA-256 of all documents.
+
+    The digest covers documents with their splits, in order.
 
     Each is read once.
     """
@@ -97,7 +99,7 @@ def _survey(documents: Mapping[Split, Stream]) -> tuple[dict[Split, int], str]:
 
 
 def open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
-    """The documents of each split; a split without any is refused.
+    """Documents of each split; a split without any is refused.
 
     Without `validation` or `test` files the hash of a document, of its first piece if it is long, decides which of the
     train files' it falls into.
@@ -161,7 +163,7 @@ def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:
 
 
 def _read_rows(rows: Any, column: str, where: str) -> Iterator[Piece]:
-    """The documents of a data set, which lies on the disk; rows without text are left out."""
+    """Documents of a data set on disk; rows without text are skipped."""
     for row in rows.select_columns([column]):
         if not isinstance(text := row[column], str | None):
             raise UpcycleError(f"{where} holds {type(text).__name__}; it must hold text")

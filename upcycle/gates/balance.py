@@ -18,23 +18,25 @@ from dense2moe.upcycle.gates.scores import choose_experts, log_scores, selection
 
 
 def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | None = None) -> torch.Tensor:
-    """Load-balance loss of one layer from its router logits [tokens, num_experts]; a scalar, 1 when balanced.
+    """Load-balance loss of one layer; a scalar, 1 when balanced.
 
-    num_experts * sum_e load_e * probability_e, where load_e is the share of the (token, slot) pairs that go to expert e
-    and probability_e its mean share of the scores (Switch Transformer, Fedus et al. 2022, section 2.2, equations 4-6;
-    load averaged over the k slots). Computed for one layer: pooled over layers, as `transformers` does it, every layer
-    could collapse onto another expert and still score 1. Gradients flow through the probabilities alone; the load is a
-    count. Where several processes or parts share a batch, `load` is the whole batch's, and the mean of their losses is
-    the loss of the batch. Sigmoid scores are divided by their sum over all experts, and the load is of their top k,
-    whatever a bias chooses instead (DeepSeek-V3, equations 17-20, over a batch as here and not a sequence): the loss
-    balances what the router says by itself.
+    From its router logits [tokens, num_experts]. num_experts * sum_e load_e * probability_e, where load_e is the share
+    of the (token, slot) pairs that go to expert e and probability_e its mean share of the scores (Switch Transformer,
+    Fedus et al. 2022, section 2.2, equations 4-6; load averaged over the k slots). Computed for one layer: pooled over
+    layers, as `transformers` does it, every layer could collapse onto another expert and still score 1. Gradients flow
+    through the probabilities alone; the load is a count. Where several processes or parts share a batch, `load` is the
+    whole batch's, and the mean of their losses is the loss of the batch. Sigmoid scores are divided by their sum over
+    all experts, and the load is of their top k, whatever a bias chooses instead (DeepSeek-V3, equations 17-20, over a
+    batch as here and not a sequence): the loss balances what the router says by itself.
     """
     load = expert_load(router_logits, gate) if load is None else load
     return router_logits.shape[-1] * torch.dot(load, mean_scores(router_logits, gate))
 
 
 def mean_scores(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """The mean over tokens of each expert's share of a token's scores, from logits [tokens, num_experts].
+    """Mean share of each expert in a token's scores; [num_experts].
+
+    From logits [tokens, num_experts].
 
     Float32 [num_experts], sums to 1.
     """
@@ -42,23 +44,27 @@ def mean_scores(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 
 def expert_counts(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """How many (token, slot) pairs go to each expert, from logits [tokens, num_experts]; int64 [num_experts]."""
+    """Number of tokens that visit each expert; int64 [num_experts].
+
+    Counted as (token, slot) pairs, from logits [tokens, num_experts].
+    """
     chosen = choose_experts(router_logits.detach(), gate, bias)
     return chosen.flatten().bincount(minlength=router_logits.shape[-1])
 
 
 def move_bias(bias: torch.Tensor, counts: torch.Tensor, rate: float) -> None:
-    """Raise the selection bias, float32 [num_experts], of each expert with less than the mean of `counts`.
+    """Raise the selection bias of each expert with fewer tokens than average.
 
-    And lower that of one with more. By `rate`, in place: b += rate * sign(mean count - count) (Wang et al. 2024,
-    arXiv:2408.15664, algorithm 1; DeepSeek-V3, section 2.1.2). `counts`, int64 [num_experts], are those of all tokens
-    of a step; in whole numbers, so that an expert at the mean stays where it is.
+    The bias is float32 [num_experts]; the mean is over `counts`. And lower that of one with more. By `rate`, in place:
+    b += rate * sign(mean count - count) (Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-V3, section 2.1.2).
+    `counts`, int64 [num_experts], are those of all tokens of a step; in whole numbers, so that an expert at the mean
+    stays where it is.
     """
     bias.add_((counts.sum() - len(counts) * counts).sign().to(bias.dtype), alpha=rate)
 
 
 def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
-    """Mean squared logarithm of the sum of exponentials of router logits [tokens, num_experts]; a scalar.
+    """Mean squared log-sum-exp of router logits [tokens, num_experts]; a scalar.
 
     ST-MoE (Zoph et al. 2022), equation 5.
     """
@@ -66,7 +72,9 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
 
 
 def expert_load(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Share of the (token, slot) pairs that go to each expert, from logits [tokens, num_experts].
+    """Share of the (token, slot) pairs that go to each expert.
+
+    From logits [tokens, num_experts].
 
     Float32 [num_experts], sums to 1.
     """
@@ -74,7 +82,9 @@ def expert_load(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | No
 
 
 def chosen_load(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Share of the (token, slot) pairs that go to each expert, from the experts chosen, int64 [tokens, k].
+    """Load of each expert, from the chosen experts, int64 [tokens, k].
+
+    The share of the (token, slot) pairs that go to it.
 
     Float32 [num_experts], sums to 1.
     """
@@ -82,7 +92,9 @@ def chosen_load(chosen: torch.Tensor, num_experts: int) -> torch.Tensor:
 
 
 def router_entropy(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """Mean entropy in nats of each token's scores over their sum, from logits [tokens, num_experts].
+    """Mean entropy of tokens' normalized scores, in nats.
+
+    From logits [tokens, num_experts]; a token's scores are divided by their sum.
 
     A scalar between 0 and log(num_experts).
     """
@@ -91,7 +103,9 @@ def router_entropy(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 
 def router_margin(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean distance of the last chosen selection score from the next, from logits [tokens, num_experts].
+    """Mean gap between the last chosen selection score and the next.
+
+    From logits [tokens, num_experts].
 
     A scalar, 0 where all are chosen.
     """
@@ -101,7 +115,7 @@ def router_margin(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | 
 
 
 def expert_cosine(weights: torch.Tensor) -> torch.Tensor:
-    """Mean cosine between the weights of two experts of a layer, from [num_experts, ...].
+    """Mean cosine between two experts' weights [num_experts, ...].
 
     A float64 scalar, 1 while they are copies.
     """

@@ -11,7 +11,10 @@ from dense2moe.upcycle.gates.gate import Choice, TopK
 
 
 def choose(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """The experts that each token visits, int64 [..., K], by selection scores [..., E]."""
+    """Experts that each token visits, int64 [..., K].
+
+    By selection scores [..., E].
+    """
     match choice:
         case TopK(k):
             return scores.topk(k, dim=-1).indices
@@ -20,7 +23,7 @@ def choose(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
 
 
 def choice_margin(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """The margin by which selection scores [..., E] decide the choice; [...].
+    """Gap of selection scores [..., E] that decides the choice; [...].
 
     Infinite where every expert is chosen.
 

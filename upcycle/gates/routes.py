@@ -17,7 +17,7 @@ Where all chosen sigmoids are zero in float32, weights are zero instead of no nu
 
 @dataclass(frozen=True)
 class Routes:
-    """What any gate says of `num_tokens` tokens, one row a visit.
+    """Routes of `num_tokens` tokens, one row a visit, whatever the gate.
 
     Rows of a token lie side by side, and tokens in order.
 
@@ -31,15 +31,19 @@ class Routes:
 
     @classmethod
     def of_table(cls, experts: torch.Tensor, weights: torch.Tensor) -> Routes:
-        """The routes of a table: every token's K experts, int64 [T, K], and their weights [T, K]."""
+        """Routes from a table of experts [T, K] and weights [T, K].
+
+        Every token visits K experts, int64.
+        """
         num_tokens, count = experts.shape
         token = torch.arange(num_tokens, device=experts.device).repeat_interleave(count)
         return cls(token, experts.flatten(), weights.flatten(), num_tokens)
 
     def as_table(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Experts, int64 [T, count], and their weights [T, count], for whatever wants a fixed shape.
+        """Experts, int64 [T, count], and their weights, as a fixed shape.
 
-        A place that a token leaves free is expert 0 with weight 0. No token may visit more than `count` experts.
+        Weights are [T, count]. A place that a token leaves free is expert 0 with weight 0. No token may visit more than
+        `count` experts.
         """
         visits = self.token.bincount(minlength=self.num_tokens)
         place = torch.arange(len(self.token), device=self.token.device) - (visits.cumsum(0) - visits)[self.token]

@@ -23,9 +23,10 @@ def score_experts(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 
 def log_scores(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """Logarithms of scores, [..., E], up to a number for each token, from router logits [..., E].
+    """Logarithms of scores, [..., E], up to a constant per token.
 
-    Their softmax is each expert's share of the sum of scores. An expert far from all others keeps a finite logarithm.
+    From router logits [..., E]. Their softmax is each expert's share of the sum of scores. An expert far from all
+    others keeps a finite logarithm.
     """
     match gate.score:
         case "softmax":
@@ -37,7 +38,7 @@ def log_scores(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 
 
 def selection_scores(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
-    """What experts are chosen by, [..., E], from router logits [..., E].
+    """Scores by which experts are chosen, [..., E], from logits [..., E].
 
     Scores plus `bias` [E]; without one the logits, whose order every score keeps: two that a score would round to one
     stay apart. `bias` may be None for a gate that has one, to ask for the choice that it would make without.
@@ -47,5 +48,5 @@ def selection_scores(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None
 
 
 def choose_experts(logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None) -> torch.Tensor:
-    """The experts that each token visits, int64 [..., K], from router logits [..., E]."""
+    """Experts that each token visits, int64 [..., K], from logits [..., E]."""
     return choose(selection_scores(logits, gate, bias), gate.choice)

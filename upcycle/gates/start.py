@@ -16,12 +16,12 @@ import torch
 def draw_router(
     num_rows: int, hidden_size: int, input_length: float, logit_std: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw router rows whose logits have the standard deviation `logit_std`; returns float32 [num_rows, hidden_size].
+    """Draw router rows, float32 [num_rows, hidden_size], at random.
 
-    `input_length` is the root of the mean squared length of what the router reads. An RMS norm gives vectors of unit
-    mean square times its scale, so there it is the length of the scale. Rows of N(0, s) give logits of N(0, s *
-    input_length), and s = logit_std / input_length. Rows of N(0, 1) at hidden 4096 would give logits with deviation 64,
-    that is a router that has made up its mind.
+    Their logits have the standard deviation `logit_std`. `input_length` is the root of the mean squared length of what
+    the router reads. An RMS norm gives vectors of unit mean square times its scale, so there it is the length of the
+    scale. Rows of N(0, s) give logits of N(0, s * input_length), and s = logit_std / input_length. Rows of N(0, 1) at
+    hidden 4096 would give logits with deviation 64, that is a router that has made up its mind.
     """
     rows = torch.empty(num_rows, hidden_size)
     if logit_std == 0:
@@ -39,13 +39,13 @@ def prototype_rows(states: Sequence[torch.Tensor], logit_std: float) -> torch.Te
 
 
 def _take_out(direction: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """`vectors` [count, hidden] less what of each lies along `direction` [hidden]."""
+    """`vectors` [count, hidden] with their components along `direction` removed."""
     unit = torch.nn.functional.normalize(direction, dim=0)
     return vectors - (vectors @ unit)[:, None] * unit
 
 
 def ridge_rows(states: Sequence[torch.Tensor], penalty: float, logit_std: float) -> torch.Tensor:
-    """Router rows from a ridge regression of each token's domain on its hidden state.
+    """Router rows by ridge regression of domains on hidden states.
 
     Minimizes sum |x W^T - y|^2 + λ |W|^2 over float32 `states` [tokens, hidden] a domain, y being one at the domain and
     zero elsewhere, each domain weighing the same; λ is `penalty` times the trace of the weighted second moment over
@@ -124,7 +124,7 @@ def split_domains(states: Sequence[torch.Tensor], num_rows: int, generator: torc
 
 
 def _spread_start(points: torch.Tensor, num_rows: int, generator: torch.Generator) -> torch.Tensor:
-    """k-means++: each next centre is a point drawn by its distance from those chosen before."""
+    """k-means++: each centre is drawn by its distance from the others."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
     distance = 1 - points @ points[chosen[0]]
     for _ in range(num_rows - 1):
@@ -136,7 +136,7 @@ def _spread_start(points: torch.Tensor, num_rows: int, generator: torch.Generato
 
 
 def scale_rows(rows: torch.Tensor, states: torch.Tensor, logit_std: float) -> torch.Tensor:
-    """Centre `rows` [rows, hidden] and scale them to a spread of logits within a token.
+    """Centre `rows` [rows, hidden] and scale the logits' spread per token.
 
     Logits of `states` [tokens, hidden] then differ within a token by `logit_std` on average.
     The deviation is the root of the mean, over tokens, of the variance over rows. Rows that do not differ stay zero.
@@ -148,6 +148,9 @@ def scale_rows(rows: torch.Tensor, states: torch.Tensor, logit_std: float) -> to
 
 
 def router_load(rows: torch.Tensor, states: torch.Tensor) -> list[float]:
-    """Share of the tokens `states` [tokens, hidden] whose largest logit each of the rows [rows, hidden] has."""
+    """Share of tokens whose largest logit each row has.
+
+    Tokens are `states` [tokens, hidden], rows [rows, hidden].
+    """
     winners = (states @ rows.T).argmax(-1)
     return (torch.bincount(winners, minlength=len(rows)) / max(1, len(states))).tolist()

@@ -167,7 +167,7 @@ class Architecture:
 
 
 def _module(name: str) -> list[str]:
-    """The module of a layer that a tensor lies in, by its name."""
+    """The module of a layer that holds a tensor, by its name."""
     pieces = name.split(".")
     return pieces[: pieces.index("{layer}") + 2]
 

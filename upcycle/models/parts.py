@@ -110,7 +110,7 @@ class AddOne:
 
 @dataclass(frozen=True)
 class MultiplyByRootOfWidth:
-    """Fold of an embedding that is multiplied by the root of its width."""
+    """Fold of an embedding multiplied by the root of its width."""
 
 
 Fold = AddOne | MultiplyByRootOfWidth

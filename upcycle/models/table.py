@@ -71,7 +71,7 @@ COMMON_NEUTRAL = frozenset(
 
 
 def find_conversion(family: str, target: str) -> Conversion:
-    """The row that leads from one architecture of the tables to another, by their classes in transformers."""
+    """The conversion between two architectures, by their classes in transformers."""
     rows = [row for row in CONVERSIONS if (row.family.architecture, row.target.architecture) == (family, target)]
     assert len(rows) == 1, f"{family} to {target}: {len(rows)} rows"
     return rows[0]

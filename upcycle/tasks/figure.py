@@ -10,9 +10,10 @@ Better = Literal["lower", "higher"]
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with its name, its unit (empty for a ratio or a share) and which way is better.
+    """A number with its name, unit and which way is better.
 
-    Of a model's figures the first is the one that a table shows and that limits are set for.
+    The unit is empty for a ratio or a share. Of a model's figures the first is the one that a table shows and that
+    limits are set for.
     """
 
     name: str
@@ -21,5 +22,5 @@ class Figure:
     better: Better
 
     def gain(self, other: float) -> float:
-        """By how much this figure is better than `other`, in its own unit; negative where it is worse."""
+        """Improvement over `other`, in the figure's unit; negative where worse."""
         return other - self.value if self.better == "lower" else self.value - other

@@ -16,5 +16,8 @@ def perplexity(loss: float) -> float:
 
 
 def language_figures(loss: float) -> tuple[Figure, ...]:
-    """What a language model is judged by: perplexity first, then the mean next-token loss itself, in nats."""
+    """Figures of a language model: perplexity, then mean next-token loss.
+
+    The loss is in nats.
+    """
     return (Figure("perplexity", perplexity(loss), "", "lower"), Figure("loss", loss, "nats", "lower"))

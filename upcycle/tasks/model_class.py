@@ -8,7 +8,7 @@ from optimum.exporters.tasks import TasksManager
 
 
 def find_model_class(task: str) -> Any:
-    """The auto class for a task by its Hugging Face name, from the table of optimum.
+    """The auto class for a Hugging Face task name, from optimum's table.
 
     "text-generation" gives `AutoModelForCausalLM`, "text2text-generation" `AutoModelForSeq2SeqLM`.
     """

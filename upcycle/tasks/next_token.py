@@ -18,7 +18,10 @@ from dense2moe.upcycle.tasks.task import Batch, Task
 
 
 def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy in nats of logits [B, S, vocabulary] against the ids [B, S] that follow; a scalar."""
+    """Mean next-token cross-entropy in nats; a scalar.
+
+    Logits [B, S, vocabulary] against the ids [B, S] that follow.
+    """
 
     def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(block[:-1].float(), ids[number, 1:])
@@ -27,11 +30,12 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Mean divergence KL(teacher || student) in nats, times the squared temperature; a scalar.
+    """Mean divergence of the student from the teacher, in nats; a scalar.
 
-    The mean is over the positions that have a next token. Both logits are [B, S, vocabulary], and both are divided by
-    the temperature. The square keeps the gradient's size when the temperature changes (Hinton et al. 2015, "Distilling
-    the Knowledge in a Neural Network", section 2). No gradient flows into the teacher.
+    KL(teacher || student), times the squared temperature. The mean is over the positions that have a next token. Both
+    logits are [B, S, vocabulary], and both are divided by the temperature. The square keeps the gradient's size when
+    the temperature changes (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). No gradient
+    flows into the teacher.
     """
 
     def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
@@ -43,7 +47,7 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temper
 
 
 def _mean_over_blocks(logits: torch.Tensor, of_block: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The mean of a loss over the blocks of logits [B, S, vocabulary].
+    """Mean of a loss over blocks of logits [B, S, vocabulary].
 
     `of_block` gives the loss of one block, by its number and its logits [S, vocabulary].
     """

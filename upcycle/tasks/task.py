@@ -17,7 +17,7 @@ Batch = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Task:
-    """What a model predicts, how it is trained for that, and what it is judged by.
+    """What a model predicts, its training loss and its figures.
 
     name: the task's name at Hugging Face, which says which auto class loads its models.
     inputs: what a model is called with, from a batch.

@@ -11,7 +11,10 @@ from dense2moe.upcycle.record import NonNegative, Record, named_value
 
 
 class Distillation(Record):
-    """Learning from the dense parent's whole distribution besides the next token (Hinton et al. 2015)."""
+    """Learning from the dense parent's distribution besides the next token.
+
+    Hinton et al. 2015.
+    """
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="Share of the loss that is distillation; the rest is the next token's."
@@ -26,7 +29,7 @@ Schedule = Literal["cosine", "linear", "inverse-sqrt", "constant"]
 
 
 class TrainingPhase(Record):
-    """One phase of training: what differs in it from the settings around the list."""
+    """One training phase: settings that differ from those around the list."""
 
     train: str | None = Field(
         None, description="As `finetune.train`.", json_schema_extra={"pattern": f"^({_TRAINED.pattern})$"}
@@ -44,7 +47,10 @@ class TrainingPhase(Record):
 
 
 class FinetuneConfig(Record):
-    """A brief fine-tune with a balance loss for each layer, and the dense model as its control."""
+    """A brief fine-tune with balanced experts, and a dense control.
+
+    Each layer has a balance loss.
+    """
 
     train: str = Field(
         "all",
@@ -173,7 +179,7 @@ class FinetuneConfig(Record):
 
     @property
     def bias_step(self) -> float:
-        """What a step moves selection biases by.
+        """How much a step moves selection biases.
 
         By default as much as in DeepSeek-V3 (section 4.2), until its last tokens.
         """

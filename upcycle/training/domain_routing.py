@@ -48,7 +48,10 @@ def measure_domains(mixture: Path, data: Path, task: Task) -> DomainRouting | No
 
 
 def _load(model: PreTrainedModel, blocks: torch.Tensor, task: Task) -> torch.Tensor:
-    """Load of each expert of each layer over blocks of token ids; float32 [layers, num_experts]."""
+    """Load of each expert of each layer; float32 [layers, num_experts].
+
+    Over blocks of token ids.
+    """
     said: list[torch.Tensor] = []
     biases, gate = tuple(selection_biases(model)), read_gate(model)
     found = []
@@ -62,5 +65,8 @@ def _load(model: PreTrainedModel, blocks: torch.Tensor, task: Task) -> torch.Ten
 
 
 def _mean_distance(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, ...]:
-    """For each layer, half the sum of absolute differences of two loads [layers, num_experts], the mean over pairs."""
+    """Each layer's mean distance between pairs of loads; [layers].
+
+    Half the sum of absolute differences of two loads [layers, num_experts].
+    """
     return tuple((torch.stack([(a - b).abs().sum(-1) for a, b in pairs]).mean(0) / 2).tolist())

@@ -11,7 +11,7 @@ from dense2moe.upcycle.training.history import Step
 
 
 def write_events(directory: Path, history: Iterable[Step]) -> None:
-    """Write TensorBoard's events: losses and learning rate of each step, and figures of each layer.
+    """Write TensorBoard's events: losses, learning rate, and figures per layer.
 
     Of a layer: the largest and the smallest load, entropy, margin and cosine.
     """

@@ -37,9 +37,10 @@ By the name of a stack of matrices, what gives the factors of their updates and 
 def sorted_experts_forward(
     experts: Any, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts' output [T, H] for hidden states [T, H]; index and weights of each token's experts are [T, k].
+    """Output of the experts, [T, H], for hidden states [T, H].
 
-    For gated experts without biases whose weights lie [E, 2I, H] and [E, H, I], as those of every target of ours do.
+    Index and weights of each token's experts are [T, k]. For gated experts without biases whose weights lie [E, 2I, H]
+    and [E, H, I], as those of every target of ours do.
     """
     assert experts.has_gate
     assert not any((experts.has_bias, experts.is_transposed, experts.has_post_expert_norm))

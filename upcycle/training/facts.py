@@ -23,7 +23,7 @@ class SameLosses:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A torch model on held-out text: its figures, its size and its speed.
+    """A torch model on held-out text: figures, size and speed.
 
     `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
     text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the

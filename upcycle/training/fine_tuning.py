@@ -121,7 +121,7 @@ def measure_untrained(
 def _evaluate_untrained(
     dense: Path, mixture: Path, data: Path, task: Task, progress: Progress, equal: bool
 ) -> dict[ModelName, Evaluation]:
-    """Held-out figures of the dense model and of the mixture made from it."""
+    """Held-out figures of the dense model and its untrained mixture."""
     test = read_blocks(data, "test")
 
     def measure() -> dict[ModelName, Evaluation]:
@@ -152,7 +152,10 @@ def _check_data(shape: PreTrainedModel, config: FinetuneConfig, phases: tuple[Fi
 def _jobs(
     dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[ModelName, Trained]
 ) -> Iterator[Job]:
-    """The mixture and its controls, each when those before it are in `trained`."""
+    """Jobs for the mixture and its controls, in order.
+
+    A control begins when the models before it are in `trained`.
+    """
     phases = config.resolve_phases()
     yield Job("fine-tuned", mixture, output, phases)
     if config.control:
@@ -161,7 +164,9 @@ def _jobs(
 
 
 def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
-    """Refuse what the model's depth and this installation cannot do, before any work.
+    """Refuse what the model's depth or this installation cannot do.
+
+    Before any work.
 
     Raises:
         UpcycleError: fewer layers than the last that are to learn, or no writer for TensorBoard.
@@ -177,7 +182,10 @@ def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
 
 
 def _choose_precision(config: FinetuneConfig) -> str:
-    """The precision of training: as the settings say, or bfloat16 where the device computes in it natively."""
+    """The precision of training: as set, or chosen by the device.
+
+    bfloat16 where the device computes in it natively.
+    """
     if config.precision != "auto":
         return config.precision
     if torch.cuda.is_available():
@@ -186,7 +194,9 @@ def _choose_precision(config: FinetuneConfig) -> str:
 
 
 def _stretch(phases: tuple[FinetuneConfig, ...], trained: dict[ModelName, Trained]) -> tuple[FinetuneConfig, ...]:
-    """The phases with as many steps in all as the dense model does while the mixture trains.
+    """Phases extended to the steps that the dense model can do.
+
+    While the mixture trains.
 
     By the seconds of computing that both took.
     """

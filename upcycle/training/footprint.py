@@ -57,7 +57,7 @@ def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data
 
 
 def _gradient_bytes(shape: Shape, weight_bytes: int, largest: int, block_size: int) -> int:
-    """Of the routers' task gradient.
+    """Bytes of measuring the task's gradient in the routers.
 
     The weights, one layer's inner values, logits, and the largest weight's cast and gradient.
     """
@@ -75,7 +75,7 @@ def _gradient_bytes(shape: Shape, weight_bytes: int, largest: int, block_size: i
 
 
 def _evaluation_bytes(shape: Shape, weight_bytes: int, block_size: int) -> int:
-    """Of a checkpoint that is measured: its weights, and logits of several blocks."""
+    """Bytes of evaluating a checkpoint: its weights, and several blocks' logits."""
     running = (
         shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False)
         + shape.passing(_EVALUATION_BLOCKS * block_size)
@@ -85,7 +85,10 @@ def _evaluation_bytes(shape: Shape, weight_bytes: int, block_size: int) -> int:
 
 
 def keeps_much(config: Any, num_tokens: int) -> bool:
-    """Whether inner values of all layers, for so many tokens at once, are more than layers should keep."""
+    """Whether inner values of all layers are too many to keep.
+
+    For so many tokens at once.
+    """
     c = getattr(config, "decoder", config)
     width = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
     shape = Shape.of(config, int(width), int(getattr(c, "num_experts_per_tok", 1)))
@@ -99,7 +102,9 @@ def _keeps_much(shape: Shape, num_tokens: int) -> bool:
 def _training_bytes(
     shape: Shape, sizes: dict[str, int], phase: FinetuneConfig, frozen_bytes: int, block_size: int, num_layers: int
 ) -> int:
-    """Of one phase: before the backward pass all inner values, after it all gradients.
+    """Bytes of one phase: inner values, then gradients.
+
+    Before the backward pass all inner values are held, after it all gradients.
 
     Or a look at the validation split without either.
     """
@@ -119,7 +124,10 @@ def _training_bytes(
 
 
 def count_learning(sizes: dict[str, int], phase: FinetuneConfig, num_layers: int) -> int:
-    """Parameters that learn, of tensors by name and size; low-rank updates are counted as those of square matrices."""
+    """Number of trainable parameters, from tensors by name and size.
+
+    Low-rank updates are counted as for square matrices.
+    """
     routers = [size for name, size in sizes.items() if _is_router(name)]
     match phase.train:
         case "all":

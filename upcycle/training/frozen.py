@@ -30,14 +30,17 @@ _SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside i
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that holds every tensor of a checkpoint: their own, or float32 where they differ."""
+    """The dtype that holds every tensor of a checkpoint.
+
+    Their own, or float32 where they differ.
+    """
     entries = open_checkpoint(directory).entries
     found = {entry.dtype for name, entry in entries.items() if not name.endswith(_SELECTION_BIAS)}
     return DTYPES[found.pop()] if len(found) == 1 and found <= DTYPES.keys() else torch.float32
 
 
 def load_frozen(directory: Path, task: str = "text-generation") -> PreTrainedModel:
-    """A checkpoint whose weights are as stored and whose arithmetic is float32; nothing in it learns.
+    """A frozen checkpoint: weights as stored, arithmetic in float32.
 
     `task` names its head as Hugging Face names tasks.
     """
@@ -47,12 +50,15 @@ def load_frozen(directory: Path, task: str = "text-generation") -> PreTrainedMod
 
 
 def load_stored(directory: Path, task: str = "text-generation") -> PreTrainedModel:
-    """A checkpoint in the dtype that it is stored in; `task` names its head as Hugging Face names tasks."""
+    """A checkpoint in its stored dtype.
+
+    `task` names its head as Hugging Face names tasks.
+    """
     return load_model(directory, stored_dtype(directory), task)
 
 
 def compute_wide(model: PreTrainedModel) -> None:
-    """Make a model compute in float32 whatever its weights are stored in; nothing in it learns."""
+    """Make a frozen model compute in float32, whatever its weights' dtype."""
     model.requires_grad_(False)
     keep_narrow(model)
     if next(router_modules(model), None) is not None:
@@ -60,9 +66,9 @@ def compute_wide(model: PreTrainedModel) -> None:
 
 
 def keep_narrow(model: PreTrainedModel) -> None:
-    """Make a model compute in float32, or as autocast says, with narrow frozen matrices.
+    """Make a model with narrow frozen matrices compute in float32.
 
-    Frozen matrices keep their dtype; all other parameters become float32.
+    Or as autocast says. Frozen matrices keep their dtype; all other parameters become float32.
     """
     narrow = {
         id(parameter)
@@ -76,7 +82,10 @@ def keep_narrow(model: PreTrainedModel) -> None:
 
 
 def use_narrow(model: PreTrainedModel) -> None:
-    """Let the modules whose matrices are narrower than float32 cast them where they use them."""
+    """Let modules cast their narrow matrices to float32 when used.
+
+    Narrow means narrower than float32.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype != torch.float32:
             module.__class__ = _narrow_class(cast(Any, type(module)), _multiply)
@@ -94,7 +103,10 @@ def _narrow_class(kind: Any, forward: Any) -> Any:
 
 
 def _matrices(model: PreTrainedModel) -> Iterator[nn.Parameter]:
-    """What a product or a look-up alone reads: weights of linear layers, embeddings, stacked experts; not routers."""
+    """Weights that only a product or a look-up reads.
+
+    Of linear layers, embeddings and stacked experts, but not of routers.
+    """
     routers = {id(parameter) for router in router_modules(model) for parameter in router.parameters()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
@@ -124,7 +136,7 @@ def _multiply(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_look_up(module: nn.Module) -> bool:
-    """Whether a module is an embedding, or one of transformers that multiplies what it finds by a number."""
+    """Whether a module is an embedding, scaled or not."""
     return type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and hasattr(module, _SCALE))
 
 

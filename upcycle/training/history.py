@@ -1,4 +1,4 @@
-"""What training tells, step by step."""
+"""Training history: one record a step."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ HISTORY_NAME = "history.jsonl"
 
 @dataclass(frozen=True)
 class Step:
-    """One line of the history; losses in nats a token, the balance loss is 1 when balanced.
+    """One line of the history; losses are in nats per token.
 
-    Steps and tokens are counted over all phases; `phase` is the number of one, from 0.
+    A balance loss is 1 when balanced. Steps and tokens are counted over all phases; `phase` is the number of one, from
+    0.
     """
 
     model: ModelName
@@ -45,7 +46,7 @@ def write_history(path: Path, history: Iterable[Step]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, whenever the process is killed."""
+    """Write a file whole or not at all, even when killed."""
     fresh = path.with_name(f"{path.name}.partial")
     fresh.write_text(text, encoding="utf-8")
     os.replace(fresh, path)

@@ -44,7 +44,7 @@ _RESULTS = ("best_step", "last_step", "seconds", "compute_seconds")  # of `Train
 
 @dataclass(frozen=True)
 class Job:
-    """One model to be trained: its name, source, target, and the settings of its phases."""
+    """One model to train: name, source, target and phases' settings."""
 
     name: ModelName
     source: Path
@@ -135,7 +135,10 @@ def _settle(job: Job, folder: Path) -> Job:
 
 
 def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
-    """The phases of a job, all from step 0: where the phase before each ends is not yet known."""
+    """A job's phases, all from step 0.
+
+    Where the previous phase ends is not known yet.
+    """
     train, validation = read_examples(setup.data, "train"), read_examples(setup.data, "validation")
     num_domains = len(read_domains(setup.data, "train")[0])
     layers = sparse_layers(load_shape(setup.mixture, setup.task))
@@ -168,7 +171,7 @@ def _load_teacher(directory: Path, task: Task) -> PreTrainedModel:
 
 
 def _keep_trained(model: PreTrainedModel, result: Trained, source: Path, directory: Path) -> None:
-    """Write what a phase made: the model, its prompt and its history; then seal the directory."""
+    """Write a phase's model, prompt and history, and seal the directory."""
     begin(directory)
     passed_over = {*model.all_tied_weights_keys, PARAMETER}
     weights = {name: whole(tensor) for name, tensor in model.state_dict().items() if name not in passed_over}
@@ -186,7 +189,10 @@ def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path
 
 
 def _write_target(job: Job, trained: Path, history: list[Step]) -> None:
-    """Copy the model of the last phase to its place, with TensorBoard's events where they are wanted."""
+    """Copy the last phase's model to its place.
+
+    With TensorBoard's events, where they are wanted.
+    """
     ignored = shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME)
     shutil.copytree(trained, job.target, dirs_exist_ok=True, ignore=ignored)
     if any(settings.tensorboard for settings in job.phases):

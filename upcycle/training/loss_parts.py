@@ -8,7 +8,7 @@ from dense2moe.upcycle.training.processes import mean_over_processes
 
 
 class LossParts:
-    """Every part of the loss since it was last told, by its name in the history."""
+    """Every part of the loss since the last report, by name."""
 
     def __init__(self) -> None:
         self._values: dict[str, list[torch.Tensor]] = {}
@@ -19,6 +19,9 @@ class LossParts:
         return value
 
     def take(self) -> dict[str, float]:
-        """The mean of every part since the last call, over all processes, which must all ask for it."""
+        """Every part's mean since the last call, over all processes.
+
+        Every process must call it.
+        """
         values, self._values = self._values, {}
         return {name: float(mean_over_processes(torch.stack(parts).mean())) for name, parts in values.items()}

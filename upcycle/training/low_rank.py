@@ -15,12 +15,13 @@ from dense2moe.upcycle.training.expert_forward import LOW_RANK
 
 
 def add_low_rank(model: PreTrainedModel, matrices: Collection[str], rank: int, alpha: int) -> Callable[[bool], None]:
-    """Give matrices low-rank updates by peft; returns what merges them into the weights, or takes them off.
+    """Give matrices low-rank updates by peft; returns how to end them.
 
-    Each update is multiplied by alpha / rank (Hu et al. 2021). Experts are parameters of three dimensions and no linear
-    layers, which peft leaves out unless they are named. peft is given the list of layers and not the model: of a model
-    of transformers it rewrites targets that end as the experts of an older version did, so that linear layers called
-    `gate_proj` lose their updates and experts get two ranks in one (peft 0.21, `_convert_peft_config_moe`).
+    The returned function merges the updates into the weights or takes them off. Each update is multiplied by alpha /
+    rank (Hu et al. 2021). Experts are parameters of three dimensions and no linear layers, which peft leaves out unless
+    they are named. peft is given the list of layers and not the model: of a model of transformers it rewrites targets
+    that end as the experts of an older version did, so that linear layers called `gate_proj` lose their updates and
+    experts get two ranks in one (peft 0.21, `_convert_peft_config_moe`).
     """
     import peft  # slow to import, and only this needs it
 
@@ -46,7 +47,9 @@ def add_low_rank(model: PreTrainedModel, matrices: Collection[str], rank: int, a
 
 
 def read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict[str, Any], set[int]]:
-    """Each matrix's low-rank update as peft made it: shapes of both factors, and its scale.
+    """Each matrix's low-rank update: shapes of both factors, and scale.
+
+    As peft made it.
 
     Also the identities of the factors that learn.
     """
@@ -66,10 +69,10 @@ def read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict
 
 
 def use_low_rank(model: nn.Module) -> None:
-    """Let stacked experts that peft gave low-rank updates compute with the two factors.
+    """Let stacked experts compute with their low-rank factors.
 
-    peft itself makes a sum as large as all experts of a layer, in the dtype of the frozen ones, where a small update is
-    lost.
+    peft adds the factors. peft itself makes a sum as large as all experts of a layer, in the dtype of the frozen ones,
+    where a small update is lost.
     """
     for module in model.modules():
         if hasattr(module, "lora_A") and hasattr(module, "parameter_name"):
@@ -80,7 +83,7 @@ def use_low_rank(model: nn.Module) -> None:
 
 
 def _factors(wrapper: Any) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """The factors of a stack's low-rank updates as peft lays them out, and their scale.
+    """Low-rank factors of a stack as peft stores them, and their scale.
 
     [experts, rank, in] and [experts, out, rank] of a stack [experts, out, in].
     """
@@ -100,7 +103,10 @@ def _pass_on(wrapper: Any, *arguments: Any, **keywords: Any) -> Any:
 
 
 def merge_low_rank(model: nn.Module, dtype: torch.dtype) -> None:
-    """Add every low-rank update to its matrix in float32, one matrix after the other, and round the sum to `dtype`."""
+    """Add every low-rank update to its matrix, and round to `dtype`.
+
+    In float32, one matrix after the other.
+    """
     for module in model.modules():
         if hasattr(module, "lora_A"):
             layer: Any = module

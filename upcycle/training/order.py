@@ -9,7 +9,7 @@ import torch
 
 
 class BlockOrder(Sequence[int]):
-    """The places of blocks in the order in which training meets them, epoch after epoch."""
+    """Indices of blocks in training order, epoch after epoch."""
 
     def __init__(self, num_blocks: int, size: int, seed: int, first: int = 0) -> None:
         self.num_blocks, self.size, self.seed, self.first = num_blocks, size, seed, first

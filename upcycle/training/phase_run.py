@@ -78,7 +78,9 @@ def run_phase(
 
 @contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    """For the length of a `with`: all generators of the process start at the seed, as the Trainer will have it.
+    """Context manager: all random generators start at the seed.
+
+    As the Trainer will start them.
 
     Then they are where they were.
     """
@@ -94,7 +96,7 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _lent(model: PreTrainedModel, settings: FinetuneConfig) -> Iterator[None]:
-    """For the length of a `with`: experts drop activations, and the model may be changed.
+    """Context manager: experts drop activations and the model may change.
 
     Then all but its weights is as before.
     """
@@ -114,7 +116,11 @@ def _lent(model: PreTrainedModel, settings: FinetuneConfig) -> Iterator[None]:
 
 @contextmanager
 def _one_line_errors(phase: Phase, scratch: Path) -> Iterator[None]:
-    """For the length of a `with`: a full disk is an `OSError`, and a lack of memory names the last checkpoint."""
+    """Context manager: a full disk or exhausted memory is one line.
+
+    A full disk is an `OSError`; a lack of memory names the last checkpoint. A full disk is an `OSError`; a lack of
+    memory names the last checkpoint.
+    """
     try:
         yield
     except (MemoryError, RuntimeError, SafetensorError) as error:  # torch's own out-of-memory error is a RuntimeError

@@ -43,7 +43,10 @@ def explain_single_process() -> str | None:
 
 
 def have_group() -> bool:
-    """Whether a launcher began this process, alone or with others: it then belongs to a group."""
+    """Whether a launcher started this process as part of a group.
+
+    A group may have one process.
+    """
     join_processes()
     return distributed.is_available() and distributed.is_initialized()
 
@@ -65,20 +68,23 @@ def leave_processes() -> None:
 
 
 def tell(message: Found | None) -> Found:
-    """What the first process says, in every process; the others give none."""
+    """The first process's value, in every process.
+
+    The others pass none.
+    """
     state, said = join_processes(), [message]
     return cast(Found, broadcast_object_list(said)[0] if state.num_processes > 1 else said[0])
 
 
 def sum_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes, in place; every process must ask for it."""
+    """Sum a tensor over all processes in place; every process must call."""
     if join_processes().num_processes > 1:
         distributed.all_reduce(values)
     return values
 
 
 def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
-    """The mean of a tensor over all processes, in place; every process must ask for it."""
+    """Average a tensor over all processes in place; every process must call."""
     if join_processes().num_processes > 1:
         distributed.all_reduce(values)
         values /= join_processes().num_processes
@@ -86,7 +92,10 @@ def mean_over_processes(values: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A whole tensor on the CPU; where FSDP has divided it, every process must ask for it."""
+    """A whole tensor on the CPU, gathered where FSDP divided it.
+
+    Then every process must call it.
+    """
     found = tensor.detach()
     if isinstance(found, DTensor):
         # torch cannot gather a width of 0
@@ -95,7 +104,9 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """Values laid out as a parameter: this process's part of them where FSDP has divided the parameter.
+    """Values laid out like a parameter.
+
+    This process's part of them where FSDP has divided the parameter.
 
     Every process has all values.
     """
@@ -107,11 +118,11 @@ def divide(values: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
 
 
 def fill(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Give a parameter its values, each process its part where FSDP has divided it."""
+    """Set a parameter's values, each process its own part under FSDP."""
     with torch.no_grad():
         parameter.copy_(divide(values, parameter))
 
 
 def on_main(function: Callable[[], Found]) -> Found:
-    """What a function returns in the first process, in every process."""
+    """The first process's result of a function, in every process."""
     return tell(function() if join_processes().is_main_process else None)

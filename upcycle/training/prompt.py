@@ -33,16 +33,16 @@ def add_prompt(model: PreTrainedModel, num_tokens: int) -> nn.Parameter:
 
 
 def get_prompt(model: Any) -> nn.Parameter | None:
-    """The parameter that `add_prompt` gave the model; none where it did not."""
+    """The parameter that `add_prompt` gave the model, or None."""
     return getattr(model, PARAMETER, None)
 
 
 def run_with_prompt(call: Any, model: Any, inputs: Mapping[str, Any], prompt: torch.Tensor | None) -> torch.Tensor:
-    """Logits [B, S, vocabulary] of token ids [B, S] after the prompt [P, H], or with nothing before them.
+    """Logits [B, S, vocabulary] of ids [B, S] after a learned prompt.
 
-    `inputs` are what the model is called with, `input_ids` among them; `call` is the model itself or what wraps it. The
-    text is embedded inside the model's own call, since FSDP has gathered the embedding only there, and the prompt as
-    well where it is the model's parameter.
+    The prompt is [P, H], or None. `inputs` are what the model is called with, `input_ids` among them; `call` is the
+    model itself or what wraps it. The text is embedded inside the model's own call, since FSDP has gathered the
+    embedding only there, and the prompt as well where it is the model's parameter.
     """
     if prompt is None:
         return cast(torch.Tensor, call(**inputs).logits)
@@ -63,7 +63,10 @@ def run_with_prompt(call: Any, model: Any, inputs: Mapping[str, Any], prompt: to
 
 
 def write_prompt(prompt: torch.Tensor, model: PreTrainedModel, directory: Path) -> None:
-    """Write the vectors [P, H] as an adapter that peft loads onto the checkpoint in the directory's parent."""
+    """Write prompt vectors [P, H] as an adapter that peft loads.
+
+    peft loads it onto the checkpoint in the directory's parent.
+    """
     import peft  # slow to import, and only this needs it
 
     config = peft.PromptTuningConfig(
@@ -81,6 +84,6 @@ def write_prompt(prompt: torch.Tensor, model: PreTrainedModel, directory: Path) 
 
 
 def read_prompt(checkpoint: Path) -> torch.Tensor | None:
-    """The vectors [P, H] of a checkpoint's prompt; none where it has none."""
+    """A checkpoint's prompt vectors [P, H]; None without a prompt."""
     path = checkpoint / PROMPT_DIRECTORY / _WEIGHTS_NAME
     return load_file(path)[_KEY] if path.is_file() else None

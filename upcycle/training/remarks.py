@@ -35,7 +35,7 @@ def find_harm(trained: Mapping[ModelName, Trained], evaluations: Mapping[ModelNa
 
 
 def find_imbalance(history: tuple[Step, ...], gradient: float, last_phase: FinetuneConfig) -> Iterator[str]:
-    """Routers that had nothing to learn from, or did not learn, and experts that get few tokens."""
+    """Remarks on routers that learned nothing and on idle experts."""
     if gradient < 1e-6:
         yield (
             f"the routers' task gradient was {gradient:.0e} of the whole at the start: equal experts give a "
@@ -60,9 +60,10 @@ def find_imbalance(history: tuple[Step, ...], gradient: float, last_phase: Finet
 
 
 def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
-    """The mean load of each layer's experts, by the layer's number, since the last look but one.
+    """Mean load of each layer's experts over the last interval.
 
-    Of the last model and phase: over all steps between the last two looks at the validation split.
+    By the layer's number; the interval begins after the last look but one. Of the last model and phase: over all steps
+    between the last two looks at the validation split.
     """
     lines = [step for step in history if step.layers]
     if not lines:

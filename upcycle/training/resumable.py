@@ -28,7 +28,7 @@ _WEIGHTS_STEM = "learning"
 
 
 def checkpoint_folder(scratch: Path, step: int) -> Path:
-    """Where the checkpoint of a step of the phase is; step 0 is the start."""
+    """The folder of a step's checkpoint; step 0 is the start."""
     return scratch / (f"checkpoint-{step}" if step else START_NAME)
 
 
@@ -38,7 +38,7 @@ def find_checkpoints(scratch: Path) -> list[Path]:
 
 
 def last_checkpoint(scratch: Path, before: Path | None = None) -> Path | None:
-    """The newest whole checkpoint, or the newest of those before another one."""
+    """The newest whole checkpoint, or the newest before a given one."""
     folders = {count_steps(folder): folder for folder in find_checkpoints(scratch) if is_kept(folder)}
     steps = [step for step in folders if before is None or step < count_steps(before)]
     return folders[max(steps)] if steps else None
@@ -50,13 +50,19 @@ def count_steps(checkpoint: Path) -> int:
 
 
 def describe_last(scratch: Path) -> str:
-    """Where the last whole checkpoint is, as the end of a message; empty where there is none."""
+    """Where the last whole checkpoint is, to end a message.
+
+    Empty without a checkpoint.
+    """
     last = last_checkpoint(scratch)
     return f"; the last good checkpoint is {last}" if last else ""
 
 
 def save_weights(model: nn.Module, moving: Mapping[int, torch.Tensor], directory: Path) -> None:
-    """Write what learns, and the selection biases that move; every process must ask for it."""
+    """Write trainable weights and moving selection biases.
+
+    Every process must call it.
+    """
     reshard(model)
     changing = collect(_changing(model, moving))
     if join_processes().is_main_process:
@@ -77,14 +83,14 @@ def load_weights(model: nn.Module, moving: Mapping[int, torch.Tensor], directory
 
 
 def _changing(model: nn.Module, moving: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What a phase changes, by its name in memory: what learns, and the biases that move."""
+    """Parameters that learn and biases that move, by name in memory."""
     biases = {id(bias) for bias in moving.values()}
     found: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return found | {name: buffer for name, buffer in model.named_buffers() if id(buffer) in biases}
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, directory: Path) -> None:
-    """Write an optimizer and its schedule; every process must ask for it.
+    """Write an optimizer and its schedule; every process must call.
 
     In one form, however many processes there are, and whether FSDP divides the state or not.
     """
@@ -97,7 +103,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, directory: 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, scheduler: Any, directory: Path, is_divided: bool) -> None:
-    """Read back what `save_optimizer` wrote; a model that FSDP divides reads it without holding it whole."""
+    """Read back what `save_optimizer` wrote.
+
+    A model that FSDP divides reads it without holding it whole.
+    """
     state = torch.load(directory / OPTIMIZER_NAME, map_location="cpu", mmap=is_divided, weights_only=True)
     fill_optimizer(optimizer, state)
     scheduler.load_state_dict(torch.load(directory / SCHEDULER_NAME, weights_only=True))

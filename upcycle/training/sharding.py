@@ -35,7 +35,7 @@ Key = TypeVar("Key")
 
 
 def is_divided() -> bool:
-    """Whether the launcher asked for FSDP, and there are processes to divide a model among.
+    """Whether the launcher asked for FSDP with several processes.
 
     Raises:
         UpcycleError: it asked for what hides the names of what learns, or for parameters elsewhere than where they
@@ -61,7 +61,7 @@ def is_divided() -> bool:
 
 
 def divide_by(accelerator: Accelerator) -> None:
-    """Make an accelerator divide what it prepares, on CPUs too, and by decoder layer."""
+    """Make an accelerator divide models by decoder layer, on CPUs too."""
     state: Any = accelerator.state
     if state.distributed_type == DistributedType.MULTI_CPU:
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -78,7 +78,7 @@ def divide_by(accelerator: Accelerator) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of every gathered parameter, so that the model's parameters are this process's parts."""
+    """Free gathered parameters; only this process's parts stay."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -86,7 +86,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
-    """For the length of a `with`: every process has all of a decoder layer's parameters, to read."""
+    """Context manager: every process can read a whole decoder layer."""
     if isinstance(layer, FSDPModule):
         layer.unshard()
     try:
@@ -97,7 +97,7 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 def collect(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
-    """Whole tensors on the CPU of the first process; the others send it their parts."""
+    """Whole tensors on the first process's CPU; the others send parts."""
     found = {}
     for name, tensor in tensors.items():
         values = whole(tensor)
@@ -107,7 +107,9 @@ def collect(tensors: Mapping[Key, torch.Tensor]) -> dict[Key, torch.Tensor]:
 
 
 def collect_model(model: nn.Module) -> None:
-    """Put the whole model on the CPU of the first process, and only its shapes in the others.
+    """Put the whole model on the first process's CPU.
+
+    The other processes hold its shapes only.
 
     It is no longer to be run.
     """
@@ -125,7 +127,7 @@ def collect_model(model: nn.Module) -> None:
 
 
 def collect_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer with whole tensors, as one process would have it.
+    """An optimizer's state with whole tensors, as on one process.
 
     Empty in all processes but the first.
     """
@@ -135,7 +137,10 @@ def collect_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def fill_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Give an optimizer the state that `collect_optimizer` returned, each process its part."""
+    """Load an optimizer with the state that `collect_optimizer` returned.
+
+    Each process takes its part.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, values in state["state"].items():
         parameter = parameters[number]

@@ -47,7 +47,10 @@ CHECKPOINTING = (
 
 
 class PhaseTrainer(Trainer):
-    """A Trainer of one phase. A model without routers trains on the same tokens at the same rates."""
+    """A Trainer of one phase.
+
+    A model without routers trains on the same tokens at the same rates.
+    """
 
     def __init__(
         self, model: PreTrainedModel, teacher: PreTrainedModel | None, phase: Phase, scratch: Path, progress: Progress
@@ -77,7 +80,7 @@ class PhaseTrainer(Trainer):
     # A step: its parts, the loss of each, and what follows the optimizer.
 
     def get_batch_samples(self, *arguments: Any) -> Any:
-        """The parts of the step that begins, and how many items they have."""
+        """The parts of the next step, and their number of items."""
         samples = super().get_batch_samples(*arguments)
         self.step_parts = samples[0]
         self.routing.begin_step(len(self.step_parts), self.state.global_step / self.phase.settings.steps)
@@ -90,7 +93,7 @@ class PhaseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The task's loss mixed with the divergence from the teacher, plus the losses of the routers."""
+        """The task's loss, mixed with distillation, plus the routers' losses."""
         task, distillation = self.phase.task, self.phase.settings.distillation
         self.routing.tell(inputs["domains"], self.phase.train.block_size)
         if self.routing.needs_count:
@@ -117,13 +120,13 @@ class PhaseTrainer(Trainer):
         return self._predict(call, cast(Any, self)._prepare_inputs(part))
 
     def training_step(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
-        """One part of a step, after which nothing refers to what it computed on the way."""
+        """One part of a step; frees what it computed on the way."""
         loss: torch.Tensor = super().training_step(*arguments, **keywords)
         self.routing.let_go()
         return loss
 
     def end_step(self) -> None:
-        """After the optimizer's step: selection biases move."""
+        """Move the selection biases after the optimizer's step."""
         if (balance := self.routing.end_step()) is not None:
             self.parts.note("balance_loss", balance)
 
@@ -132,7 +135,10 @@ class PhaseTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The plain loss of the task on the validation blocks, by every process, routed as in training."""
+        """The plain task loss on the validation blocks.
+
+        By every process, routed as in training.
+        """
         self.mixture.eval()
         total = 0.0
         for examples in self.phase.validation.split(EVALUATION_BATCH):
@@ -186,7 +192,7 @@ class PhaseTrainer(Trainer):
             load_optimizer(optimizer, self.lr_scheduler, Path(checkpoint), self.is_fsdp_enabled)
 
     def load_best(self) -> None:
-        """Read back the weights of the best checkpoint, if they are not in memory."""
+        """Read back the best checkpoint's weights, if not in memory."""
         if self.watch.best_step != self.phase.first_step + self.state.global_step:
             self._load_from_checkpoint(str(self.watch.checkpoint(self.watch.best_step)))
 
@@ -194,7 +200,7 @@ class PhaseTrainer(Trainer):
 
 
 class _Blocks(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Blocks in the order in which they are met."""
+    """Blocks in training order."""
 
     def __init__(self, examples: Examples, order: Sequence[int] | None = None) -> None:
         self.examples, self.order = examples, range(len(examples)) if order is None else order

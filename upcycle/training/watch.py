@@ -22,7 +22,7 @@ from dense2moe.upcycle.training.routing import Routing
 
 
 class Watched(Protocol):
-    """What is watched: a trainer of one phase."""
+    """A trainer of one phase, as the watch needs it."""
 
     phase: Phase
     routing: Routing
@@ -35,11 +35,11 @@ class Watched(Protocol):
         """Look at the validation split."""
 
     def end_step(self) -> None:
-        """What follows the optimizer's step."""
+        """Follow up on the optimizer's step."""
 
 
 class Watch(TrainerCallback):
-    """Moves what the Trainer logs into our history, times the steps and seals the checkpoints.
+    """Records the Trainer's logs, times its steps and seals its checkpoints.
 
     It ends a phase on a loss that is NaN or infinite, or that no longer falls. The start is a candidate too: it is
     looked at before the first step, and what learns is kept as it was until a look is better.
@@ -62,17 +62,17 @@ class Watch(TrainerCallback):
         return min(looks, key=lambda step: cast(float, step.validation_loss)).step
 
     def checkpoint(self, step: int) -> Path:
-        """Where the checkpoint of a step is, which is counted over all phases."""
+        """The folder of a step's checkpoint; steps count over all phases."""
         return checkpoint_folder(self.scratch, step - self.phase.first_step)
 
     @property
     def patience_is_over(self) -> bool:
-        """Whether the last looks were all no better than one before them."""
+        """Whether the last looks all failed to beat an earlier one."""
         losses = [step.validation_loss for step in self.history if step.validation_loss is not None]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.phase.settings.patience
 
     def resume(self, checkpoint: Path) -> bool:
-        """Take over what a checkpoint has recorded, unless the best checkpoint that it names is gone."""
+        """Take over a checkpoint's record, unless its best checkpoint is gone."""
         self.history = list(read_history(checkpoint / HISTORY_NAME))
         self.seconds, self.compute_seconds = read_facts(checkpoint)
         if is_kept(self.checkpoint(self.best_step)):
@@ -101,7 +101,10 @@ class Watch(TrainerCallback):
         self.trainer.end_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Stop the clocks, report progress, and ask for a look and a checkpoint where they are due."""
+        """Stop the clocks, report progress, ask for evaluation and checkpoint.
+
+        Where they are due.
+        """
         seconds = _now() - self.began
         self.seconds += seconds
         self.compute_seconds += seconds if torch.cuda.is_available() else time.process_time() - self.began_computing
@@ -114,7 +117,7 @@ class Watch(TrainerCallback):
         self.progress(f"training {self.phase.model}{loss}", done, self.phase.total_steps)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Add a line to the history: the parts of the loss and how layers route, or a look."""
+        """Add a line to the history: losses and routing, or an evaluation."""
         logs = logs or {}
         parts = self.trainer.parts.take() if "loss" in logs else {}
         validation = logs.get("eval_loss")
@@ -148,11 +151,14 @@ class Watch(TrainerCallback):
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the phase where looks have not been better for long enough."""
+        """End the phase after too many looks without improvement."""
         control.should_training_stop |= self.patience_is_over
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Seal a checkpoint with its history, then discard those that are neither the last nor the best."""
+        """Seal a checkpoint with its history, then delete outdated ones.
+
+        The last and the best stay.
+        """
         join_processes().wait_for_everyone()  # each has a file of random numbers in it
         if state.is_world_process_zero:
             last = self.checkpoint(self.phase.first_step + state.global_step)
@@ -164,7 +170,7 @@ class Watch(TrainerCallback):
 
 
 def _now() -> float:
-    """Seconds on a clock, when the device has done what it was given."""
+    """Seconds on a clock, after the device has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
