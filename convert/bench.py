@@ -1,4 +1,7 @@
-"""The bench: prefill and decode of one package, by batch and length, with their spread and what they took."""
+"""The bench: speed and memory of one package.
+
+Prefill and decode by batch and length, with their spread.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,10 @@ from dense2moe.upcycle.progress import Progress
 
 @dataclass(frozen=True)
 class Spread:
-    """Tokens per second of all rows together: the median over rounds, the slowest and the fastest round."""
+    """Tokens per second: median, slowest and fastest round.
+
+    All rows of a batch count together.
+    """
 
     median: float
     slowest: float
@@ -33,10 +39,10 @@ class Spread:
 
 @dataclass(frozen=True)
 class Bench:
-    """What was measured, on what; memory is this process's, that of the interpreter and its libraries included.
+    """The measurements, and what they were made on.
 
-    `idle_bytes` were resident before the package was loaded, `loaded_bytes` after, `peak_bytes` at the worst moment of
-    all.
+    Memory is this process's, with the interpreter and its libraries. `idle_bytes` were resident before the package was
+    loaded, `loaded_bytes` after, `peak_bytes` at the worst moment of all.
     """
 
     package: str
@@ -58,7 +64,9 @@ class Bench:
 def bench_package(
     package: Path, loads: Sequence[Load], device: Device, num_threads: int, num_rounds: int, progress: Progress
 ) -> Bench:
-    """Load the package and time the loads; 0 threads are as many as onnxruntime takes by itself.
+    """Load the package and time the loads.
+
+    0 threads are as many as onnxruntime takes by itself.
 
     Raises:
         ExportError: no package, no such device, or a load beyond the context.
@@ -87,7 +95,10 @@ def bench_package(
 
 
 def bench_table(bench: Bench) -> Table:
-    """A row for each load: the medians, and in brackets the slowest and the fastest round; fits in 100 columns."""
+    """A row for each load; fits in 100 columns.
+
+    The medians, and in brackets the slowest and the fastest round.
+    """
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for header in ("Batch", "Prompt", "New", "Prefill tokens/s", "Decode tokens/s", "ms a step", "KV cache"):
         table.add_column(header, justify="right", vertical="bottom", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Everything that a run will use, read and cross-checked before any work."""
+"""Everything that a run uses, read and cross-checked before any work."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
-    """Read and cross-check everything that a run will use: checkpoint, plan, export, data files. Writes nothing.
+    """Read and cross-check everything a run uses; write nothing.
+
+    That is the checkpoint, the plan, the export and the data files.
 
     Raises:
         RecipeError, UpcycleError, ExportError: in one line each, what is wrong and how to mend it.
@@ -96,7 +98,10 @@ def _is_decoder(plan: UpcyclePlan) -> bool:
 
 
 def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
-    """Refuse blocks, with a learned prompt before them, that are longer than the model's context."""
+    """Refuse blocks longer than the model's context.
+
+    A learned prompt before them counts.
+    """
     recipe = loaded.recipe
     context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
@@ -113,7 +118,10 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
 
 
 def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
-    """The last stage that can be run for a target and its training, and why the next cannot."""
+    """The last possible stage, and why the next is not.
+
+    It depends on the target and its training.
+    """
     if not _is_decoder(plan):
         return (
             "upcycle",
@@ -134,7 +142,7 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
 
 
 def _digest_domains(loaded: LoadedRecipe) -> dict[str, str]:
-    """SHA-256 of the text files of the routers' domains, under each domain's number."""
+    """SHA-256 of the routers' text files, by domain number."""
     base = upcycle.find_router_base(loaded)
     return {
         f"{number}/{file}": _digest(file)
@@ -144,7 +152,7 @@ def _digest_domains(loaded: LoadedRecipe) -> dict[str, str]:
 
 
 def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]:
-    """SHA-256 of every file of the dense checkpoint by name.
+    """SHA-256 of each of the dense checkpoint's files, by name.
 
     Weights in the hub's cache, whose headers say their size, have it in their names; stage `source` reads them.
     """
@@ -188,7 +196,10 @@ def _estimate_memory(
     sizes: Mapping[str, int],
     text_bytes: int,
 ) -> dict[str, int]:
-    """The most memory that each stage has resident, by label; of the light stages, what the run's own process has."""
+    """Each stage's peak resident memory, by label.
+
+    A light stage has what the run's own process has.
+    """
     recipe, own = loaded.recipe, IMPORT_BYTES + _OWN_BYTES
     block_size = recipe.data.block_size
     planned = {

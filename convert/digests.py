@@ -21,7 +21,9 @@ _RESTORE = "download the package again"
 
 
 def write_digests(directory: Path, known: Mapping[str, str]) -> None:
-    """Write the digests of all files in a directory; of those that are `known` by name the file is not read.
+    """Write the digests of all files in a directory.
+
+    A file that is `known` by name is not read.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -32,9 +34,9 @@ def write_digests(directory: Path, known: Mapping[str, str]) -> None:
 
 
 def find_mismatches(directory: Path) -> list[str]:
-    """Every file that is not as `SHA256SUMS` says, and every other one but hidden ones, a line each.
+    """Every file that differs from `SHA256SUMS`, a line each.
 
-    Empty when all is well.
+    Files that it does not name count too, hidden ones aside. Empty when all is well.
 
     Raises:
         ArtifactError: `SHA256SUMS` cannot be read.

@@ -1,4 +1,4 @@
-"""The machine, the versions and the memory that figures are told with."""
+"""The machine, versions and memory that figures depend on."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run's figures were measured on."""
+    """The machine that measured a run's figures."""
 
     processor: str
     cores: int | None
@@ -42,7 +42,7 @@ def describe_machine() -> Machine:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the interpreter and of every package that bears on the figures."""
+    """Versions of the interpreter and the packages that affect figures."""
     found = {"python": platform.python_version(), "dense2moe": version("dense2moe")}
     for package in _PACKAGES:
         try:
@@ -53,12 +53,12 @@ def versions() -> dict[str, str]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is resident now."""
+    """This process's resident memory now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak_resident_bytes() -> int:
-    """The most memory of this process that ever was resident.
+    """This process's peak resident memory.
 
     getrusage(2) counts in kibibytes, but in bytes on macOS, and lags a little behind what is resident now.
     """

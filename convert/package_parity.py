@@ -90,7 +90,9 @@ def check_package(
 
 
 def _try_out(package: Path, precision: Precision) -> Decoder | None:
-    """The package after a run of two tokens, so that what onnxruntime refuses is told first.
+    """Run two tokens first, so that onnxruntime's refusal comes early.
+
+    Returns the package.
 
     None where nothing here computes its type.
     """
@@ -105,7 +107,10 @@ def _try_out(package: Path, precision: Precision) -> Decoder | None:
 
 
 def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) -> None:
-    """Refuse a checkpoint whose values cannot be set beside the package's, since they have other shapes."""
+    """Refuse a checkpoint whose shapes differ from the package's.
+
+    Their values could not be compared.
+    """
     heads, head_dim = (
         {(heads, head_dim) for (_, heads, _, head_dim), _ in decoder.past.values()},
         getattr(config, "head_dim", None),
@@ -130,7 +135,7 @@ def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) ->
 
 
 def is_judged_alone(parity: Parity) -> bool:
-    """Whether the package's weights were no checkpoint's.
+    """Whether no checkpoint has the package's weights.
 
     So that it was judged by its perplexity, its files and itself.
     """
@@ -138,13 +143,16 @@ def is_judged_alone(parity: Parity) -> bool:
 
 
 def write_json(parity: Parity, path: Path) -> None:
-    """All figures as strict JSON: what is no number is a string."""
+    """Write all figures as strict JSON.
+
+    NaN and infinities are strings.
+    """
     facts = name_specials({**asdict(parity), "passed": parity.passed})
     path.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def describe(parity: Parity) -> Iterator[str]:
-    """The outcome for a terminal, provider by provider."""
+    """The outcome for a terminal, by provider."""
     for provider, found in parity.providers.items():
         if isinstance(found, str):
             yield f"{provider}: {found}"

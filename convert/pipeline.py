@@ -11,7 +11,12 @@ from dense2moe.convert.stages import data, finetune, onnx, parity, quantize, rep
 
 @dataclass(frozen=True)
 class Input:
-    """What a stage reads under a name of its own, made by a stage that depends on the recipe."""
+    """One input of a stage: its name, and which stage makes it.
+
+    The stage may depend on the recipe.
+
+    Which stage that is depends on the recipe.
+    """
 
     name: str
     find_stage: Callable[[Preparation], str]
@@ -19,9 +24,10 @@ class Input:
 
 @dataclass(frozen=True)
 class Stage:
-    """One row of a pipeline: a name, what it reads, what decides its output, its function, and the code below it.
+    """One row of a pipeline.
 
-    An artifact is made anew where anything changes in the packages of `code`, or in the module of `run`.
+    A name, what it reads, what decides its output, its function, and the code below it. An artifact is made anew where
+    anything changes in the packages of `code`, or in the module of `run`.
 
     `each` says over what it is repeated. It reads the artifacts of the same item of stages that are repeated over the
     same; where it `gathers`, all artifacts of stages that are repeated over something else, by their labels.

@@ -1,4 +1,4 @@
-"""Every artifact that a pipeline makes, planned before any work."""
+"""Every artifact of a pipeline, planned before any work."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from dense2moe.convert.preparation import Each, Facts, Preparation
 
 @dataclass(frozen=True)
 class PlannedArtifact:
-    """One artifact to be made: its stage and item, the labels that it reads and their keys by input, settings, key."""
+    """One artifact to be made: stage, item, inputs, settings and key.
+
+    `inputs` has the labels that it reads, and their keys by the input's name.
+    """
 
     stage: Stage
     item: str | None
@@ -24,12 +27,12 @@ class PlannedArtifact:
 
     @property
     def label(self) -> str:
-        """What the artifact is called."""
+        """The artifact's label."""
         return make_label(self.stage, self.item)
 
 
 def make_label(stage: Stage, item: str | None) -> str:
-    """What the artifact of a stage, or of one item of it, is called."""
+    """The label of a stage's artifact, or of one item of it."""
     return stage.name if item is None else f"{stage.name}-{item}"
 
 
@@ -56,7 +59,10 @@ def plan_artifacts(
 def order_stages(
     pipeline: tuple[Stage, ...], items: Mapping[Each, Sequence[str]], until: str
 ) -> Iterator[tuple[Stage, str | None]]:
-    """Stages and items in the order of the table; neighbours that are repeated over the same go item by item."""
+    """Stages and items in the order of the table.
+
+    Neighbours that are repeated over the same items go item by item.
+    """
     number = [stage.name for stage in pipeline].index(until)
     for each, rows in groupby(pipeline[: number + 1], key=lambda stage: stage.each):
         stages = list(rows)
@@ -66,7 +72,7 @@ def order_stages(
 def _find_inputs(
     stage: Stage, item: str | None, rows: Mapping[str, Stage], preparation: Preparation
 ) -> Iterator[tuple[str, str]]:
-    """The name of each input and the label of the artifact that it is."""
+    """Each input's name, and the label of its artifact."""
     for read in stage.reads:
         name, maker = (read, rows[read]) if isinstance(read, str) else (read.name, rows[read.find_stage(preparation)])
         if maker.each is None or maker.each == stage.each:

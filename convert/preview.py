@@ -27,7 +27,9 @@ _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 
 
 def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
-    """The models with their parameters, where every tensor comes from, the config's values.
+    """Tables of models, tensors' origins and config values.
+
+    Models come with their numbers of parameters.
 
     And what artifacts and stages need of the machine.
     """
@@ -67,7 +69,7 @@ def _function(plan: UpcyclePlan) -> str:
 
 
 def _tensors(plan: UpcyclePlan) -> Table:
-    """A row for tensors that are alike but for their numbers."""
+    """A row for tensors that differ in numbers only."""
     table = Table(title="tensors, N for the number of a layer", title_justify="left")
     for heading in ("number", "to", "shape", "from"):
         table.add_column(heading, justify="right" if heading == "number" else "left", overflow="fold")
@@ -83,14 +85,17 @@ def _tensors(plan: UpcyclePlan) -> Table:
 
 
 def _pattern(name: str, plan: UpcyclePlan) -> str:
-    """The name with its layer's and its expert's number taken out; what else T5 numbers stays."""
+    """A tensor's name without its layer's and expert's number.
+
+    Other numbers in names of T5 stay.
+    """
     experts = f"{{0-{plan.settings.num_experts - 1}}}"
     name = re.sub(r"(layers|block)\.\d+\.", r"\1.N.", name, count=1)
     return re.sub(r"(experts\.(?:expert_)?)\d+\.", rf"\g<1>{experts}.", name)
 
 
 def _origin(write: Write) -> str:
-    """What a tensor is made of, in words."""
+    """The origin of a tensor, in words."""
     words = list(dict.fromkeys(_describe(piece) for piece in write.pieces))
     return re.sub(r"(layers|block)\.\d+\.", r"\1.N.", " and ".join(words))
 
@@ -119,7 +124,7 @@ def _changes(part: ExpertPart) -> Iterator[str]:
 
 
 def _fields(plan: UpcyclePlan) -> Table:
-    """The config's values: what was carried over, and what the target has of its own."""
+    """The config's values, carried over or set by the target."""
     conversion, made = plan.conversion, plan.target_config
     table = Table(title="config", title_justify="left")
     for heading in ("field", "value", ""):
@@ -160,7 +165,7 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
 
 
 def _memory(preparation: Preparation) -> Table:
-    """The most memory that each stage has resident in its process, and the most of all."""
+    """Each stage's peak resident memory, and the largest of all."""
     table = Table(title="memory by stage, at its peak", title_justify="left")
     for heading in ("stage", "memory"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")

@@ -1,4 +1,4 @@
-"""Progress on stderr: bars on a terminal, elsewhere a line every ten seconds."""
+"""Progress on stderr: bars on terminals, elsewhere lines every ten seconds."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _DETAIL = ": "
 
 
 class ProgressDisplay:
-    """A line for each stage: a live bar while it runs, its time once it is finished.
+    """A line for each stage: a bar, then its time.
 
-    Without a terminal there are no bars and no control codes: a stage that runs is told of in a line every
-    `line_seconds`, whether it reports anything or not, so that a long step is not taken for a hang. An exception takes
-    the bars away and adds nothing: its text is the caller's to show. Everything goes to the console, by default on
-    stderr; stdout is never touched.
+    The bar is live while the stage runs. Without a terminal there are no bars and no control codes: a stage that runs
+    is told of in a line every `line_seconds`, whether it reports anything or not, so that a long step is not taken for
+    a hang. An exception takes the bars away and adds nothing: its text is the caller's to show. Everything goes to the
+    console, by default on stderr; stdout is never touched.
     """
 
     def __init__(self, console: Console | None = None, line_seconds: float = _LINE_SECONDS) -> None:
@@ -78,7 +78,7 @@ class ProgressDisplay:
         assert error is not None or not self._running, f"never finished: {', '.join(self._running)}"
 
     def _tell(self) -> None:
-        """Say now and then what is running, until the display ends."""
+        """Say from time to time what is running, until the display ends."""
         while not self._ended.wait(max(0.0, self._last_line + self._line_seconds - time.monotonic())):
             for stage in list(self._running.values()):
                 if time.monotonic() - self._last_line >= self._line_seconds:
@@ -100,11 +100,11 @@ class ProgressDisplay:
         self._print(f"✓ {label}  {describe_seconds(time.monotonic() - stage.started)}")
 
     def reuse(self, label: str) -> None:
-        """Say that a stage was not run, because its artifact is there."""
+        """Say that a stage's artifact exists and is reused."""
         self._print(f"· {label}  reused")
 
     def note(self, line: str) -> None:
-        """Say something that the user should know, and that stops nothing."""
+        """Show a note that stops nothing."""
         self._print(f"! {line}")
 
     def _print(self, line: str) -> None:
@@ -131,20 +131,26 @@ class _Stage:
         self._bars.update(self.task, completed=done, total=total, description=what)
 
     def describe(self) -> str:
-        """What it does by now, in a line."""
+        """What the stage does now, in a line."""
         elapsed = f"… {self._label}  {describe_seconds(time.monotonic() - self.started)}"
         return elapsed if self._state is None else "{}  {} {:,} of {:,}".format(elapsed, *self._state)
 
 
 class _StageTimeColumn(ProgressColumn):
-    """Time since the stage began; rich's own column starts anew with each phase and stops at 100 %."""
+    """Time since the stage began.
+
+    rich's own column starts anew with each phase and stops at 100 %.
+    """
 
     def render(self, task: Task) -> Text:
         return Text(describe_seconds(time.monotonic() - task.fields["started"]), style="progress.elapsed")
 
 
 def describe_seconds(seconds: float) -> str:
-    """A duration in the two units that matter: `12.3 s`, `2 min 05 s`, `3 h 04 min`."""
+    """A duration in two units: `12.3 s`, `2 min 05 s`.
+
+    From one hour on: `3 h 04 min`.
+    """
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""A fixture for pytest, by which a package's own tests hold it to its checkpoint."""
+"""A pytest fixture that compares a package with its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # pytest loads every plugin that is installed; torch and tran
 
 
 class AssertParity(Protocol):
-    """What the fixture `assert_parity` is; limits are the fields of `parity` in a recipe."""
+    """The fixture `assert_parity`; limits are a recipe's `parity` keys."""
 
     def __call__(
         self,
@@ -35,7 +35,9 @@ class AssertParity(Protocol):
 
 @pytest.fixture(scope="session")
 def assert_parity() -> AssertParity:
-    """`assert_parity("package", reference="checkpoint", data="held-out.txt")` fails with a line for each broken limit.
+    """Fail with a line for each broken limit of parity.
+
+    Call it as `assert_parity("package", reference="checkpoint", data="held-out.txt")`.
 
     It returns all figures.
     """

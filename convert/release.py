@@ -1,4 +1,4 @@
-"""A package made ready to be given away: its files, its model card, the report, their digests."""
+"""A release: a package, its model card, report and digests."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from dense2moe.upcycle.durable import sync_tree
 
 
 def gather_package(package: Artifact, report: Artifact, variant: str, output: Path) -> list[str]:
-    """Copy a package, its card as `README.md` and the report into the new directory `output`.
+    """Copy a package for release into the new directory `output`.
 
-    Returns the names of its files. The artifacts stay as they are. Every file is checked against its manifest first,
-    and `output` is there whole or not at all, with the digests of its files in `SHA256SUMS`. Links become files.
+    With its card as `README.md`, and the report. Returns the names of its files. The artifacts stay as they are. Every
+    file is checked against its manifest first, and `output` is there whole or not at all, with the digests of its files
+    in `SHA256SUMS`. Links become files.
 
     Raises:
         ArtifactError: `output` is there already, a file is not as its manifest says, the report has no card, or the

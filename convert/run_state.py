@@ -18,7 +18,7 @@ Status = Literal["running", "stopped", "breached", "finished"]
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run came: its name, its recipe's path, its status, and the directory of each artifact by label."""
+    """A run's progress: name, recipe, status, and artifacts' directories by label."""
 
     name: str
     recipe: str
@@ -49,7 +49,7 @@ def write_run(workdir: Path, state: RunState) -> None:
 
 
 def read_run(directory: Path) -> RunState:
-    """The state of the run whose work directory this is.
+    """The state of the run in a work directory.
 
     Raises:
         ArtifactError: there is none, or it is malformed.
@@ -75,5 +75,8 @@ def read_run(directory: Path) -> RunState:
 
 
 def _is_name(value: object) -> bool:
-    """Whether it is the name of a file or directory, and no path out of the folder that holds it."""
+    """Whether it is a plain file name, and no path.
+
+    A path could leave the folder.
+    """
     return isinstance(value, str) and value not in ("", ".", "..") and "/" not in value and value.isprintable()

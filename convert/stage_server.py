@@ -1,4 +1,7 @@
-"""Imported by the server of stages' processes alone: it says nothing of a run that is gone."""
+"""Imported by the server of stages' processes alone, to silence it.
+
+It says nothing of a run that is gone.
+"""
 
 from __future__ import annotations
 

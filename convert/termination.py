@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command in order, as an interrupt does."""
+"""SIGTERM and SIGHUP end a command cleanly, as an interrupt does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Terminated(KeyboardInterrupt):
-    """The process was told to end, by this signal; whatever lets an interrupt through lets it through.
+    """This signal told the process to end.
+
+    Code that lets an interrupt through lets this through.
 
     `exit_code` is what shells give such an end.
     """
@@ -26,7 +28,7 @@ class Terminated(KeyboardInterrupt):
 
 @contextmanager
 def termination_raised() -> Iterator[None]:
-    """For the length of a `with` in the main thread.
+    """Context manager: in the main thread, signals raise `Terminated`.
 
     The first of these signals raises `Terminated`, and later ones do not disturb what follows.
     A signal that whoever began this process has switched off, as nohup does, stays off.

@@ -1,4 +1,4 @@
-"""The walk over a pipeline: reuses what is finished, makes the rest."""
+"""The walk over a pipeline: reuses finished artifacts, makes the others."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ BREACHES = "breaches"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run left: its artifacts by label, in order, and the thresholds that were broken."""
+    """A run's result: artifacts by label, in order, and broken limits."""
 
     artifacts: dict[str, Artifact]
     breaches: tuple[str, ...]
 
     @property
     def facts(self) -> Facts | None:
-        """The report's facts, where the run came that far."""
+        """The report's facts, if the run came that far."""
         return self.artifacts["report"].facts if "report" in self.artifacts else None
 
 
@@ -105,7 +105,7 @@ def run_pipeline(
 
 
 def refuse_beyond_last_stage(preparation: Preparation, until: str, names: Sequence[str]) -> None:
-    """Refuse a run that goes on beyond what there is for its target, before any work.
+    """Refuse a run beyond its target's last stage, before any work.
 
     Raises:
         RecipeError: the reason, and how far it can be run.
@@ -118,7 +118,7 @@ def refuse_beyond_last_stage(preparation: Preparation, until: str, names: Sequen
 
 
 class Walk:
-    """One walk over a pipeline in a work directory whose lock is held.
+    """One walk over a pipeline in a locked work directory.
 
     `artifacts` are the finished ones by label, `hashed` the labels of those whose files this run has made or read.
     """
@@ -138,7 +138,10 @@ class Walk:
         self.hashed: set[str] = set()
 
     def missing_bytes(self) -> int:
-        """What is still to be written; what a killed run left to go on from is there already."""
+        """Bytes still to be written.
+
+        What a killed run left to resume from is there already.
+        """
         needed = 0
         for each in self.planned:
             if each.label in self.artifacts:
@@ -156,7 +159,10 @@ class Walk:
         return [] if remark is None else [remark]
 
     def find_outdated(self) -> list[str]:
-        """Labels of artifacts that are missing, where other code has made them of the same settings and inputs."""
+        """Labels of missing artifacts that other code made.
+
+        Settings and inputs were the same.
+        """
         outdated, keys = [], set[str]()
         for each in self.planned:
             settings = json.loads(json.dumps(each.settings))
@@ -210,7 +216,9 @@ class Walk:
         return artifact
 
     def check_inputs(self, planned: PlannedArtifact, progress: Progress) -> None:
-        """Check the files that a stage is about to read, of artifacts that an earlier run made, each once a run.
+        """Check a stage's input files, once a run.
+
+        Files of artifacts that an earlier run made.
 
         Raises:
             ArtifactError: a file is not what it was when it was sealed.
@@ -222,7 +230,7 @@ class Walk:
                     self.hashed.add(label)
 
     def run(self, planned: PlannedArtifact, run: StageRun, progress: Progress) -> tuple[Facts, StageCost]:
-        """A stage's facts, and what they cost."""
+        """A stage's facts and costs."""
         began = time.monotonic()
         if planned.stage.light or (planned.stage.all_processes and have_group()):
             made, peak = _do((planned.stage.run, run), progress), peak_resident_bytes()
@@ -232,7 +240,7 @@ class Walk:
         return made, StageCost(time.monotonic() - began, peak, self.preparation.memory_bytes.get(planned.label))
 
     def breaches(self) -> Iterator[str]:
-        """The thresholds that stages found broken, each behind its item."""
+        """Broken limits that stages found, each after its item."""
         for each in self.planned:
             for breach in self.artifacts[each.label].facts.get(BREACHES, ()):
                 yield f"{each.item}: {breach}" if each.item else breach
@@ -249,7 +257,7 @@ class Walk:
 
 
 def _describe_refusal(error: Exception, label: str, directory: Path) -> str | None:
-    """One line on what memory or the file system refused a stage; None where it refused nothing."""
+    """A stage's lack of memory or disk, in one line, or None."""
     if is_out_of_memory(error):
         return (
             f"{label}: out of memory; what is finished is kept, and the same command goes on from there; close other "
@@ -261,11 +269,14 @@ def _describe_refusal(error: Exception, label: str, directory: Path) -> str | No
 
 
 def _quiet(*_: object) -> None:
-    """Progress that nobody watches."""
+    """Progress that nobody sees."""
 
 
 def _do(work: tuple[Callable[[StageRun], object], StageRun], progress: Progress) -> Facts:
-    """What a stage finds, as JSON has it: records as objects, keys as text."""
+    """A stage's facts as JSON has them.
+
+    Records are objects, keys are text.
+    """
     function, run = work
     found = function(replace(run, progress=progress))
     if is_dataclass(found) and not isinstance(found, type):
@@ -276,7 +287,7 @@ def _do(work: tuple[Callable[[StageRun], object], StageRun], progress: Progress)
 
 @dataclass(frozen=True)
 class _Work:
-    """What the first process tells the others to help with; the empty label ends it."""
+    """Work that the first process shares out; an empty label ends it."""
 
     label: str
     directories: dict[str, Path]
@@ -289,7 +300,7 @@ _NO_MORE_WORK = _Work("", {}, {}, Path(), Path())
 
 
 def _help(preparation: Preparation, planned: Mapping[str, PlannedArtifact]) -> None:
-    """Do what the first process says, until it has no more work."""
+    """Do what the first process says, until its work is done."""
     while (work := tell(cast("_Work | None", None))) != _NO_MORE_WORK:
         each = planned[work.label]
         each.stage.run(

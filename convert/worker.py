@@ -1,4 +1,4 @@
-"""A process of its own for a stage: what it took is free when it ends.
+"""A process of its own for a stage, which frees its memory.
 
 torch, onnxruntime and the C library keep much of what a stage has freed, so a run in one process holds the most that
 any of its stages took. A stage's process is forked from a server that has imported everything and computed nothing: no
@@ -45,7 +45,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True)
 class Measured(Generic[Found]):
-    """What a function returned, and the most memory of its process that was resident, in bytes."""
+    """A function's result, and its process's peak resident memory in bytes."""
 
     found: Found
     peak_resident_bytes: int
@@ -53,7 +53,10 @@ class Measured(Generic[Found]):
 
 @dataclass(frozen=True)
 class _Failure:
-    """An exception and what caused it, the first cause last, and their traceback as text."""
+    """An exception, its causes, and their traceback as text.
+
+    The first cause comes last.
+    """
 
     errors: tuple[BaseException, ...]
     traceback: str
@@ -71,7 +74,7 @@ class _WorkerTraceback(Exception):  # noqa: N818 (it is no error of its own: it 
 
 
 class _Held:
-    """An open file that another process is to hold too."""
+    """An open file for another process to hold too."""
 
     def __init__(self, file: int) -> None:
         self.file = file
@@ -85,7 +88,10 @@ def _receive(file: Any) -> int:
 
 
 def start_server() -> None:
-    """Let the server begin its imports, which take seconds; a later call does nothing. `run_apart` does it too."""
+    """Let the server begin its imports, which take seconds.
+
+    A later call does nothing. `run_apart` does it too.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _TOLD_TO_RUN_ALONE)  # which the server and its processes inherit
@@ -98,9 +104,9 @@ def start_server() -> None:
 def run_apart(
     function: Callable[[Argument, Progress], Found], argument: Argument, label: str, held: int, progress: Progress
 ) -> Measured[Found]:
-    """What `function` makes of `argument` in a process of its own; both, and what it returns, must be picklable.
+    """The result of `function(argument)` in a process of its own.
 
-    `held` is a file that is kept open.
+    The argument and the result must be picklable. `held` is a file that is kept open.
 
     Raises:
         ArtifactError: the process was killed, as the kernel does where memory runs out.
@@ -128,7 +134,7 @@ def run_apart(
 
 @contextmanager
 def _main_hidden() -> Iterator[None]:
-    """For the length of a `with`, no main module is seen.
+    """Context manager: no main module is seen.
 
     multiprocessing would run the caller's script again in the new process, and a stage needs nothing of it.
     """
@@ -197,7 +203,7 @@ def _work(
 
 
 def _follow_parent() -> None:
-    """End this process when the one that began it has ended."""
+    """End this process when its parent has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
@@ -211,7 +217,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The exception, or where it cannot be sent, one that says what it is."""
+    """The exception, or one that describes it if it cannot be sent."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301 (it was made a moment ago)
     except Exception:
@@ -220,7 +226,7 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def _link(failure: _Failure) -> BaseException:
-    """The exception with its causes, and the traceback of its process behind them."""
+    """The exception with its causes and its process's traceback."""
     chain = [*failure.errors, _WorkerTraceback(failure.traceback)]
     for error, cause in itertools.pairwise(chain):
         error.__cause__ = cause

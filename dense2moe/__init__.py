@@ -1,7 +1,8 @@
-"""The public face of dense2moe: its version and, loaded when first used, its Python API.
+"""The public face of dense2moe: version and Python API.
 
-`convert`, `upcycle` and `export` stand beside this folder in a checkout, and in it once installed; both are
-`dense2moe.convert` and so on. `dense2moe.upcycle` is that package, and `dense2moe.api.upcycle` the function.
+The API is loaded when it is first used. `convert`, `upcycle` and `export` stand beside this folder in a checkout, and
+in it once installed; both are `dense2moe.convert` and so on. `dense2moe.upcycle` is that package, and
+`dense2moe.api.upcycle` the function.
 """
 
 from pathlib import Path

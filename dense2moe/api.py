@@ -140,7 +140,7 @@ def upcycle(
     seed: NonNegativeInt = 0,
     progress: Progress | None = None,
 ) -> Upcycled:
-    """Make a mixture of experts of a dense checkpoint, and compare the two.
+    """Make a mixture of experts from a dense checkpoint, and compare both.
 
     Memory does not grow with the model while it is written. The result is an architecture of transformers, which loads
     without code of ours.
@@ -236,7 +236,7 @@ def quantize(
     scratch: PathLike | None = None,
     progress: Progress | None = None,
 ) -> QuantizeFacts:
-    """Choose integers and scales for a checkpoint, and write its twin, which torch can run.
+    """Choose a checkpoint's integers and scales, and write its torch twin.
 
     Routers and norms stay in float32. Memory holds one layer at a time.
 
@@ -283,9 +283,10 @@ def quantize(
 def export_onnx(
     twin: PathLike, output: PathLike, config: OnnxConfig | None = None, *, progress: Progress | None = None
 ) -> OnnxFacts:
-    """Write a checkpoint as an ONNX package: one graph for prefill and decode, with a KV cache.
+    """Write a checkpoint as an ONNX package for prefill and decode.
 
-    An architecture without a builder is traced, which needs the extra `[trace]`.
+    One graph serves both, with a KV cache. An architecture without a builder is traced, which needs the
+    extra `[trace]`.
 
     Args:
         twin: a directory of `quantize`, also of variant "float32".
@@ -319,7 +320,7 @@ def check_parity(
     num_blocks: PositiveInt | None = None,
     progress: Progress | None = None,
 ) -> Parity:
-    """Compare an ONNX package with the torch model that it must compute like, on text.
+    """Compare an ONNX package with its torch model, on text.
 
     A float32 or float16 package must compute what the reference does. A package with rounded weights has weights of its
     own: without `twin` only its perplexity, its files and itself are judged.
@@ -359,7 +360,7 @@ def check_parity(
 
 
 def _quiet(*_: object) -> None:
-    """Progress that nobody watches."""
+    """Progress that nobody sees."""
 
 
 def _read_blocks(data: PathLike | None, split: Split) -> torch.Tensor | None:
@@ -367,6 +368,9 @@ def _read_blocks(data: PathLike | None, split: Split) -> torch.Tensor | None:
 
 
 def _resume(scratch: PathLike, progress: Progress | None) -> Path:
-    """What a killed call has kept, without what a power cut has damaged."""
+    """What a killed call has kept, undamaged.
+
+    What a power cut damaged is deleted.
+    """
     discard_damage(Path(scratch), progress or _quiet)
     return Path(scratch)

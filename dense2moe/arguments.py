@@ -17,7 +17,9 @@ _R = TypeVar("_R")
 
 
 def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Refuse what the function's annotations do not allow, in one line and before any work.
+    """Refuse wrong arguments by the function's annotations, in one line.
+
+    No work is done before.
 
     Raises:
         UpcycleError: by the function that comes of it: each wrong argument, what it is, and what it must be.
@@ -37,7 +39,10 @@ def check_arguments(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def _describe(error: ValidationError, names: list[str]) -> str:
-    """Each wrong argument by its name; pydantic tells a positional one by its place."""
+    """Each wrong argument by name.
+
+    pydantic tells a positional argument by its place.
+    """
     found = []
     for each in error.errors(include_url=False):
         first, *rest = each["loc"]

@@ -1,4 +1,4 @@
-"""New directories, which get their name when they are whole."""
+"""New directories, which get their names when they are complete."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 
 @contextmanager
 def new_directory(output: str | Path) -> Iterator[Path]:
-    """A directory that gets its name when it is whole; of a failure nothing is left.
+    """A directory that gets its name when it is complete.
+
+    A failure leaves nothing behind.
 
     Raises:
         UpcycleError: something is there already, or no directory can be made there.

@@ -19,7 +19,7 @@ from dense2moe.upcycle.training.processes import leave_processes
 
 @dataclass(frozen=True)
 class Run:
-    """What a run left in its work directory.
+    """A run's results in its work directory.
 
     Attributes:
         workdir: the work directory.
@@ -35,12 +35,12 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        """Whether no limit of parity was broken."""
+        """Whether every limit of parity was met."""
         return not self.breaches
 
     @property
     def report(self) -> Path | None:
-        """The page of the run; None if the run was not to come that far."""
+        """The page of the run; None if the run ended earlier."""
         return self.artifacts["report"] / HTML_NAME if "report" in self.artifacts else None
 
 

@@ -1,4 +1,4 @@
-"""From a mixture of experts to a quantized ONNX package, shown to agree with torch."""
+"""From a mixture to a quantized ONNX package that agrees with torch."""
 
 import os
 

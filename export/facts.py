@@ -26,10 +26,11 @@ LoweringChoice = Literal["only", "timed", "first, no such device here to time on
 
 @dataclass(frozen=True)
 class OnnxFacts:
-    """What was written, and how its lowering was chosen; the lowering is "none" where no layer has experts.
+    """What was written, and how its lowering was chosen.
 
-    It is the only one that can be, the fastest of those that were timed here (`timings`, the fastest first), or, where
-    there is no device of the kind to time on, the first of those that can be.
+    The lowering is "none" where no layer has experts. Elsewhere the lowering is the only possible one, or the
+    fastest of those that were timed here (`timings`, the fastest first), or, without a device of the kind to time on,
+    the first possible one.
     """
 
     device: Device

@@ -86,7 +86,7 @@ def estimate_bytes(
 def quantizing_memory(
     model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]], variant: Variant, config: QuantizeConfig
 ) -> int:
-    """The most memory that quantizing a variant has resident, imports apart.
+    """Peak resident memory of quantizing a variant, in bytes, without imports.
 
     Where it learns from text: the states of all calibration tokens in the float model and in the one quantized so far,
     what attention and the experts read and give in both, one layer three times over (as it is, as it is quantized, and
@@ -108,9 +108,9 @@ def quantizing_memory(
 
 
 def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_timed: bool) -> int:
-    """The most memory that writing a package of so many bytes has resident, imports apart.
+    """Peak resident memory of writing a package, in bytes, without imports.
 
-    The largest tensor, and what is timed, twice.
+    The largest tensor, and twice what is timed of a package of `package` bytes.
     """
     timed = 2 * min(package, _TIMED_BYTES) if is_timed else 0
     return 3 * _FLOAT * max(map(math.prod, shapes.values())) + timed
@@ -119,7 +119,7 @@ def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_tim
 def parity_memory(
     model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int, measures_noise: bool
 ) -> int:
-    """The most memory that parity has resident, imports apart.
+    """Peak resident memory of parity, in bytes, without imports.
 
     A reference in float32 beside the runtime's package; logits of both sides and a copy, of the longest row or of a
     batch; and what both sides show of every layer of the longest row, and of the blocks of text whose experts are

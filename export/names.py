@@ -1,4 +1,4 @@
-"""Names of a graph's values, made and parsed in one place.
+"""Names of graph values, made and parsed in one place.
 
 Builders give values these names, the runtime binds them, parity looks at them; a test holds that no other module spells
 one. Inputs and outputs have the names that onnxruntime-genai takes by default, and that other exporters give:
@@ -43,7 +43,7 @@ _TAP = re.compile(rf"(?:({_ROUTER_LOGITS}|{_HIDDEN})\.(\d+)|({_LAYER})\.(\d+)\.m
 
 
 class State(NamedTuple):
-    """A key or a value in the cache: its layer and which of both it is."""
+    """A cached key or value: its layer, and which of the two."""
 
     layer: int
     kind: CacheKind
@@ -55,38 +55,38 @@ def past(layer: int, kind: CacheKind) -> str:
 
 
 def present(layer: int, kind: CacheKind) -> str:
-    """The output of a layer's cached keys or values, those of new tokens among them."""
+    """Output of a layer's cached keys or values, new tokens included."""
     return f"{_PRESENT}.{layer}.{kind}"
 
 
 def present_of(past_name: str) -> str:
-    """The output that continues an input of the cache."""
+    """The output that continues a cache input."""
     return _PRESENT + past_name.removeprefix(_PAST)
 
 
 def is_past(name: str) -> bool:
-    """Whether an input is of the cache, however it goes on."""
+    """Whether an input is one of the cache's."""
     return name.startswith(f"{_PAST}.")
 
 
 def is_state(name: str) -> bool:
-    """Whether a value is of the cache, as input or as output, however it goes on."""
+    """Whether an input or output is one of the cache's."""
     return name.startswith((f"{_PAST}.", f"{_PRESENT}."))
 
 
 def parse_state(name: str) -> State | None:
-    """The layer and the kind of a value of the cache; None where the name is no such one."""
+    """Layer and kind of a cache value; None for any other name."""
     found = _STATE.fullmatch(name)
     return None if found is None else State(int(found[1]), cast(CacheKind, found[2]))
 
 
 def count_layers(inputs: Iterable[str]) -> int:
-    """The number of layers whose keys and values are among a graph's inputs."""
+    """Number of layers whose keys and values a graph reads."""
     return sum(map(is_past, inputs)) // len(CACHE_KINDS)
 
 
 def genai_names() -> dict[str, dict[str, str]]:
-    """Names of inputs and outputs as onnxruntime-genai is told them, `%d` being a layer."""
+    """Names of inputs and outputs for onnxruntime-genai, `%d` being a layer."""
     states = {
         side: {f"{side}_{kind}_names": f"{stem}.%d.{kind}" for kind in CACHE_KINDS}
         for side, stem in (("past", _PAST), ("present", _PRESENT))
@@ -113,22 +113,22 @@ def nudged(router: str) -> str:
 
 
 def hidden(layer: int) -> str:
-    """The residual stream behind a layer [B, S, H]."""
+    """The residual stream after a layer [B, S, H]."""
     return f"{_HIDDEN}.{layer}"
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a value is the residual stream behind some layer."""
+    """Whether a value is the residual stream after some layer."""
     return name.startswith(f"{_HIDDEN}.")
 
 
 def in_layer(layer: int, part: str) -> str:
-    """A value inside of a layer."""
+    """A value inside a layer."""
     return f"{_LAYER}.{layer}.{part}"
 
 
 def attention_normed(layer: int) -> str:
-    """What attention reads: behind its norm."""
+    """Attention's input: after its norm."""
     return in_layer(layer, "normed")
 
 
@@ -138,12 +138,12 @@ def query_key_value(layer: int) -> str:
 
 
 def attention(layer: int) -> str:
-    """What the heads give, side by side, before the output matrix."""
+    """Output of the heads, side by side, before the output matrix."""
     return in_layer(layer, "attention")
 
 
 def attention_output(layer: int) -> str:
-    """What attention gives, behind its output matrix."""
+    """Attention's output, after its output matrix."""
     return in_layer(layer, "attention_output")
 
 
@@ -153,12 +153,12 @@ def attended(layer: int) -> str:
 
 
 def ffn_normed(layer: int) -> str:
-    """What the FFN reads: behind its norm."""
+    """The FFN's input: after its norm."""
     return in_layer(layer, "ffn_normed")
 
 
 def ffn_output(layer: int) -> str:
-    """What the FFN or the experts give."""
+    """Output of the FFN or the experts."""
     return in_layer(layer, "ffn_output")
 
 
@@ -178,12 +178,17 @@ def is_mixed(name: str) -> bool:
 
 
 def selection_scores(experts_name: str) -> str:
-    """Scores [T, E] that experts are chosen by, where these are not the router logits alone."""
+    """Scores [T, E] by which experts are chosen.
+
+    Only where router logits alone do not choose.
+    """
     return f"{experts_name}.{_SELECTION}"
 
 
 def order_tap(name: str) -> tuple[str, int] | None:
-    """The stem and the layer of what is shown of every layer: residual stream, router logits, selection scores.
+    """Stem and layer of a value that every layer shows.
+
+    The residual stream, router logits or selection scores.
 
     None of any other value.
     """

@@ -1,4 +1,4 @@
-"""Opening ONNX packages: whatever is wrong with a file is one line.
+"""Opening ONNX packages; a defect in a file is one line.
 
 A package may come from anybody: cut by a download, made of git-LFS pointers, written for another runtime, or no package
 at all. What onnx, onnxruntime, json, tokenizers and the file system say of its files becomes an `ExportError` that
@@ -75,7 +75,7 @@ class OpenedPackage:
         return self.directory / MODEL_NAME
 
     def read_tensor(self, tensor: onnx.TensorProto) -> npt.NDArray[Any]:
-        """The numbers of a tensor of the graph; bfloat16 as onnx has it.
+        """The values of a tensor of the graph; bfloat16 as in onnx.
 
         Raises:
             ExportError: its file does not hold them.
@@ -91,7 +91,9 @@ class OpenedPackage:
             return onnx.numpy_helper.to_array(own)
 
     def start_session(self, options: ort.SessionOptions, provider: str) -> ort.InferenceSession:
-        """A session of the graph as it is now, with its weights mapped from their files.
+        """A session of the graph in its present state.
+
+        Its weights are mapped from their files.
 
         Raises:
             ExportError: onnxruntime refuses it.
@@ -146,7 +148,7 @@ def open_package(directory: Path) -> OpenedPackage:
 
 
 def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> None:
-    """Refuse a tensor whose shape says another size than its file.
+    """Refuse a tensor whose shape contradicts its file's size.
 
     Onnxruntime would allocate what the shape says first.
     """
@@ -163,7 +165,9 @@ def _check_size(tensor: onnx.TensorProto, length: int | None, path: Path) -> Non
 
 @contextmanager
 def onnxruntime_errors(path: Path, verb: str) -> Iterator[None]:
-    """For the length of a `with`, which holds calls of onnxruntime alone: what it raises about a package is one line.
+    """Context manager: an error of onnxruntime becomes one line.
+
+    Only calls of onnxruntime about one package belong inside.
 
     Raises:
         ExportError: it cannot `verb` the graph in `path`.
@@ -184,7 +188,7 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def _check_branches(model: onnx.ModelProto, path: Path) -> None:
-    """Whether every `If` has two branches that return what it returns."""
+    """Refuse an `If` whose two branches do not return its outputs."""
     for node in model.graph.node:
         bodies = [attribute.g for attribute in node.attribute if attribute.name in ("then_branch", "else_branch")]
         if node.op_type == "If" and not (
@@ -207,7 +211,7 @@ def _walk_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 
 def _locate(tensor: onnx.TensorProto, path: Path) -> str:
-    """The file that a tensor says it lies in; what it says must be well formed."""
+    """The file that a tensor names; the entry must be well formed."""
     with one_line_errors(
         path, f"the tensor {shorten(tensor.name)!r} does not say where its weights lie", _AGAIN, ExportError
     ):
@@ -218,13 +222,16 @@ def _locate(tensor: onnx.TensorProto, path: Path) -> str:
 
 
 def _find_span(tensor: onnx.TensorProto) -> tuple[str, int, int | None]:
-    """File, offset and length of an external tensor; without a length it ends with the file."""
+    """File, offset and length of an external tensor.
+
+    Without a length the tensor ends with the file.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
     return entries["location"], int(entries.get("offset", 0)), int(entries["length"]) if "length" in entries else None
 
 
 def _find_file(directory: Path, location: str) -> Path:
-    """The file of weights behind its links.
+    """The file of weights that links lead to.
 
     Raises:
         ExportError: there is none, it is a pointer of git-LFS, or not one of the package.
@@ -246,14 +253,17 @@ def _find_file(directory: Path, location: str) -> Path:
 
 @dataclass(frozen=True)
 class Config:
-    """What a package says of its sizes, and the file that says it; fields that are null are left out."""
+    """A package's sizes and the file that gives them.
+
+    Fields that are null are left out.
+    """
 
     path: Path
     values: Mapping[str, Any]
     places: Mapping[str, str]
 
     def size(self, name: str, default: int | None = None, least: int = 1) -> int:
-        """A field that is a whole number, `least` or more.
+        """A field that must be a whole number, at least `least`.
 
         Raises:
             ExportError: it is missing without a `default`, or something else.
@@ -270,7 +280,7 @@ class Config:
 
 
 def read_config(directory: Path) -> Config:
-    """The model's config, with the fields of a language model that is part of it.
+    """The model's config, with a nested language model's fields on top.
 
     Or what onnxruntime-genai's description says of it.
 

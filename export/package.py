@@ -1,4 +1,4 @@
-"""The ONNX package: graph, external weights, tokenizer, and the configs that runtimes read."""
+"""The ONNX package: graph, external weights, tokenizer, and configs for runtimes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _build(
 def _trace(
     twin: Twin, config: OnnxConfig, folder: Path, progress: Progress
 ) -> tuple[DecoderGraph, LoweringChoice, Timings]:
-    """The graph from the model's own forward, where no builder knows the architecture."""
+    """The graph traced from the model, where no builder fits."""
     if twin.element_type != "float32":
         raise ExportError(
             f"{twin.directory}: {twin.checkpoint.config.model_type} is traced, and a traced graph is float32; leave "
@@ -106,7 +106,10 @@ def _choose(
     folder: Path,
     progress: Progress,
 ) -> tuple[Lowering | None, LoweringChoice, Timings]:
-    """The lowering to write, None without experts, how it was chosen, and the times that decided."""
+    """The lowering to write, how it was chosen, and deciding times.
+
+    The lowering is None for a model without experts.
+    """
     if len(candidates) < 2:
         return next(iter(candidates), None), "only", ()
     if not is_at_hand(PROVIDERS[config.device]):
@@ -116,7 +119,7 @@ def _choose(
 
 
 def _cache_shapes(graph: DecoderGraph) -> list[tuple[Any, Any]]:
-    """Heads and their size, of every key and value in the cache."""
+    """Number and size of heads, for every cached key and value."""
     past = [value.shape for value in graph.model.graph.inputs if value.name and names.is_past(value.name)]
     return [(shape[1], shape[3]) for shape in past if shape is not None]
 
@@ -171,7 +174,10 @@ def genai_config(
 
 
 def _genai_search(generation: Generation, vocab_size: int) -> dict[str, Any]:
-    """How onnxruntime-genai chooses tokens; it has no min_p, and takes a top_k of 0 for greedy."""
+    """Sampling settings in onnxruntime-genai's terms.
+
+    It has no min_p, and takes a top_k of 0 for greedy.
+    """
     sampling = generation.sampling
     drawn = (
         {"temperature": sampling.temperature, "top_k": sampling.top_k or vocab_size, "top_p": sampling.top_p}

@@ -23,7 +23,9 @@ _PAGE_BYTES, _LEAST_ALIGNED_BYTES = 4096, 1 << 20  # large weights begin at a pa
 
 
 def save_graph(model: ir.Model, directory: Path, progress: Progress) -> int:
-    """Write graph and weights, one initializer in memory at a time; returns their bytes.
+    """Write graph and weights; returns their bytes.
+
+    One initializer is in memory at a time.
 
     The model then reads its weights from the file.
     """

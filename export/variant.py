@@ -15,7 +15,7 @@ QUANTIZED: tuple[Variant, ...] = ("int8", STATIC, "int4", "mixed")
 
 
 def element_type(variant: Variant, device: Device) -> ElementType:
-    """What a graph's products, attention and KV cache compute in.
+    """The type in which products, attention and KV cache compute.
 
     CUDA has no float32 kernel that reads quantized experts. The CPU has no bfloat16 kernel that computes: there a
     bfloat16 graph computes in float32.
@@ -34,7 +34,9 @@ def element_type(variant: Variant, device: Device) -> ElementType:
 
 
 def scale_type(element: ElementType) -> ElementType:
-    """What the scales of integers are rounded to, and stored in, where a graph computes in `element`.
+    """The type in which scales of integers are stored.
+
+    What they are rounded to where a graph computes in `element`.
 
     16 bits, in float32 those with its range.
     """
@@ -42,12 +44,15 @@ def scale_type(element: ElementType) -> ElementType:
 
 
 def float_type(variant: Variant, device: Device) -> ElementType:
-    """What a variant's float weights are stored in, but for those of routers and norms."""
+    """The type of a variant's stored float weights.
+
+    Routers and norms stay in float32.
+    """
     return "bfloat16" if variant == "bfloat16" else element_type(variant, device)
 
 
 def rounds_to_8_bits(variant: Variant, device: Device, activation_bits: int) -> bool:
-    """Whether a variant's quantized products round what they read to 8 bits as they run.
+    """Whether a variant's quantized products round their inputs to 8 bits.
 
     CUDA's read it in their own type.
     """

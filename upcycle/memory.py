@@ -73,7 +73,7 @@ def small_heap(model: nn.Module) -> Iterator[None]:
 def give_heap_back() -> None:
     """Return free heap to the system after growth by `HEAP_BYTES`.
 
-    Where the system can.
+    Nothing happens on a system that cannot.
     """
     if _find_resident() is not None and _has_grown():
         _give_back()

@@ -1,4 +1,4 @@
-"""What the file system refuses, in one line, and the space that it has left."""
+"""Errors of the file system in one line, and free space."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ def check_space(directory: Path, needed_bytes: int) -> None:
 
 
 def describe_os_error(error: OSError, directory: Path, option: str = "--workdir") -> str:
-    """One line on where (the error's own path, or else `directory`), what happened, and how to mend it.
+    """A system error in one line: where, what happened, how to mend.
+
+    Where is the error's own path, or else `directory`.
 
     By another `option` if need be.
     """
@@ -78,7 +80,10 @@ def describe_os_error(error: OSError, directory: Path, option: str = "--workdir"
 
 @contextmanager
 def tell_os_errors(directory: Path) -> Iterator[None]:
-    """For the length of a `with`: what the system refuses is an ArtifactError of one line."""
+    """Context manager: an error of the system becomes an ArtifactError.
+
+    The ArtifactError is one line.
+    """
     try:
         yield
     except OSError as error:

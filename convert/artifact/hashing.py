@@ -17,7 +17,9 @@ _CHUNK_BYTES = 1 << 20
 
 
 def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file in 64 hex digits; `advance` is told how many bytes were read.
+    """SHA-256 of a file in 64 hex digits.
+
+    `advance` is told how many bytes were read.
 
     Raises:
         OSError: it cannot be read.
@@ -31,7 +33,10 @@ def digest_file(path: Path, advance: Callable[[int], None] = lambda _: None) -> 
 
 
 def digest_json(value: Mapping[str, JSON]) -> str:
-    """SHA-256 of the one way to write a value: sorted keys, no spaces, ASCII."""
+    """SHA-256 of a value as canonical JSON.
+
+    Keys are sorted, without spaces, in ASCII.
+    """
     return hashlib.sha256(
         json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
     ).hexdigest()
@@ -43,7 +48,7 @@ def is_digest(value: object) -> bool:
 
 
 def count_bytes(what: str, total_bytes: int, progress: Progress | None) -> Callable[[int], None]:
-    """A function that is told numbers of bytes, and reports their sum."""
+    """A function that takes numbers of bytes, and reports their sum."""
     done_bytes = 0
 
     def advance(num_bytes: int) -> None:
@@ -56,7 +61,9 @@ def count_bytes(what: str, total_bytes: int, progress: Progress | None) -> Calla
 
 
 def walk_files(directory: Path) -> Iterator[Path]:
-    """All that is not a directory, sorted; links are not followed.
+    """Every path below a directory that is no directory, sorted.
+
+    Links are not followed.
 
     Unlike `Path.rglob`, a folder that cannot be listed is an error.
     """

@@ -1,4 +1,4 @@
-"""Keys: what an artifact is made from, inputs, settings and code, as one digest."""
+"""Keys: one digest of an artifact's inputs, settings and code."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ _SOURCE_SUFFIXES = (".py", ".j2")
 
 
 def artifact_key(inputs: Mapping[str, str], settings: Mapping[str, JSON], code: str) -> str:
-    """The key, 64 hex digits, of what a stage makes from inputs (their keys), settings, and code (its digest)."""
+    """The key of an artifact: 64 hex digits.
+
+    From its inputs' keys, its settings, and the digest of its code.
+    """
     return digest_json({"dense2moe": FORMAT, "inputs": dict(inputs), "settings": dict(settings), "code": code})
 
 
 def code_digest(*names: str) -> str:
-    """SHA-256 of our version and of every source file in the named import packages, and of the modules named alone.
+    """SHA-256 of our version and of the named packages' source files.
+
+    Single modules may be named too.
 
     The order of the names does not matter.
     """

@@ -1,4 +1,4 @@
-"""Digests of files that were read before, kept in the user's cache.
+"""Digests of files that were hashed before, kept in the user's cache.
 
 A source of gigabytes is read once, and known again by its path, size, inode and times. An entry that does not fit the
 file is nothing, and the file is read anew. So an edit is always noticed: it changes the time of the last change of the
@@ -29,9 +29,9 @@ _RACY_NS = 2_000_000_000
 
 
 def digest_known(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
-    """SHA-256 of a file in 64 hex digits, read only if it was not, or was changed since.
+    """SHA-256 of a file, which is read only if new or changed.
 
-    `advance` is told how many bytes were read or known.
+    The digest has 64 hex digits. `advance` is told how many bytes were read or known.
 
     Raises:
         OSError: it cannot be read.
@@ -54,7 +54,7 @@ def digest_known(path: Path, advance: Callable[[int], None] = lambda _: None) ->
 
 
 def _force(path: Path) -> bool:
-    """Write what is changed of a file to disk; False where the system refuses."""
+    """Write a file's changes to disk; False where the system refuses."""
     try:
         sync(path)
     except OSError:
@@ -63,7 +63,7 @@ def _force(path: Path) -> bool:
 
 
 def find_claimed(path: Path) -> str | None:
-    """SHA-256 that the name of a file in the hub's cache claims, where it is one of the hub's large files.
+    """SHA-256 in a cached hub file's name, for large files.
 
     The hub names their blobs by it. Nothing is read: whoever makes something of the file reads it first.
     """
@@ -72,7 +72,7 @@ def find_claimed(path: Path) -> str | None:
 
 
 def _read_state(path: Path) -> dict[str, Any]:
-    """All by which a file is known again."""
+    """The state that tells whether a file has changed."""
     found = path.stat()
     return {
         "path": str(path.resolve()),
@@ -84,7 +84,7 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 
 def _find_entry(path: str) -> Path | None:
-    """Where the digest of a file is kept; None where this user has no home."""
+    """Where a file's digest is kept; None without a home directory."""
     if named := os.environ.get(CACHE_VARIABLE):
         folder = Path(named)
     else:
@@ -105,7 +105,10 @@ def _read_entry(entry: Path, state: dict[str, Any]) -> str | None:
 
 
 def _write_entry(entry: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, and by several runs at once, of which the last wins."""
+    """Write an entry whole or not at all.
+
+    Of several runs at once, the last wins.
+    """
     fresh = entry.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)

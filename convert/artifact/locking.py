@@ -20,7 +20,7 @@ _PATIENCE_SECONDS, _MOMENT_SECONDS = 10.0, 0.05
 
 @contextmanager
 def lock(workdir: Path) -> Iterator[int]:
-    """Make the work directory if need be, and hold it for this process alone.
+    """Make the work directory if missing, and lock it for this process.
 
     The kernel lets go when the process dies, however it dies. Yields the open file: a process that is given it holds
     the directory as well, until both have died. Where the one that is named in the file is dead, its last process is

@@ -48,18 +48,20 @@ class Artifact:
 
     @property
     def key(self) -> str:
-        """What it was made from, in 64 hex digits."""
+        """The key, 64 hex digits."""
         return str(self.manifest["key"])
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What its stage found."""
+        """The facts that its stage returned."""
         facts: dict[str, Any] = _restore_specials(self.manifest["facts"])
         return facts
 
 
 def open_artifact(directory: Path) -> Artifact:
-    """The artifact in a directory, wherever that lies and whatever its name.
+    """The artifact in any directory.
+
+    Its place and its name do not matter.
 
     Raises:
         ArtifactError: there is none, or its manifest is malformed, was changed or names a path outside the directory.
@@ -68,7 +70,10 @@ def open_artifact(directory: Path) -> Artifact:
 
 
 def read_artifact(directory: Path, mend: str, sealed: bool = True) -> Artifact:
-    """The artifact in a directory; `sealed`: its manifest must be as it was written."""
+    """The artifact in a directory.
+
+    `sealed`: its manifest must be as it was written.
+    """
     path = directory / MANIFEST_NAME
     with tell_os_errors(directory):
         if not directory.is_dir():
@@ -107,7 +112,7 @@ def mark_specials(value: Any) -> Any:
 
 
 def _restore_specials(value: Any) -> Any:
-    """What `mark_specials` was given."""
+    """The facts that `mark_specials` was given."""
     match value:
         case {"float": ("NaN" | "Infinity" | "-Infinity") as name} if len(value) == 1:
             return float(name)
@@ -124,7 +129,10 @@ def _refuse_constant(name: str) -> None:
 
 
 def find_fault(manifest: object) -> str | None:
-    """What is wrong with a manifest: its layout, or a path that leaves the directory or would spoil a line of text."""
+    """What is wrong with a manifest's layout or paths.
+
+    A path may not leave the directory or spoil a line of text.
+    """
     if not isinstance(manifest, dict):
         return f"is a {type(manifest).__name__}; must be an object"
     if (layout := manifest.get("dense2moe")) != FORMAT:
@@ -158,7 +166,7 @@ def find_fault(manifest: object) -> str | None:
 
 
 def find_broken_seal(manifest: Mapping[str, Any]) -> str | None:
-    """Whether the content of a manifest is another than was sealed, in words."""
+    """How a manifest's content differs from what was sealed, in words."""
     found, sealed = digest_manifest(manifest), manifest[SEAL]
     return (
         None
@@ -168,7 +176,7 @@ def find_broken_seal(manifest: Mapping[str, Any]) -> str | None:
 
 
 def digest_manifest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all in a manifest but this digest, as reading it gives it back."""
+    """SHA-256 of a manifest without this digest, as it is read."""
     return digest_json(
         json.loads(json.dumps({name: value for name, value in manifest.items() if name != SEAL}, allow_nan=False))
     )

@@ -62,9 +62,9 @@ class Draft:
         seed: int,
         progress: Progress | None = None,
     ) -> Artifact:
-        """Hash and record every file, force it all to disk, and give the directory its final name.
+        """Record every file, and give the directory its final name.
 
-        Modes are as the umask says.
+        Each file is hashed and forced to disk first. Modes are as the umask says.
 
         Raises:
             ArtifactError: the disk is full, or a link leads nowhere.
@@ -128,7 +128,10 @@ def find(workdir: Path, label: str, key: str) -> Artifact | None:
 
 
 def find_manifests(workdir: Path, label: str) -> Iterator[dict[str, Any]]:
-    """The manifests of all sealed artifacts of a label; what cannot be read is none."""
+    """Manifests of all sealed artifacts of a label.
+
+    An unreadable manifest is skipped.
+    """
     for directory in sorted(workdir.glob(f"{label}-*")):
         if is_digest(directory.name.removeprefix(f"{label}-").ljust(64, "0")):
             with suppress(ArtifactError):
@@ -137,7 +140,7 @@ def find_manifests(workdir: Path, label: str) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def build(workdir: Path, label: str, key: str) -> Iterator[Draft]:
-    """A fresh directory to make an artifact in.
+    """A fresh directory in which an artifact is made.
 
     The caller holds the lock and has asked `find`, and must call the draft's `seal`. An exception in the block deletes
     the directory and goes on unchanged. What a killed run left behind is deleted first.
@@ -163,7 +166,7 @@ def build(workdir: Path, label: str, key: str) -> Iterator[Draft]:
 
 
 def resume_directory(workdir: Path, label: str, key: str) -> Path:
-    """Where a stage that can be taken up again keeps what it needs for that.
+    """The directory in which a resumable stage keeps its progress.
 
     It outlives a killed run, and goes when the artifact is sealed.
     """
@@ -172,7 +175,7 @@ def resume_directory(workdir: Path, label: str, key: str) -> Path:
 
 
 def delete_leftovers(workdir: Path, stages: Collection[str], finished: Collection[str] = ()) -> None:
-    """Delete what killed runs of these stages left and none will take up.
+    """Delete leftovers of killed runs that no stage will resume.
 
     The caller holds the lock, so no process writes there. That is every unfinished artifact, and what a stage kept for
     being taken up where its artifact is sealed, or where its label is among those `finished` with other settings. What
@@ -195,7 +198,7 @@ def _name_directory(workdir: Path, label: str, key: str) -> Path:
 
 
 def _open_modes(directory: Path) -> None:
-    """Give files and folders the modes that the umask says, whatever their writers gave them.
+    """Give files and folders the umask's modes, whatever their writers chose.
 
     Safetensors' own writer lets only the owner read.
     """
@@ -209,7 +212,10 @@ def _open_modes(directory: Path) -> None:
 
 
 def _record_files(directory: Path, progress: Progress | None) -> dict[str, dict[str, JSON]]:
-    """Name to size, digest and link target of every file, each forced to disk."""
+    """Size, digest and link target of each file, by name.
+
+    Each file is forced to disk.
+    """
     paths = list(walk_files(directory))
     for path in paths:
         if not path.is_file():

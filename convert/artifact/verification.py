@@ -1,4 +1,4 @@
-"""Files of a sealed artifact against its manifest."""
+"""A sealed artifact's files against its manifest."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from dense2moe.upcycle.progress import Progress
 
 
 def check_files(artifact: Artifact, progress: Progress | None = None, largest_bytes: int | None = None) -> None:
-    """Read the files of an artifact, or those of at most `largest_bytes`, before something is made of them.
+    """Read an artifact's files, before something is made of them.
 
-    The files that links lead to are read only where they were not, or were changed since.
+    With `largest_bytes`, only files up to that size. The files that links lead to are read only where they were not, or
+    were changed since.
 
     Raises:
         ArtifactError: a file is not as the manifest says; nothing is ever deleted for that.
@@ -37,7 +38,10 @@ def check_files(artifact: Artifact, progress: Progress | None = None, largest_by
     )
 
     def digest(path: Path) -> str:
-        """A link leads to what a user gave, which is known; what lies here is ours, and read."""
+        """The digest of a file; a link's target is known already.
+
+        A link leads to what a user gave; what lies here is ours, and is read.
+        """
         return digest_known(path, advance) if path.is_symlink() else digest_file(path, advance)
 
     for mismatch in find_mismatches(artifact, digest, names):
@@ -45,9 +49,9 @@ def check_files(artifact: Artifact, progress: Progress | None = None, largest_by
 
 
 def verify(directory: Path, progress: Progress | None = None) -> list[str]:
-    """Every way in which the manifest differs from its own digest and the files from the manifest, a line each.
+    """Every difference of files and manifest, a line each.
 
-    Empty when all is well.
+    The manifest is compared with its own digest, the files with the manifest. Empty when all is well.
 
     Raises:
         ArtifactError: as `open_artifact`, but for a manifest that was changed, or a folder cannot be listed.
@@ -68,7 +72,9 @@ def verify(directory: Path, progress: Progress | None = None) -> list[str]:
 def find_mismatches(
     artifact: Artifact, digest: Callable[[Path], str] | None, names: Sequence[str] | None = None
 ) -> Iterator[str]:
-    """A line for each recorded file, or each of `names`, that is not as recorded.
+    """A line for each recorded file that differs.
+
+    With `names`, only these files.
 
     Without `digest`, as far as can be told without reading it.
     """

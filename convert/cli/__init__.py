@@ -1,4 +1,4 @@
-"""The command line: a recipe checked, planned, run, and what came of it."""
+"""The command line of dense2moe."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from dense2moe.convert.cli.runs import compare, package, show, verify
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="dense2moe", prog_name="dense2moe")
 def main() -> None:
-    """Turn a pretrained dense transformer into a Mixture of Experts in ONNX, and show that it is the same model."""
+    """Turn a pretrained dense transformer into an ONNX Mixture of Experts.
+
+    A recipe says how to upcycle, fine-tune, quantize and export the model. Parity tests show that the ONNX package
+    computes what the torch model computes.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # what a terminal cannot show ends no command; stderr is made so by Python
         sys.stdout.reconfigure(errors="replace")

@@ -1,4 +1,4 @@
-"""How a command ends: in one line what a user can mend, with a traceback a bug."""
+"""How a command ends: one line for mistakes, tracebacks for bugs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _R = TypeVar("_R")
 
 
 class _Refusal(click.ClickException):
-    """One line on stderr, and the exit code of the error that it tells."""
+    """One line on stderr, and the error's exit code."""
 
     def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
@@ -28,7 +28,9 @@ class _Refusal(click.ClickException):
 
 
 def end_in_one_line(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """A command that ends in one line and a code: the error's own, or for a signal 128 and its number.
+    """A command that ends in one line and an exit code.
+
+    The error's own code, or for a signal 128 and its number.
 
     A bug keeps its traceback.
     """
@@ -65,7 +67,9 @@ def _end(line: str, exit_code: int) -> NoReturn:
 
 
 def _describe_system(error: Exception, arguments: Mapping[str, Any]) -> str | None:
-    """One line on what the system refused, the disk or memory, whichever library passed it on.
+    """A lack of memory or disk space, in one line.
+
+    Any library may have passed the error on.
 
     None where it refused nothing.
     """

@@ -73,12 +73,12 @@ def generate(
     seed: int,
     cuda: bool,
 ) -> None:
-    """Continue prompts with the ONNX model in ARTIFACT, a package or a work directory.
+    """Continue prompts with the ONNX model in ARTIFACT.
 
-    The text of one prompt is printed as it comes. Several prompts are one batch, printed with a heading each when all
-    have ended. The package's generation_config.json says where a text ends and how tokens are chosen, as in
-    transformers; options override it. --top-k, --top-p or --min-p alone turns sampling on, at the package's temperature
-    or 1.
+    ARTIFACT is a package or a work directory. The text of one prompt is printed as it comes. Several prompts are one
+    batch, printed with a heading each when all have ended. The package's generation_config.json says where a text ends
+    and how tokens are chosen, as in transformers; options override it. --top-k, --top-p or --min-p alone turns sampling
+    on, at the package's temperature or 1.
     """
     texts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in prompts]
     texts += [] if prompts_file is None else _read_prompts(prompts_file)
@@ -121,7 +121,7 @@ def generate(
 
 
 def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[int, ...]:
-    """Whole numbers from 1 on, divided by commas, each once."""
+    """Whole numbers from 1 on, separated by commas, each once."""
     parts = value.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise click.BadParameter(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4")
@@ -185,11 +185,11 @@ def bench(
     threads: int,
     as_json: bool,
 ) -> None:
-    """Measure prefill, decode and memory of ARTIFACT, an ONNX package or a work directory.
+    """Measure prefill, decode and memory of an ONNX package.
 
-    Each round measures every batch size with every prompt length. Printed are medians and spread, memory, and the
-    machine. The package may be of another maker, if its inputs and outputs have our names: input_ids, attention_mask,
-    past_key_values.N.key, present.N.key, logits.
+    ARTIFACT is a package or a work directory. Each round measures every batch size with every prompt length. Printed
+    are medians and spread, memory, and the machine. The package may be of another maker, if its inputs and outputs have
+    our names: input_ids, attention_mask, past_key_values.N.key, present.N.key, logits.
     """
     from dense2moe.convert.progress import ProgressDisplay
 
@@ -268,11 +268,11 @@ def parity(
     max_score_drop: float | None,
     json_path: Path | None,
 ) -> None:
-    """Check on your text that the ONNX decoder in ARTIFACT computes what a checkpoint computes.
+    """Check that the ONNX decoder in ARTIFACT computes like a checkpoint.
 
-    ARTIFACT is a work directory or a package, also one of another maker with our names of inputs and outputs. Each
-    broken limit is one line that names the place, and the exit code is 1. A task is a file with a JSON object on each
-    line: prompt, choices and answer; or prompt and answer; or two texts and a score.
+    Both read the text of --data. ARTIFACT is a work directory or a package, also one of another maker with our
+    names of inputs and outputs. Each broken limit is one line that names the place, and the exit code is 1. A task is a
+    file with a JSON object on each line: prompt, choices and answer; or prompt and answer; or two texts and a score.
     """
     package = find_package(directory, variant)
     check_output(json_path, "--json")

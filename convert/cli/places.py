@@ -10,7 +10,7 @@ from dense2moe.convert.run_state import RUN_NAME, read_run
 
 
 def check_output(path: Path | None, option: str) -> None:
-    """Refuse a file that could not be written, before the work.
+    """Refuse a file that cannot be written, before the work.
 
     Raises:
         ArtifactError: its folder is not there, or may not be written in.
@@ -27,7 +27,7 @@ def check_output(path: Path | None, option: str) -> None:
 
 
 def find_package(directory: Path, variant: str | None) -> Path:
-    """The package that is meant: the directory itself, or a variant of the run whose work directory it is.
+    """The package in a directory, or a variant's in a work directory.
 
     Raises:
         ArtifactError: it is the work directory of a run without such a package.

@@ -24,7 +24,7 @@ _RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 @_RECIPE
 @end_in_one_line
 def check(recipe: Path) -> None:
-    """Read RECIPE and everything it names, and say whether a run could start."""
+    """Read RECIPE and its files, and say whether a run could start."""
     preparation = _prepare(recipe)
     conversion = preparation.plan.conversion
     exports = ", ".join(preparation.lowerings) or "no ONNX yet"
@@ -41,7 +41,7 @@ def check(recipe: Path) -> None:
 @click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
 @end_in_one_line
 def plan(recipe: Path, workdir: Path | None) -> None:
-    """Show what RECIPE would make: sizes, parameters, disk and memory, before any work."""
+    """Show what RECIPE would make: sizes, parameters, disk and memory."""
     from dense2moe.convert.preview import plan_tables
 
     preparation = _prepare(recipe)
@@ -109,7 +109,10 @@ def schema(report: bool) -> None:
 
 
 def _prepare(recipe: Path, apart: bool = False) -> Preparation:
-    """What is known of a recipe's run; `apart`: the server of stages' processes may begin its imports."""
+    """The preparation of a recipe's run.
+
+    `apart`: the server of stages' processes may begin its imports.
+    """
     from dense2moe.convert.recipe.loading import load_recipe
     from dense2moe.convert.worker import start_server
 

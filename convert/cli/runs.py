@@ -18,7 +18,10 @@ from dense2moe.upcycle.errors import one_line_errors
 @click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
 @end_in_one_line
 def show(directory: Path) -> None:
-    """Show the results of RUN, a work directory: its summary table, or its finished stages."""
+    """Show the results of RUN: its summary, or its finished stages.
+
+    RUN is a work directory.
+    """
     from dense2moe.convert.artifact.locking import is_locked
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.report.costs import cost_table, read_costs, take_costs
@@ -90,10 +93,11 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 @click.option("--variant", help="Variant to copy [default: the first].")
 @end_in_one_line
 def package(directory: Path, output: Path, variant: str | None) -> None:
-    """Copy an ONNX model of RUN with its model card into a new DIRECTORY for the hub.
+    """Copy an ONNX model of RUN, ready for release, into DIRECTORY.
 
-    RUN is a work directory whose run has written its report. DIRECTORY gets the package, the report and the model card:
-    README.md with the hub's metadata, figures, the verdict of parity, code to run the model, the recipe and provenance.
+    RUN is a work directory whose run has written its report. DIRECTORY must be new; it gets the package, the report and
+    the model card: README.md with the hub's metadata, figures, the verdict of parity, code to run the model, the recipe
+    and provenance.
     """
     from dense2moe.convert.artifact.manifest import open_artifact
     from dense2moe.convert.release import gather_package

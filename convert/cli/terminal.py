@@ -11,7 +11,10 @@ if TYPE_CHECKING:  # rich takes a tenth of a second to import
 
 
 def open_console() -> Console:
-    """Standard output for tables; where it is no terminal, as wide as COLUMNS says, or else 100 columns."""
+    """Standard output for tables.
+
+    Where it is no terminal, as wide as COLUMNS says, or else 100 columns.
+    """
     from rich.console import Console
 
     is_terminal = sys.stdout.isatty()

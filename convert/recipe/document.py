@@ -1,4 +1,4 @@
-"""A YAML file as plain values, with the line of every key."""
+"""A YAML file as plain values, with each key's line."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ _CORE_SCHEMA: Final = {
 
 
 class _CoreResolver(VersionedResolver):
-    """Gives plain scalars the core schema's types, whatever a %YAML directive says."""
+    """Gives plain scalars the core schema's types, whatever %YAML directive stands."""
 
     def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        """The tag of a node that has none in the file; `implicit[0]` is true of a plain scalar."""
+        """The tag of a node without one.
+
+        `implicit[0]` is true for a plain scalar.
+        """
         if kind is ScalarNode and implicit[0]:
             for tag, pattern in _CORE_SCHEMA.items():
                 if pattern.match(value):
@@ -48,7 +51,10 @@ class _CoreResolver(VersionedResolver):
 
 
 class Document:
-    """A YAML file as plain values, with the line of every key and the mistakes found so far."""
+    """A YAML file as plain values, with lines and mistakes.
+
+    The line of every key, and the mistakes found so far.
+    """
 
     def __init__(self, file: Path, text: str) -> None:
         self.file = file
@@ -73,7 +79,10 @@ class Document:
         return f"{self.file}:{line}" if (line := self._line_of(key)) else str(self.file)
 
     def _line_of(self, key: Key) -> int:
-        """Line of a key, or of the nearest one around it; 0 is the file as a whole."""
+        """A key's line, or its nearest parent's.
+
+        0 is the file as a whole.
+        """
         while key and key not in self._lines:
             key = key[:-1]
         return self._lines[key] if key else 0
@@ -108,7 +117,10 @@ class Document:
         )
 
     def _read(self, node: Node, key: Key) -> object:
-        """Plain values of a node; an alias is read again each time it occurs, so values are counted."""
+        """A node's plain values.
+
+        An alias is read again each time it occurs, so values are counted.
+        """
         if len(self._lines) > _MAX_VALUES or len(key) > _MAX_DEPTH:
             raise self._too_large()
         tag = str(node.tag).removeprefix(_TAG)
@@ -134,7 +146,10 @@ class Document:
         )
 
     def _join_halves(self, node: ScalarNode) -> str:
-        """Text of a node; JSON escapes a character beyond 16 bits in two halves, which YAML leaves apart."""
+        """A node's text, with JSON's halved characters joined.
+
+        JSON escapes a character beyond 16 bits in two halves, which YAML leaves apart.
+        """
         text = str(node.value)
         try:
             return text.encode("utf-16", "surrogatepass").decode("utf-16")

@@ -1,4 +1,4 @@
-"""A recipe read from its file, and the paths that it names."""
+"""A recipe read from its file, and the paths in it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_BYTES: Final = 100_000
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe, its name, and the file and text that it was read from."""
+    """A recipe with its name, file and text."""
 
     recipe: Recipe
     name: str
@@ -44,7 +44,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
 
 
 def resolve_path(path: str, recipe_path: Path) -> Path:
-    """The file or directory that `path` in a recipe means.
+    """The file or directory that a recipe's `path` means.
 
     Beside the recipe, or else below the current directory; `~` is the home.
 

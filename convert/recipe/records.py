@@ -90,7 +90,10 @@ class Recipe(Record):
 
     @property
     def training_stages(self) -> tuple[FinetuneConfig, ...]:
-        """Every stage of fine-tuning with all of its settings; none where it is switched off."""
+        """Every training phase with all its settings.
+
+        None where fine-tuning is switched off.
+        """
         return self.finetune.resolve_phases() if self.finetune else ()
 
     @field_validator("variants")

@@ -1,4 +1,4 @@
-"""What pydantic refuses, in our words."""
+"""pydantic's errors in our words."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MUST_BE: Final = {
 
 
 def explain(error: ErrorDetails) -> list[Mistake]:
-    """One of pydantic's errors in our words, under the key that the file has."""
+    """One pydantic error in our words, under the file's key."""
     ctx, given = error.get("ctx", {}), error["input"]
     key, parent, records = _locate(error["loc"])
     match error["type"]:
@@ -83,7 +83,7 @@ def explain(error: ErrorDetails) -> list[Mistake]:
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, tuple[type[BaseModel], ...]]:
-    """The key in the file that pydantic's location means, the record that holds it.
+    """The file's key for a pydantic location, and its record.
 
     And the records that may be its value.
     """
@@ -107,14 +107,14 @@ def _locate(loc: tuple[int | str, ...]) -> tuple[Key, type[BaseModel] | None, tu
 
 
 def list_records(annotation: Any) -> tuple[type[BaseModel], ...]:
-    """The records that a value of this annotation may be."""
+    """The records that an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return (annotation,)
     return tuple(record for part in get_args(annotation) for record in list_records(part))
 
 
 def _record_tag(record: type[BaseModel]) -> str:
-    """A record in a union is known by its literal `kind`, or else by its first key."""
+    """The name of a record in a union: `kind`, or first key."""
     kind = record.model_fields.get("kind")
     return str(get_args(kind.annotation)[0]) if kind else next(iter(record.model_fields))
 

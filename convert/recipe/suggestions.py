@@ -1,4 +1,4 @@
-"""The key that was probably meant by a misspelt one."""
+"""Suggestions for misspelt keys."""
 
 from __future__ import annotations
 
@@ -57,7 +57,10 @@ ALIASES: Final[dict[str, tuple[str, ...]]] = {
 
 
 def suggest(name: str, record: type[BaseModel]) -> str:
-    """The key of the record that was probably meant, as a question; nothing if none is near."""
+    """The key that was probably meant, as a question.
+
+    Empty if none is near.
+    """
     word = name.lower().replace("-", "_")
     keys = [key for key in record.model_fields if key != name]
     aliased = [key for key in keys if word in ALIASES.get(key, ())]

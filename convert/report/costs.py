@@ -1,4 +1,4 @@
-"""What each stage took: time, and peak memory beside the plan."""
+"""Each stage's time, and its peak memory beside the plan."""
 
 from __future__ import annotations
 

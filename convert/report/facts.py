@@ -104,7 +104,7 @@ class ParityFacts:
 
     @property
     def measured(self) -> ProviderParity | None:
-        """The figures on the CPU, or else of the first provider that ran."""
+        """Figures on the CPU, or on the first provider that ran."""
         ran = {name: found for name, found in self.providers.items() if isinstance(found, ProviderParity)}
         return ran.get(CPU) or next(iter(ran.values()), None)
 
@@ -187,7 +187,7 @@ def _adapter() -> TypeAdapter[ReportFacts]:
 
 
 def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts with a history, and with details of the text in one place."""
+    """The same facts with a history, and the text's details together."""
     completed = dict(found)
     if isinstance(finetune := found.get("finetune"), Mapping):
         completed["finetune"] = {"history": (), **finetune}
@@ -200,7 +200,7 @@ def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _lacking(facts: ReportFacts) -> Iterator[str]:
-    """Facts that older versions did not write, though records default them."""
+    """Facts without a value that older versions did not write."""
     figured: dict[str, Evaluation | ProviderParity] = {
         f"finetune.evaluations.{name}": found for name, found in facts.finetune.evaluations.items()
     }

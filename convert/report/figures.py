@@ -44,7 +44,7 @@ def format_improvement(new: Figure, old: Figure) -> str:
 
 
 def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
-    """From one figure to the next: numbers, words, and whether it is better.
+    """The step between two figures: numbers, words, and whether better.
 
     Both numbers have as many digits as it takes to tell them apart.
     """
@@ -77,5 +77,8 @@ def _is_rounding(gain: float, of: float) -> bool:
 
 
 def _size(gain: float, of: float) -> str:
-    """A difference as a share of `of`, or itself if `of` is not positive."""
+    """A difference as a share of `of`, or itself.
+
+    Itself where `of` is not positive.
+    """
     return format_share(gain / of) if of > 0 else format_digits(abs(gain), 3)

@@ -56,7 +56,7 @@ def shallow(record: Any) -> dict[str, Any]:
 
 
 def tabulate(records: Sequence[Any], leave_out: Sequence[str] = ()) -> Grid:
-    """Records of one kind as a table, without the columns that are empty."""
+    """Records of one kind as a table, without empty columns."""
     found = [shallow(record) for record in records]
     names = [
         name

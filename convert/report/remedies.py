@@ -1,4 +1,4 @@
-"""What a broken limit of parity means, and what to do now."""
+"""What a broken parity limit means, and how to mend it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHOWN = 2  # broken limits in a sentence; the page has them all
 
 
 def describe_failure(variant: str, parity: ParityFacts) -> str:
-    """Why a variant failed, and what to do now, in plain words."""
+    """Why a variant failed, and what to do now."""
     broken = _find_broken(parity)
     shown, more = parity.breaches[:_SHOWN], len(parity.breaches) - _SHOWN
     limits = "; ".join([*shown, *([f"{more} more"] if more > 0 else [])])

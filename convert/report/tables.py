@@ -26,7 +26,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 def trained_table(facts: ReportFacts) -> Grid:
-    """What the mixture and the dense controls reached and took."""
+    """What the mixture and the dense controls reached, and at what cost."""
     headers = (
         "Trained",
         "Loss, nats",
@@ -182,7 +182,7 @@ def timing_table(facts: ReportFacts) -> Grid:
 
 
 def provenance_sections(facts: ReportFacts) -> Iterator[tuple[str, list[tuple[str, str]]]]:
-    """Facts that are shown nowhere else, by the stage that found them."""
+    """Facts shown nowhere else, by the stage that found them."""
     shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
     found = _without(facts, "name", "recipe", "variants", "costs")
     nested = {name: value for name, value in found.items() if is_dataclass(value) or isinstance(value, dict)}

@@ -1,1 +1,1 @@
-"""The stages, a file each: what decides a stage's output, what it needs, and what it does."""
+"""The stages, a file each: settings, needs and work."""

@@ -12,13 +12,15 @@ from dense2moe.upcycle.data.files import find_files, text_sources
 
 
 def find_data_base(loaded: LoadedRecipe) -> Path:
-    """The folder that the data's file names start at."""
+    """The folder to which the data's file names are relative."""
     sources = text_sources(loaded.recipe.data.source)
     return find_text_base(loaded, next(iter(sources.values())).train[0]) if sources else Path.cwd()
 
 
 def find_text_base(loaded: LoadedRecipe, first: str) -> Path:
-    """The folder that names of text files start at: beside the recipe, or else the current one, as for the source.
+    """The folder to which names of text files are relative.
+
+    Beside the recipe, or else the current one, as for the source.
 
     The first file given decides which.
     """
@@ -27,7 +29,7 @@ def find_text_base(loaded: LoadedRecipe, first: str) -> Path:
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
-    """The text that is meant, down to the digests of its files."""
+    """The text, down to its files' digests."""
     data = preparation.recipe.data
     interpreter = platform.python_version() if data.source.kind == "python-docs" else None
     return {**data.model_dump(mode="json"), "files": dict(preparation.data_files), "interpreter": interpreter}

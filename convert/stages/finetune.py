@@ -14,12 +14,15 @@ from dense2moe.upcycle.training.fine_tuning import finetune, measure_untrained
 
 
 def name_exported(preparation: Preparation) -> StageName:
-    """The stage whose mixture is exported: the upcycled one where fine-tuning is switched off."""
+    """The stage whose mixture is exported.
+
+    The upcycled one where fine-tuning is switched off.
+    """
     return "upcycle" if preparation.recipe.finetune is None else "finetune"
 
 
 def estimate_artifact(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig) -> int:
-    """Bytes of the weights written: the mixture's, and those of the two controls."""
+    """Bytes of the written weights: the mixture's and both controls'."""
     is_wide = config.resolve_phases()[-1].dtype == "float32"
     mixture = 4 * plan.num_parameters if is_wide else plan.num_bytes
     dense = 4 * checkpoint.num_parameters if is_wide else checkpoint.num_bytes
@@ -27,10 +30,11 @@ def estimate_artifact(checkpoint: Checkpoint, plan: UpcyclePlan, config: Finetun
 
 
 def estimate_scratch(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig, artifact_bytes: int) -> int:
-    """Bytes on the disk while it trains: the weights after every phase, and three checkpoints of one model.
+    """Bytes on disk while training: each phase's weights, three checkpoints.
 
-    They are the best, the latest and the one being written, of the model that takes most. A checkpoint is what learns
-    in float32 with AdamW's two moments. Routers, low-rank updates and a prompt are next to nothing.
+    The checkpoints are those of one model. They are the best, the latest and the one being written, of the model that
+    takes most. A checkpoint is what learns in float32 with AdamW's two moments. Routers, low-rank updates and a prompt
+    are next to nothing.
     """
     phases = config.resolve_phases()
     mixture = plan.num_parameters if any(phase.train not in ("router", "lora", "prompt") for phase in phases) else 0
@@ -40,7 +44,10 @@ def estimate_scratch(checkpoint: Checkpoint, plan: UpcyclePlan, config: Finetune
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
-    """The training recipe; without fine-tuning only figures are taken, which need no settings."""
+    """The training settings.
+
+    Without fine-tuning only figures are taken, which need no settings.
+    """
     recipe = preparation.recipe
     return {**recipe.finetune.model_dump(mode="json"), "seed": recipe.seed} if recipe.finetune else {"off": True}
 

@@ -8,7 +8,7 @@ from dense2moe.export.package import write_package
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
-    """The graph."""
+    """The graph's settings."""
     return preparation.recipe.export.model_dump(mode="json")
 
 

@@ -1,4 +1,4 @@
-"""The package against its twin, and against the model that was exported."""
+"""The package against its twin, and against the exported model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARITY_NAME = "parity.json"
 
 
 def list_settings(preparation: Preparation, item: str | None) -> Facts:
-    """Thresholds, and what they are applied to."""
+    """Thresholds, and the text and tasks they apply to."""
     recipe, variant = preparation.recipe, cast(Variant, item)
     return {
         **recipe.parity.model_dump(mode="json"),
@@ -30,7 +30,10 @@ def list_settings(preparation: Preparation, item: str | None) -> Facts:
 
 
 def run_stage(run: StageRun) -> ParityFacts:
-    """The figures of one variant; thresholds are judged after the report is written."""
+    """The figures of one variant.
+
+    Thresholds are judged after the report is written.
+    """
     is_trained = run.recipe.finetune is not None
     subject = ParitySubject(
         run.inputs["onnx"],

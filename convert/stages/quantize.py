@@ -12,7 +12,7 @@ from dense2moe.upcycle.data.blocks import read_blocks
 
 
 def list_settings(preparation: Preparation, item: str | None) -> Facts:
-    """Bits and groups of one variant, and what its graph computes in."""
+    """Bits and groups of one variant, and its graph's element type."""
     recipe, variant = preparation.recipe, cast(Variant, item)
     device = recipe.export.device
     settings = recipe.quantize.model_dump(mode="json") if variant in QUANTIZED else {}

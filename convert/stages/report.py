@@ -1,4 +1,7 @@
-"""The page of a run, the same facts as JSON, and a model card for each variant."""
+"""The page of a run, its facts as JSON, and model cards.
+
+Each variant has a model card.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,12 @@ from dense2moe.upcycle.training.history import HISTORY_NAME
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
-    """The recipe as it was written, and what the model cards say beside it."""
+    """The recipe as written, and what the model cards add."""
     return {"name": preparation.loaded.name, "recipe": preparation.loaded.text, "license": dict(preparation.license)}
 
 
 def run_stage(run: StageRun) -> Facts:
-    """The page, its JSON and the cards, of what all stages found."""
+    """The page, its JSON and the cards, from all stages' facts."""
     facts = _gather_facts(run)
     history = [
         json.loads(line) for line in (run.inputs["finetune"] / HISTORY_NAME).read_text(encoding="utf-8").splitlines()

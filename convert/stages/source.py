@@ -22,7 +22,9 @@ from dense2moe.upcycle.models.table import find_family
 
 
 def locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
-    """The directory of the dense checkpoint, fetched from the hub if need be, and what the recipe calls it.
+    """The dense checkpoint's directory, and its name in the recipe.
+
+    A hub model is downloaded if need be.
 
     Raises:
         RecipeError: it is not there, or cannot be fetched.
@@ -35,7 +37,10 @@ def locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
 
 
 def name_files(checkpoint: Checkpoint) -> list[str]:
-    """The files of a checkpoint that something is made of: its config, what belongs to it, its weights."""
+    """Names of a checkpoint's files that are used.
+
+    Its config, what belongs to it, its weights.
+    """
     directory = checkpoint.directory
     weights = {entry.file.name for entry in checkpoint.entries.values()}
     indexes = {file.name for file in directory.glob("*.safetensors.index.json")}
@@ -43,15 +48,15 @@ def name_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
-    """What is in the dense checkpoint, and where it is."""
+    """The dense checkpoint's content and place."""
     return {"directory": str(preparation.checkpoint.directory), "files": dict(preparation.source_files)}
 
 
 def run_stage(run: StageRun) -> SourceFacts:
-    """Links to the dense checkpoint's files, every value that something is made of read once and found finite.
+    """Links to the dense checkpoint's files, all values read once.
 
-    They are relative: work directory and checkpoint can be moved together, or be seen at another place from a
-    container.
+    Every value that something is made of is finite. They are relative: work directory and checkpoint can be moved
+    together, or be seen at another place from a container.
     """
     checkpoint = run.preparation.checkpoint
     for number, _ in enumerate(check_values(checkpoint, run.preparation.plan.dropped), 1):
@@ -71,7 +76,10 @@ def run_stage(run: StageRun) -> SourceFacts:
 
 
 def _check_digest(file: Path, planned: str) -> None:
-    """Refuse a file that is not what keys were made of: in the hub's cache, only its name was asked until now."""
+    """Refuse a file whose digest differs from the key's.
+
+    In the hub's cache, only its name was asked until now.
+    """
     with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"):
         found = digest_known(file)
     if found == planned:
@@ -85,7 +93,10 @@ def _check_digest(file: Path, planned: str) -> None:
 
 
 def _resolve_source(path: str, recipe_path: Path) -> Path:
-    """The directory of a local source; one that is not there may be meant as an id of the hub."""
+    """The directory of a local source.
+
+    A missing directory may be meant as an id of the hub.
+    """
     try:
         return resolve_path(path, recipe_path)
     except RecipeError as error:
@@ -95,7 +106,10 @@ def _resolve_source(path: str, recipe_path: Path) -> Path:
 
 
 def _download(hub: str, revision: str) -> Path:
-    """A model of the hub: what belongs to it, and then, of the same commit, the weights that its index names."""
+    """A model of the hub, from one commit.
+
+    First what belongs to it, then the weights that its index names.
+    """
     from huggingface_hub import snapshot_download  # only a hub source needs it
 
     remedy = "check the id, or give a path"

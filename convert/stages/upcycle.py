@@ -1,4 +1,7 @@
-"""The mixture of experts, and the receipt that it computes what the dense model does."""
+"""The mixture of experts, and the receipt of its equality.
+
+The receipt shows that it computes what the dense model does.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +26,16 @@ RECEIPT_NAME = "receipt.json"
 
 
 def find_router_base(loaded: LoadedRecipe) -> Path:
-    """The folder that names of the routers' text files start at."""
+    """The folder to which routers' text files are relative."""
     files = [file for domain in loaded.recipe.upcycle.router.domains for file in domain.files]
     return find_text_base(loaded, files[0]) if files else Path.cwd()
 
 
 def estimate_memory(checkpoint: Checkpoint, plan: UpcyclePlan, block_size: int) -> int:
-    """The most memory resident: the receipt's, whole models at once or layer by layer."""
+    """Peak resident memory of the receipt.
+
+    Of whole models at once, or layer by layer.
+    """
     if choose_mode(plan, checkpoint, block_size) == "whole":
         return receipt_bytes(plan, checkpoint, block_size)
     return layer_receipt_bytes(plan, checkpoint)
@@ -47,7 +53,10 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
 
 
 def run_stage(run: StageRun) -> UpcycleFacts:
-    """The mixture, its tensors compared with what they were made of, and its receipt."""
+    """The mixture, checked tensor by tensor, and its receipt.
+
+    Tensors are compared with what they were made of.
+    """
     config, seed, source, plan = run.recipe.upcycle, run.recipe.seed, run.inputs["source"], run.preparation.plan
     training = read_examples(run.inputs["data"], "train")
     base = find_router_base(run.preparation.loaded)

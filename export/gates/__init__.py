@@ -1,1 +1,1 @@
-"""Gates as nodes: scores, choice, routes, and routes told as logits."""
+"""Gates as nodes: scores, choice, routes, and routes encoded as logits."""

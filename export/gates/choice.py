@@ -11,7 +11,10 @@ from dense2moe.upcycle.gates.gate import Choice, TopK
 
 
 def add_choice(graph: GraphWriter, choice: Choice, scores: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
-    """The selection scores [T, K] of the experts that each token visits, and their numbers, int64 [T, K]."""
+    """Chosen experts of each token, int64 [T, K], and their selection scores.
+
+    Returns the selection scores [T, K] first, then the experts' numbers.
+    """
     match choice:
         case TopK(k):
             count = graph.constant("num_experts_per_tok", int64(k))

@@ -1,4 +1,4 @@
-"""Routes told as logits to operators that route by themselves.
+"""Routes encoded as logits, for operators that choose experts by themselves.
 
 `MoE` and `QMoE` take router logits and know one gate: a softmax over the top k, renormalized. A gate of that kind gives
 them its own logits. Any other routes are told as the logarithms of their weights, of which the operator makes the
@@ -28,17 +28,18 @@ _LEFT_OUT = -1e4
 
 
 def is_the_operators(gate: Gate) -> bool:
-    """Whether a gate is the one that the operators know: a softmax over the top k, renormalized."""
+    """Whether a gate is the operators' own: softmax over top-k, renormalized."""
     plain = gate.score == "softmax" and gate.renormalize and gate.scale == 1.0 and not gate.selection_bias
     return plain and isinstance(gate.choice, TopK)
 
 
 def add_own_logits(graph: GraphWriter, router_logits: ir.Value, name: str) -> ir.Value:
-    """Router logits [T, E] in the graph's element type, float32 or float16, for an operator that knows the gate.
+    """Router logits [T, E] for an operator that knows the gate.
 
-    In float16 each token's largest logit is taken off first, which changes no softmax: what competes for the last place
-    among the k is then small, and float16 is fine near zero. A logit of 20 would lie between neighbours that are 0.016
-    apart. bfloat16, with 8 significant bits, is too coarse everywhere: there experts are chosen in float32 and told.
+    In the graph's element type, float32 or float16. In float16 each token's largest logit is taken off first, which
+    changes no softmax: what competes for the last place among the k is then small, and float16 is fine near zero. A
+    logit of 20 would lie between neighbours that are 0.016 apart. bfloat16, with 8 significant bits, is too coarse
+    everywhere: there experts are chosen in float32 and told.
     """
     assert graph.element_type != "bfloat16", "bfloat16 logits would choose other experts"
     return graph.narrow(_below_largest(graph, router_logits, f"{name}.router_logits"))
@@ -47,9 +48,10 @@ def add_own_logits(graph: GraphWriter, router_logits: ir.Value, name: str) -> ir
 def add_told_logits(
     graph: GraphWriter, num_experts: int, weights: ir.Value, chosen: ir.Value, name: str
 ) -> tuple[ir.Value, ir.Value]:
-    """Logits [T, E] in the graph's element type that tell weights [T, K] of chosen experts, int64 [T, K].
+    """Logits [T, E] that make an operator use these routes.
 
-    And the sum of each token's weights, float32 [T, 1], which the operator's output has to be multiplied by.
+    In the graph's element type, from the weights [T, K] of the chosen experts, int64 [T, K]. And the sum of each
+    token's weights, float32 [T, 1], which the operator's output has to be multiplied by.
     """
     last = graph.constant("axis_last", int64(-1))
     total_T1 = graph.op("ReduceSum", [weights, last], f"{name}.total", {"keepdims": 1})
@@ -69,7 +71,7 @@ def add_told_logits(
 
 
 def _below_largest(graph: GraphWriter, values: ir.Value, name: str) -> ir.Value:
-    """Values of a token less the largest of them, where they are about to be rounded."""
+    """Values less their token's largest, before they are rounded."""
     if graph.element_type == "float32":
         return values
     last = graph.constant("axis_last", int64(-1))

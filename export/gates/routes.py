@@ -27,9 +27,10 @@ SMALLEST_TOTAL = 1e-20
 def add_routes(
     graph: GraphWriter, gate: Gate, bias: FloatWeight | None, router_logits: ir.Value, name: str
 ) -> tuple[ir.Value, ir.Value]:
-    """The weights [T, K] of the experts that each token visits, and their numbers, int64 [T, K].
+    """Weights [T, K] of each token's experts, and their numbers, int64.
 
-    From router logits [T, E] and the selection bias [1, E] of a gate that has one, all float32.
+    Both tensors are [T, K]. From router logits [T, E] and the selection bias [1, E] of a gate that has one, all
+    float32.
     """
     assert gate.selection_bias == (bias is not None), "a gate is given its selection bias, if it has one"
     if gate.score == "softmax" and gate.renormalize and bias is None:

@@ -18,7 +18,7 @@ from dense2moe.upcycle.gates.gate import Gate
 
 
 def add_scores(graph: GraphWriter, gate: Gate, router_logits: ir.Value, name: str) -> ir.Value:
-    """The score of every expert, float32 [T, E], from router logits [T, E]."""
+    """Scores of all experts, float32 [T, E], from router logits [T, E]."""
     match gate.score:
         case "softmax":
             return graph.op("Softmax", [router_logits], f"{name}.scores", {"axis": -1})

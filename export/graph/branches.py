@@ -1,4 +1,4 @@
-"""A graph without its `If` nodes: one branch taken in all."""
+"""A graph without its `If` nodes: the same branch taken everywhere."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _BRANCHES = ("then_branch", "else_branch")
 
 
 def take_branches(model: onnx.ModelProto) -> list[onnx.ModelProto]:
-    """Two models: all `If` nodes take the first branch, or all the second.
+    """The model without `If` nodes, once for either branch of all.
 
-    Itself where it has none. Nodes and weights of the branch taken lie among those around it, and what it returns has
-    the name of what the node returned.
+    The model itself where it has no `If`. Nodes and weights of the branch taken lie among the other nodes and weights,
+    and the branch's outputs have the names of the node's outputs.
     """
     if not any(node.op_type == "If" for node in model.graph.node):
         return [model]

@@ -11,7 +11,7 @@ from dense2moe.upcycle.record import Record
 
 
 def rounds_activations(variant: Variant, config: OnnxConfig) -> bool:
-    """Whether a variant's graph rounds what it computes with, to 16 or to 8 bits.
+    """Whether a variant's graph rounds activations to 16 or 8 bits.
 
     And so differs from its twin by more than float32 noise.
     """

@@ -56,9 +56,9 @@ NO_LOWERING = "none"
 
 @dataclass(frozen=True)
 class DecoderGraph:
-    """A model, the lowering of its experts, "none" without any, and what it needs.
+    """A decoder's graph, its experts' lowering, and the onnxruntime it needs.
 
-    The oldest onnxruntime that computes it rightly.
+    The lowering is "none" without experts. The oldest onnxruntime that computes it rightly.
 
     `shares_buffer`: attention writes new keys and values into the buffer that it reads the past from; else the present
     is longer than the past.
@@ -155,7 +155,7 @@ def oldest_onnxruntime(lowering: Lowering | None, layers: Sequence[MoeLayer], de
 
 
 def _finish(write: BlockWriter, update: ir.Value, post_norm: str | None, factor: float, name: str) -> ir.Value:
-    """An output, normed and multiplied before it joins the residual stream.
+    """A block's output, normed and multiplied, before the residual sum.
 
     A norm, or a factor, where the architecture has them.
     """
@@ -201,7 +201,9 @@ def find_operator_limit(c: PreTrainedConfig) -> str | None:
 
 
 def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
-    """The lowerings that fit the config and can express the layers with experts; none where there are no such layers.
+    """Lowerings that fit the config and can express its layers of experts.
+
+    None where no layer has experts.
 
     Raises:
         ExportError: none can, or onnxruntime has a limit that the model is beyond.
@@ -216,7 +218,7 @@ def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
 
 
 def _one_of_each_kind(layers: Sequence[MoeLayer]) -> list[MoeLayer]:
-    """Layers whose experts differ in bits.
+    """One layer of each kind: kinds differ in their experts' bits.
 
     What a lowering can express depends on nothing else that differs between layers.
     """
@@ -234,7 +236,9 @@ def plan_lowerings(
     quantize: QuantizeConfig,
     config: OnnxConfig,
 ) -> tuple[str, ...]:
-    """The names of the lowerings that `find_candidates` will find for a variant, from names and shapes alone.
+    """Names of the lowerings that `find_candidates` will find.
+
+    For a variant, from names and shapes alone.
 
     Raises:
         ExportError: the architecture or the lowering asked for is not covered, or bits are asked for that the head

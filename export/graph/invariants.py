@@ -1,4 +1,4 @@
-"""What holds in every graph as it is written: experts are chosen in float32, and are integers where they are quantized.
+"""Invariants of every written graph: float32 routing, integers where experts are quantized.
 
 The file is read and walked as any runtime would read it; what the builder meant does not count, and names do not
 either. What the file must hold is known from the twin: its tensors, and which of them are quantized.
@@ -55,7 +55,7 @@ _PLACES = ("Shape", "Size", "NonZero", "ArgMax", "ArgMin")
 
 
 def check_graph(directory: Path, twin: Twin) -> None:
-    """Check the graph in `directory` against the twin that it was written from.
+    """Check the graph in `directory` against its twin.
 
     Raises:
         ExportError: one of the four does not hold.
@@ -104,7 +104,10 @@ def _gates_of_nothing(twin: Twin) -> set[str]:
 
 
 def _check_elements(directory: Path, graph: _Graph, twin: Twin, classes: dict[str, TensorClass]) -> None:
-    """The fourth: elements of the matrices that products read. Vectors do not count, as of a gate with one output."""
+    """Check the fourth invariant: element types of all products' matrices.
+
+    Vectors do not count, such as a gate with one output.
+    """
     floats = integers = 0
     multiplied = (
         "experts",
@@ -130,7 +133,7 @@ def _is_matrix(shape: Iterable[int]) -> bool:
 
 
 class _Graph:
-    """A file's graph, with the element type of every value, and who makes and reads it."""
+    """A file's graph: element types, producer and readers of every value."""
 
     def __init__(self, directory: Path, proto: onnx.GraphProto) -> None:
         self.directory = directory
@@ -187,7 +190,7 @@ class _Graph:
         return "an unknown type" if kind is None else TensorProto.DataType.Name(kind).lower()
 
     def find(self, wanted: dict[str, Any]) -> dict[str, list[str]]:
-        """The float32 initializers that hold these arrays, or their transposes, bit by bit."""
+        """Float32 initializers that equal these arrays or their transposes, bitwise."""
         sizes = {array.size for array in wanted.values()}
         held: dict[bytes, list[str]] = {}
         for name, tensor in self.initializers.items():
@@ -208,13 +211,13 @@ class _Graph:
         return bytes(np.ascontiguousarray(array).tobytes())
 
     def check_norms(self) -> None:
-        """Norms read, scale and return float32."""
+        """Check that norms read, scale and return float32."""
         for node in self.nodes:
             if node.op_type in _NORMS:
                 self._check_node(node, "normalizes")
 
     def check_float32(self, place: str, tensor: str) -> None:
-        """What reads an initializer has nothing but float32 beside it."""
+        """Check that an initializer's readers read float32 only."""
         for node in self.readers.get(place, ()):
             self._check_node(node, f"reads '{tensor}'")
 
@@ -225,12 +228,18 @@ class _Graph:
                 raise self._refuse(node, f"{what} in {self._name(kind)}; it must be float32")
 
     def check_added(self, places: Iterable[str], tensor: str) -> None:
-        """A selection bias is added to something; of several initializers that are equal to it, one is."""
+        """Check that a selection bias is added to something.
+
+        Where several initializers equal the bias, one of them must be added.
+        """
         if all(node.op_type != "Add" for place in places for node in self.readers.get(place, ())):
             raise ExportError(f"{self.directory}: the graph adds '{tensor}' to nothing; it must choose experts")
 
     def find_products(self, place: str, tensor: str) -> list[NodeProto]:
-        """The products by a router; nothing rounds it, or what it multiplies, on the way."""
+        """Products by a router, with nothing rounded on the way.
+
+        Neither the router nor its input may be rounded.
+        """
         found, names = [], [place]
         while names:
             for node in self.readers.get(names.pop(), ()):
@@ -256,7 +265,7 @@ class _Graph:
             name = maker.input[0]
 
     def check_routing(self, product: NodeProto, tensor: str, quantized: bool) -> None:
-        """The second and the third, for one router.
+        """Check the second and the third invariant for one router.
 
         A value is of the routing if it depends on the router's product and constants alone; of an expert if routing
         chose its rows; mixed where routing's weights have met experts' outputs, which ends the walk.
@@ -298,7 +307,10 @@ class _Graph:
         )
 
     def _matrices(self, node: NodeProto) -> list[TensorProto]:
-        """The initializers that a product multiplies by, whatever dequantizes, widens or turns them first."""
+        """Initializers that a product multiplies by.
+
+        Through nodes that dequantize, widen or transpose them.
+        """
         if node.op_type in _ROUTERS_BY_THEMSELVES:
             names = [node.input[place] for place in _ROUTERS_BY_THEMSELVES[node.op_type] if place < len(node.input)]
         else:
@@ -321,7 +333,7 @@ class _Graph:
         return bool(matrices) and all(tensor.data_type in _INTEGERS for tensor in matrices)
 
     def count_elements(self) -> tuple[int, int]:
-        """Elements of all matrices that products read: floats, and integers."""
+        """Elements of all products' matrices: floats, and integers."""
         floats: dict[str, int] = {}
         integers: dict[str, int] = {}
         for node in self.nodes:

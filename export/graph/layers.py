@@ -57,7 +57,7 @@ class BlockWriter:
         return self.graph.weight(name, ir.DataType.FLOAT, checkpoint.entries[name].shape, lambda: checkpoint.read(name))
 
     def _biases(self, names: Sequence[str]) -> ir.Value:
-        """Biases of the checkpoint, one after the other."""
+        """The checkpoint's biases, concatenated."""
         self.used.update(names)
         checkpoint = self.twin.checkpoint
         size = sum(checkpoint.entries[name].num_elements for name in names)
@@ -66,7 +66,9 @@ class BlockWriter:
         )
 
     def linear(self, x: ir.Value, names: Sequence[str], output: str, product: ProductKind) -> ir.Value:
-        """x [B, S, K] times the transposed matrices `names` [N, K] below each other.
+        """x [B, S, K] times the transposes of stacked matrices [N, K].
+
+        `names` are the matrices, stacked by rows.
 
         Plus their biases where they have some; called `output`.
         x and what is returned are of the graph's element type.
@@ -84,7 +86,7 @@ class BlockWriter:
         return self.graph.op("SimplifiedLayerNormalization", [x, self.scale(name)], output, attributes)
 
     def multiply(self, x: ir.Value, factor: float, output: str) -> ir.Value:
-        """x float32 times a number; x itself, where that is one."""
+        """x float32 times a number; x itself, where the number is one."""
         if factor == 1.0:
             return x
         constant = self.graph.constant(f"factor_{factor:.9g}", torch.tensor(factor, dtype=torch.float32).numpy())

@@ -1,4 +1,4 @@
-"""Positions, masks and rotary tables: what all layers of attention share.
+"""Positions, masks and rotary tables, shared by all attention layers.
 
 A longrope has two tables, one below the other, and a position is a row in them. Where the longest row of the batch has
 more tokens than the model was first trained for, every position moves down to the long table, as transformers chooses:
@@ -31,7 +31,9 @@ Below float16's lowest number,
 
 @dataclass(frozen=True)
 class Positions:
-    """Inputs that attention layers share; the bias by the layer's window, None being full attention.
+    """Inputs that attention layers share, among them a bias for each window.
+
+    The window None is full attention.
 
     Tables and biases are of the element type.
     """
@@ -111,10 +113,11 @@ def _effective(window: int | None, context: int) -> int | None:
 
 
 def _add_window(graph: GraphWriter, window: int, padding: ir.Value, begin: ir.Value, total: ir.Value) -> ir.Value:
-    """The bias [B, 1, S, T] that hides `padding` [B, 1, 1, T] and keys `window` slots and more before the query.
+    """The bias [B, 1, S, T] that hides padding and distant keys.
 
-    Padding counted, as torch has it.
-    A mask and not the operator's own window: that one counts from the end of the row, wherever its padding is.
+    `padding` is [B, 1, 1, T]; keys `window` slots and more before the query are hidden. `padding` is [B, 1, 1, T]; keys
+    `window` slots and more before the query are hidden. Padding counted, as torch has it. A mask and not the operator's
+    own window: that one counts from the end of the row, wherever its padding is.
     """
     name = f"window_{window}"
     last, step = graph.constant("axis_last", int64(-1)), graph.constant("step", np.array(1, np.int64))

@@ -1,4 +1,4 @@
-"""Lowerings of a mixture-of-experts layer, and those that can express one."""
+"""Lowerings of a layer of experts, and which can express a layer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def find_lowerings(layer: MoeLayer, wish: LoweringWish, runtime: str = ort.__ver
 def find_common_lowerings(
     layers: Sequence[MoeLayer], wish: LoweringWish, runtime: str = ort.__version__
 ) -> tuple[Lowering, ...]:
-    """The lowerings that fit the wish and can express all of these layers, one or more; see `find_lowerings`.
+    """Lowerings that fit the wish and can express all these layers.
+
+    `layers` has one layer at least; see `find_lowerings`.
 
     Raises:
         ExportError: none can.

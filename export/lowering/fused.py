@@ -1,4 +1,7 @@
-"""Operators that route by themselves: given logits, or told routes."""
+"""Lowerings by operators that choose experts by themselves.
+
+They are given the router's logits, or logits that encode routes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ AddOperator = Callable[[GraphWriter, MoeLayer, ir.Value, ir.Value, str], ir.Valu
 
 
 def lower_logits(graph: GraphWriter, layer: MoeLayer, x: MoeInput, add_operator: AddOperator) -> ir.Value:
-    """The layer's output [B, S, H], by router logits."""
+    """The layer's output [B, S, H], from router logits."""
     name = layer.name
     if not is_the_operators(layer.gate):
         routes = add_routes(graph, layer.gate, layer.selection_bias, x.router_logits, name)
@@ -39,7 +42,10 @@ def lower_routes(
     chosen: ir.Value,
     add_operator: AddOperator,
 ) -> ir.Value:
-    """The same for tokens [T, H], and weights and numbers [T, K] of the experts that each visits; returns [T, H]."""
+    """The layer's output [T, H], from routes that are given.
+
+    For tokens [T, H], and weights and numbers [T, K] of the experts that each visits.
+    """
     logits, total_T1 = add_told_logits(graph, layer.gate.num_experts, weights, chosen, layer.name)
     mean_TH = add_operator(graph, layer, tokens, logits, f"{layer.name}.output_over_total")
     return graph.op("Mul", [mean_TH, total_T1], f"{layer.name}.output_weighted")

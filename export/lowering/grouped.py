@@ -29,12 +29,12 @@ NAME = "grouped"
 
 
 def refusal(_: MoeLayer) -> str | None:
-    """Nothing is refused."""
+    """None: this lowering expresses every layer."""
     return None
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly, which its products decide.
+    """The oldest onnxruntime that computes the layer correctly, given its products.
 
     No tokens at all need 1.31, for `TopK`.
     """
@@ -56,14 +56,20 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 def lower_chosen(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
 ) -> ir.Value:
-    """The same for tokens [T, H] and experts that are chosen, with their weights [T, k]; returns [T, H]."""
+    """The layer's output [T, H], from experts chosen outside.
+
+    For tokens [T, H], and experts with their weights [T, k].
+    """
     return add_hidden_shape(graph, _sum_by_token(graph, layer, tokens, weights, chosen), tokens, f"{layer.name}.output")
 
 
 def _sum_by_token(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
 ) -> ir.Value:
-    """The layer's output [T, 1, H] for tokens [T, H] that visit experts [T, k] with weights [T, k]; rows R = T * k."""
+    """The layer's output [T, 1, H], summed over each token's experts.
+
+    For tokens [T, H] that visit experts [T, k] with weights [T, k]; rows R = T * k.
+    """
     name = layer.name
     k, num_experts = layer.gate.max_experts_per_token, layer.gate.num_experts
     expert_R = graph.op("Reshape", [chosen, graph.constant("axis_last", int64(-1))], f"{name}.row_experts")

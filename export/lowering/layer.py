@@ -1,4 +1,4 @@
-"""What a lowering is given: one mixture-of-experts layer."""
+"""The input of a lowering: one layer of experts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dense2moe.upcycle.gates.gate import Gate
 
 @dataclass(frozen=True)
 class Expert:
-    """The three matrices of one gated expert: gate and up [I, H], down [H, I]."""
+    """One gated expert's matrices: gate and up [I, H], down [H, I]."""
 
     gate: Weight
     up: Weight
@@ -24,7 +24,7 @@ class Expert:
 
 @dataclass(frozen=True)
 class MoeLayer:
-    """One layer, as the lowerings see it.
+    """One layer of experts, as lowerings see it.
 
     Its name in the graph, how tokens choose experts, its experts with the function of their own gate, the bits of
     products' activations, and the graph's element type and the device that it is written for. `selection_bias` [1, E]
@@ -57,14 +57,14 @@ class MoeLayer:
 
     @property
     def static(self) -> bool:
-        """Whether they are integers that multiply integers."""
+        """Whether the experts are integers that multiply integers."""
         gate = self.experts[0].gate
         return isinstance(gate, QuantizedWeight) and gate.is_static
 
 
 @dataclass(frozen=True)
 class MoeInput:
-    """What a layer is given.
+    """The inputs of a layer of experts.
 
     Hidden float32 [B, S, H], the same as tokens [T = B * S, H] in the graph's element type, and router_logits [T, E].
     """
@@ -75,7 +75,10 @@ class MoeInput:
 
 
 def add_hidden_shape(graph: GraphWriter, tokens: ir.Value, hidden: ir.Value, name: str) -> ir.Value:
-    """A result of as many elements as `hidden` [B, S, H], in the shape of it."""
+    """A result reshaped to the shape of `hidden` [B, S, H].
+
+    The result has as many elements as `hidden`.
+    """
     shape = graph.shared("hidden_shape", lambda: graph.op("Shape", [hidden], "hidden_shape"))
     # a length of zero is no wish to copy a dimension
     return graph.op("Reshape", [tokens, shape], name, {"allowzero": 1})

@@ -43,12 +43,12 @@ def refusal(layer: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly."""
+    """The oldest onnxruntime that computes the layer correctly."""
     return MIN_ONNXRUNTIME_CUDA if layer.device == "cuda" else MIN_ONNXRUNTIME
 
 
 def activation_refusal(layer: MoeLayer) -> str | None:
-    """Why the operators' gate cannot express the layer's, or None."""
+    """Why the operators' FFN gate cannot express the layer's, or None."""
     return None if layer.activation == "silu" else f"the operator's gate is SiLU, not {layer.activation}"
 
 
@@ -72,12 +72,17 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 def lower_chosen(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
 ) -> ir.Value:
-    """The same for tokens [T, H] and experts that are chosen, with their weights [T, K]; returns [T, H]."""
+    """The layer's output [T, H], from experts chosen outside.
+
+    For tokens [T, H], and experts with their weights [T, K].
+    """
     return lower_routes(graph, layer, tokens, weights, chosen, add_operator)
 
 
 def add_operator(graph: GraphWriter, layer: MoeLayer, x: ir.Value, logits: ir.Value, name: str) -> ir.Value:
-    """The layer's output, float32 and of the shape of x [..., H], by the routes that `logits` [T, E] tell.
+    """The layer's output in float32, by the operator and its logits.
+
+    Of the shape of x [..., H]; the logits [T, E] are the router's, or encode routes.
 
     Both are of the graph's element type.
     """

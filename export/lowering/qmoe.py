@@ -62,7 +62,7 @@ def refusal(layer: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly.
+    """The oldest onnxruntime that computes the layer correctly.
 
     Every minor release from 1.22 to 1.32 was tried on the CPU.
     """
@@ -86,12 +86,17 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 def lower_chosen(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
 ) -> ir.Value:
-    """The same for tokens [T, H] and experts that are chosen, with their weights [T, K]; returns [T, H]."""
+    """The layer's output [T, H], from experts chosen outside.
+
+    For tokens [T, H], and experts with their weights [T, K].
+    """
     return lower_routes(graph, layer, tokens, weights, chosen, add_operator)
 
 
 def add_operator(graph: GraphWriter, layer: MoeLayer, x: ir.Value, logits: ir.Value, output: str) -> ir.Value:
-    """The layer's output, float32 and of the shape of x [..., H], by the routes that `logits` [T, E] tell.
+    """The layer's output in float32, by the operator and its logits.
+
+    Of the shape of x [..., H]; the logits [T, E] are the router's, or encode routes.
 
     Both are of the graph's element type.
     """
@@ -151,7 +156,10 @@ def _quantized(weight: Weight) -> QuantizedWeight:
 
 
 def _interleave(gate: Quantized, up: Quantized, height: int) -> Quantized:
-    """Rows g0, u0, g1, u1, …, then zero rows up to 2 * height: scale 0."""
+    """Rows interleaved as g0, u0, g1, u1, …, padded with zeros.
+
+    Up to 2 * height rows; the zero rows have scale 0.
+    """
 
     def combine(parts: list[torch.Tensor]) -> torch.Tensor:
         rows = torch.stack(parts, dim=1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""The fused operator for a decode step, `grouped` for a prefill.
+"""The fused operator for a decode step, `grouped` for prefill.
 
 One graph has both, behind an `If` on the number of tokens.
 
@@ -36,12 +36,15 @@ def refusal(layer: MoeLayer) -> str | None:
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes both branches rightly."""
+    """The oldest onnxruntime that computes both branches correctly."""
     return max(qmoe.min_onnxruntime(layer), grouped.min_onnxruntime(layer), key=Version)
 
 
 def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
-    """The layer's output [B, S, H]; a gate that the operator does not know routes before the branches, once."""
+    """The layer's output [B, S, H], by the branch that fits.
+
+    A gate that the operator does not know routes before the branches, once.
+    """
     if not is_the_operators(layer.gate):
         routes = add_routes(graph, layer.gate, layer.selection_bias, x.router_logits, layer.name)
         return add_hidden_shape(graph, lower_chosen(graph, layer, x.tokens, *routes), x.hidden, f"{layer.name}.output")
@@ -58,7 +61,10 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 def lower_chosen(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
 ) -> ir.Value:
-    """The same for tokens [T, H] and experts that are chosen, with their weights [T, K]; returns [T, H]."""
+    """The layer's output [T, H], from experts chosen outside.
+
+    For tokens [T, H], and experts with their weights [T, K].
+    """
     return _add_switch(
         graph,
         layer,
@@ -72,7 +78,9 @@ def lower_chosen(
 def _add_switch(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, step: _Write, prefill: _Write, name: str
 ) -> ir.Value:
-    """What `step` writes of the layer for a few tokens [T, H] and `prefill` for more.
+    """An `If`: `step` writes the layer for few tokens, `prefill` for many.
+
+    Both read tokens [T, H].
 
     Both float32, and of one shape.
     """

@@ -1,4 +1,4 @@
-"""A subgraph an expert: standard operators, any width, any provider.
+"""A subgraph for each expert: standard operators, any width and provider.
 
 Each expert gathers its tokens, computes them by ordinary matrix products (float or `MatMulNBits`) and adds the weighted
 result into place; an expert without tokens multiplies empty matrices.
@@ -19,12 +19,12 @@ NAME = "unrolled"
 
 
 def refusal(_: MoeLayer) -> str | None:
-    """Nothing is refused."""
+    """None: this lowering expresses every layer."""
     return None
 
 
 def min_onnxruntime(layer: MoeLayer) -> str:
-    """The oldest onnxruntime that computes the layer rightly, which its products decide.
+    """The oldest onnxruntime that computes the layer correctly, given its products.
 
     No tokens at all need 1.31, for `TopK`.
     """
@@ -46,7 +46,10 @@ def lower(graph: GraphWriter, layer: MoeLayer, x: MoeInput) -> ir.Value:
 def lower_chosen(
     graph: GraphWriter, layer: MoeLayer, tokens: ir.Value, weights: ir.Value, chosen: ir.Value
 ) -> ir.Value:
-    """The same for tokens [T, H] and experts that are chosen, with their weights [T, k]; returns [T, H]."""
+    """The layer's output [T, H], from experts chosen outside.
+
+    For tokens [T, H], and experts with their weights [T, k].
+    """
     name = layer.name
     last = graph.constant("axis_last", int64(-1))
     tokens_shape = graph.shared("tokens_shape", lambda: graph.op("Shape", [tokens], "tokens_shape"))

@@ -13,10 +13,10 @@ from dense2moe.export.quantization.twin import FloatWeight, QuantizedWeight, Wei
 
 
 def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir.Value:
-    """The rows [B, S, H] of the table `weight` for input_ids [B, S], float32, called `embedded`.
+    """Embedding rows, float32 [B, S, H], for input_ids [B, S].
 
-    Rows are float32, and exact, in every graph; a float table is of the graph's float type, and its rows are cast. A
-    tied head's integers are these.
+    Rows of the table `weight`; the value is called `embedded`. Rows are float32, and exact, in every graph; a float
+    table is of the graph's float type, and its rows are cast. A tied head's integers are these.
     """
     match weight:
         case FloatWeight():
@@ -35,7 +35,10 @@ def add_embedding(graph: GraphWriter, weight: Weight, input_ids: ir.Value) -> ir
 
 
 def _add_rows(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, name: str) -> ir.Value:
-    """The rows of the table as its integers have them, float32 [B, S, H], called `name`."""
+    """Rows as the table's integers store them, float32 [B, S, H].
+
+    The value is called `name`.
+    """
     # The same integers as the tied head's, flat along the hidden dimension, as this operator reads them.
     num_rows, columns = weight.shape[0], weight.num_blocks * weight.block_size
     misread = weight.zero_points and weight.num_blocks * weight.bits % 8 > 0
@@ -65,11 +68,11 @@ def _add_rows(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, 
 
 
 def _add_padded_embedding(graph: GraphWriter, weight: QuantizedWeight, input_ids: ir.Value, name: str) -> ir.Value:
-    """What the operator cannot read: gather codes and scales of the rows, dequantize them, and cut the padding off.
+    """Rows of a padded table, which the operator cannot read.
 
-    That is a width that the block does not divide, and rows whose zero points do not fill their last byte: onnxruntime
-    misreads them before 1.27. And it is static quantization, which is for providers of any make, and has standard
-    operators alone.
+    Codes and scales of the rows are gathered and dequantized, and the padding is cut off. That is a width that the
+    block does not divide, and rows whose zero points do not fill their last byte: onnxruntime misreads them before
+    1.27. And it is static quantization, which is for providers of any make, and has standard operators alone.
     """
     codes_shape = (weight.shape[0], weight.num_blocks, weight.block_size * weight.bits // 8)
     codes = graph.weight("embedding.codes", ir.DataType.UINT8, codes_shape, lambda: weight.read().codes, weight.content)

@@ -1,4 +1,4 @@
-"""The gate of a gated FFN: its activations, and its nodes."""
+"""The gate of a gated FFN: activations and their nodes."""
 
 from __future__ import annotations
 

@@ -27,17 +27,17 @@ _MIN_ONNXRUNTIME = {4: "1.20", 8: "1.23", 32: "1.20"}
 
 
 def oldest_onnxruntime(weight: Weight) -> str:
-    """The oldest onnxruntime that multiplies by such a weight."""
+    """The oldest onnxruntime that multiplies by this kind of weight."""
     return _MIN_ONNXRUNTIME[weight.bits if isinstance(weight, QuantizedWeight) else 32]
 
 
 def add_linear(
     graph: GraphWriter, x: ir.Value, weights: Weight | Sequence[Weight], name: str, activation_bits: int
 ) -> ir.Value:
-    """x [..., K] times the transpose of a weight [N, K], or of several of one kind below each other.
+    """x [..., K] times the transpose of a weight [N, K].
 
-    Returns [..., N], called `name`. x and what is returned are of the graph's element type. Where columns were scaled
-    before they were quantized, x is divided by their scales.
+    Or of several weights of one kind, stacked by rows. Returns [..., N], called `name`. x and what is returned are of
+    the graph's element type. Where columns were scaled before they were quantized, x is divided by their scales.
     """
     parts = (weights,) if isinstance(weights, FloatWeight | QuantizedWeight) else tuple(weights)
     rows, width = sum(part.shape[0] for part in parts), parts[0].shape[1]
@@ -87,7 +87,7 @@ def add_linear(
 
 
 def _add_static(graph: GraphWriter, x: ir.Value, parts: Sequence[QuantizedWeight], name: str) -> ir.Value:
-    """The product of x, rounded to 8 bits, and weights with a scale a row.
+    """The product of x, rounded to 8 bits, and row-scaled weights.
 
     In the form that providers recognize which compute in 8 bits.
     """
@@ -120,7 +120,9 @@ def _add_static(graph: GraphWriter, x: ir.Value, parts: Sequence[QuantizedWeight
 
 
 def add_exact_linear(graph: GraphWriter, x: ir.Value, weight: Weight, name: str) -> ir.Value:
-    """x float32 [..., K] times the transpose of a float weight [N, K], in float32 whatever the graph's element type.
+    """x [..., K] times a transposed float weight, always in float32.
+
+    Whatever the graph's element type; the weight is [N, K].
 
     [..., N], called `name`.
     """

@@ -1,4 +1,4 @@
-"""A graph under construction: named nodes, and weights read when saved."""
+"""A graph under construction: nodes with names, weights read when saved."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class GraphWriter:
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def branch(self, prefix: str) -> GraphWriter:
-        """A writer of a subgraph of this graph, whose values begin with `prefix`.
+        """A writer for a subgraph, whose values begin with `prefix`.
 
         It may read all values written here so far. Its weights are its own, and small constants are this graph's.
         """
@@ -77,11 +77,11 @@ class GraphWriter:
         return ir.Graph([], [output], nodes=self.nodes, initializers=list(self.initializers.values()), name=name)
 
     def narrow(self, x: ir.Value, name: str | None = None) -> ir.Value:
-        """The float32 value x in the graph's element type, cast once however often it is asked for."""
+        """The float32 value x cast, once only, to the graph's element type."""
         return self._cast(x, self.dtype, name)
 
     def widen(self, x: ir.Value, name: str | None = None) -> ir.Value:
-        """The value x, of the graph's element type, in float32, cast once however often it is asked for."""
+        """The value x cast, once only, from the element type to float32."""
         return self._cast(x, ir.DataType.FLOAT, name)
 
     def _cast(self, x: ir.Value, to: ir.DataType, name: str | None) -> ir.Value:
@@ -114,7 +114,7 @@ class GraphWriter:
         attributes: Mapping[str, Any] | None = None,
         domain: str = "",
     ) -> Sequence[ir.Value]:
-        """Append a node with outputs called `names`; an empty name is an output that nobody reads."""
+        """Append a node with several outputs; an empty name is unused."""
         outputs = [ir.Value(name=f"{self._prefix}{name}" if name else "") for name in names]
         attrs = [ir.Attr(key, _attribute_type(value), value) for key, value in (attributes or {}).items()]
         shown = next(value.name for value in outputs if value.name)
@@ -122,12 +122,12 @@ class GraphWriter:
         return outputs
 
     def take_nodes(self) -> list[ir.Node]:
-        """The nodes written so far, which are no longer this writer's."""
+        """Take the nodes written so far out of this writer."""
         taken, self.nodes = self.nodes, []
         return taken
 
     def constant(self, name: str, value: Array) -> ir.Value:
-        """A small initializer; asked for again by the same name, it is the same one."""
+        """A small initializer, made once for each name."""
         if self._outer is not None:
             return self._outer.constant(name, value)
         if name not in self.initializers:
@@ -135,20 +135,20 @@ class GraphWriter:
         return self.initializers[name]
 
     def shared(self, name: str, write: Callable[[], ir.Value]) -> ir.Value:
-        """A value that every layer would compute alike: the first that asks for it writes its nodes."""
+        """A value common to all layers, written when first asked for."""
         if name not in self._shared:
             self._shared[name] = write()
         return self._shared[name]
 
     def float_weight(self, name: str, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
-        """A large initializer of the float type, as a value of the element type; see `weight`."""
+        """A large float initializer, cast to the element type; see `weight`."""
         stored = self.stored_weight(name, shape, read)
         if self.float_type == self.element_type:
             return stored
         return self.op("Cast", [stored], f"{name}.widened", {"to": int(self.dtype)})
 
     def stored_weight(self, name: str, shape: Sequence[int], read: Callable[[], torch.Tensor]) -> ir.Value:
-        """A large initializer of the float type, as it is stored; see `weight`."""
+        """A large float initializer in its stored type; see `weight`."""
         return self.weight(name, _DATA_TYPES[self.float_type], shape, read)
 
     def scales(
@@ -189,10 +189,10 @@ class GraphWriter:
         read: Callable[[], torch.Tensor],
         content: str | None = None,
     ) -> ir.Value:
-        """A large initializer: `read` is called when the file is written, and its tensor is dropped right after.
+        """A large initializer, read by `read` when the file is written.
 
-        It is cast to `dtype`.
-        `content` tells what it holds: weights with the same bytes of the same content lie in the file once.
+        Its tensor is dropped right after. It is cast to `dtype`. `content` tells what it holds: weights with the same
+        bytes of the same content lie in the file once.
         """
         name = f"{self._prefix}{name}"
 

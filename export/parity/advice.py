@@ -43,7 +43,7 @@ _WEIGHTS: dict[Part, str] = {
 
 
 def advise(check: PlaceCheck, weights: WeightsCheck | str) -> str:
-    """Advice on a wrong place, from its weights or its first wrong token."""
+    """Advice on a wrong place: its weights or first wrong token."""
     own = _WEIGHTS.get(check.part)
     if own is not None and not isinstance(weights, str):
         layer = f"layer {check.layer}, " if check.layer >= 0 else ""

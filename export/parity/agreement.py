@@ -132,9 +132,9 @@ def mean_divergence(expected: torch.Tensor, found: torch.Tensor) -> float:
 
 
 def factor_of(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float]:
-    """Sums over logits [..., V], centred by token: found times expected, expected squared.
+    """Two sums whose ratio is the factor between two models' logits.
 
-    Their ratio is a factor.
+    Over logits [..., V] centred by token: found times expected, and expected squared.
     """
     product = square = 0.0
     for a, b in zip(*(logits.flatten(0, -2).split(LOGIT_ROWS) for logits in (found, expected)), strict=True):
@@ -145,7 +145,7 @@ def factor_of(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float
 
 
 def _squares(found: torch.Tensor, expected: torch.Tensor) -> list[float]:
-    """Of the difference and of what it must be."""
+    """Squares of the difference and of the expected value."""
     return [float((found - expected).square().sum()), float(expected.square().sum())]
 
 
@@ -159,7 +159,7 @@ def _ratio(squares: list[float]) -> float:
 
 @dataclass
 class _Sums:
-    """Running sums of a comparison, so that no more than one batch of logits is held."""
+    """Running sums of a comparison, for one batch of logits in memory."""
 
     tokens: int = 0
     predictions: int = 0
@@ -210,7 +210,9 @@ class _Sums:
     def _add_logits(
         self, found: torch.Tensor, expected: torch.Tensor, following: torch.Tensor, known: torch.Tensor
     ) -> torch.Tensor:
-        """Some tokens: logits [T, V] of both, the token that follows each [T], and whether that counts.
+        """Add some tokens' logits [T, V] of both models.
+
+        With the token that follows each [T], and whether that counts.
 
         Returns the KL of each, [T].
         """
@@ -226,7 +228,7 @@ class _Sums:
         return (log_p.exp() * log_q.sub_(log_p).neg_()).sum(-1)
 
     def _add_routing(self, found: Forward, expected: Forward, count: int) -> torch.Tensor:
-        """Returns which tokens [B, S] some layer sent to other experts."""
+        """Count routing; returns which tokens [B, S] some layer routed differently."""
         flipped = torch.zeros(found.logits.shape[:2], dtype=torch.bool)
         same: list[float] = []
         for ours, theirs in zip(found.routers, expected.routers, strict=True):

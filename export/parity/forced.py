@@ -1,4 +1,4 @@
-"""The twin with the fine-tuned model's routing forced on it."""
+"""The twin with the fine-tuned model's routing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from dense2moe.export.parity.records import Forced
 
 
 def force_routing(twin: Reference, blocks: torch.Tensor, tuned: Comparison | None) -> Forced | str:
-    """The twin with the fine-tuned model's routing, which leaves the error of weights alone."""
+    """The twin with the fine-tuned model's routing.
+
+    What error is left comes from the weights alone.
+    """
     if tuned is None:
         return "not run: one checkpoint is both references"
     if not tuned.routers:

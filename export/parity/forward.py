@@ -1,4 +1,4 @@
-"""One forward with its inner values, by torch and by the package."""
+"""One forward pass with inner values, by torch and by the package."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BATCH = PARITY_BATCH
 
 @dataclass(frozen=True)
 class Forward:
-    """One forward over ids [B, S]: logits and inner values.
+    """One forward pass over ids [B, S]: logits and inner values.
 
     Logits [B, L, V] of the last L tokens, by layer selection scores and residual stream, and the choice. Selection
     scores [B, S, E] are what experts are chosen by: router logits, or scores plus a bias. A traced package shows no
@@ -50,7 +50,7 @@ class Forward:
     choice: Choice | None
 
     def seen_by(self, other: Forward) -> Forward:
-        """Without the layers, if the other shows none."""
+        """This forward pass, without layers where the other shows none."""
         return self if other.hiddens else Forward(self.logits, (), (), (), self.choice)
 
 
@@ -81,7 +81,9 @@ class Reference:
 
     @torch.inference_mode()
     def forward(self, ids: torch.Tensor, mask: torch.Tensor, num_prefill: int | None = None) -> Forward:
-        """Over ids and mask [B, S], of which the package reads `num_prefill` at once, before one at a time.
+        """Logits and inner values over ids and mask [B, S].
+
+        The package reads `num_prefill` tokens at once, and the others one at a time.
 
         All of them, if it is None.
         """
@@ -94,12 +96,15 @@ class Reference:
         return _join([self._read(ids[:, start:end], mask[:, :end], cache) for start, end in pieces])
 
     def reads_in_pieces(self, size: int) -> bool:
-        """Whether rows of this length are fed in pieces, since a longrope switches within."""
+        """Whether rows of this length are fed in pieces.
+
+        A longrope that switches within the row makes it so.
+        """
         switch = rotary_switch(self.model.config)
         return switch is not None and size > switch
 
     def scores(self, layer: int) -> torch.Tensor:
-        """The layer's selection scores in the last forward, [B * S, E]."""
+        """The layer's selection scores [B * S, E] in the last pass."""
         return self.score_of(layer, first_of(self.routers[layer]))
 
     def score_of(self, layer: int, logits: torch.Tensor) -> torch.Tensor:
@@ -109,7 +114,7 @@ class Reference:
 
     @contextmanager
     def computing(self, mode: AbstractContextManager[Any]) -> Iterator[None]:
-        """Every forward computes in another arithmetic, as a graph has it."""
+        """Context manager: forward passes compute in a graph's arithmetic."""
         before, self.rounding = self.rounding, mode
         try:
             yield
@@ -118,7 +123,7 @@ class Reference:
 
     @contextmanager
     def forced(self, routers: Mapping[int, Any]) -> Iterator[None]:
-        """Every router says what `routers` [layer] holds, whatever it is given."""
+        """Context manager: routers return `routers` [layer], whatever their input."""
         self._forced = routers
         try:
             yield
@@ -127,7 +132,7 @@ class Reference:
 
     @contextmanager
     def without_ffns(self) -> Iterator[None]:
-        """For the length of a `with`: layers have no FFN, and their experts are not computed."""
+        """Context manager: layers skip their FFN and their experts."""
         replaced: list[tuple[nn.Module, str, nn.Module]] = []
         for n, layer in enumerate(self.model.get_decoder().layers):
             block: Any = self.modules.get(n, getattr(layer, "mlp", None))
@@ -157,7 +162,7 @@ class Reference:
         return Forward(found.logits, routers, hiddens, attended, choice)
 
     def _forget(self) -> None:
-        """Let go of the model, which holds the hooks, which hold this.
+        """Release the model, whose hooks hold this object.
 
         Else all would stay in memory until the next collection of cycles.
         """
@@ -229,7 +234,7 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
 
 
 def _join(parts: Sequence[Forward]) -> Forward:
-    """Parts that follow each other in length."""
+    """Consecutive parts joined along the length."""
 
     def joined(layers: Sequence[Sequence[torch.Tensor | None]]) -> tuple[torch.Tensor | None, ...]:
         found = [[piece for piece in layer if piece is not None] for layer in zip(*layers, strict=True)]
@@ -255,13 +260,16 @@ def run_package(decoder: Decoder, ids: torch.Tensor, mask: torch.Tensor, num_pre
 
 
 def choice_of(decoder: Decoder) -> Choice | None:
-    """How a package's tokens choose experts, by its own config; None of a model without any."""
+    """How a package's tokens choose experts, by its own config.
+
+    None for a model without experts.
+    """
     count = int(decoder.config.get("num_experts_per_tok", 0))
     return TopK(count) if count else None
 
 
 def forward_of(seen: Seen, decoder: Decoder) -> Forward:
-    """A package that was fed, as one forward, with the values that were shown."""
+    """A package's run as one forward pass, with its shown values."""
     layers = range(sum(map(names.is_hidden, seen.values)))
     hiddens = tuple(seen.values[names.hidden(n)] for n in layers)
     routers = tuple(

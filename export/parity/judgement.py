@@ -38,10 +38,11 @@ from dense2moe.upcycle.progress import Progress
 
 
 def check_parity(subject: ParitySubject, config: ParityConfig, progress: Progress) -> Parity:
-    """Compare a package with its twin and with the fine-tuned model, on every provider at hand.
+    """Compare a package with twin and fine-tuned model, on every provider.
 
-    Figures are compared on some blocks, taken evenly, and told for all text: what the fine-tuned model has there, times
-    the ratio of both on these blocks. A package that no provider here can run is a breach.
+    Providers that this machine lacks are left out. Figures are compared on some blocks, taken evenly, and told for all
+    text: what the fine-tuned model has there, times the ratio of both on these blocks. A package that no provider here
+    can run is a breach.
 
     Raises:
         ExportError: the package or a checkpoint cannot be loaded, or they are not of one model.

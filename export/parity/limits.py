@@ -1,4 +1,4 @@
-"""Limits of a variant, measured and configured, and where each comes from."""
+"""Limits of a variant, measured and configured, with their sources."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is r
 
 
 def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward) -> Noise:
-    """The difference of `first`, a float32 forward over ids [B, S], from float64.
+    """The difference of `first`, in float32, from float64.
 
-    Routers' ties are left out. Norms, rotary tables and the softmax of routers are float32 in both, as transformers has
-    them; their rounding is in the figures.
+    `first` is a forward pass over ids [B, S]. Routers' ties are left out. Norms, rotary tables and the softmax of
+    routers are float32 in both, as transformers has them; their rounding is in the figures.
     """
     mask = torch.ones_like(ids)
     true = exact.forward(ids, mask)
@@ -43,7 +43,7 @@ def _as_double(forward: Forward) -> Forward:
 
 
 def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: str = CPU) -> Limit:
-    """A multiple of what float32 itself differs by, and never above the absolute limit.
+    """A multiple of float32's own error, capped by the absolute limit.
 
     On CUDA that alone holds: its products may round to TF32.
     """
@@ -65,7 +65,10 @@ def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: 
 
 
 def own_limit(noise: float, rounds: bool, config: ParityConfig) -> Limit:
-    """The limit of logits without a twin: each way of feeding against its own prefill."""
+    """Limit of logits without a twin: feeding ways against own prefill.
+
+    Each way of feeding is compared with the package's own prefill.
+    """
     least = _OWN_LEAST if rounds else config.max_relative_error
     said = (
         f"{_OWN_MULTIPLE:g} times what the package's own prefills of one text differ by, {noise:.1e} of the "
@@ -77,7 +80,7 @@ def own_limit(noise: float, rounds: bool, config: ParityConfig) -> Limit:
 
 
 def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) -> dict[str, Limit]:
-    """The limits that the settings alone decide.
+    """Limits that the settings alone decide.
 
     Without a checkpoint of the package's own weights only the perplexity is held to one.
     """
@@ -97,7 +100,9 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
 
 
 def gap_limit(kind: TaskKind, limits: Mapping[str, Limit]) -> Limit | None:
-    """The limit of a task's gap: of logits, or of the last hidden state for similarity.
+    """The limit of a task's gap.
+
+    A gap of logits, or of the last hidden state for similarity.
 
     None where there is none.
     """

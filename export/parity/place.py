@@ -1,4 +1,4 @@
-"""Places inside a graph: a layer and a part of it, and their names."""
+"""Places inside a graph: a layer, a part, and their names."""
 
 from __future__ import annotations
 

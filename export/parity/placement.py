@@ -1,4 +1,4 @@
-"""The provider of every node that ran, by onnxruntime's profile."""
+"""The provider that ran each node, by onnxruntime's profile."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Placement = dict[str, dict[str, int]]
 
 
 def find_placement(directory: Path, provider: str) -> Placement:
-    """Run a prompt of two tokens with the profiler on, and count the nodes that ran.
+    """Count the nodes that each provider ran.
 
-    A provider that lacks a kernel leaves the node to the CPU, without a word; so it does with nodes that only compute
-    shapes, and there it is right.
+    For a prompt of two tokens, with the profiler on. A provider that lacks a kernel leaves the node to the CPU, without
+    a word; so it does with nodes that only compute shapes, and there it is right.
     """
     with TemporaryDirectory() as folder:
         decoder = Decoder(directory, provider, profile=Path(folder) / "profile")
@@ -38,5 +38,5 @@ def find_placement(directory: Path, provider: str) -> Placement:
 
 
 def count_elsewhere(placement: Placement, provider: str) -> int:
-    """Nodes that did not run where they were asked to."""
+    """Number of nodes that ran on another provider than requested."""
     return sum(sum(ops.values()) for where, ops in placement.items() if where != provider)

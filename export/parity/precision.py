@@ -22,7 +22,7 @@ _ACCURACY_INT8 = 4  # `accuracy_level` of MatMulNBits and QMoE: activations in 8
 
 @dataclass(frozen=True)
 class Precision:
-    """A package's variant, and whether its graph rounds to 16 or 8 bits.
+    """A package's variant, and whether it rounds to 16 or 8 bits.
 
     `has_experts`: operators or names in the graph show that tokens go to experts.
     """
@@ -33,12 +33,14 @@ class Precision:
 
     @property
     def rounds_weights(self) -> bool:
-        """Whether its weights are others than the checkpoint's by more than float16 rounds them."""
+        """Whether weights differ from the checkpoint's by more than float16 rounding."""
         return self.variant not in ("float32", "float16")
 
 
 def find_precision(directory: Path) -> Precision:
-    """Read it from the graph, the smallest bits of any product's weights counting.
+    """Read the precision from the graph; the smallest bits count.
+
+    The variant is named by the fewest bits of any product's weights.
 
     Raises:
         ExportError: no package there, or a damaged one.
@@ -68,10 +70,10 @@ def find_precision(directory: Path) -> Precision:
 
 
 def has_experts(model: onnx.ModelProto) -> bool:
-    """Whether tokens go to experts, as far as operators and our own names tell."""
+    """Whether tokens go to experts, by operators and our own names."""
     return any(node.op_type in ("MoE", "QMoE") or any(map(is_router_logits, node.output)) for node in model.graph.node)
 
 
 def is_dense(config: Any) -> bool:
-    """Whether a checkpoint's config knows no experts."""
+    """Whether a checkpoint's config has no experts."""
     return not any(getattr(config, name, None) for name in EXPERT_COUNTS)

@@ -1,4 +1,7 @@
-"""All figures of a package on one execution provider, and what they break."""
+"""All figures of a package on one provider, and broken limits.
+
+A provider is an execution provider of onnxruntime.
+"""
 
 from __future__ import annotations
 
@@ -63,12 +66,18 @@ The others may have gone to other experts.
 
 
 class ProviderJudgement:
-    """One package, and all that it is compared with, judged on one provider after the other."""
+    """Judges one package on one execution provider after the other.
+
+    With everything that the package is compared with.
+    """
 
     def __init__(
         self, subject: ParitySubject, config: ParityConfig, progress: Progress, whole_loss: float | None
     ) -> None:
-        """`whole_loss`: the fine-tuned model's mean loss of all text, of which the subject's blocks are some."""
+        """Prepare the judgement of `subject`.
+
+        `whole_loss`: the fine-tuned model's mean loss of all text, of which the subject's blocks are some.
+        """
         self.subject, self.config, self.progress, self.whole_loss = subject, config, progress, whole_loss
         self.finetuned_losses = None if subject.finetuned_losses is None else list(subject.finetuned_losses)
         progress("comparing weights", 0, 1)
@@ -79,7 +88,7 @@ class ProviderJudgement:
         self.some = subject.blocks[: max(1, _COMPARED_TOKENS // subject.blocks.shape[1])]
 
     def judge(self, provider: str) -> tuple[ProviderParity, list[tuple[Tier, str]]]:
-        """All figures of one provider, and what they break."""
+        """All figures of one provider, and the limits they break."""
         config, blocks, progress = self.config, self.subject.blocks, self.progress
         arithmetic = self._find_arithmetic(provider)
         taps = self._find_taps()
@@ -172,12 +181,12 @@ class ProviderJudgement:
 
     @cached_property
     def family(self) -> Architecture | None:
-        """The record of the twin's architecture; None where the builder does not cover it."""
+        """The twin's architecture; None where the graph builder does not cover it."""
         config = AutoConfig.from_pretrained(self.subject.twin, local_files_only=True, trust_remote_code=False)
         return find_decoder_family(config) if find_refusal(config) is None else None
 
     def _find_taps(self) -> Taps:
-        """The visible places of the graph, by our names or else by its weights."""
+        """The graph's visible places, by our names or its weights."""
         model = open_package(self.subject.package).model
         shared_outside = self.family is not None and self.family.shared_is_outside
         taps = find_taps(model, shared_outside)
@@ -194,7 +203,7 @@ class ProviderJudgement:
 
     @staticmethod
     def _follow(places: PlacesCheck) -> Follow:
-        """Run the twin with what the package's routers said.
+        """Run the twin with the package's routing.
 
         The routing in the result is what its own would have said.
         """
@@ -212,7 +221,7 @@ class ProviderJudgement:
         return follow
 
     def _measure_noise(self) -> Noise:
-        """The twin in float32 against itself in float64, one after the other in memory."""
+        """The twin in float32 against float64, one model in memory."""
         self.progress("measuring noise", 0, 1)
         ids = self.subject.blocks[: min(BATCH, self.config.noise_blocks)]
         with open_reference(self.subject.twin) as reference:
@@ -221,7 +230,7 @@ class ProviderJudgement:
             return measure_noise(exact, ids, first)
 
     def _compare_finetuned(self, decoder: Decoder, evaluation: TaskEvaluation) -> Comparison | None:
-        """The package against the fine-tuned model; None where that is the twin."""
+        """Package against fine-tuned model; None where the twin is that model."""
         if self.subject.finetuned == self.subject.twin:
             return None
         with open_reference(self.subject.finetuned) as reference:
@@ -241,7 +250,9 @@ class ProviderJudgement:
         taps: Taps,
         tie_margin: float,
     ) -> list[Errors]:
-        """Every way of feeding the package, against the twin where it computes in float32 alone.
+        """Compare every way of feeding with the twin.
+
+        The twin is the reference only where the graph computes in float32.
 
         Else against itself.
         """
@@ -315,7 +326,7 @@ class ProviderJudgement:
 
 
 def _extend(losses: list[float], model: Reference | Decoder, blocks: torch.Tensor, progress: Progress) -> list[float]:
-    """A model's mean losses of all blocks [N, S], where the first are known."""
+    """Mean losses of all blocks [N, S], reusing those already known."""
     rest = blocks[len(losses) :]
     return losses + (
         measure_losses(model, rest, _teller(progress, "measuring perplexity", len(rest))) if len(rest) else []

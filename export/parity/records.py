@@ -1,4 +1,4 @@
-"""What parity finds, as frozen records of plain numbers."""
+"""Results of parity, as frozen records of plain numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIERS: tuple[Tier, ...] = ("weights", "operator", "layer", "logits", "language",
 
 @dataclass(frozen=True)
 class Limit:
-    """A threshold, and a sentence that says where it comes from."""
+    """A threshold, and a sentence on its source."""
 
     value: float
     origin: str
@@ -47,9 +47,10 @@ class Check:
 
 @dataclass(frozen=True)
 class MarginBin:
-    """Choices of experts, all layers together, whose margin in the reference is in [least, below).
+    """Choices of experts whose margin lies in [least, below).
 
-    How many, and how many are the same.
+    Of all layers together, by the margin in the reference. `agreement` is the share of choices that are the same in
+    both models; None without choices.
     """
 
     least: float
@@ -84,15 +85,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class PlaceCheck:
-    """One place on the graph's own input, beside the twin with the same arithmetic.
+    """One place, on the graph's own input, against the twin.
 
-    Errors relative, the worst token's. `layer` is -1 outside of layers. noise: what float32 torch differs by from
-    float64 there, None where it was not measured. `num_flips`: tokens whose difference is a flip of a rounding inside,
-    told apart. `factor`: the graph's values are so many times the twin's. `first_position`: the first token of a row
-    that is beyond the limit. `experts`: those whose every token is wrong. `factors`: the least and largest factor,
-    where each token's output is the twin's times a factor of its own and nothing else is wrong. `factor_limit`: what
-    `factor` may differ from 1 by, in a place that is computed in 16 bits: their rounding hides small errors of a token,
-    and none that all have alike.
+    The twin computes with the same arithmetic. Errors relative, the worst token's. `layer` is -1 outside of layers.
+    noise: what float32 torch differs by from float64 there, None where it was not measured. `num_flips`: tokens whose
+    difference is a flip of a rounding inside, told apart. `factor`: the graph's values are so many times the twin's.
+    `first_position`: the first token of a row that is beyond the limit. `experts`: those whose every token is wrong.
+    `factors`: the least and largest factor, where each token's output is the twin's times a factor of its own and
+    nothing else is wrong. `factor_limit`: what `factor` may differ from 1 by, in a place that is computed in 16 bits:
+    their rounding hides small errors of a token, and none that all have alike.
     """
 
     layer: int
@@ -116,7 +117,7 @@ class PlaceCheck:
 
 @dataclass(frozen=True)
 class FreeRun:
-    """Greedy text that the package writes by itself, against what the reference would write.
+    """Greedy text of the package, against the reference's own text.
 
     Prefixes are the tokens before the first that differs. `largest_gap`: at that token, what the reference's logit of
     its own choice has above that of the package's, relative to the largest logit; 0 where no row differs.
@@ -132,7 +133,7 @@ class FreeRun:
 
 @dataclass(frozen=True)
 class TaskCheck:
-    """A task done by the package, by the twin and by the fine-tuned model.
+    """A task done by package, twin and fine-tuned model.
 
     Of a model's scores `metric` is the one that is judged. scores, `package`, `twin` and `finetuned`: accuracy, F1 and
     exact match are shares, the correlation is Spearman's. change: the package's less the fine-tuned model's, with the
@@ -173,9 +174,9 @@ class Forced:
 
 @dataclass(frozen=True)
 class Noise:
-    """Float32 against float64 torch on this text, routers' ties left out.
+    """Torch's float32 error against float64 on this text.
 
-    The largest difference of logits, relative to the largest logit.
+    Ties of routers are left out. The largest difference of logits, relative to the largest logit.
 
     `tie_margin`: a choice of experts by less than this, in router logits or biased scores, is a near-tie.
     """
@@ -231,20 +232,20 @@ class ProviderParity:
 
 @dataclass(frozen=True)
 class Parity:
-    """The outcome: figures by provider, or why it was not run, and broken limits."""
+    """Figures by provider, or why parity did not run; broken limits."""
 
     providers: dict[str, ProviderParity | str]
     breaches: tuple[str, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether no threshold was broken."""
+        """Whether every limit was met."""
         return not self.breaches
 
 
 @dataclass(frozen=True)
 class FilesCheck:
-    """Files that were compared, and a sentence for each missing file and each difference."""
+    """Compared files, and a sentence for each difference or missing file."""
 
     compared: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -252,7 +253,7 @@ class FilesCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether there is no difference."""
+        """Whether no difference was found."""
         return not self.differences
 
 
@@ -271,7 +272,7 @@ class WrongRows:
     name: str = ""
 
     def __str__(self) -> str:
-        """In words."""
+        """The rows in words."""
         many = "" if self.count == 1 else f"{self.count:,} of {self.num_rows:,} rows differ from the twin's; "
         one = f"row {self.row}: " if self.num_rows > 1 else ""
         return f"{self.tensor}{': ' if many else ', ' if one else ': '}{many}{one}{self.what}"
@@ -279,7 +280,7 @@ class WrongRows:
 
 @dataclass(frozen=True)
 class WeightsCheck:
-    """All rows of matrices and all vectors of the twin against those of the file.
+    """Every row and vector of the twin against the file.
 
     `wrong` has the first few tensors that differ.
 

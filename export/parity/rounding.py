@@ -1,4 +1,4 @@
-"""Limits of whole models, from how far two equally rounded computations part.
+"""Limits of whole models, from two equally rounded computations.
 
 Where a graph rounds what it computes with, to 8 or to 16 bits, two right computations part at every number that lies
 between two steps: a sum in another order takes the other one, and from there on both go their own ways, layer by layer.
@@ -30,7 +30,7 @@ _LEAST_FACTOR = 2e-5
 
 @dataclass(frozen=True)
 class Rounding:
-    """Two equally rounded computations of the twin.
+    """Two computations of the twin with equal rounding.
 
     KL in nats, agreement of experts in the worst layer, the largest relative error of a token.
 
@@ -51,7 +51,7 @@ class Rounding:
 
 
 class RoundingMeasure:
-    """Sums, over batches of text.
+    """Sums over batches of text.
 
     Of what a rounded twin differs by from itself when what its products read is moved.
     """
@@ -66,7 +66,7 @@ class RoundingMeasure:
         self._error, self._parts, self._margin = 0.0, (0.0, 0.0), TIE_MARGIN
 
     def add(self, ids: torch.Tensor, expected: Forward, seen: Seen) -> None:
-        """Some more text, ids [B, S], what the twin says to it, and the package beside it.
+        """Add text, ids [B, S], with the twin's and the package's results.
 
         No more than enough of it is taken.
         """
@@ -91,7 +91,7 @@ class RoundingMeasure:
         self._same = [old + new for old, new in zip(self._same or [0.0] * len(counts), counts, strict=True)]
 
     def result(self) -> Rounding:
-        """The noise and the divergences that were measured."""
+        """The measured noise and divergences."""
         count, (product, square) = self._num_tokens, self._parts
         return Rounding(
             max(self._kl / count, 0.0),

@@ -1,4 +1,4 @@
-"""The subject of parity: a package, and all that it is compared with."""
+"""The subject of parity: a package and the models beside it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from dense2moe.export.variant import Variant
 
 @dataclass(frozen=True)
 class ParitySubject:
-    """A package, its twin and the fine-tuned model, and held-out blocks [N, block_size] of token ids.
+    """A package, twin, fine-tuned model, and held-out blocks [N, block_size].
 
-    `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`: the twin has the very
-    weights of the package; without it the package is judged by its figures, by what `tasks` score, and by itself.
-    `finetuned_losses` are the fine-tuned model's mean losses of all blocks in float32, where they are known already.
+    Blocks hold token ids. `rounds_activations`: the graph computes in 16 bits or with 8-bit activations. `exact_twin`:
+    the twin has the very weights of the package; without it the package is judged by its figures, by what `tasks`
+    score, and by itself. `finetuned_losses` are the fine-tuned model's mean losses of all blocks in float32, where they
+    are known already.
     """
 
     package: Path
@@ -33,5 +34,5 @@ class ParitySubject:
 
     @property
     def exact(self) -> bool:
-        """Whether the graph computes in float32 alone, with the weights of the twin."""
+        """Whether the graph computes in float32 with the twin's weights."""
         return self.exact_twin and not self.rounds_activations

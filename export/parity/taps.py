@@ -21,7 +21,7 @@ from dense2moe.export.runtime.decoder import Decoder
 
 @dataclass(frozen=True)
 class Taps:
-    """The names of a graph's values by place, and how many layers it has.
+    """Names of a graph's values by place, and its number of layers.
 
     What stands behind a norm or factor is the block's own output. A place may have several values, which stand side by
     side. `routers`: of router logits those that experts are chosen by in the graph, and can be added to, for so many
@@ -39,16 +39,16 @@ class Taps:
         return tuple(dict.fromkeys(name for names in self.names.values() for name in names))
 
     def by_layer(self, part: Part) -> list[tuple[int, str]]:
-        """The layers that show a part, and its name there."""
+        """Layers that show a part, and its name there."""
         return [(layer, names[0]) for (layer, own), names in self.names.items() if own == part]
 
     def of_layers(self, parts: Sequence[Part]) -> tuple[str, ...]:
-        """The names of these parts in all layers."""
+        """Names of these parts in all layers."""
         return tuple(name for (_, part), names in self.names.items() if part in parts for name in names)
 
 
 def find_taps(model: onnx.ModelProto, shared_outside: bool = False) -> Taps:
-    """The places of a graph by the names that our builder gives them.
+    """A graph's places, by the names that our builder gives them.
 
     `shared_outside`: in the reference a shared expert stands beside the block of experts, so its part is left out here
     too.
@@ -101,7 +101,7 @@ def _inner_reads(node: onnx.NodeProto) -> list[str]:
 
 
 def _block_output(makers: Mapping[str, onnx.NodeProto], update: str, shared_outside: bool) -> str:
-    """A block's own output, before a norm, a factor or a shared expert."""
+    """A block's output before any norm, factor or shared expert."""
     while update.endswith((value_names.MULTIPLIED, value_names.NORMED)):
         update = makers[update].input[0]
     return makers[update].input[0] if shared_outside and value_names.is_mixed(update) else update
@@ -125,7 +125,7 @@ class Seen:
     nudge: torch.Tensor | None = None
 
     def of_rows(self, count: int) -> Seen:
-        """The first rows alone, without the cache."""
+        """The first rows only, without the cache."""
         return Seen(
             self.ids[:count],
             self.mask[:count],
@@ -137,9 +137,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class FedText:
-    """Ids and mask [B, S]: a prefill of `num_prefill` tokens, then one token at a time.
+    """Ids and mask [B, S], and how they are fed.
 
-    Of a whole prefill the last `num_logits` tokens have logits, all where it is 0; else the last one alone has.
+    A prefill of `num_prefill` tokens, then one token at a time. Of a whole prefill the last `num_logits` tokens have
+    logits, all where it is 0; else the last one alone has.
     """
 
     ids: torch.Tensor
@@ -160,7 +161,10 @@ def look(
     nudge: torch.Tensor | None = None,
     with_cache: bool = False,
 ) -> Seen:
-    """Feed a text, and see values by name; `nudge` [B * S, E] is added to the router logits of every layer."""
+    """Feed a text, and return shown values by name.
+
+    `nudge` [B * S, E] is added to the router logits of every layer.
+    """
     ids, mask, num_prefill, num_logits = text.ids, text.mask, text.num_prefill, text.num_logits
     cache = decoder.new_cache(len(ids), ids.shape[1], taps=names)
     kept = num_logits if num_prefill == ids.shape[1] else 1

@@ -1,4 +1,4 @@
-"""Near-ties of routers: the same experts or not, and by what margin.
+"""Near-ties of routers: equal experts or not, and by what margin.
 
 All of it is told of selection scores: router logits, or scores plus a bias where a gate chooses by these.
 """
@@ -27,13 +27,19 @@ Routers = Sequence[torch.Tensor | None]
 
 
 def same_experts(ours: torch.Tensor, theirs: torch.Tensor, choice: Choice) -> torch.Tensor:
-    """Whether two selection scores [..., E] choose the same set of experts; bool [...]."""
+    """Whether two selection scores [..., E] choose equal sets; bool [...].
+
+    Equal sets of experts, in any order.
+    """
     a, b = (choose(scores, choice).sort(-1).values for scores in (ours, theirs))
     return (a == b).all(-1)
 
 
 def find_smallest_margin(routers: Routers, choice: Choice | None) -> torch.Tensor | None:
-    """The smallest margin [B, S] among layers of selection scores [B, S, E]; None where no layer has any."""
+    """The smallest margin [B, S] over layers; None without selection scores.
+
+    Selection scores are [B, S, E].
+    """
     margins = [choice_margin(layer, choice) for layer in routers if layer is not None and choice is not None]
     return torch.stack(margins).amin(0) if margins else None
 
@@ -77,5 +83,5 @@ def find_tie_margin(narrow: Routers, true: Routers) -> float:
 
 
 def before_flips(flips: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Real tokens [B, S] before the first flip of their row, which are judged."""
+    """Real tokens [B, S] before their row's first flip: the judged ones."""
     return mask.bool() & (flips.cumsum(1) == 0)

@@ -1,4 +1,4 @@
-"""Verdicts: every broken limit in a line that names tier and place."""
+"""Verdicts: a line for every broken limit, naming tier and place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FACTOR_SHARE = 0.5  # of an error: a factor that makes so much of it explains i
 
 
 def find_breaches(result: ProviderParity) -> list[tuple[Tier, str]]:
-    """Every broken limit, tier by tier; a figure without a limit is not judged."""
+    """Every broken limit, tier by tier; figures without limits are skipped."""
     tiers = (_weights, _operator, _layer, _logits, _language, _task, _routing, _files)
     return [breach for tier in tiers for breach in tier(result)]
 
@@ -42,7 +42,7 @@ def _files(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
 
 
 def _operator(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
-    """Routers and experts, each layer by itself."""
+    """Broken limits of routers and experts, by layer."""
     if isinstance(result.places, str):
         return
     for check in result.places:
@@ -73,7 +73,7 @@ def _wrong_experts(check: PlaceCheck) -> str:
 
 
 def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
-    """The first place of each kind.
+    """Broken limits of layers: the first place of each kind.
 
     In the order of computation, that is not what the twin computes from the same input.
     """
@@ -143,7 +143,7 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
 
 
 def describe_pattern(checks: tuple[Check, ...], broken: list[Check]) -> str | None:
-    """The pattern of the broken checks, as advice; None where there is none."""
+    """Advice from the pattern of broken checks, or None."""
     right = [check for check in checks if check not in broken]
     if not broken or not right:
         return None
@@ -166,7 +166,7 @@ def _language(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
 
 
 def _first_figure(result: ProviderParity, found: Figure, tuned: Figure) -> Iterator[tuple[Tier, str]]:
-    """The first figure beside the fine-tuned model's; NaN breaks every limit."""
+    """The first figure against the fine-tuned model's; NaN breaks limits."""
     change = found.value / tuned.value - 1 if tuned.value else found.value
     sign = 1 if found.better == "lower" else -1
     most = result.limits[found.name].value if found.name in result.limits else math.inf
@@ -222,13 +222,13 @@ def _over(error: float, limit: Limit) -> str:
 
 
 def judge_tiers(breaches: list[tuple[Tier, str]], why_not: dict[Tier, str]) -> dict[Tier, str]:
-    """Each tier's outcome: passed, broken, or the reason that it was not judged."""
+    """Each tier's outcome: passed, broken, or why it was not judged."""
     broken = {tier for tier, _ in breaches}
     return {tier: "broken" if tier in broken else why_not.get(tier, "passed") for tier in TIERS}
 
 
 def explain_unjudged(result: ProviderParity, exact_twin: bool, unknown: Sequence[str]) -> dict[Tier, str]:
-    """Why a tier that broke no limit did not simply pass.
+    """Why a tier without a broken limit did not simply pass.
 
     `unknown`: products whose rounding of their inputs is not known on this processor, in words.
     """

@@ -1,1 +1,1 @@
-"""From float weights to integers and scales, and the twin that computes with them."""
+"""From float weights to integers and scales, and their torch twin."""

@@ -29,7 +29,7 @@ _PANELS = 4
 
 @dataclass(frozen=True)
 class Tokens:
-    """Inputs [T, K], and how much less they are than in the float model [T, K].
+    """Inputs [T, K], and their shortfall against the float model [T, K].
 
     And the drift [T, N] where there is one.
     """
@@ -39,14 +39,17 @@ class Tokens:
     drift: torch.Tensor | None
 
     def wanted(self, weight: torch.Tensor) -> torch.Tensor:
-        """The difference that the outputs [T, N] of a weight [N, K] have to make up for."""
+        """The correction that the outputs [T, N] need.
+
+        `weight` is [N, K].
+        """
         lost = self.lost @ weight.T
         return lost if self.drift is None else lost.add_(self.drift)
 
 
 @dataclass(frozen=True)
 class Aim:
-    """The moments X'X of all inputs, float32 [K, K], and the shift that weights need.
+    """Moments X'X of inputs, float32 [K, K], and the weights' shift.
 
     Steps are fitted on some tokens, and their length on others, which are `held`. `factor` is the Cholesky factor of
     the damped moments of the fitted tokens, float64.
@@ -59,7 +62,9 @@ class Aim:
 
     @cached_property
     def _turn(self) -> torch.Tensor:
-        """The matrix that gives the step of weights [N, K] where no drift is made up for.
+        """The matrix that gives the step where no drift is corrected.
+
+        It multiplies weights [N, K].
 
         The same for all of them.
         """
@@ -69,13 +74,16 @@ class Aim:
         return torch.cholesky_solve(products.double(), self.factor).T.float()
 
     def find_step(self, weight: torch.Tensor) -> torch.Tensor:
-        """The step [N, K] from `weight` to the weights of least error on the fitted tokens."""
+        """The step [N, K] from `weight` to the least-error weights.
+
+        The error is measured on the fitted tokens.
+        """
         if self.fitted.drift is None:
             return weight @ self._turn
         return self._solve(self.fitted.actual.T @ self.fitted.wanted(weight))
 
     def move(self, weight: torch.Tensor) -> torch.Tensor:
-        """The weights [N, K] to quantize in the place of `weight`."""
+        """The shifted weights [N, K], to quantize instead of `weight`."""
         step, wanted = self.find_step(weight), self.held.wanted(weight)
         gained = self.held.actual @ step.T
         strength = (gained * wanted).sum() / gained.square().sum().clamp(min=1e-30)
@@ -83,7 +91,7 @@ class Aim:
 
 
 def find_aim(inputs: Inputs) -> Aim:
-    """The aim of matrices that read `inputs`, of at least one token."""
+    """The aim of matrices that read `inputs`, at least one token."""
     factors = torch.ones(len(inputs.actual), 1) if inputs.weights is None else inputs.weights[:, None]
     factors = factors / factors.square().mean().sqrt().clamp(min=1e-30)
     actual, lost = inputs.actual * factors, (inputs.reference - inputs.actual) * factors
@@ -98,7 +106,10 @@ def find_aim(inputs: Inputs) -> Aim:
 
 
 def square(x: torch.Tensor) -> torch.Tensor:
-    """X'X [K, K] of x [T, K]; what lies above the diagonal's blocks is copied from below."""
+    """X'X [K, K] of x [T, K].
+
+    What lies above the diagonal's blocks is copied from below.
+    """
     width = x.shape[1]
     result, step = x.new_empty(width, width), max(1, math.ceil(width / _PANELS))
     for start in range(0, width, step):
@@ -109,6 +120,9 @@ def square(x: torch.Tensor) -> torch.Tensor:
 
 
 def damp(hessian: torch.Tensor) -> torch.Tensor:
-    """X'X [K, K] with the damping on its diagonal, and one where an input is always zero."""
+    """X'X [K, K] with a damped diagonal.
+
+    An input that is always zero gets a one on the diagonal.
+    """
     dead = hessian.diagonal() == 0
     return hessian + torch.diag(dead.to(hessian.dtype) + DAMPING * hessian.diagonal()[~dead].mean().nan_to_num())

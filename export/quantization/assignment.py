@@ -1,4 +1,4 @@
-"""The work of one method of quantization."""
+"""The task of one quantization method."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dense2moe.upcycle.models.architecture import Architecture
 
 @dataclass(frozen=True)
 class Assignment:
-    """A checkpoint, the bits of its tensors by name (16 and 32 are left alone), settings, and text to learn from.
+    """A checkpoint, its tensors' bits, settings, and calibration text.
 
-    `family` is None where no record describes the model, which then cannot be walked layer by layer. Scales are rounded
-    to `scale_type`. `blocks` are token ids [N, S].
+    Bits are by name; 16 and 32 are left alone. `family` is None where no record describes the model, which then cannot
+    be walked layer by layer. Scales are rounded to `scale_type`. `blocks` are token ids [N, S].
     """
 
     checkpoint: Checkpoint

@@ -1,11 +1,12 @@
-"""Bits of every part of a decoder, chosen by what they cost on text.
+"""Bits of every part of a decoder, chosen by measured cost.
 
-A unit is a class of tensors in one layer, or the embedding, or the head. Each is quantized alone, in every number of
-bits it may have, and the KL divergence from the model as it is is measured. Costs of units are taken to add up, as they
-do while they are small (HAWQ-V2, Dong et al., 2020, section 3.2, with the second derivatives measured as they act):
-then the choices that no other beats in both bytes and cost are had by starting with the fewest bits everywhere, and
-raising one unit after the other, the one whose bytes buy most first (Everett, 1963, Lagrange multipliers for
-allocation). What is reported is not that sum: perplexity is measured with all weights of a choice together.
+Cost is measured on text. A unit is a class of tensors in one layer, or the embedding, or the head. Each is quantized
+alone, in every number of bits it may have, and the KL divergence from the model as it is is measured. Costs of units
+are taken to add up, as they do while they are small (HAWQ-V2, Dong et al., 2020, section 3.2, with the second
+derivatives measured as they act): then the choices that no other beats in both bytes and cost are had by starting with
+the fewest bits everywhere, and raising one unit after the other, the one whose bytes buy most first (Everett, 1963,
+Lagrange multipliers for allocation). What is reported is not that sum: perplexity is measured with all weights of a
+choice together.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ ReadCandidate = Callable[[str, int], torch.Tensor]
 
 
 class WeightsOf(Weights):
-    """Candidate tensors, each made when it is read; floats are left to the checkpoint."""
+    """Candidate tensors, made when read; floats stay in the checkpoint."""
 
     def __init__(self, names: Collection[str], plan: Plan, read: ReadCandidate) -> None:
         self._bits = {name: plan[name] for name in names if is_quantized(plan[name])}
@@ -55,17 +56,20 @@ class WeightsOf(Weights):
         return iter(self._bits)
 
     def __len__(self) -> int:
-        """How many there are."""
+        """The number of tensors."""
         return len(self._bits)
 
 
 class BitChoices:
-    """Plans of bits on the front of bytes and cost, the fewest bytes first."""
+    """Bit plans on the Pareto front of bytes and cost.
+
+    Plans are sorted by bytes, the smallest first.
+    """
 
     def __init__(
         self, base: Plan, units: Mapping[Unit, Collection[str]], sensitivities: Collection[Sensitivity]
     ) -> None:
-        """`base` holds the bits of tensors that are in no unit."""
+        """Build the front; `base` has the bits of tensors outside units."""
         self.units, self.base = units, base
         hulls = {unit: _lower_hull([found for found in sensitivities if found.unit == unit]) for unit in units}
         self._fewest = {unit: hull[0].bits for unit, hull in hulls.items()}
@@ -79,12 +83,15 @@ class BitChoices:
         return self.plan_of(self.upgrades[:count])
 
     def plan_of(self, upgrades: Collection[Sensitivity]) -> dict[str, int]:
-        """The plan after these upgrades, a unit's own ones in their order."""
+        """The plan after these upgrades.
+
+        The upgrades of one unit are in their order.
+        """
         bits = self._fewest | {upgrade.unit: upgrade.bits for upgrade in upgrades}
         return {**self.base, **{name: bits[unit] for unit, names in self.units.items() for name in names}}
 
     def fill(self, budget: int, count_bytes: CountBytes) -> list[Sensitivity]:
-        """Upgrades in the order of their worth, without those that exceed the budget."""
+        """Upgrades by worth, without those that exceed the budget."""
         taken: list[Sensitivity] = []
         closed: set[Unit] = set()
         for upgrade in self.upgrades:
@@ -107,7 +114,7 @@ def find_units(
 
 
 def options_of(unit: Unit, config: QuantizeConfig, floats: int) -> tuple[int, ...]:
-    """Bits that a unit may have, the fewest first.
+    """Numbers of bits that a unit may have, the fewest first.
 
     Experts are always quantized, but where the recipe overrides that.
     """
@@ -119,7 +126,7 @@ def options_of(unit: Unit, config: QuantizeConfig, floats: int) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class Candidates:
-    """Units, the bits that each may have, and how its tensors are read in them."""
+    """Units, the bits each may have, and how tensors are read."""
 
     units: Mapping[Unit, Collection[str]]
     options: Mapping[Unit, tuple[int, ...]]
@@ -131,7 +138,9 @@ class Candidates:
 def measure_units(
     ruler: Ruler, candidates: Candidates, progress: Progress, journal: RecordJournal
 ) -> list[Sensitivity]:
-    """The cost of every unit by itself in each number of bits; floats cost nothing.
+    """Every unit's own cost in each number of bits.
+
+    Units in float cost nothing.
 
     Those in the journal are taken from it.
     """
@@ -184,7 +193,10 @@ class BitSearcher:
         read: ReadCandidate,
         progress: Progress,
     ) -> None:
-        """`count_bytes` of a plan of all tensors is what the whole package has."""
+        """Prepare the search.
+
+        `count_bytes` of a plan of all tensors is what the whole package has.
+        """
         self.ruler, self.choices, self.sensitivities, self.config = ruler, choices, tuple(sensitivities), config
         self.count_bytes, self._read, self._progress = count_bytes, read, progress
         self.reference = ruler.measure({})
@@ -198,7 +210,7 @@ class BitSearcher:
         return self.choices.plan_of(self._taken)
 
     def choose(self) -> None:
-        """Choose by the recipe's budget, or else by its limit of perplexity.
+        """Choose by the recipe's budget, or by its perplexity limit.
 
         Raises:
             ExportError: nothing keeps to the limit.
@@ -218,9 +230,9 @@ class BitSearcher:
         self._take(high)
 
     def reject(self, cost: Cost) -> bool:
-        """Whether weights, as they came to be, with this cost break the limit of perplexity.
+        """Whether the final weights break the limit of perplexity.
 
-        The choice is then a larger one.
+        `cost` is what these weights cost. The choice is then a larger one.
 
         Raises:
             ExportError: there is none.
@@ -234,7 +246,7 @@ class BitSearcher:
         return True
 
     def result(self, cost: Cost) -> BitSearch:
-        """The outcome, with the cost of the chosen plan's weights as they came to be.
+        """The outcome, with the cost of the chosen plan's final weights.
 
         Some points of the front are measured for the picture.
         """
@@ -281,7 +293,7 @@ class BitSearcher:
         self._count, self._taken = count, self.choices.upgrades[:count]
 
     def _measure(self, count: int) -> Cost:
-        """The cost of the plan after the first `count` upgrades, its weights being the candidates."""
+        """The plan's cost after `count` upgrades, on candidate weights."""
         if count not in self._measured:
             names = [name for names in self.choices.units.values() for name in names]
             self._measured[count] = self.ruler.measure(WeightsOf(names, self.choices.plan(count), self._read))
@@ -304,12 +316,15 @@ def _point(package_bytes: int, cost: Cost, label: str, *, chosen: bool) -> Searc
 
 
 def _worth(before: Sensitivity, after: Sensitivity) -> float:
-    """KL divergence that a byte takes away."""
+    """KL divergence that one byte removes."""
     return (before.kl - after.kl) / max(1, after.num_bytes - before.num_bytes)
 
 
 def _lower_hull(options: list[Sensitivity]) -> list[Sensitivity]:
-    """The options that some price of a byte makes the best, the fewest bytes first."""
+    """Options that are best at some price per byte.
+
+    They are sorted by bytes, the smallest first.
+    """
     hull: list[Sensitivity] = []
     for option in sorted(options, key=lambda found: (found.num_bytes, found.kl)):
         if hull and option.kl >= hull[-1].kl:

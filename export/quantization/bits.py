@@ -19,7 +19,9 @@ FLOAT_BITS: dict[ElementType, int] = {"float32": 32, "float16": 16, "bfloat16": 
 
 
 def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> dict[TensorClass, int]:
-    """Bits of each tensor class: 32 is float32, 16 is `float_type`, fewer is quantized.
+    """Bits of each tensor class: 32, 16, or fewer if quantized.
+
+    32 is float32, 16 is `float_type`.
 
     Routers and norms always are 32.
     Of variant 'mixed' these are the fewest that a class may have.
@@ -56,7 +58,7 @@ def class_bits(variant: Variant, config: QuantizeConfig, device: Device = "cpu")
 
 
 def check_head(config: QuantizeConfig, tied: bool) -> None:
-    """Refuse bits of its own for a head that is the embedding.
+    """Refuse different bits for a head tied to the embedding.
 
     Raises:
         ExportError: the recipe asks for them.
@@ -69,7 +71,7 @@ def check_head(config: QuantizeConfig, tied: bool) -> None:
 
 
 def check_overrides(config: QuantizeConfig, model: PreTrainedConfig) -> None:
-    """Refuse overrides of layers that the model does not have.
+    """Refuse overrides of layers that do not exist.
 
     Raises:
         ExportError: there is one.
@@ -103,7 +105,9 @@ def plan_bits(
     bits: Mapping[TensorClass, int],
     overrides: Sequence[BitsOverride] = (),
 ) -> dict[str, int]:
-    """Bits of every tensor by name: those of `class_bits`, or more by an override.
+    """Every tensor's bits by name: its class's, or an override's.
+
+    An override only gives more bits.
 
     16 there are `bits["bias"]`, which are floats.
     A tensor without elements (a shared expert of width 0) has nothing to quantize.
@@ -125,7 +129,7 @@ def mean_bits(
     classes: Mapping[str, TensorClass],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[TensorClass, float]:
-    """Bits of each class, the mean over its weights where they differ.
+    """Each class's bits; the mean over its weights where they differ.
 
     A class without tensors has those that it would have.
     """

@@ -27,10 +27,10 @@ PARTS = ("codes", "scales", "zero_points")
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantized weight: codes uint8 [N, num_blocks, bytes], scales float32 [N, num_blocks].
+    """A quantized weight: codes [N, num_blocks, bytes], scales [N, num_blocks].
 
-    `zero_points` uint8 [N, ceil(num_blocks * bits / 8)] are packed like codes, each row by itself; None is 2^(bits-1)
-    for every block.
+    Codes are uint8, scales float32. `zero_points` uint8 [N, ceil(num_blocks * bits / 8)] are packed like codes, each
+    row by itself; None is 2^(bits-1) for every block.
     """
 
     codes: torch.Tensor
@@ -38,7 +38,7 @@ class Quantized:
     zero_points: torch.Tensor | None = None
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """The tensors that there are, by the names of the fields."""
+        """The tensors that exist, by field name."""
         tensors = {part: getattr(self, part) for part in PARTS}
         return {part: tensor for part, tensor in tensors.items() if tensor is not None}
 
@@ -49,7 +49,10 @@ class Quantized:
 
 
 def join(parts: Sequence[Quantized], combine: Callable[[list[torch.Tensor]], torch.Tensor] = torch.cat) -> Quantized:
-    """Weights of one width and kind below each other, or combined otherwise, as by `torch.stack`."""
+    """Weights of one width and kind, stacked by rows.
+
+    Or combined otherwise, as by `torch.stack`.
+    """
     zero_points = [part.zero_points for part in parts if part.zero_points is not None]
     assert len(zero_points) in (0, len(parts)), "some parts have zero points, some not"
     codes, scales = combine([part.codes for part in parts]), combine([part.scales for part in parts])
@@ -57,7 +60,7 @@ def join(parts: Sequence[Quantized], combine: Callable[[list[torch.Tensor]], tor
 
 
 def is_quantized(bits: int) -> bool:
-    """Whether a tensor with this number of bits is held as integers and scales."""
+    """Whether a tensor with these bits is integers and scales."""
     return bits < 16
 
 
@@ -79,11 +82,11 @@ def quantize(
     scale_type: torch.dtype = torch.float32,
     zero_points: bool = False,
 ) -> Quantized:
-    """Quantize a weight [N, K] to `bits` (4 or 8) in blocks of `block_size`, each weight by itself.
+    """Quantize a weight [N, K] to 4 or 8 `bits`, in blocks.
 
-    With searched scales and maybe zero points. `importance` [K], not negative, weighs the squared errors of the
-    columns, as the mean square of an input does; without it all count alike. Scales are rounded to `scale_type`,
-    integers to them; a scale beyond its range is infinite.
+    In blocks of `block_size`, each weight by itself. With searched scales and maybe zero points. `importance` [K], not
+    negative, weighs the squared errors of the columns, as the mean square of an input does; without it all count alike.
+    Scales are rounded to `scale_type`, integers to them; a scale beyond its range is infinite.
 
     A block of zeros gets scale 0 and 2^(bits-1) as its codes and zero point, so it stays exactly zero.
 
@@ -110,7 +113,7 @@ def quantize(
 def round_to_nearest(
     weight: torch.Tensor, bits: int, block_size: int, scale_type: torch.dtype = torch.float32, zero_points: bool = False
 ) -> Quantized:
-    """The plain method, to compare with: nothing is searched.
+    """Plain round-to-nearest, for comparison; nothing is searched.
 
     The scale takes the largest weight of a block [N, K] to the largest integer; with zero points it takes the range of
     the block, zero included, to that of the codes.
@@ -136,12 +139,12 @@ def _check(weight: torch.Tensor) -> None:
 
 
 def default_zero_point(bits: int) -> int:
-    """The zero point of blocks that have none of their own."""
+    """The zero point of blocks without their own."""
     return 1 << (bits - 1)
 
 
 def cut(weight: torch.Tensor, block_size: int) -> torch.Tensor:
-    """A weight [N, K] as blocks, float32 [N, num_blocks, block_size], the last one padded with zeros."""
+    """A weight [N, K] as zero-padded blocks, float32 [N, num_blocks, block_size]."""
     rows, width = weight.shape
     padded = torch.zeros(rows, num_blocks(width, block_size) * block_size)
     padded[:, :width] = weight
@@ -155,11 +158,12 @@ def search_scales(
     scale_type: torch.dtype = torch.float32,
     zero_points: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scales, their units and zero points [N, num_blocks, 1] for weights [N, num_blocks, block_size].
+    """Scales, their units and zero points [N, num_blocks, 1].
 
-    Integers are round_to(w / unit, scale, zero). They have the smallest squared error, weighed by `importance`
-    [num_blocks, block_size]; a block whose importances are all zero is searched as if all were one. Units are powers of
-    two near the largest weight: with them no square overflows, and no inverse of a scale.
+    For weights [N, num_blocks, block_size]. Integers are round_to(w / unit, scale, zero). They have the smallest
+    squared error, weighed by `importance` [num_blocks, block_size]; a block whose importances are all zero is searched
+    as if all were one. Units are powers of two near the largest weight: with them no square overflows, and no inverse
+    of a scale.
     """
     middle = torch.tensor(float(default_zero_point(bits)))
     extreme, unit = _extremes(w)
@@ -195,13 +199,18 @@ def search_scales(
 
 
 def _extremes(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest weight of each block, and the power of two that is its size, [N, num_blocks, 1]."""
+    """Each block's largest weight, and its size's power of two.
+
+    Both are [N, num_blocks, 1].
+    """
     extreme = w.gather(-1, w.abs().argmax(-1, keepdim=True))
     return extreme, torch.ldexp(torch.ones_like(extreme), torch.frexp(extreme).exponent - 1)
 
 
 def _spread(w: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and zero point [N, num_blocks, 1] that take the range of a block, zero included.
+    """Scale and zero point that span a block's range and zero.
+
+    Both are [N, num_blocks, 1].
 
     To that of the codes.
     """
@@ -212,13 +221,16 @@ def _spread(w: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _normalize(importance: torch.Tensor) -> torch.Tensor:
-    """Importances [num_blocks, block_size] of mean one in each block."""
+    """Importances [num_blocks, block_size] with mean one in each block."""
     mean = importance.mean(-1, keepdim=True)
     return torch.where(mean > 0, importance / mean, torch.ones(()))
 
 
 def encode(integers: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int, zero_points: bool) -> Quantized:
-    """Integers [N, num_blocks, block_size] with scales and zero points [N, num_blocks, 1] as they are stored."""
+    """Integers [N, num_blocks, block_size], for stored scales and zero points.
+
+    Scales and zero points are [N, num_blocks, 1].
+    """
     codes = _pack((integers + zero).to(torch.uint8), bits)
     if not zero_points:
         return Quantized(codes, scale.squeeze(-1))
@@ -239,7 +251,10 @@ def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def round_to(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """The integers nearest to w / scale that a code can hold beside a zero point; 0 where the scale is 0."""
+    """The nearest integers to w / scale that a code holds.
+
+    Beside a zero point; 0 where the scale is 0.
+    """
     inverse = torch.where(scale == 0, torch.zeros(()), 1 / scale)
     return (w * inverse).round().clamp(-zero, (1 << bits) - 1 - zero)
 
@@ -247,10 +262,10 @@ def round_to(w: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, bits: int
 def recover(
     weight: torch.Tensor, scales: torch.Tensor, zero_points: torch.Tensor | None, bits: int, block_size: int
 ) -> Quantized:
-    """The exact integers of a dequantized weight [N, K], from its scales and zero points.
+    """Exact integers of a dequantized weight [N, K].
 
-    See `Quantized`. A float32 w = integer * scale is off by one rounding, and so w / scale nearest to that integer.
-    Scales may be smaller than 1 / the largest number.
+    The scales and zero points are known. See `Quantized`. A float32 w = integer * scale is off by one rounding, and so
+    w / scale nearest to that integer. Scales may be smaller than 1 / the largest number.
     """
     scale = scales[..., None].to(torch.float64)
     integers = torch.where(scale == 0, 0.0, cut(weight, block_size) / scale).round().to(torch.float32)
@@ -259,14 +274,14 @@ def recover(
 
 
 def dequantize(quantized: Quantized, width: int, bits: int) -> torch.Tensor:
-    """The float32 weight [N, width] that the codes stand for."""
+    """The float32 weight [N, width] that the codes encode."""
     codes = unpack(quantized.codes, bits).to(torch.float32)
     zero = _zeros(quantized.zero_points, codes.shape[1], bits)
     return ((codes - zero) * quantized.scales[..., None]).flatten(1)[:, :width].contiguous()
 
 
 def _zeros(zero_points: torch.Tensor | None, blocks: int, bits: int) -> torch.Tensor:
-    """Packed zero points as numbers, float32 [N, blocks, 1], or the one number of all."""
+    """Unpacked zero points, float32 [N, blocks, 1], or their common value."""
     if zero_points is None:
         return torch.tensor(float(default_zero_point(bits)))
     return unpack(zero_points, bits)[:, :blocks, None].to(torch.float32)

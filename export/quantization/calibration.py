@@ -38,7 +38,7 @@ RowSpan = tuple[int, int] | None
 
 @dataclass(frozen=True)
 class Group:
-    """Matrices that read the same inputs.
+    """Matrices with the same inputs.
 
     Names of tensors, and their rows where experts are stacked in one; the expert's number, if it is one.
 
@@ -54,11 +54,14 @@ class Group:
 
 
 class _EnoughError(Exception):
-    """Every wanted input is caught: the rest of the layer need not be computed."""
+    """Every wanted input is caught: the layer need not go on."""
 
 
 class CalibrationWalk:
-    """A walk through the layers of a mixture-of-experts decoder on blocks of token ids [N, S]."""
+    """A walk through a decoder's layers on blocks [N, S].
+
+    Blocks of token ids, in a mixture of experts.
+    """
 
     def __init__(
         self,
@@ -81,7 +84,7 @@ class CalibrationWalk:
         self._replaced: dict[tuple[str, RowSpan], torch.Tensor] = {}
 
     def replace(self, name: str, rows: RowSpan, weight: torch.Tensor) -> None:
-        """Give a matrix another value for the groups that follow in this layer."""
+        """Replace a matrix for the following groups of this layer."""
         self._replaced[name, rows] = weight
 
     def read_float(
@@ -91,10 +94,10 @@ class CalibrationWalk:
         changed: Mapping[str, torch.Tensor] | None = None,
         moves: bool = False,
     ) -> Iterator[Group]:
-        """The groups of the next layer in the float model alone, on about `num_tokens` tokens.
+        """Groups of the next layer in the float model only.
 
-        `changed` is as for `read_layer`. Where it `moves`, both streams are those of the float model behind the layer;
-        else nothing moves on.
+        About `num_tokens` tokens are read. `changed` is as for `read_layer`. Where it `moves`, both streams are those
+        of the float model behind the layer; else nothing moves on.
         """
         self._changed, self._replaced = changed or {}, {}
         model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
@@ -116,10 +119,11 @@ class CalibrationWalk:
     def read_layer(
         self, layer: int, changed: Mapping[str, torch.Tensor] | None = None, attention_learns: bool = True
     ) -> Iterator[Group]:
-        """The groups of the next layer in the order of computation, experts in order.
+        """Groups of the next layer, in the order of computation.
 
-        Each is behind what `replace` was told of. `changed` are tensors in the place of the checkpoint's with which the
-        layer computes the same function. Where attention does not learn, its groups are those of the float model.
+        Experts come in order. Each is behind what `replace` was told of. `changed` are tensors in the place of the
+        checkpoint's with which the layer computes the same function. Where attention does not learn, its groups are
+        those of the float model.
         """
         self._changed, self._replaced, self._num_read = changed or {}, {}, layer + 1
         model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
@@ -154,13 +158,13 @@ class CalibrationWalk:
         yield from self._read_others(layer, routed, replace(routed, drift=None))
 
     def pass_float(self, layer: int) -> None:
-        """Advance past the layer as the float model computes it, without reading it."""
+        """Advance past the layer in the float model, without reading it."""
         self._changed = {}
         after, _ = self._run(load_layer(self.checkpoint, layer, torch.float32), self.reference_states, (), stop=False)
         self.states = self.reference_states = after
 
     def read_head(self, name: str) -> Group:
-        """The matrix that makes logits, `name`, behind the last layer."""
+        """The matrix that makes logits, `name`, after the last layer."""
         self._changed, self._replaced = {}, {}
         true = apply_final_norm(self.checkpoint, self.reference_states.flatten(0, -2), torch.float32)
         is_float = self.states is self.reference_states
@@ -178,7 +182,7 @@ class CalibrationWalk:
         return Group("output", ((self.family.name("attention_output", layer), None),), partial(_same, inputs))
 
     def _read_others(self, layer: int, dense: Inputs, shared: Inputs) -> Iterator[Group]:
-        """The groups of an FFN in the place of experts, and of one beside them."""
+        """Groups of a dense FFN, or of one beside the experts."""
         if self.family.ffn is not None and not self.family.has_experts(layer, self.checkpoint.entries):
             yield from self._read_ffn(self.family.ffn, layer, partial(_same, dense), None)
         if self.family.shared is not None and self._has_elements(self.family.shared.up.format(layer=layer)):
@@ -193,7 +197,7 @@ class CalibrationWalk:
         return None if name is None else self.read(name)
 
     def _drift(self, states: torch.Tensor, reference: torch.Tensor) -> torch.Tensor | None:
-        """The difference that a block's outputs have to make up for.
+        """The correction that a block's outputs need.
 
         None where a norm stands between them and the residual stream.
         """
@@ -202,14 +206,16 @@ class CalibrationWalk:
         return (reference - states) / self.family.multipliers(self.checkpoint.config).residual
 
     def _put(self, model: PreTrainedModel, layer: int) -> None:
-        """Let the model compute with attention's matrices as they are by now."""
+        """Give the model attention's matrices in their present state."""
         for part in ATTENTION:
             if (name := (self.family.name(part, layer), None)) in self._replaced:
                 place = self.family.name(part, 0).removeprefix("model.")
                 model.get_parameter(place).data.copy_(self._replaced[name])
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
-        """Advance past `layer` with these tensors substituted, even if it was never read.
+        """Advance past `layer` with these tensors substituted.
+
+        The layer need not have been read.
 
         It may be one that was not read.
         """
@@ -274,7 +280,7 @@ class CalibrationWalk:
             )
 
     def _visits_of(self, expert: int, inputs: Inputs, routes: Routes, total: torch.Tensor) -> Inputs:
-        """One expert's part of its layer's inputs."""
+        """One expert's share of its layer's inputs."""
         if self.all_experts:
             return replace(inputs, drift=None)
         visits = routes.expert == expert
@@ -285,7 +291,7 @@ class CalibrationWalk:
         return Inputs(actual, actual if inputs.is_float else inputs.reference[own], drift, routes.weight[visits])
 
     def _read_ffn(self, ffn: Ffn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
-        """The matrices of one gated FFN, which may be one of several that are stacked in its tensors."""
+        """Matrices of one gated FFN, which may be stacked with others."""
         up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
         if ffn.gate is not None:
             gate = ffn.gate.format(layer=layer, expert=expert)
@@ -317,16 +323,22 @@ class CalibrationWalk:
         yield Group("last", ((down, second),), read_inner, expert, (first[-1][0], up_rows))
 
     def _up_rows(self, name: str, rows: RowSpan, stacked: bool) -> tuple[int, int]:
-        """The rows of up in its tensor, in which those of the gate may lie before them."""
+        """The rows of up in its tensor.
+
+        The gate's rows may precede them.
+        """
         start, stop = rows or (0, math.prod(self.checkpoint.entries[name].shape[:-1]))
         return ((start + stop) // 2 if stacked else start), stop
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor of the layer in float32, as the layer has it by now."""
+        """A tensor of the layer in float32, in its present state."""
         return (self._changed[name] if name in self._changed else self.checkpoint.read(name)).float()
 
     def read_matrix(self, name: str, rows: RowSpan) -> torch.Tensor:
-        """A matrix of the layer in float32, before quantization; leading dimensions count as rows."""
+        """A matrix of the layer in float32, before quantization.
+
+        Leading dimensions count as rows.
+        """
         if name in self._changed:
             whole = self._changed[name].flatten(0, -2)
             return whole if rows is None else whole[slice(*rows)]
@@ -343,7 +355,7 @@ def _same(inputs: Inputs) -> Inputs:
 
 
 def _first(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
-    """The hidden states that a module was called with."""
+    """The hidden states passed to a module."""
     found = arguments[0] if arguments else keywords["hidden_states"]
     assert isinstance(found, torch.Tensor)
     return found

@@ -1,4 +1,4 @@
-"""What calibration saw and changed."""
+"""Record of what calibration saw and changed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CalibrationRecord:
     column_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, other: CalibrationRecord) -> None:
-        """Take in what was seen in another layer."""
+        """Add another layer's record."""
         self.expert_tokens |= other.expert_tokens
         self.scarce_experts |= other.scarce_experts
         self.num_searched += other.num_searched
@@ -49,7 +49,7 @@ class CalibrationRecord:
         self.column_scales |= other.column_scales
 
     def write(self) -> dict[str, Any]:
-        """Facts for JSON; the tensors in `replaced` are not among them."""
+        """Facts for JSON, without the tensors in `replaced`."""
         facts = {
             name: getattr(self, name)
             for name in ("expert_tokens", "scarce_experts", "num_searched", "largest_lack", "input_scales")
@@ -61,7 +61,7 @@ class CalibrationRecord:
 
     @classmethod
     def read(cls, facts: Mapping[str, Any], replaced: Mapping[str, torch.Tensor]) -> CalibrationRecord:
-        """The record that `write` and JSON made facts of."""
+        """The record, from the facts that `write` made."""
         by_layer = {
             name: {int(layer): value for layer, value in facts[name].items()}
             for name in ("expert_tokens", "scarce_experts")
@@ -78,7 +78,7 @@ class CalibrationRecord:
         )
 
     def describe_tokens(self) -> dict[int, str]:
-        """By layer, in words.
+        """Tokens by layer, in words.
 
         The fewest tokens of an expert, the median, and experts with fewer than twice the width of a matrix of theirs.
         """

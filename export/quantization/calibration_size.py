@@ -13,7 +13,7 @@ _FEWEST_TOKENS, _MOST_TOKENS = 8192, 32768
 
 
 def count_calibration_tokens(config: QuantizeConfig, model: PreTrainedConfig) -> int:
-    """The most tokens that calibration reads, by the settings or the experts' widths."""
+    """The most calibration tokens, by settings or experts' widths."""
     if config.calibration_tokens != "auto":
         return config.calibration_tokens
     num_experts = max(

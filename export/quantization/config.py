@@ -37,7 +37,7 @@ def _read_size(value: object) -> object:
 
 
 def _read_percentage(value: object) -> object:
-    """The share that a percentage such as '1 %' is."""
+    """The share in a percentage such as '1 %'."""
     if not isinstance(value, str):
         return value
     found = re.fullmatch(_PERCENTAGE, value)
@@ -60,7 +60,7 @@ Percentage = Annotated[
 
 
 class BitsOverride(Record):
-    """Layers in which a class of tensors keeps more bits than its variant gives it."""
+    """Layers in which a tensor class keeps more bits than elsewhere."""
 
     tensors: Literal["experts", "attention"] = Field(description="The class.")
     layers: Annotated[tuple[NonNegativeInt, ...], Field(strict=False)] = Field(
@@ -73,7 +73,7 @@ _SEARCHED_BITS = 8  # and more: by default such weights are searched, and do not
 
 
 class QuantizeConfig(Record):
-    """Quantization of weights, and in variant int8-qdq of activations too.
+    """Quantization of weights, and of activations in variant int8-qdq.
 
     Routers and norms stay in float32. Variant 'mixed' has 4 or 8 bits or floats in every class of every layer, in the
     embedding and in the head, as measured: the best that fits into `budget`, or the smallest that costs no more than

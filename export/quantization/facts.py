@@ -10,20 +10,26 @@ from dense2moe.upcycle.tasks.figure import Figure
 
 @dataclass(frozen=True, order=True)
 class Unit:
-    """Tensors with common bits: one class in one layer, or outside of layers (-1)."""
+    """Tensors with common bits: one class in one layer.
+
+    Outside of layers the layer is -1.
+    """
 
     layer: int
     tensors: TensorClass
 
     @property
     def label(self) -> str:
-        """What it is called."""
+        """Its name in reports."""
         return self.tensors if self.layer < 0 else f"{self.tensors} of layer {self.layer}"
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """A unit in a number of bits: its bytes in the package, and its cost alone."""
+    """A unit in some bits: its bytes, and its own cost.
+
+    The bytes are those in the package.
+    """
 
     unit: Unit
     bits: int
@@ -33,7 +39,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class SearchPoint:
-    """A choice of bits that was measured.
+    """A measured choice of bits.
 
     Bytes of the package's weights, perplexity on the validation text, and what it is.
     """
@@ -47,10 +53,10 @@ class SearchPoint:
 
 @dataclass(frozen=True)
 class BitSearch:
-    """The outcome of a search: measured points, the fewest bytes first, and the limit.
+    """The outcome of a search: measured points, and the limit.
 
-    And every unit's cost and bits.
-    `bits` are the chosen ones: of each class by layer, or, outside of layers, of one.
+    Points are sorted by bytes, the smallest first. And every unit's cost and bits. `bits` are the chosen ones: of each
+    class by layer, or, outside of layers, of one.
     """
 
     points: tuple[SearchPoint, ...]
@@ -64,7 +70,7 @@ class BitSearch:
 
 @dataclass(frozen=True)
 class QuantizeFacts:
-    """What was quantized: bits by class, bytes of experts, their quantized share.
+    """Quantized weights: bits by class, bytes of experts, quantized share.
 
     `block_size` is None where each row has one scale.
 

@@ -1,4 +1,4 @@
-"""GPTQ: integers chosen column by column, each column's error made good by those after it.
+"""GPTQ: integers column by column, later columns correct earlier errors.
 
 The loss of a matrix W [N, K] on inputs X [T, K] is |X W' - X Q'|², which depends on X through H = X'X alone. Rounding
 column j leaves an error that the columns not yet rounded can make up for best by the inverse of H among themselves; its
@@ -70,10 +70,10 @@ class Moments:
 
 
 def prepare_moments(hessian: torch.Tensor, block_size: int) -> Moments:
-    """The moments X'X [K, K] of matrices that are to be quantized in blocks of `block_size`.
+    """Moments X'X [K, K] of matrices to be quantized.
 
-    Factored once for all of them.
-    An input that is always zero bears on nothing: its column is rounded, and has no error to pass on.
+    The matrices are quantized in blocks of `block_size`. Factored once for all of them. An input that is always zero
+    bears on nothing: its column is rounded, and has no error to pass on.
 
     Raises:
         ValueError: they are not finite, or not square.
@@ -97,7 +97,9 @@ def quantize_gptq(
     zero_points: bool = False,
     passes: int = _PASSES,
 ) -> Quantized:
-    """Quantize a weight [N, K] for inputs of these moments, to `bits` in blocks of `block_size`.
+    """Quantize a weight [N, K] for inputs of these moments.
+
+    The result has `bits` bits, in blocks of `block_size`.
 
     Maybe with zero points.
     `passes` of coordinate descent follow GPTQ's own.
@@ -117,9 +119,9 @@ def quantize_together(
     zero_points: bool = False,
     passes: int = _PASSES,
 ) -> list[Quantized]:
-    """Quantize weights of one shape [N, K] side by side, each with its own moments.
+    """Quantize weights of one shape [N, K] side by side.
 
-    Many small ones take little longer.
+    Each weight has its own moments. Many small ones take little longer.
 
     Raises:
         ValueError: a weight is no matrix of finite values, or does not fit its moments.
@@ -144,7 +146,10 @@ def quantize_together(
 
 
 def _share_lanes(count: int, rows: int) -> Iterator[tuple[slice, slice]]:
-    """Which of `count` matrices, and which of their rows, are quantized side by side."""
+    """Groups of matrices and rows that are quantized side by side.
+
+    There are `count` matrices in all.
+    """
     together = max(1, _LANES // rows)
     for first in range(0, count, together):
         for start in range(0, rows, _LANES):
@@ -152,7 +157,7 @@ def _share_lanes(count: int, rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 class _Lanes:
-    """Rows of M matrices on their way to integers; all tensors have columns first.
+    """Rows of M matrices being quantized; tensors have columns first.
 
     [K, M, N], or [blocks, M, N] where a block shares a value. integers, scales and zeros are what is looked for. `left`
     is what is still to be rounded while columns are rounded, then W - Q in each row's `unit` [M, N], a power of two
@@ -178,7 +183,7 @@ class _Lanes:
         self.lowest, self.highest = -default_zero_point(bits), default_zero_point(bits) - 1
 
     def _chunks(self) -> Iterator[tuple[slice, list[slice]]]:
-        """The columns whose changes reach the others together, and the blocks in them."""
+        """Columns whose changes are propagated together, and their blocks."""
         for start in range(0, len(self.target), _LAZY_COLUMNS):
             stop = min(start + _LAZY_COLUMNS, len(self.target))
             yield (
@@ -187,7 +192,7 @@ class _Lanes:
             )
 
     def _round(self, x: torch.Tensor, number: int) -> None:
-        """Make x [M, N] the nearest integers that codes of block `number` can hold."""
+        """Round x [M, N] to integers that block `number`'s codes hold."""
         x.round_()
         if self.zero_points:
             zero = self.zeros[number]
@@ -224,7 +229,7 @@ class _Lanes:
         self._start_descent()
 
     def _search(self, block: slice, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scale of a block and its unit, [M, N]; its zero points are kept."""
+        """A block's scale and its unit, [M, N]; zero points are kept."""
         importance = torch.stack([own.importance[block] for own in self.moments])
         found = search_scales(
             self.left[block].permute(2, 1, 0).contiguous(), self.bits, importance, self.scale_type, self.zero_points
@@ -234,7 +239,7 @@ class _Lanes:
         return scale, unit
 
     def _start_descent(self) -> None:
-        """Turn `left` from what is still to be rounded into W - Q."""
+        """Turn `left` from unrounded values into W - Q."""
         self.unit = _power_below(self.target.abs().amax(0))
         own = self.scales / self.unit
         # a scale beyond its type's range is left as it is
@@ -244,7 +249,10 @@ class _Lanes:
         )
 
     def refit_scales(self) -> None:
-        """Each scale in turn takes the value that is best for all others as they are."""
+        """Set each scale in turn to its best value.
+
+        Meanwhile all other scales are fixed.
+        """
         for block, near, h in self._visit():
             number = block.start // self.block_size
             integers, old = self.integers[block], self.own[number]
@@ -257,7 +265,10 @@ class _Lanes:
             self.own[number] += change
 
     def descend(self) -> None:
-        """Each column's integers in turn take the values that are best for all others as they are."""
+        """Set each column's integers in turn to their best values.
+
+        Meanwhile all other columns are fixed.
+        """
         for block, near, h in self._visit():
             number = block.start // self.block_size
             # rows: [block, M, block, 1]
@@ -279,7 +290,7 @@ class _Lanes:
             torch.where(torch.isfinite(chosen), chosen, before, out=chosen)
 
     def _visit(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
-        """Block by block, while `left` changes.
+        """Visit block by block, while `left` changes.
 
         Half of the slope by which the loss falls as weights of it rise, [block, M, N], and its moments.
         """
@@ -299,7 +310,7 @@ class _Lanes:
                 yield block, near, [h[block, block] for h in damped]
 
     def encode(self) -> list[Quantized]:
-        """What was found for each matrix."""
+        """Each matrix's result."""
         blocks, found = len(self.scales), []
         scales = torch.where(torch.isfinite(self.scales), self.own * self.unit, self.scales)
         for m in range(len(self.moments)):
@@ -317,14 +328,17 @@ class _Lanes:
 
 
 def _subtract_products(values: torch.Tensor, factors: Sequence[torch.Tensor], changes: torch.Tensor) -> None:
-    """Take factor [n, k] times changes [k, M, N] from values [n, M, N], each matrix its own factor."""
+    """Subtract factor [n, k] times changes [k, M, N] from values.
+
+    Values are [n, M, N]; each matrix has its own factor.
+    """
     if len(changes) and len(values):
         for m, factor in enumerate(factors):
             values[:, m] -= factor @ changes[:, m]
 
 
 def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of the damped H, float32 [K, K].
+    """Upper Cholesky factor of the damped H's inverse, float32 [K, K].
 
     An input that is always zero stands alone in it. With rows and columns reversed H = L L', so H = R R' of an upper R,
     and the inverse is (R⁻¹)' R⁻¹: one factor, and one inverse of a triangle.
@@ -335,5 +349,5 @@ def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
 
 
 def _power_below(sizes: torch.Tensor) -> torch.Tensor:
-    """The largest power of two that is no larger than each of these sizes, and 1/2 for zero."""
+    """The largest power of two not above each size; 1/2 for zero."""
     return torch.ldexp(torch.ones_like(sizes), torch.frexp(sizes).exponent - 1)

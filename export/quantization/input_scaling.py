@@ -54,9 +54,10 @@ _LARGEST_INTEGER = 127
 
 @dataclass
 class ScalingRecord:
-    """Groups of matrices with the same inputs.
+    """Counts of input scaling, by groups of matrices.
 
-    Those that were scaled, those that are best as they are, those that have nothing to fold into.
+    Matrices of a group read the same input. Those that were scaled, those that are best as they are, those that have
+    nothing to fold into.
     """
 
     num_scaled: int = 0
@@ -64,7 +65,7 @@ class ScalingRecord:
     num_without_place: int = 0
 
     def add(self, other: ScalingRecord) -> None:
-        """Take in the counts of another layer."""
+        """Add another layer's counts."""
         self.num_scaled += other.num_scaled
         self.num_best_unscaled += other.num_best_unscaled
         self.num_without_place += other.num_without_place
@@ -72,20 +73,26 @@ class ScalingRecord:
 
 @dataclass
 class ScaledLayer:
-    """Changed tensors of one layer, float32 by name; its function is the same."""
+    """Changed tensors of one layer, float32; its function stays.
+
+    Tensors are keyed by name.
+    """
 
     walk: CalibrationWalk
     layer: int
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def multiply_inputs(self, matrices: Iterable[tuple[str, tuple[int, int] | None]], scales: torch.Tensor) -> None:
-        """Multiply the columns of matrices, or of some of their rows, by scales [K]."""
+        """Multiply columns of matrices by scales [K].
+
+        Of some matrices only certain rows.
+        """
         for name, rows in matrices:
             flat = self._take(name).flatten(0, -2)  # a view
             flat[slice(*rows) if rows else slice(None)] *= scales
 
     def divide_outputs(self, name: str, rows: tuple[int, int], scales: torch.Tensor) -> None:
-        """Divide some rows of a matrix, or elements of a vector, by scales [rows]."""
+        """Divide rows of a matrix, or a vector, by scales [rows]."""
         tensor = self._take(name)
         flat = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor[:, None]
         flat[slice(*rows)] /= scales[:, None]
@@ -99,7 +106,9 @@ class ScaledLayer:
 def scale_layer(
     walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, record: ScalingRecord
 ) -> dict[str, torch.Tensor]:
-    """The changed tensors of the next layer; `plan` has the bits of every tensor.
+    """Changed tensors of the next layer.
+
+    `plan` has the bits of every tensor.
 
     Counts groups in `record`.
     """
@@ -129,9 +138,9 @@ def scale_layer(
 
 
 def fold(scaled: ScaledLayer, family: Architecture, groups: Sequence[Group], scales: torch.Tensor) -> None:
-    """Multiply the columns of all that read one input by scales [K], and divide what makes the input.
+    """Multiply readers' columns by scales [K], and divide their input's maker.
 
-    `groups` is one group, or all the first matrices of a layer's FFNs.
+    The readers share one input. `groups` is one group, or all the first matrices of a layer's FFNs.
     """
     layer, config = scaled.layer, scaled.walk.checkpoint.config
     for group in groups:
@@ -170,7 +179,7 @@ def choose_scales(
     record: ScalingRecord,
     extra_importance: float = 0.0,
 ) -> torch.Tensor | None:
-    """Scales [K] of what matrices read, with the smallest error of their outputs.
+    """Input scales [K] with the smallest error of the outputs.
 
     None where that is with nothing scaled. Counts in `record`.
 
@@ -206,7 +215,7 @@ def choose_scales(
 
 @dataclass(frozen=True)
 class _Part:
-    """One group and what it reads, x.
+    """One group and its input x.
 
     matrices: [N, K] each, with the name of the tensor that it is in; gram: the sum of W'W [K, K] over them; sample:
     some tokens [S, K] of the `num_tokens` that are read; total, largest, squares: by channel [K] the sum of |x|, the
@@ -236,7 +245,10 @@ class _Part:
     def estimate(
         self, scales: torch.Tensor, plan: Mapping[str, int], config: QuantizeConfig, extra_importance: float
     ) -> float:
-        """The squared error of the outputs that rounding leaves with these scales, summed over all tokens."""
+        """Squared error of outputs with these scales, over all tokens.
+
+        It is the error that rounding leaves.
+        """
         squares = self.squares + extra_importance * self.squares.mean()
         importance = _by_block(squares / scales.square(), config.block_size).sum(-1)
         error = 0.0
@@ -252,7 +264,7 @@ class _Part:
 
 
 def round_inputs(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """x [..., K] as operators with 8-bit activations read it.
+    """x [..., K] rounded as operators with 8-bit activations round it.
 
     Integers from -127 to 127 times a scale for each block of a token. Measured to the bit of float32 on onnxruntime's
     CPU (`MatMulNBits` at accuracy_level 4, `QMoE`): the scale is the block's largest magnitude / 127.
@@ -265,7 +277,7 @@ def round_inputs(x: torch.Tensor, block_size: int) -> torch.Tensor:
 
 
 def _by_block(x: torch.Tensor, block_size: int) -> torch.Tensor:
-    """x [..., K] as [..., blocks, block_size], zeros behind its end."""
+    """x [..., K] as [..., blocks, block_size], padded with zeros."""
     padded: torch.Tensor = torch.nn.functional.pad(x, (0, -x.shape[-1] % block_size))
     return padded.view(*x.shape[:-1], -1, block_size)
 
@@ -273,7 +285,10 @@ def _by_block(x: torch.Tensor, block_size: int) -> torch.Tensor:
 def _channel_sizes(
     group: Group, parts: Sequence[_Part], walk: CalibrationWalk, config: QuantizeConfig
 ) -> Iterator[torch.Tensor]:
-    """By what channels are told apart: the mean of |x| [K], and, where inputs are rounded too, the largest."""
+    """Channel sizes: mean |x| [K], and the largest where needed.
+
+    The largest is needed where inputs are rounded too.
+    """
     yield _share_by_head(
         sum((part.total for part in parts), torch.zeros(())) / sum(part.num_tokens for part in parts), group, walk
     )
@@ -282,7 +297,7 @@ def _channel_sizes(
 
 
 def _share_by_head(sizes: torch.Tensor, group: Group, walk: CalibrationWalk) -> torch.Tensor:
-    """Of attention's output: the mean over the heads that share a value."""
+    """Attention's output: mean over the heads that share a value."""
     if group.place != "output":
         return sizes
     heads = walk.checkpoint.config.num_key_value_heads
@@ -291,7 +306,9 @@ def _share_by_head(sizes: torch.Tensor, group: Group, walk: CalibrationWalk) -> 
 
 
 def _scales(sizes: torch.Tensor, power: float) -> torch.Tensor:
-    """Sizes of channels [K] to a power, with one between the largest and the smallest.
+    """Channel sizes [K] to a power, with geometric centre 1.
+
+    With one between the largest and the smallest.
 
     A size of zero counts as the smallest other.
     """

@@ -1,4 +1,7 @@
-"""Calibration inputs of a matrix: after quantized layers, and in the float model."""
+"""Calibration inputs of a matrix, after quantized layers and in float.
+
+As the quantized layers before it give them, and as the float model does.
+"""
 
 from __future__ import annotations
 
@@ -24,5 +27,5 @@ class Inputs:
 
     @property
     def is_float(self) -> bool:
-        """Whether nothing before them is quantized: both are one tensor."""
+        """Whether nothing upstream is quantized: both are one tensor."""
         return self.actual is self.reference

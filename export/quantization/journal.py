@@ -32,14 +32,17 @@ class KeptLayer:
 
 
 class LayerJournal:
-    """Layers as they were quantized by one plan, a sealed folder each; without a scratch directory nothing is kept."""
+    """Layers as one plan quantized them, a sealed folder each.
+
+    Without a scratch directory nothing is kept.
+    """
 
     def __init__(self, scratch: Path | None, plan: Mapping[str, int], settings: str = "") -> None:
         digest = hashlib.sha256(json.dumps([sorted(plan.items()), settings]).encode()).hexdigest()
         self._folder = None if scratch is None else scratch / f"layers-{digest[:12]}"
 
     def read(self, layer: int) -> KeptLayer | None:
-        """A layer that was kept; None where it is not done."""
+        """A kept layer; None if not done."""
         folder = self._place(layer)
         if folder is None or not is_kept(folder):
             return None
@@ -68,21 +71,27 @@ class LayerJournal:
 
 
 class RecordJournal:
-    """Records of measurements: a sealed folder for those that were made together, numbered from 0."""
+    """Records of measurements, in numbered sealed folders.
+
+    A folder for those that were made together, from 0.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._count = 0
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """All records up to the first that is missing; what is added follows them."""
+        """All records up to the first missing one.
+
+        New records follow them.
+        """
         self._count = 0
         while is_kept(place := self._folder / f"{self._count:05d}"):
             yield from read_facts(place)
             self._count += 1
 
     def add(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Keep records, when all that were kept before have been read."""
+        """Keep records, after all earlier ones have been read."""
         place = self._folder / f"{self._count:05d}"
         begin(place)
         keep(place, records)

@@ -1,4 +1,4 @@
-"""The methods of quantization, applied to a checkpoint tensor by tensor."""
+"""Methods of quantization, applied tensor by tensor."""
 
 from __future__ import annotations
 
@@ -123,12 +123,12 @@ def quantize_tensors(
 
 
 def _tell(progress: Progress, before: int, total: int, done: int) -> None:
-    """Tell of tensors of one layer."""
+    """Report tensors of one layer."""
     progress("quantizing", before + done, total)
 
 
 def _learner(config: QuantizeConfig) -> tuple[str, str]:
-    """The first setting that learns from text, and what to do without."""
+    """The first setting that needs text, and what to change without."""
     if config.method == "gptq":
         return "quantize.method is 'gptq'", "set method to 'search'"
     if config.correct_routers:
@@ -206,10 +206,10 @@ def _quantize_layer(
     learns: bool,
     progress: Callable[[int], None],
 ) -> dict[str, Quantized]:
-    """Every quantized tensor of a layer, after quantized layers where anything `learns`.
+    """Every quantized tensor of a layer.
 
-    Or else as the float model has it.
-    `progress` is told how many matrices are done, and not of the last, since the layer is not kept yet.
+    Inputs come from quantized layers where anything `learns`. Or else as the float model has it. `progress` is told how
+    many matrices are done, and not of the last, since the layer is not kept yet.
     """
     plan, config, scale_type = assignment.plan, assignment.config, assignment.scale_type
     changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
@@ -239,7 +239,7 @@ def _quantize_layer(
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A matrix and what it is quantized by.
+    """A matrix and what its quantization needs.
 
     The moments of what it reads, or no more than their mean squares, or nothing.
     """
@@ -261,7 +261,9 @@ def _prepare(
     record: CalibrationRecord,
     scarce: set[int],
 ) -> Iterator[_Prepared]:
-    """The matrices of a group to quantize, shifted where the shift can be learned.
+    """Matrices of a group to quantize, shifted where possible.
+
+    A matrix is shifted where the shift can be learned.
 
     Experts with too few tokens for it go into `scarce`.
     """
@@ -294,7 +296,7 @@ def _prepare(
 def _quantize_prepared(
     prepared: Sequence[_Prepared], config: QuantizeConfig, scale_type: torch.dtype
 ) -> list[Quantized]:
-    """Matrices of one shape that are learned are quantized side by side."""
+    """Quantize matrices; learned ones of one shape go side by side."""
     found: dict[int, Quantized] = {}
     learned: dict[tuple[torch.Size, int], list[int]] = defaultdict(list)
     for place, matrix in enumerate(prepared):
@@ -318,7 +320,7 @@ def _quantize_prepared(
 
 
 def _batch_groups(groups: Iterable[Group], walk: CalibrationWalk) -> Iterator[list[Group]]:
-    """Groups that do not wait for each other, to be quantized side by side.
+    """Groups independent of each other, to quantize side by side.
 
     The first matrices of experts, then their last ones; others alone.
     """

@@ -18,7 +18,7 @@ def order_tensors(names: Mapping[str, int], family: Architecture | None) -> list
 
 
 def head_name(names: Container[str], family: Architecture | None) -> str | None:
-    """The tensor that makes the logits, which may be the embedding as well.
+    """The tensor that makes the logits, tied or not.
 
     None where no family describes the model.
     """

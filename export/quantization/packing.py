@@ -28,7 +28,7 @@ What the largest lowering was seen to take, and some more.
 
 @dataclass(frozen=True)
 class Packing:
-    """How integers lie.
+    """The layout of integers.
 
     Weights that share a scale, None being those of a row, whether blocks have zero points, and what scales are stored
     in.
@@ -40,7 +40,7 @@ class Packing:
 
     @classmethod
     def of(cls, variant: Variant, config: QuantizeConfig, device: Device = "cpu") -> Packing:
-        """That of a variant."""
+        """A variant's packing."""
         if variant == STATIC:
             return cls(None, zero_points=False, scale_type=torch.float32)
         return cls(
@@ -53,7 +53,9 @@ class Packing:
 def integer_specs(
     name: str, shape: tuple[int, ...], bits: int, packing: Packing, has_column_scales: bool = False
 ) -> list[TensorSpec]:
-    """The tensors that hold the integers of one tensor; leading dimensions count as rows.
+    """The stored tensors that hold one tensor's integers.
+
+    Leading dimensions count as rows.
 
     Maybe with the scales of its columns.
     """
@@ -72,7 +74,7 @@ def integer_specs(
 
 
 def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int], packing: Packing) -> int:
-    """Bytes of tensors in a checkpoint, as integers or floats by the plan."""
+    """Bytes of a checkpoint's tensors, as integers or floats by plan."""
     total = 0
     for name in names:
         if is_quantized(plan[name]):
@@ -87,7 +89,9 @@ def stored_bytes(names: list[str], checkpoint: Checkpoint, plan: dict[str, int],
 def package_bytes(
     shapes: Mapping[str, tuple[int, ...]], family: Architecture, plan: Mapping[str, int], packing: Packing
 ) -> int:
-    """Bytes in an ONNX package of the tensors in `shapes`, with the bits of `plan`.
+    """Bytes in a package of the tensors in `shapes`.
+
+    `plan` has their bits.
 
     A tied head of integers by block is the embedding.
     """
@@ -109,19 +113,22 @@ def package_bytes(
 
 
 def rotary_bytes(model: PreTrainedConfig, float_bytes: int) -> int:
-    """Bytes of a package's rotary tables: cosines and sines of half a head for each position."""
+    """Bytes of rotary tables: cosines and sines for each position.
+
+    Each spans half a head.
+    """
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     return int((model.max_position_embeddings + (rotary_switch(model) or 0)) * head_dim * float_bytes)
 
 
 def node_bytes(model: PreTrainedConfig, family: Architecture) -> int:
-    """Bytes that a package's nodes take at most."""
+    """Upper limit of the bytes of a package's nodes."""
     experts = family.gate(model).num_experts if family.experts is not None else 0
     return int(model.num_hidden_layers) * (_LAYER_NODES + experts * _EXPERT_NODES)
 
 
 def check_budget(config: QuantizeConfig, fewest_bytes: int) -> None:
-    """Refuse a budget that the fewest bits do not fit into.
+    """Refuse a budget smaller than the fewest bits need.
 
     Raises:
         ExportError: it is too small.

@@ -1,4 +1,4 @@
-"""The parameters of any transformers decoder: their class, and their rows on disk.
+"""Parameters of any transformers decoder: classes, and rows on disk.
 
 A checkpoint's names are not always the model's: experts lie one by one and are stacked at loading, modules have been
 renamed. transformers keeps that mapping as rules which it can also run backwards, to save a model. So the model is
@@ -37,7 +37,7 @@ class RowRange:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a config: parameters without values, buffers with them.
+    """A config's model: parameters without values, buffers with them.
 
     Raises:
         ExportError: transformers has no decoder of this config.
@@ -56,7 +56,9 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
-    """The rows in a checkpoint of every parameter and stored buffer, in order.
+    """Where each parameter and stored buffer lies, in order.
+
+    The place is a list of rows of the checkpoint's tensors.
 
     Raises:
         ExportError: the checkpoint's tensors are not those that transformers would save, or no rows of them.
@@ -106,7 +108,7 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
 
 
 def _pieces(names: list[str], owner: torch.Tensor, row: torch.Tensor) -> tuple[RowRange, ...]:
-    """Runs of rows that follow each other in one tensor."""
+    """Runs of consecutive rows in one tensor."""
     breaks = ((owner[1:] != owner[:-1]) | (row[1:] != row[:-1] + 1)).nonzero().flatten() + 1
     starts = [0, *breaks.tolist()] if len(owner) else []
     ends = [*starts[1:], len(owner)]
@@ -114,7 +116,10 @@ def _pieces(names: list[str], owner: torch.Tensor, row: torch.Tensor) -> tuple[R
 
 
 def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The router beside every module of experts, by the name of the module that has both."""
+    """The router beside every module of experts.
+
+    By the name of the module that has both.
+    """
     routers = {}
     for name, module in model.named_modules():
         if hasattr(module, "experts"):
@@ -125,7 +130,7 @@ def find_routers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
-    """The class of every parameter, by what its module is.
+    """The class of every parameter, by its module's type.
 
     What is no matrix of a plain product, embedding or expert stays as it is, as norms do. Plain products inside of
     attention are "attention", others of an FFN, which counts with the experts; those beside experts route or gate. A
@@ -168,7 +173,9 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
 
 
 def classify_tensors(config: PreTrainedConfig, shapes: Shapes) -> dict[str, TensorClass]:
-    """The class of every tensor of a checkpoint, from its config and shapes alone.
+    """The class of every tensor, from config and shapes alone.
+
+    The tensors are a checkpoint's.
 
     Raises:
         ExportError: a tensor is part of parameters of several classes, or of none.

@@ -56,7 +56,7 @@ from dense2moe.upcycle.progress import Progress
 
 @dataclass(frozen=True)
 class QuantizeInputs:
-    """What quantizing is given beside a checkpoint and its settings.
+    """Inputs of quantizing besides a checkpoint and its settings.
 
     `device` is what the graph will run on, `activation_bits` those that it will read the inputs of quantized products
     with on the CPU. `blocks` are token ids [N, S] to calibrate on, which method gptq needs; of them
@@ -83,9 +83,10 @@ def quantize_checkpoint(
     progress: Progress,
     given: QuantizeInputs = _NOTHING,
 ) -> QuantizeFacts:
-    """Write the twin of the mixture-of-experts checkpoint in `source`, and its integers, into `output`.
+    """Write the checkpoint's twin and its integers into `output`.
 
-    One tensor in memory at a time, or one layer. A killed call is resumed if it is made again with the same arguments.
+    The checkpoint, a mixture of experts, is in `source`. One tensor in memory at a time, or one layer. A killed call is
+    resumed if it is made again with the same arguments.
 
     Raises:
         ExportError: the architecture is not covered, an expert would stay unquantized, a weight is beyond float16's
@@ -264,7 +265,7 @@ def _search_bits(
 
 
 class _Tensors(Weights):
-    """The tensors of a checkpoint, each read when it is asked for."""
+    """A checkpoint's tensors, each read when asked for."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint

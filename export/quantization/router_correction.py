@@ -1,4 +1,4 @@
-"""Routers refitted to their inputs after quantized layers.
+"""Routers refitted to the inputs that quantized layers give.
 
 So that tokens meet the experts that they met in the float model. The router's logits on the float model's hidden states
 are what it is to give on those that it reads now. First by damped least squares, which has a closed form, then by a few
@@ -27,7 +27,9 @@ _MIN_TOKENS = 2
 
 @dataclass(frozen=True)
 class RouterFacts:
-    """Routing on held-out tokens against the float model's, before and after.
+    """Routing on held-out tokens against the float model's.
+
+    Measured before and after the correction.
 
     Share of tokens with the same experts, and KL of scores in nats.
     `method` is what was kept.
@@ -48,7 +50,7 @@ class RouterFacts:
 def correct_router(
     router: torch.Tensor, inputs: Inputs, gate: Gate, bias: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, RouterFacts]:
-    """The router [E, H] refitted to present hidden states, and what that gained.
+    """The router [E, H] refitted to quantized inputs, and the gain.
 
     Float32 in and out.
     `bias` [E] is what it adds to its scores for the choice, and stays.
@@ -77,7 +79,9 @@ def correct_router(
 
 
 def kl_of_scores(logits: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> float:
-    """The mean KL in nats of the scores of `logits`, over their sum, from those of `wanted`, [tokens, E] both.
+    """Mean KL in nats between routers' normalized scores, [tokens, E] each.
+
+    The divergence of `logits` from `wanted`.
 
     0 of no tokens.
     """
@@ -95,7 +99,7 @@ def _agreement(scores: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> float:
 
 
 def _descend(router: torch.Tensor, x: torch.Tensor, wanted: torch.Tensor, gate: Gate) -> torch.Tensor:
-    """The router after steps on the KL."""
+    """The router after gradient steps on the KL."""
     weight = router.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=_STEPS, line_search_fn="strong_wolfe")
 

@@ -1,4 +1,4 @@
-"""The cost on text of replacing weights, measured layer by layer."""
+"""The cost of replacing weights, measured on text layer by layer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ _BATCH_TOKENS = 256
 
 @dataclass(frozen=True)
 class Cost:
-    """Mean next-token loss in nats, and mean KL divergence from the model as it is, in nats a token."""
+    """Mean next-token loss, and mean KL divergence from the unchanged model.
+
+    Both in nats a token.
+    """
 
     loss: float
     kl: float
 
 
 class Ruler:
-    """Measures a decoder with some of its weights replaced against the decoder as it is.
+    """Measures a decoder with replaced weights against the unchanged one.
 
     On blocks of token ids [N, S].
     """
@@ -40,30 +43,34 @@ class Ruler:
         self._reference = self._run_from(0, [embed(checkpoint, blocks, torch.float32)])[0]
 
     def measure(self, weights: Weights) -> Cost:
-        """The cost of all of these weights together."""
+        """The cost of all these weights together."""
         states = embed(self.checkpoint, self.blocks, torch.float32, weights)
         for layer in range(self.num_layers):
             states = _run(load_layer(self.checkpoint, layer, torch.float32, weights), states)
         return self._judge(states, weights)
 
     def measure_outside(self, choices: Sequence[Weights]) -> list[Cost]:
-        """The cost of each choice of weights by itself, embeddings and heads alone."""
+        """Each choice's own cost, for embeddings and heads."""
         after = self._run_from(0, [embed(self.checkpoint, self.blocks, torch.float32, weights) for weights in choices])
         return [self._judge(states, weights) for states, weights in zip(after, choices, strict=True)]
 
     def measure_layer(
         self, layer: int, before: torch.Tensor, choices: Sequence[Weights]
     ) -> tuple[list[Cost], torch.Tensor]:
-        """The cost of each choice of weights in one layer, and the states [N, S, H] after it.
+        """Each choice's cost in one layer, and the states after it.
 
-        `before` is what the layer reads where nothing is replaced; `embed` gives what the first one does.
+        States are [N, S, H]. `before` is what the layer reads where nothing is replaced; `embed` gives what the first
+        one does.
         """
         after = [_run(load_layer(self.checkpoint, layer, torch.float32, weights), before) for weights in choices]
         own = _run(load_layer(self.checkpoint, layer, torch.float32), before)
         return [self._judge(states, {}) for states in self._run_from(layer + 1, after)], own
 
     def _run_from(self, layer: int, streams: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Streams of states [N, S, H] through the layers from `layer` on, each of which is loaded once for all."""
+        """Run streams of states [N, S, H] through the remaining layers.
+
+        From `layer` on; each layer is loaded once for all streams.
+        """
         for number in range(layer, self.num_layers):
             model = load_layer(self.checkpoint, number, torch.float32)
             streams = [_run(model, states) for states in streams]

@@ -1,4 +1,4 @@
-"""8-bit activations in torch: products round their inputs as the graph does.
+"""8-bit activations in torch: products round inputs as the graph does.
 
 With static scales the checkpoint cannot hold that inputs are rounded, so a twin's model rounds them always. The
 operators that find their scales as they run (`MatMulNBits` at accuracy_level 4, `QMoE`) round by each block of a token;
@@ -25,18 +25,20 @@ _LOWEST, _HIGHEST = -128, 127
 
 @dataclass(frozen=True)
 class StaticRounding:
-    """Inputs rounded to 8-bit integers times one scale that is part of the file."""
+    """Inputs rounded to 8-bit integers times one stored scale."""
 
     scale: float
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The rounded inputs, as QuantizeLinear divides and rounds."""
+        """The rounded inputs, as QuantizeLinear computes them."""
         return (x / self.scale).round().clamp(_LOWEST, _HIGHEST) * self.scale
 
 
 @dataclass(frozen=True)
 class BlockRounding:
-    """Inputs rounded by each block of a token, divided by the scales [K] of their columns before.
+    """Inputs rounded by block of each token.
+
+    Divided by the scales [K] of their columns before.
 
     Where they have some.
     """
@@ -52,10 +54,11 @@ class BlockRounding:
 
 
 class RoundedInputs(TorchFunctionMode):
-    """While it is entered, a twin's model, loaded with eager experts.
+    """Context manager: a twin's model rounds its products' inputs.
 
-    Reads the inputs of quantized products as its 8-bit graph does. Weights are told by their addresses, an expert's
-    being that of its first row; so every `linear` by a quantized weight rounds its input first.
+    The model is loaded with eager experts. Reads the inputs of quantized products as its 8-bit graph does. Weights are
+    told by their addresses, an expert's being that of its first row; so every `linear` by a quantized weight rounds its
+    input first.
     """
 
     def __init__(self, model: PreTrainedModel, twin: Twin) -> None:
@@ -84,14 +87,14 @@ class RoundedInputs(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call a function of torch; `linear` by a quantized weight with its input rounded."""
+        """Call a function of torch; `linear` rounds a quantized weight's input."""
         if func is F.linear and args[1].data_ptr() in self.rounds:
             args = (self.rounds[args[1].data_ptr()](args[0]), *args[1:])
         return func(*args, **(kwargs or {}))
 
 
 def _rounding(weight: QuantizedWeight) -> StaticRounding | BlockRounding:
-    """How a product by this weight rounds what it reads."""
+    """How a product by this weight rounds its input."""
     return (
         StaticRounding(weight.input_scale)
         if weight.is_static

@@ -1,4 +1,4 @@
-"""Static 8-bit quantization: weights by row, input ranges measured on text.
+"""Static 8-bit quantization: row-wise weights, input ranges measured on text.
 
 A product x W' of a float graph becomes s_x s_n (x_q W_q'): the weights of output n are integers times s_n, x is rounded
 to integers times s_x, and both scales are constants of the file. Providers that compute in 8 bits want it so, as
@@ -40,14 +40,17 @@ _CANDIDATES = 64  # ranges that are tried, at equal distances
 
 
 class Magnitudes:
-    """A histogram of magnitudes whose upper end, a power of two, doubles as larger values come."""
+    """A histogram of magnitudes whose range doubles as needed.
+
+    Its upper end is a power of two.
+    """
 
     def __init__(self) -> None:
         self.largest, self.end = 0.0, 0.0
         self.counts = torch.zeros(_BINS, dtype=torch.float64)
 
     def add(self, x: torch.Tensor) -> None:
-        """Count the values of a tensor.
+        """Count a tensor's values.
 
         Raises:
             ValueError: some are not finite.
@@ -71,7 +74,10 @@ class Magnitudes:
             self.counts += torch.histc(magnitudes, _BINS, 0.0, self.end).double()
 
     def choose_scale(self, how: ActivationRange) -> float:
-        """The scale of the integers -127 to 127, positive; 1 where every value was zero."""
+        """The positive scale for integers -127 to 127.
+
+        1 where every value was zero.
+        """
         if not self.largest:
             return 1.0
         match how:
@@ -153,7 +159,10 @@ def quantize_static(
 
 
 def _round_rows(weight: torch.Tensor) -> Quantized:
-    """A weight [N, K] with one positive scale a row; a row of zeros has scale 1."""
+    """A weight [N, K] with one positive scale a row.
+
+    A row of zeros has scale 1.
+    """
     found = round_to_nearest(weight, BITS, weight.shape[1])
     return replace(found, scales=torch.where(found.scales == 0, torch.ones(()), found.scales))
 
@@ -161,7 +170,7 @@ def _round_rows(weight: torch.Tensor) -> Quantized:
 def _measure(
     walk: CalibrationWalk, layer: int, plan: Mapping[str, int], how: ActivationRange, record: CalibrationRecord
 ) -> None:
-    """The scales of what the layer's quantized matrices read."""
+    """Input scales of the layer's quantized matrices."""
     scales = record.input_scales
     of_experts, of_down = Magnitudes(), list[Magnitudes]()
     downs, firsts = list[str](), dict[str, None]()
@@ -204,7 +213,7 @@ def _is_down(family: Architecture, group: Group, layer: int) -> bool:
 
 
 def _measure_head(walk: CalibrationWalk, how: ActivationRange) -> float:
-    """The scale of what the head reads: the states after the last layer, normed."""
+    """The head's input scale: the normed states after all layers."""
     weight = walk.read_matrix(walk.family.name("final_norm"), None)[0]
     x = walk.states
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + walk.checkpoint.config.rms_norm_eps) * weight

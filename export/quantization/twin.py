@@ -1,4 +1,4 @@
-"""The twin: a checkpoint in float32 that computes with the values of integers beside it.
+"""The twin: a float32 checkpoint with dequantized weights, beside its integers.
 
 And how the graph builder reads both. The directory is a plain Hugging Face checkpoint whose weights are the dequantized
 ones, so transformers alone can run exactly what the ONNX file will hold. Beside it `scales.safetensors` keeps the
@@ -48,7 +48,7 @@ Where its input is to be divided by it as the graph runs.
 
 @dataclass(frozen=True)
 class FloatWeight:
-    """A matrix [rows, width] in the twin, as it is.
+    """A float matrix [rows, width] in the twin.
 
     All or some rows of a tensor, whose dimensions but the last count as one.
     """
@@ -100,11 +100,14 @@ class QuantizedWeight:
 
     @property
     def content(self) -> str:
-        """A description that no other matrix has."""
+        """A key that identifies this matrix."""
         return f"{self.name}[{self.start}:{self.start + self.shape[0]}]"
 
     def read(self) -> Quantized:
-        """Codes, scales and zero points; see `Quantized`. Floats are in memory some rows at a time."""
+        """Codes, scales and zero points; see `Quantized`.
+
+        Floats are in memory some rows at a time.
+        """
         step, stop = max(1, CHUNK_ELEMENTS // self.shape[1]), self.start + self.shape[0]
         columns = self.read_column_scales()
         return join(
@@ -118,7 +121,7 @@ class QuantizedWeight:
         return recover(weight if columns is None else weight * columns, scales, zero_points, self.bits, self.block_size)
 
     def read_column_scales(self) -> torch.Tensor | None:
-        """The factors of the columns, float32 [width]; None where there are none."""
+        """Factors of the columns, float32 [width], or None."""
         entry = self.scales.get(f"{self.name}.{COLUMN_SCALES}")
         return None if entry is None else read_tensor(entry)
 
@@ -127,7 +130,7 @@ Weight = FloatWeight | QuantizedWeight
 
 
 class Twin:
-    """A directory that `quantize_checkpoint` wrote, opened for the graph builder."""
+    """A directory written by `quantize_checkpoint`, opened for the graph builder."""
 
     def __init__(self, directory: Path) -> None:
         """Open it.
@@ -144,7 +147,7 @@ class Twin:
 
     @cached_property
     def family(self) -> Architecture:
-        """The record of the architecture.
+        """The architecture's record.
 
         Raises:
             ExportError: it does not know it.
@@ -152,7 +155,10 @@ class Twin:
         return find_decoder_family(self.checkpoint.config)
 
     def weight(self, name: str, rows: tuple[int, int] | None = None) -> Weight:
-        """The matrix `name`, quantized or not, or some of its rows; all dimensions but the last count as rows."""
+        """The matrix `name`, quantized or not, or some rows of it.
+
+        All dimensions but the last count as rows.
+        """
         entry, bits = self.checkpoint.entries[name], self.scheme["tensors"].get(name)
         if bits is None:
             return FloatWeight(entry, rows)
@@ -193,7 +199,7 @@ def _read_scheme(path: Path) -> dict[str, Any]:
 
 
 def read_dequantized(name: str, integers: Mapping[str, TensorEntry], shape: tuple[int, ...], bits: int) -> torch.Tensor:
-    """The float32 tensor that integers stand for."""
+    """The float32 tensor that integers encode."""
     weight = dequantize(read_quantized(name, integers), shape[-1], bits).reshape(shape)
     entry = integers.get(f"{name}.{COLUMN_SCALES}")
     return weight if entry is None else weight / read_tensor(entry)

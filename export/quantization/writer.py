@@ -1,4 +1,4 @@
-"""Integers of a checkpoint, and its twin, written to disk."""
+"""A checkpoint's integers and its twin, written to disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TORCH_TYPES: dict[ElementType, torch.dtype] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """What is quantized, how, and where it goes."""
+    """What is quantized, how, and where it is written."""
 
     checkpoint: Checkpoint
     family: Architecture | None
@@ -57,16 +57,16 @@ class Quantization:
 
     @property
     def computes_in(self) -> ElementType:
-        """The element type of the graph's products, which scales are rounded to."""
+        """The graph's element type, to which scales are rounded."""
         return element_type(self.variant, self.device)
 
     @property
     def packing(self) -> Packing:
-        """How the integers lie."""
+        """The layout of the integers."""
         return Packing.of(self.variant, self.config, self.device)
 
     def integer_specs(self, plan: Mapping[str, int]) -> list[TensorSpec]:
-        """The integers of a plan, in the order in which they are made."""
+        """A plan's stored integers, in the order of making."""
         return [
             spec
             for name in order_tensors(plan, self.family)
@@ -77,7 +77,7 @@ class Quantization:
         ]
 
     def has_column_scales(self, name: str) -> bool:
-        """Whether scales of a matrix's inputs lie beside its integers.
+        """Whether a matrix's integers come with input scales.
 
         Of a head that is the embedding, where inputs are scaled.
         """
@@ -89,14 +89,17 @@ class Quantization:
 
 
 def choose_text(blocks: torch.Tensor, job: Quantization) -> torch.Tensor:
-    """The blocks [N, S] that calibration reads, taken evenly."""
+    """The blocks [N, S] that calibration reads, evenly spread."""
     return choose_blocks(blocks, count_calibration_tokens(job.config, job.checkpoint.config) // blocks.shape[1])
 
 
 def write_integers(
     job: Quantization, plan: Mapping[str, int], output: Path
 ) -> tuple[dict[str, TensorEntry], CalibrationRecord]:
-    """Quantize by a plan into the empty folder `output`; returns where integers are."""
+    """Quantize by a plan into the empty folder `output`.
+
+    Returns where integers are.
+    """
     record, specs = CalibrationRecord(), job.integer_specs(plan)
     if not specs:
         return {}, record
@@ -110,7 +113,7 @@ def write_integers(
 
 
 def write_twin(job: Quantization, plan: dict[str, int]) -> CalibrationRecord:
-    """Write the checkpoint that has the values of a plan's integers.
+    """Write the checkpoint with the values of a plan's integers.
 
     And of these the scales, from which both can be told.
     """

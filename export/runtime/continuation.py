@@ -20,7 +20,10 @@ _NEW_TOKENS = 128  # where neither the caller nor the package says how many
 
 
 class GenerateConfig(Record):
-    """How a text is continued; what is None is as the package's generation_config.json says."""
+    """How a text is continued.
+
+    What is None is as the package's generation_config.json says.
+    """
 
     max_new_tokens: PositiveInt | None = Field(
         None, description="Tokens to write at most, as far as the context has room; 128 if the package says nothing."
@@ -39,9 +42,9 @@ class GenerateConfig(Record):
 
 
 class Package:
-    """An ONNX decoder package, loaded into onnxruntime, with its tokenizer and generation settings.
+    """An ONNX decoder package, loaded with tokenizer and generation settings.
 
-    Any package whose inputs and outputs have our names will do: `input_ids`, `attention_mask`,
+    It runs in onnxruntime. Any package whose inputs and outputs have our names will do: `input_ids`, `attention_mask`,
     `past_key_values.N.key` and `.value`, `logits`, `present.N.key` and `.value`.
 
     Args:
@@ -67,12 +70,15 @@ class Package:
 
     @property
     def context_length(self) -> int:
-        """Tokens that a prompt and its continuation may have together."""
+        """The most tokens of a prompt and its continuation together."""
         return self._decoder.context_length
 
     @property
     def ignored_settings(self) -> tuple[str, ...]:
-        """Settings of generation_config.json that transformers follows and this class does not, such as beams."""
+        """Generation settings that transformers follows and this class ignores.
+
+        They stand in generation_config.json; beams are one.
+        """
         return self._generation.strange
 
     @overload
@@ -82,9 +88,10 @@ class Package:
     def generate(self, prompts: list[str], config: GenerateConfig | None = None) -> list[str]: ...
 
     def generate(self, prompts: str | list[str], config: GenerateConfig | None = None) -> str | list[str]:
-        """The text that follows a prompt, without the prompt; a list of texts for a list of prompts.
+        """The text that follows a prompt, or a list of prompts.
 
-        Several prompts are one batch, and each is continued as it is alone, greedy or drawn.
+        The prompt itself is not part of it; a list of prompts gives a list of texts. Several prompts are one batch, and
+        each is continued as it is alone, greedy or drawn.
 
         Raises:
             ExportError: a prompt has no tokens or more than the context holds, or there is no chat template.

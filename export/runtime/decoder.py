@@ -1,9 +1,9 @@
-"""Our runtime: a package loaded into onnxruntime, with one KV buffer for input and output.
+"""Our runtime: a package in onnxruntime, with one shared KV buffer.
 
-The cache is allocated once at its full capacity and bound as both past and present, so a step copies no cache, in
-Python or below. A step binds the new tokens, the mask so far and the place of its logits, each an address in memory of
-ours, and nothing else. Where attention is not `GroupQueryAttention`, as in a traced graph, the cache grows by
-concatenation instead: the present of one step is bound as the past of the next.
+One buffer is both input and output. The cache is allocated once at its full capacity and bound as both past and
+present, so a step copies no cache, in Python or below. A step binds the new tokens, the mask so far and the place of
+its logits, each an address in memory of ours, and nothing else. Where attention is not `GroupQueryAttention`, as in a
+traced graph, the cache grows by concatenation instead: the present of one step is bound as the past of the next.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PROVIDERS: dict[Device, str] = {"cpu": CPU, "cuda": CUDA}
 
 
 def is_at_hand(provider: str) -> bool:
-    """Whether this machine and this onnxruntime can run a provider."""
+    """Whether this machine and this onnxruntime offer a provider."""
     return provider in ort.get_available_providers() and (provider != CUDA or torch.cuda.is_available())
 
 
@@ -87,7 +87,9 @@ class Decoder:
         num_threads: int = 0,
         profile: Path | None = None,
     ) -> None:
-        """Load the package in `directory`; `profile` is where onnxruntime's profile of it begins its name.
+        """Load the package in `directory`.
+
+        `profile` is where onnxruntime's profile of it begins its name.
 
         Raises:
             ExportError: no package there, a damaged one, a runtime older than it needs, or a provider that is not to be
@@ -150,11 +152,13 @@ class Decoder:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that it has logits for."""
+        """Number of tokens with logits."""
         return self._vocab_size
 
     def check_ids(self, where: str, ids: Iterable[int]) -> None:
-        """Refuse tokens that the model does not know; `where` says what has them.
+        """Refuse tokens that the model does not know.
+
+        `where` names their source in the error.
 
         Raises:
             ExportError: an id is beyond the vocabulary.
@@ -166,9 +170,9 @@ class Decoder:
             )
 
     def new_cache(self, batch_size: int, capacity: int, taps: Sequence[str] | None = None) -> Cache:
-        """An empty cache for `batch_size` rows of at most `capacity` tokens, whose runs show `taps`.
+        """An empty cache for `batch_size` rows of `capacity` tokens.
 
-        Or all that the decoder was opened with.
+        At most so many; its runs show `taps`. Or all that the decoder was opened with.
 
         Raises:
             ExportError: `capacity` is beyond the model's context.
@@ -205,7 +209,10 @@ class Decoder:
         )
 
     def read_cache(self, cache: Cache) -> dict[str, Floats]:
-        """Cached keys and values by input name, [B, heads, capacity or length, head_dim]."""
+        """Cached keys and values by input name.
+
+        Each is [B, heads, capacity or length, head_dim].
+        """
         return {name: np.asarray(buffer.numpy(), np.float32) for name, buffer in cache.buffers.items()}
 
     def run(
@@ -216,9 +223,9 @@ class Decoder:
         logits_to_keep: int = 0,
         nudge: torch.Tensor | None = None,
     ) -> dict[str, Floats]:
-        """Feed ids [B, S] behind the cache; returns logits [B, S, V] and taps, float32.
+        """Feed ids [B, S]; returns logits [B, S, V] and taps, float32.
 
-        The mask [B, S] is 1 for a real token and 0 for padding. With
+        The ids follow those in the cache. The mask [B, S] is 1 for a real token and 0 for padding. With
         `logits_to_keep` only so many of the last tokens have logits. A package of other makers has them all computed,
         and then cut. `nudge` [B * S, E] is added to the router logits of every layer. More than one token after a
         prefill needs a batch of one: `GroupQueryAttention` on the CPU takes no other.
@@ -272,7 +279,10 @@ class Decoder:
         return found
 
     def _bind(self, cache: Cache, batch: int, length: int, kept: int) -> None:
-        """Bind new arrays for ids [B, S] and for the logits of the last `kept` of them."""
+        """Bind new arrays for ids [B, S] and the last logits.
+
+        The logits of the last `kept` of them.
+        """
         cache.bound, cache.ids = (batch, length, kept), np.zeros((batch, length), np.int64)
         cache.logits = np.empty((batch, kept, self._vocab_size), self._logits_type)
         cache.first_logit[0] = length - kept
@@ -282,7 +292,10 @@ class Decoder:
         cache.binding.bind_ortvalue_output(names.LOGITS, ort.OrtValue.ortvalue_from_numpy(cache.logits))
 
     def _take_logits(self, cache: Cache, count: int) -> Floats:
-        """The logits of the last tokens; of a step a copy, since the next step overwrites them."""
+        """The last tokens' logits.
+
+        Of a step a copy, since the next step overwrites them.
+        """
         found = cache.logits[:, -count:]  # -0 is all of them
         if cache.ids.shape[1] > 1:
             cache.bound = None  # the next call binds arrays of its own
@@ -292,11 +305,12 @@ class Decoder:
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling, stop: Sequence[int] = ()
     ) -> Iterator[tuple[int | None, ...]]:
-        """Yield, up to `max_new_tokens` times, the next token of every prompt; None in a row that has ended.
+        """Yield each prompt's next token, up to `max_new_tokens` times.
 
-        A row ends after its first token in `stop`, which is yielded too; the batch goes on until all have ended.
-        Shorter prompts are padded at their left, which changes no token but by rounding: greedy rows are those of each
-        prompt alone, and so are drawn ones, whose numbers depend on the seed and the prompt alone.
+        A row that has ended yields None. A row ends after its first token in `stop`, which is yielded too; the batch
+        goes on until all have ended. Shorter prompts are padded at their left, which changes no token but by rounding:
+        greedy rows are those of each prompt alone, and so are drawn ones, whose numbers depend on the seed and the
+        prompt alone.
 
         Raises:
             ExportError: a prompt is empty or has a token that the model does not know, or the context is too short.

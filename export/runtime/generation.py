@@ -1,8 +1,8 @@
-"""Generation settings of a package: where text starts and ends, how it is drawn.
+"""A package's generation settings: special tokens and sampling.
 
-As transformers takes them: those of generation_config.json, or where there is none, what config.json says of
-generation. A setting that is left out has transformers' default: greedy, and where tokens are drawn, temperature 1 from
-the 50 likeliest (`_get_default_generation_params`, 5.23).
+Where text starts and ends, how it is drawn. As transformers takes them: those of generation_config.json, or where there
+is none, what config.json says of generation. A setting that is left out has transformers' default: greedy, and where
+tokens are drawn, temperature 1 from the 50 likeliest (`_get_default_generation_params`, 5.23).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ As none does.
 
 @dataclass(frozen=True)
 class Generation:
-    """A package's settings of generation.
+    """A package's generation settings.
 
     start: the token that starts a text without tokens. ends: the tokens that end one. draws: whether tokens are drawn.
     max_new_tokens: tokens to write, where the file says so. sampling: how tokens are drawn, if they are; its seed is 0.
@@ -82,7 +82,7 @@ class Generation:
         min_p: float | None = None,
         repetition_penalty: float | None = None,
     ) -> Sampling:
-        """The package's sampling, but for what is given here.
+        """The package's sampling, with the settings given here.
 
         Temperature 0 is greedy, and any other setting of the draw asks for one.
         """
@@ -163,7 +163,7 @@ def _read_genai(path: Path) -> dict[str, Any]:
 
 
 def _as_ids(value: Any) -> tuple[int, ...]:
-    """Token ids, from one, a list or none; anything else is left out."""
+    """Token ids from one, a list or none; others are dropped."""
     ids = value if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(number for number in ids if type(number) is int and number >= 0))
 

@@ -1,4 +1,4 @@
-"""Outputs and inputs added to a loaded graph, for looking inside."""
+"""Inputs and outputs added to a loaded graph, for inspection."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _attention_names(model: onnx.ModelProto) -> list[str]:
 
 
 def let_routers_be_nudged(model: onnx.ModelProto, routers: Sequence[str]) -> None:
-    """Add an input `router_nudge` [T or 1, E], which is added to these router logits.
+    """Add an input `router_nudge` [T or 1, E] to router logits.
 
     So experts that a text does not visit can be visited: what reads the logits reads the sum, and the logits are as
     they were.
@@ -73,7 +73,7 @@ def let_routers_be_nudged(model: onnx.ModelProto, routers: Sequence[str]) -> Non
 
 
 def let_logits_be_cut(model: onnx.ModelProto) -> bool:
-    """Add an input `first_logit` [1]: the first token that the head multiplies.
+    """Add an input `first_logit` [1]: the head's first token.
 
     A prompt needs the logits of its last token alone, and those of all may take more time than a layer and more memory
     than the weights. It is no input of the package, since others who load it would have to give it. Returns whether it

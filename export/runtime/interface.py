@@ -23,7 +23,7 @@ ELEMENT_TYPES = {
 
 
 def check_interface(model: onnx.ModelProto, path: Path) -> None:
-    """Whether a graph has the names of inputs and outputs that a decoder package has."""
+    """Refuse a graph that lacks a decoder's inputs and outputs, by name."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = {value.name for value in model.graph.input} - weights
     past = {name for name in inputs if names.is_past(name)}
@@ -52,7 +52,7 @@ def check_interface(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_version(needed: str, path: Path) -> None:
-    """Whether this onnxruntime is as new as a package says that it needs."""
+    """Refuse a package that needs a newer onnxruntime."""
     with one_line_errors(path, f"says that it needs onnxruntime {shorten(needed)!r}", "export it again", ExportError):
         oldest = Version(needed)
     if Version(ort.__version__) < oldest:
@@ -60,7 +60,7 @@ def check_version(needed: str, path: Path) -> None:
 
 
 def check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
-    """Whether inputs and outputs have the types and ranks that a decoder package has."""
+    """Refuse inputs and outputs whose types or ranks no decoder has."""
     for name, value in values.items():
         is_state = name == names.LOGITS or names.is_state(name)
         types = (
@@ -79,7 +79,10 @@ def check_types(values: Mapping[str, ort.NodeArg], path: Path) -> None:
 
 
 def read_cache_shape(value: ort.NodeArg, config: Config) -> tuple[Any, int, Any, int]:
-    """The shape [B, heads, length, head_dim] of a key or value, by graph and config."""
+    """The shape [B, heads, length, head_dim] of a cached key or value.
+
+    The graph says it; the config fills in a size that the graph leaves open.
+    """
     batch, heads, length, head_dim = value.shape
     if not isinstance(heads, int):
         heads = config.size("num_key_value_heads" if "num_key_value_heads" in config.values else "num_attention_heads")

@@ -78,7 +78,10 @@ def _draw(logits: Floats, sampling: Sampling, uniforms: Doubles) -> Ints:
 
 
 def _top_k(logits: Floats, k: int) -> Ints:
-    """The numbers [B, k] of each row's k largest logits [B, V], in ascending order."""
+    """Indices [B, k] of each row's k largest logits, ascending.
+
+    Logits are [B, V].
+    """
     size = logits.shape[1]
     threshold_B1 = np.partition(logits, size - k, axis=1)[:, size - k, None]
     flat: Ints = np.flatnonzero(_largest(logits, threshold_B1, np.full((len(logits), 1), k)))
@@ -87,10 +90,10 @@ def _top_k(logits: Floats, k: int) -> Ints:
 
 
 def _nucleus(mass: Floats, top_p: float) -> Bools:
-    """The nucleus of each row: the fewest tokens with probability `top_p`, at least one.
+    """Each row's nucleus: the fewest tokens with probability `top_p`.
 
-    Masses below (1 - top_p) / V of the row's hold less than 1 - top_p of it all together, so only the others are
-    sorted.
+    One token at least. Masses below (1 - top_p) / V of the row's hold less than 1 - top_p of it all together, so only
+    the others are sorted.
     """
     size = mass.shape[1]
     total_B1 = mass.sum(axis=1, dtype=np.float64, keepdims=True)

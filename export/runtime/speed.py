@@ -25,7 +25,7 @@ class Speed:
     decode: float
 
     def request_seconds(self, num_prompt_tokens: int, num_new_tokens: int) -> float:
-        """How long a request takes."""
+        """Seconds that a request takes."""
         return num_prompt_tokens / self.prefill + (num_new_tokens / self.decode if self.decode else 0.0)
 
 

@@ -39,10 +39,10 @@ Of a contraction also what the clean-up itself makes into one.
 
 
 def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:
-    """The tokens of a text, with a start token only where the tokenizer adds one.
+    """Token ids of a text, as the tokenizer starts one.
 
-    A text without any is the token `start` alone, or the tokenizer's own that starts a text; empty where neither is
-    known.
+    With a start token only where the tokenizer adds one. A text without any is the token `start` alone, or the
+    tokenizer's own that starts a text; empty where neither is known.
 
     Raises:
         UpcycleError: the tokenizer fails on the text.
@@ -53,7 +53,9 @@ def start_ids(tokenizer: Any, text: str, start: int | None = None) -> list[int]:
 
 
 def chat_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of a conversation in which the user has said `text` and it is the model's turn.
+    """Token ids of a conversation that waits for the model's turn.
+
+    The user has said `text`.
 
     Raises:
         ExportError: the tokenizer has no chat template, or it refuses.
@@ -75,7 +77,7 @@ def chat_ids(tokenizer: Any, text: str) -> list[int]:
 
 
 def decode_stream(tokenizer: Any, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-    """Text as tokens come.
+    """Text, piece by piece as tokens come.
 
     Which together is what transformers decodes of all of them without special tokens, beyond what it decodes of the
     prompt. A piece is held back as long as a later token could change it: bytes of a character that is not whole, or a
@@ -100,7 +102,7 @@ def _decode(tokenizer: Any, ids: Sequence[int], **settings: Any) -> str:
 
 
 def _settled(tokenizer: Any, ids: Sequence[int]) -> str:
-    """The beginning of a decoded text that stays whatever tokens follow."""
+    """The part of a decoded text that later tokens cannot change."""
     end = len(ids)
     # sentencepiece decodes a run of bytes as a whole: as characters, or each as U+FFFD
     while end and _may_be_in_run(tokenizer, ids[end - 1]):
@@ -122,7 +124,7 @@ def _common_start(texts: Sequence[str]) -> str:
 
 
 def _may_be_in_run(tokenizer: Any, token: int) -> bool:
-    """Whether a token is a byte, or without text, as special tokens are.
+    """Whether a token is a byte, or empty as special tokens are.
 
     Which are left out before bytes are decoded.
     """

@@ -1,1 +1,1 @@
-"""ONNX graphs of architectures without a builder, traced and rewritten by passes."""
+"""Graphs of architectures without a builder, traced and rewritten by passes."""

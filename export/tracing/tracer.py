@@ -96,7 +96,7 @@ def trace_decoder(twin: Twin) -> Trace:
 
 
 def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
-    """Replace the forward of every module with large weights by a marker, and drop its weights."""
+    """Replace large modules' forward by markers, and drop their weights."""
     layers = model.get_decoder().layers
     layer_of = {id(module): n for n, layer in enumerate(layers) for module in layer.modules()}
     found: dict[str, ExpertsModule] = {}
@@ -129,7 +129,7 @@ def _answer(module: nn.Module, forward: Callable[..., torch.Tensor]) -> None:
 
 
 def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
-    """What the experts compute, where the lowerings can express it."""
+    """The experts' computation, where the lowerings can express it."""
     plain = module._apply_gate.__func__ is transformers_moe._default_apply_gate if module.has_gate else False
     wrong = {
         "no gate": not module.has_gate,
@@ -205,14 +205,17 @@ def _first(output: Any) -> Any:
 
 
 def _tap(name: str, output: Any) -> Any:
-    """The output of a module, its (first) tensor under a name of its own."""
+    """A module's (first) output under a name of its own."""
     if isinstance(output, tuple):
         return (_tap(name, output[0]), *output[1:])
     return _symbolic("Tap", [output], name, output, tuple(output.shape))
 
 
 def _fill(model: PreTrainedModel, located: Mapping[str, tuple[RowRange, ...]], twin: Twin) -> None:
-    """Give the parameters and buffers that are left their values: small ones, in float32."""
+    """Give the remaining parameters and buffers their values, in float32.
+
+    They are all small.
+    """
     for name, value in model.state_dict(keep_vars=True).items():
         tensors = []
         for piece in located[name]:
@@ -267,7 +270,7 @@ def _export(model: PreTrainedModel) -> ir.Model:
 
 
 def _empty_past(model: PreTrainedModel) -> DynamicCache:
-    """A cache of zeros, of the shapes that the model's own layers write."""
+    """A cache of zeros, in the shapes the model's layers write."""
     with torch.no_grad():
         written = model(input_ids=torch.ones(_BATCH, _NEW, dtype=torch.int64), use_cache=True).past_key_values
     layers = getattr(written, "layers", ())
@@ -288,7 +291,7 @@ def _empty_past(model: PreTrainedModel) -> DynamicCache:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """The exporter reports to the terminal; what matters it raises."""
+    """Silence the exporter's terminal output; it raises what matters."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -132,7 +132,7 @@ def compare_layers(
 def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:
     """Names of a decoder's FFNs that experts replace.
 
-    Relative to the decoder's base model.
+    They are relative to the decoder's base model.
     """
     pattern = plan.conversion.family.ffn_module
     return () if pattern is None else tuple(pattern.format(layer=site.layer) for site in plan.sites)
@@ -198,7 +198,7 @@ class _Dense:
     def halved(self) -> torch.Tensor:
         """Outputs with each FFN's output y replaced by y/2 + y/2.
 
-        In the model's dtype.
+        Both are computed in the model's dtype.
 
         Y itself but where y/2 is rounded.
         """

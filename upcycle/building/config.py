@@ -125,10 +125,7 @@ MOST_EXPERTS = 4096
 
 
 class UpcycleConfig(Record):
-    """Sparse upcycling: the FFN becomes experts, and a router is added.
-
-    Komatsuzaki et al. 2022.
-    """
+    """Sparse upcycling (Komatsuzaki et al. 2022): FFNs become experts with a router."""
 
     target: TargetName = Field(
         "auto",

@@ -11,12 +11,13 @@ from typing import Literal
 class ReceiptLine:
     """One comparison of the two models.
 
-    Which router, dtype, text and experts implementation, and the result. `text` names the part of the models where they
-    are compared part by part; the embedding and the head have "no" router and "no" experts. `limit` is the largest rel
-    that is allowed; none where the function need not be kept, or the dtype rounds too coarsely to judge. `bitwise_due`:
-    every bit must be equal, or equal to the dense model's with FFN outputs halved in the dtype and added again, which
-    is `halves_bitwise` (false where it was not needed). `noise`: rel of the dense model to itself in float64, where it
-    was measured. `group_coverage`: of granular experts, the share of tokens that were sent to whole copies of the FFN.
+    It says which router, dtype, text and experts implementation were compared, and the result. `text` names the part of
+    the models where they are compared part by part; the embedding and the head have "no" router and "no" experts.
+    `limit` is the largest rel that is allowed; none where the function need not be kept, or the dtype rounds too
+    coarsely to judge. `bitwise_due`: every bit must be equal, or equal to the dense model's with FFN outputs halved in
+    the dtype and added again, which is `halves_bitwise` (false where it was not needed). `noise`: rel of the dense
+    model to itself in float64, where it was measured. `group_coverage`: of granular experts, the share of tokens that
+    were sent to whole copies of the FFN.
     """
 
     router: str

@@ -58,7 +58,7 @@ def index_tensors(directory: Path, stem: str = STEM) -> dict[str, TensorEntry]:
 def _weight_files(directory: Path, stem: str) -> dict[Path, set[str] | None]:
     """The safetensors files, each with the tensor names the index gives.
 
-    None without an index.
+    Without an index the names are None.
     """
     if (directory / f"{stem}.safetensors.index.json").is_file():
         files = {directory / name: expected for name, expected in read_index(directory, stem).items()}

@@ -133,7 +133,7 @@ def embed(
 def apply_final_norm(checkpoint: Checkpoint, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Input of the head, [tokens, H], from the last layer's states.
 
-    States [tokens, H]; in `dtype`. A model of the final norm, and no layer.
+    The states are [tokens, H], in `dtype`. A model of the final norm, and no layer.
 
     Raises:
         UpcycleError: transformers finds weights missing, left over or of another shape.
@@ -206,7 +206,7 @@ def run_layers(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Run a dense decoder layer by layer.
 
-    On token ids and mask [B, S]. Yields the layer's number, what it read, what its FFN read and what it gave, each [B,
+    Token ids and mask are [B, S]. Yields the layer's number, what it read, what its FFN read and what it gave, each [B,
     S, H]. `ffn_module` is the FFN's place below the base model, with `{layer}`; `batch_rows` of the B rows are run at
     once.
     """

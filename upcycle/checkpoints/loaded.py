@@ -55,7 +55,7 @@ def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:
 def selection_biases(model: torch.nn.Module) -> Iterator[torch.Tensor | None]:
     """Each layer's selection bias, float32 [num_experts]; None without one.
 
-    In the order of the layers.
+    Layers come in order.
     """
     for router in router_modules(model):
         yield getattr(router, "e_score_correction_bias", None)

@@ -172,7 +172,7 @@ def _are_equal(first: TensorEntry, second: TensorEntry) -> bool:
 def _name_tied(config: PreTrainedConfig, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """The entries with a tied embedding under its own name.
 
-    Whichever name the file gives it.
+    The file may give it any of its names.
 
     transformers loads either.
     """

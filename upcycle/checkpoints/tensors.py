@@ -69,7 +69,7 @@ def read_rows(entry: TensorEntry, start: int, stop: int) -> torch.Tensor:
 def read_chunks(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
     """Read rows of one tensor in pieces of about 4 million elements.
 
-    Rows `start` to `stop`, by default all.
+    Rows `start` to `stop` are read, by default all.
 
     Memory does not grow with the tensor.
     """

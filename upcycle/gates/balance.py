@@ -20,14 +20,14 @@ from dense2moe.upcycle.gates.scores import choose_experts, log_scores, selection
 def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | None = None) -> torch.Tensor:
     """Load-balance loss of one layer; a scalar, 1 when balanced.
 
-    From its router logits [tokens, num_experts]. num_experts * sum_e load_e * probability_e, where load_e is the share
-    of the (token, slot) pairs that go to expert e and probability_e its mean share of the scores (Switch Transformer,
-    Fedus et al. 2022, section 2.2, equations 4-6; load averaged over the k slots). Computed for one layer: pooled over
-    layers, as `transformers` does it, every layer could collapse onto another expert and still score 1. Gradients flow
-    through the probabilities alone; the load is a count. Where several processes or parts share a batch, `load` is the
-    whole batch's, and the mean of their losses is the loss of the batch. Sigmoid scores are divided by their sum over
-    all experts, and the load is of their top k, whatever a bias chooses instead (DeepSeek-V3, equations 17-20, over a
-    batch as here and not a sequence): the loss balances what the router says by itself.
+    Computed from its router logits [tokens, num_experts]. num_experts * sum_e load_e * probability_e, where load_e is
+    the share of the (token, slot) pairs that go to expert e and probability_e its mean share of the scores (Switch
+    Transformer, Fedus et al. 2022, section 2.2, equations 4-6; load averaged over the k slots). Computed for one layer:
+    pooled over layers, as `transformers` does it, every layer could collapse onto another expert and still score 1.
+    Gradients flow through the probabilities alone; the load is a count. Where several processes or parts share a batch,
+    `load` is the whole batch's, and the mean of their losses is the loss of the batch. Sigmoid scores are divided by
+    their sum over all experts, and the load is of their top k, whatever a bias chooses instead (DeepSeek-V3, equations
+    17-20, over a batch as here and not a sequence): the loss balances what the router says by itself.
     """
     load = expert_load(router_logits, gate) if load is None else load
     return router_logits.shape[-1] * torch.dot(load, mean_scores(router_logits, gate))
@@ -36,7 +36,7 @@ def balance_loss(router_logits: torch.Tensor, gate: Gate, load: torch.Tensor | N
 def mean_scores(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
     """Mean share of each expert in a token's scores; [num_experts].
 
-    From logits [tokens, num_experts].
+    Computed from logits [tokens, num_experts].
 
     Float32 [num_experts], sums to 1.
     """
@@ -74,7 +74,7 @@ def z_loss(router_logits: torch.Tensor) -> torch.Tensor:
 def expert_load(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Share of the (token, slot) pairs that go to each expert.
 
-    From logits [tokens, num_experts].
+    Computed from logits [tokens, num_experts].
 
     Float32 [num_experts], sums to 1.
     """
@@ -105,7 +105,7 @@ def router_entropy(router_logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 def router_margin(router_logits: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Mean gap between the last chosen selection score and the next.
 
-    From logits [tokens, num_experts].
+    Computed from logits [tokens, num_experts].
 
     A scalar, 0 where all are chosen.
     """

@@ -13,7 +13,7 @@ from dense2moe.upcycle.gates.gate import Choice, TopK
 def choose(scores: torch.Tensor, choice: Choice) -> torch.Tensor:
     """Experts that each token visits, int64 [..., K].
 
-    By selection scores [..., E].
+    Computed from selection scores [..., E].
     """
     match choice:
         case TopK(k):

@@ -25,8 +25,8 @@ def score_experts(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
 def log_scores(logits: torch.Tensor, gate: Gate) -> torch.Tensor:
     """Logarithms of scores, [..., E], up to a constant per token.
 
-    From router logits [..., E]. Their softmax is each expert's share of the sum of scores. An expert far from all
-    others keeps a finite logarithm.
+    Computed from router logits [..., E]. Their softmax is each expert's share of the sum of scores. An expert far from
+    all others keeps a finite logarithm.
     """
     match gate.score:
         case "softmax":

@@ -21,7 +21,7 @@ def find_gate(config: Any) -> Gate | None:
 def assume_gate(config: Any) -> Gate | None:
     """A softmax over the top k logits, whatever the architecture.
 
-    None of a dense model.
+    None for a dense model.
     """
     count = int(getattr(config, "num_experts_per_tok", None) or 0)
     sizes = (getattr(config, name, None) for name in EXPERT_COUNTS)

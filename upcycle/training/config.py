@@ -11,10 +11,7 @@ from dense2moe.upcycle.record import NonNegative, Record, named_value
 
 
 class Distillation(Record):
-    """Learning from the dense parent's distribution besides the next token.
-
-    Hinton et al. 2015.
-    """
+    """Learning from the dense parent's distribution too (Hinton et al. 2015)."""
 
     weight: Annotated[float, Field(gt=0, le=1)] = Field(
         0.5, description="Share of the loss that is distillation; the rest is the next token's."
@@ -47,10 +44,7 @@ class TrainingPhase(Record):
 
 
 class FinetuneConfig(Record):
-    """A brief fine-tune with balanced experts, and a dense control.
-
-    Each layer has a balance loss.
-    """
+    """A brief fine-tune with a balance loss, and a dense control."""
 
     train: str = Field(
         "all",

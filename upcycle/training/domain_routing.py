@@ -50,7 +50,7 @@ def measure_domains(mixture: Path, data: Path, task: Task) -> DomainRouting | No
 def _load(model: PreTrainedModel, blocks: torch.Tensor, task: Task) -> torch.Tensor:
     """Load of each expert of each layer; float32 [layers, num_experts].
 
-    Over blocks of token ids.
+    The load is measured over blocks of token ids.
     """
     said: list[torch.Tensor] = []
     biases, gate = tuple(selection_biases(model)), read_gate(model)

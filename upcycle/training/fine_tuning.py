@@ -166,7 +166,7 @@ def _jobs(
 def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
     """Refuse what the model's depth or this installation cannot do.
 
-    Before any work.
+    It reads nothing large.
 
     Raises:
         UpcycleError: fewer layers than the last that are to learn, or no writer for TensorBoard.
@@ -196,7 +196,7 @@ def _choose_precision(config: FinetuneConfig) -> str:
 def _stretch(phases: tuple[FinetuneConfig, ...], trained: dict[ModelName, Trained]) -> tuple[FinetuneConfig, ...]:
     """Phases extended to the steps that the dense model can do.
 
-    While the mixture trains.
+    They take as long as the mixture's training.
 
     By the seconds of computing that both took.
     """

@@ -87,7 +87,7 @@ def _evaluation_bytes(shape: Shape, weight_bytes: int, block_size: int) -> int:
 def keeps_much(config: Any, num_tokens: int) -> bool:
     """Whether inner values of all layers are too many to keep.
 
-    For so many tokens at once.
+    `num_tokens` tokens pass at once.
     """
     c = getattr(config, "decoder", config)
     width = getattr(c, "moe_intermediate_size", None) or c.intermediate_size

@@ -32,7 +32,7 @@ _SCALE = "scalar_embed_scale"  # of Gemma's embedding, where the tensor beside i
 def stored_dtype(directory: Path) -> torch.dtype:
     """The dtype that holds every tensor of a checkpoint.
 
-    Their own, or float32 where they differ.
+    float32 where the tensors' dtypes differ.
     """
     entries = open_checkpoint(directory).entries
     found = {entry.dtype for name, entry in entries.items() if not name.endswith(_SELECTION_BIAS)}
@@ -68,7 +68,7 @@ def compute_wide(model: PreTrainedModel) -> None:
 def keep_narrow(model: PreTrainedModel) -> None:
     """Make a model with narrow frozen matrices compute in float32.
 
-    Or as autocast says. Frozen matrices keep their dtype; all other parameters become float32.
+    Under autocast, in autocast's dtype. Frozen matrices keep their dtype; all other parameters become float32.
     """
     narrow = {
         id(parameter)

@@ -191,7 +191,7 @@ def _save(model: PreTrainedModel, weights: dict[str, torch.Tensor], source: Path
 def _write_target(job: Job, trained: Path, history: list[Step]) -> None:
     """Copy the last phase's model to its place.
 
-    With TensorBoard's events, where they are wanted.
+    TensorBoard's events are added where they are wanted.
     """
     ignored = shutil.ignore_patterns(RECORD_NAME, HISTORY_NAME)
     shutil.copytree(trained, job.target, dirs_exist_ok=True, ignore=ignored)

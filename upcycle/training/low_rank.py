@@ -49,7 +49,7 @@ def add_low_rank(model: PreTrainedModel, matrices: Collection[str], rank: int, a
 def read_updates(model: PreTrainedModel, names: Mapping[int, str]) -> tuple[dict[str, Any], set[int]]:
     """Each matrix's low-rank update: shapes of both factors, and scale.
 
-    As peft made it.
+    The factors are peft's.
 
     Also the identities of the factors that learn.
     """
@@ -105,7 +105,7 @@ def _pass_on(wrapper: Any, *arguments: Any, **keywords: Any) -> Any:
 def merge_low_rank(model: nn.Module, dtype: torch.dtype) -> None:
     """Add every low-rank update to its matrix, and round to `dtype`.
 
-    In float32, one matrix after the other.
+    Sums are in float32, one matrix after the other.
     """
     for module in model.modules():
         if hasattr(module, "lora_A"):

@@ -80,7 +80,7 @@ def run_phase(
 def _own_randomness(seed: int) -> Iterator[None]:
     """Context manager: all random generators start at the seed.
 
-    As the Trainer will start them.
+    The Trainer starts them the same way.
 
     Then they are where they were.
     """

@@ -19,10 +19,11 @@ from dense2moe.upcycle.training.frozen import load_frozen
 def measure_router_gradient(mixture: Path, blocks: torch.Tensor, task: Task) -> float:
     """The routers' share of the task loss's gradient norm.
 
-    Relative to its norm in all weights. On a few blocks of token ids [B, S]. About zero (1e-9) while experts are equal
-    and weights are renormalized: the router then learns from the balance loss alone, until the experts have come apart.
-    Each layer is computed a second time in the backward pass, and each weight's gradient is let go when it is squared:
-    in memory are the weights as stored, one layer's inner values, and the gradient of one weight.
+    The share is relative to the norm in all weights. On a few blocks of token ids [B, S]. About zero (1e-9) while
+    experts are equal and weights are renormalized: the router then learns from the balance loss alone, until the
+    experts have come apart. Each layer is computed a second time in the backward pass, and each weight's gradient is
+    let go when it is squared: in memory are the weights as stored, one layer's inner values, and the gradient of one
+    weight.
     """
     model = load_frozen(mixture, task.name)
     routers = {id(weight) for weight in router_weights(model)}

@@ -137,7 +137,7 @@ class PhaseTrainer(Trainer):
     ) -> dict[str, float]:
         """The plain task loss on the validation blocks.
 
-        By every process, routed as in training.
+        Every process computes it, routed as in training.
         """
         self.mixture.eval()
         total = 0.0

@@ -103,7 +103,7 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the clocks, report progress, ask for evaluation and checkpoint.
 
-        Where they are due.
+        Evaluation and checkpoints follow their own intervals.
         """
         seconds = _now() - self.began
         self.seconds += seconds

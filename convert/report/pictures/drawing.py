@@ -158,7 +158,7 @@ def set_ticks(axis: Axis, values: Sequence[float], text: Callable[[float], str])
 
 
 def place_labels(figure: Figure, axes: Axes, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each name beside its point, where it covers nothing else, or least."""
+    """Write each name beside its point, covering as little as possible."""
     FigureCanvasAgg(figure)  # which keeps what measures text, where a figure by itself makes that anew for each label
     figure.draw_without_rendering()
     frame = axes.get_window_extent()

@@ -1,4 +1,4 @@
-"""The selection of pictures: those that the facts have the numbers for."""
+"""The selection of pictures that the facts have numbers for."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dense2moe.convert.report.summary import Row
 
 
 def draw_pictures(facts: ReportFacts, rows: Sequence[Row]) -> list[Picture]:
-    """Every picture that the facts have the numbers for."""
+    """Every picture that the facts have numbers for."""
     return [draw() for draw in plan_pictures(facts, rows).values()]
 
 
 def plan_pictures(facts: ReportFacts, rows: Sequence[Row]) -> dict[str, Callable[[], Picture]]:
-    """By title, what draws each picture that the facts have numbers for."""
+    """A drawing function for each possible picture, by title."""
     agreements = {name: m.finetuned for name, v in facts.variants.items() if (m := v.parity.measured)}
     finetune, model = facts.finetune, facts.exported
     logged = [step for step in finetune.history if step.layers]

@@ -74,7 +74,10 @@ class TaskEvaluation:
         self.tuned = self._ask(TorchModel(reference))
 
     def check(self, twin: Reference, limits: Mapping[str, Limit], tie_margin: float) -> tuple[TaskCheck | str, ...]:
-        """Ask the twin, and compare all answers; an impossible task is a sentence."""
+        """Ask the twin, and compare all answers.
+
+        An impossible task becomes a sentence.
+        """
         own = self._ask(TorchModel(twin))
         checks: list[TaskCheck | str] = []
         for encoded, found, of_twin, of_tuned in zip(self.encoded, self.found, own, self.tuned or own, strict=True):
@@ -92,7 +95,7 @@ class TaskEvaluation:
 
 
 def score_task(task: TaskFile, outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """A model's scores by name, the one that is judged first."""
+    """A model's scores by name, the judged score first."""
     match task.kind:
         case "choice":
             examples = cast("tuple[Choice, ...]", task.examples)
@@ -113,7 +116,10 @@ def score_task(task: TaskFile, outcomes: Sequence[Outcome]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TaskAnswers:
-    """A task, and the answers of the package (`found`), of the twin (`own`) and of the fine-tuned model (`tuned`)."""
+    """A task, and the answers of three models.
+
+    Of the package (`found`), of the twin (`own`) and of the fine-tuned model (`tuned`).
+    """
 
     encoded: EncodedTask
     found: Sequence[Outcome]
@@ -167,7 +173,7 @@ def _given(task: TaskFile) -> list[float]:
 
 
 def _points(task: TaskFile, outcomes: Sequence[Outcome]) -> list[float]:
-    """The contribution of each example to the judged score.
+    """Each example's contribution to the judged score.
 
     For texts to be compared, how alike the model finds them.
     """
@@ -212,12 +218,12 @@ def _gaps(encoded: EncodedTask, found: Sequence[Outcome], own: Sequence[Outcome]
 
 
 def _texts(encoded: EncodedTask, place: int, own: Sequence[Outcome]) -> list[Ids]:
-    """All that the twin read for an example."""
+    """All texts that the twin read for an example."""
     return [row.fed if encoded.task.kind == "choice" else row.ids + own[place].ids for row in encoded.rows[place]]
 
 
 def _flips(texts: Sequence[Ids], decoder: Decoder, twin: Reference, tie_margin: float) -> bool:
-    """Whether some token of the texts went to other experts at a near-tie."""
+    """Whether a near-tie sent some token to other experts."""
     for text in texts:
         ids = torch.tensor([text])
         mask = torch.ones_like(ids)

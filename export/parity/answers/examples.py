@@ -1,4 +1,4 @@
-"""Files of examples with right answers, one JSON object a line.
+"""Files of task examples with correct answers, one JSON object a line.
 
     choice       {"prompt": "...", "choices": ["...", "..."], "answer": "..."}   the likeliest of some texts; accuracy
     answer       {"prompt": "...", "answer": "..."}               what the model writes greedily; F1 and exact match
@@ -26,7 +26,7 @@ _Text = Annotated[str, Field(min_length=1)]
 
 
 class Choice(Record):
-    """A prompt, the texts that may follow it, and which of them is right."""
+    """A prompt, texts that may follow it, and the correct one."""
 
     prompt: str
     choices: Annotated[tuple[_Text, ...], Field(strict=False, min_length=2)]
@@ -44,12 +44,12 @@ class Choice(Record):
 
     @property
     def right(self) -> int:
-        """The place of the right one."""
+        """The index of the correct text."""
         return self.answer if isinstance(self.answer, int) else self.choices.index(self.answer)
 
 
 class Answer(Record):
-    """A prompt and its right answers: texts that end at `until`."""
+    """A prompt and its correct answers: texts that end at `until`."""
 
     prompt: _Text
     answer: _Text | Annotated[tuple[_Text, ...], Field(strict=False, min_length=1)]
@@ -57,12 +57,12 @@ class Answer(Record):
 
     @property
     def right(self) -> tuple[str, ...]:
-        """All right answers."""
+        """All correct answers."""
         return (self.answer,) if isinstance(self.answer, str) else self.answer
 
 
 class Similarity(Record):
-    """Two texts, and how alike people find them, on any scale."""
+    """Two texts, and people's similarity score for them, on any scale."""
 
     texts: Annotated[tuple[_Text, _Text], Field(strict=False)]
     score: Annotated[float, Field(strict=False, allow_inf_nan=False)]

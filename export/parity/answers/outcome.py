@@ -1,4 +1,4 @@
-"""Answers to the examples of a task, by torch and by the package.
+"""Answers to a task's examples, by torch and by the package.
 
 Rows of like length are a batch, padded at their right, where a decoder's tokens do not see it; so no mask is needed,
 and any package can be asked. A choice is scored by the sum of its tokens' log-probabilities after the prompt (Brown et
@@ -35,23 +35,27 @@ Ids: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ScoredRow:
-    """Token ids, scored from `start` (1 at least) on by the logits before each."""
+    """Token ids, scored from index `start` on.
+
+    Each is scored by the logits before it; `start` is 1 at least.
+    """
 
     ids: Ids
     start: int
 
     @property
     def fed(self) -> Ids:
-        """The tokens that are fed: the last token is only scored."""
+        """Tokens that are fed: all but the last, which is only scored."""
         return self.ids[:-1]
 
 
 @dataclass(frozen=True)
 class EncodedTask:
-    """A task as token ids: rows by choice, one prompt, or two texts an example.
+    """A task as token ids.
 
-    `ends`: the tokens that end a written answer. `switch`: a row beyond so many tokens changes what is computed of all
-    of them, so none that is shorter is padded to more; see `rotary_switch`.
+    An example is rows by choice, one prompt, or two texts. `ends`: the tokens that end a written answer. `switch`: a
+    row beyond so many tokens changes what is computed of all of them, so none that is shorter is padded to more; see
+    `rotary_switch`.
     """
 
     task: TaskFile
@@ -75,7 +79,7 @@ class Outcome:
 
     @property
     def chosen(self) -> int:
-        """The likeliest choice."""
+        """The most likely choice."""
         return max(range(len(self.values)), key=self.values.__getitem__)
 
 
@@ -87,13 +91,13 @@ class Model(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that there are logits for."""
+        """Number of tokens with logits."""
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor | None:
-        """The last layer's output [B, S, H]; None where the model does not show it."""
+        """The last layer's output [B, S, H], or None if not shown."""
 
     def write(self, prompt: Ids, num_tokens: int, stop: frozenset[int]) -> Ids:
-        """The likeliest tokens after a prompt, at most `count`, up to one of `stop`."""
+        """Greedy tokens after a prompt, at most `count`, until `stop`."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class PackageModel:
 
 @dataclass(frozen=True)
 class TorchModel:
-    """A reference; it writes by transformers' own `generate`."""
+    """A torch reference; it writes by transformers' own `generate`."""
 
     reference: Reference
 
@@ -168,7 +172,7 @@ class TorchModel:
 def encode_task(
     task: TaskFile, tokenizer: Any, generation: Generation, context: int, num_tokens: int, switch: int | None = None
 ) -> EncodedTask:
-    """A task as token ids; prompts that are too long lose their beginning.
+    """A task as token ids; prompts too long lose their beginning.
 
     Raises:
         ExportError: a choice, an answer of `num_tokens` or a text to be compared does not fit into the context.
@@ -208,7 +212,7 @@ def _encode(tokenizer: Any, text: str, start: int | None, where: str) -> Ids:
 def _encode_choices(
     example: Choice, tokenizer: Any, start_token: int | None, context: int, where: str
 ) -> tuple[ScoredRow, ...]:
-    """Rows that are scored from where they first differ from the prompt alone.
+    """Rows scored from the first token that differs from the prompt's.
 
     Prompt and choice are one text, whose tokens may lie across both.
     A prompt without tokens is the token that starts a text, before every choice.
@@ -231,12 +235,12 @@ def _encode_choices(
 
 
 def _find_parting(one: Ids, other: Ids) -> int:
-    """The first place at which two rows differ, or the end of the shorter one."""
+    """First index at which two rows differ, or the shorter's end."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: int) -> list[Outcome] | None:
-    """A model's answer to every example; None where it cannot do the task."""
+    """A model's answer to every example; None where it cannot."""
     match encoded.task.kind:
         case "choice":
             return _choose(model, encoded)
@@ -251,7 +255,7 @@ def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: 
 
 
 def _batches(rows: Iterable[Ids], model: Model, switch: int | None) -> Iterator[tuple[list[Ids], torch.Tensor]]:
-    """Each different row once, those of like length together, with their ids [B, S]."""
+    """Distinct rows batched by similar length, with their ids [B, S]."""
     batch: list[Ids] = []
     most_tokens = _MOST_LOGITS // model.vocab_size
     for row in sorted(dict.fromkeys(rows), key=len, reverse=True):
@@ -265,7 +269,7 @@ def _batches(rows: Iterable[Ids], model: Model, switch: int | None) -> Iterator[
 
 
 def _pad(rows: Sequence[Ids]) -> torch.Tensor:
-    """Rows as ids [B, S], the longest first, each padded by its own last token."""
+    """Rows as ids [B, S], longest first, padded by their last token."""
     return torch.tensor([row + row[-1:] * (len(rows[0]) - len(row)) for row in rows])
 
 

@@ -1,4 +1,7 @@
-"""Scores of a task: accuracy, F1, exact match, Spearman's correlation, standard errors."""
+"""Scores of tasks and their standard errors.
+
+The scores are accuracy, F1, exact match and Spearman's correlation.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _NUM_RESAMPLES = 1000
 
 
 def answer_f1(written: str, right: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of words, by the best of the right answers.
+    """Harmonic mean of word precision and recall, for the best answer.
 
     SQuAD, Rajpurkar et al. 2016, section 6.1.
     """
@@ -24,7 +27,10 @@ def answer_f1(written: str, right: Sequence[str]) -> float:
 
 
 def is_exact(written: str, right: Sequence[str]) -> bool:
-    """Whether it has the words of a right answer (SQuAD's exact match)."""
+    """Whether it equals a correct answer word by word.
+
+    This is SQuAD's exact match.
+    """
     return any(_words(written) == _words(each) for each in right)
 
 
@@ -42,12 +48,12 @@ def _word_f1(written: list[str], right: list[str]) -> float:
 
 
 def macro_f1(chosen: Sequence[int], right: Sequence[int]) -> float:
-    """Mean over classes of each one's F1."""
+    """F1 of each class, averaged over classes."""
     return float(f1_score(right, chosen, average="macro", zero_division=0.0))
 
 
 def rank_correlation(found: Sequence[float], right: Sequence[float]) -> float:
-    """Spearman's correlation; 0 where all that was found is the same."""
+    """Spearman's correlation; 0 where all found values are equal."""
     return float(spearmanr(found, right).statistic) if np.ptp(found) > 0 else 0.0
 
 
@@ -58,7 +64,9 @@ def mean_difference_error(found: Sequence[float], other: Sequence[float]) -> flo
 
 
 def rank_correlation_error(found: Sequence[float], other: Sequence[float], right: Sequence[float]) -> float:
-    """Standard error of the difference of two rank correlations with the same scores.
+    """Standard error of the difference of two rank correlations.
+
+    Both correlations are with the same true scores.
 
     By the bootstrap over examples (Efron 1979).
     """

@@ -32,7 +32,7 @@ from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 
 
 def check_files(package: Path, twin: Path) -> FilesCheck:
-    """Compare the tokenizer and the configs of a package with those of the checkpoint `twin`.
+    """Compare a package's tokenizer and configs with the checkpoint `twin`'s.
 
     The checkpoint may be the reference of a package by another maker. A damaged file is a difference, never an
     exception.

@@ -52,7 +52,7 @@ Source: GenerationConfig._get_default_generation_params, transformers 5.23.
 
 
 def check_generation(sides: Sides) -> FilesCheck:
-    """Compare where text ends and how it is drawn."""
+    """Compare end-of-text tokens and sampling settings."""
     name = GENERATION_CONFIG_NAME
     in_package, in_twin = ((directory / name).is_file() for directory in (sides.package, sides.twin))
     if in_package and not in_twin and sides.config is not None:
@@ -113,7 +113,7 @@ def _flatten(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any], config: Any) -> Iterator[str]:
-    """Compare fields that one of two files has.
+    """Compare fields that either file has.
 
     `config` has the class's defaults for those that the checkpoint's leaves out.
     """
@@ -133,7 +133,7 @@ def _compare_configs(found: Mapping[str, Any], expected: Mapping[str, Any], conf
 
 
 def _implied(values: Mapping[str, Any], field: str) -> Any:
-    """The value that our runtime takes for a field that a config leaves out."""
+    """The value our runtime assumes for a field a config omits."""
     heads, width = values.get("num_attention_heads"), values.get("hidden_size")
     if field == "num_key_value_heads":
         return heads

@@ -41,7 +41,7 @@ _OUR_EOS = 0  # and what we write
 
 
 def check_genai(sides: Sides) -> FilesCheck:
-    """Compare what onnxruntime-genai is told with the checkpoint and with the graph."""
+    """Compare genai_config.json with the checkpoint and the graph."""
     name = GENAI_CONFIG_NAME
     if not (sides.package / name).is_file():
         return FilesCheck(missing=(f"{name}: not in the package",))
@@ -94,7 +94,7 @@ def _compare_genai_sizes(found: Mapping[str, Any], config: Any) -> Iterator[str]
 
 
 def _compare_genai_ids(found: Mapping[str, Any], sides: Sides) -> Iterator[str]:
-    """Compare special tokens with all that a right writer may have put there."""
+    """Compare special tokens with every value a correct writer could use."""
     read = attempt(read_json, sides.twin / GENERATION_CONFIG_NAME)
     settings = {} if isinstance(read, Failure) else read
     of_config, of_tokenizer = (

@@ -9,7 +9,7 @@ _SHOWN = 60  # characters of a value in a sentence
 
 
 def show(value: Any) -> str:
-    """A value out of a file, short and in one line."""
+    """A value from a file, short and on one line."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
@@ -22,12 +22,15 @@ def show_ids(ids: Any) -> str:
 
 
 def tell_wrong(where: str, found: Any, expected: str) -> str:
-    """The sentence that a value is another than it must be."""
+    """The sentence that a value differs from the required one."""
     return f"{where} is {'not set' if found is None else show(found)}; must be {expected}"
 
 
 def as_ids(value: Any) -> Any:
-    """Token ids as a set, whether one, a list or none; anything else as it is."""
+    """Token ids as a set; anything else unchanged.
+
+    One id, a list and None become a set.
+    """
     if value is None:
         return frozenset()
     ids = value if isinstance(value, list) else [value]
@@ -35,6 +38,6 @@ def as_ids(value: Any) -> Any:
 
 
 def known_ids(value: Any) -> frozenset[int]:
-    """Token ids as a set; empty where the value is anything else."""
+    """Token ids as a set; empty for anything else."""
     ids = as_ids(value)
     return ids if isinstance(ids, frozenset) else frozenset()

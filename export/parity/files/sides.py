@@ -31,7 +31,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class GraphSide:
-    """Of a graph: whether we wrote it, its names of inputs and outputs.
+    """The graph's side: whether we wrote it, its inputs' and outputs' names.
 
     And whether past and present can share a buffer.
     """
@@ -44,7 +44,7 @@ class GraphSide:
 
 @dataclass(frozen=True)
 class Sides:
-    """The package, the checkpoint, and what several comparisons read of them.
+    """The package, the checkpoint, and what their comparisons share.
 
     None where it is not there or cannot be read.
     """
@@ -70,7 +70,7 @@ class Sides:
 
 
 def attempt(call: Callable[..., _T], *arguments: Any) -> _T | Failure:
-    """A library's result, or its complaint; a panic in Rust counts as a complaint."""
+    """A library's result or its error; a Rust panic is an error."""
     try:
         return call(*arguments)
     except BaseException as error:
@@ -88,12 +88,15 @@ def attempt(call: Callable[..., _T], *arguments: Any) -> _T | Failure:
 
 
 def or_none(found: _T | Failure) -> _T | None:
-    """The result; None in place of a complaint."""
+    """The result, or None in place of an error."""
     return None if isinstance(found, Failure) else found
 
 
 def load_config(directory: Path) -> Any:
-    """The config of a checkpoint's decoder, also of a model of text and images."""
+    """The config of a checkpoint's decoder.
+
+    Also of a model of text and images.
+    """
     return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True).get_text_config(
         decoder=True
     )
@@ -123,7 +126,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_sides(sides: Sides, name: str) -> tuple[dict[str, Any], dict[str, Any]] | FilesCheck:
-    """A JSON file of the package and the checkpoint's, or the failed check."""
+    """A JSON file of package and checkpoint, or the failed check."""
     found, expected = (attempt(read_json, directory / name) for directory in (sides.package, sides.twin))
     if isinstance(found, Failure) or isinstance(expected, Failure):
         pairs = (("package", found), ("checkpoint", expected))

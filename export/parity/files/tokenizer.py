@@ -70,7 +70,7 @@ def vocabulary_name(directory: Path) -> str:
 
 
 def load_tokenizer(directory: Path, config: Any) -> Any:
-    """The tokenizer in a directory, of the class that goes with `config`.
+    """The tokenizer in a directory, of the class that fits `config`.
 
     None where there is none, a `Failure` where it does not load.
     """
@@ -142,7 +142,10 @@ def _tell_vocabulary(name: str, found: Mapping[str, int], expected: Mapping[str,
 
 
 def _tell_texts(name: str, tokenizer: Any, expected: Any) -> str | None:
-    """A sentence on the first text that is encoded or decoded otherwise; None without one."""
+    """A sentence on the first text with other tokens; None without one.
+
+    The text is encoded or decoded differently.
+    """
     added = {str(token) for each in (tokenizer, expected) for token in each.added_tokens_decoder.values()}
     texts = [*_TEXTS, *(text for token in sorted(added) for text in (token, f"a {token} b"))]
     rows: list[list[int] | Failure] = []
@@ -167,7 +170,7 @@ def _tell_texts(name: str, tokenizer: Any, expected: Any) -> str | None:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str], adds_special: bool) -> list[list[int] | Failure]:
-    """The ids of every text; a tokenizer may refuse some."""
+    """Token ids of every text; a tokenizer may refuse some."""
 
     def encode(given: str | Sequence[str]) -> Any:
         return tokenizer(given, add_special_tokens=adds_special, verbose=False)["input_ids"]
@@ -182,7 +185,10 @@ def _decode(tokenizer: Any, ids: Sequence[int], skips_special: bool) -> str:
 
 
 def _as_row(row: list[int] | Failure) -> list[int] | None:
-    """Ids, or none where a text is refused, whatever the complaint."""
+    """Token ids, or none where a text is refused.
+
+    Any error of the tokenizer counts as a refusal.
+    """
     return None if isinstance(row, Failure) else row
 
 
@@ -195,19 +201,22 @@ def _tell_row(found: list[int] | Failure, right: list[int] | Failure) -> str:
 
 
 def _find_parting(one: Sequence[Any], other: Sequence[Any]) -> int:
-    """The first place where two sequences differ, which may be the end of one."""
+    """First index where two sequences differ, or the shorter's end."""
     return next(
         (n for n, (left, right) in enumerate(zip(one, other, strict=False)) if left != right), min(len(one), len(other))
     )
 
 
 def _as_template(template: Any) -> Any:
-    """A chat template without the line end that Jinja drops as well."""
+    """A chat template without the final newline that Jinja also drops."""
     return template.removesuffix("\n") if isinstance(template, str) else template
 
 
 def _tell_template(found: Any, right: Any) -> tuple[Any, str]:
-    """Two long templates from where they part: what is, and what must be."""
+    """Both long templates from their first difference on.
+
+    The sentence says what the package has and what the checkpoint has.
+    """
     if not (isinstance(found, str) and isinstance(right, str)):
         return found, "none" if right is None else show(right)
     place = _find_parting(found, right)

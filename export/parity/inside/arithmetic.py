@@ -1,4 +1,4 @@
-"""The graph's arithmetic: how each product rounds, by file and probe."""
+"""The graph's arithmetic: how each product rounds, by file and experiment."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: t
 
 
 def find_arithmetic(package: Path, found: FoundWeights, provider: str) -> Arithmetic:
-    """The roundings of a package's products, by the tensors of its twin that were found in it."""
+    """The rounding of each product, by the twin's tensors in it."""
     narrow = find_narrow(package)
     rounds: dict[str, Round] = {}
     unknown: list[str] = []

@@ -1,4 +1,4 @@
-"""Blame: which experts are wrong, and whether outputs are multiples of the right ones."""
+"""Blame: which experts are wrong, and whether by a constant factor."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TINY = 1e-30
 
 
 def find_wrong_experts(scores: torch.Tensor, choice: Choice, wrong: torch.Tensor) -> tuple[int, ...]:
-    """The experts that are wrong in every token that hears them.
+    """Experts that are wrong in every token with enough of their weight.
 
     `scores` [T, E] are what experts are chosen by, `wrong` [T] the tokens whose output is beyond the limit. An expert
     that has 5 % of a softmax has at least 5 % by sigmoids, whose weights lie closer together.
@@ -27,7 +27,10 @@ def find_wrong_experts(scores: torch.Tensor, choice: Choice, wrong: torch.Tensor
 
 
 def find_factors(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float] | None:
-    """The least and the largest factor, where each token's output [T, H] is a multiple of the expected; else None."""
+    """Least and largest factor between outputs [T, H] and expected ones.
+
+    None where a token's output is no multiple of the expected output.
+    """
     a, b = found.double(), expected.double()
     size = b.norm(dim=-1).clamp(min=_TINY)
     factor = (a * b).sum(-1) / size.square()

@@ -1,4 +1,4 @@
-"""Places inside any maker's graph, found by their weights.
+"""Places inside any exporter's graph, found by their weights.
 
 Names of values are their exporter's own, but a product by the output matrix of layer 3's attention gives what that
 attention gives, and reads what its heads have attended to; what its result is added to is the residual stream before
@@ -27,7 +27,10 @@ _JOINS = ("Add", "SkipSimplifiedLayerNormalization")
 def discover_taps(
     model: onnx.ModelProto, found: FoundWeights, family: Architecture, tied: bool, shared_outside: bool
 ) -> Taps:
-    """The places of a graph by its weights; `tied`: the head is the embedding's matrix."""
+    """A graph's places, found by its weights.
+
+    `tied`: the head is the embedding's matrix.
+    """
     graph = _Graph(model.graph, found)
     num_layers = count_layers(value.name for value in model.graph.input)
     names: dict[Place, tuple[str, ...]] = {}
@@ -73,7 +76,10 @@ def discover_taps(
 
 
 class _Graph:
-    """Who makes and who reads each value, and which products there are by each tensor of the twin."""
+    """Producer and readers of each value, and products by tensor.
+
+    The tensors are the twin's.
+    """
 
     def __init__(self, graph: onnx.GraphProto, found: FoundWeights) -> None:
         self.makers = {name: node for node in graph.node for name in node.output if name}
@@ -92,7 +98,7 @@ class _Graph:
         self.found = found
 
     def product(self, tensor: str) -> Matrix | None:
-        """The one product by a tensor; None where there is none, or more."""
+        """The only product by a tensor; None unless exactly one."""
         products = [
             matrix
             for matrix in self.found.operators.get(tensor, ())
@@ -101,14 +107,14 @@ class _Graph:
         return products[0] if len({product.value for product in products}) == 1 else None
 
     def with_bias(self, value: str) -> str:
-        """A product's result, with the vector that is added to it."""
+        """A product's result with its bias added."""
         for node in self.readers.get(value, ()):
             if node.op_type == "Add" and any(self._is_vector(name) for name in node.input):
                 return str(node.output[0])
         return value
 
     def join(self, value: str, update_is_other: bool = False) -> tuple[str | None, str | None]:
-        """Where a value is added to another: the other, and the sum.
+        """Where a value is added to another: that other, and the sum.
 
         With `update_is_other` no factor stands before it.
         """

@@ -38,12 +38,14 @@ What an FFN makes of them, and what flips inside of it may add to each.
 
 
 class Inside(Protocol):
-    """A part of a model that rounds inside, where only its output is seen."""
+    """A part that rounds inside, and shows only its output."""
 
     def explain(
         self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
     ) -> Iterator[tuple[int, float]]:
-        """Rows beyond the limit that flips explain, each with its remaining relative error.
+        """Rows beyond the limit that flips explain, with their remaining error.
+
+        The remaining error is relative.
 
         Both float64 [rows, N].
         """
@@ -51,7 +53,7 @@ class Inside(Protocol):
 
 @dataclass(frozen=True)
 class RoundedProduct:
-    """One product of inputs [T, K] that are known."""
+    """One product with known inputs [T, K]."""
 
     given: torch.Tensor
     weight: torch.Tensor
@@ -71,7 +73,7 @@ class RoundedProduct:
 
 @dataclass(frozen=True)
 class RoundedFfn:
-    """A gated FFN, or a block of experts, of inputs [T, H] that are known.
+    """A gated FFN or experts with known inputs [T, H].
 
     Where a flip of one of these may have been, it is tried.
     """
@@ -106,7 +108,10 @@ class RoundedFfn:
         yield from ((int(rows[number]), error) for number, error in best.items() if error <= limit)
 
     def _move(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        """A row's inputs with every choice of near-middle numbers rounded the other way."""
+        """A row's inputs with every rounding of near-middle numbers flipped.
+
+        Every combination of these roundings is tried.
+        """
         if not isinstance(self.first, BlockRounding):
             return
         places, steps, integers = find_near(x[None], self.first, "given")
@@ -123,7 +128,9 @@ class RoundedFfn:
 
 
 def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.Tensor) -> float:
-    """The relative error of a difference [N] without at most one step of each column.
+    """Relative error of a difference [N] after removing explained steps.
+
+    Each column explains one step at most.
 
     Infinite where none can be.
     """
@@ -142,7 +149,9 @@ def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.
 
 
 def find_near(x: torch.Tensor, rounding: BlockRounding, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Places [n, 2] in x [T, K] near the middle of two integers, and steps [T, K].
+    """Indices [n, 2] of x [T, K] near a rounding boundary.
+
+    In the middle of two integers; and the steps [T, K].
 
     And how many steps it is.
     """
@@ -161,7 +170,7 @@ def find_near(x: torch.Tensor, rounding: BlockRounding, kind: str) -> tuple[torc
 
 
 def near_middle(x: torch.Tensor, weight: torch.Tensor, rounding: Round, kind: str) -> list[list[torch.Tensor]]:
-    """Of each row of x [T, K].
+    """Near-middle numbers of each row of x [T, K].
 
     Columns of the matrix, by one step, whose inputs lie so near the middle that either integer may be taken.
     """

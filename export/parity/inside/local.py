@@ -72,11 +72,11 @@ class LocalCheck:
 
     @property
     def mode(self) -> ProductMode:
-        """Entered around any forward of the twin, it computes with the graph's arithmetic."""
+        """The mode in which the twin computes with the graph's arithmetic."""
         return self._mode
 
     def moved(self) -> AbstractContextManager[None]:
-        """For the length of a `with`: inputs of rounded products move by part of a step."""
+        """Context manager: inputs of rounded products move by part of a step."""
         return self._mode.moved()
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class LocalCheck:
     def measure(
         self, seen: Seen, parts: Sequence[Part] | None = None, measures_noise: bool = False
     ) -> dict[Place, Measured]:
-        """Compare what was seen at all places, or at some parts of layers alone.
+        """Compare the values seen at all places, or at some parts.
 
         The rest of the twin is then not computed.
         """
@@ -112,7 +112,7 @@ class LocalCheck:
 
     @contextmanager
     def _ending(self) -> Iterator[None]:
-        """Whatever happens within a `with`, nothing is looked at behind it."""
+        """Context manager: whatever happens in it, comparing ends with it."""
         try:
             yield
         finally:
@@ -120,7 +120,7 @@ class LocalCheck:
             self._parts, self._mode.leaves_out = None, False
 
     def _run(self, seen: Seen, pieces: Sequence[tuple[int, int]]) -> DynamicCache:
-        """One forward of the twin beside what was seen, in pieces; returns its cache."""
+        """One forward pass beside the seen values; returns its cache."""
         cache = DynamicCache()
         for start, stop in pieces:
             self.meter.span = slice(start, stop)
@@ -138,12 +138,12 @@ class LocalCheck:
         return cache
 
     def _shortened(self) -> AbstractContextManager[None]:
-        """For the length of a `with`: where attention alone is looked at, layers have no FFN."""
+        """Context manager: layers skip FFNs where only attention is compared."""
         some = self._parts is not None and self.family is not None
         return self.reference.without_ffns() if some else nullcontext()
 
     def _compare_head(self, own: torch.Tensor, shown: torch.Tensor) -> None:
-        """The logits of the last tokens, from the final norm that was replaced by the graph's."""
+        """The logits of the last tokens, from the graph's final norm."""
         tokens = min(own.shape[1], shown.shape[1])
         assert self.meter.seen is not None
         stop = self.meter.span.indices(self.meter.seen.ids.shape[1])[1]
@@ -205,7 +205,7 @@ class LocalCheck:
             handles.append(cast(nn.Module, layer.mlp).register_forward_hook(self._at((n, "FFN"))))
 
     def _tap(self, place: Place) -> torch.Tensor | None:
-        """The graph's value at a place in the present piece; None where it is not compared."""
+        """The graph's value at a place now; None if not compared."""
         names = self.taps.names.get(place, ())
         if self.meter.seen is None or (self._parts is not None and place[1] not in self._parts):
             return None
@@ -246,7 +246,7 @@ class LocalCheck:
             self._run_in_double(module, given, named)
 
     def _at(self, place: Place, part: slice | None = None) -> Callable[..., Any]:
-        """A hook that compares a module's output with the graph's, and replaces it."""
+        """A hook that compares a module's output, then replaces it."""
 
         def hook(module: Any, given: Any, output: Any) -> Any:
             tap = self._tap(place)
@@ -261,7 +261,7 @@ class LocalCheck:
         return hook
 
     def _enter_ffn(self, n: int, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Compare and replace the input of an FFN without a norm before it."""
+        """Compare and replace an FFN's input where no norm precedes it."""
         tap = self._tap((n, "FFN norm"))
         if tap is None:
             return None
@@ -296,7 +296,7 @@ class LocalCheck:
         return (some, *output[1:]) if isinstance(output, tuple) else some
 
     def _find_blame(self, n: int, own: torch.Tensor, shown: torch.Tensor, decided: torch.Tensor) -> None:
-        """Find the experts that are wrong wherever they are heard, and factors of the twin's outputs."""
+        """Find always-wrong experts, and factors of the twin's outputs."""
         place: Place = (n, "experts")
         wrong = ~(self.meter.found[place].errors[:, self.meter.span] <= self.meter.limit(place))
         assert self.meter.seen is not None
@@ -310,19 +310,19 @@ class LocalCheck:
 
     @property
     def _choice(self) -> Choice:
-        """How tokens choose experts, where there are some."""
+        """How tokens choose experts, if there are any."""
         assert self.reference.gate is not None, "asked for the choice of a model without experts"
         return self.reference.gate.choice
 
     def _is_decided(self, n: int, count: int) -> torch.Tensor:
-        """Tokens whose experts are chosen by a margin above rounding."""
+        """Tokens whose experts are chosen by more than a rounding error."""
         return choice_margin(self.reference.scores(n), self._choice).reshape(count) >= EXACT_TIE
 
     @contextmanager
     def following(self, seen: Seen) -> Iterator[None]:
-        """For the length of a `with`.
+        """Context manager: the twin's routers repeat the graph's on this text.
 
-        The twin's routers say what the graph's said on the same text, and nothing else is replaced or compared.
+        Nothing else is replaced or compared.
         `own_routers` has what they would have said.
         """
         self.meter.seen = Seen(
@@ -349,7 +349,7 @@ class LocalCheck:
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:
-        """For the length of a `with`: nothing is compared and nothing replaced."""
+        """Context manager: nothing is compared and nothing replaced."""
         seen, self.meter.seen = self.meter.seen, None
         try:
             yield
@@ -357,7 +357,7 @@ class LocalCheck:
             self.meter.seen = seen
 
     def _say(self, n: int, own: torch.Tensor) -> torch.Tensor:
-        """Router logits of the graph, nudge included, in place of the twin's `own` [T, E]."""
+        """The graph's router logits, nudge included, replacing `own` [T, E]."""
         tap = self._tap((n, "router"))
         if tap is None:
             return own
@@ -373,7 +373,7 @@ class LocalCheck:
         return shown.reshape(own.shape).to(own.dtype)
 
     def _run_in_double(self, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """The layer again in float64, on the same inputs, to measure the noise of its places."""
+        """Run the layer in float64 too, to measure its places' noise."""
 
         def widen(value: Any) -> Any:
             if isinstance(value, torch.Tensor) and value.is_floating_point():

@@ -47,12 +47,12 @@ class Measured:
 
     @property
     def worst(self) -> float:
-        """The largest judged error; NaN where one is."""
+        """The largest judged error; NaN where any is NaN."""
         some = self.errors[self.judged]
         return float(some.max()) if len(some) else 0.0
 
     def first(self, limit: float) -> int | None:
-        """The first place in a row that is beyond the limit, pads not counted."""
+        """First place in a row beyond the limit; pads do not count."""
         beyond = self.judged & ~(self.errors <= limit)
         places = (self.judged.cumsum(1) - 1)[beyond]
         return int(places.min()) if len(places) else None
@@ -79,7 +79,7 @@ class Meter:
         self.attended: dict[int, torch.Tensor] = {}
 
     def forget(self) -> None:
-        """End with a text, whatever happened within it."""
+        """Forget the current text, whatever happened in it."""
         self.seen, self.measures_noise, self.shakes = None, False, False
         self.expected, self.attended = {}, {}
 
@@ -95,7 +95,10 @@ class Meter:
         inside: Inside | None = None,
         decided: torch.Tensor | None = None,
     ) -> None:
-        """Keep a place's errors; `inside` knows what flips of a rounding may have added to tokens."""
+        """Keep a place's errors.
+
+        `inside` knows what flips of a rounding may have added to tokens.
+        """
         if self._mode.in_double:
             self._add_noise(place, expected)
             return
@@ -117,7 +120,10 @@ class Meter:
         decided: torch.Tensor | None = None,
         flips: int = 0,
     ) -> None:
-        """Keep a place's errors [B, S]; tokens that are padding, or not `decided`, are not judged."""
+        """Keep a place's errors [B, S], judging decided real tokens.
+
+        Padding, and tokens that are not `decided`, are not judged.
+        """
         assert self.seen is not None
         real = self.seen.mask.bool()[:, self.span][:, -errors.shape[1] :]
         judged = real if decided is None else real & decided
@@ -147,7 +153,10 @@ class Meter:
             )
 
     def compare_cache(self, cache: DynamicCache) -> None:
-        """Keep the errors of cached keys and values, each head by itself; `cache` is the twin's."""
+        """Keep the errors of cached keys and values, by head.
+
+        `cache` is the twin's KV cache.
+        """
         assert self.seen is not None
         for n, (key, value) in self.seen.cache.items():
             layer: Any = cache.layers[n]
@@ -164,7 +173,7 @@ class Meter:
             self.keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
     def view(self, value: torch.Tensor) -> torch.Tensor:
-        """A value by row of the text and token [B, S, width]."""
+        """A value as [B, S, width]: by row of text and token."""
         assert self.seen is not None
         return value.reshape(len(self.seen.ids), -1, value.shape[-1])
 
@@ -175,9 +184,9 @@ class Meter:
         return errors
 
     def add_shaken(self, n: int, shaken: torch.Tensor) -> None:
-        """Attention's noise in 16 bits: its output with queries, keys and values rounded again.
+        """Add attention's noise in 16 bits: inputs rounded once more.
 
-        Its noise in 16 bits on this text.
+        On this text; `shaken` is its output with queries, keys and values rounded again.
         """
         assert self.seen is not None
         place: Place = (n, "attention")
@@ -206,10 +215,7 @@ class Meter:
     def _tell_flips_apart(
         self, place: Place, errors: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, inside: Inside | None
     ) -> int:
-        """Take flips of a rounding off the errors beyond the limit; returns their number.
-
-        Returns how many there were.
-        """
+        """Subtract rounding flips from errors beyond the limit; returns their number."""
         assert self.seen is not None
         if inside is None:
             return 0

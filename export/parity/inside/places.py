@@ -1,4 +1,7 @@
-"""The check of all places: on text, with every expert visited, in every way."""
+"""The check of all places, on text and with every expert.
+
+Places are checked in every way of feeding the package.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,7 @@ _NARROW_TYPES = ("tensor(float16)", "tensor(bfloat16)")
 
 
 class PlacesCheck:
-    """The check of a package's places, text by text; `result` has the worst of each."""
+    """Checks a package's places, text by text; `result` has the worst."""
 
     def __init__(
         self,
@@ -45,7 +48,10 @@ class PlacesCheck:
         provider: str,
         exact_twin: bool,
     ) -> None:
-        """Without an exact twin, or where this processor's rounding is not known, nothing inside is checked."""
+        """Prepare the check, if the twin's arithmetic is exactly known.
+
+        Without an exact twin, or where this processor's rounding is not known, nothing inside is checked.
+        """
         self._local = local
         self._local.meter.limit = self._limit
         self._local.meter.narrow_taps = frozenset(
@@ -58,32 +64,38 @@ class PlacesCheck:
 
     @property
     def way_names(self) -> tuple[str, ...]:
-        """Names of the values that are seen in every way of feeding the package."""
+        """Names of values shown in every way of feeding."""
         return self._taps.of_layers(ATTENTION_PARTS) if self._judges else ()
 
     def computing(self) -> AbstractContextManager[object]:
-        """For the length of a `with`: every forward of the twin computes in the graph's arithmetic."""
+        """Context manager: the twin computes in the graph's arithmetic."""
         return self._local.reference.computing(self._local.mode) if self._exact_twin else nullcontext()
 
     def moved(self) -> AbstractContextManager[None]:
-        """For the length of a `with`: inputs of rounded products move by part of a step."""
+        """Context manager: inputs of rounded products move by part of a step."""
         return self._local.moved()
 
     def following(self, seen: Seen) -> AbstractContextManager[None]:
-        """For the length of a `with`: the twin's routers say what the graph's said on the same text."""
+        """Context manager: the twin's routers repeat the graph's on this text."""
         return self._local.following(seen) if self._exact_twin else nullcontext()
 
     @property
     def own_routers(self) -> dict[int, torch.Tensor]:
-        """The twin's own router logits by layer, where its routers followed the graph's."""
+        """The twin's own router logits by layer.
+
+        They differ from the graph's logits, which the twin's routers followed.
+        """
         return self._local.own_routers
 
     def close(self) -> None:
-        """Let go of the twin."""
+        """Release the twin."""
         self._local.close()
 
     def check_text(self, blocks: torch.Tensor, tell: Callable[[int], None]) -> None:
-        """Check a row of text as it is, one in which every expert is visited, and its first tokens alone."""
+        """Check a text row in full, with every expert, and shortened.
+
+        As it is, once so that every expert is visited, and its first tokens alone.
+        """
         if not self._judges:
             return
         names = self._taps.all
@@ -104,7 +116,7 @@ class PlacesCheck:
         tell(2)
 
     def look_inside(self, seen: Seen) -> tuple[str, int | None] | None:
-        """The first wrong place in one way of feeding the package, and its first wrong token."""
+        """The first wrong place and token, in one way of feeding."""
         if not self._judges or not self.way_names:
             return None
         found = self._local.measure(seen, ATTENTION_PARTS)
@@ -118,7 +130,7 @@ class PlacesCheck:
         return None
 
     def result(self) -> tuple[PlaceCheck, ...] | str:
-        """The worst of every place, in the order of computation."""
+        """Every place's worst error, in the order of computation."""
         if not self._exact_twin:
             return "not judged: no checkpoint with the package's own weights was given"
         if not self._worst:

@@ -1,9 +1,9 @@
-"""How this onnxruntime rounds inputs of quantized products here, found by trying.
+"""How onnxruntime rounds inputs of quantized products here, found by experiment.
 
-Found out by products of known numbers. `accuracy_level` allows an operator to round its inputs to 8 bits; whether it
-does, and in groups of how many, is the kernel's choice, and another processor has other kernels. So before anything is
-compared, each kind of product in the package is computed once for numbers that tell: in a graph of its own, for one row
-and for many, against float64 products of inputs that are rounded in every way that is known.
+The experiments are products of known numbers. `accuracy_level` allows an operator to round its inputs to 8 bits;
+whether it does, and in groups of how many, is the kernel's choice, and another processor has other kernels. So before
+anything is compared, each kind of product in the package is computed once for numbers that tell: in a graph of its own,
+for one row and for many, against float64 products of inputs that are rounded in every way that is known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Rounding = Callable[[torch.Tensor], torch.Tensor]
 
 
 def find_group(operator: Operator, provider: str) -> int | None:
-    """The group of elements of an input that share a scale of 8 bits.
+    """How many input elements share one 8-bit scale.
 
     0 where inputs are not rounded, None where no known rounding fits.
     Raises nothing: a kind of product that cannot be computed alone here is one whose rounding is not known.
@@ -56,7 +56,10 @@ def _find(operator: Operator, provider: str) -> int | None:
 
 
 def _fitting(operator: Operator, provider: str, num_rows: int) -> Iterator[int]:
-    """The groups that explain what the operator computes for some rows; 0 is none."""
+    """Group sizes that explain the operator's result for some rows.
+
+    Size 0 means that inputs are not rounded.
+    """
     block, width, height = operator.block_size, 2 * operator.block_size, 16
     generator = torch.Generator().manual_seed(operator.block_size)
     # Sizes that grow along a row tell groups apart.
@@ -100,7 +103,7 @@ def _round(x: torch.Tensor, group: int) -> torch.Tensor:
 
 
 def _is_same(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether most rows are the same: a tie may be rounded to either integer."""
+    """Whether most rows are equal; a tie may round either way."""
     errors = (found.double() - expected).norm(dim=-1) / expected.norm(dim=-1)
     return bool(errors.median() <= _SAME)
 

@@ -1,4 +1,4 @@
-"""Products of the twin as the graph computes them.
+"""The twin's products, computed as the graph computes them.
 
 Inputs rounded as its operators round them, and what is not looked at left out.
 """
@@ -28,12 +28,12 @@ _EMBEDDING = "model.embed_tokens.weight"
 
 @dataclass(frozen=True)
 class Narrowing:
-    """Inputs cast to 16 bits, as a graph of that type reads them, and outputs as it gives them."""
+    """Inputs and outputs cast to 16 bits, as in the graph."""
 
     dtype: torch.dtype
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """The rounded numbers, in the type that they came in."""
+        """The rounded numbers, in their original type."""
         return x.to(self.dtype).to(x.dtype)
 
 
@@ -52,7 +52,7 @@ class Arithmetic:
 
 @dataclass(frozen=True)
 class _Call:
-    """A rounded product that was computed: its input, its matrix, and the rounding."""
+    """A rounded product that was computed: input, matrix and rounding."""
 
     x: torch.Tensor
     weight: torch.Tensor
@@ -60,7 +60,7 @@ class _Call:
 
 
 class ProductMode(TorchFunctionMode):
-    """A mode in which the twin's products round their inputs as the graph's do.
+    """A torch mode: the twin's products round as the graph's do.
 
     Weights are told by their addresses; experts are stacked, so theirs are told by the module that is computing. With
     `leaves_out` no product is computed but those of routers. `in_double`: inputs are float64, and so are products.
@@ -74,7 +74,7 @@ class ProductMode(TorchFunctionMode):
         route: Callable[[int, torch.Tensor], torch.Tensor],
         unseen: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """`route`: what a layer's router is to say, of its own logits.
+        """Hook the twin; `route` replaces a layer's router logits.
 
         `unseen` is entered around what is computed beside the text.
         """
@@ -115,14 +115,14 @@ class ProductMode(TorchFunctionMode):
         self._handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
 
     def close(self) -> None:
-        """Take the hooks off, and let go of the twin's weights."""
+        """Remove the hooks and release the twin's weights."""
         for handle in self._handles:
             handle.remove()
         self._rounds.clear()
 
     @contextmanager
     def moved(self) -> Iterator[None]:
-        """For the length of a `with`: inputs of rounded products move by part of a step."""
+        """Context manager: inputs of rounded products move by part of a step."""
         self._generator = torch.Generator().manual_seed(0)
         try:
             yield
@@ -168,7 +168,7 @@ class ProductMode(TorchFunctionMode):
         return last if weight.shape[1] != self._width or weight.shape[0] == self._width else first
 
     def inside_of(self, module: nn.Module, given: torch.Tensor, divisor: float = 1.0) -> Inside | None:
-        """The dynamic rounding of a product, or inside a dense FFN; None without one.
+        """A product's or dense FFN's dynamic rounding; None without one.
 
         What a product gives is divided.
         """
@@ -185,7 +185,10 @@ class ProductMode(TorchFunctionMode):
         return RoundedFfn(flat, lambda some, _: self._run_alone(module, some, None), rounding)
 
     def inside_experts(self, n: int, given: torch.Tensor) -> Inside | None:
-        """The rounding inside a layer's experts for tokens [T, H], by the graph's routing."""
+        """Rounding inside a layer's experts for tokens [T, H].
+
+        The tokens go where the graph sends them.
+        """
         first, last = self._inside[n]
         if not isinstance(last, BlockRounding):
             return None
@@ -198,7 +201,9 @@ class ProductMode(TorchFunctionMode):
     def _run_alone(
         self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None
     ) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-        """An FFN or block of experts on rows [T, H], sent by router logits [T, E].
+        """Run an FFN or experts on rows [T, H] alone.
+
+        Router logits [T, E] send the rows to experts.
 
         Its outputs, and by row what flips inside may add to them.
         """
@@ -223,7 +228,7 @@ class ProductMode(TorchFunctionMode):
 
 
 def _find_inside(family: Architecture | None, rounds: Mapping[str, Round], n: int) -> tuple[Round | None, Round | None]:
-    """How a layer's experts round what their first matrices and their last read."""
+    """How experts round the inputs of their first and last matrices."""
     if family is not None and family.routed is not None:
         first, last = (pattern.format(layer=n, expert=0) for pattern in (family.routed.up, family.routed.down))
         return rounds.get(first), rounds.get(last)

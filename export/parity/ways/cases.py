@@ -1,4 +1,4 @@
-"""Ways to feed a package text, planned."""
+"""Plans of the ways to feed a package text."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ _NEAR_TIES = 4  # rows that end at the tokens of the text that are nearest to a 
 
 @dataclass(frozen=True)
 class Case:
-    """Ids and mask [B, S] of real text, fed as a prefill of `num_prefill` tokens and then one at a time.
+    """Real text, ids and mask [B, S], and how it is fed.
 
-    Logits are judged of a whole prefill, or of what is decoded and of the last token before: all of such a prefill is
-    judged in a case of its own. Of a long one that a package is only held against itself, the last `num_logits` are.
+    A prefill of `num_prefill` tokens, then one token at a time. Logits are judged of a whole prefill, or of what is
+    decoded and of the last token before: all of such a prefill is judged in a case of its own. Of a long one that a
+    package is only held against itself, the last `num_logits` are.
     """
 
     name: str
@@ -30,7 +31,7 @@ class Case:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a prefill of one row with all its logits."""
+        """Whether it is one row's prefill with all logits."""
         return (
             len(self.ids) == 1
             and self.num_prefill == self.ids.shape[1]
@@ -39,7 +40,7 @@ class Case:
         )
 
     def shares_text(self, other: Case, reference: Reference) -> bool:
-        """Whether one forward of the reference serves both."""
+        """Whether one forward pass of the reference serves both."""
         if not (torch.equal(self.ids, other.ids) and torch.equal(self.mask, other.mask)):
             return False
         return self.num_prefill == other.num_prefill or not reference.reads_in_pieces(self.ids.shape[1])
@@ -48,7 +49,9 @@ class Case:
 def plan_cases(
     blocks: torch.Tensor, context: int, window: int | None, margins: torch.Tensor | None, config: ParityConfig
 ) -> list[Case]:
-    """The ways to feed a package with context `context` text in blocks [N, S].
+    """Ways to feed a package text in blocks [N, S].
+
+    `context` is the package's longest context.
 
     Where `margins` [N, S] are the reference's smallest by token.
     """
@@ -84,7 +87,7 @@ def plan_cases(
 
 
 def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: int, longest_row: int) -> list[Case]:
-    """A row of several blocks, up to the context or `longest_row`.
+    """A row of several blocks, up to context or `longest_row`.
 
     And decoding across the end of the window.
     """
@@ -111,7 +114,9 @@ def _long_cases(blocks: torch.Tensor, context: int, window: int | None, steps: i
 
 
 def every_expert(num_tokens: int, num_experts: int, count: int) -> torch.Tensor:
-    """A nudge [T, E] of router logits by which tokens visit `count` experts, each expert beside every other.
+    """A nudge [T, E] of router logits that visits every expert.
+
+    Tokens visit `count` experts, each expert beside every other.
 
     By more than any tie.
     """
@@ -128,7 +133,7 @@ def every_expert(num_tokens: int, num_experts: int, count: int) -> torch.Tensor:
 
 
 def _tie_cases(blocks: torch.Tensor, margins: torch.Tensor | None, left_padding: bool) -> list[Case]:
-    """The rows that end at the tokens whose routing is nearest to a tie.
+    """Rows that end where routing is nearest to a tie.
 
     One batch where padding is asked for, else the nearest alone.
     """

@@ -1,4 +1,4 @@
-"""Ways of feeding a package, each held against one full forward.
+"""Ways of feeding a package, each compared with one full forward pass.
 
 Prefill, chained decoding, batches, padding, long rows, ties, its own text. Chained decoding is checked against
 something that has no cache at all. A longrope that switches its factors on the way is the exception: there only a
@@ -24,7 +24,7 @@ from dense2moe.export.runtime.decoder import Decoder
 
 @dataclass(frozen=True)
 class Errors:
-    """One case measured.
+    """The errors of one case.
 
     Errors of logits [B, L] of the last L tokens relative to the largest, and which of them are judged by them.
     """
@@ -35,7 +35,7 @@ class Errors:
     judged: torch.Tensor
 
     def judge(self, limit: float) -> Check:
-        """The check, with the first token of a row that is beyond the limit."""
+        """The check, with a row's first token beyond the limit."""
         beyond = self.judged & ~(self.errors <= limit)
         places = (self.case.mask.cumsum(1) - 1)[:, -beyond.shape[1] :][beyond]
         if self.check.place is not None:
@@ -52,7 +52,9 @@ None where nothing is.
 
 @dataclass(frozen=True)
 class Watch:
-    """How cases are watched: values that are seen beside the decoder's taps, the check of places, and near-ties.
+    """How cases are watched: extra values, the places check, near-ties.
+
+    Extra values are seen beside the decoder's taps.
 
     `tell` is called with the number of cases that are done.
     """
@@ -64,7 +66,7 @@ class Watch:
 
 
 def run_cases(decoder: Decoder, reference: Reference, cases: Sequence[Case], watch: Watch) -> list[Errors]:
-    """Feed the package each case, and compare with one full forward of the reference.
+    """Compare each case with one full forward pass of the reference.
 
     Cases of one text that follow each other share it.
     """
@@ -86,7 +88,7 @@ def run_cases(decoder: Decoder, reference: Reference, cases: Sequence[Case], wat
 def run_cases_alone(
     decoder: Decoder, cases: Sequence[Case], routers: Sequence[str], watch: Watch, share: float = 1.0
 ) -> list[Errors]:
-    """Feed the package each case, and compare with its own full prefill.
+    """Compare each case with the package's own full prefill.
 
     Of each row by itself. What computes in rounded numbers has no other equal: two graphs part where one rounds up and
     the other down, and so does a graph from itself, but no more than two equally rounded computations do. Where what
@@ -113,7 +115,7 @@ def run_cases_alone(
 
 
 def own_noise(errors: Sequence[Errors]) -> float:
-    """The largest difference between a graph's own prefills of one text."""
+    """The largest difference between a graph's prefills of one text."""
     return max((each.check.relative_error for each in errors if each.case.is_plain), default=0.0)
 
 
@@ -130,14 +132,14 @@ def _with_place(errors: Errors, wrong: tuple[str, int | None] | None) -> Errors:
 
 
 class _Prefills:
-    """Full prefills of single rows by a package; beginnings of known rows are reused."""
+    """Full prefills of single rows; beginnings of known rows are reused."""
 
     def __init__(self, decoder: Decoder, routers: Sequence[str]) -> None:
         self._decoder, self._routers = decoder, routers
         self._known: list[tuple[list[int], Forward]] = []
 
     def keep(self, seen: Seen) -> None:
-        """One that was done already, unless a longer one is known."""
+        """Keep a finished prefill, unless a longer one is known."""
         ids = seen.ids[0].tolist()
         if not any(longer[: len(ids)] == ids for longer, _ in self._known):
             self._known.append((ids, self.read(seen)))
@@ -172,7 +174,7 @@ class _Prefills:
         return self._row(ids, num_logits)
 
     def read(self, seen: Seen) -> Forward:
-        """Logits, and what experts are chosen by, by layer."""
+        """Logits and selection scores by layer."""
         routers = [seen.values[name].reshape(*seen.ids.shape, -1) for name in self._routers]
         streams = tuple(router.new_zeros(*seen.ids.shape, 1) for router in routers)
         return Forward(seen.logits, tuple(routers), streams, (), choice_of(self._decoder))
@@ -181,7 +183,7 @@ class _Prefills:
 def measure_errors(
     case: Case, found: Forward, expected: Forward, tie_margin: float = TIE_MARGIN, share: float = 1.0
 ) -> Errors:
-    """The errors of logits, relative to the largest that is expected anywhere.
+    """Errors of logits, relative to the largest expected logit.
 
     A row is judged up to its first near-tie flip, and of all tokens the `share` with the smallest errors.
     """
@@ -222,6 +224,9 @@ def measure_errors(
 
 
 def _by_token(found: torch.Tensor, expected: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest and mean difference of logits [T, V], and equal likeliest tokens; each [T]."""
+    """Largest and mean logit difference, and top-1 agreement; each [T].
+
+    The logits are [T, V].
+    """
     error = (found - expected).abs_()
     return error.amax(-1), error.mean(-1), found.argmax(-1) == expected.argmax(-1)

@@ -1,4 +1,4 @@
-"""Text that a package writes by itself."""
+"""Free text, written by a package."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def run_free(
     follow: Follow | None = None,
     routers: Sequence[str] = (),
 ) -> FreeRun:
-    """Let the package go on greedily from the first halves of blocks [N, S], each by itself.
+    """Let the package continue the first halves of blocks [N, S].
 
-    And ask the reference what it would have written. One forward of the reference over the package's text is enough: up
-    to the first token that differs, both have read the same. `follow` runs it with what the package's routers say to
-    that text, whose logits are called `routers`.
+    It decodes greedily, each block by itself. And ask the reference what it would have written. One forward of the
+    reference over the package's text is enough: up to the first token that differs, both have read the same. `follow`
+    runs it with what the package's routers say to that text, whose logits are called `routers`.
     """
     prefixes, gaps = [], []
     half = max(1, min(blocks.shape[1], decoder.context_length) // 2)
@@ -51,7 +51,7 @@ def run_free(
 
 
 def write_greedily(decoder: Decoder, prompt: Sequence[int], count: int, stop: Container[int] = ()) -> list[int]:
-    """The likeliest tokens after a prompt, at most `count`, up to one of `stop`."""
+    """Greedy tokens after a prompt, at most `count`, until `stop`."""
     cache, ids = decoder.new_cache(1, len(prompt) + count), torch.tensor([prompt])
     written: list[int] = []
     while len(written) < count and not (written and written[-1] in stop):

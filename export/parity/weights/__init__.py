@@ -1,1 +1,1 @@
-"""Rows of a package, found among the twin's."""
+"""Rows of a package, looked up among the twin's."""

@@ -1,4 +1,4 @@
-"""The matrices and vectors of any maker's graph, as float32 numbers.
+"""Matrices and vectors of any exporter's graph, as float32 numbers.
 
 A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `Matrix`: float32
 rows [N, K], read from the file when they are asked for. Formats are those of the operators' documentation (ONNX
@@ -26,7 +26,7 @@ _LEAST_MATRIX = 256  # bytes of integers
 
 
 def read_constants(directory: Path) -> Constants:
-    """Those of a package; a graph with branches has the constants of both.
+    """A package's matrices and vectors; of branches, those of both.
 
     Raises:
         ExportError: no package there, or a damaged one.
@@ -45,7 +45,7 @@ def read_constants(directory: Path) -> Constants:
 
 
 class _Graph:
-    """Nodes, and constants by name, of one graph."""
+    """Nodes and constants of one graph, by name."""
 
     def __init__(self, graph: onnx.GraphProto, package: OpenedPackage) -> None:
         self.values = Values(graph, package)
@@ -91,7 +91,7 @@ class _Graph:
                     )
 
     def stored(self) -> Iterator[Matrix]:
-        """Float matrices that no product was seen to read, as they are and turned."""
+        """Float matrices that no product reads, as stored and transposed."""
         for name, tensor in self.tensors.items():
             if name in self.read or not _is_float(tensor) or len(tensor.dims) < 2 or min(tensor.dims[-2:]) < 2:
                 continue
@@ -118,7 +118,7 @@ class _Graph:
         return np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]))
 
     def unread(self) -> list[str]:
-        """Integers that may be matrices, and that no product was seen to read."""
+        """Integers that may be matrices, but no product reads."""
         kinds = (TensorProto.UINT8, TensorProto.INT8, TensorProto.UINT4, TensorProto.INT4)
         many = (
             name
@@ -128,7 +128,7 @@ class _Graph:
         return [name for name in many if name not in self.read]
 
     def vectors(self) -> Iterator[tuple[str, Floats]]:
-        """Float constants of one dimension that counts, of two numbers at least."""
+        """Float constants with one dimension larger than 1."""
         for name, tensor in self.tensors.items():
             dims = [size for size in tensor.dims if size != 1]
             if len(dims) == 1 and _is_float(tensor):
@@ -249,21 +249,24 @@ class _Graph:
                 )
 
     def _with_factors(self, matrix: Matrix) -> Matrix:
-        """The matrix with what its input, or the rows of a table, are multiplied by."""
+        """The matrix multiplied by its input's or rows' factors.
+
+        What its input, or the rows of a table, are multiplied by.
+        """
         width = matrix.shape[1]
         is_table = matrix.use == "table"
         factors = self._row_factors(matrix.value, width) if is_table else self._factors(matrix.given, width)
         return replace(matrix, input_factors=factors)
 
     def _factors(self, given: str, width: int) -> Callable[[], Floats] | None:
-        """A vector [K] that a value is multiplied by just before."""
+        """A vector [K] that multiplies a value just before its use."""
         maker = self.makers.get(given)
         if maker is None or maker.op_type != "Mul":
             return None
         return self._vector(list(maker.input), width)
 
     def _row_factors(self, value: str, width: int) -> Callable[[], Floats] | None:
-        """A vector [K] that rows of a table are multiplied by just behind."""
+        """A vector [K] that multiplies a table's rows just after gathering."""
         reader = next((node for node in self.nodes if node.op_type == "Mul" and value in node.input), None)
         return None if reader is None else self._vector(list(reader.input), width)
 

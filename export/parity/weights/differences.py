@@ -1,4 +1,4 @@
-"""Rows of a file and of the twin that differ, in words."""
+"""Rows that differ between a file and the twin, in words."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe_rows(
     strange: list[Matrix],
     zeros: set[str],
 ) -> tuple[list[WrongRows], int]:
-    """In words, by tensor.
+    """Wrong rows in words, by tensor.
 
     The first missing row of the twin, beside the row of the file that is most like it; and how many rows there are.
     `strange` are matrices of which most rows are none of the twin's, `zeros` tensors beside whose rows there are rows
@@ -91,7 +91,7 @@ def describe_rows(
 
 
 def find_nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
-    """The row that is most like another, if any is at all."""
+    """The row most similar to another, if any is similar."""
     if not rows:
         return None
     with np.errstate(invalid="ignore", over="ignore"):  # of a damaged file
@@ -101,7 +101,7 @@ def find_nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
 
 
 def read_scaled(matrix: Matrix) -> Floats:
-    """The rows of a matrix with the factors of its input multiplied in."""
+    """A matrix's rows, multiplied by the factors of its input."""
     rows = matrix.read()
     return rows if matrix.input_factors is None else rows * matrix.input_factors()
 
@@ -139,7 +139,7 @@ def _read_row(entry: TensorEntry, row: int) -> Floats:
 
 
 def name_tensor(name: str, entry: TensorEntry, row: int) -> tuple[str, int, int]:
-    """A tensor in words, the row in it, and its number of rows."""
+    """A tensor in words, its row, and its number of rows."""
     layer, expert = (re.search(rf"\b{word}s\.(\d+)\.", name) for word in ("layer", "expert"))
     stem = name.removesuffix(".weight").split(".")[-1]
     stem = _WORDS.get(stem, stem)

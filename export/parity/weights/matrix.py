@@ -1,4 +1,4 @@
-"""Matrices of a graph, as float32 rows that are read when asked for."""
+"""Matrices of a graph as float32 rows, read when asked for."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Operator:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Rows [N, K] that one node multiplies by, or gathers from (`table`).
+    """Rows [N, K] that one node multiplies by, or gathers from.
 
-    Of stacked experts those of one.
-    What no node is known to multiply by is `stored`: it stands in the file, once as it is and once turned.
+    `table`: the node gathers. Of stacked experts those of one. What no node is known to multiply by is `stored`: it
+    stands in the file, once as it is and once turned.
 
     `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits.
     `input_factors` [K]: what the input is multiplied by just before, which may belong to the matrix or not.
@@ -54,7 +54,7 @@ class Matrix:
 
     @property
     def place(self) -> str:
-        """Where it is in the graph, in words."""
+        """Its location in the graph, in words."""
         return (
             self.value
             + (f", {self.part}" if self.part else "")

@@ -1,4 +1,4 @@
-"""Rows of many matrices, by their keys."""
+"""Rows of many matrices, looked up by keys."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 @dataclass
 class RowKeys:
-    """Rows of one width from many matrices: their keys [rows, 3], and where each matrix begins."""
+    """Keys [rows, 3] of many matrices' rows, and each matrix's start.
+
+    All rows have the same width.
+    """
 
     owners: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -18,7 +21,7 @@ class RowKeys:
     total: int = 0
 
     def add(self, owner: str, keys: npt.NDArray[np.float32]) -> None:
-        """Put rows of a matrix behind the others."""
+        """Append a matrix's rows."""
         if not self.owners or self.owners[-1] != owner:
             self.owners.append(owner)
             self.starts.append(self.total)
@@ -32,6 +35,6 @@ class RowKeys:
         return self.keys[0]
 
     def locate(self, places: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """By place, the number of its owner and the row in it."""
+        """The matrix's number and the row in it, for each index."""
         owner = np.searchsorted(self.starts, places, side="right") - 1
         return owner, places - np.asarray(self.starts)[owner]

@@ -1,9 +1,9 @@
-"""Every row of a package's weights beside the twin's, whatever its names.
+"""Every row of a package's weights against the twin's, by value.
 
-Rows are recognized by what they hold, not by names: so a package of any exporter is judged, whatever it calls its
-matrices, in whatever order it has laid their rows, and whether it has packed them, turned them or put several below
-each other. A row of K numbers is told from others by its products with two fixed random vectors, and its length; two
-rows that differ anywhere differ there, but for an accident of one in many millions.
+Names of tensors do not matter. Rows are recognized by what they hold, not by names: so a package of any exporter is
+judged, whatever it calls its matrices, in whatever order it has laid their rows, and whether it has packed them, turned
+them or put several below each other. A row of K numbers is told from others by its products with two fixed random
+vectors, and its length; two rows that differ anywhere differ there, but for an accident of one in many millions.
 
 Each row of the twin must be in the file, and the file must have no row besides, but for rows of zeros, which only fill
 a block. Where a row of the one and a row of the other are left over, they belong together by what they have in common,
@@ -50,7 +50,10 @@ _WEIGHTS_ALONE = ("MatMulNBits", "MoE", "QMoE", "GatherBlockQuantized")
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """The check, and by tensor of the twin the graph's matrices with rows of it."""
+    """The weights check, and the graph's matrices for each tensor.
+
+    By tensor of the twin: the graph's matrices that hold rows of the tensor.
+    """
 
     check: WeightsCheck
     operators: dict[str, tuple[Matrix, ...]] = field(default_factory=dict)
@@ -95,7 +98,7 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
 
 
 def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
-    """A matrix without padding columns, where it then has a width of the twin's."""
+    """A matrix without padding columns, if the twin has that width."""
     rows, width = matrix.shape
     own = max((each for each in widths if width - matrix.operator.block_size < each < width), default=None)
     if width in widths or own is None or not matrix.operator.block_size:
@@ -104,7 +107,7 @@ def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
 
 
 def _cut(read: Callable[[], Floats], width: int) -> Floats:
-    """The first columns of a matrix; NaN where the columns behind hold other than zeros."""
+    """A matrix's first columns; NaN where the cut columns are not zero."""
     whole = read()
     return (
         np.ascontiguousarray(whole[:, :width])
@@ -119,7 +122,9 @@ def _draw_vectors(width: int) -> torch.Tensor:
 
 
 def _key(rows: torch.Tensor, vectors: torch.Tensor) -> npt.NDArray[np.float32]:
-    """The key of each row [N, K]: products with two vectors, and length; float32 [N, 3].
+    """Each row's key, float32 [N, 3], from rows [N, K].
+
+    A key is the products with two fixed vectors, and the row's length.
 
     Of rows that are not all numbers all three are one number.
     """
@@ -132,7 +137,7 @@ def _key(rows: torch.Tensor, vectors: torch.Tensor) -> npt.NDArray[np.float32]:
 def _match(
     entries: dict[str, TensorEntry], matrices: Sequence[Matrix], width: int, operators: dict[str, list[Matrix]]
 ) -> tuple[list[WrongRows], int]:
-    """The rows of all tensors of one width against those of all matrices of it."""
+    """Match tensors' rows with matrices' rows of one width."""
     vectors = _draw_vectors(width)
     narrow = {matrix.narrow for matrix in matrices}
     theirs: dict[torch.dtype | None, RowKeys] = {kind: RowKeys() for kind in narrow | {None}}
@@ -192,7 +197,7 @@ def _match(
 
 
 def _look_up(keys: npt.NDArray[np.float32], tree: cKDTree) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """The nearest of the rows in a tree, and whether it is the same."""
+    """The nearest row in a tree, and whether it is equal."""
     distances, places = tree.query(keys)
     return places, distances <= _TOLERANCE * np.maximum(keys[:, 2], 1e-20)
 
@@ -200,7 +205,7 @@ def _look_up(keys: npt.NDArray[np.float32], tree: cKDTree) -> tuple[npt.NDArray[
 def _misplaced(
     matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: RowKeys
 ) -> list[tuple[Matrix, int]]:
-    """Rows of a table or head that are another token's."""
+    """Rows of a table or head that belong to another token."""
     owners, rows = known.locate(places)
     is_head = matrix.use == "product" and all(known.owners[owner] in BY_TOKEN for owner in np.unique(owners[good]))
     if matrix.use != "table" and not is_head:
@@ -218,7 +223,10 @@ def _misplaced(
 def _check_vectors(
     checkpoint: Checkpoint, vectors: dict[str, TensorEntry], constants: Constants
 ) -> Iterator[WrongRows]:
-    """Wrong norms, biases and other vectors: each must be in the file, or inside a longer one."""
+    """Norms, biases and other vectors that the file lacks.
+
+    Each must be in the file, or inside a longer vector.
+    """
     by_size: dict[int, list[Floats]] = {}
     for values in constants.vectors.values():
         by_size.setdefault(len(values), []).append(values)
@@ -245,7 +253,7 @@ def _check_vectors(
 
 
 def _is_inside(kinds: Sequence[Floats], by_size: dict[int, list[Floats]], size: int) -> bool:
-    """Whether a vector is a part of a longer one, as biases of several products that are one."""
+    """Whether a vector is part of a longer one, as fused biases."""
     for length, found in by_size.items():
         if length <= size:
             continue

@@ -1,4 +1,4 @@
-"""A graph's constant values as numbers."""
+"""Values of a graph's constants, as numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ NARROW = {TensorProto.FLOAT16: torch.float16, TensorProto.BFLOAT16: torch.bfloat
 
 
 class Values:
-    """Nodes and constants of one graph by name, and values that are made of constants alone."""
+    """Nodes, constants and values made of constants, by name.
+
+    All belong to one graph.
+    """
 
     def __init__(self, graph: onnx.GraphProto, package: OpenedPackage) -> None:
         self.nodes = list(graph.node)
@@ -38,7 +41,10 @@ class Values:
     def dequantize(
         self, names: tuple[str, str, str], operator: Operator, shape: tuple[int, int], expert: int | None = None
     ) -> Floats:
-        """The rows that integers, scales and zero points stand for; of one expert, where they are stacked."""
+        """Float rows from integers, scales and zero points.
+
+        Where experts are stacked, the rows of one expert.
+        """
         codes, scales, zeros = names
         (rows, width), bits, block = shape, operator.bits, operator.block_size
         blocks = num_blocks(width, block)
@@ -92,7 +98,7 @@ class Values:
         return lambda: self._resolve(name).astype(np.float32), shape, NARROW.get(tensor.data_type)
 
     def chain(self, name: str) -> list[str] | None:
-        """A value and what it is made of, down to the constant."""
+        """A value and everything it is made from, down to the constant."""
         chain = [name]
         while chain[-1] not in self.tensors:
             node = self.makers.get(chain[-1])
@@ -102,14 +108,14 @@ class Values:
         return chain
 
     def source(self, name: str) -> TensorProto:
-        """The constant that a value is made of."""
+        """The constant that a value is made from."""
         chain = self.chain(name)
         assert chain is not None
         found: TensorProto = self.tensors[chain[-1]]
         return found
 
     def _resolve(self, name: str) -> npt.NDArray[Any]:
-        """A value made of constants alone, as numbers."""
+        """A value made from constants alone, as numbers."""
         if name in self.tensors:
             return self.array(name)
         node = self.makers[name]
@@ -156,7 +162,7 @@ class Values:
         return found
 
     def array(self, name: str) -> npt.NDArray[Any]:
-        """A constant as numbers; the last few are kept for stacked experts."""
+        """A constant as numbers; the last few are cached for stacked experts."""
         if name not in self.last:
             while len(self.last) >= _KEPT:
                 del self.last[next(iter(self.last))]
@@ -170,7 +176,7 @@ class Values:
 
 
 def _pack_again(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Integers one an element as the packed codes that they are read from."""
+    """Integers, one an element, packed again as codes."""
     whole = codes.to(torch.int16)
     unsigned = (whole + (1 << (bits - 1)) if int(whole.min()) < 0 else whole).to(torch.uint8)
     return unsigned if bits == 8 else unsigned[..., 0::2] | (unsigned[..., 1::2] << 4)

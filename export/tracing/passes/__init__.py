@@ -1,4 +1,4 @@
-"""Passes that make a traced graph a package's, in their order."""
+"""Passes that turn a traced graph into a package's, in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dense2moe.export.tracing.tracer import DOMAIN, Trace
 
 
 def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
-    """The lowerings that fit the config and can express the layers of a trace.
+    """Lowerings that fit the config and can express a trace's layers.
 
     Raises:
         ExportError: none can.
@@ -27,7 +27,10 @@ def find_traced_candidates(trace: Trace, twin: Twin, config: OnnxConfig) -> tupl
 
 
 def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering) -> DecoderGraph:
-    """The graph of a package from a trace, which is left as it was; weights are read when the model is saved."""
+    """The graph of a package from a trace, which stays unchanged.
+
+    Weights are read when the model is saved.
+    """
     traced = Trace(trace.model.clone(), trace.located, trace.experts, trace.num_layers)
     model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
     lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))

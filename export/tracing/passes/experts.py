@@ -36,7 +36,10 @@ def lower_experts(trace: Trace, graph: GraphWriter, twin: Twin, lowering: Loweri
 
 
 def describe_layer(trace: Trace, twin: Twin, name: str, activation_bits: int) -> MoeLayer:
-    """A module of experts as the lowerings see it; its routing is the one that `lower_chosen` leaves to an operator."""
+    """A module of experts as lowerings see it.
+
+    Its routing is the one that `lower_chosen` leaves to an operator.
+    """
     module = trace.experts[name]
     width, hidden = module.intermediate_size, module.hidden_size
 

@@ -13,14 +13,17 @@ from dense2moe.export.tracing.tracer import DOMAIN, Trace
 
 
 def find_markers(trace: Trace, op_type: str) -> Iterator[tuple[ir.Node, str]]:
-    """The markers of one kind, each with the name of what it stands for."""
+    """Markers of one kind, and the name each stands for."""
     for node in list(trace.model.graph):
         if node.domain == DOMAIN and node.op_type == op_type:
             yield node, node.attributes["name"].as_string()
 
 
 def replace_marker(trace: Trace, marker: ir.Node, graph: GraphWriter, value: ir.Value) -> None:
-    """Put the nodes that `graph` has written, the last of which computes `value`, in the marker's place."""
+    """Replace a marker by the nodes that `graph` has written.
+
+    The last of them computes `value`.
+    """
     (old,) = marker.outputs
     value.shape, value.type = old.shape, old.type
     trace.model.graph.insert_before(marker, graph.take_nodes())
@@ -29,7 +32,7 @@ def replace_marker(trace: Trace, marker: ir.Node, graph: GraphWriter, value: ir.
 
 
 def weights_of(trace: Trace, twin: Twin, parameter: str, start: int = 0, stop: int | None = None) -> tuple[Weight, ...]:
-    """Rows of a parameter in the twin, in as many pieces as they lie there."""
+    """A parameter's rows in the twin, in as few pieces as possible."""
     found, begin = [], 0
     for piece in trace.located[parameter]:
         end = begin + piece.stop - piece.start

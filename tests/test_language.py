@@ -1,0 +1,49 @@
+"""The language of the packages: short first lines, no riddles."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = ("dense2moe", "convert", "upcycle", "export")
+MODULES = sorted(path for floor in FLOORS for path in (ROOT / floor).rglob("*.py"))
+MOST_WORDS = 12
+
+
+def docstrings(tree: ast.AST) -> Iterator[tuple[str, str]]:
+    """Every docstring of a module, with the name of what it describes."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring is not None:
+                yield getattr(node, "name", "the module"), docstring
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_a_first_line_has_at_most_twelve_words(floor: str) -> None:
+    """Private functions too: what does not fit stands below the first line."""
+    long = {
+        f"{path.relative_to(ROOT)}: {name}: {first}"
+        for path in MODULES
+        if path.is_relative_to(ROOT / floor)
+        for name, docstring in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        for first, *_ in [docstring.split("\n")]
+        if len(first.split()) > MOST_WORDS
+    }
+    assert long == set()
+
+
+def test_a_first_line_is_a_whole_sentence() -> None:
+    """A line that goes on below it would be cut by whoever shows the first line alone."""
+    open_ended = {
+        f"{path.relative_to(ROOT)}: {name}: {paragraph}"
+        for path in MODULES
+        for name, docstring in docstrings(ast.parse(path.read_text(encoding="utf-8")))
+        for paragraph in [docstring.split("\n\n")[0]]
+        if "\n" in paragraph
+    }
+    assert open_ended == set()
