@@ -1,4 +1,4 @@
-"""What is known before the first byte of work, and what one run of a stage is given."""
+"""What is known before work begins, and one stage's run."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ Each = Literal["source", "variant"]
 
 @dataclass(frozen=True)
 class Preparation:
-    """What is known before the first byte of work: where the dense checkpoint is, what is in it, and the plan.
+    """What is known before work begins: checkpoint, plan and recipe.
 
-    `last_stage` is the last that can be run for this target, with the reason; None where all can. `license` is
-    what the dense model's own card says of its licence. By label: `artifact_bytes`, of those that are large;
-    `scratch_bytes`, what a stage needs on the disk beside its artifact while it runs; `memory_bytes`, the most memory
-    that it is planned to have resident. `remarks` are lines that the user should read, and that stop nothing.
+    Where the dense checkpoint is, and what is in it. `last_stage` is the last that can be run for this target, with the
+    reason; None where all can. `license` is what the dense model's own card says of its licence. By label:
+    `artifact_bytes`, of those that are large; `scratch_bytes`, what a stage needs on the disk beside its artifact while
+    it runs; `memory_bytes`, the most memory that it is planned to have resident. `remarks` are lines that the user
+    should read, and that stop nothing.
     """
 
     loaded: LoadedRecipe
@@ -54,17 +55,21 @@ class Preparation:
 
     @property
     def items(self) -> Mapping[Each, Sequence[str]]:
-        """What a stage is repeated over: the one source, the variants."""
+        """The items that a stage is repeated over.
+
+        The one source, or the variants.
+        """
         return {"source": (self.origin,), "variant": self.recipe.variants}
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """One run of one stage: the directories that it reads and writes, and what was known before.
+    """One run of one stage: its directories and the preparation.
 
-    `item` is the variant, or source, of a stage that is repeated. `inputs` are directories, and `input_facts` and
-    `keys` what their manifests say, each by the stage's name, or by its label where all of its artifacts are gathered.
-    `scratch` outlives a killed run; it may not exist yet, and goes when the artifact is sealed.
+    The directories that it reads and writes. `item` is the variant, or source, of a stage that is repeated. `inputs`
+    are directories, and `input_facts` and `keys` what their manifests say, each by the stage's name, or by its label
+    where all of its artifacts are gathered. `scratch` outlives a killed run; it may not exist yet, and goes when the
+    artifact is sealed.
     """
 
     preparation: Preparation

@@ -153,7 +153,7 @@ class Walk:
         return needed
 
     def find_launch_remarks(self) -> list[str]:
-        """What the user should know of the processes that began this run, where it has something for them to share."""
+        """Remarks on this run's processes, where stages could share work."""
         shared = any(each.stage.all_processes for each in self.planned if each.label not in self.artifacts)
         remark = explain_single_process() if shared else None
         return [] if remark is None else [remark]

@@ -1,4 +1,4 @@
-"""Mistakes that only several records of a recipe together show."""
+"""Mistakes that several records of a recipe make together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # which asks here when it is made
 
 
 class ContradictionError(ValueError):
-    """Mistakes that only several records together show."""
+    """Mistakes that several records make together."""
 
     def __init__(self, mistakes: list[Mistake]) -> None:
         super().__init__("; ".join(f"{write_key(key)}: {text}" for key, text in mistakes))
@@ -24,7 +24,7 @@ class ContradictionError(ValueError):
 
 
 def find_contradictions(recipe: Recipe) -> list[Mistake]:
-    """Every mistake that its records make together, by the key that is to be changed."""
+    """Every mistake records make together, by the key to change."""
     return [
         mistake
         for find in (_sizes, _limits, _mixed_bits, _cuda, _selection_biases, _domains)
@@ -33,7 +33,7 @@ def find_contradictions(recipe: Recipe) -> list[Mistake]:
 
 
 def _sizes(recipe: Recipe) -> Iterator[Mistake]:
-    """Every split has a block, and a block a prompt before the tokens that are decoded."""
+    """Every split fills a block; a block holds prompt and decoded tokens."""
     block_size, named_size = recipe.data.block_size, named_value(recipe.data, "block_size")
     for field in ("max_train_tokens", "max_validation_tokens", "max_test_tokens"):
         tokens = getattr(recipe.data, field)
@@ -52,7 +52,7 @@ def _sizes(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _limits(recipe: Recipe) -> Iterator[Mistake]:
-    """Every variant has a limit of perplexity."""
+    """Every variant has a perplexity limit."""
     if missing := [variant for variant in recipe.variants if variant not in recipe.parity.max_perplexity_increase]:
         yield (
             ("parity", "max_perplexity_increase"),
@@ -61,7 +61,10 @@ def _limits(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _mixed_bits(recipe: Recipe) -> Iterator[Mistake]:
-    """A variant of mixed bits has one limit to choose them by, and a lowering that it can count."""
+    """Mixed bits need one limit, and a lowering of known size.
+
+    The limit is what bits are chosen by.
+    """
     limits = [name for name in ("budget", "max_perplexity_increase") if getattr(recipe.quantize, name) is not None]
     if len(limits) > 1:
         yield ("quantize", limits[1]), "is given beside budget; must be one of them"
@@ -83,7 +86,7 @@ def _mixed_bits(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _cuda(recipe: Recipe) -> Iterator[Mistake]:
-    """What is quantized for CUDA is something that its operators read."""
+    """CUDA's operators can read what is quantized for them."""
     if recipe.export.device != "cuda":
         return
     if STATIC in recipe.variants:
@@ -101,7 +104,7 @@ def _cuda(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _selection_biases(recipe: Recipe) -> Iterator[Mistake]:
-    """Biases of the choice of experts are trained only where the target's gate has them."""
+    """Selection biases are trained only if the target's gate has them."""
     rate = recipe.finetune.bias_update_rate if recipe.finetune else None
     if rate and recipe.upcycle.target not in BIASED_TARGETS:
         targets = join_choices(BIASED_TARGETS)
@@ -114,7 +117,7 @@ def _selection_biases(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _domains(recipe: Recipe) -> Iterator[Mistake]:
-    """Domains whose experts are their own divide these evenly."""
+    """Domains with experts of their own divide the experts evenly."""
     num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
     if num_domains >= 2 and num_rows % num_domains == 0:
         return

@@ -47,6 +47,6 @@ class Receipt:
 
 
 def shows_equality(lines: Iterable[ReceiptLine]) -> bool:
-    """Whether a receipt shows the written mixture equal to the dense model, but for rounding in float32."""
+    """Whether a receipt shows both models equal, but for float32 rounding."""
     written = [line for line in lines if line.dtype == "float32" and line.router == "shipped"]
     return bool(written) and all(line.limit is not None and line.rel <= line.limit for line in written)

@@ -30,7 +30,7 @@ _BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class RouterReading:
-    """Routers read from text: by the number of their FFN, float32 [rows, hidden].
+    """Routers read from text, float32 [rows, hidden], by their FFN's number.
 
     loads: the share of the router's own text that each row would get.
     """
@@ -49,11 +49,11 @@ def read_routers(
     progress: Progress,
     plan: UpcyclePlan | None = None,
 ) -> RouterReading | None:
-    """Routers from hidden states of the dense checkpoint in `source`; None where the settings draw them.
+    """Routers from hidden states of the dense checkpoint in `source`.
 
-    `training` is the text that routers without domains of their own are read from; paths of domains' files start at
-    `base`. The plan is made here unless it is given. Memory: one layer of the dense model and
-    the hidden states of the text. A mean is over real tokens, never over padding.
+    None where the settings draw routers at random. `training` is the text that routers without domains of their own are
+    read from; paths of domains' files start at `base`. The plan is made here unless it is given. Memory: one layer of
+    the dense model and the hidden states of the text. A mean is over real tokens, never over padding.
 
     Raises:
         UpcycleError: a domain has no file, no text or no tokens, the domains of the training text are fewer than two or
@@ -89,7 +89,7 @@ def read_routers(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Rows of token ids and their mask, int64 [B, S], and the domain of each row, int64 [B]."""
+    """Token ids and mask, int64 [B, S], and each row's domain [B]."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -119,7 +119,10 @@ def _make_rows(states: list[torch.Tensor], config: UpcycleConfig, generator: tor
 
 
 def _read_sequences(source: Path, config: UpcycleConfig, training: Examples, base: Path) -> list[list[list[int]]]:
-    """Rows of token ids of each domain, `max_tokens` at most; of the training text where no domains are given."""
+    """Rows of token ids of each domain, `max_tokens` at most.
+
+    Rows of the training text where there are no domains.
+    """
     settings = config.router
     if not settings.domains:
         return _take_blocks(training, config)
@@ -134,7 +137,10 @@ def _read_sequences(source: Path, config: UpcycleConfig, training: Examples, bas
 
 
 def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[int]]]:
-    """Blocks of the training text, evenly over the whole; of each domain for rows that are of domains."""
+    """Blocks of the training text, evenly spread over the whole.
+
+    Blocks of each domain, for rows that belong to domains.
+    """
     parts = [training.ids]
     if config.router.reads_domains:
         numbers = training.domains.unique()
@@ -163,7 +169,10 @@ def _read_domain(domain: Domain, number: int, base: Path) -> list[str]:
 
 
 def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_tokens: int) -> list[list[int]]:
-    """Rows of at most 512 tokens, the texts' own beginnings kept apart, and `max_tokens` in all."""
+    """Rows of at most 512 tokens, `max_tokens` in all.
+
+    Every text begins a row of its own.
+    """
     rows: list[list[int]] = []
     left = max_tokens
     for text in texts:

@@ -30,7 +30,10 @@ from dense2moe.upcycle.errors import MendableError, UpcycleError, one_line_error
 
 @dataclass(frozen=True)
 class _Number:
-    """Numbers that a setting may be: from `least` to `most`, or above `least` where that is no value itself."""
+    """The numbers that a setting may be: from `least` to `most`.
+
+    Or above `least`, where `least` itself is not allowed.
+    """
 
     least: float = 0
     most: float = math.inf
@@ -78,7 +81,9 @@ _OLD = ("transformers_version", "_from_model_config", "_commit_hash")
 
 
 def check_generation_config(directory: Path, vocab_size: int) -> tuple[str, ...]:
-    """Refuse settings beside a checkpoint that transformers cannot use; return a line for each that it passes over.
+    """Refuse a checkpoint's generation settings that transformers cannot use.
+
+    Returns a line for each setting that transformers passes over.
 
     Raises:
         UpcycleError: the first that it cannot use, or what transformers says of the file.
@@ -96,9 +101,9 @@ def check_generation_config(directory: Path, vocab_size: int) -> tuple[str, ...]
 
 
 def refuse_values(path: Path, kind: type[MendableError] = UpcycleError) -> None:
-    """Refuse a file of settings that has a value of the wrong type or out of its range.
+    """Refuse settings with a value of wrong type or range.
 
-    A file that is no JSON object is left to transformers to refuse.
+    `path` is the file of settings. A file that is no JSON object is left to transformers to refuse.
 
     Raises:
         MendableError: of this `kind`, for the first of them.
@@ -117,7 +122,10 @@ def _read_values(path: Path) -> dict[str, Any]:
 
 
 def _find_wrong(values: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
-    """Wrong values: name, value, what it must be. None is right everywhere: it is the default."""
+    """Wrong values: name, value, what it must be.
+
+    None is always allowed: it is the default.
+    """
     for name, value in values.items():
         if value is None:
             continue

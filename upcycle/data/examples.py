@@ -13,7 +13,10 @@ from dense2moe.upcycle.data.python_docs import Split
 
 @dataclass(frozen=True)
 class Examples:
-    """Blocks of token ids, int64 [blocks, block_size], and the number of each block's domain, int64 [blocks]."""
+    """Blocks of token ids, and each block's domain number.
+
+    They are int64, [blocks, block_size] and [blocks].
+    """
 
     ids: torch.Tensor
     domains: torch.Tensor

@@ -15,7 +15,7 @@ from dense2moe.upcycle.gates.scores import log_scores
 def domain_experts(
     domains: torch.Tensor, block_size: int, num_domains: int, num_experts: int, top_k: int
 ) -> torch.Tensor:
-    """The experts of each token where every domain has its own; int64 [B * block_size, k].
+    """Each token's experts where domains own experts; int64 [B * block_size, k].
 
     `domains` has the domain of each block [B]. A domain with more than `top_k` experts has its tokens take turns among
     them.
@@ -29,12 +29,12 @@ def domain_experts(
 
 
 def domain_loss(router_logits: torch.Tensor, gate: Gate, domains: torch.Tensor, num_domains: int) -> torch.Tensor:
-    """Cross-entropy, in nats a token, of one layer's router with the domain of each block; a scalar.
+    """Cross-entropy of a layer's router with the blocks' domains; a scalar.
 
-    `router_logits` [tokens, num_experts] are of whole blocks, one after the other, and `domains` [B] has the domain of
-    each. The probability of a domain is the sum of its experts' shares of the scores. A router that knows the domains
-    from the start keeps experts apart that learn from different text; without it, copies get no gradient that tells
-    their tokens apart.
+    In nats a token. `router_logits` [tokens, num_experts] are of whole blocks, one after the other, and `domains` [B]
+    has the domain of each. The probability of a domain is the sum of its experts' shares of the scores. A router that
+    knows the domains from the start keeps experts apart that learn from different text; without it, copies get no
+    gradient that tells their tokens apart.
     """
     log_shares = log_scores(router_logits.float(), gate).log_softmax(-1)
     log_domains = log_shares.unflatten(-1, (num_domains, -1)).logsumexp(-1)
@@ -43,14 +43,18 @@ def domain_loss(router_logits: torch.Tensor, gate: Gate, domains: torch.Tensor, 
 
 
 def faded(coefficient: float, fade: float, done: float) -> float:
-    """The weight of a loss that falls linearly to 0 at the share `fade` of all steps, when the share `done` is done."""
+    """A loss's weight, which falls linearly to 0 during training.
+
+    It is 0 at the share `fade` of all steps; `done` is the share of steps that are done.
+    """
     return coefficient * max(0.0, 1 - done / fade)
 
 
 def expert_information(loads: torch.Tensor) -> torch.Tensor:
-    """Mutual information of expert and domain in nats, from the load of each domain's text [..., domains, experts].
+    """Mutual information of expert and domain, in nats.
 
-    Domains weigh the same. 0 where all domains are routed alike, at most the logarithm of the smaller number.
+    Computed from the load of each domain's text [..., domains, experts]. Domains weigh the same. 0 where all domains
+    are routed alike, at most the logarithm of the smaller number.
     """
     joint = loads.double() / loads.shape[-2]
     independent = joint.sum(-1, keepdim=True) * joint.sum(-2, keepdim=True)

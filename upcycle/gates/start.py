@@ -103,10 +103,11 @@ def kmeans_rows(
 
 
 def split_domains(states: Sequence[torch.Tensor], num_rows: int, generator: torch.Generator) -> list[torch.Tensor]:
-    """The hidden states of each router row: each domain's, cut into clusters where a domain has several rows.
+    """Hidden states for each router row, by domain and cluster.
 
-    `states` holds one float32 [tokens, hidden] a domain, whose number divides `num_rows`. Returns as many of the same,
-    a domain's clusters one after the other; a cluster without tokens has its whole domain's.
+    A domain with several rows is cut into clusters. `states` holds one float32 [tokens, hidden] a domain, whose number
+    divides `num_rows`. Returns as many of the same, a domain's clusters one after the other; a cluster without tokens
+    has its whole domain's.
 
     Raises:
         ValueError: a domain has fewer tokens than rows.

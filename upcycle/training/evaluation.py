@@ -53,7 +53,9 @@ def held_out_losses(
 
 @torch.inference_mode()
 def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int = 8, repeats: int = 3) -> float:
-    """Tokens per second of greedy decoding with a KV cache at batch 1 after `prompt` [S].
+    """Tokens per second of greedy decoding after `prompt` [S].
+
+    With a KV cache, at batch 1.
 
     The median of `repeats` that follow each other.
     """
@@ -79,11 +81,11 @@ def evaluate(
     task: Task = NEXT_TOKEN,
     equal: tuple[ModelName, Evaluation] | None = None,
 ) -> Evaluation:
-    """Measure a checkpoint on held-out blocks [blocks, block_size]: decoding as stored, the loss in float32.
+    """Measure a checkpoint on held-out blocks [blocks, block_size].
 
-    `equal` is another model with its evaluation on the same blocks, which computes the same but for rounding. A few
-    blocks are read, and where their losses are those of the other model, all its losses are taken; where one is not,
-    every block is read.
+    It decodes in its stored dtype; the loss is measured in float32. `equal` is another model with its evaluation on the
+    same blocks, which computes the same but for rounding. A few blocks are read, and where their losses are those of
+    the other model, all its losses are taken; where one is not, every block is read.
     """
     progress(f"evaluating {name}", 0, 1)
     model = load_stored(directory, task.name)
@@ -108,7 +110,10 @@ def evaluate(
 def _compare(
     name: ModelName, other: Evaluation, blocks: torch.Tensor, measure: Callable[[torch.Tensor], list[float]]
 ) -> SameLosses | None:
-    """The comparison with another model on a few blocks, taken evenly; None where they differ, or are no fewer."""
+    """The comparison with another model on a few blocks, or None.
+
+    The blocks are taken evenly. None where the losses differ, or where there are no more blocks than that.
+    """
     count = len(blocks)
     if count <= _CHECKED_BLOCKS:
         return None

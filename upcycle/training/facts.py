@@ -10,10 +10,10 @@ from dense2moe.upcycle.training.history import ModelName, Step
 
 @dataclass(frozen=True)
 class SameLosses:
-    """Why a model's held-out losses are those of another, which it was shown to equal but for rounding.
+    """Why a model has another model's held-out losses.
 
-    `model` is the other. Both read `num_blocks` blocks, and `difference` is the largest between the two mean losses of
-    one of these blocks, in nats a token.
+    The two were shown to be equal but for rounding. `model` is the other. Both read `num_blocks` blocks, and
+    `difference` is the largest between the two mean losses of one of these blocks, in nats a token.
     """
 
     model: ModelName

@@ -53,7 +53,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Trained:
-    """What training left besides the weights.
+    """Results of training besides the weights.
 
     best_step: the step whose weights were kept; the one before the first step where no look was better than the start.
     seconds: in steps, by the clock. compute_seconds: the processor's, of all threads, so that they do not grow with
@@ -68,7 +68,7 @@ class Trained:
 
 
 def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains: int) -> None:
-    """Refuse what a phase cannot do with this model, these domains or this number of processes.
+    """Refuse settings that this model, domains or number of processes cannot meet.
 
     Of the model the shape is enough.
 
@@ -94,7 +94,7 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
 
 
 def describe_domain_wish(settings: FinetuneConfig) -> str | None:
-    """The setting that gives domains experts of their own, in words; None where none does."""
+    """The setting that gives domains their own experts, in words, or None."""
     if settings.routing == "by-domain":
         return "routing is by-domain"
     if settings.domain_coefficient > 0:

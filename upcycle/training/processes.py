@@ -27,10 +27,11 @@ def join_processes() -> PartialState:
 
 
 def explain_single_process() -> str | None:
-    """Why there is one process though `accelerate launch` was asked for several; None where there is nothing to say.
+    """Why one process runs though `accelerate launch` asked for several.
 
-    On CPUs it begins several by MPI alone, and otherwise one, without a word. It then sets where they would meet, which
-    it does for several alone, and the number of none (`prepare_simple_launcher_cmd_env`, accelerate 1.15).
+    None where there is nothing to say. On CPUs it begins several by MPI alone, and otherwise one, without a word. It
+    then sets where they would meet, which it does for several alone, and the number of none
+    (`prepare_simple_launcher_cmd_env`, accelerate 1.15).
     """
     if join_processes().num_processes > 1 or not {"ACCELERATE_MIXED_PRECISION", "MASTER_PORT"} <= os.environ.keys():
         return None

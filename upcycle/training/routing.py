@@ -48,7 +48,10 @@ from dense2moe.upcycle.training.trainable import stacked_weights
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """A loss of the routers: its name in the history, its value, a scalar, and what it is multiplied by."""
+    """A loss of the routers: name, scalar value and weight.
+
+    The name is the history's; the value is multiplied by the weight.
+    """
 
     name: str
     value: torch.Tensor
@@ -64,9 +67,10 @@ def read_gate(model: PreTrainedModel) -> Gate:
 
 @contextmanager
 def hooked_routers(model: torch.nn.Module, hook: Callable[[torch.Tensor, Any], Any]) -> Iterator[None]:
-    """For the length of a `with`, each router's pass ends with `hook`, given its logits and all that it returns.
+    """Context manager: `hook` ends each router's pass.
 
-    What the hook returns, if it is not None, takes the place of what the router returned.
+    The hook gets the router's logits and everything the router returns. What the hook returns, if it is not None, takes
+    the place of what the router returned.
     """
     handles = [
         router.register_forward_hook(lambda _, __, output: hook(output[0], output)) for router in router_modules(model)
@@ -79,7 +83,7 @@ def hooked_routers(model: torch.nn.Module, hook: Callable[[torch.Tensor, Any], A
 
 
 class Routing:
-    """What the routers of a model say in each pass of training, and what follows from it.
+    """Routing of a model in training: router logits, losses and figures.
 
     A dense model has no router: nothing is heard, forced or added to its loss.
 
@@ -111,7 +115,10 @@ class Routing:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        """For the length of a `with`: every router is heard, and overruled where domains have experts of their own."""
+        """Context manager: routers are recorded, and overruled by domain where set.
+
+        Where domains have experts of their own.
+        """
         with hooked_routers(self.model, self._hear):
             yield
 
@@ -125,7 +132,7 @@ class Routing:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """For the length of a `with`, a forward pass: afterwards its router logits are known.
+        """Context manager: a forward pass's router logits are recorded.
 
         A layer that is computed twice calls its router again in the backward pass: who kept these logits would keep all
         that they were computed from.
@@ -139,20 +146,26 @@ class Routing:
             self._said.clear()
 
     def tell(self, domains: torch.Tensor, block_size: int) -> None:
-        """Tell the domains of the next blocks, int64 [blocks], which by the settings go to their own experts."""
+        """Send the next blocks to their domains' experts, if so set.
+
+        Domains are int64 [blocks].
+        """
         self._domains, self._forced = domains, None
         if self.num_experts and self.settings.routing == "by-domain":
             count = self.gate.max_experts_per_token
             self._forced = domain_experts(domains, block_size, self.num_domains, self.num_experts, count)
 
     def begin_step(self, num_parts: int, done: float) -> None:
-        """A step of so many parts begins, when the share `done` of the phase's steps is done."""
+        """Begin a step of so many parts."""
         self._num_parts, self._load_ahead = num_parts, None
         self._domain_coefficient = faded(self.settings.domain_coefficient, self.settings.domain_fade, done)
 
     @property
     def needs_count(self) -> bool:
-        """Whether the balance loss of this part needs the load of all parts of the step, which is not yet known."""
+        """Whether the balance loss needs the load of the whole step.
+
+        The load of later parts is not known yet.
+        """
         return bool(
             self.num_experts
             and self._forced is None
@@ -162,7 +175,10 @@ class Routing:
         )
 
     def count_ahead(self, passes: Iterable[Callable[[], Any]]) -> None:
-        """Run every part of the step without gradients, with the random numbers that the parts will draw."""
+        """Run every part of the step without gradients, to count loads.
+
+        With the random numbers that the parts will draw.
+        """
         loads = []
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
@@ -173,7 +189,7 @@ class Routing:
         self._load_ahead = torch.stack(loads).mean(0)
 
     def count(self) -> None:
-        """Count where the tokens of the last pass went, for the biases and for the next description."""
+        """Count the last pass's tokens per expert, for biases and figures."""
         for number, bias in self.moving_biases().items():
             counts = expert_counts(self._logits[number], self.gate, bias)
             self._counts[number] = self._counts[number] + counts if number in self._counts else counts
@@ -181,7 +197,10 @@ class Routing:
             self._loads.append(self._measure_load(selection_biases(self.model)))
 
     def losses(self) -> Iterator[RouterLoss]:
-        """The routers' losses over the last pass, each the mean over layers; none where the routers are overruled."""
+        """The routers' losses over the last pass, averaged over layers.
+
+        None where the routers are overruled.
+        """
         if not self._logits or self._forced is not None:
             return
         settings = self.settings
@@ -197,11 +216,14 @@ class Routing:
             yield RouterLoss("domain_loss", torch.stack(losses).mean(), self._domain_coefficient)
 
     def let_go(self) -> None:
-        """Keep the logits of the last pass, and nothing that they were computed from."""
+        """Keep the last pass's logits, but not their graph."""
         self._logits = tuple(logits.detach() for logits in self._logits)
 
     def end_step(self) -> torch.Tensor | None:
-        """Move every selection bias by the tokens of this step; returns a balance that was only watched."""
+        """Move selection biases by this step's tokens; returns a watched balance.
+
+        The balance that is only watched, and is no part of the loss.
+        """
         balance = None
         if self._watched:
             loads, scores = (torch.stack(each).mean(0) for each in zip(*self._watched, strict=True))
@@ -212,7 +234,10 @@ class Routing:
         return balance
 
     def moving_biases(self) -> dict[int, torch.Tensor]:
-        """By the number of the router, the selection biases that move: those of routers that learn."""
+        """Selection biases that move, by router number.
+
+        They belong to routers that learn.
+        """
         if not self.settings.bias_step:
             return {}
         pairs = enumerate(zip(router_weights(self.model), selection_biases(self.model), strict=True))
@@ -233,7 +258,9 @@ class Routing:
         return describe_routing(self.sparse_layers, loads, self._logits, weights, biases, self.gate)
 
     def _measure_load(self, biases: Iterable[torch.Tensor | None]) -> torch.Tensor:
-        """Load of each expert of each layer over what all processes have just read; [layers, num_experts].
+        """Load of each expert over all processes; [layers, num_experts].
+
+        Over what the processes have just read.
 
         By the routers, or by what overrules them.
         """
@@ -245,7 +272,10 @@ class Routing:
         return mean_over_processes(loads)
 
     def _balance(self) -> torch.Tensor:
-        """Mean over layers of each layer's balance loss, with the load of all processes and parts."""
+        """Mean over layers of the balance loss.
+
+        With the load of all processes and parts.
+        """
         loads = self._load_ahead
         if loads is None:
             loads = self._measure_load((None,) * len(self._logits))
@@ -253,7 +283,7 @@ class Routing:
         return torch.stack([balance_loss(logits, self.gate, load) for logits, load in pairs]).mean()
 
     def _watch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a part adds to a balance that is only watched: loads over all processes and its mean scores.
+        """Add a part's loads and mean scores to a watched balance.
 
         [layers, num_experts] each.
         """
@@ -262,6 +292,9 @@ class Routing:
 
 
 def _stacked_weights(layer: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """The first matrices of a decoder layer's experts; every process must ask for them."""
+    """First matrices of a decoder layer's experts.
+
+    Every process must call it.
+    """
     with gathered(layer):
         yield from (stacked_weights(module.experts) for module in layer.modules() if hasattr(module, "experts"))

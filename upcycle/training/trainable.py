@@ -38,10 +38,10 @@ _SHARED_GATE = (
 
 @dataclass(frozen=True)
 class Learning:
-    """What is to learn, by name in memory: whole parameters, and matrices that get low-rank updates.
+    """What is to learn, by name: whole parameters and low-rank matrices.
 
-    low_rank: of each matrix the shape (number of matrices stacked in it, rows, columns). Each of the stacked gets
-    `rank`, multiplied by alpha / rank.
+    Names are those in memory. low_rank: of each matrix the shape (number of matrices stacked in it, rows, columns).
+    Each of the stacked gets `rank`, multiplied by alpha / rank.
     """
 
     whole: frozenset[str]
@@ -53,7 +53,7 @@ class Learning:
 def choose_trainable(
     model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]
 ) -> Callable[[bool], None]:
-    """Let only what `settings.train` names learn; returns what to call after training.
+    """Let only `settings.train` learn; returns the function that ends it.
 
     Called with True it merges low-rank updates into the weights, with False it takes them off, so that the weights have
     the bits that they had.
@@ -76,7 +76,9 @@ def choose_trainable(
 
 
 def plan_learning(model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]) -> Learning:
-    """What of a model learns by `settings.train`, from names and shapes alone; a model without weights will do.
+    """What learns by `settings.train`, from names and shapes alone.
+
+    A model without weights will do.
 
     Raises:
         UpcycleError: `last-N` asks for more layers than there are, or a layer with experts has none by the names that
@@ -135,7 +137,10 @@ def _check_found(experts: set[str], routers: set[str], sparse_layers: tuple[int,
 
 
 def _low_rank_shapes(model: PreTrainedModel, names: AbstractSet[str]) -> dict[str, tuple[int, int, int]]:
-    """Matrices among `names` that get low-rank updates: of linear layers and of experts."""
+    """Shapes of the matrices in `names` that get low-rank updates.
+
+    Matrices of linear layers and of experts.
+    """
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name, parameter in model.named_parameters():
@@ -158,7 +163,10 @@ def count_last_layers(train: str, num_layers: int) -> int:
 
 
 def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) -> Named:
-    """Name and parameter of a mixture's experts; of a dense model's FFNs in the layers `sparse_layers`."""
+    """Names and parameters of a mixture's experts.
+
+    Of a dense model, those of the FFNs in the layers `sparse_layers`.
+    """
     mixture = next(router_modules(model), None) is not None
     for name, parameter in model.named_parameters():
         inside = (
@@ -171,7 +179,7 @@ def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) ->
 
 
 def _layer_of(name: str, num_layers: int) -> int:
-    """The layer that a parameter is in: -1 for an embedding, `num_layers` for what comes after the layers."""
+    """A parameter's layer: -1 for the embedding, `num_layers` after the layers."""
     if found := re.search(r"\.layers\.(\d+)\.", name):
         return int(found[1])
     return -1 if "embed_tokens" in name else num_layers
@@ -180,7 +188,7 @@ def _layer_of(name: str, num_layers: int) -> int:
 def parameter_groups(
     model: PreTrainedModel, settings: FinetuneConfig, sparse_layers: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """AdamW's groups of what learns.
+    """AdamW's groups of trainable parameters.
 
     Routers and gates of shared experts (own rate, no decay), experts (own rate), the rest.
     Norms and biases have no decay.
@@ -206,7 +214,7 @@ def parameter_groups(
 
 
 def _check_learning(model: PreTrainedModel, planned: Learning, names: Mapping[int, str], train: str) -> None:
-    """Compare what learns with what is meant to: names, ranks, shapes and scales.
+    """Compare trainable parameters with the plan: names, ranks, shapes and scales.
 
     `names`: by identity, what parameters were called before.
 
@@ -250,7 +258,7 @@ def stacked_weights(experts: Any) -> torch.Tensor:
 
 
 def add_expert_dropout(model: PreTrainedModel, share: float) -> Callable[[], None]:
-    """Drop a share of the experts' inner activations in training; returns what takes it off again.
+    """Drop experts' inner activations in training; returns how to end it.
 
     Fedus et al. 2022, section 2.4.
     """
