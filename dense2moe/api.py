@@ -40,9 +40,17 @@ from dense2moe.upcycle.building.hidden_states import read_routers
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import write_receipt
 from dense2moe.upcycle.data import blocks as text_blocks
-from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.config import (
+    DataConfig,
+    DomainsData,
+    HubData,
+    InstalledData,
+    InstalledPart,
+    PythonDocsData,
+    TextData,
+)
 from dense2moe.upcycle.data.examples import Examples, read_examples
-from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.durable import discard_damage
 from dense2moe.upcycle.errors import MendableError, UpcycleError
 from dense2moe.upcycle.progress import Progress
@@ -60,6 +68,8 @@ __all__ = [
     "FinetuneFacts",
     "GenerateConfig",
     "HubData",
+    "InstalledData",
+    "InstalledPart",
     "MendableError",
     "OnnxConfig",
     "OnnxFacts",

@@ -31,8 +31,8 @@ from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import TextData
 from dense2moe.upcycle.data.documents import Piece
 from dense2moe.upcycle.data.files import text_files
+from dense2moe.upcycle.data.held_out import SPLITS
 from dense2moe.upcycle.data.packing import choose_evenly, encode_documents
-from dense2moe.upcycle.data.python_docs import SPLITS
 
 # Tokens and blocks
 

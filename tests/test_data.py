@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks, read_domains, read_text_blocks
 from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData
 from dense2moe.upcycle.data.files import text_files
-from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, Split
+from dense2moe.upcycle.data.held_out import SPLITS, Document, Split
+from dense2moe.upcycle.data.python_docs import PythonDocs
 
 # Text files
 

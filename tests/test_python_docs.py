@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dense2moe.upcycle.data import python_docs
-from dense2moe.upcycle.data.python_docs import SPLITS, PythonDocs, read_python_docs, split_of
+from dense2moe.upcycle.data import held_out, python_docs
+from dense2moe.upcycle.data.held_out import SPLITS, split_of
+from dense2moe.upcycle.data.python_docs import PythonDocs, read_python_docs
 from dense2moe.upcycle.errors import UpcycleError
 
 ROOT = Path(__file__).parent.parent
@@ -44,16 +45,16 @@ def test_hooks_that_a_program_replaced_do_not_change_the_text(
     docs: PythonDocs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As pytest, debuggers and rich replace them."""
-    before = {d.module: d.text for d in python_docs._builtin_docs()}
+    before = {d.name: d.text for d in python_docs._builtin_docs()}
     for hook in ("excepthook", "displayhook", "unraisablehook", "breakpointhook"):
         monkeypatch.setattr(sys, hook, lambda *arguments: None)
-    assert {d.module: d.text for d in python_docs._builtin_docs()} == before
+    assert {d.name: d.text for d in python_docs._builtin_docs()} == before
     for hook in ("excepthook", "displayhook", "unraisablehook", "breakpointhook"):
         assert f"\n\n{hook}\n" in before["sys"]
 
 
 def test_the_digest_is_of_all_text_in_order(docs: PythonDocs) -> None:
-    parts = [f"{split}\0{d.module}\0{d.domain}\0{d.text}\0" for split in SPLITS for d in docs.documents[split]]
+    parts = [f"{split}\0{d.name}\0{d.domain}\0{d.text}\0" for split in SPLITS for d in docs.documents[split]]
     assert docs.digest == hashlib.sha256("".join(parts).encode()).hexdigest()
     assert docs.version == platform.python_version()
 
@@ -69,7 +70,7 @@ def test_held_out_splits_are_small_and_every_split_has_prose_and_code(docs: Pyth
 
 
 def test_a_module_lies_in_one_split_with_all_its_texts(docs: PythonDocs) -> None:
-    modules = {split: {d.module for d in docs.documents[split]} for split in SPLITS}
+    modules = {split: {d.name for d in docs.documents[split]} for split in SPLITS}
     assert not modules["train"] & modules["validation"]
     assert not modules["train"] & modules["test"]
     assert not modules["validation"] & modules["test"]
@@ -79,8 +80,7 @@ def test_a_module_lies_in_one_split_with_all_its_texts(docs: PythonDocs) -> None
 @pytest.mark.parametrize(("later", "earlier"), [("train", "test"), ("train", "validation"), ("validation", "test")])
 def test_no_paragraph_is_shared_by_the_modules_own_key(later: str, earlier: str, docs: PythonDocs) -> None:
     keys = {
-        split: {python_docs._paragraph_key(p) for d in docs.documents[split] for p in python_docs._paragraphs(d.text)}
-        - {""}  # type: ignore[index]
+        split: {held_out.paragraph_key(p) for d in docs.documents[split] for p in held_out.paragraphs(d.text)} - {""}  # type: ignore[index]
         for split in (later, earlier)
     }
     assert len(keys[earlier]) > 500
@@ -127,7 +127,7 @@ def test_the_split_of_a_name_is_its_sha256_modulo_a_thousand(module: str, number
 
 def test_shared_paragraphs_are_cut_whatever_their_blanks_comment_signs_and_case() -> None:
     paragraph = "Licensed to the PSF under a Contributor Agreement.\nSee the file for the terms."
-    held_out = {python_docs._paragraph_key(paragraph)}
+    keys = {held_out.paragraph_key(paragraph)}
     variants = [
         paragraph.upper(),
         "# " + paragraph.replace("\n", "\n#   "),
@@ -135,14 +135,14 @@ def test_shared_paragraphs_are_cut_whatever_their_blanks_comment_signs_and_case(
         paragraph.replace("\n", " "),
     ]
     text = "\n\n".join(["kept before", *variants, "kept after"])
-    document = python_docs.Document("m", "code", text)
-    assert python_docs._without(document, held_out).text == "kept before\n\nkept after"
+    document = held_out.Document("m", "code", text)
+    assert held_out.without(document, keys).text == "kept before\n\nkept after"
 
 
 def test_short_paragraphs_may_be_shared() -> None:
-    assert python_docs._paragraph_key("x" * 39) == ""
-    assert python_docs._paragraph_key("x" * 40) == "x" * 40
-    assert python_docs._paragraph_key("#" * 80) == ""
+    assert held_out.paragraph_key("x" * 39) == ""
+    assert held_out.paragraph_key("x" * 40) == "x" * 40
+    assert held_out.paragraph_key("#" * 80) == ""
 
 
 def test_an_interpreter_without_its_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_missing_sections_say_what_they_hold():
 def test_a_missing_setting_is_placed_at_its_section():
     text = "source: dense\ndata:\n  block_size: 64\n"
     assert mistakes(text) == [
-        "r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'text', 'hub' or 'domains'"
+        "r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'installed', 'text', 'hub' or 'domains'"
     ]
 
 
@@ -274,9 +274,15 @@ def test_a_wrong_checkpoint_is_told_by_its_key(source, message):
             "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text', 'hub' or "
             "'domains'",
         ),
-        ("{train: [a.txt]}", "data.source.kind: missing; must be 'python-docs', 'text', 'hub' or 'domains'"),
-        ("{kind: txt}", "data.source.kind: is 'txt'; must be 'python-docs', 'text', 'hub' or 'domains'"),
-        ("{kind: [text]}", "data.source.kind: is a list; must be 'python-docs', 'text', 'hub' or 'domains'"),
+        (
+            "{train: [a.txt]}",
+            "data.source.kind: missing; must be 'python-docs', 'installed', 'text', 'hub' or 'domains'",
+        ),
+        ("{kind: txt}", "data.source.kind: is 'txt'; must be 'python-docs', 'installed', 'text', 'hub' or 'domains'"),
+        (
+            "{kind: [text]}",
+            "data.source.kind: is a list; must be 'python-docs', 'installed', 'text', 'hub' or 'domains'",
+        ),
         ("{kind: text, train: a.txt}", "data.source.train: is 'a.txt' (a string); must be a list"),
         ("{kind: text, train: []}", "data.source.train: is an empty list; must be a list of at least 1 item"),
         ("{kind: text, train: [5]}", "data.source.train[0]: is 5 (an integer); must be a string"),

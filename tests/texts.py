@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from dense2moe.upcycle.data import texts as texts_module
 from dense2moe.upcycle.data.config import DataConfig, DataSource, TextData
 from dense2moe.upcycle.data.documents import Piece
-from dense2moe.upcycle.data.python_docs import SPLITS, Split
+from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.errors import UpcycleError
 
 BOS, EOS = 0, 1  # of the tiny tokenizer

@@ -8,7 +8,9 @@ from pathlib import Path
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.recipe.loading import LoadedRecipe
 from dense2moe.upcycle.data.blocks import prepare_data
+from dense2moe.upcycle.data.config import InstalledData
 from dense2moe.upcycle.data.files import find_files, text_sources
+from dense2moe.upcycle.data.installed import find_versions
 
 
 def find_data_base(loaded: LoadedRecipe) -> Path:
@@ -31,8 +33,11 @@ def find_text_base(loaded: LoadedRecipe, first: str) -> Path:
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
     """The text, down to its files' digests."""
     data = preparation.recipe.data
-    interpreter = platform.python_version() if data.source.kind == "python-docs" else None
-    return {**data.model_dump(mode="json"), "files": dict(preparation.data_files), "interpreter": interpreter}
+    facts: Facts = {**data.model_dump(mode="json"), "files": dict(preparation.data_files)}
+    facts["interpreter"] = platform.python_version() if data.source.kind == "python-docs" else None
+    if isinstance(data.source, InstalledData):
+        facts["packages"] = find_versions(data.source)
+    return facts
 
 
 def run_stage(run: StageRun) -> Facts:

@@ -21,7 +21,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from dense2moe.upcycle.data.python_docs import SPLITS, Document, PythonDocs, read_python_docs
+from dense2moe.upcycle.data.held_out import SPLITS, Document
+from dense2moe.upcycle.data.python_docs import PythonDocs, read_python_docs
 
 VOCAB_SIZE = 4096
 CONTEXT = 512

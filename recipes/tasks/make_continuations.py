@@ -13,7 +13,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from dense2moe.upcycle.data.python_docs import DOMAINS, Document, read_python_docs
+from dense2moe.upcycle.data.held_out import Document
+from dense2moe.upcycle.data.python_docs import DOMAINS, read_python_docs
 
 NUM_EXAMPLES = 40  # of each domain
 NUM_CHOICES = 4

@@ -16,11 +16,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, load_tokenizer
-from dense2moe.upcycle.data.config import DataConfig, DomainsData, PythonDocsData
+from dense2moe.upcycle.data.config import DataConfig, DomainsData, InstalledData, PythonDocsData
 from dense2moe.upcycle.data.documents import Piece, join_texts, read_file
 from dense2moe.upcycle.data.files import domain_place, text_sources
+from dense2moe.upcycle.data.held_out import SPLITS, Split
+from dense2moe.upcycle.data.installed import find_installed, find_versions, installed_place
 from dense2moe.upcycle.data.packing import choose_evenly, encode_documents, pack, pack_domains
-from dense2moe.upcycle.data.python_docs import SPLITS, Split, read_sample
+from dense2moe.upcycle.data.python_docs import read_sample
 from dense2moe.upcycle.data.texts import open_files, read_texts
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from dense2moe.upcycle.progress import Progress
@@ -82,7 +84,8 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> N
     """Refuse what `prepare_data` would, as far as that is known at once.
 
     A tokenizer with ids beyond the embedding's `num_rows` rows is refused as well. Of each domain and split as much
-    text is tokenized as makes one block. Data sets of the hub, and Python's documentation, are not opened.
+    text is tokenized as makes one block. Data sets of the hub, Python's documentation and installed packages are not
+    opened; that the packages are there is asked.
 
     Raises:
         UpcycleError: no tokenizer, or one that fails or does not fit the model; no text, or too little for one block.
@@ -90,6 +93,10 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> N
     tokenizer = load_tokenizer(source)
     sample = read_sample() if isinstance(config.source, PythonDocsData) else _SAMPLE
     check_ids(tokenizer, num_rows, sample)
+    if isinstance(config.source, InstalledData):
+        find_versions(config.source)
+        for domain, installed in config.source.domains.items():
+            find_installed(installed, installed_place(domain))
     parts = text_sources(config.source)
     for where, part in parts.items():
         name = where.removeprefix(domain_place("")) if isinstance(config.source, DomainsData) else None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
-from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.data.held_out import Split
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from dense2moe.upcycle.data.config import DataSource, DomainsData, TextData
-from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.errors import UpcycleError
 
 

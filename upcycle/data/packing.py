@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import encode
 from dense2moe.upcycle.data.documents import Piece
-from dense2moe.upcycle.data.python_docs import Split
+from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.data.texts import Texts
 
 _WHOLE_CHARS = 1 << 20  # a text of no more is tokenized whole, whatever the limit

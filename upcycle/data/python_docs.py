@@ -5,23 +5,15 @@ docstrings of the standard library and of the compiled built-in modules, and the
 downloaded and nothing is stored in this repository; another interpreter version gives another text, so users record
 `PythonDocs.version` and `PythonDocs.digest`.
 
-Held-out text is never trained on. Two rules see to that:
-
-1. A whole module falls into one split, by the SHA-256 of its dotted name, so its docstrings and its source stay
-   together.
-2. A paragraph (text between blank lines) of at least `_MIN_SHARED_CHARS` characters that occurs anywhere in the test
-   split is cut out of validation and train, and one that occurs in validation is cut out of train. Help topics quote
-   each other and modules share licence headers; rule 1 alone would leak them.
+Held-out text is never trained on: see `held_out`. A module's docstrings and its source stay together.
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import importlib
 import inspect
 import platform
-import re
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -29,31 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dense2moe.upcycle.data.held_out import SPLITS, Document, Split, digest_documents, divide
 from dense2moe.upcycle.errors import UpcycleError
 
-Split = Literal["train", "validation", "test"]
 Domain = Literal["prose", "code"]
 
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 DOMAINS: tuple[Domain, ...] = ("prose", "code")
 
-_HELD_OUT_PER_MILLE: dict[Split, int] = {"test": 50, "validation": 50}
-_MIN_SHARED_CHARS = 40
 _MAX_SOURCE_BYTES = 400_000
 # Tables and generated text, not prose or code; tests; and vendored or vanished packages that differ between builds.
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data", "_pyrepl"}
 )
 _SKIPPED_PREFIXES = ("_sysconfigdata",)
-
-
-@dataclass(frozen=True)
-class Document:
-    """One text, its domain, and its module, which decides the split."""
-
-    module: str
-    domain: Domain
-    text: str
 
 
 @dataclass(frozen=True)
@@ -72,22 +52,11 @@ def read_python_docs() -> PythonDocs:
         UpcycleError: the interpreter comes without the standard library's source or without `pydoc_data`.
     """
     documents = [*_topics(), *_builtin_docs(), *_library()]
-    by_split: dict[Split, list[Document]] = {split: [] for split in SPLITS}
-    for document in sorted(documents, key=lambda d: (d.module, d.domain)):
-        by_split[split_of(document.module)].append(document)
-    for split, texts in by_split.items():
-        if not texts:
-            raise UpcycleError(_no_text(split))
-    held_out: set[str] = set()
-    for split in ("test", "validation", "train"):
-        by_split[split] = [d for d in (_without(d, held_out) for d in by_split[split]) if d.text.strip()]
-        if split != "train":
-            held_out |= {key for d in by_split[split] for key in map(_paragraph_key, _paragraphs(d.text)) if key}
-    digest = hashlib.sha256()
+    by_split = divide(documents)
     for split in SPLITS:
-        for document in by_split[split]:
-            digest.update(f"{split}\0{document.module}\0{document.domain}\0{document.text}\0".encode())
-    return PythonDocs({s: tuple(d) for s, d in by_split.items()}, platform.python_version(), digest.hexdigest())
+        if not by_split[split]:
+            raise UpcycleError(_no_text(split))
+    return PythonDocs(by_split, platform.python_version(), digest_documents(by_split))
 
 
 def read_sample() -> str:
@@ -107,37 +76,6 @@ def _no_text(split: str) -> str:
         f"data 'python-docs': this interpreter ({sys.executable}) gives no text for the {split} split; "
         "it must come with the standard library's source and pydoc_data; use a full CPython, or data of kind 'text'"
     )
-
-
-def split_of(module: str) -> Split:
-    """The split of a dotted module name, by hash.
-
-    SHA-256 of the name modulo 1000: the first 50 are test, the next 50 validation.
-    """
-    number = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "big") % 1000
-    for split, share in _HELD_OUT_PER_MILLE.items():
-        if number < share:
-            return split
-        number -= share
-    return "train"
-
-
-def _paragraphs(text: str) -> list[str]:
-    return re.split(r"\n[ \t]*\n", text)
-
-
-def _paragraph_key(paragraph: str) -> str:
-    """What makes two paragraphs the same text.
-
-    The words, without white space and comment signs; empty where too short to matter.
-    """
-    key = " ".join(paragraph.replace("#", " ").split()).casefold()
-    return key if len(key) >= _MIN_SHARED_CHARS else ""
-
-
-def _without(document: Document, held_out: set[str]) -> Document:
-    kept = [p for p in _paragraphs(document.text) if _paragraph_key(p) not in held_out]
-    return Document(document.module, document.domain, "\n\n".join(kept))
 
 
 def _topics() -> Iterator[Document]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, assert_never, cast
 
-from dense2moe.upcycle.data.config import DataSource, DomainsData, HubData, PythonDocsData, TextData
+from dense2moe.upcycle.data.config import DataSource, DomainsData, HubData, InstalledData, PythonDocsData, TextData
 from dense2moe.upcycle.data.documents import Piece, Stream, read_documents
 from dense2moe.upcycle.data.files import domain_place, resolve_files, text_files
-from dense2moe.upcycle.data.python_docs import DOMAINS, SPLITS, Split, read_python_docs
+from dense2moe.upcycle.data.held_out import SPLITS, Document, Split
+from dense2moe.upcycle.data.installed import read_installed
+from dense2moe.upcycle.data.python_docs import DOMAINS, read_python_docs
 from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
 
 _HELD_OUT_PER_MILLE = 50
@@ -38,7 +40,7 @@ def read_texts(source: DataSource, base: Path) -> Texts:
     """
     streams, facts = _open_streams(source, base)
     surveys = {name: _survey(documents) for name, documents in streams.items()}
-    if not isinstance(source, PythonDocsData):  # which has a digest of its own
+    if not isinstance(source, PythonDocsData | InstalledData):  # which have digests of their own
         digests = {name: digest for name, (_, digest) in surveys.items()}
         facts |= (
             {f"digest of {name}": digest for name, digest in digests.items()}
@@ -52,18 +54,12 @@ def _open_streams(source: DataSource, base: Path) -> tuple[dict[str, dict[Split,
     match source:
         case PythonDocsData():
             docs = read_python_docs()
-            texts = {
-                domain: {split: [d.text for d in docs.documents[split] if d.domain == domain] for split in SPLITS}
-                for domain in DOMAINS
-            }
-            streams = {
-                str(domain): {split: partial(map, Piece, found[split]) for split in SPLITS}
-                for domain, found in texts.items()
-            }
-            return cast("dict[str, dict[Split, Stream]]", streams), {
-                "interpreter": f"CPython {docs.version}",
-                "digest": docs.digest,
-            }
+            facts = {"interpreter": f"CPython {docs.version}", "digest": docs.digest}
+            return _stream_domains(docs.documents, DOMAINS), facts
+        case InstalledData():
+            found = read_installed(source)
+            packages = ", ".join(f"{name} {version}" for name, version in sorted(found.versions.items()))
+            return _stream_domains(found.documents, source.domains), {"packages": packages, "digest": found.digest}
         case TextData():
             return {"text": open_files(source, base, "data.source")}, {}
         case HubData():
@@ -78,6 +74,18 @@ def _open_streams(source: DataSource, base: Path) -> tuple[dict[str, dict[Split,
             }, {}
         case _:
             assert_never(source)
+
+
+def _stream_domains(
+    documents: Mapping[Split, Iterable[Document]], domains: Iterable[str]
+) -> dict[str, dict[Split, Stream]]:
+    """Documents that are in memory, as streams of each domain and split."""
+    texts = {
+        domain: {split: [each.text for each in documents[split] if each.domain == domain] for split in SPLITS}
+        for domain in domains
+    }
+    streams = {domain: {split: partial(map, Piece, of[split]) for split in SPLITS} for domain, of in texts.items()}
+    return cast("dict[str, dict[Split, Stream]]", streams)
 
 
 def _survey(documents: Mapping[Split, Stream]) -> tuple[dict[Split, int], str]:
