@@ -141,7 +141,8 @@ def test_missing_sections_say_what_they_hold():
 def test_a_missing_setting_is_placed_at_its_section():
     text = "source: dense\ndata:\n  block_size: 64\n"
     assert mistakes(text) == [
-        "r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'installed', 'text', 'hub' or 'domains'"
+        "r.yaml:2: data.source: missing; must be a mapping whose kind is 'python-docs', 'installed', 'text', 'hub' or "
+        "'domains'"
     ]
 
 
@@ -271,8 +272,8 @@ def test_a_wrong_checkpoint_is_told_by_its_key(source, message):
     [
         (
             "text",
-            "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'text', 'hub' or "
-            "'domains'",
+            "data.source: is 'text' (a string); must be a mapping whose kind is 'python-docs', 'installed', 'text', "
+            "'hub' or 'domains'",
         ),
         (
             "{train: [a.txt]}",
