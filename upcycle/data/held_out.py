@@ -24,7 +24,7 @@ _MIN_SHARED_CHARS = 40
 
 @dataclass(frozen=True)
 class Document:
-    """One text: its name (which decides the split), its domain, and the text itself."""
+    """One text, its domain, and its name, which decides the split."""
 
     name: str
     domain: str
@@ -32,7 +32,10 @@ class Document:
 
 
 def divide(documents: Iterable[Document]) -> dict[Split, tuple[Document, ...]]:
-    """The documents of each split, by name and domain; what is left of them after paragraphs were cut."""
+    """The documents of each split, in the order of their names and domains.
+
+    Paragraphs that are held out are cut from those that are not; what has nothing left is left out.
+    """
     by_split: dict[Split, list[Document]] = {split: [] for split in SPLITS}
     for document in sorted(documents, key=lambda each: (each.name, each.domain)):
         by_split[split_of(document.name)].append(document)
@@ -54,7 +57,10 @@ def digest_documents(documents: Mapping[Split, Iterable[Document]]) -> str:
 
 
 def split_of(name: str) -> Split:
-    """The split of a name: SHA-256 of the name modulo 1000, the first 50 test, the next 50 validation."""
+    """The split of a name, by hash.
+
+    SHA-256 of the name modulo 1000: the first 50 are test, the next 50 validation.
+    """
     number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") % 1000
     for split, share in _HELD_OUT_PER_MILLE.items():
         if number < share:

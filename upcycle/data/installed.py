@@ -1,4 +1,4 @@
-"""The `installed` data set: text of Python packages that are installed beside this one.
+"""The `installed` data set: text of installed Python packages.
 
 Documentation and source that a machine already has, in domains that a model has perhaps never seen: C++ headers,
 Cython, read-me files. Which files belong to a package is what its installer recorded, so other packages change nothing;
@@ -23,7 +23,7 @@ _MAX_BYTES = 400_000  # what is larger is a table, or generated
 
 @dataclass(frozen=True)
 class InstalledTexts:
-    """The whole data set: documents a split, each package's version, and the SHA-256 of all text in order."""
+    """The whole data set: documents by split, packages' versions, the text's SHA-256."""
 
     documents: dict[Split, tuple[Document, ...]]
     versions: dict[str, str]
@@ -31,7 +31,9 @@ class InstalledTexts:
 
 
 def read_installed(source: InstalledData) -> InstalledTexts:
-    """Read the files that the settings name; a file is a document, and whole files are held out.
+    """Read the files that the settings name.
+
+    A file is a document, and whole files are held out.
 
     Raises:
         UpcycleError: as `find_versions` and `find_installed`, or a domain has no document for a split.
@@ -72,7 +74,7 @@ def find_versions(source: InstalledData) -> dict[str, str]:
 
 
 def find_installed(part: InstalledPart, where: str) -> dict[str, Path]:
-    """The files of a part, by the names that their packages' records give them, in order.
+    """The files of a part, by their recorded names, in order.
 
     Raises:
         UpcycleError: a pattern matches no file.
@@ -97,7 +99,7 @@ def find_installed(part: InstalledPart, where: str) -> dict[str, Path]:
 
 
 def _read_domain(source: InstalledData, domain: str) -> Iterator[Document]:
-    """The files of a domain that are text in UTF-8, and no tables."""
+    """The files of a domain in UTF-8 that are no tables."""
     for name, path in find_installed(source.domains[domain], installed_place(domain)).items():
         try:
             if path.stat().st_size <= _MAX_BYTES:
