@@ -32,7 +32,7 @@ class Document:
 
 
 def divide(documents: Iterable[Document]) -> dict[Split, tuple[Document, ...]]:
-    """The documents of each split, in the order of their names and domains.
+    """The documents of each split, by name and domain.
 
     Paragraphs that are held out are cut from those that are not; what has nothing left is left out.
     """
