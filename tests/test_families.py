@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from families import KEPT, NUM_LAYERS, Kept
+from shapes import each_shape
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
@@ -123,6 +124,10 @@ def test_every_conversion_of_the_table_has_a_case() -> None:
     }
 
 
+def name_of(name: str, dtype: torch.dtype) -> str:
+    return f"{name}-{str(dtype).removeprefix('torch.')}"
+
+
 # A zero router of two copies, or of one, weighs everything by one half or one
 
 
@@ -143,8 +148,32 @@ def zero_limit(case: Kept, dtype: torch.dtype) -> float:
     return 2 * eps
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("name", KEPT)
+# One of each shape: tied, a shared expert and stacked ones, a selection bias behind dense layers, a window, fused
+# projections, folded norms, windows by layer and biases, norms of queries, norms behind, multipliers, an encoder.
+SHAPES = {
+    "llama, tied",
+    "llama, attention biases, a half shared",
+    "llama, a selection bias, the last layers",
+    "mistral, window, one layer",
+    "phi3, window",
+    "gemma",
+    "qwen2, windows in half of the layers, a half shared",
+    "qwen3, windows in all layers",
+    "olmo2",
+    "granite, multipliers",
+    "t5",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    each_shape(
+        [(name, dtype) for name in KEPT for dtype in DTYPES],
+        # float32 all of them, and half precision one of each shape
+        {name_of(name, dtype) for name in KEPT for dtype in DTYPES if dtype == torch.float32 or name in SHAPES},
+        name=lambda case: name_of(*case),
+    ),
+)
 def test_a_zero_router_is_the_dense_model(name: str, dtype: torch.dtype, make: Make) -> None:
     case = KEPT[name]
     directory, output, plan = make(name, dtype, 0.0)

@@ -36,7 +36,7 @@ from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed, with which transformers exports")
 
-VOCABULARY, PREFILL, STEPS = 96, 20, 64
+VOCABULARY, PREFILL, STEPS = 96, 20, 40  # past the window, and past where factors change
 SMALL = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -80,11 +80,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "longrope": (
         "Olmoe",
-        {"num_experts": 4, "num_experts_per_tok": 2, "rope_parameters": LONGROPE, "tie_word_embeddings": True},
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 1,
+            "rope_parameters": LONGROPE,
+            "tie_word_embeddings": True,
+        },
     ),
     "phimoe": (
         "Phimoe",
-        {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24, "attention_bias": True},
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "num_hidden_layers": 1,
+            "sliding_window": 24,
+            "attention_bias": True,
+        },
     ),
     "deepseek_v3": ("DeepseekV3", {**LATENT, **GROUPS}),
 }
