@@ -94,7 +94,7 @@ def find_aim(inputs: Inputs) -> Aim:
     """The aim of matrices that read `inputs`, at least one token."""
     factors = torch.ones(len(inputs.actual), 1) if inputs.weights is None else inputs.weights[:, None]
     factors = factors / factors.square().mean().sqrt().clamp(min=1e-30)
-    actual, lost = inputs.actual * factors, (inputs.reference - inputs.actual) * factors
+    actual, lost = inputs.actual * factors, (inputs.reference - inputs.actual).mul_(factors)
     drift = None if inputs.drift is None else inputs.drift * factors
     num_fitted = int(_FITTED_SHARE * len(actual))
     fitted, held = (

@@ -6,8 +6,9 @@ Cholesky factor holds all those inverses at once (Frantar et al., GPTQ, 2023, se
 in their order; a block's scale is searched when its first column comes, on the weights as they then are, with the
 squared error of each column weighted by its H_jj.
 
-What is found so is improved by coordinate descent: in turn each scale, and each column's integers, take the values that
-are best for all others as they are (as in QuantEase, Behdin et al., 2023, section 3). No step can raise the loss.
+What is found so is improved by coordinate descent: block by block the scale, and then each column's integers, take the
+values that are best for all others as they are (as in QuantEase, Behdin et al., 2023, section 3). No step can raise the
+loss.
 
 The work is one loop over columns, and each of its steps is short, so its speed is that of memory and of calls into
 torch:
@@ -136,7 +137,6 @@ def quantize_together(
         )
         part.round_columns()
         for _ in range(passes):
-            part.refit_scales()
             part.descend()
         found.append((batch, part.encode()))
     return [
@@ -248,46 +248,42 @@ class _Lanes:
             self.integers, self.own.repeat_interleave(self.block_size, 0), value=-1
         )
 
-    def refit_scales(self) -> None:
-        """Set each scale in turn to its best value.
-
-        Meanwhile all other scales are fixed.
-        """
-        for block, near, h in self._visit():
-            number = block.start // self.block_size
-            integers, old = self.integers[block], self.own[number]
-            bent = torch.stack([square @ integers[:, m] for m, square in enumerate(h)], 1)
-            square = (bent * integers).sum(0)
-            step = torch.where(square > 0, (near * integers).sum(0) / square.clamp(min=1e-30), torch.zeros(()))
-            best = ((old + step) * self.unit).to(self.scale_type).to(torch.float32) / self.unit
-            change = torch.where(torch.isfinite(best), best - old, torch.zeros(()))
-            self.left[block].addcmul_(integers, change, value=-1)
-            self.own[number] += change
-
     def descend(self) -> None:
-        """Set each column's integers in turn to their best values.
+        """Set each block's scale, and then each of its columns' integers, to their best values.
 
-        Meanwhile all other columns are fixed.
+        Meanwhile all others are fixed.
         """
         for block, near, h in self._visit():
-            number = block.start // self.block_size
-            # rows: [block, M, block, 1]
-            scale, rows, before = (
-                self.own[number],
-                torch.stack(h, 1)[..., None],
-                self.integers[block].clone(),
-            )
-            inverse = torch.where(scale == 0, torch.zeros(()), 1 / scale)
-            for place in range(self.block_size):
-                best, own = near[place], self.integers[block.start + place]
-                best /= rows[place, :, place]
-                self._round(best.addcmul_(own, scale).mul_(inverse), number)
-                moved = (best - own).mul_(scale)
-                own.copy_(best)
-                self.left[block.start + place] -= moved
-                near[place + 1 :].addcmul_(rows[place, :, place + 1 :].transpose(0, 1), moved, value=-1)
-            chosen = self.integers[block]
-            torch.where(torch.isfinite(chosen), chosen, before, out=chosen)
+            self._refit_scale(block, near, h)
+            self._descend(block, near, h)
+
+    def _refit_scale(self, block: slice, near: torch.Tensor, h: list[torch.Tensor]) -> None:
+        number = block.start // self.block_size
+        integers, old = self.integers[block], self.own[number]
+        bent = torch.stack([square @ integers[:, m] for m, square in enumerate(h)], 1)
+        square = (bent * integers).sum(0)
+        step = torch.where(square > 0, (near * integers).sum(0) / square.clamp(min=1e-30), torch.zeros(()))
+        best = ((old + step) * self.unit).to(self.scale_type).to(torch.float32) / self.unit
+        change = torch.where(torch.isfinite(best), best - old, torch.zeros(()))
+        self.left[block].addcmul_(integers, change, value=-1)
+        near.addcmul_(bent, change, value=-1)
+        self.own[number] += change
+
+    def _descend(self, block: slice, near: torch.Tensor, h: list[torch.Tensor]) -> None:
+        number = block.start // self.block_size
+        # rows: [block, M, block, 1]
+        scale, rows, before = self.own[number], torch.stack(h, 1)[..., None], self.integers[block].clone()
+        inverse = torch.where(scale == 0, torch.zeros(()), 1 / scale)
+        for place in range(self.block_size):
+            best, own = near[place], self.integers[block.start + place]
+            best /= rows[place, :, place]
+            self._round(best.addcmul_(own, scale).mul_(inverse), number)
+            moved = (best - own).mul_(scale)
+            own.copy_(best)
+            self.left[block.start + place] -= moved
+            near[place + 1 :].addcmul_(rows[place, :, place + 1 :].transpose(0, 1), moved, value=-1)
+        chosen = self.integers[block]
+        torch.where(torch.isfinite(chosen), chosen, before, out=chosen)
 
     def _visit(self) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor]]]:
         """Visit block by block, while `left` changes.
@@ -343,9 +339,25 @@ def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
     An input that is always zero stands alone in it. With rows and columns reversed H = L L', so H = R R' of an upper R,
     and the inverse is (R⁻¹)' R⁻¹: one factor, and one inverse of a triangle.
     """
-    upper = torch.linalg.cholesky(damped.double().flip(0, 1)).flip(0, 1)
-    inverse: torch.Tensor = torch.linalg.solve_triangular(upper, torch.eye(len(upper), dtype=torch.float64), upper=True)
-    return inverse.float()
+    return _invert_triangle(torch.linalg.cholesky(damped.double().flip(0, 1)).flip(0, 1)).float()
+
+
+def _invert_triangle(upper: torch.Tensor) -> torch.Tensor:
+    """The inverse of an upper triangle [K, K], by halves: a third of the products that solving for the identity takes.
+
+    Of [[A, B], [0, D]] it is [[A⁻¹, -A⁻¹ B D⁻¹], [0, D⁻¹]].
+    """
+    width, half = len(upper), len(upper) // 2
+    if width <= _LAZY_COLUMNS:
+        solved: torch.Tensor = torch.linalg.solve_triangular(upper, torch.eye(width, dtype=upper.dtype), upper=True)
+        return solved
+    inverse, first, last = torch.zeros_like(upper), slice(half), slice(half, None)
+    inverse[first, first], inverse[last, last] = (
+        _invert_triangle(upper[first, first]),
+        _invert_triangle(upper[last, last]),
+    )
+    inverse[first, last] = -(inverse[first, first] @ upper[first, last] @ inverse[last, last])
+    return inverse
 
 
 def _power_below(sizes: torch.Tensor) -> torch.Tensor:

@@ -217,13 +217,14 @@ def choose_scales(
 class _Part:
     """One group and its input x.
 
-    matrices: [N, K] each, with the name of the tensor that it is in; gram: the sum of W'W [K, K] over them; sample:
-    some tokens [S, K] of the `num_tokens` that are read; total, largest, squares: by channel [K] the sum of |x|, the
-    largest |x| and the sum of x², over all tokens.
+    matrices: [N, K] each, with the name of the tensor that it is in. below: all of them below each other, or, where it
+    has fewer elements, the gram matrix [K, K], the sum of W'W. sample: some tokens [S, K] of the `num_tokens` that are
+    read; total, largest, squares: by channel [K] the sum of |x|, the largest |x| and the sum of x², over all tokens.
     """
 
     matrices: tuple[tuple[str, torch.Tensor], ...]
-    gram: torch.Tensor
+    below: torch.Tensor
+    is_gram: bool
     sample: torch.Tensor
     num_tokens: int
     total: torch.Tensor
@@ -237,10 +238,20 @@ class _Part:
         if not len(inputs):
             return None
         matrices = tuple((name, walk.read_matrix(name, rows)) for name, rows in group.matrices)
-        gram = sum((weight.T @ weight for _, weight in matrices), torch.zeros(()))
+        below = torch.cat([weight for _, weight in matrices])
+        is_gram = below.shape[0] > below.shape[1]
         sample = inputs[:: max(1, len(inputs) // _SAMPLE_TOKENS)][:_SAMPLE_TOKENS]
         magnitudes = inputs.abs()
-        return cls(matrices, gram, sample, len(inputs), magnitudes.sum(0), magnitudes.amax(0), inputs.square().sum(0))
+        return cls(
+            matrices,
+            below.T @ below if is_gram else below,
+            is_gram,
+            sample,
+            len(inputs),
+            magnitudes.sum(0),
+            magnitudes.amax(0),
+            inputs.square().sum(0),
+        )
 
     def estimate(
         self, scales: torch.Tensor, plan: Mapping[str, int], config: QuantizeConfig, extra_importance: float
@@ -259,7 +270,8 @@ class _Part:
             error += left * float((step.square().sum(0) * importance).sum()) / 12
         if config.input_scaling == "smooth":
             lost = round_inputs(self.sample / scales, config.block_size) * scales - self.sample
-            error += float(((lost @ self.gram) * lost).sum()) * self.num_tokens / len(self.sample)
+            outputs = (lost @ self.below).mul_(lost) if self.is_gram else (lost @ self.below.T).square_()
+            error += float(outputs.sum()) * self.num_tokens / len(self.sample)
         return error
 
 
