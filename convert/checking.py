@@ -219,6 +219,6 @@ def _estimate_memory(
             longest_row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
             noise = recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export)
             planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(
-                config, plan.num_parameters, package, block_size, longest_row, noise
+                config, shapes, package, block_size, longest_row, noise
             )
     return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})

@@ -23,7 +23,7 @@ from dense2moe.export.quantization.packing import (
 )
 from dense2moe.export.variant import QUANTIZED, STATIC, Device, Variant, element_type
 from dense2moe.upcycle.memory import HEAP_BYTES
-from dense2moe.upcycle.models.parts import layer_of
+from dense2moe.upcycle.models.parts import layer_of, matches
 
 _FLOAT = 4
 _TIMED_BYTES = 256 << 20  # a little more than `dense2moe.export.timing` takes of a model
@@ -32,6 +32,8 @@ LOGITS_BYTES, PARITY_BATCH = 1 << 26, 4
 
 And blocks of text at once at most, which is as many as have their experts compared alone.
 """
+LEFT_ON_DISK_BYTES = 256 << 20
+"""Experts of a reference that take less stay in memory: to read a tiny layer takes longer than to compute it."""
 _SESSION_SHARE = 1.4  # of a package's bytes: what a session has resident
 
 
@@ -117,13 +119,19 @@ def exporting_memory(shapes: Mapping[str, tuple[int, ...]], package: int, is_tim
 
 
 def parity_memory(
-    model: PreTrainedConfig, num_parameters: int, package: int, block_size: int, longest_row: int, measures_noise: bool
+    model: PreTrainedConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    package: int,
+    block_size: int,
+    longest_row: int,
+    measures_noise: bool,
 ) -> int:
     """Peak resident memory of parity, in bytes, without imports.
 
-    A reference in float32 beside the runtime's package; logits of both sides and a copy, of the longest row or of a
-    batch; and what both sides show of every layer of the longest row, and of the blocks of text whose experts are
-    compared alone. Where float32's noise is measured, the reference is in float64 once.
+    Beside the runtime's package a reference: whole in float32 when it has been loaded, and then, where experts are
+    large, with one layer's experts, logits of both sides and a copy, of the longest row or of a batch, and what both
+    sides show of every layer of the longest row, and of the blocks of text whose experts are compared alone. Where
+    float32's noise is measured, the reference is in float64 once.
     """
     vocabulary, hidden, layers = (
         int(getattr(model, name)) for name in ("vocab_size", "hidden_size", "num_hidden_layers")
@@ -131,10 +139,20 @@ def parity_memory(
     batch = max(LOGITS_BYTES, _FLOAT * vocabulary * block_size)
     logits = max(2 * _FLOAT * vocabulary * longest_row, 2 * batch) + batch
     shown = _FLOAT * layers * hidden * (6 * longest_row + 2 * PARITY_BATCH * block_size)
-    read = _FLOAT * num_parameters + logits + shown
-    exact = (
-        2 * _FLOAT * num_parameters + 2 * (batch + _FLOAT * layers * hidden * 4 * PARITY_BATCH * block_size)
-        if measures_noise
-        else 0
-    )
-    return max(read, exact) + int(_SESSION_SHARE * package) + HEAP_BYTES
+    whole = sum(map(math.prod, shapes.values()))
+    held = whole - _elements_on_disk(model, shapes)
+    read = max(_FLOAT * whole, _FLOAT * held + logits + shown)
+    exact = 2 * (batch + _FLOAT * layers * hidden * 4 * PARITY_BATCH * block_size) if measures_noise else 0
+    return max(read, 2 * _FLOAT * whole + exact if measures_noise else 0) + int(_SESSION_SHARE * package) + HEAP_BYTES
+
+
+def _elements_on_disk(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Of a reference's experts, those of all layers but the largest; none where experts stay in memory."""
+    routed = find_decoder_family(model).routed
+    patterns = [] if routed is None else [name for name in (routed.gate, routed.up, routed.down) if name is not None]
+    by_layer: dict[int, int] = {}
+    for name, shape in shapes.items():
+        if any(matches(pattern, name) for pattern in patterns):
+            by_layer[layer_of(name)] = by_layer.get(layer_of(name), 0) + math.prod(shape)
+    total = sum(by_layer.values())
+    return 0 if _FLOAT * total < LEFT_ON_DISK_BYTES else total - max(by_layer.values())

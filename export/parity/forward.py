@@ -17,6 +17,7 @@ from dense2moe.export import names
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.footprint import LOGITS_BYTES, PARITY_BATCH
+from dense2moe.export.parity.experts_on_disk import leave_experts_on_disk
 from dense2moe.export.parity.taps import FedText, Seen, look
 from dense2moe.export.quantization.simulation import RoundedInputs
 from dense2moe.export.quantization.twin import SCHEME_NAME, Twin
@@ -211,7 +212,7 @@ def first_of(output: Any) -> torch.Tensor:
 
 @contextmanager
 def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Iterator[Reference]:
-    """Load a checkpoint as a reference.
+    """Load a checkpoint as a reference; large experts are left on the disk.
 
     Where the directory has scales by which a graph rounds its activations, so does the model. In float64 the norms, the
     rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.
@@ -224,6 +225,8 @@ def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Itera
     except UpcycleError as error:
         raise ExportError(str(error)) from error
     has_scales = (directory / SCHEME_NAME).is_file() and bool(Twin(directory).scheme["input_scales"])
+    if not has_scales:  # experts whose inputs have scales of their own are told by their addresses
+        leave_experts_on_disk(model, directory)
     reference = Reference(model, RoundedInputs(model, Twin(directory)) if has_scales else nullcontext())
     reference._watch()
     try:
