@@ -34,6 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     drop_other_families(config, items)
 
 
+MANY_OBJECTS = 50_000
+
+
 def pytest_collection_finish() -> None:
     """What is imported by now stays."""
     _keep_what_is()
@@ -41,9 +44,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None]:
-    """What the tests of a file leave (models of transformers imported on the way) stays."""
+    """What a file's tests leave (models of transformers imported on the way) stays, and much that one test leaves.
+
+    A single traced graph may leave a hundred thousand objects in torch's caches.
+    """
     yield
-    if nextitem is not None and nextitem.path != item.path:
+    if nextitem is not None and (nextitem.path != item.path or len(gc.get_objects()) > MANY_OBJECTS):
         _keep_what_is()
 
 

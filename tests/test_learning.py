@@ -6,7 +6,9 @@ Every tensor of the checkpoint is counted, for every target and every `train`.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +83,23 @@ SHAPES = {
 }
 
 
-def make(shape: Shape, make_dense: MakeDense, directory: Path) -> None:
-    settings = {
-        "num_experts": 4,
-        "experts": ExpertsConfig(noise=0.5),
-        "router": RouterConfig(logit_std=1.0),
-    } | shape.settings
-    upcycle(
-        make_dense(architecture=shape.architecture, **shape.overrides),
-        directory,
-        UpcycleConfig.model_validate(settings),
-        0,
-        lambda *_: None,
-    )
+@pytest.fixture(scope="module")
+def mixture(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The mixture of a shape, made once. Shared: read only."""
+
+    @cache
+    def mixture(name: str) -> Path:
+        shape, directory = SHAPES[name], tmp_path_factory.mktemp("mixture")
+        settings = {
+            "num_experts": 4,
+            "experts": ExpertsConfig(noise=0.5),
+            "router": RouterConfig(logit_std=1.0),
+        } | shape.settings
+        dense = make_dense(architecture=shape.architecture, **shape.overrides)
+        upcycle(dense, directory, UpcycleConfig.model_validate(settings), 0, lambda *_: None)
+        return directory
+
+    return mixture
 
 
 def step(directory: Path, output: Path, **settings: Any) -> None:
@@ -155,12 +161,10 @@ def expect(name: str, train: str, shape: Shape) -> bool:
 @pytest.mark.parametrize("train", ["all", "experts", "router", "lora", "last-1"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_one_step_changes_what_is_meant_and_by_the_rank_that_is_meant(
-    name: str, train: str, make_dense: MakeDense, tmp_path: Path
+    name: str, train: str, mixture: Callable[[str], Path], tmp_path: Path
 ) -> None:
     shape = SHAPES[name]
-    before, after = tmp_path / "before", tmp_path / "after"
-    before.mkdir()
-    make(shape, make_dense, before)
+    before, after = mixture(name), tmp_path / "after"
     step(before, after, train=train)
     old, new = load_file(before / "model.safetensors"), load_file(after / "model.safetensors")
     assert old.keys() == new.keys()

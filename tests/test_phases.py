@@ -37,6 +37,7 @@ from dense2moe.upcycle.tasks.next_token import distillation_loss, next_token_los
 from dense2moe.upcycle.training.config import Distillation, TrainingPhase
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.fine_tuning import finetune
+from dense2moe.upcycle.training.order import draw_order
 from dense2moe.upcycle.training.phase import Phase
 from dense2moe.upcycle.training.phase_run import run_phase
 from dense2moe.upcycle.training.routing import Routing
@@ -343,6 +344,18 @@ def test_distillation_alone_pulls_towards_the_parent(
 )
 def test_the_rates_of_six_steps_with_two_of_warm_up(schedule: str, expected: list[float]) -> None:
     assert [schedule_share(schedule, 2, 6, step) for step in range(6)] == pytest.approx(expected)
+
+
+def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() -> None:
+    generator = torch.Generator().manual_seed(7)
+    expected = torch.cat([torch.randperm(5, generator=generator) for _ in range(4)]).tolist()[:18]
+    order = draw_order(5, 18, 7)
+    assert list(order) == expected
+    # as a run that is taken up does
+    assert [order[index] for index in (17, 0, 9, 3)] == [expected[index] for index in (17, 0, 9, 3)]
+    assert list(order[4:11]) == expected[4:11]
+    assert list(order[4:11][2:5]) == expected[6:9]
+    assert len(draw_order(5, 10**18, 7)[10**17 : 10**18]) == 9 * 10**17
 
 
 # Domains

@@ -10,6 +10,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import _stretch, finetune
 from dense2moe.upcycle.training.history import Step
-from dense2moe.upcycle.training.order import draw_order
+from dense2moe.upcycle.training.job import Job, Setup, train_model
 from dense2moe.upcycle.training.phase import Trained
 from dense2moe.upcycle.training.prompt import run_with_prompt
 
@@ -85,7 +86,7 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         ["sees", "finds", "likes"],
         ["milk.", "trees.", "us."],
     ]
-    for name, num in (("train", 400), ("validation", 150), ("test", 200)):
+    for name, num in (("train", 400), ("validation", 50), ("test", 50)):
         (directory / f"{name}.txt").write_text(
             "\n".join(" ".join(draw.choice(choices) for choices in words) for _ in range(num))
         )
@@ -95,6 +96,21 @@ def data(dense_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     config = DataConfig(source=source, block_size=BLOCK, max_train_tokens=NUM_TRAIN_BLOCKS * BLOCK)
     prepare_data(dense_checkpoint, directory, config, directory, quiet)
     return directory
+
+
+@contextmanager
+def batches_recorded() -> Iterator[list[torch.Tensor]]:
+    """For the length of a `with`, the batches that are trained on, in order."""
+    batches: list[torch.Tensor] = []
+
+    def recorded(call: Any, model: Any, inputs: Any, prompt: Any) -> torch.Tensor:
+        if torch.is_grad_enabled():  # and not the pass that only counts
+            batches.append(inputs["input_ids"].clone())
+        return run_with_prompt(call, model, inputs, prompt)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dense2moe.upcycle.training.trainer.run_with_prompt", recorded)
+        yield batches
 
 
 @pytest.fixture(scope="module")
@@ -109,16 +125,8 @@ def start(
         progress: Any = quiet,
     ) -> Run:
         output = tmp_path_factory.mktemp("finetuned")
-        batches: list[torch.Tensor] = []
         seen: list[tuple[str, int, int]] = []
-
-        def recorded(call: Any, model: Any, inputs: Any, prompt: Any) -> torch.Tensor:
-            if torch.is_grad_enabled():  # and not the pass that only counts
-                batches.append(inputs["input_ids"].clone())
-            return run_with_prompt(call, model, inputs, prompt)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dense2moe.upcycle.training.trainer.run_with_prompt", recorded)
+        with batches_recorded() as batches:
             scratch = tmp_path_factory.mktemp("scratch")
             facts = finetune(
                 dense,
@@ -133,6 +141,33 @@ def start(
         return Run(facts, output, tuple(batches), tuple(seen))
 
     return start
+
+
+@dataclass(frozen=True)
+class Alone:
+    """One model's training: what it returned, where it wrote, and the batches it trained on in order."""
+
+    trained: Trained
+    output: Path
+    batches: tuple[torch.Tensor, ...]
+
+
+Train = Callable[..., Alone]
+
+
+@pytest.fixture(scope="module")
+def train(mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """The training of a fine-tuning, without the measurements of the models before and after."""
+
+    def train(config: FinetuneConfig, seed: int = 0, progress: Any = quiet) -> Alone:
+        output = tmp_path_factory.mktemp("trained")
+        setup = Setup(mixture_checkpoint, data, tmp_path_factory.mktemp("scratch"), config.precision, seed)
+        job = Job("fine-tuned", mixture_checkpoint, output, config.resolve_phases())
+        with batches_recorded() as batches:
+            trained = train_model(job, setup, None, progress)
+        return Alone(trained, output, tuple(batches))
+
+    return train
 
 
 @pytest.fixture(scope="module")
@@ -251,19 +286,7 @@ def test_the_control_of_equal_time_has_as_many_steps_as_fit(
     ] * 2
 
 
-def test_the_order_is_drawn_epoch_by_epoch_and_is_that_of_all_drawn_at_once() -> None:
-    generator = torch.Generator().manual_seed(7)
-    expected = torch.cat([torch.randperm(5, generator=generator) for _ in range(4)]).tolist()[:18]
-    order = draw_order(5, 18, 7)
-    assert list(order) == expected
-    # as a run that is taken up does
-    assert [order[index] for index in (17, 0, 9, 3)] == [expected[index] for index in (17, 0, 9, 3)]
-    assert list(order[4:11]) == expected[4:11]
-    assert list(order[4:11][2:5]) == expected[6:9]
-    assert len(draw_order(5, 10**18, 7)[10**17 : 10**18]) == 9 * 10**17
-
-
-def test_a_thousand_million_steps_begin_at_once(start: Callable[..., Run]) -> None:
+def test_a_thousand_million_steps_begin_at_once(train: Train) -> None:
     class Stopped(Exception):
         pass
 
@@ -272,7 +295,7 @@ def test_a_thousand_million_steps_begin_at_once(start: Callable[..., Run]) -> No
             raise Stopped
 
     with pytest.raises(Stopped):
-        start(SHORT.model_copy(update={"steps": 10**9, "eval_steps": 10**9}), progress=stop)
+        train(SHORT.model_copy(update={"steps": 10**9, "eval_steps": 10**9}), progress=stop)
 
 
 def test_a_batch_of_many_times_the_text_is_refused(start: Callable[..., Run]) -> None:
@@ -284,7 +307,7 @@ def test_a_batch_of_many_times_the_text_is_refused(start: Callable[..., Run]) ->
     )
 
 
-def test_gradients_are_not_clipped_without_a_norm(start: Callable[..., Run]) -> None:
+def test_gradients_are_not_clipped_without_a_norm(train: Train) -> None:
     """AdamW without decay does not see a gradient's size, but for its epsilon.
 
     The first step shows what it was given.
@@ -300,7 +323,7 @@ def test_gradients_are_not_clipped_without_a_norm(start: Callable[..., Run]) -> 
     handle = register_optimizer_step_pre_hook(take)
     try:
         for norm in (1e-3, 1e9, None):
-            start(SHORT.model_copy(update={"steps": 1, "eval_steps": 1, "max_grad_norm": norm}))
+            train(SHORT.model_copy(update={"steps": 1, "eval_steps": 1, "max_grad_norm": norm}))
     finally:
         handle.remove()
     assert norms[0] == pytest.approx(1e-3, rel=1e-3)
@@ -413,8 +436,8 @@ def test_two_runs_with_one_seed_are_equal_bit_for_bit(run: Run, start: Callable[
         assert of(again, model) == of(run, model)
 
 
-def test_another_seed_draws_other_batches(run: Run, start: Callable[..., Run]) -> None:
-    other = start(SHORT.model_copy(update={"steps": 2, "eval_steps": 2}), seed=1)
+def test_another_seed_draws_other_batches(run: Run, train: Train) -> None:
+    other = train(SHORT.model_copy(update={"steps": 2, "eval_steps": 2}), seed=1)
     assert not torch.equal(other.batches[0], run.batches[0])
 
 
@@ -427,8 +450,8 @@ def test_without_control_there_is_none(start: Callable[..., Run]) -> None:
     assert len(run.batches) == 2
 
 
-def test_only_the_routers_learn_in_their_warm_up(mixture_checkpoint: Path, start: Callable[..., Run]) -> None:
-    run = start(SHORT.model_copy(update={"steps": 3, "train": "router"}))
+def test_only_the_routers_learn_in_their_warm_up(mixture_checkpoint: Path, train: Train) -> None:
+    run = train(SHORT.model_copy(update={"steps": 3, "train": "router"}))
     before, after = load_file(mixture_checkpoint / "model.safetensors"), load_file(run.output / "model.safetensors")
     assert before.keys() == after.keys()
     changed = {name for name, tensor in before.items() if not torch.equal(after[name], tensor)}
@@ -457,9 +480,7 @@ def test_the_best_weights_are_kept_whole_when_later_ones_are_worse(start: Callab
         ) == pytest.approx(looks[best], rel=1e-6)
 
 
-def test_training_stops_when_the_validation_loss_no_longer_falls(
-    mixture_checkpoint: Path, start: Callable[..., Run]
-) -> None:
+def test_training_stops_when_the_validation_loss_no_longer_falls(mixture_checkpoint: Path, train: Train) -> None:
     # Rates too small to change a weight: no look is better than the start.
     changes = {
         "steps": 9,
@@ -469,9 +490,9 @@ def test_training_stops_when_the_validation_loss_no_longer_falls(
         "expert_learning_rate": 1e-20,
         "router_learning_rate": 1e-20,
     }
-    run = start(SHORT.model_copy(update=changes))
-    assert run.facts.best_steps == {"fine-tuned": 0}
-    assert max(step.step for step in run.facts.history) == 2
+    run = train(SHORT.model_copy(update=changes))
+    assert run.trained.best_step == 0
+    assert max(step.step for step in run.trained.history) == 2
     before, after = load_file(mixture_checkpoint / "model.safetensors"), load_file(run.output / "model.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
@@ -516,20 +537,17 @@ def test_training_that_only_harms_leaves_the_very_weights_of_the_start_and_says_
     assert run.facts.evaluations["fine-tuned"].loss == run.facts.evaluations["upcycled"].loss
 
 
-def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Callable[..., Run]) -> None:
+def test_the_start_of_a_later_stage_is_the_best_of_the_stage_before(start: Callable[..., Run], train: Train) -> None:
     """The second stage harms: the step that is kept is one of the first."""
     stages = ({"steps": 4}, {name: value for name, value in HARM.items() if name != "eval_steps"} | {"steps": 2})
     run = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "stages": stages}))
-    looks = {
-        (step.phase, step.step): step.validation_loss
-        for step in of(run, "fine-tuned")
-        if step.validation_loss is not None
-    }
+    looked = (step for step in of(run, "fine-tuned") if step.validation_loss is not None)
+    looks = {(step.phase, step.step): step.validation_loss for step in looked}
     assert list(looks) == [(0, 0), (0, 2), (0, 4), (1, 4), (1, 6)]
     assert run.facts.best_steps == {"fine-tuned": 4}
     assert run.facts.warnings == ()
     assert looks[1, 4] == looks[0, 4]
-    alone = start(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "steps": 4}))
+    alone = train(FinetuneConfig.model_validate(SHORT.model_dump() | {"eval_steps": 2, "steps": 4}))
     assert (run.output / "model.safetensors").read_bytes() == (alone.output / "model.safetensors").read_bytes()
 
 
@@ -539,9 +557,9 @@ def test_bfloat16_autocast_still_saves_float32(start: Callable[..., Run]) -> Non
     assert {tensor.dtype for tensor in load_file(run.output / "model.safetensors").values()} == {torch.float32}
 
 
-def test_a_loss_that_is_no_number_is_one_line(start: Callable[..., Run]) -> None:
+def test_a_loss_that_is_no_number_is_one_line(train: Train) -> None:
     with pytest.raises(UpcycleError) as excinfo:
-        start(
+        train(
             SHORT.model_copy(update={"learning_rate": 1e30, "expert_learning_rate": 1e30, "router_learning_rate": 1e30})
         )
     assert re.fullmatch(
