@@ -83,8 +83,10 @@ def edited(
 def plans() -> Iterator[Any]:
     """Every conversion with every setting that its target can express, by hand.
 
-    A conversion, a source, the settings.
+    A conversion, a source, the settings. By default each setting once for each target, and every conversion with plain
+    copies and of a talkative source.
     """
+    seen: set[str] = set()
     for row in CONVERSIONS:
         target = row.target.model_type
         top_1 = TOP_1 if target == "switch_transformers" else {}
@@ -114,7 +116,10 @@ def plans() -> Iterator[Any]:
                 {"shared_expert": "half", "experts": ExpertsConfig(kind="granular", granularity=2)},
             )
         for name, (source, settings) in cases.items():
-            yield pytest.param(row, source, {"target": target, **settings}, id=f"{name_of(row)} {name}")
+            new = f"{target} {name}" not in seen
+            seen.add(f"{target} {name}")
+            mark = pytest.mark.every_family(default=new or name in ("copies", "talkative"))
+            yield pytest.param(row, source, {"target": target, **settings}, marks=mark, id=f"{name_of(row)} {name}")
 
 
 def once_of_each(make_dense: MakeDense) -> MakeDense:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +83,57 @@ def refusal(source: Path, output: Path, plan: UpcyclePlan, block_size: int = 64)
         receipt(source, output, plan, block_size)
     assert "\n" not in str(excinfo.value)
     return str(excinfo.value)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A dense checkpoint, its mixture and the plan. Shared: read only."""
+
+    dense: Path
+    mixture: Path
+    plan: UpcyclePlan
+    progress: list[tuple[str, int, int]] = field(default_factory=list)
+
+    @cached_property
+    def receipt(self) -> Receipt:
+        """Their receipt, which is written once."""
+        return write_receipt(self.dense, self.mixture, self.plan, 64, lambda *told: self.progress.append(told))
+
+    @cached_property
+    def float32_receipt(self) -> Receipt:
+        """Their receipt in float32 alone, which is written once."""
+        with pytest.MonkeyPatch.context() as patch:
+            read_in("float32", patch)
+            return receipt(self.dense, self.mixture, self.plan)
+
+    def copy(self, directory: Path) -> Path:
+        """The mixture once more, to be altered."""
+        return Path(shutil.copytree(self.mixture, directory / "mixture"))
+
+
+_MADE: dict[str, Made] = {}
+
+
+def made_once(make_dense: MakeDense, name: str = "llama to mixtral", **overrides: Any) -> Made:
+    """One of `DECODERS`, by settings, and by `dense` fields of its own; made by the first test that asks for it."""
+    given, own = DECODERS[name]
+    changed = overrides.pop("dense", {})
+    fields = {"intermediate_size": EXACT, **given, **changed}
+    key = f"{fields} {own} {overrides}"
+    if key not in _MADE:
+        dense = make_dense(**fields)
+        if name != "llama to mixtral" or changed or set(overrides) - {"receipt"}:
+            # the plainest reads text; without a tokenizer others read random ids, in two thirds of the time
+            for file in dense.glob("tokenizer*.json"):
+                file.unlink()
+        mixture = dense.with_name(f"{dense.name}-mixture-{len(_MADE)}")
+        _MADE[key] = Made(dense, mixture, make_mixture(dense, mixture, **own | overrides))
+    return _MADE[key]
+
+
+def read_in(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let receipts compare in one dtype alone."""
+    monkeypatch.setattr("dense2moe.upcycle.building.receipt.DTYPES", {dtype: getattr(torch, dtype)})
 
 
 def rewrite(directory: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -11,23 +11,25 @@ import psutil
 import pytest
 import torch
 from receipts import (
-    DECODERS,
     EXACT,
     NUMBER,
     T5,
     MakeDense,
+    made_once,
     make_mixture,
+    read_in,
     receipt,
     refusal,
     rewrite,
     settings,
 )
 from safetensors.torch import load_file
+from shapes import each_shape
 from transformers import AutoModelForCausalLM
 
 from dense2moe.upcycle.building.footprint import receipt_bytes
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
+from dense2moe.upcycle.building.receipt import choose_mode
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT, rounding_limit
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
@@ -36,10 +38,9 @@ from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
 
 def test_copies_are_compared_with_both_routers_in_three_dtypes_by_both_implementations(
-    make_dense: MakeDense, tmp_path: Path
+    make_dense: MakeDense,
 ) -> None:
-    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
-    found = receipt(dense, mixture, make_mixture(dense, mixture))
+    found = made_once(make_dense, receipt="whole").receipt
     assert found.mode == "whole"
     assert found.notes == ()
     texts = {"float32": ("one long text", "padded batch", "decoding with a cache")} | dict.fromkeys(
@@ -71,26 +72,29 @@ def test_copies_are_compared_with_both_routers_in_three_dtypes_by_both_implement
     "overrides",
     [{"intermediate_size": 172}, {"intermediate_size": 43}, {"intermediate_size": 64, "hidden_act": "gelu"}],
 )
-@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize(("k", "mode"), [(1, "layers"), (2, "whole"), (3, "layers")])
 def test_an_ffn_that_torch_cannot_repeat_bit_for_bit_is_accepted_within_rounding(
-    overrides: dict[str, Any], k: int, make_dense: MakeDense, tmp_path: Path
+    overrides: dict[str, Any], k: int, mode: Any, make_dense: MakeDense
 ) -> None:
-    dense, mixture = make_dense(**overrides), tmp_path / "mixture"
-    found = receipt(dense, mixture, make_mixture(dense, mixture, k=k)).comparisons
+    found = [
+        c for c in made_once(make_dense, dense=overrides, k=k, receipt=mode).receipt.comparisons if c.router != "no"
+    ]
     assert not any(c.bitwise_due for c in found if c.dtype == "float32")
     assert max(c.rel for c in found if c.dtype == "float32") <= ROUNDING_LIMIT
 
 
-def test_progress_ends_where_it_said_it_would(dense_checkpoint: Path, tmp_path: Path) -> None:
-    mixture = tmp_path / "mixture"
-    plan = make_mixture(dense_checkpoint, mixture)
-    seen: list[tuple[str, int, int]] = []
-    write_receipt(dense_checkpoint, mixture, plan, 64, lambda *report: seen.append(report))
-    assert seen == [("comparing with the dense model", done, 3) for done in range(4)]
+@pytest.mark.parametrize("mode", ["whole", "layers"])
+def test_progress_ends_where_it_said_it_would(mode: Any, make_dense: MakeDense) -> None:
+    made = made_once(make_dense, receipt=mode)
+    assert made.receipt
+    assert made.progress == [("comparing with the dense model", done, 3) for done in range(4)]
 
 
 @torch.no_grad()
-def test_rel_is_what_transformers_gives_by_hand(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_rel_is_what_transformers_gives_by_hand(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_in("float32", monkeypatch)
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     (dense / "tokenizer.json").unlink()
     (dense / "tokenizer_config.json").unlink()
@@ -119,8 +123,11 @@ def test_rel_is_what_transformers_gives_by_hand(make_dense: MakeDense, tmp_path:
 
 
 @torch.no_grad()
-def test_rel_of_a_layer_is_what_transformers_gives_by_hand(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_rel_of_a_layer_is_what_transformers_gives_by_hand(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the first layer, which reads the same in both models."""
+    read_in("float32", monkeypatch)
     dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
     (dense / "tokenizer.json").unlink()
     (dense / "tokenizer_config.json").unlink()
@@ -170,18 +177,18 @@ KEPT: dict[str, tuple[dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["whole", "layers"])
-@pytest.mark.parametrize("name", KEPT)
-def test_a_limit_stands_only_where_the_function_is_kept(
-    name: str, mode: Any, make_dense: MakeDense, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    each_shape(
+        [(name, mode) for name in KEPT for mode in ("layers", "whole")],
+        # layer by layer all, and as a whole one for each set of routers that are judged
+        {f"{name}, layers" for name in KEPT} | {"copies, whole", "granular, whole", "split, all chosen, whole"},
+        name=", ".join,
+    ),
+)
+def test_a_limit_stands_only_where_the_function_is_kept(name: str, mode: Any, make_dense: MakeDense) -> None:
     overrides, judged = KEPT[name]
-    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
-    found = [
-        c
-        for c in receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode, **overrides)).comparisons
-        if c.router != "no"
-    ]
+    found = [c for c in made_once(make_dense, receipt=mode, **overrides).receipt.comparisons if c.router != "no"]
     for c in found:
         assert (c.limit is not None) == (c.router in judged and c.dtype == "float32")
         assert c.bitwise_due == (name == "copies" and c.router == "zero")
@@ -192,33 +199,34 @@ def test_a_limit_stands_only_where_the_function_is_kept(
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_granular_experts_of_a_drawn_router_cover_whole_copies(
-    mode: Any, make_dense: MakeDense, tmp_path: Path
-) -> None:
-    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
-    plan = make_mixture(dense, mixture, num_experts=8, k=4, kind="granular", granularity=2, receipt=mode)
-    found = receipt(dense, mixture, plan).comparisons
+def test_granular_experts_of_a_drawn_router_cover_whole_copies(mode: Any, make_dense: MakeDense) -> None:
+    found = made_once(make_dense, receipt=mode, **KEPT["granular"][0]).receipt.comparisons
     assert {c.group_coverage for c in found if c.router == "shipped"} == {1.0}
     assert all(c.rel <= ROUNDING_LIMIT for c in found if c.router == "shipped" and c.dtype == "float32")
 
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [
-        ("llama to mixtral", "whole"),
-        ("llama to mixtral", "layers"),
-        ("llama to granitemoe", "whole"),
-        ("qwen3", "whole"),
-    ],
+    each_shape(
+        [
+            ("llama to mixtral", "whole"),
+            ("llama to mixtral", "layers"),
+            ("llama to granitemoe", "whole"),
+            ("llama to granitemoe", "layers"),
+            ("qwen3", "whole"),
+            ("qwen3", "layers"),
+        ],
+        # experts apart and stacked, and in some layers alone
+        {"llama to mixtral, whole", "llama to mixtral, layers", "llama to granitemoe, layers", "qwen3, layers"},
+        name=", ".join,
+    ),
 )
 def test_rows_of_one_group_that_are_exchanged_with_anothers_are_refused(
     name: str, mode: Any, make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
-    granular = {"num_experts": 8, "k": 2, "kind": "granular", "granularity": 2}
-    plan = make_mixture(dense, mixture, receipt=mode, **granular | overrides)
-    receipt(dense, mixture, plan)
+    made = made_once(make_dense, name, receipt=mode, num_experts=8, k=2, kind="granular", granularity=2)
+    assert made.receipt
+    mixture = made.copy(tmp_path)
 
     def exchange(state: dict[str, torch.Tensor]) -> None:
         router = next(tensor for name, tensor in state.items() if tensor.shape == (8, 32) and ".1." in name)
@@ -233,7 +241,7 @@ def test_rows_of_one_group_that_are_exchanged_with_anothers_are_refused(
             " of the tokens are sent to parts of different copies, as router logits tie; raise "
             "upcycle.router.logit_std or change the seed"
         ),
-        refusal(dense, mixture, plan),
+        refusal(made.dense, mixture, made.plan),
     )
 
 
@@ -389,37 +397,30 @@ def test_a_width_that_grouped_mm_refuses_is_noted_and_the_rest_is_run(
             model(ids)
 
 
-@pytest.mark.parametrize("mode", ["whole", "layers"])
-@pytest.mark.parametrize(("window", "length"), [(12, 80), (100, 132), (150, 182)])
+@pytest.mark.parametrize(
+    ("window", "length", "mode"), [(12, 80, "whole"), (12, 80, "layers"), (100, 132, "layers"), (150, 182, "layers")]
+)
 def test_a_text_is_made_long_enough_to_cross_a_window(
-    window: int, length: int, mode: Any, make_dense: MakeDense, tmp_path: Path
+    window: int, length: int, mode: Any, make_dense: MakeDense
 ) -> None:
-    dense, mixture = (
-        make_dense(architecture="MistralForCausalLM", sliding_window=window, intermediate_size=EXACT),
-        tmp_path / "mixture",
-    )
-    found = receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode))
+    found = made_once(make_dense, "mistral", dense={"sliding_window": window}, receipt=mode).receipt
     assert not any("window" in note for note in found.notes)
     assert {c.num_tokens for c in found.comparisons if c.dtype == "float32"} == {length}
 
 
 @pytest.mark.parametrize("mode", ["whole", "layers"])
-def test_a_window_that_no_text_crosses_is_noted(mode: Any, make_dense: MakeDense, tmp_path: Path) -> None:
-    fields = {"architecture": "MistralForCausalLM", "sliding_window": 4096, "max_position_embeddings": 8192}
-    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
-    found = receipt(dense, mixture, make_mixture(dense, mixture, receipt=mode))
+def test_a_window_that_no_text_crosses_is_noted(mode: Any, make_dense: MakeDense) -> None:
+    fields = {"sliding_window": 4096, "max_position_embeddings": 8192}
+    found = made_once(make_dense, "mistral", dense=fields, receipt=mode).float32_receipt
     assert (
         "the text of 80 tokens does not cross the window of 4096; that it was kept is known from the config alone"
         in found.notes
     )
 
 
-def test_a_window_wider_than_the_context_needs_no_note(make_dense: MakeDense, tmp_path: Path) -> None:
-    dense, mixture = (
-        make_dense(architecture="MistralForCausalLM", sliding_window=4096, intermediate_size=EXACT),
-        tmp_path / "mixture",
-    )
-    assert receipt(dense, mixture, make_mixture(dense, mixture)).notes == ()
+def test_a_window_wider_than_the_context_needs_no_note(make_dense: MakeDense) -> None:
+    made = made_once(make_dense, "mistral", dense={"sliding_window": 4096}, receipt="whole")
+    assert made.float32_receipt.notes == ()
 
 
 # An encoder-decoder

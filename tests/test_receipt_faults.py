@@ -15,12 +15,15 @@ from receipts import (
     EXPERT,
     NUMBER,
     MakeDense,
+    made_once,
     make_gates_overflow,
     make_mixture,
+    read_in,
     receipt,
     refusal,
     rewrite,
 )
+from shapes import each_shape
 from transformers import AutoModelForCausalLM
 
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
@@ -28,14 +31,22 @@ from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
 # What rounds, or overflows, in the dense model itself
 
 
-@pytest.mark.parametrize("name", DECODERS)
+# Half a shared expert, folded norms, experts in some layers, a selection bias, and what hides no halves.
+@pytest.mark.parametrize(
+    "name",
+    each_shape(
+        DECODERS,
+        {"llama to mixtral", "mistral", "llama to granitemoeshared", "gemma", "qwen3", "llama to glm4_moe"},
+    ),
+)
 def test_small_outputs_whose_half_is_no_float16_number_are_no_fault(
-    name: str, make_dense: MakeDense, tmp_path: Path
+    name: str, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights as transformers draws them: FFN outputs lie below 1.2e-4, twice the smallest normal number of float16."""
-    fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(intermediate_size=EXACT, initializer_range=0.02, **fields), tmp_path / "mixture"
-    found = receipt(dense, mixture, make_mixture(dense, mixture, **overrides))
+    if name != "llama to mixtral":  # which is read in every dtype
+        read_in("float16", monkeypatch)
+    made = made_once(make_dense, name, dense={"initializer_range": 0.02})
+    found = receipt(made.dense, made.mixture, made.plan)
     halved = [c for c in found.comparisons if c.halves_bitwise]
     assert {(c.router, c.dtype) for c in halved} <= {("zero", "float16")}
     assert all(c.bitwise_due and not c.bitwise for c in halved)
@@ -49,8 +60,7 @@ def test_small_outputs_whose_half_is_no_float16_number_are_no_fault(
 def test_one_altered_row_is_refused_where_halves_are_rounded(
     name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # float32 would have found it before
-    monkeypatch.setattr("dense2moe.upcycle.building.receipt.DTYPES", {"float16": torch.float16})
+    read_in("float16", monkeypatch)  # float32 would have found it before
     fields, overrides = DECODERS[name]
     dense, mixture = (
         make_dense(torch.float16, intermediate_size=EXACT, initializer_range=0.02, **fields),
@@ -116,7 +126,10 @@ def test_a_dense_model_that_is_not_finite_in_float32_cannot_be_compared(
     assert message.endswith("), so nothing can be compared; the weights are broken; use others")
 
 
-def test_a_model_that_magnifies_rounding_is_held_to_its_own_noise(make_dense: MakeDense, tmp_path: Path) -> None:
+def test_a_model_that_magnifies_rounding_is_held_to_its_own_noise(
+    make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_in("float32", monkeypatch)
     fields = {"num_hidden_layers": 24, "initializer_range": 0.5, "hidden_size": 64, "intermediate_size": 96}
     dense, mixture = make_dense(**fields), tmp_path / "mixture"
     plan = make_mixture(dense, mixture)
@@ -152,24 +165,24 @@ def test_logits_that_are_all_zero_are_equal(mode: Any, make_dense: MakeDense, tm
     ("layer", "expert", "matrix"), [(0, 0, "w1"), (0, 1, "w3"), (0, 2, "w2"), (1, 3, "w1"), (1, 2, "w3"), (1, 0, "w2")]
 )
 def test_an_expert_altered_on_disk_is_refused(
-    layer: int, expert: int, matrix: str, dense_checkpoint: Path, tmp_path: Path
+    layer: int, expert: int, matrix: str, make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    mixture = tmp_path / "mixture"
-    plan = make_mixture(dense_checkpoint, mixture)
+    made = made_once(make_dense, dense={"intermediate_size": 48})
+    mixture = made.copy(tmp_path)
     rewrite(mixture, lambda state: state[EXPERT.format(layer=layer, expert=expert, matrix=matrix)].mul_(1.01))
     assert re.fullmatch(
         re.escape(f"{mixture}: shipped router, float32, eager experts, one long text: differs from the dense model by ")
         + NUMBER
         + re.escape("; at most 1e-05"),
-        refusal(dense_checkpoint, mixture, plan),
+        refusal(made.dense, mixture, made.plan),
     )
 
 
 def test_experts_altered_by_less_than_rounding_are_refused_where_torch_is_exact(
     make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    dense, mixture = make_dense(intermediate_size=EXACT), tmp_path / "mixture"
-    plan = make_mixture(dense, mixture)
+    made = made_once(make_dense, receipt="whole")
+    mixture = made.copy(tmp_path)
     # All four, for which two win the tie of a zero router is torch's choice.
     rewrite(
         mixture,
@@ -181,19 +194,19 @@ def test_experts_altered_by_less_than_rounding_are_refused_where_torch_is_exact(
         re.escape(f"{mixture}: zero router, float32, eager experts, one long text: differs from the dense model by ")
         + NUMBER
         + re.escape("; it must be bitwise equal"),
-        refusal(dense, mixture, plan),
+        refusal(made.dense, mixture, made.plan),
     )
 
 
-def test_a_weight_that_is_no_number_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
-    mixture = tmp_path / "mixture"
-    plan = make_mixture(dense_checkpoint, mixture)
+def test_a_weight_that_is_no_number_is_refused(make_dense: MakeDense, tmp_path: Path) -> None:
+    made = made_once(make_dense, receipt="whole")
+    mixture = made.copy(tmp_path)
     rewrite(mixture, lambda state: state["model.norm.weight"].fill_(float("nan")))
     message = (
         f"{mixture}: shipped router, float32, eager experts, one long text: differs from the dense model by "
         "nan; at most 1e-05"
     )
-    assert refusal(dense_checkpoint, mixture, plan) == message
+    assert refusal(made.dense, mixture, made.plan) == message
 
 
 @pytest.mark.parametrize(
@@ -205,8 +218,8 @@ def test_a_weight_that_is_no_number_is_refused(dense_checkpoint: Path, tmp_path:
         "model.norm.weight",
     ],
 )
-def test_anything_else_altered_on_disk_is_refused(name: str, dense_checkpoint: Path, tmp_path: Path) -> None:
-    mixture = tmp_path / "mixture"
-    plan = make_mixture(dense_checkpoint, mixture)
+def test_anything_else_altered_on_disk_is_refused(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
+    made = made_once(make_dense, receipt="whole")
+    mixture = made.copy(tmp_path)
     rewrite(mixture, lambda state: state[name].mul_(1.01))
-    assert "differs from the dense model by" in refusal(dense_checkpoint, mixture, plan)
+    assert "differs from the dense model by" in refusal(made.dense, mixture, made.plan)

@@ -19,27 +19,42 @@ from receipts import (
     NUMBER,
     WINDOW,
     MakeDense,
+    made_once,
     make_gates_overflow,
     make_mixture,
+    read_in,
     receipt,
     refusal,
     rewrite,
 )
 from safetensors.torch import load_file
+from shapes import each_shape
 from transformers import AutoModelForCausalLM
 
-from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT
 from dense2moe.upcycle.checkpoints.loaded import load_model
 
 # Layer by layer
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_every_decoder_family_passes_layer_by_layer(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
-    found = receipt(dense, mixture, make_mixture(dense, mixture, receipt="layers", **overrides))
+# One of each way in which a layer is built: plain, with a window in all of them or in some and a fused or biased
+# attention, with experts in some layers, folded norms, norms behind, multipliers, a shared expert, a selection bias.
+SHAPES = {
+    "llama to mixtral",
+    "llama to granitemoeshared",
+    "phi3",
+    "gemma",
+    "qwen2",
+    "qwen3",
+    "olmo2",
+    "granite",
+    "llama to glm4_moe",
+}
+
+
+@pytest.mark.parametrize("name", each_shape(DECODERS, SHAPES))
+def test_every_decoder_family_passes_layer_by_layer(name: str, make_dense: MakeDense) -> None:
+    found = made_once(make_dense, name, receipt="layers").receipt
     assert found.mode == "layers"
     assert "compared layer by layer: decoding with a cache and float16 were not run" in found.notes
     layers = [
@@ -62,11 +77,12 @@ def test_every_decoder_family_passes_layer_by_layer(name: str, make_dense: MakeD
         assert c.bitwise_due == (c.router != "shipped" and name not in inexact)
 
 
-@pytest.mark.parametrize("name", DECODERS)
-def test_every_decoder_family_passes_as_a_whole(name: str, make_dense: MakeDense, tmp_path: Path) -> None:
-    fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
-    found = receipt(dense, mixture, make_mixture(dense, mixture, receipt="whole", **overrides))
+# Whole models are built by transformers; what differs is whether bits must be equal, and which layers have experts.
+@pytest.mark.parametrize(
+    "name", each_shape(DECODERS, {"llama to mixtral", "gemma", "llama to granitemoeshared", "llama to glm4_moe"})
+)
+def test_every_decoder_family_passes_as_a_whole(name: str, make_dense: MakeDense) -> None:
+    found = made_once(make_dense, name, receipt="whole").receipt
     assert found.mode == "whole"
     assert len(found.comparisons) == 28
 
@@ -81,38 +97,21 @@ FAULTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def three_layers(
-    request: pytest.FixtureRequest, make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, UpcyclePlan]:
-    """A dense model of a family, its mixture, of which the receipt is good layer by layer, and the plan.
-
-    Shared: read only.
-    """
-    fields, overrides = DECODERS[request.param]
-    dense, mixture = (
-        make_dense(intermediate_size=EXACT, num_hidden_layers=3, **fields),
-        tmp_path_factory.mktemp("faultless") / "mixture",
-    )
-    plan = make_mixture(dense, mixture, receipt="layers", **overrides)
-    receipt(dense, mixture, plan)
-    return dense, mixture, plan
-
-
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("three_layers", ["llama to mixtral", "gemma", "qwen3", "olmo2"], indirect=True)
+@pytest.mark.parametrize("name", ["llama to mixtral", "gemma", "qwen3", "olmo2"])
 def test_a_fault_in_one_layer_is_named_by_that_layer(
-    three_layers: tuple[Path, Path, UpcyclePlan], fault: str, tmp_path: Path
+    name: str, fault: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dense, faultless, plan = three_layers
-    mixture = tmp_path / "mixture"
-    shutil.copytree(faultless, mixture)
+    read_in("float32", monkeypatch)
+    made = made_once(make_dense, name, dense={"num_hidden_layers": 3}, receipt="layers")
+    assert made.float32_receipt
+    mixture = made.copy(tmp_path)
     rewrite(mixture, FAULTS[fault])
     assert re.fullmatch(
         re.escape(f"{mixture}: shipped router, float32, eager experts, layer 1: differs from the dense model by ")
         + NUMBER
         + re.escape("; at most 1e-05"),
-        refusal(dense, mixture, plan),
+        refusal(made.dense, mixture, made.plan),
     )
 
 
@@ -147,12 +146,13 @@ def test_what_is_outside_the_layers_and_altered_on_disk_is_refused_layer_by_laye
 def test_a_multiplier_outside_the_layers_that_is_wrong_is_refused_layer_by_layer(
     name: str, field: str, part: str, make_dense: MakeDense, tmp_path: Path
 ) -> None:
-    fields, overrides = DECODERS[name]
-    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
-    plan = make_mixture(dense, mixture, receipt="layers", **overrides)
+    made = made_once(make_dense, name, receipt="layers")
+    mixture = made.copy(tmp_path)
     values = json.loads((mixture / "config.json").read_text())
     (mixture / "config.json").write_text(json.dumps(values | {field: 1.001 * values[field]}))
-    assert f"no router, float32, no experts, {part}: differs from the dense model by " in refusal(dense, mixture, plan)
+    assert f"no router, float32, no experts, {part}: differs from the dense model by " in refusal(
+        made.dense, mixture, made.plan
+    )
 
 
 def test_a_head_that_is_tied_on_one_side_alone_is_refused_layer_by_layer(make_dense: MakeDense, tmp_path: Path) -> None:
@@ -176,11 +176,19 @@ def store_another_head(directory: Path) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("mode", ["whole", "layers"])
-@pytest.mark.parametrize("name", [name for name in DECODERS if name != "gemma"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    each_shape(
+        [(name, mode) for name in DECODERS if name != "gemma" for mode in ("whole", "layers")],
+        # as a whole once, and layer by layer one of each target
+        {"llama to mixtral, whole"} | {f"{name}, layers" for name in SHAPES - {"gemma"}},
+        name=", ".join,
+    ),
+)
 def test_a_head_that_config_json_ties_and_transformers_does_not_is_kept(
-    name: str, mode: Any, make_dense: MakeDense, tmp_path: Path
+    name: str, mode: Any, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    read_in("float32", monkeypatch)
     fields, overrides = DECODERS[name]
     dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
     store_another_head(dense)
@@ -254,11 +262,11 @@ def test_what_is_missing_or_left_over_on_either_side_is_refused(
     fault: str, mode: Any, side: str, make_dense: MakeDense, tmp_path: Path
 ) -> None:
     change, reason = OUTSIDE[fault]
-    dense, mixture = make_dense(intermediate_size=EXACT, tie_word_embeddings=False), tmp_path / "mixture"
-    plan = make_mixture(dense, mixture, receipt=mode)
+    made = made_once(make_dense, dense={"tie_word_embeddings": False}, receipt=mode)
+    dense, mixture = Path(shutil.copytree(made.dense, tmp_path / "dense")), made.copy(tmp_path)
     changed = dense if side == "dense" else mixture
     rewrite(changed, change)
-    assert refusal(dense, mixture, plan) == f"{changed}: {reason}"
+    assert refusal(dense, mixture, made.plan) == f"{changed}: {reason}"
 
 
 def enlarge(size: float) -> Callable[[dict[str, torch.Tensor]], Any]:
@@ -310,10 +318,9 @@ def test_a_layer_that_adds_nothing_is_compared_too(make_dense: MakeDense, tmp_pa
 
 
 def test_a_config_that_lost_a_window_is_found_layer_by_layer(make_dense: MakeDense, tmp_path: Path) -> None:
-    fields, _ = DECODERS["mistral"]
-    dense, mixture = make_dense(intermediate_size=EXACT, **fields), tmp_path / "mixture"
-    plan = make_mixture(dense, mixture, receipt="layers")
+    made = made_once(make_dense, "mistral", receipt="layers")
+    mixture = made.copy(tmp_path)
     path = mixture / "config.json"
     assert '"sliding_window": 12' in path.read_text()
     path.write_text(path.read_text().replace('"sliding_window": 12', '"sliding_window": null'))
-    assert "layer 0: differs from the dense model by" in refusal(dense, mixture, plan)
+    assert "layer 0: differs from the dense model by" in refusal(made.dense, mixture, made.plan)
