@@ -24,13 +24,13 @@ from dense2moe.export.quantization.blockwise import (
     round_to,
     search_scales,
 )
-from dense2moe.export.quantization.gptq import Moments, prepare_moments, quantize_together
+from dense2moe.export.quantization.gptq import InputMoments, prepare_moments, quantize_together
 
 _BLOCK = 32
 _PASSES = 3
 
 
-def quantize_plainly(weight: torch.Tensor, moments: Moments, bits: int) -> Quantized:
+def quantize_plainly(weight: torch.Tensor, moments: InputMoments, bits: int) -> Quantized:
     """GPTQ and coordinate descent as formulas say it: one column after the other, and whatever it changes at once."""
     h, factor = moments.damped, moments.factor
     target = cut(weight, _BLOCK).flatten(1)
@@ -66,13 +66,13 @@ def quantize_plainly(weight: torch.Tensor, moments: Moments, bits: int) -> Quant
     )
 
 
-def loss(weight: torch.Tensor, moments: Moments, quantized: Quantized, bits: int) -> float:
+def loss(weight: torch.Tensor, moments: InputMoments, quantized: Quantized, bits: int) -> float:
     """The error of the outputs, by the damped moments, in float64."""
     error = (weight - dequantize(quantized, weight.shape[1], bits)).double()
     return float(((error @ moments.damped.double()[: moments.width, : moments.width]) * error).sum())
 
 
-def draw_moments(width: int, generator: torch.Generator) -> Moments:
+def draw_moments(width: int, generator: torch.Generator) -> InputMoments:
     """Of inputs that depend on each other and differ in size."""
     inputs = (
         torch.randn(4 * width, width, generator=generator) @ torch.randn(width, width, generator=generator) / width**0.5
@@ -96,10 +96,10 @@ def main(hidden: int, inner: int, experts: int, bits: str, rounds: int) -> None:
         moments = [own[number * experts // count] for number in range(count)]
         weights = [torch.randn(height, columns, generator=generator) / columns**0.5 for _ in range(count)]
 
-        def together(weights: list[torch.Tensor] = weights, moments: list[Moments] = moments) -> list[Quantized]:
+        def together(weights: list[torch.Tensor] = weights, moments: list[InputMoments] = moments) -> list[Quantized]:
             return quantize_together(weights, moments, width, _BLOCK)
 
-        def plainly(weights: list[torch.Tensor] = weights, moments: list[Moments] = moments) -> list[Quantized]:
+        def plainly(weights: list[torch.Tensor] = weights, moments: list[InputMoments] = moments) -> list[Quantized]:
             return [quantize_plainly(weight, of, width) for weight, of in zip(weights, moments, strict=True)]
 
         contenders: dict[str, Callable[[], list[Quantized]]] = {"GPTQ": together, "plain loop": plainly}

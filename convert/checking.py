@@ -32,7 +32,7 @@ from dense2moe.upcycle.training.fine_tuning import check_finetune
 from dense2moe.upcycle.training.footprint import finetune_bytes
 
 _OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
-Shapes = Mapping[str, tuple[int, ...]]
+TensorShapes = Mapping[str, tuple[int, ...]]
 
 
 def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
@@ -172,7 +172,7 @@ def _digest(file: Path) -> str:
 
 
 def _estimate_artifacts(
-    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: Shapes, loaded: LoadedRecipe, is_exported: bool
+    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: TensorShapes, loaded: LoadedRecipe, is_exported: bool
 ) -> dict[str, int]:
     """Bytes of the large artifacts, by label."""
     recipe = loaded.recipe
@@ -191,7 +191,7 @@ def _estimate_artifacts(
 def _estimate_memory(
     checkpoint: Checkpoint,
     plan: UpcyclePlan,
-    shapes: Shapes,
+    shapes: TensorShapes,
     loaded: LoadedRecipe,
     sizes: Mapping[str, int],
     text_bytes: int,

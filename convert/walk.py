@@ -38,7 +38,7 @@ BREACHES = "breaches"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """A run's result: artifacts by label, in order, and broken limits."""
 
     artifacts: dict[str, Artifact]
@@ -56,7 +56,7 @@ def run_pipeline(
     until: str,
     display: ProgressDisplay,
     pipeline: tuple[Stage, ...] = PIPELINE,
-) -> Outcome | None:
+) -> RunOutcome | None:
     """Run every stage up to `until`.
 
     Finished artifacts are reused, and an unfinished one is begun again, or taken up where its stage can be. Under
@@ -101,7 +101,7 @@ def run_pipeline(
         tell(_NO_MORE_WORK)
         breaches = tuple(walk.breaches())
         walk.record("breached" if breaches else "finished")
-        return Outcome(walk.artifacts, breaches)
+        return RunOutcome(walk.artifacts, breaches)
 
 
 def refuse_beyond_last_stage(preparation: Preparation, until: str, names: Sequence[str]) -> None:

@@ -44,7 +44,7 @@ Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
-class Measured(Generic[Found]):
+class ProcessResult(Generic[Found]):
     """A function's result, and its process's peak resident memory in bytes."""
 
     found: Found
@@ -103,7 +103,7 @@ def start_server() -> None:
 
 def run_apart(
     function: Callable[[Argument, Progress], Found], argument: Argument, label: str, held: int, progress: Progress
-) -> Measured[Found]:
+) -> ProcessResult[Found]:
     """The result of `function(argument)` in a process of its own.
 
     The argument and the result must be picklable. `held` is a file that is kept open.
@@ -151,7 +151,7 @@ def _listen(
     process: multiprocessing.process.BaseProcess,
     label: str,
     progress: Progress,
-) -> Measured[Any]:
+) -> ProcessResult[Any]:
     while True:
         try:
             message = receiver.recv()
@@ -164,7 +164,7 @@ def _listen(
                 "same command goes on from there"
             ) from None
         match message:
-            case Measured():
+            case ProcessResult():
                 return message
             case _Failure():
                 raise _link(message)
@@ -196,7 +196,7 @@ def _work(
     logging.disable_progress_bar()
     try:
         found = function(argument, lambda *said: sender.send(said))
-        sender.send(Measured(found, peak_resident_bytes()))
+        sender.send(ProcessResult(found, peak_resident_bytes()))
     except BaseException as error:
         with suppress(ConnectionError):  # the run is gone
             sender.send(_Failure(tuple(map(_portable, _causes(error))), traceback.format_exc()))

@@ -23,7 +23,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dense2moe.convert.cli import main
-from dense2moe.convert.worker import Measured, start_server
+from dense2moe.convert.worker import ProcessResult, start_server
 
 _PATIENCE = 600  # seconds
 
@@ -45,8 +45,8 @@ def stages_here() -> Iterator[None]:
     What processes of their own are for is shown elsewhere, and they cost more than most stages of tiny models.
     """
 
-    def run_here(function: Callable[..., Any], argument: Any, _: str, __: int, progress: Any) -> Measured[Any]:
-        return Measured(function(argument, progress), 0)
+    def run_here(function: Callable[..., Any], argument: Any, _: str, __: int, progress: Any) -> ProcessResult[Any]:
+        return ProcessResult(function(argument, progress), 0)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dense2moe.convert.walk.run_apart", run_here)

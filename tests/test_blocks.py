@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import TextData
-from dense2moe.upcycle.data.documents import Piece
+from dense2moe.upcycle.data.documents import DocumentPiece
 from dense2moe.upcycle.data.files import text_files
 from dense2moe.upcycle.data.held_out import SPLITS
 from dense2moe.upcycle.data.packing import choose_evenly, encode_documents
@@ -245,7 +245,7 @@ def test_a_limit_tokenizes_a_part_taken_evenly(
     read = 0
 
     def encode(tokenizer: Any, pieces: Any) -> Any:
-        def count() -> Iterator[Piece]:
+        def count() -> Iterator[DocumentPiece]:
             nonlocal read
             for piece in pieces:
                 read += len(piece.text)

@@ -20,7 +20,7 @@ from test_journal import run as quantize
 from training_runs import CONFIG, make_data, quiet
 
 from dense2moe.convert.artifact.manifest import open_artifact
-from dense2moe.convert.worker import Measured
+from dense2moe.convert.worker import ProcessResult
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard_damage, is_kept, keep, make, read_facts
 from dense2moe.upcycle.training.config import FinetuneConfig, TrainingPhase
 from dense2moe.upcycle.training.fine_tuning import finetune
@@ -312,13 +312,13 @@ def test_a_run_says_what_was_damaged_and_succeeds(
     def run() -> Any:
         return dense2moe("run", recipe, "--workdir", work, "--until", "finetune")
 
-    def run_here(function: Any, argument: Any, label: str, held: int, progress: Any) -> Measured[Any]:
+    def run_here(function: Any, argument: Any, label: str, held: int, progress: Any) -> ProcessResult[Any]:
         def watch(what: str, done: int, total: int) -> None:
             if what.startswith("training fine-tuned") and done == killed_at:
                 raise KeyboardInterrupt
             progress(what, done, total)
 
-        return Measured(function(argument, watch), 0)
+        return ProcessResult(function(argument, watch), 0)
 
     monkeypatch.setattr("dense2moe.convert.walk.run_apart", run_here)
     killed_at = 3

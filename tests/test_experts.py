@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dense2moe.upcycle.building.experts import (
-    Moments,
+    ElementMoments,
     add_noise,
     choose_neurons,
     measure_moments,
@@ -37,7 +37,7 @@ def test_moments_of_chunks_are_those_of_the_whole_weight(
 
 
 def test_moments_of_two_numbers_are_known() -> None:
-    assert measure_moments([torch.tensor([1.0]), torch.tensor([[5.0]])]) == Moments(3.0, 2.0)
+    assert measure_moments([torch.tensor([1.0]), torch.tensor([[5.0]])]) == ElementMoments(3.0, 2.0)
 
 
 def test_a_constant_weight_has_no_deviation() -> None:
@@ -47,7 +47,7 @@ def test_a_constant_weight_has_no_deviation() -> None:
 
 @pytest.mark.parametrize("chunks", [[], [torch.empty(0, 4)]])
 def test_a_weight_without_elements_has_moments_of_zero(chunks: list[torch.Tensor]) -> None:
-    assert measure_moments(chunks) == Moments(0.0, 0.0)
+    assert measure_moments(chunks) == ElementMoments(0.0, 0.0)
 
 
 # Noise
@@ -106,7 +106,7 @@ def test_every_neuron_is_chosen_as_often_as_any_other() -> None:
 def test_redrawn_neurons_have_the_moments_given_and_the_others_their_bits(axis: int) -> None:
     weight = weight_of(200, 200, std=5.0)
     mask = choose_neurons(200, 0.5, seeded_generator(0, "neurons"))
-    found = redraw_neurons(weight, mask, axis, Moments(0.7, 0.02), seeded_generator(0, "a"))
+    found = redraw_neurons(weight, mask, axis, ElementMoments(0.7, 0.02), seeded_generator(0, "a"))
     kept, drawn = (found[~mask], found[mask]) if axis == 0 else (found[:, ~mask], found[:, mask])
     assert torch.equal(kept, weight[~mask] if axis == 0 else weight[:, ~mask])
     # 20000 draws: the standard errors are .5 % of the deviation for it and .7 % of it for the mean.
@@ -120,14 +120,16 @@ def test_redrawn_neurons_have_the_moments_given_and_the_others_their_bits(axis: 
 def test_redrawing_leaves_its_input_as_it_was(axis: int) -> None:
     weight = weight_of(4, 4)
     before = weight.clone()
-    redraw_neurons(weight, torch.tensor([True, False, True, False]), axis, Moments(0.0, 1.0), seeded_generator(0, "a"))
+    redraw_neurons(
+        weight, torch.tensor([True, False, True, False]), axis, ElementMoments(0.0, 1.0), seeded_generator(0, "a")
+    )
     assert torch.equal(weight, before)
 
 
 def test_redrawing_nothing_is_the_very_tensor() -> None:
     weight = torch.ones(2, 2)
     assert (
-        redraw_neurons(weight, torch.zeros(2, dtype=torch.bool), 0, Moments(0.0, 1.0), seeded_generator(0, "a"))
+        redraw_neurons(weight, torch.zeros(2, dtype=torch.bool), 0, ElementMoments(0.0, 1.0), seeded_generator(0, "a"))
         is weight
     )
 
@@ -148,6 +150,6 @@ def test_the_global_generator_has_no_part_in_what_is_drawn() -> None:
             torch.manual_seed(global_seed)
             weight, mask = torch.ones(4, 4), choose_neurons(4, 0.5, seeded_generator(0, "a"))
             noisy = add_noise(weight, 1.0, 1.0, seeded_generator(0, "b"))
-            return [mask, noisy, redraw_neurons(weight, mask, 0, Moments(0.0, 1.0), seeded_generator(0, "c"))]
+            return [mask, noisy, redraw_neurons(weight, mask, 0, ElementMoments(0.0, 1.0), seeded_generator(0, "c"))]
 
     assert all(torch.equal(one, other) for one, other in zip(draw(1), draw(2), strict=True))

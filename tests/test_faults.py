@@ -19,7 +19,7 @@ from dense2moe.export.package import write_package
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.inside.meter import LEAST_NOISE
 from dense2moe.export.parity.judgement import check_parity
-from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.place import PlacePart
 from dense2moe.export.parity.records import TIERS, Parity, ProviderParity
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -141,7 +141,7 @@ def test_a_right_export_raises_no_alarm_and_keeps_its_distance(tmp_path: Path, s
     result, breaches = benchmark.judge(seed, tmp_path)
     assert breaches == ()
     ratios = benchmark.find_ratios(result)
-    assert set(ratios) <= {"logits", *get_args(Part)}
+    assert set(ratios) <= {"logits", *get_args(PlacePart)}
     assert max(ratios.values()) < ParityConfig().noise_multiple / 2
     assert min(ratios["logits"], ratios["experts"]) > 0.1  # a noise that is far too large would hide faults
     assert all(place.noise is None or place.noise < 20 * LEAST_NOISE for place in result.places)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dense2moe.upcycle.building.config import Domain, ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, RouterDomain, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.surgery import upcycle
@@ -58,18 +58,18 @@ def write(alphabet: str, length: int, seed: int = 0) -> str:
     return "".join(random.Random(seed).choices(alphabet, k=length))
 
 
-def domains(length: int = 300, seed: int = 0) -> tuple[Domain, ...]:
+def domains(length: int = 300, seed: int = 0) -> tuple[RouterDomain, ...]:
     """Four domains that share no letter.
 
     Each has two texts, of lengths that differ from each other and over the domains.
     """
     return tuple(
-        Domain(prompts=(write(letters, length // (number + 1), seed), write(letters, length // 4, seed + 1)))
+        RouterDomain(prompts=(write(letters, length // (number + 1), seed), write(letters, length // 4, seed + 1)))
         for number, letters in enumerate(ALPHABETS)
     )
 
 
-def settings(kind: str, num_experts: int = 4, given: tuple[Domain, ...] = (), **overrides: Any) -> UpcycleConfig:
+def settings(kind: str, num_experts: int = 4, given: tuple[RouterDomain, ...] = (), **overrides: Any) -> UpcycleConfig:
     router = {name: overrides.pop(name) for name in ("max_tokens", "penalty", "logit_std") if name in overrides}
     return UpcycleConfig(num_experts=num_experts, router=RouterConfig(kind=kind, domains=given, **router), **overrides)
 
@@ -163,7 +163,7 @@ def test_a_mean_over_padding_too_would_show(make_dense: MakeDense) -> None:
 
 
 def test_a_domain_is_read_up_to_max_tokens_in_rows_of_512(dense_checkpoint: Path) -> None:
-    texts = tuple(Domain(prompts=(write(letters, 700), write(letters, 900, 1))) for letters in ALPHABETS)
+    texts = tuple(RouterDomain(prompts=(write(letters, 700), write(letters, 900, 1))) for letters in ALPHABETS)
     found = read(dense_checkpoint, settings("prototypes", given=texts, max_tokens=1000))
     rows = [cut(domain.prompts, dense_checkpoint, 1000) for domain in texts]
     assert [sum(map(len, domain)) for domain in rows] == [1000] * 4
@@ -179,10 +179,10 @@ def test_prompts_and_files_are_read_in_turn(dense_checkpoint: Path, tmp_path: Pa
     for number, (prompt, *files) in enumerate(texts):
         for place, file in enumerate(files):
             (tmp_path / f"{number}-{place}.txt").write_text(file, encoding="utf-8")
-        given.append(Domain(prompts=(prompt,), files=(f"{number}-*.txt",)))
+        given.append(RouterDomain(prompts=(prompt,), files=(f"{number}-*.txt",)))
     from_files = read(dense_checkpoint, settings("prototypes", given=tuple(given)), base=tmp_path)
     from_prompts = read(
-        dense_checkpoint, settings("prototypes", given=tuple(Domain(prompts=tuple(prompts)) for prompts in texts))
+        dense_checkpoint, settings("prototypes", given=tuple(RouterDomain(prompts=tuple(prompts)) for prompts in texts))
     )
     assert from_files.num_tokens == from_prompts.num_tokens
     assert all(torch.equal(router, from_prompts.routers[site]) for site, router in from_files.routers.items())
@@ -419,14 +419,14 @@ def test_no_text_at_all_to_cluster_is_refused(dense_checkpoint: Path) -> None:
 
 
 def test_a_domain_whose_files_are_not_there_is_refused_by_its_number(dense_checkpoint: Path, tmp_path: Path) -> None:
-    given = (*domains()[:3], Domain(files=("absent/*.txt",)))
+    given = (*domains()[:3], RouterDomain(files=("absent/*.txt",)))
     message = refusal(dense_checkpoint, settings("prototypes", given=given), base=tmp_path)
     assert message.startswith("upcycle.router.domains[3].files: 'absent/*.txt' matches no file")
 
 
 def test_a_file_that_is_not_utf8_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    given = (*domains()[:3], Domain(files=("latin.txt",)))
+    given = (*domains()[:3], RouterDomain(files=("latin.txt",)))
     message = refusal(dense_checkpoint, settings("prototypes", given=given), base=tmp_path)
     assert message == f"{tmp_path / 'latin.txt'}: not UTF-8 at byte 3; convert it"
 
@@ -436,7 +436,7 @@ def test_a_file_without_text_is_refused(text: str, dense_checkpoint: Path, tmp_p
     """And does not count as the one <s> of the tokenizer, though another file of its domain has text."""
     (tmp_path / "0.txt").write_text("some text")
     (tmp_path / "1.txt").write_text(text)
-    given = (domains()[0], Domain(files=("*.txt",)), *domains()[2:])
+    given = (domains()[0], RouterDomain(files=("*.txt",)), *domains()[2:])
     message = refusal(dense_checkpoint, settings("prototypes", given=given), base=tmp_path)
     assert (
         message
@@ -455,7 +455,7 @@ def test_a_domain_without_tokens_is_refused_by_its_number(dense_checkpoint: Path
         "post_processor": None,
     }
     path.write_text(json.dumps(json.loads(path.read_text()) | deaf))
-    given = (domains()[0], Domain(prompts=("???",)), *domains()[2:])
+    given = (domains()[0], RouterDomain(prompts=("???",)), *domains()[2:])
     message = refusal(source, settings("ridge", given=given), base=tmp_path)
     assert message == "upcycle.router.domains[1]: its text has no tokens; give other prompts or files"
 

@@ -47,3 +47,25 @@ def test_a_first_line_is_a_whole_sentence() -> None:
         if "\n" in paragraph
     }
     assert open_ended == set()
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    """Classes and aliases of types that a module defines; a `TypeVar` is none of them."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = {target.id for target in targets if isinstance(target, ast.Name)}
+            is_variable = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar"
+            yield from (name for name in names if name[0].isupper() and not name.isupper() and not is_variable)
+
+
+def test_no_public_class_name_is_defined_twice() -> None:
+    """One word, one meaning: a record's name says what it is, wherever it is read."""
+    places: dict[str, list[str]] = {}
+    for path in MODULES:
+        for name in public_names(ast.parse(path.read_text(encoding="utf-8"))):
+            if not name.startswith("_"):
+                places.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}

@@ -10,7 +10,7 @@ import pytest
 from scipy import stats
 
 from dense2moe.export.errors import ExportError
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile, read_task, read_tasks
+from dense2moe.export.parity.answers.examples import Answer, MultipleChoice, Similarity, TaskFile, read_task, read_tasks
 from dense2moe.export.parity.answers.scores import (
     answer_f1,
     is_exact,
@@ -24,7 +24,7 @@ from tests.task_examples import ANSWERS, CHOICES, PAIRS, write_task
 
 
 def test_a_file_says_by_its_keys_what_kind_of_task_it_is(tmp_path: Path) -> None:
-    kinds: dict[TaskKind, Sequence[Choice | Answer | Similarity]] = {
+    kinds: dict[TaskKind, Sequence[MultipleChoice | Answer | Similarity]] = {
         "choice": CHOICES,
         "answer": ANSWERS,
         "similarity": PAIRS,
@@ -35,8 +35,8 @@ def test_a_file_says_by_its_keys_what_kind_of_task_it_is(tmp_path: Path) -> None
 
 def test_a_right_choice_is_named_by_its_text_or_its_place() -> None:
     assert (
-        Choice(prompt="", choices=("a", "b"), answer="b").right
-        == Choice(prompt="", choices=("a", "b"), answer=1).right
+        MultipleChoice(prompt="", choices=("a", "b"), answer="b").right
+        == MultipleChoice(prompt="", choices=("a", "b"), answer=1).right
         == 1
     )
 

@@ -28,9 +28,9 @@ from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
 from dense2moe.export.parity.answers.evaluation import score_task
-from dense2moe.export.parity.answers.examples import Choice, Similarity, TaskFile
+from dense2moe.export.parity.answers.examples import MultipleChoice, Similarity, TaskFile
 from dense2moe.export.parity.answers.outcome import (
-    Outcome,
+    ModelAnswer,
     PackageModel,
     ScoredRow,
     TorchModel,
@@ -81,7 +81,7 @@ def load(directory: Path) -> MixtralForCausalLM:
     return MixtralForCausalLM.from_pretrained(directory, experts_implementation="eager").eval()
 
 
-def both_models(package: Path, task: TaskFile, num_tokens: int = 8) -> list[list[Outcome] | None]:
+def both_models(package: Path, task: TaskFile, num_tokens: int = 8) -> list[list[ModelAnswer] | None]:
     tokenizer = AutoTokenizer.from_pretrained(package)
     encoded = encode_task(task, tokenizer, GENERATION, CONTEXT, num_tokens)
     with open_reference(package.parent / "twin") as reference:
@@ -119,7 +119,7 @@ def test_a_choice_is_scored_from_where_its_tokens_leave_the_prompt(tiny_tokenize
 
     So that they are scored on the same text.
     """
-    example = Choice(prompt="Licens", choices=("e", "ing terms"), answer=0)
+    example = MultipleChoice(prompt="Licens", choices=("e", "ing terms"), answer=0)
     prompt = tuple(tiny_tokenizer("Licens").input_ids)
     whole = [tuple(tiny_tokenizer("Licens" + choice).input_ids) for choice in example.choices]
     assert whole[0][: len(prompt)] != prompt  # "License" is a token, or ends in one that covers both
@@ -131,14 +131,14 @@ def test_a_choice_is_scored_from_where_its_tokens_leave_the_prompt(tiny_tokenize
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    long = Choice(prompt="work " * 20, choices=(" the", " of"), answer=0)
+    long = MultipleChoice(prompt="work " * 20, choices=(" the", " of"), answer=0)
     (row, _), *_ = encode_task(TaskFile("t", "choice", (long, long)), tiny_tokenizer, GENERATION, 16, 8).rows
     whole = tiny_tokenizer(long.prompt + " the").input_ids
     assert len(row.fed) == 16
     assert row.ids == tuple(whole[-17:])
     with pytest.raises(ExportError, match=r"task 't', example 1: a choice has .* tokens; the model's context holds 4"):
         encode_task(
-            TaskFile("t", "choice", (Choice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2),
+            TaskFile("t", "choice", (MultipleChoice(prompt="a", choices=("derivative works", "b"), answer=0),) * 2),
             tiny_tokenizer,
             GENERATION,
             4,
@@ -160,7 +160,7 @@ def test_a_prompt_that_is_too_long_loses_its_beginning_and_a_choice_is_refused(
 
 def test_an_empty_prompt_needs_a_token_that_starts_a_text(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     """With none before it the first token of a choice would count in no score."""
-    task = TaskFile("t", "choice", (Choice(prompt="", choices=("a", "b"), answer=0),) * 2)
+    task = TaskFile("t", "choice", (MultipleChoice(prompt="", choices=("a", "b"), answer=0),) * 2)
     assert {row.start for rows in encode_task(task, tiny_tokenizer, GENERATION, CONTEXT, 8).rows for row in rows} == {1}
     startless = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(tiny_tokenizer.backend_tokenizer.to_str()), eos_token="</s>"

@@ -13,7 +13,7 @@ from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.forward import Forward
 from dense2moe.export.parity.limits import configured_limits, noise_limit
-from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.place import PlacePart
 from dense2moe.export.parity.records import (
     Agreement,
     Check,
@@ -225,7 +225,9 @@ def test_what_is_known_of_a_place_s_weights_says_where_to_look() -> None:
     assert advise(replace(WRONG, part="attention", first_position=1), right).startswith(
         "a token that reads itself alone is right"
     )
-    assert {advise(replace(WRONG, part=part), "not judged").startswith("look at ") for part in get_args(Part)} == {True}
+    assert {advise(replace(WRONG, part=part), "not judged").startswith("look at ") for part in get_args(PlacePart)} == {
+        True
+    }
 
 
 def test_logits_that_are_no_numbers_are_no_logits_that_are_left_out() -> None:

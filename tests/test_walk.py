@@ -19,7 +19,7 @@ from dense2moe.convert.planning import plan_artifacts
 from dense2moe.convert.preparation import StageRun
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.recipe.loading import load_recipe
-from dense2moe.convert.walk import Outcome, run_pipeline
+from dense2moe.convert.walk import RunOutcome, run_pipeline
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def run(
     workdir: Path,
     until: str = "report",
     stages: tuple[Stage, ...] = MERGED_AND_ENSEMBLE,
-) -> Outcome:
+) -> RunOutcome:
     with ProgressDisplay() as display:
         outcome = run_pipeline(preparation, workdir, until, display, stages)
     assert outcome is not None

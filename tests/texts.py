@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dense2moe.upcycle.data import texts as texts_module
 from dense2moe.upcycle.data.config import DataConfig, DataSource, TextData
-from dense2moe.upcycle.data.documents import Piece
+from dense2moe.upcycle.data.documents import DocumentPiece
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.errors import UpcycleError
 
@@ -65,7 +65,7 @@ def read_texts(source: DataSource, base: Path) -> Read:
     return Read(whole, found.facts)
 
 
-def join_pieces(pieces: Iterator[Piece]) -> Iterator[str]:
+def join_pieces(pieces: Iterator[DocumentPiece]) -> Iterator[str]:
     text = ""
     for piece in pieces:
         assert piece.first == (text == "")

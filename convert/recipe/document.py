@@ -50,7 +50,7 @@ class _CoreResolver(VersionedResolver):
         return super().resolve(kind, value, (False, False))
 
 
-class Document:
+class YamlDocument:
     """A YAML file as plain values, with lines and mistakes.
 
     The line of every key, and the mistakes found so far.

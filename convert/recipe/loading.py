@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.recipe.document import Document
+from dense2moe.convert.recipe.document import YamlDocument
 from dense2moe.convert.recipe.records import Recipe
 from dense2moe.convert.recipe.refusals import explain
 
@@ -33,7 +33,7 @@ def load_recipe(path: Path) -> LoadedRecipe:
         RecipeError: with one line `FILE:LINE: KEY: what is; what must be` for each mistake in the file.
     """
     text = _read_text(path)
-    document = Document(path, text)
+    document = YamlDocument(path, text)
     try:
         recipe = Recipe.model_validate(document.values)
     except ValidationError as error:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import re
 
-from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.place import PlacePart
 from dense2moe.export.parity.records import PlaceCheck, WeightsCheck
 
 _NORM = "epsilon, whether 1 is added to the weight, and which values it reads"
-_LOOK_AT: dict[Part, str] = {
+_LOOK_AT: dict[PlacePart, str] = {
     "embedding": "a factor behind the lookup, and at the ids that it reads",
     "attention norm": _NORM,
     "query, key and value": "the order of their rows, biases, and norms of query and key",
@@ -27,7 +27,7 @@ _LOOK_AT: dict[Part, str] = {
     "final norm": _NORM,
     "head": "a factor, a cap or a bias behind it",
 }
-_WEIGHTS: dict[Part, str] = {
+_WEIGHTS: dict[PlacePart, str] = {
     "embedding": r"^the embedding$",
     "attention norm": r"norm$",
     "query, key and value": r"attention's (q|k|v)\w*$",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-Part = Literal[
+PlacePart = Literal[
     "embedding",
     "attention norm",
     "query, key and value",
@@ -19,26 +19,26 @@ Part = Literal[
     "final norm",
     "head",
 ]
-PARTS: tuple[Part, ...] = get_args(Part)
+PARTS: tuple[PlacePart, ...] = get_args(PlacePart)
 """In the order in which a forward pass comes to them."""
 
 OUTSIDE = -1
 """The layer of what is outside of layers."""
 
-Place = tuple[int, Part]
-ATTENTION_PARTS: tuple[Part, ...] = ("query, key and value", "attention")
+Place = tuple[int, PlacePart]
+ATTENTION_PARTS: tuple[PlacePart, ...] = ("query, key and value", "attention")
 """What shows of a way of feeding: positions, masks and the cache."""
 
 
 OWN_INPUT = ", on the graph's own input"
 
 
-def name_place(layer: int, part: Part) -> str:
+def name_place(layer: int, part: PlacePart) -> str:
     """A place in words."""
     return _NAMES.get(part, part) if layer < 0 else f"layer {layer}, {_NAMES.get(part, part)}"
 
 
-_NAMES: dict[Part, str] = {
+_NAMES: dict[PlacePart, str] = {
     "embedding": "the embedding",
     "head": "the head",
     "final norm": "the final norm",

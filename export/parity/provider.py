@@ -38,7 +38,7 @@ from dense2moe.export.parity.taps import Seen, Taps, find_taps
 from dense2moe.export.parity.ties import TIE_MARGIN
 from dense2moe.export.parity.verdicts import MOST_TIES, NO_TWIN, explain_unjudged, find_breaches, judge_tiers
 from dense2moe.export.parity.ways.cases import plan_cases
-from dense2moe.export.parity.ways.feeding import Errors, Watch, own_noise, run_cases, run_cases_alone
+from dense2moe.export.parity.ways.feeding import CaseWatch, Errors, own_noise, run_cases, run_cases_alone
 from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.parity.weights.rows import FoundWeights, check_weights
@@ -265,7 +265,7 @@ class ProviderJudgement:
             self.config,
         )
         tell = _teller(self.progress, "checking logits", len(cases))
-        watch = Watch(places.way_names, places.look_inside, tie_margin, tell)
+        watch = CaseWatch(places.way_names, places.look_inside, tie_margin, tell)
         if self.subject.exact:
             return run_cases(decoder, reference, cases, watch)
         routers = [

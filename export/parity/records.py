@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from dense2moe.export.parity.place import Part
+from dense2moe.export.parity.place import PlacePart
 from dense2moe.upcycle.tasks.figure import Figure
 
 Tier = Literal["weights", "operator", "layer", "logits", "language", "task", "routing", "files"]
@@ -97,7 +97,7 @@ class PlaceCheck:
     """
 
     layer: int
-    part: Part
+    part: PlacePart
     error: float
     limit: float
     noise: float | None

@@ -15,7 +15,7 @@ import onnx
 import torch
 
 from dense2moe.export import names as value_names
-from dense2moe.export.parity.place import OUTSIDE, Part, Place
+from dense2moe.export.parity.place import OUTSIDE, Place, PlacePart
 from dense2moe.export.runtime.decoder import Decoder
 
 
@@ -38,11 +38,11 @@ class Taps:
         """The names of all places."""
         return tuple(dict.fromkeys(name for names in self.names.values() for name in names))
 
-    def by_layer(self, part: Part) -> list[tuple[int, str]]:
+    def by_layer(self, part: PlacePart) -> list[tuple[int, str]]:
         """Layers that show a part, and its name there."""
         return [(layer, names[0]) for (layer, own), names in self.names.items() if own == part]
 
-    def of_layers(self, parts: Sequence[Part]) -> tuple[str, ...]:
+    def of_layers(self, parts: Sequence[PlacePart]) -> tuple[str, ...]:
         """Names of these parts in all layers."""
         return tuple(name for (_, part), names in self.names.items() if part in parts for name in names)
 

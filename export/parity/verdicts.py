@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from dense2moe.export.parity.advice import advise
 from dense2moe.export.parity.limits import gap_limit
-from dense2moe.export.parity.place import OUTSIDE, OWN_INPUT, Part, name_place
+from dense2moe.export.parity.place import OUTSIDE, OWN_INPUT, PlacePart, name_place
 from dense2moe.export.parity.records import TIERS, Check, Limit, PlaceCheck, ProviderParity, TaskCheck, Tier
 from dense2moe.upcycle.tasks.figure import Figure
 
@@ -79,7 +79,7 @@ def _layer(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     """
     if isinstance(result.places, str):
         return
-    wrong: dict[Part, list[PlaceCheck]] = {}
+    wrong: dict[PlacePart, list[PlaceCheck]] = {}
     for check in result.places:
         if not check.is_right and check.part not in ("router", "experts"):
             wrong.setdefault(check.part, []).append(check)

@@ -58,7 +58,7 @@ A block of their columns fits into a core's cache, and a step takes longer than 
 
 
 @dataclass(frozen=True)
-class Moments:
+class InputMoments:
     """Second moments of matrix inputs for GPTQ, padded to whole blocks.
 
     Damped X'X, the factor of its inverse, X'X's own diagonal.
@@ -70,7 +70,7 @@ class Moments:
     width: int
 
 
-def prepare_moments(hessian: torch.Tensor, block_size: int) -> Moments:
+def prepare_moments(hessian: torch.Tensor, block_size: int) -> InputMoments:
     """Moments X'X [K, K] of matrices to be quantized.
 
     The matrices are quantized in blocks of `block_size`. Factored once for all of them. An input that is always zero
@@ -86,12 +86,12 @@ def prepare_moments(hessian: torch.Tensor, block_size: int) -> Moments:
     h, importance = torch.eye(padded), torch.zeros(padded)
     h[:width, :width] = damp(hessian)
     importance[:width] = hessian.diagonal()
-    return Moments(h, _inverse_factor(h), importance, width)
+    return InputMoments(h, _inverse_factor(h), importance, width)
 
 
 def quantize_gptq(
     weight: torch.Tensor,
-    moments: Moments,
+    moments: InputMoments,
     bits: int,
     block_size: int,
     scale_type: torch.dtype = torch.float32,
@@ -113,7 +113,7 @@ def quantize_gptq(
 
 def quantize_together(
     weights: Sequence[torch.Tensor],
-    moments: Sequence[Moments],
+    moments: Sequence[InputMoments],
     bits: int,
     block_size: int,
     scale_type: torch.dtype = torch.float32,
@@ -167,7 +167,7 @@ class _Lanes:
     def __init__(
         self,
         weights: Sequence[torch.Tensor],
-        moments: Sequence[Moments],
+        moments: Sequence[InputMoments],
         bits: int,
         block_size: int,
         scale_type: torch.dtype,

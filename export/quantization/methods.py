@@ -26,7 +26,7 @@ from dense2moe.export.quantization.blockwise import (
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group, RowSpan
 from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
-from dense2moe.export.quantization.gptq import Moments, prepare_moments, quantize_gptq, quantize_together
+from dense2moe.export.quantization.gptq import InputMoments, prepare_moments, quantize_gptq, quantize_together
 from dense2moe.export.quantization.input_scaling import READ_TOKENS, choose_scales, scale_layer
 from dense2moe.export.quantization.inputs import Inputs
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
@@ -248,7 +248,7 @@ class _Prepared:
     rows: RowSpan
     bits: int
     weight: torch.Tensor
-    moments: Moments | None
+    moments: InputMoments | None
     importance: torch.Tensor | None
 
 

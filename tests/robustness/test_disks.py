@@ -25,7 +25,7 @@ import pytest
 from programs import dense2moe
 
 from dense2moe.convert.artifact.manifest import open_artifact
-from dense2moe.convert.worker import Measured
+from dense2moe.convert.worker import ProcessResult
 
 COUNT = "DENSE2MOE_CAMPAIGN"
 STAGES = ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report")
@@ -149,8 +149,8 @@ def largest_file(num_bytes: int) -> Iterator[None]:
 def recipe(dense_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny recipe, whose stages run in this process."""
 
-    def run_here(function: Any, argument: Any, label: str, held: int, progress: Any) -> Measured[Any]:
-        return Measured(function(argument, progress), 0)
+    def run_here(function: Any, argument: Any, label: str, held: int, progress: Any) -> ProcessResult[Any]:
+        return ProcessResult(function(argument, progress), 0)
 
     monkeypatch.setattr("dense2moe.convert.walk.run_apart", run_here)
     monkeypatch.setattr("dense2moe.convert.worker.start_server", lambda: None)

@@ -52,7 +52,7 @@ class ExpertsConfig(Record):
         return self.noise == 0 and self.drop == 0
 
 
-class Domain(Record):
+class RouterDomain(Record):
     """Text of one domain, whose hidden states make one router row."""
 
     model_config = ConfigDict(json_schema_extra={"minProperties": 1})
@@ -61,7 +61,7 @@ class Domain(Record):
     files: Annotated[tuple[str, ...], Field(strict=False)] = Field((), description="Files or globs, UTF-8.")
 
     @model_validator(mode="after")
-    def _check_text(self) -> Domain:
+    def _check_text(self) -> RouterDomain:
         if not any(prompt.strip() for prompt in self.prompts) and not self.files:
             raise ValueError("has no text; must have prompts or files")
         return self
@@ -79,7 +79,7 @@ class RouterConfig(Record):
     logit_std: NonNegative = Field(
         1.0, description="Standard deviation of the router's logits at the start; 0 makes a zero router."
     )
-    domains: Annotated[tuple[Domain, ...], Field(strict=False)] = Field(
+    domains: Annotated[tuple[RouterDomain, ...], Field(strict=False)] = Field(
         (),
         description="Text of each domain, for 'prototypes' and 'ridge', among which the experts are divided evenly; "
         "for 'kmeans' the text to cluster; by default the training split, by the domains of the data.",

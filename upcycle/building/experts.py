@@ -12,14 +12,14 @@ _BLOCK_ELEMENTS = 1 << 18  # torch makes a float64 copy of what it sums; of so m
 
 
 @dataclass(frozen=True)
-class Moments:
+class ElementMoments:
     """Mean and standard deviation of all elements of a weight."""
 
     mean: float
     std: float
 
 
-def measure_moments(chunks: Iterable[torch.Tensor]) -> Moments:
+def measure_moments(chunks: Iterable[torch.Tensor]) -> ElementMoments:
     """Mean and standard deviation of a weight that comes in chunks.
 
     Summed in float64, a block at a time.
@@ -32,9 +32,9 @@ def measure_moments(chunks: Iterable[torch.Tensor]) -> Moments:
             total += float(exact.sum(dtype=torch.float64))
             squares += float(exact.square().sum(dtype=torch.float64))
     if count == 0:
-        return Moments(0.0, 0.0)
+        return ElementMoments(0.0, 0.0)
     mean = total / count
-    return Moments(mean, max(squares / count - mean * mean, 0.0) ** 0.5)
+    return ElementMoments(mean, max(squares / count - mean * mean, 0.0) ** 0.5)
 
 
 def add_noise(weight: torch.Tensor, relative_std: float, std: float, generator: torch.Generator) -> torch.Tensor:
@@ -62,7 +62,7 @@ def choose_neurons(num_neurons: int, share: float, generator: torch.Generator) -
 
 
 def redraw_neurons(
-    weight: torch.Tensor, mask: torch.Tensor, neuron_axis: int, moments: Moments, generator: torch.Generator
+    weight: torch.Tensor, mask: torch.Tensor, neuron_axis: int, moments: ElementMoments, generator: torch.Generator
 ) -> torch.Tensor:
     """Return float32 `weight` [rows, columns] with masked neurons drawn anew.
 

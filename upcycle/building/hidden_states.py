@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from dense2moe.upcycle.building.config import Domain, UpcycleConfig
+from dense2moe.upcycle.building.config import RouterDomain, UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
@@ -155,7 +155,7 @@ def _take_blocks(training: Examples, config: UpcycleConfig) -> list[list[list[in
     return [part[choose_evenly(len(part), wanted)].tolist() for part in parts]
 
 
-def _read_domain(domain: Domain, number: int, base: Path) -> list[str]:
+def _read_domain(domain: RouterDomain, number: int, base: Path) -> list[str]:
     texts = list(domain.prompts)
     for file in match_files(domain.files, base, f"upcycle.router.domains[{number}].files"):
         text = "".join(read_file(file))

@@ -11,7 +11,7 @@ import torch
 
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.experts import (
-    Moments,
+    ElementMoments,
     add_noise,
     choose_neurons,
     measure_moments,
@@ -81,7 +81,7 @@ class _Surgeon:
         self.checkpoint, self.config, self.seed, self.routers = checkpoint, plan.settings, seed, routers
         kept = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep)]
         self._folds = {piece.rows.source: piece.fold for piece in kept if piece.fold is not None}
-        self._moments: dict[Slice, Moments] = {}
+        self._moments: dict[Slice, ElementMoments] = {}
 
     def make(self, write: Write) -> Iterator[Content]:
         """The contents of one target tensor, in the order of its bytes."""
@@ -125,7 +125,7 @@ class _Surgeon:
         if not changed and whole:
             yield self._span(rows)
             return
-        moments = self._measure(matrix) if part.drop > 0 or part.noise > 0 else Moments(0.0, 0.0)
+        moments = self._measure(matrix) if part.drop > 0 or part.noise > 0 else ElementMoments(0.0, 0.0)
         mask = choose_neurons(part.num_neurons, part.drop, seeded_generator(self.seed, f"neurons {part.expert}"))
         generator = seeded_generator(self.seed, key)
         position = 0
@@ -139,7 +139,12 @@ class _Surgeon:
             yield self._alter(part, chunk, here, moments, generator).to(dtype)
 
     def _alter(
-        self, part: ExpertPart, chunk: torch.Tensor, mask: torch.Tensor, moments: Moments, generator: torch.Generator
+        self,
+        part: ExpertPart,
+        chunk: torch.Tensor,
+        mask: torch.Tensor,
+        moments: ElementMoments,
+        generator: torch.Generator,
     ) -> torch.Tensor:
         """A chunk as the expert has it, float32.
 
@@ -175,7 +180,7 @@ class _Surgeon:
         mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
         return (mean**2 + moments.std**2) * entry.shape[-1]
 
-    def _measure(self, matrix: Slice) -> Moments:
+    def _measure(self, matrix: Slice) -> ElementMoments:
         if matrix not in self._moments:
             self._moments[matrix] = measure_moments(self._chunks(matrix))
         return self._moments[matrix]

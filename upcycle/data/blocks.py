@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import check_ids, load_tokenizer
 from dense2moe.upcycle.data.config import DataConfig, DomainsData, InstalledData, PythonDocsData
-from dense2moe.upcycle.data.documents import Piece, join_texts, read_file
+from dense2moe.upcycle.data.documents import DocumentPiece, join_texts, read_file
 from dense2moe.upcycle.data.files import domain_place, text_sources
 from dense2moe.upcycle.data.held_out import SPLITS, Split
 from dense2moe.upcycle.data.installed import find_installed, find_versions, installed_place
@@ -105,7 +105,7 @@ def check_data(source: Path, config: DataConfig, base: Path, num_rows: int) -> N
                 raise _too_short(split, name, config.block_size)
 
 
-def _fills_block(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[Piece], block_size: int) -> bool:
+def _fills_block(tokenizer: PreTrainedTokenizerBase, pieces: Iterator[DocumentPiece], block_size: int) -> bool:
     """Whether text fills one block; stops tokenizing when it does."""
     num_tokens = 0
     for ids in encode_documents(tokenizer, pieces):

@@ -19,7 +19,7 @@ _PIECE_CHARS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Piece:
+class DocumentPiece:
     """A document, or a part of a long one.
 
     Its first part has `first` set, its last part `last`.
@@ -30,7 +30,7 @@ class Piece:
     last: bool = True
 
 
-Stream = Callable[[], Iterator[Piece]]
+Stream = Callable[[], Iterator[DocumentPiece]]
 """Documents, read anew at each call."""
 
 
@@ -70,7 +70,7 @@ def _find_bad_byte(file: Path) -> int:
     return done
 
 
-def read_documents(file: Path, separator: str | None) -> Iterator[Piece]:
+def read_documents(file: Path, separator: str | None) -> Iterator[DocumentPiece]:
     """A file's documents in order, long ones in pieces; blank ones dropped."""
     held = ""
     # whether the next piece is its document's first, and whether one of it has been given
@@ -82,19 +82,19 @@ def read_documents(file: Path, separator: str | None) -> Iterator[Piece]:
         *whole, held = (held + text).split(separator) if separator else [held + text]
         for document in whole:
             if (piece := _trim(document, first, last=True)) or open_document:
-                yield Piece(piece, first, True)
+                yield DocumentPiece(piece, first, True)
             first, open_document = True, False
         while len(held) > 2 * _PIECE_CHARS:
             cut = _find_cut(held)
             if piece := _trim(held[:cut], first, last=False):
-                yield Piece(piece, first, False)
+                yield DocumentPiece(piece, first, False)
                 first, open_document = False, True
             held = held[cut:]
     if (piece := _trim(held, first, last=True)) or open_document:
-        yield Piece(piece, first, True)
+        yield DocumentPiece(piece, first, True)
 
 
-def join_texts(texts: Iterator[str]) -> Iterator[Piece]:
+def join_texts(texts: Iterator[str]) -> Iterator[DocumentPiece]:
     """A file's text as one document, unchanged."""
     held = ""
     first = True
@@ -102,9 +102,9 @@ def join_texts(texts: Iterator[str]) -> Iterator[Piece]:
         held += text
         while len(held) > 2 * _PIECE_CHARS:
             cut = _find_cut(held)
-            yield Piece(held[:cut], first, False)
+            yield DocumentPiece(held[:cut], first, False)
             held, first = held[cut:], False
-    yield Piece(held, first, True)
+    yield DocumentPiece(held, first, True)
 
 
 def _trim(text: str, first: bool, last: bool) -> str:

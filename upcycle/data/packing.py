@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dense2moe.upcycle.checkpoints.tokenizer import encode
-from dense2moe.upcycle.data.documents import Piece
+from dense2moe.upcycle.data.documents import DocumentPiece
 from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.data.texts import Texts
 
@@ -46,7 +46,7 @@ def pack_domains(
         share = min(1.0, 2 * share)  # text of long tokens, or a domain of few pieces
 
 
-def pack(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], block_size: int) -> torch.Tensor:
+def pack(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[DocumentPiece], block_size: int) -> torch.Tensor:
     """Blocks of all tokens in order, int32 [blocks, block_size].
 
     Tokens that do not fill the last block are dropped.
@@ -58,7 +58,7 @@ def pack(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece], block_size
     return tokens[: len(tokens) // block_size * block_size].view(-1, block_size)
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]) -> Iterator[Sequence[int]]:
+def encode_documents(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[DocumentPiece]) -> Iterator[Sequence[int]]:
     """Token ids of all documents.
 
     Where the tokenizer itself marks no start, the end-of-text token divides them, and opens the stream.
@@ -82,7 +82,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[Piece]
         yield divider if piece.last else ()
 
 
-def _take_evenly(pieces: Iterator[Piece], share: float) -> Iterator[Piece]:
+def _take_evenly(pieces: Iterator[DocumentPiece], share: float) -> Iterator[DocumentPiece]:
     """Roughly this share of the text, in evenly spread pieces.
 
     What follows a gap begins a document, and what goes before one ends it.
@@ -100,7 +100,7 @@ def _take_evenly(pieces: Iterator[Piece], share: float) -> Iterator[Piece]:
             yield replace(piece, first=not is_open)
             is_open = not piece.last
         elif is_open:
-            yield Piece("", False, True)
+            yield DocumentPiece("", False, True)
             is_open = False
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, assert_never, cast
 
 from dense2moe.upcycle.data.config import DataSource, DomainsData, HubData, InstalledData, PythonDocsData, TextData
-from dense2moe.upcycle.data.documents import Piece, Stream, read_documents
+from dense2moe.upcycle.data.documents import DocumentPiece, Stream, read_documents
 from dense2moe.upcycle.data.files import domain_place, resolve_files, text_files
 from dense2moe.upcycle.data.held_out import SPLITS, Document, Split
 from dense2moe.upcycle.data.installed import read_installed
@@ -84,7 +84,7 @@ def _stream_domains(
         domain: {split: [each.text for each in documents[split] if each.domain == domain] for split in SPLITS}
         for domain in domains
     }
-    streams = {domain: {split: partial(map, Piece, of[split]) for split in SPLITS} for domain, of in texts.items()}
+    streams = {domain: {split: partial(map, DocumentPiece, of[split]) for split in SPLITS} for domain, of in texts.items()}
     return cast("dict[str, dict[Split, Stream]]", streams)
 
 
@@ -117,7 +117,7 @@ def open_files(source: TextData, base: Path, where: str) -> dict[Split, Stream]:
     separator = source.separator and source.separator.replace("\r\n", "\n").replace("\r", "\n")
     held_out = cast("list[Split]", [split for split in ("test", "validation") if not getattr(source, split)])
 
-    def read(split: Split) -> Iterator[Piece]:
+    def read(split: Split) -> Iterator[DocumentPiece]:
         if split in held_out or split == "train":
             for file in files["train"]:
                 belongs = False
@@ -170,10 +170,10 @@ def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:
     return documents
 
 
-def _read_rows(rows: Any, column: str, where: str) -> Iterator[Piece]:
+def _read_rows(rows: Any, column: str, where: str) -> Iterator[DocumentPiece]:
     """Documents of a data set on disk; rows without text are skipped."""
     for row in rows.select_columns([column]):
         if not isinstance(text := row[column], str | None):
             raise UpcycleError(f"{where} holds {type(text).__name__}; it must hold text")
         if text and text.strip():
-            yield Piece(text)
+            yield DocumentPiece(text)

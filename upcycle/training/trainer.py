@@ -36,7 +36,7 @@ from dense2moe.upcycle.training.routing import Routing
 from dense2moe.upcycle.training.schedule import schedule_share
 from dense2moe.upcycle.training.sharding import divide_by, is_divided
 from dense2moe.upcycle.training.trainable import parameter_groups
-from dense2moe.upcycle.training.watch import Watch
+from dense2moe.upcycle.training.watch import TrainingWatch
 
 # What transformers calls it, before 5.23 and since.
 CHECKPOINTING = (
@@ -67,7 +67,7 @@ class PhaseTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = False
         self.remove_callback(transformers.PrinterCallback)
-        self.watch = Watch(self, scratch, progress)
+        self.watch = TrainingWatch(self, scratch, progress)
         self.add_callback(self.watch)
 
     def create_accelerator_and_postprocess(self) -> None:

@@ -38,7 +38,7 @@ class Watched(Protocol):
         """Follow up on the optimizer's step."""
 
 
-class Watch(TrainerCallback):
+class TrainingWatch(TrainerCallback):
     """Records the Trainer's logs, times its steps and seals its checkpoints.
 
     It ends a phase on a loss that is NaN or infinite, or that no longer falls. The start is a candidate too: it is

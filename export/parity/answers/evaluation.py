@@ -12,12 +12,12 @@ import torch
 from transformers import AutoConfig
 
 from dense2moe.export.opening import load_tokenizer
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile
+from dense2moe.export.parity.answers.examples import Answer, MultipleChoice, Similarity, TaskFile
 from dense2moe.export.parity.answers.outcome import (
     EncodedTask,
     Ids,
     Model,
-    Outcome,
+    ModelAnswer,
     PackageModel,
     TorchModel,
     answer_task,
@@ -59,7 +59,7 @@ class TaskEvaluation:
         self.tokenizer = load_tokenizer(directory) if tasks else None
         self.encoded = self._encode(directory, [task.cut(num_examples) for task in tasks]) if tasks else []
         self.found = self._ask(PackageModel(decoder))
-        self.tuned: list[list[Outcome] | None] | None = None
+        self.tuned: list[list[ModelAnswer] | None] | None = None
 
     def _encode(self, directory: Path, tasks: Sequence[TaskFile]) -> list[EncodedTask]:
         switch = rotary_switch(AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False))
@@ -90,15 +90,15 @@ class TaskEvaluation:
                 checks.append(compare_task(answers, gaps, gap_limit(encoded.task.kind, limits), is_flip))
         return tuple(checks)
 
-    def _ask(self, model: Model) -> list[list[Outcome] | None]:
+    def _ask(self, model: Model) -> list[list[ModelAnswer] | None]:
         return [answer_task(model, encoded, self.tokenizer, self.answer_tokens) for encoded in self.encoded]
 
 
-def score_task(task: TaskFile, outcomes: Sequence[Outcome]) -> dict[str, float]:
+def score_task(task: TaskFile, outcomes: Sequence[ModelAnswer]) -> dict[str, float]:
     """A model's scores by name, the judged score first."""
     match task.kind:
         case "choice":
-            examples = cast("tuple[Choice, ...]", task.examples)
+            examples = cast("tuple[MultipleChoice, ...]", task.examples)
             right, chosen = [example.right for example in examples], [outcome.chosen for outcome in outcomes]
             scores = {"accuracy": _mean(_points(task, outcomes))}
             if len({example.choices for example in examples}) == 1:
@@ -122,9 +122,9 @@ class TaskAnswers:
     """
 
     encoded: EncodedTask
-    found: Sequence[Outcome]
-    own: Sequence[Outcome]
-    tuned: Sequence[Outcome]
+    found: Sequence[ModelAnswer]
+    own: Sequence[ModelAnswer]
+    tuned: Sequence[ModelAnswer]
 
 
 def compare_task(
@@ -172,7 +172,7 @@ def _given(task: TaskFile) -> list[float]:
     return [example.score for example in cast("tuple[Similarity, ...]", task.examples)]
 
 
-def _points(task: TaskFile, outcomes: Sequence[Outcome]) -> list[float]:
+def _points(task: TaskFile, outcomes: Sequence[ModelAnswer]) -> list[float]:
     """Each example's contribution to the judged score.
 
     For texts to be compared, how alike the model finds them.
@@ -180,7 +180,7 @@ def _points(task: TaskFile, outcomes: Sequence[Outcome]) -> list[float]:
     points = []
     for example, outcome in zip(task.examples, outcomes, strict=True):
         match example:
-            case Choice():
+            case MultipleChoice():
                 points.append(float(outcome.chosen == example.right))
             case Answer():
                 points.append(answer_f1(outcome.text, example.right))
@@ -189,15 +189,15 @@ def _points(task: TaskFile, outcomes: Sequence[Outcome]) -> list[float]:
     return points
 
 
-def _error(task: TaskFile, found: Sequence[Outcome], other: Sequence[Outcome]) -> float:
+def _error(task: TaskFile, found: Sequence[ModelAnswer], other: Sequence[ModelAnswer]) -> float:
     """Standard error of the difference of two models' scores."""
     if task.kind == "similarity":
         return rank_correlation_error(_points(task, found), _points(task, other), _given(task))
     return mean_difference_error(_points(task, found), _points(task, other))
 
 
-def _same(task: TaskFile, found: Sequence[Outcome], other: Sequence[Outcome]) -> float | None:
-    answer: dict[str, Callable[[Outcome], object]] = {
+def _same(task: TaskFile, found: Sequence[ModelAnswer], other: Sequence[ModelAnswer]) -> float | None:
+    answer: dict[str, Callable[[ModelAnswer], object]] = {
         "choice": lambda outcome: outcome.chosen,
         "answer": lambda outcome: outcome.text,
     }
@@ -206,7 +206,9 @@ def _same(task: TaskFile, found: Sequence[Outcome], other: Sequence[Outcome]) ->
     return _mean([float(answer[task.kind](a) == answer[task.kind](b)) for a, b in zip(found, other, strict=True)])
 
 
-def _gaps(encoded: EncodedTask, found: Sequence[Outcome], own: Sequence[Outcome], twin: Reference) -> Iterator[float]:
+def _gaps(
+    encoded: EncodedTask, found: Sequence[ModelAnswer], own: Sequence[ModelAnswer], twin: Reference
+) -> Iterator[float]:
     for rows, a, b in zip(encoded.rows, found, own, strict=True):
         match encoded.task.kind:
             case "choice":
@@ -217,7 +219,7 @@ def _gaps(encoded: EncodedTask, found: Sequence[Outcome], own: Sequence[Outcome]
                 yield abs(a.values[0] - b.values[0]) / b.scale
 
 
-def _texts(encoded: EncodedTask, place: int, own: Sequence[Outcome]) -> list[Ids]:
+def _texts(encoded: EncodedTask, place: int, own: Sequence[ModelAnswer]) -> list[Ids]:
     """All texts that the twin read for an example."""
     return [row.fed if encoded.task.kind == "choice" else row.ids + own[place].ids for row in encoded.rows[place]]
 

@@ -25,7 +25,7 @@ from dense2moe.upcycle.record import Record
 _Text = Annotated[str, Field(min_length=1)]
 
 
-class Choice(Record):
+class MultipleChoice(Record):
     """A prompt, texts that may follow it, and the correct one."""
 
     prompt: str
@@ -33,7 +33,7 @@ class Choice(Record):
     answer: int | str
 
     @model_validator(mode="after")
-    def _check_answer(self) -> Choice:
+    def _check_answer(self) -> MultipleChoice:
         if len(set(self.choices)) < len(self.choices):
             raise ValueError("choices has a text twice; must have each once")
         if self.answer not in (range(len(self.choices)) if isinstance(self.answer, int) else self.choices):
@@ -68,9 +68,9 @@ class Similarity(Record):
     score: Annotated[float, Field(strict=False, allow_inf_nan=False)]
 
 
-Example: TypeAlias = Choice | Answer | Similarity
-_KINDS: dict[TaskKind, type[Choice] | type[Answer] | type[Similarity]] = {
-    "choice": Choice,
+Example: TypeAlias = MultipleChoice | Answer | Similarity
+_KINDS: dict[TaskKind, type[MultipleChoice] | type[Answer] | type[Similarity]] = {
+    "choice": MultipleChoice,
     "answer": Answer,
     "similarity": Similarity,
 }

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 from dense2moe.export import names
 from dense2moe.export.errors import ExportError
-from dense2moe.export.parity.answers.examples import Answer, Choice, Similarity, TaskFile
+from dense2moe.export.parity.answers.examples import Answer, MultipleChoice, Similarity, TaskFile
 from dense2moe.export.parity.forward import Reference
 from dense2moe.export.parity.ways.free_text import write_greedily
 from dense2moe.export.runtime.decoder import Decoder
@@ -65,7 +65,7 @@ class EncodedTask:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ModelAnswer:
     """One model's answer to one example.
 
     values: the log-likelihood of each choice in nats, or the cosine of two texts. ids, text: what was written. scale:
@@ -181,7 +181,7 @@ def encode_task(
     for number, example in enumerate(task.examples, 1):
         where = f"task '{task.name}', example {number}"
         match example:
-            case Choice():
+            case MultipleChoice():
                 rows.append(_encode_choices(example, tokenizer, generation.start, context, where))
             case Answer():
                 if num_tokens >= context:
@@ -210,7 +210,7 @@ def _encode(tokenizer: Any, text: str, start: int | None, where: str) -> Ids:
 
 
 def _encode_choices(
-    example: Choice, tokenizer: Any, start_token: int | None, context: int, where: str
+    example: MultipleChoice, tokenizer: Any, start_token: int | None, context: int, where: str
 ) -> tuple[ScoredRow, ...]:
     """Rows scored from the first token that differs from the prompt's.
 
@@ -239,7 +239,7 @@ def _find_parting(one: Ids, other: Ids) -> int:
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
-def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: int) -> list[Outcome] | None:
+def answer_task(model: Model, encoded: EncodedTask, tokenizer: Any, num_tokens: int) -> list[ModelAnswer] | None:
     """A model's answer to every example; None where it cannot."""
     match encoded.task.kind:
         case "choice":
@@ -273,7 +273,7 @@ def _pad(rows: Sequence[Ids]) -> torch.Tensor:
     return torch.tensor([row + row[-1:] * (len(rows[0]) - len(row)) for row in rows])
 
 
-def _choose(model: Model, encoded: EncodedTask) -> list[Outcome]:
+def _choose(model: Model, encoded: EncodedTask) -> list[ModelAnswer]:
     examples = encoded.rows
     readers: dict[Ids, list[tuple[int, int]]] = defaultdict(list)
     for n, rows in enumerate(examples):
@@ -296,10 +296,10 @@ def _choose(model: Model, encoded: EncodedTask) -> list[Outcome]:
         2 * most * sum(sorted(len(row.ids) - row.start for row in rows)[-2:])
         for most, rows in zip(largest, examples, strict=True)
     ]
-    return [Outcome(tuple(found), scale=scale) for found, scale in zip(values, scales, strict=True)]
+    return [ModelAnswer(tuple(found), scale=scale) for found, scale in zip(values, scales, strict=True)]
 
 
-def _compare(model: Model, encoded: EncodedTask) -> list[Outcome] | None:
+def _compare(model: Model, encoded: EncodedTask) -> list[ModelAnswer] | None:
     means: dict[Ids, torch.Tensor] = {}
     stretch: dict[Ids, float] = {}
     for texts, ids in _batches((row.ids for rows in encoded.rows for row in rows), model, encoded.switch):
@@ -312,16 +312,18 @@ def _compare(model: Model, encoded: EncodedTask) -> list[Outcome] | None:
             stretch[text] = float(states.norm(dim=-1).max() / means[text].norm())
     pairs = [(a.ids, b.ids) for a, b in encoded.rows]
     return [
-        Outcome((float(F.cosine_similarity(means[a], means[b], dim=0)),), scale=stretch[a] + stretch[b])
+        ModelAnswer((float(F.cosine_similarity(means[a], means[b], dim=0)),), scale=stretch[a] + stretch[b])
         for a, b in pairs
     ]
 
 
 def _write(
     model: Model, row: ScoredRow, example: Answer, tokenizer: Any, num_tokens: int, stop: frozenset[int]
-) -> Outcome:
+) -> ModelAnswer:
     ids = model.write(row.ids, num_tokens, stop)
-    return Outcome(ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).partition(example.until)[0].strip())
+    return ModelAnswer(
+        ids=ids, text=tokenizer.decode(ids, skip_special_tokens=True).partition(example.until)[0].strip()
+    )
 
 
 def written_gap(reference: Reference, prompt: Ids, found: Ids, own: Ids) -> float:

@@ -13,7 +13,7 @@ from dense2moe.export.opening import open_package
 from dense2moe.export.parity.inside.flips import Round
 from dense2moe.export.parity.inside.probe import find_group
 from dense2moe.export.parity.inside.products import Arithmetic, Narrowing
-from dense2moe.export.parity.weights.matrix import Matrix, Operator
+from dense2moe.export.parity.weights.matrix import GraphMatrix, Operator
 from dense2moe.export.parity.weights.rows import FoundWeights
 from dense2moe.export.quantization.simulation import BlockRounding, StaticRounding
 
@@ -47,7 +47,7 @@ def find_narrow(package: Path) -> torch.dtype | None:
 
 
 def _find_rounding(
-    matrix: Matrix, provider: str, narrow: torch.dtype | None
+    matrix: GraphMatrix, provider: str, narrow: torch.dtype | None
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
     if matrix.input_scale is not None:
         return StaticRounding(matrix.input_scale)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import onnx
 
 from dense2moe.export.names import count_layers
-from dense2moe.export.parity.place import OUTSIDE, Part, Place
+from dense2moe.export.parity.place import OUTSIDE, Place, PlacePart
 from dense2moe.export.parity.taps import Taps
-from dense2moe.export.parity.weights.matrix import Matrix
+from dense2moe.export.parity.weights.matrix import GraphMatrix
 from dense2moe.export.parity.weights.rows import FoundWeights
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import QUERY_KEY_VALUE
@@ -35,7 +35,7 @@ def discover_taps(
     num_layers = count_layers(value.name for value in model.graph.input)
     names: dict[Place, tuple[str, ...]] = {}
 
-    def add(layer: int, part: Part, *values: str | None) -> None:
+    def add(layer: int, part: PlacePart, *values: str | None) -> None:
         if all(values):
             names[layer, part] = tuple(dict.fromkeys(value for value in values if value))
 
@@ -97,7 +97,7 @@ class _Graph:
         }
         self.found = found
 
-    def product(self, tensor: str) -> Matrix | None:
+    def product(self, tensor: str) -> GraphMatrix | None:
         """The only product by a tensor; None unless exactly one."""
         products = [
             matrix

@@ -27,9 +27,9 @@ from transformers import DynamicCache
 
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.blame import find_factors, find_wrong_experts
-from dense2moe.export.parity.inside.meter import Measured, Meter
+from dense2moe.export.parity.inside.meter import Meter, PlaceErrors
 from dense2moe.export.parity.inside.products import Arithmetic, ProductMode
-from dense2moe.export.parity.place import OUTSIDE, Part, Place
+from dense2moe.export.parity.place import OUTSIDE, Place, PlacePart
 from dense2moe.export.parity.taps import Seen, Taps
 from dense2moe.export.parity.ties import EXACT_TIE
 from dense2moe.upcycle.gates.choice import choice_margin
@@ -47,7 +47,7 @@ class LocalCheck:
     taps: Taps
     family: Architecture | None
     arithmetic: Arithmetic
-    _parts: frozenset[Part] | None = None
+    _parts: frozenset[PlacePart] | None = None
     own_routers: dict[int, torch.Tensor] = field(default_factory=dict)
     _follows: bool = False
     blame: dict[int, tuple[tuple[int, ...], tuple[float, float] | None]] = field(default_factory=dict)
@@ -86,8 +86,8 @@ class LocalCheck:
         self._mode.close()
 
     def measure(
-        self, seen: Seen, parts: Sequence[Part] | None = None, measures_noise: bool = False
-    ) -> dict[Place, Measured]:
+        self, seen: Seen, parts: Sequence[PlacePart] | None = None, measures_noise: bool = False
+    ) -> dict[Place, PlaceErrors]:
         """Compare the values seen at all places, or at some parts.
 
         The rest of the twin is then not computed.
@@ -194,7 +194,7 @@ class LocalCheck:
         for part, pattern in norms.items():
             if pattern and (n, part) in taps:
                 module = layer.get_submodule(pattern.format(layer=n).removesuffix(".weight").partition(f".{n}.")[2])
-                handles.append(module.register_forward_hook(self._at((n, cast(Part, part)))))
+                handles.append(module.register_forward_hook(self._at((n, cast(PlacePart, part)))))
         block = self.reference.modules.get(n)
         if self.family is not None and self.family.find("ffn_norm") is None and (n, "FFN norm") in taps:
             ffn = cast(nn.Module, block if block is not None else layer.mlp)

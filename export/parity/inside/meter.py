@@ -32,7 +32,7 @@ _NARROW_SHARE = 0.2  # of the type's epsilon: rounding to the nearest errs by a 
 
 
 @dataclass
-class Measured:
+class PlaceErrors:
     """One place on one text.
 
     Relative errors [B, S] of each token, which of them are judged, and tokens whose error is a flip of rounding.
@@ -71,7 +71,7 @@ class Meter:
         self.narrow_taps: frozenset[str] = frozenset()
         self.noise: dict[Place, float] = {}
         self.narrow_noise: dict[Place, float] = {}
-        self.found: dict[Place, Measured] = {}
+        self.found: dict[Place, PlaceErrors] = {}
         self.seen: Seen | None = None
         self.span = slice(None)
         self.measures_noise = self.shakes = False
@@ -132,7 +132,7 @@ class Meter:
         before = self.found.get(place)
         if before is None:
             whole = torch.zeros(self.seen.mask.shape)
-            before = Measured(whole, torch.zeros_like(whole, dtype=torch.bool))
+            before = PlaceErrors(whole, torch.zeros_like(whole, dtype=torch.bool))
             self.found[place] = before
         columns = slice(*self.span.indices(whole_length := before.errors.shape[1]))
         start = (columns.stop if columns.stop is not None else whole_length) - errors.shape[1]

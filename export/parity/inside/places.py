@@ -13,7 +13,7 @@ import torch
 
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.inside.local import LocalCheck
-from dense2moe.export.parity.inside.meter import LEAST_NOISE, Measured
+from dense2moe.export.parity.inside.meter import LEAST_NOISE, PlaceErrors
 from dense2moe.export.parity.place import ATTENTION_PARTS, OUTSIDE, OWN_INPUT, PARTS, Place, name_place
 from dense2moe.export.parity.records import PlaceCheck
 from dense2moe.export.parity.taps import FedText, Seen, look
@@ -145,7 +145,7 @@ class PlacesCheck:
         multiple = _NARROW_MULTIPLE if self._local.meter.is_narrow(place) else _BEHIND_MULTIPLE
         return max(limit, multiple * self._local.meter.narrow_noise.get(place, 0.0))
 
-    def _add(self, found: dict[Place, Measured]) -> None:
+    def _add(self, found: dict[Place, PlaceErrors]) -> None:
         for place, measured in found.items():
             limit = self._limit(place)
             experts, factors = self._local.blame.get(place[0], ((), None)) if place[1] == "experts" else ((), None)

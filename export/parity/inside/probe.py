@@ -32,7 +32,7 @@ Float32 sums of a few hundred products differ by less, another rounding by a hun
 _ROWS = (1, 33)
 _REFUSALS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImplemented, state.RuntimeException)
 _OPSET = 21
-Rounding = Callable[[torch.Tensor], torch.Tensor]
+RoundingFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def find_group(operator: Operator, provider: str) -> int | None:

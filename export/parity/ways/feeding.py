@@ -51,7 +51,7 @@ None where nothing is.
 
 
 @dataclass(frozen=True)
-class Watch:
+class CaseWatch:
     """How cases are watched: extra values, the places check, near-ties.
 
     Extra values are seen beside the decoder's taps.
@@ -65,7 +65,7 @@ class Watch:
     tell: Callable[[int], None] = lambda _: None
 
 
-def run_cases(decoder: Decoder, reference: Reference, cases: Sequence[Case], watch: Watch) -> list[Errors]:
+def run_cases(decoder: Decoder, reference: Reference, cases: Sequence[Case], watch: CaseWatch) -> list[Errors]:
     """Compare each case with one full forward pass of the reference.
 
     Cases of one text that follow each other share it.
@@ -86,7 +86,7 @@ def run_cases(decoder: Decoder, reference: Reference, cases: Sequence[Case], wat
 
 
 def run_cases_alone(
-    decoder: Decoder, cases: Sequence[Case], routers: Sequence[str], watch: Watch, share: float = 1.0
+    decoder: Decoder, cases: Sequence[Case], routers: Sequence[str], watch: CaseWatch, share: float = 1.0
 ) -> list[Errors]:
     """Compare each case with the package's own full prefill.
 

@@ -1,7 +1,7 @@
 """Matrices and vectors of any exporter's graph, as float32 numbers.
 
-A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `Matrix`: float32
-rows [N, K], read from the file when they are asked for. Formats are those of the operators' documentation (ONNX
+A product may read its matrix as it is, turned, cast, or as integers with scales. Here each becomes a `GraphMatrix`:
+float32 rows [N, K], read from the file when they are asked for. Formats are those of the operators' documentation (ONNX
 `DequantizeLinear`; onnxruntime `MatMulNBits`, `QMoE`, `GatherBlockQuantized`).
 """
 
@@ -19,7 +19,7 @@ from onnx import NodeProto, TensorProto
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import OpenedPackage, open_package
-from dense2moe.export.parity.weights.matrix import INT8, Constants, Floats, Matrix, Operator
+from dense2moe.export.parity.weights.matrix import INT8, Constants, FloatArray, GraphMatrix, Operator
 from dense2moe.export.parity.weights.values import NARROW, Values
 
 _LEAST_MATRIX = 256  # bytes of integers
@@ -32,8 +32,8 @@ def read_constants(directory: Path) -> Constants:
         ExportError: no package there, or a damaged one.
     """
     package = open_package(directory)
-    matrices: dict[str, Matrix] = {}
-    vectors: dict[str, Floats] = {}
+    matrices: dict[str, GraphMatrix] = {}
+    vectors: dict[str, FloatArray] = {}
     unread: list[str] = []
     for model in take_branches(package.model):
         graph = _Graph(model.graph, package)
@@ -52,13 +52,13 @@ class _Graph:
         self.nodes, self.tensors, self.makers = self.values.nodes, self.values.tensors, self.values.makers
         self.read: set[str] = set()
 
-    def matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
+    def matrices_of(self, node: NodeProto) -> Iterator[GraphMatrix]:
         """The matrices that a node multiplies by or takes rows of."""
         for matrix in self._matrices_of(node):
             self.read |= {source for name in node.input if name for source in self.values.chain(name) or ()}
             yield matrix
 
-    def _matrices_of(self, node: NodeProto) -> Iterator[Matrix]:
+    def _matrices_of(self, node: NodeProto) -> Iterator[GraphMatrix]:
         settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         match node.op_type:
             case "MatMulNBits":
@@ -79,7 +79,7 @@ class _Graph:
                 read, shape, narrow = found
                 if _is_float(self.values.source(node.input[0])):
                     yield self._with_factors(
-                        Matrix(
+                        GraphMatrix(
                             node.output[0],
                             node.input[1],
                             "table",
@@ -90,18 +90,18 @@ class _Graph:
                         )
                     )
 
-    def stored(self) -> Iterator[Matrix]:
+    def stored(self) -> Iterator[GraphMatrix]:
         """Float matrices that no product reads, as stored and transposed."""
         for name, tensor in self.tensors.items():
             if name in self.read or not _is_float(tensor) or len(tensor.dims) < 2 or min(tensor.dims[-2:]) < 2:
                 continue
             rows, width = int(np.prod(tensor.dims[:-1])), int(tensor.dims[-1])
             narrow = NARROW.get(tensor.data_type)
-            yield Matrix(
+            yield GraphMatrix(
                 name, "", "stored", Operator("stored"), (rows, width), partial(self._stored, name, False), narrow=narrow
             )
             turned = (rows // int(tensor.dims[-2]) * width, int(tensor.dims[-2]))
-            yield Matrix(
+            yield GraphMatrix(
                 name,
                 "",
                 "stored",
@@ -112,7 +112,7 @@ class _Graph:
                 narrow=narrow,
             )
 
-    def _stored(self, name: str, turned: bool) -> Floats:
+    def _stored(self, name: str, turned: bool) -> FloatArray:
         whole = self.values.array(name).astype(np.float32)
         whole = np.swapaxes(whole, -1, -2) if turned else whole
         return np.ascontiguousarray(whole.reshape(-1, whole.shape[-1]))
@@ -127,14 +127,14 @@ class _Graph:
         )
         return [name for name in many if name not in self.read]
 
-    def vectors(self) -> Iterator[tuple[str, Floats]]:
+    def vectors(self) -> Iterator[tuple[str, FloatArray]]:
         """Float constants with one dimension larger than 1."""
         for name, tensor in self.tensors.items():
             dims = [size for size in tensor.dims if size != 1]
             if len(dims) == 1 and _is_float(tensor):
                 yield name, self.values.array(name).astype(np.float32).reshape(-1)
 
-    def _product(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+    def _product(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[GraphMatrix]:
         found = self.values.find(node.input[1])
         if found is None or len(found[1]) < 2:
             return
@@ -145,7 +145,7 @@ class _Graph:
         if (weight := self.makers.get(node.input[1])) is not None and weight.op_type == "DequantizeLinear":
             operator = Operator("QDQ" if (scale := self._static_scale(node.input[0])) is not None else "DQ", 8)
 
-        def one(number: int) -> Floats:
+        def one(number: int) -> FloatArray:
             whole = read().reshape(-1, *shape[-2:])[number]
             return np.ascontiguousarray(whole.T if turned else whole)
 
@@ -153,7 +153,7 @@ class _Graph:
         for number in range(max(many, 1)):
             expert = number if many else None
             yield self._with_factors(
-                Matrix(
+                GraphMatrix(
                     node.output[0],
                     node.input[0],
                     "product",
@@ -177,16 +177,16 @@ class _Graph:
         scale = self.values.array(quantized.input[1])
         return float(scale.reshape(-1)[0]) if scale.size == 1 else None
 
-    def _integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+    def _integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[GraphMatrix]:
         rows, width, bits, block = settings["N"], settings["K"], settings.get("bits", 4), settings["block_size"]
         names = [*node.input, "", "", "", ""]
         if self.values.find(names[1]) is None or self.values.find(names[2]) is None:
             return
         operator = Operator("MatMulNBits", bits, block, settings.get("accuracy_level", 0) == INT8, bool(names[3]))
         read = partial(self.values.dequantize, (names[1], names[2], names[3]), operator, (rows, width))
-        yield self._with_factors(Matrix(node.output[0], names[0], "product", operator, (rows, width), read))
+        yield self._with_factors(GraphMatrix(node.output[0], names[0], "product", operator, (rows, width), read))
 
-    def _integer_table(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+    def _integer_table(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[GraphMatrix]:
         names = [*node.input, ""]
         codes = self.tensors.get(names[0])
         if codes is None or settings.get("gather_axis", 0) != 0 or len(codes.dims) != 2:
@@ -198,7 +198,7 @@ class _Graph:
             (codes.dims[0], width),
         )
         yield self._with_factors(
-            Matrix(
+            GraphMatrix(
                 node.output[0],
                 names[1],
                 "table",
@@ -208,7 +208,7 @@ class _Graph:
             )
         )
 
-    def _expert_integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[Matrix]:
+    def _expert_integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[GraphMatrix]:
         bits, block = settings.get("expert_weight_bits", 4), settings.get("block_size", 0)
         names = [*node.input, *[""] * 15]
         rounds = bits == 8 or settings.get("accuracy_level", 0) == INT8
@@ -223,10 +223,12 @@ class _Graph:
                     self.values.dequantize, (names[codes], names[scales], names[zeros]), operator, shape, expert
                 )
                 yield self._with_factors(
-                    Matrix(node.output[0], node.input[0], "experts", operator, shape, read, part=part, expert=expert)
+                    GraphMatrix(
+                        node.output[0], node.input[0], "experts", operator, shape, read, part=part, expert=expert
+                    )
                 )
 
-    def _experts(self, node: NodeProto) -> Iterator[Matrix]:
+    def _experts(self, node: NodeProto) -> Iterator[GraphMatrix]:
         for part, place in (("fc1", 2), ("fc2", 4)):
             found = self.values.find(node.input[place]) if place < len(node.input) and node.input[place] else None
             if found is None:
@@ -235,7 +237,7 @@ class _Graph:
             for expert in range(shape[0]):
                 own = partial(_take, read, expert)
                 yield self._with_factors(
-                    Matrix(
+                    GraphMatrix(
                         node.output[0],
                         node.input[0],
                         "experts",
@@ -248,7 +250,7 @@ class _Graph:
                     )
                 )
 
-    def _with_factors(self, matrix: Matrix) -> Matrix:
+    def _with_factors(self, matrix: GraphMatrix) -> GraphMatrix:
         """The matrix multiplied by its input's or rows' factors.
 
         What its input, or the rows of a table, are multiplied by.
@@ -258,19 +260,19 @@ class _Graph:
         factors = self._row_factors(matrix.value, width) if is_table else self._factors(matrix.given, width)
         return replace(matrix, input_factors=factors)
 
-    def _factors(self, given: str, width: int) -> Callable[[], Floats] | None:
+    def _factors(self, given: str, width: int) -> Callable[[], FloatArray] | None:
         """A vector [K] that multiplies a value just before its use."""
         maker = self.makers.get(given)
         if maker is None or maker.op_type != "Mul":
             return None
         return self._vector(list(maker.input), width)
 
-    def _row_factors(self, value: str, width: int) -> Callable[[], Floats] | None:
+    def _row_factors(self, value: str, width: int) -> Callable[[], FloatArray] | None:
         """A vector [K] that multiplies a table's rows just after gathering."""
         reader = next((node for node in self.nodes if node.op_type == "Mul" and value in node.input), None)
         return None if reader is None else self._vector(list(reader.input), width)
 
-    def _vector(self, names: list[str], width: int) -> Callable[[], Floats] | None:
+    def _vector(self, names: list[str], width: int) -> Callable[[], FloatArray] | None:
         found = next(
             (
                 name
@@ -282,7 +284,7 @@ class _Graph:
         return None if found is None else lambda: self.values.array(found).astype(np.float32).reshape(-1)
 
 
-def _take(read: Callable[[], Floats], place: int) -> Floats:
+def _take(read: Callable[[], FloatArray], place: int) -> FloatArray:
     """One of several matrices that are stacked."""
     return np.ascontiguousarray(read()[place])
 

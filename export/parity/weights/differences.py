@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dense2moe.export.parity.records import WrongRows
-from dense2moe.export.parity.weights.matrix import Floats, Matrix
+from dense2moe.export.parity.weights.matrix import FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks, read_tensor
 
@@ -36,8 +36,8 @@ def describe_rows(
     entries: dict[str, TensorEntry],
     some: RowKeys,
     missing: npt.NDArray[np.int64],
-    surplus: list[tuple[Matrix, int]],
-    strange: list[Matrix],
+    surplus: list[tuple[GraphMatrix, int]],
+    strange: list[GraphMatrix],
     zeros: set[str],
 ) -> tuple[list[WrongRows], int]:
     """Wrong rows in words, by tensor.
@@ -90,7 +90,7 @@ def describe_rows(
     return told, max(len(missing), len(surplus))
 
 
-def find_nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
+def find_nearest(true: FloatArray, rows: Sequence[FloatArray]) -> int | None:
     """The row most similar to another, if any is similar."""
     if not rows:
         return None
@@ -100,13 +100,13 @@ def find_nearest(true: Floats, rows: Sequence[Floats]) -> int | None:
     return best if distances[best] <= _LIKE * np.abs(true).sum() else None
 
 
-def read_scaled(matrix: Matrix) -> Floats:
+def read_scaled(matrix: GraphMatrix) -> FloatArray:
     """A matrix's rows, multiplied by the factors of its input."""
     rows = matrix.read()
     return rows if matrix.input_factors is None else rows * matrix.input_factors()
 
 
-def compare_rows(found: Floats, true: Floats) -> str:
+def compare_rows(found: FloatArray, true: FloatArray) -> str:
     """How a row of the file differs from the twin's, in words."""
     if not found.any():
         return "is all zeros in the file"
@@ -131,10 +131,10 @@ def compare_rows(found: Floats, true: Floats) -> str:
     )
 
 
-def _read_row(entry: TensorEntry, row: int) -> Floats:
+def _read_row(entry: TensorEntry, row: int) -> FloatArray:
     inner = math.prod(entry.shape[1:-1])
     chunk = read_tensor(entry) if len(entry.shape) == 1 else next(read_chunks(entry, row // inner, row // inner + 1))
-    found: Floats = chunk.to(torch.float32).reshape(-1, entry.shape[-1])[row % inner].numpy()
+    found: FloatArray = chunk.to(torch.float32).reshape(-1, entry.shape[-1])[row % inner].numpy()
     return found
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-Floats = npt.NDArray[np.float32]
+FloatArray = npt.NDArray[np.float32]
 Use = Literal["product", "table", "experts", "stored"]
 INT8 = 4  # accuracy_level of the operators that read activations in 8 bits
 
@@ -30,7 +30,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Matrix:
+class GraphMatrix:
     """Rows [N, K] that one node multiplies by, or gathers from.
 
     `table`: the node gathers. Of stacked experts those of one. What no node is known to multiply by is `stored`: it
@@ -45,11 +45,11 @@ class Matrix:
     use: Use
     operator: Operator
     shape: tuple[int, int]
-    read: Callable[[], Floats]
+    read: Callable[[], FloatArray]
     part: str = ""
     expert: int | None = None
     narrow: torch.dtype | None = None
-    input_factors: Callable[[], Floats] | None = None
+    input_factors: Callable[[], FloatArray] | None = None
     input_scale: float | None = None
 
     @property
@@ -69,6 +69,6 @@ class Constants:
     `unread` are integers that nothing is known to read as a matrix.
     """
 
-    matrices: tuple[Matrix, ...]
-    vectors: dict[str, Floats]
+    matrices: tuple[GraphMatrix, ...]
+    vectors: dict[str, FloatArray]
     unread: tuple[str, ...] = ()

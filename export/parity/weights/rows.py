@@ -32,7 +32,7 @@ from dense2moe.export.parity.weights.differences import (
     name_tensor,
     read_scaled,
 )
-from dense2moe.export.parity.weights.matrix import Constants, Floats, Matrix
+from dense2moe.export.parity.weights.matrix import Constants, FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks
@@ -56,7 +56,7 @@ class FoundWeights:
     """
 
     check: WeightsCheck
-    operators: dict[str, tuple[Matrix, ...]] = field(default_factory=dict)
+    operators: dict[str, tuple[GraphMatrix, ...]] = field(default_factory=dict)
 
 
 def check_weights(constants: Constants, twin: Path) -> FoundWeights:
@@ -71,11 +71,11 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     }
     matrices = {name: entry for name, entry in entries.items() if len(entry.shape) > 1 and min(entry.shape[-2:]) > 1}
     vectors = {name: entry for name, entry in entries.items() if name not in matrices}
-    by_width: dict[int, list[Matrix]] = {}
+    by_width: dict[int, list[GraphMatrix]] = {}
     widths = {entry.shape[-1] for entry in matrices.values()}
     for matrix in (_without_padding(matrix, widths) for matrix in constants.matrices):
         by_width.setdefault(matrix.shape[1], []).append(matrix)
-    operators: dict[str, list[Matrix]] = {}
+    operators: dict[str, list[GraphMatrix]] = {}
     wrong: list[WrongRows] = []
     not_judged: list[str] = []
     num_wrong = num_rows = 0
@@ -97,7 +97,7 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
     return FoundWeights(check, {name: tuple(found) for name, found in operators.items()})
 
 
-def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
+def _without_padding(matrix: GraphMatrix, widths: set[int]) -> GraphMatrix:
     """A matrix without padding columns, if the twin has that width."""
     rows, width = matrix.shape
     own = max((each for each in widths if width - matrix.operator.block_size < each < width), default=None)
@@ -106,7 +106,7 @@ def _without_padding(matrix: Matrix, widths: set[int]) -> Matrix:
     return replace(matrix, shape=(rows, own), read=partial(_cut, matrix.read, own))
 
 
-def _cut(read: Callable[[], Floats], width: int) -> Floats:
+def _cut(read: Callable[[], FloatArray], width: int) -> FloatArray:
     """A matrix's first columns; NaN where the cut columns are not zero."""
     whole = read()
     return (
@@ -135,7 +135,10 @@ def _key(rows: torch.Tensor, vectors: torch.Tensor) -> npt.NDArray[np.float32]:
 
 
 def _match(
-    entries: dict[str, TensorEntry], matrices: Sequence[Matrix], width: int, operators: dict[str, list[Matrix]]
+    entries: dict[str, TensorEntry],
+    matrices: Sequence[GraphMatrix],
+    width: int,
+    operators: dict[str, list[GraphMatrix]],
 ) -> tuple[list[WrongRows], int]:
     """Match tensors' rows with matrices' rows of one width."""
     vectors = _draw_vectors(width)
@@ -150,8 +153,8 @@ def _match(
     ours: dict[torch.dtype | None, list[npt.NDArray[np.float32]]] = {}
     some = theirs[None]
     names = some.owners
-    surplus: list[tuple[Matrix, int]] = []
-    strange: list[Matrix] = []
+    surplus: list[tuple[GraphMatrix, int]] = []
+    strange: list[GraphMatrix] = []
     zeros: set[str] = set()
     shapes = {entry.shape[-2:] for entry in entries.values()}
     for matrix in matrices:
@@ -203,8 +206,8 @@ def _look_up(keys: npt.NDArray[np.float32], tree: cKDTree) -> tuple[npt.NDArray[
 
 
 def _misplaced(
-    matrix: Matrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: RowKeys
-) -> list[tuple[Matrix, int]]:
+    matrix: GraphMatrix, places: npt.NDArray[np.int64], good: npt.NDArray[np.bool_], known: RowKeys
+) -> list[tuple[GraphMatrix, int]]:
     """Rows of a table or head that belong to another token."""
     owners, rows = known.locate(places)
     is_head = matrix.use == "product" and all(known.owners[owner] in BY_TOKEN for owner in np.unique(owners[good]))
@@ -227,7 +230,7 @@ def _check_vectors(
 
     Each must be in the file, or inside a longer vector.
     """
-    by_size: dict[int, list[Floats]] = {}
+    by_size: dict[int, list[FloatArray]] = {}
     for values in constants.vectors.values():
         by_size.setdefault(len(values), []).append(values)
     columns = [matrix.read().reshape(-1) for matrix in constants.matrices if 1 in matrix.shape]
@@ -252,7 +255,7 @@ def _check_vectors(
         yield WrongRows(tensor, 0, 1, 1, what.replace("row", "vector"))
 
 
-def _is_inside(kinds: Sequence[Floats], by_size: dict[int, list[Floats]], size: int) -> bool:
+def _is_inside(kinds: Sequence[FloatArray], by_size: dict[int, list[FloatArray]], size: int) -> bool:
     """Whether a vector is part of a longer one, as fused biases."""
     for length, found in by_size.items():
         if length <= size:

@@ -12,7 +12,7 @@ import torch
 from onnx import NodeProto, TensorProto
 
 from dense2moe.export.opening import OpenedPackage
-from dense2moe.export.parity.weights.matrix import Floats, Operator
+from dense2moe.export.parity.weights.matrix import FloatArray, Operator
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, num_blocks, zero_point_bytes
 
 _VIEWS = ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten")
@@ -40,7 +40,7 @@ class Values:
 
     def dequantize(
         self, names: tuple[str, str, str], operator: Operator, shape: tuple[int, int], expert: int | None = None
-    ) -> Floats:
+    ) -> FloatArray:
         """Float rows from integers, scales and zero points.
 
         Where experts are stacked, the rows of one expert.
@@ -78,7 +78,7 @@ class Values:
             points = found.view(torch.uint8).reshape(rows, -1)[:, : zero_point_bytes(width, bits, block)]
         return dequantize(Quantized(packed.reshape(rows, blocks, -1), own, points), width, bits).numpy()
 
-    def find(self, name: str) -> tuple[Callable[[], Floats], tuple[int, ...], torch.dtype | None] | None:
+    def find(self, name: str) -> tuple[Callable[[], FloatArray], tuple[int, ...], torch.dtype | None] | None:
         """A constant value's reader, shape, and 16-bit type.
 
         None if it is not such a one.
