@@ -125,18 +125,18 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
     if not _is_decoder(plan):
         return (
             "upcycle",
-            f"{plan.conversion.target.architecture} is no decoder, and fine-tuning and export of others are to come",
+            f"{plan.conversion.target.architecture} is no decoder; only decoders can be fine-tuned and exported",
         )
     try:
         find_decoder_family(plan.target_config)
     except ExportError as error:
-        return "finetune", f"export of {plan.conversion.target.architecture} is to come ({error})"
+        return "finetune", f"export of {plan.conversion.target.architecture} is not supported yet ({error})"
     if (limit := find_operator_limit(plan.target_config)) is not None:
         return "finetune", f"no ONNX model of this shape can run ({limit})"
     if training and training[-1].train == "prompt":
         return (
             "finetune",
-            "a learned prompt has no place in an ONNX package, and lies beside the model as an adapter of peft",
+            "a learned prompt cannot be exported to ONNX; it lies beside the model as a peft adapter",
         )
     return None
 

@@ -128,9 +128,8 @@ def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) ->
         expected = getattr(config, name, None)
         if type(size) is int and type(expected) is int and size != expected:
             raise ExportError(
-                f"{directory}: {name} is {expected:,}, and {size:,} in {decoder.path.parent}: they are not of one "
-                "model; "
-                "give the checkpoint that the package was made from"
+                f"{directory}: {name} is {expected:,}, and {size:,} in {decoder.path.parent}: they belong to different "
+                "models; give the checkpoint that the package was made from"
             )
 
 
@@ -189,4 +188,4 @@ def _describe_figures(found: ProviderParity) -> Iterator[str]:
         yield f"  {task}" if isinstance(task, str) else f"  {describe_task(task)}"
     if found.num_fallback_nodes:
         elsewhere = ", ".join(f"{sum(ops.values())} on {where}" for where, ops in found.placement.items())
-        yield f"  nodes by where they ran: {elsewhere}"
+        yield f"  nodes by execution provider: {elsewhere}"

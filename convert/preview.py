@@ -156,7 +156,7 @@ def _artifacts(preparation: Preparation, workdir: Path) -> Table:
     )
     if "finetune" in preparation.scratch_bytes:
         needed = decimal(preparation.scratch_bytes["finetune"])
-        artifacts.add_row("disk to fine-tune", needed, "besides, until it is done")
+        artifacts.add_row("disk to fine-tune", needed, "scratch, deleted when done")
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage
         artifacts.add_section()

@@ -30,7 +30,7 @@ def gather_package(package: Artifact, report: Artifact, variant: str, output: Pa
             disk is full.
     """
     if os.path.lexists(output):
-        raise ArtifactError(f"{output}: is there already; give a directory that is to be made")
+        raise ArtifactError(f"{output}: exists already; give a new directory")
     card = report.directory / CARDS_NAME / variant / CARD_NAME
     if not card.is_file():
         raise ArtifactError(

@@ -82,7 +82,7 @@ def run_pipeline(
             display.note(line)
         if outdated := walk.find_outdated():
             display.note(
-                f"{workdir}: made by another version of dense2moe, left as they are and made anew: "
+                f"{workdir}: made by another version of dense2moe, kept as they are and made anew: "
                 f"{', '.join(outdated)}"
             )
         walk.record("running")
@@ -260,7 +260,7 @@ def _describe_refusal(error: Exception, label: str, directory: Path) -> str | No
     """A stage's lack of memory or disk, in one line, or None."""
     if is_out_of_memory(error):
         return (
-            f"{label}: out of memory; what is finished is kept, and the same command goes on from there; close other "
+            f"{label}: out of memory; what is finished is kept; run the same command to resume; close other "
             "programs, or take a smaller model, data.block_size or finetune.batch_size"
         )
     if not isinstance(error, MendableError) and (refusal := find_os_error(error)) is not None:

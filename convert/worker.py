@@ -158,10 +158,10 @@ def _listen(
         except EOFError:
             process.join()
             raise ArtifactError(
-                f"{label}: its process was ended by {_describe_end(process.exitcode)}; where that was for want of "
-                "memory, close other programs, or "
-                "take a smaller model, data.block_size or finetune.batch_size; what is finished is kept, and the "
-                "same command goes on from there"
+                f"{label}: its process was ended by {_describe_end(process.exitcode)}; if memory ran out, close other "
+                "programs, or "
+                "take a smaller model, data.block_size or finetune.batch_size; what is finished is kept; run the same "
+                "command to resume"
             ) from None
         match message:
             case ProcessResult():

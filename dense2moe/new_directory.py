@@ -28,7 +28,7 @@ def new_directory(output: str | Path) -> Iterator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
     if taken:
-        raise UpcycleError(f"{output}: is there already; must be a new directory; give another one, or delete it")
+        raise UpcycleError(f"{output}: exists already; must be a new directory; give another one, or delete it")
     try:
         yield partial
         os.replace(partial, output)

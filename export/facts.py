@@ -21,7 +21,7 @@ class LoweringTime:
     request_seconds: float
 
 
-LoweringChoice = Literal["only", "timed", "first, no such device here to time on"]
+LoweringChoice = Literal["only", "timed", "first, as no such device was there to time on"]
 
 
 @dataclass(frozen=True)

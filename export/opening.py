@@ -139,7 +139,7 @@ def open_package(directory: Path) -> OpenedPackage:
             raise ExportError(
                 f"{directory / location}: has {sizes[location]:,} bytes; the tensor {shorten(tensor.name)!r} in "
                 f"{MODEL_NAME} ends at {end:,}, "
-                f"so the file is cut, or another model's; {_AGAIN}"
+                f"so the file is truncated, or belongs to another model; {_AGAIN}"
             )
         next(entry for entry in tensor.external_data if entry.key == "location").value = (
             files[location].relative_to(folder).as_posix()
@@ -242,7 +242,7 @@ def _find_file(directory: Path, location: str) -> Path:
         inside = not Path(location).is_absolute() and ".." not in Path(location).parts
         if not inside or not any(file.is_relative_to(home) for home in (directory.resolve(), path.resolve().parent)):
             raise ExportError(
-                f"{path}: its weights are said to lie in {shown!r}, outside of the package; must be a file beside "
+                f"{path}: its weights lie in {shown!r}, outside the package; must be a file beside "
                 f"{MODEL_NAME}; {_AGAIN}"
             )
         if not file.is_file():

@@ -113,7 +113,7 @@ def _choose(
     if len(candidates) < 2:
         return next(iter(candidates), None), "only", ()
     if not is_at_hand(PROVIDERS[config.device]):
-        return candidates[0], "first, no such device here to time on", ()
+        return candidates[0], "first, as no such device was there to time on", ()
     timings = time_lowerings(twin, config, candidates, build, folder, progress)
     return next(lowering for lowering in candidates if lowering.name == timings[0].lowering), "timed", timings
 

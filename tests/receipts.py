@@ -27,8 +27,8 @@ EXPERT = "model.layers.{layer}.block_sparse_moe.experts.{expert}.{matrix}.weight
 EXACT = 64  # an FFN width of which the vector loop of `silu` leaves no rest, so that equal means bitwise
 NUMBER = r"\d\.\de-\d\d"
 T5 = "T5ForConditionalGeneration"
-MISSING = "{} missing, which transformers would draw at random; restore the file that held it"
-LEFT_OVER = "{} left over, which transformers would pass over; remove it, or correct config.json"
+MISSING = "{} missing, which transformers would initialize at random; restore the file that held it"
+LEFT_OVER = "{} unused, which transformers would ignore; remove it, or correct config.json"
 WINDOW = 12
 # Every decoder family, with what is its own, and settings that lead to each target.
 DECODERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

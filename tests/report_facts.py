@@ -112,9 +112,6 @@ def variant(
         "checks": checks,
         "twin": agreement(4e-7, 1.0, [1.0, 1.0, 1.0, 0.99998]),
         "finetuned": agreement(scale, top1, routing),
-        "perplexity": perplexity,
-        "twin_perplexity": perplexity,
-        "finetuned_perplexity": 11.2345,
         "figures": figures(perplexity),
         "twin_figures": figures(perplexity),
         "finetuned_figures": figures(11.2345),
@@ -385,12 +382,11 @@ def searched(facts: dict[str, Any]) -> dict[str, Any]:
         (9_000_000, 11.3, "8 bits"),
     )
     points = [
-        {"package_bytes": size, "perplexity": p, "figures": figures(p), "label": label, "chosen": size == 7_000_000}
+        {"package_bytes": size, "figures": figures(p), "label": label, "chosen": size == 7_000_000}
         for size, p, label in tried
     ]
     facts["variants"]["int4"]["quantize"]["search"] = {
         "points": points,
-        "reference_perplexity": 11.24,
         "reference_figures": figures(11.24),
         "limit": "+3 %",
         "num_tokens": 4096,

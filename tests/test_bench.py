@@ -137,4 +137,4 @@ def test_a_load_beyond_the_context_is_one_line(foreign) -> None:
 def test_counts_that_are_none_are_refused(foreign, value) -> None:
     code, _, error = invoke("bench", foreign, f"--batch={value}")
     assert code == 2
-    assert f"'{value}' must be whole numbers from 1 on, divided by commas, such as 1,4" in " ".join(error.split())
+    assert f"'{value}' must be whole numbers from 1 on, separated by commas, such as 1,4" in " ".join(error.split())

@@ -159,7 +159,7 @@ def test_a_package_is_gathered_with_its_card_and_runs(workdir, package, tmp_path
         "generate", package, "--prompt", "a", "--max-new-tokens", 4
     )
     again = invoke("package", workdir, tmp_path / "out")
-    assert again == (1, f"Error: {tmp_path / 'out'}: is there already; give a directory that is to be made\n")
+    assert again == (1, f"Error: {tmp_path / 'out'}: exists already; give a new directory\n")
 
 
 def test_what_was_gathered_is_verified_by_its_digests(workdir, tmp_path) -> None:

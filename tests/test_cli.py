@@ -245,7 +245,7 @@ def test_memory_that_runs_out_in_any_stage_is_one_line_and_leaves_nothing_half_w
     code, output = invoke("run", recipe(), "--workdir", workdir)
     assert code == 1
     assert output.splitlines()[-1] == (
-        "Error: source: out of memory; what is finished is kept, and the same command goes on from there; close "
+        "Error: source: out of memory; what is finished is kept; run the same command to resume; close "
         "other programs, or take a smaller "
         "model, data.block_size or finetune.batch_size"
     )

@@ -461,7 +461,8 @@ NO_CLOSER = "the nearest target is mixtral"
             "Phi3ForCausalLM",
             {"resid_pdrop": 0.1},
             {},
-            f"resid_pdrop is 0.1; MixtralForCausalLM needs 0.0: it has no dropout after a block ({NO_CLOSER})",
+            "resid_pdrop is 0.1; MixtralForCausalLM needs 0.0: it has no dropout after attention and FFN "
+            f"({NO_CLOSER})",
         ),
         (
             "Phi3ForCausalLM",

@@ -113,7 +113,7 @@ def test_damage_to_a_sealed_folder_is_told_in_a_line_and_the_folder_goes(
     assert len(said) == (0 if unsealed else 1), said
     for line in said:
         assert line.startswith(f"{scratch / 'layers' / '1'}: ")
-        assert line.endswith("; thrown away, and made again")
+        assert line.endswith("; deleted, and made again")
         assert line.isprintable()
     assert folders_of(scratch) == ["layers/2"]
     assert files_of(scratch) == [f"layers/2/{name}" for name in ("deep/config.json", RECORD_NAME, "weights")]
@@ -134,7 +134,7 @@ def test_facts_that_were_changed_are_damage(tmp_path: Path) -> None:
         keep(tmp_path / "steps", [10])
         record.write_text(text, encoding="utf-8")
         assert discard_damage(tmp_path, quiet) == [
-            f"{tmp_path / 'steps'}: {RECORD_NAME} is damaged; thrown away, and made again"
+            f"{tmp_path / 'steps'}: {RECORD_NAME} is damaged; deleted, and made again"
         ]
 
 
@@ -339,7 +339,7 @@ def test_a_run_says_what_was_damaged_and_succeeds(
     finished = run()
     assert finished.exit_code == 0, finished.stderr
     (line,) = (line for line in finished.stderr.splitlines() if line.startswith("!"))
-    assert line == f"! {newest}: 'optimizer.pt' is damaged; thrown away, and made again"
+    assert line == f"! {newest}: 'optimizer.pt' is damaged; deleted, and made again"
     assert not list(work.glob("*.partial"))
     assert not (stale.exists() or after_its_seal.exists() or scratch.exists())
     # folders that are nobody's, and of a stage that is not finished

@@ -28,7 +28,7 @@ from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.upcycle.errors import find_os_error
 
 ROOT = Path(__file__).parent.parent
-KEPT = "what is finished is kept, and the same command goes on from there"
+KEPT = "what is finished is kept; run the same command to resume"
 
 
 def raise_at_once(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> Any:

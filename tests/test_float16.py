@@ -145,7 +145,7 @@ def test_what_cannot_be_timed_here_is_chosen_by_rank_and_said(make: Make) -> Non
     export = make("int4", {"block_size": 64}, {"device": "cuda", "lowering": "auto"}, **CHOOSES_ALL)
     assert (export.facts.lowering, export.facts.choice, export.facts.timings) == (
         "qmoe",
-        "first, no such device here to time on",
+        "first, as no such device was there to time on",
         (),
     )
 

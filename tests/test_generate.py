@@ -113,7 +113,7 @@ def test_a_chat_prints_the_answer_alone(package: Path, tmp_path: Path) -> None:
     finished = dense2moe("generate", package, "--prompt", PROMPT, "--chat")
     assert (
         finished.stderr
-        == f"Error: {package}: the tokenizer has no chat template; give the prompt as a text to go on from\n"
+        == f"Error: {package}: the tokenizer has no chat template; add one, or prompt without the chat option\n"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +70,46 @@ def test_no_public_class_name_is_defined_twice() -> None:
             if not name.startswith("_"):
                 places.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+RIDDLES = re.compile(
+    r"\b(that of|those of|that is none|one that is no|so many|taken up again|goe?s? on from|for want of"
+    r"|differs? by from|for the length of a|look at the validation)\b",
+    re.IGNORECASE,
+)
+"""Words that stand for a noun which the reader has to find again, or for the field's own word."""
+
+
+def sentences(tree: ast.Module) -> Iterator[str]:
+    """Texts of five words and more that are no docstrings: messages, help texts, descriptions of keys, reports."""
+    own = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in own:
+            text = node.value
+        else:
+            continue
+        if len(text.split()) >= 5:
+            yield text
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_nouns_are_repeated_where_a_person_reads(floor: str) -> None:
+    """In first lines, and in whatever a command, a report, an error or the description of a key says."""
+    riddles = set[str]()
+    for path in MODULES:
+        if path.is_relative_to(ROOT / floor):
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+            lines = [docstring.split("\n")[0] for _, docstring in docstrings(tree)]
+            riddles |= {
+                f"{path.relative_to(ROOT)}: {text}" for text in [*lines, *sentences(tree)] if RIDDLES.search(text)
+            }
+    assert riddles == set()
+
+
+@pytest.mark.parametrize(
+    "page", sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")]), ids=lambda page: page.name
+)
+def test_nouns_are_repeated_in_the_docs(page: Path) -> None:
+    assert RIDDLES.findall(page.read_text(encoding="utf-8")) == []

@@ -326,12 +326,12 @@ def test_a_layer_of_a_mixture_is_that_of_the_whole_mixture(
     [
         (
             lambda state: state.pop("model.layers.1.mlp.up_proj.weight"),
-            "tensor 'model.layers.1.mlp.up_proj.weight' missing, which transformers would draw at random; restore "
-            "the file that held it",
+            "tensor 'model.layers.1.mlp.up_proj.weight' missing, which transformers would initialize at random; "
+            "restore the file that held it",
         ),
         (
             lambda state: state.update({"model.layers.1.extra.weight": torch.ones(1)}),
-            "tensor 'model.layers.1.extra.weight' left over, which transformers would pass over; remove it, or "
+            "tensor 'model.layers.1.extra.weight' unused, which transformers would ignore; remove it, or "
             "correct config.json",
         ),
     ],

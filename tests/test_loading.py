@@ -128,11 +128,12 @@ SHAPES = "of shape [16]; by config.json it must be [32]; correct one of the two"
 INCOMPLETE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "missing": (
         lambda state: state.pop("model.norm.weight"),
-        "tensor 'model.norm.weight' missing, which transformers would draw at random; restore the file that held it",
+        "tensor 'model.norm.weight' missing, which transformers would initialize at random; restore the file that held "
+        "it",
     ),
     "left over": (
         lambda state: state.update({"evil name": torch.ones(1)}),
-        "tensor 'evil name' left over, which transformers would pass over; remove it, or correct config.json",
+        "tensor 'evil name' unused, which transformers would ignore; remove it, or correct config.json",
     ),
     "another shape": (
         lambda state: state.update({"model.norm.weight": torch.ones(16)}),

@@ -112,8 +112,7 @@ def test_weights_that_are_missing_cut_or_a_pointer_are_one_line(copy: Path) -> N
     data.write_bytes(whole[:-8])
     assert refusal(Decoder, copy) == (
         f"{data}: has {len(whole) - 8:,} bytes; the tensor 'logits.weight' in model.onnx ends at {len(whole):,}, so "
-        "the file is cut, "
-        f"or another model's; {AGAIN}"
+        f"the file is truncated, or belongs to another model; {AGAIN}"
     )
     data.write_bytes(POINTER)
     assert (
@@ -133,7 +132,7 @@ def test_weights_outside_of_the_package_are_refused(copy: Path, location: str) -
     change_graph(copy, lambda model: [set_entry(model, "location", place)])
     for call in (Decoder, read_constants):
         assert refusal(call, copy) == (
-            f"{copy / MODEL_NAME}: its weights are said to lie in '{place}', outside of the package; must be a file "
+            f"{copy / MODEL_NAME}: its weights lie in '{place}', outside the package; must be a file "
             f"beside model.onnx; {AGAIN}"
         )
 
@@ -340,8 +339,8 @@ def test_what_fails_within_a_run_is_one_line(package: Path) -> None:
     assert message.startswith(f"{package / MODEL_NAME}: onnxruntime {ort.__version__} cannot run it (")
     assert "indices element out of data bounds" in message
     assert refusal(next, decoder.generate([[5, 300]], 2, Sampling())) == (
-        f"the prompt has the token 300; {package / MODEL_NAME} knows 300, from 0 on; the tokenizer must be that of "
-        "its checkpoint"
+        f"the prompt has the token 300; {package / MODEL_NAME} knows 300, from 0 on; use the tokenizer of its "
+        "checkpoint"
     )
 
 
@@ -383,7 +382,7 @@ def test_the_dense_parent_is_a_reference(package: Path, dense_checkpoint: Path, 
         in figures["files"]["missing"]
     )
     # the experts of this mixture were disturbed
-    assert figures["perplexity"] != pytest.approx(figures["finetuned_perplexity"])
+    assert figures["figures"][0]["value"] != pytest.approx(figures["finetuned_figures"][0]["value"])
 
 
 @pytest.mark.parametrize(
@@ -402,8 +401,8 @@ def test_a_reference_of_another_shape_is_one_line(
     code, said, error = parity(package, reference)
     assert (code, said) == (1, "")
     assert (
-        error == f"Error: {reference}: {what} in {package}: they are not of one model; give the checkpoint that the "
-        "package was made from"
+        error == f"Error: {reference}: {what} in {package}: they belong to different models; give the checkpoint "
+        "that the package was made from"
     )
 
 

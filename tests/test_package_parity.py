@@ -34,7 +34,7 @@ pytest_plugins = ["pytester"]
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "LICENSE"
 NOT_SHOWN = {
-    "operator": "not run: the package shows no blocks of experts",
+    "operator": "not run: the package shows no layers of experts",
     "routing": "not run: the package shows no router logits",
     "task": "not run: no task was given",
 }
@@ -124,7 +124,7 @@ def test_a_package_of_genai_s_builder_is_its_checkpoint(genai_package: Path, lla
         "head",
     }
     assert max(check["relative_error"] for check in figures["checks"]) < 5e-6  # float32 sums in another order
-    assert figures["perplexity"] == pytest.approx(figures["finetuned_perplexity"], rel=1e-6)
+    assert figures["figures"][0]["value"] == pytest.approx(figures["finetuned_figures"][0]["value"], rel=1e-6)
 
 
 def test_what_genai_s_builder_does_with_left_padding_is_named(genai_package: Path, llama: Path) -> None:
@@ -146,7 +146,7 @@ def test_another_checkpoint_is_not_the_package(genai_package: Path, make_dense: 
     assert result.exit_code == 1
     lines = result.stderr.split("parity was broken:\n")[1].splitlines()
     hint = r"from token 1 on \(the first token is right: look at positions and rotary tables\)"
-    where = "layer 0, the keys and values that are cached, on the graph's own input: relative error"
+    where = "layer 0, the cached keys and values, on the graph's own input: relative error"
     assert re.fullmatch(rf"{CPU}: layer: {where} .*, {hint}", lines[0])
     assert sum(where in line for line in lines) == 1  # and not once more for each way of feeding it
     assert any(line.startswith(f"{CPU}: logits: greedy text differs after 0 of 32 tokens") for line in lines)
@@ -173,11 +173,11 @@ def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path
     )
     assert {figures["tiers"][tier] for tier in ("weights", "operator", "layer")} == {f"not judged: {without}"}
     assert figures["finetuned"]["kl"] > 1e-3
-    increase = figures["perplexity"] / figures["finetuned_perplexity"] - 1
+    increase = figures["figures"][0]["value"] / figures["finetuned_figures"][0]["value"] - 1
     assert increase > 0
     tight = parity(package, llama, "--no-padding", "--max-perplexity-increase", increase / 2)
     assert tight.exit_code == 1
-    assert f"language: perplexity {figures['perplexity']:.4f} is {increase:+.2%} ± " in tight.stderr
+    assert f"language: perplexity {figures['figures'][0]['value']:.4f} is {increase:+.2%} ± " in tight.stderr
 
 
 # the exporter's own

@@ -185,13 +185,13 @@ def test_figures_equal_those_of_transformers(exports: dict[Variant, Exported], v
     _, result = check(exported, variant)
     twin, finetuned = logits_of(exported.twin), logits_of(exported.finetuned)
     # Losses are means of float32 logarithms.
-    assert result.perplexity == pytest.approx(perplexity(twin), rel=1e-6)
-    assert result.twin_perplexity == pytest.approx(perplexity(twin), rel=1e-6)
-    assert result.finetuned_perplexity == pytest.approx(perplexity(finetuned), rel=1e-6)
-    assert result.figures[0] == Figure("perplexity", result.perplexity, "", "lower")
-    assert result.twin_figures[0] == Figure("perplexity", result.twin_perplexity, "", "lower")
-    assert result.finetuned_figures[0] == Figure("perplexity", result.finetuned_perplexity, "", "lower")
-    assert result.figures_error == result.perplexity_error
+    for found, logits in (
+        (result.figures, twin),
+        (result.twin_figures, twin),
+        (result.finetuned_figures, finetuned),
+    ):
+        assert found[0] == Figure("perplexity", pytest.approx(perplexity(logits), rel=1e-6), "", "lower")
+        assert found[1] == Figure("loss", pytest.approx(math.log(perplexity(logits)), rel=1e-6), "nats", "lower")
     log_p, log_q = finetuned.log_softmax(-1), twin.log_softmax(-1)
     kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
     assert result.finetuned.kl == pytest.approx(kl, rel=1e-4, abs=1e-7)  # float32 logarithms that cancel
@@ -270,11 +270,13 @@ def test_rounded_activations_are_held_to_the_noise_of_float32(mixture_checkpoint
 def test_fewer_blocks_are_taken_evenly(exports: dict[Variant, Exported]) -> None:
     _, result = check(exports["float32"], "float32", LIMITS.model_copy(update={"num_blocks": 4}))
     kept = BLOCKS[[0, 1, 3, 4]]
-    assert result.finetuned_perplexity == pytest.approx(
+    assert result.finetuned_figures[0].value == pytest.approx(
         perplexity(logits_of(exports["float32"].finetuned, kept), kept), rel=1e-6
     )
     _, result = check(exports["float32"], "float32", LIMITS.model_copy(update={"num_blocks": 100}))
-    assert result.finetuned_perplexity == pytest.approx(perplexity(logits_of(exports["float32"].finetuned)), rel=1e-6)
+    assert result.finetuned_figures[0].value == pytest.approx(
+        perplexity(logits_of(exports["float32"].finetuned)), rel=1e-6
+    )
 
 
 def plant(exported: Exported, directory: Path, change: Change | None = None, epsilon: float | None = None) -> Exported:
@@ -362,7 +364,8 @@ def test_nan_is_caught_and_stays_nan(exports: dict[Variant, Exported], tmp_path:
     assert isinstance(result.places, tuple)
     assert (
         parity.breaches[0]
-        == f"{CPU}: weights: the head: 300 of 300 rows differ from the twin's; row 0: is not all numbers in the file"
+        == f"{CPU}: weights: the head: 300 of 300 rows differ from the twin's; row 0: has NaN or infinite values in "
+        "the file"
     )
     where, look = (
         "the head, on the graph's own input: relative error nan",
@@ -389,7 +392,7 @@ def enlarge_the_head(weights: Weights) -> None:
 
 def test_a_perplexity_beyond_all_numbers_is_a_breach(exports: dict[Variant, Exported], tmp_path: Path) -> None:
     parity, result = check(plant(exports["float32"], tmp_path, enlarge_the_head), "float32")
-    assert result.perplexity == math.inf
+    assert result.figures[0].value == math.inf
     of_model = r"of the fine-tuned model's; at most \+0\.01% and two standard errors \(worst layer .*"
     assert re.fullmatch(rf"{CPU}: language: perplexity inf is \+inf% ± \d+\.\d+% {of_model}", parity.breaches[-1])
 
@@ -509,10 +512,10 @@ def test_perplexities_of_some_blocks_are_told_for_all_text(
         result = parity.providers[CPU]
         assert isinstance(result, ProviderParity)
         assert result.num_language_tokens == 4 * 48
-        assert result.finetuned_perplexity == pytest.approx(model, rel=1e-6)
-        assert result.perplexity == pytest.approx(model * ratio, rel=1e-6)
-        assert result.twin_perplexity == pytest.approx(model * ratio, rel=1e-6)
-        assert result.perplexity_error == pytest.approx(error, rel=1e-3)
+        assert result.finetuned_figures[0].value == pytest.approx(model, rel=1e-6)
+        assert result.figures[0].value == pytest.approx(model * ratio, rel=1e-6)
+        assert result.twin_figures[0].value == pytest.approx(model * ratio, rel=1e-6)
+        assert result.figures_error == pytest.approx(error, rel=1e-3)
 
 
 def test_logits_compared_some_tokens_at_a_time_are_compared_as_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

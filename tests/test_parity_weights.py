@@ -259,7 +259,7 @@ def without(name: str) -> Plant:
 def test_a_wrong_row_is_named_with_what_is_wrong_in_it(tmp_path: Path, form: Form) -> None:
     last, gate = f"{EXPERT}.1.w2.weight", f"{EXPERT}.0.w1.weight"
     some = value(draw(form), last, form)[3, 16:32].nonzero()[:, 0].tolist()
-    columns, taken = f"columns {16 + some[0]} to {16 + some[-1]}", "row 4: is that of another token, or of none"
+    columns, taken = f"columns {16 + some[0]} to {16 + some[-1]}", "row 4: belongs to another token, or to none"
     expected: list[tuple[Plant, str, int]] = [
         (scaled(last, 3, 1.5), "layer 0, expert 1, w2, row 3: the whole row in the file is 1.5 times the twin's", 1),
         (
@@ -268,9 +268,9 @@ def test_a_wrong_row_is_named_with_what_is_wrong_in_it(tmp_path: Path, form: For
             1,
         ),
         (scaled(gate, 7, 0.0), "layer 0, expert 0, w1, row 7: is all zeros in the file", 1),
-        (scaled(QUERY, 9, -1.0), "layer 0, attention's q_proj, row 9: no row of the file is the twin's", 1),
+        (scaled(QUERY, 9, -1.0), "layer 0, attention's q_proj, row 9: no row of the file equals the twin's", 1),
         (scaled(HEAD, 4, 1.01), "the head, row 4: the whole row in the file is 1.01 times the twin's", 1),
-        (scaled(HEAD, 4, float("nan")), "the head, row 4: no row of the file is the twin's", 1),
+        (scaled(HEAD, 4, float("nan")), "the head, row 4: no row of the file equals the twin's", 1),
         (
             permuted([EMBEDDING], [1, 0], [4, 5]),
             f"the embedding: 2 of {TOKENS} rows differ from the twin's; {taken}",
@@ -299,7 +299,7 @@ def test_an_expert_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:
         ("layer 0, expert 1, w3", INNER),
         ("layer 0, expert 1, w2", WIDTH),
     ]
-    assert {wrong.what for wrong in check.wrong} == {"no row of the file is the twin's"}
+    assert {wrong.what for wrong in check.wrong} == {"no row of the file equals the twin's"}
     assert check.num_wrong == 2 * INNER + WIDTH
 
 

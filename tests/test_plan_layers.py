@@ -63,11 +63,11 @@ def test_layers_beyond_the_last_are_refused(
     [
         (
             {"num_experts": 5, "experts": ExpertsConfig(kind="split")},
-            "a multiple of 5 to be cut into so many split experts",
+            "a multiple of 5 to be cut into split experts; choose another upcycle.num_experts or granularity",
         ),
         (
             {"num_experts": 10, "num_experts_per_tok": 5, "experts": ExpertsConfig(kind="granular", granularity=5)},
-            "a multiple of 5 to be cut into so many granular experts",
+            "a multiple of 5 to be cut into granular experts; choose another upcycle.num_experts or granularity",
         ),
     ],
 )

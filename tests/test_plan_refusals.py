@@ -275,7 +275,7 @@ def test_a_window_that_only_the_cache_would_see_is_refused(
     assert refusal(directory, tmp_path) == (
         f"{directory / 'config.json'}: {field} is {value}; LlamaForCausalLM has no windows, but the key-value cache "
         "of transformers takes them from "
-        "there, so that decoding differs from reading at once; remove the field"
+        "there, so that decoding would differ from prefill; remove the field"
     )
     (directory / "config.json").write_text(json.dumps(config | {field: None}))
     plan_upcycle(open_checkpoint(directory), UpcycleConfig())

@@ -218,7 +218,7 @@ def test_t5s_own_numbers_stay_in_its_patterns(make_dense: MakeDense, tmp_path: P
     assert artifacts[-1] == (
         "runs up to upcycle",
         "",
-        "SwitchTransformersForConditionalGeneration is no decoder, and fine-tuning and export of others are to come",
+        "SwitchTransformersForConditionalGeneration is no decoder; only decoders can be fine-tuned and exported",
     )
     assert not any(label.startswith("onnx") for label, *_ in artifacts)
 
@@ -285,7 +285,7 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
     assert found["disk in all"][0] == decimal(sum(preparation.artifact_bytes.values()))
     assert found["disk to fine-tune"] == (
         decimal(4 * mixture + 2 * 4 * DENSE + 9 * 4 * mixture),
-        "besides, until it is done",
+        "scratch, deleted when done",
     )
 
 

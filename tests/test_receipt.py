@@ -413,7 +413,7 @@ def test_a_window_that_no_text_crosses_is_noted(mode: Any, make_dense: MakeDense
     fields = {"sliding_window": 4096, "max_position_embeddings": 8192}
     found = made_once(make_dense, "mistral", dense=fields, receipt=mode).float32_receipt
     assert (
-        "the text of 80 tokens does not cross the window of 4096; that it was kept is known from the config alone"
+        "the text of 80 tokens does not cross the window of 4096; only the config shows that the window was kept"
         in found.notes
     )
 

@@ -231,8 +231,7 @@ def test_a_run_without_fine_tuning_speaks_of_the_upcycled_model_alone(tiers, fac
     assert "fine-tuned" not in page  # nor in the words for those who see no picture
     assert [row.name for row in summarize(records(facts))][:3] == ["dense", "upcycled", "ONNX float32"]
     assert verdict_lines(records(facts))[1] == (
-        "Fine-tuning was switched off: the ONNX variants are those of the upcycled model, which is also what they "
-        "are compared with."
+        "Fine-tuning was switched off: the ONNX variants are made from the upcycled model, and compared with it."
     )
     assert "0.06 % worse than the upcycled torch model's" not in text  # int8 is compared with float32 ONNX
     assert "dense → upcycled, on held-out text" in text
@@ -382,8 +381,8 @@ def test_the_tiers_are_a_table_and_parity_tells_what_it_found(facts, written) ->
     assert "routing passed passed FAILED Does every token visit the same experts?" in text
     assert "32 times what float32 differs from float64 on this text" in text
     assert (
-        "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens in the mean and 24 in the shortest; 2 "
-        "parted from it" in text
+        "wrote 8 texts of 64 tokens, as the torch twin did for 53.0 tokens on average and 24 at least; 2 "
+        "diverged" in text
     )
     assert "wrote 8 texts of 64 tokens, each token as the torch twin did." in text
     assert "The file's weights were read row by row: all 12,345 rows and 9 vectors are the twin's." in text

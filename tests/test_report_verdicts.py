@@ -166,8 +166,8 @@ def test_fine_tuning_that_helped_nothing_is_a_finding(facts):
     finding = list(judge(records(facts)))[1]
     assert (finding.good, finding.text) == (
         False,
-        "Fine-tuning did not help: at no check was the validation loss lower than at the start, so the weights of the "
-        "start were kept.",
+        "Fine-tuning did not help: no evaluation had a lower validation loss than the start, so the start's weights "
+        "were kept.",
     )
 
 

@@ -132,7 +132,7 @@ def test_parity_holds_kl_to_what_two_rounded_computations_part_by(mixture_checkp
     assert not isinstance(result, str)
     assert found.passed, found.breaches
     for name in ("kl", "routing", "logits", "factor"):
-        assert "times what two equally rounded computations of the twin part by on" in result.limits[name].origin
+        assert "the difference between two equally rounded computations of the twin" in result.limits[name].origin
     assert 1e-6 < result.limits["kl"].value < 1e-2
     assert result.twin.kl < result.limits["kl"].value / 3, "the twin rounds as the graph does"
     assert isinstance(result.places, tuple)

@@ -425,9 +425,8 @@ REFUSED = [
     (
         "GptOss",
         {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
-        "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings know "
-        "plain gated ones "
-        "of silu, gelu, gelu_pytorch_tanh",
+        "model.layers.0.mlp.experts: experts of model_type gpt_oss have a gate of their own; the lowerings write "
+        "plain gated experts with silu, gelu, gelu_pytorch_tanh",
     ),
     (
         "Lfm2Moe",
@@ -474,9 +473,7 @@ def test_an_encoder_decoder_is_refused_before_it_is_quantized(tmp_path: Path) ->
     }
     config = transformers.SwitchTransformersConfig(**fields)
     transformers.SwitchTransformersForConditionalGeneration(config).save_pretrained(tmp_path)
-    message = (
-        "config.json: model_type switch_transformers is no decoder that transformers has as one (AutoModelForCausalLM)"
-    )
+    message = "config.json: model_type switch_transformers has no decoder in transformers (AutoModelForCausalLM)"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         quantize_checkpoint(tmp_path, tmp_path / "twin", "float32", QuantizeConfig(), silent)
     assert not (tmp_path / "twin").exists()
@@ -487,7 +484,7 @@ def test_a_tensor_that_is_no_parameter_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     shapes = {name: entry.shape for name, entry in open_checkpoint(tmp_path).entries.items()}
     where, how = "the checkpoint of model_type olmoe", "it must be as transformers' save_pretrained writes it"
-    message = f"{where} has a tensor 'mtp.weight' that no parameter is made of; {how}"
+    message = f"{where} has a tensor 'mtp.weight' that belongs to no parameter; {how}"
     with pytest.raises(ExportError, match=f"^{re.escape(message)}$"):
         classify_tensors(model.config, {**shapes, "mtp.weight": (3, 3)})
     del shapes["model.layers.1.mlp.experts.2.up_proj.weight"]

@@ -530,8 +530,8 @@ def test_training_that_only_harms_leaves_the_very_weights_of_the_start_and_says_
             name: tensor.numpy().tobytes() for name, tensor in new.items()
         }
         assert run.facts.warnings[number] == (
-            f"{model}: no look at the validation split was better than the start, so the weights are those of the "
-            "start; "
+            f"{model}: no evaluation on the validation split was better than at the start, so the start's weights were "
+            "kept; "
             "lower finetune.learning_rate, or give more text or steps"
         )
     assert run.facts.evaluations["fine-tuned"].loss == run.facts.evaluations["upcycled"].loss
@@ -579,8 +579,8 @@ def test_equal_experts_give_the_routers_no_task_gradient_and_a_warning(
     assert facts.warnings[0] == (
         f"the routers' task gradient was {facts.router_task_gradient:.0e} of the whole at the start: equal experts "
         "give a renormalizing router "
-        "nothing to learn from; it followed the balance loss until the experts came apart; set upcycle.experts.noise "
-        "to start them apart"
+        "nothing to learn from; it followed the balance loss until the experts diverged; set upcycle.experts.noise to "
+        "make them differ at the start"
     )
 
 

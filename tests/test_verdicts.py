@@ -55,9 +55,6 @@ FIGURES = ProviderParity(
     checks=(Check("prefill", 8, 0.0, 0.0, 1e-6, 1.0, 0), Check("decode", 8, 0.0, 0.0, 1e-6, 1.0, 0, decoded=True)),
     twin=SAME,
     finetuned=SAME,
-    perplexity=10.0,
-    twin_perplexity=10.0,
-    finetuned_perplexity=10.0,
     figures=figures(10.0),
     twin_figures=figures(10.0),
     finetuned_figures=figures(10.0),
@@ -166,7 +163,7 @@ def test_a_layer_names_the_first_place_of_each_kind() -> None:
     given, error = "on the graph's own input: relative error", "5.0e-01 > 1.0e-05"
     scale, bias = (
         "look at the scale and the mask of attention, and the order of its heads",
-        "a factor, a cap or a bias behind it",
+        "a factor, a cap or a bias after it",
     )
     bias = f"its weights are all in the file: look at {bias}"
     alike = replace(head, error=1e-6, factor=1.001, factor_limit=2e-4)
@@ -186,12 +183,12 @@ def test_a_layer_names_the_first_place_of_each_kind() -> None:
             "window and the mask of attention)"
         ),
         (replace(WRONG, part="cache", first_position=1),): (
-            f"layer 1, the keys and values that are cached, {given} {error}, from token 1 on (the first token is "
+            f"layer 1, the cached keys and values, {given} {error}, from token 1 on (the first token is "
             "right: look at positions and rotary "
             "tables)"
         ),
         (replace(WRONG, part="cache", first_position=32),): (
-            f"layer 1, the keys and values that are cached, {given} {error}, from token 32 on (every token before 32 "
+            f"layer 1, the cached keys and values, {given} {error}, from token 32 on (every token before 32 "
             "is right: look at positions and "
             "rotary tables)"
         ),
@@ -199,7 +196,7 @@ def test_a_layer_names_the_first_place_of_each_kind() -> None:
         (
             replace(head, error=0.02, factor=1.02),
         ): f"the head, {given} 2.0e-02 > 1.0e-05, 1.02 times the twin's ({bias})",
-        (alike,): f"the head, {given} of all tokens alike 1.0e-03 > 2.0e-04, 1.001 times the twin's ({bias})",
+        (alike,): f"the head, {given} common to all tokens 1.0e-03 > 2.0e-04, 1.001 times the twin's ({bias})",
     }
     for places, line in expected.items():
         assert breaches_of(places=places) == [("layer", line)]
@@ -219,8 +216,8 @@ def test_what_is_known_of_a_place_s_weights_says_where_to_look() -> None:
     assert advise(WRONG, experts) == "its weights in the file are not the twin's: look at these first"
     # more may be wrong than the first few that are told
     assert advise(replace(WRONG, layer=11), experts).startswith("look at the order of experts")
-    assert advise(head, replace(right, not_judged=("lm_head.weight",))) == "look at a factor, a cap or a bias behind it"
-    lost = WeightsCheck(8, 8, 1, (WrongRows("the head", 3, 1, 9, "no row of the file is the twin's"),))
+    assert advise(head, replace(right, not_judged=("lm_head.weight",))) == "look at a factor, a cap or a bias after it"
+    lost = WeightsCheck(8, 8, 1, (WrongRows("the head", 3, 1, 9, "no row of the file equals the twin's"),))
     assert advise(head, lost) == "its weights in the file are not the twin's: look at these first"
     assert advise(replace(WRONG, part="attention", first_position=1), right).startswith(
         "a token that reads itself alone is right"

@@ -124,7 +124,7 @@ def test_what_another_version_of_the_code_made_is_told_in_one_line_and_made_anew
     capsys.readouterr()
     after = run(preparation, tmp_path, "merge").artifacts
     assert capsys.readouterr().err.splitlines()[0] == (
-        f"! {tmp_path}: made by another version of dense2moe, left as they are and made anew: source-code, "
+        f"! {tmp_path}: made by another version of dense2moe, kept as they are and made anew: source-code, "
         "branch-code, source-prose, branch-prose, merge"
     )
     assert not {artifact.directory for artifact in before.values()} & {a.directory for a in after.values()}

@@ -56,7 +56,7 @@ def test_an_error_that_cannot_be_sent_is_told_in_words(held: int) -> None:
 def test_a_process_that_the_kernel_killed_is_one_line(held: int) -> None:
     with pytest.raises(
         ArtifactError,
-        match=r"^onnx-int8: its process was ended by SIGKILL; where that was for want of memory, .*goes on from there$",
+        match=r"^onnx-int8: its process was ended by SIGKILL; if memory ran out, .*run the same command to resume$",
     ):
         run_apart(fail, "killed", "onnx-int8", held, lambda *_: None)
 

@@ -123,7 +123,7 @@ def discard_damage(scratch: Path, progress: Progress) -> list[str]:
     for folder in folders:
         if damage := _find_damage(folder, advance):
             discard(folder)
-            said.append(f"{folder}: {damage}; thrown away, and made again")
+            said.append(f"{folder}: {damage}; deleted, and made again")
     return said
 
 

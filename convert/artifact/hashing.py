@@ -61,7 +61,7 @@ def count_bytes(what: str, total_bytes: int, progress: Progress | None) -> Calla
 
 
 def walk_files(directory: Path) -> Iterator[Path]:
-    """Every path below a directory that is no directory, sorted.
+    """Every file and link below a directory, sorted.
 
     Links are not followed.
 

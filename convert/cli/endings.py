@@ -14,7 +14,7 @@ import click
 
 from dense2moe.upcycle.errors import MendableError, find_os_error, is_out_of_memory, shorten
 
-_KEPT = "what is finished is kept, and the same command goes on from there"
+_KEPT = "what is finished is kept; run the same command to resume"
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 

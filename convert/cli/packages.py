@@ -53,7 +53,7 @@ from dense2moe.upcycle.imports import uncollected_imports
 @click.option(
     "--repetition-penalty",
     type=click.FloatRange(min=0, min_open=True),
-    help="Penalty for tokens that are there already; 1 is none [default: the package's, or 1].",
+    help="Penalty for tokens that occurred before; 1 is none [default: the package's, or 1].",
 )
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of sampling.")
 @click.option("--cuda", is_flag=True, help="Run on CUDA instead of the CPU.")
@@ -124,7 +124,7 @@ def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[in
     """Whole numbers from 1 on, separated by commas, each once."""
     parts = value.split(",")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"{value!r} must be whole numbers from 1 on, divided by commas, such as 1,4")
+        raise click.BadParameter(f"{value!r} must be whole numbers from 1 on, separated by commas, such as 1,4")
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 
@@ -137,7 +137,7 @@ def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[in
     callback=_parse_counts,
     default="1,4",
     show_default=True,
-    help="Batch sizes, divided by commas.",
+    help="Batch sizes, separated by commas.",
 )
 @click.option(
     "--prompt",
@@ -145,7 +145,7 @@ def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[in
     callback=_parse_counts,
     default="64,256",
     show_default=True,
-    help="Prompt lengths in tokens, divided by commas.",
+    help="Prompt lengths in tokens, separated by commas.",
 )
 @click.option(
     "--new",

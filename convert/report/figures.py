@@ -63,12 +63,12 @@ def describe_step(old: Figure, new: Figure) -> tuple[str, str, bool | None]:
 
 
 def same_text(first: Figure, second: Figure, digits: int) -> bool:
-    """Whether two figures read the same in so many digits."""
+    """Whether two figures read the same, to `digits` digits."""
     return format_digits(first.value, digits) == format_digits(second.value, digits)
 
 
 def figures_agree(first: Figure, second: Figure, digits: int) -> bool:
-    """Whether two figures agree to so many digits."""
+    """Whether two figures agree to `digits` digits."""
     return agree(first.value, second.value, digits)
 
 

@@ -10,7 +10,7 @@ NONE = "—"
 
 
 def agree(a: float, b: float, digits: int) -> bool:
-    """Whether two numbers agree to so many digits of the first.
+    """Whether two numbers agree to `digits` digits of the first.
 
     They may differ by half a unit in the last digit.
     """
@@ -25,7 +25,7 @@ def format_special(value: float) -> str | None:
 
 
 def format_digits(value: float, digits: int = 4) -> str:
-    """A number to so many digits: 17.46; exponents from 1e7 on."""
+    """A number to `digits` digits: 17.46; exponents from 1e7 on."""
     size = abs(value)
     if size >= 1e7 or format_special(value):
         return format_special(value) or f"{value:.3e}"

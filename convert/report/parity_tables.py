@@ -34,10 +34,10 @@ from dense2moe.export.parity.records import (
 _QUESTIONS: dict[Tier, str] = {
     "weights": "Does the file hold the twin's weights, row by row?",
     "operator": "Do router and experts of each layer compute what the twin's do, given the same input?",
-    "layer": "Does every other part, from the embedding to the head, given the same input?",
+    "layer": "Does every other part, from embedding to head, compute what the twin's does, given the same input?",
     "logits": "Are the outputs the same however the tokens are fed: at once, padded, one by one?",
-    "language": "Does it predict text as well?",
-    "task": "Does it do its tasks as well?",
+    "language": "Does it predict text as well as the fine-tuned model?",
+    "task": "Does it do its tasks as well as the fine-tuned model?",
     "routing": "Does every token visit the same experts?",
     "files": "Do tokenizer and settings say what the checkpoint's say?",
 }
@@ -139,9 +139,8 @@ def _remarks(found: ProviderParity, model: str) -> Iterator[str]:
         yield _describe_free_run(found.free_run)
     if isinstance(found.forced, Forced):
         yield (
-            f"The twin's KL from the {model} model is {format_error(found.forced.kl)} nats where it has to send tokens "
-            f"to that model's experts, {format_error(found.forced.kl_free)} where it chooses: the difference is what "
-            "other experts cost."
+            f"The twin's KL from the {model} model is {format_error(found.forced.kl)} nats with that model's routing, "
+            f"and {format_error(found.forced.kl_free)} with its own: the difference is the cost of other experts."
         )
     yield from _describe_flips(found.finetuned, model)
     yield (
@@ -179,11 +178,10 @@ def _describe_free_run(run: FreeRun) -> str:
     told = (
         "each token as the torch twin did."
         if not run.num_diverged
-        else f"as the torch twin did for {run.mean_prefix:.1f} tokens in the mean and "
-        f"{run.shortest_prefix} in the shortest; {run.num_diverged} parted from it, over a gap of "
-        f"{format_error(run.largest_gap)} of the largest logit at most."
+        else f"as the torch twin did for {run.mean_prefix:.1f} tokens on average and {run.shortest_prefix} at least; "
+        f"{run.num_diverged} diverged, at a gap of at most {format_error(run.largest_gap)} of the largest logit."
     )
-    return f"Left to itself, the package wrote {run.num_rows} texts of {run.num_tokens} tokens, {told}"
+    return f"In greedy decoding, the package wrote {run.num_rows} texts of {run.num_tokens} tokens, {told}"
 
 
 def _describe_flips(agreement: Agreement, model: str) -> Iterator[str]:

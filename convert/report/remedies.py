@@ -9,11 +9,11 @@ _MEANINGS: dict[Tier, str] = {
     "weights": "the file holds other weights than the checkpoint it was made from",
     "operator": "its routers or experts compute something else than the checkpoint it was made from",
     "layer": "a part of it computes something else than the checkpoint it was made from",
-    "logits": "its outputs differ from those of the checkpoint it was made from",
+    "logits": "its outputs differ from its checkpoint's outputs",
     "language": "it predicts text worse than the recipe allows",
     "task": "it does a task worse than the recipe allows",
     "routing": "it sends tokens to other experts than the checkpoint it was made from",
-    "files": "its tokenizer or settings differ from those of the checkpoint it was made from",
+    "files": "its tokenizer or settings differ from its checkpoint's",
 }
 _COSTS: tuple[Tier, ...] = ("language", "task")
 """Tiers that say what quantizing costs; the others say that the export is wrong."""

@@ -82,16 +82,15 @@ def _finetuning_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
     finetune = facts.finetune
     if "fine-tuned" not in finetune.evaluations:
         yield Verdict(
-            "Fine-tuning was switched off: the ONNX variants are those of the upcycled model, which is also what "
-            "they are compared with.",
+            "Fine-tuning was switched off: the ONNX variants are made from the upcycled model, and compared with it.",
             None,
         )
         return
     tuned = facts.figure("fine-tuned")
     if finetune.best_steps.get("fine-tuned") == 0:
         yield Verdict(
-            "Fine-tuning did not help: at no check was the validation loss lower than at the start, so the weights of "
-            "the start were kept.",
+            "Fine-tuning did not help: no evaluation had a lower validation loss than the start, so the start's "
+            "weights were kept.",
             False,
         )
     if "dense continued" not in finetune.evaluations:

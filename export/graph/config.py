@@ -53,7 +53,7 @@ class OnnxConfig(Record):
         "lowerings that can express the layers on this machine and keeps the fastest; without such a device"
         " to time on it takes the first of them.",
     )
-    request: RequestConfig = Field(RequestConfig(), description="The request whose time 'auto' makes shortest.")
+    request: RequestConfig = Field(RequestConfig(), description="The request that 'auto' makes fastest.")
     activation_bits: Literal[8, 32] = Field(
         8,
         description="Precision in which quantized matrix products read activations: 8 rounds them, as other engines do;"

@@ -194,8 +194,8 @@ def find_operator_limit(c: PreTrainedConfig) -> str | None:
     head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
     if head_dim % _HEAD_MULTIPLE:
         return (
-            f"config.json: heads have {head_dim} elements; GroupQueryAttention of onnxruntime computes multiples "
-            f"of {_HEAD_MULTIPLE} alone"
+            f"config.json: heads have {head_dim} elements; GroupQueryAttention of onnxruntime takes only multiples of "
+            f"{_HEAD_MULTIPLE}"
         )
     return None
 

@@ -12,20 +12,20 @@ from dense2moe.export.parity.records import PlaceCheck, WeightsCheck
 
 _NORM = "epsilon, whether 1 is added to the weight, and which values it reads"
 _LOOK_AT: dict[PlacePart, str] = {
-    "embedding": "a factor behind the lookup, and at the ids that it reads",
+    "embedding": "a factor after the lookup, and the ids that it reads",
     "attention norm": _NORM,
     "query, key and value": "the order of their rows, biases, and norms of query and key",
     "cache": "positions and rotary tables",
     "attention": "the scale and the mask of attention, and the order of its heads",
-    "attention output": "a bias or a factor behind it, and the order of heads that it reads",
+    "attention output": "a bias or a factor after it, and the order of heads that it reads",
     "FFN norm": _NORM,
     "router": "its bias, what it reads, and the type that it is computed in",
     "experts": "the order of experts and of gate and up, the activation, biases, and what router logits become as "
     "weights of experts",
     "FFN": "the activation, the order of gate and up, and biases",
-    "residual stream": "factors and norms between a block and the residual stream",
+    "residual stream": "factors and norms between attention or FFN and the residual stream",
     "final norm": _NORM,
-    "head": "a factor, a cap or a bias behind it",
+    "head": "a factor, a cap or a bias after it",
 }
 _WEIGHTS: dict[PlacePart, str] = {
     "embedding": r"^the embedding$",

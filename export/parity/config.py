@@ -42,8 +42,8 @@ class ParityConfig(Record):
     )
     min_routing_agreement: Share = Field(
         0.97,
-        description="Share of tokens whose top-k experts equal those of the torch model with the same weights, worst "
-        "layer.",
+        description="Share of tokens that visit the same top-k experts as in the torch model with the same weights, "
+        "worst layer.",
     )
     # Measured on the embedded model: float32 3e-8, float16 1e-5 (its KL 7e-7, where a float32 graph has 3e-10),
     # bfloat16 2e-4 to either side, int8 4e-4, int8-qdq 4e-3, int4 5e-3 in blocks of 16. A limit leaves room for a model

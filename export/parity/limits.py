@@ -58,8 +58,8 @@ def noise_limit(noise: float | None, config: ParityConfig, what: str, provider: 
     if value <= most:
         return Limit(
             value,
-            f"{multiple} {max(noise, _LEAST_NOISE):.1e}, what float32 torch differs by from float64 in {what} on "
-            "this text",
+            f"{multiple} {max(noise, _LEAST_NOISE):.1e}, float32 torch's own error against float64 in {what} on this "
+            "text",
         )
     return Limit(most, f"parity.max_relative_error; {multiple} the noise of float32 in {what} would be {value:.1e}")
 
@@ -71,7 +71,8 @@ def own_limit(noise: float, rounds: bool, config: ParityConfig) -> Limit:
     """
     least = _OWN_LEAST if rounds else config.max_relative_error
     said = (
-        f"{_OWN_MULTIPLE:g} times what the package's own prefills of one text differ by, {noise:.1e} of the "
+        f"{_OWN_MULTIPLE:g} times the largest difference between the package's own prefills of one text, {noise:.1e} "
+        "of the "
         "largest logit"
     )
     return Limit(
@@ -94,7 +95,7 @@ def configured_limits(variant: Variant, exact_twin: bool, config: ParityConfig) 
         )
     if config.tasks and variant in config.max_score_drop:
         limits["score"] = Limit(
-            config.max_score_drop[variant], f"parity.max_score_drop.{variant}, beside two standard errors"
+            config.max_score_drop[variant], f"parity.max_score_drop.{variant}, plus two standard errors"
         )
     return limits
 

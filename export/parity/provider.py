@@ -48,7 +48,7 @@ from dense2moe.export.runtime.speed import measure_speed
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.language import language_figures, perplexity
+from dense2moe.upcycle.tasks.language import language_figures
 
 _TIMED_TOKENS = 32
 _FREE_ROWS = 3
@@ -280,7 +280,7 @@ class ProviderJudgement:
     ) -> ProviderParity:
         """Figures of the package alone.
 
-        Its speed, its perplexity over all text, where its nodes run.
+        They are its speed, its figures over all text, and where its nodes run.
         """
         assert self.finetuned_losses is not None
         self.progress("measuring speed", 0, 1)
@@ -307,19 +307,15 @@ class ProviderJudgement:
             checks,
             own.agreement,
             tuned.agreement,
-            perplexity(package_loss),
-            perplexity(twin_loss),
-            perplexity(finetuned_loss),
+            language_figures(package_loss),
+            language_figures(twin_loss),
+            language_figures(finetuned_loss),
             _worst_layer(own.agreement),
             speed.prefill,
             speed.decode,
             limits=limits,
             placement=placement,
             num_fallback_nodes=count_elsewhere(placement, provider),
-            perplexity_error=error,
-            figures=language_figures(package_loss),
-            twin_figures=language_figures(twin_loss),
-            finetuned_figures=language_figures(finetuned_loss),
             figures_error=error,
             num_language_tokens=self.subject.blocks.numel(),
         )

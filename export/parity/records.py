@@ -190,11 +190,11 @@ class Noise:
 class ProviderParity:
     """All figures of one execution provider.
 
-    Perplexities over the same held-out tokens, agreements over some of them, speeds at batch 1.
+    Figures are over the same held-out tokens, agreements over some of them, speeds at batch 1.
 
-    `figures`: the package's, the one that is judged first; `twin_figures` and `finetuned_figures` are the same figures
-    of the other two. `figures_error`: the standard error of the first one, relative to the fine-tuned model's, over
-    blocks of `num_language_tokens`. The fields named after perplexity say the same.
+    `figures`: the package's, the judged figure first; `twin_figures` and `finetuned_figures` are the same figures of
+    the other two models. `figures_error`: the standard error of the first figure, relative to the fine-tuned model's,
+    over blocks of `num_language_tokens`.
     `tie_share`: of tokens, those that some layer's router sends by less than a near-tie. `worst_layer` is None where
     the package shows nothing of its layers. What was not run is a sentence that says why.
     """
@@ -203,9 +203,9 @@ class ProviderParity:
     checks: tuple[Check, ...]
     twin: Agreement
     finetuned: Agreement
-    perplexity: float
-    twin_perplexity: float
-    finetuned_perplexity: float
+    figures: tuple[Figure, ...]
+    twin_figures: tuple[Figure, ...]
+    finetuned_figures: tuple[Figure, ...]
     worst_layer: int | None
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
@@ -218,16 +218,12 @@ class ProviderParity:
     noise: Noise | str = "not run"
     limits: dict[str, Limit] = field(default_factory=dict)
     logits_factor: float | None = None
-    perplexity_error: float = 0.0
+    figures_error: float = 0.0
     num_language_tokens: int = 0
     tie_share: float = 0.0
     tiers: dict[Tier, str] = field(default_factory=dict)
     placement: dict[str, dict[str, int]] = field(default_factory=dict)
     num_fallback_nodes: int = 0
-    figures: tuple[Figure, ...] = ()
-    twin_figures: tuple[Figure, ...] = ()
-    finetuned_figures: tuple[Figure, ...] = ()
-    figures_error: float = 0.0
 
 
 @dataclass(frozen=True)

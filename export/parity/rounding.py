@@ -109,7 +109,7 @@ def rounding_limits(limits: dict[str, Limit], found: Rounding) -> dict[str, Limi
     Those of KL and routing are never tighter than the settings say.
     """
     wider = dict(limits)
-    cost = f"what two equally rounded computations of the twin part by on {found.num_tokens:,} tokens"
+    cost = f"the difference between two equally rounded computations of the twin on {found.num_tokens:,} tokens"
     if "kl" in limits and (kl := _KL_MULTIPLE * found.kl) > limits["kl"].value:
         wider["kl"] = Limit(kl, f"{_KL_MULTIPLE:g} times {cost}, {found.kl:.1e} nats")
     if "routing" in limits and (routing := 1 - _KL_MULTIPLE * (1 - found.routing)) < limits["routing"].value:

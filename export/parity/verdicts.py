@@ -99,7 +99,7 @@ def _describe_factor(check: PlaceCheck) -> str:
 
 def _beyond(check: PlaceCheck) -> str:
     if check.error <= check.limit and check.factor_limit is not None:
-        return f"of all tokens alike {abs(check.factor - 1):.1e} > {check.factor_limit:.1e}"
+        return f"common to all tokens {abs(check.factor - 1):.1e} > {check.factor_limit:.1e}"
     return f"{check.error:.1e} > {check.limit:.1e}"
 
 
@@ -124,7 +124,7 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     if factor is not None and result.logits_factor is not None and not abs(result.logits_factor - 1) <= factor.value:
         yield (
             "logits",
-            f"logits are {result.logits_factor:.5g} times the twin's; a right package's differ from 1 by "
+            f"logits are {result.logits_factor:.5g} times the twin's; the factor may differ from 1 by "
             f"{factor.value:.1e} at most",
         )
     free = result.free_run
@@ -182,7 +182,7 @@ def _task(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
             continue
         gap, drop = gap_limit(check.kind, result.limits), result.limits.get("score")
         if gap is not None and not check.largest_gap <= gap.value:
-            other = "finds the texts otherwise alike" if check.kind == "similarity" else "answers otherwise"
+            other = "gives another similarity" if check.kind == "similarity" else "answers otherwise"
             error = _over(check.largest_gap, gap)
             yield (
                 "task",
@@ -234,16 +234,14 @@ def explain_unjudged(result: ProviderParity, exact_twin: bool, unknown: Sequence
     """
     reasons: dict[Tier, str] = {}
     if not isinstance(result.weights, str) and (lost := result.weights.not_judged):
-        reasons["weights"] = (
-            f"passed but for {len(lost)} tensors that were not found by their rows: {lost[0]} and others"
-        )
+        reasons["weights"] = f"passed, except {len(lost)} tensors whose rows were not found: {lost[0]} and others"
     if not exact_twin:
         reasons = dict.fromkeys(("weights", "operator", "layer", "routing"), f"not judged: {NO_TWIN}")
         reasons["logits"] = f"passed: each way of feeding it against itself; not judged against torch: {NO_TWIN}"
     elif isinstance(result.places, str):
         reasons = {"operator": result.places, "layer": result.places}
     elif not any(check.part == "experts" for check in result.places):
-        reasons["operator"] = "not run: the package shows no blocks of experts"
+        reasons["operator"] = "not run: the package shows no layers of experts"
     elif not any(check.layer != OUTSIDE for check in result.places):
         reasons["layer"] = "not run: the package shows nothing of its layers"
     if unknown:

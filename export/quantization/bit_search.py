@@ -27,7 +27,7 @@ from dense2moe.export.quantization.sensitivity import Cost, Ruler, Weights
 from dense2moe.upcycle.checkpoints.layerwise import embed
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
 from dense2moe.upcycle.progress import Progress
-from dense2moe.upcycle.tasks.language import language_figures, perplexity
+from dense2moe.upcycle.tasks.language import language_figures
 
 SEARCHED: tuple[TensorClass, ...] = ("experts", "attention", "embedding", "head")
 _MOST_NATS = 700.0  # exp of more is no float64
@@ -267,14 +267,13 @@ class BitSearcher:
         chosen = _point(self.count_bytes(plan), cost, "chosen", chosen=True)
         return BitSearch(
             points=tuple(sorted([*points, chosen], key=lambda point: (point.package_bytes, point.chosen))),
-            reference_perplexity=perplexity(self.reference.loss),
+            reference_figures=language_figures(self.reference.loss),
             limit=f"{self.config.budget:,} bytes"
             if self.config.budget is not None
             else f"perplexity at most {self._limit:.3%} higher",
             num_tokens=self.ruler.blocks.numel(),
             bits=_by_layer({unit: plan[next(iter(names))] for unit, names in self.choices.units.items()}),
             sensitivities=self.sensitivities,
-            reference_figures=language_figures(self.reference.loss),
         )
 
     @property
@@ -312,7 +311,7 @@ class BitSearcher:
 
 
 def _point(package_bytes: int, cost: Cost, label: str, *, chosen: bool) -> SearchPoint:
-    return SearchPoint(package_bytes, perplexity(cost.loss), label, chosen, language_figures(cost.loss))
+    return SearchPoint(package_bytes, language_figures(cost.loss), label, chosen)
 
 
 def _worth(before: Sensitivity, after: Sensitivity) -> float:

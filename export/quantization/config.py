@@ -79,8 +79,8 @@ class QuantizeConfig(Record):
     embedding and in the head, as measured: the best that fits into `budget`, or the smallest that costs no more than
     `max_perplexity_increase`.
 
-    Variant 'int8-qdq' rounds weights to nearest with a scale a row: of the fields it reads those of calibration and
-    those of bits.
+    Variant 'int8-qdq' rounds weights to nearest with a scale a row: it reads only the fields of calibration
+    and of bits.
     """
 
     method: Literal["auto", "round", "search", "gptq"] = Field(
@@ -108,7 +108,7 @@ class QuantizeConfig(Record):
     )
     correct_routers: bool = Field(
         False,
-        description="Fit routers, on the same text, to route behind quantized matrices as they did in the float model.",
+        description="Fit routers, on the same text, to route after quantized layers as they did in the float model.",
     )
     activation_range: Literal["largest", "clip"] = Field(
         "clip",

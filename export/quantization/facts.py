@@ -41,14 +41,13 @@ class Sensitivity:
 class SearchPoint:
     """A measured choice of bits.
 
-    Bytes of the package's weights, perplexity on the validation text, and what it is.
+    Bytes of the package's weights, figures on the validation text, and what it is.
     """
 
     package_bytes: int
-    perplexity: float
+    figures: tuple[Figure, ...]
     label: str
     chosen: bool
-    figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,12 +59,11 @@ class BitSearch:
     """
 
     points: tuple[SearchPoint, ...]
-    reference_perplexity: float
+    reference_figures: tuple[Figure, ...]
     limit: str
     num_tokens: int
     bits: dict[TensorClass, tuple[int, ...]]
     sensitivities: tuple[Sensitivity, ...]
-    reference_figures: tuple[Figure, ...] = ()
 
 
 @dataclass(frozen=True)

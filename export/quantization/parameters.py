@@ -44,8 +44,7 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ExportError(
-            f"config.json: model_type {config.model_type} is no decoder that transformers has as one "
-            "(AutoModelForCausalLM)"
+            f"config.json: model_type {config.model_type} has no decoder in transformers (AutoModelForCausalLM)"
         )
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -79,7 +78,7 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
     unknown = sorted(set(shapes) - set(tensors))
     if missing or unknown:
         wrong = (
-            f"has no tensor '{missing[0]}'" if missing else f"has a tensor '{unknown[0]}' that no parameter is made of"
+            f"has no tensor '{missing[0]}'" if missing else f"has a tensor '{unknown[0]}' that belongs to no parameter"
         )
         raise ExportError(
             f"the checkpoint of model_type {model.config.model_type} {wrong}; it must be as transformers' "
@@ -91,14 +90,12 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
         found, shape = tensors[name], shapes[name]
         if len(found) != (math.prod(shape[:-1]) if len(shape) > 1 else math.prod(shape)):
             raise ExportError(
-                f"tensor '{name}' {list(shape)} is no rows of parameters as model_type {model.config.model_type} has "
-                "them"
+                f"tensor '{name}' {list(shape)} fits no parameter of model_type {model.config.model_type}"
             )
         owner[found], row[found] = number, torch.arange(len(found))
     if count and int(owner.min()) < 0:
         raise ExportError(
-            f"model_type {model.config.model_type} stores parameters that cannot be followed back to the "
-            "checkpoint's rows"
+            f"model_type {model.config.model_type} stores parameters that cannot be mapped to the checkpoint's rows"
         )
     located = {}
     for name, numbered in numbers.items():

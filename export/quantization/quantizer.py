@@ -214,7 +214,7 @@ def _search_bits(
         lacks = (
             "text to choose on; give held-out blocks"
             if family is not None
-            else "a family of decoders that can be walked; use 'int8' or 'int4'"
+            else "a decoder family that can run layer by layer; use 'int8' or 'int4'"
         )
         raise ExportError(f"{job.checkpoint.directory}: variant 'mixed' lacks {lacks}")
     shapes = {name: entry.shape for name, entry in job.checkpoint.entries.items()}

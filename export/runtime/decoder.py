@@ -165,8 +165,8 @@ class Decoder:
         """
         if (largest := max(ids, default=0)) >= self._vocab_size:
             raise ExportError(
-                f"{where} has the token {largest}; {self.path} knows {self._vocab_size:,}, from 0 on; the tokenizer "
-                "must be that of its checkpoint"
+                f"{where} has the token {largest}; {self.path} knows {self._vocab_size:,}, from 0 on; use the "
+                "tokenizer of its checkpoint"
             )
 
     def new_cache(self, batch_size: int, capacity: int, taps: Sequence[str] | None = None) -> Cache:

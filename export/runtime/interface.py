@@ -45,9 +45,8 @@ def check_interface(model: onnx.ModelProto, path: Path) -> None:
             else f"lacks {names.past(0, 'key')}"
         )
         raise ExportError(
-            f"{path}: {what}; a decoder takes input_ids, attention_mask, position_ids where it wants them, and "
-            "past_key_values.N.key and .value, and gives "
-            "logits, and present.N.key and .value; name them so when it is exported"
+            f"{path}: {what}; a decoder takes input_ids, attention_mask, past_key_values.N.key and .value, and "
+            "optionally position_ids, and gives logits, and present.N.key and .value; export it with these names"
         )
 
 

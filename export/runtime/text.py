@@ -62,12 +62,12 @@ def chat_ids(tokenizer: Any, text: str) -> list[int]:
     """
     if not tokenizer.chat_template:
         raise ExportError(
-            f"{tokenizer.name_or_path}: the tokenizer has no chat template; give the prompt as a text to go on from"
+            f"{tokenizer.name_or_path}: the tokenizer has no chat template; add one, or prompt without the chat option"
         )
     with one_line_errors(
         tokenizer.name_or_path,
         "the chat template fails",
-        "correct it, or give the prompt as a text to go on from",
+        "correct it, or prompt without the chat option",
         ExportError,
     ):
         found = tokenizer.apply_chat_template(

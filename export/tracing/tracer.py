@@ -150,8 +150,8 @@ def _describe(name: str, module: Any, layer: int, config: Any) -> ExpertsModule:
     if refused is not None or activation is None:
         known = ", ".join(get_args(Activation))
         raise ExportError(
-            f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings know plain gated ones "
-            f"of {known}"
+            f"{name}: experts of model_type {config.model_type} have {refused}; the lowerings write plain gated "
+            f"experts with {known}"
         )
     num_experts, double, hidden = module.gate_up_proj.shape
     return ExpertsModule(layer, num_experts, int(config.num_experts_per_tok), hidden, double // 2, activation)

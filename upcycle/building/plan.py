@@ -178,7 +178,8 @@ class _Planner:
         if self.ffn_width % config.num_parts:
             raise UpcycleError(
                 f"{checkpoint.directory}: the FFN's width is {self.ffn_width}; it must be a multiple of "
-                f"{config.num_parts} to be cut into so many {config.experts.kind} experts"
+                f"{config.num_parts} to be cut into {config.experts.kind} experts; choose another upcycle.num_experts "
+                "or granularity"
             )
         self.width = self.ffn_width // config.num_parts
 
@@ -214,7 +215,7 @@ class _Planner:
                 yield from self._move(pattern, layer.parts.get(parts[0]), layer.number)
 
     def _sparse(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Iterator[Write]:
-        """What stands beside the experts."""
+        """The writes of a sparse layer beside its experts."""
         match parts[0]:
             case "router":
                 yield self._router(name, layer, site)

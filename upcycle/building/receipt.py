@@ -117,9 +117,8 @@ def _describe_rounding(comparisons: Sequence[ReceiptLine]) -> Iterator[str]:
     raised = [c.limit for c in comparisons if c.limit is not None and c.limit > ROUNDING_LIMIT and c.noise is not None]
     if raised:
         yield (
-            f"float32: this model magnifies rounding, so rel may be up to {max(raised):.1e}, {NOISE_FACTOR} times "
-            "what the dense model differs by "
-            "from itself in float64"
+            f"float32: this model magnifies rounding, so rel may be up to {max(raised):.1e}, {NOISE_FACTOR} times the "
+            "dense model's own difference between float32 and float64"
         )
 
 

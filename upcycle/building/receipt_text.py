@@ -54,8 +54,8 @@ def read_text(source: Path, block_size: int) -> Text:
     notes: tuple[str, ...] = ()
     if length <= window < context:
         notes = (
-            f"the text of {length} tokens does not cross the window of {window}; that it was kept is known from the "
-            "config alone",
+            f"the text of {length} tokens does not cross the window of {window}; only the config shows that the window "
+            "was kept",
         )
     if has_tokenizer(source):
         text = (_read_prose() * 4)[: _LETTERS_PER_TOKEN * length]
@@ -79,10 +79,9 @@ def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
     dense, sparse = (load_tokenizer(path) for path in (source, output))
     if encode(dense, text) != encode(sparse, text):
         yield (
-            "transformers tokenizes otherwise beside the mixture than beside the dense model: by "
-            f"{type(sparse).__name__} and by "
-            f"{type(dense).__name__}; name the class that is meant in tokenizer_config.json, and see that "
-            "tokenizer.json has its rules"
+            "transformers tokenizes text differently beside the mixture and beside the dense model: by "
+            f"{type(sparse).__name__} and by {type(dense).__name__}; set tokenizer_class in tokenizer_config.json to "
+            "the right class, and check that tokenizer.json has its rules"
         )
 
 

@@ -56,7 +56,7 @@ def refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, wher
             raise UpcycleError(
                 f"{where}: {name} is {shorten(getattr(source, name))}; {conversion.family.architecture} has no "
                 "windows, but the key-value cache of "
-                "transformers takes them from there, so that decoding differs from reading at once; remove the field"
+                "transformers takes them from there, so that decoding would differ from prefill; remove the field"
             )
     for name in type(source).__dataclass_fields__:
         if (
@@ -65,9 +65,8 @@ def refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, wher
             and (value := getattr(source, name)) != getattr(defaults, name, None)
         ):
             raise UpcycleError(
-                f"{where}: {name} is {shorten(value)}, and what it does is not known to "
-                f"{conversion.target.architecture}; remove it or set its "
-                "default"
+                f"{where}: {name} is {shorten(value)}, a setting that {conversion.target.architecture} does not know; "
+                "remove it or set its default"
             )
 
 

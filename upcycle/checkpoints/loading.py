@@ -98,12 +98,12 @@ def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str
     )
     if missing:
         raise UpcycleError(
-            f"{where}: {_list_tensors(missing)} missing, which transformers would draw at random; restore the file "
-            "that held it"
+            f"{where}: {_list_tensors(missing)} missing, which transformers would initialize at random; restore the "
+            "file that held it"
         )
     if unexpected:
         raise UpcycleError(
-            f"{where}: {_list_tensors(unexpected)} left over, which transformers would pass over; remove it, or "
+            f"{where}: {_list_tensors(unexpected)} unused, which transformers would ignore; remove it, or "
             f"correct {CONFIG_NAME}"
         )
     for name, found, expected in sorted(info["mismatched_keys"]):

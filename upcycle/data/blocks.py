@@ -65,7 +65,7 @@ def prepare_data(source: Path, output: Path, config: DataConfig, base: Path, pro
         for number, name in enumerate(texts.domains):
             if number not in domains[places]:
                 raise UpcycleError(
-                    f"data.max_{split}_tokens is {limit}; it leaves none of the blocks of domain '{name}', which are "
+                    f"data.max_{split}_tokens is {limit}; it leaves no block of domain '{name}', which has "
                     f"{len(packed[number])} of "
                     f"{len(domains)}; raise it"
                 )

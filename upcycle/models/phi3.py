@@ -60,7 +60,7 @@ def _longrope_fields(config: Any) -> dict[str, Any]:
 
 
 _NO_DROPOUT = {
-    "resid_pdrop": Required(0.0, "it has no dropout after a block"),
+    "resid_pdrop": Required(0.0, "it has no dropout after attention and FFN"),
     "embd_pdrop": Required(0.0, "it has no dropout after the embedding"),
 }
 _ROPE = ("rope_parameters", "original_max_position_embeddings")

@@ -130,7 +130,7 @@ class FinetuneConfig(Record):
     )
     control: bool = Field(
         True,
-        description="Also continue the dense model: on the same tokens for the same steps, and for as long as the "
+        description="Also train the dense model further: on the same tokens for the same steps, and for as long as the "
         "mixture took to train.",
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")

@@ -60,7 +60,7 @@ class FinetuneFacts:
     """What fine-tuning did.
 
     Held-out figures of each model, the history, which step was kept, and the steps and seconds of training. Of
-    `best_steps`, 0 is the start: no look at the validation split was better, and the weights are as they were. Without
+    `best_steps`, 0 is the start: no evaluation was better, and the weights are as they were. Without
     fine-tuning there are the figures of the dense and the upcycled model alone, no precision and no gradient.
     `compute_seconds` are the processor's, of all threads, or the clock's where a GPU computes: by them the control of
     equal time gets its steps, since the clock also counts what else the machine does.

@@ -24,7 +24,7 @@ _CAST_BYTES = 64 << 20  # of a narrow matrix that is cast; see `dense2moe.upcycl
 def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> int:
     """The most of everything that fine-tuning does one after the other.
 
-    Looks at both models, training each, evaluating each.
+    Evaluating both models at first, training each, evaluating each.
     """
     return max(_phases(plan, dense, finetune, data))
 
@@ -106,7 +106,7 @@ def _training_bytes(
 
     Before the backward pass all inner values are held, after it all gradients.
 
-    Or a look at the validation split without either.
+    Or an evaluation on the validation split without either.
     """
     total, learning = sum(sizes.values()), count_learning(sizes, phase, num_layers)
     num_blocks = phase.batch_size // phase.gradient_accumulation_steps
@@ -116,10 +116,15 @@ def _training_bytes(
     if phase.gradient_checkpointing or 2 * learning < total or _keeps_much(shape, num_tokens):
         layers = FLOAT_BYTES * num_tokens * shape.hidden * shape.num_layers + 2 * shape.kept(num_tokens, learns=True)
     inner = layers + shape.passing(num_tokens) + shape.logits(num_blocks, block_size, gradient=True)
-    look = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(_EVALUATION_BLOCKS * block_size)
+    evaluation = shape.logits(_EVALUATION_BLOCKS, block_size, gradient=False) + shape.passing(
+        _EVALUATION_BLOCKS * block_size
+    )
     held = frozen_bytes * (total if phase.train == "lora" else max(0, total - learning)) + HEAP_BYTES
     return (
-        IMPORT_BYTES + held + _CAST_BYTES + max((_ADAM - FLOAT_BYTES) * learning + max(inner, look), _ADAM * learning)
+        IMPORT_BYTES
+        + held
+        + _CAST_BYTES
+        + max((_ADAM - FLOAT_BYTES) * learning + max(inner, evaluation), _ADAM * learning)
     )
 
 

@@ -55,9 +55,9 @@ class Phase:
 class Trained:
     """Results of training besides the weights.
 
-    best_step: the step whose weights were kept; the one before the first step where no look was better than the start.
-    seconds: in steps, by the clock. compute_seconds: the processor's, of all threads, so that they do not grow with
-    what else the machine does; by the clock where a GPU computes.
+    best_step: the step whose weights were kept; the one before the first step where no evaluation was better than the
+    start. seconds: in steps, by the clock. compute_seconds: the processor's, of all threads, so that they do not grow
+    with what else the machine does; by the clock where a GPU computes.
     """
 
     history: tuple[Step, ...]

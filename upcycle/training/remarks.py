@@ -16,19 +16,19 @@ from dense2moe.upcycle.training.phase import Trained
 def find_harm(trained: Mapping[ModelName, Trained], evaluations: Mapping[ModelName, Evaluation]) -> Iterator[str]:
     """Models that training did not help.
 
-    No look was better than the start, or the weights that were kept are worse on the test split.
+    No evaluation was better than the start, or the weights that were kept are worse on the test split.
     """
     for name, each in trained.items():
         started = evaluations["upcycled" if name == "fine-tuned" else "dense"].loss
         if each.best_step == 0:
             yield (
-                f"{name}: no look at the validation split was better than the start, so the weights are those of the "
-                "start; "
+                f"{name}: no evaluation on the validation split was better than at the start, so the start's weights "
+                "were kept; "
                 "lower finetune.learning_rate, or give more text or steps"
             )
         elif (reached := evaluations[name].loss) > started:
             yield (
-                f"{name}: the weights that were kept, of step {each.best_step}, have a loss of {reached:.4f} on the "
+                f"{name}: the kept weights, of step {each.best_step}, have a loss of {reached:.4f} on the "
                 "test split, the start had "
                 f"{started:.4f}; lower finetune.learning_rate, or give more text or steps"
             )
@@ -40,14 +40,13 @@ def find_imbalance(history: tuple[Step, ...], gradient: float, last_phase: Finet
         yield (
             f"the routers' task gradient was {gradient:.0e} of the whole at the start: equal experts give a "
             "renormalizing router nothing to learn "
-            "from; it followed the balance loss until the experts came apart; set upcycle.experts.noise to start "
-            "them apart"
+            "from; it followed the balance loss until the experts diverged; set upcycle.experts.noise to make them "
+            "differ at the start"
         )
     if last_phase.routing == "by-domain":
         yield (
             "the last of finetune.stages is by-domain: the routers have not learned which experts learned from which "
-            "text; "
-            "let a phase follow in which they learn"
+            "text; add a phase in which routers learn"
         )
         return
     for number, loads in _recent_loads(history).items():
@@ -62,16 +61,16 @@ def find_imbalance(history: tuple[Step, ...], gradient: float, last_phase: Finet
 def _recent_loads(history: tuple[Step, ...]) -> dict[int, list[float]]:
     """Mean load of each layer's experts over the last interval.
 
-    By the layer's number; the interval begins after the last look but one. Of the last model and phase: over all steps
-    between the last two looks at the validation split.
+    By the layer's number; the interval begins after the evaluation before the last. Of the last model and phase: over
+    all steps between the last two evaluations.
     """
     lines = [step for step in history if step.layers]
     if not lines:
         return {}
     last = lines[-1]
     same_phase = [step for step in history if (step.model, step.phase) == (last.model, last.phase)]
-    looks = [step.step for step in same_phase if step.validation_loss is not None and step.step < last.step]
-    start = max(looks, default=0)
+    evaluations = [step.step for step in same_phase if step.validation_loss is not None and step.step < last.step]
+    start = max(evaluations, default=0)
     # each line has the mean load over the steps since the line before it
     num_steps = [line.step - before for line, before in zip(lines, [0, *(line.step for line in lines)], strict=False)]
     recent = [

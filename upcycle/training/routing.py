@@ -156,7 +156,7 @@ class Routing:
             self._forced = domain_experts(domains, block_size, self.num_domains, self.num_experts, count)
 
     def begin_step(self, num_parts: int, done: float) -> None:
-        """Begin a step of so many parts."""
+        """Begin a step of `num_parts` parts."""
         self._num_parts, self._load_ahead = num_parts, None
         self._domain_coefficient = faded(self.settings.domain_coefficient, self.settings.domain_fade, done)
 

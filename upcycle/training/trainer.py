@@ -130,7 +130,7 @@ class PhaseTrainer(Trainer):
         if (balance := self.routing.end_step()) is not None:
             self.parts.note("balance_loss", balance)
 
-    # A look at the validation split.
+    # An evaluation on the validation split.
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -32,7 +32,7 @@ class Watched(Protocol):
         """Write what learns into a directory."""
 
     def evaluate(self) -> Any:
-        """Look at the validation split."""
+        """Measure the loss on the validation split."""
 
     def end_step(self) -> None:
         """Follow up on the optimizer's step."""
@@ -42,7 +42,7 @@ class TrainingWatch(TrainerCallback):
     """Records the Trainer's logs, times its steps and seals its checkpoints.
 
     It ends a phase on a loss that is NaN or infinite, or that no longer falls. The start is a candidate too: it is
-    looked at before the first step, and what learns is kept as it was until a look is better.
+    evaluated before the first step, and what learns is kept as it was until an evaluation is better.
     """
 
     def __init__(self, trainer: Watched, scratch: Path, progress: Progress) -> None:
@@ -58,8 +58,8 @@ class TrainingWatch(TrainerCallback):
 
         The first of equals, and so the start before all.
         """
-        looks = [step for step in self.history if step.validation_loss is not None]
-        return min(looks, key=lambda step: cast(float, step.validation_loss)).step
+        evaluations = [step for step in self.history if step.validation_loss is not None]
+        return min(evaluations, key=lambda step: cast(float, step.validation_loss)).step
 
     def checkpoint(self, step: int) -> Path:
         """The folder of a step's checkpoint; steps count over all phases."""
@@ -67,7 +67,7 @@ class TrainingWatch(TrainerCallback):
 
     @property
     def patience_is_over(self) -> bool:
-        """Whether the last looks all failed to beat an earlier one."""
+        """Whether the last evaluations all failed to beat an earlier one."""
         losses = [step.validation_loss for step in self.history if step.validation_loss is not None]
         return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= self.phase.settings.patience
 
@@ -81,7 +81,7 @@ class TrainingWatch(TrainerCallback):
         return False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the start and look at it, unless an earlier run did."""
+        """Keep the start and evaluate it, unless an earlier run did."""
         if not self.history:
             start = self.scratch / START_NAME
             if state.is_world_process_zero:
@@ -151,7 +151,7 @@ class TrainingWatch(TrainerCallback):
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """End the phase after too many looks without improvement."""
+        """End the phase after too many evaluations without improvement."""
         control.should_training_stop |= self.patience_is_over
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:

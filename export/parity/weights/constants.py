@@ -26,7 +26,7 @@ _LEAST_MATRIX = 256  # bytes of integers
 
 
 def read_constants(directory: Path) -> Constants:
-    """A package's matrices and vectors; of branches, those of both.
+    """A package's matrices and vectors, from both branches of an `If`.
 
     Raises:
         ExportError: no package there, or a damaged one.

@@ -22,7 +22,7 @@ _STRAIGHT = 1e-2  # of a row's part: what is left of it beside a multiple, where
 _LIKE = 1.001  # of a row's own size: a row of zeros differs by as much
 _MOST_STRANGE = 16
 BY_TOKEN = ("model.embed_tokens.weight", "lm_head.weight")
-_WITHOUT = "no row of the file is the twin's"
+_WITHOUT = "no row of the file equals the twin's"
 _WORDS = {
     "embed_tokens": "the embedding",
     "lm_head": "the head",
@@ -84,8 +84,8 @@ def describe_rows(
             tensor = (
                 ("the embedding" if matrix.use == "table" else "the head") if by_token else f"'{where}' in the graph"
             )
-            what = "is that of another token, or of none" if by_token else "is no row of the twin"
-            what = what if np.isfinite(read_scaled(matrix)[row]).all() else "is not all numbers in the file"
+            what = "belongs to another token, or to none" if by_token else "equals no row of the twin"
+            what = what if np.isfinite(read_scaled(matrix)[row]).all() else "has NaN or infinite values in the file"
             told.append(WrongRows(tensor, row, len(places), matrix.shape[0], what))
     return told, max(len(missing), len(surplus))
 
@@ -111,7 +111,7 @@ def compare_rows(found: FloatArray, true: FloatArray) -> str:
     if not found.any():
         return "is all zeros in the file"
     if not np.isfinite(found).all():
-        return "is not all numbers in the file"
+        return "has NaN or infinite values in the file"
     difference = np.abs(found - true)
     columns = np.nonzero(difference > _SAME * difference.max())[0]
     first, last = int(columns[0]), int(columns[-1])

@@ -248,7 +248,7 @@ def _check_vectors(
         tensor, *_ = name_tensor(name, entry, 0)
         nearest = min(own, key=lambda each: float(np.abs(each - true).sum()), default=None)
         what = (
-            "no vector of the file is the twin's"
+            "no vector of the file equals the twin's"
             if nearest is None
             else compare_rows(nearest, true).replace("column", "element")
         )

@@ -29,7 +29,7 @@ def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, config: OnnxConf
     seen: set[str] = set()
     for marker, name in find_markers(trace, "Linear"):
         if name in seen:
-            raise ExportError(f"{name} is used twice in one forward; the traced road takes every matrix once")
+            raise ExportError(f"{name} is used twice in one forward; a traced model may use each matrix once")
         seen.add(name)
         (x,) = marker.inputs
         assert x is not None
