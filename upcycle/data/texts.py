@@ -84,7 +84,9 @@ def _stream_domains(
         domain: {split: [each.text for each in documents[split] if each.domain == domain] for split in SPLITS}
         for domain in domains
     }
-    streams = {domain: {split: partial(map, DocumentPiece, of[split]) for split in SPLITS} for domain, of in texts.items()}
+    streams = {
+        domain: {split: partial(map, DocumentPiece, of[split]) for split in SPLITS} for domain, of in texts.items()
+    }
     return cast("dict[str, dict[Split, Stream]]", streams)
 
 
