@@ -202,8 +202,8 @@ MUTATIONS = (
     ),
     Mutation(
         "the worst step is kept",
-        "return min(looks, key=lambda step",
-        "return max(looks, key=lambda step",
+        "return min(evaluations, key=lambda step",
+        "return max(evaluations, key=lambda step",
         "test_the_best_weights_are_kept_whole_when_later_ones_are_worse",
     ),
     Mutation(

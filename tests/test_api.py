@@ -67,7 +67,7 @@ def test_a_function_leaves_nothing_behind_when_it_refuses(folder: Path):
 
 def test_a_function_never_writes_over_what_is_there(folder: Path):
     for output in ("dense", "corpus.txt"):
-        with pytest.raises(api.MendableError, match=f"^{output}: is there already; must be a new directory; give"):
+        with pytest.raises(api.MendableError, match=f"^{output}: exists already; must be a new directory; give"):
             api.export_onnx("twin", output)
 
 

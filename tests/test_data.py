@@ -330,7 +330,7 @@ def test_a_limit_that_leaves_no_block_of_a_domain_is_refused(
     assert refusal(
         prepare_data, dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 16}), base, quiet
     ) == (
-        f"data.max_{split}_tokens is 16; it leaves none of the blocks of domain 'digits', which are "
+        f"data.max_{split}_tokens is 16; it leaves no block of domain 'digits', which has "
         f"{domains.count(1)} of {len(domains)}; raise it"
     )
     prepare_data(dense_checkpoint, tmp_path, config.model_copy(update={f"max_{split}_tokens": 32}), base, quiet)

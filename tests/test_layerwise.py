@@ -241,7 +241,7 @@ def test_a_head_that_lacks_a_tensor_is_refused(tied: bool, name: str, make_dense
     state = load_file(directory / "model.safetensors")
     del state[name]
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
-    where = re.escape(f"{directory}: head: tensor '{name}' missing, which transformers would draw at random")
+    where = re.escape(f"{directory}: head: tensor '{name}' missing, which transformers would initialize at random")
     with pytest.raises(UpcycleError, match=f"^{where}"):
         apply_head(open_checkpoint(directory), torch.zeros(3, 32), torch.float32)
 

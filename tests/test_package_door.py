@@ -140,7 +140,7 @@ def test_weights_outside_of_the_package_are_refused(copy: Path, location: str) -
 def test_a_link_to_a_file_of_somebody_else_is_refused(copy: Path) -> None:
     (copy / DATA_NAME).rename(copy.parent / "elsewhere")
     (copy / DATA_NAME).symlink_to("../elsewhere")
-    assert "outside of the package; must be a file beside model.onnx" in refusal(Decoder, copy)
+    assert "outside the package; must be a file beside model.onnx" in refusal(Decoder, copy)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_field_that_nobody_classified_is_refused_unless_it_has_its_default(
     assert plan(make_dense(rms_norm_eps=transformers.LlamaConfig().rms_norm_eps)).target_config.num_local_experts == 4
     directory = make_dense(rms_norm_eps=0.5)
     assert refusal(directory, tmp_path) == (
-        f"{directory / 'config.json'}: rms_norm_eps is 0.5, and what it does is not known to MixtralForCausalLM; "
+        f"{directory / 'config.json'}: rms_norm_eps is 0.5, a setting that MixtralForCausalLM does not know; "
         "remove it or set its default"
     )
 

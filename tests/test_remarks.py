@@ -29,7 +29,7 @@ def test_weights_that_are_worse_on_the_test_split_are_told() -> None:
         "dense continued": evaluation(1.5),
     }
     assert list(find_harm(trained, evaluations)) == [
-        "fine-tuned: the weights that were kept, of step 8, have a loss of 2.5000 on the test split, the start had "
+        "fine-tuned: the kept weights, of step 8, have a loss of 2.5000 on the test split, the start had "
         "2.0000; "
         "lower finetune.learning_rate, or give more text or steps"
     ]

@@ -240,7 +240,9 @@ def test_a_killed_run_that_only_harms_ends_with_the_weights_of_the_start(
     assert changed(learned, output) == set()
     assert facts.best_steps == {"fine-tuned": 0}
     assert facts.history == whole.history
-    assert facts.warnings[0].startswith("fine-tuned: no look at the validation split was better than the start")
+    assert facts.warnings[0].startswith(
+        "fine-tuned: no evaluation on the validation split was better than at the start"
+    )
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

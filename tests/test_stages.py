@@ -182,7 +182,7 @@ def test_heads_that_no_operator_computes_are_told_before_any_work(tmp_path, make
     path = tmp_path / "heads.yaml"
     path.write_text(f"source: {source}\ndata: {{source: {{kind: python-docs}}, block_size: 32}}\n", encoding="utf-8")
     preparation = prepare(load_recipe(path), lambda *_: None)
-    reason = "config.json: heads have 20 elements; GroupQueryAttention of onnxruntime computes multiples of 8 alone"
+    reason = "config.json: heads have 20 elements; GroupQueryAttention of onnxruntime takes only multiples of 8"
     assert preparation.last_stage == ("finetune", f"no ONNX model of this shape can run ({reason})")
     assert preparation.lowerings == {}
 

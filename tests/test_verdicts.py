@@ -251,7 +251,7 @@ def test_a_way_of_feeding_is_named_with_the_place_inside() -> None:
 
 def test_logits_that_are_all_larger_are_named() -> None:
     limits = {**FIGURES.limits, "factor": Limit(1e-3, "")}
-    line = "logits are 1.002 times the twin's; a right package's differ from 1 by 1.0e-03 at most"
+    line = "logits are 1.002 times the twin's; the factor may differ from 1 by 1.0e-03 at most"
     assert breaches_of(limits=limits, logits_factor=1.002) == [("logits", line)]
     assert breaches_of(limits=limits, logits_factor=0.9991) == breaches_of(limits=limits, logits_factor=None) == []
     assert [tier for tier, _ in breaches_of(limits=limits, logits_factor=math.nan)] == ["logits"]
@@ -342,7 +342,7 @@ def test_a_limit_is_a_multiple_of_the_noise_and_says_so() -> None:
     config = ParityConfig(noise_multiple=10, max_relative_error=1e-4)
     limit = noise_limit(3e-7, config, "the logits")
     assert limit.value == pytest.approx(3e-6)
-    assert limit.origin == "10 times 3.0e-07, what float32 torch differs by from float64 in the logits on this text"
+    assert limit.origin == "10 times 3.0e-07, float32 torch's own error against float64 in the logits on this text"
     assert noise_limit(0.0, config, "the logits").value == pytest.approx(10 * 2.0**-24)  # no sum is rounded to less
     assert noise_limit(3e-5, config, "the logits") == Limit(
         1e-4, "parity.max_relative_error; 10 times the noise of float32 in the logits would be 3.0e-04"

@@ -36,8 +36,8 @@ _QUESTIONS: dict[Tier, str] = {
     "operator": "Do router and experts of each layer compute what the twin's do, given the same input?",
     "layer": "Does every other part, from embedding to head, compute what the twin's does, given the same input?",
     "logits": "Are the outputs the same however the tokens are fed: at once, padded, one by one?",
-    "language": "Does it predict text as well as the fine-tuned model?",
-    "task": "Does it do its tasks as well as the fine-tuned model?",
+    "language": "Does it predict text as well as the torch model?",
+    "task": "Does it do its tasks as well as the torch model?",
     "routing": "Does every token visit the same experts?",
     "files": "Do tokenizer and settings say what the checkpoint's say?",
 }
