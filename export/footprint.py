@@ -147,7 +147,10 @@ def parity_memory(
 
 
 def _elements_on_disk(model: PreTrainedConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """Of a reference's experts, those of all layers but the largest; none where experts stay in memory."""
+    """Elements of a reference's experts that stay on the disk.
+
+    They are the experts of all layers but the largest; none where experts stay in memory.
+    """
     routed = find_decoder_family(model).routed
     patterns = [] if routed is None else [name for name in (routed.gate, routed.up, routed.down) if name is not None]
     by_layer: dict[int, int] = {}

@@ -152,8 +152,8 @@ def test_a_tokenizer_that_is_read_otherwise_beside_the_mixture_is_told(tmp_path:
     mixture = find(run(write_recipe(source, tmp_path), "upcycle"), "upcycle")
     notes = json.loads((mixture / "receipt.json").read_text(encoding="utf-8"))["notes"]
     assert any(
-        "tokenizes text differently beside the mixture and beside the dense model: by TokenizersBackend and by GemmaTokenizer"
-        in n
+        "tokenizes text differently beside the mixture and beside the dense model: by TokenizersBackend and by "
+        "GemmaTokenizer" in n
         for n in notes
     )
 

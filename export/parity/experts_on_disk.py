@@ -1,8 +1,9 @@
-"""Experts of a reference left on the disk, each layer's read when it computes.
+"""A reference's experts on the disk, read layer by layer.
 
-Most weights of a mixture are its experts', and of these a forward needs one layer's at a time. So one run of memory for
-each shape holds whichever layer computes, filled with the rows of the checkpoint that the layer was loaded from. The
-modules are transformers' own, and their weights are to the bit those that it loads.
+A layer's experts are read when the layer computes. Most weights of a mixture are its experts', and of these a forward
+needs one layer's at a time. So one run of memory for each shape holds whichever layer computes, filled with the rows of
+the checkpoint that the layer was loaded from. The modules are transformers' own, and their weights are to the bit those
+that it loads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ from dense2moe.upcycle.memory import release_memory
 
 @dataclass
 class _Memory:
-    """Where experts of one shape are while they compute, and whose it holds."""
+    """Memory for experts of one shape, and whose experts are there.
+
+    They are there while they compute.
+    """
 
     values: torch.Tensor
     owner: nn.Parameter | None = None
@@ -34,7 +38,10 @@ class _Memory:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A parameter [experts, rows, width], and the rows of the checkpoint that it is made of, in order."""
+    """A parameter [experts, rows, width], and its rows in the checkpoint.
+
+    The rows are in order.
+    """
 
     parameter: nn.Parameter
     checkpoint: Checkpoint
@@ -58,10 +65,10 @@ class _Stored:
 
 
 def leave_experts_on_disk(model: PreTrainedModel, directory: Path) -> None:
-    """Free the experts of a model that was loaded from `directory`, and have each layer's read before it computes.
+    """Free a loaded model's experts; layers read them when they compute.
 
-    Nothing is done where they take little memory, or where one tensor of the checkpoint is a parameter as it is:
-    products are told by the addresses of such tensors, which layers would share.
+    The model was loaded from `directory`. Nothing is done where they take little memory, or where one tensor of the
+    checkpoint is a parameter as it is: products are told by the addresses of such tensors, which layers would share.
     """
     blocks = [module for module in model.modules() if hasattr(module, "is_transposed")]  # as transformers marks experts
     stacked = [[each for each in block.parameters() if each.ndim == 3] for block in blocks]

@@ -212,7 +212,7 @@ def first_of(output: Any) -> torch.Tensor:
 
 @contextmanager
 def open_reference(directory: Path, dtype: torch.dtype = torch.float32) -> Iterator[Reference]:
-    """Load a checkpoint as a reference; large experts are left on the disk.
+    """Load a checkpoint as a reference; large experts stay on disk.
 
     Where the directory has scales by which a graph rounds its activations, so does the model. In float64 the norms, the
     rotary tables and the softmax of routers stay in float32: transformers computes them so in every model.

@@ -249,7 +249,7 @@ class _Lanes:
         )
 
     def descend(self) -> None:
-        """Set each block's scale, and then each of its columns' integers, to their best values.
+        """Set each block's scale, then its columns' integers, to the best values.
 
         Meanwhile all others are fixed.
         """
@@ -343,7 +343,9 @@ def _inverse_factor(damped: torch.Tensor) -> torch.Tensor:
 
 
 def _invert_triangle(upper: torch.Tensor) -> torch.Tensor:
-    """The inverse of an upper triangle [K, K], by halves: a third of the products that solving for the identity takes.
+    """The inverse of an upper triangle [K, K], by halves.
+
+    It takes a third of the products that solving for the identity takes.
 
     Of [[A, B], [0, D]] it is [[A⁻¹, -A⁻¹ B D⁻¹], [0, D⁻¹]].
     """
