@@ -370,6 +370,7 @@ CHECK = TaskCheck(
 )
 SKELETON = {
     "checks": (),
+    "figures": (),
     "places": "not run",
     "logits_factor": None,
     "free_run": None,
