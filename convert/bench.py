@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from dense2moe.convert.machine import Machine, describe_machine, peak_resident_bytes, resident_bytes, versions
+from dense2moe.convert.report.columns import Column, fit_table
 from dense2moe.convert.report.numerals import NONE, format_rounded, format_size
 from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.speed import Load, LoadTime, time_loads
@@ -94,26 +94,30 @@ def bench_package(
     )
 
 
-def bench_table(bench: Bench) -> Table:
-    """A row for each load; fits in 100 columns.
+def bench_table(bench: Bench, width: int) -> Table:
+    """A row for each load.
 
     The medians, and in brackets the slowest and the fastest round.
     """
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for header in ("Batch", "Prompt", "New", "Prefill tokens/s", "Decode tokens/s", "ms a step", "KV cache"):
-        table.add_column(header, justify="right", vertical="bottom", no_wrap=True)
+    columns = [
+        Column(heading, folds="tokens/s" in heading, justify="right")
+        for heading in ("Batch", "Prompt", "New", "Prefill tokens/s", "Decode tokens/s", "ms a step", "KV cache")
+    ]
+    rows = []
     for load in bench.loads:
         decode = load["decode_tokens_per_second"]
-        table.add_row(
-            f"{load['batch_size']}",
-            f"{load['prompt_tokens']:,}",
-            f"{load['new_tokens']:,}",
-            _cell(load["prefill_tokens_per_second"]),
-            _cell(decode),
-            NONE if decode is None else f"{1000 * load['batch_size'] / decode['median']:.2f}",
-            format_size(load["cache_bytes"]),
+        rows.append(
+            (
+                f"{load['batch_size']}",
+                f"{load['prompt_tokens']:,}",
+                f"{load['new_tokens']:,}",
+                _cell(load["prefill_tokens_per_second"]),
+                _cell(decode),
+                NONE if decode is None else f"{1000 * load['batch_size'] / decode['median']:.2f}",
+                format_size(load["cache_bytes"]),
+            )
         )
-    return table
+    return fit_table(columns, rows, width)
 
 
 def bench_lines(bench: Bench) -> list[str]:

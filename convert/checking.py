@@ -43,6 +43,11 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     Raises:
         RecipeError, UpcycleError, ExportError: in one line each, what is wrong and how to mend it.
     """
+    with loaded.telling_lines():
+        return _prepare(loaded, progress)
+
+
+def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     recipe = loaded.recipe
     directory, origin = source.locate_source(loaded)
     checkpoint = open_checkpoint(directory)
@@ -54,18 +59,22 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     last_stage = _find_last_stage(plan, recipe.training_stages)
     variants = recipe.variants if last_stage is None else ()
     lowerings = {v: plan_lowerings(plan.target_config, shapes, v, recipe.quantize, recipe.export) for v in variants}
-    texts = resolve_files(recipe.data.source, find_data_base(loaded))
+    base = find_data_base(loaded)
+    texts = resolve_files(recipe.data.source, base)
     data_files = {
-        f"{where}.{split}/{file}": _digest(file)
+        f"{where}.{split}/{_name_below(file, base)}": _digest(file)
         for where, splits in texts.items()
         for split, files in splits.items()
         for file in files
     }
     domain_files = _digest_domains(loaded)
-    task_paths = [resolve_path(path, loaded.path) for path in recipe.parity.tasks]
+    task_paths = [
+        resolve_path(path, loaded.path, loaded.name_place("parity", "tasks", number))
+        for number, path in enumerate(recipe.parity.tasks)
+    ]
     tasks = read_tasks(task_paths)
     remarks = check_generation_config(directory, checkpoint.config.vocab_size)
-    check_data(directory, recipe.data, find_data_base(loaded), checkpoint.config.vocab_size)
+    check_data(directory, recipe.data, base, checkpoint.config.vocab_size)
     sizes = _estimate_artifacts(checkpoint, plan, shapes, loaded, last_stage is None)
     text_bytes = sum(
         Path(file).stat().st_size for splits in texts.values() for files in splits.values() for file in files
@@ -106,13 +115,11 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
     context = getattr(checkpoint.config, "max_position_embeddings", recipe.data.block_size)
     if recipe.data.block_size > context:
         block_size = named_value(recipe.data, "block_size")
-        raise RecipeError(
-            f"{loaded.path}: data.block_size: is {block_size}; must be at most the model's context, which is {context}"
-        )
+        raise RecipeError(f"data.block_size: is {block_size}; must be at most the model's context, which is {context}")
     prompt_tokens = next((phase.prompt_tokens for phase in recipe.training_stages if phase.train == "prompt"), 0)
     if recipe.data.block_size + prompt_tokens > context:
         raise RecipeError(
-            f"{loaded.path}: finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; "
+            f"finetune.prompt_tokens: is {prompt_tokens}, before blocks of {recipe.data.block_size}; "
             f"both together must be at most the model's context, which is {context}"
         )
 
@@ -145,9 +152,9 @@ def _digest_domains(loaded: LoadedRecipe) -> dict[str, str]:
     """SHA-256 of the routers' text files, by domain number."""
     base = upcycle.find_router_base(loaded)
     return {
-        f"{number}/{file}": _digest(file)
+        f"{number}/{_name_below(file, base)}": _digest(file)
         for number, domain in enumerate(loaded.recipe.upcycle.router.domains)
-        for file in match_files(domain.files, base, f"{loaded.path}: upcycle.router.domains[{number}].files")
+        for file in match_files(domain.files, base, f"upcycle.router.domains[{number}].files")
     }
 
 
@@ -164,6 +171,11 @@ def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]
         file = checkpoint.directory / name
         digests[name] = (find_claimed(file) if name in weights else None) or _digest(file)
     return digests
+
+
+def _name_below(file: Path, base: Path) -> str:
+    """A file as the recipe means it, so that keys stay where a folder with its recipe is moved."""
+    return str(file.relative_to(base) if file.is_relative_to(base) else file)
 
 
 def _digest(file: Path) -> str:

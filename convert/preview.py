@@ -12,6 +12,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dense2moe.convert.preparation import Preparation
+from dense2moe.convert.report.columns import Column, fit_table
 from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
@@ -23,43 +24,51 @@ from dense2moe.upcycle.building.pieces import (
 )
 from dense2moe.upcycle.building.plan import UpcyclePlan
 
+_UNBROKEN_TIMES = "\u00a0×\u00a0"
 _BOOKKEEPING = ("architectures", "transformers_version", "model_type", "dtype")
 
 
-def plan_tables(preparation: Preparation, workdir: Path) -> tuple[Table, ...]:
-    """Tables of models, tensors' origins and config values.
+def plan_tables(preparation: Preparation, workdir: Path, width: int) -> tuple[tuple[str, Table], ...]:
+    """Titles and tables for a terminal of `width` columns.
 
-    Models come with their numbers of parameters.
-
-    And what artifacts and stages need of the machine.
+    The models with their parameters, where every tensor comes from, the config's values, and what artifacts and stages
+    need of the machine.
     """
+    conversion = preparation.plan.conversion
     return (
-        _models(preparation),
-        _tensors(preparation.plan),
-        _fields(preparation.plan),
-        _artifacts(preparation, workdir),
-        _memory(preparation),
+        (
+            f"{preparation.loaded.name}: {conversion.family.architecture} to {conversion.target.architecture}",
+            _models(preparation, width),
+        ),
+        (
+            "tensors, N for the number of a layer; below one that is no copy as it is, what it is made of",
+            _tensors(preparation.plan, width),
+        ),
+        ("config", _fields(preparation.plan, width)),
+        (f"artifacts in {workdir}", _artifacts(preparation, workdir, width)),
+        ("memory by stage, at its peak", _memory(preparation, width)),
     )
 
 
-def _models(preparation: Preparation) -> Table:
+def _models(preparation: Preparation, width: int) -> Table:
     plan, dense = preparation.plan, preparation.checkpoint
-    conversion, settings = plan.conversion, plan.settings
-    models = Table(
-        title=f"{preparation.loaded.name}: {conversion.family.architecture} to {conversion.target.architecture}",
-        title_justify="left",
+    settings = plan.settings
+    columns = (
+        Column(""),
+        Column("dense", folds=True, justify="right"),  # names of what is dropped
+        Column("mixture of experts", justify="right"),
     )
-    for heading in ("", "dense", "mixture of experts"):
-        models.add_column(heading, justify="left" if not heading else "right")
-    models.add_row("parameters", f"{dense.num_parameters:,}", f"{plan.num_parameters:,}")
-    models.add_row("active a token", f"{dense.num_parameters:,}", f"{plan.num_active_parameters:,}")
-    models.add_row("layers, with experts", f"{plan.num_layers}", f"{len(plan.sites)}")
-    models.add_row("experts a layer, chosen", "—", f"{settings.num_experts}, {settings.num_experts_per_tok}")
-    models.add_row("tensors", f"{len(dense.entries)}", f"{len(plan.writes)}")
-    models.add_row("bytes", decimal(dense.num_bytes), decimal(plan.num_bytes))
-    models.add_row("source tensors dropped", ", ".join(plan.dropped) or "none", "")
-    models.add_row("computes what the dense one does", "", _function(plan))
-    return models
+    rows = (
+        ("parameters", f"{dense.num_parameters:,}", f"{plan.num_parameters:,}"),
+        ("active a token", f"{dense.num_parameters:,}", f"{plan.num_active_parameters:,}"),
+        ("layers, with experts", f"{plan.num_layers}", f"{len(plan.sites)}"),
+        ("experts a layer, chosen", "—", f"{settings.num_experts}, {settings.num_experts_per_tok}"),
+        ("tensors", f"{len(dense.entries)}", f"{len(plan.writes)}"),
+        ("bytes", decimal(dense.num_bytes), decimal(plan.num_bytes)),
+        ("source tensors dropped", ", ".join(plan.dropped) or "none", ""),
+        ("computes what the dense one does", "", _function(plan)),
+    )
+    return fit_table(columns, rows, width)
 
 
 def _function(plan: UpcyclePlan) -> str:
@@ -68,20 +77,23 @@ def _function(plan: UpcyclePlan) -> str:
     return "with a zero router alone" if plan.keeps_function_at_zero else "no"
 
 
-def _tensors(plan: UpcyclePlan) -> Table:
-    """A row for tensors that differ in numbers only."""
-    table = Table(title="tensors, N for the number of a layer", title_justify="left")
-    for heading in ("number", "to", "shape", "from"):
-        table.add_column(heading, justify="right" if heading == "number" else "left", overflow="fold")
+def _tensors(plan: UpcyclePlan, width: int) -> Table:
+    """A row for tensors that differ in numbers only.
+
+    What they are made of is in a row below it: two names of tensors side by side are wider than most terminals.
+    """
     alike: dict[tuple[str, str, str], int] = {}
     for write in plan.writes:
         pattern, origin = _pattern(write.spec.name, plan), _origin(write)
-        shape = f"{' × '.join(map(str, write.spec.shape))} {str(write.spec.dtype).removeprefix('torch.')}"
-        key = (pattern, shape, "as it is" if origin == pattern else origin)
+        shape = f"{_UNBROKEN_TIMES.join(map(str, write.spec.shape))} {str(write.spec.dtype).removeprefix('torch.')}"
+        key = (pattern, shape, "" if origin == pattern else f"← {origin}")
         alike[key] = alike.get(key, 0) + 1
-    for key, number in alike.items():
-        table.add_row(f"{number}", *key)
-    return table
+    rows = []
+    for (pattern, shape, origin), number in alike.items():
+        rows.append((f"{number}", pattern, shape))
+        rows += [("", origin, "")] if origin else []
+    columns = (Column("number", justify="right"), Column("tensor", folds=True), Column("shape", folds=True))
+    return fit_table(columns, rows, width)
 
 
 def _pattern(name: str, plan: UpcyclePlan) -> str:
@@ -123,57 +135,46 @@ def _changes(part: ExpertPart) -> Iterator[str]:
         yield f"× {part.scale:g}"
 
 
-def _fields(plan: UpcyclePlan) -> Table:
+def _fields(plan: UpcyclePlan, width: int) -> Table:
     """The config's values, carried over or set by the target."""
     conversion, made = plan.conversion, plan.target_config
-    table = Table(title="config", title_justify="left")
-    for heading in ("field", "value", ""):
-        table.add_column(heading, overflow="fold")
     carried = [name for name in (*conversion.carried, *conversion.optional) if hasattr(made, name)]
     own = [name for name in made.to_diff_dict() if name not in carried and name not in _BOOKKEEPING]
-    for name in sorted(carried):
-        table.add_row(name, str(getattr(made, name)), "carried over")
-    for name in sorted(own):
-        table.add_row(name, str(getattr(made, name)), "set")
-    return table
+    rows = [
+        (name, str(getattr(made, name)), origin)
+        for names, origin in ((carried, "carried over"), (own, "set"))
+        for name in sorted(names)
+    ]
+    return fit_table((Column("field"), Column("value", folds=True), Column("")), rows, width)
 
 
-def _artifacts(preparation: Preparation, workdir: Path) -> Table:
+def _artifacts(preparation: Preparation, workdir: Path, width: int) -> Table:
     recipe = preparation.loaded.recipe
-    artifacts = Table(title=f"artifacts in {workdir}", title_justify="left")
-    artifacts.add_column("artifact")
-    artifacts.add_column("size", justify="right")
-    artifacts.add_column("")
+    rows = []
     for label, size in preparation.artifact_bytes.items():
         variant = next((v for v in recipe.variants if label == f"onnx-{v}"), None)
-        artifacts.add_row(label, decimal(size), _name_lowerings(preparation.lowerings[variant]) if variant else "")
+        rows.append((label, decimal(size), _name_lowerings(preparation.lowerings[variant]) if variant else ""))
     existing = next(path for path in (workdir.absolute(), *workdir.absolute().parents) if path.exists())
-    artifacts.add_section()
-    artifacts.add_row(
-        "disk in all",
-        decimal(sum(preparation.artifact_bytes.values())),
-        f"{decimal(shutil.disk_usage(existing).free)} free",
-    )
+    sections = [len(rows)]
+    free = f"{decimal(shutil.disk_usage(existing).free)} free"
+    rows.append(("disk in all", decimal(sum(preparation.artifact_bytes.values())), free))
     if "finetune" in preparation.scratch_bytes:
         needed = decimal(preparation.scratch_bytes["finetune"])
-        artifacts.add_row("disk to fine-tune", needed, "scratch, deleted when done")
+        rows.append(("disk to fine-tune", needed, "scratch, deleted when done"))
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage
-        artifacts.add_section()
-        artifacts.add_row(f"runs up to {last}", "", reason)
-    return artifacts
+        sections.append(len(rows))
+        rows.append((f"runs up to {last}", "", reason))
+    columns = (Column("artifact"), Column("size", justify="right"), Column("", folds=True))
+    return fit_table(columns, rows, width, sections)
 
 
-def _memory(preparation: Preparation) -> Table:
+def _memory(preparation: Preparation, width: int) -> Table:
     """Each stage's peak resident memory, and the largest of all."""
-    table = Table(title="memory by stage, at its peak", title_justify="left")
-    for heading in ("stage", "memory"):
-        table.add_column(heading, justify="left" if heading == "stage" else "right")
-    for label, size in preparation.memory_bytes.items():
-        table.add_row(label, decimal(size))
-    table.add_section()
-    table.add_row("most", decimal(max(preparation.memory_bytes.values(), default=0)))
-    return table
+    rows = [(label, decimal(size)) for label, size in preparation.memory_bytes.items()]
+    most = decimal(max(preparation.memory_bytes.values(), default=0))
+    columns = (Column("stage"), Column("memory", justify="right"))
+    return fit_table(columns, [*rows, ("most", most)], width, [len(rows)])
 
 
 def _name_lowerings(lowerings: tuple[str, ...]) -> str:

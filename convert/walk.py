@@ -197,7 +197,8 @@ class Walk:
                 _quiet,
             )
             try:
-                made, cost = self.run(planned, run, progress)
+                with self.preparation.loaded.telling_lines():
+                    made, cost = self.run(planned, run, progress)
             except Exception as error:
                 if (refusal := _describe_refusal(error, planned.label, draft.directory)) is not None:
                     raise ArtifactError(refusal) from error

@@ -56,10 +56,33 @@ def test_the_hub_reads_the_metadata(facts, package, tmp_path) -> None:
     assert {"onnx", "mixture-of-experts", "int8"} <= set(data.tags)
 
 
-def test_what_is_not_known_is_not_in_the_metadata(facts, package, tmp_path) -> None:
-    facts |= {"base_model": None, "license": {}}
+@pytest.mark.parametrize(
+    ("base_model", "origin", "name"),
+    [
+        ("someone/python-docs-4m", "someone/python-docs-4m@main", "someone/python-docs-4m"),
+        (None, "/data/models/python-docs-4m", "python-docs-4m"),
+        (None, "../a\n model/", "a model"),
+    ],
+)
+def test_the_source_has_the_name_that_its_user_knows(base_model, origin, name, facts, package, tmp_path) -> None:
+    facts["base_model"], facts["source"]["origin"] = base_model, origin
     card = card_of(facts, package, tmp_path)
-    assert not {"license", "base_model"} & set(card.data.to_dict())
+    assert card.data.base_model == name
+    assert f"\"  # the mixture made from {name}, in the run's work directory\n" in card.text
+    assert "/data/" not in card.text
+
+
+def test_without_fine_tuning_the_checkpoint_is_the_upcycled_one(facts, package, tmp_path) -> None:
+    for name in ("fine-tuned", "dense continued", "dense, equal time"):
+        facts["finetune"]["evaluations"].pop(name, None)
+    facts["keys"]["upcycle"] = "5" * 64
+    assert f'checkpoint = "upcycle-{"5" * 12}"' in card_of(facts, package, tmp_path).text
+
+
+def test_what_is_not_known_is_not_in_the_metadata(facts, package, tmp_path) -> None:
+    facts["license"] = {}
+    card = card_of(facts, package, tmp_path)
+    assert "license" not in card.data.to_dict()
     assert "names no licence" in card.text
 
 

@@ -160,11 +160,8 @@ def test_a_missing_source_names_the_places_tried(recipe, tmp_path):
     code, output = invoke("check", path)
     assert code == 1
     remedy = "correct the path, or write `source: {hub: nowhere}` for a model of the Hugging Face hub"
-    assert (
-        output
-        == f"Error: {path}: 'nowhere' is not there; looked for {tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}; "
-        f"{remedy}\n"
-    )
+    tried = f"{tmp_path / 'nowhere'} and {Path.cwd() / 'nowhere'}"
+    assert output == f"Error: {path}:1: source: 'nowhere' is not there; looked for {tried}; {remedy}\n"
 
 
 def test_a_run_and_its_source_can_be_moved_together(recipe, tmp_path, dense_checkpoint):

@@ -79,7 +79,8 @@ def test_a_pattern_without_a_file_is_refused(split: str, tmp_path: Path) -> None
     write(tmp_path, a="text")
     fields = {"train": ("a.txt",), split: ("a.txt", "b*.txt") if split == "train" else ("b*.txt",)}
     assert refusal(text_files, text_data(**fields), tmp_path) == (
-        f"data.source.{split}: 'b*.txt' matches no file below {tmp_path}; give a path or glob of UTF-8 text files"
+        f"data.source.{split}[{len(fields[split]) - 1}]: 'b*.txt' matches no file below {tmp_path}; give a path or "
+        "glob of UTF-8 text files"
     )
 
 
@@ -293,7 +294,7 @@ def test_what_a_domain_lacks_is_told_by_its_name(
         return refusal(prepare_data, dense_checkpoint, tmp_path, config, base, quiet)
 
     assert refused(train=("absent*",)) == (
-        f"data.source.domains.digits.train: 'absent*' matches no file below {base}; give a path or glob of UTF-8 "
+        f"data.source.domains.digits.train[0]: 'absent*' matches no file below {base}; give a path or glob of UTF-8 "
         "text files"
     )
     assert refused(test=("digits-train.txt",)) == (
@@ -403,9 +404,14 @@ def test_name_and_revision_are_handed_on(monkeypatch: pytest.MonkeyPatch, tmp_pa
     [
         (
             {"validation": "dev"},
-            ", split 'dev': ValueError: Unknown split \"dev\". Should be one of ['train', 'validation', 'test'].",
+            ", split 'dev' cannot be loaded (ValueError: Unknown split \"dev\". Should be one of ['train', "
+            "'validation', 'test'].); mend that, or give text files of your own",
         ),
-        ({"name": "large"}, ", split 'train': ValueError: BuilderConfig 'large' not found. Available: ['default']"),
+        (
+            {"name": "large"},
+            ", split 'train' cannot be loaded (ValueError: BuilderConfig 'large' not found. Available: ['default']); "
+            "mend that, or give text files of your own",
+        ),
         ({"text_column": "body"}, ": no column 'body'; it has text, label"),
         ({"train": "train[1:2]"}, ": split 'train[1:2]' has no text in column 'text'"),
         ({"text_column": "label"}, ": column 'label' of split 'train' holds int; it must hold text"),
@@ -425,20 +431,44 @@ def test_rows_without_text_are_left_out_as_blank_ones_are(monkeypatch: pytest.Mo
 def test_a_missing_data_set_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "absent"
     assert refusal(read_texts, hub(path), tmp_path) == (
-        f"data.source: data set '{path}', split 'train': FileNotFoundError: Couldn't find any data file at {path}."
+        f"data.source: data set '{path}', split 'train' cannot be loaded ("
+        + f"FileNotFoundError: Couldn't find any data file at {path}."[:100]
+        + "); mend that, or give text files of your own"
     )
 
 
-def test_a_failing_network_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ConnectionError("Couldn't reach 'owner/set' on the Hub (OfflineModeIsEnabled)"),
+            "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; unset HF_HUB_OFFLINE",
+        ),
+        (
+            ConnectionError("Couldn't reach 'owner/set' on the Hub (LocalEntryNotFoundError)"),
+            "is not in the cache, and the hub cannot be reached; mend the network",
+        ),
+        (
+            datasets.exceptions.DatasetNotFoundError("Dataset 'owner/set' doesn't exist\n" + "x" * 1000),
+            "is not on the hub, or not for you to read; correct the id, or log in (`hf auth login`)",
+        ),
+        (ValueError("no\nsplit"), "cannot be loaded (ValueError: no split); mend that"),
+        (
+            ValueError("x" * 1000),
+            f"cannot be loaded (ValueError: {'x' * (100 - len('ValueError: '))}); mend that",
+        ),
+    ],
+    ids=["offline", "no network", "no such set", "anything else", "at length"],
+)
+def test_a_data_set_that_cannot_be_fetched_is_one_clear_line(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def load_dataset(*arguments: Any, **options: Any) -> None:
-        raise ConnectionError("Couldn't reach\n  'owner/set' " + "x" * 1000)
+        raise error
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     message = refusal(read_texts, HubData(kind="hub", path="owner/set"), tmp_path)
-    assert message.startswith(
-        "data.source: data set 'owner/set', split 'train': ConnectionError: Couldn't reach 'owner/set' xxx"
-    )
-    assert len(message) < 400
+    assert message == f"data.source: data set 'owner/set', split 'train' {told}, or give text files of your own"
 
 
 # What a text may be

@@ -421,7 +421,7 @@ def test_no_text_at_all_to_cluster_is_refused(dense_checkpoint: Path) -> None:
 def test_a_domain_whose_files_are_not_there_is_refused_by_its_number(dense_checkpoint: Path, tmp_path: Path) -> None:
     given = (*domains()[:3], RouterDomain(files=("absent/*.txt",)))
     message = refusal(dense_checkpoint, settings("prototypes", given=given), base=tmp_path)
-    assert message.startswith("upcycle.router.domains[3].files: 'absent/*.txt' matches no file")
+    assert message.startswith("upcycle.router.domains[3].files[0]: 'absent/*.txt' matches no file")
 
 
 def test_a_file_that_is_not_utf8_is_refused(dense_checkpoint: Path, tmp_path: Path) -> None:

@@ -198,3 +198,23 @@ def test_a_file_that_a_program_has_mapped_and_goes_on_changing_is_read_again(fil
         time.sleep(0.01)
         mapped[1] = ord("y")
         assert digest_known(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("given", ["relative/cache", ""])
+def test_a_cache_home_that_is_no_absolute_path_is_ignored(
+    given: str, file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the XDG base directory specification says."""
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(known, "_RACY_NS", 0)
+    monkeypatch.delenv("DENSE2MOE_CACHE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", given)
+    digest_known(file)
+    assert not list(here.iterdir())
+    assert len(list((tmp_path / "home" / ".cache" / "dense2moe" / "digests").iterdir())) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "named"))
+    digest_known(file)
+    assert len(list((tmp_path / "named" / "dense2moe" / "digests").iterdir())) == 1

@@ -24,6 +24,7 @@ import pytest
 from onnx import ModelProto, TensorProto
 from programs import dense2moe
 
+from dense2moe.api import export_onnx
 from dense2moe.export.errors import ExportError
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.precision import find_precision
@@ -31,6 +32,7 @@ from dense2moe.export.parity.weights.constants import read_constants
 from dense2moe.export.runtime.decoder import Decoder
 from dense2moe.export.runtime.sampling import Sampling
 from dense2moe.export.storage import DATA_NAME, GENAI_CONFIG_NAME, MODEL_NAME
+from dense2moe.upcycle.errors import UpcycleError, one_line_errors
 from tests.conftest import MakeDense
 
 ROOT = Path(__file__).parent.parent
@@ -442,6 +444,28 @@ def test_a_twin_whose_scheme_is_damaged_is_one_line(
     code, said, error = parity(package, mixture_checkpoint, "--twin", twin)
     assert (code, said) == (1, "")
     assert error.startswith(f"Error: {twin / 'quantization.json'}: {what}")
+
+
+def test_a_checkpoint_that_was_never_quantized_is_told_what_it_lacks(mixture_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        export_onnx(mixture_checkpoint, tmp_path / "package")
+    assert str(caught.value) == (
+        f"{mixture_checkpoint}: no quantization.json, so it was never quantized; quantize the checkpoint into a new "
+        "directory, as variant 'float32' to keep its weights as they are, and give that directory"
+    )
+
+
+def test_a_file_that_cannot_be_read_is_not_said_to_hold_something_else(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    for what in ("is no JSON", "not valid JSON", "not a safetensors index"):
+        with pytest.raises(UpcycleError) as caught, one_line_errors(path, what, "copy it again"):
+            path.read_text()
+        assert str(caught.value) == f"{path}: cannot be read (No such file or directory); copy it again"
+        with (
+            pytest.raises(UpcycleError, match=f"{what} \\(ValueError: x\\)"),
+            one_line_errors(path, what, "copy it again"),
+        ):
+            raise ValueError("x")
 
 
 def test_blocks_beyond_the_context_are_one_line(package: Path, mixture_checkpoint: Path) -> None:

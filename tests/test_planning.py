@@ -48,16 +48,26 @@ def prepared(source: Path, tmp_path: Path, upcycle: str, finetune: str = "{}") -
 
 
 def rendered(table: Table) -> list[tuple[str, ...]]:
-    """The rows of a table, as they are on a terminal of 200 columns."""
-    console = Console(record=True, width=200, file=io.StringIO())
-    console.print(table)
-    lines = console.export_text().splitlines()
-    return [tuple(cell.strip() for cell in line.split("│")[1:-1]) for line in lines if line.startswith("│")]
+    """The rows of a table that is wide enough for all of its cells."""
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return [tuple(str(cell).replace("\u00a0", " ") for cell in row) for row in rows]
 
 
 def shown(source: Path, tmp_path: Path, upcycle: str) -> list[list[tuple[str, ...]]]:
-    """Rows of the five tables: models, tensors, config, artifacts, memory."""
-    return [rendered(table) for table in plan_tables(prepared(source, tmp_path, upcycle), tmp_path / "run")]
+    """Rows of the five tables: models, tensors, config, artifacts, memory.
+
+    A tensor's has what it is made of as well, which is in a row below it.
+    """
+    tables = plan_tables(prepared(source, tmp_path, upcycle), tmp_path / "run", 200)
+    models, tensors, *others = [rendered(table) for _, table in tables]
+    joined: list[tuple[str, ...]] = []
+    for row in tensors:
+        if row[0]:
+            joined.append((*row, "as it is"))
+        else:
+            assert (row[1][:2], row[2]) == ("← ", "")
+            joined[-1] = (*joined[-1][:3], row[1][2:])
+    return [models, joined, *others]
 
 
 # Hidden 32, FFN 48, two layers, four heads of 8, two of them for keys and values, 300 tokens, tied.
@@ -67,9 +77,9 @@ EXPERT, ROUTER = 3 * 32 * 48, 4 * 32
 
 def test_a_llamas_plan_has_its_models(dense_checkpoint: Path, tmp_path: Path) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
-    table = plan_tables(preparation, tmp_path)[0]
+    title, table = plan_tables(preparation, tmp_path, 200)[0]
     mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
-    assert table.title == "tiny: LlamaForCausalLM to MixtralForCausalLM"
+    assert title == "tiny: LlamaForCausalLM to MixtralForCausalLM"
     assert rendered(table) == [
         ("parameters", f"{DENSE:,}", f"{mixture:,}"),
         ("active a token", f"{DENSE:,}", f"{mixture - 2 * 2 * EXPERT:,}"),
@@ -101,6 +111,21 @@ def test_a_llamas_plan_has_every_tensor_by_its_pattern(dense_checkpoint: Path, t
             ("8", f"{layer}block_sparse_moe.experts.{{0-3}}.w2.weight", "32 × 48 float32", ffn.format("down")),
         ]
     )
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+def test_no_name_of_a_tensor_or_a_field_is_broken(width: int, dense_checkpoint: Path, tmp_path: Path) -> None:
+    preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4, experts: {drop: 0.5}}")
+    console = Console(width=width, file=io.StringIO())
+    for _, table in plan_tables(preparation, tmp_path / "run", width):
+        console.print(table)
+    assert isinstance(console.file, io.StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    words = {word for line in lines for word in line.split()}
+    names = {f"model.layers.N.mlp.{name}_proj.weight," for name in ("gate", "up", "down")}
+    names |= {f"model.layers.N.block_sparse_moe.experts.{{0-3}}.w{number}.weight" for number in (1, 2, 3)}
+    assert names | {"max_position_embeddings", "quantize-float32"} <= words
 
 
 @pytest.mark.parametrize(
@@ -137,7 +162,7 @@ def test_the_plan_has_every_value_of_the_config_that_will_be_written(
     architecture: str, upcycle: str, expected: dict[str, tuple[str, str]], make_dense: MakeDense, tmp_path: Path
 ) -> None:
     preparation = prepared(make_dense(architecture=architecture), tmp_path, upcycle)
-    found = {field: (value, origin) for field, value, origin in rendered(plan_tables(preparation, tmp_path)[2])}
+    found = {field: (value, origin) for field, value, origin in rendered(plan_tables(preparation, tmp_path, 200)[2][1])}
     assert {field: found[field] for field in expected} == expected
     preparation.plan.target_config.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -262,9 +287,9 @@ def test_what_a_killed_run_left_is_not_asked_for_again(dense_checkpoint: Path, t
 
 def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path: Path) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
-    table = plan_tables(preparation, tmp_path / "run")[3]
+    title, table = plan_tables(preparation, tmp_path / "run", 200)[3]
     mixture = DENSE + 2 * (3 * EXPERT + ROUTER)
-    assert table.title == f"artifacts in {tmp_path / 'run'}"
+    assert title == f"artifacts in {tmp_path / 'run'}"
     found = {label: (size, note) for label, size, note in rendered(table)}
     assert list(found) == [
         "upcycle",
@@ -291,7 +316,7 @@ def test_artifacts_have_their_sizes_and_add_up(dense_checkpoint: Path, tmp_path:
 
 def test_every_stage_of_a_run_has_its_memory_and_the_most_is_said(dense_checkpoint: Path, tmp_path: Path) -> None:
     preparation = prepared(dense_checkpoint, tmp_path, "{num_experts: 4}")
-    rows = rendered(plan_tables(preparation, tmp_path / "run")[4])
+    rows = rendered(plan_tables(preparation, tmp_path / "run", 200)[4][1])
     assert [label for label, _ in rows[:-1]] == [task.label for task in plan_artifacts(preparation, "report")]
     assert rows[-1] == ("most", decimal(max(preparation.memory_bytes.values())))
 

@@ -11,6 +11,7 @@ from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.recipe.loading import load_recipe, resolve_path
 from dense2moe.convert.recipe.records import HubSource, LocalSource, Recipe
 from dense2moe.convert.recipe.schema import make_schema
+from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -232,19 +233,19 @@ def test_a_path_is_looked_up_beside_the_recipe_before_the_current_directory(tmp_
     recipe = tmp_path / "recipes" / "r.yaml"
     (tmp_path / "dense").mkdir()
     recipe.parent.mkdir()
-    assert resolve_path("dense", recipe) == tmp_path / "dense"
+    assert resolve_path("dense", recipe, "r.yaml:1: source") == tmp_path / "dense"
     (recipe.parent / "dense").mkdir()
-    assert resolve_path("dense", recipe) == recipe.parent / "dense"
+    assert resolve_path("dense", recipe, "r.yaml:1: source") == recipe.parent / "dense"
 
 
 def test_an_absolute_path_is_itself(tmp_path):
-    assert resolve_path(str(tmp_path), Path("elsewhere/r.yaml")) == tmp_path
+    assert resolve_path(str(tmp_path), Path("elsewhere/r.yaml"), "r.yaml:1: source") == tmp_path
 
 
 def test_a_tilde_is_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "dense").mkdir()
-    assert resolve_path("~/dense", Path("r.yaml")) == tmp_path / "dense"
+    assert resolve_path("~/dense", Path("r.yaml"), "r.yaml:1: source") == tmp_path / "dense"
 
 
 def test_a_path_that_is_nowhere_names_each_place_tried_once(tmp_path):
@@ -254,14 +255,16 @@ def test_a_path_that_is_nowhere_names_each_place_tried_once(tmp_path):
     }
     for recipe, tried in places.items():
         with pytest.raises(RecipeError) as caught:
-            resolve_path("nowhere", Path(recipe))
-        assert str(caught.value) == f"{recipe}: 'nowhere' is not there; looked for {tried}; correct the path"
+            resolve_path("nowhere", Path(recipe), "r.yaml:1: source")
+        assert str(caught.value) == f"r.yaml:1: source: 'nowhere' is not there; looked for {tried}; correct the path"
 
 
 def test_an_unknown_user_is_one_line():
     with pytest.raises(RecipeError) as caught:
-        resolve_path("~no-such-user/dense", Path("r.yaml"))
-    assert str(caught.value) == "r.yaml: '~no-such-user/dense' names no home directory; give the path in full"
+        resolve_path("~no-such-user/dense", Path("r.yaml"), "r.yaml:1: source")
+    assert str(caught.value) == (
+        "r.yaml:1: source: '~no-such-user/dense' names no home directory; give the path in full"
+    )
 
 
 # The schema for editors
@@ -343,3 +346,30 @@ def test_the_schema_agrees_with_the_loader():
         assert not validator.is_valid(values)
         with pytest.raises(ValidationError):
             Recipe.model_validate(values)
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data.block_size: is 9", "r.yaml:3: data.block_size: is 9"),
+        ("data.source.train[1]: 'b' matches no file", "r.yaml:7: data.source.train[1]: 'b' matches no file"),
+        ("data.max_test_tokens is 5; raise it", "r.yaml:2: data.max_test_tokens is 5; raise it"),  # of its record
+        ("finetune: the loss is NaN", "r.yaml: finetune: the loss is NaN"),  # not in the file
+        ("data.txt/source: no such file", "data.txt/source: no such file"),
+        ("data.txt: no such file", "data.txt: no such file"),
+        ("/a/data: is a file", "/a/data: is a file"),
+        ("database is full", "database is full"),
+    ],
+)
+def test_a_refusal_that_begins_with_a_key_tells_its_line(text, told, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "source: dense\ndata:\n  block_size: 64\n  source:\n    kind: text\n    train: [a,\n      b]\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(ExportError) as caught, load_recipe(path).telling_lines():
+        raise ExportError(text)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == told

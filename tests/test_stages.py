@@ -1,5 +1,6 @@
 """Stages: what is known before any work, and sources on the hub."""
 
+import errno
 import hashlib
 import shutil
 from fnmatch import fnmatchcase
@@ -85,16 +86,56 @@ def test_no_weights_are_fetched_of_a_family_that_cannot_be_upcycled(hub_recipe, 
         prepare(hub_recipe, lambda *_: None)
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line(hub_recipe, monkeypatch):
+def test_a_moved_folder_with_its_recipe_has_the_same_keys(tmp_path, dense_checkpoint):
+    home, moved = tmp_path / "home", tmp_path / "elsewhere" / "moved"
+    home.mkdir()
+    moved.parent.mkdir()
+    shutil.copytree(dense_checkpoint, home / "dense")
+    (home / "t.txt").write_text(DOCUMENTS, encoding="utf-8")
+    (home / "moved.yaml").write_text(
+        "source: dense\ndata: {source: {kind: text, train: [t*.txt], separator: '|'}, block_size: 32}\n"
+        "upcycle: {num_experts: 4, router: {kind: prototypes, domains: [{files: [t.txt]}, {prompts: [a b]}, "
+        "{prompts: [c]}, {prompts: [d]}]}}\n",
+        encoding="utf-8",
+    )
+
+    def list_keys(folder, source=None):
+        if source is not None:
+            path = folder / "moved.yaml"
+            path.write_text(path.read_text().replace("source: dense", f"source: {source}", 1))
+        preparation = prepare(load_recipe(folder / "moved.yaml"), lambda *_: None)
+        return {each.label: each.key for each in plan_artifacts(preparation, "report")}
+
+    before = list_keys(home)
+    home.rename(moved)
+    assert list_keys(moved) == before
+    assert list_keys(moved, moved / "dense")["source"] != before["source"]  # as links to elsewhere are
+
+
+class RevisionNotFoundError(Exception):
+    """As huggingface_hub names it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (
+            ConnectionError(errno.EHOSTUNREACH, "No route to host"),
+            "is not in the cache, and the hub cannot be reached (No route to host); mend the network",
+        ),
+        (RevisionNotFoundError("404 " * 100), "has no such revision; give a commit, tag or branch that it has"),
+        (ValueError("no\nway"), "cannot be loaded (ValueError: no way); mend that"),
+    ],
+)
+def test_a_model_that_cannot_be_fetched_is_one_clear_line(error, told, hub_recipe, monkeypatch):
     def snapshot_download(*_, **__):
-        raise ConnectionError("no route\nto host")
+        raise error
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(RecipeError) as caught:
         prepare(hub_recipe, lambda *_: None)
     assert str(caught.value) == (
-        "nobody/tiny-llama: revision 'abc123' cannot be fetched from the hub (ConnectionError: no route to host); "
-        "check the id, or give a path"
+        f"{hub_recipe.path}:1: source.hub: 'nobody/tiny-llama' at revision 'abc123' {told}, or give a directory as path"
     )
 
 
@@ -115,9 +156,7 @@ def test_the_files_of_every_domain_are_digested_under_its_place(tmp_path, dense_
     first = prepared()
     places = {"one.train": "a", "one.test": "held", "two.train": "b"}
     assert first.data_files == {
-        f"data.source.domains.{place}/{tmp_path / name}.txt": hashlib.sha256(
-            (tmp_path / f"{name}.txt").read_bytes()
-        ).hexdigest()
+        f"data.source.domains.{place}/{name}.txt": hashlib.sha256((tmp_path / f"{name}.txt").read_bytes()).hexdigest()
         for place, name in places.items()
     }
     assert list_settings(prepared(), None) == list_settings(first, None)
@@ -137,7 +176,7 @@ def test_text_beside_a_recipe_in_a_folder_with_brackets_is_found(pattern, tmp_pa
         encoding="utf-8",
     )
     monkeypatch.chdir(tmp_path)
-    assert list(prepare(load_recipe(path), lambda *_: None).data_files) == [f"data.source.train/{folder / 't.txt'}"]
+    assert list(prepare(load_recipe(path), lambda *_: None).data_files) == ["data.source.train/t.txt"]
 
 
 def test_fine_tuning_is_switched_off_by_null_alone(tmp_path, dense_checkpoint):
@@ -173,7 +212,7 @@ def test_a_block_longer_than_the_context_is_refused(tmp_path, dense_checkpoint):
     )
     with pytest.raises(RecipeError) as caught:
         prepare(load_recipe(path), lambda *_: None)
-    assert str(caught.value) == f"{path}: data.block_size: is 1024; must be at most the model's context, which is 256"
+    assert str(caught.value) == f"{path}:2: data.block_size: is 1024; must be at most the model's context, which is 256"
 
 
 def test_heads_that_no_operator_computes_are_told_before_any_work(tmp_path, make_dense):

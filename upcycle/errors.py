@@ -58,6 +58,8 @@ _REFUSALS = (
 """What the file system refuses."""
 _STATES = (errno.ENOENT, errno.EEXIST, errno.EISDIR, errno.ENOTEMPTY)
 """What programs also ask for and handle, so that it says nothing where it is only the context of another error."""
+_OF_CONTENT = ("is no ", "not a ", "not valid ")
+"""How a line begins that says what a file holds, which nobody knows of one that cannot be read."""
 _TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "iostream error", "inline_container")
 
 
@@ -73,8 +75,9 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
     """Context manager: other libraries' errors become one line.
 
     Only calls of other libraries belong inside. What they raise about the file `path` is one line. The line says the
-    path, `what` is wrong with it, the library's own words, and how to `mend` it. Panics of libraries written in Rust
-    are `BaseException`s and told alike; an interrupt, and running out of memory, stay what they are.
+    path, `what` is wrong with it (that it cannot be read, where the system refused it), the library's own words, and
+    how to `mend` it. Panics of libraries written in Rust are `BaseException`s and told alike; an interrupt, and running
+    out of memory, stay what they are.
 
     Raises:
         MendableError: of this `kind`.
@@ -86,6 +89,8 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
     except BaseException as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, OSError) and what.startswith(_OF_CONTENT):
+            what = "cannot be read"
         raise kind(f"{path}: {what} ({describe_error(error)}); {mend}") from error
 
 

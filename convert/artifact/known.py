@@ -88,10 +88,13 @@ def _find_entry(path: str) -> Path | None:
     if named := os.environ.get(CACHE_VARIABLE):
         folder = Path(named)
     else:
-        try:
-            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dense2moe"
-        except RuntimeError:
-            return None
+        folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
+        if not folder.is_absolute():  # which the XDG base directory specification, 0.8, has programs ignore
+            try:
+                folder = Path.home() / ".cache"
+            except RuntimeError:
+                return None
+        folder /= "dense2moe"
     return folder / "digests" / f"{hashlib.sha256(os.fsencode(path)).hexdigest()[:32]}.json"
 
 

@@ -12,7 +12,7 @@ import click
 
 from dense2moe.convert.cli.endings import end_in_one_line
 from dense2moe.convert.cli.places import check_output, find_package
-from dense2moe.convert.cli.terminal import open_console
+from dense2moe.convert.cli.terminal import open_console, print_prose
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.imports import uncollected_imports
 
@@ -205,9 +205,9 @@ def bench(
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return
-    open_console().print(bench_table(found))
-    for line in bench_lines(found):
-        click.echo(line)
+    console = open_console()
+    console.print(bench_table(found, console.width))
+    print_prose(console, bench_lines(found))
 
 
 @click.command(short_help="Check that the ONNX decoder in ARTIFACT computes the same.")
@@ -298,8 +298,7 @@ def parity(
     if json_path is not None:
         with one_line_errors(json_path, "cannot be written", "give another --json"):
             write_json(found, json_path)
-    for line in describe(found):
-        click.echo(line)
+    print_prose(open_console(), describe(found))
     if not found.passed:
         raise click.ClickException("\n".join(["parity was broken:", *found.breaches]))
     only = (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import click
+
 from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.run_state import RUN_NAME, read_run
 
@@ -29,6 +31,8 @@ def check_output(path: Path | None, option: str) -> None:
 def find_package(directory: Path, variant: str | None) -> Path:
     """The package in a directory, or a variant's in a work directory.
 
+    Where a run has several and none is named, stderr tells which one is taken, and how to choose.
+
     Raises:
         ArtifactError: it is the work directory of a run without such a package.
     """
@@ -43,4 +47,7 @@ def find_package(directory: Path, variant: str | None) -> Path:
         raise ArtifactError(f"{directory}: the run has made no ONNX package yet; finish it with `dense2moe run`")
     if variant is not None and variant not in packages:
         raise ArtifactError(f"{directory}: no variant '{variant}'; it has {', '.join(packages)}")
-    return directory / packages[variant or next(iter(packages))]
+    first = next(iter(packages))
+    if variant is None and len(packages) > 1:
+        click.echo(f"{directory}: variant {first} of {', '.join(packages)}; --variant chooses another", err=True)
+    return directory / packages[variant or first]

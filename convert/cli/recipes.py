@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dense2moe.convert.cli.endings import end_in_one_line
-from dense2moe.convert.cli.terminal import open_console
+from dense2moe.convert.cli.terminal import open_console, print_prose
 from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.stage_names import STAGE_NAMES
 from dense2moe.upcycle.imports import uncollected_imports
@@ -31,9 +31,8 @@ def check(recipe: Path) -> None:
     click.echo(f"{recipe}: good. {conversion.family.architecture} to {conversion.target.architecture}, {exports}")
     if preparation.last_stage is not None:
         last, reason = preparation.last_stage
-        click.echo(f"{reason}; run it with --until {last}")
-    for line in preparation.remarks:
-        click.echo(line)
+        print_prose(open_console(), [f"{reason}; run it with --until {last}"])
+    print_prose(open_console(), preparation.remarks)
 
 
 @click.command(short_help="Show what RECIPE would make: sizes, disk, memory.")
@@ -46,8 +45,10 @@ def plan(recipe: Path, workdir: Path | None) -> None:
 
     preparation = _prepare(recipe)
     console = open_console()
-    for table in plan_tables(preparation, workdir or _default_workdir(preparation)):
+    for title, table in plan_tables(preparation, workdir or _default_workdir(preparation), console.width):
+        print_prose(console, [title])
         console.print(table)
+        click.echo()
 
 
 @click.command(short_help="Run RECIPE, from the dense model to ONNX and a report.")
@@ -84,8 +85,7 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
         console = open_console()
         console.print(cost_table(read_costs(costs)))
         console.print(summary_table(facts, console.width))
-        for line in verdict_lines(facts):
-            click.echo(line)
+        print_prose(console, verdict_lines(facts))
         click.echo(f"report: {report.directory / HTML_NAME}")
     else:
         for label, artifact in outcome.artifacts.items():

@@ -8,7 +8,7 @@ import click
 
 from dense2moe.convert.cli.endings import end_in_one_line
 from dense2moe.convert.cli.places import check_output, find_package
-from dense2moe.convert.cli.terminal import open_console
+from dense2moe.convert.cli.terminal import open_console, print_prose
 from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.run_state import RUN_NAME, RunState, read_run
 from dense2moe.upcycle.errors import one_line_errors
@@ -33,17 +33,17 @@ def show(directory: Path) -> None:
     state = read_run(directory)
     # as a kill or a power cut leaves it
     status = "stopped" if state.status == "running" and not is_locked(directory) else state.status
+    artifacts = {label: open_artifact(directory / name) for label, name in state.artifacts.items()}
+    report = artifacts.get("report")
+    facts = read_facts(report.facts, str(directory)) if report else None  # what is too old is refused before all else
+    _, costs = take_costs({label: artifact.facts for label, artifact in artifacts.items()})
     click.echo(f"{state.name}: {status} ({state.recipe})")
-    _, costs = take_costs({label: open_artifact(directory / name).facts for label, name in state.artifacts.items()})
     console = open_console()
     if costs:
         console.print(cost_table(read_costs(costs)))
-    if "report" in state.artifacts:
-        report = open_artifact(directory / state.artifacts["report"])
-        facts = read_facts(report.facts, str(directory))
+    if report and facts:
         console.print(summary_table(facts, console.width))
-        for line in verdict_lines(facts):
-            click.echo(line)
+        print_prose(console, verdict_lines(facts))
         click.echo(f"report: {report.directory / HTML_NAME}")
     else:
         for label, name in state.artifacts.items():
@@ -77,10 +77,10 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
     if names[0] == names[1]:
         names = [str(first), str(second)]
     found = compare_runs(reports[0], reports[1], (names[0], names[1]))
-    for table in comparison_tables(found):
-        open_console().print(table)
-    for note in found.notes:
-        click.echo(note)
+    console = open_console()
+    for table in comparison_tables(found, console.width):
+        console.print(table)
+    print_prose(console, found.notes)
     if output is not None:
         with one_line_errors(output, "cannot be written", "give another --html"):
             write_comparison(found, output)

@@ -1,9 +1,10 @@
-"""The terminal that tables are printed on."""
+"""The terminal that tables and prose are printed on."""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to import
@@ -24,3 +25,9 @@ def open_console() -> Console:
         width=None if is_terminal or os.environ.get("COLUMNS") else 100,
         force_terminal=None if is_terminal else False,
     )
+
+
+def print_prose(console: Console, lines: Iterable[str]) -> None:
+    """Sentences, folded between words at a terminal's width; elsewhere each is one line, for programs to read."""
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=not console.is_terminal)

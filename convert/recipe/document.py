@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,7 +60,7 @@ class YamlDocument:
     def __init__(self, file: Path, text: str) -> None:
         self.file = file
         self.mistakes: list[Mistake] = []
-        self._lines: dict[Key, int] = {}
+        self.lines: dict[Key, int] = {}
         root = self._compose(text)
         if root is None or (isinstance(root, ScalarNode) and root.value == ""):
             raise RecipeError(f"{file}: is empty; must have the keys source and data")
@@ -72,20 +73,10 @@ class YamlDocument:
 
     def refusal(self) -> RecipeError:
         """All mistakes, one a line, in the order of the file."""
-        mistakes = sorted(dict.fromkeys(self.mistakes), key=lambda mistake: self._line_of(mistake[0]))
-        return RecipeError("\n".join(f"{self._place(key)}: {write_key(key)}: {text}" for key, text in mistakes))
-
-    def _place(self, key: Key) -> str:
-        return f"{self.file}:{line}" if (line := self._line_of(key)) else str(self.file)
-
-    def _line_of(self, key: Key) -> int:
-        """A key's line, or its nearest parent's.
-
-        0 is the file as a whole.
-        """
-        while key and key not in self._lines:
-            key = key[:-1]
-        return self._lines[key] if key else 0
+        mistakes = sorted(dict.fromkeys(self.mistakes), key=lambda mistake: find_line(self.lines, mistake[0]))
+        return RecipeError(
+            "\n".join(f"{name_line(self.file, self.lines, key)}: {write_key(key)}: {text}" for key, text in mistakes)
+        )
 
     def _compose(self, text: str) -> Node | None:
         yaml = YAML(typ="safe", pure=True)
@@ -121,7 +112,7 @@ class YamlDocument:
 
         An alias is read again each time it occurs, so values are counted.
         """
-        if len(self._lines) > _MAX_VALUES or len(key) > _MAX_DEPTH:
+        if len(self.lines) > _MAX_VALUES or len(key) > _MAX_DEPTH:
             raise self._too_large()
         tag = str(node.tag).removeprefix(_TAG)
         if isinstance(node, SequenceNode) and tag == "seq":
@@ -160,7 +151,7 @@ class YamlDocument:
             ) from error
 
     def _read_at(self, node: Node, key: Key, named_by: Node) -> object:
-        self._lines[key] = _line(named_by)
+        self.lines[key] = _line(named_by)
         return self._read(node, key)
 
     def _convert(self, text: str, tag: str, key: Key) -> object:
@@ -178,6 +169,21 @@ class YamlDocument:
                 return number
             case _:
                 return text
+
+
+def find_line(lines: Mapping[Key, int], key: Key) -> int:
+    """A key's line, or its nearest parent's.
+
+    0 is the file as a whole.
+    """
+    while key and key not in lines:
+        key = key[:-1]
+    return lines[key] if key else 0
+
+
+def name_line(file: Path, lines: Mapping[Key, int], key: Key) -> str:
+    """The file with the line of a key, as in `mine.yaml:3`."""
+    return f"{file}:{line}" if (line := find_line(lines, key)) else str(file)
 
 
 def _line(node: Node) -> int:

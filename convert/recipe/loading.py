@@ -1,29 +1,71 @@
-"""A recipe read from its file, and the paths in it."""
+"""A recipe read from its file, its paths, its keys' lines."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from pydantic import ValidationError
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.recipe.document import YamlDocument
+from dense2moe.convert.recipe.document import YamlDocument, name_line
 from dense2moe.convert.recipe.records import Recipe
-from dense2moe.convert.recipe.refusals import explain
+from dense2moe.convert.recipe.refusals import explain, list_records
+from dense2moe.convert.recipe.wording import Key, write_key
+from dense2moe.upcycle.errors import MendableError
 
 _MAX_BYTES: Final = 100_000
+_KEY_FIRST: Final = re.compile(rf"({'|'.join(Recipe.model_fields)})((?:\.[\w-]+|\[\d+\])*)(?=:? )")
+"""A key of the recipe, as a text of a lower floor begins with it."""
 
 
 @dataclass(frozen=True)
 class LoadedRecipe:
-    """A recipe with its name, file and text."""
+    """A recipe with its name, file, text and lines of keys."""
 
     recipe: Recipe
     name: str
     path: Path
     text: str
+    lines: Mapping[Key, int] = field(default_factory=dict)
+
+    def name_place(self, *key: str | int) -> str:
+        """Where a key is: `mine.yaml:3: data.block_size`."""
+        return f"{name_line(self.path, self.lines, key)}: {write_key(key)}"
+
+    @contextmanager
+    def telling_lines(self) -> Iterator[None]:
+        """Context manager: a refusal that begins with a key tells its file and line.
+
+        The floors below name keys alone, since they know of no file.
+
+        Raises:
+            MendableError: of the kind that it was.
+        """
+        try:
+            yield
+        except MendableError as error:
+            if not (key := _find_key(str(error))):
+                raise
+            raise type(error)(f"{name_line(self.path, self.lines, key)}: {error}") from error
+
+
+def _find_key(text: str) -> Key:
+    """The key of a recipe that a text begins with.
+
+    Empty if it begins with anything else, as a path.
+    """
+    found = _KEY_FIRST.match(text)
+    parts = re.findall(r"[\w-]+", found[0]) if found else []
+    if len(parts) > 1:
+        records = list_records(Recipe.model_fields[parts[0]].annotation)
+        if not parts[1].isdecimal() and not any(parts[1] in record.model_fields for record in records):
+            return ()
+    return tuple(int(part) if part.isdecimal() else part for part in parts)
 
 
 def load_recipe(path: Path) -> LoadedRecipe:
@@ -40,11 +82,11 @@ def load_recipe(path: Path) -> LoadedRecipe:
         document.mistakes += [mistake for details in error.errors() for mistake in explain(details)]
     if document.mistakes:
         raise document.refusal()
-    return LoadedRecipe(recipe, recipe.name or path.stem, path, text)
+    return LoadedRecipe(recipe, recipe.name or path.stem, path, text, document.lines)
 
 
-def resolve_path(path: str, recipe_path: Path) -> Path:
-    """The file or directory that a recipe's `path` means.
+def resolve_path(path: str, recipe_path: Path, place: str) -> Path:
+    """The file or directory that a recipe's `path`, at `place`, means.
 
     Beside the recipe, or else below the current directory; `~` is the home.
 
@@ -54,14 +96,12 @@ def resolve_path(path: str, recipe_path: Path) -> Path:
     try:
         given = Path(path).expanduser()
     except RuntimeError as error:
-        raise RecipeError(f"{recipe_path}: '{path}' names no home directory; give the path in full") from error
+        raise RecipeError(f"{place}: '{path}' names no home directory; give the path in full") from error
     tried = list(dict.fromkeys(base / given for base in (recipe_path.absolute().parent, Path.cwd())))
     for candidate in tried:
         if candidate.exists():
             return candidate
-    raise RecipeError(
-        f"{recipe_path}: '{path}' is not there; looked for {' and '.join(map(str, tried))}; correct the path"
-    )
+    raise RecipeError(f"{place}: '{path}' is not there; looked for {' and '.join(map(str, tried))}; correct the path")
 
 
 def _read_text(path: Path) -> str:

@@ -19,6 +19,7 @@ from dense2moe.convert.report.parity_tables import tier_table
 from dense2moe.convert.report.summary import describe_models, row_cells, summarize, summary_columns
 from dense2moe.convert.report.templates import load_template
 from dense2moe.convert.report.verdicts import judge
+from dense2moe.convert.stage_names import StageName
 from dense2moe.export.opening import load_tokenizer
 from dense2moe.export.package import MAX_LENGTH
 from dense2moe.export.runtime.generation import Generation, read_generation
@@ -49,7 +50,8 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     """Write the card of one variant as `README.md` into the directory `output`.
 
     `package` is looked at for what can run it. It says at its head whether parity passed. A licence stands in it only
-    where the dense model's card names one, a base model only where the dense model came from the hub.
+    where the dense model's card names one; the base model is the dense one, by its id on the hub or its directory's
+    name.
     """
     config = json.loads((package / "config.json").read_text(encoding="utf-8"))
     context = config["max_position_embeddings"]
@@ -64,7 +66,8 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
         facts=facts,
         variant=variant,
         name=escape(facts.name),
-        origin=escape(facts.source.origin if facts.base_model else Path(facts.source.origin).name),
+        origin=escape(facts.source.origin if facts.base_model else _name_source(facts)),
+        source=_name_source(facts),
         parity=found.parity,
         breaches=[escape(breach) for breach in found.parity.breaches],
         model=facts.exported,
@@ -87,7 +90,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
         prompt="Tell me a story." if chat else "Once",
         num_tokens=min(40, context // 2),
         genai_length=min(context, MAX_LENGTH),
-        checkpoint=f"finetune-{facts.keys['finetune'][:12]}",
+        checkpoint=_name_checkpoint(facts),
         generation=generation,
         sampling=_tell_sampling(generation),
         ends=_tell_ends(generation, tokenizer),
@@ -96,6 +99,17 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / CARD_NAME).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def _name_source(facts: ReportFacts) -> str:
+    """The dense model as its user knows it: its id on the hub, or the name of its directory."""
+    return facts.base_model or " ".join(Path(facts.source.origin).name.split())
+
+
+def _name_checkpoint(facts: ReportFacts) -> str:
+    """The directory, in the run's work directory, of the torch model that was exported."""
+    stage: StageName = "finetune" if facts.exported == "fine-tuned" else "upcycle"
+    return f"{stage}-{facts.keys[stage][:12]}"
 
 
 def escape(text: str) -> str:
@@ -133,7 +147,7 @@ def _metadata(facts: ReportFacts, variant: str) -> str:
     license_fields: dict[str, Any] = dict(facts.license)
     data = ModelCardData(
         **license_fields,
-        base_model=facts.base_model,
+        base_model=_name_source(facts),
         pipeline_tag="text-generation",
         library_name="onnx",
         tags=tags,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich import box
 from rich.table import Table
 from ruamel.yaml import YAML
 
 from dense2moe.convert.recipe.records import Recipe
+from dense2moe.convert.report.columns import Column, fit_table
 from dense2moe.convert.report.facts import ReportFacts, VariantFacts
 from dense2moe.convert.report.figures import format_figure
 from dense2moe.convert.report.grid import Grid
@@ -69,17 +69,20 @@ def compare_runs(first: ReportFacts, second: ReportFacts, names: tuple[str, str]
     )
 
 
-def comparison_tables(comparison: RunComparison) -> Iterator[Table]:
-    """Tables for the terminal: recipes, figures, parity; empty ones are left out."""
+def comparison_tables(comparison: RunComparison, width: int) -> Iterator[Table]:
+    """Tables for a terminal of `width` columns: recipes, figures, parity; empty ones are left out.
+
+    Keys, models and figures stay whole; what a recipe sets, and why parity failed, folds.
+    """
     for grid in (comparison.recipes, comparison.figures, comparison.parity):
         if not grid.rows:
             continue
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-        for header, numeric in zip(grid.headers, grid.numeric, strict=True):
-            table.add_column(header, justify="right" if numeric else "left", overflow="fold")
-        for row, following in zip(grid.rows, (*grid.rows[1:], None), strict=True):
-            table.add_row(*row, end_section=grid is comparison.figures and following is not None and following[0] != "")
-        yield table
+        columns = [
+            Column(header, folds=number > 0 and grid is not comparison.figures, justify="right" if numeric else "left")
+            for number, (header, numeric) in enumerate(zip(grid.headers, grid.numeric, strict=True))
+        ]
+        sections = [number for number, row in enumerate(grid.rows) if number and row[0]]
+        yield fit_table(columns, grid.rows, width, sections=sections if grid is comparison.figures else ())
 
 
 def write_comparison(comparison: RunComparison, output: Path) -> None:

@@ -18,6 +18,7 @@ from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
 from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, read_index
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, check_values, read_config, refuse_adapter
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors
+from dense2moe.upcycle.hub import tell_hub_errors
 from dense2moe.upcycle.models.table import find_family
 
 
@@ -31,9 +32,9 @@ def locate_source(loaded: LoadedRecipe) -> tuple[Path, str]:
     """
     match loaded.recipe.source:
         case LocalSource(path=path):
-            return _resolve_source(path, loaded.path).resolve(), path
+            return _resolve_source(path, loaded).resolve(), path
         case HubSource(hub=hub, revision=revision):
-            return _download(hub, revision), f"{hub}@{revision}"
+            return _download(hub, revision, loaded), f"{hub}@{revision}"
 
 
 def name_files(checkpoint: Checkpoint) -> list[str]:
@@ -48,8 +49,15 @@ def name_files(checkpoint: Checkpoint) -> list[str]:
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:
-    """The dense checkpoint's content and place."""
-    return {"directory": str(preparation.checkpoint.directory), "files": dict(preparation.source_files)}
+    """The dense checkpoint's content and place.
+
+    A path that the recipe gives relative stays so: links to its files are relative as well, so a folder that holds
+    recipe, checkpoint and work directory can be moved, and its artifacts are known again.
+    """
+    source, directory = preparation.recipe.source, str(preparation.checkpoint.directory)
+    if isinstance(source, LocalSource) and not os.path.isabs(os.path.expanduser(source.path)):
+        directory = source.path
+    return {"directory": directory, "files": dict(preparation.source_files)}
 
 
 def run_stage(run: StageRun) -> SourceFacts:
@@ -92,28 +100,29 @@ def _check_digest(file: Path, planned: str) -> None:
     raise UpcycleError(f"{file}: was changed while it was read; run again")
 
 
-def _resolve_source(path: str, recipe_path: Path) -> Path:
+def _resolve_source(path: str, loaded: LoadedRecipe) -> Path:
     """The directory of a local source.
 
     A missing directory may be meant as an id of the hub.
     """
     try:
-        return resolve_path(path, recipe_path)
+        return resolve_path(path, loaded.path, loaded.name_place("source"))
     except RecipeError as error:
         if not re.fullmatch(HUB_ID, path):
             raise
         raise RecipeError(f"{error}, or write `source: {{hub: {path}}}` for a model of the Hugging Face hub") from error
 
 
-def _download(hub: str, revision: str) -> Path:
-    """A model of the hub, from one commit.
+def _download(hub: str, revision: str, loaded: LoadedRecipe) -> Path:
+    """A model of the hub, fetched.
 
-    First what belongs to it, then the weights that its index names.
+    What belongs to it, and then, of the same commit, the weights that its index names.
     """
     from huggingface_hub import snapshot_download  # only a hub source needs it
 
-    remedy = "check the id, or give a path"
-    with one_line_errors(Path(hub), f"revision '{revision}' cannot be fetched from the hub", remedy, RecipeError):
+    what = f"{loaded.name_place('source', 'hub')}: '{hub}' at revision '{revision}'"
+    instead = "give a directory as path"
+    with tell_hub_errors(what, instead, RecipeError):
         directory = Path(snapshot_download(hub, revision=revision, ignore_patterns=list(HUB_IGNORED)))
     refuse_adapter(directory)
     config = read_config(directory)
@@ -121,7 +130,5 @@ def _download(hub: str, revision: str) -> Path:
     find_family(config.model_type, config.architectures, str(directory / CONFIG_NAME), config)
     weights = read_index(directory) if (directory / INDEX_NAME).is_file() else ()
     names = [escape(name) for name in (SINGLE_NAME, *weights)]
-    with one_line_errors(
-        Path(hub), f"the weights of revision '{revision}' cannot be fetched from the hub", remedy, RecipeError
-    ):
+    with tell_hub_errors(f"{what} (its weights)", instead, RecipeError):
         return Path(snapshot_download(hub, revision=directory.name, allow_patterns=[*names, TEMPLATES_PATTERN]))

@@ -136,7 +136,7 @@ class Twin:
         """Open it.
 
         Raises:
-            ExportError, UpcycleError: it is no checkpoint, or its `quantization.json` is damaged.
+            ExportError, UpcycleError: it is no checkpoint, was never quantized, or its `quantization.json` is damaged.
         """
         self.directory = directory
         self.checkpoint = open_checkpoint(directory)
@@ -184,6 +184,11 @@ class Twin:
 
 
 def _read_scheme(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ExportError(
+            f"{path.parent}: no {path.name}, so it was never quantized; quantize the checkpoint into a new directory, "
+            "as variant 'float32' to keep its weights as they are, and give that directory"
+        )
     with one_line_errors(path, "is no JSON", _RESTORE, ExportError):
         scheme: Any = json.loads(path.read_text(encoding="utf-8"))
     values = scheme if isinstance(scheme, dict) else {}

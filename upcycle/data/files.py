@@ -101,11 +101,11 @@ def match_files(patterns: Iterable[str], base: Path, where: str) -> list[Path]:
         UpcycleError: a path or glob matches no file.
     """
     files: dict[Path, Path] = {}
-    for pattern in patterns:
+    for number, pattern in enumerate(patterns):
         found = find_files(pattern, base)
         if not found:
             raise UpcycleError(
-                f"{where}: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files"
+                f"{where}[{number}]: '{pattern}' matches no file below {base}; give a path or glob of UTF-8 text files"
             )
         for file in found:
             files.setdefault(file.resolve(), file)

@@ -15,7 +15,8 @@ from dense2moe.upcycle.data.files import domain_place, resolve_files, text_files
 from dense2moe.upcycle.data.held_out import SPLITS, Document, Split
 from dense2moe.upcycle.data.installed import read_installed
 from dense2moe.upcycle.data.python_docs import DOMAINS, read_python_docs
-from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
+from dense2moe.upcycle.errors import UpcycleError, shorten
+from dense2moe.upcycle.hub import tell_hub_errors
 
 _HELD_OUT_PER_MILLE = 50
 
@@ -156,10 +157,8 @@ def _open_hub(source: HubData, place: str) -> dict[Split, Stream]:
     documents: dict[Split, Stream] = {}
     for split in SPLITS:
         name = getattr(source, split)
-        try:
+        with tell_hub_errors(f"{where}, split '{name}'", "give text files of your own"):
             rows = datasets.load_dataset(source.path, source.name, revision=source.revision, split=name)
-        except Exception as error:  # datasets raises many kinds for a missing set, split, revision or network
-            raise UpcycleError(f"{where}, split '{name}': {describe_error(error)}") from error
         if source.text_column not in rows.column_names:
             raise UpcycleError(
                 f"{where}: no column '{source.text_column}'; it has {shorten(', '.join(rows.column_names))}"
