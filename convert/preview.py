@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import assert_never
 
@@ -16,6 +16,7 @@ from dense2moe.convert.report.columns import Column, fit_table
 from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
+    Merged,
     Piece,
     RouterRows,
     SelectionBias,
@@ -84,7 +85,7 @@ def _tensors(plan: UpcyclePlan, width: int) -> Table:
     """
     alike: dict[tuple[str, str, str], int] = {}
     for write in plan.writes:
-        pattern, origin = _pattern(write.spec.name, plan), _origin(write)
+        pattern, origin = _pattern(write.spec.name, plan), _origin(write, plan.sources)
         shape = f"{_UNBROKEN_TIMES.join(map(str, write.spec.shape))} {str(write.spec.dtype).removeprefix('torch.')}"
         key = (pattern, shape, "" if origin == pattern else f"← {origin}")
         alike[key] = alike.get(key, 0) + 1
@@ -106,18 +107,21 @@ def _pattern(name: str, plan: UpcyclePlan) -> str:
     return re.sub(r"(experts\.(?:expert_)?)\d+\.", rf"\g<1>{experts}.", name)
 
 
-def _origin(write: Write) -> str:
-    """The origin of a tensor, in words."""
-    words = list(dict.fromkeys(_describe(piece) for piece in write.pieces))
+def _origin(write: Write, sources: Sequence[str]) -> str:
+    """The origin of a tensor, in words; of several sources, by name."""
+    words = list(dict.fromkeys(_describe(piece, sources) for piece in write.pieces))
     return re.sub(r"(layers|block)\.\d+\.", r"\1.N.", " and ".join(words))
 
 
-def _describe(piece: Piece) -> str:
+def _describe(piece: Piece, sources: Sequence[str]) -> str:
     match piece:
         case Keep(rows=rows, fold=fold):
             return f"{rows.source}{f' ({type(fold).__name__})' if fold else ''}"
-        case ExpertPart():
-            return f"{piece.matrix.source}{''.join(f', {change}' for change in _changes(piece))}"
+        case Merged(rows=rows, fold=fold):
+            return f"{rows.source}, merged{f' ({type(fold).__name__})' if fold else ''}"
+        case ExpertPart(matrix=matrix):
+            whose = f"{('the base', *sources)[matrix.checkpoint]}: " if sources else ""
+            return f"{whose}{matrix.source}{''.join(f', {change}' for change in _changes(piece))}"
         case Zeros() | SelectionBias():
             return "zeros"
         case RouterRows():

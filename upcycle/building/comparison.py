@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.facts import ReceiptLine
 from dense2moe.upcycle.building.model_pass import real_logits, real_states, set_router, watch_groups
-from dense2moe.upcycle.building.pieces import Keep
+from dense2moe.upcycle.building.pieces import Keep, Merged
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt_text import Text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT
@@ -262,7 +262,9 @@ def _judge_outside(pair: _Pair, part: str, claim: Claim, text: Text) -> ReceiptL
     if not torch.isfinite(pair.reference).all():
         raise DenseNotFiniteError(f"{part}: not all of its numbers are finite")
     folded = any(
-        isinstance(piece, Keep) and piece.fold is not None for write in claim.plan.writes for piece in write.pieces
+        isinstance(piece, Keep | Merged) and piece.fold is not None
+        for write in claim.plan.writes
+        for piece in write.pieces
     )
     limit = ROUNDING_LIMIT if claim.dtype == "float32" else None
     return ReceiptLine("no", claim.dtype, part, "no", text.ids.shape[1], pair.rel, pair.bitwise, not folded, limit)

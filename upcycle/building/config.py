@@ -109,6 +109,18 @@ class RouterConfig(Record):
         return self.kind in ("prototypes", "ridge")
 
 
+class MergingConfig(Record):
+    """How weights outside of experts are merged, where there are sources.
+
+    A source's change is what it differs by from the base.
+    """
+
+    method: Literal["base", "mean"] = Field(
+        "mean",
+        description="'base': the base's own; 'mean': the mean of the sources, and of the base where it is an expert.",
+    )
+
+
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
 if TYPE_CHECKING:
     TargetName: TypeAlias = str
@@ -157,6 +169,14 @@ class UpcycleConfig(Record):
     )
     experts: ExpertsConfig = ExpertsConfig()
     router: RouterConfig = RouterConfig()
+    merging: MergingConfig = Field(
+        MergingConfig(), description="What becomes of all weights that are no expert's, where there are sources."
+    )
+    base_expert: Literal["none", "routed", "shared"] = Field(
+        "none",
+        description="What the base's own FFN becomes where there are sources: nothing, an expert as theirs do, or the "
+        "shared expert.",
+    )
     receipt: Literal["auto", "whole", "layers"] = Field(
         "auto",
         description="How the result is compared with the dense model: 'whole' holds both in memory, 'layers' one layer "
@@ -177,6 +197,14 @@ class UpcycleConfig(Record):
                 raise ValueError("names a layer twice; must name each once")
             return tuple(value)
         raise ValueError(f"is {value!r}; must be all, last-half, every-N, or a list of layer numbers from 0")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_shared_expert(cls, values: Any) -> Any:
+        """A base that is the shared expert gives one half by default."""
+        if isinstance(values, dict) and values.get("base_expert") == "shared":
+            return {"shared_expert": "half", **values}
+        return values
 
     @model_validator(mode="after")
     def _check_numbers(self) -> UpcycleConfig:
@@ -202,6 +230,28 @@ class UpcycleConfig(Record):
                 "router rows evenly"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_base(self) -> UpcycleConfig:
+        if self.base_expert == "shared" and self.shared_expert == "none":
+            raise ValueError(
+                "base_expert is 'shared' and shared_expert is 'none'; must be 'half' or 'zero', or left out"
+            )
+        return self
+
+    def count_sources(self, num_sources: int) -> UpcycleConfig:
+        """These settings with an expert for each source.
+
+        Unchanged where they say themselves how many experts there are. Granular experts are as many as their groups
+        have. `num_sources` is without the base, which counts where it is an expert.
+
+        Raises:
+            pydantic.ValidationError: more experts visited by a token than there are then.
+        """
+        if num_sources == 0 or "num_experts" in self.model_fields_set:
+            return self
+        count = (num_sources + (self.base_expert == "routed")) * self.group_size
+        return UpcycleConfig.model_validate({**self.model_dump(exclude_unset=True), "num_experts": count})
 
     @property
     def group_size(self) -> int:

@@ -10,16 +10,31 @@ from dense2moe.upcycle.models.parts import Fold
 
 @dataclass(frozen=True)
 class Slice:
-    """Rows `start` to `stop` of a stored tensor; elements of a vector."""
+    """Rows `start` to `stop` of a tensor; elements of a vector.
+
+    `checkpoint` is the number of the checkpoint that the tensor is of: 0 the base, then the sources in order.
+    """
 
     source: str
     start: int
     stop: int
+    checkpoint: int = 0
 
 
 @dataclass(frozen=True)
 class Keep:
     """The slice as it is, or with arithmetic folded in."""
+
+    rows: Slice
+    fold: Fold | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The base's slice and the sources' same slices, made one.
+
+    The method is `UpcycleConfig.merging`; arithmetic is folded in afterwards.
+    """
 
     rows: Slice
     fold: Fold | None = None
@@ -80,7 +95,7 @@ class RouterRows:
     embedding: str | None
 
 
-Piece = Keep | ExpertPart | Zeros | SelectionBias | RouterRows
+Piece = Keep | Merged | ExpertPart | Zeros | SelectionBias | RouterRows
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""Surgery: from a dense checkpoint to a mixture, streamed."""
+"""Surgery: from a dense checkpoint, or several, to a mixture, streamed."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import assert_never
 
@@ -18,9 +19,11 @@ from dense2moe.upcycle.building.experts import (
     redraw_neurons,
     seeded_generator,
 )
+from dense2moe.upcycle.building.merger import Merger
 from dense2moe.upcycle.building.pieces import (
     ExpertPart,
     Keep,
+    Merged,
     Piece,
     RouterRows,
     SelectionBias,
@@ -31,7 +34,7 @@ from dense2moe.upcycle.building.pieces import (
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, copy_companions, open_checkpoint
-from dense2moe.upcycle.checkpoints.tensors import DTYPES, read_chunks
+from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry, read_chunks
 from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import draw_router
@@ -50,20 +53,22 @@ def upcycle(
     progress: Progress,
     routers: GivenRouters | None = None,
     plan: UpcyclePlan | None = None,
+    sources: Mapping[str, Path] | None = None,
 ) -> UpcyclePlan:
     """Write the mixture of a dense checkpoint into an empty directory.
 
     Returns the plan that was carried out, which is made here unless it is given. `routers` are the rows of routers that
-    are not drawn. Memory does not grow with the model: what changes nothing is copied by the kernel, and the rest
-    passes in chunks of a few million weights.
+    are not drawn, `sources` the checkpoints fine-tuned from it whose FFNs become the experts. Memory does not grow with
+    the model, nor with the number of sources: what changes nothing is copied by the kernel, and the rest passes in
+    chunks of a few million weights, one source at a time.
 
     Raises:
         UpcycleError: the source cannot be upcycled (nothing is written then).
         OSError: the disk is full or not writable.
     """
-    checkpoint = open_checkpoint(source)
-    plan = plan or plan_upcycle(checkpoint, config)
-    surgeon = _Surgeon(checkpoint, plan, seed, routers or {})
+    checkpoint, others = open_checkpoint(source), open_sources(sources or {})
+    plan = plan or plan_upcycle(checkpoint, config, others)
+    surgeon = _Surgeon((checkpoint, *others.values()), plan, seed, routers or {})
     save_config(plan.target_config, output)
     copy_companions(source, output)
     specs = [write.spec for write in plan.writes]
@@ -74,13 +79,30 @@ def upcycle(
     return plan
 
 
-class _Surgeon:
-    """Makes the contents of target tensors."""
+def open_sources(sources: Mapping[str, Path]) -> dict[str, Checkpoint]:
+    """The checkpoints of sources by name, in order.
 
-    def __init__(self, checkpoint: Checkpoint, plan: UpcyclePlan, seed: int, routers: GivenRouters) -> None:
-        self.checkpoint, self.config, self.seed, self.routers = checkpoint, plan.settings, seed, routers
-        kept = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep)]
-        self._folds = {piece.rows.source: piece.fold for piece in kept if piece.fold is not None}
+    Raises:
+        UpcycleError: see `open_checkpoint`.
+    """
+    return {name: open_checkpoint(directory) for name, directory in sources.items()}
+
+
+class _Surgeon:
+    """Makes the contents of target tensors.
+
+    The first checkpoint is the base, the others are the plan's sources.
+    """
+
+    def __init__(
+        self, checkpoints: tuple[Checkpoint, ...], plan: UpcyclePlan, seed: int, routers: GivenRouters
+    ) -> None:
+        assert len(checkpoints) == 1 + len(plan.sources), "the plan is of other sources"
+        self.checkpoints, self.config, self.seed, self.routers = checkpoints, plan.settings, seed, routers
+        outside = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep | Merged)]
+        self._folds = {piece.rows.source: piece.fold for piece in outside if piece.fold is not None}
+        self._merged = {piece.rows.source for piece in outside if isinstance(piece, Merged)}
+        self._merger = Merger(checkpoints, plan)
         self._moments: dict[Slice, ElementMoments] = {}
 
     def make(self, write: Write) -> Iterator[Content]:
@@ -97,6 +119,9 @@ class _Surgeon:
             case Keep(rows=rows):
                 for chunk in self._chunks(rows):
                     yield self._fold(chunk.to(torch.float32), piece, write).to(dtype)
+            case Merged(rows=rows):
+                for chunk in self._merger.merge(rows):
+                    yield self._fold(chunk, piece, write).to(dtype)
             case ExpertPart():
                 yield from self._make_part(piece, dtype, key)
             case Zeros(num_elements=count) | SelectionBias(num_elements=count):
@@ -107,7 +132,7 @@ class _Surgeon:
             case _:
                 assert_never(piece)
 
-    def _fold(self, weight: torch.Tensor, piece: Keep, write: Write) -> torch.Tensor:
+    def _fold(self, weight: torch.Tensor, piece: Keep | Merged, write: Write) -> torch.Tensor:
         match piece.fold:
             case AddOne():
                 return weight + 1.0
@@ -118,10 +143,12 @@ class _Surgeon:
 
     def _make_part(self, part: ExpertPart, dtype: torch.dtype, key: str) -> Iterator[Content]:
         matrix, (first, last) = part.matrix, part.neurons
-        stored = DTYPES[self.checkpoint.entries[matrix.source].dtype]
+        stored = DTYPES[self._entry(matrix).dtype]
         changed = part.drop > 0 or part.noise > 0 or part.scale != 1.0 or stored != dtype
         whole = part.neuron_axis == 0 or (first, last) == (0, self._width(matrix))
-        rows = Slice(matrix.source, matrix.start + first, matrix.start + last) if part.neuron_axis == 0 else matrix
+        rows = matrix
+        if part.neuron_axis == 0:
+            rows = replace(matrix, start=matrix.start + first, stop=matrix.start + last)
         if not changed and whole:
             yield self._span(rows)
             return
@@ -175,30 +202,41 @@ class _Surgeon:
 
     def _row_square(self, name: str) -> float:
         """Mean squared length of a matrix's rows; of a norm as applied."""
-        entry = self.checkpoint.entries[name]
+        entry = self.checkpoints[0].entries[name]
         moments = self._measure(Slice(name, 0, entry.shape[0]))
         mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
         return (mean**2 + moments.std**2) * entry.shape[-1]
 
     def _measure(self, matrix: Slice) -> ElementMoments:
+        """Moments of an expert's matrix, or of a part as merged."""
         if matrix not in self._moments:
-            self._moments[matrix] = measure_moments(self._chunks(matrix))
+            merged = matrix.source in self._merged
+            self._moments[matrix] = measure_moments(self._merger.merge(matrix) if merged else self._chunks(matrix))
         return self._moments[matrix]
 
+    def _entry(self, rows: Slice) -> TensorEntry:
+        return self.checkpoints[rows.checkpoint].entries[rows.source]
+
     def _width(self, matrix: Slice) -> int:
-        return self.checkpoint.entries[matrix.source].shape[1]
+        return self._entry(matrix).shape[1]
 
     def _chunks(self, rows: Slice) -> Iterator[torch.Tensor]:
-        return read_chunks(self.checkpoint.entries[rows.source], rows.start, rows.stop)
+        return read_chunks(self._entry(rows), rows.start, rows.stop)
 
     def _span(self, rows: Slice) -> Span:
-        entry = self.checkpoint.entries[rows.source]
+        entry = self._entry(rows)
         row_bytes = entry.num_bytes // entry.shape[0]
         return Span(entry.file, entry.start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
 
 
 def check_written(
-    source: Path, output: Path, plan: UpcyclePlan, seed: int, progress: Progress, routers: GivenRouters | None = None
+    source: Path,
+    output: Path,
+    plan: UpcyclePlan,
+    seed: int,
+    progress: Progress,
+    routers: GivenRouters | None = None,
+    sources: Mapping[str, Path] | None = None,
 ) -> int:
     """Compare every tensor on disk with the plan, bit by bit.
 
@@ -209,7 +247,8 @@ def check_written(
     Raises:
         UpcycleError: a tensor on disk is not the one that was written.
     """
-    surgeon = _Surgeon(open_checkpoint(source), plan, seed, routers or {})
+    checkpoints = (open_checkpoint(source), *open_sources(sources or {}).values())
+    surgeon = _Surgeon(checkpoints, plan, seed, routers or {})
     written = open_checkpoint(output)
     for number, write in enumerate(plan.writes, 1):
         entry = written.entries[write.spec.name]

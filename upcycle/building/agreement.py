@@ -1,0 +1,48 @@
+"""Whether a source is fine-tuned from the base: config and shapes.
+
+Sources of one mixture share everything but their weights: a norm's epsilon, a rotary embedding or an activation of
+another source's would make an expert compute something else than the model that it was trained in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.errors import UpcycleError, shorten
+from dense2moe.upcycle.models.architecture import Conversion
+
+GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Read by generation alone, so that a fine-tuned model may have its own."""
+
+_TRAINING_FIELDS = ("use_cache", "initializer_range", "attention_dropout", "max_position_embeddings")
+"""Read by training or by a cache alone; the length of the context bounds what is read and changes no number."""
+
+
+def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion: Conversion) -> None:
+    """Refuse a source that is not fine-tuned from the base.
+
+    Raises:
+        UpcycleError: the first field of config that differs, with both values, or the first tensor that one lacks or
+            has in another shape.
+    """
+    where = f"source {name} ({source.directory})"
+    if source.config.model_type != base.config.model_type:
+        raise _refusal(where, "model_type", source.config.model_type, base.config.model_type)
+    fields = (*conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional)
+    for field in dict.fromkeys(fields):
+        if field in GENERATION_FIELDS or field in _TRAINING_FIELDS:
+            continue
+        found, must = getattr(source.config, field, None), getattr(base.config, field, None)
+        if found != must:
+            raise _refusal(where, field, found, must)
+    for tensor, entry in base.entries.items():
+        if tensor in source.entries and source.entries[tensor].shape != entry.shape:
+            raise _refusal(where, f"the shape of '{tensor}'", list(source.entries[tensor].shape), list(entry.shape))
+
+
+def _refusal(where: str, what: str, found: Any, must: Any) -> UpcycleError:
+    return UpcycleError(
+        f"{where}: {what} is {shorten(found)}; the base has {shorten(must)}; sources must be fine-tuned from the base, "
+        "and differ from it in their weights alone"
+    )

@@ -1,0 +1,298 @@
+"""The writes of one conversion, part by part."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from dense2moe.upcycle.building.choice import resolve_layers
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.pieces import (
+    ExpertPart,
+    Keep,
+    Merged,
+    Piece,
+    RouterRows,
+    SelectionBias,
+    Site,
+    Slice,
+    Write,
+    Zeros,
+)
+from dense2moe.upcycle.checkpoints.reader import Checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES
+from dense2moe.upcycle.checkpoints.writer import TensorSpec
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.parts import Matrix, Part
+
+_DENSE: frozenset[Part] = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
+_EXPERT_OF: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
+_SHARED_OF: Mapping[Part, Part] = {"shared_gate": "ffn_gate", "shared_up": "ffn_up", "shared_down": "ffn_down"}
+_SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale", *_EXPERT_OF, *_SHARED_OF})
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer of the source.
+
+    Its parts, its number, and its FFN's number among those that become experts.
+    """
+
+    parts: Mapping[Part, Matrix]
+    number: int
+    site: int | None
+
+
+class Planner:
+    """The writes of one conversion, of a base and its sources.
+
+    All checkpoints have the same names and shapes.
+    """
+
+    def __init__(
+        self,
+        checkpoints: tuple[Checkpoint, ...],
+        conversion: Conversion,
+        config: UpcycleConfig,
+        dropped: frozenset[str],
+    ) -> None:
+        base = checkpoints[0]
+        self.entries = [
+            {name: entry for name, entry in checkpoint.entries.items() if name not in dropped}
+            for checkpoint in checkpoints
+        ]
+        self.source = base.config
+        self.family, self.target, self.config = conversion.family, conversion.target, config
+        self.experts = conversion.experts
+        self.owners = find_owners(config, len(checkpoints) - 1)
+        rows = self._slice(self.family.stacks[0].parts["ffn_up"], 0)
+        self.ffn_width = rows.stop - rows.start
+        if self.ffn_width % config.num_parts:
+            raise UpcycleError(
+                f"{base.directory}: the FFN's width is {self.ffn_width}; it must be a multiple of "
+                f"{config.num_parts} to be cut into {config.experts.kind} experts; choose another upcycle.num_experts "
+                "or granularity"
+            )
+        self.width = self.ffn_width // config.num_parts
+
+    def sites(self) -> tuple[Site, ...]:
+        """Every FFN that becomes experts, in the order of the model."""
+        return tuple(
+            Site(number, layer)
+            for number, stack in enumerate(self.family.stacks)
+            for layer in resolve_layers(self.config.layers, getattr(self.source, stack.num_layers))
+        )
+
+    def leaves_out(self, checkpoint: int, name: str) -> bool:
+        """Whether the settings give a checkpoint's tensor no place in the mixture.
+
+        A FFN of the base that is no expert; and all but the FFNs of a source, where the rest is the base's.
+        """
+        is_expert = name in self._ffn_tensors
+        if checkpoint == 0:
+            return is_expert and 0 not in self.owners and self.config.shared_expert == "none"
+        return not is_expert and self.config.merging.method == "base"
+
+    @functools.cached_property
+    def _ffn_tensors(self) -> frozenset[str]:
+        """Names, in the sources, of the FFNs that become experts."""
+        return frozenset(
+            matrix.name.format(layer=site.layer)
+            for site in self.sites()
+            for part, matrix in self.family.stacks[site.stack].parts.items()
+            if part in _DENSE
+        )
+
+    def writes(self, sites: tuple[Site, ...]) -> Iterator[Write]:
+        """All writes: what is outside the layers first, then layer by layer."""
+        for part, matrix in self.target.outside.items():
+            yield from self._move(matrix.name, self.family.outside.get(part), None)
+        numbers = {site: number for number, site in enumerate(sites)}
+        for number, (stack, target) in enumerate(zip(self.family.stacks, self.target.stacks, strict=True)):
+            tensors = _group_by_name(target.parts)
+            for layer in range(getattr(self.source, stack.num_layers)):
+                yield from self._layer(tensors, _Layer(stack.parts, layer, numbers.get(Site(number, layer))))
+
+    def _layer(self, tensors: Mapping[str, tuple[Part, ...]], layer: _Layer) -> Iterator[Write]:
+        """The writes of one layer, by the target's tensors."""
+        for pattern, parts in tensors.items():
+            if layer.site is None:
+                if parts[0] not in _SPARSE:
+                    yield from self._move(pattern, layer.parts.get(parts[0]), layer.number)
+            elif parts[0] in _EXPERT_OF:
+                yield from self._experts(pattern, parts, layer, layer.site)
+            elif parts[0] in _SPARSE:
+                yield from self._sparse(pattern.format(layer=layer.number), parts, layer, layer.site)
+            elif parts[0] not in _DENSE:
+                yield from self._move(pattern, layer.parts.get(parts[0]), layer.number)
+
+    def _sparse(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Iterator[Write]:
+        """The writes of a sparse layer beside its experts."""
+        match parts[0]:
+            case "router":
+                yield self._router(name, layer, site)
+            case "selection_bias":
+                count = self.config.num_experts
+                yield Write(TensorSpec(name, torch.float32, (count,)), (SelectionBias(count),))
+            case _ if self.config.shared_expert != "none" or (self.experts.shared and self.experts.shared.required):
+                yield self._shared(name, parts, layer, site)
+
+    def _slice(self, matrix: Matrix, layer: int | None, checkpoint: int = 0) -> Slice:
+        entry = self.entries[0][matrix.name.format(layer=layer)]
+        start, stop = matrix.rows(self.source) if matrix.rows else (0, entry.shape[0])
+        return Slice(entry.name, start, stop, checkpoint)
+
+    def _move(self, pattern: str, matrix: Matrix | None, layer: int | None) -> Iterator[Write]:
+        """The sources' same part, kept or merged, if there is one."""
+        if matrix is None or matrix.name.format(layer=layer) not in self.entries[0]:
+            return
+        rows = self._slice(matrix, layer)
+        merged = len(self.entries) > 1 and self.config.merging.method != "base"
+        dtype = torch.float32 if matrix.fold else self._dtype(rows.source, range(len(self.entries) if merged else 1))
+        shape = (rows.stop - rows.start, *self.entries[0][rows.source].shape[1:])
+        piece = Merged(rows, matrix.fold) if merged else Keep(rows, matrix.fold)
+        yield Write(TensorSpec(pattern.format(layer=layer), dtype, shape), (piece,))
+
+    def _experts(self, pattern: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Iterator[Write]:
+        """The experts' tensors of one name: one each, or one stacked.
+
+        In a stacked one, each expert's parts follow each other.
+        """
+        count, hidden = self.config.num_experts, self._hidden(layer)
+        shape = (hidden, self.width) if parts == ("expert_down",) else (len(parts) * self.width, hidden)
+        pieces = [[self._part(_EXPERT_OF[part], layer, site, expert) for part in parts] for expert in range(count)]
+        if "{expert}" in pattern:
+            for expert, own in enumerate(pieces):
+                yield self._write(pattern.format(layer=layer.number, expert=expert), shape, own)
+        else:
+            all_pieces = [piece for own in pieces for piece in own]
+            yield self._write(pattern.format(layer=layer.number), (count, *shape), all_pieces)
+
+    def _hidden(self, layer: _Layer) -> int:
+        return self.entries[0][self._slice(layer.parts["ffn_up"], layer.number).source].shape[1]
+
+    def _write(self, name: str, shape: tuple[int, ...], pieces: list[ExpertPart]) -> Write:
+        return Write(TensorSpec(name, self._dtype_of(pieces), shape), tuple(pieces))
+
+    def _dtype_of(self, pieces: Iterable[ExpertPart]) -> torch.dtype:
+        """The dtype that holds every value of all pieces."""
+        dtypes = [self._dtype(piece.matrix.source, (piece.matrix.checkpoint,)) for piece in pieces]
+        return functools.reduce(torch.promote_types, dtypes)
+
+    def _dtype(self, name: str, checkpoints: Iterable[int]) -> torch.dtype:
+        """The dtype that holds a tensor of all these checkpoints."""
+        return functools.reduce(
+            torch.promote_types, [DTYPES[self.entries[number][name].dtype] for number in checkpoints]
+        )
+
+    def _part(self, of: Part, layer: _Layer, site: int, expert: int) -> ExpertPart:
+        part = expert % self.config.num_parts
+        neurons = (part * self.width, (part + 1) * self.width)
+        axis, experts = _neuron_axis(of), self.config.experts
+        matrix = self._slice(layer.parts[of], layer.number, self.owners[expert])
+        scale = self._down_scale() if of == "ffn_down" else 1.0
+        return ExpertPart(matrix, axis, neurons, f"{site}.{expert}", experts.drop, experts.noise, scale)
+
+    def _down_scale(self) -> float:
+        """Factor of the experts' down projections.
+
+        The chosen weights sum to one, so of `num_parts` parts each has its share of the weight of the whole, and is
+        multiplied back. A top-1 router weighs by the probability itself, 1 / num_experts in a tie. A shared expert that
+        gives one half leaves one half.
+        """
+        scale = float(self.config.num_experts if self.experts.top_1 else self.config.num_parts)
+        return scale / 2 if self.config.shared_expert == "half" else scale
+
+    def _router(self, name: str, layer: _Layer, site: int) -> Write:
+        norms, embedding = self._router_input(layer)
+        entry = self.entries[0][norms[0]]
+        rows = RouterRows(site, self.config.num_router_rows, self.config.group_size, norms, embedding)
+        return Write(TensorSpec(name, DTYPES[entry.dtype], (self.config.num_experts, entry.num_elements)), (rows,))
+
+    def _router_input(self, layer: _Layer) -> tuple[tuple[str, ...], str | None]:
+        """Norms, and the embedding, that set the router input's size.
+
+        The norm before the FFN, or, where norms follow attention and FFN, all that were added to the residual stream.
+        """
+        if (before := layer.parts.get("ffn_norm")) is not None:
+            return (before.name.format(layer=layer.number),), None
+        after = [layer.parts[part].name for part in ("attention_post_norm", "ffn_post_norm")]
+        earlier = [name.format(layer=number) for number in range(layer.number) for name in after]
+        return (after[0].format(layer=layer.number), *earlier), self.family.outside["embedding"].name
+
+    def _shared(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Write:
+        """The shared expert: of width 0, half of the output, or silent."""
+        kind, hidden = self.config.shared_expert, self._hidden(layer)
+        width = 0 if kind == "none" else self.ffn_width
+        # a sigmoid of zero is the one half; without such a gate the weights themselves are halved
+        half = 1.0 if self.target.find("shared_scale") else 0.5
+
+        def part(of: Part) -> ExpertPart:
+            matrix = self._slice(layer.parts[of], layer.number)
+            scale = half if of == "ffn_down" else 1.0
+            return ExpertPart(matrix, _neuron_axis(of), (0, width), f"{site}.shared", scale=scale, routed=False)
+
+        match parts[0]:
+            case "shared_scale":
+                return Write(TensorSpec(name, self._dtype_of([part("ffn_up")]), (1, hidden)), (Zeros(hidden),))
+            case "shared_down":
+                down = part("ffn_down")
+                given: Piece = Zeros(hidden * width) if kind == "zero" else down
+                return Write(TensorSpec(name, self._dtype_of([down]), (hidden, width)), (given,))
+            case _:
+                return self._write(name, (len(parts) * width, hidden), [part(_SHARED_OF[own]) for own in parts])
+
+
+def find_owners(config: UpcycleConfig, num_sources: int) -> tuple[int, ...]:
+    """The number of the checkpoint that each routed expert is made of.
+
+    0 is the base, then come the sources in order. Experts of one source follow each other, and so do those of one copy
+    of its FFN.
+
+    Raises:
+        UpcycleError: the experts cannot be divided evenly among the sources, or a setting cannot be had with sources,
+            or without.
+    """
+    if num_sources == 0:
+        if config.base_expert != "none":
+            raise UpcycleError(
+                f"upcycle.base_expert is {config.base_expert}; it needs sources beside the base: give some, or "
+                "leave it out"
+            )
+        return (0,) * config.num_experts
+    if config.experts.kind == "split":
+        raise UpcycleError(
+            "upcycle.experts.kind is split; it cuts one FFN into experts, and sources have one each: use copies or "
+            "granular"
+        )
+    if config.shared_expert != "none" and config.base_expert != "shared":
+        raise UpcycleError(
+            f"upcycle.shared_expert is {config.shared_expert}; where there are sources the shared expert is the base's "
+            "FFN: say so by upcycle.base_expert shared"
+        )
+    owners = range(0 if config.base_expert == "routed" else 1, num_sources + 1)
+    if config.num_router_rows % len(owners):
+        whose = f"{num_sources} sources{' and the base' if config.base_expert == 'routed' else ''}"
+        groups = "groups of granular experts" if config.group_size > 1 else "experts"
+        raise UpcycleError(
+            f"upcycle.num_experts is {config.num_experts}, {config.num_router_rows} {groups}; they must be divided "
+            f"evenly among {whose}"
+        )
+    share = config.num_experts // len(owners)
+    return tuple(owner for owner in owners for _ in range(share))
+
+
+def _group_by_name(parts: Mapping[Part, Matrix]) -> dict[str, tuple[Part, ...]]:
+    """The tensors of a layer, each with the parts in it."""
+    found: dict[str, tuple[Part, ...]] = {}
+    for part, matrix in parts.items():
+        found[matrix.name] = (*found.get(matrix.name, ()), part)
+    return found
+
+
+def _neuron_axis(part: Part) -> int:
+    return 1 if part == "ffn_down" else 0
