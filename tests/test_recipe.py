@@ -357,7 +357,7 @@ def test_the_schema_agrees_with_the_loader():
         ("data.block_size: is 9", "r.yaml:3: data.block_size: is 9"),
         ("data.source.train[1]: 'b' matches no file", "r.yaml:7: data.source.train[1]: 'b' matches no file"),
         ("data.max_test_tokens is 5; raise it", "r.yaml:2: data.max_test_tokens is 5; raise it"),  # of its record
-        ("finetune: the loss is NaN", "r.yaml: finetune: the loss is NaN"),  # not in the file
+        ("finetune: the loss is NaN", "finetune: the loss is NaN"),  # not in the file
         ("data.txt/source: no such file", "data.txt/source: no such file"),
         ("data.txt: no such file", "data.txt: no such file"),
         ("/a/data: is a file", "/a/data: is a file"),

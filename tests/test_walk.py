@@ -18,7 +18,7 @@ from dense2moe.convert.pipeline import Input, Stage
 from dense2moe.convert.planning import plan_artifacts
 from dense2moe.convert.preparation import StageRun
 from dense2moe.convert.progress import ProgressDisplay
-from dense2moe.convert.recipe.loading import load_recipe
+from dense2moe.convert.recipe.loading import LoadedRecipe, load_recipe
 from dense2moe.convert.walk import RunOutcome, run_pipeline
 
 
@@ -64,7 +64,7 @@ MERGED_AND_ENSEMBLE = (
 def preparation(tmp_path: Path) -> SimpleNamespace:
     recipe = SimpleNamespace(seed=0)
     return SimpleNamespace(
-        loaded=SimpleNamespace(name="two", path=tmp_path / "two.yaml", recipe=recipe),
+        loaded=LoadedRecipe(recipe, "two", tmp_path / "two.yaml", ""),
         items={"source": ("code", "prose"), "variant": ("float32", "int8")},
         road="merge",
         lengths={},

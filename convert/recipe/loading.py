@@ -12,7 +12,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.recipe.document import YamlDocument, name_line
+from dense2moe.convert.recipe.document import YamlDocument, find_line, name_line
 from dense2moe.convert.recipe.records import Recipe
 from dense2moe.convert.recipe.refusals import explain, list_records
 from dense2moe.convert.recipe.wording import Key, write_key
@@ -41,7 +41,7 @@ class LoadedRecipe:
     def telling_lines(self) -> Iterator[None]:
         """Context manager: a refusal that begins with a key tells its file and line.
 
-        The floors below name keys alone, since they know of no file.
+        The floors below name keys alone, since they know of no file. A key that the file lacks has no line.
 
         Raises:
             MendableError: of the kind that it was.
@@ -49,7 +49,8 @@ class LoadedRecipe:
         try:
             yield
         except MendableError as error:
-            if not (key := _find_key(str(error))):
+            key = _find_key(str(error))
+            if not find_line(self.lines, key):
                 raise
             raise type(error)(f"{name_line(self.path, self.lines, key)}: {error}") from error
 
