@@ -264,6 +264,7 @@ class ProviderJudgement:
             own.margins if self.subject.exact else None,
             self.config,
         )
+        release_memory()  # what comparing left: the longest rows come now
         tell = _teller(self.progress, "checking logits", len(cases))
         watch = CaseWatch(places.way_names, places.look_inside, tie_margin, tell)
         if self.subject.exact:

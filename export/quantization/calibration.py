@@ -10,26 +10,25 @@ router sends to it, or all of them where that is asked for.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from dense2moe.export.blocks import choose_blocks
-from dense2moe.export.quantization.inputs import Inputs
+from dense2moe.export.quantization.inputs import Inputs, Scaled
+from dense2moe.export.quantization.layer_stream import ExpertsRead, LayerStream, Passed
 from dense2moe.export.quantization.router_correction import RouterFacts, correct_router
 from dense2moe.upcycle.checkpoints.layerwise import apply_final_norm, embed, load_layer
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import read_rows
 from dense2moe.upcycle.gates.routes import Routes, route
 from dense2moe.upcycle.models.architecture import Architecture
-from dense2moe.upcycle.models.parts import ATTENTION, QUERY_KEY_VALUE, Ffn
+from dense2moe.upcycle.models.parts import ATTENTION, QUERY_KEY_VALUE, Ffn, layer_of, matches
 
-_BATCH_ROWS = 8
 _BATCH_TOKENS = 1024
 """Of an FFN at once: what it makes of them fits into a cache."""
 
@@ -53,10 +52,6 @@ class Group:
     up: tuple[str, tuple[int, int]] | None = None
 
 
-class _EnoughError(Exception):
-    """Every wanted input is caught: the layer need not go on."""
-
-
 class CalibrationWalk:
     """A walk through a decoder's layers on blocks [N, S].
 
@@ -78,94 +73,101 @@ class CalibrationWalk:
             correct_routers,
         )
         self.states = self.reference_states = embed(checkpoint, blocks, torch.float32)
-        self._num_read = 0
         self.routers: dict[int, tuple[torch.Tensor, RouterFacts]] = {}
-        self._changed: Mapping[str, torch.Tensor] = {}
+        self._scaled = Scaled()
         self._replaced: dict[tuple[str, RowSpan], torch.Tensor] = {}
+        self._passed: Passed | None = None
+        self._read: tuple[int, LayerStream] | None = None  # of the quantized stream, up to the FFN
+        self._experts: ExpertsRead | None = None
 
     def replace(self, name: str, rows: RowSpan, weight: torch.Tensor) -> None:
         """Replace a matrix for the following groups of this layer."""
         self._replaced[name, rows] = weight
+        if self._experts is not None and self.family.routed is not None:
+            for expert in self._experts.inner:
+                if self._matrices(self.family.routed, layer_of(name), expert)[-1] == (name, rows):
+                    self._experts.outputs[expert] = self._experts.inner.pop(expert) @ weight.T
+                    break
 
     def read_float(
-        self,
-        layer: int,
-        num_tokens: int | None = None,
-        changed: Mapping[str, torch.Tensor] | None = None,
-        moves: bool = False,
+        self, layer: int, num_tokens: int | None = None, scaled: Scaled | None = None, moves: bool = False
     ) -> Iterator[Group]:
         """Groups of the next layer in the float model only.
 
-        About `num_tokens` tokens are read. `changed` is as for `read_layer`. Where it `moves`, both streams are those
-        of the float model behind the layer; else nothing moves on.
+        About `num_tokens` tokens are read. `scaled` is as for `read_layer`. Where it `moves`, both streams are those of
+        the float model behind the layer; else nothing moves on.
         """
-        self._changed, self._replaced = changed or {}, {}
-        model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
-        count = (
-            len(self.reference_states) if num_tokens is None else math.ceil(num_tokens / self.reference_states.shape[1])
-        )
-        after, caught = self._run(
-            model, choose_blocks(self.reference_states, count), ("attention", "attended", "ffn"), stop=not moves
-        )
+        self._scaled, self._replaced = scaled or Scaled(), {}
+        rows, size, _ = self.reference_states.shape
+        passed = self._pass(layer)
+        count = rows if num_tokens is None else math.ceil(num_tokens / size)
+
+        def read(block: str, place: str) -> Inputs:
+            some = choose_blocks(passed.read[block].unflatten(0, (rows, size)), count).flatten(0, 1)
+            found = self._scaled.divide(some, place)
+            return Inputs(found, found)
+
         if moves:
-            self.states = self.reference_states = after
-        yield self._read_attention(layer, Inputs(caught["attention"], caught["attention"]))
-        yield self._read_output(layer, Inputs(caught["attended"], caught["attended"]))
-        routed = Inputs(caught["ffn"], caught["ffn"])
+            self.states = self.reference_states = passed.after
+        yield self._read_attention(layer, read("attention", "attention"))
+        yield self._read_output(layer, read("attended", "output"))
+        routed = read("ffn", "first")
         if self.family.has_experts(layer, self.checkpoint.entries):
             yield from self._read_experts(layer, routed, self.read(self._router(layer)))
         yield from self._read_others(layer, routed, routed)
 
-    def read_layer(
-        self, layer: int, changed: Mapping[str, torch.Tensor] | None = None, attention_learns: bool = True
-    ) -> Iterator[Group]:
+    def read_layer(self, layer: int, scaled: Scaled | None = None, attention_learns: bool = True) -> Iterator[Group]:
         """Groups of the next layer, in the order of computation.
 
-        Experts come in order. Each is behind what `replace` was told of. `changed` are tensors in the place of the
-        checkpoint's with which the layer computes the same function. Where attention does not learn, its groups are
+        Experts come in order. Each is behind what `replace` was told of. Where attention does not learn, its groups are
         those of the float model.
         """
-        self._changed, self._replaced, self._num_read = changed or {}, {}, layer + 1
-        model = load_layer(self.checkpoint, layer, torch.float32, self._changed)
+        self._scaled, self._replaced = scaled or Scaled(), {}
         drift = self._drift(self.states.flatten(0, -2), self.reference_states.flatten(0, -2))
-        before, places = self.reference_states, ("attention", "attended", "residual", "ffn")
-        if self._changed:  # the states behind it are those of the layer as it is, to the bit
-            self.reference_states, _ = self._run(
-                load_layer(self.checkpoint, layer, torch.float32), before, (), stop=False
-            )
-            _, reference = self._run(model, before, places, stop=True)
-        else:
-            self.reference_states, reference = self._run(model, before, places, stop=False)
-        true = reference.pop("attention")
-        read = self._run(model, self.states, ("attention",), stop=True)[1]["attention"] if attention_learns else true
+        passed = self._pass(layer)
+        self.reference_states, self._passed, reference = passed.after, None, passed.read
+        del passed
+        stream = LayerStream(load_layer(self.checkpoint, layer, torch.float32, self._scaled.tensors), self.states)
+        true = self._scaled.divide(reference.pop("attention"), "attention")
+        read = stream.read("attention")["attention"] if attention_learns else true
         yield self._read_attention(layer, Inputs(read, true))
-        self._put(model, layer)
-        true = reference.pop("attended")
-        read = self._run(model, self.states, ("attended",), stop=True)[1]["attended"] if attention_learns else true
+        self._put(stream, layer)
+        true = self._scaled.divide(reference.pop("attended"), "output")
+        read = stream.read("attended")["attended"] if attention_learns else true
         yield self._read_output(layer, Inputs(read, true, drift if attention_learns else None))
         del read, true
-        self._put(model, layer)
-        _, caught = self._run(model, self.states, ("residual", "ffn"), stop=True)
-        del model
-        routed = Inputs(caught["ffn"], reference["ffn"], self._drift(caught["residual"], reference["residual"]))
+        self._put(stream, layer)
+        caught = stream.read("residual", "ffn")
+        self._read, self._experts = (layer, stream), None
+        routed = Inputs(
+            caught["ffn"],
+            self._scaled.divide(reference.pop("ffn"), "first"),
+            self._drift(caught["residual"], reference.pop("residual")),
+        )
         if self.family.has_experts(layer, self.checkpoint.entries):
             router = self.read(self._router(layer))
             if self.correct_routers:
                 routing = self.family.gate(self.checkpoint.config)
                 self.routers[layer] = correct_router(router, routed, routing, self._selection_bias(layer))
                 router, _ = self.routers[layer]
+            self._experts = ExpertsRead(routed.actual, router, self._route(layer, routed.actual, router))
             yield from self._read_experts(layer, routed, router)
         yield from self._read_others(layer, routed, replace(routed, drift=None))
 
     def pass_float(self, layer: int) -> None:
         """Advance past the layer in the float model, without reading it."""
-        self._changed = {}
-        after, _ = self._run(load_layer(self.checkpoint, layer, torch.float32), self.reference_states, (), stop=False)
-        self.states = self.reference_states = after
+        self.states = self.reference_states = self._pass(layer).after
+
+    def _pass(self, layer: int) -> Passed:
+        """The float model's stream through the next layer."""
+        if self._passed is None or self._passed.layer != layer:
+            stream = LayerStream(load_layer(self.checkpoint, layer, torch.float32), self.reference_states)
+            self._passed = Passed(layer, *stream.finish("attention", "attended", "residual", "ffn"))
+        return self._passed
 
     def read_head(self, name: str) -> Group:
         """The matrix that makes logits, `name`, after the last layer."""
-        self._changed, self._replaced = {}, {}
+        self._scaled, self._replaced = Scaled(), {}
         true = apply_final_norm(self.checkpoint, self.reference_states.flatten(0, -2), torch.float32)
         is_float = self.states is self.reference_states
         read = true if is_float else apply_final_norm(self.checkpoint, self.states.flatten(0, -2), torch.float32)
@@ -205,73 +207,82 @@ class CalibrationWalk:
             return None
         return (reference - states) / self.family.multipliers(self.checkpoint.config).residual
 
-    def _put(self, model: PreTrainedModel, layer: int) -> None:
-        """Give the model attention's matrices in their present state."""
-        for part in ATTENTION:
-            if (name := (self.family.name(part, layer), None)) in self._replaced:
-                place = self.family.name(part, 0).removeprefix("model.")
-                model.get_parameter(place).data.copy_(self._replaced[name])
+    def _put(self, stream: LayerStream, layer: int) -> None:
+        """Give the stream attention's matrices in their present state."""
+        names = [self.family.name(part, layer) for part in ATTENTION]
+        stream.put({name: self._replaced[name, None] for name in names if (name, None) in self._replaced}, layer)
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
-        """Advance past `layer` with these tensors substituted.
+        """Advance past `layer` with these tensors substituted, even if it was never read.
 
-        The layer need not have been read.
-
-        It may be one that was not read.
+        What the groups were read behind is not computed again, where it was replaced by the same tensors.
         """
-        if self._num_read <= layer:
-            self._changed = {}
-            self.reference_states, _ = self._run(
-                load_layer(self.checkpoint, layer, torch.float32), self.reference_states, (), stop=False
-            )
-        model = load_layer(self.checkpoint, layer, torch.float32, {**self._changed, **replaced})
-        self.states, _ = self._run(model, self.states, (), stop=False)
+        if self._read is None or self._read[0] != layer:
+            self._scaled, self._replaced = Scaled(), {}
+            self.reference_states, self._passed = self._pass(layer).after, None
+            self._experts = None
+        if self._read is None or self._read[0] != layer or not self._is_behind(layer, replaced):
+            tensors = {**self._scaled.tensors, **replaced}
+            stream = LayerStream(load_layer(self.checkpoint, layer, torch.float32, tensors), self.states)
+            read = stream.read("residual", "ffn")["ffn"]
+            self._experts = None
+        else:
+            _, stream = self._read
+            stream.put(replaced, layer)
+            read = torch.empty(0) if self._experts is None else self._experts.read
+        has_experts = self.family.has_experts(layer, self.checkpoint.entries)
+        self.states = stream.go_on(self._sum_experts(layer, read, replaced) if has_experts else None)
+        self._read = self._experts = None
 
-    @torch.no_grad()
-    def _run(
-        self, model: PreTrainedModel, states: torch.Tensor, wanted: tuple[str, ...], stop: bool
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Run hidden states through one layer.
+    def _is_behind(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> bool:
+        """Whether the layer was read behind these tensors, as far as its FFN."""
+        ffns = [ffn for ffn in (self.family.routed, self.family.shared, self.family.ffn) if ffn is not None]
+        patterns = [name for ffn in ffns for name in (ffn.gate, ffn.up, ffn.down) if name is not None]
+        known = {name: tensor for (name, rows), tensor in self._replaced.items() if rows is None}
+        known = {**self._scaled.tensors, **known}
+        return all(
+            name == self.family.find("router", layer)
+            or any(matches(pattern, name) for pattern in patterns)
+            or (name in known and torch.equal(known[name].flatten(), tensor.flatten()))
+            for name, tensor in replaced.items()
+        )
 
-        Returns those behind it, and what the `wanted` blocks read, [tokens, width] each.
-        With `stop` nothing is computed behind the last of them, and the states are as they were.
-        """
-        layer = model.get_submodule("layers").get_submodule("0")
-        sparse = next((module for module in layer.modules() if hasattr(module, "experts")), None)
-        ffn = layer.get_submodule("mlp") if sparse is None else sparse
-        places = {
-            "attention": layer.get_submodule("self_attn.q_proj"),
-            "attended": layer.get_submodule("self_attn.o_proj"),
-            "ffn": ffn,
-        }
-        # where it is a norm before the FFN; see `_drift`
-        places["residual"] = layer.get_submodule("post_attention_layernorm")
-        caught: dict[str, list[torch.Tensor]] = {place: [] for place in wanted}
+    def _sum_experts(self, layer: int, read: torch.Tensor, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """What the experts give together, [tokens, H], of what they read [tokens, H], in their order."""
+        assert self.family.routed is not None
+        name = self._router(layer)
+        router = replaced[name].float() if name in replaced else self.read(name)
+        experts = self._experts
+        if experts is None or not torch.equal(experts.router, router):
+            experts = ExpertsRead(read, router, self._route(layer, read, router))
+        total, routes = torch.zeros_like(read), experts.routes
+        for expert in range(self.family.gate(self.checkpoint.config).num_experts):
+            visits = routes.expert == expert
+            parts = self._matrices(self.family.routed, layer, expert)
+            matrices = [self._take(part, replaced) for part in parts]
+            if expert in experts.outputs and all(
+                torch.equal(self._replaced[part], matrix) for part, matrix in zip(parts, matrices, strict=True)
+            ):
+                outputs = experts.outputs[expert]
+            else:
+                outputs = self._compute_inner(read[routes.token[visits]], matrices[:-1]) @ matrices[-1].T
+            total.index_add_(0, routes.token[visits], outputs * routes.weight[visits, None])
+        return total
 
-        def keep(place: str) -> Callable[..., None]:
-            def hook(_: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-                caught[place].append(_first(arguments, keywords).flatten(0, -2))
-                if stop and place == wanted[-1]:
-                    raise _EnoughError
+    def _take(self, part: tuple[str, RowSpan], replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        name, rows = part
+        if name not in replaced:
+            return self.read_matrix(name, rows)
+        whole = replaced[name].flatten(0, -2)
+        return whole if rows is None else whole[slice(*rows)]
 
-            return hook
-
-        handles = [places[place].register_forward_pre_hook(keep(place), with_kwargs=True) for place in wanted]
-        after = []
-        for part in states.split(_BATCH_ROWS):
-            try:
-                after.append(model(inputs_embeds=part, use_cache=False).last_hidden_state)
-            except _EnoughError:
-                after.append(part)
-        for handle in handles:
-            handle.remove()
-        return torch.cat(after), {place: torch.cat(parts) for place, parts in caught.items()}
+    def _route(self, layer: int, read: torch.Tensor, router: torch.Tensor) -> Routes:
+        return route(read @ router.T, self.family.gate(self.checkpoint.config), self._selection_bias(layer))
 
     def _read_experts(self, layer: int, inputs: Inputs, router: torch.Tensor) -> Iterator[Group]:
         assert self.family.routed is not None
         routing = self.family.gate(self.checkpoint.config)
-        logits = inputs.actual @ router.T
-        routes = route(logits, routing, self._selection_bias(layer))
+        routes = self._route(layer, inputs.actual, router)
         _, weights = routes.as_table(routing.max_experts_per_token)
         total = torch.tensor(routing.scale) if routing.renormalize else weights.sum(-1, keepdim=True)
         for expert in range(routing.num_experts):
@@ -292,35 +303,43 @@ class CalibrationWalk:
 
     def _read_ffn(self, ffn: Ffn, layer: int, read: Callable[[], Inputs], expert: int | None) -> Iterator[Group]:
         """Matrices of one gated FFN, which may be stacked with others."""
-        up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
-        if ffn.gate is not None:
-            gate = ffn.gate.format(layer=layer, expert=expert)
-            first: tuple[tuple[str, RowSpan], ...] = ((gate, None), (up, None))
-            second: RowSpan = None
-        else:
-            *_, height, _ = self.checkpoint.entries[up].shape
-            *_, hidden, _ = self.checkpoint.entries[down].shape
-            first = ((up, None if expert is None else (height * expert, height * (expert + 1))),)
-            second = None if expert is None else (hidden * expert, hidden * (expert + 1))
-        yield Group("first", first, lambda: replace(read(), drift=None), expert)
-
-        def inner(x: torch.Tensor, replaced: Mapping[tuple[str, RowSpan], torch.Tensor]) -> torch.Tensor:
-            both = torch.cat([replaced[part] if part in replaced else self.read_matrix(*part) for part in first]).T
-            activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
-            result = x.new_empty(len(x), both.shape[1] // 2)
-            for some, place in zip(x.split(_BATCH_TOKENS), result.split(_BATCH_TOKENS), strict=True):
-                gate_rows, up_rows = (some @ both).chunk(2, dim=-1)
-                torch.mul(activation(gate_rows), up_rows, out=place)
-            return result
+        *first, last = self._matrices(ffn, layer, expert)
+        yield Group("first", tuple(first), lambda: replace(read(), drift=None), expert)
 
         def read_inner() -> Inputs:
-            inputs = read()
-            actual = inner(inputs.actual, self._replaced)
-            same = inputs.is_float and not self._replaced
-            return replace(inputs, actual=actual, reference=actual if same else inner(inputs.reference, {}))
+            inputs, experts = read(), self._experts
+            present = [self._replaced[part] if part in self._replaced else self.read_matrix(*part) for part in first]
+            actual = self._compute_inner(inputs.actual, present)
+            is_present = not self.all_experts and all(part in self._replaced for part in first)
+            if experts is not None and expert is not None and is_present:
+                experts.inner[expert] = actual
+            if inputs.is_float and not self._replaced:
+                return replace(inputs, actual=actual, reference=actual)
+            true = self._compute_inner(inputs.reference, [self.read_matrix(*part) for part in first])
+            return replace(inputs, actual=actual, reference=true)
 
         up_rows = self._up_rows(*first[-1], stacked=ffn.gate is None)
-        yield Group("last", ((down, second),), read_inner, expert, (first[-1][0], up_rows))
+        yield Group("last", (last,), read_inner, expert, (first[-1][0], up_rows))
+
+    def _matrices(self, ffn: Ffn, layer: int, expert: int | None) -> tuple[tuple[str, RowSpan], ...]:
+        """The first matrices of an FFN, or of an expert, and its last."""
+        up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
+        if ffn.gate is not None:
+            return (ffn.gate.format(layer=layer, expert=expert), None), (up, None), (down, None)
+        if expert is None:
+            return (up, None), (down, None)
+        height, hidden = (self.checkpoint.entries[name].shape[-2] for name in (up, down))
+        return (up, (height * expert, height * (expert + 1))), (down, (hidden * expert, hidden * (expert + 1)))
+
+    def _compute_inner(self, x: torch.Tensor, first: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the last matrix of an FFN reads where its first ones read x [tokens, H]."""
+        both = torch.cat(list(first)).T
+        activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
+        result = x.new_empty(len(x), both.shape[1] // 2)
+        for some, place in zip(x.split(_BATCH_TOKENS), result.split(_BATCH_TOKENS), strict=True):
+            gate_rows, up_rows = (some @ both).chunk(2, dim=-1)
+            torch.mul(activation(gate_rows), up_rows, out=place)
+        return result
 
     def _up_rows(self, name: str, rows: RowSpan, stacked: bool) -> tuple[int, int]:
         """The rows of up in its tensor.
@@ -332,15 +351,15 @@ class CalibrationWalk:
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor of the layer in float32, in its present state."""
-        return (self._changed[name] if name in self._changed else self.checkpoint.read(name)).float()
+        return (self._scaled.tensors[name] if name in self._scaled.tensors else self.checkpoint.read(name)).float()
 
     def read_matrix(self, name: str, rows: RowSpan) -> torch.Tensor:
         """A matrix of the layer in float32, before quantization.
 
         Leading dimensions count as rows.
         """
-        if name in self._changed:
-            whole = self._changed[name].flatten(0, -2)
+        if name in self._scaled.tensors:
+            whole = self._scaled.tensors[name].flatten(0, -2)
             return whole if rows is None else whole[slice(*rows)]
         entry = self.checkpoint.entries[name]
         flat = replace(entry, shape=(math.prod(entry.shape[:-1]), entry.shape[-1]))
@@ -352,10 +371,3 @@ class CalibrationWalk:
 
 def _same(inputs: Inputs) -> Inputs:
     return inputs
-
-
-def _first(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> torch.Tensor:
-    """The hidden states passed to a module."""
-    found = arguments[0] if arguments else keywords["hidden_states"]
-    assert isinstance(found, torch.Tensor)
-    return found

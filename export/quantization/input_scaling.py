@@ -33,6 +33,7 @@ import torch
 from dense2moe.export.quantization.blockwise import is_quantized
 from dense2moe.export.quantization.calibration import CalibrationWalk, Group
 from dense2moe.export.quantization.config import QuantizeConfig
+from dense2moe.export.quantization.inputs import Scaled
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import bias_name
 
@@ -81,6 +82,7 @@ class ScaledLayer:
     walk: CalibrationWalk
     layer: int
     changed: dict[str, torch.Tensor] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def multiply_inputs(self, matrices: Iterable[tuple[str, tuple[int, int] | None]], scales: torch.Tensor) -> None:
         """Multiply columns of matrices by scales [K].
@@ -105,7 +107,7 @@ class ScaledLayer:
 
 def scale_layer(
     walk: CalibrationWalk, layer: int, plan: Mapping[str, int], config: QuantizeConfig, record: ScalingRecord
-) -> dict[str, torch.Tensor]:
+) -> Scaled:
     """Changed tensors of the next layer.
 
     `plan` has the bits of every tensor.
@@ -134,7 +136,7 @@ def scale_layer(
         scales = choose_scales(first, walk, plan, config, record)
         if scales is not None:
             fold(scaled, family, first, scales)
-    return scaled.changed
+    return Scaled(scaled.changed, scaled.scales)
 
 
 def fold(scaled: ScaledLayer, family: Architecture, groups: Sequence[Group], scales: torch.Tensor) -> None:
@@ -146,6 +148,7 @@ def fold(scaled: ScaledLayer, family: Architecture, groups: Sequence[Group], sca
     for group in groups:
         scaled.multiply_inputs(group.matrices, scales)
     group = groups[0]
+    scaled.scales[group.place] = scales
     match group.place:
         case "attention":
             scaled.divide_outputs(family.name("attention_norm", layer), (0, len(scales)), scales)

@@ -5,7 +5,8 @@ As the quantized layers before it give them, and as the float model does.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -29,3 +30,18 @@ class Inputs:
     def is_float(self) -> bool:
         """Whether nothing upstream is quantized: both are one tensor."""
         return self.actual is self.reference
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A layer whose blocks read scaled inputs, and whose function is the same.
+
+    Tensors in the place of the checkpoint's, by name, and what the inputs of a place in `Group` are divided by.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def divide(self, x: torch.Tensor, place: str) -> torch.Tensor:
+        """What is read at a place where the layer as it is reads x [tokens, K]."""
+        return x / self.scales[place] if place in self.scales else x

@@ -28,7 +28,7 @@ from dense2moe.export.quantization.calibration_record import CalibrationRecord
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.gptq import InputMoments, prepare_moments, quantize_gptq, quantize_together
 from dense2moe.export.quantization.input_scaling import READ_TOKENS, choose_scales, scale_layer
-from dense2moe.export.quantization.inputs import Inputs
+from dense2moe.export.quantization.inputs import Inputs, Scaled
 from dense2moe.export.quantization.journal import KeptLayer, LayerJournal
 from dense2moe.export.quantization.order import head_name, order_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
@@ -212,7 +212,7 @@ def _quantize_layer(
     many matrices are done, and not of the last, since the layer is not kept yet.
     """
     plan, config, scale_type = assignment.plan, assignment.config, assignment.scale_type
-    changed = {} if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
+    scaled = Scaled() if config.input_scaling == "none" else scale_layer(walk, layer, plan, config, record.scaling)
     scarce: set[int] = set()
     parts: dict[str, list[Quantized]] = {}
     if learns:
@@ -220,9 +220,9 @@ def _quantize_layer(
         attention_learns = any(
             is_quantized(plan[name]) and config.method_of(plan[name]) == "gptq" for name in in_attention if name in plan
         )
-        read = walk.read_layer(layer, changed, attention_learns)
+        read = walk.read_layer(layer, scaled, attention_learns)
     else:
-        read = walk.read_float(layer, changed=changed, moves=True)
+        read = walk.read_float(layer, scaled=scaled, moves=True)
     for groups in _batch_groups(read, walk):
         progress(len(parts))
         prepared = [matrix for group in groups for matrix in _prepare(walk, layer, group, plan, config, record, scarce)]
@@ -231,7 +231,7 @@ def _quantize_layer(
                 walk.replace(matrix.name, matrix.rows, dequantize(found, matrix.weight.shape[-1], matrix.bits))
             parts.setdefault(matrix.name, []).append(found)
     record.scarce_experts[layer] = len(scarce)
-    record.replaced |= {name: tensor for name, tensor in changed.items() if not is_quantized(plan[name])}
+    record.replaced |= {name: tensor for name, tensor in scaled.tensors.items() if not is_quantized(plan[name])}
     if layer in walk.routers:
         record.replaced[walk.family.name("router", layer)], record.routers[layer] = walk.routers.pop(layer)
     return {name: join(found) for name, found in parts.items()}

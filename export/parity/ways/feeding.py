@@ -98,11 +98,11 @@ def run_cases_alone(
     prefills = _Prefills(decoder, routers)
     errors: dict[int, Errors] = {}
     # Of prefills that begin one text the longest comes first, so that the others are held against it.
-    for done, number in enumerate(
-        sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)
-    ):
+    order = sorted(range(len(cases)), key=lambda n: -cases[n].ids.shape[1] if cases[n].is_plain else 1)
+    for done, number in enumerate(order):
         case = cases[number]
         watch.tell(done)
+        prefills.drop_all_but([cases[later] for later in order[done:]])
         text = FedText(case.ids, case.mask, case.num_prefill, case.num_logits)
         seen = look(decoder, text, [*watch.values, *routers], with_cache=True)
         found = prefills.read(seen)
@@ -143,6 +143,11 @@ class _Prefills:
         ids = seen.ids[0].tolist()
         if not any(longer[: len(ids)] == ids for longer, _ in self._known):
             self._known.append((ids, self.read(seen)))
+
+    def drop_all_but(self, cases: Sequence[Case]) -> None:
+        """Drop prefills that none of these cases is compared with."""
+        rows = [ids[mask.bool()].tolist() for case in cases for ids, mask in zip(case.ids, case.mask, strict=True)]
+        self._known = [each for each in self._known if any(each[0][: len(row)] == row for row in rows)]
 
     def of(self, case: Case, num_logits: int) -> Forward:
         """Each row's own full prefill, padded as the case is.
