@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dense2moe.export.coverage import classify_tensor, find_decoder_family
@@ -333,6 +334,77 @@ def test_a_matrix_is_behind_those_before_it_as_they_are_by_now(
     torch.testing.assert_close(drifts[0], difference, rtol=1e-4, atol=1e-5)
     assert first.read().drift is None
     assert all(group.read().drift is None for group in experts), "the first matrices of an expert"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_layer_that_was_read_is_passed_as_one_that_was_not_and_less_is_computed(
+    name: str, make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, so that a killed quantization goes on as if it had not been; and as transformers computes it."""
+    architecture, overrides, settings = CASES[name]
+    mixture = make_mixture(make_dense(architecture=architecture, **overrides), tmp_path / "mixture", settings)
+    checkpoint, blocks = open_checkpoint(mixture), draw_blocks(9)  # more than one batch
+    family, generator = find_decoder_family(checkpoint.config), torch.Generator().manual_seed(0)
+
+    def start() -> CalibrationWalk:
+        walk = CalibrationWalk(checkpoint, family, blocks, all_experts=False)
+        walk.advance(0, {})
+        return walk
+
+    read, unread, as_it_was = start(), start(), load(mixture)
+    replaced = {key: checkpoint.read(key).clone() for key in checkpoint.entries if is_quantized(checkpoint, key)}
+    replaced = {key: tensor for key, tensor in replaced.items() if key.startswith("model.layers.1.")}
+    for group in read.read_layer(1):
+        group.read()
+        for key, rows in group.matrices:
+            flat = replaced[key].flatten(0, -2)
+            own = flat[slice(*rows)] if rows else flat
+            own += 0.1 * torch.randn(own.shape, generator=generator)
+            read.replace(key, rows, own.clone())
+    computed: list[str] = []
+    attend, inner = torch.nn.functional.scaled_dot_product_attention, CalibrationWalk._compute_inner
+
+    def counted(what: str, function: Any) -> Any:
+        return lambda *given, **named: (computed.append(what), function(*given, **named))[1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted("attention", attend))
+        patch.setattr(CalibrationWalk, "_compute_inner", counted("experts", inner))
+        read.advance(1, replaced)
+        assert not computed
+        unread.advance(1, replaced)
+        assert set(computed) == {"attention", "experts"}
+    assert torch.equal(read.states, unread.states)
+    assert torch.equal(read.reference_states, unread.reference_states)
+    state = {key: checkpoint.read(key) for key in checkpoint.entries} | replaced
+    save_file(state, tmp_path / "mixture" / "model.safetensors", metadata={"format": "pt"})
+    seen: list[torch.Tensor] = []
+    for model in (load(mixture), as_it_was):
+        model.model.layers[1].register_forward_hook(
+            lambda _, __, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        )
+        with torch.no_grad():
+            model(input_ids=blocks, use_cache=False)
+    torch.testing.assert_close(read.states, seen[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(read.reference_states, seen[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["attention_output", "expert_down", "router"])
+def test_what_was_read_behind_other_tensors_is_computed_again(mixture_checkpoint: Path, part: Any) -> None:
+    checkpoint, blocks = open_checkpoint(mixture_checkpoint), draw_blocks(3)
+    family = find_decoder_family(checkpoint.config)
+    read, unread = (CalibrationWalk(checkpoint, family, blocks, all_experts=False) for _ in range(2))
+    told = {}
+    for group in read.read_layer(0):
+        group.read()
+        for key, rows in group.matrices:
+            told[key] = 1.1 * checkpoint.read(key)
+            read.replace(key, rows, told[key])
+    name = str(family.find(part)).format(layer=0, expert=1)
+    other = told | {name: -checkpoint.read(name)}
+    read.advance(0, other)
+    unread.advance(0, other)
+    assert torch.equal(read.states, unread.states)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "granitemoe, stacked"])

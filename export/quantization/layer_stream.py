@@ -93,6 +93,7 @@ class LayerStream:
         with _computed(self._attention, lambda: next(attended)):
             if experts is None:
                 return self._run((), stop=False)[0]
+            assert self._experts is not None, "outputs of experts in a layer without any"
             parts = iter(experts.split(_BATCH_ROWS * self.states.shape[1]))
             with _computed(self._experts, lambda: next(parts)):
                 return self._run((), stop=False)[0]
