@@ -98,7 +98,9 @@ class ProductMode(TorchFunctionMode):
                 for address, rounding in reference.rounding.rounds.items()
                 if isinstance(rounding, StaticRounding)
             }
-        self._inside = {n: _find_inside(family, rounds, n) for n in reference.modules}
+        self._inside = {
+            n: _find_inside(family, rounds, n, _count_experts(block.experts)) for n, block in reference.modules.items()
+        }
         self._handles: list[Any] = []
         for n, block in reference.modules.items():
             parts = {"router": getattr(block, "gate", None) or block.router, "experts": block.experts}
@@ -163,9 +165,19 @@ class ProductMode(TorchFunctionMode):
         rounding = self._rounds.get(weight.data_ptr())
         if rounding is not None or self._scope is None:
             return rounding
-        first, last = self._inside[self._scope[1]]
+        layer = self._scope[1]
         # Where an expert is as wide as the residual stream, its first matrix has twice as many rows as its last.
-        return last if weight.shape[1] != self._width or weight.shape[0] == self._width else first
+        is_last = weight.shape[1] != self._width or weight.shape[0] == self._width
+        rounds = [pair[is_last] for pair in self._inside[layer]]
+        return rounds[self._find_expert(layer, weight) if len(rounds) > 1 else 0]
+
+    def _find_expert(self, layer: int, weight: torch.Tensor) -> int:
+        """The number of an expert, by where its matrix lies in those that are stacked."""
+        for stacked in cast(nn.Module, self._reference.modules[layer].experts).parameters():
+            offset = weight.data_ptr() - stacked.data_ptr()
+            if stacked.ndim == 3 and 0 <= offset < stacked.numel() * stacked.element_size():
+                return offset // (stacked.stride(0) * stacked.element_size())
+        return 0
 
     def inside_of(self, module: nn.Module, given: torch.Tensor, divisor: float = 1.0) -> Inside | None:
         """A product's or dense FFN's dynamic rounding; None without one.
@@ -189,7 +201,7 @@ class ProductMode(TorchFunctionMode):
 
         The tokens go where the graph sends them.
         """
-        first, last = self._inside[n]
+        first, last = self._inside[n][0]  # in blocks of one size, whichever expert
         if not isinstance(last, BlockRounding):
             return None
         logits = first_of(self._reference.routers[n])
@@ -227,11 +239,25 @@ class ProductMode(TorchFunctionMode):
         return output, found
 
 
-def _find_inside(family: Architecture | None, rounds: Mapping[str, Round], n: int) -> tuple[Round | None, Round | None]:
-    """How experts round the inputs of their first and last matrices."""
+def _count_experts(experts: Any) -> int:
+    """How many are stacked in a module."""
+    return next((len(stacked) for stacked in experts.parameters() if stacked.ndim == 3), 1)
+
+
+def _find_inside(
+    family: Architecture | None, rounds: Mapping[str, Round], n: int, num_experts: int
+) -> list[tuple[Round | None, Round | None]]:
+    """How each of a layer's experts rounds what its first matrices and its last read; one for all if all are alike."""
     if family is not None and family.routed is not None:
-        first, last = (pattern.format(layer=n, expert=0) for pattern in (family.routed.up, family.routed.down))
-        return rounds.get(first), rounds.get(last)
+        routed = family.routed
+        pairs = [
+            (
+                rounds.get(routed.up.format(layer=n, expert=expert)),
+                rounds.get(routed.down.format(layer=n, expert=expert)),
+            )
+            for expert in range(num_experts)
+        ]
+        return pairs if any(isinstance(each, StaticRounding) for pair in pairs for each in pair) else pairs[:1]
     names = [name for name in rounds if layer_of(name) == n and "expert" in name and "shared" not in name]
     lasts = [name for name in names if any(word in name for word in ("down", "w2", "output_linear"))]
-    return rounds.get(next((name for name in names if name not in lasts), "")), rounds.get(next(iter(lasts), ""))
+    return [(rounds.get(next((name for name in names if name not in lasts), "")), rounds.get(next(iter(lasts), "")))]
