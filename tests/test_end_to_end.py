@@ -205,9 +205,9 @@ def test_a_run_with_fine_tuning_switched_off_exports_what_upcycling_made(killed_
 
 
 def losses_of(workdir: Path) -> dict[str, float]:
-    """Of each model; not of the control of equal time, whose steps are measured."""
+    """Of each model; not of the control of equal compute, whose steps are measured."""
     evaluations = facts_of(workdir, "finetune")["evaluations"]
-    return {name: found["loss"] for name, found in evaluations.items() if name != "dense, equal time"}
+    return {name: found["loss"] for name, found in evaluations.items() if name != "dense, same FLOPs"}
 
 
 def test_two_processes_share_the_fine_tuning_of_one_run(killed_run, tiny_recipe, tmp_path):

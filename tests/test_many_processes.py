@@ -73,7 +73,7 @@ def test_two_processes_have_the_losses_and_the_biases_of_one_at_the_same_global_
         share(count, dense_checkpoint, biased, data, output, place / "scratch", settings)
         assert len(list((place / "scratch").glob(f"rank-*-of-{count}"))) == count
         histories[count] = [
-            step for step in read_history(output / "history.jsonl") if step.model != "dense, equal time"
+            step for step in read_history(output / "history.jsonl") if step.model != "dense, same FLOPs"
         ]
     assert len(histories[1]) == 2 * (4 + 3)
     assert_same_losses(histories[1], histories[2])

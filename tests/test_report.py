@@ -146,7 +146,7 @@ def test_rows_come_in_the_order_in_which_the_models_came_to_be(facts):
         "dense",
         "upcycled",
         "dense continued",
-        "dense, equal time",
+        "dense, same FLOPs",
         "fine-tuned",
         "ONNX float32",
         "ONNX int8",
@@ -181,12 +181,12 @@ def test_the_terminal_table_fits_and_cuts_nothing(facts, width):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_the_page_tells_what_each_trained_model_reached_and_took(facts, written):
-    facts["finetune"]["seconds"]["dense, equal time"] = 141.0
+    facts["finetune"]["seconds"]["dense, same FLOPs"] = 141.0
     text = " ".join(" ".join(Outline(written(facts)).text).split())
     for row in (
         "fine-tuned 2.4190 11.23 6.23 M 97.0 45.0 s 80",
         "dense continued 2.5100 12.30 4.13 M 208 30.0 s 80",
-        "dense, equal time 2.4849 12.00 4.13 M 209 2.35 min 120",
+        "dense, same FLOPs 2.4849 12.00 4.13 M 209 2.35 min 120",
     ):
         assert row in text
 
@@ -209,12 +209,12 @@ def test_a_failed_parity_shows_its_breach_and_a_fail_badge(facts, written):
 
 
 def test_a_control_that_was_not_trained_is_missing_and_said_to_be(facts, written):
-    forget(facts, "dense continued", "dense, equal time")
+    forget(facts, "dense continued", "dense, same FLOPs")
     text = "".join(Outline(written(facts)).text)
     assert "without a dense control" in text
     assert "nothing to compare it with" in text
     assert "dense continued" not in text
-    assert "equal time" not in text
+    assert "same FLOPs" not in text
     assert "What the experts cost" not in text
     assert [row.name for row in summarize(records(facts))][:3] == ["dense", "upcycled", "fine-tuned"]
 
@@ -222,11 +222,11 @@ def test_a_control_that_was_not_trained_is_missing_and_said_to_be(facts, written
 @pytest.mark.parametrize("tiers", [False, True])
 def test_a_run_without_fine_tuning_speaks_of_the_upcycled_model_alone(tiers, facts, written):
     facts = tiered(facts) if tiers else facts
-    forget(facts, "fine-tuned", "dense continued", "dense, equal time")
+    forget(facts, "fine-tuned", "dense continued", "dense, same FLOPs")
     facts["finetune"] |= {"precision": None, "router_task_gradient": None, "warnings": []}
     page = written(facts)
     text = "".join(Outline(page).text)
-    for word in ("fine-tuned", "dense continued", "equal time", "What the experts bought", "dense control"):
+    for word in ("fine-tuned", "dense continued", "same FLOPs", "What the experts bought", "dense control"):
         assert word not in text, word
     assert "fine-tuned" not in page  # nor in the words for those who see no picture
     assert [row.name for row in summarize(records(facts))][:3] == ["dense", "upcycled", "ONNX float32"]
@@ -239,12 +239,12 @@ def test_a_run_without_fine_tuning_speaks_of_the_upcycled_model_alone(tiers, fac
     assert "Training" not in plan_pictures(records(facts), [])
 
 
-def test_a_run_without_the_control_of_equal_time_has_that_of_equal_tokens(facts, written):
-    forget(facts, "dense, equal time")
+def test_a_run_without_the_control_of_equal_compute_has_that_of_equal_tokens(facts, written):
+    forget(facts, "dense, same FLOPs")
     text = "".join(Outline(written(facts)).text)
-    assert "trained for as long" not in text
-    assert verdict_lines(records(facts))[2].startswith("What the experts cost")
-    assert "reached 2.430 for the mixture and 2.520 for the dense model at equal tokens;" in text
+    assert "same compute" not in text
+    assert verdict_lines(records(facts))[3].startswith("What the experts cost")
+    assert "reached 2.430 for the mixture and 2.520 for the dense model with the same tokens;" in text
 
 
 def test_a_run_without_variants_claims_no_parity(facts, written):

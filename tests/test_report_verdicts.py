@@ -34,14 +34,14 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[s
 
 def test_the_verdict_says_that_upcycling_kept_the_perplexity(facts):
     assert (
-        verdict_lines(records(facts))[0]
+        verdict_lines(records(facts))[1]
         == "Upcycling kept the perplexity to 4 digits: 14.880 dense, 14.880 upcycled, before any training."
     )
 
 
 def test_the_verdict_says_that_the_mixture_has_the_dense_models_figures(facts):
     facts["finetune"]["evaluations"]["upcycled"]["same"] = {"model": "dense", "num_blocks": 4, "difference": 2.4e-7}
-    assert verdict_lines(records(facts))[0] == (
+    assert verdict_lines(records(facts))[1] == (
         "Upcycling kept the perplexity, 14.880: the receipt shows that the mixture computes what the dense model does, "
         "and the losses of 4 held-out blocks, read by both, differ by 2e-07 nats a token at most; so the other blocks "
         "were read by the dense model alone."
@@ -51,70 +51,71 @@ def test_the_verdict_says_that_the_mixture_has_the_dense_models_figures(facts):
 def test_the_verdict_says_that_upcycling_changed_the_perplexity(facts):
     set_figure(facts, "upcycled", 14.8903)
     assert (
-        verdict_lines(records(facts))[0]
+        verdict_lines(records(facts))[1]
         == "Upcycling did NOT keep the perplexity to 4 digits: 14.880 dense, 14.890 upcycled, before any training."
     )
 
 
 def test_the_verdict_says_by_how_much_the_control_was_beaten(facts):
-    line = verdict_lines(records(facts))[1]
+    line = verdict_lines(records(facts))[2]
     assert f"lower by {100 * (12.3049 - 11.2345) / 12.3049:.2f} %" in line
     assert "11.23 against 12.30" in line
     assert "NOT" not in line
 
 
-EQUAL_TIME = "the dense model trained for as long"
+EQUAL_COMPUTE = "the dense model trained with the same compute"
 
 
-TIMES = "The control had {}, the mixture 45.0 s (80 steps)"
+SPENT = "The control had {} (120 steps, 44.0 s), the mixture 40.0 TFLOP (80 steps, 45.0 s)"
 
 
 @pytest.mark.parametrize(
     ("control", "text", "good"),
     [
-        (12.0, f"The fine-tuned mixture beats {EQUAL_TIME}: perplexity lower by 6.38 %, 11.23 against 12.00.", True),
+        (12.0, f"The fine-tuned mixture beats {EQUAL_COMPUTE}: perplexity lower by 6.38 %, 11.23 against 12.00.", True),
         (
             11.0,
-            f"NOT lower: the fine-tuned mixture does not beat {EQUAL_TIME}; perplexity 11.23 against 11.00, 2.13 % "
+            f"NOT lower: the fine-tuned mixture does not beat {EQUAL_COMPUTE}; perplexity 11.23 against 11.00, 2.13 % "
             "worse than the control's.",
             False,
         ),
         (
             11.2346,
-            f"NOT lower by more than rounding: the fine-tuned mixture and {EQUAL_TIME} agree to 4 digits; perplexity "
-            "11.23 against 11.23.",
+            f"NOT lower by more than rounding: the fine-tuned mixture and {EQUAL_COMPUTE} agree to 4 digits; "
+            "perplexity 11.23 against 11.23.",
             None,
         ),
     ],
 )
-def test_the_verdict_says_whether_the_mixture_won_at_equal_time(facts, written, control, text, good):
-    set_figure(facts, "dense, equal time", control)
-    expected = Verdict(f"{text} {TIMES.format('44.0 s (120 steps)')}.", good)
-    assert list(judge(records(facts)))[2] == expected
+def test_the_verdict_says_whether_the_mixture_won_with_equal_compute(facts, written, control, text, good):
+    set_figure(facts, "dense, same FLOPs", control)
+    expected = Verdict(f"{text} {SPENT.format('39.0 TFLOP')}.", good)
+    assert list(judge(records(facts)))[3] == expected
     assert expected.text in "".join(Outline(written(facts)).text)
 
 
 @pytest.mark.parametrize(
-    ("control", "seconds", "good"), [(12.0, 40.0, None), (12.0, 41.0, True), (11.0, 50.0, None), (11.0, 49.0, False)]
+    ("control", "operations", "good"),
+    [(12.0, 3.5e13, None), (12.0, 3.7e13, True), (11.0, 4.5e13, None), (11.0, 4.3e13, False)],
 )
-def test_more_than_a_tenth_more_time_for_the_better_model_decides_nothing(facts, control, seconds, good):
-    set_figure(facts, "dense, equal time", control)
-    facts["finetune"]["seconds"]["dense, equal time"] = seconds
-    verdict = list(judge(records(facts)))[2]
+def test_more_than_a_tenth_more_compute_for_the_better_model_decides_nothing(facts, control, operations, good):
+    set_figure(facts, "dense, same FLOPs", control)
+    facts["finetune"]["flops"]["dense, same FLOPs"] = operations
+    verdict = list(judge(records(facts)))[3]
     assert verdict.good is good
     ending = ": too unequal to count." if good is None else "."
-    assert verdict.text.endswith(TIMES.format(f"{seconds} s (120 steps)") + ending)
+    assert verdict.text.endswith(SPENT.format(f"{operations / 1e12:.1f} TFLOP") + ending)
 
 
-@pytest.mark.parametrize(("control", "seconds", "good"), [(12.0, 90.0, True), (11.0, 20.0, False)])
-def test_who_wins_with_less_time_has_won(facts, control, seconds, good):
-    set_figure(facts, "dense, equal time", control)
-    facts["finetune"]["seconds"]["dense, equal time"] = seconds
-    assert list(judge(records(facts)))[2].good is good
+@pytest.mark.parametrize(("control", "operations", "good"), [(12.0, 9e13, True), (11.0, 1e13, False)])
+def test_who_wins_with_less_compute_has_won(facts, control, operations, good):
+    set_figure(facts, "dense, same FLOPs", control)
+    facts["finetune"]["flops"]["dense, same FLOPs"] = operations
+    assert list(judge(records(facts)))[3].good is good
 
 
 def test_the_verdict_says_what_the_experts_cost(facts):
-    assert list(judge(records(facts)))[3] == Verdict(
+    assert list(judge(records(facts)))[4] == Verdict(
         "What the experts cost: 1.51 × the dense model's parameters are active for a token (6.23 M against 4.13 M), "
         "it decodes 97.0 tokens/s "
         "against 208, and trained for 45.0 s against 30.0 s on the same tokens.",
@@ -127,7 +128,7 @@ def test_the_verdict_says_what_the_experts_cost(facts):
 )
 def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned, change):
     set_figure(facts, "fine-tuned", tuned)
-    line = verdict_lines(records(facts))[1]
+    line = verdict_lines(records(facts))[2]
     assert line.startswith("NOT lower: ")
     assert change in line
     assert line in "".join(Outline(written(facts)).text)
@@ -135,7 +136,7 @@ def test_the_verdict_says_that_the_control_was_not_beaten(facts, written, tuned,
 
 def test_a_win_by_less_than_the_digits_shown_is_no_win(facts):
     set_figure(facts, "fine-tuned", 12.3049 - 1e-5)
-    line = verdict_lines(records(facts))[1]
+    line = verdict_lines(records(facts))[2]
     assert line.startswith("NOT lower by more than rounding: ")
     assert "12.30 against 12.30" in line
 
@@ -163,7 +164,7 @@ def test_without_a_float32_variant_each_is_compared_with_torch(facts):
 
 def test_fine_tuning_that_helped_nothing_is_a_finding(facts):
     facts["finetune"]["best_steps"]["fine-tuned"] = 0
-    finding = list(judge(records(facts)))[1]
+    finding = list(judge(records(facts)))[2]
     assert (finding.good, finding.text) == (
         False,
         "Fine-tuning did not help: no evaluation had a lower validation loss than the start, so the start's weights "
@@ -175,14 +176,14 @@ def test_where_a_higher_figure_is_better_the_higher_model_wins() -> None:
     """The F1s are 1 less a twentieth of the perplexities, so that the same models win."""
     facts = classified(make_facts())
     verdicts = list(judge(records(facts)))
-    assert verdicts[1] == Verdict(
+    assert verdicts[2] == Verdict(
         "The fine-tuned mixture beats the dense model continued on the same tokens: F1 higher by 14 %, 0.4383 against "
         "0.3848.",
         True,
     )
     assert verdicts[-1].text == "ONNX int4: F1 0.4244, 3.17 % worse than ONNX float32's; parity passed."
     set_figure(facts, "dense continued", 0.44)
-    assert list(judge(records(facts)))[1] == Verdict(
+    assert list(judge(records(facts)))[2] == Verdict(
         "NOT higher: the fine-tuned mixture does not beat the dense model continued on the same tokens; F1 0.4383 "
         "against 0.4400, 0.39 % worse than the control's.",
         False,

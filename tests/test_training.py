@@ -29,12 +29,12 @@ from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.controls import stretch
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.facts import FinetuneFacts
-from dense2moe.upcycle.training.fine_tuning import _stretch, finetune
+from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.history import Step
 from dense2moe.upcycle.training.job import Job, Setup, train_model
-from dense2moe.upcycle.training.phase import Trained
 from dense2moe.upcycle.training.prompt import run_with_prompt
 
 BLOCK = 32
@@ -252,38 +252,33 @@ def test_training_is_a_plain_loop_over_the_same_batches(
 
 
 def test_the_control_trains_on_the_same_batches_in_the_same_order(run: Run) -> None:
-    equal_time = run.facts.num_steps["dense, equal time"]
-    assert len(run.batches) == 2 * (18 + equal_time)
+    equal_compute = run.facts.num_steps["dense, same FLOPs"]
+    assert len(run.batches) == 2 * (18 + equal_compute)
     assert all(torch.equal(ours, control) for ours, control in zip(run.batches[:18], run.batches[18:36], strict=True))
-    shared = min(18, 2 * equal_time)
+    shared = min(18, 2 * equal_compute)
     assert all(
         torch.equal(ours, control)
         for ours, control in zip(run.batches[:shared], run.batches[36 : 36 + shared], strict=True)
     )
 
 
-@pytest.mark.parametrize(
-    ("mixture_seconds", "control_seconds", "control_steps", "steps"),
-    [
-        (60.0, 15.0, 30, (40, 80)),  # half a second a step: 120 steps in all
-        (60.0, 60.0, 30, (10, 20)),
-        (30.0, 10.0, 10, (10, 20)),  # the control ended early
-        (1.0, 60.0, 30, (3, 3)),  # one step more than each warm-up
-    ],
-)
-def test_the_control_of_equal_time_has_as_many_steps_as_fit(
-    mixture_seconds: float, control_seconds: float, control_steps: int, steps: tuple[int, ...]
-) -> None:
+@pytest.mark.parametrize(("ratio", "steps"), [(4.0, (40, 80)), (1.0, (10, 20)), (1.26, (13, 25)), (0.01, (3, 3))])
+def test_the_control_of_equal_compute_has_as_many_steps_as_fit(ratio: float, steps: tuple[int, ...]) -> None:
+    """And one step more than each warm-up at least."""
     stages = tuple(CONFIG.model_copy(update={"steps": count}) for count in (10, 20))
-    trained = {
-        "fine-tuned": Trained((), 30, 30, 1.0, mixture_seconds),
-        "dense continued": Trained((), control_steps, control_steps, 9.0, control_seconds),
-    }
-    stretched = _stretch(stages, trained)
+    stretched = stretch(stages, ratio)
     assert tuple(stage.steps for stage in stretched) == steps
     assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [
         CONFIG.model_copy(update={"steps": 1})
     ] * 2
+
+
+def test_the_control_of_equal_compute_has_the_operations_of_the_mixture(run: Run) -> None:
+    flops, steps = run.facts.flops, run.facts.num_steps
+    a_step = flops["dense continued"] / steps["dense continued"]
+    assert flops["dense, same FLOPs"] == pytest.approx(a_step * steps["dense, same FLOPs"])
+    assert abs(flops["dense, same FLOPs"] - flops["fine-tuned"]) <= a_step / 2
+    assert flops["fine-tuned"] > 1.2 * flops["dense continued"]
 
 
 def test_a_thousand_million_steps_begin_at_once(train: Train) -> None:
@@ -367,8 +362,8 @@ def test_the_history_on_disk_is_the_history(run: Run) -> None:
     assert lines == json.loads(json.dumps([asdict(step) for step in run.facts.history]))
     looks = [(step.model, step.step) for step in run.facts.history if step.validation_loss is not None]
     assert looks[:8] == [(model, step) for model in ("fine-tuned", "dense continued") for step in (0, 3, 6, 9)]
-    last = run.facts.num_steps["dense, equal time"]
-    assert looks[8:] == [("dense, equal time", step) for step in sorted({*range(0, last + 1, 3), last})]
+    last = run.facts.num_steps["dense, same FLOPs"]
+    assert looks[8:] == [("dense, same FLOPs", step) for step in sorted({*range(0, last + 1, 3), last})]
 
 
 def test_progress_counts_the_steps_of_both_models(run: Run) -> None:
@@ -419,12 +414,18 @@ def test_only_checkpoints_and_the_history_are_left(run: Run) -> None:
     }
     assert {path.name for path in run.output.iterdir()} == checkpoint | {
         "control",
-        "control-equal-time",
+        "control-same-flops",
         "history.jsonl",
     }
-    for folder in ("control", "control-equal-time"):
+    for folder in ("control", "control-same-flops"):
         assert {path.name for path in (run.output / folder).iterdir()} == checkpoint
-    assert run.facts.evaluations.keys() == {"dense", "upcycled", "fine-tuned", "dense continued", "dense, equal time"}
+    assert run.facts.evaluations.keys() == {
+        "dense",
+        "upcycled",
+        "fine-tuned",
+        "dense continued",
+        "dense, same FLOPs",
+    }
     assert run.facts.precision == "float32"
 
 

@@ -46,6 +46,12 @@ def format_seconds(value: float) -> str:
     return format_scaled(value, ((86_400, "d"), (3600, "h"), (60, "min")))
 
 
+def format_operations(value: float) -> str:
+    """A number of floating-point operations in its largest unit: 12.1 TFLOP."""
+    units = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+    return f"{format_special(value)} FLOP" if format_special(value) else format_scaled(value, units)
+
+
 def format_error(value: float) -> str:
     """A small number: 5.7e-7."""
     return format_special(value) or ("0" if value == 0 else re.sub(r"e([+-])0", r"e\1", f"{value:.1e}"))

@@ -15,7 +15,7 @@ from dense2moe.convert.report.numerals import NONE, format_agreement, format_rou
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.training.history import ModelName
 
-TORCH_MODELS: tuple[ModelName, ...] = ("dense", "upcycled", "dense continued", "dense, equal time", "fine-tuned")
+TORCH_MODELS: tuple[ModelName, ...] = ("dense", "upcycled", "dense continued", "dense, same FLOPs", "fine-tuned")
 PASSED, FAILED = "passed", "FAILED"
 _WIDE = 92  # columns from which the summary has two between its own
 
@@ -118,7 +118,7 @@ _MEANINGS: dict[ModelName, str] = {
     "dense": "the source model",
     "upcycled": "the mixture made from it, before any training",
     "dense continued": "the source model trained on the same tokens as the mixture",
-    "dense, equal time": "the source model trained as long as the mixture",
+    "dense, same FLOPs": "the source model trained with as many operations as the mixture",
     "fine-tuned": "the mixture after training",
 }
 

@@ -183,7 +183,10 @@ def timing_table(facts: ReportFacts) -> Grid:
 
 def provenance_sections(facts: ReportFacts) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Facts shown nowhere else, by the stage that found them."""
-    shown = {"finetune": ("domains", "evaluations", "history", "warnings"), "upcycle": ("receipt", "receipt_notes")}
+    shown = {
+        "finetune": ("domains", "evaluations", "history", "oracle", "warnings"),
+        "upcycle": ("receipt", "receipt_notes"),
+    }
     found = _without(facts, "name", "recipe", "variants", "costs")
     nested = {name: value for name, value in found.items() if is_dataclass(value) or isinstance(value, dict)}
     yield "run", [pair for name, value in found.items() if name not in nested for pair in list_facts(value, name)]

@@ -10,6 +10,7 @@ from dense2moe.convert.report.figures import describe_change, figures_agree, for
 from dense2moe.convert.report.numerals import (
     format_count,
     format_difference,
+    format_operations,
     format_rounded,
     format_score,
     format_seconds,
@@ -17,12 +18,13 @@ from dense2moe.convert.report.numerals import (
 )
 from dense2moe.convert.report.remedies import describe_failure
 from dense2moe.convert.report.summary import Verdict
+from dense2moe.convert.report.worth import judge_worth
 from dense2moe.export.parity.records import ProviderParity, TaskCheck
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.history import ModelName
 
-_TIME_SLACK = 0.1  # share by which a control's seconds may differ from the mixture's in the favour of the better one
+_SLACK = 0.1  # share by which a control's compute may differ from the mixture's in the favour of the better one
 _LEAST_ERROR = 1e-4
 """Of a figure: a relative standard error below it is nothing that anyone reads."""
 
@@ -49,7 +51,8 @@ def verdict_lines(facts: ReportFacts) -> list[str]:
 
 
 def judge(facts: ReportFacts) -> Iterator[Verdict]:
-    """What the numbers say, in order: upcycling, fine-tuning, each variant."""
+    """What the numbers say: worth, upcycling, fine-tuning, each variant."""
+    yield from judge_worth(facts)
     yield _upcycling_verdict(facts)
     yield from _finetuning_verdicts(facts)
     if "dense continued" in facts.finetune.evaluations:
@@ -102,9 +105,9 @@ def _finetuning_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
         )
         return
     yield _control_verdict(tuned, facts.figure("dense continued"), "continued on the same tokens")
-    if "dense, equal time" in finetune.evaluations:
-        found = _control_verdict(tuned, facts.figure("dense, equal time"), "trained for as long")
-        yield _weigh_times(found, finetune)
+    if "dense, same FLOPs" in finetune.evaluations:
+        found = _control_verdict(tuned, facts.figure("dense, same FLOPs"), "trained with the same compute")
+        yield _weigh_compute(found, finetune)
 
 
 def _control_verdict(tuned: Figure, control: Figure, training: str) -> Verdict:
@@ -130,21 +133,22 @@ def _control_verdict(tuned: Figure, control: Figure, training: str) -> Verdict:
     )
 
 
-def _weigh_times(found: Verdict, finetune: FinetuneFacts) -> Verdict:
-    """A verdict on equal time, with both times.
+def _weigh_compute(found: Verdict, finetune: FinetuneFacts) -> Verdict:
+    """A verdict on equal compute, with operations and seconds of both.
 
-    It decides nothing where the winner had much more time.
+    It decides nothing where the winner had much more compute.
     """
-    names: tuple[ModelName, ModelName] = ("fine-tuned", "dense, equal time")
-    seconds = finetune.compute_seconds or finetune.seconds  # an older run knows the clock's alone
-    mixture, control = (f"{format_seconds(seconds[name])} ({finetune.num_steps[name]:,} steps)" for name in names)
-    ratio = seconds["dense, equal time"] / seconds["fine-tuned"]
-    favoured = found.good is not None and (ratio < 1 - _TIME_SLACK if found.good else ratio > 1 + _TIME_SLACK)
-    what = " of computing" if finetune.compute_seconds else ""
+    names: tuple[ModelName, ModelName] = ("fine-tuned", "dense, same FLOPs")
+    mixture, control = (
+        f"{format_operations(finetune.flops[name])} ({finetune.num_steps[name]:,} steps, "
+        f"{format_seconds(finetune.seconds[name])})"
+        for name in names
+    )
+    ratio = finetune.flops["dense, same FLOPs"] / finetune.flops["fine-tuned"]
+    favoured = found.good is not None and (ratio < 1 - _SLACK if found.good else ratio > 1 + _SLACK)
     ending = ": too unequal to count." if favoured else "."
     return Verdict(
-        f"{found.text} The control had {control}, the mixture {mixture}{what}{ending}",
-        None if favoured else found.good,
+        f"{found.text} The control had {control}, the mixture {mixture}{ending}", None if favoured else found.good
     )
 
 
@@ -165,7 +169,7 @@ def _cost_verdict(facts: ReportFacts) -> Verdict:
 def compare_training(facts: ReportFacts) -> list[Training]:
     """The fine-tuned mixture and the dense controls that were trained."""
     finetune = facts.finetune
-    names: tuple[ModelName, ...] = ("fine-tuned", "dense continued", "dense, equal time")
+    names: tuple[ModelName, ...] = ("fine-tuned", "dense continued", "dense, same FLOPs")
     return [
         Training(
             name,

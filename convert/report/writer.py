@@ -31,6 +31,7 @@ from dense2moe.convert.report.tables import (
 )
 from dense2moe.convert.report.templates import load_template
 from dense2moe.convert.report.verdicts import judge
+from dense2moe.convert.report.worth import domain_table, oracle_table
 from dense2moe.upcycle.numbers import name_specials
 
 _TEMPLATE_NAME = "report.html.j2"
@@ -87,6 +88,8 @@ def _page(facts: ReportFacts) -> str:
         first_onnx_row=next((n for n, row in enumerate(rows) if row.passed is not None), None),
         figure_note=_figure_note(facts),
         trained=trained_table(facts),
+        domains=domain_table(facts),
+        oracle=oracle_table(facts.finetune.oracle),
         pictures=draw_pictures(facts, rows),
         receipt=receipt_tables(facts.upcycle.receipt),
         tiers=tier_table(facts.variants),

@@ -27,7 +27,7 @@ class Evaluation:
 
     `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
     text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the
-    checkpoint has. `same` is given where the losses were computed on another model.
+    checkpoint has. `domain_losses` has the loss on each domain's text, where there are several domains. `same` is given where the losses were computed on another model.
     """
 
     loss: float
@@ -37,6 +37,7 @@ class Evaluation:
     decode_tokens_per_second: float
     block_losses: tuple[float, ...] = ()
     same: SameLosses | None = None
+    domain_losses: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,36 @@ class DomainRouting:
 
 
 @dataclass(frozen=True)
+class OracleRouting:
+    """Losses of a mixture by domain, with its routers overruled.
+
+    In nats a token, over `num_blocks` blocks that all rows share. routed: as the routers choose. experts: every token
+    to this expert alone. best_expert: by domain the expert with the lowest such loss. random: every token to experts
+    drawn by chance, as many as it visits.
+    """
+
+    num_blocks: int
+    routed: dict[str, float]
+    experts: tuple[dict[str, float], ...]
+    best_expert: dict[str, int]
+    random: dict[str, float]
+
+    @property
+    def oracle(self) -> dict[str, float]:
+        """By domain the loss of its best expert alone."""
+        return {name: self.experts[expert][name] for name, expert in self.best_expert.items()}
+
+
+@dataclass(frozen=True)
 class FinetuneFacts:
     """What fine-tuning did.
 
     Held-out figures of each model, the history, which step was kept, and the steps and seconds of training. Of
     `best_steps`, 0 is the start: no evaluation was better, and the weights are as they were. Without
     fine-tuning there are the figures of the dense and the upcycled model alone, no precision and no gradient.
-    `compute_seconds` are the processor's, of all threads, or the clock's where a GPU computes: by them the control of
-    equal time gets its steps, since the clock also counts what else the machine does.
+    `compute_seconds` are the processor's, of all threads, or the clock's where a GPU computes. `flops` are the
+    operations of training by `training_flops`: by them the control of equal compute gets its steps. `control_rate` is
+    the factor of the learning rates at which the controls did best.
     """
 
     evaluations: dict[ModelName, Evaluation]
@@ -77,3 +100,6 @@ class FinetuneFacts:
     sparse_layers: tuple[int, ...] = ()
     warnings: tuple[str, ...] = field(default=())
     compute_seconds: dict[ModelName, float] = field(default_factory=dict)
+    flops: dict[ModelName, float] = field(default_factory=dict)
+    control_rate: float | None = None
+    oracle: OracleRouting | None = None

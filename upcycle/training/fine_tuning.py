@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,19 +15,18 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.controls import Trainings, evaluate_domains
 from dense2moe.upcycle.training.domain_routing import measure_domains
-from dense2moe.upcycle.training.evaluation import evaluate
 from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
-from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
-from dense2moe.upcycle.training.phase import Trained, check_settings
+from dense2moe.upcycle.training.job import Setup, load_shape
+from dense2moe.upcycle.training.oracle import measure_oracle
+from dense2moe.upcycle.training.phase import check_settings
 from dense2moe.upcycle.training.processes import join_processes, on_main
 from dense2moe.upcycle.training.remarks import find_harm, find_imbalance
 from dense2moe.upcycle.training.router_gradient import measure_router_gradient
 from dense2moe.upcycle.training.trainable import count_last_layers
 
-CONTROL_DIRECTORY = "control"
-EQUAL_TIME_DIRECTORY = "control-equal-time"
 _GRADIENT_BLOCKS = 2  # that the routers' task gradient is measured on
 _MAX_REPEATS = 16  # more copies of a block in one step are a slip of the pen
 
@@ -52,8 +49,8 @@ def finetune(
     looked at, so what only harms leaves them as they are, with a warning.
 
     With `config.control` the checkpoint in `dense` is continued twice, on the same batches in the same order: for the
-    same steps, into `output/control`, and for as long as the mixture took, into `output/control-equal-time`. The
-    history goes to `output/history.jsonl`. What a killed run needs to go on is kept in `scratch`, which the caller
+    same steps, into `output/control`, and for as many steps as take the mixture's floating-point operations, into
+    `output/control-same-flops`; with several `control_rates` at the best of them. The history goes to `output/history.jsonl`. What a killed run needs to go on is kept in `scratch`, which the caller
     hands to `durable.discard_damage` before, and deletes when all is well.
 
     With `equal` the mixture was shown to compute what `dense` does, by its receipt. It is read on a few held-out
@@ -72,14 +69,12 @@ def finetune(
     phases = config.resolve_phases()
     _check_data(shape, config, phases, data)
     setup = Setup(mixture, data, scratch, _choose_precision(config), seed, task)
-    evaluations = _evaluate_untrained(dense, mixture, data, task, progress, equal)
-    train, test = read_blocks(data, "train"), read_blocks(data, "test")
+    train = read_blocks(data, "train")
+    training = Trainings(dense, output, setup, config, progress)
+    training.evaluations |= _evaluate_untrained(dense, mixture, data, task, progress, equal)
     gradient = on_main(lambda: measure_router_gradient(mixture, train[:_GRADIENT_BLOCKS], task))
-    trained: dict[ModelName, Trained] = {}
-    for job in _jobs(dense, mixture, output, config, trained):
-        teacher = dense if config.distillation and job.source == mixture else None
-        trained[job.name] = train_model(job, setup, teacher, progress)
-        evaluations[job.name] = on_main(partial(evaluate, job.target, test, job.name, progress, task))
+    training.run()
+    trained, evaluations = training.trained, training.evaluations
     history = tuple(step for each in trained.values() for step in each.history)
     if join_processes().is_main_process:
         write_history(output / HISTORY_NAME, history)
@@ -92,9 +87,12 @@ def finetune(
         precision=setup.precision,
         router_task_gradient=gradient,
         domains=on_main(lambda: measure_domains(output, data, task)),
+        oracle=on_main(lambda: measure_oracle(output, data, task)),
         sparse_layers=sparse_layers(shape),
         warnings=(*find_harm(trained, evaluations), *find_imbalance(history, gradient, phases[-1])),
         compute_seconds={name: each.compute_seconds for name, each in trained.items()},
+        flops=training.flops,
+        control_rate=training.control_rate,
     )
 
 
@@ -122,12 +120,11 @@ def _evaluate_untrained(
     dense: Path, mixture: Path, data: Path, task: Task, progress: Progress, equal: bool
 ) -> dict[ModelName, Evaluation]:
     """Held-out figures of the dense model and its untrained mixture."""
-    test = read_blocks(data, "test")
 
     def measure() -> dict[ModelName, Evaluation]:
-        found = evaluate(dense, test, "dense", progress, task)
+        found = evaluate_domains(dense, data, "dense", progress, task)
         known: tuple[ModelName, Evaluation] | None = ("dense", found) if equal else None
-        return {"dense": found, "upcycled": evaluate(mixture, test, "upcycled", progress, task, known)}
+        return {"dense": found, "upcycled": evaluate_domains(mixture, data, "upcycled", progress, task, known)}
 
     return on_main(measure)
 
@@ -147,20 +144,6 @@ def _check_data(shape: PreTrainedModel, config: FinetuneConfig, phases: tuple[Fi
         )
     for settings in phases:
         check_settings(shape, settings, len(names))
-
-
-def _jobs(
-    dense: Path, mixture: Path, output: Path, config: FinetuneConfig, trained: dict[ModelName, Trained]
-) -> Iterator[Job]:
-    """Jobs for the mixture and its controls, in order.
-
-    A control begins when the models before it are in `trained`.
-    """
-    phases = config.resolve_phases()
-    yield Job("fine-tuned", mixture, output, phases)
-    if config.control:
-        yield Job("dense continued", dense, output / CONTROL_DIRECTORY, phases)
-        yield Job("dense, equal time", dense, output / EQUAL_TIME_DIRECTORY, _stretch(phases, trained))
 
 
 def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
@@ -191,19 +174,3 @@ def _choose_precision(config: FinetuneConfig) -> str:
     if torch.cuda.is_available():
         return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
     return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
-
-
-def _stretch(phases: tuple[FinetuneConfig, ...], trained: dict[ModelName, Trained]) -> tuple[FinetuneConfig, ...]:
-    """Phases extended to the steps that the dense model can do.
-
-    They take as long as the mixture's training.
-
-    By the seconds of computing that both took.
-    """
-    mixture, control = trained["fine-tuned"], trained["dense continued"]
-    seconds_per_step = control.compute_seconds / control.last_step
-    ratio = mixture.compute_seconds / seconds_per_step / sum(settings.steps for settings in phases)
-    return tuple(
-        settings.model_copy(update={"steps": max(settings.warmup_steps + 1, round(settings.steps * ratio))})
-        for settings in phases
-    )

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from dense2moe.upcycle.gates.facts import LayerRouting
 
-ModelName = Literal["dense", "upcycled", "fine-tuned", "dense continued", "dense, equal time"]
+ModelName = Literal["dense", "upcycled", "fine-tuned", "dense continued", "dense, same FLOPs"]
 """The torch models of a run; the last two are the controls, dense models trained beside the mixture."""
 
 

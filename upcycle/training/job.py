@@ -44,12 +44,16 @@ _RESULTS = ("best_step", "last_step", "seconds", "compute_seconds")  # of `Train
 
 @dataclass(frozen=True)
 class Job:
-    """One model to train: name, source, target and phases' settings."""
+    """One model to train: name, source, target and phases' settings.
+
+    `trial` names one of several trainings of the same model, of which one will count.
+    """
 
     name: ModelName
     source: Path
     target: Path
     phases: tuple[FinetuneConfig, ...]
+    trial: str = ""
 
     @property
     def num_steps(self) -> int:
@@ -77,7 +81,7 @@ def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress
 
     A phase that an earlier run finished is not run again. `teacher` is a checkpoint to distil from.
     """
-    folder = setup.scratch / job.name.replace(",", "").replace(" ", "-")
+    folder = setup.scratch / f"{job.name} {job.trial}".strip().replace(",", "").replace(" ", "-")
     job = _settle(job, folder)
     loaded_teacher = _load_teacher(teacher, setup.task) if teacher else None
     source, first_step, best_step = job.source, 0, 0

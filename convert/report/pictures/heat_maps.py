@@ -63,6 +63,7 @@ def draw_specialization(domains: DomainRouting, names: Sequence[int]) -> Drawing
     }
     (layer, expert), furthest = max(taken.items(), key=lambda item: max(item[1])[0] - min(item[1])[0])
     (most, here), (least, there) = max(furthest), min(furthest)
+    most_information = math.log(min(len(domains.loads), num_experts))
     finding = "know" if between > 2 * within else "hardly know" if between > within else "do not know"
     return (
         write_svg(figure, "specialization"),
@@ -70,7 +71,9 @@ def draw_specialization(domains: DomainRouting, names: Sequence[int]) -> Drawing
         "the held-out text.",
         f"From one domain to another {format_share(between)} of a layer's load moves to other experts, from one half "
         "of a domain to the other "
-        f"{format_share(within)}, so the experts {finding} the domains; the greatest difference is expert {expert} "
+        f"{format_share(within)}, so the experts {finding} the domains (mutual information of expert and domain: "
+        f"{fmean(domains.information):.2f} of at most {most_information:.2f} nats); the greatest difference is expert "
+        f"{expert} "
         f"of layer {names[layer]}, "
         f"with {most:.2f} times its fair share of {here} and {least:.2f} times of {there}.",
     )

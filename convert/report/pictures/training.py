@@ -32,8 +32,8 @@ from dense2moe.upcycle.training.history import ModelName, Step
 
 _TRAINED: tuple[tuple[ModelName, str, str, Any], ...] = (
     ("fine-tuned", "mixture", BLUE, "solid"),
-    ("dense continued", "dense, equal tokens", ORANGE, (0, (4, 1.5))),
-    ("dense, equal time", "dense, equal time", GREEN, (0, (5, 1.5, 1, 1.5))),
+    ("dense continued", "dense, same tokens", ORANGE, (0, (4, 1.5))),
+    ("dense, same FLOPs", "dense, same FLOPs", GREEN, (0, (5, 1.5, 1, 1.5))),
 )
 
 
@@ -57,7 +57,9 @@ def draw_training(finetune: FinetuneFacts) -> Drawing:
         if validation:
             axes.plot(*zip(*validation, strict=True), color=color, linestyle=dash, marker=".", markersize=5)
             drawn.append(Line2D([], [], color=color, linestyle=dash, marker=".", markersize=5, label=label))
-            ends.append(f"{min(loss for _, loss in validation):.3f} for the {label.replace(',', ' model at')}")
+            ends.append(
+                f"{min(loss for _, loss in validation):.3f} for the {label.replace('dense,', 'dense model with the')}"
+            )
         if best:
             axes.plot(
                 *zip(*best, strict=True), "o", color=color, markerfacecolor="none", markersize=9, markeredgewidth=1.2

@@ -1,0 +1,95 @@
+"""Was it worth it? The mixture beside dense models of equal cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from dense2moe.convert.report.facts import ReportFacts
+from dense2moe.convert.report.figures import describe_change, figures_agree, format_figure
+from dense2moe.convert.report.grid import Grid
+from dense2moe.convert.report.numerals import format_special
+from dense2moe.convert.report.summary import TORCH_MODELS, Verdict
+from dense2moe.upcycle.tasks.figure import Figure
+from dense2moe.upcycle.training.facts import OracleRouting
+from dense2moe.upcycle.training.history import ModelName
+
+TOKENS: ModelName = "dense continued"
+COMPUTE: ModelName = "dense, same FLOPs"
+
+
+def judge_worth(facts: ReportFacts) -> Iterator[Verdict]:
+    """The answer in one sentence, where there is a control."""
+    evaluations = facts.finetune.evaluations
+    if "fine-tuned" not in evaluations or TOKENS not in evaluations:
+        return
+    tuned = facts.figure("fine-tuned")
+    rivals = {
+        "the dense model as it came": facts.figure("dense"),
+        "it continued on the same tokens": facts.figure(TOKENS),
+    }
+    if COMPUTE in evaluations:
+        rivals["it continued with the same compute"] = facts.figure(COMPUTE)
+    told = ", ".join(
+        f"{describe_change(tuned, rival)} {name} ({format_figure(rival)})" for name, rival in rivals.items()
+    )
+    figures = f"the mixture's {tuned.name} is {format_figure(tuned)}, {told}"
+    wins = [_beats(tuned, rival) for rival in rivals.values()]
+    if all(wins):
+        yield Verdict(f"Was it worth it? Yes: {figures}.", True)
+    elif wins[:2] == [True, True]:
+        yield Verdict(
+            f"Was it worth it? On equal tokens yes, on equal compute not yet: {figures}. The run ended before the "
+            "mixture overtakes: while both still learn fast, the dense model's cheaper steps win.",
+            None,
+        )
+    else:
+        yield Verdict(f"Was it worth it? No: {figures}.", False)
+
+
+def _beats(tuned: Figure, rival: Figure) -> bool:
+    """Whether a figure is better than another by more than rounding."""
+    return tuned.gain(rival.value) > 0 and not figures_agree(tuned, rival, 4)
+
+
+def domain_table(facts: ReportFacts) -> Grid:
+    """The held-out loss of every torch model on each domain's text."""
+    evaluations = facts.finetune.evaluations
+    rows = {name: evaluations[name].domain_losses for name in TORCH_MODELS if name in evaluations}
+    return _losses_table("Loss, nats", {name: losses for name, losses in rows.items() if losses})
+
+
+def oracle_table(oracle: OracleRouting | None) -> Grid:
+    """The loss on each domain, as routed and with routers overruled."""
+    if oracle is None:
+        return Grid((), ())
+    best = {name: f"{loss:.3f}, expert {oracle.best_expert[name]}" for name, loss in oracle.oracle.items()}
+    table = _losses_table(
+        "Tokens go to",
+        {
+            "the routers' choice": oracle.routed,
+            **{f"expert {number} alone": losses for number, losses in enumerate(oracle.experts)},
+            "experts drawn by chance": oracle.random,
+        },
+    )
+    mean = sum(oracle.oracle.values()) / len(oracle.oracle)
+    row = ("the domain's best expert alone", *(best[name] for name in oracle.routed), f"{mean:.3f}")
+    return Grid(table.headers, (table.rows[0], row, *table.rows[1:]))
+
+
+def _losses_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Grid:
+    """Losses by domain, and their mean."""
+    if not rows:
+        return Grid((), ())
+    domains = list(next(iter(rows.values())))
+    return Grid(
+        (title, *domains, "mean"),
+        tuple((name, *map(_format_loss, [*(of[each] for each in domains), _mean(of)])) for name, of in rows.items()),
+    )
+
+
+def _mean(losses: Mapping[str, float]) -> float:
+    return sum(losses.values()) / len(losses)
+
+
+def _format_loss(loss: float) -> str:
+    return format_special(loss) or f"{loss:.3f}"

@@ -1,0 +1,128 @@
+"""The mixture and its controls: trained in turn, counted, measured.
+
+A control is the dense model continued on the same batches: for the same steps, and for as many as take the mixture's
+floating-point operations. Both learn at the rates that suit the dense model best, of those that are tried.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from dense2moe.upcycle.checkpoints.loaded import sparse_layers
+from dense2moe.upcycle.data.blocks import read_domains
+from dense2moe.upcycle.data.examples import read_examples
+from dense2moe.upcycle.progress import Progress
+from dense2moe.upcycle.tasks.task import Task
+from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.evaluation import evaluate
+from dense2moe.upcycle.training.facts import Evaluation
+from dense2moe.upcycle.training.flops import forward_flops, training_flops
+from dense2moe.upcycle.training.history import ModelName
+from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
+from dense2moe.upcycle.training.phase import Trained
+from dense2moe.upcycle.training.processes import on_main
+
+CONTROL_DIRECTORY = "control"
+SAME_FLOPS_DIRECTORY = "control-same-flops"
+
+
+class Trainings:
+    """The models of a fine-tuning, trained in turn and measured."""
+
+    def __init__(self, dense: Path, output: Path, setup: Setup, config: FinetuneConfig, progress: Progress) -> None:
+        self.dense, self.output, self.setup, self.config, self.progress = dense, output, setup, config, progress
+        self.phases = config.resolve_phases()
+        self.trained: dict[ModelName, Trained] = {}
+        self.evaluations: dict[ModelName, Evaluation] = {}
+        self.flops: dict[ModelName, float] = {}
+        self.control_rate: float | None = None
+
+    def run(self) -> None:
+        """Train the mixture, and with `control` the dense model twice."""
+        self._train(Job("fine-tuned", self.setup.mixture, self.output, self.phases))
+        if not self.config.control:
+            return
+        self.control_rate = self._find_rate()
+        phases = _scale_rates(self.phases, self.control_rate)
+        self._train(Job("dense continued", self.dense, self.output / CONTROL_DIRECTORY, phases))
+        ratio = self.flops["fine-tuned"] / self._count(self.dense, phases)
+        equal = self.output / SAME_FLOPS_DIRECTORY
+        self._train(Job("dense, same FLOPs", self.dense, equal, stretch(phases, ratio)))
+
+    def _find_rate(self) -> float:
+        """The factor of the learning rates that suits the control best."""
+        factors = self.config.control_rates
+        if len(factors) == 1:
+            return factors[0]
+        reached = {}
+        for factor in factors:
+            place = self.setup.scratch / "rates" / f"{factor:g}"
+            job = Job("dense continued", self.dense, place, _scale_rates(self.phases, factor), f"rate {factor:g}")
+            result = train_model(job, self.setup, None, self.progress)
+            reached[factor] = min(step.validation_loss for step in result.history if step.validation_loss is not None)
+        return min(reached, key=lambda factor: reached[factor])
+
+    def _train(self, job: Job) -> None:
+        teacher = self.dense if self.config.distillation and job.source == self.setup.mixture else None
+        self.trained[job.name] = result = train_model(job, self.setup, teacher, self.progress)
+        done = result.last_step / job.num_steps
+        self.flops[job.name] = done * self._count(job.source, job.phases)
+        task = self.setup.task
+        self.evaluations[job.name] = on_main(
+            lambda: evaluate_domains(job.target, self.setup.data, job.name, self.progress, task)
+        )
+
+    def _count(self, source: Path, phases: tuple[FinetuneConfig, ...]) -> float:
+        """Operations of all planned steps, with those of a teacher."""
+        task, block_size = self.setup.task, read_examples(self.setup.data, "test").block_size
+        shape, layers = load_shape(source, task), sparse_layers(load_shape(self.setup.mixture, task))
+        is_taught = self.config.distillation is not None and source == self.setup.mixture
+        taught = forward_flops(load_shape(self.dense, task), block_size) if is_taught else 0.0
+        return sum(
+            (training_flops(shape, each, layers, block_size) + taught) * each.steps * each.batch_size * block_size
+            for each in phases
+        )
+
+
+def evaluate_domains(
+    directory: Path,
+    data: Path,
+    name: ModelName,
+    progress: Progress,
+    task: Task,
+    equal: tuple[ModelName, Evaluation] | None = None,
+) -> Evaluation:
+    """Held-out figures of a checkpoint, and its loss by domain.
+
+    Where there is one domain, its loss alone.
+    """
+    test, (names, _) = read_examples(data, "test"), read_domains(data, "test")
+    found = evaluate(directory, test.ids, name, progress, task, equal)
+    losses = torch.tensor(found.block_losses, dtype=torch.float64)
+    by_domain = {domain: float(losses[test.domains == number].mean()) for number, domain in enumerate(names)}
+    return replace(found, domain_losses=by_domain) if len(names) > 1 else found
+
+
+def stretch(phases: tuple[FinetuneConfig, ...], ratio: float) -> tuple[FinetuneConfig, ...]:
+    """Phases with `ratio` times as many steps.
+
+    Each has a step more than its warm-up at least.
+    """
+    return tuple(
+        settings.model_copy(update={"steps": max(settings.warmup_steps + 1, round(settings.steps * ratio))})
+        for settings in phases
+    )
+
+
+def _scale_rates(phases: tuple[FinetuneConfig, ...], factor: float) -> tuple[FinetuneConfig, ...]:
+    """Phases with every learning rate times `factor`."""
+
+    def scale(settings: FinetuneConfig) -> FinetuneConfig:
+        names = ("learning_rate", "expert_learning_rate", "router_learning_rate")
+        rates = {name: rate * factor for name in names if (rate := getattr(settings, name)) is not None}
+        return settings.model_copy(update=rates)
+
+    return tuple(map(scale, phases)) if factor != 1.0 else phases
