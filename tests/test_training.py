@@ -35,6 +35,7 @@ from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.history import Step
 from dense2moe.upcycle.training.job import Job, Setup, train_model
+from dense2moe.upcycle.training.phase import Trained
 from dense2moe.upcycle.training.prompt import run_with_prompt
 
 BLOCK = 32

@@ -45,8 +45,8 @@ TUNED = "the mixture's perplexity is 11.23, 24 % better than the dense model as 
             11.2346,
             11.0,
             Verdict(
-                f"Was it worth it? No: {TUNED}, less than 0.01 % better than it continued on the same tokens (11.23), 2.13 % worse "
-                "than it continued with the same compute (11.00).",
+                f"Was it worth it? No: {TUNED}, less than 0.01 % better than {TOKENS} (11.23), 2.13 % worse than "
+                f"{COMPUTE} (11.00).",
                 False,
             ),
         ),

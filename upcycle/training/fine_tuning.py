@@ -49,9 +49,10 @@ def finetune(
     looked at, so what only harms leaves them as they are, with a warning.
 
     With `config.control` the checkpoint in `dense` is continued twice, on the same batches in the same order: for the
-    same steps, into `output/control`, and for as many steps as take the mixture's floating-point operations, into
-    `output/control-same-flops`; with several `control_rates` at the best of them. The history goes to `output/history.jsonl`. What a killed run needs to go on is kept in `scratch`, which the caller
-    hands to `durable.discard_damage` before, and deletes when all is well.
+    same steps, into `output/control`, and for as many as take the mixture's floating-point operations, into
+    `output/control-same-flops`; with several `control_rates` at the best of them. The history goes to
+    `output/history.jsonl`. What a killed run needs to go on is kept in `scratch`, which the caller hands to
+    `durable.discard_damage` before, and deletes when all is well.
 
     With `equal` the mixture was shown to compute what `dense` does, by its receipt. It is read on a few held-out
     blocks, and where the losses are the same it has the dense model's figures.
