@@ -32,8 +32,6 @@ def judge_worth(facts: ReportFacts) -> Iterator[Verdict]:
     told = ", ".join(
         f"{describe_change(tuned, rival)} {name} ({format_figure(rival)})" for name, rival in rivals.items()
     )
-        f"{describe_change(tuned, rival)} {name} ({format_figure(rival)})" for name, rival in rivals.items()
-    )
     figures = f"the mixture's {tuned.name} is {format_figure(tuned)}, {told}"
     wins = [_beats(tuned, rival) for rival in rivals.values()]
     if all(wins):

@@ -76,7 +76,7 @@ class Trainings:
         )
 
     def _count(self, source: Path, phases: tuple[FinetuneConfig, ...]) -> float:
-        """Operations of all planned steps, with those of a teacher."""
+        """Operations of all planned steps, a teacher's included."""
         task, block_size = self.setup.task, read_examples(self.setup.data, "test").block_size
         shape, layers = load_shape(source, task), sparse_layers(load_shape(self.setup.mixture, task))
         is_taught = self.config.distillation is not None and source == self.setup.mixture

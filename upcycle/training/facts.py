@@ -27,7 +27,8 @@ class Evaluation:
 
     `figures`: of the task, the one that a model is judged by first. `loss` is the task's mean loss, in nats a token of
     text; `block_losses` has the loss of each block. Decoding is greedy, by plain transformers, in the dtype that the
-    checkpoint has. `domain_losses` has the loss on each domain's text, where there are several domains. `same` is given where the losses were computed on another model.
+    checkpoint has. `domain_losses` has the loss on each domain's text, where there are several domains. `same` is given
+    where the losses were computed on another model.
     """
 
     loss: float

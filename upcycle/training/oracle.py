@@ -77,7 +77,7 @@ def _draw_experts(shape: torch.Size, num_experts: int, generator: torch.Generato
 
 @contextmanager
 def _overruled(model: PreTrainedModel, choose: Any) -> Iterator[None]:
-    """For the length of a `with`: `choose` names each token's experts.
+    """Within the `with`, `choose` names each token's experts.
 
     Their weights are equal.
     """
