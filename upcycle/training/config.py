@@ -130,13 +130,13 @@ class FinetuneConfig(Record):
     )
     control: bool = Field(
         True,
-        description="Also train the dense model further: on the same tokens for the same steps, and for as many steps as "
-        "take the mixture's floating-point operations.",
+        description="Also train the dense model further: on the same tokens for the same steps, and for as many steps "
+        "as take the mixture's floating-point operations.",
     )
     control_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1, strict=False)] = Field(
         (1.0,),
-        description="Factors of the learning rate that the control is tried with, such as [0.5, 1, 2]; the one with the "
-        "best validation loss counts.",
+        description="Factors of the learning rate that the control is tried with, such as [0.5, 1, 2]; the one with "
+        "the best validation loss counts.",
         json_schema_extra={"uniqueItems": True},
     )
     tensorboard: bool = Field(False, description="Also write TensorBoard events into the artifact.")
