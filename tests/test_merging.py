@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,18 @@ from mixtures import EXACT, MakeDense, dense_ffn, experts, logits, quiet
 from safetensors.torch import load_file
 
 from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.pieces import ExpertPart
+from dense2moe.upcycle.building.merger import Merger
+from dense2moe.upcycle.building.pieces import ExpertPart, Slice
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.surgery import check_written, upcycle
+from dense2moe.upcycle.checkpoints import tensors
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
 
 # transformers says so when it builds the shared expert of width 0 that Qwen2-MoE must have.
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element")
 
-METHODS = ("base", "mean")
+METHODS = ("base", "mean", "task-arithmetic", "ties", "dare")
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": EXACT,
     "mixtral of a fused ffn": {**EXACT, "architecture": "Phi3ForCausalLM"},
@@ -158,6 +161,36 @@ def test_the_mean_is_of_the_sources_and_of_a_base_that_is_an_expert(
         np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7 * np.abs(expected).max())  # two roundings
 
 
+def test_task_arithmetic_and_ties_reach_every_part(make_dense: MakeDense, tmp_path: Path) -> None:
+    """By the method's own functions, whole tensor by whole tensor."""
+    base = make_dense(**EXACT)
+    sources = two_sources(base, tmp_path)
+    own = rest(base)
+    changes = [{name: value - own[name] for name, value in rest(source).items()} for source in sources.values()]
+    merge(base, sources, tmp_path / "sum", merging=MergingConfig(method="task-arithmetic", weight=0.7))
+    for name, found in rest(tmp_path / "sum").items():
+        expected = own[name] + 0.7 * sum(change[name] for change in changes)
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+    merge(base, sources, tmp_path / "ties", merging=MergingConfig(method="ties", density=1.0))
+    for name, found in rest(tmp_path / "ties").items():
+        one, other = (change[name] for change in changes)
+        agreed = np.where(one * other > 0, (one + other) / 2, np.where(abs(one) > abs(other), one, other))
+        np.testing.assert_allclose(found, own[name] + agreed, rtol=0, atol=1e-6)
+
+
+def test_what_dare_drops_follows_from_the_seed_and_the_names(make_dense: MakeDense, tmp_path: Path) -> None:
+    base = make_dense(**EXACT)
+    sources = two_sources(base, tmp_path)
+    own = rest(base)
+    for name in ("first", "second"):
+        merge(base, sources, tmp_path / name, merging=MergingConfig(method="dare", density=0.5, weight=1.0))
+    first, second = rest(tmp_path / "first"), rest(tmp_path / "second")
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    # dropped of both sources: one in four
+    untouched = np.mean([np.mean(first[name] == own[name]) for name in first if first[name].size > 500])
+    assert 0.2 < untouched < 0.3
+
+
 def test_layers_without_experts_merge_their_ffns_too(make_dense: MakeDense, tmp_path: Path) -> None:
     base = make_dense(**EXACT)
     sources = two_sources(base, tmp_path)
@@ -165,6 +198,27 @@ def test_layers_without_experts_merge_their_ffns_too(make_dense: MakeDense, tmp_
     found = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     ups = [load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] for source in sources.values()]
     torch.testing.assert_close(found, (ups[0] + ups[1]) / 2, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["mean", "ties", "dare"])
+def test_memory_does_not_grow_with_the_number_of_sources(
+    method: Any, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_dense(hidden_size=256, **EXACT)
+    chunk_bytes = 65536
+    monkeypatch.setattr(tensors, "CHUNK_ELEMENTS", chunk_bytes // 4)
+    checkpoint, peaks = open_checkpoint(base), []
+    for count in (2, 6):
+        sources = {str(number): checkpoint for number in range(count)}
+        plan = plan_upcycle(checkpoint, UpcycleConfig(merging=MergingConfig(method=method)), sources)
+        merger = Merger((checkpoint, *sources.values()), plan, 0)
+        tracemalloc.start()
+        for _ in merger.merge(Slice("model.embed_tokens.weight", 0, 300)):  # five chunks
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[0] > chunk_bytes
+    assert peaks[1] < peaks[0] + chunk_bytes  # four more sources, and not one more chunk
 
 
 # Refusals

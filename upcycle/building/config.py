@@ -115,10 +115,50 @@ class MergingConfig(Record):
     A source's change is what it differs by from the base.
     """
 
-    method: Literal["base", "mean"] = Field(
+    method: Literal["base", "mean", "task-arithmetic", "ties", "dare"] = Field(
         "mean",
-        description="'base': the base's own; 'mean': the mean of the sources, and of the base where it is an expert.",
+        description="'base': the base's own; 'mean': the mean of the sources, and of the base where it is an expert; "
+        "'task-arithmetic': the base and `weight` times the sum of the changes (Ilharco et al. 2023); 'ties': the base "
+        "and `weight` times the mean of the largest changes that agree in sign with the most of them (Yadav et al. "
+        "2023); 'dare': task arithmetic of changes of which many are dropped at random and the others enlarged to make "
+        "up for it (Yu et al. 2024).",
     )
+    weight: PositiveFloat | None = Field(
+        None,
+        description="Factor of the merged change, for 'task-arithmetic', 'ties' and 'dare'; 1 for 'ties' if not given, "
+        "0.4 for the others.",
+    )
+    density: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Share of each change that is kept, for 'ties' the largest, for 'dare' drawn; 0.2 if not given.",
+    )
+
+    @model_validator(mode="after")
+    def _check_method(self) -> MergingConfig:
+        for name, methods in (("weight", WEIGHTED), ("density", THINNED)):
+            if getattr(self, name) is not None and self.method not in methods:
+                raise ValueError(f"method '{self.method}' has a {name}; must be {' or '.join(methods)} to have one")
+        return self
+
+    @property
+    def factor(self) -> float:
+        """The weight, or the method's default.
+
+        Defaults are what Yadav et al. 2023 take where there is no validation set.
+        """
+        return self.weight or (1.0 if self.method == "ties" else 0.4)
+
+    @property
+    def share(self) -> float:
+        """The density, or its default."""
+        return self.density or 0.2
+
+
+WEIGHTED = ("task-arithmetic", "ties", "dare")
+"""Methods of merging with a weight."""
+
+THINNED = ("ties", "dare")
+"""Methods of merging that keep a share of each change."""
 
 
 _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")

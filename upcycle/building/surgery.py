@@ -32,9 +32,10 @@ from dense2moe.upcycle.building.pieces import (
     Zeros,
 )
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.config_files import save_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, copy_companions, open_checkpoint
-from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry, read_chunks
+from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
 from dense2moe.upcycle.checkpoints.writer import Content, Span, read_span, write_tensors
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.gates.start import draw_router
@@ -66,7 +67,8 @@ def upcycle(
         UpcycleError: the source cannot be upcycled (nothing is written then).
         OSError: the disk is full or not writable.
     """
-    checkpoint, others = open_checkpoint(source), open_sources(sources or {})
+    checkpoint = open_checkpoint(source)
+    others = open_sources(checkpoint, sources or {})
     plan = plan or plan_upcycle(checkpoint, config, others)
     surgeon = _Surgeon((checkpoint, *others.values()), plan, seed, routers or {})
     save_config(plan.target_config, output)
@@ -77,15 +79,6 @@ def upcycle(
         output, specs, contents, config.shard_bytes, report=lambda done, total: progress("writing tensors", done, total)
     )
     return plan
-
-
-def open_sources(sources: Mapping[str, Path]) -> dict[str, Checkpoint]:
-    """The checkpoints of sources by name, in order.
-
-    Raises:
-        UpcycleError: see `open_checkpoint`.
-    """
-    return {name: open_checkpoint(directory) for name, directory in sources.items()}
 
 
 class _Surgeon:
@@ -102,7 +95,7 @@ class _Surgeon:
         outside = [piece for write in plan.writes for piece in write.pieces if isinstance(piece, Keep | Merged)]
         self._folds = {piece.rows.source: piece.fold for piece in outside if piece.fold is not None}
         self._merged = {piece.rows.source for piece in outside if isinstance(piece, Merged)}
-        self._merger = Merger(checkpoints, plan)
+        self._merger = Merger(checkpoints, plan, seed)
         self._moments: dict[Slice, ElementMoments] = {}
 
     def make(self, write: Write) -> Iterator[Content]:
@@ -149,7 +142,7 @@ class _Surgeon:
         rows = matrix
         if part.neuron_axis == 0:
             rows = replace(matrix, start=matrix.start + first, stop=matrix.start + last)
-        if not changed and whole:
+        if not changed and whole and self.checkpoints[rows.checkpoint].is_stored(rows.source):
             yield self._span(rows)
             return
         moments = self._measure(matrix) if part.drop > 0 or part.noise > 0 else ElementMoments(0.0, 0.0)
@@ -221,7 +214,7 @@ class _Surgeon:
         return self._entry(matrix).shape[1]
 
     def _chunks(self, rows: Slice) -> Iterator[torch.Tensor]:
-        return read_chunks(self._entry(rows), rows.start, rows.stop)
+        return self.checkpoints[rows.checkpoint].read_chunks(rows.source, rows.start, rows.stop)
 
     def _span(self, rows: Slice) -> Span:
         entry = self._entry(rows)
@@ -247,8 +240,8 @@ def check_written(
     Raises:
         UpcycleError: a tensor on disk is not the one that was written.
     """
-    checkpoints = (open_checkpoint(source), *open_sources(sources or {}).values())
-    surgeon = _Surgeon(checkpoints, plan, seed, routers or {})
+    base = open_checkpoint(source)
+    surgeon = _Surgeon((base, *open_sources(base, sources or {}).values()), plan, seed, routers or {})
     written = open_checkpoint(output)
     for number, write in enumerate(plan.writes, 1):
         entry = written.entries[write.spec.name]

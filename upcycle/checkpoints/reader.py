@@ -64,6 +64,14 @@ class Checkpoint:
         """Read rows of one tensor into fresh memory, in its stored dtype."""
         return read_rows(self.entries[name], start, stop)
 
+    def read_chunks(self, name: str, start: int = 0, stop: int | None = None) -> Iterator[torch.Tensor]:
+        """Read rows (all) of one tensor, about 4 million elements at once."""
+        yield from read_chunks(self.entries[name], start, stop)
+
+    def is_stored(self, name: str) -> bool:
+        """Whether the tensor lies in a file as it is."""
+        return name in self.entries
+
 
 def open_checkpoint(directory: Path) -> Checkpoint:
     """Open a checkpoint directory as plain transformers understands it.

@@ -76,10 +76,17 @@ def read_chunks(entry: TensorEntry, start: int = 0, stop: int | None = None) -> 
     if entry.num_elements == 0 or not entry.shape:
         yield read_tensor(entry)
         return
+    yield from (read_rows(entry, *rows) for rows in chunk_rows(entry, start, stop))
+
+
+def chunk_rows(entry: TensorEntry, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+    """The first row of each chunk, and the one after its last.
+
+    Of rows `start` to `stop` (all) of a tensor, about 4 million elements a chunk.
+    """
     stop = entry.shape[0] if stop is None else stop
     step = max(1, CHUNK_ELEMENTS * entry.shape[0] // entry.num_elements)
-    for first in range(start, stop, step):
-        yield read_rows(entry, first, min(stop, first + step))
+    yield from ((first, min(stop, first + step)) for first in range(start, stop, step))
 
 
 def _read(entry: TensorEntry, position: int, shape: tuple[int, ...]) -> torch.Tensor:
