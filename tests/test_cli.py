@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it fails."""
 
+import errno
 import io
 import json
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 import torch
 from programs import dense2moe
@@ -64,6 +66,25 @@ def test_the_commands_are_these():
         "show",
         "verify",
     ]
+
+
+def test_what_may_not_be_read_is_refused_by_us_and_not_in_click_s_two_lines(tmp_path, monkeypatch):
+    paths = [each.type for command in main.commands.values() for each in command.params]
+    paths = [each for each in paths if isinstance(each, click.Path)]
+    assert len(paths) > 12
+    assert not any(each.exists or each.readable or each.writable or not each.dir_okay for each in paths)
+
+    opened = Path.open
+
+    def refuse(path, *arguments, **settings):
+        if path.name == "r.yaml":
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *arguments, **settings)
+
+    (tmp_path / "r.yaml").write_text("source: x\n", encoding="utf-8")
+    monkeypatch.setattr(Path, "open", refuse)  # root may read everything
+    refusal = f"Error: {tmp_path}/r.yaml: cannot be read: Permission denied; give the path of a recipe\n"
+    assert invoke("check", tmp_path / "r.yaml") == (1, refusal)
 
 
 def test_python_m_convert_is_the_same_program():

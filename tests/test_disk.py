@@ -42,6 +42,25 @@ def test_an_error_of_the_system_is_one_line(number: int, line: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("number", "line"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space"),
+        (errno.EFBIG, "a file grew past the largest size allowed; raise the limit (ulimit -f)"),
+        (errno.EACCES, "no permission; must be yours to read and write; change its owner or mode"),
+        (errno.EROFS, "no write permission: the file system is read-only; mount it for writing"),
+        (errno.EIO, "the disk fails (Input/output error); look at the disk, and run again"),
+        (errno.ENAMETOOLONG, "the name is too long; give a shorter name"),
+    ],
+)
+def test_another_directory_is_advised_for_what_is_in_it_alone(number: int, line: str) -> None:
+    assert describe_os_error(OSError(number, os.strerror(number), "/s/model/config.json"), Path("w")) == (
+        f"/s/model/config.json: {line}"
+    )
+    draft = OSError(errno.ENOSPC, "full", "/s/.model-0123.partial/model.onnx")
+    assert describe_os_error(draft, Path("/s/model"), "DIRECTORY").endswith("or give another DIRECTORY")
+
+
 def test_an_error_without_a_number_is_one_line_too() -> None:
     line = "w: two lines; mend that, or give another --workdir, and run again"
     assert describe_os_error(OSError("two\nlines"), Path("w")) == line

@@ -89,7 +89,7 @@ MEMORY = "close other programs, or take a smaller model or less text"
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (OSError(errno.EIO, "Input/output error", "a/b"), f"a/b: the disk fails (Input/output error); {DISK}"),
+        (OSError(errno.EIO, "Input/output error", "work/b"), f"work/b: the disk fails (Input/output error); {DISK}"),
         (OSError(errno.EIO, "Input/output error"), f"work: the disk fails (Input/output error); {DISK}"),
         (
             FileNotFoundError(errno.ENOENT, "No such file", "a"),
@@ -99,11 +99,14 @@ MEMORY = "close other programs, or take a smaller model or less text"
             OSError(errno.EMFILE, "Too many open files", "a"),
             "a: too many files are open; raise the limit (ulimit -n), and run again",
         ),
-        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "a: the name is too long; give a shorter --workdir"),
+        (
+            OSError(errno.ENAMETOOLONG, "File name too long", "work/a"),
+            "work/a: the name is too long; give a shorter --workdir",
+        ),
         (OSError(errno.ELOOP, "Too many levels", "a"), "a: links lead in a circle; remove one of them"),
         (
-            OSError(errno.EISDIR, "Is a directory", "a"),
-            f"a: a directory is in the way; must be a file; move it away, {ELSE}",
+            OSError(errno.EISDIR, "Is a directory", "work/a"),
+            f"work/a: a directory is in the way; must be a file; move it away, {ELSE}",
         ),
         (RuntimeError(RUST), f"work: the disk is full; free some space, {ELSE}"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,48 +35,63 @@ def describe_os_error(error: OSError, directory: Path, option: str = "--workdir"
 
     Where is the error's own path, or else `directory`.
 
-    By another `option` if need be.
+    By another `option` if need be, where that names the place: another --workdir helps against no file outside of it.
     """
+    place = error.filename if isinstance(error.filename, str) else str(directory)
+    is_inside = _is_inside(place, directory)
+    otherwise = f", or give another {option}" if is_inside else ""
     match error.errno:
         case errno.ENOSPC:
-            what, mend = "the disk is full", f"free some space, or give another {option}"
+            what, mend = "the disk is full", f"free some space{otherwise}"
         case errno.EDQUOT:
-            what, mend = "your disk quota is used up", f"free some space, or give another {option}"
+            what, mend = "your disk quota is used up", f"free some space{otherwise}"
         case errno.EFBIG:
             what, mend = (
                 "a file grew past the largest size allowed",
-                f"raise the limit (ulimit -f), or give a {option} on another file system",
+                "raise the limit (ulimit -f)" + (f", or give a {option} on another file system" if is_inside else ""),
             )
         case errno.EACCES | errno.EPERM:
             what, mend = (
                 "no permission; must be yours to read and write",
-                f"change its owner or mode, or give another {option}",
+                f"change its owner or mode{otherwise}",
             )
         case errno.EROFS:
-            what, mend = "no write permission: the file system is read-only", f"give another {option}"
+            what = "no write permission: the file system is read-only"
+            mend = f"give another {option}" if is_inside else "mount it for writing"
         case errno.ENOTDIR | errno.EEXIST:
-            what, mend = "a file is in the way; must be a directory", f"move it away, or give another {option}"
+            what, mend = "a file is in the way; must be a directory", f"move it away{otherwise}"
         case errno.EISDIR:
-            what, mend = "a directory is in the way; must be a file", f"move it away, or give another {option}"
+            what, mend = "a directory is in the way; must be a file", f"move it away{otherwise}"
         case errno.EIO | errno.ENXIO | errno.ENODEV | errno.ESTALE:
             what, mend = (
                 f"the disk fails ({error.strerror})",
-                f"look at the disk, or give another {option}, and run again",
+                f"look at the disk{otherwise}, and run again",
             )
         case errno.ENOENT:
             what, mend = "is gone; must stay while it is used", "put it back, or run again"
         case errno.EMFILE | errno.ENFILE:
             what, mend = "too many files are open", "raise the limit (ulimit -n), and run again"
         case errno.ENAMETOOLONG:
-            what, mend = "the name is too long", f"give a shorter {option}"
+            what, mend = "the name is too long", f"give a shorter {option if is_inside else 'name'}"
         case errno.ELOOP:
             what, mend = "links lead in a circle", "remove one of them"
         case _:
             what, mend = (
                 error.strerror or " ".join(str(error).split()) or type(error).__name__,
-                f"mend that, or give another {option}, and run again",
+                f"mend that{otherwise}, and run again",
             )
-    return f"{error.filename if isinstance(error.filename, str) else directory}: {what}; {mend}"
+    return f"{place}: {what}; {mend}"
+
+
+def _is_inside(place: str, directory: Path) -> bool:
+    """Whether a place is in a directory, in a draft of it beside it, or a folder that holds it."""
+    found, own = Path(os.path.abspath(place)), Path(os.path.abspath(directory))
+    if own.is_relative_to(found):
+        return True
+    if not found.is_relative_to(own.parent):
+        return False
+    first = found.relative_to(own.parent).parts[0]
+    return first == own.name or first.startswith((f"{own.name}.", f".{own.name[:100]}-"))
 
 
 @contextmanager

@@ -87,6 +87,6 @@ def _describe_system(error: Exception, arguments: Mapping[str, Any]) -> str | No
     )
     return describe_os_error(
         cause,
-        place or Path("the work directory"),
+        place or Path("runs" if "workdir" in arguments else "what is read"),  # the default of --workdir is below it
         "--workdir" if place is None or "workdir" in arguments else "directory",
     )

@@ -11,16 +11,16 @@ from typing import Any
 import click
 
 from dense2moe.convert.cli.endings import end_in_one_line
-from dense2moe.convert.cli.places import check_output, find_package
+from dense2moe.convert.cli.places import PATH, check_output, find_package
 from dense2moe.convert.cli.terminal import open_console, print_prose
 from dense2moe.upcycle.errors import one_line_errors
 from dense2moe.upcycle.imports import uncollected_imports
 
 
 @click.command(short_help="Continue prompts with the ONNX model in ARTIFACT.")
-@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="ARTIFACT", type=PATH)
 @click.option("--prompt", "prompts", multiple=True, help="Prompt; - reads standard input. May be given several times.")
-@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="File with a prompt on each line.")
+@click.option("--prompts", "prompts_file", type=PATH, help="File with a prompt on each line.")
 @click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
 @click.option(
     "--chat",
@@ -129,7 +129,7 @@ def _parse_counts(_: click.Context, __: click.Parameter, value: str) -> tuple[in
 
 
 @click.command(short_help="Measure prefill, decode and memory of the model in ARTIFACT.")
-@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="ARTIFACT", type=PATH)
 @click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
 @click.option(
     "--batch",
@@ -211,11 +211,11 @@ def bench(
 
 
 @click.command(short_help="Check that the ONNX decoder in ARTIFACT computes the same.")
-@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="ARTIFACT", type=PATH)
 @click.option(
     "--reference",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Checkpoint whose outputs the package must give.",
 )
 @click.option(
@@ -223,12 +223,12 @@ def bench(
     "files",
     required=True,
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Text file in UTF-8. May be given several times.",
 )
 @click.option(
     "--twin",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Checkpoint with the package's own weights, if they are quantized.",
 )
 @click.option("--variant", help="Variant to use, if ARTIFACT is a work directory [default: its first].")
@@ -244,7 +244,7 @@ def bench(
     "--task",
     "tasks",
     multiple=True,
-    type=click.Path(),
+    type=click.Path(readable=False),
     help="File of a task in JSON lines. May be given several times.",
 )
 @click.option(
@@ -252,7 +252,7 @@ def bench(
     type=click.FloatRange(min=0),
     help="Largest drop of a task's score below the reference's, plus two standard errors [default: the variant's].",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures to this file.")
+@click.option("--json", "json_path", type=PATH, help="Write all figures to this file.")
 @end_in_one_line
 def parity(
     directory: Path,

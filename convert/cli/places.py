@@ -10,6 +10,9 @@ import click
 from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.run_state import RUN_NAME, read_run
 
+PATH = click.Path(path_type=Path, readable=False)
+"""A path that a command is given; what may not be read is refused where it is read, in one line."""
+
 
 def check_output(path: Path | None, option: str) -> None:
     """Refuse a file that cannot be written, before the work.

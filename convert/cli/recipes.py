@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dense2moe.convert.cli.endings import end_in_one_line
+from dense2moe.convert.cli.places import PATH
 from dense2moe.convert.cli.terminal import open_console, print_prose
 from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.stage_names import STAGE_NAMES
@@ -17,7 +18,7 @@ from dense2moe.upcycle.imports import uncollected_imports
 if TYPE_CHECKING:  # torch and transformers take seconds to import; only the commands that need them do
     from dense2moe.convert.preparation import Preparation
 
-_RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+_RECIPE = click.argument("recipe", type=PATH)
 
 
 @click.command(short_help="Read RECIPE and all it names: could a run start?")
@@ -37,7 +38,7 @@ def check(recipe: Path) -> None:
 
 @click.command(short_help="Show what RECIPE would make: sizes, disk, memory.")
 @_RECIPE
-@click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
+@click.option("--workdir", type=PATH, help="Directory of the artifacts [default: runs/NAME].")
 @end_in_one_line
 def plan(recipe: Path, workdir: Path | None) -> None:
     """Show what RECIPE would make: sizes, parameters, disk and memory."""
@@ -53,7 +54,7 @@ def plan(recipe: Path, workdir: Path | None) -> None:
 
 @click.command(short_help="Run RECIPE, from the dense model to ONNX and a report.")
 @_RECIPE
-@click.option("--workdir", type=click.Path(path_type=Path), help="Directory of the artifacts [default: runs/NAME].")
+@click.option("--workdir", type=PATH, help="Directory of the artifacts [default: runs/NAME].")
 @click.option("--until", type=click.Choice(STAGE_NAMES), default="report", show_default=True, help="Last stage to run.")
 @end_in_one_line
 def run(recipe: Path, workdir: Path | None, until: Any) -> None:

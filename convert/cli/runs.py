@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from dense2moe.convert.cli.endings import end_in_one_line
-from dense2moe.convert.cli.places import check_output, find_package
+from dense2moe.convert.cli.places import PATH, check_output, find_package
 from dense2moe.convert.cli.terminal import open_console, print_prose
 from dense2moe.convert.errors import ArtifactError
 from dense2moe.convert.run_state import RUN_NAME, RunState, read_run
@@ -15,7 +15,7 @@ from dense2moe.upcycle.errors import one_line_errors
 
 
 @click.command(short_help="Show the results of RUN, or how far it came.")
-@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="RUN", type=PATH)
 @end_in_one_line
 def show(directory: Path) -> None:
     """Show the results of RUN: its summary, or its finished stages.
@@ -51,11 +51,9 @@ def show(directory: Path) -> None:
 
 
 @click.command(short_help="Compare two runs side by side: recipes, figures, parity.")
-@click.argument("first", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("second", metavar="RUN", type=click.Path(path_type=Path))
-@click.option(
-    "--html", "output", type=click.Path(path_type=Path, dir_okay=False), help="Also write the comparison as one page."
-)
+@click.argument("first", metavar="RUN", type=PATH)
+@click.argument("second", metavar="RUN", type=PATH)
+@click.option("--html", "output", type=PATH, help="Also write the comparison as one page.")
 @end_in_one_line
 def compare(first: Path, second: Path, output: Path | None) -> None:
     """Compare two runs side by side: recipes, figures with ratios, and parity.
@@ -88,8 +86,8 @@ def compare(first: Path, second: Path, output: Path | None) -> None:
 
 
 @click.command(short_help="Copy an ONNX model of RUN into a DIRECTORY for the hub.")
-@click.argument("directory", metavar="RUN", type=click.Path(path_type=Path))
-@click.argument("output", metavar="DIRECTORY", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="RUN", type=PATH)
+@click.argument("output", metavar="DIRECTORY", type=PATH)
 @click.option("--variant", help="Variant to copy [default: the first].")
 @end_in_one_line
 def package(directory: Path, output: Path, variant: str | None) -> None:
@@ -115,7 +113,7 @@ def package(directory: Path, output: Path, variant: str | None) -> None:
 
 
 @click.command()
-@click.argument("directory", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="ARTIFACT", type=PATH)
 @end_in_one_line
 def verify(directory: Path) -> None:
     """Check every file of ARTIFACT against its recorded digest.
