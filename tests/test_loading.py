@@ -17,7 +17,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 from dense2moe.upcycle import memory
 from dense2moe.upcycle.checkpoints.loading import check_whole, load_pretrained, load_whole
@@ -148,6 +154,16 @@ def test_what_transformers_would_only_warn_about_is_refused(fault: str, copy: Pa
     rewrite(copy, change)
     assert refusal(load_whole, AutoModelForCausalLM, copy, torch.float32) == f"{copy}: {reason}"
     assert refusal(check_whole, AutoModelForCausalLM, copy) == f"{copy}: {reason}"
+
+
+def test_a_checkpoint_is_checked_once_and_anew_when_a_file_changes(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_whole(AutoModelForCausalLM, copy)
+    with monkeypatch.context() as patched:
+        patched.setattr(LlamaForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("checked once more"))
+        check_whole(AutoModelForCausalLM, copy)
+    rewrite(copy, lambda state: state.pop("model.norm.weight"))
+    for _ in range(2):
+        assert "'model.norm.weight' missing" in refusal(check_whole, AutoModelForCausalLM, copy)
 
 
 def test_names_and_shapes_are_checked_without_reading_a_weight(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:

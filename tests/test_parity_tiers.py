@@ -247,10 +247,12 @@ def test_the_common_greedy_prefix_is_that_of_generate(package: Path, mixture_che
 
 
 def test_noise_is_the_difference_of_two_precisions(mixture_checkpoint: Path) -> None:
-    with open_reference(mixture_checkpoint) as reference:
-        first = reference.forward(BLOCKS, torch.ones_like(BLOCKS))
-    with open_reference(mixture_checkpoint, torch.float64) as exact:
-        noise = measure_noise(exact, BLOCKS, first)
+    forwards = []
+    for dtype in (torch.float64, torch.float32):
+        with open_reference(mixture_checkpoint, dtype) as reference:
+            forwards.append(reference.forward(BLOCKS, torch.ones_like(BLOCKS)))
+    exact, found = forwards
+    noise = measure_noise(exact, BLOCKS, found)
     narrow, wide = outputs_of(mixture_checkpoint)[0], outputs_of(mixture_checkpoint, torch.float64)[0]
     assert noise.logits == pytest.approx(float((narrow - wide).abs().max() / wide.abs().max()), rel=1e-6)
     assert 2.0**-26 < noise.logits < 1e-5

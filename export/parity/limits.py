@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from dense2moe.export.parity.config import ParityConfig
-from dense2moe.export.parity.forward import Forward, Reference
+from dense2moe.export.parity.forward import Forward
 from dense2moe.export.parity.records import Limit, Noise, TaskKind
 from dense2moe.export.parity.ties import find_tie_margin
 from dense2moe.export.parity.ways.cases import Case
@@ -20,17 +20,16 @@ _OWN_LEAST = 0.05  # of the largest logit: what a deep model that rounds its act
 _LEAST_NOISE = 2.0**-24  # half a unit in the last place of float32: no sum is rounded to less
 
 
-def measure_noise(exact: Reference, ids: torch.Tensor, first: Forward) -> Noise:
-    """The difference of `first`, in float32, from float64.
+def measure_noise(exact: Forward, ids: torch.Tensor, found: Forward) -> Noise:
+    """The difference of `found`, in float32, from `exact`, in float64.
 
-    `first` is a forward pass over ids [B, S]. Routers' ties are left out. Norms, rotary tables and the softmax of
-    routers are float32 in both, as transformers has them; their rounding is in the figures.
+    Both are forward passes of one model over ids [B, S]. Routers' ties are left out. Norms, rotary tables and the
+    softmax of routers are float32 in both, as transformers has them; their rounding is in the figures.
     """
     mask = torch.ones_like(ids)
-    true = exact.forward(ids, mask)
-    narrow = _as_double(first)
-    tie_margin = find_tie_margin(narrow.routers, true.routers)
-    check = measure_errors(Case("noise", ids, mask, ids.shape[1]), narrow, true, tie_margin).check
+    narrow = _as_double(found)
+    tie_margin = find_tie_margin(narrow.routers, exact.routers)
+    check = measure_errors(Case("noise", ids, mask, ids.shape[1]), narrow, exact, tie_margin).check
     return Noise(max(check.relative_error, _LEAST_NOISE), check.num_tokens, tie_margin)
 
 

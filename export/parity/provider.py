@@ -31,7 +31,7 @@ from dense2moe.export.parity.inside.places import PlacesCheck
 from dense2moe.export.parity.inside.products import Arithmetic
 from dense2moe.export.parity.limits import configured_limits, measure_noise, noise_limit, own_limit
 from dense2moe.export.parity.placement import count_elsewhere, find_placement
-from dense2moe.export.parity.records import Agreement, Check, Limit, Noise, ProviderParity, Tier
+from dense2moe.export.parity.records import Agreement, Check, Limit, ProviderParity, Tier
 from dense2moe.export.parity.rounding import RoundingMeasure, rounding_limits
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.taps import Seen, Taps, find_taps
@@ -99,9 +99,14 @@ class ProviderJudgement:
         evaluation = TaskEvaluation(
             self.subject.twin, self.subject.tasks, decoder, config.num_examples, config.answer_tokens
         )
-        noise = self._measure_noise() if self.subject.exact and config.noise_blocks else None
+        text = blocks[: min(BATCH, config.noise_blocks)]  # on which the noise is measured
+        exact = self._forward_exactly(text) if self.subject.exact and config.noise_blocks else None
         tuned = self._compare_finetuned(decoder, evaluation)
         with open_reference(self.subject.twin) as reference:
+            noise = (
+                None if exact is None else measure_noise(exact, text, reference.forward(text, torch.ones_like(text)))
+            )
+            del exact
             local = LocalCheck(reference, taps, self.family, arithmetic)
             places = PlacesCheck(local, decoder, config, provider, self.subject.exact_twin)
             with places.computing():
@@ -220,14 +225,14 @@ class ProviderJudgement:
 
         return follow
 
-    def _measure_noise(self) -> Noise:
-        """The twin in float32 against float64, one model in memory."""
+    def _forward_exactly(self, ids: torch.Tensor) -> Forward:
+        """What the twin in float64 gives for ids [B, S].
+
+        It leaves memory before another model is loaded.
+        """
         self.progress("measuring noise", 0, 1)
-        ids = self.subject.blocks[: min(BATCH, self.config.noise_blocks)]
-        with open_reference(self.subject.twin) as reference:
-            first = reference.forward(ids, torch.ones_like(ids))
         with open_reference(self.subject.twin, torch.float64) as exact:
-            return measure_noise(exact, ids, first)
+            return exact.forward(ids, torch.ones_like(ids))
 
     def _compare_finetuned(self, decoder: Decoder, evaluation: TaskEvaluation) -> Comparison | None:
         """Package against fine-tuned model; None where the twin is that model."""

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from dense2moe.upcycle.memory import give_heap_back, release_memory
 _READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
 _HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config
 _MOST_NAMES = 3  # in a message
+_FileStates = tuple[tuple[str, int, int, int], ...]
+"""Name, size in bytes, time of change in nanoseconds and inode of each file."""
 
 
 def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings: Any) -> Any:
@@ -67,12 +70,32 @@ def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
     Raises:
         UpcycleError: as `load_whole`.
     """
+    states = _describe_files(directory)  # before they are read
     checkpoint = open_checkpoint(directory)
     _check_config(auto_class, checkpoint)
+    _check_tensors(auto_class, directory, states)
+    return checkpoint
+
+
+def _describe_files(directory: Path) -> _FileStates:
+    """The states of all JSON and safetensors files of a directory."""
+    files = [
+        path for path in sorted(directory.glob("*")) if path.suffix in (".json", ".safetensors") and path.is_file()
+    ]
+    states = [(path.name, path.stat()) for path in files]
+    return tuple((name, state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states)
+
+
+@lru_cache(maxsize=256)
+def _check_tensors(auto_class: Any, directory: Path, states: _FileStates) -> None:  # noqa: ARG001 (the key)
+    """Have transformers name and count the tensors of a checkpoint.
+
+    One that passed is known as long as its files are as `states` says: parity loads the same twin again and again.
+    """
     config = _read_config(directory)
     model_class = _find_class(auto_class, config)
     if model_class is None:
-        return checkpoint
+        return
     tensors = {
         name: torch.empty(entry.shape, dtype=READABLE[entry.dtype], device="meta")
         for name, entry in index_tensors(directory).items()
@@ -81,7 +104,6 @@ def check_whole(auto_class: Any, directory: Path) -> Checkpoint:
         settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
         _, info = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **settings)
     refuse_incomplete(info, str(directory))
-    return checkpoint
 
 
 def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str) -> None:
