@@ -24,7 +24,7 @@ from dense2moe.export.parity.records import TIERS, ProviderParity
 from dense2moe.export.parity.subject import ParitySubject
 from dense2moe.export.parity.ties import TIE_MARGIN, before_flips, find_flips, find_tie_margin
 from dense2moe.export.parity.ways.cases import Case, plan_cases
-from dense2moe.export.parity.ways.feeding import measure_errors
+from dense2moe.export.parity.ways.feeding import CaseWatch, _Prefills, measure_errors, run_cases_alone
 from dense2moe.export.parity.ways.free_text import run_free
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.quantizer import quantize_checkpoint
@@ -291,6 +291,29 @@ def test_noise_of_a_place_is_that_of_its_own_product(package: Path, mixture_chec
 
 def names_of(cases: list[Case]) -> list[str]:
     return [case.name for case in cases]
+
+
+def test_a_prefill_is_held_no_longer_than_a_later_case_needs_it(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real model it has hundreds of megabytes of logits, and the longest rows come last."""
+    held: list[list[int]] = []
+    drop = _Prefills.drop_all_but
+
+    def recorded(prefills: _Prefills, cases: list[Case]) -> None:
+        drop(prefills, cases)
+        held.append([len(ids) for ids, _ in prefills._known])
+
+    monkeypatch.setattr(_Prefills, "drop_all_but", recorded)
+    first, other = BLOCKS[:1, :30], BLOCKS[1:2, :24]
+    cases = [
+        Case("whole", first, torch.ones_like(first), 30),
+        Case("its beginning", first[:, :9], torch.ones_like(first[:, :9]), 9),
+        Case("decoded", first, torch.ones_like(first), 20),
+        Case("another row, decoded", other, torch.ones_like(other), 16),
+    ]
+    found = run_cases_alone(Decoder(package), cases, [], CaseWatch([], lambda _: None))
+    assert held == [[], [30], [30], []], "before each case: the whole row, until no case begins with it"
+    assert [each.case.name for each in found] == [case.name for case in cases]
+    assert max(each.check.relative_error for each in found) < 1e-5
 
 
 def test_rows_end_at_the_tokens_that_are_nearest_to_a_tie() -> None:
