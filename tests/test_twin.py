@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import onnx
@@ -278,6 +280,45 @@ def test_the_bytes_of_the_integers_follow_from_the_shapes(
     assert data_bytes(tmp_path / "twin" / "scales.safetensors") == facts.quantized_bytes - codes
 
 
+class Made(NamedTuple):
+    """A mixture whose weights dominate its package, and its twin."""
+
+    source: Path
+    twin: Path
+    config: QuantizeConfig
+
+
+@pytest.fixture(scope="module")
+def make_large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Variant, Device, bool, bool], Made]:
+    """Each twin of such mixtures once, whatever is written of it."""
+
+    @cache
+    def make_source(tied: bool) -> Path:
+        # 0.5 M weights, against a graph of some 30 kB when it is unrolled
+        return make_mixture(
+            tmp_path_factory.mktemp("source"),
+            hidden_size=128,
+            intermediate_size=192,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=512,
+            max_position_embeddings=16,
+            tie_word_embeddings=tied,
+        )
+
+    @cache
+    def make(variant: Variant, device: Device, zero_points: bool, tied: bool) -> Made:
+        budget = 600_000 if variant == "mixed" else None
+        config = QuantizeConfig(
+            method="search", block_size=32 if device == "cpu" else 64, budget=budget, zero_points=zero_points
+        )
+        source, twin = make_source(tied), tmp_path_factory.mktemp("large") / "twin"
+        make_twin(source, twin, variant, config, device)
+        return Made(source, twin, config)
+
+    return make
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("variant", "device", "lowering", "zero_points"),
@@ -290,36 +331,27 @@ def test_the_bytes_of_the_integers_follow_from_the_shapes(
     ],
 )
 def test_estimated_bytes_are_the_bytes_written(
-    tmp_path: Path, variant: Variant, device: Device, lowering: Any, zero_points: bool, tied: bool
+    make_large: Callable[[Variant, Device, bool, bool], Made],
+    tmp_path: Path,
+    variant: Variant,
+    device: Device,
+    lowering: Any,
+    zero_points: bool,
+    tied: bool,
 ) -> None:
-    # Weights dominate: 0.5 M of them, against a graph of some 30 kB when it is unrolled.
-    source = make_mixture(
-        tmp_path / "source",
-        hidden_size=128,
-        intermediate_size=192,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=512,
-        max_position_embeddings=16,
-        tie_word_embeddings=tied,
-    )
-    budget = 600_000 if variant == "mixed" else None
-    config = QuantizeConfig(
-        method="search", block_size=32 if device == "cpu" else 64, budget=budget, zero_points=zero_points
-    )
-    make_twin(source, tmp_path / "twin", variant, config, device)
+    source, directory, config = make_large(variant, device, zero_points, tied)
     (tmp_path / "package").mkdir()
     facts = write_package(
-        tmp_path / "twin", tmp_path / "package", OnnxConfig(device=device, lowering=lowering, activation_bits=8), silent
+        directory, tmp_path / "package", OnnxConfig(device=device, lowering=lowering, activation_bits=8), silent
     )
     checkpoint = open_checkpoint(source)
     package, artifact = estimate_bytes(checkpoint.config, shapes_of(checkpoint), variant, config, device)
-    weights = sum(data_bytes(path) for path in (tmp_path / "twin").glob("*.safetensors"))
+    weights = sum(data_bytes(path) for path in directory.glob("*.safetensors"))
     if variant == "mixed":
         assert artifact > weights
-        assert facts.package_bytes <= package == budget
+        assert facts.package_bytes <= package == config.budget
         return
-    twin = Twin(tmp_path / "twin")
+    twin = Twin(directory)
     # while it is made
     assert artifact == weights + sum(twin.weight(name).read().codes.nbytes for name in twin.scheme["tensors"])
     data = (tmp_path / "package" / "model.onnx.data").stat().st_size

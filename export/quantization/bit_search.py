@@ -51,6 +51,10 @@ class WeightsOf(Weights):
         """The tensor, float32."""
         return self._read(name, self._bits[name])
 
+    def __contains__(self, name: object) -> bool:
+        """Whether it is one of them; none is made to tell."""
+        return name in self._bits
+
     def __iter__(self) -> Iterator[str]:
         """Names of tensors."""
         return iter(self._bits)

@@ -273,6 +273,9 @@ class _Tensors(Weights):
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._checkpoint.read(name).to(torch.float32)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._checkpoint.entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.entries)
 

@@ -23,6 +23,8 @@ _BLOCKS = "model.layers.{layer}."
 _EMBEDDING = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
 _HEAD = "lm_head.weight"
+HEAD_TENSORS = (_NORM, _EMBEDDING, _HEAD)
+"""What a model of the head is made of, by names in the checkpoint."""
 
 
 def load_layer(
@@ -175,7 +177,7 @@ def load_head(
         config.embedding_multiplier = 1.0  # what comes in is hidden states
     other = replaced or {}
     if not other and _HEAD in checkpoint.entries and (config.tie_word_embeddings or checkpoint.untied):
-        stored = {name: name for name in (_NORM, _EMBEDDING, _HEAD)}
+        stored = {name: name for name in HEAD_TENSORS}
     else:
         # The head is given as a tied one, in the embedding's place, whether it is or not: its matrix is held once, and
         # no embedding beside it.
