@@ -47,7 +47,7 @@ class Trainings:
             return
         self.control_rate = self._find_rate()
         phases = _scale_rates(self.phases, self.control_rate)
-        self._train(Job("dense continued", self.dense, self.output / CONTROL_DIRECTORY, phases))
+        self._train(self._control(self.control_rate, self.output / CONTROL_DIRECTORY))  # what was tried is done already
         ratio = self.flops["fine-tuned"] / self._count(self.dense, phases)
         equal = self.output / SAME_FLOPS_DIRECTORY
         self._train(Job("dense, same FLOPs", self.dense, equal, stretch(phases, ratio)))
@@ -60,10 +60,13 @@ class Trainings:
         reached = {}
         for factor in factors:
             place = self.setup.scratch / "rates" / f"{factor:g}"
-            job = Job("dense continued", self.dense, place, _scale_rates(self.phases, factor), f"rate {factor:g}")
-            result = train_model(job, self.setup, None, self.progress)
+            result = train_model(self._control(factor, place), self.setup, None, self.progress)
             reached[factor] = min(step.validation_loss for step in result.history if step.validation_loss is not None)
         return min(reached, key=lambda factor: reached[factor])
+
+    def _control(self, factor: float, target: Path) -> Job:
+        """The dense model on the mixture's tokens, at its rates times `factor`."""
+        return Job("dense continued", self.dense, target, _scale_rates(self.phases, factor), f"rate {factor:g}")
 
     def _train(self, job: Job) -> None:
         teacher = self.dense if self.config.distillation and job.source == self.setup.mixture else None

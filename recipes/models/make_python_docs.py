@@ -1,10 +1,11 @@
-"""Make the embedded dense checkpoint: a Llama of 4.2 M parameters that has read CPython's documentation.
+"""Make an embedded dense checkpoint: a small Llama that has read CPython's documentation.
 
-    python recipes/models/make_python_docs_4m.py recipes/models/python-docs-4m
+    python recipes/models/make_python_docs.py recipes/models/python-docs-1m
+    python recipes/models/make_python_docs.py recipes/models/python-docs-4m
 
-Trains a byte-level BPE of 4096 entries and a four-layer Llama on the `python-docs` data set of the running interpreter,
-on the CPU, and writes a Hugging Face checkpoint in bfloat16 with its tokenizer and a model card that states the recipe,
-the time and the held-out loss.
+Trains a byte-level BPE and a four-layer Llama, of the size that the directory's name says, on the data set `python-
+docs` of the running interpreter, on the CPU, and writes a Hugging Face checkpoint in bfloat16 with its tokenizer and
+a model card that states the recipe, the time and the held-out loss.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import math
 import os
 import platform
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +26,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from dense2moe.upcycle.data.held_out import SPLITS, Document
 from dense2moe.upcycle.data.python_docs import PythonDocs, read_python_docs
 
-VOCAB_SIZE = 4096
 CONTEXT = 512
 BATCH = 8
 END = "<|endoftext|>"
@@ -41,14 +42,34 @@ PROMPTS = (
 )
 
 
-def train_tokenizer(docs: PythonDocs) -> PreTrainedTokenizerFast:
+@dataclass(frozen=True)
+class Size:
+    """What differs between the models: shape, and length and rate of training."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    steps: int
+    peak_lr: float
+    purpose: str
+
+
+SIZES = {
+    "python-docs-1m": Size(2048, 128, 384, 4, 2, 2200, 3e-3, "the dense checkpoint of `recipes/quickstart.yaml`"),
+    "python-docs-4m": Size(4096, 256, 768, 8, 4, 3600, 2.5e-3, "the dense checkpoint of the other recipes"),
+}
+
+
+def train_tokenizer(docs: PythonDocs, size: Size) -> PreTrainedTokenizerFast:
     """Byte-level BPE on the train split; ids 0 and 1 are the end-of-text and the padding token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+        vocab_size=size.vocab_size, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator((d.text for d in docs.documents["train"]), trainer)
     return PreTrainedTokenizerFast(
@@ -87,18 +108,16 @@ def held_out_loss(model: LlamaForCausalLM, stream: torch.Tensor) -> float:
     return sum(losses) / len(blocks)
 
 
-def train(
-    docs: PythonDocs, tokenizer: PreTrainedTokenizerFast, steps: int, peak_lr: float, seed: int
-) -> LlamaForCausalLM:
+def train(docs: PythonDocs, tokenizer: PreTrainedTokenizerFast, size: Size, seed: int) -> LlamaForCausalLM:
     """AdamW, linear warm-up of 100 steps, cosine to a fiftieth of the peak, bfloat16 autocast."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=256,
-        intermediate_size=768,
+        vocab_size=size.vocab_size,
+        hidden_size=size.hidden_size,
+        intermediate_size=size.intermediate_size,
         num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
+        num_attention_heads=size.num_heads,
+        num_key_value_heads=size.num_kv_heads,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -110,9 +129,9 @@ def train(
     decayed = [p for p in model.parameters() if p.ndim == 2]
     plain = [p for p in model.parameters() if p.ndim != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, lr=size.peak_lr, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda s: min((s + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(s / steps, 1.0))))
+        optimizer, lambda s: min((s + 1) / 100, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(s / size.steps, 1.0))))
     )
     documents = [d for d in docs.documents["train"] for _ in range(PROSE_REPEATS if d.domain == "prose" else 1)]
     validation = encode(tokenizer, list(docs.documents["validation"]))
@@ -120,7 +139,7 @@ def train(
     blocks = torch.empty(0, CONTEXT, dtype=torch.long)
     epoch, started = 0, time.monotonic()
     encoded = [encode(tokenizer, [d]) for d in documents]
-    for step in range(steps):
+    for step in range(size.steps):
         if len(blocks) < BATCH:
             order = torch.randperm(len(encoded), generator=generator)
             stream = torch.cat([encoded[i] for i in order])
@@ -142,20 +161,20 @@ def train(
     return model.eval()
 
 
-def model_card(docs: PythonDocs, facts: dict[str, str], samples: list[tuple[str, str]]) -> str:
+def model_card(name: str, docs: PythonDocs, facts: dict[str, str], samples: list[tuple[str, str]]) -> str:
     """The README of the checkpoint."""
-    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {fact} | {value} |" for fact, value in facts.items())
     texts = "\n\n".join(f"Prompt `{prompt!r}`:\n\n```text\n{prompt}{text}\n```" for prompt, text in samples)
     return f"""---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
 ---
-# python-docs-4m
+# {name}
 
 A small dense Llama, pretrained from nothing on CPython {docs.version}'s own documentation and source (help topics,
-docstrings, standard library), as read from the running interpreter by `upcycle/data/python_docs.py`. It is the dense
-checkpoint of `recipes/quickstart.yaml`: real enough to show perplexity, routing and quantization at work, small enough
+docstrings, standard library), as read from the running interpreter by `upcycle/data/python_docs.py`. It is
+{SIZES[name].purpose}: real enough to show perplexity, routing and quantization at work, small enough
 for two CPU cores. It knows nothing but how Python documentation sounds.
 
 The texts that it learned from are under the PSF licence, and are not part of this repository.
@@ -164,7 +183,7 @@ The texts that it learned from are under the PSF licence, and are not part of th
 |---|---|
 {rows}
 
-Made by `python recipes/models/make_python_docs_4m.py recipes/models/python-docs-4m`.
+Made by `python recipes/models/make_python_docs.py recipes/models/{name}`.
 
 ## Samples
 
@@ -177,17 +196,19 @@ Temperature 0.7, top-k 40, 100 tokens, seed 0.
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--steps", type=int, default=3600)
-    parser.add_argument("--peak-lr", type=float, default=2.5e-3)
+    parser.add_argument("output", type=Path, help=f"directory whose name is one of {', '.join(SIZES)}")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    name = arguments.output.name
+    if name not in SIZES:
+        parser.error(f"output is {arguments.output}; its name must be one of {', '.join(SIZES)}")
+    size = SIZES[name]
     docs = read_python_docs()
-    tokenizer = train_tokenizer(docs)
+    tokenizer = train_tokenizer(docs, size)
     streams = {split: encode(tokenizer, list(docs.documents[split])) for split in SPLITS}
     print({split: len(stream) for split, stream in streams.items()}, flush=True)
     started = time.monotonic()
-    model = train(docs, tokenizer, arguments.steps, arguments.peak_lr, arguments.seed).to(torch.bfloat16)
+    model = train(docs, tokenizer, size, arguments.seed).to(torch.bfloat16)
     minutes = (time.monotonic() - started) / 60
     model.save_pretrained(arguments.output)
     tokenizer.save_pretrained(arguments.output)
@@ -204,14 +225,15 @@ def main() -> None:
         samples.append((prompt, tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)))
     facts = {
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "architecture": "Llama: 4 layers, hidden 256, FFN 768, 8 heads / 4 KV heads, context 512, tied embeddings",
-        "tokenizer": f"byte-level BPE, {VOCAB_SIZE} entries",
+        "architecture": f"Llama: 4 layers, hidden {size.hidden_size}, FFN {size.intermediate_size}, "
+        f"{size.num_heads} heads / {size.num_kv_heads} KV heads, context {CONTEXT}, tied embeddings",
+        "tokenizer": f"byte-level BPE, {size.vocab_size} entries",
         "stored as": "bfloat16",
         "text": f"CPython {docs.version}, SHA-256 {docs.digest}",
         "tokens": ", ".join(f"{split} {len(stream):,}" for split, stream in streams.items()),
-        "training": f"{arguments.steps} steps of {BATCH} x {CONTEXT} tokens, prose seen {PROSE_REPEATS} times an "
+        "training": f"{size.steps} steps of {BATCH} x {CONTEXT} tokens, prose seen {PROSE_REPEATS} times an "
         "epoch, AdamW (0.9, 0.95), weight "
-        f"decay 0.1, peak learning rate {arguments.peak_lr:g}, warm-up 100 steps, cosine, clipping 1.0, bfloat16 "
+        f"decay 0.1, peak learning rate {size.peak_lr:g}, warm-up 100 steps, cosine, clipping 1.0, bfloat16 "
         f"autocast, seed {arguments.seed}",
         "time": f"{minutes:.0f} minutes on {os.cpu_count()} CPU cores ({platform.machine()}), "
         f"{time.strftime('%Y-%m-%d')}",
@@ -221,7 +243,7 @@ def main() -> None:
             for split, loss in losses.items()
         },
     }
-    (arguments.output / "README.md").write_text(model_card(docs, facts, samples), encoding="utf-8")
+    (arguments.output / "README.md").write_text(model_card(name, docs, facts, samples), encoding="utf-8")
     print(facts)
 
 
