@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dense2moe.convert.artifact.known import digest_known, find_claimed
 from dense2moe.convert.errors import RecipeError
-from dense2moe.convert.preparation import Preparation
+from dense2moe.convert.preparation import FineTuned, Preparation
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
+from dense2moe.convert.recipe.records import HubSource
 from dense2moe.convert.report.card import read_license
 from dense2moe.convert.stages import finetune, source, upcycle
 from dense2moe.convert.stages.data import find_data_base
@@ -19,6 +20,8 @@ from dense2moe.export.graph.config import rounds_activations
 from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.vocabulary import compare_companions
+from dense2moe.upcycle.checkpoints.adapter import open_source
 from dense2moe.upcycle.checkpoints.generation_settings import check_generation_config
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
@@ -51,7 +54,8 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     recipe = loaded.recipe
     directory, origin = source.locate_source(loaded)
     checkpoint = open_checkpoint(directory)
-    plan = plan_upcycle(checkpoint, recipe.upcycle)
+    sources = _open_sources(loaded, checkpoint, progress)
+    plan = plan_upcycle(checkpoint, recipe.upcycle, {name: found.checkpoint for name, found in sources.items()})
     _check_context(loaded, checkpoint)
     if recipe.finetune and _is_decoder(plan):
         check_finetune(recipe.finetune, plan.num_layers)
@@ -98,8 +102,25 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         tasks=tasks,
         task_files={path.name: _digest(path) for path in task_paths},
         memory_bytes=_estimate_memory(checkpoint, plan, shapes, loaded, sizes, text_bytes),
-        remarks=remarks,
+        remarks=(*remarks, *(remark for found in sources.values() for remark in found.remarks)),
+        sources=sources,
     )
+
+
+def _open_sources(loaded: LoadedRecipe, base: Checkpoint, progress: Progress) -> dict[str, FineTuned]:
+    """The checkpoints and adapters of `sources`, each held against the base."""
+    found = {}
+    for name, given in loaded.recipe.sources.items():
+        directory, origin = source.locate_source(loaded, name)
+        checkpoint = open_source(directory, base)
+        found[name] = FineTuned(
+            origin=origin,
+            hub=given.hub if isinstance(given, HubSource) else None,
+            checkpoint=checkpoint,
+            files=_digest_source(checkpoint, progress),
+            remarks=tuple(compare_companions(base, name, checkpoint)),
+        )
+    return found
 
 
 def _is_decoder(plan: UpcyclePlan) -> bool:
@@ -164,7 +185,7 @@ def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]
     Weights in the hub's cache, whose headers say their size, have it in their names; stage `source` reads them.
     """
     names = source.name_files(checkpoint)
-    weights = {entry.file.name for entry in checkpoint.entries.values()}
+    weights = {file.name for file in checkpoint.files}
     digests = {}
     for number, name in enumerate(names):
         progress("reading the dense checkpoint", number, len(names))

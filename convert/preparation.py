@@ -21,6 +21,21 @@ Each = Literal["source", "variant"]
 
 
 @dataclass(frozen=True)
+class FineTuned:
+    """A checkpoint or an adapter that was fine-tuned from the dense one.
+
+    `hub` is its id on the hub. `files` are SHA-256 of what it is read from, `remarks` tell how it differs from the base
+    beside its weights.
+    """
+
+    origin: str
+    hub: str | None
+    checkpoint: Checkpoint
+    files: Mapping[str, str]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Preparation:
     """What is known before work begins: checkpoint, plan and recipe.
 
@@ -47,6 +62,7 @@ class Preparation:
     task_files: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: Mapping[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    sources: Mapping[str, FineTuned] = field(default_factory=dict)
 
     @property
     def recipe(self) -> Recipe:

@@ -11,7 +11,7 @@ bug.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,12 +33,14 @@ from dense2moe.export.runtime.continuation import GenerateConfig, Package
 from dense2moe.export.variant import Device, Variant
 from dense2moe.new_directory import new_directory
 from dense2moe.runs import Run, run
-from dense2moe.upcycle.building import surgery
-from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
+from dense2moe.upcycle.building.distance import SourceDistance
 from dense2moe.upcycle.building.facts import Receipt
-from dense2moe.upcycle.building.hidden_states import read_routers
-from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.building.receipt import write_receipt
+from dense2moe.upcycle.building.making import make_mixture
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.vocabulary import compare_companions
+from dense2moe.upcycle.checkpoints.adapter import open_sources
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 from dense2moe.upcycle.data import blocks as text_blocks
 from dense2moe.upcycle.data.config import (
     DataConfig,
@@ -71,6 +73,7 @@ __all__ = [
     "InstalledData",
     "InstalledPart",
     "MendableError",
+    "MergingConfig",
     "OnnxConfig",
     "OnnxFacts",
     "Package",
@@ -82,6 +85,7 @@ __all__ = [
     "Receipt",
     "RouterConfig",
     "Run",
+    "SourceDistance",
     "TextData",
     "TrainingPhase",
     "UpcycleConfig",
@@ -108,10 +112,14 @@ class Upcycled:
     Attributes:
         plan: where every tensor came from, and the sizes of the mixture.
         receipt: how its logits compare with the dense model's.
+        distances: how far each source is from the dense model, by class of tensor.
+        remarks: how sources differ from the dense model beside their weights, a line each.
     """
 
     plan: UpcyclePlan
     receipt: Receipt
+    distances: tuple[SourceDistance, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
 @check_arguments
@@ -148,23 +156,27 @@ def upcycle(
     *,
     data: PathLike | None = None,
     seed: NonNegativeInt = 0,
+    sources: Mapping[str, PathLike] | None = None,
     progress: Progress | None = None,
 ) -> Upcycled:
     """Make a mixture of experts from a dense checkpoint, and compare both.
 
-    Memory does not grow with the model while it is written. The result is an architecture of transformers, which loads
-    without code of ours.
+    With `sources`, which are fine-tuned from it, their FFNs become the experts, and the rest is merged. Memory does not
+    grow with the model while it is written. The result is an architecture of transformers, which loads without code of
+    ours.
 
     Args:
         dense: a Hugging Face checkpoint in safetensors.
         output: new directory of the mixture.
-        config: experts, router, layers; 8 experts and top-2 if not given.
+        config: experts, router, layers; 8 experts and top-2 if not given, or one expert a source.
         data: a directory of `prepare_data`, for routers that learn from training text.
         seed: seed of the router, the noise and the neurons that are drawn.
+        sources: checkpoints, or LoRA adapters as peft writes them, by name.
         progress: called as the work goes on.
 
     Returns:
-        The plan that was carried out, and the receipt: relative errors of logits in three dtypes.
+        The plan that was carried out, and the receipt: relative errors of logits in three dtypes. Of sources, how far
+        they are from the dense checkpoint.
 
     Raises:
         MendableError: the checkpoint cannot be upcycled so, or what was written does not compute what the dense model
@@ -180,15 +192,15 @@ def upcycle(
         raise UpcycleError(
             f"upcycle.router: kind '{config.router.kind}' has no domains; give them, or `data` with training text"
         )
+    base, paths = open_checkpoint(source), {name: Path(path) for name, path in (sources or {}).items()}
+    others = open_sources(base, paths)
+    remarks = tuple(remark for name, other in others.items() for remark in compare_companions(base, name, other))
+    plan = plan_upcycle(base, config, others)
     with new_directory(output) as directory:
         training = _NO_TEXT if data is None else read_examples(Path(data), "train")
-        reading = read_routers(source, config, training, Path.cwd(), seed, progress or _quiet)
-        routers = reading.routers if reading else None
-        plan = surgery.upcycle(source, directory, config, seed, progress or _quiet, routers)
-        surgery.check_written(source, directory, plan, seed, progress or _quiet, routers)
-        context = int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE))
-        receipt = write_receipt(source, directory, plan, min(training.block_size, context), progress or _quiet)
-    return Upcycled(plan, receipt)
+        block_size = min(training.block_size, int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE)))
+        made = make_mixture(source, directory, plan, training, Path.cwd(), seed, block_size, progress or _quiet, paths)
+    return Upcycled(made.plan, made.receipt, made.distances, remarks)
 
 
 @check_arguments

@@ -243,7 +243,7 @@ def test_one_of_three_sources_that_is_not_of_the_base_is_refused_in_one_line(
     qwen3 = {**FAMILIES["qwen3_moe"], "head_dim": 8}
     base, other = make_dense(**qwen3), make_dense(**qwen3 | fields)
     message = refusal(base, {**two_sources(base, tmp_path), "other": other})
-    assert message.startswith(f"source other ({other}): {said}")
+    assert message.startswith(f"sources.other ({other}): {said}")
     assert "sources must be fine-tuned from the base" in message
 
 

@@ -27,7 +27,7 @@ def find_contradictions(recipe: Recipe) -> list[Mistake]:
     """Every mistake records make together, by the key to change."""
     return [
         mistake
-        for find in (_sizes, _limits, _mixed_bits, _cuda, _selection_biases, _domains)
+        for find in (_sizes, _limits, _mixed_bits, _cuda, _selection_biases, _domains, _sources)
         for mistake in find(recipe)
     ]
 
@@ -133,3 +133,12 @@ def _domains(recipe: Recipe) -> Iterator[Mistake]:
             yield (*key, "routing"), f"is 'by-domain'; {must}"
         if phase.domain_coefficient:
             yield (*key, "domain_coefficient"), f"is {phase.domain_coefficient:g}; {must}"
+
+
+def _sources(recipe: Recipe) -> Iterator[Mistake]:
+    """Sources are there where settings speak of them."""
+    if recipe.sources:
+        return
+    for name in ("merging", "base_expert"):
+        if getattr(recipe.upcycle, name) != type(recipe.upcycle).model_fields[name].default:
+            yield ("upcycle", name), "is given without sources, which it is about; add sources, or leave it out"

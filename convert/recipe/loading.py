@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, get_origin
 
 from pydantic import ValidationError
 
@@ -63,7 +63,10 @@ def _find_key(text: str) -> Key:
     found = _KEY_FIRST.match(text)
     parts = re.findall(r"[\w-]+", found[0]) if found else []
     if len(parts) > 1:
-        records = list_records(Recipe.model_fields[parts[0]].annotation)
+        annotation = Recipe.model_fields[parts[0]].annotation
+        if get_origin(annotation) is dict:  # whose keys are the recipe's own names
+            return (parts[0], parts[1])
+        records = list_records(annotation)
         if not parts[1].isdecimal() and not any(parts[1] in record.model_fields for record in records):
             return ()
     return tuple(int(part) if part.isdecimal() else part for part in parts)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+import re
+from typing import Annotated, Any, Final
 
-from pydantic import BeforeValidator, Discriminator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, ValidationError, field_validator, model_validator
 from pydantic import Tag as Branch
 
 from dense2moe.convert.recipe.contradictions import ContradictionError, find_contradictions
-from dense2moe.convert.recipe.wording import join_choices
+from dense2moe.convert.recipe.wording import join_choices, show_value
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.quantization.config import QuantizeConfig
@@ -18,6 +19,7 @@ from dense2moe.upcycle.data.config import DataConfig
 from dense2moe.upcycle.record import Record
 from dense2moe.upcycle.training.config import FinetuneConfig
 
+_NAME: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
 HUB_ID: Final = r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$"
 
 
@@ -60,12 +62,17 @@ class Recipe(Record):
 
     name: str | None = Field(
         None,
-        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        pattern=_NAME,
         description="Name of the run and of its directory; the file's name without it.",
     )
     seed: int = Field(0, ge=0, lt=2**32, description="Seed of every random choice.")
     source: Source = Field(
         description="The dense checkpoint: a local directory, or an id of the Hugging Face hub with its revision."
+    )
+    sources: dict[str, Source] = Field(
+        {},
+        description="Checkpoints, or LoRA adapters as peft writes them, that were fine-tuned from `source`, by names "
+        "of your own: their FFNs become the experts.",
     )
     data: DataConfig = Field(description="The text that the model is fine-tuned and measured on.")
     upcycle: UpcycleConfig = Field(UpcycleConfig(), description="How the dense model becomes a mixture of experts.")
@@ -96,12 +103,33 @@ class Recipe(Record):
         """
         return self.finetune.resolve_phases() if self.finetune else ()
 
+    @field_validator("sources")
+    @classmethod
+    def _check_names(cls, sources: dict[str, Source]) -> dict[str, Source]:
+        """A name is also a directory and a key in messages."""
+        if wrong := [name for name in sources if not re.fullmatch(_NAME, name)]:
+            raise ValueError(f"has the name {show_value(wrong[0])}; must be of the form {_NAME}")
+        return sources
+
     @field_validator("variants")
     @classmethod
     def _check_unique(cls, variants: tuple[Variant, ...]) -> tuple[Variant, ...]:
         if twice := [variant for variant in dict.fromkeys(variants) if variants.count(variant) > 1]:
             raise ValueError(f"has {join_choices(twice, 'and')} more than once; must have each once")
         return variants
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_experts(cls, values: Any) -> Any:
+        """An expert for each source, unless the recipe says how many."""
+        if not isinstance(values, dict) or not isinstance(sources := values.get("sources"), dict) or not sources:
+            return values
+        upcycle = values.get("upcycle", {})
+        try:
+            settings = UpcycleConfig.model_validate(upcycle).count_sources(len(sources))
+        except ValidationError:  # told where the field is read
+            return values
+        return {**values, "upcycle": settings}
 
     @model_validator(mode="after")
     def _check_across_records(self) -> Recipe:

@@ -106,6 +106,12 @@ def _name_source(facts: ReportFacts) -> str:
     return facts.base_model or " ".join(Path(facts.source.origin).name.split())
 
 
+def _name_sources(facts: ReportFacts) -> str | list[str]:
+    """The dense model, and all that were fine-tuned from it, by name."""
+    others = [each.hub or " ".join(Path(each.origin).name.split()) for each in facts.source.sources]
+    return [_name_source(facts), *others] if others else _name_source(facts)
+
+
 def _name_checkpoint(facts: ReportFacts) -> str:
     """The directory, in the run's work directory, of the torch model that was exported."""
     stage: StageName = "finetune" if facts.exported == "fine-tuned" else "upcycle"
@@ -147,7 +153,7 @@ def _metadata(facts: ReportFacts, variant: str) -> str:
     license_fields: dict[str, Any] = dict(facts.license)
     data = ModelCardData(
         **license_fields,
-        base_model=_name_source(facts),
+        base_model=_name_sources(facts),
         pipeline_tag="text-generation",
         library_name="onnx",
         tags=tags,

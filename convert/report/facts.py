@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,6 +14,7 @@ from dense2moe.convert.machine import Machine
 from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.parity.records import ProviderParity
 from dense2moe.export.quantization.facts import QuantizeFacts
+from dense2moe.upcycle.building.distance import SourceDistance
 from dense2moe.upcycle.building.facts import ReceiptLine
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
@@ -36,6 +37,20 @@ class StageCost:
 
 
 @dataclass(frozen=True)
+class FineTunedFacts:
+    """A checkpoint or an adapter fine-tuned from the dense one.
+
+    `hub` is its id on the hub; `remarks` are its differences from the dense one beside its weights.
+    """
+
+    name: str
+    origin: str
+    hub: str | None
+    kind: Literal["checkpoint", "adapter"]
+    remarks: list[str]
+
+
+@dataclass(frozen=True)
 class SourceFacts:
     """The dense checkpoint.
 
@@ -47,6 +62,7 @@ class SourceFacts:
     num_parameters: int
     num_bytes: int
     dtype: str
+    sources: list[FineTunedFacts] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,9 @@ class UpcycleFacts:
 
     Its shape and size, what its routers were read from, and the receipt that the function was kept.
 
-    `router_loads`: by layer, the share of the router's text that each expert would get.
+    `router_loads`: by layer, the share of the router's text that each expert would get. Where there are sources,
+    `experts` names the one that each routed expert is made of ("" is the dense model), `merging` the method by which
+    the rest was merged, and `distances` tells how far each source is from the dense model.
     """
 
     target: str
@@ -89,6 +107,9 @@ class UpcycleFacts:
     receipt_mode: str
     receipt_notes: list[str]
     receipt: list[ReceiptLine]
+    experts: list[str] = field(default_factory=list)
+    merging: str | None = None
+    distances: list[SourceDistance] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ def verdict_lines(facts: ReportFacts) -> list[str]:
 def judge(facts: ReportFacts) -> Iterator[Verdict]:
     """What the numbers say: worth, upcycling, fine-tuning, each variant."""
     yield from judge_worth(facts)
-    yield _upcycling_verdict(facts)
+    yield _merging_verdict(facts) if facts.upcycle.experts else _upcycling_verdict(facts)
     yield from _finetuning_verdicts(facts)
     if "dense continued" in facts.finetune.evaluations:
         yield _cost_verdict(facts)
@@ -63,6 +63,17 @@ def judge(facts: ReportFacts) -> Iterator[Verdict]:
         yield from (Verdict(f"ONNX {name}: {warning}.", None) for warning in variant.quantize.warnings)
     if not facts.variants:
         yield Verdict("No ONNX variant was asked for, so nothing was exported and no parity was checked.", None)
+
+
+def _merging_verdict(facts: ReportFacts) -> Verdict:
+    """Merging alone, before any training; it changes the function by design."""
+    dense, merged = facts.figure("dense"), facts.figure("upcycled")
+    names = ", ".join(distance.name for distance in facts.upcycle.distances)
+    return Verdict(
+        f"Merging {names} (all but their experts by '{facts.upcycle.merging}') gave a {dense.name} of "
+        f"{format_figure(merged, 5)} before any training; the dense model has {format_figure(dense, 5)}.",
+        None,
+    )
 
 
 def _upcycling_verdict(facts: ReportFacts) -> Verdict:

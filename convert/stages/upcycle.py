@@ -13,11 +13,11 @@ from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.recipe.loading import LoadedRecipe
 from dense2moe.convert.report.facts import UpcycleFacts
 from dense2moe.convert.stages.data import find_text_base
+from dense2moe.convert.stages.source import SOURCES
 from dense2moe.upcycle.building.footprint import layer_receipt_bytes, receipt_bytes
-from dense2moe.upcycle.building.hidden_states import read_routers
+from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.building.receipt import choose_mode, write_receipt
-from dense2moe.upcycle.building.surgery import check_written, upcycle
+from dense2moe.upcycle.building.receipt import choose_mode
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
@@ -49,7 +49,13 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
         "domain_files": dict(preparation.domain_files),
         "block_size": recipe.data.block_size,
         "seed": recipe.seed,
+        **({"sources": list(preparation.plan.sources)} if preparation.plan.sources else {}),
     }
+
+
+def find_sources(run: StageRun) -> dict[str, Path]:
+    """The directories of the checkpoints fine-tuned from the dense one."""
+    return {name: run.inputs["source"] / SOURCES / name for name in run.preparation.sources}
 
 
 def run_stage(run: StageRun) -> UpcycleFacts:
@@ -57,21 +63,26 @@ def run_stage(run: StageRun) -> UpcycleFacts:
 
     Tensors are compared with what they were made of.
     """
-    config, seed, source, plan = run.recipe.upcycle, run.recipe.seed, run.inputs["source"], run.preparation.plan
-    training = read_examples(run.inputs["data"], "train")
-    base = find_router_base(run.preparation.loaded)
-    reading = read_routers(source, config, training, base, seed, run.progress, plan)
-    routers = reading.routers if reading else None
-    upcycle(source, run.output, config, seed, run.progress, routers, plan)
-    num_written = check_written(source, run.output, plan, seed, run.progress, routers)
-    receipt = write_receipt(source, run.output, plan, run.recipe.data.block_size, run.progress)
+    recipe, sources = run.recipe, find_sources(run)
+    made = make_mixture(
+        run.inputs["source"],
+        run.output,
+        run.preparation.plan,
+        read_examples(run.inputs["data"], "train"),
+        find_router_base(run.preparation.loaded),
+        recipe.seed,
+        recipe.data.block_size,
+        run.progress,
+        sources,
+    )
+    plan, settings, reading, receipt = made.plan, made.plan.settings, made.reading, made.receipt
     (run.output / RECEIPT_NAME).write_text(
         json.dumps(name_specials(asdict(receipt)), indent=2, allow_nan=False) + "\n", encoding="utf-8"
     )
     return UpcycleFacts(
         target=plan.conversion.target.architecture,
-        num_experts=config.num_experts,
-        num_experts_per_tok=config.num_experts_per_tok,
+        num_experts=settings.num_experts,
+        num_experts_per_tok=settings.num_experts_per_tok,
         num_layers=plan.num_layers,
         num_sparse_layers=len(plan.sites),
         num_parameters=plan.num_parameters,
@@ -79,10 +90,13 @@ def run_stage(run: StageRun) -> UpcycleFacts:
         num_bytes=plan.num_bytes,
         dropped=list(plan.dropped),
         keeps_function=plan.keeps_function,
-        num_tensors_compared=num_written,
+        num_tensors_compared=made.num_tensors,
         router_text_tokens=list(reading.num_tokens) if reading else [],
         router_loads={str(site): load for site, load in reading.loads.items()} if reading else {},
         receipt_mode=receipt.mode,
         receipt_notes=list(receipt.notes),
         receipt=list(receipt.comparisons),
+        experts=[("", *plan.sources)[owner] for owner in plan.owners] if sources else [],
+        merging=settings.merging.method if sources else None,
+        distances=list(made.distances),
     )

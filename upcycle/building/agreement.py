@@ -12,11 +12,11 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Conversion
 
-GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""Read by generation alone, so that a fine-tuned model may have its own."""
+TOLD_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
+"""Read by generation, or bounds of the text: a fine-tuned model may have its own, which are told."""
 
-_TRAINING_FIELDS = ("use_cache", "initializer_range", "attention_dropout", "max_position_embeddings")
-"""Read by training or by a cache alone; the length of the context bounds what is read and changes no number."""
+_TRAINING_FIELDS = ("use_cache", "initializer_range", "attention_dropout")
+"""Read by training or a cache alone."""
 
 
 def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion: Conversion) -> None:
@@ -26,12 +26,15 @@ def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion:
         UpcycleError: the first field of config that differs, with both values, or the first tensor that one lacks or
             has in another shape.
     """
-    where = f"source {name} ({source.directory})"
+    where = f"sources.{name} ({source.directory})"
     if source.config.model_type != base.config.model_type:
         raise _refusal(where, "model_type", source.config.model_type, base.config.model_type)
     fields = (*conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional)
+    free = {*TOLD_FIELDS, *_TRAINING_FIELDS}
+    if (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        free.discard("max_position_embeddings")  # of which other rotary embeddings compute their angles
     for field in dict.fromkeys(fields):
-        if field in GENERATION_FIELDS or field in _TRAINING_FIELDS:
+        if field in free:
             continue
         found, must = getattr(source.config, field, None), getattr(base.config, field, None)
         if found != must:

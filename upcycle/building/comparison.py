@@ -101,7 +101,7 @@ def compare_layers(
     ffn_module = plan.conversion.family.ffn_module
     assert ffn_module is not None
     real = text.mask.bool()
-    pair = _Pair(*(embed(side, text.ids, dtype)[real].to(torch.float32) for side in (sparse, dense)))
+    pair = OutputPair(*(embed(side, text.ids, dtype)[real].to(torch.float32) for side in (sparse, dense)))
     yield _judge_outside(pair, "embedding", claim, text)
     states = torch.empty(0)
     for layer, before, _, after in run_layers(dense, text.ids, text.mask, dtype, ffn_module):
@@ -125,7 +125,7 @@ def compare_layers(
                     found = run(model)
                 yield _judge(found, own, claim, router, implementation, text.ids.shape[1], coverage)
         states = after[real]
-    pair = _Pair(*(apply_head(side, states, dtype).to(torch.float32) for side in (sparse, dense)))
+    pair = OutputPair(*(apply_head(side, states, dtype).to(torch.float32) for side in (sparse, dense)))
     yield _judge_outside(pair, "head", claim, text)
 
 
@@ -139,7 +139,7 @@ def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class _Pair:
+class OutputPair:
     """Outputs of both models, float32 [tokens, N], and a layer's input."""
 
     found: torch.Tensor
@@ -221,9 +221,9 @@ class _Dense:
         """
         return self.compare(self.run(self.load(torch.float64))).rel
 
-    def compare(self, found: torch.Tensor) -> _Pair:
+    def compare(self, found: torch.Tensor) -> OutputPair:
         """The mixture's outputs beside the model's own."""
-        return _Pair(found, self.outputs, self.read)
+        return OutputPair(found, self.outputs, self.read)
 
 
 def _judge(
@@ -257,7 +257,7 @@ def _halves(plan: UpcyclePlan) -> bool:
     return plan.settings.num_experts_per_tok == 2
 
 
-def _judge_outside(pair: _Pair, part: str, claim: Claim, text: Text) -> ReceiptLine:
+def _judge_outside(pair: OutputPair, part: str, claim: Claim, text: Text) -> ReceiptLine:
     """The comparison outside the layers, which every conversion keeps."""
     if not torch.isfinite(pair.reference).all():
         raise DenseNotFiniteError(f"{part}: not all of its numbers are finite")

@@ -112,7 +112,7 @@ class RouterConfig(Record):
 class MergingConfig(Record):
     """How weights outside of experts are merged, where there are sources.
 
-    A source's change is what it differs by from the base.
+    A source's change is the source minus the base.
     """
 
     method: Literal["base", "mean", "task-arithmetic", "ties", "dare"] = Field(

@@ -1,7 +1,7 @@
 """Weights of several sources merged into one: pure tensor functions.
 
-Every method adds something to the base that is made of the sources' changes, which are what each differs by from the
-base (task vectors, Ilharco et al. 2023). So sources that equal the base give the base bit for bit, by every method.
+Every method adds something to the base that is made of the sources' changes, each the source minus the base (task
+vectors, Ilharco et al. 2023). So sources that equal the base give the base bit for bit, by every method.
 Changes come one after the other, and one is held at a time.
 """
 

@@ -92,20 +92,23 @@ class Planner:
 
         A FFN of the base that is no expert; and all but the FFNs of a source, where the rest is the base's.
         """
-        is_expert = name in self._ffn_tensors
-        if checkpoint == 0:
-            return is_expert and 0 not in self.owners and self.config.shared_expert == "none"
-        return not is_expert and self.config.merging.method == "base"
+        part = self._ffn_tensors.get(name)
+        if checkpoint > 0:
+            return part is None and self.config.merging.method == "base"
+        if part is None or 0 in self.owners:
+            return False
+        silent = self.config.shared_expert == "zero" and part == "ffn_down"
+        return silent or self.config.shared_expert == "none"
 
     @functools.cached_property
-    def _ffn_tensors(self) -> frozenset[str]:
-        """Names, in the sources, of the FFNs that become experts."""
-        return frozenset(
-            matrix.name.format(layer=site.layer)
+    def _ffn_tensors(self) -> dict[str, Part]:
+        """The tensors, in the sources, of FFNs that become experts."""
+        return {
+            matrix.name.format(layer=site.layer): part
             for site in self.sites()
             for part, matrix in self.family.stacks[site.stack].parts.items()
             if part in _DENSE
-        )
+        }
 
     def writes(self, sites: tuple[Site, ...]) -> Iterator[Write]:
         """All writes: what is outside the layers first, then layer by layer."""

@@ -17,7 +17,7 @@ left to transformers as well, which is given both matrices.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -30,11 +30,13 @@ from dense2moe.upcycle.building.comparison import (
     compare_layers,
     compare_models,
 )
+from dense2moe.upcycle.building.expert_comparison import compare_experts
 from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
 from dense2moe.upcycle.building.footprint import receipt_bytes
 from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.building.receipt_text import compare_tokenizers, read_text
+from dense2moe.upcycle.building.receipt_text import Text, compare_tokenizers, read_text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT, can_be_bitwise, rounding_limit
+from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.loading import check_whole
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.errors import UpcycleError
@@ -48,7 +50,14 @@ _MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they 
 _MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a run needs most for
 
 
-def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int, progress: Progress) -> Receipt:
+def write_receipt(
+    source: Path,
+    output: Path,
+    plan: UpcyclePlan,
+    block_size: int,
+    progress: Progress,
+    sources: Mapping[str, Path] | None = None,
+) -> Receipt:
     """Compare the dense checkpoint with the mixture that `plan` made from it.
 
     The limits are enforced where the plan keeps the function: with every router, or with a zero router alone.
@@ -98,8 +107,29 @@ def write_receipt(source: Path, output: Path, plan: UpcyclePlan, block_size: int
             notes.append(f"{dtype} was not compared: the dense model itself is not finite in it ({error})")
             continue
         comparisons += found
+    if plan.sources_differ:
+        for comparison in _compare_experts(dense, output, plan, sources or {}, text.shorten(_MAX_HALF_TOKENS), limit):
+            _check(comparison, output)
+            comparisons.append(comparison)
+        notes += _describe_merging(plan)
     progress("comparing with the dense model", len(DTYPES), len(DTYPES))
     return Receipt(mode, tuple(comparisons), (*notes, *_describe_rounding(comparisons)))
+
+
+def _compare_experts(
+    dense: Checkpoint, output: Path, plan: UpcyclePlan, sources: Mapping[str, Path], text: Text, limit: float
+) -> Iterator[ReceiptLine]:
+    """Each source's expert, forced; nothing where experts are not the sources' own."""
+    if plan.settings.experts.kept and plan.conversion.family.ffn_module is not None:
+        yield from compare_experts(dense, output, plan, open_sources(dense, sources), text, limit)
+
+
+def _describe_merging(plan: UpcyclePlan) -> Iterator[str]:
+    """What differs from the dense model by design, in words."""
+    yield (
+        f"the experts are the FFNs of {', '.join(plan.sources)}, and the rest is merged by the method "
+        f"'{plan.settings.merging.method}', so the function differs from the dense model's by design"
+    )
 
 
 def _describe_rounding(comparisons: Sequence[ReceiptLine]) -> Iterator[str]:

@@ -58,7 +58,7 @@ def read_text(source: Path, block_size: int) -> Text:
             "was kept",
         )
     if has_tokenizer(source):
-        text = (_read_prose() * 4)[: _LETTERS_PER_TOKEN * length]
+        text = (read_prose() * 4)[: _LETTERS_PER_TOKEN * length]
         stream = encode(load_tokenizer(source), text)
     else:
         stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -75,7 +75,7 @@ def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
     """
     if not has_tokenizer(source):
         return
-    text = _read_prose()
+    text = read_prose()
     dense, sparse = (load_tokenizer(path) for path in (source, output))
     if encode(dense, text) != encode(sparse, text):
         yield (
@@ -86,6 +86,6 @@ def compare_tokenizers(source: Path, output: Path) -> Iterator[str]:
 
 
 @cache
-def _read_prose() -> str:
+def read_prose() -> str:
     """The source of the modules beside this one, with its documentation."""
     return "".join(file.read_text(encoding="utf-8") for file in sorted(Path(__file__).parent.glob("*.py")))

@@ -112,6 +112,12 @@ class AdaptedCheckpoint(Checkpoint):
         """Whether the tensor lies in a file as it is."""
         return name not in self.changes
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that its tensors lie in, and its changes."""
+        parts = [part for change in self.changes.values() for part in (change.down, change.up, change.magnitudes)]
+        return super().files | {part.file for part in parts if part is not None}
+
     def read_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read or compute some rows of one tensor."""
         change = self.changes.get(name)
@@ -302,7 +308,8 @@ def _make_change(found: dict[str, TensorEntry], name: str, base: Checkpoint, set
     weight = _take(found["base_layer"], name, base) if "base_layer" in found else entry
     down, up = (found[each] for each in names)
     rank, (rows, columns) = settings.rank(module), entry.shape
-    shapes = {down: (rank, rows if is_embedding else columns), up: (columns if is_embedding else rows, rank)}
+    outer, inner = (columns, rows) if is_embedding else (rows, columns)
+    shapes: dict[TensorEntry, tuple[int, ...]] = {down: (rank, inner), up: (outer, rank)}
     if (magnitudes := found.get("lora_magnitude_vector")) is not None:
         shapes[magnitudes] = (rows,)
     for each, shape in shapes.items():

@@ -56,6 +56,11 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.entries.values())
 
+    @property
+    def files(self) -> frozenset[Path]:
+        """The files that its tensors lie in."""
+        return frozenset(entry.file for entry in self.entries.values())
+
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into fresh memory, in its stored dtype."""
         return read_tensor(self.entries[name])
@@ -273,7 +278,7 @@ def check_values(checkpoint: Checkpoint, dropped: Collection[str] = ()) -> Itera
             raise UpcycleError(
                 f"{entry.file}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}{hint}"
             )
-        count = sum(int((~torch.isfinite(chunk)).sum()) for chunk in read_chunks(entry))
+        count = sum(int((~torch.isfinite(chunk)).sum()) for chunk in checkpoint.read_chunks(name))
         if count:
             raise UpcycleError(
                 f"{entry.file}: tensor '{name}' holds {count} NaN or infinite values; the checkpoint is broken; use "

@@ -1,0 +1,63 @@
+"""A mixture made by its plan, step by step, and its proof."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from dense2moe.upcycle.building.distance import SourceDistance, measure_distances
+from dense2moe.upcycle.building.facts import Receipt
+from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
+from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt import write_receipt
+from dense2moe.upcycle.building.surgery import check_written, upcycle
+from dense2moe.upcycle.checkpoints.adapter import open_sources
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.data.examples import Examples
+from dense2moe.upcycle.progress import Progress
+
+
+@dataclass(frozen=True)
+class MadeMixture:
+    """What a mixture is made of, and how it compares.
+
+    `plan` knows whether the sources' weights differ from the base's; `reading` is None where routers are drawn.
+    """
+
+    plan: UpcyclePlan
+    distances: tuple[SourceDistance, ...]
+    reading: RouterReading | None
+    num_tensors: int
+    receipt: Receipt
+
+
+def make_mixture(
+    source: Path,
+    output: Path,
+    plan: UpcyclePlan,
+    training: Examples,
+    text_base: Path,
+    seed: int,
+    block_size: int,
+    progress: Progress,
+    sources: Mapping[str, Path] | None = None,
+) -> MadeMixture:
+    """Write a planned mixture into an empty directory, and prove it.
+
+    Distances of the sources are measured, routers read from `training` or from files below `text_base`, tensors written
+    and compared with what they were made of, and the models compared on text of `block_size` tokens and more.
+
+    Raises:
+        UpcycleError: see each of these steps.
+    """
+    others = dict(sources or {})
+    base = open_checkpoint(source)
+    distances = measure_distances(base, open_sources(base, others), plan.dropped, progress) if others else ()
+    plan = replace(plan, sources_differ=not all(distance.equal for distance in distances))
+    reading = read_routers(source, plan.settings, training, text_base, seed, progress, plan)
+    routers = reading.routers if reading else None
+    upcycle(source, output, plan.settings, seed, progress, routers, plan, others)
+    num_tensors = check_written(source, output, plan, seed, progress, routers, others)
+    receipt = write_receipt(source, output, plan, block_size, progress, others)
+    return MadeMixture(plan, distances, reading, num_tensors, receipt)
