@@ -195,7 +195,7 @@ def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]
 
 
 def _name_below(file: Path, base: Path) -> str:
-    """A file as the recipe means it, so that keys stay where a folder with its recipe is moved."""
+    """A file's name below its base, which moves with the recipe."""
     return str(file.relative_to(base) if file.is_relative_to(base) else file)
 
 

@@ -42,7 +42,7 @@ def plan_tables(preparation: Preparation, workdir: Path, width: int) -> tuple[tu
             _models(preparation, width),
         ),
         (
-            "tensors, N for the number of a layer; below one that is no copy as it is, what it is made of",
+            "tensors, N for the number of a layer; below a tensor that is not copied as it is, what it is made of",
             _tensors(preparation.plan, width),
         ),
         ("config", _fields(preparation.plan, width)),

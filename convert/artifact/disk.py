@@ -84,7 +84,7 @@ def describe_os_error(error: OSError, directory: Path, option: str = "--workdir"
 
 
 def _is_inside(place: str, directory: Path) -> bool:
-    """Whether a place is in a directory, in a draft of it beside it, or a folder that holds it."""
+    """Whether a place is in a directory, its draft, or above it."""
     found, own = Path(os.path.abspath(place)), Path(os.path.abspath(directory))
     if own.is_relative_to(found):
         return True

@@ -28,6 +28,6 @@ def open_console() -> Console:
 
 
 def print_prose(console: Console, lines: Iterable[str]) -> None:
-    """Sentences, folded between words at a terminal's width; elsewhere each is one line, for programs to read."""
+    """Print sentences, on a terminal folded between words."""
     for line in lines:
         console.print(line, highlight=False, soft_wrap=not console.is_terminal)

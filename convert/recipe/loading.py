@@ -39,7 +39,7 @@ class LoadedRecipe:
 
     @contextmanager
     def telling_lines(self) -> Iterator[None]:
-        """Context manager: a refusal that begins with a key tells its file and line.
+        """Within the `with`, refusals that begin with a key tell their line.
 
         The floors below name keys alone, since they know of no file. A key that the file lacks has no line.
 

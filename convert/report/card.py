@@ -102,7 +102,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
 
 
 def _name_source(facts: ReportFacts) -> str:
-    """The dense model as its user knows it: its id on the hub, or the name of its directory."""
+    """The dense model's id on the hub, or its directory's name."""
     return facts.base_model or " ".join(Path(facts.source.origin).name.split())
 
 
@@ -113,7 +113,7 @@ def _name_sources(facts: ReportFacts) -> str | list[str]:
 
 
 def _name_checkpoint(facts: ReportFacts) -> str:
-    """The directory, in the run's work directory, of the torch model that was exported."""
+    """The directory of the exported torch model, in the work directory."""
     stage: StageName = "finetune" if facts.exported == "fine-tuned" else "upcycle"
     return f"{stage}-{facts.keys[stage][:12]}"
 

@@ -29,7 +29,7 @@ _SEPARATED = re.compile(r"[^/\-_.,]*[/\-_.,]+|[^/\-_.,]+")
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, whether its cells fold, and the side that they align on."""
+    """A column: its heading, whether cells fold, and their alignment."""
 
     heading: str
     folds: bool = False
@@ -79,7 +79,7 @@ def share_width(columns: Sequence[Column], rows: Sequence[Sequence[str]], room: 
 
 
 def _fill(low: Sequence[int], high: Sequence[int], spare: int) -> list[int]:
-    """Widths from `low` up to `high`, the narrowest first, until nothing is to spare."""
+    """Widths from `low` to `high`, the narrowest widened first."""
     widths = list(low)
     while spare > 0 and (growing := [number for number, width in enumerate(widths) if width < high[number]]):
         widths[min(growing, key=lambda number: widths[number])] += 1

@@ -70,7 +70,7 @@ def compare_runs(first: ReportFacts, second: ReportFacts, names: tuple[str, str]
 
 
 def comparison_tables(comparison: RunComparison, width: int) -> Iterator[Table]:
-    """Tables for a terminal of `width` columns: recipes, figures, parity; empty ones are left out.
+    """Tables of recipes, figures and parity, for a terminal's width.
 
     Keys, models and figures stay whole; what a recipe sets, and why parity failed, folds.
     """

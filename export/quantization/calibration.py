@@ -213,7 +213,7 @@ class CalibrationWalk:
         stream.put({name: self._replaced[name, None] for name in names if (name, None) in self._replaced}, layer)
 
     def advance(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> None:
-        """Advance past `layer` with these tensors substituted, even if it was never read.
+        """Advance past `layer` with these tensors substituted.
 
         What the groups were read behind is not computed again, where it was replaced by the same tensors.
         """
@@ -235,7 +235,7 @@ class CalibrationWalk:
         self._read = self._experts = None
 
     def _is_behind(self, layer: int, replaced: Mapping[str, torch.Tensor]) -> bool:
-        """Whether the layer was read behind these tensors, as far as its FFN."""
+        """Whether the layer's FFN was read behind these tensors."""
         ffns = [ffn for ffn in (self.family.routed, self.family.shared, self.family.ffn) if ffn is not None]
         patterns = [name for ffn in ffns for name in (ffn.gate, ffn.up, ffn.down) if name is not None]
         known = {name: tensor for (name, rows), tensor in self._replaced.items() if rows is None}
@@ -248,7 +248,7 @@ class CalibrationWalk:
         )
 
     def _sum_experts(self, layer: int, read: torch.Tensor, replaced: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """What the experts give together, [tokens, H], of what they read [tokens, H], in their order."""
+        """The experts' summed output [tokens, H] for inputs [tokens, H]."""
         assert self.family.routed is not None
         name = self._router(layer)
         router = replaced[name].float() if name in replaced else self.read(name)
@@ -322,7 +322,7 @@ class CalibrationWalk:
         yield Group("last", (last,), read_inner, expert, (first[-1][0], up_rows))
 
     def _matrices(self, ffn: Ffn, layer: int, expert: int | None) -> tuple[tuple[str, RowSpan], ...]:
-        """The first matrices of an FFN, or of an expert, and its last."""
+        """The first matrices of an FFN or expert, and its last."""
         up, down = (name.format(layer=layer, expert=expert) for name in (ffn.up, ffn.down))
         if ffn.gate is not None:
             return (ffn.gate.format(layer=layer, expert=expert), None), (up, None), (down, None)
@@ -332,7 +332,7 @@ class CalibrationWalk:
         return (up, (height * expert, height * (expert + 1))), (down, (hidden * expert, hidden * (expert + 1)))
 
     def _compute_inner(self, x: torch.Tensor, first: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What the last matrix of an FFN reads where its first ones read x [tokens, H]."""
+        """The input of an FFN's last matrix, for FFN inputs [tokens, H]."""
         both = torch.cat(list(first)).T
         activation: Any = ACT2FN[self.checkpoint.config.hidden_act]
         result = x.new_empty(len(x), both.shape[1] // 2)

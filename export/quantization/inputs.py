@@ -34,7 +34,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A layer whose blocks read scaled inputs, and whose function is the same.
+    """A layer whose blocks read scaled inputs; its function is kept.
 
     Tensors in the place of the checkpoint's, by name, and what the inputs of a place in `Group` are divided by.
     """
@@ -43,5 +43,5 @@ class Scaled:
     scales: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def divide(self, x: torch.Tensor, place: str) -> torch.Tensor:
-        """What is read at a place where the layer as it is reads x [tokens, K]."""
+        """The scaled input at a place, for the plain input [tokens, K]."""
         return x / self.scales[place] if place in self.scales else x

@@ -48,7 +48,7 @@ class ExpertsRead:
 
 
 class _EnoughError(Exception):
-    """Every wanted input is caught: the rest of the layer need not be computed."""
+    """Every wanted input is caught; nothing more need be computed."""
 
 
 class LayerStream:
@@ -81,7 +81,7 @@ class LayerStream:
             return self._run(wanted, stop=True)[1]
 
     def finish(self, *wanted: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The states behind the layer, all of it computed, and what blocks read."""
+        """Compute the layer; its output states, and the inputs of blocks."""
         return self._run(wanted, stop=False)
 
     def go_on(self, experts: torch.Tensor | None) -> torch.Tensor:
@@ -99,7 +99,7 @@ class LayerStream:
                 return self._run((), stop=False)[0]
 
     def put(self, tensors: Mapping[str, torch.Tensor], layer: int) -> None:
-        """Give the model tensors of the layer by their names in the checkpoint.
+        """Load the layer's tensors by their names in the checkpoint.
 
         Stacked experts, which have other names in the model, are left alone.
         """
@@ -133,7 +133,7 @@ class LayerStream:
     @staticmethod
     @contextmanager
     def _hooked(*handles: Any) -> Iterator[None]:
-        """For the length of a `with`: hooks are there."""
+        """Within the `with`, hooks are registered."""
         try:
             yield
         finally:
@@ -143,7 +143,7 @@ class LayerStream:
 
 @contextmanager
 def _computed(module: nn.Module, give: Callable[[], Any]) -> Iterator[None]:
-    """For the length of a `with`: a module gives what is known already."""
+    """Within the `with`, a module returns a known output."""
     module.forward = lambda *_, **__: give()
     try:
         yield

@@ -172,7 +172,7 @@ class ProductMode(TorchFunctionMode):
         return rounds[self._find_expert(layer, weight) if len(rounds) > 1 else 0]
 
     def _find_expert(self, layer: int, weight: torch.Tensor) -> int:
-        """The number of an expert, by where its matrix lies in those that are stacked."""
+        """An expert's number, by its matrix's place in the stack."""
         for stacked in cast(nn.Module, self._reference.modules[layer].experts).parameters():
             offset = weight.data_ptr() - stacked.data_ptr()
             if stacked.ndim == 3 and 0 <= offset < stacked.numel() * stacked.element_size():
@@ -247,7 +247,7 @@ def _count_experts(experts: Any) -> int:
 def _find_inside(
     family: Architecture | None, rounds: Mapping[str, Round], n: int, num_experts: int
 ) -> list[tuple[Round | None, Round | None]]:
-    """How each of a layer's experts rounds what its first matrices and its last read; one for all if all are alike."""
+    """How each expert of a layer rounds the inputs of its matrices."""
     if family is not None and family.routed is not None:
         routed = family.routed
         pairs = [
