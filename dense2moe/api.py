@@ -34,8 +34,7 @@ from dense2moe.export.variant import Device, Variant
 from dense2moe.new_directory import new_directory
 from dense2moe.runs import Run, run
 from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
-from dense2moe.upcycle.building.distance import SourceDistance
-from dense2moe.upcycle.building.facts import Receipt
+from dense2moe.upcycle.building.facts import Receipt, SourceDistance
 from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions

@@ -14,8 +14,7 @@ from dense2moe.convert.machine import Machine
 from dense2moe.export.facts import OnnxFacts
 from dense2moe.export.parity.records import ProviderParity
 from dense2moe.export.quantization.facts import QuantizeFacts
-from dense2moe.upcycle.building.distance import SourceDistance
-from dense2moe.upcycle.building.facts import ReceiptLine
+from dense2moe.upcycle.building.facts import ReceiptLine, SourceDistance
 from dense2moe.upcycle.tasks.figure import Figure
 from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
 from dense2moe.upcycle.training.history import ModelName

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from dense2moe.upcycle.building.facts import DistanceClass, SourceDistance
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import CLASS_OF_PART
 from dense2moe.upcycle.models.table import find_family
 from dense2moe.upcycle.progress import Progress
-
-DistanceClass = Literal["ffn", "attention", "norms", "embedding", "head", "biases"]
-"""Kinds of tensors that are told apart."""
 
 _CLASSES: Mapping[str, DistanceClass] = {
     "experts": "ffn",
@@ -26,19 +22,6 @@ _CLASSES: Mapping[str, DistanceClass] = {
     "head": "head",
     "bias": "biases",
 }
-
-
-@dataclass(frozen=True)
-class SourceDistance:
-    """One source's distance from the base.
-
-    `by_class`: |source - base| / |base| over all tensors of a class, Frobenius norms. `equal` where every value is the
-    base's own.
-    """
-
-    name: str
-    by_class: dict[DistanceClass, float]
-    equal: bool
 
 
 def measure_distances(

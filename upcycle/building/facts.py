@@ -1,10 +1,13 @@
-"""Facts of the receipt: dense model and mixture compared."""
+"""Facts of the receipt and of sources: how models compare."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
+
+DistanceClass = Literal["ffn", "attention", "norms", "embedding", "head", "biases"]
+"""Kinds of tensors that are told apart."""
 
 
 @dataclass(frozen=True)
@@ -50,3 +53,16 @@ def shows_equality(lines: Iterable[ReceiptLine]) -> bool:
     """Whether a receipt shows both models equal, but for float32 rounding."""
     written = [line for line in lines if line.dtype == "float32" and line.router == "shipped"]
     return bool(written) and all(line.limit is not None and line.rel <= line.limit for line in written)
+
+
+@dataclass(frozen=True)
+class SourceDistance:
+    """One source's distance from the base.
+
+    `by_class`: |source - base| / |base| over all tensors of a class, Frobenius norms. `equal` where every value is the
+    base's own.
+    """
+
+    name: str
+    by_class: dict[DistanceClass, float]
+    equal: bool

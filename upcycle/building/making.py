@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dense2moe.upcycle.building.distance import SourceDistance, measure_distances
-from dense2moe.upcycle.building.facts import Receipt
+from dense2moe.upcycle.building.distance import measure_distances
+from dense2moe.upcycle.building.facts import Receipt, SourceDistance
 from dense2moe.upcycle.building.hidden_states import RouterReading, read_routers
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt import write_receipt
