@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import WINDOW
 from fine_tunes import fine_tune, is_ffn
 from mixtures import EXACT, MakeDense, load, logits, rel
 from safetensors.torch import load_file, save_file
@@ -54,6 +55,23 @@ def test_a_mixture_forced_to_one_expert_is_its_source_where_the_rest_is_the_base
             found, expected = model(input_ids=ids).logits, load(source)(input_ids=ids).logits
         assert rel(found, expected) <= ROUNDING_LIMIT
     assert rel(logits(tmp_path / "out"), logits(base)) > 100 * ROUNDING_LIMIT
+
+
+def test_a_mistral_s_window_is_kept_of_merged_sources(make_dense: MakeDense, tmp_path: Path) -> None:
+    """Where mergekit-moe 0.1.5 sets it to None: past the window each expert alone is still its source."""
+    base = make_dense(architecture="MistralForCausalLM", sliding_window=WINDOW, **EXACT)
+    sources = two_sources(base, tmp_path, of=is_ffn)
+    made = upcycle(base, tmp_path / "out", UpcycleConfig(merging=MergingConfig(method="base")), sources=sources)
+    assert made.plan.target_config.sliding_window == WINDOW
+    ids = torch.randint(300, (1, 4 * WINDOW), generator=torch.Generator().manual_seed(1))
+    model, wide = load(tmp_path / "out"), load(sources["maths"])
+    force(model, 1)
+    with torch.no_grad():
+        found, expected = model(input_ids=ids).logits, load(sources["maths"])(input_ids=ids).logits
+        wide.config.sliding_window = None
+        unwindowed = wide(input_ids=ids).logits
+    assert rel(found, expected) <= ROUNDING_LIMIT
+    assert rel(unwindowed, expected) > 100 * ROUNDING_LIMIT  # or the text would not cross the window
 
 
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
