@@ -184,9 +184,9 @@ def test_the_page_tells_what_each_trained_model_reached_and_took(facts, written)
     facts["finetune"]["seconds"]["dense, same FLOPs"] = 141.0
     text = " ".join(" ".join(Outline(written(facts)).text).split())
     for row in (
-        "fine-tuned 2.4190 11.23 6.23 M 97.0 45.0 s 80",
-        "dense continued 2.5100 12.30 4.13 M 208 30.0 s 80",
-        "dense, same FLOPs 2.4849 12.00 4.13 M 209 2.35 min 120",
+        "fine-tuned 2.4190 11.23 6.23 M 97.0 40.0 TFLOP 45.0 s 80",
+        "dense continued 2.5100 12.30 4.13 M 208 26.0 TFLOP 30.0 s 80",
+        "dense, same FLOPs 2.4849 12.00 4.13 M 209 39.0 TFLOP 2.35 min 120",
     ):
         assert row in text
 

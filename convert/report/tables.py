@@ -14,6 +14,7 @@ from dense2moe.convert.report.numerals import (
     NONE,
     format_count,
     format_error,
+    format_operations,
     format_rounded,
     format_seconds,
     format_special,
@@ -33,6 +34,7 @@ def trained_table(facts: ReportFacts) -> Grid:
         figure_title(facts.figure("dense")),
         "Active parameters",
         "Decode tokens/s",
+        "Operations",
         "Training time",
         "Steps",
     )
@@ -45,6 +47,7 @@ def trained_table(facts: ReportFacts) -> Grid:
                 format_figure(row.figure),
                 format_count(row.num_active_parameters),
                 format_rounded(row.decode_tokens_per_second),
+                format_operations(row.flops),
                 format_seconds(row.seconds),
                 f"{row.num_steps:,}",
             )

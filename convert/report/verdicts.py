@@ -43,6 +43,7 @@ class Training:
     decode_tokens_per_second: float
     num_steps: int
     seconds: float
+    flops: float
 
 
 def verdict_lines(facts: ReportFacts) -> list[str]:
@@ -190,6 +191,7 @@ def compare_training(facts: ReportFacts) -> list[Training]:
             found.decode_tokens_per_second,
             finetune.num_steps[name],
             finetune.seconds[name],
+            finetune.flops[name],
         )
         for name in names
         if (found := finetune.evaluations.get(name)) is not None

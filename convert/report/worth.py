@@ -62,18 +62,15 @@ def oracle_table(oracle: OracleRouting | None) -> Grid:
     """The loss on each domain, as routed and with routers overruled."""
     if oracle is None:
         return Grid((), ())
-    best = {name: f"{loss:.3f}, expert {oracle.best_expert[name]}" for name, loss in oracle.oracle.items()}
-    table = _losses_table(
+    return _losses_table(
         "Tokens go to",
         {
             "the routers' choice": oracle.routed,
+            "the domain's best expert alone": oracle.oracle,
             **{f"expert {number} alone": losses for number, losses in enumerate(oracle.experts)},
             "experts drawn by chance": oracle.random,
         },
     )
-    mean = sum(oracle.oracle.values()) / len(oracle.oracle)
-    row = ("the domain's best expert alone", *(best[name] for name in oracle.routed), f"{mean:.3f}")
-    return Grid(table.headers, (table.rows[0], row, *table.rows[1:]))
 
 
 def _losses_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Grid:
