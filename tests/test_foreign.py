@@ -6,13 +6,16 @@ Every fault can be planted in them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from programs import dense2moe
+from shapes import each_shape
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
@@ -25,7 +28,7 @@ from dense2moe.export.variant import Variant
 from tests.exports import LAYER_PARTS
 from tests.faults.planted import FAULTS, Exported, plant
 from tests.faults.stores import Inexpressible
-from tests.foreign import VARIANTS, Kind, make_foreign
+from tests.foreign import VARIANTS, Kind, make_checkpoint, make_foreign
 
 BLOCKS = torch.randint(2, 300, (2, 48), generator=torch.Generator().manual_seed(0))
 PREFILL = 36
@@ -37,10 +40,18 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed")
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Kind], Path]:
-    """Where the packages of a kind are made, each export once."""
-    made: dict[Kind, Path] = {}
-    return lambda kind: made.get(kind) or made.setdefault(kind, tmp_path_factory.mktemp(kind))
+def folders(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerBase
+) -> Callable[[Kind], Path]:
+    """Where the packages of a kind are made, each export once, of a checkpoint with a tokenizer."""
+
+    @cache
+    def make(kind: Kind) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        make_checkpoint(kind, folder / "source", tokenizer=tiny_tokenizer)
+        return folder
+
+    return make
 
 
 def errors(exported: Exported, reference: Path) -> np.ndarray:
@@ -74,7 +85,7 @@ def floats(package: Path) -> int:
     return sum(node.op_type == "MatMul" and node.input[1] in tensors for node in graph.node)
 
 
-@pytest.mark.parametrize("kind", ["qwen2_moe", "mixtral"])
+@pytest.mark.parametrize("kind", each_shape(["qwen2_moe", "mixtral"], ["mixtral"]))
 def test_a_package_of_another_maker_computes_what_its_twin_does(kind: Kind, folders: Callable[[Kind], Path]) -> None:
     """One export, and then in each variant: float activations to float32 rounding, others but for what they round."""
     for variant in VARIANTS:
@@ -163,6 +174,15 @@ def test_places_are_found_by_their_weights_and_all_are_right(folders: Callable[[
     assert max(place.error for place in result.places) < 1e-5
     assert not isinstance(result.weights, str)
     assert result.weights.not_judged == ()
+
+
+def test_a_package_of_transformers_exporter_is_its_checkpoint(folders: Callable[[Kind], Path]) -> None:
+    """The command finds it so; whoever exports a package gives past and present our names."""
+    exported = make_foreign("mixtral", "float32", folders("mixtral"))
+    text = ("--data", Path(__file__).parent.parent / "LICENSE", "--blocks", 4, "--block-size", 48)
+    result = dense2moe("parity", exported.package, "--reference", exported.source, *text)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.endswith("parity passed\n")
 
 
 def test_faults_in_a_package_of_another_maker_are_named(folders: Callable[[Kind], Path], tmp_path: Path) -> None:

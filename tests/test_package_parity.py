@@ -11,12 +11,9 @@ import tomllib
 from pathlib import Path
 
 import onnx
-import onnx_ir
 import pytest
-import torch
 from click.testing import Result
 from programs import dense2moe
-from transformers import AutoModelForCausalLM, DynamicCache
 
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package
@@ -28,6 +25,7 @@ from dense2moe.export.runtime.decoder import CPU, CUDA, is_at_hand
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
 from tests.conftest import MakeDense
+from tests.foreign import build_by_genai
 
 pytest_plugins = ["pytester"]
 
@@ -52,35 +50,13 @@ def parity(package: Path, reference: Path, *options: object, text: Path = TEXT) 
 
 @pytest.fixture(scope="module")
 def llama(make_dense: MakeDense) -> Path:
-    """A dense Llama that onnxruntime-genai's builder and torch's exporter both take. Shared: read only."""
+    """A dense Llama that onnxruntime-genai's builder takes. Shared: read only."""
     return make_dense(hidden_size=64, num_hidden_layers=1)
-
-
-def build_by_genai(checkpoint: Path, package: Path, precision: str) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-i",
-        checkpoint,
-        "-o",
-        package,
-        "-p",
-        precision,
-        "-e",
-        "cpu",
-    ]
-    finished = subprocess.run(
-        [*map(str, command), "-c", str(package.parent / "cache")], capture_output=True, text=True, check=False
-    )
-    assert finished.returncode == 0, finished.stderr[-2000:]
-    return package
 
 
 @pytest.fixture(scope="module")
 def genai_package(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What onnxruntime-genai's model builder writes of it in float32. Shared: read only."""
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     return build_by_genai(llama, tmp_path_factory.mktemp("genai") / "package", "fp32")
 
 
@@ -153,7 +129,6 @@ def test_another_checkpoint_is_not_the_package(genai_package: Path, make_dense: 
 
 
 def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path: Path) -> None:
-    pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed")
     llama = ROOT / "recipes" / "models" / "python-docs-4m"  # a trained one: random weights may lose nothing
     package = build_by_genai(llama, tmp_path / "package", "int4")
     assert find_precision(package).variant == "int4"
@@ -178,38 +153,6 @@ def test_a_quantized_package_of_another_maker_is_held_to_its_perplexity(tmp_path
     tight = parity(package, llama, "--no-padding", "--max-perplexity-increase", increase / 2)
     assert tight.exit_code == 1
     assert f"language: perplexity {figures['figures'][0]['value']:.4f} is {increase:+.2%} ± " in tight.stderr
-
-
-# the exporter's own
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
-def test_a_package_of_transformers_exporter_is_its_checkpoint(llama: Path, tmp_path: Path) -> None:
-    """Its names of past and present are its own; who exports a package gives them ours."""
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    from transformers.exporters.configs import OnnxConfig as ExporterConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    model = AutoModelForCausalLM.from_pretrained(llama).eval()
-    past, dynamic = DynamicCache(), torch.export.Dim.DYNAMIC
-    past.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 0)
-    inputs = {
-        "input_ids": torch.ones(2, 3, dtype=torch.int64),
-        "attention_mask": torch.ones(2, 8, dtype=torch.int64),
-        "position_ids": torch.arange(5, 8).repeat(2, 1),
-        "past_key_values": past,
-    }
-    shapes = {name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")}
-    shapes |= {"past_key_values": [{0: dynamic, 2: dynamic}] * 2}
-    graph = OnnxExporter().export(model, inputs, config=ExporterConfig(dynamic_shapes=shapes, opset_version=20)).program
-    for values, stem in ((graph.graph.inputs[3:], "past_key_values"), (graph.graph.outputs[1:], "present")):
-        for number, value in enumerate(values):
-            value.name = f"{stem}.{number // 2}.{('key', 'value')[number % 2]}"
-    package = tmp_path / "package"
-    package.mkdir()
-    onnx_ir.save(graph, package / MODEL_NAME)
-    model.config.save_pretrained(package)
-    result = parity(package, llama)
-    assert result.exit_code == 0, result.output
-    assert result.stdout.endswith("parity passed\n")
 
 
 def test_our_own_package_runs_every_tier(own_package: Path, mixture_checkpoint: Path) -> None:

@@ -23,6 +23,7 @@ from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
 from tests.conftest import MakeDense
+from tests.foreign import build_by_genai
 
 ALL = ("tokenizer.json", "generation_config.json", "config.json", "genai_config.json")
 Sides = tuple[Path, Path]
@@ -41,14 +42,6 @@ def export(checkpoint: Path, folder: Path) -> Sides:
     quantize_checkpoint(checkpoint, twin, "float32", QuantizeConfig(method="round"), silent)
     write_package(twin, package, OnnxConfig(lowering="unrolled", activation_bits=32), silent)
     return package, twin
-
-
-def build_by_genai(checkpoint: Path, folder: Path) -> Path:
-    """The package that onnxruntime-genai's model builder writes."""
-    builder = pytest.importorskip("onnxruntime_genai.models.builder", reason="onnxruntime-genai is not installed")
-    where = (None, str(checkpoint), str(folder / "package"), "fp32", "cpu", str(folder / "cache"))
-    builder.create_model(*where, **builder.parse_extra_options(*where, []))
-    return folder / "package"
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +122,6 @@ def test_our_package_passes_whatever_special_tokens_the_config_has(
     assert check_files(*export(make_dense(num_hidden_layers=1, **ids), tmp_path)) == FilesCheck(compared=ALL)
 
 
-@pytest.mark.filterwarnings("ignore")  # the builder's own
 @pytest.mark.parametrize(
     ("ids", "settings"),
     [
@@ -144,17 +136,16 @@ def test_a_package_of_genai_s_builder_passes(
 ) -> None:
     checkpoint = make_dense(hidden_size=64, num_hidden_layers=1, **ids)
     change(checkpoint / "generation_config.json", lambda values: values | settings)
-    found = check_files(build_by_genai(checkpoint, tmp_path), checkpoint)
+    found = check_files(build_by_genai(checkpoint, tmp_path / "package", "fp32"), checkpoint)
     missing = ("generation_config.json: not in the package", "config.json: not in the package")
     assert found == FilesCheck(("tokenizer.json", "genai_config.json"), missing)
 
 
-@pytest.mark.filterwarnings("ignore")  # the builder's own
 def test_what_genai_s_builder_writes_where_nothing_starts_a_text_passes(make_dense: MakeDense, tmp_path: Path) -> None:
     checkpoint = make_dense(hidden_size=64, num_hidden_layers=1, eos_token_id=5, bos_token_id=None)
     for token in ("bos_token", "eos_token"):
         change(checkpoint / "tokenizer_config.json", put(token, ...))
-    package = build_by_genai(checkpoint, tmp_path)
+    package = build_by_genai(checkpoint, tmp_path / "package", "fp32")
     model = json.loads((package / "genai_config.json").read_text(encoding="utf-8"))["model"]
     assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (1, 5, 5)
     assert check_files(package, checkpoint).passed
