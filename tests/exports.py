@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,7 +25,7 @@ from dense2moe.export.storage import MODEL_NAME
 from dense2moe.export.variant import Variant
 
 VOCABULARY = 96
-PREFILL, STEPS = 20, 64
+PREFILL, STEPS = 20, 24
 EXACT_PRODUCTS = {"activation_bits": 32, "lowering": "grouped"}  # 8 bits round; what that costs is measured apart
 # those need text
 VARIANTS: tuple[Variant, ...] = tuple(variant for variant in get_args(Variant) if variant not in ("int8-qdq", "mixed"))
@@ -61,10 +62,14 @@ class Export:
         if Version(ort.__version__) < Version(self.facts.min_onnxruntime):
             # in .ci/runtimes
             pytest.skip(f"the package needs onnxruntime {self.facts.min_onnxruntime}, this is {ort.__version__}")
-        self.decoder = Decoder(self.package, inspection=Inspection(streams=True), num_threads=1)
-        self.torch = MixtralForCausalLM.from_pretrained(
-            self.twin, dtype=torch.float32, experts_implementation="eager"
-        ).eval()
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.package, inspection=Inspection(streams=True), num_threads=1)
+
+    @cached_property
+    def torch(self) -> MixtralForCausalLM:
+        return MixtralForCausalLM.from_pretrained(self.twin, dtype=torch.float32, experts_implementation="eager").eval()
 
     @property
     def proto(self) -> onnx.ModelProto:

@@ -172,7 +172,7 @@ def expect_pieces(export: Export, ids: np.ndarray, mask: np.ndarray, pieces: lis
 @pytest.mark.parametrize("head_dim", [8, 16])
 def test_a_longrope_switches_its_factors_where_transformers_does(make: Make, head_dim: int) -> None:
     export = make_longrope(make, head_dim)
-    for length in (SWITCH - 1, SWITCH, SWITCH + 1, 84):
+    for length in (SWITCH - 1, SWITCH, SWITCH + 1, PREFILL + STEPS):
         ids = draw_ids(1, length)
         assert export.error(ids, np.ones_like(ids), [length]) < EXACT, length
     for batch, padding in ((1, "none"), (3, "left"), (3, "right")):
@@ -183,7 +183,7 @@ def test_a_longrope_switches_its_factors_where_transformers_does(make: Make, hea
         at_once = export.expect(ids, mask)  # another function: all keys by the long factors
         assert np.abs(at_once - expected)[real].max() > 100 * EXACT * np.abs(expected[real]).max()
     # nothing switches on the way
-    assert export.error(ids[:1], np.ones_like(ids[:1]), [SWITCH + 8] + [1] * (84 - SWITCH - 8)) < EXACT
+    assert export.error(ids[:1], np.ones_like(ids[:1]), [SWITCH + 8] + [1] * (PREFILL + STEPS - SWITCH - 8)) < EXACT
 
 
 @pytest.mark.parametrize("embedding_bits", [8, "variant", 16])
