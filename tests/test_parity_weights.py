@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
@@ -29,15 +31,19 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUERY, ROUTER = f"{LAYER}.self_attn.q_proj.weight", f"{LAYER}.block_sparse_moe.gate.weight"
 NORM = f"{LAYER}.input_layernorm.weight"
 Form = Literal["float", "turned", "int8", "int4"]
-Tensors = dict[str, Quantized]
+Tensors = Mapping[str, Quantized]
 
 
 def bits_of(form: Form) -> int:
     return 4 if form == "int4" else 8
 
 
+@cache
 def draw(form: Form) -> Tensors:
-    """Matrices as integers, whatever the file holds; so that every form stands for the same kind of numbers."""
+    """Matrices as integers, whatever the file holds; so that every form stands for the same kind of numbers.
+
+    Drawn once; a fault is in a mapping of its own.
+    """
     generator = torch.Generator().manual_seed(0)
     shapes = {EMBEDDING: (TOKENS, WIDTH), HEAD: (TOKENS, WIDTH), QUERY: (WIDTH, WIDTH)}
     for e in range(EXPERTS):
@@ -47,9 +53,9 @@ def draw(form: Form) -> Tensors:
             f"{EXPERT}.{e}.w3.weight": (INNER, WIDTH),
         }
     weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {
-        name: quantize(weight, bits_of(form), BLOCK, zero_points=form == "int4") for name, weight in weights.items()
-    }
+    return MappingProxyType(
+        {name: quantize(weight, bits_of(form), BLOCK, zero_points=form == "int4") for name, weight in weights.items()}
+    )
 
 
 def width_of(name: str) -> int:
