@@ -28,7 +28,8 @@ import click
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))  # where the table is
 
-from mutations import MUTATIONS, Mutation, find_tests, mutate, read_sources  # noqa: E402
+from mutating import Mutation, find_tests, mutate, read_sources  # noqa: E402
+from mutations import MUTATIONS  # noqa: E402
 
 _PATIENCE = 480.0
 """Seconds that tests may take; a mutation that makes them endless is killed as well."""

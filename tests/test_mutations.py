@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from mutations import MUTATIONS, Mutation, find_tests, locate, mutate, read_sources
+from mutating import Mutation, find_tests, locate, mutate, read_sources
+from mutations import MUTATIONS
 
 ROOT = Path(__file__).parent.parent
 SOURCES = read_sources(ROOT)
