@@ -60,7 +60,7 @@ class LayerStream:
 
     def __init__(self, model: PreTrainedModel, states: torch.Tensor) -> None:
         self.model, self.states = model, states
-        layer = model.get_submodule("layers").get_submodule("0")
+        self._layer = layer = model.get_submodule("layers").get_submodule("0")
         sparse: Any = next((module for module in layer.modules() if hasattr(module, "experts")), None)
         self._attention, self._experts = layer.get_submodule("self_attn"), None if sparse is None else sparse.experts
         self._blocks = {
@@ -103,9 +103,9 @@ class LayerStream:
 
         Stacked experts, which have other names in the model, are left alone.
         """
-        own = dict(self.model.named_parameters())
+        own = dict(self._layer.named_parameters())
         for name, tensor in tensors.items():
-            if (place := name.replace(f"model.layers.{layer}.", "layers.0.", 1)) in own:
+            if (place := name.removeprefix(f"model.layers.{layer}.")) in own:
                 own[place].data.copy_(tensor.reshape(own[place].shape))
 
     @torch.no_grad()
