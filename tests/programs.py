@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import signal
 import socket
 import sys
 import time
@@ -23,7 +24,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from dense2moe.convert.cli import main
+from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.worker import ProcessResult, start_server
+from dense2moe.upcycle.progress import Progress
 
 _PATIENCE = 600  # seconds
 
@@ -82,6 +85,14 @@ def kill(process: BaseProcess) -> None:
         time.sleep(0.1)
 
 
+def wait(process: BaseProcess) -> int | None:
+    """Its exit code, or None where it did not end in time and was killed."""
+    process.join(_PATIENCE)
+    ended = process.exitcode
+    kill(process)
+    return ended
+
+
 def _is_up() -> bool:
     start_server()
     probe = multiprocessing.get_context("forkserver").Process(target=os.getpid)
@@ -96,6 +107,28 @@ def _is_up() -> bool:
 def run_command(arguments: Iterable[str]) -> None:
     """The command, in a process of its own."""
     main(list(arguments), prog_name="dense2moe")
+
+
+def run_until_killed(arguments: Iterable[str], workdir: Path, stage: str) -> None:
+    """The command, which SIGKILL ends at the first word of a stage that has begun to write.
+
+    What it says comes from its own process, if it has one, which is then left alone at its work.
+    """
+    begin = ProgressDisplay.stage
+
+    def begin_to_listen(display: ProgressDisplay, label: str) -> Progress:
+        show = begin(display, label)
+
+        def listen(what: str, done: int, total: int) -> None:
+            if label == stage and any(workdir.glob(f"{stage}-*.partial")):  # not while its inputs are checked
+                os.kill(os.getpid(), signal.SIGKILL)
+            show(what, done, total)
+
+        return listen
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ProgressDisplay, "stage", begin_to_listen)
+        run_command(arguments)
 
 
 def launch(
