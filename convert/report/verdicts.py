@@ -156,8 +156,8 @@ def _weigh_compute(found: Verdict, finetune: FinetuneFacts) -> Verdict:
         f"{format_seconds(finetune.seconds[name])})"
         for name in names
     )
-    ratio = finetune.flops["dense, same FLOPs"] / finetune.flops["fine-tuned"]
-    favoured = found.good is not None and (ratio < 1 - _SLACK if found.good else ratio > 1 + _SLACK)
+    tuned, other = finetune.flops["fine-tuned"], finetune.flops["dense, same FLOPs"]
+    favoured = found.good is not None and (other < (1 - _SLACK) * tuned if found.good else other > (1 + _SLACK) * tuned)
     ending = ": too unequal to count." if favoured else "."
     return Verdict(
         f"{found.text} The control had {control}, the mixture {mixture}{ending}", None if favoured else found.good
