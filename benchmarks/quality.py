@@ -43,13 +43,13 @@ from transformers.utils import logging
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, PythonDocsData, TextData
-from dense2moe.upcycle.tasks.next_token import next_token_loss
+from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN, next_token_loss
 from dense2moe.upcycle.training.config import Distillation, FinetuneConfig
 from dense2moe.upcycle.training.evaluation import held_out_loss
-from dense2moe.upcycle.training.job import Job, Setup, train_model
+from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
 from dense2moe.upcycle.training.order import draw_order
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -217,7 +217,7 @@ def measure(setting: Setting, data: Path, name: str, seed: int) -> dict[str, Any
         stages = setting.finetune.model_copy(update={"distillation": way.distillation}).resolve_phases()
         teacher = setting.dense if way.distillation else None
         started = time.perf_counter()
-        setup = Setup(mixture, data, scratch, "float32", seed)
+        setup = Setup(sparse_layers(load_shape(mixture, NEXT_TOKEN)), data, scratch, "float32", seed)
         trained = train_model(Job("fine-tuned", source, output, stages), setup, teacher, quiet)
         model = load_model(output, torch.float32)
         return {

@@ -11,7 +11,7 @@ from dense2moe.convert.preparation import FineTuned, Preparation
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
 from dense2moe.convert.recipe.records import HubSource
 from dense2moe.convert.report.card import read_license
-from dense2moe.convert.stages import finetune, source, upcycle
+from dense2moe.convert.stages import branch, finetune, source, upcycle
 from dense2moe.convert.stages.data import find_data_base
 from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
@@ -32,7 +32,7 @@ from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.fine_tuning import check_finetune
-from dense2moe.upcycle.training.footprint import finetune_bytes
+from dense2moe.upcycle.training.footprint import branch_bytes, finetune_bytes
 
 _OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
 TensorShapes = Mapping[str, tuple[int, ...]]
@@ -55,7 +55,14 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     directory, origin = source.locate_source(loaded)
     checkpoint = open_checkpoint(directory)
     sources = _open_sources(loaded, checkpoint, progress)
-    plan = plan_upcycle(checkpoint, recipe.upcycle, {name: found.checkpoint for name, found in sources.items()})
+    # a branch that is yet to be trained has the dense checkpoint's names and shapes
+    others = {name: found.checkpoint for name, found in sources.items()} | dict.fromkeys(recipe.branched, checkpoint)
+    plan = plan_upcycle(checkpoint, recipe.upcycle, others)
+    if recipe.branch and not _is_decoder(plan):
+        raise RecipeError(
+            f"branch: is given, and {plan.conversion.family.architecture} is no decoder; only decoders can be trained; "
+            "leave it out"
+        )
     _check_context(loaded, checkpoint)
     if recipe.finetune and _is_decoder(plan):
         check_finetune(recipe.finetune, plan.num_layers)
@@ -83,7 +90,7 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     text_bytes = sum(
         Path(file).stat().st_size for splits in texts.values() for files in splits.values() for file in files
     )
-    scratch = {}
+    scratch = {f"branch-{domain}": branch.estimate_scratch(checkpoint) for domain in recipe.branched}
     if recipe.finetune and "finetune" in sizes:
         scratch["finetune"] = finetune.estimate_scratch(checkpoint, plan, recipe.finetune, sizes["finetune"])
     return Preparation(
@@ -209,7 +216,8 @@ def _estimate_artifacts(
 ) -> dict[str, int]:
     """Bytes of the large artifacts, by label."""
     recipe = loaded.recipe
-    sizes = {"upcycle": plan.num_bytes}
+    sizes = {f"branch-{domain}": checkpoint.num_bytes for domain in recipe.branched}
+    sizes["upcycle"] = plan.num_bytes
     if recipe.finetune and _is_decoder(plan):
         sizes["finetune"] = finetune.estimate_artifact(checkpoint, plan, recipe.finetune)
     if not is_exported:
@@ -238,8 +246,11 @@ def _estimate_memory(
     planned = {
         "source": own,
         "data": data_bytes(text_bytes),
-        "upcycle": upcycle.estimate_memory(checkpoint, plan, block_size),
     }
+    if recipe.counted_branch:
+        needed = branch_bytes(plan, checkpoint, recipe.counted_branch, recipe.data)
+        planned |= {f"branch-{domain}": needed for domain in recipe.branched}
+    planned["upcycle"] = upcycle.estimate_memory(checkpoint, plan, block_size)
     if recipe.finetune and "finetune" in sizes:
         planned["finetune"] = finetune_bytes(plan, checkpoint, recipe.finetune, recipe.data)
     for variant in recipe.variants:

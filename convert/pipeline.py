@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dense2moe.convert.preparation import Each, Facts, Preparation, StageRun
-from dense2moe.convert.stages import data, finetune, onnx, parity, quantize, report, source, upcycle
+from dense2moe.convert.stages import branch, data, finetune, onnx, parity, quantize, report, source, upcycle
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,23 @@ _EXPORTED = Input("exported", finetune.name_exported)
 PIPELINE: tuple[Stage, ...] = (
     Stage("source", (), source.list_settings, source.run_stage, _UPCYCLE, light=True),
     Stage("data", ("source",), data.list_settings, data.run_stage, _UPCYCLE),
-    Stage("upcycle", ("source", "data"), upcycle.list_settings, upcycle.run_stage, _UPCYCLE),
+    Stage(
+        "branch",
+        ("source", "data"),
+        branch.list_settings,
+        branch.run_stage,
+        _UPCYCLE,
+        each="domain",
+        all_processes=True,
+    ),
+    Stage("upcycle", ("source", "data", "branch"), upcycle.list_settings, upcycle.run_stage, _UPCYCLE, gathers=True),
     Stage(
         "finetune",
-        ("source", "data", "upcycle"),
+        ("source", "data", "branch", "upcycle"),
         finetune.list_settings,
         finetune.run_stage,
         _UPCYCLE,
+        gathers=True,
         all_processes=True,
     ),
     Stage("quantize", ("data", _EXPORTED), quantize.list_settings, quantize.run_stage, _EXPORT, each="variant"),
@@ -77,7 +87,7 @@ PIPELINE: tuple[Stage, ...] = (
     ),
     Stage(
         "report",
-        ("source", "data", "upcycle", "finetune", "quantize", "onnx", "parity"),
+        ("source", "data", "branch", "upcycle", "finetune", "quantize", "onnx", "parity"),
         report.list_settings,
         report.run_stage,
         _ALL,

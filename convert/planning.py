@@ -56,6 +56,11 @@ def plan_artifacts(
     return tuple(planned.values())
 
 
+def choose_item(planned: Sequence[PlannedArtifact], item: str) -> tuple[PlannedArtifact, ...]:
+    """The artifacts of one item, and those of none."""
+    return tuple(each for each in planned if each.item in (None, item))
+
+
 def order_stages(
     pipeline: tuple[Stage, ...], items: Mapping[Each, Sequence[str]], until: str
 ) -> Iterator[tuple[Stage, str | None]]:

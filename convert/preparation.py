@@ -16,7 +16,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.progress import Progress
 
 Facts = dict[str, Any]
-Each = Literal["source", "variant"]
+Each = Literal["source", "domain", "variant"]
 """Over what a stage may be repeated."""
 
 
@@ -73,19 +73,19 @@ class Preparation:
     def items(self) -> Mapping[Each, Sequence[str]]:
         """The items that a stage is repeated over.
 
-        The one source, or the variants.
+        The one source, the domains that have branches, or the variants.
         """
-        return {"source": (self.origin,), "variant": self.recipe.variants}
+        return {"source": (self.origin,), "domain": self.recipe.branched, "variant": self.recipe.variants}
 
 
 @dataclass(frozen=True)
 class StageRun:
     """One run of one stage: its directories and the preparation.
 
-    The directories that it reads and writes. `item` is the variant, or source, of a stage that is repeated. `inputs`
-    are directories, and `input_facts` and `keys` what their manifests say, each by the stage's name, or by its label
-    where all of its artifacts are gathered. `scratch` outlives a killed run; it may not exist yet, and goes when the
-    artifact is sealed.
+    The directories that it reads and writes. `item` is the variant, domain or source of a stage that is repeated.
+    `inputs` are directories, and `input_facts` and `keys` what their manifests say, each by the stage's name, or by its
+    label where all of its artifacts are gathered. `scratch` outlives a killed run; it may not exist yet, and goes when
+    the artifact is sealed.
     """
 
     preparation: Preparation

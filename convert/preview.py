@@ -162,6 +162,9 @@ def _artifacts(preparation: Preparation, workdir: Path, width: int) -> Table:
     sections = [len(rows)]
     free = f"{decimal(shutil.disk_usage(existing).free)} free"
     rows.append(("disk in all", decimal(sum(preparation.artifact_bytes.values())), free))
+    branches = [size for label, size in preparation.scratch_bytes.items() if label != "finetune"]
+    if branches:
+        rows.append(("disk to train a branch", decimal(max(branches)), "scratch, deleted when done"))
     if "finetune" in preparation.scratch_bytes:
         needed = decimal(preparation.scratch_bytes["finetune"])
         rows.append(("disk to fine-tune", needed, "scratch, deleted when done"))

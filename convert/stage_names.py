@@ -2,5 +2,5 @@
 
 from typing import Literal, get_args
 
-StageName = Literal["source", "data", "upcycle", "finetune", "quantize", "onnx", "parity", "report"]
+StageName = Literal["source", "data", "branch", "upcycle", "finetune", "quantize", "onnx", "parity", "report"]
 STAGE_NAMES: tuple[StageName, ...] = get_args(StageName)

@@ -19,7 +19,7 @@ from dense2moe.convert.artifact.verification import check_files
 from dense2moe.convert.errors import ArtifactError, RecipeError
 from dense2moe.convert.machine import peak_resident_bytes, versions
 from dense2moe.convert.pipeline import PIPELINE, Stage
-from dense2moe.convert.planning import PlannedArtifact, plan_artifacts
+from dense2moe.convert.planning import PlannedArtifact, choose_item, plan_artifacts
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.report.costs import COST
@@ -56,21 +56,26 @@ def run_pipeline(
     until: str,
     display: ProgressDisplay,
     pipeline: tuple[Stage, ...] = PIPELINE,
+    only: str | None = None,
 ) -> RunOutcome | None:
-    """Run every stage up to `until`.
+    """Run every stage up to `until`, of which `only` names one item.
 
     Finished artifacts are reused, and an unfinished one is begun again, or taken up where its stage can be. Under
     `accelerate launch` the processes but the first help where they can, and return none. A broken threshold does not
     stop the walk: the report shows it, and the caller fails the run.
 
     Raises:
+        RecipeError: the recipe's pipeline does not come to `until`, or `only` is no item of it.
         ArtifactError: the work directory is in use or not writable, the disk too small, or what an earlier run made was
             changed.
         UpcycleError, ExportError: a stage refused its input.
     """
     names = [stage.name for stage in pipeline]
     refuse_beyond_last_stage(preparation, until, names)
+    refuse_only(preparation, pipeline[names.index(until)], only)
     planned = plan_artifacts(preparation, until, pipeline)
+    if only is not None:
+        planned = choose_item(planned, only)
     if not join_processes().is_main_process:
         _help(preparation, {each.label: each for each in planned})
         return None
@@ -117,6 +122,24 @@ def refuse_beyond_last_stage(preparation: Preparation, until: str, names: Sequen
         raise RecipeError(f"{preparation.loaded.path}: {reason}; run it with --until {last}")
 
 
+def refuse_only(preparation: Preparation, last: Stage, only: str | None) -> None:
+    """Refuse branches that the recipe lacks, and one alone where others are needed.
+
+    Raises:
+        RecipeError: what there is.
+    """
+    path, is_branch = preparation.loaded.path, last.each == "domain"
+    domains = preparation.items["domain"] if is_branch else ()
+    if is_branch and not domains:
+        raise RecipeError(f"{path}: has no branch; give `branch: {{}}`, or another --until")
+    if only is None:
+        return
+    if not is_branch:
+        raise RecipeError(f"--only {only}: needs --until branch, since every stage after it reads all branches")
+    if only not in domains:
+        raise RecipeError(f"--only {only}: no such domain in {path}; must be one of {', '.join(domains)}")
+
+
 class Walk:
     """One walk over a pipeline in a locked work directory.
 
@@ -140,17 +163,17 @@ class Walk:
     def missing_bytes(self) -> int:
         """Bytes still to be written.
 
-        What a killed run left to resume from is there already.
+        What a killed run left to resume from is there already, and one stage's scratch is deleted before the next's.
         """
-        needed = 0
+        artifacts, most = 0, 0
         for each in self.planned:
             if each.label in self.artifacts:
                 continue
-            needed += self.preparation.artifact_bytes.get(each.label, 0)
+            artifacts += self.preparation.artifact_bytes.get(each.label, 0)
             if scratch := self.preparation.scratch_bytes.get(each.label, 0):
                 left = resume_directory(self.workdir, each.label, each.key).rglob("*")
-                needed += max(0, scratch - sum(path.stat().st_size for path in left if path.is_file()))
-        return needed
+                most = max(most, scratch - sum(path.stat().st_size for path in left if path.is_file()))
+        return artifacts + most
 
     def find_launch_remarks(self) -> list[str]:
         """Remarks on this run's processes, where stages could share work."""

@@ -45,7 +45,12 @@ class Run:
 
 
 def run(
-    recipe: str | Path, workdir: str | Path | None = None, *, until: StageName = "report", show_progress: bool = False
+    recipe: str | Path,
+    workdir: str | Path | None = None,
+    *,
+    until: StageName = "report",
+    only: str | None = None,
+    show_progress: bool = False,
 ) -> Run:
     """Run a recipe: upcycle, fine-tune, quantize, export, check parity, report.
 
@@ -57,6 +62,7 @@ def run(
         recipe: the YAML file.
         workdir: directory of the artifacts; `runs/NAME` below the current directory if not given.
         until: last stage to run.
+        only: with until "branch", the domain whose branch is trained; all of them if not given.
         show_progress: whether to show a line for each stage on stderr.
 
     Returns:
@@ -74,7 +80,7 @@ def run(
     preparation = prepare(load_recipe(Path(recipe)), lambda *_: None)
     directory = Path("runs") / preparation.loaded.name if workdir is None else Path(workdir)
     with ProgressDisplay(Console(stderr=True) if show_progress else Console(quiet=True)) as display:
-        outcome = run_pipeline(preparation, directory, until, display)
+        outcome = run_pipeline(preparation, directory, until, display, only=only)
     leave_processes()
     if outcome is None:
         return Run(directory, {}, (), None)

@@ -12,7 +12,7 @@ from dense2moe.convert.recipe.loading import load_recipe
 from dense2moe.convert.recipe.records import Recipe
 from dense2moe.convert.recipe.refusals import list_records
 from dense2moe.convert.recipe.suggestions import ALIASES
-from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData, count_domains
+from dense2moe.upcycle.data.config import DataConfig, DomainsData, HubData, PythonDocsData, TextData, name_domains
 from dense2moe.upcycle.data.python_docs import DOMAINS
 from dense2moe.upcycle.training.config import Distillation, FinetuneConfig
 
@@ -460,9 +460,10 @@ def test_a_rate_for_selection_biases_that_no_gate_has_is_refused(target):
 
 def test_the_domains_of_every_source_are_counted():
     two = DomainsData(kind="domains", domains={name: TextData(kind="text", train=("a",)) for name in "ab"})
-    assert count_domains(PythonDocsData(kind="python-docs")) == len(DOMAINS)
+    assert name_domains(PythonDocsData(kind="python-docs")) == DOMAINS
     assert [
-        count_domains(source) for source in (TextData(kind="text", train=("a",)), HubData(kind="hub", path="p"), two)
+        len(name_domains(source))
+        for source in (TextData(kind="text", train=("a",)), HubData(kind="hub", path="p"), two)
     ] == [1, 1, 2]
 
 

@@ -24,17 +24,18 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from dense2moe.upcycle.building.config import RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.data.blocks import prepare_data, read_blocks
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.controls import stretch
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.history import Step
-from dense2moe.upcycle.training.job import Job, Setup, train_model
+from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
 from dense2moe.upcycle.training.phase import Trained
 from dense2moe.upcycle.training.prompt import run_with_prompt
 
@@ -162,7 +163,8 @@ def train(mixture_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPat
 
     def train(config: FinetuneConfig, seed: int = 0, progress: Any = quiet) -> Alone:
         output = tmp_path_factory.mktemp("trained")
-        setup = Setup(mixture_checkpoint, data, tmp_path_factory.mktemp("scratch"), config.precision, seed)
+        scratch, layers = tmp_path_factory.mktemp("scratch"), sparse_layers(load_shape(mixture_checkpoint, NEXT_TOKEN))
+        setup = Setup(layers, data, scratch, config.precision, seed)
         job = Job("fine-tuned", mixture_checkpoint, output, config.resolve_phases())
         with batches_recorded() as batches:
             trained = train_model(job, setup, None, progress)

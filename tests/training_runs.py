@@ -12,15 +12,16 @@ from safetensors.torch import load_file
 
 from dense2moe.upcycle.building.config import ExpertsConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.surgery import upcycle
-from dense2moe.upcycle.checkpoints.loaded import load_model
+from dense2moe.upcycle.checkpoints.loaded import load_model, sparse_layers
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import finetune
 from dense2moe.upcycle.training.history import Step
-from dense2moe.upcycle.training.job import Job, Setup, train_model
+from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
 from dense2moe.upcycle.training.phase import Phase, Trained
 from dense2moe.upcycle.training.phase_run import run_phase
 
@@ -95,7 +96,8 @@ def make_train_alone(mixture_checkpoint: Path, data: Path, tmp_path_factory: pyt
         config: FinetuneConfig, scratch: Path | None = None, progress: Any = quiet, mixture: Path = mixture_checkpoint
     ) -> tuple[Trained, Path]:
         output = tmp_path_factory.mktemp("output")
-        setup = Setup(mixture, data, scratch or tmp_path_factory.mktemp("scratch"), config.precision, 0)
+        layers = sparse_layers(load_shape(mixture, NEXT_TOKEN))
+        setup = Setup(layers, data, scratch or tmp_path_factory.mktemp("scratch"), config.precision, 0)
         return train_model(Job("fine-tuned", mixture, output, config.resolve_phases()), setup, None, progress), output
 
     return train_alone

@@ -39,7 +39,7 @@ from dense2moe.convert.errors import ArtifactError
 from dense2moe.upcycle.durable import sync
 from dense2moe.upcycle.progress import Progress
 
-_LEFTOVER = re.compile(r"(?P<label>[a-z0-9][a-z0-9._-]*)-[0-9a-f]{12}\.(?P<kind>partial|resume)")
+_LEFTOVER = re.compile(r"(?P<label>[A-Za-z0-9][A-Za-z0-9._-]*)-[0-9a-f]{12}\.(?P<kind>partial|resume)")
 
 
 @dataclass
@@ -191,7 +191,7 @@ def delete_leftovers(workdir: Path, stages: Collection[str], finished: Collectio
 
 
 def _name_directory(workdir: Path, label: str, key: str) -> Path:
-    assert re.fullmatch(r"[a-z0-9][a-z0-9._-]*", label), f"label {label!r}"
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", label), f"label {label!r}"
     assert not label.endswith(".partial"), f"label {label!r}"
     assert is_digest(key), f"key {key!r}"
     return workdir / f"{label}-{key[:12]}"

@@ -56,12 +56,13 @@ def plan(recipe: Path, workdir: Path | None) -> None:
 @_RECIPE
 @click.option("--workdir", type=PATH, help="Directory of the artifacts [default: runs/NAME].")
 @click.option("--until", type=click.Choice(STAGE_NAMES), default="report", show_default=True, help="Last stage to run.")
+@click.option("--only", metavar="DOMAIN", help="With --until branch: train this domain's branch alone.")
 @end_in_one_line
-def run(recipe: Path, workdir: Path | None, until: Any) -> None:
+def run(recipe: Path, workdir: Path | None, until: Any, only: str | None) -> None:
     """Run RECIPE: upcycle, fine-tune, quantize, export, check parity, report.
 
     Finished artifacts are reused, so a second run takes seconds. A killed run resumes at the stage it was in, and
-    fine-tuning at its last checkpoint. A changed setting makes new artifacts beside the old. A broken limit of parity
+    training at its last checkpoint. A changed setting makes new artifacts beside the old. A broken limit of parity
     ends in exit code 1, after the report is written.
     """
     from dense2moe.convert.progress import ProgressDisplay
@@ -76,7 +77,7 @@ def run(recipe: Path, workdir: Path | None, until: Any) -> None:
     preparation = _prepare(recipe, apart=True)
     workdir = workdir or _default_workdir(preparation)
     with ProgressDisplay() as display:
-        outcome = run_pipeline(preparation, workdir, until, display)
+        outcome = run_pipeline(preparation, workdir, until, display, only=only)
     leave_processes()
     if outcome is None:
         return  # the first process of several tells what came out

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dense2moe.convert.recipe.wording import Key, Mistake, join_choices, write_key
 from dense2moe.export.variant import CUDA_BLOCKS, QUANTIZED, STATIC
 from dense2moe.upcycle.building.config import BIASED_TARGETS
-from dense2moe.upcycle.data.config import count_domains
+from dense2moe.upcycle.data.config import name_domains
 from dense2moe.upcycle.record import named_value
 
 if TYPE_CHECKING:  # which asks here when it is made
     from dense2moe.convert.recipe.records import Recipe
+
+_FOLDER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 
 class ContradictionError(ValueError):
@@ -27,7 +30,16 @@ def find_contradictions(recipe: Recipe) -> list[Mistake]:
     """Every mistake records make together, by the key to change."""
     return [
         mistake
-        for find in (_sizes, _limits, _mixed_bits, _cuda, _selection_biases, _domains, _sources)
+        for find in (
+            _sizes,
+            _limits,
+            _mixed_bits,
+            _cuda,
+            _selection_biases,
+            _branches,
+            _domains,
+            _sources,
+        )
         for mistake in find(recipe)
     ]
 
@@ -116,9 +128,55 @@ def _selection_biases(recipe: Recipe) -> Iterator[Mistake]:
         )
 
 
+def _branches(recipe: Recipe) -> Iterator[Mistake]:
+    """Branches are of several domains, each with experts of its own."""
+    names, upcycle = name_domains(recipe.data.source), recipe.upcycle
+    if not recipe.branch:
+        return
+    if recipe.sources:
+        yield ("branch",), "is given beside sources; experts are made of one or the other; leave one of them out"
+    if len(names) < 2:
+        yield (
+            ("branch",),
+            "is given, and the data has 1 domain; must be 2 or more: give data.source of kind 'domains', or leave "
+            "branch out",
+        )
+        return
+    for name in names:
+        if not _FOLDER.fullmatch(name):
+            yield (
+                ("data", "source", "domains", name),
+                "names a branch's folder; must be letters, digits, '_' and '-', and begin with a letter or digit",
+            )
+    if len({name.casefold() for name in names}) < len(names):
+        yield ("data", "source", "domains"), "has names that differ in case alone; branches need folders of their own"
+    owners = len(names) + (upcycle.base_expert == "routed")
+    if "num_experts" in upcycle.model_fields_set and upcycle.num_router_rows % owners:
+        experts = "groups of granular experts" if upcycle.group_size > 1 else "experts"
+        whose = f"the branches of {len(names)} domains{' and the base' if owners > len(names) else ''}"
+        yield (
+            ("upcycle", "num_experts"),
+            f"is {upcycle.num_experts}, {upcycle.num_router_rows} {experts}; {whose} must divide them evenly; leave it "
+            "out to have one each",
+        )
+    elif upcycle.num_experts_per_tok > (num_experts := _count_rows(recipe) * upcycle.group_size):
+        yield (
+            ("upcycle", "num_experts_per_tok"),
+            f"is {named_value(upcycle, 'num_experts_per_tok')}; must be at most the experts of the branches, which are "
+            f"{num_experts}",
+        )
+
+
+def _count_rows(recipe: Recipe) -> int:
+    """Distinct router rows: by default one a branch, and one for a base that is an expert."""
+    if recipe.branch and "num_experts" not in recipe.upcycle.model_fields_set:
+        return len(recipe.branched) + (recipe.upcycle.base_expert == "routed")
+    return recipe.upcycle.num_router_rows
+
+
 def _domains(recipe: Recipe) -> Iterator[Mistake]:
     """Domains with experts of their own divide the experts evenly."""
-    num_domains, num_rows = count_domains(recipe.data.source), recipe.upcycle.num_router_rows
+    num_domains, num_rows = len(name_domains(recipe.data.source)), _count_rows(recipe)
     if num_domains >= 2 and num_rows % num_domains == 0:
         return
     experts = "groups of granular experts" if recipe.upcycle.group_size > 1 else "experts"
@@ -137,8 +195,11 @@ def _domains(recipe: Recipe) -> Iterator[Mistake]:
 
 def _sources(recipe: Recipe) -> Iterator[Mistake]:
     """Sources are there where settings speak of them."""
-    if recipe.sources:
+    if recipe.sources or recipe.branch:
         return
     for name in ("merging", "base_expert"):
         if getattr(recipe.upcycle, name) != type(recipe.upcycle).model_fields[name].default:
-            yield ("upcycle", name), "is given without sources, which it is about; add sources, or leave it out"
+            yield (
+                ("upcycle", name),
+                "is given without sources, which it is about; add sources or branch, or leave it out",
+            )

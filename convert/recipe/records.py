@@ -6,7 +6,7 @@ import re
 from typing import Annotated, Any, Final
 
 from pydantic import BeforeValidator, Discriminator, Field, ValidationError, field_validator, model_validator
-from pydantic import Tag as Branch
+from pydantic import Tag as Kind
 
 from dense2moe.convert.recipe.contradictions import ContradictionError, find_contradictions
 from dense2moe.convert.recipe.wording import join_choices, show_value
@@ -15,8 +15,9 @@ from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.building.config import UpcycleConfig
-from dense2moe.upcycle.data.config import DataConfig
+from dense2moe.upcycle.data.config import DataConfig, name_domains
 from dense2moe.upcycle.record import Record
+from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 _NAME: Final = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
@@ -49,7 +50,7 @@ def _source_tag(value: object) -> str | None:
 
 
 Source = Annotated[
-    Annotated[LocalSource, Branch("path")] | Annotated[HubSource, Branch("hub")],
+    Annotated[LocalSource, Kind("path")] | Annotated[HubSource, Kind("hub")],
     Discriminator(_source_tag),
     BeforeValidator(
         _from_shorthand, json_schema_input_type=Annotated[str, Field(min_length=1)] | LocalSource | HubSource
@@ -75,6 +76,11 @@ class Recipe(Record):
         "of your own: their FFNs become the experts.",
     )
     data: DataConfig = Field(description="The text that the model is fine-tuned and measured on.")
+    branch: BranchConfig | None = Field(
+        None,
+        description="Continue the dense model on each domain of the data by itself; the FFNs of these branches become "
+        "the experts, in the order of the domains.",
+    )
     upcycle: UpcycleConfig = Field(UpcycleConfig(), description="How the dense model becomes a mixture of experts.")
     finetune: FinetuneConfig | None = Field(
         FinetuneConfig(),
@@ -94,6 +100,16 @@ class Recipe(Record):
     parity: ParityConfig = Field(
         ParityConfig(), description="How closely each ONNX model must agree with the torch model."
     )
+
+    @property
+    def branched(self) -> tuple[str, ...]:
+        """The domains that have branches; none without `branch`."""
+        return name_domains(self.data.source) if self.branch else ()
+
+    @property
+    def counted_branch(self) -> BranchConfig | None:
+        """The settings of branches with the steps of each."""
+        return self.branch.count_steps(self.finetune, len(self.branched)) if self.branch else None
 
     @property
     def training_stages(self) -> tuple[FinetuneConfig, ...]:
@@ -121,12 +137,18 @@ class Recipe(Record):
     @model_validator(mode="before")
     @classmethod
     def _count_experts(cls, values: Any) -> Any:
-        """An expert for each source, unless the recipe says how many."""
-        if not isinstance(values, dict) or not isinstance(sources := values.get("sources"), dict) or not sources:
+        """An expert for each source or branch, unless the recipe says how many."""
+        if not isinstance(values, dict):
             return values
-        upcycle = values.get("upcycle", {})
+        sources, upcycle = values.get("sources"), values.get("upcycle", {})
         try:
-            settings = UpcycleConfig.model_validate(upcycle).count_sources(len(sources))
+            if isinstance(sources, dict) and sources:
+                num_sources = len(sources)
+            elif values.get("branch") is not None:
+                num_sources = len(name_domains(DataConfig.model_validate(values.get("data")).source))
+            else:
+                return values
+            settings = UpcycleConfig.model_validate(upcycle).count_sources(num_sources)
         except ValidationError:  # told where the field is read
             return values
         return {**values, "upcycle": settings}

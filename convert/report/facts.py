@@ -16,7 +16,7 @@ from dense2moe.export.parity.records import ProviderParity
 from dense2moe.export.quantization.facts import QuantizeFacts
 from dense2moe.upcycle.building.facts import ReceiptLine, SourceDistance
 from dense2moe.upcycle.tasks.figure import Figure
-from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
+from dense2moe.upcycle.training.facts import BranchFacts, Evaluation, FinetuneFacts
 from dense2moe.upcycle.training.history import ModelName
 
 CPU = "CPUExecutionProvider"
@@ -145,7 +145,7 @@ class ReportFacts:
     Losses and KL are in nats a token, sizes in bytes, agreements and loads are shares, errors relative unless named so.
     By stage what it found; `keys` and `digests` are SHA-256: of what each artifact was made from, and of the files in
     the dense checkpoint and in the packages. `base_model` is a model id of the hub, `license` what the dense model's
-    card says. `costs` is what each stage took, by its label, but for the report's own.
+    card says. `costs` is what each stage took, by its label, but for the report's own. `branches` is by domain.
     """
 
     dense2moe: str
@@ -161,6 +161,7 @@ class ReportFacts:
     license: dict[str, str]
     source: SourceFacts
     data: DataFacts
+    branches: dict[str, BranchFacts]
     upcycle: UpcycleFacts
     finetune: FinetuneFacts
     variants: dict[str, VariantFacts]
@@ -207,8 +208,8 @@ def _adapter() -> TypeAdapter[ReportFacts]:
 
 
 def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts with a history, and the text's details together."""
-    completed = dict(found)
+    """The same facts with a history and branches, and the text's details together."""
+    completed = {"branches": {}, **found}
     if isinstance(finetune := found.get("finetune"), Mapping):
         completed["finetune"] = {"history": (), **finetune}
     if isinstance(data := found.get("data"), Mapping):

@@ -190,7 +190,7 @@ def provenance_sections(facts: ReportFacts) -> Iterator[tuple[str, list[tuple[st
         "finetune": ("domains", "evaluations", "history", "oracle", "warnings"),
         "upcycle": ("receipt", "receipt_notes"),
     }
-    found = _without(facts, "name", "recipe", "variants", "costs")
+    found = _without(facts, "name", "recipe", "variants", "costs", "branches")
     nested = {name: value for name, value in found.items() if is_dataclass(value) or isinstance(value, dict)}
     yield "run", [pair for name, value in found.items() if name not in nested for pair in list_facts(value, name)]
     for name, value in nested.items():

@@ -55,6 +55,7 @@ def judge(facts: ReportFacts) -> Iterator[Verdict]:
     """What the numbers say: worth, upcycling, fine-tuning, each variant."""
     yield from judge_worth(facts)
     yield _merging_verdict(facts) if facts.upcycle.experts else _upcycling_verdict(facts)
+    yield from (Verdict(f"{warning}.", None) for found in facts.branches.values() for warning in found.warnings)
     yield from _finetuning_verdicts(facts)
     if "dense continued" in facts.finetune.evaluations:
         yield _cost_verdict(facts)
@@ -116,10 +117,22 @@ def _finetuning_verdicts(facts: ReportFacts) -> Iterator[Verdict]:
             None,
         )
         return
+    if facts.branches:
+        yield _branches_verdict(facts)
     yield _control_verdict(tuned, facts.figure("dense continued"), "continued on the same tokens")
     if "dense, same FLOPs" in finetune.evaluations:
         found = _control_verdict(tuned, facts.figure("dense, same FLOPs"), "trained with the same compute")
         yield _weigh_compute(found, finetune)
+
+
+def _branches_verdict(facts: ReportFacts) -> Verdict:
+    """What branches took, which the controls were given as well."""
+    spent = facts.finetune.spent
+    return Verdict(
+        f"Before the mixture {len(facts.branches)} branches were trained, {spent.num_tokens:,} tokens and "
+        f"{format_operations(spent.flops)} in all: both dense controls were given as much beside the mixture's own.",
+        None,
+    )
 
 
 def _control_verdict(tuned: Figure, control: Figure, training: str) -> Verdict:

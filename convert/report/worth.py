@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dense2moe.convert.report.facts import ReportFacts
 from dense2moe.convert.report.figures import describe_change, figures_agree, format_figure
 from dense2moe.convert.report.grid import Grid
-from dense2moe.convert.report.numerals import format_special
+from dense2moe.convert.report.numerals import format_seconds, format_special
 from dense2moe.convert.report.summary import TORCH_MODELS, Verdict
 from dense2moe.upcycle.tasks.figure import Figure
-from dense2moe.upcycle.training.facts import OracleRouting
+from dense2moe.upcycle.training.facts import BranchFacts, OracleRouting, Spent
 from dense2moe.upcycle.training.history import ModelName
 
 TOKENS: ModelName = "dense continued"
@@ -56,6 +56,24 @@ def domain_table(facts: ReportFacts) -> Grid:
     evaluations = facts.finetune.evaluations
     rows = {name: evaluations[name].domain_losses for name in TORCH_MODELS if name in evaluations}
     return _losses_table("Loss, nats", {name: losses for name, losses in rows.items() if losses})
+
+
+def branch_table(branches: Mapping[str, BranchFacts]) -> Grid:
+    """Each branch's loss on each domain's text, and what it took.
+
+    The dense model, which all of them began as, comes first.
+    """
+    if not branches:
+        return Grid((), ())
+    first = next(iter(branches.values()))
+    table = _losses_table("Branch", {"dense": first.before} | {name: found.after for name, found in branches.items()})
+    took = [("", "", ""), *(_cost_cells(found.spent, found.num_steps) for found in branches.values())]
+    rows = tuple((*row, *cells) for row, cells in zip(table.rows, took, strict=True))
+    return Grid((*table.headers, "Steps", "Tokens", "Training time"), rows)
+
+
+def _cost_cells(spent: Spent, num_steps: int) -> tuple[str, str, str]:
+    return f"{num_steps:,}", f"{spent.num_tokens:,}", format_seconds(spent.seconds)
 
 
 def oracle_table(oracle: OracleRouting | None) -> Grid:

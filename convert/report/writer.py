@@ -31,7 +31,7 @@ from dense2moe.convert.report.tables import (
 )
 from dense2moe.convert.report.templates import load_template
 from dense2moe.convert.report.verdicts import judge
-from dense2moe.convert.report.worth import domain_table, oracle_table
+from dense2moe.convert.report.worth import branch_table, domain_table, oracle_table
 from dense2moe.upcycle.numbers import name_specials
 
 _TEMPLATE_NAME = "report.html.j2"
@@ -89,6 +89,8 @@ def _page(facts: ReportFacts) -> str:
         figure_note=_figure_note(facts),
         trained=trained_table(facts),
         domains=domain_table(facts),
+        branches=branch_table(facts.branches),
+        branch_blocks=next((found.num_blocks for found in facts.branches.values()), 0),
         oracle=oracle_table(facts.finetune.oracle),
         pictures=draw_pictures(facts, rows),
         receipt=receipt_tables(facts.upcycle.receipt),

@@ -10,6 +10,7 @@ from dense2moe.upcycle.building.facts import ReceiptLine, shows_equality
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.facts import NOTHING_SPENT, Spent
 from dense2moe.upcycle.training.fine_tuning import finetune, measure_untrained
 
 
@@ -64,6 +65,8 @@ def run_stage(run: StageRun) -> Facts:
     if (config := run.recipe.finetune) is None:
         facts = measure_untrained(source, mixture, data, run.output, run.progress, equal=equal)
     else:
+        branches = (run.input_facts[f"branch-{domain}"]["spent"] for domain in run.recipe.branched)
+        spent = sum((Spent(**each) for each in branches), NOTHING_SPENT)
         settings = (config, run.recipe.seed, run.progress, run.scratch)
-        facts = finetune(source, mixture, data, run.output, *settings, equal=equal)
+        facts = finetune(source, mixture, data, run.output, *settings, equal=equal, spent=spent)
     return {name: value for name, value in asdict(facts).items() if name != "history"}

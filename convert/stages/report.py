@@ -60,13 +60,16 @@ def _gather_facts(run: StageRun) -> Facts:
         },
         "base_model": source.hub if isinstance(source, HubSource) else None,
         "license": dict(run.preparation.license),
+        "branches": {},
         "variants": {},
         "costs": costs,
     }
     for label, stage_facts in found.items():
-        stage, _, variant = label.partition("-")
-        if variant:
-            facts["variants"].setdefault(variant, {})[stage] = stage_facts
+        stage, _, item = label.partition("-")
+        if stage == "branch":
+            facts["branches"][item] = stage_facts
+        elif item:
+            facts["variants"].setdefault(item, {})[stage] = stage_facts
         else:
             facts[stage] = stage_facts
     return facts

@@ -16,8 +16,9 @@ from dense2moe.convert.stages.data import find_text_base
 from dense2moe.convert.stages.source import SOURCES
 from dense2moe.upcycle.building.footprint import layer_receipt_bytes, receipt_bytes
 from dense2moe.upcycle.building.making import make_mixture
-from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.receipt import choose_mode
+from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
@@ -54,7 +55,12 @@ def list_settings(preparation: Preparation, _: str | None) -> Facts:
 
 
 def find_sources(run: StageRun) -> dict[str, Path]:
-    """The directories of the checkpoints fine-tuned from the dense one."""
+    """The directories of the checkpoints fine-tuned from the dense one.
+
+    Branches, in the order of their domains, or sources of the recipe.
+    """
+    if run.recipe.branch:
+        return {domain: run.inputs[f"branch-{domain}"] for domain in run.recipe.branched}
     return {name: run.inputs["source"] / SOURCES / name for name in run.preparation.sources}
 
 
@@ -63,11 +69,14 @@ def run_stage(run: StageRun) -> UpcycleFacts:
 
     Tensors are compared with what they were made of.
     """
-    recipe, sources = run.recipe, find_sources(run)
+    recipe, sources, plan = run.recipe, find_sources(run), run.preparation.plan
+    if recipe.branch:  # the preparation had the dense checkpoint in their places
+        checkpoint = run.preparation.checkpoint
+        plan = plan_upcycle(checkpoint, recipe.upcycle, open_sources(checkpoint, sources))
     made = make_mixture(
         run.inputs["source"],
         run.output,
-        run.preparation.plan,
+        plan,
         read_examples(run.inputs["data"], "train"),
         find_router_base(run.preparation.loaded),
         recipe.seed,

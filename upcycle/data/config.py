@@ -89,15 +89,15 @@ class DomainsData(Record):
 DataSource = PythonDocsData | InstalledData | TextData | HubData | DomainsData
 
 
-def count_domains(source: DataSource) -> int:
-    """Number of domains in a source's text."""
+def name_domains(source: DataSource) -> tuple[str, ...]:
+    """The names of the domains in a source's text, in their order."""
     match source:
         case PythonDocsData():
-            return 2  # prose and code
+            return ("prose", "code")
         case TextData() | HubData():
-            return 1
+            return ("text",)
         case DomainsData() | InstalledData():
-            return len(source.domains)
+            return tuple(source.domains)
         case _:
             assert_never(source)
 

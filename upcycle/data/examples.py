@@ -29,6 +29,11 @@ class Examples:
         """Tokens of a block."""
         return self.ids.shape[1]
 
+    def of_domain(self, number: int) -> Examples:
+        """The blocks of one domain, in their order."""
+        chosen = self.domains == number
+        return Examples(self.ids[chosen], self.domains[chosen])
+
     def split(self, count: int) -> list[Examples]:
         """The same in parts of `count` blocks; the last may be smaller."""
         pairs = zip(self.ids.split(count), self.domains.split(count), strict=True)

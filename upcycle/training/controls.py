@@ -1,7 +1,8 @@
 """The mixture and its controls: trained in turn, counted, measured.
 
-A control is the dense model continued on the same batches: for the same steps, and for as many as take the mixture's
-floating-point operations. Both learn at the rates that suit the dense model best, of those that are tried.
+A control is the dense model continued on the same batches: for as many tokens, and for as many as take the mixture's
+floating-point operations. What the mixture's branches took counts as the mixture's. Both learn at the rates that suit
+the dense model best, of those that are tried.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from dense2moe.upcycle.checkpoints.loaded import sparse_layers
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.evaluation import evaluate
-from dense2moe.upcycle.training.facts import Evaluation
+from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, Spent
 from dense2moe.upcycle.training.flops import forward_flops, training_flops
 from dense2moe.upcycle.training.history import ModelName
 from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
@@ -32,9 +32,21 @@ SAME_FLOPS_DIRECTORY = "control-same-flops"
 class Trainings:
     """The models of a fine-tuning, trained in turn and measured."""
 
-    def __init__(self, dense: Path, output: Path, setup: Setup, config: FinetuneConfig, progress: Progress) -> None:
-        self.dense, self.output, self.setup, self.config, self.progress = dense, output, setup, config, progress
+    def __init__(
+        self,
+        dense: Path,
+        mixture: Path,
+        output: Path,
+        setup: Setup,
+        config: FinetuneConfig,
+        progress: Progress,
+        spent: Spent = NOTHING_SPENT,
+    ) -> None:
+        self.dense, self.mixture, self.output = dense, mixture, output
+        self.setup, self.config, self.progress, self.spent = setup, config, progress, spent
         self.phases = config.resolve_phases()
+        blocks = sum(settings.steps * settings.batch_size for settings in self.phases)
+        self.control_phases = stretch(self.phases, 1 + spent.num_tokens / (blocks * self._block_size))
         self.trained: dict[ModelName, Trained] = {}
         self.evaluations: dict[ModelName, Evaluation] = {}
         self.flops: dict[ModelName, float] = {}
@@ -42,15 +54,26 @@ class Trainings:
 
     def run(self) -> None:
         """Train the mixture, and with `control` the dense model twice."""
-        self._train(Job("fine-tuned", self.setup.mixture, self.output, self.phases))
+        self._train(Job("fine-tuned", self.mixture, self.output, self.phases))
+        self._count_spent()
         if not self.config.control:
             return
         self.control_rate = self._find_rate()
-        phases = _scale_rates(self.phases, self.control_rate)
+        phases = _scale_rates(self.control_phases, self.control_rate)
         self._train(self._control(self.control_rate, self.output / CONTROL_DIRECTORY))  # what was tried is done already
         ratio = self.flops["fine-tuned"] / self._count(self.dense, phases)
         equal = self.output / SAME_FLOPS_DIRECTORY
         self._train(Job("dense, same FLOPs", self.dense, equal, stretch(phases, ratio)))
+
+    def _count_spent(self) -> None:
+        """Count what the mixture's branches took as the mixture's."""
+        tuned, spent = self.trained["fine-tuned"], self.spent
+        self.flops["fine-tuned"] += spent.flops
+        self.trained["fine-tuned"] = replace(
+            tuned,
+            seconds=tuned.seconds + spent.seconds,
+            compute_seconds=tuned.compute_seconds + spent.compute_seconds,
+        )
 
     def _find_rate(self) -> float:
         """The factor of the learning rates that suits the control best."""
@@ -65,11 +88,16 @@ class Trainings:
         return min(reached, key=lambda factor: reached[factor])
 
     def _control(self, factor: float, target: Path) -> Job:
-        """The dense model on the mixture's tokens, at its rates times `factor`."""
-        return Job("dense continued", self.dense, target, _scale_rates(self.phases, factor), f"rate {factor:g}")
+        """The dense model on as many tokens as the mixture and its branches, at its rates times `factor`."""
+        phases = _scale_rates(self.control_phases, factor)
+        return Job("dense continued", self.dense, target, phases, f"rate {factor:g}")
+
+    @property
+    def _block_size(self) -> int:
+        return read_examples(self.setup.data, "test").block_size
 
     def _train(self, job: Job) -> None:
-        teacher = self.dense if self.config.distillation and job.source == self.setup.mixture else None
+        teacher = self.dense if self.config.distillation and job.source == self.mixture else None
         self.trained[job.name] = result = train_model(job, self.setup, teacher, self.progress)
         done = result.last_step / job.num_steps
         self.flops[job.name] = done * self._count(job.source, job.phases)
@@ -80,9 +108,9 @@ class Trainings:
 
     def _count(self, source: Path, phases: tuple[FinetuneConfig, ...]) -> float:
         """Operations of all planned steps, a teacher's included."""
-        task, block_size = self.setup.task, read_examples(self.setup.data, "test").block_size
-        shape, layers = load_shape(source, task), sparse_layers(load_shape(self.setup.mixture, task))
-        is_taught = self.config.distillation is not None and source == self.setup.mixture
+        task, block_size = self.setup.task, self._block_size
+        shape, layers = load_shape(source, task), self.setup.sparse_layers
+        is_taught = self.config.distillation is not None and source == self.mixture
         taught = forward_flops(load_shape(self.dense, task), block_size) if is_taught else 0.0
         return sum(
             (training_flops(shape, each, layers, block_size) + taught) * each.steps * each.batch_size * block_size

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
 
+from dense2moe.upcycle.data.examples import Examples
+from dense2moe.upcycle.data.packing import choose_evenly
 from dense2moe.upcycle.memory import small_heap
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
@@ -49,6 +51,21 @@ def held_out_losses(
         for row, block in zip(predictions, batch["input_ids"], strict=True):
             losses.append(float(task.loss(row[None], {"input_ids": block[None]})))
     return losses
+
+
+def take_blocks(examples: Examples, num_domains: int, most: int) -> Examples:
+    """Some blocks of each domain, `most` at most, evenly over the whole."""
+    places = [torch.nonzero(examples.domains == number).flatten() for number in range(num_domains)]
+    chosen = torch.cat([own[choose_evenly(len(own), most)] for own in places])
+    return Examples(examples.ids[chosen], examples.domains[chosen])
+
+
+def losses_by_domain(
+    model: PreTrainedModel, examples: Examples, names: Sequence[str], task: Task = NEXT_TOKEN
+) -> dict[str, float]:
+    """The mean loss over the blocks of each domain, by its name."""
+    losses = torch.tensor(held_out_losses(model, examples.ids, task=task), dtype=torch.float64)
+    return {name: float(losses[examples.domains == number].mean()) for number, name in enumerate(names)}
 
 
 @torch.inference_mode()

@@ -79,6 +79,49 @@ class OracleRouting:
 
 
 @dataclass(frozen=True)
+class Spent:
+    """What training took: tokens, operations, seconds.
+
+    `flops` by `training_flops`; `compute_seconds` as in `FinetuneFacts`.
+    """
+
+    num_tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+    compute_seconds: float = 0.0
+
+    def __add__(self, other: Spent) -> Spent:
+        """Both together."""
+        return Spent(
+            self.num_tokens + other.num_tokens,
+            self.flops + other.flops,
+            self.seconds + other.seconds,
+            self.compute_seconds + other.compute_seconds,
+        )
+
+
+NOTHING_SPENT = Spent()
+
+
+@dataclass(frozen=True)
+class BranchFacts:
+    """What a branch did: the dense model continued on one domain alone.
+
+    before, after: losses by domain in nats a token, on the same `num_blocks` blocks of the test split. best_step: the
+    step whose weights were kept, 0 where none was better than the start on the domain's validation split.
+    """
+
+    num_blocks: int
+    before: dict[str, float]
+    after: dict[str, float]
+    best_step: int
+    num_steps: int
+    spent: Spent
+    precision: str
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class FinetuneFacts:
     """What fine-tuning did.
 
@@ -87,7 +130,8 @@ class FinetuneFacts:
     fine-tuning there are the figures of the dense and the upcycled model alone, no precision and no gradient.
     `compute_seconds` are the processor's, of all threads, or the clock's where a GPU computes. `flops` are the
     operations of training by `training_flops`: by them the control of equal compute gets its steps. `control_rate` is
-    the factor of the learning rates at which the controls did best.
+    the factor of the learning rates at which the controls did best. `spent` is what branches took before there was a
+    mixture: it counts in the mixture's `flops`, `seconds` and `compute_seconds`, and the controls were given as much.
     """
 
     evaluations: dict[ModelName, Evaluation]
@@ -104,3 +148,4 @@ class FinetuneFacts:
     flops: dict[ModelName, float] = field(default_factory=dict)
     control_rate: float | None = None
     oracle: OracleRouting | None = None
+    spent: Spent = NOTHING_SPENT

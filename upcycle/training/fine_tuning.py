@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import sparse_layers
@@ -17,11 +16,12 @@ from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.controls import Trainings, evaluate_domains
 from dense2moe.upcycle.training.domain_routing import measure_domains
-from dense2moe.upcycle.training.facts import Evaluation, FinetuneFacts
+from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, FinetuneFacts, Spent
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
 from dense2moe.upcycle.training.job import Setup, load_shape
 from dense2moe.upcycle.training.oracle import measure_oracle
 from dense2moe.upcycle.training.phase import check_settings
+from dense2moe.upcycle.training.precision import choose_precision
 from dense2moe.upcycle.training.processes import join_processes, on_main
 from dense2moe.upcycle.training.remarks import find_harm, find_imbalance
 from dense2moe.upcycle.training.router_gradient import measure_router_gradient
@@ -42,6 +42,7 @@ def finetune(
     scratch: Path,
     task: Task = NEXT_TOKEN,
     equal: bool = False,
+    spent: Spent = NOTHING_SPENT,
 ) -> FinetuneFacts:
     """Fine-tune the checkpoint in `mixture` on the blocks in `data`.
 
@@ -53,6 +54,9 @@ def finetune(
     `output/control-same-flops`; with several `control_rates` at the best of them. The history goes to
     `output/history.jsonl`. What a killed run needs to go on is kept in `scratch`, which the caller hands to
     `durable.discard_damage` before, and deletes when all is well.
+
+    `spent` is what training took before the mixture was made, by its branches: the controls are given as much more, and
+    the facts count it as the mixture's.
 
     With `equal` the mixture was shown to compute what `dense` does, by its receipt. It is read on a few held-out
     blocks, and where the losses are the same it has the dense model's figures.
@@ -69,9 +73,9 @@ def finetune(
     check_finetune(config, shape.config.num_hidden_layers)
     phases = config.resolve_phases()
     _check_data(shape, config, phases, data)
-    setup = Setup(mixture, data, scratch, _choose_precision(config), seed, task)
+    setup = Setup(sparse_layers(shape), data, scratch, choose_precision(config.precision), seed, task)
     train = read_blocks(data, "train")
-    training = Trainings(dense, output, setup, config, progress)
+    training = Trainings(dense, mixture, output, setup, config, progress, spent)
     training.evaluations |= _evaluate_untrained(dense, mixture, data, task, progress, equal)
     gradient = on_main(lambda: measure_router_gradient(mixture, train[:_GRADIENT_BLOCKS], task))
     training.run()
@@ -89,11 +93,12 @@ def finetune(
         router_task_gradient=gradient,
         domains=on_main(lambda: measure_domains(output, data, task)),
         oracle=on_main(lambda: measure_oracle(output, data, task)),
-        sparse_layers=sparse_layers(shape),
+        sparse_layers=setup.sparse_layers,
         warnings=(*find_harm(trained, evaluations), *find_imbalance(history, gradient, phases[-1])),
         compute_seconds={name: each.compute_seconds for name, each in trained.items()},
         flops=training.flops,
         control_rate=training.control_rate,
+        spent=spent,
     )
 
 
@@ -163,15 +168,3 @@ def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
             "finetune.tensorboard is true and tensorboardX is not installed; install it (pip install "
             "'dense2moe[tensorboard]'), or set it to false"
         )
-
-
-def _choose_precision(config: FinetuneConfig) -> str:
-    """The precision of training: as set, or chosen by the device.
-
-    bfloat16 where the device computes in it natively.
-    """
-    if config.precision != "auto":
-        return config.precision
-    if torch.cuda.is_available():
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"

@@ -12,6 +12,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.config import DataConfig
 from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, layer_of
 from dense2moe.upcycle.memory import HEAP_BYTES
+from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.config import FinetuneConfig
 
 _ADAM = 16  # bytes of a parameter that learns: weight, gradient and two moments in float32
@@ -29,14 +30,30 @@ def finetune_bytes(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfi
     return max(_phases(plan, dense, finetune, data))
 
 
+def branch_bytes(plan: UpcyclePlan, dense: Checkpoint, branch: BranchConfig, data: DataConfig) -> int:
+    """The most of everything that a branch does: evaluating it, training it."""
+    shape, sizes = _describe_dense(plan, dense)
+    frozen = dense.num_bytes // max(1, dense.num_parameters)
+    return max(
+        _evaluation_bytes(shape, dense.num_bytes, data.block_size),
+        _training_bytes(shape, sizes, branch.as_phase(), frozen, data.block_size, plan.num_layers),
+    )
+
+
+def _describe_dense(plan: UpcyclePlan, dense: Checkpoint) -> tuple[Shape, dict[str, int]]:
+    """The dense model's shape, and the elements of its tensors."""
+    width = getattr(dense.config, "intermediate_size", getattr(plan.target_config, "intermediate_size", 0))
+    sizes = {name: entry.num_elements for name, entry in dense.entries.items() if name not in plan.dropped}
+    return Shape.of(dense.config, int(width), 1), sizes
+
+
 def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> Iterator[int]:
     config = plan.target_config
     mixture = Shape.of(
         config, int(getattr(config, plan.conversion.experts.width_field)), plan.settings.num_experts_per_tok
     )
-    own = Shape.of(dense.config, int(getattr(dense.config, "intermediate_size", config.intermediate_size)), 1)
     sizes = {write.spec.name: math.prod(write.spec.shape) for write in plan.writes}
-    dense_sizes = {name: entry.num_elements for name, entry in dense.entries.items() if name not in plan.dropped}
+    own, dense_sizes = _describe_dense(plan, dense)
     wide = finetune.dtype == "float32"
     stored = plan.num_bytes // max(1, plan.num_parameters)
     written = FLOAT_BYTES if wide else stored

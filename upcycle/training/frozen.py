@@ -124,10 +124,10 @@ def narrow(model: PreTrainedModel, dtype: torch.dtype, where: str) -> None:
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtype)
         if dtype == torch.float16 and parameter.device.type != "meta" and not torch.isfinite(parameter).all():
-            raise UpcycleError(
-                f"finetune: '{name}' of {where} has grown beyond float16, the dtype of the source; set "
-                "finetune.dtype to 'float32'"
-            )
+            key, mend = ("finetune", "set finetune.dtype to 'float32'")
+            if where == "branch":
+                key, mend = ("branch", "lower branch.learning_rate")
+            raise UpcycleError(f"{key}: '{name}' of {where} has grown beyond float16, the dtype of the source; {mend}")
 
 
 def _multiply(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 from dense2moe.upcycle.gates.facts import LayerRouting
 
-ModelName = Literal["dense", "upcycled", "fine-tuned", "dense continued", "dense, same FLOPs"]
-"""The torch models of a run; the last two are the controls, dense models trained beside the mixture."""
+ModelName = Literal["dense", "upcycled", "fine-tuned", "dense continued", "dense, same FLOPs", "branch"]
+"""The torch models of a run.
+
+Two are controls, dense models trained beside the mixture; a branch is the dense model continued on one domain alone.
+"""
 
 
 HISTORY_NAME = "history.jsonl"

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.config_files import complete_config
-from dense2moe.upcycle.checkpoints.loaded import sparse_layers
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.data.blocks import read_domains
-from dense2moe.upcycle.data.examples import read_examples
+from dense2moe.upcycle.data.examples import Examples, read_examples
+from dense2moe.upcycle.data.held_out import Split
 from dense2moe.upcycle.durable import RECORD_NAME, begin, discard, is_kept, keep, read_facts
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.progress import Progress
@@ -65,15 +65,25 @@ class Job:
 class Setup:
     """What all models of a fine-tuning share.
 
-    mixture: the checkpoint that tells which layers have experts. data: the blocks. scratch: where a killed run resumes.
+    sparse_layers: numbers of the layers that have experts in the mixture. data: the blocks. scratch: where a killed run
+    resumes. domain: the only domain whose blocks are met; all of them where none is named.
     """
 
-    mixture: Path
+    sparse_layers: tuple[int, ...]
     data: Path
     scratch: Path
     precision: str
     seed: int
     task: Task = NEXT_TOKEN
+    domain: str | None = None
+
+    def read(self, split: Split) -> Examples:
+        """The blocks of a split that training may meet."""
+        examples = read_examples(self.data, split)
+        if self.domain is None:
+            return examples
+        names, _ = read_domains(self.data, split)
+        return examples.of_domain(names.index(self.domain))
 
 
 def train_model(job: Job, setup: Setup, teacher: Path | None, progress: Progress) -> Trained:
@@ -143,9 +153,8 @@ def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
 
     Where the previous phase ends is not known yet.
     """
-    train, validation = read_examples(setup.data, "train"), read_examples(setup.data, "validation")
+    train, validation = setup.read("train"), setup.read("validation")
     num_domains = len(read_domains(setup.data, "train")[0])
-    layers = sparse_layers(load_shape(setup.mixture, setup.task))
     sizes = [settings.steps * settings.batch_size for settings in job.phases]
     order = draw_order(len(train), sum(sizes), setup.seed)
     last = torch.float32 if job.phases[-1].dtype == "float32" else stored_dtype(job.source)
@@ -159,7 +168,7 @@ def _plan_phases(job: Job, setup: Setup) -> list[Phase]:
             num_domains=num_domains,
             first_step=0,
             total_steps=job.num_steps,
-            sparse_layers=layers,
+            sparse_layers=setup.sparse_layers,
             precision=setup.precision,
             seed=setup.seed,
             order=order[sum(sizes[:number]) : sum(sizes[: number + 1])],

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import count_experts
 from dense2moe.upcycle.data.blocks import read_domains
-from dense2moe.upcycle.data.examples import Examples, read_examples
-from dense2moe.upcycle.data.packing import choose_evenly
+from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.tasks.task import Task
-from dense2moe.upcycle.training.evaluation import held_out_losses
+from dense2moe.upcycle.training.evaluation import losses_by_domain, take_blocks
 from dense2moe.upcycle.training.facts import OracleRouting
 from dense2moe.upcycle.training.frozen import load_frozen
 from dense2moe.upcycle.training.processes import join_processes
@@ -41,11 +40,10 @@ def measure_oracle(mixture: Path, data: Path, task: Task) -> OracleRouting | Non
     if len(names) < 2 or not 2 <= num_experts <= _MOST_EXPERTS:
         return None
     cast(Any, model).to(join_processes().device)
-    some = _take(read_examples(data, "test"), len(names))
+    some = take_blocks(read_examples(data, "test"), len(names), _MOST_BLOCKS)
 
     def measure() -> dict[str, float]:
-        losses = torch.tensor(held_out_losses(model, some.ids, task=task), dtype=torch.float64)
-        return {name: float(losses[some.domains == number].mean()) for number, name in enumerate(names)}
+        return losses_by_domain(model, some, names, task)
 
     routed, alone = measure(), []
     for expert in range(num_experts):
@@ -61,13 +59,6 @@ def measure_oracle(mixture: Path, data: Path, task: Task) -> OracleRouting | Non
         best_expert={name: min(range(num_experts), key=lambda expert: alone[expert][name]) for name in names},
         random=random,
     )
-
-
-def _take(examples: Examples, num_domains: int) -> Examples:
-    """Some blocks of each domain, evenly over the whole."""
-    places = [torch.nonzero(examples.domains == number).flatten() for number in range(num_domains)]
-    chosen = torch.cat([own[choose_evenly(len(own), _MOST_BLOCKS)] for own in places])
-    return Examples(examples.ids[chosen], examples.domains[chosen])
 
 
 def _draw_experts(shape: torch.Size, num_experts: int, generator: torch.Generator) -> torch.Tensor:

@@ -45,6 +45,11 @@ class Phase:
     task: Task = NEXT_TOKEN
 
     @property
+    def key(self) -> str:
+        """Where the recipe has these settings."""
+        return "branch" if self.model == "branch" else "finetune"
+
+    @property
     def blocks_per_part(self) -> int:
         """Blocks that one process reads at once."""
         settings = self.settings
@@ -67,10 +72,10 @@ class Trained:
     compute_seconds: float
 
 
-def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains: int) -> None:
+def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains: int, key: str = "finetune") -> None:
     """Refuse settings that this model, domains or number of processes cannot meet.
 
-    Of the model the shape is enough.
+    Of the model the shape is enough. `key` is where the recipe has the settings.
 
     Raises:
         UpcycleError: as `is_divided`, the batch does not divide by the number of processes, or the domains do not
@@ -80,7 +85,7 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
     processes = join_processes().num_processes
     if settings.batch_size % (settings.gradient_accumulation_steps * processes):
         raise UpcycleError(
-            f"finetune.batch_size is {settings.batch_size}; it must be a multiple of gradient_accumulation_steps × "
+            f"{key}.batch_size is {settings.batch_size}; it must be a multiple of gradient_accumulation_steps × "
             "processes, "
             f"which is {settings.gradient_accumulation_steps} × {processes}"
         )

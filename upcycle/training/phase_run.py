@@ -29,6 +29,11 @@ from dense2moe.upcycle.training.sharding import collect_model, is_divided
 from dense2moe.upcycle.training.trainable import add_expert_dropout, choose_trainable
 from dense2moe.upcycle.training.trainer import CHECKPOINTING, PhaseTrainer, recomputes_layers
 
+_MORE_MEMORY = {
+    "finetune": "raise finetune.gradient_accumulation_steps, set finetune.gradient_checkpointing",
+    "branch": "lower branch.batch_size",
+}
+
 
 def run_phase(
     model: PreTrainedModel, teacher: PreTrainedModel | None, phase: Phase, scratch: Path, progress: Progress
@@ -42,7 +47,7 @@ def run_phase(
         UpcycleError: as `check_settings`, the loss is NaN or infinite, or memory ran out.
         OSError: the disk is full.
     """
-    check_settings(model, phase.settings, phase.num_domains)
+    check_settings(model, phase.settings, phase.num_domains, phase.key)
     scratch = scratch.absolute()
     with _one_line_errors(phase, scratch), _own_randomness(phase.seed), _lent(model, phase.settings):
         finish = choose_trainable(model, phase.settings, phase.sparse_layers)
@@ -129,6 +134,6 @@ def _one_line_errors(phase: Phase, scratch: Path) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise UpcycleError(
-            f"finetune: out of memory while training {phase.model}; raise finetune.gradient_accumulation_steps, set "
-            f"finetune.gradient_checkpointing, or lower data.block_size{describe_last(scratch)}"
+            f"{phase.key}: out of memory while training {phase.model}; {_MORE_MEMORY[phase.key]}, or lower "
+            f"data.block_size{describe_last(scratch)}"
         ) from error

@@ -140,14 +140,15 @@ class TrainingWatch(TrainerCallback):
         self.history.append(line)
 
     def _not_finite(self, loss: float, step: int) -> UpcycleError:
+        key = self.phase.key
         if step == 0:
             return UpcycleError(
-                f"finetune: the validation loss of {self.phase.model} is {loss} before the first step of a phase; it "
-                "must be finite; set finetune.precision: float32, or look for values in the checkpoint that overflow"
+                f"{key}: the validation loss of {self.phase.model} is {loss} before the first step of a phase; it "
+                f"must be finite; set {key}.precision: float32, or look for values in the checkpoint that overflow"
             )
         return UpcycleError(
-            f"finetune: the loss of {self.phase.model} is {loss} at step {self.phase.first_step + step}; lower "
-            f"finetune.learning_rate{describe_last(self.scratch)}"
+            f"{key}: the loss of {self.phase.model} is {loss} at step {self.phase.first_step + step}; lower "
+            f"{key}.learning_rate{describe_last(self.scratch)}"
         )
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
