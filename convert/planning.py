@@ -57,7 +57,7 @@ def plan_artifacts(
 
 
 def choose_item(planned: Sequence[PlannedArtifact], item: str) -> tuple[PlannedArtifact, ...]:
-    """The artifacts of one item, and those of none."""
+    """The artifacts of one item, and artifacts without any."""
     return tuple(each for each in planned if each.item in (None, item))
 
 

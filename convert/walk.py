@@ -123,7 +123,7 @@ def refuse_beyond_last_stage(preparation: Preparation, until: str, names: Sequen
 
 
 def refuse_only(preparation: Preparation, last: Stage, only: str | None) -> None:
-    """Refuse branches that the recipe lacks, and one alone where others are needed.
+    """Refuse branches that are not there, or one where all are needed.
 
     Raises:
         RecipeError: what there is.

@@ -123,7 +123,7 @@ def test_every_key_in_the_table_of_aliases_exists():
 
 
 def test_a_strange_key_stays_on_one_line():
-    keys = "name, seed, source, sources, data, upcycle, finetune, variants, quantize, export, parity"
+    keys = "name, seed, source, sources, data, branch, upcycle, finetune, variants, quantize, export, parity"
     assert mistakes(GOOD + '"a\\nb": 1\n<<: {seed: 1}\n') == [
         rf"r.yaml:3: 'a\nb': unknown key; the keys here are {keys}",
         f"r.yaml:4: '<<': unknown key; the keys here are {keys}",

@@ -168,7 +168,10 @@ def _branches(recipe: Recipe) -> Iterator[Mistake]:
 
 
 def _count_rows(recipe: Recipe) -> int:
-    """Distinct router rows: by default one a branch, and one for a base that is an expert."""
+    """Distinct router rows.
+
+    By default one a branch, and one for a base that is an expert.
+    """
     if recipe.branch and "num_experts" not in recipe.upcycle.model_fields_set:
         return len(recipe.branched) + (recipe.upcycle.base_expert == "routed")
     return recipe.upcycle.num_router_rows

@@ -137,7 +137,7 @@ class Recipe(Record):
     @model_validator(mode="before")
     @classmethod
     def _count_experts(cls, values: Any) -> Any:
-        """An expert for each source or branch, unless the recipe says how many."""
+        """An expert for each source or branch, unless told otherwise."""
         if not isinstance(values, dict):
             return values
         sources, upcycle = values.get("sources"), values.get("upcycle", {})

@@ -208,7 +208,10 @@ def _adapter() -> TypeAdapter[ReportFacts]:
 
 
 def _complete(found: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts with a history and branches, and the text's details together."""
+    """The same facts with a history and branches.
+
+    The text's details are together.
+    """
     completed = {"branches": {}, **found}
     if isinstance(finetune := found.get("finetune"), Mapping):
         completed["finetune"] = {"history": (), **finetune}

@@ -19,7 +19,10 @@ def estimate_scratch(checkpoint: Checkpoint) -> int:
 
 
 def list_settings(preparation: Preparation, domain: str | None) -> Facts:
-    """The settings of branches, the domain, and where only FFNs learn their layers."""
+    """The settings of branches, and the domain.
+
+    Where FFNs alone learn, their layers too.
+    """
     config = _find_config(preparation)
     layers = list(_find_layers(preparation.plan)) if config.train == "experts" else None
     return {**config.model_dump(mode="json"), "domain": domain, "layers": layers, "seed": preparation.recipe.seed}

@@ -1,4 +1,4 @@
-"""A branch: the dense model continued on one domain of the data alone.
+"""A branch: the dense model continued on one domain alone.
 
 Branch-Train-MiX (Sukhbaatar et al. 2024): branches of one model need nothing of each other, so each can be trained on a
 machine of its own; their FFNs become the experts of a mixture, everything else is merged.
@@ -43,7 +43,7 @@ def train_branch(
     scratch: Path,
     task: Task = NEXT_TOKEN,
 ) -> BranchFacts:
-    """Continue the checkpoint in `dense` on the blocks of one domain in `data`.
+    """Continue the checkpoint in `dense` on one domain's blocks.
 
     Writes the best weights, by the loss on the domain's validation split, and the history to `output`, an ordinary
     dense checkpoint. `sparse_layers` are the layers whose FFNs will be experts. What a killed run needs to go on is

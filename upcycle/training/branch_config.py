@@ -15,7 +15,7 @@ _STEPS_ALONE = 20  # of a branch without fine-tuning after it
 
 
 class BranchConfig(Record):
-    """Branches (Branch-Train-MiX): the dense model continued on each domain of the data by itself."""
+    """The dense model continued on each domain by itself (Branch-Train-MiX)."""
 
     steps: PositiveInt | None = Field(
         None,

@@ -88,7 +88,10 @@ class Trainings:
         return min(reached, key=lambda factor: reached[factor])
 
     def _control(self, factor: float, target: Path) -> Job:
-        """The dense model on as many tokens as the mixture and its branches, at its rates times `factor`."""
+        """The dense model's training, with rates times `factor`.
+
+        On as many tokens as the mixture and its branches had.
+        """
         phases = _scale_rates(self.control_phases, factor)
         return Job("dense continued", self.dense, target, phases, f"rate {factor:g}")
 
