@@ -188,6 +188,7 @@ def make_facts() -> dict[str, Any]:
             "num_tokens": {"train": 2_104_320, "validation": 110_592, "test": 113_408},
             "digest": "sha256:5d0c" + "9a" * 28,
         },
+        "branches": {},
         "upcycle": {
             "target": "MixtralForCausalLM",
             "num_experts": 4,

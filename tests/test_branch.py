@@ -11,6 +11,7 @@ import pytest
 import torch
 from mixtures import dense_ffn, experts
 from recipe_files import GOOD, load, mistakes
+from report_facts import make_facts
 from safetensors.torch import load_file, save_file
 from training_runs import changed, make_data, quiet
 
@@ -18,6 +19,9 @@ from dense2moe.convert.checking import prepare
 from dense2moe.convert.errors import RecipeError
 from dense2moe.convert.progress import ProgressDisplay
 from dense2moe.convert.recipe.loading import load_recipe
+from dense2moe.convert.report.facts import read_facts
+from dense2moe.convert.report.verdicts import verdict_lines
+from dense2moe.convert.report.worth import branch_table
 from dense2moe.convert.walk import RunOutcome, run_pipeline
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.data.blocks import FACTS_NAME, read_domains
@@ -131,6 +135,34 @@ def test_branches_have_a_tenth_of_all_tokens_where_steps_are_not_given(
     branch: BranchConfig, finetune: FinetuneConfig | None, steps: int
 ) -> None:
     assert branch.count_steps(finetune, 4).as_phase().steps == steps
+
+
+# The report
+
+
+def test_the_report_has_each_branch_s_losses_and_says_what_branches_took() -> None:
+    found = make_facts()
+    spent = {"num_tokens": 640, "flops": 2e9, "seconds": 3.0, "compute_seconds": 2.0}
+    losses = {"prose": {"prose": 2.0, "code": 3.5}, "code": {"prose": 2.5, "code": 3.0}}
+    common = {"num_blocks": 32, "before": {"prose": 2.25, "code": 3.25}, "num_steps": 5, "precision": "float32"}
+    found["branches"] = {
+        name: {**common, "after": after, "best_step": 5, "spent": spent, "warnings": []}
+        for name, after in losses.items()
+    }
+    found["branches"]["code"]["warnings"] = ["branch code: learned nothing"]
+    found["finetune"]["spent"] = {"num_tokens": 1280, "flops": 4e9, "seconds": 6.0, "compute_seconds": 4.0}
+    facts = read_facts(found, "run")
+    table = branch_table(facts.branches)
+    assert table.headers == ("Branch", "prose", "code", "mean", "Steps", "Tokens", "Training time")
+    assert [row[:4] for row in table.rows] == [
+        ("dense", "2.250", "3.250", "2.750"),
+        ("prose", "2.000", "3.500", "2.750"),
+        ("code", "2.500", "3.000", "2.750"),
+    ]
+    assert table.rows[1][4:6] == ("5", "640")
+    lines = verdict_lines(facts)
+    assert "branch code: learned nothing." in lines
+    assert any(line.startswith("Before the mixture 2 branches were trained, 1,280 tokens and ") for line in lines)
 
 
 # A recipe
