@@ -303,7 +303,13 @@ def test_a_run_says_what_was_damaged_and_succeeds(
     source = {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")], "separator": "\n\n"}
     fields: dict[str, Any] = {
         "source": str(dense_checkpoint),
-        "data": {"source": source, "block_size": 32, "max_train_tokens": 4096},
+        "data": {
+            "source": source,
+            "block_size": 32,
+            "max_train_tokens": 4096,
+            "max_validation_tokens": 1024,
+            "max_test_tokens": 1024,
+        },
         "upcycle": {"num_experts": 4},
         "finetune": {"steps": 4, "eval_steps": 1, "warmup_steps": 1, "batch_size": 4, "control": False},
     }

@@ -29,6 +29,8 @@ def recipe(dense_checkpoint: Path, tmp_path: Path) -> Path:
         "source": {"kind": "text", "train": [str(ROOT / "upcycle" / "*" / "*.py")], "separator": "\n\n"},
         "block_size": 32,
         "max_train_tokens": 4096,
+        "max_validation_tokens": 1024,
+        "max_test_tokens": 1024,
     }
     path.write_text(
         json.dumps({"source": str(dense_checkpoint), "data": data, "upcycle": {"num_experts": 4}, "finetune": finetune})
