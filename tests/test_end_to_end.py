@@ -32,9 +32,8 @@ source: {source}
 data:
   source: {{kind: text, train: ["{text}"], separator: {separator}}}
   block_size: {block_size}
-  max_train_tokens: {train_tokens}
-  max_test_tokens: {test_tokens}
-  max_validation_tokens: 1024
+  max_test_tokens: 8192
+  max_validation_tokens: 4096
 upcycle: {{num_experts: {num_experts}, num_experts_per_tok: {k}, layers: {layers}}}
 finetune: {{steps: {steps}, eval_steps: {steps}, warmup_steps: 1, batch_size: 4}}
 variants: [{variants}]
@@ -47,8 +46,6 @@ def write_recipe(path: Path, **fields: object) -> Path:
     defaults = {
         "separator": '"\\n\\n"',
         "block_size": 32,
-        "train_tokens": 65_536,
-        "test_tokens": 8192,
         "num_experts": 4,
         "k": 2,
         "layers": "all",
@@ -399,7 +396,7 @@ def test_more_last_layers_than_there_are_is_told_before_any_work(make_dense, tmp
     checked = dense2moe("check", recipe)
     assert (checked.exit_code, checked.stderr) == (
         1,
-        "Error: finetune.train is last-3; it must be at most last-2, the layers of the model\n",
+        f"Error: {recipe}:9: finetune.train is last-3; it must be at most last-2, the layers of the model\n",
     )
 
 
@@ -414,7 +411,7 @@ def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
     assert (whole.exit_code, whole.stderr) == (1, f"Error: {recipe}: {reason}; run it with --until finetune\n")
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 32", "block_size: 250"), encoding="utf-8")
     assert dense2moe("check", recipe).stderr == (
-        f"Error: {recipe}: finetune.prompt_tokens: is 16, before blocks of 250; both together must be at most the "
+        f"Error: {recipe}:9: finetune.prompt_tokens: is 16, before blocks of 250; both together must be at most the "
         "model's context, which is 256\n"
     )
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 250", "block_size: 32"), encoding="utf-8")
@@ -449,7 +446,6 @@ def embedded_run(tmp_path_factory):
         source=EMBEDDED,
         text="unused",
         block_size=128,
-        test_tokens=2048,
         steps=4,
         variants="float32, float16, int8, int4",
     )
