@@ -396,7 +396,7 @@ def test_more_last_layers_than_there_are_is_told_before_any_work(make_dense, tmp
     checked = dense2moe("check", recipe)
     assert (checked.exit_code, checked.stderr) == (
         1,
-        f"Error: {recipe}:9: finetune.train is last-3; it must be at most last-2, the layers of the model\n",
+        f"Error: {recipe}:8: finetune.train is last-3; it must be at most last-2, the layers of the model\n",
     )
 
 
@@ -411,7 +411,7 @@ def test_a_learned_prompt_is_trained_and_goes_no_further(make_dense, tmp_path):
     assert (whole.exit_code, whole.stderr) == (1, f"Error: {recipe}: {reason}; run it with --until finetune\n")
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 32", "block_size: 250"), encoding="utf-8")
     assert dense2moe("check", recipe).stderr == (
-        f"Error: {recipe}:9: finetune.prompt_tokens: is 16, before blocks of 250; both together must be at most the "
+        f"Error: {recipe}:8: finetune.prompt_tokens: is 16, before blocks of 250; both together must be at most the "
         "model's context, which is 256\n"
     )
     recipe.write_text(recipe.read_text(encoding="utf-8").replace("block_size: 250", "block_size: 32"), encoding="utf-8")
