@@ -125,7 +125,7 @@ def _open_sources(loaded: LoadedRecipe, base: Checkpoint, progress: Progress) ->
             hub=given.hub if isinstance(given, HubSource) else None,
             checkpoint=checkpoint,
             files=_digest_source(checkpoint, progress),
-            remarks=tuple(compare_companions(base, name, checkpoint)),
+            remarks=tuple(compare_companions(base, f"sources.{name}", checkpoint)),
         )
     return found
 

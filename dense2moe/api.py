@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dense2moe.arguments import check_arguments
 from dense2moe.convert.package_parity import check_package
@@ -35,6 +35,8 @@ from dense2moe.new_directory import new_directory
 from dense2moe.runs import Run, run
 from dense2moe.upcycle.building.config import ExpertsConfig, MergingConfig, RouterConfig, UpcycleConfig
 from dense2moe.upcycle.building.facts import Receipt, SourceDistance
+from dense2moe.upcycle.building.growth import GrownMixture, RouterRow
+from dense2moe.upcycle.building.growth import add_expert as grow
 from dense2moe.upcycle.building.making import make_mixture
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions
@@ -68,6 +70,7 @@ __all__ = [
     "FinetuneConfig",
     "FinetuneFacts",
     "GenerateConfig",
+    "GrownMixture",
     "HubData",
     "InstalledData",
     "InstalledPart",
@@ -90,6 +93,7 @@ __all__ = [
     "UpcycleConfig",
     "Upcycled",
     "Variant",
+    "add_expert",
     "check_parity",
     "export_onnx",
     "finetune",
@@ -193,13 +197,61 @@ def upcycle(
         )
     base, paths = open_checkpoint(source), {name: Path(path) for name, path in (sources or {}).items()}
     others = open_sources(base, paths)
-    remarks = tuple(remark for name, other in others.items() for remark in compare_companions(base, name, other))
+    remarks = tuple(
+        remark for name, other in others.items() for remark in compare_companions(base, f"sources.{name}", other)
+    )
     plan = plan_upcycle(base, config, others)
     with new_directory(output) as directory:
         training = _NO_TEXT if data is None else read_examples(Path(data), "train")
         block_size = min(training.block_size, int(getattr(plan.target_config, "max_position_embeddings", _BLOCK_SIZE)))
         made = make_mixture(source, directory, plan, training, Path.cwd(), seed, block_size, progress or _quiet, paths)
     return Upcycled(made.plan, made.receipt, made.distances, remarks)
+
+
+@check_arguments
+def add_expert(
+    mixture: PathLike,
+    source: PathLike,
+    output: PathLike,
+    *,
+    base: PathLike | None = None,
+    router: RouterRow = "mean",
+    scale: PositiveFloat | None = None,
+    seed: NonNegativeInt = 0,
+    progress: Progress | None = None,
+) -> GrownMixture:
+    """Add a dense model to a finished mixture, as one more expert.
+
+    Every sparse layer gets its FFN. All that the mixture has is copied bit by bit, and memory does not grow with the
+    model. What the source has learned outside of its FFNs is left out. The new expert's router row knows nothing yet:
+    fine-tune the routers on text that has the new domain too.
+
+    Args:
+        mixture: the mixture's checkpoint, whose experts are whole FFNs.
+        source: a checkpoint fine-tuned from the mixture's base, or a LoRA adapter as peft writes it.
+        output: new directory of the grown mixture.
+        base: the dense checkpoint that an adapter was trained on; for adapters alone.
+        router: "mean": the mean of the others' rows, so that its logit is the mean of theirs, never the largest;
+            "normal": drawn, as large as the others.
+        scale: factor of the new expert's output; a mixture with a shared expert needs it: 0.5 where the shared expert
+            was made to give one half.
+        seed: seed of a drawn row.
+        progress: called as the work goes on.
+
+    Returns:
+        Experts of a layer, the layers, parameters, and how the source differs beside its weights.
+
+    Raises:
+        MendableError: the source's FFN cannot be an expert of the mixture: another base, width or activation, or
+            granular or split experts; nothing is left then.
+
+    Example:
+        grown = add_expert("mixture", "dense", "grown")
+        print(grown.num_experts, grown.num_new_parameters)
+    """
+    adapted = None if base is None else Path(base)
+    with new_directory(output) as directory:
+        return grow(Path(mixture), Path(source), directory, router, seed, progress or _quiet, adapted, scale)
 
 
 @check_arguments

@@ -23,6 +23,7 @@ _FUNCTIONS: Final = re.compile(r"(?<=<!-- functions -->\n).*(?=<!-- end of funct
 _SHOWN: Final = (
     api.prepare_data,
     api.upcycle,
+    api.add_expert,
     api.finetune,
     api.quantize,
     api.export_onnx,

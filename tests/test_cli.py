@@ -54,6 +54,7 @@ def invoke(*arguments: object) -> tuple[int, str]:
 
 def test_the_commands_are_these():
     assert sorted(main.commands) == [
+        "add-expert",
         "bench",
         "check",
         "compare",

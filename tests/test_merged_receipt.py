@@ -170,7 +170,7 @@ def test_distances_are_frobenius_norms_by_class(make_dense: MakeDense, tmp_path:
 
 def told(base: Path, source: Path) -> list[str]:
     first, second = open_checkpoint(base), open_checkpoint(source)
-    return list(compare_companions(first, "code", second))
+    return list(compare_companions(first, "sources.code", second))
 
 
 def test_equal_companions_are_not_told(make_dense: MakeDense, tmp_path: Path) -> None:

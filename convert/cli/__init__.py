@@ -7,6 +7,7 @@ import sys
 
 import click
 
+from dense2moe.convert.cli.mixtures import add_expert
 from dense2moe.convert.cli.packages import bench, generate, parity
 from dense2moe.convert.cli.recipes import check, plan, run, schema
 from dense2moe.convert.cli.runs import compare, package, show, verify
@@ -25,5 +26,5 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")
 
 
-for command in (check, plan, run, show, compare, package, verify, generate, bench, parity, schema):
+for command in (check, plan, run, show, compare, package, verify, generate, bench, parity, add_expert, schema):
     main.add_command(command)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from dense2moe.upcycle.building.target_config import derive_fields
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Conversion
@@ -30,9 +31,7 @@ def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion:
     if source.config.model_type != base.config.model_type:
         raise _refusal(where, "model_type", source.config.model_type, base.config.model_type)
     fields = (*conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional)
-    free = {*TOLD_FIELDS, *_TRAINING_FIELDS}
-    if (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
-        free.discard("max_position_embeddings")  # of which other rotary embeddings compute their angles
+    free = _free_fields(base)
     for field in dict.fromkeys(fields):
         if field in free:
             continue
@@ -44,8 +43,31 @@ def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion:
             raise _refusal(where, f"the shape of '{tensor}'", list(source.entries[tensor].shape), list(entry.shape))
 
 
-def _refusal(where: str, what: str, found: Any, must: Any) -> UpcycleError:
+def check_mixture_agreement(mixture: Checkpoint, source: Checkpoint, conversion: Conversion) -> None:
+    """Refuse a source that is not of a finished mixture's base.
+
+    The mixture's config must say what would be carried over from the source's, or derived from it.
+
+    Raises:
+        UpcycleError: the first field of config that differs, with both values.
+    """
+    where = str(source.directory)
+    free = {*_free_fields(mixture), "tie_word_embeddings"}  # the head is no part of an FFN
+    for field, found in derive_fields(source.config, conversion, where).items():
+        if field not in free and found != (must := getattr(mixture.config, field, None)):
+            raise _refusal(where, field, found, must, "mixture")
+
+
+def _free_fields(base: Checkpoint) -> set[str]:
+    """Config fields in which a source may differ."""
+    free = {*TOLD_FIELDS, *_TRAINING_FIELDS}
+    if (getattr(base.config, "rope_parameters", None) or {}).get("rope_type", "default") != "default":
+        free.discard("max_position_embeddings")  # of which other rotary embeddings compute their angles
+    return free
+
+
+def _refusal(where: str, what: str, found: Any, must: Any, of: str = "base") -> UpcycleError:
     return UpcycleError(
-        f"{where}: {what} is {shorten(found)}; the base has {shorten(must)}; sources must be fine-tuned from the base, "
+        f"{where}: {what} is {shorten(found)}; the {of} has {shorten(must)}; sources must be fine-tuned from the base, "
         "and differ from it in their weights alone"
     )

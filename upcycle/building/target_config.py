@@ -10,7 +10,7 @@ from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
-from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.architecture import Architecture, Conversion
 
 
 def make_target_config(
@@ -21,9 +21,7 @@ def make_target_config(
     The two architectures' defaults differ, so absent json keys must not stay absent.
     """
     source, target, experts = checkpoint.config, conversion.target, conversion.experts
-    fields: dict[str, Any] = {name: getattr(source, name) for name in conversion.carried}
-    fields |= {name: getattr(source, name) for name in conversion.optional if hasattr(source, name)}
-    fields |= dict(experts.fixed)
+    fields = _carry_fields(source, conversion) | dict(experts.fixed)
     fields[experts.count_field] = config.num_experts
     if experts.top_k_field:
         fields[experts.top_k_field] = config.num_experts_per_tok
@@ -33,15 +31,37 @@ def make_target_config(
     if experts.shared is not None:
         whole = config.num_parts if experts.shared.in_experts else width * config.num_parts
         fields[experts.shared.width_field] = 0 if config.shared_expert == "none" else whole
-    where = str(checkpoint.directory / "config.json")
+    made = _make_config(target, fields, str(checkpoint.directory / "config.json"))
+    made.architectures = [target.architecture]
+    made.dtype = source.dtype
+    return made
+
+
+def derive_fields(source: PreTrainedConfig, conversion: Conversion, where: str) -> dict[str, Any]:
+    """Fields of the target that follow from a source alone.
+
+    Their values are as the target's class of config has them.
+
+    Raises:
+        UpcycleError: the target refuses their values.
+    """
+    fields = _carry_fields(source, conversion) | conversion.derived(source)
+    made = _make_config(conversion.target, fields, where)
+    return {name: getattr(made, name) for name in fields}
+
+
+def _carry_fields(source: PreTrainedConfig, conversion: Conversion) -> dict[str, Any]:
+    optional = [name for name in conversion.optional if hasattr(source, name)]
+    return {name: getattr(source, name) for name in (*conversion.carried, *optional)}
+
+
+def _make_config(target: Architecture, fields: dict[str, Any], where: str) -> PreTrainedConfig:
     try:
         made: PreTrainedConfig = AutoConfig.for_model(target.model_type, **fields)
     except (
         Exception
     ) as error:  # the target's own validation: transformers raises strict dataclass errors of several kinds
         raise UpcycleError(f"{where}: {target.architecture} refuses these values: {shorten(error)}") from error
-    made.architectures = [target.architecture]
-    made.dtype = source.dtype
     return made
 
 

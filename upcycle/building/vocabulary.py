@@ -21,13 +21,14 @@ from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 _BOOKKEEPING = ("transformers_version", "_from_model_config")
 
 
-def compare_companions(base: Checkpoint, name: str, source: Checkpoint) -> Iterator[str]:
+def compare_companions(base: Checkpoint, where: str, source: Checkpoint) -> Iterator[str]:
     """Differences of a source that are told, a line each.
+
+    `where` names the source in them.
 
     Raises:
         UpcycleError: the tokenizers differ: the first token, with its ids; or the first text that is cut otherwise.
     """
-    where = f"sources.{name}"
     for field in TOLD_FIELDS:
         found, own = (getattr(checkpoint.config, field, None) for checkpoint in (source, base))
         if found != own:

@@ -1,0 +1,355 @@
+"""Growth: one more expert in every sparse layer of a finished mixture.
+
+Plan, then bytes, as in surgery, and streamed as there:
+
+1. What the mixture has stays, bit by bit: each of its tensors is copied from file to file.
+2. Behind the bytes of a router comes one more row, behind a selection bias a zero, behind stacked experts one more.
+3. Experts with tensors of their own get tensors under the next number.
+4. The config counts one more expert, and says the same otherwise.
+
+The new expert is the FFN of a dense model of the mixture's base, or of a LoRA adapter of it, in the dtype of the
+others. Whatever else the source has learned, as in attention, the mixture does not take over.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dense2moe.upcycle.building.agreement import check_mixture_agreement
+from dense2moe.upcycle.building.choice import find_refusals
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.experts import seeded_generator
+from dense2moe.upcycle.building.pieces import Slice
+from dense2moe.upcycle.building.source import check_tensors
+from dense2moe.upcycle.building.vocabulary import compare_companions
+from dense2moe.upcycle.checkpoints.adapter import is_adapter, open_source
+from dense2moe.upcycle.checkpoints.config_files import save_config
+from dense2moe.upcycle.checkpoints.reader import Checkpoint, copy_companions, open_checkpoint
+from dense2moe.upcycle.checkpoints.tensors import DTYPES, READABLE, TensorEntry
+from dense2moe.upcycle.checkpoints.writer import Content, Span, TensorSpec, write_tensors
+from dense2moe.upcycle.errors import UpcycleError, shorten
+from dense2moe.upcycle.models.architecture import Architecture, Conversion
+from dense2moe.upcycle.models.parts import Part
+from dense2moe.upcycle.models.table import CONVERSIONS, DENSE_FAMILIES, TARGETS, find_family
+from dense2moe.upcycle.progress import Progress
+
+RouterRow = Literal["mean", "normal"]
+"""How the new expert's router row starts.
+
+mean: the mean of the others' rows, so that its logit is the mean of theirs.
+normal: drawn, its elements as large as the others' in the mean square.
+"""
+
+_DENSE_PART: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
+"""Parts of an expert, in the order in which a fused tensor has them, and the FFN's same parts."""
+
+
+@dataclass(frozen=True)
+class GrownMixture:
+    """A mixture that got one more expert.
+
+    Attributes:
+        num_experts: experts of a layer, the new one included; its number is one less.
+        layers: the layers that have experts.
+        num_parameters: parameters of the mixture.
+        num_new_parameters: how many of them are new.
+        remarks: how the source differs from the mixture beside its weights, a line each.
+    """
+
+    num_experts: int
+    layers: tuple[int, ...]
+    num_parameters: int
+    num_new_parameters: int
+    remarks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A tensor to be written: the mixture's bytes, and what follows them.
+
+    kept: the mixture's tensor; None of a tensor that is the new expert's alone.
+    part: which part is added; None where nothing is.
+    rows: of an expert's part, the source's rows, one run after the other.
+    """
+
+    spec: TensorSpec
+    kept: TensorEntry | None
+    part: Part | None = None
+    rows: tuple[Slice, ...] = ()
+
+    @property
+    def num_new_parameters(self) -> int:
+        """Values that the mixture did not have; a selection bias counts none."""
+        kept = 0 if self.kept is None else self.kept.num_elements
+        return 0 if self.part == "selection_bias" else math.prod(self.spec.shape) - kept
+
+
+@dataclass(frozen=True)
+class GrowthPlan:
+    """What will be written, in this order, and where experts are."""
+
+    target: Architecture
+    num_experts: int
+    layers: tuple[int, ...]
+    extensions: tuple[Extension, ...]
+
+
+def add_expert(
+    mixture: Path,
+    source: Path,
+    output: Path,
+    router: RouterRow,
+    seed: int,
+    progress: Progress,
+    base: Path | None = None,
+    scale: float | None = None,
+) -> GrownMixture:
+    """Write a mixture with one more expert into an empty directory.
+
+    `source` is a dense checkpoint, or a LoRA adapter of `base`. `scale` is a factor of the new expert's output, which a
+    mixture with a shared expert must be given. Memory does not grow with the model.
+
+    Raises:
+        UpcycleError: the source's FFN cannot be an expert of the mixture (nothing is written then); or one of its
+            weights is NaN, infinite or beyond the mixture's dtype.
+        OSError: the disk is full or not writable.
+    """
+    whole, dense = open_checkpoint(mixture), _open_dense(source, base)
+    plan = plan_growth(whole, dense, scale)
+    remarks = tuple(compare_companions(whole, str(source), dense))
+    config = copy.deepcopy(whole.config)
+    assert plan.target.experts is not None, "the plan is of a dense model"
+    setattr(config, plan.target.experts.count_field, plan.num_experts + 1)
+    save_config(config, output)
+    copy_companions(mixture, output)
+    maker = _Maker(whole, dense, router, seed, 1.0 if scale is None else scale)
+    write_tensors(
+        output,
+        [extension.spec for extension in plan.extensions],
+        ((extension.spec.name, maker.make(extension)) for extension in plan.extensions),
+        UpcycleConfig().shard_bytes,
+        report=lambda done, total: progress("writing tensors", done, total),
+    )
+    num_new = sum(extension.num_new_parameters for extension in plan.extensions)
+    num_parameters = num_new + sum(
+        extension.kept.num_elements
+        for extension in plan.extensions
+        if extension.kept is not None and extension.part != "selection_bias"
+    )
+    return GrownMixture(plan.num_experts + 1, plan.layers, num_parameters, num_new, remarks)
+
+
+def _open_dense(source: Path, base: Path | None) -> Checkpoint:
+    if not is_adapter(source):
+        if base is not None:
+            raise UpcycleError(f"{source}: is a whole checkpoint, and base is {base}; give a base to adapters alone")
+        return open_checkpoint(source)
+    if base is None:
+        raise UpcycleError(
+            f"{source}: is an adapter, and no base is given; give the dense model that it was trained on"
+        )
+    return open_source(source, open_checkpoint(base))
+
+
+def plan_growth(mixture: Checkpoint, source: Checkpoint, scale: float | None = None) -> GrowthPlan:
+    """Plan one more expert, from names and shapes alone.
+
+    Raises:
+        UpcycleError: the mixture is none that the table of architectures knows, or has no experts of a whole FFN; the
+            source is sparse, or not of the mixture's base; a tensor is missing or has another shape than it must.
+    """
+    target = _find_target(mixture)
+    assert target.experts is not None, f"{target.architecture} is dense"
+    conversion = _find_conversion(source, target)
+    check_mixture_agreement(mixture, source, conversion)
+    check_tensors(source, conversion.family)
+    width = _check_width(mixture, source, conversion, scale)
+    num_experts = int(getattr(mixture.config, target.experts.count_field))
+    num_layers = int(getattr(mixture.config, target.stacks[0].num_layers))
+    layers = tuple(layer for layer in range(num_layers) if target.has_experts(layer, mixture.entries))
+    if not layers:
+        raise UpcycleError(f"{mixture.directory}: has no router in any layer; give a mixture that has experts")
+    added: dict[str, Extension] = {}
+    for layer in layers:
+        added |= _extend_router(mixture, target, layer, num_experts)
+        added |= _extend_experts(mixture, source, conversion, layer, num_experts, width)
+    extensions: list[Extension] = []
+    for name, entry in mixture.entries.items():
+        extension = added.pop(name, None)
+        if extension is None or extension.kept is None:
+            extensions.append(Extension(TensorSpec(name, _dtype(entry), entry.shape), entry))
+        if extension is not None:
+            extensions.append(extension)
+    assert not added, f"{sorted(added)} have no place"
+    return GrowthPlan(target, num_experts, layers, tuple(extensions))
+
+
+def _find_target(mixture: Checkpoint) -> Architecture:
+    """The mixture's architecture, if an expert can be added to it."""
+    config, where = mixture.config, str(mixture.directory / "config.json")
+    fitting = [target for target in TARGETS if target.experts is not None and not target.experts.top_1]
+    target = next((target for target in TARGETS if target.model_type == config.model_type), None)
+    if target is None or target not in fitting:
+        dense = any(family.model_type == config.model_type for family in DENSE_FAMILIES)
+        remedy = "; upcycle it first" if dense else ""
+        raise UpcycleError(
+            f"{where}: model_type is {shorten(config.model_type)}; an expert can be added to "
+            f"{', '.join(target.model_type for target in fitting)}{remedy}"
+        )
+    if (num_groups := getattr(config, "n_group", 1)) != 1:
+        raise UpcycleError(
+            f"{where}: n_group is {num_groups}; must be 1 to add an expert: groups of experts must stay equally large"
+        )
+    return target
+
+
+def _find_conversion(source: Checkpoint, target: Architecture) -> Conversion:
+    """How the source's family becomes the mixture's architecture."""
+    where = str(source.directory)
+    family = find_family(source.config.model_type, source.config.architectures, where, source.config)
+    conversion = next((row for row in CONVERSIONS if row.family is family and row.target is target), None)
+    if conversion is None:
+        names = ", ".join(row.family.model_type for row in CONVERSIONS if row.target is target)
+        raise UpcycleError(
+            f"{where}: model_type is {family.model_type}; for a mixture that is {target.model_type} it must be one of "
+            f"{names}; give a model of the mixture's base"
+        )
+    if reasons := find_refusals(conversion, source.config, UpcycleConfig()):
+        raise UpcycleError(f"{where}: {'; '.join(reasons)}")
+    return conversion
+
+
+def _check_width(mixture: Checkpoint, source: Checkpoint, conversion: Conversion, scale: float | None) -> int:
+    """The width of an expert and of the source's FFN."""
+    where, config, experts = mixture.directory / "config.json", mixture.config, conversion.experts
+    rows = _slice(source, conversion, "ffn_up", 0)
+    width, found = int(getattr(config, experts.width_field)), rows.stop - rows.start
+    if width != found:
+        raise UpcycleError(
+            f"{where}: {experts.width_field} is {width}; the FFN of {source.directory} is {found} wide; both must be "
+            "equal: no expert can be added to granular or split ones, which are parts of an FFN"
+        )
+    field = None if experts.shared is None else experts.shared.width_field
+    shared = 0 if field is None else int(getattr(config, field) or 0)
+    if shared and scale is None:
+        raise UpcycleError(
+            f"{where}: {field} is {shared}; beside a shared expert the new one "
+            "needs a scale: 0.5 where the shared expert was made to give half of the output, 1 where it was silent"
+        )
+    return width
+
+
+def _slice(source: Checkpoint, conversion: Conversion, part: Part, layer: int) -> Slice:
+    """The rows of a part of the source's FFN."""
+    matrix = conversion.family.stacks[0].parts[part]
+    name = matrix.name.format(layer=layer)
+    start, stop = matrix.rows(source.config) if matrix.rows else (0, source.entries[name].shape[0])
+    return Slice(name, start, stop)
+
+
+def _extend_router(
+    mixture: Checkpoint, target: Architecture, layer: int, num_experts: int
+) -> Iterator[tuple[str, Extension]]:
+    """A router and its selection bias, by name."""
+    parts: tuple[Part, ...] = ("router", "selection_bias")
+    for part in parts:
+        name = target.find(part, layer)
+        if name is not None and (part == "router" or target.gate(mixture.config).selection_bias):
+            shape = (num_experts, int(mixture.config.hidden_size)) if part == "router" else (num_experts,)
+            yield name, _lengthen(_find(mixture, name, shape), part)
+
+
+def _extend_experts(
+    mixture: Checkpoint, source: Checkpoint, conversion: Conversion, layer: int, num_experts: int, width: int
+) -> Iterator[tuple[str, Extension]]:
+    """A layer's experts: their tensors, and what follows each of them."""
+    tensors: dict[str, list[Part]] = {}
+    for part in _DENSE_PART:
+        tensors.setdefault(conversion.target.name(part), []).append(part)
+    hidden = int(mixture.config.hidden_size)
+    for pattern, parts in tensors.items():
+        rows = tuple(_slice(source, conversion, _DENSE_PART[part], layer) for part in parts)
+        shape = (hidden, width) if parts == ["expert_down"] else (len(parts) * width, hidden)
+        if conversion.target.is_stacked:
+            name = pattern.format(layer=layer)
+            yield name, _lengthen(_find(mixture, name, (num_experts, *shape)), parts[0], rows)
+            continue
+        names = [pattern.format(layer=layer, expert=expert) for expert in range(num_experts + 1)]
+        last = [_find(mixture, name, shape) for name in names[:-1]][-1]
+        yield names[-2], Extension(TensorSpec(names[-1], _dtype(last), shape), None, parts[0], rows)
+
+
+def _find(mixture: Checkpoint, name: str, shape: tuple[int, ...]) -> TensorEntry:
+    """A tensor of the mixture, which must have this shape."""
+    entry = mixture.entries.get(name)
+    if entry is None or entry.shape != shape:
+        found = "is missing" if entry is None else f"has shape {list(entry.shape)}"
+        raise UpcycleError(
+            f"{mixture.directory}: tensor '{name}' {found}; by config.json it must have shape {list(shape)}; write the "
+            "mixture again"
+        )
+    if entry.dtype not in DTYPES:
+        raise UpcycleError(
+            f"{mixture.directory}: tensor '{name}' is stored as {entry.dtype}; it must be one of {', '.join(DTYPES)}; "
+            "give the mixture as it was before it was quantized"
+        )
+    return entry
+
+
+def _lengthen(entry: TensorEntry, part: Part, rows: tuple[Slice, ...] = ()) -> Extension:
+    """A tensor with one more row, or one more matrix."""
+    shape = (entry.shape[0] + 1, *entry.shape[1:])
+    return Extension(TensorSpec(entry.name, _dtype(entry), shape), entry, part, rows)
+
+
+def _dtype(entry: TensorEntry) -> torch.dtype:
+    return READABLE[entry.dtype]
+
+
+class _Maker:
+    """Makes the contents of tensors."""
+
+    def __init__(self, mixture: Checkpoint, source: Checkpoint, router: RouterRow, seed: int, scale: float) -> None:
+        self.mixture, self.source = mixture, source
+        self.router, self.seed, self.scale = router, seed, scale
+
+    def make(self, extension: Extension) -> Iterator[Content]:
+        """The contents of one tensor, in the order of its bytes."""
+        kept, dtype = extension.kept, extension.spec.dtype
+        if kept is not None:
+            yield Span(kept.file, kept.start, kept.num_bytes)
+        match extension.part:
+            case None:
+                return
+            case "router":
+                yield self._make_row(extension.spec.name).to(dtype)
+            case "selection_bias":
+                yield torch.zeros(1, dtype=dtype)
+            case part:
+                scale = self.scale if part == "expert_down" else 1.0
+                for rows in extension.rows:
+                    for chunk in self.source.read_chunks(rows.source, rows.start, rows.stop):
+                        yield self._convert(rows.source, chunk.to(torch.float32) * scale, dtype)
+
+    def _make_row(self, name: str) -> torch.Tensor:
+        """The new expert's router row, float32 [1, hidden]."""
+        rows = self.mixture.read(name).to(torch.float32)
+        if self.router == "mean":
+            return rows.mean(0, keepdim=True)
+        drawn = torch.empty(1, rows.shape[1]).normal_(generator=seeded_generator(self.seed, name))
+        return drawn * rows.square().mean().sqrt()
+
+    def _convert(self, name: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        converted = weight.to(dtype)
+        if not torch.isfinite(converted).all():
+            broken = not torch.isfinite(weight).all()
+            found = "NaN or infinite values" if broken else f"values beyond {dtype}, the dtype of the mixture's experts"
+            raise UpcycleError(f"{self.source.directory}: tensor '{name}' holds {found}; give another source")
+        return converted
