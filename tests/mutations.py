@@ -14,8 +14,8 @@ MUTATIONS = (
     ),
     Mutation(
         "stacked experts have up before gate",
-        "self._part(_EXPERT_OF[part], layer, site, expert) for part in parts",
-        "self._part(_EXPERT_OF[part], layer, site, expert) for part in reversed(parts)",
+        "self._part(EXPERT_OF[part], layer, site, expert) for part in parts",
+        "self._part(EXPERT_OF[part], layer, site, expert) for part in reversed(parts)",
         "test_granites_experts_are_stacked_gate_before_up",
     ),
     Mutation(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +27,7 @@ from dense2moe.upcycle.building.choice import find_refusals
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.building.experts import seeded_generator
 from dense2moe.upcycle.building.pieces import Slice
+from dense2moe.upcycle.building.planner import EXPERT_OF
 from dense2moe.upcycle.building.source import check_tensors
 from dense2moe.upcycle.building.vocabulary import compare_companions
 from dense2moe.upcycle.checkpoints.adapter import is_adapter, open_source
@@ -46,9 +47,6 @@ RouterRow = Literal["mean", "normal"]
 mean: the mean of the others' rows, so that its logit is the mean of theirs.
 normal: drawn, its elements as large as the others' in the mean square.
 """
-
-_DENSE_PART: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
-"""Parts of an expert, in the order in which a fused tensor has them, and the FFN's same parts."""
 
 
 @dataclass(frozen=True)
@@ -271,11 +269,11 @@ def _extend_experts(
 ) -> Iterator[tuple[str, Extension]]:
     """A layer's experts: their tensors, and what follows each of them."""
     tensors: dict[str, list[Part]] = {}
-    for part in _DENSE_PART:
+    for part in EXPERT_OF:
         tensors.setdefault(conversion.target.name(part), []).append(part)
     hidden = int(mixture.config.hidden_size)
     for pattern, parts in tensors.items():
-        rows = tuple(_slice(source, conversion, _DENSE_PART[part], layer) for part in parts)
+        rows = tuple(_slice(source, conversion, EXPERT_OF[part], layer) for part in parts)
         shape = (hidden, width) if parts == ["expert_down"] else (len(parts) * width, hidden)
         if conversion.target.is_stacked:
             name = pattern.format(layer=layer)

@@ -30,9 +30,10 @@ from dense2moe.upcycle.models.architecture import Conversion
 from dense2moe.upcycle.models.parts import Matrix, Part
 
 _DENSE: frozenset[Part] = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
-_EXPERT_OF: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
+EXPERT_OF: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
+"""Parts of an expert, in the order of their rows in a tensor of several, and the same parts of an FFN."""
 _SHARED_OF: Mapping[Part, Part] = {"shared_gate": "ffn_gate", "shared_up": "ffn_up", "shared_down": "ffn_down"}
-_SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale", *_EXPERT_OF, *_SHARED_OF})
+_SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale", *EXPERT_OF, *_SHARED_OF})
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Planner:
             if layer.site is None:
                 if parts[0] not in _SPARSE:
                     yield from self._move(pattern, layer.parts.get(parts[0]), layer.number)
-            elif parts[0] in _EXPERT_OF:
+            elif parts[0] in EXPERT_OF:
                 yield from self._experts(pattern, parts, layer, layer.site)
             elif parts[0] in _SPARSE:
                 yield from self._sparse(pattern.format(layer=layer.number), parts, layer, layer.site)
@@ -167,7 +168,7 @@ class Planner:
         """
         count, hidden = self.config.num_experts, self._hidden(layer)
         shape = (hidden, self.width) if parts == ("expert_down",) else (len(parts) * self.width, hidden)
-        pieces = [[self._part(_EXPERT_OF[part], layer, site, expert) for part in parts] for expert in range(count)]
+        pieces = [[self._part(EXPERT_OF[part], layer, site, expert) for part in parts] for expert in range(count)]
         if "{expert}" in pattern:
             for expert, own in enumerate(pieces):
                 yield self._write(pattern.format(layer=layer.number, expert=expert), shape, own)
