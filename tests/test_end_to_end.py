@@ -32,7 +32,7 @@ source: {source}
 data:
   source: {{kind: text, train: ["{text}"], separator: {separator}}}
   block_size: {block_size}
-  max_test_tokens: 8192
+  max_test_tokens: {test_tokens}
   max_validation_tokens: 4096
 upcycle: {{num_experts: {num_experts}, num_experts_per_tok: {k}, layers: {layers}}}
 finetune: {{steps: {steps}, eval_steps: {steps}, warmup_steps: 1, batch_size: 4}}
@@ -46,6 +46,7 @@ def write_recipe(path: Path, **fields: object) -> Path:
     defaults = {
         "separator": '"\\n\\n"',
         "block_size": 32,
+        "test_tokens": 8192,
         "num_experts": 4,
         "k": 2,
         "layers": "all",
@@ -446,6 +447,7 @@ def embedded_run(tmp_path_factory):
         source=EMBEDDED,
         text="unused",
         block_size=128,
+        test_tokens=2048,
         steps=4,
         variants="float32, float16, int8, int4",
     )
