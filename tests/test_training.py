@@ -30,7 +30,6 @@ from dense2moe.upcycle.data.config import DataConfig, TextData
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.controls import stretch
 from dense2moe.upcycle.training.evaluation import held_out_loss
 from dense2moe.upcycle.training.facts import FinetuneFacts
 from dense2moe.upcycle.training.fine_tuning import finetune
@@ -263,17 +262,6 @@ def test_the_control_trains_on_the_same_batches_in_the_same_order(run: Run) -> N
         torch.equal(ours, control)
         for ours, control in zip(run.batches[:shared], run.batches[36 : 36 + shared], strict=True)
     )
-
-
-@pytest.mark.parametrize(("ratio", "steps"), [(4.0, (40, 80)), (1.0, (10, 20)), (1.26, (13, 25)), (0.01, (3, 3))])
-def test_the_control_of_equal_compute_has_as_many_steps_as_fit(ratio: float, steps: tuple[int, ...]) -> None:
-    """And one step more than each warm-up at least."""
-    stages = tuple(CONFIG.model_copy(update={"steps": count}) for count in (10, 20))
-    stretched = stretch(stages, ratio)
-    assert tuple(stage.steps for stage in stretched) == steps
-    assert [stage.model_copy(update={"steps": 1}) for stage in stretched] == [
-        CONFIG.model_copy(update={"steps": 1})
-    ] * 2
 
 
 def test_the_control_of_equal_compute_has_the_operations_of_the_mixture(run: Run) -> None:
