@@ -14,8 +14,6 @@ class Input:
     """One input of a stage: its name, and which stage makes it.
 
     The stage may depend on the recipe.
-
-    Which stage that is depends on the recipe.
     """
 
     name: str

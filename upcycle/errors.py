@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -76,11 +76,26 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
 
     Only calls of other libraries belong inside. What they raise about the file `path` is one line. The line says the
     path, `what` is wrong with it (that it cannot be read, where the system refused it), the library's own words, and
-    how to `mend` it. Panics of libraries written in Rust are `BaseException`s and told alike; an interrupt, and running
-    out of memory, stay what they are.
+    how to `mend` it. What stays as it is: see `foreign_errors`.
 
     Raises:
         MendableError: of this `kind`.
+    """
+
+    def tell(error: BaseException) -> MendableError:
+        is_unread = isinstance(error, OSError) and what.startswith(_OF_CONTENT)
+        return kind(f"{path}: {'cannot be read' if is_unread else what} ({describe_error(error)}); {mend}")
+
+    with foreign_errors(tell):
+        yield
+
+
+@contextmanager
+def foreign_errors(tell: Callable[[BaseException], MendableError]) -> Iterator[None]:
+    """Context manager: other libraries' errors become what `tell` makes of them.
+
+    Panics of libraries written in Rust are `BaseException`s, and told alike. Refusals of ours, an interrupt, and
+    running out of memory stay what they are.
     """
     try:
         yield
@@ -89,9 +104,7 @@ def one_line_errors(path: Path, what: str, mend: str, kind: type[MendableError] 
     except BaseException as error:
         if is_out_of_memory(error):
             raise
-        if isinstance(error, OSError) and what.startswith(_OF_CONTENT):
-            what = "cannot be read"
-        raise kind(f"{path}: {what} ({describe_error(error)}); {mend}") from error
+        raise tell(error) from error
 
 
 def find_os_error(error: BaseException | None) -> OSError | None:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from dense2moe.upcycle.errors import MendableError, UpcycleError, describe_error, is_out_of_memory, shorten
+from dense2moe.upcycle.errors import MendableError, UpcycleError, describe_error, foreign_errors, shorten
 
 _MOST_LETTERS = 100
 _REASONS: tuple[tuple[str, str, str], ...] = (
@@ -41,21 +41,18 @@ def tell_hub_errors(what: str, instead: str, kind: type[MendableError] = Upcycle
     Raises:
         MendableError: of this `kind`.
     """
-    try:
-        yield
-    except (MendableError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # as of libraries in Rust
-        if is_out_of_memory(error):
-            raise
+
+    def tell(error: BaseException) -> MendableError:
         chain = list(_list_causes(error))
         named = " ".join(f"{type(each).__name__} {each}" for each in chain)
         found = next((reason for reason in _REASONS if re.search(rf"\b({reason[0]})\b", named)), None)
         if found is None:
-            told = describe_error(error)[:_MOST_LETTERS]
-            raise kind(f"{what} cannot be loaded ({told}); mend that, or {instead}") from error
+            return kind(f"{what} cannot be loaded ({describe_error(error)[:_MOST_LETTERS]}); mend that, or {instead}")
         _, reason, mend = found
-        raise kind(f"{what} {reason}{_quote_system(chain, reason)}; {mend}, or {instead}") from error
+        return kind(f"{what} {reason}{_quote_system(chain, reason)}; {mend}, or {instead}")
+
+    with foreign_errors(tell):
+        yield
 
 
 def _list_causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import Examples, read_examples
-from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.memory import release_growth
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
@@ -23,12 +22,11 @@ from dense2moe.upcycle.training.flops import training_flops
 from dense2moe.upcycle.training.frozen import load_frozen
 from dense2moe.upcycle.training.history import HISTORY_NAME, write_history
 from dense2moe.upcycle.training.job import Job, Setup, load_shape, train_model
-from dense2moe.upcycle.training.phase import Trained, check_settings
+from dense2moe.upcycle.training.phase import Trained, check_repeats, check_settings
 from dense2moe.upcycle.training.precision import choose_precision
 from dense2moe.upcycle.training.processes import join_processes, on_main
 
 _MOST_BLOCKS = 16  # of each domain that a branch is measured on
-_MAX_REPEATS = 16  # more copies of a block in one step are a slip of the pen
 
 
 def train_branch(
@@ -60,11 +58,7 @@ def train_branch(
     setup = Setup(sparse_layers, data, scratch, choose_precision(config.precision), seed, task, domain)
     settings, train = config.as_phase(), setup.read("train")
     shape = load_shape(dense, task)
-    if config.batch_size > (most := _MAX_REPEATS * len(train)):
-        raise UpcycleError(
-            f"branch.batch_size is {config.batch_size}; it must be at most {most}, {_MAX_REPEATS} times the blocks of "
-            f"domain '{domain}' in the training split; lower it, or give more text"
-        )
+    check_repeats(config.batch_size, len(train), "branch", f"domain '{domain}' in the training split")
     check_settings(shape, settings, len(names), "branch")
     some = take_blocks(read_examples(data, "test"), len(names), _MOST_BLOCKS)
     before = on_main(lambda: _measure(dense, some, names, f"evaluating dense for {domain}", progress, task))

@@ -10,14 +10,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from dense2moe.upcycle.data.blocks import read_domains
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.evaluation import evaluate
+from dense2moe.upcycle.training.evaluation import average_by_domain, evaluate
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, Spent
 from dense2moe.upcycle.training.flops import forward_flops, training_flops
 from dense2moe.upcycle.training.history import ModelName
@@ -135,9 +133,9 @@ def evaluate_domains(
     """
     test, (names, _) = read_examples(data, "test"), read_domains(data, "test")
     found = evaluate(directory, test.ids, name, progress, task, equal)
-    losses = torch.tensor(found.block_losses, dtype=torch.float64)
-    by_domain = {domain: float(losses[test.domains == number].mean()) for number, domain in enumerate(names)}
-    return replace(found, domain_losses=by_domain) if len(names) > 1 else found
+    if len(names) == 1:
+        return found
+    return replace(found, domain_losses=average_by_domain(found.block_losses, test.domains, names))
 
 
 def stretch(phases: tuple[FinetuneConfig, ...], ratio: float) -> tuple[FinetuneConfig, ...]:

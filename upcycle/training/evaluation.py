@@ -63,9 +63,17 @@ def take_blocks(examples: Examples, num_domains: int, most: int) -> Examples:
 def losses_by_domain(
     model: PreTrainedModel, examples: Examples, names: Sequence[str], task: Task = NEXT_TOKEN
 ) -> dict[str, float]:
-    """The mean loss over the blocks of each domain, by its name."""
-    losses = torch.tensor(held_out_losses(model, examples.ids, task=task), dtype=torch.float64)
-    return {name: float(losses[examples.domains == number].mean()) for number, name in enumerate(names)}
+    """A model's mean loss over the blocks of each domain."""
+    return average_by_domain(held_out_losses(model, examples.ids, task=task), examples.domains, names)
+
+
+def average_by_domain(losses: Sequence[float], domains: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """The mean of blocks' losses by domain.
+
+    `domains` [blocks] has the number of each block's domain, `names` the domains' names.
+    """
+    exact = torch.tensor(losses, dtype=torch.float64)
+    return {name: float(exact[domains == number].mean()) for number, name in enumerate(names)}
 
 
 @torch.inference_mode()

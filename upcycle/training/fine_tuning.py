@@ -20,7 +20,7 @@ from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, Finetune
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
 from dense2moe.upcycle.training.job import Setup, load_shape
 from dense2moe.upcycle.training.oracle import measure_oracle
-from dense2moe.upcycle.training.phase import check_settings
+from dense2moe.upcycle.training.phase import check_repeats, check_settings
 from dense2moe.upcycle.training.precision import choose_precision
 from dense2moe.upcycle.training.processes import join_processes, on_main
 from dense2moe.upcycle.training.remarks import find_harm, find_imbalance
@@ -28,7 +28,6 @@ from dense2moe.upcycle.training.router_gradient import measure_router_gradient
 from dense2moe.upcycle.training.trainable import count_last_layers
 
 _GRADIENT_BLOCKS = 2  # that the routers' task gradient is measured on
-_MAX_REPEATS = 16  # more copies of a block in one step are a slip of the pen
 
 
 def finetune(
@@ -142,12 +141,7 @@ def _check_data(shape: PreTrainedModel, config: FinetuneConfig, phases: tuple[Fi
         UpcycleError: the batch has too many copies of a block, or as `check_settings`.
     """
     names, domains = read_domains(data, "train")
-    if config.batch_size > _MAX_REPEATS * len(domains):
-        raise UpcycleError(
-            f"finetune.batch_size is {config.batch_size}; it must be at most {_MAX_REPEATS * len(domains)}, "
-            f"{_MAX_REPEATS} times the blocks of the "
-            "training split; lower it, or give more text"
-        )
+    check_repeats(config.batch_size, len(domains), "finetune", "the training split")
     for settings in phases:
         check_settings(shape, settings, len(names))
 

@@ -5,8 +5,9 @@ Beside the routers' choice stand each expert alone, the best of these for each d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.evaluation import losses_by_domain, take_blocks
 from dense2moe.upcycle.training.facts import OracleRouting
 from dense2moe.upcycle.training.frozen import load_frozen
+from dense2moe.upcycle.training.job import load_shape
 from dense2moe.upcycle.training.processes import join_processes
 from dense2moe.upcycle.training.routing import hooked_routers
 
@@ -35,10 +37,9 @@ def measure_oracle(mixture: Path, data: Path, task: Task) -> OracleRouting | Non
     16 experts.
     """
     names, _ = read_domains(data, "test")
-    model = load_frozen(mixture, task.name)
-    num_experts = count_experts(model)
-    if len(names) < 2 or not 2 <= num_experts <= _MOST_EXPERTS:
+    if len(names) < 2 or not 2 <= (num_experts := count_experts(load_shape(mixture, task))) <= _MOST_EXPERTS:
         return None
+    model = load_frozen(mixture, task.name)
     cast(Any, model).to(join_processes().device)
     some = take_blocks(read_examples(data, "test"), len(names), _MOST_BLOCKS)
 
@@ -47,7 +48,7 @@ def measure_oracle(mixture: Path, data: Path, task: Task) -> OracleRouting | Non
 
     routed, alone = measure(), []
     for expert in range(num_experts):
-        with _overruled(model, lambda shape, expert=expert: torch.full(shape, expert)):
+        with _overruled(model, partial(_send_all, expert)):
             alone.append(measure())
     generator = torch.Generator().manual_seed(0)
     with _overruled(model, lambda shape: _draw_experts(shape, num_experts, generator)):
@@ -61,13 +62,18 @@ def measure_oracle(mixture: Path, data: Path, task: Task) -> OracleRouting | Non
     )
 
 
+def _send_all(expert: int, shape: torch.Size) -> torch.Tensor:
+    """The same expert for each token, in every place; int64 [tokens, k]."""
+    return torch.full(shape, expert)
+
+
 def _draw_experts(shape: torch.Size, num_experts: int, generator: torch.Generator) -> torch.Tensor:
     """Different experts for each token, drawn evenly; int64 [tokens, k]."""
     return torch.rand(shape[0], num_experts, generator=generator).topk(shape[1], dim=-1).indices
 
 
 @contextmanager
-def _overruled(model: PreTrainedModel, choose: Any) -> Iterator[None]:
+def _overruled(model: PreTrainedModel, choose: Callable[[torch.Size], torch.Tensor]) -> Iterator[None]:
     """Within the `with`, `choose` names each token's experts.
 
     Their weights are equal.

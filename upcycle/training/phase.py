@@ -18,6 +18,8 @@ from dense2moe.upcycle.training.history import ModelName, Step
 from dense2moe.upcycle.training.processes import join_processes
 from dense2moe.upcycle.training.sharding import is_divided
 
+_MAX_REPEATS = 16  # copies of a block in one step
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -95,6 +97,21 @@ def check_settings(model: PreTrainedModel, settings: FinetuneConfig, num_domains
         raise UpcycleError(
             f"finetune: {wish}, the data has {num_domains} domains and a layer {num_experts} experts; the domains must "
             "be 2 or more and divide the experts evenly; give data.source of kind 'domains'"
+        )
+
+
+def check_repeats(batch_size: int, num_blocks: int, where: str, whose: str) -> None:
+    """Refuse a batch with too many copies of a block.
+
+    `where` names the settings, `whose` the blocks, in a refusal.
+
+    Raises:
+        UpcycleError: there would be more than 16 of a block in one step.
+    """
+    if batch_size > (most := _MAX_REPEATS * num_blocks):
+        raise UpcycleError(
+            f"{where}.batch_size is {batch_size}; it must be at most {most}, {_MAX_REPEATS} times the blocks of "
+            f"{whose}; lower it, or give more text"
         )
 
 
