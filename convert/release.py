@@ -41,7 +41,7 @@ def gather_package(package: Artifact, report: Artifact, variant: str, output: Pa
             raise ArtifactError(f"{artifact.directory}: {mismatch}; move the directory away, and run the recipe again")
     sources = {name: package.directory / name for name in package.manifest["files"]}
     sources |= {CARD_NAME: card, HTML_NAME: report.directory / HTML_NAME}
-    check_space(output, sum(source.stat().st_size for source in sources.values()))
+    check_space(output, sum(source.stat().st_size for source in sources.values()), "DIRECTORY")
     known = {
         name: record["sha256"]
         for name, record in package.manifest["files"].items()

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from dense2moe.convert.artifact.disk import check_space, describe_os_error
+from dense2moe.convert.artifact.manifest import open_artifact
+from dense2moe.convert.artifact.verification import verify
 from dense2moe.convert.errors import ArtifactError
 
 
@@ -59,6 +61,24 @@ def test_another_directory_is_advised_for_what_is_in_it_alone(number: int, line:
     )
     draft = OSError(errno.ENOSPC, "full", "/s/.model-0123.partial/model.onnx")
     assert describe_os_error(draft, Path("/s/model"), "DIRECTORY").endswith("or give another DIRECTORY")
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_what_is_only_read_is_mended_where_it_is(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another --workdir would help against nothing."""
+    path = tmp_path / "manifest.json"
+    path.touch()
+
+    def refuse(place: Path) -> bytes:  # root may read everything
+        raise OSError(number, os.strerror(number), str(place))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    for read in (open_artifact, verify):
+        with pytest.raises(ArtifactError) as caught:
+            read(tmp_path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "change its owner or mode" in str(caught.value) or "look at the disk" in str(caught.value)
+        assert "workdir" not in str(caught.value) and "write" not in str(caught.value)
 
 
 def test_an_error_without_a_number_is_one_line_too() -> None:

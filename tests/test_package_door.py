@@ -480,7 +480,7 @@ def test_blocks_beyond_the_context_are_one_line(package: Path, mixture_checkpoin
 
 
 @pytest.mark.parametrize(
-    "module", ["dense2moe.export.runtime.decoder", "convert.pytest_plugin, convert.package_parity"]
+    "module", ["dense2moe.export.runtime.decoder", "dense2moe.convert.pytest_plugin, dense2moe.convert.package_parity"]
 )
 def test_onnxruntime_leaves_nothing_in_the_user_s_home(package: Path, module: str, tmp_path: Path) -> None:
     """onnxruntime 1.29 and later write a device id and a database below the user's cache directory.
@@ -501,7 +501,7 @@ def test_onnxruntime_leaves_nothing_in_the_user_s_home(package: Path, module: st
 
 
 def test_a_user_s_own_word_on_telemetry_is_kept() -> None:
-    script = "import export, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
+    script = "import dense2moe.export, os; print(os.environ['ORT_DISABLE_TELEMETRY'])"
     said = [
         subprocess.run(
             [sys.executable, "-c", script], check=True, env=environment, cwd=ROOT, capture_output=True, text=True

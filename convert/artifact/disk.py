@@ -14,31 +14,34 @@ from rich.filesize import decimal
 from dense2moe.convert.errors import ArtifactError
 
 
-def check_space(directory: Path, needed_bytes: int) -> None:
+def check_space(directory: Path, needed_bytes: int, option: str = "--workdir") -> None:
     """Refuse to begin what cannot end.
+
+    `option` names the directory that another may be given for.
 
     Raises:
         ArtifactError: the file system that holds the directory, or will hold it, has fewer bytes free.
     """
-    with tell_os_errors(directory):
+    with tell_os_errors(directory, option):
         existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
         free_bytes = shutil.disk_usage(existing).free
     if free_bytes < needed_bytes:
         needed, free = decimal(needed_bytes), decimal(free_bytes)
         raise ArtifactError(
-            f"{directory}: {free} free on this disk; {needed} needed; free some space, or give another --workdir"
+            f"{directory}: {free} free on this disk; {needed} needed; free some space, or give another {option}"
         )
 
 
-def describe_os_error(error: OSError, directory: Path, option: str = "--workdir") -> str:
+def describe_os_error(error: OSError, directory: Path, option: str | None = "--workdir") -> str:
     """A system error in one line: where, what happened, how to mend.
 
     Where is the error's own path, or else `directory`.
 
     By another `option` if need be, where that names the place: another --workdir helps against no file outside of it.
+    None where the directory is only read: nothing else can be given in its place.
     """
     place = error.filename if isinstance(error.filename, str) else str(directory)
-    is_inside = _is_inside(place, directory)
+    is_inside = option is not None and _is_inside(place, directory)
     otherwise = f", or give another {option}" if is_inside else ""
     match error.errno:
         case errno.ENOSPC:
@@ -52,7 +55,7 @@ def describe_os_error(error: OSError, directory: Path, option: str = "--workdir"
             )
         case errno.EACCES | errno.EPERM:
             what, mend = (
-                "no permission; must be yours to read and write",
+                f"no permission; must be yours to read{'' if option is None else ' and write'}",
                 f"change its owner or mode{otherwise}",
             )
         case errno.EROFS:
@@ -95,12 +98,12 @@ def _is_inside(place: str, directory: Path) -> bool:
 
 
 @contextmanager
-def tell_os_errors(directory: Path) -> Iterator[None]:
+def tell_os_errors(directory: Path, option: str | None = "--workdir") -> Iterator[None]:
     """Context manager: an error of the system becomes an ArtifactError.
 
-    The ArtifactError is one line.
+    The ArtifactError is one line; `option` as in `describe_os_error`.
     """
     try:
         yield
     except OSError as error:
-        raise ArtifactError(describe_os_error(error, directory)) from error
+        raise ArtifactError(describe_os_error(error, directory, option)) from error

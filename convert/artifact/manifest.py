@@ -75,7 +75,7 @@ def read_artifact(directory: Path, mend: str, sealed: bool = True) -> Artifact:
     `sealed`: its manifest must be as it was written.
     """
     path = directory / MANIFEST_NAME
-    with tell_os_errors(directory):
+    with tell_os_errors(directory, option=None):
         if not directory.is_dir():
             raise ArtifactError(
                 f"{directory}: {'not a' if os.path.lexists(directory) else 'no such'} directory; {mend}"

@@ -60,7 +60,7 @@ def verify(directory: Path, progress: Progress | None = None) -> list[str]:
     broken = find_broken_seal(artifact.manifest)
     files: dict[str, dict[str, Any]] = artifact.manifest["files"]
     advance = count_bytes("verifying files", sum(record["size"] for record in files.values()), progress)
-    with tell_os_errors(directory):
+    with tell_os_errors(directory, option=None):
         names = {path.relative_to(directory).as_posix() for path in walk_files(directory)}
         extra = [
             f"{repr(name)[1:-1]}: extra; not in the manifest" for name in sorted(names - files.keys() - {MANIFEST_NAME})

@@ -88,5 +88,5 @@ def _describe_system(error: Exception, arguments: Mapping[str, Any]) -> str | No
     return describe_os_error(
         cause,
         place or Path("runs" if "workdir" in arguments else "what is read"),  # the default of --workdir is below it
-        "--workdir" if place is None or "workdir" in arguments else "directory",
+        "--workdir" if "workdir" in arguments else "OUTPUT" if "output" in arguments else None,
     )
