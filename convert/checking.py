@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 from dense2moe.convert.artifact.known import digest_known, find_claimed
 from dense2moe.convert.errors import RecipeError
+from dense2moe.convert.estimates import estimate_artifacts, estimate_memory, estimate_scratch
+from dense2moe.convert.locations import find_data_base, find_router_base, locate_source, name_files
 from dense2moe.convert.preparation import FineTuned, Preparation
 from dense2moe.convert.recipe.loading import LoadedRecipe, resolve_path
 from dense2moe.convert.recipe.records import HubSource
-from dense2moe.convert.report.card import read_license
-from dense2moe.convert.stages import branch, finetune, source, upcycle
-from dense2moe.convert.stages.data import find_data_base
+from dense2moe.convert.report.license import read_license
 from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
-from dense2moe.export.footprint import estimate_bytes, exporting_memory, parity_memory, quantizing_memory
-from dense2moe.export.graph.config import rounds_activations
 from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
@@ -27,15 +24,10 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
-from dense2moe.upcycle.footprint import IMPORT_BYTES, data_bytes
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.training.config import FinetuneConfig
-from dense2moe.upcycle.training.fine_tuning import check_finetune
-from dense2moe.upcycle.training.footprint import branch_bytes, finetune_bytes
-
-_OWN_BYTES = 130_000_000  # of the run's own process beside imports: pictures, templates, bars
-TensorShapes = Mapping[str, tuple[int, ...]]
+from dense2moe.upcycle.training.limits import check_finetune
 
 
 def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
@@ -52,7 +44,7 @@ def prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
 
 def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     recipe = loaded.recipe
-    directory, origin = source.locate_source(loaded)
+    directory, origin = locate_source(loaded)
     checkpoint = open_checkpoint(directory)
     sources = _open_sources(loaded, checkpoint, progress)
     # a branch that is yet to be trained has the dense checkpoint's names and shapes
@@ -86,13 +78,10 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
     tasks = read_tasks(task_paths)
     remarks = check_generation_config(directory, checkpoint.config.vocab_size)
     check_data(directory, recipe.data, base, checkpoint.config.vocab_size)
-    sizes = _estimate_artifacts(checkpoint, plan, shapes, loaded, last_stage is None)
+    sizes = estimate_artifacts(checkpoint, plan, shapes, recipe, last_stage[0] if last_stage else None)
     text_bytes = sum(
         Path(file).stat().st_size for splits in texts.values() for files in splits.values() for file in files
     )
-    scratch = {f"branch-{domain}": branch.estimate_scratch(checkpoint) for domain in recipe.branched}
-    if recipe.finetune and "finetune" in sizes:
-        scratch["finetune"] = finetune.estimate_scratch(checkpoint, plan, recipe.finetune, sizes["finetune"])
     return Preparation(
         loaded=loaded,
         origin=origin,
@@ -103,12 +92,12 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
         domain_files=domain_files,
         lowerings=lowerings,
         artifact_bytes=sizes,
-        scratch_bytes=scratch,
+        scratch_bytes=estimate_scratch(checkpoint, plan, recipe, sizes),
         last_stage=last_stage,
         license=read_license(directory),
         tasks=tasks,
         task_files={path.name: _digest(path) for path in task_paths},
-        memory_bytes=_estimate_memory(checkpoint, plan, shapes, loaded, sizes, text_bytes),
+        memory_bytes=estimate_memory(checkpoint, plan, shapes, recipe, sizes, text_bytes),
         remarks=(*remarks, *(remark for found in sources.values() for remark in found.remarks)),
         sources=sources,
     )
@@ -118,7 +107,7 @@ def _open_sources(loaded: LoadedRecipe, base: Checkpoint, progress: Progress) ->
     """The checkpoints and adapters of `sources`, each held against the base."""
     found = {}
     for name, given in loaded.recipe.sources.items():
-        directory, origin = source.locate_source(loaded, name)
+        directory, origin = locate_source(loaded, name)
         checkpoint = open_source(directory, base)
         found[name] = FineTuned(
             origin=origin,
@@ -178,7 +167,7 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
 
 def _digest_domains(loaded: LoadedRecipe) -> dict[str, str]:
     """SHA-256 of the routers' text files, by domain number."""
-    base = upcycle.find_router_base(loaded)
+    base = find_router_base(loaded)
     return {
         f"{number}/{_name_below(file, base)}": _digest(file)
         for number, domain in enumerate(loaded.recipe.upcycle.router.domains)
@@ -191,7 +180,7 @@ def _digest_source(checkpoint: Checkpoint, progress: Progress) -> dict[str, str]
 
     Weights in the hub's cache, whose headers say their size, have it in their names; stage `source` reads them.
     """
-    names = source.name_files(checkpoint)
+    names = name_files(checkpoint)
     weights = {file.name for file in checkpoint.files}
     digests = {}
     for number, name in enumerate(names):
@@ -209,60 +198,3 @@ def _name_below(file: Path, base: Path) -> str:
 def _digest(file: Path) -> str:
     with one_line_errors(file, "cannot be read", "mend its mode or its disk, or get it again"):
         return digest_known(file)
-
-
-def _estimate_artifacts(
-    checkpoint: Checkpoint, plan: UpcyclePlan, shapes: TensorShapes, loaded: LoadedRecipe, is_exported: bool
-) -> dict[str, int]:
-    """Bytes of the large artifacts, by label."""
-    recipe = loaded.recipe
-    sizes = {f"branch-{domain}": checkpoint.num_bytes for domain in recipe.branched}
-    sizes["upcycle"] = plan.num_bytes
-    if recipe.finetune and _is_decoder(plan):
-        sizes["finetune"] = finetune.estimate_artifact(checkpoint, plan, recipe.finetune)
-    if not is_exported:
-        return sizes
-    for variant in recipe.variants:
-        sizes[f"onnx-{variant}"], sizes[f"quantize-{variant}"] = estimate_bytes(
-            plan.target_config, shapes, variant, recipe.quantize, recipe.export.device, recipe.export.lowering
-        )
-    return sizes
-
-
-def _estimate_memory(
-    checkpoint: Checkpoint,
-    plan: UpcyclePlan,
-    shapes: TensorShapes,
-    loaded: LoadedRecipe,
-    sizes: Mapping[str, int],
-    text_bytes: int,
-) -> dict[str, int]:
-    """Each stage's peak resident memory, by label.
-
-    A light stage has what the run's own process has.
-    """
-    recipe, own = loaded.recipe, IMPORT_BYTES + _OWN_BYTES
-    block_size = recipe.data.block_size
-    planned = {
-        "source": own,
-        "data": data_bytes(text_bytes),
-    }
-    if recipe.counted_branch:
-        needed = branch_bytes(plan, checkpoint, recipe.counted_branch, recipe.data)
-        planned |= {f"branch-{domain}": needed for domain in recipe.branched}
-    planned["upcycle"] = upcycle.estimate_memory(checkpoint, plan, block_size)
-    if recipe.finetune and "finetune" in sizes:
-        planned["finetune"] = finetune_bytes(plan, checkpoint, recipe.finetune, recipe.data)
-    for variant in recipe.variants:
-        if (package := sizes.get(f"onnx-{variant}")) is not None:
-            config = plan.target_config
-            planned[f"quantize-{variant}"] = IMPORT_BYTES + quantizing_memory(config, shapes, variant, recipe.quantize)
-            planned[f"onnx-{variant}"] = IMPORT_BYTES + exporting_memory(
-                shapes, package, recipe.export.lowering == "auto"
-            )
-            longest_row = min(recipe.parity.longest_row, int(config.max_position_embeddings))
-            noise = recipe.parity.noise_blocks > 0 and not rounds_activations(variant, recipe.export)
-            planned[f"parity-{variant}"] = IMPORT_BYTES + parity_memory(
-                config, shapes, package, block_size, longest_row, noise
-            )
-    return planned | ({"report": own} if any(label.startswith("onnx") for label in sizes) else {})

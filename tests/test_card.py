@@ -14,7 +14,8 @@ from programs import dense2moe
 from report_facts import HOSTILE, classified, make_facts, records, tiered
 
 from dense2moe.convert.artifact.sealing import build
-from dense2moe.convert.report.card import read_license, write_card
+from dense2moe.convert.report.card import write_card
+from dense2moe.convert.report.license import read_license
 from dense2moe.convert.report.writer import write_report
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.package import write_package

@@ -27,9 +27,8 @@ from safetensors.torch import load_file
 from shapes import each_shape
 from transformers import AutoModelForCausalLM
 
-from dense2moe.upcycle.building.footprint import receipt_bytes
+from dense2moe.upcycle.building.footprint import choose_mode, receipt_bytes
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.receipt import choose_mode
 from dense2moe.upcycle.building.rounding import ROUNDING_LIMIT, rounding_limit
 from dense2moe.upcycle.checkpoints.loaded import load_model
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from dense2moe.convert.report.facts import ReportFacts
 from dense2moe.convert.report.figures import figure_title
@@ -28,22 +27,6 @@ from dense2moe.upcycle.checkpoints.tokenizer import has_tokenizer
 
 _TEMPLATE_NAME = "card.md.j2"
 _MARKS = re.compile(r"[\\`*_\[\]|~$]|<(?=[A-Za-z/!?])|&(?=[#\w]+;)|^[#>+-]")
-_LICENSE_FIELDS = ("license", "license_name", "license_link")
-
-
-def read_license(checkpoint: Path) -> dict[str, str]:
-    """The licence in a checkpoint's card, by the hub's own fields.
-
-    Empty where there is no card, or none that can be read.
-    """
-    card = checkpoint / CARD_NAME
-    if not card.is_file():
-        return {}
-    try:
-        metadata = metadata_load(card) or {}
-    except Exception:  # of yaml's many kinds; a card that cannot be read tells nothing, and spoils nothing
-        return {}
-    return {field: metadata[field] for field in _LICENSE_FIELDS if isinstance(metadata.get(field), str)}
 
 
 def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) -> None:

@@ -4,18 +4,9 @@ from __future__ import annotations
 
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.training.branch import train_branch
 from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.facts import BranchFacts
-
-
-def estimate_scratch(checkpoint: Checkpoint) -> int:
-    """Bytes on disk while a branch trains: its weights, three checkpoints.
-
-    A checkpoint has the weights in float32 with AdamW's two moments.
-    """
-    return checkpoint.num_bytes + 3 * 3 * 4 * checkpoint.num_parameters
 
 
 def list_settings(preparation: Preparation, domain: str | None) -> Facts:

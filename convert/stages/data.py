@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import platform
-from pathlib import Path
 
+from dense2moe.convert.locations import find_data_base
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
-from dense2moe.convert.recipe.loading import LoadedRecipe
 from dense2moe.upcycle.data.blocks import prepare_data
 from dense2moe.upcycle.data.config import InstalledData
-from dense2moe.upcycle.data.files import find_files, text_sources
 from dense2moe.upcycle.data.installed import find_versions
-
-
-def find_data_base(loaded: LoadedRecipe) -> Path:
-    """The folder to which the data's file names are relative."""
-    sources = text_sources(loaded.recipe.data.source)
-    return find_text_base(loaded, next(iter(sources.values())).train[0]) if sources else Path.cwd()
-
-
-def find_text_base(loaded: LoadedRecipe, first: str) -> Path:
-    """The folder to which names of text files are relative.
-
-    Beside the recipe, or else the current one, as for the source.
-
-    The first file given decides which.
-    """
-    beside = loaded.path.absolute().parent
-    return beside if find_files(first, beside) else Path.cwd()
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:

@@ -7,9 +7,6 @@ from dataclasses import asdict
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
 from dense2moe.convert.stage_names import StageName
 from dense2moe.upcycle.building.facts import ReceiptLine, shows_equality
-from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.checkpoints.reader import Checkpoint
-from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Spent
 from dense2moe.upcycle.training.fine_tuning import finetune, measure_untrained
 
@@ -20,28 +17,6 @@ def name_exported(preparation: Preparation) -> StageName:
     The upcycled one where fine-tuning is switched off.
     """
     return "upcycle" if preparation.recipe.finetune is None else "finetune"
-
-
-def estimate_artifact(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig) -> int:
-    """Bytes of the written weights: the mixture's and both controls'."""
-    is_wide = config.resolve_phases()[-1].dtype == "float32"
-    mixture = 4 * plan.num_parameters if is_wide else plan.num_bytes
-    dense = 4 * checkpoint.num_parameters if is_wide else checkpoint.num_bytes
-    return mixture + (2 * dense if config.control else 0)
-
-
-def estimate_scratch(checkpoint: Checkpoint, plan: UpcyclePlan, config: FinetuneConfig, artifact_bytes: int) -> int:
-    """Bytes on disk while training: each phase's weights, three checkpoints.
-
-    The checkpoints are those of one model. They are the best, the latest and the one being written, of the model that
-    takes most. A checkpoint is what learns in float32 with AdamW's two moments. Routers, low-rank updates and a prompt
-    are next to nothing.
-    """
-    phases = config.resolve_phases()
-    mixture = plan.num_parameters if any(phase.train not in ("router", "lora", "prompt") for phase in phases) else 0
-    is_control_whole = config.control and any(phase.train not in ("lora", "prompt") for phase in phases)
-    control = checkpoint.num_parameters if is_control_whole else 0
-    return len(phases) * artifact_bytes + 3 * 3 * 4 * max(mixture, control)
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:

@@ -9,37 +9,16 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from dense2moe.convert.locations import SOURCES, find_router_base
 from dense2moe.convert.preparation import Facts, Preparation, StageRun
-from dense2moe.convert.recipe.loading import LoadedRecipe
 from dense2moe.convert.report.facts import UpcycleFacts
-from dense2moe.convert.stages.data import find_text_base
-from dense2moe.convert.stages.source import SOURCES
-from dense2moe.upcycle.building.footprint import layer_receipt_bytes, receipt_bytes
 from dense2moe.upcycle.building.making import make_mixture
-from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
-from dense2moe.upcycle.building.receipt import choose_mode
+from dense2moe.upcycle.building.plan import plan_upcycle
 from dense2moe.upcycle.checkpoints.adapter import open_sources
-from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.examples import read_examples
 from dense2moe.upcycle.numbers import name_specials
 
 RECEIPT_NAME = "receipt.json"
-
-
-def find_router_base(loaded: LoadedRecipe) -> Path:
-    """The folder to which routers' text files are relative."""
-    files = [file for domain in loaded.recipe.upcycle.router.domains for file in domain.files]
-    return find_text_base(loaded, files[0]) if files else Path.cwd()
-
-
-def estimate_memory(checkpoint: Checkpoint, plan: UpcyclePlan, block_size: int) -> int:
-    """Peak resident memory of the receipt.
-
-    Of whole models at once, or layer by layer.
-    """
-    if choose_mode(plan, checkpoint, block_size) == "whole":
-        return receipt_bytes(plan, checkpoint, block_size)
-    return layer_receipt_bytes(plan, checkpoint)
 
 
 def list_settings(preparation: Preparation, _: str | None) -> Facts:

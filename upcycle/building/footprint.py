@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
+
+import psutil
 
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, layer_of
 
 _RECEIPT_ROWS = 3
+_MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they compute
+_MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a run needs most for
 
 
 def receipt_bytes(plan: UpcyclePlan, dense: Checkpoint, block_size: int) -> int:
@@ -29,3 +34,15 @@ def layer_receipt_bytes(plan: UpcyclePlan, dense: Checkpoint) -> int:
         layers[layer_of(write.spec.name)] = layers.get(layer_of(write.spec.name), 0) + math.prod(write.spec.shape)
     head = max((entry.num_elements for entry in dense.entries.values()), default=0)
     return IMPORT_BYTES + 3 * FLOAT_BYTES * max(*(size for layer, size in layers.items() if layer >= 0), 2 * head, 1)
+
+
+def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> Literal["whole", "layers"]:
+    """Whether both models are held at once: by settings or free memory.
+
+    An encoder-decoder is always held whole.
+    """
+    if plan.settings.receipt != "auto" and plan.conversion.family.ffn_module is not None:
+        return plan.settings.receipt
+    needed = receipt_bytes(plan, dense, block_size)
+    fits = needed <= min(_MOST_BYTES, _MEMORY_SHARE * psutil.virtual_memory().available)
+    return "whole" if fits or plan.conversion.family.ffn_module is None else "layers"

@@ -19,9 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
-
-import psutil
 
 from dense2moe.upcycle.building.comparison import (
     DTYPES,
@@ -32,7 +29,7 @@ from dense2moe.upcycle.building.comparison import (
 )
 from dense2moe.upcycle.building.expert_comparison import compare_experts
 from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
-from dense2moe.upcycle.building.footprint import receipt_bytes
+from dense2moe.upcycle.building.footprint import choose_mode
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.building.receipt_text import Text, compare_tokenizers, read_text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT, can_be_bitwise, rounding_limit
@@ -46,8 +43,6 @@ from dense2moe.upcycle.tasks.model_class import find_model_class
 _MAX_HALF_TOKENS = 96  # in half precision, which the CPU computes at a tenth of the speed
 _EXPERTS = ("eager", "grouped_mm")
 _GROUPED_ROW_BYTES = 16  # torch's grouped_mm refuses rows that are no multiple of this
-_MEMORY_SHARE = 0.7  # of what is free, for two models in float32 and what they compute
-_MOST_BYTES = 3_000_000_000  # of memory, so that the receipt is never what a run needs most for
 
 
 def write_receipt(
@@ -150,18 +145,6 @@ def _describe_rounding(comparisons: Sequence[ReceiptLine]) -> Iterator[str]:
             f"float32: this model magnifies rounding, so rel may be up to {max(raised):.1e}, {NOISE_FACTOR} times the "
             "dense model's own difference between float32 and float64"
         )
-
-
-def choose_mode(plan: UpcyclePlan, dense: Checkpoint, block_size: int = 256) -> Literal["whole", "layers"]:
-    """Whether both models are held at once: by settings or free memory.
-
-    An encoder-decoder is always held whole.
-    """
-    if plan.settings.receipt != "auto" and plan.conversion.family.ffn_module is not None:
-        return plan.settings.receipt
-    needed = receipt_bytes(plan, dense, block_size)
-    fits = needed <= min(_MOST_BYTES, _MEMORY_SHARE * psutil.virtual_memory().available)
-    return "whole" if fits or plan.conversion.family.ffn_module is None else "layers"
 
 
 def _implementations(plan: UpcyclePlan, dtype: str, notes: list[str]) -> tuple[str, ...]:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import sparse_layers
 from dense2moe.upcycle.data.blocks import read_blocks, read_domains
-from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.tasks.next_token import NEXT_TOKEN
 from dense2moe.upcycle.tasks.task import Task
@@ -19,13 +17,13 @@ from dense2moe.upcycle.training.domain_routing import measure_domains
 from dense2moe.upcycle.training.facts import NOTHING_SPENT, Evaluation, FinetuneFacts, Spent
 from dense2moe.upcycle.training.history import HISTORY_NAME, ModelName, write_history
 from dense2moe.upcycle.training.job import Setup, load_shape
+from dense2moe.upcycle.training.limits import check_finetune
 from dense2moe.upcycle.training.oracle import measure_oracle
 from dense2moe.upcycle.training.phase import check_repeats, check_settings
 from dense2moe.upcycle.training.precision import choose_precision
 from dense2moe.upcycle.training.processes import join_processes, on_main
 from dense2moe.upcycle.training.remarks import find_harm, find_imbalance
 from dense2moe.upcycle.training.router_gradient import measure_router_gradient
-from dense2moe.upcycle.training.trainable import count_last_layers
 
 _GRADIENT_BLOCKS = 2  # that the routers' task gradient is measured on
 
@@ -144,21 +142,3 @@ def _check_data(shape: PreTrainedModel, config: FinetuneConfig, phases: tuple[Fi
     check_repeats(config.batch_size, len(domains), "finetune", "the training split")
     for settings in phases:
         check_settings(shape, settings, len(names))
-
-
-def check_finetune(config: FinetuneConfig, num_layers: int) -> None:
-    """Refuse what the model's depth or this installation cannot do.
-
-    It reads nothing large.
-
-    Raises:
-        UpcycleError: fewer layers than the last that are to learn, or no writer for TensorBoard.
-    """
-    for phase in config.resolve_phases():
-        if phase.train.startswith("last-"):
-            count_last_layers(phase.train, num_layers)
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise UpcycleError(
-            "finetune.tensorboard is true and tensorboardX is not installed; install it (pip install "
-            "'dense2moe[tensorboard]'), or set it to false"
-        )

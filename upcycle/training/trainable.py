@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.training.config import FinetuneConfig
+from dense2moe.upcycle.training.limits import count_last_layers
 from dense2moe.upcycle.training.low_rank import add_low_rank, read_updates
 from dense2moe.upcycle.training.prompt import PARAMETER, add_prompt
 
@@ -148,18 +149,6 @@ def _low_rank_shapes(model: PreTrainedModel, names: AbstractSet[str]) -> dict[st
             rows, columns = parameter.shape[-2:]
             found[name] = (parameter.numel() // (rows * columns), rows, columns)
     return found
-
-
-def count_last_layers(train: str, num_layers: int) -> int:
-    """N of 'last-N'.
-
-    Raises:
-        UpcycleError: the model has fewer layers.
-    """
-    count = int(train.removeprefix("last-"))
-    if count > num_layers:
-        raise UpcycleError(f"finetune.train is {train}; it must be at most last-{num_layers}, the layers of the model")
-    return count
 
 
 def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) -> Named:
