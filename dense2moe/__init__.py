@@ -8,6 +8,8 @@ in it once installed; both are `dense2moe.convert` and so on. `dense2moe.upcycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dense2moe.registration import register_when_imported
+
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from dense2moe.api import Package, check_parity, export_onnx, finetune, quantize, run
 
@@ -17,6 +19,8 @@ __all__ = ["Package", "__version__", "check_parity", "export_onnx", "finetune", 
 
 if not (Path(__file__).parent / "convert").is_dir():
     __path__.append(str(Path(__file__).parent.parent))  # a checkout, as its files lie
+
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:

@@ -38,15 +38,15 @@ MUTATIONS = (
     ),
     Mutation(
         "every part of an FFN has the first neurons",
-        "neurons = (part * self.width, (part + 1) * self.width)",
-        "neurons = (0, self.width)",
+        "(part * width, (part + 1) * width)",
+        "(0, width)",
         "test_split_experts_partition_the_neurons",
         "[mixtral]",
     ),
     Mutation(
         "one set of neurons is drawn anew in all layers",
-        'axis, neurons, f"{site}.{expert}"',
-        'axis, neurons, f"0.{expert}"',
+        'name, neurons = f"{site}.{expert}"',
+        'name, neurons = f"0.{expert}"',
         "test_every_layer_has_sets_of_its_own",
     ),
     Mutation(
@@ -71,8 +71,8 @@ MUTATIONS = (
     # plan and receipt
     Mutation(
         "a tensor without a place in the model is dropped",
-        "if name not in expected and name not in dropped:",
-        "if name not in expected and name in dropped:",
+        "if name not in expected and name not in others:",
+        "if name not in expected and name in others:",
         "test_a_tensor_that_would_be_lost_is_refused",
     ),
     Mutation(

@@ -126,7 +126,7 @@ def test_families_and_targets_are_those_of_transformers(row: Conversion) -> None
 
 
 def test_the_targets_that_a_recipe_can_ask_for_are_those_of_the_table() -> None:
-    assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS)}
+    assert set(get_args(TargetName)) == {"auto", *(row.target.model_type for row in CONVERSIONS), "mixture"}
     assert set(BIASED_TARGETS) == {target.model_type for target in TARGETS if target.find("selection_bias")}
 
 
@@ -237,18 +237,6 @@ def test_a_family_that_no_table_names_is_told_by_what_its_config_has(model_type:
             None,
             "config.json: cohere has attention and FFN in parallel, LayerNorm, and scaled logits; "
             "no mixture-of-experts architecture of transformers holds that; the nearest target is granitemoe",
-        ),
-        (
-            "gpt2",
-            ["GPT2LMHeadModel"],
-            "config.json: GPT2LMHeadModel (gpt2) has LayerNorm, and an FFN with biases and without a gate; "
-            "no mixture-of-experts architecture of transformers holds that",
-        ),
-        (
-            "bert",
-            ["BertForMaskedLM"],
-            "config.json: BertForMaskedLM (bert) has a bidirectional encoder with an ungated FFN with biases; "
-            "no mixture-of-experts architecture of transformers holds that",
         ),
         (
             "mt5",

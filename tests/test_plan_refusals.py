@@ -69,7 +69,7 @@ def test_a_field_that_nobody_classified_is_refused_unless_it_has_its_default(
 ) -> None:
     without = tuple(name for name in CONVERSIONS[0].carried if name != "rms_norm_eps")
     monkeypatch.setattr(
-        "dense2moe.upcycle.building.choice.CONVERSIONS", (Conversion(**{**vars(CONVERSIONS[0]), "carried": without}),)
+        "dense2moe.upcycle.models.table.CONVERSIONS", (Conversion(**{**vars(CONVERSIONS[0]), "carried": without}),)
     )
     assert plan(make_dense(rms_norm_eps=transformers.LlamaConfig().rms_norm_eps)).target_config.num_local_experts == 4
     directory = make_dense(rms_norm_eps=0.5)

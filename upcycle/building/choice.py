@@ -7,7 +7,7 @@ from typing import Any
 from dense2moe.upcycle.building.config import UpcycleConfig
 from dense2moe.upcycle.errors import UpcycleError
 from dense2moe.upcycle.models.architecture import Conversion
-from dense2moe.upcycle.models.table import CONVERSIONS, find_family
+from dense2moe.upcycle.models.table import find_family, list_conversions
 
 
 def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Conversion:
@@ -20,11 +20,11 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
             layer is not in the source.
     """
     family = find_family(source.model_type, source.architectures, where, source)
-    rows = [row for row in CONVERSIONS if row.family is family]
+    rows = list_conversions(family)
     if config.target != "auto":
-        asked = [row for row in rows if row.target.model_type == config.target]
+        asked = [row for row in rows if row.target_name == config.target]
         if not asked:
-            names = ", ".join(row.target.model_type for row in rows)
+            names = ", ".join(row.target_name for row in rows)
             raise UpcycleError(f"{where}: upcycle.target is {config.target}; {family.architecture} can become {names}")
         rows = asked
     else:
@@ -34,7 +34,7 @@ def choose_conversion(source: Any, config: UpcycleConfig, where: str) -> Convers
     if fitting is not None:
         return fitting
     nearest, reasons = min(refused, key=lambda pair: len(pair[1]))
-    others = f" (the nearest target is {nearest.target.model_type})" if len(rows) > 1 else ""
+    others = f" (the nearest target is {nearest.target_name})" if len(rows) > 1 else ""
     raise UpcycleError(f"{where}: {'; '.join(reasons)}{others}")
 
 
@@ -55,7 +55,7 @@ def find_refusals(conversion: Conversion, source: Any, config: UpcycleConfig) ->
             f"upcycle.router.kind is {config.router.kind}; {architecture} needs normal: it is exact with a zero "
             "router alone"
         )
-    depths = [getattr(source, stack.num_layers) for stack in conversion.family.stacks]
+    depths = [stack.count_layers(source) for stack in conversion.family.stacks]
     return reasons + _find_setting_refusals(conversion, config, depths)
 
 

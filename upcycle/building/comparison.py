@@ -26,9 +26,10 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.building.facts import ReceiptLine
-from dense2moe.upcycle.building.model_pass import real_logits, real_states, set_router, watch_groups
+from dense2moe.upcycle.building.model_pass import real_states, set_router, watch_groups
 from dense2moe.upcycle.building.pieces import Keep, Merged
 from dense2moe.upcycle.building.plan import UpcyclePlan
+from dense2moe.upcycle.building.receipt_cases import decoder_cases, host_cases
 from dense2moe.upcycle.building.receipt_text import Text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT
 from dense2moe.upcycle.checkpoints.layerwise import apply_head, embed, load_layer, run_layers
@@ -50,19 +51,24 @@ class DenseNotFiniteError(ArithmeticError):
 class Claim:
     """What is claimed of a plan in a dtype.
 
-    Bits equal with a zero router, and the largest rel, none where the dtype rounds too coarsely to judge.
+    Bits equal with a zero router, and the largest rel, none where the dtype rounds too coarsely to judge. `has_biases`:
+    experts have; then transformers' grouped_mm rounds a product before it adds one, and eager and the dense model do
+    not.
     """
 
     plan: UpcyclePlan
     dtype: str
     bitwise_at_zero: bool
     limit: float | None
+    has_biases: bool = False
 
 
 def compare_models(
-    source: Path, output: Path, claim: Claim, text: Text, experts: tuple[str, ...]
+    source: Path, output: Path, claim: Claim, text: Text | None, experts: tuple[str, ...]
 ) -> Iterator[ReceiptLine]:
     """Compare two whole models, both in memory, on every text.
+
+    Or on whatever else they read; without `text` they read none.
 
     One comparison for each experts implementation and each router.
 
@@ -73,19 +79,20 @@ def compare_models(
     task = plan.conversion.family.task
     sparse = load_model(output, dtype, task)
     load = functools.cache(lambda wanted: load_model(source, wanted, task))
-    texts = [("padded batch", text.ids, text.mask, False), ("decoding with a cache", text.ids, text.mask, True)]
-    if claim.dtype == "float32":
-        texts.insert(0, ("one long text", text.ids[:1], torch.ones_like(text.ids[:1]), False))
-    for name, ids, mask, cached in texts:
-        run = functools.partial(real_logits, ids=ids, mask=mask, cached=cached)
-        dense = _Dense(name, dtype, load, run, _ffn_names(plan))
+    if plan.conversion.keeps_rest:
+        cases = host_cases(sparse, text, dtype)
+    else:
+        assert text is not None
+        cases = decoder_cases(text, dtype)
+    for case in cases:
+        dense = _Dense(case.name, dtype, load, case.run, _ffn_names(plan))
         for implementation in experts:
             if len(experts) > 1:
                 sparse.set_experts_implementation(implementation)
             for router in ("shipped", "zero"):
                 with set_router(sparse, router), watch_groups(sparse, plan.settings.group_size) as coverage:
-                    found = run(sparse)
-                yield _judge(found, dense, claim, router, implementation, ids.shape[1], coverage)
+                    found = case.run(sparse)
+                yield _judge(found, dense, claim, router, implementation, case.num_tokens, coverage)
 
 
 def compare_layers(
@@ -130,12 +137,12 @@ def compare_layers(
 
 
 def _ffn_names(plan: UpcyclePlan) -> tuple[str, ...]:
-    """Names of a decoder's FFNs that experts replace.
+    """Names of the modules whose output was an FFN's that experts replace.
 
-    They are relative to the decoder's base model.
+    They are relative to the base model.
     """
-    pattern = plan.conversion.family.ffn_module
-    return () if pattern is None else tuple(pattern.format(layer=site.layer) for site in plan.sites)
+    patterns = plan.conversion.family.ffn_outputs
+    return tuple(patterns[site.stack].format(layer=site.layer) for site in plan.sites) if patterns else ()
 
 
 @dataclass(frozen=True)
@@ -230,7 +237,7 @@ def _judge(
     found: torch.Tensor, dense: _Dense, claim: Claim, router: str, experts: str, num_tokens: int, coverage: list[float]
 ) -> ReceiptLine:
     plan, pair = claim.plan, dense.compare(found)
-    bitwise_due = claim.bitwise_at_zero and router == "zero"
+    bitwise_due = claim.bitwise_at_zero and router == "zero" and not (claim.has_biases and experts == "grouped_mm")
     kept = plan.keeps_function_at_zero if router == "zero" else plan.keeps_function
     limit, noise = claim.limit if kept else None, None
     if limit is not None and limit < pair.rel:

@@ -165,7 +165,7 @@ _LAYERS = re.compile(r"all|last-half|every-[1-9][0-9]{0,3}")
 if TYPE_CHECKING:
     TargetName: TypeAlias = str
 else:
-    TargetName = Literal[("auto", *(target.model_type for target in TARGETS))]
+    TargetName = Literal[("auto", *(target.model_type for target in TARGETS), "mixture")]
 BIASED_TARGETS: tuple[TargetName, ...] = tuple(
     target.model_type for target in TARGETS if target.find("selection_bias") is not None
 )
@@ -183,7 +183,8 @@ class UpcycleConfig(Record):
         "auto",
         description="Mixture-of-experts architecture, by its model_type; 'auto' takes the first that holds the dense "
         "model. 'glm4_moe', whose gates "
-        "have a selection bias, is chosen by name alone.",
+        "have a selection bias, is chosen by name alone. 'mixture' keeps the dense architecture, with experts of our "
+        "own in the place of its FFNs: for every family that transformers has no sparse architecture for.",
     )
     num_experts: Annotated[int, Field(gt=0, le=MOST_EXPERTS)] = Field(8, description="Experts a layer.")
     num_experts_per_tok: PositiveInt = Field(2, description="Experts that each token visits (top-k).")

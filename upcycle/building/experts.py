@@ -66,13 +66,13 @@ def redraw_neurons(
 ) -> torch.Tensor:
     """Return float32 `weight` [rows, columns] with masked neurons drawn anew.
 
-    Neurons are rows (axis 0) or columns (axis 1), drawn from N(mean, std) of the whole weight.
+    Or a bias [rows]. Neurons are rows (axis 0) or columns (axis 1), drawn from N(mean, std) of the whole weight.
     """
     count = int(mask.sum())
     if count == 0:
         return weight
     fresh = weight.clone()
-    shape = (count, weight.shape[1]) if neuron_axis == 0 else (weight.shape[0], count)
+    shape = (count, *weight.shape[1:]) if neuron_axis == 0 else (weight.shape[0], count)
     drawn = torch.empty(shape).normal_(moments.mean, moments.std, generator=generator)
     if neuron_axis == 0:
         fresh[mask] = drawn

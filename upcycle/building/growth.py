@@ -170,7 +170,7 @@ def plan_growth(mixture: Checkpoint, source: Checkpoint, scale: float | None = N
     check_tensors(source, conversion.family)
     width = _check_width(mixture, source, conversion, scale)
     num_experts = int(getattr(mixture.config, target.experts.count_field))
-    num_layers = int(getattr(mixture.config, target.stacks[0].num_layers))
+    num_layers = target.stacks[0].count_layers(mixture.config)
     layers = tuple(layer for layer in range(num_layers) if target.has_experts(layer, mixture.entries))
     if not layers:
         raise UpcycleError(f"{mixture.directory}: has no router in any layer; give a mixture that has experts")
@@ -269,7 +269,7 @@ def _extend_experts(
 ) -> Iterator[tuple[str, Extension]]:
     """A layer's experts: their tensors, and what follows each of them."""
     tensors: dict[str, list[Part]] = {}
-    for part in EXPERT_OF:
+    for part in (part for part in EXPERT_OF if conversion.target.find(part) is not None):
         tensors.setdefault(conversion.target.name(part), []).append(part)
     hidden = int(mixture.config.hidden_size)
     for pattern, parts in tensors.items():

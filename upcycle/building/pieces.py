@@ -46,6 +46,7 @@ class ExpertPart:
 
     `neuron_axis` is 0 in gate and up, whose rows are neurons, and 1 in down. `expert` names the expert over all layers:
     the neurons that are drawn anew are the same in its gate, up and down. `routed` is false of a shared expert.
+    `transposed`: the matrix lies the other way round in its file.
     """
 
     matrix: Slice
@@ -56,6 +57,7 @@ class ExpertPart:
     noise: float = 0.0
     scale: float = 1.0
     routed: bool = True
+    transposed: bool = False
 
     @property
     def num_neurons(self) -> int:

@@ -154,10 +154,10 @@ def plan_upcycle(
     sites = planner.sites()
     writes = tuple(planner.writes(sites))
     _check_use(checkpoints, writes, planner)
-    num_layers = sum(getattr(checkpoint.config, stack.num_layers) for stack in family.stacks)
-    target_config = make_target_config(checkpoint, conversion, config, sites, planner.width)
+    num_layers = sum(stack.count_layers(checkpoint.config) for stack in family.stacks)
+    target_config = make_target_config(checkpoint, conversion, config, sites, planner.widths)
     assert len({write.spec.name for write in writes}) == len(writes)
-    assert conversion.experts.count_field in target_config.to_dict()
+    assert hasattr(target_config, conversion.experts.count_field)
     return UpcyclePlan(
         conversion,
         config,
@@ -200,4 +200,4 @@ def _check_use(checkpoints: tuple[Checkpoint, ...], writes: tuple[Write, ...], p
             for start, stop in sorted(used.get((number, name), ())):
                 assert start == position, f"the tables leave out rows {position} to {start} of {name}"
                 position = stop
-            assert position == entry.shape[0], f"the tables leave out rows of {name}"
+            assert position == entry.num_rows, f"the tables leave out rows of {name}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -26,13 +27,27 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES
 from dense2moe.upcycle.checkpoints.writer import TensorSpec
 from dense2moe.upcycle.errors import UpcycleError
-from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.architecture import Conversion, Stack
 from dense2moe.upcycle.models.parts import Matrix, Part
 
-_DENSE: frozenset[Part] = frozenset({"ffn_gate", "ffn_up", "ffn_down"})
-EXPERT_OF: Mapping[Part, Part] = {"expert_gate": "ffn_gate", "expert_up": "ffn_up", "expert_down": "ffn_down"}
+EXPERT_OF: Mapping[Part, Part] = {
+    "expert_gate": "ffn_gate",
+    "expert_up": "ffn_up",
+    "expert_down": "ffn_down",
+    "expert_gate_bias": "ffn_gate_bias",
+    "expert_up_bias": "ffn_up_bias",
+    "expert_down_bias": "ffn_down_bias",
+}
 """Parts of an expert, in the order of their rows in a tensor of several, and the same parts of an FFN."""
-_SHARED_OF: Mapping[Part, Part] = {"shared_gate": "ffn_gate", "shared_up": "ffn_up", "shared_down": "ffn_down"}
+_SHARED_OF: Mapping[Part, Part] = {
+    "shared_gate": "ffn_gate",
+    "shared_up": "ffn_up",
+    "shared_down": "ffn_down",
+    "shared_gate_bias": "ffn_gate_bias",
+    "shared_up_bias": "ffn_up_bias",
+    "shared_down_bias": "ffn_down_bias",
+}
+_DENSE: frozenset[Part] = frozenset(EXPERT_OF.values())
 _SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale", *EXPERT_OF, *_SHARED_OF})
 
 
@@ -40,12 +55,13 @@ _SPARSE: frozenset[Part] = frozenset({"router", "selection_bias", "shared_scale"
 class _Layer:
     """One layer of the source.
 
-    Its parts, its number, and its FFN's number among those that become experts.
+    Its parts, its number, its FFN's number among those that become experts, and how many neurons that has.
     """
 
     parts: Mapping[Part, Matrix]
     number: int
     site: int | None
+    ffn_width: int
 
 
 class Planner:
@@ -68,24 +84,30 @@ class Planner:
         ]
         self.source = base.config
         self.family, self.target, self.config = conversion.family, conversion.target, config
-        self.experts = conversion.experts
+        self.experts, self.keeps_rest = conversion.experts, conversion.keeps_rest
         self.owners = find_owners(config, len(checkpoints) - 1)
-        rows = self._slice(self.family.stacks[0].parts["ffn_up"], 0)
-        self.ffn_width = rows.stop - rows.start
-        if self.ffn_width % config.num_parts:
-            raise UpcycleError(
-                f"{base.directory}: the FFN's width is {self.ffn_width}; it must be a multiple of "
-                f"{config.num_parts} to be cut into {config.experts.kind} experts; choose another upcycle.num_experts "
-                "or granularity"
-            )
-        self.width = self.ffn_width // config.num_parts
+        self.ffn_widths = tuple(self._ffn_width(stack) for stack in self.family.stacks)
+        for width in self.ffn_widths:
+            if width % config.num_parts:
+                raise UpcycleError(
+                    f"{base.directory}: the FFN's width is {width}; it must be a multiple of "
+                    f"{config.num_parts} to be cut into {config.experts.kind} experts; choose another "
+                    "upcycle.num_experts or granularity"
+                )
+        self.widths = tuple(width // config.num_parts for width in self.ffn_widths)
+
+    def _ffn_width(self, stack: Stack) -> int:
+        """Neurons of the FFNs of a stack."""
+        matrix = stack.parts["ffn_up"]
+        rows = self._slice(matrix, 0)
+        return self.entries[0][rows.source].shape[1] if matrix.transposed else rows.stop - rows.start
 
     def sites(self) -> tuple[Site, ...]:
         """Every FFN that becomes experts, in the order of the model."""
         return tuple(
             Site(number, layer)
             for number, stack in enumerate(self.family.stacks)
-            for layer in resolve_layers(self.config.layers, getattr(self.source, stack.num_layers))
+            for layer in resolve_layers(self.config.layers, stack.count_layers(self.source))
         )
 
     def leaves_out(self, checkpoint: int, name: str) -> bool:
@@ -98,7 +120,7 @@ class Planner:
             return part is None and self.config.merging.method == "base"
         if part is None or 0 in self.owners:
             return False
-        silent = self.config.shared_expert == "zero" and part == "ffn_down"
+        silent = self.config.shared_expert == "zero" and part in ("ffn_down", "ffn_down_bias")
         return silent or self.config.shared_expert == "none"
 
     @functools.cached_property
@@ -113,13 +135,18 @@ class Planner:
 
     def writes(self, sites: tuple[Site, ...]) -> Iterator[Write]:
         """All writes: what is outside the layers first, then layer by layer."""
+        if self.keeps_rest:
+            for name in self.entries[0]:
+                if name not in self._ffn_tensors:
+                    yield from self._move(name, Matrix(name), None)
         for part, matrix in self.target.outside.items():
             yield from self._move(matrix.name, self.family.outside.get(part), None)
         numbers = {site: number for number, site in enumerate(sites)}
         for number, (stack, target) in enumerate(zip(self.family.stacks, self.target.stacks, strict=True)):
             tensors = _group_by_name(target.parts)
-            for layer in range(getattr(self.source, stack.num_layers)):
-                yield from self._layer(tensors, _Layer(stack.parts, layer, numbers.get(Site(number, layer))))
+            for layer in range(stack.count_layers(self.source)):
+                own = _Layer(stack.parts, layer, numbers.get(Site(number, layer)), self.ffn_widths[number])
+                yield from self._layer(tensors, own)
 
     def _layer(self, tensors: Mapping[str, tuple[Part, ...]], layer: _Layer) -> Iterator[Write]:
         """The writes of one layer, by the target's tensors."""
@@ -143,11 +170,14 @@ class Planner:
                 count = self.config.num_experts
                 yield Write(TensorSpec(name, torch.float32, (count,)), (SelectionBias(count),))
             case _ if self.config.shared_expert != "none" or (self.experts.shared and self.experts.shared.required):
-                yield self._shared(name, parts, layer, site)
+                if parts[0] == "shared_scale" or self._has(_SHARED_OF[parts[0]], layer):
+                    yield self._shared(name, parts, layer, site)
 
     def _slice(self, matrix: Matrix, layer: int | None, checkpoint: int = 0) -> Slice:
         entry = self.entries[0][matrix.name.format(layer=layer)]
-        start, stop = matrix.rows(self.source) if matrix.rows else (0, entry.shape[0])
+        start, stop = matrix.rows(self.source) if matrix.rows else (0, entry.num_rows)
+        if matrix.half is not None:
+            start, stop = (0, stop // 2) if matrix.half == "first" else (stop // 2, stop)
         return Slice(entry.name, start, stop, checkpoint)
 
     def _move(self, pattern: str, matrix: Matrix | None, layer: int | None) -> Iterator[Write]:
@@ -157,7 +187,8 @@ class Planner:
         rows = self._slice(matrix, layer)
         merged = len(self.entries) > 1 and self.config.merging.method != "base"
         dtype = torch.float32 if matrix.fold else self._dtype(rows.source, range(len(self.entries) if merged else 1))
-        shape = (rows.stop - rows.start, *self.entries[0][rows.source].shape[1:])
+        whole = self.entries[0][rows.source].shape
+        shape = (rows.stop - rows.start, *whole[1:]) if whole else ()
         piece = Merged(rows, matrix.fold) if merged else Keep(rows, matrix.fold)
         yield Write(TensorSpec(pattern.format(layer=layer), dtype, shape), (piece,))
 
@@ -166,8 +197,9 @@ class Planner:
 
         In a stacked one, each expert's parts follow each other.
         """
-        count, hidden = self.config.num_experts, self._hidden(layer)
-        shape = (hidden, self.width) if parts == ("expert_down",) else (len(parts) * self.width, hidden)
+        if not self._has(EXPERT_OF[parts[0]], layer):
+            return
+        count, shape = self.config.num_experts, self._shape(parts, layer, layer.ffn_width // self.config.num_parts)
         pieces = [[self._part(EXPERT_OF[part], layer, site, expert) for part in parts] for expert in range(count)]
         if "{expert}" in pattern:
             for expert, own in enumerate(pieces):
@@ -176,8 +208,31 @@ class Planner:
             all_pieces = [piece for own in pieces for piece in own]
             yield self._write(pattern.format(layer=layer.number), (count, *shape), all_pieces)
 
+    def _has(self, part: Part, layer: _Layer) -> bool:
+        """Whether a layer's FFN has a part: biases are there or not."""
+        matrix = layer.parts.get(part)
+        return matrix is not None and matrix.name.format(layer=layer.number) in self.entries[0]
+
+    def _shape(self, parts: tuple[Part, ...], layer: _Layer, width: int) -> tuple[int, ...]:
+        """Shape of one expert's parts, one after the other.
+
+        The expert has `width` neurons.
+        """
+        hidden = self._hidden(layer)
+        match parts[0]:
+            case "expert_down" | "shared_down":
+                return (hidden, width)
+            case "expert_down_bias" | "shared_down_bias":
+                return (hidden,)
+            case "expert_gate_bias" | "expert_up_bias" | "shared_gate_bias" | "shared_up_bias":
+                return (len(parts) * width,)
+            case _:
+                return (len(parts) * width, hidden)
+
     def _hidden(self, layer: _Layer) -> int:
-        return self.entries[0][self._slice(layer.parts["ffn_up"], layer.number).source].shape[1]
+        matrix = layer.parts["ffn_up"]
+        shape = self.entries[0][self._slice(matrix, layer.number).source].shape
+        return shape[0] if matrix.transposed else shape[1]
 
     def _write(self, name: str, shape: tuple[int, ...], pieces: list[ExpertPart]) -> Write:
         return Write(TensorSpec(name, self._dtype_of(pieces), shape), tuple(pieces))
@@ -194,12 +249,22 @@ class Planner:
         )
 
     def _part(self, of: Part, layer: _Layer, site: int, expert: int) -> ExpertPart:
-        part = expert % self.config.num_parts
-        neurons = (part * self.width, (part + 1) * self.width)
-        axis, experts = _neuron_axis(of), self.config.experts
-        matrix = self._slice(layer.parts[of], layer.number, self.owners[expert])
-        scale = self._down_scale() if of == "ffn_down" else 1.0
-        return ExpertPart(matrix, axis, neurons, f"{site}.{expert}", experts.drop, experts.noise, scale)
+        experts, part = self.config.experts, expert % self.config.num_parts
+        width = layer.ffn_width // self.config.num_parts
+        matrix = layer.parts[of]
+        rows = self._slice(matrix, layer.number, self.owners[expert])
+        name, neurons = f"{site}.{expert}", (part * width, (part + 1) * width)
+        match of:
+            case "ffn_down":
+                scale = self._down_scale()
+            case "ffn_down_bias":  # no neuron's own, so each part of an FFN has all of it: their weights sum to 1
+                return ExpertPart(rows, 0, (0, rows.stop - rows.start), name, scale=self._bias_scale())
+            case _:
+                scale = 1.0
+        noise = 0.0 if of.endswith("_bias") else experts.noise
+        return ExpertPart(
+            rows, _neuron_axis(of), neurons, name, experts.drop, noise, scale, transposed=matrix.transposed
+        )
 
     def _down_scale(self) -> float:
         """Factor of the experts' down projections.
@@ -211,11 +276,15 @@ class Planner:
         scale = float(self.config.num_experts if self.experts.top_1 else self.config.num_parts)
         return scale / 2 if self.config.shared_expert == "half" else scale
 
+    def _bias_scale(self) -> float:
+        """Factor of the biases of the experts' down projections."""
+        return self._down_scale() / (1 if self.experts.top_1 else self.config.num_parts)
+
     def _router(self, name: str, layer: _Layer, site: int) -> Write:
         norms, embedding = self._router_input(layer)
-        entry = self.entries[0][norms[0]]
+        dtype = self._dtype(norms[0] if norms else layer.parts["ffn_up"].name.format(layer=layer.number), (0,))
         rows = RouterRows(site, self.config.num_router_rows, self.config.group_size, norms, embedding)
-        return Write(TensorSpec(name, DTYPES[entry.dtype], (self.config.num_experts, entry.num_elements)), (rows,))
+        return Write(TensorSpec(name, dtype, (self.config.num_experts, self._hidden(layer))), (rows,))
 
     def _router_input(self, layer: _Layer) -> tuple[tuple[str, ...], str | None]:
         """Norms, and the embedding, that set the router input's size.
@@ -223,7 +292,12 @@ class Planner:
         The norm before the FFN, or, where norms follow attention and FFN, all that were added to the residual stream.
         """
         if (before := layer.parts.get("ffn_norm")) is not None:
-            return (before.name.format(layer=layer.number),), None
+            names = [before.name.format(layer=layer.number)]
+            if self._has("ffn_norm_bias", layer):
+                names.append(layer.parts["ffn_norm_bias"].name.format(layer=layer.number))
+            return tuple(names), None
+        if self.keeps_rest:  # a norm without weights: its output has a variance of 1
+            return (), None
         after = [layer.parts[part].name for part in ("attention_post_norm", "ffn_post_norm")]
         earlier = [name.format(layer=number) for number in range(layer.number) for name in after]
         return (after[0].format(layer=layer.number), *earlier), self.family.outside["embedding"].name
@@ -231,24 +305,28 @@ class Planner:
     def _shared(self, name: str, parts: tuple[Part, ...], layer: _Layer, site: int) -> Write:
         """The shared expert: of width 0, half of the output, or silent."""
         kind, hidden = self.config.shared_expert, self._hidden(layer)
-        width = 0 if kind == "none" else self.ffn_width
+        width = 0 if kind == "none" else layer.ffn_width
         # a sigmoid of zero is the one half; without such a gate the weights themselves are halved
         half = 1.0 if self.target.find("shared_scale") else 0.5
 
         def part(of: Part) -> ExpertPart:
-            matrix = self._slice(layer.parts[of], layer.number)
-            scale = half if of == "ffn_down" else 1.0
-            return ExpertPart(matrix, _neuron_axis(of), (0, width), f"{site}.shared", scale=scale, routed=False)
+            matrix = layer.parts[of]
+            rows = self._slice(matrix, layer.number)
+            scale = half if of in ("ffn_down", "ffn_down_bias") and kind == "half" else 1.0
+            neurons = (0, rows.stop - rows.start) if of == "ffn_down_bias" else (0, width)
+            axis = _neuron_axis(of)
+            own = f"{site}.shared"
+            return ExpertPart(rows, axis, neurons, own, scale=scale, routed=False, transposed=matrix.transposed)
 
         match parts[0]:
             case "shared_scale":
                 return Write(TensorSpec(name, self._dtype_of([part("ffn_up")]), (1, hidden)), (Zeros(hidden),))
-            case "shared_down":
-                down = part("ffn_down")
-                given: Piece = Zeros(hidden * width) if kind == "zero" else down
-                return Write(TensorSpec(name, self._dtype_of([down]), (hidden, width)), (given,))
+            case "shared_down" | "shared_down_bias":
+                down, shape = part(_SHARED_OF[parts[0]]), self._shape(parts, layer, width)
+                given: Piece = Zeros(math.prod(shape)) if kind == "zero" else down
+                return Write(TensorSpec(name, self._dtype_of([down]), shape), (given,))
             case _:
-                return self._write(name, (len(parts) * width, hidden), [part(_SHARED_OF[own]) for own in parts])
+                return self._write(name, self._shape(parts, layer, width), [part(_SHARED_OF[own]) for own in parts])
 
 
 def find_owners(config: UpcycleConfig, num_sources: int) -> tuple[int, ...]:
@@ -299,4 +377,5 @@ def _group_by_name(parts: Mapping[Part, Matrix]) -> dict[str, tuple[Part, ...]]:
 
 
 def _neuron_axis(part: Part) -> int:
+    """The axis of an expert's part whose indices are its neurons."""
     return 1 if part == "ffn_down" else 0

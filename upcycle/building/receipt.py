@@ -31,7 +31,7 @@ from dense2moe.upcycle.building.expert_comparison import compare_experts
 from dense2moe.upcycle.building.facts import Receipt, ReceiptLine
 from dense2moe.upcycle.building.footprint import choose_mode
 from dense2moe.upcycle.building.plan import UpcyclePlan
-from dense2moe.upcycle.building.receipt_text import Text, compare_tokenizers, read_text
+from dense2moe.upcycle.building.receipt_text import NO_TEXT, Text, compare_tokenizers, read_text, reads_text
 from dense2moe.upcycle.building.rounding import NOISE_FACTOR, ROUNDING_LIMIT, can_be_bitwise, rounding_limit
 from dense2moe.upcycle.checkpoints.adapter import open_sources
 from dense2moe.upcycle.checkpoints.loading import check_whole
@@ -64,7 +64,7 @@ def write_receipt(
     """
     dense = open_checkpoint(source)
     mode, limit = choose_mode(plan, dense, block_size), rounding_limit(plan, dense)
-    text = read_text(source, block_size)
+    text = read_text(source, block_size) if reads_text(dense.config) else NO_TEXT
     notes = [*text.notes, *compare_tokenizers(source, output)]
     if mode == "layers":
         notes.append("compared layer by layer: decoding with a cache and float16 were not run")
@@ -84,8 +84,9 @@ def write_receipt(
         claim = Claim(
             plan,
             dtype,
-            plan.bitwise_at_zero and can_be_bitwise(dense.config, DTYPES[dtype]),
+            plan.bitwise_at_zero and all(can_be_bitwise(*ffn, DTYPES[dtype]) for ffn in _gated_ffns(plan, dense)),
             limit if dtype == "float32" else None,
+            has_biases=any(write.spec.name.endswith("_proj_bias") for write in plan.writes),
         )
         compare = compare_models if mode == "whole" else compare_layers
         found: list[ReceiptLine] = []
@@ -109,6 +110,15 @@ def write_receipt(
         notes += _describe_merging(plan)
     progress("comparing with the dense model", len(DTYPES), len(DTYPES))
     return Receipt(mode, tuple(comparisons), (*notes, *_describe_rounding(comparisons)))
+
+
+def _gated_ffns(plan: UpcyclePlan, dense: Checkpoint) -> set[tuple[int, str]]:
+    """Width and activation of every FFN with a gate."""
+    if not plan.conversion.keeps_rest:
+        return {(dense.config.intermediate_size, dense.config.hidden_act)}
+    parts = plan.settings.num_parts
+    sites = plan.target_config.mixture["sites"]
+    return {(site["intermediate_size"] * parts, site["activation"]) for site in sites if site["gated"]}
 
 
 def _compare_experts(
@@ -151,14 +161,12 @@ def _implementations(plan: UpcyclePlan, dtype: str, notes: list[str]) -> tuple[s
     """The experts implementations of transformers that can run these widths."""
     if plan.conversion.experts.top_1:
         return ("its own",)
-    config = plan.target_config
-    for name in ("hidden_size", plan.conversion.experts.width_field):
-        row_bytes = getattr(config, name) * DTYPES[dtype].itemsize
+    names = ("hidden_size", plan.conversion.experts.width_field)
+    sites = plan.target_config.mixture["sites"] if plan.conversion.keeps_rest else [vars(plan.target_config)]
+    for name, size in ((name, site[name]) for site in sites for name in names):
+        row_bytes = size * DTYPES[dtype].itemsize
         if row_bytes % _GROUPED_ROW_BYTES:
-            notes.append(
-                f"grouped_mm in {dtype} was not run: it refuses rows of {row_bytes} bytes ({name} "
-                f"{getattr(config, name)})"
-            )
+            notes.append(f"grouped_mm in {dtype} was not run: it refuses rows of {row_bytes} bytes ({name} {size})")
             return ("eager",)
     return _EXPERTS
 

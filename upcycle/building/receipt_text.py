@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig
 
 from dense2moe.upcycle.checkpoints.layerwise import pad_left
 from dense2moe.upcycle.checkpoints.tokenizer import encode, has_tokenizer, load_tokenizer
+from dense2moe.upcycle.models.table import find_host
 
 DECODE_STEPS = 8
 _MAX_TOKENS = 640
@@ -38,6 +40,15 @@ class Text:
         return Text(self.ids[:, -length:], self.mask[:, -length:], self.notes)
 
 
+NO_TEXT = Text(torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64), ())
+"""Of a model that reads images or sound alone."""
+
+
+def reads_text(config: Any) -> bool:
+    """Whether a model of this config reads token ids."""
+    return getattr(config, "vocab_size", None) is not None or "text_config" in config.sub_configs
+
+
 def read_text(source: Path, block_size: int) -> Text:
     """Three rows of real English, padded on the left.
 
@@ -46,7 +57,10 @@ def read_text(source: Path, block_size: int) -> Text:
     random ids instead.
     """
     config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-    context = getattr(config, "max_position_embeddings", _MAX_TOKENS)
+    own = config.get_text_config()
+    context = getattr(own, "max_position_embeddings", None) or _MAX_TOKENS
+    if find_host(config.model_type) is not None:  # positions may begin behind the padding's
+        context -= (getattr(own, "pad_token_id", None) or 0) + 1
     window = getattr(config, "sliding_window", None) or 0
     beyond = window + 4 * DECODE_STEPS
     wanted = max(min(_MAX_TOKENS, block_size + block_size // 4), beyond if beyond <= _MAX_WINDOW_TOKENS else 0)
@@ -61,7 +75,7 @@ def read_text(source: Path, block_size: int) -> Text:
         text = (read_prose() * 4)[: _LETTERS_PER_TOKEN * length]
         stream = encode(load_tokenizer(source), text)
     else:
-        stream = torch.randint(config.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
+        stream = torch.randint(own.vocab_size, (4 * length,), generator=torch.Generator().manual_seed(0)).tolist()
     ids, mask = pad_left(
         [stream[row : row + count] for row, count in enumerate((length, max(DECODE_STEPS + 1, length // 2), 3))]
     )

@@ -17,7 +17,6 @@ float32 against float64 on the same text, and the limit becomes `NOISE_FACTOR` t
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from transformers.activations import ACT2FN
@@ -79,14 +78,13 @@ def _measure_loss(dense: Checkpoint, matrix: Slice, scale: float, dtype: torch.d
     return math.sqrt(lost / norm) if norm > 0 else 0.0
 
 
-def can_be_bitwise(config: Any, dtype: torch.dtype) -> bool:
+def can_be_bitwise(width: int, activation_name: str, dtype: torch.dtype) -> bool:
     """Whether torch's activation gives strided and contiguous rows equal bits.
 
-    At the FFN's width and dtype, on this machine. A million values, since rounding to bfloat16 hides nearly all
-    differences: of GELU's, one value in twenty thousand shows.
+    At the width and dtype of an FFN with a gate, on this machine. A million values, since rounding to bfloat16 hides
+    nearly all differences: of GELU's, one value in twenty thousand shows.
     """
-    width = config.intermediate_size
     fused = torch.randn(max(64, 1_000_000 // width), 2 * width, generator=torch.Generator().manual_seed(0)).to(dtype)
     gate = fused.chunk(2, dim=-1)[0]
-    activation = ACT2FN[config.hidden_act]
+    activation = ACT2FN[activation_name]
     return torch.equal(activation(gate), activation(gate.contiguous()))

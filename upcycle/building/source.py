@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-import transformers
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
+from dense2moe.upcycle.checkpoints.module_names import build_empty, describe_tensors
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry
-from dense2moe.upcycle.errors import UpcycleError, describe_error, shorten
+from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
-from dense2moe.upcycle.models.table import COMMON_NEUTRAL
+from dense2moe.upcycle.models.table import COMMON_NEUTRAL, find_host
 
 _WINDOW_FIELDS = {"sliding_window", "layer_types", "attention_chunk_size"}
 """What transformers' cache reads of any config, whether its class has the field or not.
@@ -27,6 +28,8 @@ _UNQUANTIZED = ("F64", "I64", "BOOL")
 def refuse_untied(checkpoint: Checkpoint, family: Architecture) -> None:
     """Refuse an untied head where the target takes the embedding."""
     head = family.find("head")
+    if find_host(family.model_type) is not None:  # all that is stored is kept
+        return
     if not checkpoint.untied or (head is not None and head != family.find("embedding")):
         return
     name = checkpoint.untied[0]
@@ -42,6 +45,8 @@ def refuse_unknown_fields(source: PreTrainedConfig, conversion: Conversion, wher
 
     A newer transformers may have given the field a meaning. Its default is taken.
     """
+    if conversion.keeps_rest:
+        return
     known = {
         *conversion.carried,
         *conversion.required,
@@ -76,8 +81,10 @@ def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ..
     Returns the names that are dropped.
     """
     _check_depth(checkpoint, family)
+    if find_host(family.model_type) is not None:
+        return _check_host(checkpoint, family)
     expected, tied = _expected(checkpoint.config, family.architecture, str(checkpoint.directory / "config.json"))
-    num_layers = max(getattr(checkpoint.config, stack.num_layers) for stack in family.stacks)
+    num_layers = max(stack.count_layers(checkpoint.config) for stack in family.stacks)
     droppable = {pattern.format(layer=layer) for pattern in family.dropped for layer in range(num_layers)}
     droppable |= (
         tied  # copies of the embedding with equal values: with others, `open_checkpoint` says that nothing is tied
@@ -86,6 +93,14 @@ def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ..
     for name, entry in checkpoint.entries.items():
         if name not in dropped:
             _refuse_quantized(entry, checkpoint.directory)
+    _compare_shapes(checkpoint, expected, set(dropped), family)
+    return dropped
+
+
+def _compare_shapes(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], others: set[str], family: Architecture
+) -> None:
+    """Refuse missing tensors, other shapes, and all beside `others`."""
     for name, shape in expected.items():
         if name not in checkpoint.entries:
             raise UpcycleError(
@@ -99,11 +114,34 @@ def check_tensors(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ..
                 f"{list(shape)}"
             )
     for name in checkpoint.entries:
-        if name not in expected and name not in dropped:
+        if name not in expected and name not in others:
             raise UpcycleError(
                 f"{checkpoint.directory}: tensor '{name}' has no place in {family.architecture}; it would be lost; "
                 "remove it"
             )
+
+
+def _check_host(checkpoint: Checkpoint, family: Architecture) -> tuple[str, ...]:
+    """Compare stored tensors with transformers' own model of a host.
+
+    Returns the names that are dropped: what its class does not read.
+    """
+    where = str(checkpoint.directory / "config.json")
+    expected = describe_tensors(build_empty(checkpoint.config, family.architecture, where))
+    unread = [*(fnmatch.translate(pattern) for pattern in family.dropped), *expected.unread]
+    dropped = tuple(
+        sorted(
+            name
+            for name in checkpoint.entries
+            if name not in expected.shapes
+            and name not in expected.tied
+            and any(re.search(pattern, name) for pattern in unread)
+        )
+    )
+    for name, entry in checkpoint.entries.items():
+        if name not in dropped:
+            _refuse_quantized(entry, checkpoint.directory)
+    _compare_shapes(checkpoint, expected.shapes, {*dropped, *expected.tied}, family)
     return dropped
 
 
@@ -126,7 +164,7 @@ def _refuse_quantized(entry: TensorEntry, directory: Path) -> None:
 def _check_depth(checkpoint: Checkpoint, family: Architecture) -> None:
     """Refuse an absurd number of layers, before a model is built."""
     for stack in family.stacks:
-        count = getattr(checkpoint.config, stack.num_layers)
+        count = stack.count_layers(checkpoint.config)
         if count < 1:
             raise UpcycleError(
                 f"{checkpoint.directory / 'config.json'}: {stack.num_layers} is {count}; it must be at least 1"
@@ -152,14 +190,5 @@ def expected_shapes(config: PreTrainedConfig, architecture: str, where: str) -> 
 def _expected(
     config: PreTrainedConfig, architecture: str, where: str
 ) -> tuple[Mapping[str, tuple[int, ...]], set[str]]:
-    try:
-        with torch.device("meta"):
-            model: PreTrainedModel = getattr(transformers, architecture)(config)
-    # torch and transformers raise many kinds for values that make no model, plain asserts and KeyErrors among them
-    except Exception as error:
-        raise UpcycleError(
-            f"{where}: transformers cannot build {architecture} of these values ({describe_error(error)}); correct "
-            "the file"
-        ) from error
-    tied = set(model.all_tied_weights_keys)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in tied}, tied
+    found = describe_tensors(build_empty(config, architecture, where))
+    return found.shapes, set(found.tied)

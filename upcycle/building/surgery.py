@@ -137,7 +137,7 @@ class _Surgeon:
     def _make_part(self, part: ExpertPart, dtype: torch.dtype, key: str) -> Iterator[Content]:
         matrix, (first, last) = part.matrix, part.neurons
         stored = DTYPES[self._entry(matrix).dtype]
-        changed = part.drop > 0 or part.noise > 0 or part.scale != 1.0 or stored != dtype
+        changed = part.transposed or part.drop > 0 or part.noise > 0 or part.scale != 1.0 or stored != dtype
         whole = part.neuron_axis == 0 or (first, last) == (0, self._width(matrix))
         rows = matrix
         if part.neuron_axis == 0:
@@ -145,16 +145,22 @@ class _Surgeon:
         if not changed and whole and self.checkpoints[rows.checkpoint].is_stored(rows.source):
             yield self._span(rows)
             return
+        if part.transposed:
+            whole_matrix = torch.cat(list(self._chunks(matrix))).t().to(torch.float32)
+            own = whole_matrix[first:last] if part.neuron_axis == 0 else whole_matrix[:, first:last]
+            chunks, is_cut = iter([own]), True
+        else:
+            chunks, is_cut = self._chunks(rows), False
         moments = self._measure(matrix) if part.drop > 0 or part.noise > 0 else ElementMoments(0.0, 0.0)
         mask = choose_neurons(part.num_neurons, part.drop, seeded_generator(self.seed, f"neurons {part.expert}"))
         generator = seeded_generator(self.seed, key)
         position = 0
-        for chunk in self._chunks(rows):
+        for chunk in chunks:
             here = mask
             if part.neuron_axis == 0:
                 here = mask[position : position + len(chunk)]
                 position += len(chunk)
-            else:
+            elif not is_cut:
                 chunk = chunk[:, first:last]
             yield self._alter(part, chunk, here, moments, generator).to(dtype)
 
@@ -180,15 +186,15 @@ class _Surgeon:
             assert rows.shape == (router.num_rows, hidden_size)
         else:
             std, generator = self.config.router.logit_std, seeded_generator(self.seed, key)
-            rows = draw_router(router.num_rows, hidden_size, self._input_length(router), std, generator)
+            rows = draw_router(router.num_rows, hidden_size, self._input_length(router, hidden_size), std, generator)
         return rows.repeat_interleave(router.repeat, dim=0)
 
-    def _input_length(self, router: RouterRows) -> float:
+    def _input_length(self, router: RouterRows, hidden_size: int) -> float:
         """Root of the mean squared length of what the router reads.
 
-        Taking the parts of a residual stream as independent.
+        A norm without weights gives a variance of 1. Else taking the parts of a residual stream as independent.
         """
-        squares = sum(self._row_square(name) for name in router.norms)
+        squares = sum(self._row_square(name) for name in router.norms) if router.norms else float(hidden_size)
         if router.embedding is not None:
             squares += self._row_square(router.embedding)
         return math.sqrt(squares)
@@ -196,7 +202,7 @@ class _Surgeon:
     def _row_square(self, name: str) -> float:
         """Mean squared length of a matrix's rows; of a norm as applied."""
         entry = self.checkpoints[0].entries[name]
-        moments = self._measure(Slice(name, 0, entry.shape[0]))
+        moments = self._measure(Slice(name, 0, entry.num_rows))
         mean = moments.mean + 1.0 if isinstance(self._folds.get(name), AddOne) else moments.mean
         return (mean**2 + moments.std**2) * entry.shape[-1]
 
@@ -218,7 +224,7 @@ class _Surgeon:
 
     def _span(self, rows: Slice) -> Span:
         entry = self._entry(rows)
-        row_bytes = entry.num_bytes // entry.shape[0]
+        row_bytes = entry.num_bytes // entry.num_rows
         return Span(entry.file, entry.start + rows.start * row_bytes, (rows.stop - rows.start) * row_bytes)
 
 

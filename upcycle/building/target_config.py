@@ -7,6 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.mixture_config import make_mixture_config
 from dense2moe.upcycle.building.pieces import Site
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
@@ -14,13 +15,19 @@ from dense2moe.upcycle.models.architecture import Architecture, Conversion
 
 
 def make_target_config(
-    checkpoint: Checkpoint, conversion: Conversion, config: UpcycleConfig, sites: tuple[Site, ...], width: int
+    checkpoint: Checkpoint,
+    conversion: Conversion,
+    config: UpcycleConfig,
+    sites: tuple[Site, ...],
+    widths: tuple[int, ...],
 ) -> PreTrainedConfig:
     """Carry the config over from the *loaded* object.
 
     The two architectures' defaults differ, so absent json keys must not stay absent.
     """
-    source, target, experts = checkpoint.config, conversion.target, conversion.experts
+    if conversion.keeps_rest:
+        return make_mixture_config(checkpoint, conversion, config, sites, widths)
+    source, target, experts, width = checkpoint.config, conversion.target, conversion.experts, widths[0]
     fields = _carry_fields(source, conversion) | dict(experts.fixed)
     fields[experts.count_field] = config.num_experts
     if experts.top_k_field:
@@ -69,7 +76,7 @@ def _layer_fields(checkpoint: Checkpoint, conversion: Conversion, sites: tuple[S
     """Fields that say which layers have experts, and how wide others are."""
     source = checkpoint.config
     match conversion.experts.partial_layers:
-        case "none":
+        case "none" | "any":
             return {}
         case "list":
             sparse = {site.layer for site in sites}

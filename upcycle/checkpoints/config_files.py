@@ -26,6 +26,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from dense2moe.upcycle.models.host import MODEL_TYPE_PREFIX
+
 CONFIG_NAME = "config.json"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 
@@ -49,8 +51,9 @@ def complete_config(directory: Path) -> None:
     """
     path = directory / CONFIG_NAME
     values = json.loads(path.read_text(encoding="utf-8"))
-    # names code beside the dense checkpoint, which is not carried: the class is transformers' own
-    values.pop("auto_map", None)
+    if not values["model_type"].startswith(MODEL_TYPE_PREFIX):
+        # names code beside the dense checkpoint, which is not carried: the class is transformers' own
+        values.pop("auto_map", None)
     path.write_text(json.dumps(values | old_fields(values), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

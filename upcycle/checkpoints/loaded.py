@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loading import load_whole
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 
@@ -23,7 +24,8 @@ def load_model(directory: Path, dtype: torch.dtype, task: str = "text-generation
             `load_whole`.
     """
     model = load_whole(find_model_class(task), directory, dtype)
-    if next(router_weights(model), None) is not None and not model.config.is_encoder_decoder:
+    own = is_own(model.config.model_type)
+    if next(router_weights(model), None) is not None and (own or not model.config.is_encoder_decoder):
         # The default, grouped_mm, refuses bfloat16 experts whose rows are no multiple of 16 bytes; eager takes every
         # width.
         model.set_experts_implementation("eager")

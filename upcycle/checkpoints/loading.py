@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import READABLE
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
 from dense2moe.upcycle.memory import give_heap_back, release_memory
+from dense2moe.upcycle.models.table import find_host
 
 _READS_BY_TURN = "HF_DEACTIVATE_ASYNC_LOAD"  # of transformers: whether no tensor is read before its turn
 _HARMLESS = "rotary_emb.inv_freq"  # old checkpoints store it in each layer; it follows from the config
@@ -55,7 +57,7 @@ def load_whole(auto_class: Any, directory: Path, dtype: torch.dtype, **settings:
     with _quiet(), _one_line(directory):
         # Sizes that do not match are to be listed, and refused below, instead of a RuntimeError without their names.
         model, info = load_pretrained(auto_class, directory, dtype, ignore_mismatched_sizes=True, **settings)
-    refuse_incomplete(info, str(directory))
+    refuse_incomplete(info, str(directory), unread=_unread(checkpoint.config))
     if set(checkpoint.untied) - set(model.all_tied_weights_keys) and not model.config.is_encoder_decoder:
         model.config.tie_word_embeddings = False
     return model.eval()
@@ -103,13 +105,22 @@ def _check_tensors(auto_class: Any, directory: Path, states: _FileStates) -> Non
     with _quiet(), _one_line(directory):
         settings = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True, "output_loading_info": True}
         _, info = model_class.from_pretrained(None, config=config, state_dict=tensors, dtype=torch.float32, **settings)
-    refuse_incomplete(info, str(directory))
+    refuse_incomplete(info, str(directory), unread=_unread(config))
 
 
-def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str) -> None:
+def _unread(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Patterns of tensors that checkpoints of a family carry for another head."""
+    host = find_host(config.model_type)
+    return () if host is None else host.dropped
+
+
+def refuse_incomplete(
+    info: Mapping[str, Any], where: str, rename: Callable[[str], str] = str, unread: tuple[str, ...] = ()
+) -> None:
     """Refuse what transformers only warns about in its loading info.
 
-    `rename` gives a tensor of the model the name that it has in the files.
+    `rename` gives a tensor of the model the name that it has in the files. `unread` are patterns of tensors that may be
+    left over.
 
     Raises:
         UpcycleError: a tensor is missing, left over or of another shape, and what transformers would have done.
@@ -118,6 +129,7 @@ def refuse_incomplete(info: Mapping[str, Any], where: str, rename: Callable[[str
         sorted({rename(key) for key in info[kind] if _HARMLESS not in key})
         for kind in ("missing_keys", "unexpected_keys")
     )
+    unexpected = [name for name in unexpected if not any(fnmatch(name, pattern) for pattern in unread)]
     if missing:
         raise UpcycleError(
             f"{where}: {_list_tensors(missing)} missing, which transformers would initialize at random; restore the "

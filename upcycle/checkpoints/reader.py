@@ -16,9 +16,12 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from dense2moe.upcycle.checkpoints.companions import find_companions
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, complete_tokenizer
 from dense2moe.upcycle.checkpoints.headers import INDEX_NAME, SINGLE_NAME, index_tensors
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own, register_mixture
+from dense2moe.upcycle.checkpoints.module_names import build_empty, name_by_modules
 from dense2moe.upcycle.checkpoints.pointers import refuse_pointer
 from dense2moe.upcycle.checkpoints.tensors import DTYPES, TensorEntry, read_chunks, read_rows, read_tensor
 from dense2moe.upcycle.errors import UpcycleError, one_line_errors, shorten
+from dense2moe.upcycle.models.table import find_host
 
 GENERATION_CONFIG_NAME = "generation_config.json"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -104,6 +107,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     entries = index_tensors(directory)
     _refuse_other_weights(directory, config, entries)
     entries = _name_tied(config, entries)
+    if find_host(config.model_type) is not None and config.architectures:
+        model = build_empty(config, config.architectures[0], str(directory / CONFIG_NAME))
+        entries = name_by_modules(model, entries)
     untied = tuple(_find_untied(config, entries))
     if untied and not config.is_encoder_decoder:
         config.tie_word_embeddings = False
@@ -219,7 +225,9 @@ def read_config(directory: Path) -> PreTrainedConfig:
     for name in ("num_hidden_layers", "num_layers", "num_decoder_layers"):
         if isinstance(count := raw.get(name), int) and count > _MAX_LAYERS:  # config classes build lists of this length
             raise UpcycleError(f"{path}: {name} is {count}; it must be at most {_MAX_LAYERS}; the file is corrupt")
-    if raw.get("auto_map") and not _is_known(raw):
+    if is_own(raw["model_type"]):
+        register_mixture(raw["model_type"])
+    elif raw.get("auto_map") and not _is_known(raw):
         raise UpcycleError(
             f"{path}: 'auto_map' asks for code from the checkpoint, which is never run; use a model that "
             "transformers itself knows"

@@ -48,6 +48,11 @@ class TensorEntry:
         """Number of values."""
         return math.prod(self.shape)
 
+    @property
+    def num_rows(self) -> int:
+        """Number of rows; a single number is one."""
+        return self.shape[0] if self.shape else 1
+
 
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Read one tensor into fresh memory, in its stored dtype.

@@ -7,6 +7,7 @@ target are derived from it, or it must have the one value that the target can ex
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,13 +20,18 @@ from dense2moe.upcycle.models.parts import Ffn, Matrix, Part, matches
 class Stack:
     """Layers that are alike: how many, and where each part lies.
 
-    `num_layers` is the config's field.
+    `num_layers` is the config's field; with a dot, a field of one of its parts.
     Parts stand in the order in which they are written. Parts of one name are rows of one tensor. Experts whose names
     have no `{expert}` are stacked in one tensor, [experts, rows, columns].
     """
 
     num_layers: str
     parts: Mapping[Part, Matrix]
+
+    def count_layers(self, config: Any) -> int:
+        """How many layers it has in a model of this config."""
+        count: int = functools.reduce(getattr, self.num_layers.split("."), config)
+        return count
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Experts:
     width_field: str
     gate: Callable[[Any], Gate]
     fixed: Mapping[str, Any]
-    partial_layers: Literal["none", "list", "step", "last"] = "none"
+    partial_layers: Literal["none", "list", "step", "last", "any"] = "none"
     shared: SharedExpert | None = None
     top_1: bool = False
     min_experts: int = 1
@@ -80,7 +86,8 @@ class Architecture:
 
     An optional part, such as a bias, is there where the checkpoint has its tensor. `dropped` are tensors that old
     checkpoints carry and no forward pass reads. `ffn_module` is the module below the base model that reads what a
-    router in its place would; None where layers cannot be run alone. `experts` is None of a dense architecture.
+    router in its place would; None where layers cannot be run alone, and then `output_modules` may say for each stack
+    which one gives an FFN's output. `experts` is None of a dense architecture.
 
     The rest is for graphs of decoders. `rotary` is the class of its rotary embedding in transformers; None where no
     graph is built. `norm_per_head`: norms of query and key are of each head by itself, and not of the whole row.
@@ -94,12 +101,21 @@ class Architecture:
     stacks: tuple[Stack, ...]
     dropped: tuple[str, ...] = ()
     ffn_module: str | None = None
+    output_modules: tuple[str, ...] = ()
     experts: Experts | None = None
     rotary: str | None = None
     norm_per_head: bool = True
     multipliers: Callable[[Any], Multipliers] = lambda _: Multipliers()
     window: Callable[[Any, int], int | None] = lambda _, __: None
     refusal: Callable[[Any], str | None] = lambda _: None
+
+    @property
+    def ffn_outputs(self) -> tuple[str, ...]:
+        """Of each stack, the module whose output is an FFN's.
+
+        Names are below the base model; empty where unknown.
+        """
+        return self.output_modules or (() if self.ffn_module is None else (self.ffn_module,))
 
     def find(self, part: Part, layer: int | None = None) -> str | None:
         """The name of a part's tensor; None where there is none.
@@ -203,6 +219,7 @@ class Conversion:
     derived: target fields that follow from the source's config.
     zero_router: what a zero router with k = 1 or 2 gives with plain copies; "bitwise", or equal within rounding.
     by_name_alone: 'auto' never takes it.
+    keeps_rest: all that is no FFN stays as it is, tensors and config fields; see `host`.
     """
 
     family: Architecture
@@ -216,6 +233,12 @@ class Conversion:
     neutral: tuple[str, ...] = ()
     zero_router: Literal["bitwise", "rounding"] = "bitwise"
     by_name_alone: bool = False
+    keeps_rest: bool = False
+
+    @property
+    def target_name(self) -> str:
+        """What a recipe calls the target."""
+        return "mixture" if self.keeps_rest else self.target.model_type
 
     @property
     def experts(self) -> Experts:

@@ -38,19 +38,29 @@ Part = Literal[
     "cross_attention_norm",
     # the FFN of a dense layer, and the norms before and after any FFN
     "ffn_norm",
+    "ffn_norm_bias",
     "ffn_gate",
+    "ffn_gate_bias",
     "ffn_up",
+    "ffn_up_bias",
     "ffn_down",
+    "ffn_down_bias",
     "ffn_post_norm",
     # in the FFN's place: experts, and one that every token visits, its output times the sigmoid of `shared_scale`
     "router",
     "selection_bias",
     "expert_gate",
+    "expert_gate_bias",
     "expert_up",
+    "expert_up_bias",
     "expert_down",
+    "expert_down_bias",
     "shared_gate",
+    "shared_gate_bias",
     "shared_up",
+    "shared_up_bias",
     "shared_down",
+    "shared_down_bias",
     "shared_scale",
 ]
 
@@ -84,18 +94,28 @@ CLASS_OF_PART: Mapping[Part, TensorClass] = {
     "cross_attention_output": "attention",
     "cross_attention_norm": "norm",
     "ffn_norm": "norm",
+    "ffn_norm_bias": "bias",
     "ffn_gate": "experts",
+    "ffn_gate_bias": "bias",
     "ffn_up": "experts",
+    "ffn_up_bias": "bias",
     "ffn_down": "experts",
+    "ffn_down_bias": "bias",
     "ffn_post_norm": "norm",
     "router": "router",
     "selection_bias": "router",
     "expert_gate": "experts",
+    "expert_gate_bias": "bias",
     "expert_up": "experts",
+    "expert_up_bias": "bias",
     "expert_down": "experts",
+    "expert_down_bias": "bias",
     "shared_gate": "experts",
+    "shared_gate_bias": "bias",
     "shared_up": "experts",
+    "shared_up_bias": "bias",
     "shared_down": "experts",
+    "shared_down_bias": "bias",
     "shared_scale": "router",
 }
 
@@ -123,11 +143,15 @@ class Matrix:
 
     A tensor's name, with `{layer}` where each layer has one and `{expert}` where each expert has one; `rows`, where
     several parts share the tensor; and what must be folded into it for an architecture without that arithmetic.
+    `half` is the one of two halves of the tensor's rows that it has. `transposed`: its columns are what it gives, as in
+    transformers' Conv1D.
     """
 
     name: str
     rows: Rows | None = None
     fold: Fold | None = None
+    half: Literal["first", "last"] | None = None
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from typing import Any
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models import gemma, glm4_moe, granite, llama, mistral, mixtral, olmo2, phi3, qwen2, qwen3, t5
 from dense2moe.upcycle.models.architecture import Architecture, Conversion
+from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX, TASK_OF_HEAD, Host, convert_host
+from dense2moe.upcycle.models.hosts import bert, gpt2, vit
 from dense2moe.upcycle.models.no_twin import NO_TWIN, TRAITS
 
 DENSE_FAMILIES: tuple[Architecture, ...] = (
@@ -45,6 +47,11 @@ CONVERSIONS: tuple[Conversion, ...] = (
     *t5.CONVERSIONS,
 )
 
+HOSTS: tuple[Host, ...] = (bert.BERT, gpt2.GPT2, vit.VIT)
+"""Families whose FFNs a mixture of ours replaces."""
+
+_HOSTS = {host.model_type: host for host in HOSTS}
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """The fields, over all families of transformers, that say how many experts a layer has."""
 
@@ -70,8 +77,23 @@ COMMON_NEUTRAL = frozenset(
 )
 
 
+def list_conversions(family: Architecture) -> list[Conversion]:
+    """What a family can become: the nearest first, our mixture last."""
+    rows = [row for row in CONVERSIONS if row.family is family]
+    host = find_host(family.model_type)
+    return rows if host is None else [*rows, convert_host(host, family.architecture)]
+
+
+def find_host(model_type: str) -> Host | None:
+    """The host of this model type, dense or as a mixture."""
+    return _HOSTS.get(model_type.removeprefix(MODEL_TYPE_PREFIX))
+
+
 def find_conversion(family: str, target: str) -> Conversion:
     """The conversion between two architectures, by their classes in transformers."""
+    if target == CLASS_PREFIX + family:
+        host = next(host for host in HOSTS if host.find_task(family) is not None)
+        return convert_host(host, family)
     rows = [row for row in CONVERSIONS if (row.family.architecture, row.target.architecture) == (family, target)]
     assert len(rows) == 1, f"{family} to {target}: {len(rows)} rows"
     return rows[0]
@@ -96,6 +118,14 @@ def find_family(model_type: str, architectures: Any, where: str, config: Any = N
     for family in DENSE_FAMILIES:
         if family.model_type == model_type and (not architectures or family.architecture in architectures):
             return family
+    if (host := _HOSTS.get(model_type)) is not None:
+        architecture = architectures[0] if architectures else host.base
+        if host.find_task(architecture) is not None:
+            return convert_host(host, architecture).family
+        raise UpcycleError(
+            f"{where}: architectures is {shorten(architecture)}; it must be {host.base}, or "
+            f"{host.start} followed by one of {', '.join(sorted(set(TASK_OF_HEAD) - {'Model'}))}"
+        )
     named = shorten(f"{architectures[0]} ({model_type})" if architectures else model_type)
     related = next((family for family in DENSE_FAMILIES if family.model_type == model_type), None)
     if related is not None:

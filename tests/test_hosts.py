@@ -1,0 +1,211 @@
+"""Hosts: dense families whose FFNs a mixture of ours replaces, from surgery to loading."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hosts import ROWS
+from shapes import each_shape
+from transformers import PreTrainedModel
+
+from dense2moe.upcycle.building.config import UpcycleConfig
+from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
+from dense2moe.upcycle.building.receipt import write_receipt
+from dense2moe.upcycle.building.surgery import check_written, upcycle
+from dense2moe.upcycle.checkpoints.loaded import load_model, router_weights
+from dense2moe.upcycle.checkpoints.reader import open_checkpoint
+from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models import mixture
+from dense2moe.upcycle.models.table import HOSTS
+
+CASES = [(name, architecture) for name, row in ROWS.items() for architecture in (row.architecture, *row.more)]
+SHAPES = {row.shape: f"{name}-{row.architecture}" for name, row in reversed(ROWS.items())}  # the first of each shape
+PLAIN = {"num_experts": 4, "num_experts_per_tok": 2}
+
+
+def ignore(*_: Any) -> None:
+    """Progress that nobody reads."""
+
+
+def save_dense(directory: Path, name: str, architecture: str | None = None) -> Path:
+    """A tiny dense model, with biases and norms that are not what they start as."""
+    torch.manual_seed(0)
+    model = ROWS[name].make(architecture)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def convert(source: Path, output: Path, settings: dict[str, Any]) -> UpcyclePlan:
+    """The mixture of a dense model, compared with its plan."""
+    output.mkdir()
+    plan = upcycle(source, output, UpcycleConfig.model_validate(settings), 0, ignore)
+    check_written(source, output, plan, 0, ignore)
+    return plan
+
+
+def load(directory: Path, plan: UpcyclePlan) -> PreTrainedModel:
+    """The mixture by its auto class."""
+    return load_model(directory, torch.float32, plan.conversion.family.task)
+
+
+def test_every_host_has_a_row() -> None:
+    assert {host.model_type for host in HOSTS} == {ROWS[name].make().config.model_type for name in ROWS}
+
+
+every_host = pytest.mark.parametrize(("name", "architecture"), each_shape(CASES, set(SHAPES.values()), name="-".join))
+
+
+@every_host
+def test_the_function_is_kept(tmp_path: Path, name: str, architecture: str) -> None:
+    """The receipt raises where a limit is broken: padded, other token types, other sizes, decoded with a cache."""
+    source = save_dense(tmp_path / "dense", name, architecture)
+    plan = convert(source, tmp_path / "moe", PLAIN)
+    receipt = write_receipt(source, tmp_path / "moe", plan, 32, ignore)
+    exact = [line for line in receipt.comparisons if line.router == "zero" and line.experts == "eager"]
+    assert {line.dtype for line in exact} >= {"float32", "bfloat16"}
+    assert all(line.rel <= 1e-5 for line in exact if line.dtype == "float32")
+    assert plan.conversion.zero_router == "rounding" or all(line.bitwise or line.halves_bitwise for line in exact)
+
+
+@every_host
+def test_a_saved_mixture_is_loaded_again(tmp_path: Path, name: str, architecture: str) -> None:
+    """By transformers alone, under the names that transformers saves, with the layer's source beside it."""
+    source = save_dense(tmp_path / "dense", name, architecture)
+    plan = convert(source, tmp_path / "moe", PLAIN)
+    model = load(tmp_path / "moe", plan)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again", plan)
+    assert {key: value.tolist() for key, value in again.state_dict().items()} == {
+        key: value.tolist() for key, value in model.state_dict().items()
+    }
+    assert (tmp_path / "again" / mixture.FILE_NAME).read_bytes() == Path(mixture.__file__).read_bytes()
+    assert set(open_checkpoint(tmp_path / "again").entries) == set(open_checkpoint(tmp_path / "moe").entries)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": [1]},
+        {"experts": {"kind": "granular", "granularity": 2}, "num_experts": 8, "num_experts_per_tok": 4},
+        {"experts": {"kind": "split"}, "num_experts_per_tok": 4},
+        {"shared_expert": "half"},
+        {"shared_expert": "zero"},
+        {"experts": {"drop": 0.5}},
+        {"experts": {"noise": 0.1}},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_settings_are_those_of_native_targets(tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    source = save_dense(tmp_path / "dense", name)
+    plan = convert(source, tmp_path / "moe", {**PLAIN, **settings})
+    receipt = write_receipt(source, tmp_path / "moe", plan, 32, ignore)
+    judged = [line for line in receipt.comparisons if line.limit is not None]
+    changed = settings.get("experts", {}).keys() & {"drop", "noise"}
+    assert bool(judged) != bool(changed)
+    assert len(list(router_weights(load(tmp_path / "moe", plan)))) == len(settings.get("layers", range(2)))
+
+
+def test_redrawn_neurons_are_the_same_in_all_matrices(tmp_path: Path) -> None:
+    """Rows of the first matrix and of its bias, and columns of the second."""
+    source = save_dense(tmp_path / "dense", "gpt2")
+    convert(source, tmp_path / "moe", {**PLAIN, "experts": {"drop": 0.5}})
+    written, dense = open_checkpoint(tmp_path / "moe"), open_checkpoint(source)
+    name = "transformer.h.0.mlp"
+    kept = (written.read(f"{name}.experts.up_proj") == dense.read(f"{name}.c_fc.weight").t()).all(-1)
+    assert kept.sum(-1).tolist() == [kept.shape[1] // 2] * 4
+    bias = written.read(f"{name}.experts.up_proj_bias") == dense.read(f"{name}.c_fc.bias")
+    down = (written.read(f"{name}.experts.down_proj") == dense.read(f"{name}.c_proj.weight").t()).all(1)
+    assert torch.equal(kept, bias)
+    assert torch.equal(kept, down)
+
+
+ALONE = """
+import sys
+sys.modules["dense2moe"] = None
+import torch, transformers
+model = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+print(model(torch.arange(8)[None]).logits.abs().sum().item())
+"""
+
+
+def test_a_mixture_is_loaded_without_dense2moe(tmp_path: Path) -> None:
+    """By the source beside it, in a process that cannot import this package."""
+    plan = convert(save_dense(tmp_path / "dense", "bert"), tmp_path / "moe", PLAIN)
+    found = run_python(ALONE, str(tmp_path / "moe"), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    expected = load(tmp_path / "moe", plan)(torch.arange(8)[None]).logits.abs().sum().item()
+    assert float(found) == pytest.approx(expected, rel=1e-6)
+
+
+REGISTERED = """
+import sys
+{imports}
+model = transformers.AutoModelForMaskedLM.from_pretrained(sys.argv[1])
+print(type(model).__module__, "torch" in before)
+"""
+
+
+@pytest.mark.parametrize("first", ["dense2moe", "transformers"])
+def test_importing_dense2moe_is_enough(tmp_path: Path, first: str) -> None:
+    """In either order; and the import by itself loads no torch."""
+    convert(save_dense(tmp_path / "dense", "bert"), tmp_path / "moe", PLAIN)
+    second = "transformers" if first == "dense2moe" else "dense2moe"
+    imports = f"import {first}; before = set(sys.modules) if '{first}' == 'dense2moe' else (); import {second}"
+    assert run_python(REGISTERED.format(imports=imports), str(tmp_path / "moe")) == (
+        "dense2moe.upcycle.models.mixture False"
+    )
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> str:
+    """What a program prints in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_another_head_is_refused(tmp_path: Path) -> None:
+    source = save_dense(tmp_path / "dense", "bert", "BertForMultipleChoice")
+    with pytest.raises(UpcycleError, match="BertForMultipleChoice; it must be BertModel"):
+        plan_upcycle(open_checkpoint(source), UpcycleConfig.model_validate(PLAIN))
+
+
+def test_a_pretraining_checkpoint_loses_its_other_heads(tmp_path: Path) -> None:
+    """As BERT is on the hub: the masked model's tensors, and those of a head that it has not, listed as dropped."""
+    source = save_dense(tmp_path / "dense", "bert", "BertForPreTraining")
+    edit_config(source, architectures=["BertForMaskedLM"])
+    plan = convert(source, tmp_path / "moe", PLAIN)
+    assert "cls.seq_relationship.weight" in plan.dropped
+    assert not any("pooler" in write.spec.name for write in plan.writes)
+    write_receipt(source, tmp_path / "moe", plan, 32, ignore)
+
+
+def test_names_without_the_heads_prefix_are_known(tmp_path: Path) -> None:
+    """As GPT-2 is on the hub: a model with a head, stored by its base model."""
+    source = save_dense(tmp_path / "dense", "gpt2", "GPT2Model")
+    edit_config(source, architectures=["GPT2LMHeadModel"])
+    plan = convert(source, tmp_path / "moe", PLAIN)
+    assert all(write.spec.name.startswith("transformer.") for write in plan.writes)
+    write_receipt(source, tmp_path / "moe", plan, 32, ignore)
+
+
+def edit_config(directory: Path, **values: Any) -> None:
+    """Change values of a saved config."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

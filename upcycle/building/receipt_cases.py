@@ -1,0 +1,155 @@
+"""What both models read for the receipt, and what is compared."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dense2moe.upcycle.building.model_pass import real_logits
+from dense2moe.upcycle.building.receipt_text import Text
+
+_NUM_ROWS = 2  # images, or sounds
+_SOUND_LENGTH = 4000  # samples: a quarter of a second
+_FULL_PRECISION = torch.float32
+_COMPARED = (
+    "logits",
+    "start_logits",
+    "end_logits",
+    "logits_per_image",
+    "image_embeds",
+    "text_embeds",
+    "reconstruction",
+    "last_hidden_state",
+    "encoder_last_hidden_state",
+)
+"""Outputs of transformers' models that are compared, where a model has them."""
+
+
+@dataclass(frozen=True)
+class ReceiptCase:
+    """One input, by a name for the receipt.
+
+    `run` gives what is compared of a model's outputs, float32 [N, M]. `num_tokens` is the length of a row, 0 without
+    text.
+    """
+
+    name: str
+    run: Callable[[PreTrainedModel], torch.Tensor]
+    num_tokens: int
+
+
+def decoder_cases(text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
+    """Texts of a decoder: a long one, a padded batch, and decoding.
+
+    The long one in full precision alone.
+    """
+    ids, mask = text.ids, text.mask
+    if dtype == _FULL_PRECISION:
+        run = functools.partial(real_logits, ids=ids[:1], mask=torch.ones_like(ids[:1]), cached=False)
+        yield ReceiptCase("one long text", run, ids.shape[1])
+    for name, cached in (("padded batch", False), ("decoding with a cache", True)):
+        yield ReceiptCase(name, functools.partial(real_logits, ids=ids, mask=mask, cached=cached), ids.shape[1])
+
+
+def host_cases(model: PreTrainedModel, text: Text | None, dtype: torch.dtype) -> Iterator[ReceiptCase]:
+    """Inputs of any model: text, images or sound.
+
+    Alone, padded, of other sizes, of other token types. Images and sounds are drawn, by a seed.
+    """
+    known = inspect.signature(type(model).forward).parameters
+    config = model.config
+    if "input_ids" in known and "pixel_values" not in known:
+        assert text is not None
+        yield from _text_cases(model, text, dtype)
+    elif "input_ids" in known:
+        assert text is not None
+        both = {"input_ids": text.ids, "attention_mask": text.mask, "pixel_values": _draw_images(config, 1.0)}
+        yield _case("texts and images", both, text.ids.shape[1])
+    elif "pixel_values" in known:
+        yield _case("images", {"pixel_values": _draw_images(config, 1.0)}, 0)
+        if "interpolate_pos_encoding" in known:
+            larger = {"pixel_values": _draw_images(config, 1.5), "interpolate_pos_encoding": True}
+            yield _case("larger images", larger, 0)
+    elif "input_features" in known:
+        shape = (_NUM_ROWS, config.num_mel_bins, 2 * config.max_source_positions)
+        given: dict[str, Any] = {"input_features": _draw(*shape)}
+        if "decoder_input_ids" in known:
+            given["decoder_input_ids"] = torch.arange(1, 9).repeat(_NUM_ROWS, 1) % config.vocab_size
+        yield _case("sounds", given, 0)
+    else:
+        sound, mask = _draw(_NUM_ROWS, _SOUND_LENGTH), torch.ones(_NUM_ROWS, _SOUND_LENGTH, dtype=torch.int64)
+        yield _case("sounds", {"input_values": sound}, 0)
+        if "attention_mask" in known:
+            mask[0, _SOUND_LENGTH // 2 :] = 0
+            yield _case("padded sounds", {"input_values": sound, "attention_mask": mask}, 0)
+
+
+def _text_cases(model: PreTrainedModel, text: Text, dtype: torch.dtype) -> Iterator[ReceiptCase]:
+    known, length = inspect.signature(type(model).forward).parameters, text.ids.shape[1]
+    if "past_key_values" in known and model.can_generate() and not model.config.is_encoder_decoder:
+        yield from decoder_cases(text, dtype)
+        return
+    # encoders are padded behind the text
+    counts = [int(row.sum()) for row in text.mask]
+    ids, mask = (
+        torch.stack([row.roll(count) for row, count in zip(rows, counts, strict=True)])
+        for rows in (text.ids, text.mask)
+    )
+    given: dict[str, Any] = {"input_ids": ids}
+    if "decoder_input_ids" in known:
+        given["decoder_input_ids"] = ids.flip(0)
+    if "attention_mask" in known:
+        given["attention_mask"] = mask
+    if dtype == _FULL_PRECISION:
+        yield _case("one long text", {name: value[:1] for name, value in given.items()}, length)
+    yield _case("padded batch", given, length)
+    if "token_type_ids" in known and (getattr(model.config, "type_vocab_size", 0) or 0) > 1:
+        types = (torch.arange(length) >= length // 2).long().repeat(len(ids), 1)
+        yield _case("two token types", given | {"token_type_ids": types}, length)
+
+
+def _case(name: str, given: dict[str, Any], num_tokens: int) -> ReceiptCase:
+    return ReceiptCase(name, functools.partial(_run, given=given), num_tokens)
+
+
+@torch.no_grad()
+def _run(model: PreTrainedModel, given: dict[str, Any]) -> torch.Tensor:
+    """All compared outputs, float32 [N, 1]; of texts, no padded positions."""
+    inputs = {name: value.to(model.dtype) if _is_float(value) else value for name, value in given.items()}
+    output, mask = model(**inputs), given.get("attention_mask")
+    found = []
+    for name in _COMPARED:
+        tensor = getattr(output, name, None)
+        if tensor is not None:
+            if mask is not None and "decoder_input_ids" not in given and tensor.shape[:2] == mask.shape:
+                tensor = tensor[mask.bool()]
+            found.append(tensor.to(torch.float32).reshape(-1, 1))
+    assert found, f"{type(model).__name__} gives none of {', '.join(_COMPARED)}"
+    return torch.cat(found)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def _draw_images(config: Any, factor: float) -> torch.Tensor:
+    """Images [2, channels, height, width], of the config's size times a factor.
+
+    In whole patches.
+    """
+    own = getattr(config, "vision_config", config)
+    size, patch = (
+        value if isinstance(value, list | tuple) else (value, value) for value in (own.image_size, own.patch_size)
+    )
+    sides = (patch_side * round(factor * side / patch_side) for side, patch_side in zip(size, patch, strict=True))
+    return _draw(_NUM_ROWS, own.num_channels, *sides)

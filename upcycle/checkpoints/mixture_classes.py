@@ -1,0 +1,58 @@
+"""Classes of our own mixtures, made known to transformers.
+
+A checkpoint of ours names its classes by `auto_map`, for environments without dense2moe. Here they are registered, so
+that no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto import modeling_auto
+
+from dense2moe.upcycle.models import mixture
+from dense2moe.upcycle.models.host import CLASS_PREFIX, MODEL_TYPE_PREFIX
+from dense2moe.upcycle.models.table import find_host
+
+
+def is_own(model_type: str) -> bool:
+    """Whether a model type is one of our own mixtures."""
+    return model_type.startswith(MODEL_TYPE_PREFIX) and find_host(model_type) is not None
+
+
+@cache
+def register_mixture(model_type: str) -> type[PreTrainedConfig]:
+    """Make a mixture's model type known to transformers' auto classes.
+
+    Returns its class of configs.
+    """
+    dense = CONFIG_MAPPING[model_type.removeprefix(MODEL_TYPE_PREFIX)]
+    own: type[PreTrainedConfig] = mixture.find_class(CLASS_PREFIX + dense.__name__)
+    AutoConfig.register(model_type, own, exist_ok=True)
+    for auto_class, model_class in _auto_classes(dense):
+        auto_class.register(own, mixture.find_class(CLASS_PREFIX + model_class.__name__), exist_ok=True)
+    return own
+
+
+def map_classes(dense: type[PreTrainedConfig]) -> dict[str, str]:
+    """The `auto_map` of the mixtures of a dense family."""
+    module = mixture.FILE_NAME.removesuffix(".py")
+    named = {"AutoConfig": dense.__name__}
+    named |= {auto_class.__name__: model_class.__name__ for auto_class, model_class in _auto_classes(dense)}
+    return {auto_class: f"{module}.{CLASS_PREFIX}{name}" for auto_class, name in named.items()}
+
+
+def _auto_classes(dense: type[PreTrainedConfig]) -> Iterator[tuple[Any, Any]]:
+    """Every auto class that loads a family's models, and what it loads.
+
+    The first class of several.
+    """
+    for name in dir(modeling_auto):
+        auto_class = getattr(modeling_auto, name)
+        mapping = getattr(auto_class, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and dense in mapping:
+            found = mapping[dense]
+            yield auto_class, found[0] if isinstance(found, list | tuple) else found

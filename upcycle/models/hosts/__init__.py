@@ -1,0 +1,1 @@
+"""Facts of the hosts, a file a family."""

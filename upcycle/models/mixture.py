@@ -1,0 +1,328 @@
+"""Mixtures of experts in the FFNs' places, in any transformers model.
+
+This file stands alone: it needs torch and transformers and nothing of dense2moe, and lies beside every checkpoint that
+uses it, as `modeling_mixture.py`. `AutoModel...from_pretrained(directory, trust_remote_code=True)` runs it from there;
+after `import dense2moe` nothing of the checkpoint is run.
+
+A config here is a dense family's own, under a `model_type` of its own (`mixture_bert`), with a section `mixture`:
+
+    num_experts, num_experts_per_tok, and sites, a list; each site is one kind of FFN of the model:
+        ffn              the module that experts take the place of, below the base model, with `{layer}` in it
+        passed           modules behind it that belong to the FFN, and become identities
+        layers           the numbers of the layers that have experts
+        hidden_size, intermediate_size (of one expert), activation (its name in transformers)
+        gated            whether an expert is down(act(gate(x)) * up(x)), or down(act(up(x)))
+        up_bias, down_bias
+        inner_dropout, dropout   behind the activation, and behind the whole
+        shared_size      of the expert that every token visits; 0 for none
+
+A class here is made of the dense one: `MixtureBertForMaskedLM` is `BertForMaskedLM` whose FFNs are `Mixture`s.
+"""
+
+from __future__ import annotations
+
+import copy
+import pathlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+try:
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+    from transformers.integrations.moe import use_experts_implementation
+
+    IS_TRANSFORMERS_4 = False
+except ImportError:  # transformers 4 runs experts one after another, and names tensors as the files do
+    IS_TRANSFORMERS_4 = True
+
+    def use_experts_implementation(**_: Any) -> Callable[[Any], Any]:  # type: ignore[misc]
+        """Leave a class as it is."""
+        return lambda experts_class: experts_class
+
+
+FILE_NAME = "modeling_mixture.py"
+OLDEST_TRANSFORMERS = "4.57.0"
+PREFIX = "Mixture"
+MODEL_TYPE_PREFIX = "mixture_"
+
+
+class MixtureRouter(nn.Module):
+    """A softmax over all experts, of which the k largest are kept.
+
+    Their weights are made to sum to 1. Takes tokens [T, H]; gives logits [T, E], weights [T, k] and the experts'
+    numbers [T, k].
+    """
+
+    def __init__(self, num_experts: int, top_k: int, hidden_size: int) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = num_experts, top_k
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See the class."""
+        logits = F.linear(hidden_states, self.weight)
+        scores = F.softmax(logits, dim=-1, dtype=torch.float32)
+        weights, indices = torch.topk(scores, self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        return logits, weights.to(hidden_states.dtype), indices
+
+
+class _Experts(nn.Module):
+    """All experts of a layer, as transformers' implementations of experts read them.
+
+    Parameters are stacked: `up_proj` [E, I, H], or `gate_up_proj` [E, 2 I, H] with the gates' rows first, and
+    `down_proj` [E, H, I].
+    """
+
+    def __init__(self, config: Any, site: dict[str, Any], num_experts: int) -> None:
+        super().__init__()
+        hidden, inner, self.num_experts = site["hidden_size"], site["intermediate_size"], num_experts
+        self.first_name = "gate_up_proj" if site["gated"] else "up_proj"
+        rows = 2 * inner if site["gated"] else inner
+        setattr(self, self.first_name, nn.Parameter(torch.empty(num_experts, rows, hidden)))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden, inner))
+        if site["up_bias"] or site["down_bias"]:
+            setattr(self, f"{self.first_name}_bias", nn.Parameter(torch.zeros(num_experts, rows)))
+            self.down_proj_bias = nn.Parameter(torch.zeros(num_experts, hidden))
+        self.act_fn = _activation(site)
+
+    def _bias(self, name: str, expert: int) -> torch.Tensor | None:
+        bias: torch.Tensor | None = getattr(self, f"{name}_bias", None)
+        return None if bias is None else bias[expert]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Each expert on the tokens that visit it, [T, H].
+
+        Hidden states are [T, H], the experts' numbers and weights [T, k].
+        """
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique().tolist():
+            tokens, places = torch.where(top_k_index == expert)
+            inner = F.linear(
+                hidden_states[tokens], getattr(self, self.first_name)[expert], self._bias(self.first_name, expert)
+            )
+            if self.first_name == "up_proj":
+                inner = self.act_fn(inner)
+            else:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.act_fn(gate) * up
+            given = F.linear(inner, self.down_proj[expert], self._bias("down_proj", expert))
+            given = given * top_k_weights[tokens, places, None]
+            output.index_add_(0, tokens, given.to(output.dtype))
+        return output
+
+
+@use_experts_implementation(has_gate=True, has_bias=False)
+class GatedExperts(_Experts):
+    """Experts with a gate and without biases."""
+
+
+@use_experts_implementation(has_gate=True, has_bias=True)
+class GatedExpertsWithBias(_Experts):
+    """Experts with a gate and with biases."""
+
+
+@use_experts_implementation(has_gate=False, has_bias=False)
+class PlainExperts(_Experts):
+    """Experts with neither."""
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class PlainExpertsWithBias(_Experts):
+    """Experts without a gate, with biases."""
+
+
+class MixtureSharedExpert(nn.Module):
+    """The expert that every token visits: [T, H] of tokens [T, H]."""
+
+    def __init__(self, site: dict[str, Any]) -> None:
+        super().__init__()
+        hidden, inner = site["hidden_size"], site["shared_size"]
+        self.gate_proj = nn.Linear(hidden, inner, bias=site["up_bias"]) if site["gated"] else None
+        self.up_proj = nn.Linear(hidden, inner, bias=site["up_bias"])
+        self.down_proj = nn.Linear(inner, hidden, bias=site["down_bias"])
+        self.act_fn = _activation(site)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        up = self.up_proj(hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        output: torch.Tensor = self.down_proj(inner)
+        return output
+
+
+class Mixture(nn.Module):
+    """A mixture in an FFN's place: [..., H] to [..., H].
+
+    What stands beside the FFN (norm, residual stream) stays where it is.
+    """
+
+    def __init__(self, config: Any, site: dict[str, Any]) -> None:
+        super().__init__()
+        section = config.mixture
+        count = section["num_experts"]
+        self.router = MixtureRouter(count, section["num_experts_per_tok"], site["hidden_size"])
+        self.experts = _EXPERTS[site["gated"], site["up_bias"] or site["down_bias"]](config, site, count)
+        self.shared_expert = MixtureSharedExpert(site) if site["shared_size"] else None
+        self.dropout = nn.Dropout(site["dropout"]) if site["dropout"] else None
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """See the class; other arguments of an FFN are not used."""
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights, indices = self.router(tokens)
+        output: torch.Tensor = self.experts(tokens, indices, weights)
+        if self.shared_expert is not None:
+            output = output + self.shared_expert(tokens)
+        output = output.reshape(hidden_states.shape)
+        if self.dropout is not None:
+            output = self.dropout(output)
+        return output
+
+
+_EXPERTS = {
+    (True, False): GatedExperts,
+    (True, True): GatedExpertsWithBias,
+    (False, False): PlainExperts,
+    (False, True): PlainExpertsWithBias,
+}
+
+
+def _activation(site: dict[str, Any]) -> nn.Module:
+    """The activation between an expert's matrices, and the dropout behind it."""
+    activation: nn.Module = ACT2FN[site["activation"]]
+    return nn.Sequential(activation, nn.Dropout(site["inner_dropout"])) if site["inner_dropout"] else activation
+
+
+def put_experts(model: Any, config: Any) -> None:
+    """Put a mixture in every place that a config names."""
+    base = getattr(model, model.base_model_prefix, model) if model.base_model_prefix else model
+    for site in config.mixture["sites"]:
+        for layer in site["layers"]:
+            _replace(base, site["ffn"].format(layer=layer), Mixture(config, site))
+            for name in site["passed"]:
+                _replace(base, name.format(layer=layer), nn.Identity())
+
+
+def _replace(base: Any, name: str, module: nn.Module) -> None:
+    parent, _, own = name.rpartition(".")
+    base.get_submodule(name)  # raises AttributeError where there is none
+    setattr(base.get_submodule(parent) if parent else base, own, module)
+
+
+class _MixtureConfig:
+    """What a config has beside the dense family's fields."""
+
+    mixture: dict[str, Any]
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of each layer that has some."""
+        return int(self.mixture["num_experts"])
+
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Experts that a token visits."""
+        return int(self.mixture["num_experts_per_tok"])
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the config, and this file beside it."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]  # the dense family's
+        write_source(save_directory)
+
+
+class _MixtureModel:
+    """What a model has beside the dense class."""
+
+    config: Any
+    _wish: str | None = None
+    _is_built = False
+    _can_set_experts_implementation_cached_value = True  # what transformers would else look for in the source
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]  # the dense class's
+        self._is_built = True
+        if not IS_TRANSFORMERS_4:
+            self.config._experts_implementation_internal = self._check_and_adjust_experts_implementation(self._wish)
+        put_experts(self, config)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def _check_and_adjust_experts_implementation(self, experts_implementation: str | None) -> str:
+        """Keep the wish until dense modules, which know no experts, are built."""
+        if self._is_built:
+            return super()._check_and_adjust_experts_implementation(experts_implementation)  # type: ignore[misc, no-any-return]
+        self._wish = experts_implementation
+        return "eager"
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = getattr(self.config, "initializer_range", None) or 0.02
+        if isinstance(module, MixtureRouter):
+            _normal(module.weight, std)
+        elif isinstance(module, _Experts):
+            for name, parameter in module.named_parameters(recurse=False):
+                _zeros(parameter) if name.endswith("_bias") else _normal(parameter, std)
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+def _normal(parameter: nn.Parameter, std: float) -> None:
+    if not getattr(parameter, "_is_hf_initialized", False):
+        nn.init.normal_(parameter, mean=0.0, std=std)
+
+
+def _zeros(parameter: nn.Parameter) -> None:
+    if not getattr(parameter, "_is_hf_initialized", False):
+        nn.init.zeros_(parameter)
+
+
+def write_source(directory: str | pathlib.Path) -> None:
+    """Write this file into a checkpoint's directory."""
+    path = pathlib.Path(directory) / FILE_NAME
+    own = pathlib.Path(__file__).read_bytes()
+    if not path.exists() or path.read_bytes() != own:
+        path.write_bytes(own)
+
+
+@cache
+def find_class(name: str) -> Any:
+    """The class `MixtureX`, made of transformers' class `X`.
+
+    A config's or a model's.
+
+    Raises:
+        AttributeError: transformers has no such class.
+    """
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"no class {name}")
+    dense = getattr(transformers, name.removeprefix(PREFIX))
+    if issubclass(dense, PreTrainedModel):
+        return _make_model_class(name, dense)
+    own = {"model_type": MODEL_TYPE_PREFIX + dense.model_type, "__module__": __name__, "__doc__": dense.__doc__}
+    return type(name, (_MixtureConfig, dense), own)
+
+
+def _make_model_class(name: str, dense: Any) -> Any:
+    config_class = find_class(PREFIX + dense.config_class.__name__)
+    made = type(name, (_MixtureModel, dense), {"config_class": config_class, "__module__": __name__})
+    if not IS_TRANSFORMERS_4:
+        mapping = get_checkpoint_conversion_mapping(dense.__name__)
+        if mapping is not None:
+            register_checkpoint_conversion_mapping(name, copy.deepcopy(mapping), overwrite=True)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith(PREFIX):
+        return find_class(name)
+    raise AttributeError(f"module {__name__} has no {name}")
