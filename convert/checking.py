@@ -24,6 +24,7 @@ from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.data.blocks import check_data
 from dense2moe.upcycle.data.files import match_files, resolve_files
 from dense2moe.upcycle.errors import one_line_errors
+from dense2moe.upcycle.models.host import TRAINED_TASKS
 from dense2moe.upcycle.progress import Progress
 from dense2moe.upcycle.record import named_value
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -56,7 +57,7 @@ def _prepare(loaded: LoadedRecipe, progress: Progress) -> Preparation:
             "leave it out"
         )
     _check_context(loaded, checkpoint)
-    if recipe.finetune and _is_decoder(plan):
+    if recipe.finetune and _is_trained(plan):
         check_finetune(recipe.finetune, plan.num_layers)
     shapes = {write.spec.name: write.spec.shape for write in plan.writes}
     last_stage = _find_last_stage(plan, recipe.training_stages)
@@ -141,11 +142,22 @@ def _check_context(loaded: LoadedRecipe, checkpoint: Checkpoint) -> None:
         )
 
 
+def _is_trained(plan: UpcyclePlan) -> bool:
+    """Whether text alone trains the model."""
+    return plan.conversion.family.task in TRAINED_TASKS
+
+
 def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) -> tuple[str, str] | None:
     """The last possible stage, and why the next is not.
 
     It depends on the target and its training.
     """
+    if plan.conversion.keeps_rest and _is_trained(plan):
+        return (
+            "finetune",
+            f"a recipe does not export {plan.conversion.target.architecture} yet; dense2moe.quantize and "
+            "dense2moe.export_onnx of the Python API do",
+        )
     if not _is_decoder(plan):
         return (
             "upcycle",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,20 @@ from dense2moe.export.lowering import Lowering
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
 from dense2moe.export.runtime.generation import Generation, read_generation
-from dense2moe.export.storage import GENAI_CONFIG_NAME, LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
+from dense2moe.export.runtime.single_pass import SinglePass, measure_passes
+from dense2moe.export.runtime.speed import Speed
+from dense2moe.export.storage import (
+    GENAI_CONFIG_NAME,
+    LOWERING_KEY,
+    MIN_ONNXRUNTIME_KEY,
+    MODEL_NAME,
+    save_graph,
+    save_package_config,
+)
 from dense2moe.export.timing import cut_for_timing, time_lowerings
 from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
-from dense2moe.export.tracing.tracer import trace_decoder
-from dense2moe.upcycle.checkpoints.config_files import save_config
+from dense2moe.export.tracing.tracer import Trace, trace_model
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import copy_companions
 from dense2moe.upcycle.progress import Progress
 
@@ -49,10 +59,11 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     size = save_graph(graph.model, output, progress)
     check_graph(output, twin)
     copy_companions(source, output)
-    save_config(twin.checkpoint.config, output)
-    description = genai_config(twin.checkpoint.config, graph.shares_buffer, read_generation(output))
-    if {(kv_heads, head_size) for kv_heads, head_size in _cache_shapes(graph)} == {_cache_shape(description)}:
-        (output / GENAI_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    save_package_config(twin.checkpoint.config, output)
+    if (shapes := set(_cache_shapes(graph))) and not is_own(twin.checkpoint.config.model_type):
+        description = genai_config(twin.checkpoint.config, graph.shares_buffer, read_generation(output))
+        if shapes == {_cache_shape(description)}:
+            (output / GENAI_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(
         device=config.device,
         element_type=twin.element_type,
@@ -88,14 +99,30 @@ def _trace(
             "which are 'float16' and with export.device 'cuda' all but 'float32'"
         )
     progress("tracing", 0, 1)
-    trace = trace_decoder(twin)
+    trace = trace_model(twin)
     progress("tracing", 1, 1)
     candidates = find_traced_candidates(trace, twin, config)
     lowering, choice, timings = _choose(
-        twin, config, candidates, lambda found: lower_trace(trace, twin, config, found), folder, progress
+        twin,
+        config,
+        candidates,
+        lambda found: lower_trace(trace, twin, config, found),
+        folder,
+        progress,
+        None if trace.interface.has_cache else partial(_measure_passes, trace, config),
     )
     assert lowering is not None
     return lower_trace(trace, twin, config, lowering), choice, timings
+
+
+def _measure_passes(trace: Trace, config: OnnxConfig, directory: Path) -> Speed:
+    """The speed of a package without a cache.
+
+    On one text, image or sound like the traced ones.
+    """
+    length = min(config.request.prompt_tokens, trace.interface.most_tokens)
+    package = SinglePass(directory, PROVIDERS[config.device])
+    return measure_passes(package, trace.interface.make_inputs(1, length), length, num_rounds=1)
 
 
 def _choose(
@@ -105,6 +132,7 @@ def _choose(
     build: Callable[[Lowering], DecoderGraph],
     folder: Path,
     progress: Progress,
+    measure: Callable[[Path], Speed] | None = None,
 ) -> tuple[Lowering | None, LoweringChoice, Timings]:
     """The lowering to write, how it was chosen, and deciding times.
 
@@ -114,7 +142,7 @@ def _choose(
         return next(iter(candidates), None), "only", ()
     if not is_at_hand(PROVIDERS[config.device]):
         return candidates[0], "first, as no such device was there to time on", ()
-    timings = time_lowerings(twin, config, candidates, build, folder, progress)
+    timings = time_lowerings(twin, config, candidates, build, folder, progress, measure)
     return next(lowering for lowering in candidates if lowering.name == timings[0].lowering), "timed", timings
 
 

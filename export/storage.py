@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import onnx_ir as ir
+from transformers import PreTrainedConfig
 
+from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME, save_config
+from dense2moe.upcycle.checkpoints.mixture_classes import dense_config, is_own, usual_sizes
 from dense2moe.upcycle.progress import Progress
 
 MODEL_NAME = "model.onnx"
@@ -35,6 +39,15 @@ def save_graph(model: ir.Model, directory: Path, progress: Progress) -> int:
             progress("writing weights", number, len(values))
     ir.save(model, directory / MODEL_NAME)
     return sum((directory / name).stat().st_size for name in (MODEL_NAME, DATA_NAME))
+
+
+def save_package_config(config: PreTrainedConfig, output: Path) -> None:
+    """Write `config.json`, under the names that clients know."""
+    save_config(dense_config(config), output)
+    if is_own(config.model_type):
+        path = output / CONFIG_NAME
+        values = usual_sizes(config) | json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _write_weights(values: list[ir.Value], file: BinaryIO, directory: Path) -> Iterator[None]:

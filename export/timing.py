@@ -23,7 +23,7 @@ from dense2moe.export.lowering import Lowering
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, Decoder
 from dense2moe.export.runtime.speed import Speed, measure_speed
-from dense2moe.export.storage import save_graph
+from dense2moe.export.storage import save_graph, save_package_config
 from dense2moe.upcycle.models.parts import layer_of
 from dense2moe.upcycle.progress import Progress
 
@@ -46,13 +46,14 @@ def time_lowerings(
     build: Callable[[Lowering], DecoderGraph],
     folder: Path,
     progress: Progress,
+    measure: Callable[[Path], Speed] | None = None,
 ) -> list[LoweringTime]:
     """Time the graph that `build` makes with every candidate, the fastest first.
 
-    Files that this needs lie in `folder` and are gone afterwards.
+    `measure` takes the speed of a package that is no decoder. Files that this needs lie in `folder` and are gone
+    afterwards.
     """
-    c = twin.checkpoint.config
-    prompt = np.random.default_rng(0).integers(0, min(c.vocab_size, _TIMED_VOCABULARY), config.request.prompt_tokens)
+    measure = measure or (lambda directory: _measure_decoder(twin, config, directory))
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         total, turns = len(candidates) * (1 + _NUM_ROUNDS), [lowering.name for lowering in candidates] * _NUM_ROUNDS
         for number, lowering in enumerate(candidates):
@@ -60,18 +61,22 @@ def time_lowerings(
             directory = Path(scratch) / lowering.name
             directory.mkdir()
             save_graph(build(lowering).model, directory, lambda *_: None)
-            c.save_pretrained(directory)
+            save_package_config(twin.checkpoint.config, directory)
         speeds: dict[str, list[Speed]] = {lowering.name: [] for lowering in candidates}
         for number, name in enumerate(turns, len(candidates)):
             progress("timing lowerings", number, total)
-            decoder = Decoder(Path(scratch) / name, PROVIDERS[config.device])
-            speeds[name].append(
-                measure_speed(decoder, prompt.tolist(), min(config.request.new_tokens, _MOST_NEW_TOKENS), num_rounds=1)
-            )
-            del decoder  # before the next one is loaded
+            speeds[name].append(measure(Path(scratch) / name))
         progress("timing lowerings", total, total)
     times = [_time(name, found, config) for name, found in speeds.items()]
     return sorted(times, key=lambda found: found.request_seconds)
+
+
+def _measure_decoder(twin: Twin, config: OnnxConfig, directory: Path) -> Speed:
+    """The speed of a decoder, which is loaded for that alone."""
+    vocabulary = min(twin.checkpoint.config.vocab_size, _TIMED_VOCABULARY)
+    prompt = np.random.default_rng(0).integers(0, vocabulary, config.request.prompt_tokens)
+    decoder = Decoder(directory, PROVIDERS[config.device])
+    return measure_speed(decoder, prompt.tolist(), min(config.request.new_tokens, _MOST_NEW_TOKENS), num_rounds=1)
 
 
 def cut_for_timing(twin: Twin) -> Cut:

@@ -30,7 +30,7 @@ from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import Decoder, Sampling
 from dense2moe.export.storage import LOWERING_KEY, MIN_ONNXRUNTIME_KEY, MODEL_NAME, save_graph
 from dense2moe.export.tracing.passes import find_traced_candidates, lower_trace
-from dense2moe.export.tracing.tracer import trace_decoder
+from dense2moe.export.tracing.tracer import trace_model
 from dense2moe.export.variant import Variant
 from dense2moe.upcycle.checkpoints.reader import open_checkpoint
 
@@ -132,7 +132,7 @@ class Traced:
         stem, fields = MODELS[name]
         self.folder, self.source = folder, folder / "source"
         make_model(stem, **fields).save_pretrained(self.source)
-        self.trace = trace_decoder(Twin(self.twin("float32")))
+        self.trace = trace_model(Twin(self.twin("float32")))
 
     def twin(self, variant: Variant, zero_points: bool = False) -> Path:
         twin = self.folder / f"twin-{variant}-{zero_points}"

@@ -39,7 +39,7 @@ class Shape:
         head_dim = getattr(c, "head_dim", None) or c.hidden_size // heads
         return cls(
             c.hidden_size,
-            head_dim * (heads + 2 * c.num_key_value_heads),
+            head_dim * (heads + 2 * (getattr(c, "num_key_value_heads", None) or heads)),
             width,
             c.vocab_size,
             c.num_hidden_layers,
@@ -62,6 +62,19 @@ class Shape:
     def logits(self, num_blocks: int, block_size: int, gradient: bool) -> int:
         """Bytes of logits, of their gradient, and of one block's loss."""
         return FLOAT_BYTES * self.vocabulary * block_size * (num_blocks * (1 + gradient) + 3)
+
+
+def find_inner_width(config: Any) -> int:
+    """Neurons of one expert, or of a dense FFN.
+
+    GPT-2's kin may leave it open: four times the hidden size.
+    """
+    section = getattr(config, "mixture", None)
+    if section is not None:
+        return max(int(site["intermediate_size"]) for site in section["sites"])
+    fields = ("moe_intermediate_size", "intermediate_size", "n_inner")
+    width = next((value for name in fields if (value := getattr(config, name, None))), None)
+    return int(width or 4 * config.hidden_size)
 
 
 def data_bytes(text_bytes: int) -> int:

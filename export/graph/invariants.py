@@ -31,6 +31,7 @@ from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.quantization.bits import plan_classes
+from dense2moe.export.quantization.parameters import has_tied_head
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.storage import MODEL_NAME
 from dense2moe.upcycle.models.parts import TensorClass, layer_of
@@ -114,7 +115,7 @@ def _check_elements(directory: Path, graph: _Graph, twin: Twin, classes: dict[st
         "attention",
         "router",
         "head",
-        *(("embedding",) if twin.checkpoint.config.tie_word_embeddings else ()),
+        *(("embedding",) if has_tied_head(twin.checkpoint.config) else ()),
     )
     for name, entry in twin.checkpoint.entries.items():
         if classes[name] in multiplied and _is_matrix(entry.shape):

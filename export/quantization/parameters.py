@@ -17,8 +17,11 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
 from dense2moe.export.errors import ExportError
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
+from dense2moe.upcycle.models.mixture import find_class
 from dense2moe.upcycle.models.parts import TensorClass
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,18 +43,42 @@ def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
     """A config's model: parameters without values, buffers with them.
 
     Raises:
-        ExportError: transformers has no decoder of this config.
+        ExportError: transformers has no decoder of this config, and it is no mixture of ours.
     """
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if not is_own(config.model_type) and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ExportError(
             f"config.json: model_type {config.model_type} has no decoder in transformers (AutoModelForCausalLM)"
         )
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if is_own(config.model_type):
+            assert config.architectures, "a mixture of ours names its class"
+            model = find_class(config.architectures[0])(config)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert isinstance(model, PreTrainedModel)
     model.tie_weights()  # without values every module got a parameter of its own
     model.eval()
     return model
+
+
+def has_tied_head(config: PreTrainedConfig) -> bool:
+    """Whether a head multiplies by the embedding's table.
+
+    A model of ours may have no such head, whatever its config says.
+    """
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    return tied and (not is_own(config.model_type) or empty_model(config).get_output_embeddings() is not None)
+
+
+def find_transposed(config: PreTrainedConfig) -> frozenset[str]:
+    """Matrices of our own mixtures that lie [in, out], as Conv1D's do.
+
+    Integers share scales along what a matrix reads, so these stay floats.
+    """
+    if not is_own(config.model_type):
+        return frozenset()
+    modules = empty_model(config).named_modules()
+    return frozenset(f"{name}.weight" for name, module in modules if type(module) is Conv1D)
 
 
 def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
@@ -73,7 +100,9 @@ def locate_parameters(model: PreTrainedModel, shapes: Shapes) -> dict[str, tuple
         begins[name] = count
         numbers[name] = torch.arange(count, count + math.prod(shape)).reshape(shape)
         count += math.prod(shape)
-    tensors = {name: tensor.flatten() for name, tensor in revert_weight_conversion(model, numbers).items()}
+    # a checkpoint of ours is opened under the names of the modules (`checkpoints.module_names`)
+    saved = numbers if is_own(model.config.model_type) else revert_weight_conversion(model, numbers)
+    tensors = {name: tensor.flatten() for name, tensor in saved.items()}
     missing = sorted(set(tensors) - set(shapes))
     unknown = sorted(set(shapes) - set(tensors))
     if missing or unknown:
@@ -160,7 +189,7 @@ def classify_parameters(model: PreTrainedModel) -> dict[str, TensorClass]:
                 type(module) is nn.Linear and hasattr(parent, "experts")
             ):
                 classes[full] = "router"
-            elif type(module) is nn.Linear:
+            elif type(module) in (nn.Linear, Conv1D):
                 classes[full] = (
                     "bias" if name == "bias" else "attention" if "attn" in path or "attention" in path else "experts"
                 )
@@ -183,7 +212,9 @@ def classify_tensors(config: PreTrainedConfig, shapes: Shapes) -> dict[str, Tens
     for parameter, pieces in located.items():
         own = classes.get(parameter, "norm")  # a stored buffer
         for piece in pieces:
-            if found.setdefault(piece.name, own) != own:
+            if {found.get(piece.name), own} == {"bias", "norm"}:  # a vector that two modules share
+                found[piece.name] = "bias"
+            elif found.setdefault(piece.name, own) != own:
                 raise ExportError(
                     f"tensor '{piece.name}' is {found[piece.name]} and {own} at once; it can be neither quantized "
                     "nor exported"

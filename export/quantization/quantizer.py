@@ -42,6 +42,7 @@ from dense2moe.export.quantization.config import QuantizeConfig
 from dense2moe.export.quantization.facts import BitSearch, QuantizeFacts
 from dense2moe.export.quantization.journal import RecordJournal
 from dense2moe.export.quantization.packing import check_budget, node_bytes, package_bytes, rotary_bytes, stored_bytes
+from dense2moe.export.quantization.parameters import find_transposed, has_tied_head
 from dense2moe.export.quantization.sensitivity import Ruler, Weights
 from dense2moe.export.quantization.twin import SCHEME_NAME, read_quantized
 from dense2moe.export.quantization.writer import Quantization, choose_text, write_integers, write_twin
@@ -102,7 +103,7 @@ def quantize_checkpoint(
     checkpoint = open_checkpoint(source)
     family = find_decoder_family(checkpoint.config) if find_refusal(checkpoint.config) is None else None
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
-    check_head(config, checkpoint.config.tie_word_embeddings)
+    check_head(config, has_tied_head(checkpoint.config))
     classes = plan_classes(checkpoint.config, shapes)
     if config.input_scaling == "auto":
         smooth = family is not None and blocks is not None and rounds_to_8_bits(variant, device, given.activation_bits)
@@ -113,6 +114,7 @@ def quantize_checkpoint(
     job = Quantization(checkpoint, family, classes, variant, config, device, blocks, output, progress, given.scratch)
     bits = class_bits(variant, config, device)
     plan = plan_bits(shapes, classes, bits, config.overrides)
+    plan |= dict.fromkeys(find_transposed(checkpoint.config), bits["bias"])
     search = None
     for number, _ in enumerate(check_values(checkpoint), 1):
         progress("checking weights", number, len(checkpoint.entries))

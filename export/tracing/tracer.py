@@ -1,4 +1,4 @@
-"""Any sparse decoder traced, with markers in place of its large weights.
+"""Any sparse model traced, with markers in place of its large weights.
 
 transformers' exporter follows the model's own forward, so whatever a family does between its matrices is right by
 construction: its attention, its norms, how its router chooses. What holds weights is not followed. Before the trace,
@@ -35,16 +35,18 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations import moe as transformers_moe
+from transformers.pytorch_utils import Conv1D
 
 from dense2moe.export import names
 from dense2moe.export.coverage import Activation
 from dense2moe.export.errors import ExportError
 from dense2moe.export.quantization.parameters import RowRange, empty_model, find_routers, locate_parameters
 from dense2moe.export.quantization.twin import FloatWeight, Twin
+from dense2moe.export.tracing.interface import BATCH, NEW, PAST, Interface, find_interface
+from dense2moe.upcycle.checkpoints.loaded import find_layers
 
 DOMAIN = "dense2moe"
 OPSET = 20
-_BATCH, _PAST, _NEW = 2, 5, 3  # sizes of the traced example: all different, none of them 0 or 1
 
 
 @dataclass(frozen=True)
@@ -67,22 +69,26 @@ class Trace:
     """A graph with markers.
 
     `located`: where in the checkpoint the rows of every parameter lie. `experts`: the modules of experts by name.
+    `outputs`: the graph's, by transformers' names. `transposed`: products whose matrix lies [in, out].
     """
 
     model: ir.Model
     located: Mapping[str, tuple[RowRange, ...]]
     experts: Mapping[str, ExpertsModule]
+    interface: Interface
+    outputs: tuple[str, ...]
     num_layers: int
+    transposed: frozenset[str] = frozenset()
 
 
-def trace_decoder(twin: Twin) -> Trace:
-    """Trace the decoder of a twin, one graph for prefill and decode.
+def trace_model(twin: Twin) -> Trace:
+    """Trace the model of a twin, for prefill and decode alike.
 
     Raises:
         ExportError: onnxscript is not there, the exporter fails, or the model has what this road does not know.
     """
-    config = twin.checkpoint.config
-    model = empty_model(config)
+    model = empty_model(twin.checkpoint.config)
+    interface = find_interface(model)
     located = locate_parameters(model, {name: entry.shape for name, entry in twin.checkpoint.entries.items()})
     experts = _mark(model)
     _fill(model, located, twin)
@@ -91,13 +97,19 @@ def trace_decoder(twin: Twin) -> Trace:
         if getattr(rotary, "rope_type", None) == "dynamic":
             rotary.rope_type = "default"  # its frequencies change beyond the context only, where a package ends
     with _silence():
-        graph = _export(model)
-    return Trace(graph, located, experts, len(model.get_decoder().layers))
+        graph = _export(model, interface)
+    outputs = tuple(str(value.name) for value in graph.graph.outputs)
+    return Trace(graph, located, experts, interface, outputs, len(find_layers(model)), _find_transposed(model))
+
+
+def _find_transposed(model: PreTrainedModel) -> frozenset[str]:
+    """The products whose matrix lies [in, out], as Conv1D's does."""
+    return frozenset(name for name, module in model.named_modules() if type(module) is Conv1D)
 
 
 def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
     """Replace large modules' forward by markers, and drop their weights."""
-    layers = model.get_decoder().layers
+    layers = find_layers(model)
     layer_of = {id(module): n for n, layer in enumerate(layers) for module in layer.modules()}
     found: dict[str, ExpertsModule] = {}
     logits: dict[str, torch.Tensor] = {}  # by experts' module, what its router has just said
@@ -108,6 +120,8 @@ def _mark(model: PreTrainedModel) -> dict[str, ExpertsModule]:
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
             _answer(module, _linear_marker(name, module.out_features))
+        elif type(module) is Conv1D:
+            _answer(module, _linear_marker(name, module.nf))
         elif module is model.get_input_embeddings() and type(module) is nn.Embedding:
             _answer(module, _embedding_marker(name, module.embedding_dim))
         elif hasattr(module, "is_transposed"):
@@ -232,7 +246,7 @@ def _fill(model: PreTrainedModel, located: Mapping[str, tuple[RowRange, ...]], t
         setattr(owner, name.rpartition(".")[2], kept)
 
 
-def _export(model: PreTrainedModel) -> ir.Model:
+def _export(model: PreTrainedModel, interface: Interface) -> ir.Model:
     try:
         from transformers.exporters.configs import OnnxConfig  # onnxscript is an extra: only this road needs it
         from transformers.exporters.exporter_onnx import OnnxExporter
@@ -244,17 +258,12 @@ def _export(model: PreTrainedModel) -> ir.Model:
         ) from error
     dynamic = torch.export.Dim.DYNAMIC
     try:
-        past = _empty_past(model)
-        inputs: dict[str, Any] = {
-            "input_ids": torch.ones(_BATCH, _NEW, dtype=torch.int64),
-            "attention_mask": torch.ones(_BATCH, _PAST + _NEW, dtype=torch.int64),
-            "position_ids": torch.arange(_PAST, _PAST + _NEW).repeat(_BATCH, 1),
-            "past_key_values": past,
-        }
-        shapes = {
-            **{name: {0: dynamic, 1: dynamic} for name in ("input_ids", "attention_mask", "position_ids")},
-            "past_key_values": [{0: dynamic, 2: dynamic}] * (2 * len(past.layers)),
-        }
+        inputs: dict[str, Any] = {name: each.example for name, each in interface.inputs.items()}
+        shapes: dict[str, Any] = {name: dict.fromkeys(each.axes, dynamic) for name, each in interface.inputs.items()}
+        if interface.has_cache:
+            past = _empty_past(model)
+            inputs["past_key_values"] = past
+            shapes["past_key_values"] = [{0: dynamic, 2: dynamic}] * (2 * len(past.layers))
         exported = exporter.export(model, inputs, config=OnnxConfig(dynamic_shapes=shapes, opset_version=OPSET))
     except ExportError:
         raise
@@ -272,7 +281,7 @@ def _export(model: PreTrainedModel) -> ir.Model:
 def _empty_past(model: PreTrainedModel) -> DynamicCache:
     """A cache of zeros, in the shapes the model's layers write."""
     with torch.no_grad():
-        written = model(input_ids=torch.ones(_BATCH, _NEW, dtype=torch.int64), use_cache=True).past_key_values
+        written = model(input_ids=torch.ones(BATCH, NEW, dtype=torch.int64), use_cache=True).past_key_values
     layers = getattr(written, "layers", ())
     strange = next(
         (type(layer).__name__ for layer in layers if not isinstance(layer, DynamicLayer) or layer.keys is None), None
@@ -284,7 +293,7 @@ def _empty_past(model: PreTrainedModel) -> DynamicCache:
         )
     past = DynamicCache()
     for n, layer in enumerate(layers):
-        shapes = [(_BATCH, value.shape[1], _PAST, value.shape[3]) for value in (layer.keys, layer.values)]
+        shapes = [(BATCH, value.shape[1], PAST, value.shape[3]) for value in (layer.keys, layer.values)]
         past.update(torch.zeros(shapes[0]), torch.zeros(shapes[1]), n)
     return past
 

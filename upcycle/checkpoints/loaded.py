@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loading import load_whole
 from dense2moe.upcycle.checkpoints.mixture_classes import is_own
+from dense2moe.upcycle.models.architecture import count_layers
+from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.tasks.model_class import find_model_class
 
 
@@ -42,10 +44,23 @@ def router_modules(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
             yield cast(torch.nn.Module, router)
 
 
+def find_layers(model: PreTrainedModel) -> tuple[torch.nn.Module, ...]:
+    """The layers of a decoder, or all of a host."""
+    host = find_host(model.config.model_type)
+    if host is None:
+        return tuple(cast(torch.nn.ModuleList, model.get_decoder().layers))
+    base = getattr(model, host.prefix, model) if host.prefix else model
+    return tuple(
+        base.get_submodule(stack.layer.format(layer=number))
+        for stack in host.stacks
+        for number in range(count_layers(stack.num_layers, model.config))
+    )
+
+
 def sparse_layers(model: PreTrainedModel) -> tuple[int, ...]:
-    """The numbers of a decoder's layers that have experts."""
-    layers = cast(torch.nn.ModuleList, model.get_decoder().layers)
-    return tuple(number for number, layer in enumerate(layers) if next(router_modules(layer), None) is not None)
+    """The numbers of a model's layers that have experts."""
+    layers = enumerate(find_layers(model))
+    return tuple(number for number, layer in layers if next(router_modules(layer), None) is not None)
 
 
 def router_weights(model: torch.nn.Module) -> Iterator[torch.nn.Parameter]:

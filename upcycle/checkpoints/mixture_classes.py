@@ -45,6 +45,26 @@ def map_classes(dense: type[PreTrainedConfig]) -> dict[str, str]:
     return {auto_class: f"{module}.{CLASS_PREFIX}{name}" for auto_class, name in named.items()}
 
 
+def dense_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A mixture's config as its dense family has it.
+
+    Clients of ONNX know that. The section `mixture` stays, for who asks how many experts there are, and sizes are told
+    under the names that most families have too (GPT-2 calls its width `n_embd`). Any other config is returned as it is.
+    """
+    if not is_own(config.model_type):
+        return config
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "auto_map")}
+    made: PreTrainedConfig = CONFIG_MAPPING[config.model_type.removeprefix(MODEL_TYPE_PREFIX)](**fields)
+    made.architectures = [name.removeprefix(CLASS_PREFIX) for name in config.architectures or ()]
+    return made
+
+
+def usual_sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """A config's sizes under the names that most families have."""
+    own = {name: getattr(config, other) for name, other in config.attribute_map.items() if hasattr(config, other)}
+    return own | {name: int(getattr(config, name)) for name in ("num_experts", "num_experts_per_tok")}
+
+
 def _auto_classes(dense: type[PreTrainedConfig]) -> Iterator[tuple[Any, Any]]:
     """Every auto class that loads a family's models, and what it loads.
 

@@ -16,6 +16,12 @@ from dense2moe.upcycle.gates.gate import Gate
 from dense2moe.upcycle.models.parts import Ffn, Matrix, Part, matches
 
 
+def count_layers(field_name: str, config: Any) -> int:
+    """The value of a config's field, which may be below another."""
+    count: int = functools.reduce(getattr, field_name.split("."), config)
+    return count
+
+
 @dataclass(frozen=True)
 class Stack:
     """Layers that are alike: how many, and where each part lies.
@@ -30,8 +36,7 @@ class Stack:
 
     def count_layers(self, config: Any) -> int:
         """How many layers it has in a model of this config."""
-        count: int = functools.reduce(getattr, self.num_layers.split("."), config)
-        return count
+        return count_layers(self.num_layers, config)
 
 
 @dataclass(frozen=True)

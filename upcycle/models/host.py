@@ -40,6 +40,10 @@ TASK_OF_HEAD: Mapping[str, str] = {
 Half = Literal["first", "last"]
 
 
+TRAINED_TASKS = ("text-generation", "fill-mask")
+"""Tasks that models are trained for with nothing but text."""
+
+
 @dataclass(frozen=True)
 class HostStack:
     """Layers that are alike, and the FFN in each.

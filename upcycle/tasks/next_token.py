@@ -26,7 +26,7 @@ def next_token_loss(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(block[:-1].float(), ids[number, 1:])
 
-    return _mean_over_blocks(logits, of_block)
+    return mean_over_blocks(logits, of_block)
 
 
 def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -37,16 +37,22 @@ def distillation_loss(logits: torch.Tensor, teacher_logits: torch.Tensor, temper
     the temperature changes (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", section 2). No gradient
     flows into the teacher.
     """
-
-    def of_block(number: int, block: torch.Tensor) -> torch.Tensor:
-        student = (block[:-1].float() / temperature).log_softmax(-1)
-        teacher = (teacher_logits[number, :-1].detach().float() / temperature).log_softmax(-1)
-        return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
-
-    return _mean_over_blocks(logits, of_block)
+    return mean_over_blocks(
+        logits, lambda number, block: block_divergence(block[:-1], teacher_logits[number, :-1], temperature)
+    )
 
 
-def _mean_over_blocks(logits: torch.Tensor, of_block: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
+def block_divergence(logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Mean divergence over the positions of one block, in nats; a scalar.
+
+    Both logits are [S, vocabulary]; see `distillation_loss`.
+    """
+    student = (logits.float() / temperature).log_softmax(-1)
+    teacher = (teacher_logits.detach().float() / temperature).log_softmax(-1)
+    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+
+
+def mean_over_blocks(logits: torch.Tensor, of_block: Callable[[int, torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """Mean of a loss over blocks of logits [B, S, vocabulary].
 
     `of_block` gives the loss of one block, by its number and its logits [S, vocabulary].

@@ -25,6 +25,7 @@ class Task:
     divergence: how far predictions are from a teacher's at a temperature, a scalar to be mixed with the loss.
     figures: what a model is judged by, the most important first, from the mean loss of its examples.
     unread: more arguments for a pass whose predictions nobody reads.
+    decodes: whether a model says one token after the other; else its speed is that of a pass.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Task:
     divergence: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     figures: Callable[[float], tuple[Figure, ...]]
     unread: Mapping[str, Any]
+    decodes: bool = True
 
     @property
     def model_class(self) -> Any:

@@ -98,6 +98,17 @@ def decode_speed(model: PreTrainedModel, prompt: torch.Tensor, num_tokens: int =
     return sorted(speeds)[repeats // 2]
 
 
+@torch.inference_mode()
+def pass_speed(model: PreTrainedModel, inputs: dict[str, Any], repeats: int = 3) -> float:
+    """Tokens per second of a pass, the median of `repeats`."""
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        model(**inputs).logits.sum().item()  # a device may still be at it
+        seconds.append(time.perf_counter() - started)
+    return float(inputs["input_ids"].numel() / sorted(seconds[1:])[repeats // 2])
+
+
 def evaluate(
     directory: Path,
     blocks: torch.Tensor,
@@ -115,7 +126,10 @@ def evaluate(
     progress(f"evaluating {name}", 0, 1)
     model = load_stored(directory, task.name)
     cast(Any, model).to("cuda" if torch.cuda.is_available() else "cpu")
-    speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
+    if task.decodes:
+        speed = decode_speed(model, blocks[0, : max(1, blocks.shape[1] // 2)])
+    else:
+        speed = pass_speed(model, task.inputs({"input_ids": blocks[:1].to(model.device)}))
     compute_wide(model)
     prompt = read_prompt(directory)
 

@@ -39,11 +39,10 @@ def sorted_experts_forward(
 ) -> torch.Tensor:
     """Output of the experts, [T, H], for hidden states [T, H].
 
-    Index and weights of each token's experts are [T, k]. For gated experts without biases whose weights lie [E, 2I, H]
-    and [E, H, I], as those of every target of ours do.
+    Index and weights of each token's experts are [T, k]. For experts whose weights lie [E, 2I, H], or [E, I, H] without
+    a gate, and [E, H, I], as those of every target of ours do.
     """
-    assert experts.has_gate
-    assert not any((experts.has_bias, experts.is_transposed, experts.has_post_expert_norm))
+    assert not any((experts.is_transposed, experts.has_post_expert_norm))
     order = top_k_index.flatten().argsort(stable=True)
     counts = top_k_index.flatten().bincount(minlength=experts.num_experts).tolist()
     tokens = order // top_k_index.shape[1]
@@ -52,7 +51,8 @@ def sorted_experts_forward(
         parts = hidden.index_select(0, torch.cat(filled)).split([len(own) for own in filled])
     else:
         parts = hidden.index_select(0, tokens).split(counts)
-    weights = zip(_matrices(experts, "gate_up_proj"), _matrices(experts, "down_proj"), strict=True)
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    weights = zip(_matrices(experts, first), _matrices(experts, "down_proj"), strict=True)
     given = [
         _run_expert(experts, part, up, down)[:count]
         for part, count, (up, down) in zip(parts, counts, weights, strict=True)
@@ -73,13 +73,14 @@ def _uses_onednn(hidden: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _Matrix:
-    """An expert's matrix [out, in], and its low-rank update.
+    """An expert's matrix [out, in], its low-rank update, and its bias.
 
     Factors [rank, in] and [out, rank], float32, and the scale of their product.
     """
 
     weight: torch.Tensor
     update: tuple[torch.Tensor, torch.Tensor, float] | None = None
+    bias: torch.Tensor | None = None
 
     @property
     def learns(self) -> bool:
@@ -87,6 +88,8 @@ class _Matrix:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         found = product(x, self.weight)
+        if self.bias is not None:
+            found = found + self.bias.to(found.dtype)
         if self.update is None:
             return found
         first, second, scale = self.update
@@ -95,21 +98,22 @@ class _Matrix:
 
 def _matrices(experts: Any, name: str) -> list[_Matrix]:
     weights = getattr(experts, name).unbind(0)
+    biases = getattr(experts, f"{name}_bias").unbind(0) if experts.has_bias else (None,) * len(weights)
     factors = getattr(experts, LOW_RANK, {}).get(name)
     if factors is None:
-        return [_Matrix(weight) for weight in weights]
+        return [_Matrix(weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
     first, second, scale = factors()
-    return [_Matrix(weight, (a, b, scale)) for weight, a, b in zip(weights, first, second, strict=True)]
+    pieces = zip(weights, first, second, biases, strict=True)
+    return [_Matrix(weight, (a, b, scale), bias) for weight, a, b, bias in pieces]
 
 
 def _run_expert(experts: Any, part: torch.Tensor, up: _Matrix, down: _Matrix) -> torch.Tensor:
+    activate = experts._apply_gate if experts.has_gate else experts.act_fn
     if not torch.is_grad_enabled() or not getattr(experts, _RECOMPUTES, True):
-        return down(experts._apply_gate(up(part)))
+        return down(activate(up(part)))
     if up.learns or down.learns:
-        return cast(
-            torch.Tensor, checkpoint(lambda inner: down(experts._apply_gate(inner)), up(part), use_reentrant=False)
-        )
-    return down(cast(torch.Tensor, checkpoint(lambda x: experts._apply_gate(up(x)), part, use_reentrant=False)))
+        return cast(torch.Tensor, checkpoint(lambda inner: down(activate(inner)), up(part), use_reentrant=False))
+    return down(cast(torch.Tensor, checkpoint(lambda x: activate(up(x)), part, use_reentrant=False)))
 
 
 def use_sorted_experts(model: Any, recomputes: bool = True) -> None:
@@ -120,5 +124,5 @@ def use_sorted_experts(model: Any, recomputes: bool = True) -> None:
     ALL_EXPERTS_FUNCTIONS.register(NAME, sorted_experts_forward)
     model.set_experts_implementation(NAME)
     for module in model.modules():
-        if "gate_up_proj" in getattr(module, "_parameters", {}):
+        if hasattr(module, "is_transposed"):  # experts, as transformers marks them
             setattr(module, _RECOMPUTES, recomputes)

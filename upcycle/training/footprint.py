@@ -10,7 +10,7 @@ from typing import Any
 from dense2moe.upcycle.building.plan import UpcyclePlan
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.data.config import DataConfig
-from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, layer_of
+from dense2moe.upcycle.footprint import FLOAT_BYTES, IMPORT_BYTES, Shape, find_inner_width, layer_of
 from dense2moe.upcycle.memory import HEAP_BYTES
 from dense2moe.upcycle.training.branch_config import BranchConfig
 from dense2moe.upcycle.training.config import FinetuneConfig
@@ -42,16 +42,16 @@ def branch_bytes(plan: UpcyclePlan, dense: Checkpoint, branch: BranchConfig, dat
 
 def _describe_dense(plan: UpcyclePlan, dense: Checkpoint) -> tuple[Shape, dict[str, int]]:
     """The dense model's shape, and the elements of its tensors."""
-    width = getattr(dense.config, "intermediate_size", getattr(plan.target_config, "intermediate_size", 0))
+    width = find_inner_width(dense.config)
     sizes = {name: entry.num_elements for name, entry in dense.entries.items() if name not in plan.dropped}
     return Shape.of(dense.config, int(width), 1), sizes
 
 
 def _phases(plan: UpcyclePlan, dense: Checkpoint, finetune: FinetuneConfig, data: DataConfig) -> Iterator[int]:
     config = plan.target_config
-    mixture = Shape.of(
-        config, int(getattr(config, plan.conversion.experts.width_field)), plan.settings.num_experts_per_tok
-    )
+    width_field = plan.conversion.experts.width_field
+    width = find_inner_width(config) if plan.conversion.keeps_rest else int(getattr(config, width_field))
+    mixture = Shape.of(config, width, plan.settings.num_experts_per_tok)
     sizes = {write.spec.name: math.prod(write.spec.shape) for write in plan.writes}
     own, dense_sizes = _describe_dense(plan, dense)
     wide = finetune.dtype == "float32"
@@ -107,7 +107,7 @@ def keeps_much(config: Any, num_tokens: int) -> bool:
     `num_tokens` tokens pass at once.
     """
     c = getattr(config, "decoder", config)
-    width = getattr(c, "moe_intermediate_size", None) or c.intermediate_size
+    width = find_inner_width(c)
     shape = Shape.of(config, int(width), int(getattr(c, "num_experts_per_tok", 1)))
     return _keeps_much(shape, num_tokens)
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from dense2moe.upcycle.checkpoints.loaded import find_layers
 from dense2moe.upcycle.memory import give_heap_back
 from dense2moe.upcycle.training.expert_forward import LOW_RANK
 
@@ -25,7 +26,7 @@ def add_low_rank(model: PreTrainedModel, matrices: Collection[str], rank: int, a
     """
     import peft  # slow to import, and only this needs it
 
-    layers: Any = model.get_decoder().layers
+    layers: Any = nn.ModuleList(find_layers(model))
     names = {id(parameter): name for name, parameter in layers.named_parameters()}
     wanted = {name: names[id(parameter)] for name, parameter in model.named_parameters() if name in matrices}
     stacked = sorted(inner for name, inner in wanted.items() if not name.endswith(".weight"))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from dense2moe.upcycle.checkpoints.loaded import router_weights
+from dense2moe.upcycle.checkpoints.loaded import find_layers, router_weights
 from dense2moe.upcycle.memory import release_memory
 from dense2moe.upcycle.tasks.task import Task
 from dense2moe.upcycle.training.frozen import load_frozen
@@ -42,8 +42,8 @@ def measure_router_gradient(mixture: Path, blocks: torch.Tensor, task: Task) -> 
     for parameter in model.parameters():
         if parameter.numel():
             parameter.requires_grad_().register_post_accumulate_grad_hook(let_go)
-    layers: Any = model.get_decoder()
-    for layer in layers.layers:
+    layers: Any = find_layers(model)
+    for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     batch = {"input_ids": blocks}
     task.loss(model(**task.inputs(batch)).logits, batch).backward()

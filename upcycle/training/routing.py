@@ -20,12 +20,18 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from dense2moe.upcycle.checkpoints.loaded import count_experts, router_modules, router_weights, selection_biases
+from dense2moe.upcycle.checkpoints.loaded import (
+    count_experts,
+    find_layers,
+    router_modules,
+    router_weights,
+    selection_biases,
+)
 from dense2moe.upcycle.gates.balance import (
     balance_loss,
     chosen_load,
@@ -252,8 +258,7 @@ class Routing:
         if not self._logits:
             return ()
         loads, self._loads = torch.stack(self._loads).mean(0), []
-        layers = cast(Any, self.model.get_decoder()).layers
-        weights = (weights for layer in layers for weights in _stacked_weights(layer))
+        weights = (weights for layer in find_layers(self.model) for weights in _stacked_weights(layer))
         biases = selection_biases(self.model)
         return describe_routing(self.sparse_layers, loads, self._logits, weights, biases, self.gate)
 

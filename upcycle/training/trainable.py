@@ -6,7 +6,6 @@ between us and the model rename, merge and skip without a word.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -18,6 +17,9 @@ from transformers import PreTrainedModel
 
 from dense2moe.upcycle.checkpoints.loaded import router_modules, router_weights
 from dense2moe.upcycle.errors import UpcycleError
+from dense2moe.upcycle.models.architecture import count_layers
+from dense2moe.upcycle.models.parts import layer_of
+from dense2moe.upcycle.models.table import find_host
 from dense2moe.upcycle.training.config import FinetuneConfig
 from dense2moe.upcycle.training.limits import count_last_layers
 from dense2moe.upcycle.training.low_rank import add_low_rank, read_updates
@@ -32,6 +34,8 @@ _EXPERT_PARTS = (
     ".shared_experts.",
     ".shared_mlp.",
 )
+_EMBEDDINGS = ("embed", "wte.", "wpe.")
+"""What names outside of layers contain that come before the first one."""
 _SHARED_GATE = (
     ".shared_expert_gate."  # Qwen2-MoE scales the shared expert's output for each token; it learns as routers do
 )
@@ -145,7 +149,7 @@ def _low_rank_shapes(model: PreTrainedModel, names: AbstractSet[str]) -> dict[st
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     found = {}
     for name, parameter in model.named_parameters():
-        if name in names and ".layers." in name and (name in linear or (".experts." in name and parameter.ndim == 3)):
+        if name in names and layer_of(name) >= 0 and (name in linear or (".experts." in name and parameter.ndim == 3)):
             rows, columns = parameter.shape[-2:]
             found[name] = (parameter.numel() // (rows * columns), rows, columns)
     return found
@@ -157,21 +161,36 @@ def expert_parameters(model: PreTrainedModel, sparse_layers: tuple[int, ...]) ->
     Of a dense model, those of the FFNs in the layers `sparse_layers`.
     """
     mixture = next(router_modules(model), None) is not None
+    ffns = _ffn_names(model)
     for name, parameter in model.named_parameters():
         inside = (
             any(part in name for part in _EXPERT_PARTS)
             if mixture
-            else ".mlp." in name and _layer_of(name, 0) in sparse_layers
+            else any(part in name for part in ffns) and _layer_of(name, 0) in sparse_layers
         )
         if inside:
             yield name, parameter
 
 
+def _ffn_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """What names of parameters of a dense layer's FFN contain."""
+    host = find_host(model.config.model_type)
+    if host is None:
+        return (".mlp.",)
+    return tuple(
+        f"{stack.layer.format(layer=layer)}.{module}."
+        for stack in host.stacks
+        for layer in range(count_layers(stack.num_layers, model.config))
+        for module in (stack.gate, stack.up, stack.down)
+        if module is not None
+    )
+
+
 def _layer_of(name: str, num_layers: int) -> int:
     """A parameter's layer: -1 for the embedding, `num_layers` after the layers."""
-    if found := re.search(r"\.layers\.(\d+)\.", name):
-        return int(found[1])
-    return -1 if "embed_tokens" in name else num_layers
+    if (number := layer_of(name)) >= 0:
+        return number
+    return -1 if any(part in name for part in _EMBEDDINGS) else num_layers
 
 
 def parameter_groups(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, oldest_onnxruntime
 from dense2moe.export.lowering import Lowering, find_lowerings
@@ -31,7 +33,7 @@ def lower_trace(trace: Trace, twin: Twin, config: OnnxConfig, lowering: Lowering
 
     Weights are read when the model is saved.
     """
-    traced = Trace(trace.model.clone(), trace.located, trace.experts, trace.num_layers)
+    traced = replace(trace, model=trace.model.clone())
     model, graph = traced.model, GraphWriter(twin.element_type, twin.float_type)
     lower_experts(traced, graph, twin, lowering, config.bits_of("experts"))
     lower_linears(traced, graph, twin, config)

@@ -1,15 +1,19 @@
 """Inputs and outputs get the names that all our packages have.
 
-1. `input_ids`, `attention_mask` and `logits` keep their names; past and present become `past_key_values.N.key|value`
-   and `present.N.key|value`.
+1. Inputs and outputs keep transformers' names; past and present become `past_key_values.N.key|value` and
+   `present.N.key|value`.
 2. The input `position_ids` goes: a position is the number of real tokens before it in its row,
    Max(CumSum(attention_mask) - 1, 0), of the last S.
 3. Free dimensions get names: `batch_size`, `sequence_length`, `past_sequence_length`, `total_sequence_length`.
+
+Only decoders have 2, and past and present.
 
 Left alone: the order of inputs and outputs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -22,30 +26,43 @@ from dense2moe.export.tracing.tracer import Trace
 def name_interface(trace: Trace, graph: GraphWriter) -> None:
     """Name inputs and outputs, and compute the positions."""
     traced = trace.model.graph
-    ids, mask, positions, *past = traced.inputs
+    known = trace.interface.inputs
+    values = {str(value.name): value for value in traced.inputs if value.name in known}
+    assert values.keys() == known.keys(), f"the trace reads {[value.name for value in traced.inputs]}"
+    for name, value in values.items():
+        assert value.shape is not None
+        value.shape = ir.Shape([known[name].axes.get(axis, size) for axis, size in enumerate(value.shape)])
+    if not trace.interface.has_cache:
+        for value, name in zip(traced.outputs, trace.outputs, strict=True):
+            value.name = name
+        _name_free_axes(traced.outputs)
+        return
+    past = [value for value in traced.inputs if value.name not in known]
     logits, *present = traced.outputs
-    assert [value.name for value in (ids, mask, positions)] == [
-        names.INPUT_IDS,
-        names.ATTENTION_MASK,
-        names.POSITION_IDS,
-    ]
     assert len(past) == len(present) == 2 * trace.num_layers
-    for values, name_state, length in (
+    for states, name_state, length in (
         (past, names.past, "past_sequence_length"),
         (present, names.present, "total_sequence_length"),
     ):
-        for number, value in enumerate(values):
+        for number, value in enumerate(states):
             assert value.shape is not None
             _, heads, _, width = value.shape
             value.name = name_state(number // 2, names.CACHE_KINDS[number % 2])
             value.shape = ir.Shape(["batch_size", heads, length, width])
     assert logits.shape is not None
     logits.name, logits.shape = names.LOGITS, ir.Shape(["batch_size", "sequence_length", logits.shape[2]])
-    ids.shape, mask.shape = (
-        ir.Shape(["batch_size", "sequence_length"]),
-        ir.Shape(["batch_size", "total_sequence_length"]),
-    )
-    _compute_positions(trace, graph, ids, mask, positions)
+    if names.POSITION_IDS in values:
+        ids, mask, positions = (values[name] for name in (names.INPUT_IDS, names.ATTENTION_MASK, names.POSITION_IDS))
+        _compute_positions(trace, graph, ids, mask, positions)
+
+
+def _name_free_axes(outputs: Sequence[ir.Value]) -> None:
+    """Name the free axes of outputs: the batch, then by place."""
+    for value in outputs:
+        if value.shape is not None:
+            fixed = [size if isinstance(size, int) else None for size in value.shape]
+            named = ["batch_size", "sequence_length", *(f"axis_{axis}" for axis in range(2, len(fixed)))]
+            value.shape = ir.Shape([own if size is None else size for own, size in zip(named, fixed, strict=False)])
 
 
 def _compute_positions(trace: Trace, graph: GraphWriter, ids: ir.Value, mask: ir.Value, positions: ir.Value) -> None:

@@ -2,7 +2,8 @@
 
 1. `Linear(x)` → `MatMul` with the transposed matrix of the module, or `MatMulNBits` where the twin has quantized it.
 2. Where the module has a bias → `Add` after it.
-3. Matrices that lie in the checkpoint as several tensors, or as rows of one, become one matrix.
+3. A matrix that lies [in, out] is multiplied as it lies, in floats.
+4. Matrices that lie in the checkpoint as several tensors, or as rows of one, become one matrix.
 
 Left alone: products of other modules, as of a router: the trace has them with their weights, in float32.
 """
@@ -19,7 +20,7 @@ from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.nodes.linear import add_linear
 from dense2moe.export.nodes.writer import GraphWriter
 from dense2moe.export.quantization.parameters import RowRange
-from dense2moe.export.quantization.twin import Twin
+from dense2moe.export.quantization.twin import FloatWeight, Twin, Weight
 from dense2moe.export.tracing.passes.markers import find_markers, replace_marker, weights_of
 from dense2moe.export.tracing.tracer import Trace
 
@@ -33,18 +34,23 @@ def lower_linears(trace: Trace, graph: GraphWriter, twin: Twin, config: OnnxConf
         seen.add(name)
         (x,) = marker.inputs
         assert x is not None
-        y = add_linear(
-            graph,
-            x,
-            weights_of(trace, twin, f"{name}.weight"),
-            name,
-            config.bits_of("head" if name.endswith("lm_head") else "attention"),
-        )
+        weights = weights_of(trace, twin, f"{name}.weight")
+        if name in trace.transposed:
+            y = _add_as_it_lies(graph, x, weights, name)
+        else:
+            y = add_linear(graph, x, weights, name, config.bits_of("head" if name.endswith("lm_head") else "attention"))
         if f"{name}.bias" in trace.located:
             y = graph.op(
                 "Add", [y, _add_bias(graph, twin, f"{name}.bias", trace.located[f"{name}.bias"])], f"{name}.biased"
             )
         replace_marker(trace, marker, graph, y)
+
+
+def _add_as_it_lies(graph: GraphWriter, x: ir.Value, weights: Sequence[Weight], name: str) -> ir.Value:
+    """The product of x [..., K] and a float matrix [K, N]."""
+    (weight,) = weights
+    assert isinstance(weight, FloatWeight), f"{name}: the matrix is quantized, along the wrong axis"
+    return graph.op("MatMul", [x, graph.float_weight(f"{name}.weight", weight.shape, weight.read)], name)
 
 
 def _add_bias(graph: GraphWriter, twin: Twin, name: str, pieces: Sequence[RowRange]) -> ir.Value:

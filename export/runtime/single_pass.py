@@ -1,0 +1,100 @@
+"""Our runtime for packages without a cache: one pass gives everything.
+
+Encoders of text, images and sound. Inputs are given by name, as transformers' models take them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import torch
+
+from dense2moe.export.errors import ExportError
+from dense2moe.export.opening import onnxruntime_errors, open_package
+from dense2moe.export.runtime.decoder import CPU
+from dense2moe.export.runtime.inspection import NOTHING, Inspection, let_routers_be_nudged
+from dense2moe.export.runtime.interface import check_version
+from dense2moe.export.runtime.speed import Speed
+from dense2moe.export.storage import MIN_ONNXRUNTIME_KEY
+
+Tensors = Mapping[str, torch.Tensor]
+_TYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class SinglePass:
+    """A package that gives all its outputs in one pass.
+
+    `inputs` and `outputs` are the names that the package has; what `inspection` says is given too.
+    """
+
+    def __init__(
+        self, directory: Path, provider: str = CPU, inspection: Inspection = NOTHING, num_threads: int = 0
+    ) -> None:
+        """Load the package in `directory`.
+
+        Raises:
+            ExportError: no package there, a damaged one, one with a cache, a runtime older than it needs, or a provider
+                that is not to be had.
+        """
+        package = open_package(directory)
+        self.path, model = package.path, package.model
+        if provider not in ort.get_available_providers():
+            raise ExportError(
+                f"{provider} is not in this onnxruntime ({', '.join(ort.get_available_providers())}); install the "
+                "[gpu] extra"
+            )
+        metadata = {entry.key: entry.value for entry in model.metadata_props}
+        check_version(metadata.get(MIN_ONNXRUNTIME_KEY, "0"), self.path)
+        self.outputs = [value.name for value in model.graph.output]
+        self.taps = list(dict.fromkeys([*inspection.find_taps(model), *inspection.values]))
+        model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in self.taps)
+        let_routers_be_nudged(model, inspection.routers)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = num_threads
+        if not torch.cpu._is_vnni_supported():  # see `Decoder`
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        self.session = package.start_session(options, provider)
+        self._inputs = {value.name: value for value in self.session.get_inputs()}
+        unknown = sorted({value.type for value in self._inputs.values()} - set(_TYPES))
+        if unknown:
+            raise ExportError(f"{self.path}: has an input of {unknown[0]}; must be {' or '.join(_TYPES)}; export it so")
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of what it reads."""
+        return tuple(self._inputs)
+
+    def run(self, given: Tensors) -> dict[str, torch.Tensor]:
+        """All outputs and taps by name, for inputs by name.
+
+        Inputs that it has not are not read.
+
+        Raises:
+            ExportError: an input is missing, or onnxruntime refuses their values.
+        """
+        missing = sorted(set(self._inputs) - set(given))
+        if missing:
+            raise ExportError(f"{self.path}: reads {', '.join(self._inputs)}; {missing[0]} was not given")
+        feeds = {name: given[name].numpy().astype(_TYPES[value.type]) for name, value in self._inputs.items()}
+        with onnxruntime_errors(self.path, "run"):
+            found = self.session.run([*self.outputs, *self.taps], feeds)
+        return {name: torch.from_numpy(value) for name, value in zip([*self.outputs, *self.taps], found, strict=True)}
+
+
+def measure_passes(package: SinglePass, given: Tensors, num_tokens: int, num_rounds: int = 3) -> Speed:
+    """Tokens per second of a pass that reads `num_tokens`.
+
+    The median of `num_rounds` after one to warm up; nothing is decoded.
+    """
+    seconds: Sequence[float] = []
+    for _ in range(num_rounds + 1):
+        started = time.perf_counter()
+        package.run(given)
+        seconds = [*seconds, time.perf_counter() - started]
+    return Speed(num_tokens / statistics.median(seconds[1:]), 0.0)

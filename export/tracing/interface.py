@@ -1,0 +1,119 @@
+"""The interface of a traced graph: inputs and outputs, by the model.
+
+Names are those of transformers and so of optimum: `input_ids`, `attention_mask`, `token_type_ids` where a model has
+more than one type; `pixel_values`; `input_features` or `input_values`; `logits` of a head, `start_logits` and
+`end_logits`, `last_hidden_state` of a model without a head. Of a decoder past keys and values are added, by the tracer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dense2moe.export import names
+from dense2moe.export.errors import ExportError
+
+BATCH, PAST, NEW = 2, 5, 3
+"""Sizes of the traced example: all different, none of them 0 or 1."""
+
+_TEXT_AXES = {0: "batch_size", 1: "sequence_length"}
+_SOUND_SAMPLES = 4000
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input of a graph: an example and named free axes."""
+
+    example: torch.Tensor
+    axes: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a graph reads, by name, and whether it has a cache.
+
+    `most_tokens` is the longest text that the model's positions are made for.
+    """
+
+    inputs: Mapping[str, GraphInput]
+    has_cache: bool = False
+    most_tokens: int = 512
+
+    def make_inputs(self, batch_size: int, length: int) -> dict[str, torch.Tensor]:
+        """The traced example's inputs, repeated to other sizes.
+
+        As many rows, and tokens where there are some.
+        """
+        made = {}
+        for name, each in self.inputs.items():
+            value = each.example[:1].expand(batch_size, *each.example.shape[1:])
+            if each.axes.get(1) == _TEXT_AXES[1]:
+                value = value[:, :1].expand(batch_size, length)
+            made[name] = value.contiguous()
+        return made
+
+
+def find_interface(model: PreTrainedModel) -> Interface:
+    """What a model reads, by its forward's arguments and its config.
+
+    Raises:
+        ExportError: it is an encoder-decoder, or reads what is not known here.
+    """
+    known, config = inspect.signature(type(model).forward).parameters, model.config
+    if config.is_encoder_decoder:
+        raise ExportError(
+            f"config.json: model_type {config.model_type} has an encoder and a decoder, which are two graphs; only one "
+            "is written, of an encoder or of a decoder by itself"
+        )
+    if "input_ids" in known and "past_key_values" in known and model.can_generate():
+        return Interface(_decoder_inputs(known), has_cache=True)
+    inputs: dict[str, GraphInput] = {}
+    if "input_ids" in known:
+        inputs |= _text_inputs(known, config)
+    if "pixel_values" in known:
+        inputs["pixel_values"] = GraphInput(_images(config), {0: "batch_size"})
+    if "input_features" in known:
+        shape = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
+        inputs["input_features"] = GraphInput(torch.zeros(shape), {0: "batch_size"})
+    if "input_values" in known:
+        sound = GraphInput(torch.zeros(BATCH, _SOUND_SAMPLES), {0: "batch_size", 1: "num_samples"})
+        inputs["input_values"] = sound
+    if not inputs:
+        raise ExportError(f"config.json: model_type {config.model_type} reads {', '.join(known)}, which are not known")
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None) or Interface.most_tokens
+    return Interface(inputs, most_tokens=most - (getattr(text, "pad_token_id", None) or 0) - 1)
+
+
+def _decoder_inputs(known: Mapping[str, Any]) -> dict[str, GraphInput]:
+    found = {
+        names.INPUT_IDS: GraphInput(torch.ones(BATCH, NEW, dtype=torch.int64), _TEXT_AXES),
+        names.ATTENTION_MASK: GraphInput(
+            torch.ones(BATCH, PAST + NEW, dtype=torch.int64), {0: "batch_size", 1: "total_sequence_length"}
+        ),
+    }
+    if names.POSITION_IDS in known:
+        positions = torch.arange(PAST, PAST + NEW).repeat(BATCH, 1)
+        found[names.POSITION_IDS] = GraphInput(positions, _TEXT_AXES)
+    return found
+
+
+def _text_inputs(known: Mapping[str, Any], config: Any) -> dict[str, GraphInput]:
+    ids = torch.ones(BATCH, PAST, dtype=torch.int64)
+    found = {names.INPUT_IDS: GraphInput(ids, _TEXT_AXES)}
+    if names.ATTENTION_MASK in known:
+        found[names.ATTENTION_MASK] = GraphInput(ids.clone(), _TEXT_AXES)  # one tensor would be one input
+    if "token_type_ids" in known and (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        found["token_type_ids"] = GraphInput(torch.zeros_like(ids), _TEXT_AXES)
+    return found
+
+
+def _images(config: Any) -> torch.Tensor:
+    own = getattr(config, "vision_config", config)
+    size = own.image_size if isinstance(own.image_size, list | tuple) else (own.image_size, own.image_size)
+    return torch.zeros(BATCH, own.num_channels, *size)
