@@ -30,6 +30,7 @@ from transformers import (
     FlexOlmoConfig,
     Glm4MoeConfig,
     GraniteMoeConfig,
+    GraniteMoeSharedConfig,
     LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
@@ -192,6 +193,12 @@ def granitemoe(seed: int) -> PreTrainedConfig:
     )
 
 
+def granitemoeshared(seed: int) -> PreTrainedConfig:
+    return GraniteMoeSharedConfig(
+        **granitemoe(seed).to_diff_dict() | {"shared_intermediate_size": (64, 32)[seed % 2]},
+    )
+
+
 def flex_olmo(seed: int) -> PreTrainedConfig:
     return FlexOlmoConfig(**sizes(seed), **routing(seed))
 
@@ -243,6 +250,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(qwen2_moe),
     "qwen3_moe": Family(qwen3_moe),
     "granitemoe": Family(granitemoe),
+    "granitemoeshared": Family(granitemoeshared),
     "flex_olmo": Family(flex_olmo),
     "glm4_moe": Family(glm4_moe),
     "llama": Family(llama),

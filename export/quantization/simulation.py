@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,16 +25,25 @@ _LOWEST, _HIGHEST = -128, 127
 
 @dataclass(frozen=True)
 class StaticRounding:
-    """Inputs rounded to 8-bit integers times one stored scale."""
+    """Inputs rounded to 8-bit integers times one stored scale.
+
+    `lowest` and `highest` are the ends of the integers, counted from the zero point.
+    """
 
     scale: float
+    lowest: int = _LOWEST
+    highest: int = _HIGHEST
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The rounded inputs, as QuantizeLinear computes them."""
-        return (x / self.scale).round().clamp(_LOWEST, _HIGHEST) * self.scale
+        return (x / self.scale).round().clamp(self.lowest, self.highest) * self.scale
+
+    def in_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, K] in steps, before it is rounded, and the size of a step there."""
+        return x / self.scale, torch.full_like(x, self.scale)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors are compared element by element
 class BlockRounding:
     """Inputs rounded by block of each token.
 
@@ -52,6 +61,28 @@ class BlockRounding:
             return round_inputs(x, self.block_size)
         return round_inputs(x / self.column_scales, self.block_size) * self.column_scales
 
+    @property
+    def lowest(self) -> int:
+        """The least integer."""
+        return -_HIGHEST
+
+    @property
+    def highest(self) -> int:
+        """The largest integer."""
+        return _HIGHEST
+
+    def in_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, K] in steps, before it is rounded, and the size of a step there."""
+        factors = torch.ones(x.shape[-1]) if self.column_scales is None else self.column_scales
+        padded = F.pad(x / factors, (0, -x.shape[-1] % self.block_size)).view(len(x), -1, self.block_size)
+        step = padded.abs().amax(-1, keepdim=True) / _HIGHEST
+        numbers = torch.where(step > 0, padded / step, 0.0).flatten(1)
+        return numbers[:, : x.shape[-1]], step.expand_as(padded).flatten(1)[:, : x.shape[-1]] * factors
+
+
+EightBits: TypeAlias = StaticRounding | BlockRounding
+"""Every way in which a product's inputs are rounded to 8 bits."""
+
 
 class RoundedInputs(TorchFunctionMode):
     """Context manager: a twin's model rounds its products' inputs.
@@ -63,7 +94,7 @@ class RoundedInputs(TorchFunctionMode):
 
     def __init__(self, model: PreTrainedModel, twin: Twin) -> None:
         super().__init__()
-        self.rounds: dict[int, StaticRounding | BlockRounding] = {}
+        self.rounds: dict[int, EightBits] = {}
         located = locate_parameters(model, {name: entry.shape for name, entry in twin.checkpoint.entries.items()})
         for name, parameter in model.state_dict(keep_vars=True).items():
             if parameter.ndim < 2 or not parameter.numel():
@@ -93,7 +124,7 @@ class RoundedInputs(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _rounding(weight: QuantizedWeight) -> StaticRounding | BlockRounding:
+def _rounding(weight: QuantizedWeight) -> EightBits:
     """How a product by this weight rounds its input."""
     return (
         StaticRounding(weight.input_scale)

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 
-from dense2moe.export.quantization.simulation import BlockRounding
+from dense2moe.export.quantization.simulation import EightBits
 
 NEAR_MIDDLE = {"given": (1e-6, 1e-6), "inner": (1e-3, 1e-5)}
 """In steps of 8 bits, and by the number itself.
@@ -53,12 +52,12 @@ class Inside(Protocol):
 
 @dataclass(frozen=True)
 class RoundedProduct:
-    """One product with known inputs [T, K]."""
+    """One product with known inputs [T, K]; what it gives is multiplied by a factor."""
 
     given: torch.Tensor
     weight: torch.Tensor
-    rounding: BlockRounding
-    divisor: float
+    rounding: EightBits
+    factor: float = 1.0
 
     def explain(
         self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
@@ -66,7 +65,7 @@ class RoundedProduct:
         """See `Inside`."""
         near = near_middle(self.given[rows], self.weight, self.rounding, "given") if len(rows) else []
         for row, difference, own, columns in zip(rows.tolist(), found - expected, expected, near, strict=True):
-            error = _take_off(difference, [column / self.divisor for column in columns], own)
+            error = _take_off(difference, [column * self.factor for column in columns], own)
             if error <= limit:
                 yield row, error
 
@@ -75,12 +74,16 @@ class RoundedProduct:
 class RoundedFfn:
     """A gated FFN or experts with known inputs [T, H].
 
-    Where a flip of one of these may have been, it is tried.
+    Where a flip of one of these may have been, it is tried. `firsts` round them, one each for matrices that read them
+    by scales of their own. What the place shows has `factor` times what `run` gives; `largest` is the largest weight
+    that an expert's output may have in it.
     """
 
     given: torch.Tensor
     run: Alone
-    first: Round | None
+    firsts: tuple[EightBits, ...]
+    factor: float = 1.0
+    largest: float = 1.0
 
     def explain(
         self, rows: torch.Tensor, found: torch.Tensor, expected: torch.Tensor, limit: float
@@ -88,10 +91,10 @@ class RoundedFfn:
         """See `Inside`."""
         if not len(rows):
             return
-        _, columns = self.run(self.given[rows], rows)
+        before, columns = self.run(self.given[rows], rows)
         left = []
         for number, (row, difference, own) in enumerate(zip(rows.tolist(), found - expected, expected, strict=True)):
-            error = _take_off(difference, columns[number], own)
+            error = self._take_off(difference, columns[number], own)
             if error <= limit:
                 yield row, error
             else:
@@ -103,27 +106,32 @@ class RoundedFfn:
         outputs, columns = self.run(torch.stack([other for _, other in tried]), rows[numbers])
         best: dict[int, float] = {}
         for number, output, own_columns in zip(numbers.tolist(), outputs, columns, strict=True):
-            own = output.double()
-            best[number] = min(best.get(number, math.inf), _take_off(found[number] - own, own_columns, own))
+            own = expected[number] + self.factor * (output.double() - before[number].double())
+            best[number] = min(best.get(number, math.inf), self._take_off(found[number] - own, own_columns, own))
         yield from ((int(rows[number]), error) for number, error in best.items() if error <= limit)
+
+    def _take_off(self, difference: torch.Tensor, columns: list[torch.Tensor], own: torch.Tensor) -> float:
+        return _take_off(difference, [column * (self.factor * self.largest) for column in columns], own)
 
     def _move(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
         """A row's inputs with every rounding of near-middle numbers flipped.
 
         Every combination of these roundings is tried.
         """
-        if not isinstance(self.first, BlockRounding):
-            return
-        places, steps, integers = find_near(x[None], self.first, "given")
-        taken = (self.first(x[None].float()) / steps).round()
-        places = places[:_MOST_MOVED, 1]
-        for choice in range(1, 1 << len(places)):
+        moves: dict[int, float] = {}
+        for first in self.firsts:
+            places, steps, numbers = find_near(x[None], first, "given")
+            rounded = (first(x[None].float()) / steps).round()
+            for place in places[:, 1].tolist():
+                number = numbers[0, place]
+                away = 1.0 if rounded[0, place] <= number else -1.0  # to the other of the two
+                moves[place] = float(away * 4 * NEAR_MIDDLE["given"][1] * (1 + number.abs()) * steps[0, place])
+        some = list(moves.items())[:_MOST_MOVED]
+        for choice in range(1, 1 << len(some)):
             moved = x.clone()
-            for bit, place in enumerate(places.tolist()):
+            for bit, (place, move) in enumerate(some):
                 if choice >> bit & 1:
-                    number = integers[0, place]
-                    away = 1.0 if taken[0, place] <= number else -1.0  # to the other of the two
-                    moved[place] += away * 4 * NEAR_MIDDLE["given"][1] * (1 + number.abs()) * steps[0, place]
+                    moved[place] += move
             yield moved
 
 
@@ -148,25 +156,19 @@ def _take_off(difference: torch.Tensor, columns: list[torch.Tensor], own: torch.
     )
 
 
-def find_near(x: torch.Tensor, rounding: BlockRounding, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def find_near(x: torch.Tensor, rounding: EightBits, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices [n, 2] of x [T, K] near a rounding boundary.
 
-    In the middle of two integers; and the steps [T, K].
+    In the middle of two integers of 8 bits; and the steps [T, K].
 
     And how many steps it is.
     """
-    size, width = rounding.block_size, x.shape[-1]
-    factors = torch.ones(width) if rounding.column_scales is None else rounding.column_scales
-    padded = F.pad(x.float() / factors, (0, -width % size)).view(len(x), -1, size)
-    step = padded.abs().amax(-1, keepdim=True) / 127
-    integers = torch.where(step > 0, padded / step, 0.0)
+    numbers, steps = rounding.in_steps(x.float())
+    below = numbers.floor()
     least, share = NEAR_MIDDLE[kind]
-    near = (integers - integers.floor() - 0.5).abs() <= least + share * integers.abs()
-    return (
-        near.flatten(1)[:, :width].nonzero(),
-        step.expand_as(padded).flatten(1)[:, :width] * factors,
-        integers.flatten(1)[:, :width],
-    )
+    near = (numbers - below - 0.5).abs() <= least + share * numbers.abs()
+    near &= (below >= rounding.lowest) & (below < rounding.highest)  # beyond them all is one integer
+    return near.nonzero(), steps, numbers
 
 
 def near_middle(x: torch.Tensor, weight: torch.Tensor, rounding: Round, kind: str) -> list[list[torch.Tensor]]:
@@ -175,7 +177,7 @@ def near_middle(x: torch.Tensor, weight: torch.Tensor, rounding: Round, kind: st
     Columns of the matrix, by one step, whose inputs lie so near the middle that either integer may be taken.
     """
     found: list[list[torch.Tensor]] = [[] for _ in x]
-    if isinstance(rounding, BlockRounding) and weight.shape[1] == x.shape[-1]:
+    if isinstance(rounding, EightBits) and weight.shape[1] == x.shape[-1]:
         places, steps, _ = find_near(x, rounding, kind)
         for row, column in places.tolist():
             found[row].append(weight[:, column] * steps[row, column])

@@ -158,7 +158,7 @@ class LocalCheck:
                 float(((some @ head.weight.T - exact).norm(dim=-1) / exact.norm(dim=-1)).max()),
             )
         scale = float(getattr(self.reference.model.config, "logits_scaling", 1.0))
-        inside = self._mode.inside_of(head, final, scale) if final is not None else None
+        inside = self._mode.inside_of(head, final, 1 / scale) if final is not None else None
         self.meter.measures_noise, before = False, self.meter.measures_noise
         self.meter.compare(place, own[:, -tokens:], shown[:, -tokens:], inside)
         self.meter.measures_noise = before
@@ -241,7 +241,8 @@ class LocalCheck:
             return
         tap = self._tap((n, "residual stream"))
         if tap is not None:
-            self.meter.compare((n, "residual stream"), first_of(output), tap)
+            inside = self._mode.inside_shared(n, module, self._tap((n, "FFN norm")))
+            self.meter.compare((n, "residual stream"), first_of(output), tap, inside)
         if self.meter.measures_noise:
             self._run_in_double(module, given, named)
 

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from dense2moe.export.parity.forward import Reference, first_of
 from dense2moe.export.parity.inside.flips import Inside, Round, RoundedFfn, RoundedProduct, near_middle
-from dense2moe.export.quantization.simulation import BlockRounding, RoundedInputs, StaticRounding
+from dense2moe.export.quantization.simulation import EightBits, RoundedInputs, StaticRounding
 from dense2moe.upcycle.models.architecture import Architecture
 from dense2moe.upcycle.models.parts import layer_of
 
@@ -79,7 +79,7 @@ class ProductMode(TorchFunctionMode):
         `unseen` is entered around what is computed beside the text.
         """
         super().__init__()
-        self._reference, self._route, self._unseen = reference, route, unseen
+        self._reference, self._family, self._route, self._unseen = reference, family, route, unseen
         self._width = int(reference.model.config.hidden_size)
         self._scope: tuple[str, int] | None = None
         self._only: torch.Tensor | None = None
@@ -179,36 +179,51 @@ class ProductMode(TorchFunctionMode):
                 return offset // (stacked.stride(0) * stacked.element_size())
         return 0
 
-    def inside_of(self, module: nn.Module, given: torch.Tensor, divisor: float = 1.0) -> Inside | None:
-        """A product's or dense FFN's dynamic rounding; None without one.
+    def inside_of(self, module: nn.Module, given: torch.Tensor, factor: float = 1.0) -> Inside | None:
+        """A product's or dense FFN's 8-bit rounding; None without one.
 
-        What a product gives is divided.
+        What it gives is multiplied by the factor.
         """
         flat = given.reshape(-1, given.shape[-1])
         if isinstance(module, nn.Linear):
             rounding = self._rounds.get(module.weight.data_ptr())
-            return (
-                RoundedProduct(flat, module.weight, rounding, divisor) if isinstance(rounding, BlockRounding) else None
-            )
-        last = getattr(module, "down_proj", None)
-        rounding = self._rounds.get(last.weight.data_ptr()) if isinstance(last, nn.Linear) else None
-        if not isinstance(rounding, BlockRounding):
+            return RoundedProduct(flat, module.weight, rounding, factor) if isinstance(rounding, EightBits) else None
+        matrices = [each.weight for each in module.children() if isinstance(each, nn.Linear)]
+        roundings = [self._rounds.get(each.data_ptr()) for each in matrices]
+        if not any(isinstance(each, EightBits) for each in roundings):
             return None
-        return RoundedFfn(flat, lambda some, _: self._run_alone(module, some, None), rounding)
+        firsts = [each for each, weight in zip(roundings, matrices, strict=True) if weight.shape[1] == flat.shape[1]]
+        return RoundedFfn(flat, lambda some, _: self._run_alone(module, some, None), _eight_bits(firsts), factor)
 
     def inside_experts(self, n: int, given: torch.Tensor) -> Inside | None:
         """Rounding inside a layer's experts for tokens [T, H].
 
         The tokens go where the graph sends them.
         """
-        first, last = self._inside[n][0]  # in blocks of one size, whichever expert
-        if not isinstance(last, BlockRounding):
+        pairs = self._inside[n]
+        if not _eight_bits([last for _, last in pairs]):
             return None
+        gate = self._reference.gate
         logits = first_of(self._reference.routers[n])
         logits = logits.reshape(-1, logits.shape[-1])
         return RoundedFfn(
-            given, lambda some, rows: self._run_alone(self._reference.modules[n], some, logits[rows]), first
+            given,
+            lambda some, rows: self._run_alone(self._reference.modules[n], some, logits[rows]),
+            _eight_bits([first for first, _ in pairs]),
+            largest=max(1.0, 1.0 if gate is None else gate.scale),
         )
+
+    def inside_shared(self, n: int, layer: nn.Module, given: torch.Tensor | None) -> Inside | None:
+        """Rounding inside a shared expert beside a layer's block.
+
+        Its result shows in the residual stream alone.
+        """
+        family = self._family
+        if given is None or family is None or family.shared is None or not family.shared_is_outside:
+            return None
+        name = family.shared.up.format(layer=n).partition(f".{n}.")[2].removesuffix(".weight").rpartition(".")[0]
+        factor = family.multipliers(self._reference.model.config).residual
+        return self.inside_of(layer.get_submodule(name), given, factor)
 
     def _run_alone(
         self, module: nn.Module, given: torch.Tensor, logits: torch.Tensor | None
@@ -233,10 +248,17 @@ class ProductMode(TorchFunctionMode):
             x, inner = first.x.flatten(0, -2), last.x.flatten(0, -2)
             if x.shape[1] != given.shape[1] or last.weight.shape[0] != given.shape[1] or len(x) != len(inner):
                 continue
+            if last.x is first.x:  # gate and up of one FFN
+                continue
             for row, columns in zip(x, near_middle(inner, last.weight, last.rounding, "inner"), strict=True):
                 for place in (given == row).all(-1).nonzero()[:, 0].tolist() if columns else ():
                     found[place] += columns
         return output, found
+
+
+def _eight_bits(roundings: Sequence[Round | None]) -> tuple[EightBits, ...]:
+    """Those of 8 bits, each once."""
+    return tuple(dict.fromkeys(each for each in roundings if isinstance(each, EightBits)))
 
 
 def _count_experts(experts: Any) -> int:
