@@ -22,6 +22,7 @@ from dense2moe.export.parity.weights.differences import find_nearest
 from dense2moe.export.parity.weights.matrix import Operator
 from dense2moe.export.parity.weights.rows import FoundWeights, check_weights
 from dense2moe.export.quantization.blockwise import Quantized, dequantize, join, quantize, unpack
+from dense2moe.export.quantization.simulation import StaticRounding
 from dense2moe.export.storage import MODEL_NAME
 
 WIDTH, INNER, TOKENS, EXPERTS, BLOCK = 32, 48, 80, 2, 16
@@ -96,13 +97,38 @@ class Builder:
         self.tensors.append(numpy_helper.from_array(np.ascontiguousarray(array), f"c{len(self.tensors)}.{name}"))
         return self.tensors[-1].name
 
-    def node(self, op: str, inputs: list[str], domain: str = "", **attributes: int) -> None:
+    def node(self, op: str, inputs: list[str], domain: str = "", **attributes: float) -> None:
         self.nodes.append(helper.make_node(op, inputs, [f"v{len(self.nodes)}"], domain=domain, **attributes))
 
     def integers(self, q: Quantized) -> list[str]:
         """Codes, scales and zero points, the last maybe left out."""
         zeros = [] if q.zero_points is None else [self.constant(q.zero_points.flatten(), "zeros")]
         return [self.constant(q.codes, "codes"), self.constant(q.scales.flatten(), "scales"), *zeros]
+
+    def table(self, q: Quantized) -> None:
+        """Integers of 8 bits gathered, and made floats of by nodes of no one operator."""
+        self.node("Gather", [self.constant(q.codes, "codes"), "x"])
+        self.node("Cast", [self.nodes[-1].output[0]], to=TensorProto.FLOAT)
+        self.node("Sub", [self.nodes[-1].output[0], self.constant(np.float32(128), "zero")])
+        integers = self.nodes[-1].output[0]
+        self.node("Gather", [self.constant(q.scales, "scales"), "x"])
+        self.node("Unsqueeze", [self.nodes[-1].output[0], self.constant(np.array([-1]), "axis")])
+        self.node("Mul", [integers, self.nodes[-1].output[0]])
+        self.node("Reshape", [self.nodes[-1].output[0], self.constant(np.array([0, 0, -1]), "flat")])
+
+    def operator_norm(self, weight: torch.Tensor, epsilon: float) -> None:
+        self.node("SimplifiedLayerNormalization", ["x", self.constant(weight, "norm")], epsilon=epsilon)
+
+    def norm_in_parts(self, weight: torch.Tensor, epsilon: float) -> None:
+        """In 16 bits, with a reciprocal of a root as its division."""
+        small = np.array(epsilon, np.float16)
+        self.node("Mul", ["x", "x"])
+        self.node("ReduceMean", [self.nodes[-1].output[0], self.constant(np.array([-1]), "axis")])
+        self.node("Add", [self.constant(small, "epsilon"), self.nodes[-1].output[0]])
+        self.node("Sqrt", [self.nodes[-1].output[0]])
+        self.node("Reciprocal", [self.nodes[-1].output[0]])
+        self.node("Mul", ["x", self.nodes[-1].output[0]])
+        self.node("Mul", [self.constant(weight.half(), "norm"), self.nodes[-1].output[0]])
 
     def save(self, folder: Path) -> Path:
         folder.mkdir()
@@ -142,7 +168,7 @@ def write_package(folder: Path, tensors: Tensors, form: Form, others: dict[str, 
             given = [b.constant(torch.stack(first), "fc1"), "", b.constant(torch.stack(last), "fc2")]
             b.node("MoE", ["x", "x", *given], "com.microsoft", k=1)
         case "turned":
-            b.node("Gather", [b.constant(value(tensors, EMBEDDING, form), "table"), "x"])
+            b.table(tensors[EMBEDDING])
             b.node("Gemm", ["x", b.constant(value(tensors, QUERY, form), "weight")], transB=1)
             b.node("Transpose", [b.constant(value(tensors, HEAD, form), "weight")], perm=[1, 0])
             b.node("MatMul", ["x", b.nodes[-1].output[0]])
@@ -327,6 +353,45 @@ def test_a_wrong_vector_is_named(tmp_path: Path) -> None:
     others[NORM][7] *= 1.01
     check = judge(tmp_path, "float", others=others).check
     assert list(map(str, check.wrong)) == ["layer 0, input_layernorm: element 7 in the file is 1.01 times the twin's"]
+
+
+@pytest.mark.parametrize("build", [Builder.operator_norm, Builder.norm_in_parts])
+def test_another_epsilon_of_a_norm_is_named(
+    tmp_path: Path, build: Callable[[Builder, torch.Tensor, float], None]
+) -> None:
+    norms = {f"model.layers.{n}.input_layernorm.weight": torch.rand(WIDTH) for n in range(3)}
+    twin = tmp_path / "twin"
+    twin.mkdir()
+    save_file(norms, twin / "model.safetensors", {"format": "pt"})
+    MixtralConfig(hidden_size=WIDTH, num_hidden_layers=3, rms_norm_eps=1e-6).save_pretrained(twin)
+    line = "layer 1, input_layernorm: epsilon in the file is 1e-05, the twin's 1e-06"
+    told = {(1e-6, 1e-6): [], (1e-5, 1e-6): [line], (1e-5, 1e-5): [f"{line}; and in 1 more norm"]}
+    for number, (epsilons, lines) in enumerate(told.items()):
+        b = Builder()
+        for weight, epsilon in zip(norms.values(), (1e-6, *epsilons), strict=True):
+            build(b, weight, epsilon)
+        build(b, torch.rand(WIDTH), 0.1)  # of the graph's own
+        check = check_weights(read_constants(b.save(tmp_path / str(number))), twin).check
+        assert (list(map(str, check.wrong)), check.num_wrong) == (lines, len(lines))
+
+
+@pytest.mark.parametrize(
+    ("zero", "ends"),
+    [(None, (0, 255)), (np.uint8(7), (-7, 248)), (np.int8(0), (-128, 127)), (np.int8(-3), (-125, 130))],
+)
+def test_the_scale_and_ends_of_a_rounded_input_are_read(
+    tmp_path: Path, zero: np.generic | None, ends: tuple[int, int]
+) -> None:
+    b = Builder()
+    scales = [b.constant(np.float32(0.5), "scale"), *([] if zero is None else [b.constant(np.array(zero), "zero")])]
+    b.node("QuantizeLinear", ["x", *scales])
+    b.node("DequantizeLinear", [b.nodes[-1].output[0], *scales])
+    given = b.nodes[-1].output[0]
+    codes = np.ones((WIDTH, WIDTH), np.int8)
+    b.node("DequantizeLinear", [b.constant(codes, "codes"), b.constant(np.float32(1), "scale")])
+    b.node("MatMul", [given, b.nodes[-1].output[0]])
+    (matrix,) = read_constants(b.save(tmp_path / "package")).matrices
+    assert matrix.input_rounding == StaticRounding(0.5, *ends)
 
 
 def test_a_router_rounded_to_8_bits_is_another_router(tmp_path: Path) -> None:

@@ -349,12 +349,15 @@ def test_parity_compares_with_the_twin_whose_activations_are_rounded(tmp_path: P
     assert result.twin.kl < 1e-6  # nothing but a step of a rounded input here and there
     assert result.finetuned.kl > 1e-3
     scales = json.loads((twin / SCHEME_NAME).read_text())
-    scales["input_scales"]["model.layers.1.block_sparse_moe.experts.1.w2.weight"] = [0.01]  # not what the file has
+    own = scales["input_scales"]["model.layers.1.block_sparse_moe.experts.1.w2.weight"]
+    right, own[0] = own[0], 0.01  # not what the file has
     (twin / SCHEME_NAME).write_text(json.dumps(scales))
     broken = check_parity(ParitySubject(package, twin, source, BLOCKS, "int8-qdq", True), limits, silent)
+    what = f"the scale of what it reads is {right:.4g} in the file, 0.01 in the twin"
+    assert broken.breaches[0] == f"{CPU}: weights: layer 1, expert 1, w2: {what}"
     # each token goes to all of them
     line = f"{CPU}: operator: layer 1, experts 0, 1, 2 on the graph's own input: relative error "
-    assert broken.breaches[0].startswith(line)
+    assert broken.breaches[1].startswith(line)
     assert any("KL from the twin" in breach and "worst layer 1" in breach for breach in broken.breaches)
 
 

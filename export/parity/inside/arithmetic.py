@@ -15,7 +15,7 @@ from dense2moe.export.parity.inside.probe import find_group
 from dense2moe.export.parity.inside.products import Arithmetic, Narrowing
 from dense2moe.export.parity.weights.matrix import GraphMatrix, Operator
 from dense2moe.export.parity.weights.rows import FoundWeights
-from dense2moe.export.quantization.simulation import BlockRounding, StaticRounding
+from dense2moe.export.quantization.simulation import BlockRounding
 
 _NARROW = {onnx.TensorProto.FLOAT16: torch.float16, onnx.TensorProto.BFLOAT16: torch.bfloat16}
 
@@ -49,8 +49,8 @@ def find_narrow(package: Path) -> torch.dtype | None:
 def _find_rounding(
     matrix: GraphMatrix, provider: str, narrow: torch.dtype | None
 ) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    if matrix.input_scale is not None:
-        return StaticRounding(matrix.input_scale)
+    if matrix.input_rounding is not None:
+        return matrix.input_rounding
     if matrix.operator.rounds_inputs:
         group = find_group(matrix.operator, provider)
         if group is None:

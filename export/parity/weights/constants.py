@@ -19,10 +19,20 @@ from onnx import NodeProto, TensorProto
 
 from dense2moe.export.graph.branches import take_branches
 from dense2moe.export.opening import OpenedPackage, open_package
-from dense2moe.export.parity.weights.matrix import INT8, Constants, FloatArray, GraphMatrix, Operator
+from dense2moe.export.parity.weights.matrix import INT8, Constants, FloatArray, GraphMatrix, GraphNorm, Operator
+from dense2moe.export.parity.weights.norms import find_norms
+from dense2moe.export.parity.weights.tables import find_tables
 from dense2moe.export.parity.weights.values import NARROW, Values
+from dense2moe.export.quantization.simulation import StaticRounding
 
 _LEAST_MATRIX = 256  # bytes of integers
+_ENDS = {
+    TensorProto.UINT8: (0, 255),
+    TensorProto.INT8: (-128, 127),
+    TensorProto.UINT16: (0, 65535),
+    TensorProto.INT16: (-32768, 32767),
+}
+"""The least and the largest integer that `QuantizeLinear` makes."""
 
 
 def read_constants(directory: Path) -> Constants:
@@ -34,14 +44,17 @@ def read_constants(directory: Path) -> Constants:
     package = open_package(directory)
     matrices: dict[str, GraphMatrix] = {}
     vectors: dict[str, FloatArray] = {}
+    norms: dict[str, GraphNorm] = {}
     unread: list[str] = []
     for model in take_branches(package.model):
         graph = _Graph(model.graph, package)
         matrices |= {matrix.place: matrix for node in graph.nodes for matrix in graph.matrices_of(node)}
+        matrices |= {matrix.place: matrix for matrix in graph.tables(list(model.opset_import))}
         vectors |= dict(graph.vectors())
+        norms |= {norm.value: norm for norm in find_norms(graph.values)}
         matrices |= {matrix.place: matrix for matrix in graph.stored()}
         unread += graph.unread()
-    return Constants(tuple(matrices.values()), vectors, tuple(dict.fromkeys(unread)))
+    return Constants(tuple(matrices.values()), vectors, tuple(norms.values()), tuple(dict.fromkeys(unread)))
 
 
 class _Graph:
@@ -55,7 +68,8 @@ class _Graph:
     def matrices_of(self, node: NodeProto) -> Iterator[GraphMatrix]:
         """The matrices that a node multiplies by or takes rows of."""
         for matrix in self._matrices_of(node):
-            self.read |= {source for name in node.input if name for source in self.values.chain(name) or ()}
+            for source in (source for name in node.input if name for source in self.values.chain(name) or ()):
+                self.read |= {source, *(self.makers[source].input if source in self.makers else ())}
             yield matrix
 
     def _matrices_of(self, node: NodeProto) -> Iterator[GraphMatrix]:
@@ -89,6 +103,12 @@ class _Graph:
                             narrow=narrow,
                         )
                     )
+
+    def tables(self, opsets: list[onnx.OperatorSetIdProto]) -> Iterator[GraphMatrix]:
+        """Tables of integers that nodes of any make dequantize."""
+        for matrix, sources in find_tables(self.values, opsets):
+            self.read |= set(sources)
+            yield self._with_factors(matrix)
 
     def stored(self) -> Iterator[GraphMatrix]:
         """Float matrices that no product reads, as stored and transposed."""
@@ -141,9 +161,9 @@ class _Graph:
         read, shape, narrow = found
         turned = not settings.get("transB", 0)
         rows, width = (shape[-1], shape[-2]) if turned else (shape[-2], shape[-1])
-        operator, scale = Operator(node.op_type), None
+        operator, rounding = Operator(node.op_type), None
         if (weight := self.makers.get(node.input[1])) is not None and weight.op_type == "DequantizeLinear":
-            operator = Operator("QDQ" if (scale := self._static_scale(node.input[0])) is not None else "DQ", 8)
+            operator = Operator("QDQ" if (rounding := self._static_rounding(node.input[0])) is not None else "DQ", 8)
 
         def one(number: int) -> FloatArray:
             whole = read().reshape(-1, *shape[-2:])[number]
@@ -162,12 +182,12 @@ class _Graph:
                     partial(one, number),
                     narrow=narrow,
                     expert=expert,
-                    input_scale=scale,
+                    input_rounding=rounding,
                 )
             )
 
-    def _static_scale(self, name: str) -> float | None:
-        """The static scale of a quantized input; None without one."""
+    def _static_rounding(self, name: str) -> StaticRounding | None:
+        """How a value was rounded by one scale of the file; None where it was not."""
         dequantized = self.makers.get(name)
         if dequantized is None or dequantized.op_type != "DequantizeLinear":
             return None
@@ -175,7 +195,12 @@ class _Graph:
         if quantized is None or quantized.op_type != "QuantizeLinear" or quantized.input[1] not in self.tensors:
             return None
         scale = self.values.array(quantized.input[1])
-        return float(scale.reshape(-1)[0]) if scale.size == 1 else None
+        zero = self.tensors.get(quantized.input[2]) if len(quantized.input) > 2 else None
+        ends = _ENDS[TensorProto.UINT8] if zero is None else _ENDS.get(zero.data_type)
+        if scale.size != 1 or ends is None:
+            return None
+        point = 0 if zero is None else int(self.values.array(quantized.input[2]).reshape(-1)[0])
+        return StaticRounding(float(scale.reshape(-1)[0]), ends[0] - point, ends[1] - point)
 
     def _integers(self, node: NodeProto, settings: dict[str, Any]) -> Iterator[GraphMatrix]:
         rows, width, bits, block = settings["N"], settings["K"], settings.get("bits", 4), settings["block_size"]

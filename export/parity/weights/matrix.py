@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dense2moe.export.quantization.simulation import StaticRounding
+
 FloatArray = npt.NDArray[np.float32]
 Use = Literal["product", "table", "experts", "stored"]
 INT8 = 4  # accuracy_level of the operators that read activations in 8 bits
@@ -38,6 +40,7 @@ class GraphMatrix:
 
     `value` is what the node makes and `given` what it reads. `narrow`: the floats are stored in these 16 bits.
     `input_factors` [K]: what the input is multiplied by just before, which may belong to the matrix or not.
+    `input_rounding`: by constants of the file, where they are some.
     """
 
     value: str
@@ -50,7 +53,7 @@ class GraphMatrix:
     expert: int | None = None
     narrow: torch.dtype | None = None
     input_factors: Callable[[], FloatArray] | None = None
-    input_scale: float | None = None
+    input_rounding: StaticRounding | None = None
 
     @property
     def place(self) -> str:
@@ -63,12 +66,22 @@ class GraphMatrix:
 
 
 @dataclass(frozen=True)
+class GraphNorm:
+    """A norm of a graph: the value that it makes, its weight [H] and its epsilon."""
+
+    value: str
+    weight: FloatArray
+    epsilon: float
+
+
+@dataclass(frozen=True)
 class Constants:
-    """All matrices of a graph, and all vectors of floats, by name.
+    """All matrices of a graph, all vectors of floats by name, and its norms.
 
     `unread` are integers that nothing is known to read as a matrix.
     """
 
     matrices: tuple[GraphMatrix, ...]
     vectors: dict[str, FloatArray]
+    norms: tuple[GraphNorm, ...] = ()
     unread: tuple[str, ...] = ()

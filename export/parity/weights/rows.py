@@ -34,6 +34,7 @@ from dense2moe.export.parity.weights.differences import (
 )
 from dense2moe.export.parity.weights.matrix import Constants, FloatArray, GraphMatrix
 from dense2moe.export.parity.weights.row_keys import RowKeys
+from dense2moe.export.parity.weights.settings import as_stored, check_epsilons, check_input_scales
 from dense2moe.upcycle.checkpoints.reader import Checkpoint, open_checkpoint
 from dense2moe.upcycle.checkpoints.tensors import TensorEntry, read_chunks
 
@@ -90,9 +91,13 @@ def check_weights(constants: Constants, twin: Path) -> FoundWeights:
         wrong += found
         num_wrong += count
         num_rows += sum(math.prod(entry.shape[:-1]) for entry in looked_for.values())
-    for line in _check_vectors(checkpoint, vectors, constants):
-        wrong.append(line)
-        num_wrong += 1
+    others = [
+        *_check_vectors(checkpoint, vectors, constants),
+        *check_epsilons(constants, checkpoint),
+        *check_input_scales(operators, checkpoint, twin),
+    ]
+    wrong += others
+    num_wrong += len(others)
     check = WeightsCheck(num_rows, len(vectors), num_wrong, tuple(wrong[:MOST_TOLD]), tuple(not_judged))
     return FoundWeights(check, {name: tuple(found) for name, found in operators.items()})
 
@@ -236,10 +241,7 @@ def _check_vectors(
     columns = [matrix.read().reshape(-1) for matrix in constants.matrices if 1 in matrix.shape]
     for name, entry in vectors.items():
         true = checkpoint.read(name).to(torch.float32).reshape(-1).numpy()
-        kinds = [
-            true,
-            *(torch.from_numpy(true).to(kind).to(torch.float32).numpy() for kind in (torch.float16, torch.bfloat16)),
-        ]
+        kinds = as_stored(true)
         own = [*by_size.get(len(true), []), *(each for each in columns if len(each) == len(true))]
         if any(np.allclose(each, kind, rtol=1e-6, atol=0) for each in own for kind in kinds) or _is_inside(
             kinds, by_size, len(true)
