@@ -369,7 +369,7 @@ def test_a_planted_fault_is_caught_and_its_layer_named(judged: Judge, variant: V
 @pytest.mark.parametrize("variant", each_shape(EXACT, ["float32"]))
 def test_another_epsilon_is_caught(exports: dict[Variant, Exported], tmp_path: Path, variant: Variant) -> None:
     parity, result = check(plant(exports[variant], tmp_path, epsilon=1e-2), variant)
-    told = "layer 1, input_layernorm: epsilon in the file is 0.01, the twin's 1e-05"
+    told = "layer 1, input_layernorm: epsilon in the file is 0.01, the twin's 1e-06"
     assert parity.breaches[0] == f"{CPU}: weights: {told}"
     assert parity.breaches[1].startswith(
         f"{CPU}: layer: layer 1, the norm before attention, on the graph's own input: relative error "

@@ -113,6 +113,22 @@ def test_a_check_s_errors_that_only_decoding_has_point_to_the_cache() -> None:
     ]
 
 
+def test_a_check_that_is_wrong_where_others_are_right_is_told_apart_from_what_is_wrong_further_on() -> None:
+    """A graph whose keys are wrong far along a row, and whose steps are wrong at once."""
+    place = "layer 0, the cached keys and values, on the graph's own input: relative error 2.0e-03 > 1.0e-03"
+    far = replace(FIGURES.checks[0], name="long prefill", place=place, first_position=95)
+    step = replace(FIGURES.checks[1], relative_error=0.5, first_position=32)
+    padded = replace(far, name="padded", padded=True, place=None, relative_error=0.5, first_position=3)
+    lines = [line.partition(" (")[2] for _, line in breaches_of(checks=(*FIGURES.checks, far, step, padded))]
+    assert lines == [
+        "every token before 95 is right: look at positions and rotary tables)",
+        "every prefill is right before token 95: look at the KV cache and the positions of decoding)",
+        "every row without padding is right before token 32: look at left padding, its mask and positions)",
+    ]
+    (line,) = (line for _, line in breaches_of(checks=(replace(far, first_position=0),)))
+    assert line == f"long prefill: {place}, from token 0 on"
+
+
 def test_greedy_text_may_differ_where_two_tokens_are_as_likely() -> None:
     # two logits, each off by 1e-5
     tied = FreeRun(num_rows=3, num_tokens=32, shortest_prefix=5, mean_prefix=20.0, num_diverged=1, largest_gap=2e-5)

@@ -115,11 +115,12 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
     )
     broken = [check for check in result.checks if check.place is not None or not check.relative_error <= limit.value]
     broken = [check for check in broken if check.place is None or check.place.partition(OWN_INPUT)[0] not in told]
-    pattern = describe_pattern(result.checks, broken)
-    for check in broken:
+    patterns = [describe_pattern(check, result.checks, broken) for check in broken]
+    for check, pattern in zip(broken, patterns, strict=True):
         first = "" if check.first_position is None else f", from token {check.first_position} on"
         error = f"relative error {_over(check.relative_error, limit)}" if check.place is None else check.place
-        yield "logits", f"{check.name}: {error}{first} ({pattern or _worst(result)})"
+        aside = pattern or (_worst(result) if check.place is None else "")
+        yield "logits", f"{check.name}: {error}{first}{f' ({aside})' if aside else ''}"
     factor = limits.get("factor")
     if factor is not None and result.logits_factor is not None and not abs(result.logits_factor - 1) <= factor.value:
         yield (
@@ -137,23 +138,35 @@ def _logits(result: ProviderParity) -> Iterator[tuple[Tier, str]]:
             (
                 f"greedy text differs after {free.shortest_prefix} of {free.num_tokens} tokens, where the "
                 "reference's choice is ahead by "
-                f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit ({pattern or _worst(result)})"
+                f"{free.largest_gap:.1e} > {2 * limit.value:.1e} of the largest logit "
+                f"({next(iter(patterns), None) or _worst(result)})"
             ),
         )
 
 
-def describe_pattern(checks: tuple[Check, ...], broken: list[Check]) -> str | None:
-    """Advice from the pattern of broken checks, or None."""
-    right = [check for check in checks if check not in broken]
-    if not broken or not right:
-        return None
-    if all(check.padded for check in broken) and any(check.padded for check in checks):
-        return "every row without padding is right: look at left padding, its mask and positions"
-    if all(check.decoded for check in broken):
-        return "every prefill is right: look at the KV cache and the positions of decoding"
-    first = min(check.first_position or 0 for check in broken)
-    if first > 1:
-        return f"every token before {first} is right: look at the window and the mask of attention"
+def describe_pattern(check: Check, checks: Sequence[Check], broken: Sequence[Check]) -> str | None:
+    """Advice on a broken check, from checks that are right there.
+
+    A row that is wrong only further on is right there. None where nothing is known.
+    """
+    first = check.first_position or 0
+
+    def are_right(others: list[Check]) -> str | None:
+        """How right they are, in words."""
+        wrong = [each for each in others if each in broken]
+        if not others or any((each.first_position or 0) <= first for each in wrong):
+            return None
+        return f"right before token {min(each.first_position or 0 for each in wrong)}" if wrong else "right"
+
+    plain = [each for each in checks if not each.padded]
+    if check.padded and (right := are_right(plain)):
+        return f"every row without padding is {right}: look at left padding, its mask and positions"
+    if check.decoded and (right := are_right([each for each in plain if not each.decoded])):
+        return f"every prefill is {right}: look at the KV cache and the positions of decoding"
+    if first > 1 and len(broken) < len(checks):
+        cached = check.place is not None and name_place(0, "cache").partition(", ")[2] in check.place
+        what = "positions and rotary tables" if cached else "the window and the mask of attention"
+        return f"every token before {first} is right: look at {what}"
     return None
 
 

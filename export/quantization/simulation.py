@@ -39,7 +39,7 @@ class StaticRounding:
         return (x / self.scale).round().clamp(self.lowest, self.highest) * self.scale
 
     def in_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, K] in steps, before it is rounded, and the size of a step there."""
+        """x [T, K] in steps, not rounded yet, and each step's size."""
         return x / self.scale, torch.full_like(x, self.scale)
 
 
@@ -72,7 +72,7 @@ class BlockRounding:
         return _HIGHEST
 
     def in_steps(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, K] in steps, before it is rounded, and the size of a step there."""
+        """x [T, K] in steps, not rounded yet, and each step's size."""
         factors = torch.ones(x.shape[-1]) if self.column_scales is None else self.column_scales
         padded = F.pad(x / factors, (0, -x.shape[-1] % self.block_size)).view(len(x), -1, self.block_size)
         step = padded.abs().amax(-1, keepdim=True) / _HIGHEST

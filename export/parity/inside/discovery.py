@@ -58,9 +58,10 @@ def discover_taps(
         add(*((n - 1, "residual stream") if n else (OUTSIDE, "embedding")), before)
         router = graph.product(family.name("router", n)) if family.find("router") is not None else None
         if router is not None:
-            add(n, "router", router.value)
+            logits = graph.with_bias(router.value)
+            add(n, "router", logits)
             if router.narrow is None:
-                routers.append(router.value)
+                routers.append(logits)
                 num_experts = router.shape[0]
         dense = graph.product(family.ffn.up.format(layer=n)) if family.ffn is not None and router is None else None
         if family.find("ffn_norm") is not None and (first := router or dense) is not None:

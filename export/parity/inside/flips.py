@@ -52,7 +52,7 @@ class Inside(Protocol):
 
 @dataclass(frozen=True)
 class RoundedProduct:
-    """One product with known inputs [T, K]; what it gives is multiplied by a factor."""
+    """One product with known inputs [T, K], its result times a factor."""
 
     given: torch.Tensor
     weight: torch.Tensor

@@ -257,7 +257,7 @@ class ProductMode(TorchFunctionMode):
 
 
 def _eight_bits(roundings: Sequence[Round | None]) -> tuple[EightBits, ...]:
-    """Those of 8 bits, each once."""
+    """The roundings to 8 bits, each once."""
     return tuple(dict.fromkeys(each for each in roundings if isinstance(each, EightBits)))
 
 

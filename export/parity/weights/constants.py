@@ -187,7 +187,7 @@ class _Graph:
             )
 
     def _static_rounding(self, name: str) -> StaticRounding | None:
-        """How a value was rounded by one scale of the file; None where it was not."""
+        """How one scale of the file rounds a value; None without."""
         dequantized = self.makers.get(name)
         if dequantized is None or dequantized.op_type != "DequantizeLinear":
             return None

@@ -67,7 +67,7 @@ class GraphMatrix:
 
 @dataclass(frozen=True)
 class GraphNorm:
-    """A norm of a graph: the value that it makes, its weight [H] and its epsilon."""
+    """A norm of a graph: its value, weight [H] and epsilon."""
 
     value: str
     weight: FloatArray
@@ -76,7 +76,7 @@ class GraphNorm:
 
 @dataclass(frozen=True)
 class Constants:
-    """All matrices of a graph, all vectors of floats by name, and its norms.
+    """A graph's matrices, vectors of floats by name, and norms.
 
     `unread` are integers that nothing is known to read as a matrix.
     """

@@ -23,7 +23,7 @@ _SAME = 1e-6  # relative: both are float32
 
 
 def as_stored(values: FloatArray) -> list[FloatArray]:
-    """Numbers in float32, and as they are stored in either type of 16 bits."""
+    """Numbers in float32, and as either 16-bit type stores them."""
     kinds = (torch.float16, torch.bfloat16)
     return [values, *(torch.from_numpy(values).to(kind).to(torch.float32).numpy() for kind in kinds)]
 
@@ -65,7 +65,7 @@ def _is_same(found: FloatArray, true: FloatArray) -> bool:
 def check_input_scales(
     operators: Mapping[str, list[GraphMatrix]], checkpoint: Checkpoint, twin: Path
 ) -> Iterator[WrongRows]:
-    """Products whose inputs the file rounds by another scale than the twin does."""
+    """Products whose input scale in the file is not the twin's."""
     scales = Twin(twin).scheme["input_scales"] if (twin / SCHEME_NAME).is_file() else {}
     for name, own in scales.items():
         found = [matrix.input_rounding.scale for matrix in operators.get(name, ()) if matrix.input_rounding is not None]

@@ -31,7 +31,7 @@ _REFUSALS = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.NotImp
 
 
 def find_tables(values: Values, opsets: Sequence[onnx.OperatorSetIdProto]) -> Iterator[tuple[GraphMatrix, list[str]]]:
-    """Tables of integers that are gathered from, each with the names of its tensors.
+    """Gathered tables of integers, each with its tensors' names.
 
     Tables whose nodes cannot be computed alone are left out.
     """
@@ -54,7 +54,7 @@ def _is_table(values: Values, node: NodeProto) -> bool:
 
 @dataclass
 class _Fragment:
-    """The nodes from gathered rows of integers to their floats, scales multiplied in.
+    """Nodes that make floats of gathered rows of integers.
 
     `gathered`: by the value that is gathered the name of its table. `end` is the last value, "" if there is none.
     """
@@ -67,7 +67,7 @@ class _Fragment:
     end: str = ""
 
     def follow(self, ids: str) -> None:
-        """Take the nodes that depend on nothing but constants and what these ids gather."""
+        """Take nodes that depend on constants and gathered rows alone."""
         known: set[str] = set()
         floats: set[str] = set()  # of the row's integers, cast
         for node in self.values.nodes:
@@ -101,7 +101,7 @@ class _Fragment:
         )
 
     def measure(self) -> int | None:
-        """A row's width; None where the nodes make no rows of the table."""
+        """A row's width; None where the nodes make no rows."""
         if not self.end:
             return None
         try:
