@@ -140,19 +140,19 @@ def test_more_chosen_experts_than_experts_is_refused(recipe):
 
 
 def test_an_architecture_without_a_twin_is_named_with_the_reason(recipe, tmp_path):
-    source = tmp_path / "gpt2"
+    source = tmp_path / "bitnet"
     source.mkdir()
     (source / "config.json").write_text(
-        '{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}', encoding="utf-8"
+        '{"model_type": "bitnet", "architectures": ["BitNetForCausalLM"]}', encoding="utf-8"
     )
     (source / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     code, output = invoke("check", recipe(source=source))
     assert code == 1
     reason = (
-        "has LayerNorm, and an FFN with biases and without a gate; no mixture-of-experts architecture of "
-        "transformers holds that"
+        "has norms inside attention and FFN, and weights of three values; no mixture-of-experts architecture of "
+        "transformers holds that; the nearest target is mixtral"
     )
-    assert output == f"Error: {source / 'config.json'}: GPT2LMHeadModel (gpt2) {reason}\n"
+    assert output == f"Error: {source / 'config.json'}: BitNetForCausalLM (bitnet) {reason}\n"
 
 
 @pytest.mark.parametrize("nonsense", [{"intermediate_size": -1}, {"hidden_act": "sillu"}, {"architectures": 1}])

@@ -75,14 +75,14 @@ def test_a_hub_source_is_fetched_at_its_revision_without_pickles(hub_recipe, mak
 
 
 def test_no_weights_are_fetched_of_a_family_that_cannot_be_upcycled(hub_recipe, tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    (tmp_path / "config.json").write_text('{"model_type": "bitnet", "architectures": ["BitNetForCausalLM"]}')
 
     def snapshot_download(*_, allow_patterns=None, **__):
         assert allow_patterns is None
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(UpcycleError, match="BertForMaskedLM"):
+    with pytest.raises(UpcycleError, match="BitNetForCausalLM"):
         prepare(hub_recipe, lambda *_: None)
 
 

@@ -18,7 +18,9 @@ from dense2moe.export.parity.files.sides import (
 from dense2moe.export.parity.records import FilesCheck
 from dense2moe.export.storage import GENAI_CONFIG_NAME
 from dense2moe.upcycle.checkpoints.config_files import CONFIG_NAME
+from dense2moe.upcycle.checkpoints.mixture_classes import is_own
 from dense2moe.upcycle.checkpoints.reader import GENERATION_CONFIG_NAME
+from dense2moe.upcycle.models.host import MODEL_TYPE_PREFIX
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SIZES = (
@@ -96,6 +98,8 @@ def check_config(sides: Sides) -> FilesCheck:
     if isinstance(both, FilesCheck):
         return both
     found, expected = map(_flatten, both)
+    if is_own(str(expected.get("model_type"))):  # a package names the dense family, which clients know
+        expected["model_type"] = str(expected["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
     if not sides.is_parent:
         return FilesCheck((name,), (), tuple(_compare_configs(found, expected, sides.config)))
     left_out = f"{name}: model_type is not compared; the package is a mixture, the checkpoint dense"

@@ -33,8 +33,15 @@ def name_interface(trace: Trace, graph: GraphWriter) -> None:
         assert value.shape is not None
         value.shape = ir.Shape([known[name].axes.get(axis, size) for axis, size in enumerate(value.shape)])
     if not trace.interface.has_cache:
-        for value, name in zip(traced.outputs, trace.outputs, strict=True):
-            value.name = name
+        for number, name in enumerate(trace.outputs):
+            value = traced.outputs[number]
+            if names.is_hidden(str(value.name)):  # the last layer's tap keeps its name
+                shown = graph.op("Identity", [value], name)
+                shown.shape, shown.type = value.shape, value.type
+                traced.extend(graph.take_nodes())
+                traced.outputs[number] = shown
+            else:
+                value.name = name
         _name_free_axes(traced.outputs)
         return
     past = [value for value in traced.inputs if value.name not in known]
