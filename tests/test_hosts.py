@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fine_tunes import fine_tune
 from hosts import ROWS
 from shapes import each_shape
 from transformers import PreTrainedModel
@@ -209,3 +210,48 @@ def edit_config(directory: Path, **values: Any) -> None:
     """Change values of a saved config."""
     path = directory / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_sources_are_fine_tuned_from_one_base(tmp_path: Path) -> None:
+    """Each becomes an expert; another epsilon would be another function."""
+    base = save_dense(tmp_path / "base", "bert")
+    sources = {name: tmp_path / name for name in ("law", "code")}
+    for number, directory in enumerate(sources.values()):
+        fine_tune(base, directory, number)
+    output = tmp_path / "moe"
+    output.mkdir()
+    settings = UpcycleConfig.model_validate({"num_experts_per_tok": 1, "merging": {"method": "base"}})
+    plan = upcycle(base, output, settings, 0, ignore, sources=sources)
+    check_written(base, output, plan, 0, ignore, sources=sources)
+    written, dense = open_checkpoint(output), open_checkpoint(base)
+    name = "bert.encoder.layer.1"
+    for number, directory in enumerate(sources.values()):
+        own = open_checkpoint(directory)
+        for part, module in (("up_proj", "intermediate"), ("down_proj", "output")):
+            for suffix, kind in (("", "weight"), ("_bias", "bias")):
+                expert = written.read(f"{name}.intermediate.experts.{part}{suffix}")[number]
+                assert torch.equal(expert, own.read(f"{name}.{module}.dense.{kind}"))
+    kept = f"{name}.attention.self.query.weight"
+    assert torch.equal(written.read(kept), dense.read(kept))
+    edit_config(sources["code"], layer_norm_eps=1e-3)
+    others = {name: open_checkpoint(directory) for name, directory in sources.items()}
+    with pytest.raises(UpcycleError, match=r"sources.code.*layer_norm_eps is 0.001; the base has 1e-12"):
+        plan_upcycle(dense, settings, others)
+
+
+def test_no_code_beside_a_mixture_is_run(tmp_path: Path) -> None:
+    """The class is this package's own, whatever lies in the checkpoint."""
+    plan = convert(save_dense(tmp_path / "dense", "bert"), tmp_path / "moe", PLAIN)
+    (tmp_path / "moe" / mixture.FILE_NAME).write_text("raise SystemExit('run')")
+    model = load(tmp_path / "moe", plan)
+    assert type(model).__module__ == mixture.__name__
+
+
+@pytest.mark.parametrize(
+    "section", [None, 7, {"num_experts": 4}, {"num_experts": 4, "num_experts_per_tok": 2, "sites": [{"ffn": "x"}]}]
+)
+def test_a_damaged_section_is_one_line(tmp_path: Path, section: Any) -> None:
+    convert(save_dense(tmp_path / "dense", "bert"), tmp_path / "moe", PLAIN)
+    edit_config(tmp_path / "moe", mixture=section)
+    with pytest.raises(UpcycleError, match=r"config.json: transformers cannot"):
+        open_checkpoint(tmp_path / "moe")

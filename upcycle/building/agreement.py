@@ -6,12 +6,14 @@ another source's would make an expert compute something else than the model that
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from dense2moe.upcycle.building.target_config import derive_fields
 from dense2moe.upcycle.checkpoints.reader import Checkpoint
 from dense2moe.upcycle.errors import UpcycleError, shorten
 from dense2moe.upcycle.models.architecture import Conversion
+from dense2moe.upcycle.models.table import COMMON_NEUTRAL
 
 TOLD_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings")
 """Read by generation, or bounds of the text: a fine-tuned model may have its own, which are told."""
@@ -30,7 +32,11 @@ def check_agreement(base: Checkpoint, name: str, source: Checkpoint, conversion:
     where = f"sources.{name} ({source.directory})"
     if source.config.model_type != base.config.model_type:
         raise _refusal(where, "model_type", source.config.model_type, base.config.model_type)
-    fields = (*conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional)
+    fields: Iterable[str] = (*conversion.carried, *conversion.required, *conversion.consumed, *conversion.optional)
+    if conversion.keeps_rest:  # no table says which fields the forward pass reads, so each may be one
+        fields = [
+            field for field in {**base.config.to_dict(), **source.config.to_dict()} if field not in COMMON_NEUTRAL
+        ]
     free = _free_fields(base)
     for field in dict.fromkeys(fields):
         if field in free:
