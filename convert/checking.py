@@ -14,7 +14,7 @@ from dense2moe.convert.recipe.records import HubSource
 from dense2moe.convert.report.license import read_license
 from dense2moe.export.coverage import find_decoder_family
 from dense2moe.export.errors import ExportError
-from dense2moe.export.graph.decoder import find_operator_limit, plan_lowerings
+from dense2moe.export.graph.decoder import plan_lowerings
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.upcycle.building.plan import UpcyclePlan, plan_upcycle
 from dense2moe.upcycle.building.vocabulary import compare_companions
@@ -167,8 +167,6 @@ def _find_last_stage(plan: UpcyclePlan, training: tuple[FinetuneConfig, ...]) ->
         find_decoder_family(plan.target_config)
     except ExportError as error:
         return "finetune", f"export of {plan.conversion.target.architecture} is not supported yet ({error})"
-    if (limit := find_operator_limit(plan.target_config)) is not None:
-        return "finetune", f"no ONNX model of this shape can run ({limit})"
     if training and training[-1].train == "prompt":
         return (
             "finetune",

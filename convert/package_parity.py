@@ -15,6 +15,7 @@ from dense2moe.convert.report.numerals import format_agreement, format_error, fo
 from dense2moe.convert.report.verdicts import describe_task
 from dense2moe.export.coverage import find_refusal
 from dense2moe.export.errors import ExportError
+from dense2moe.export.heads import cached_head_size
 from dense2moe.export.parity.answers.examples import read_tasks
 from dense2moe.export.parity.config import ParityConfig
 from dense2moe.export.parity.judgement import check_parity
@@ -123,7 +124,7 @@ def _check_sizes(decoder: Decoder, directory: Path, config: PreTrainedConfig) ->
         sizes["num_hidden_layers"] = len(decoder.past) // 2
         if len(heads) == 1:
             sizes["num_key_value_heads"], width = next(iter(heads))
-            sizes |= {"head_dim": width} if head_dim else {}
+            sizes |= {"head_dim": head_dim if width == cached_head_size(config) else width} if head_dim else {}
     for name, size in sizes.items():
         expected = getattr(config, name, None)
         if type(size) is int and type(expected) is int and size != expected:

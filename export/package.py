@@ -17,6 +17,7 @@ from dense2moe.export.facts import LoweringChoice, LoweringTime, OnnxFacts
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.decoder import DecoderGraph, build_decoder, find_candidates
 from dense2moe.export.graph.invariants import check_graph
+from dense2moe.export.heads import describe_cache, head_size
 from dense2moe.export.lowering import Lowering
 from dense2moe.export.quantization.twin import Twin
 from dense2moe.export.runtime.decoder import PROVIDERS, is_at_hand
@@ -59,9 +60,10 @@ def write_package(source: Path, output: Path, config: OnnxConfig, progress: Prog
     size = save_graph(graph.model, output, progress)
     check_graph(output, twin)
     copy_companions(source, output)
-    save_package_config(twin.checkpoint.config, output)
+    described = describe_cache(twin.checkpoint.config) if graph.shares_buffer else twin.checkpoint.config
+    save_package_config(described, output)
     if (shapes := set(_cache_shapes(graph))) and not is_own(twin.checkpoint.config.model_type):
-        description = genai_config(twin.checkpoint.config, graph.shares_buffer, read_generation(output))
+        description = genai_config(described, graph.shares_buffer, read_generation(output))
         if shapes == {_cache_shape(description)}:
             (output / GENAI_CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return OnnxFacts(
@@ -185,7 +187,7 @@ def genai_config(
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": MODEL_NAME,
-                "head_size": getattr(config, "head_dim", None) or config.hidden_size // heads,
+                "head_size": head_size(config),
                 "hidden_size": config.hidden_size,
                 "num_attention_heads": heads,
                 "num_hidden_layers": config.num_hidden_layers,

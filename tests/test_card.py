@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ def test_the_source_has_the_name_that_its_user_knows(base_model, origin, name, f
     assert card.data.base_model == name
     assert f"\"  # the mixture made from {name}, in the run's work directory\n" in card.text
     assert "/data/" not in card.text
+
+
+@pytest.mark.parametrize(("head_dim", "told"), [(None, False), (8, False), (24, True)])
+def test_optimum_is_told_a_size_of_heads_that_it_does_not_read(head_dim, told, facts, package, tmp_path) -> None:
+    other = shutil.copytree(package, tmp_path / "package")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"head_dim": head_dim}))
+    assert ("model.embed_size_per_head = model.config.head_dim" in card_of(facts, other, tmp_path).text) == told
 
 
 def test_without_fine_tuning_the_checkpoint_is_the_upcycled_one(facts, package, tmp_path) -> None:

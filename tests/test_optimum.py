@@ -28,8 +28,8 @@ RECIPE = "python3.11 -m venv optimum && optimum/bin/pip install optimum-onnx==0.
 PROMPTS = [[0, 34], list(range(40, 60)), [0, 299, 298, 2, 2, 150]]
 NUM_TOKENS = 48
 
-# What a user writes; one line of it is for optimum-onnx 0.1.0, whose table of grouped-query architectures lacks
-# Mixtral.
+# What a user writes; two lines of it are for optimum-onnx 0.1.0, whose table of grouped-query architectures lacks
+# Mixtral, and whose table of those with a size of their own for heads has Gemma and few others.
 SCRIPT = """
 import json, sys
 import torch
@@ -38,6 +38,8 @@ package, wishes = sys.argv[1], json.loads(sys.argv[2])
 model = ORTModelForCausalLM.from_pretrained(package, use_io_binding=wishes["use_io_binding"])
 if wishes["tell_heads"]:
     model.num_key_value_heads = model.config.num_key_value_heads
+if wishes["tell_head_size"]:
+    model.embed_size_per_head = model.config.head_dim
 width = max(map(len, wishes["prompts"]))
 ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in wishes["prompts"]])
 mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in wishes["prompts"]])
@@ -57,7 +59,14 @@ def run_optimum(package: Path, prompts: list[list[int]], **wishes: Any) -> subpr
     if python is None:
         pytest.skip(f"{PYTHON} is not set; make an environment by `{RECIPE}` and set it to that one's python")
     arguments = json.dumps(
-        {"prompts": prompts, "num_tokens": NUM_TOKENS, "use_io_binding": True, "tell_heads": True} | wishes
+        {
+            "prompts": prompts,
+            "num_tokens": NUM_TOKENS,
+            "use_io_binding": True,
+            "tell_heads": True,
+            "tell_head_size": False,
+        }
+        | wishes
     )
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run(
@@ -100,16 +109,18 @@ def test_optimum_generates_the_tokens_of_transformers(
     assert generate_in_optimum(package, PROMPTS, use_io_binding=use_io_binding) == expected
 
 
+@pytest.mark.parametrize("head_dim", [16, 20])
 def test_optimum_runs_an_architecture_that_it_knows_without_being_told_its_heads(
-    make_dense: Any, tmp_path: Path
+    make_dense: Any, tmp_path: Path, head_dim: int
 ) -> None:
+    """But of heads that are no equal shares of the hidden size their size, here padded to 24."""
     mixture = tmp_path / "mixture"
     mixture.mkdir()
     config = UpcycleConfig(
         num_experts=4, num_experts_per_tok=2, experts=ExpertsConfig(noise=0.5), router=RouterConfig(logit_std=1.0)
     )
     upcycle(
-        make_dense(architecture="Qwen3ForCausalLM", head_dim=16, num_attention_heads=2, num_key_value_heads=1),
+        make_dense(architecture="Qwen3ForCausalLM", head_dim=head_dim, num_attention_heads=2, num_key_value_heads=1),
         mixture,
         config,
         0,
@@ -117,7 +128,7 @@ def test_optimum_runs_an_architecture_that_it_knows_without_being_told_its_heads
     )
     twin, package = export(mixture, tmp_path, "float32")
     assert json.loads((package / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3_moe"
-    assert generate_in_optimum(package, PROMPTS, tell_heads=False) == [
+    assert generate_in_optimum(package, PROMPTS, tell_heads=False, tell_head_size=head_dim != 16) == [
         generate_in_torch(twin, prompt) for prompt in PROMPTS
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
         ],
         genai=(package / GENAI_CONFIG_NAME).is_file(),
         tell_heads=config.get("num_key_value_heads") not in (None, config.get("num_attention_heads")),
+        tell_head_size=_has_own_head_size(config),
         context=context,
         chat=chat,
         prompt="Tell me a story." if chat else "Once",
@@ -82,6 +83,12 @@ def write_card(facts: ReportFacts, variant: str, package: Path, output: Path) ->
     )
     output.mkdir(parents=True, exist_ok=True)
     (output / CARD_NAME).write_text(text.rstrip() + "\n", encoding="utf-8")
+
+
+def _has_own_head_size(config: Mapping[str, Any]) -> bool:
+    """Whether heads are no equal shares of the hidden size."""
+    size, hidden, heads = (config.get(name) for name in ("head_dim", "hidden_size", "num_attention_heads"))
+    return size is not None and hidden is not None and bool(heads) and size * heads != hidden
 
 
 def _name_source(facts: ReportFacts) -> str:

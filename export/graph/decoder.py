@@ -29,7 +29,6 @@ from transformers import PreTrainedConfig
 
 from dense2moe.export import names
 from dense2moe.export.coverage import find_decoder_family
-from dense2moe.export.errors import ExportError
 from dense2moe.export.graph.config import OnnxConfig
 from dense2moe.export.graph.layers import BlockWriter, moe_layer
 from dense2moe.export.graph.positions import add_positions
@@ -47,8 +46,6 @@ from dense2moe.upcycle.checkpoints.tensors import TensorEntry
 # GatherBlockQuantized of uint8, and 8-bit MatMulNBits; float32 would run on 1.22, with GroupQueryAttention's bias
 _MIN_ONNXRUNTIME = "1.23"
 _MIN_ONNXRUNTIME_CUDA = "1.29"  # before it, CUDA's GroupQueryAttention refuses attention_bias
-
-_HEAD_MULTIPLE = 8
 
 NO_LOWERING = "none"
 """What a model without experts is written with."""
@@ -92,8 +89,8 @@ def build_decoder(twin: Twin, config: OnnxConfig, lowering: Lowering | None, cut
     multipliers = family.multipliers(c)
     input_ids = graph_input(names.INPUT_IDS, ir.DataType.INT64, ["batch_size", "sequence_length"])
     attention_mask = graph_input(names.ATTENTION_MASK, ir.DataType.INT64, ["batch_size", "total_sequence_length"])
-    past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.head_dim]
-    present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.head_dim]
+    past_shape = ["batch_size", c.num_key_value_heads, "past_sequence_length", write.cached_dim]
+    present_shape = ["batch_size", c.num_key_value_heads, "total_sequence_length", write.cached_dim]
     past = [
         graph_input(names.past(n, kind), graph.dtype, past_shape) for n in range(depth) for kind in names.CACHE_KINDS
     ]
@@ -186,31 +183,15 @@ def _declare(value: ir.Value, dtype: ir.DataType, shape: list[int | str]) -> Non
     value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
 
 
-def find_operator_limit(c: PreTrainedConfig) -> str | None:
-    """A limit of onnxruntime's operators that a config exceeds, or None.
-
-    Only a session that runs would tell it, after all the work: so says the operator of onnxruntime 1.32 on the CPU.
-    """
-    head_dim = int(getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads)
-    if head_dim % _HEAD_MULTIPLE:
-        return (
-            f"config.json: heads have {head_dim} elements; GroupQueryAttention of onnxruntime takes only multiples of "
-            f"{_HEAD_MULTIPLE}"
-        )
-    return None
-
-
 def find_candidates(twin: Twin, config: OnnxConfig) -> tuple[Lowering, ...]:
     """Lowerings that fit the config and can express its layers of experts.
 
     None where no layer has experts.
 
     Raises:
-        ExportError: none can, or onnxruntime has a limit that the model is beyond.
+        ExportError: none can.
     """
     c, entries = twin.checkpoint.config, twin.checkpoint.entries
-    if (limit := find_operator_limit(c)) is not None:
-        raise ExportError(limit)
     shapes = {name: entry.shape for name, entry in entries.items()}
     sparse = [n for n in range(c.num_hidden_layers) if twin.family.has_experts(n, entries)]
     layers = [moe_layer(twin.family, c, n, shapes, twin.weight, twin.element_type, config) for n in sparse]

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from dense2moe.export import names as value_names
 from dense2moe.export.graph.config import OnnxConfig, ProductKind
 from dense2moe.export.graph.positions import Positions, effective_window
+from dense2moe.export.heads import cached_head_size, head_size
 from dense2moe.export.lowering import Expert, Lowering, MoeInput, MoeLayer
 from dense2moe.export.nodes.ffn_gate import add_gate
 from dense2moe.export.nodes.linear import add_exact_linear, add_linear
@@ -40,9 +41,7 @@ class BlockWriter:
     def __init__(self, graph: GraphWriter, twin: Twin, settings: OnnxConfig) -> None:
         self.graph, self.twin, self.settings = graph, twin, settings
         self.config, self.family = twin.checkpoint.config, twin.family
-        self.head_dim = int(
-            getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        )
+        self.head_dim, self.cached_dim = head_size(self.config), cached_head_size(self.config)
         self.used: set[str] = set()
         self.moe_layers: list[MoeLayer] = []
 
@@ -119,14 +118,21 @@ class BlockWriter:
                 key = self._norm_projection(key, key_norm, kv_heads)
             if not rotary_inside:
                 query, key = (self._rotate(y, positions, count) for y, count in ((query, heads), (key, kv_heads)))
-            query_key_value = (query, key, value)
+            counts = (heads, kv_heads, kv_heads)
+            query_key_value = tuple(
+                self._pad_heads(y, count) for y, count in zip((query, key, value), counts, strict=True)
+            )
         scale = self.family.multipliers(c).attention
         tables = (positions.cos, positions.sin, positions.position_ids) if rotary_inside else (None, None, None)
         bias = positions.attention_bias[effective_window(self.twin, layer)]
+        name = value_names.attention(layer)
         attended, present_key, present_value = self.graph.op_multi(
             "GroupQueryAttention",
             [*query_key_value, *past, positions.seqlens_k, positions.total_length, *tables, bias],
-            [value_names.attention(layer), *(value_names.present(layer, kind) for kind in value_names.CACHE_KINDS)],
+            [
+                name if self.cached_dim == self.head_dim else f"{name}_padded",
+                *(value_names.present(layer, kind) for kind in value_names.CACHE_KINDS),
+            ],
             {
                 "num_heads": heads,
                 "kv_num_heads": kv_heads,
@@ -136,6 +142,7 @@ class BlockWriter:
             },
             MICROSOFT,
         )
+        attended = self._cut_heads(attended, heads, name)
         update = self.linear(
             attended, [family.name("attention_output", layer)], value_names.attention_output(layer), "attention"
         )
@@ -148,11 +155,40 @@ class BlockWriter:
         """
         if not self.family.norm_per_head:
             return self.graph.narrow(self.norm(self.graph.widen(x), name, f"{x.name}_normed"))
-        split = self.graph.constant(f"split_{heads}_heads", int64(0, 0, heads, self.head_dim))
-        joined = self.graph.constant(f"join_{heads}_heads", int64(0, 0, heads * self.head_dim))
-        by_head = self.graph.op("Reshape", [x, split], f"{x.name}_heads")
+        by_head = self.graph.op("Reshape", [x, self._split(heads, self.head_dim)], f"{x.name}_heads")
         normed = self.graph.narrow(self.norm(self.graph.widen(by_head), name, f"{x.name}_normed_heads"))
-        return self.graph.op("Reshape", [normed, joined], f"{x.name}_normed")
+        return self.graph.op("Reshape", [normed, self._join(heads, self.head_dim)], f"{x.name}_normed")
+
+    def _pad_heads(self, x: ir.Value, heads: int) -> ir.Value:
+        """Heads [B, S, heads * head_dim] padded with zeros to `cached_dim`."""
+        if self.cached_dim == self.head_dim:
+            return x
+        wide = self.graph.widen(x) if self.graph.element_type == "bfloat16" else x  # Pad takes no bfloat16
+        by_head = self.graph.op("Reshape", [wide, self._split(heads, self.head_dim)], f"{x.name}_short_heads")
+        ends = self.graph.constant("head_padding", int64(*[0] * 7, self.cached_dim - self.head_dim))
+        padded = self.graph.op("Pad", [by_head, ends], f"{x.name}_padded_heads")
+        joined = self.graph.op("Reshape", [padded, self._join(heads, self.cached_dim)], f"{x.name}_padded")
+        return joined if wide is x else self.graph.narrow(joined)
+
+    def _cut_heads(self, x: ir.Value, heads: int, output: str) -> ir.Value:
+        """Heads [B, S, heads * cached_dim] without the ends of `_pad_heads`."""
+        if self.cached_dim == self.head_dim:
+            return x
+        by_head = self.graph.op("Reshape", [x, self._split(heads, self.cached_dim)], f"{output}_padded_heads")
+        bounds = [
+            self.graph.constant(f"head_{name}", int64(value))
+            for name, value in (("start", 0), ("end", self.head_dim), ("axis", 3))
+        ]
+        cut = self.graph.op("Slice", [by_head, *bounds], f"{output}_heads")
+        return self.graph.op("Reshape", [cut, self._join(heads, self.head_dim)], output)
+
+    def _split(self, heads: int, size: int) -> ir.Value:
+        """The shape [B, S, heads, size]."""
+        return self.graph.constant(f"split_{heads}_heads_of_{size}", int64(0, 0, heads, size))
+
+    def _join(self, heads: int, size: int) -> ir.Value:
+        """The shape [B, S, heads * size]."""
+        return self.graph.constant(f"join_{heads}_heads_of_{size}", int64(0, 0, heads * size))
 
     def _rotate(self, x: ir.Value, positions: Positions, num_heads: int) -> ir.Value:
         """Rotate x [B, S, num_heads * head_dim] in a separate node."""

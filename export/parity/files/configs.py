@@ -100,6 +100,8 @@ def check_config(sides: Sides) -> FilesCheck:
     found, expected = map(_flatten, both)
     if is_own(str(expected.get("model_type"))):  # a package names the dense family, which clients know
         expected["model_type"] = str(expected["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
+    if sides.graph is not None and sides.graph.head_size is not None:
+        expected["head_dim"] = sides.graph.head_size  # by which clients allocate the cache, whatever it is padded to
     if not sides.is_parent:
         return FilesCheck((name,), (), tuple(_compare_configs(found, expected, sides.config)))
     left_out = f"{name}: model_type is not compared; the package is a mixture, the checkpoint dense"

@@ -50,7 +50,8 @@ def check_genai(sides: Sides) -> FilesCheck:
         return FilesCheck((name,), (), (tell_damage(name, "package", found),))
     differences = [*_compare_genai_model(sides.package, found), *_compare_search(found, sides)]
     if sides.config is not None:
-        differences += [*_compare_genai_sizes(found, sides.config), *_compare_genai_ids(found, sides)]
+        cached = sides.graph.head_size if sides.graph is not None else None
+        differences += [*_compare_genai_sizes(found, sides.config, cached), *_compare_genai_ids(found, sides)]
     if sides.graph is not None:
         differences += _compare_genai_names(found, sides.graph)
     return FilesCheck((name,), (), tuple(f"{name}: {difference}" for difference in differences))
@@ -76,10 +77,11 @@ def _compare_genai_model(package: Path, found: Mapping[str, Any]) -> Iterator[st
         yield tell_wrong(where, file, f"{show(MODEL_NAME)}, the file of the graph")
 
 
-def _compare_genai_sizes(found: Mapping[str, Any], config: Any) -> Iterator[str]:
+def _compare_genai_sizes(found: Mapping[str, Any], config: Any, cached: int | None) -> Iterator[str]:
+    """Compare sizes with the checkpoint's, and `cached` heads with the graph's."""
     heads = getattr(config, "num_attention_heads", None)
     for where, field in _GENAI_SIZES.items():
-        right = getattr(config, field, None)
+        right = cached if field == "head_dim" and cached is not None else getattr(config, field, None)
         if right is None and heads:
             right = {"num_key_value_heads": heads, "head_dim": config.hidden_size // heads}.get(field)
         if right is not None and _dig(found, where) != right:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from transformers import AutoConfig
 
+from dense2moe.export.names import is_past
 from dense2moe.export.opening import open_package
 from dense2moe.export.parity.precision import has_experts, is_dense
 from dense2moe.export.parity.records import FilesCheck
@@ -33,13 +34,14 @@ class Failure:
 class GraphSide:
     """The graph's side: whether we wrote it, its inputs' and outputs' names.
 
-    And whether past and present can share a buffer.
+    And whether past and present can share a buffer. `head_size`: of the keys and values in it, where the graph says it.
     """
 
     is_ours: bool
     has_experts: bool
     names: Mapping[str, Collection[str]]
     can_share: bool
+    head_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,9 @@ def read_graph(package: Path) -> GraphSide:
     """A package's graph: its maker, names and operators."""
     model = open_package(package).model
     weights = {tensor.name for tensor in model.graph.initializer}
+    can_share = any(node.op_type in SHARING_OPERATORS for node in model.graph.node)
+    shapes = [value.type.tensor_type.shape.dim for value in model.graph.input if is_past(value.name)]
+    sizes = {shape[-1].dim_value for shape in shapes if shape}
     return GraphSide(
         is_ours=any(entry.key == LOWERING_KEY for entry in model.metadata_props),
         has_experts=has_experts(model),
@@ -113,7 +118,8 @@ def read_graph(package: Path) -> GraphSide:
             "inputs": {value.name for value in model.graph.input} - weights,
             "outputs": {value.name for value in model.graph.output},
         },
-        can_share=any(node.op_type in SHARING_OPERATORS for node in model.graph.node),
+        can_share=can_share,
+        head_size=next(iter(sizes)) or None if can_share and len(sizes) == 1 else None,
     )
 
 

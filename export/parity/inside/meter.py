@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers import DynamicCache
 
 from dense2moe.export.parity.inside.flips import Inside
@@ -169,6 +170,7 @@ class Meter:
                 torch.cat([a[:, :, -length:], b[:, :, -length:]], 1).transpose(1, 2)
                 for a, b in ((keys, values), (key, value))
             )
+            own = F.pad(own, (0, shown.shape[-1] - own.shape[-1]))  # what a graph pads its heads with are zeros
             by_head = (shown - own).norm(dim=-1) / own.norm(dim=-1).clamp(min=TINY)
             self.keep((n, "cache"), by_head.amax(-1), shown.flatten(2), own.flatten(2))
 
